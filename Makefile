@@ -1,0 +1,41 @@
+# Everything happens in .venv, which scripts/setup makes and keeps in step with the lock files.
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev run test proofs lint format lock clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with what a run needs
+	@scripts/setup
+
+setup-dev: ## the same, and what tests and lint need
+	@scripts/setup --dev
+
+run: setup ## fetch the sample photographs and run conf/full_pipeline.yaml
+	$(BIN)/python -m orchestrator.data.samples food data/food
+	$(BIN)/orchestrator run conf/full_pipeline.yaml
+
+test: setup-dev ## run the tests
+	$(BIN)/python -m pytest
+
+proofs: setup-dev ## run the slow proofs (minutes each)
+	$(BIN)/python -m pytest -m slow
+
+lint: setup-dev ## style, format, types, direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup-dev ## let ruff rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: setup ## write the lock files anew from pyproject.toml
+	scripts/lock
+
+clean: ## remove .venv and caches; keeps runs/ and data/
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

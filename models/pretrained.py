@@ -1,0 +1,175 @@
+"""Trained towers as folders (model.safetensors, config.json), and the way from a photo to a vector."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .convnext import ConvNeXtConfig
+from .presets import Backbone, Config, from_config, preset
+from .vit import Features, ViTConfig
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+_FORMAT = 1
+
+Photo = Image.Image | npt.NDArray[np.uint8]
+
+
+def save_pretrained(
+    folder: str | Path,
+    module_state: Mapping[str, Tensor],
+    preset_name: str,
+    extra: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a tower so that :func:`load_pretrained` can rebuild it without the preset table.
+
+    Args:
+        folder: made if missing. Each file is written beside its name and renamed; config.json comes last, so
+            a folder that has one is complete.
+        module_state: the tower's whole state dict, in any dtype.
+        preset_name: the preset it was built from.
+        extra: JSON values for the reader (provenance, image size …), kept under "extra".
+        overrides: the preset's fields that were replaced when it was built.
+
+    Raises:
+        ValueError: unknown preset or field, or the state does not fit the tower they name.
+    """
+    config = preset(preset_name, **(overrides or {}))
+    _check_state(module_state, config)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module_state.items()}
+    partial = folder / (WEIGHTS + ".partial")
+    save_file(weights, partial, metadata={"format": "pt"})
+    _settle(partial, folder / WEIGHTS)
+    record = {
+        "format": _FORMAT,
+        "architecture": "vit" if isinstance(config, ViTConfig) else "convnext",
+        "preset": preset_name,
+        "config": dataclasses.asdict(config),
+        "mean": MEAN,
+        "std": STD,
+        "extra": dict(extra or {}),
+    }
+    partial = folder / (CONFIG + ".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _settle(partial, folder / CONFIG)
+
+
+def load_pretrained(folder: str | Path) -> Backbone:
+    """The tower that :func:`save_pretrained` wrote, on the CPU, in eval mode, in its stored dtype.
+
+    Raises:
+        FileNotFoundError: no such folder, or not a finished one.
+        ValueError: the folder is of a newer format, or weights and config do not fit.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a pretrained model: it has no {name}")
+    record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if record.get("format") != _FORMAT:
+        raise ValueError(
+            f"{folder / CONFIG} has format {record.get('format')!r}; this version reads {_FORMAT}"
+        )
+    config = _read_config(record["architecture"], record["config"])
+    state = load_file(folder / WEIGHTS)
+    _check_state(state, config)
+    with torch.device("meta"):
+        model = from_config(config)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def normalise(images_BCHW: Tensor) -> Tensor:
+    """uint8 (…, 3, H, W) in 0–255 → fp32, minus ImageNet's mean and divided by its standard deviation."""
+    mean = torch.tensor(MEAN, device=images_BCHW.device)[:, None, None]
+    std = torch.tensor(STD, device=images_BCHW.device)[:, None, None]
+    return (images_BCHW.float() / 255 - mean) / std
+
+
+def preprocess(image: Photo, size: int) -> Tensor:
+    """Upright RGB, shorter side resized to `size` (bicubic, antialiased), centre crop, normalised.
+
+    Args:
+        image: a PIL image (transparency is laid on white) or uint8 (H, W, 3).
+        size: pixels a side.
+
+    Returns:
+        fp32 (1, 3, size, size).
+
+    Raises:
+        ValueError: an array of another shape or dtype, or an image of more than 8 bits a channel.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"image is {image.dtype} {image.shape}; expected uint8 (H, W, 3)")
+        image = Image.fromarray(image)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"image has mode {image.mode}; scale it to 8 bits a channel first")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    cropped = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return normalise(torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[None])
+
+
+@torch.no_grad()
+def embed(model: Backbone, image: Photo, size: int) -> Tensor:
+    """The image's vector: the L2-normalised CLS feature, fp32 (D,), on the model's device.
+
+    Args:
+        model: a tower in eval mode.
+        image: see :func:`preprocess`.
+        size: pixels a side; a multiple of `model.patch_size`.
+
+    Raises:
+        ValueError: `size` does not fit the patch, or the array is no RGB image.
+    """
+    device = next(model.parameters()).device
+    features: Features = model(preprocess(image, size).to(device))
+    return F.normalize(features.cls[0].float(), dim=0)
+
+
+def _read_config(architecture: str, fields: Mapping[str, Any]) -> Config:
+    # JSON has no tuples, and the configs compare and hash by their fields.
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+    }
+    return ViTConfig(**values) if architecture == "vit" else ConvNeXtConfig(**values)
+
+
+def _check_state(state: Mapping[str, Tensor], config: Config) -> None:
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in from_config(config).state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    if wrong:
+        listed = ", ".join(f"{name} is {got.get(name)}, not {wanted.get(name)}" for name in wrong[:3])
+        raise ValueError(f"{len(wrong)} weights do not fit the model: {listed}")
+
+
+def _settle(partial: Path, final: Path) -> None:
+    """Gives a written file its name, durably."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(final)

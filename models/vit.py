@@ -1,0 +1,203 @@
+"""The DINOv3 vision transformer (arXiv 2508.10104, section 3.2): axial RoPE, storage tokens, LayerScale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import FFN, Block, Rotation, draw_rows
+from .rope import axial_angles, log_uniform_rescales, rotation
+
+
+class Features(NamedTuple):
+    """What a vision tower gives, after its final norm.
+
+    Attributes:
+        cls: (B, D).
+        storage: (B, S, D), the register tokens; S is 0 where the tower has none.
+        patches: (B, P, D), row-major over the grid.
+    """
+
+    cls: Tensor
+    storage: Tensor
+    patches: Tensor
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape of a vision transformer.
+
+    Attributes:
+        patch_size: pixels a side.
+        ffn_hidden: hidden width of the feed-forward; None is 4 · dim.
+        qkv_bias: biases on queries and values; keys never have one.
+        drop_path: share of rows that skip each residual branch in training, the same for all blocks.
+        rope_rescale: limit r of the box jitter, a log-uniform factor in [1/r, r] of the patch coordinates
+            drawn for each block in training; None is off.
+        separate_local_norm: in training, norm the CLS and storage tokens of local crops by their own norm.
+    """
+
+    patch_size: int = 16
+    dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    ffn: FFN = "mlp"
+    ffn_hidden: int | None = None
+    num_storage_tokens: int = 4
+    layer_scale_init: float = 1e-5
+    drop_path: float = 0.0
+    qkv_bias: bool = True
+    norm_eps: float = 1e-5
+    rope_base: float = 100.0
+    rope_rescale: float | None = 2.0
+    separate_local_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim % (4 * self.num_heads):
+            raise ValueError(f"dim {self.dim} is not a multiple of 4 x num_heads = {4 * self.num_heads}")
+        if self.ffn not in ("mlp", "swiglu"):
+            raise ValueError(f"ffn is {self.ffn!r}; it is 'mlp' or 'swiglu'")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it lies in [0, 1)")
+        if self.rope_rescale is not None and self.rope_rescale < 1:
+            raise ValueError(f"rope_rescale is {self.rope_rescale}; it is at least 1, or null for none")
+
+
+class PatchEmbed(nn.Conv2d):
+    """Linear embedding of non-overlapping patches; keeps the fan-in initialisation of convolutions."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, P, D)."""
+        return super().forward(images_BCHW.to(self.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """[CLS, storage tokens, patches] through `depth` pre-norm blocks and a final norm."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim = config.dim
+        self.patch_size = config.patch_size
+        self.patch_embed = PatchEmbed(config.patch_size, config.dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.storage_tokens = nn.Parameter(torch.empty(1, config.num_storage_tokens, config.dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.local_norm: nn.LayerNorm | None = None
+        if config.separate_local_norm:
+            self.local_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.storage_tokens, std=0.02)
+
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        masks_BP: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        is_local: bool = False,
+        locals_BCHW: Tensor | None = None,
+    ) -> Features | tuple[Features, Features]:
+        """Features of normalised images of any size that the patch divides.
+
+        Args:
+            images_BCHW: float (B, 3, H, W), normalised with ImageNet mean and std.
+            masks_BP: bool (B, P), True where a patch is replaced by the mask token.
+            generator: source of drop-path rows and RoPE rescales in training; without one, nor in eval mode,
+                nothing is random. Best on the CPU: the same draws on every device, and no device sync.
+            is_local: the images are local crops (matters with `separate_local_norm` only).
+            locals_BCHW: local crops, of another size and number, that go through the same call of each block;
+                the result is then the pair of both groups' features.
+
+        Raises:
+            ValueError: the patch does not divide H or W, or the mask has another shape than the grid.
+        """
+        random = generator if self.training else None
+        groups = [self._embed(images_BCHW, masks_BP)]
+        if locals_BCHW is not None:
+            groups.append(self._embed(locals_BCHW, None))
+        draws = [self._draw(tokens, grid, random) for tokens, grid in groups]
+        x = [tokens for tokens, _ in groups]
+        for index, block in enumerate(self.blocks):
+            first, *more = [(tokens, *draw[index]) for tokens, draw in zip(x, draws, strict=True)]
+            out = block(*first, *more)
+            x = list(out) if more else [out]
+        features = self._normed(x[0], is_local)
+        return features if locals_BCHW is None else (features, self._normed(x[1], True))
+
+    def _embed(self, images_BCHW: Tensor, masks_BP: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, 1 + S + P, D) and the grid."""
+        grid = patch_grid(images_BCHW, self.patch_size)
+        patches_BPD = self.patch_embed(images_BCHW)
+        if masks_BP is not None:
+            check_masks(masks_BP, len(images_BCHW), grid[0] * grid[1])
+            patches_BPD = torch.where(masks_BP[..., None], self.mask_token.to(patches_BPD.dtype), patches_BPD)
+        # The mask token enters with factor 0 so that it has a gradient on every worker, masked batch or not.
+        prefix_1SD = torch.cat([self.cls_token + 0 * self.mask_token, self.storage_tokens], dim=1)
+        return torch.cat([prefix_1SD.expand(len(images_BCHW), -1, -1), patches_BPD], dim=1), grid
+
+    def _draw(
+        self, x_BND: Tensor, grid: tuple[int, int], random: torch.Generator | None
+    ) -> list[tuple[Rotation, Tensor | None, Tensor | None]]:
+        """Each block's rotation and the rows that take its two branches."""
+        config = self.config
+        num_prefix = 1 + config.num_storage_tokens
+        angles = axial_angles(*grid, config.dim // config.num_heads, config.rope_base, x_BND.device)
+        rescales = [1.0] * config.depth
+        if random is not None and config.rope_rescale is not None:
+            rescales = log_uniform_rescales(config.depth, config.rope_rescale, random)
+        rotations = {rescale: rotation(angles, num_prefix, rescale) for rescale in set(rescales)}
+        batch = len(x_BND)
+
+        def rows() -> Tensor | None:
+            return draw_rows(batch, config.drop_path, random, x_BND.device)
+
+        return [(rotations[rescale], rows(), rows()) for rescale in rescales]
+
+    def _normed(self, x_BND: Tensor, is_local: bool) -> Features:
+        num_prefix = 1 + self.config.num_storage_tokens
+        if self.local_norm is not None and self.training and is_local:
+            prefix_BSD = self.local_norm(x_BND[:, :num_prefix])
+            patches_BPD = self.norm(x_BND[:, num_prefix:])
+        else:
+            x_BND = self.norm(x_BND)
+            prefix_BSD, patches_BPD = x_BND[:, :num_prefix], x_BND[:, num_prefix:]
+        return Features(prefix_BSD[:, 0], prefix_BSD[:, 1:], patches_BPD)
+
+
+def patch_grid(images_BCHW: Tensor, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of the patch grid.
+
+    Raises:
+        ValueError: the patch does not divide the image.
+    """
+    height, width = images_BCHW.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image of {height} x {width} px is not a multiple of the patch, {patch_size} px")
+    return height // patch_size, width // patch_size
+
+
+def check_masks(masks_BP: Tensor, batch: int, num_patches: int) -> None:
+    """Refuses a mask that would broadcast silently over another grid or batch."""
+    if masks_BP.dtype != torch.bool or masks_BP.shape != (batch, num_patches):
+        got = f"{masks_BP.dtype} {tuple(masks_BP.shape)}"
+        raise ValueError(f"masks are {got}; expected torch.bool {(batch, num_patches)}")
+
+
+def _block(config: ViTConfig) -> Block:
+    return Block(
+        config.dim,
+        config.num_heads,
+        config.ffn_hidden or 4 * config.dim,
+        ffn=config.ffn,
+        qkv_bias=config.qkv_bias,
+        layer_scale_init=config.layer_scale_init,
+        norm_eps=config.norm_eps,
+    )

@@ -1,0 +1,179 @@
+"""The command line. Nothing heavy is imported until a command needs it: `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from orchestrator.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.pipeline.load import LoadedPipeline
+
+app = typer.Typer(
+    name="orchestrator",
+    help="Train and distil vision foundation models: the whole recipe from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides, e.g. [bold]stages.pretrain.steps=200[/].",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def run(file: File, overrides: Overrides = None) -> None:
+    """Run what has to run and skip what is done. Ctrl-C stops cleanly; run again to go on.
+
+    Relative paths in the file are relative to the current directory.
+    """
+    _run(file, overrides or [], must_exist=False)
+
+
+@app.command()
+def resume(file: File, overrides: Overrides = None) -> None:
+    """Go on with a pipeline that was stopped, interrupted or failed: run, but never for the first time."""
+    _run(file, overrides or [], must_exist=True)
+
+
+@app.command()
+def plan(file: File, overrides: Overrides = None) -> None:
+    """Show the stages, which would run, and why. Changes nothing."""
+    from orchestrator.pipeline.load import load
+    from orchestrator.pipeline.lock import is_held
+    from orchestrator.pipeline.plan import plan as make_plan
+    from orchestrator.pipeline.plan import resolve
+    from orchestrator.pipeline.reporter import print_plan
+    from orchestrator.pipeline.workspace import Workspace
+
+    loaded = load(file, overrides or [])
+    stages = resolve(loaded)
+    workspace = Workspace(loaded.spec.store)
+    driven = is_held(workspace.lock_path(loaded.name))
+    plans = make_plan(stages, workspace.state(loaded.name), workspace.find, driven=driven)
+    print_plan(_console(), loaded.name, plans)
+
+
+@app.command()
+def status(file: File) -> None:
+    """Show every stage's state, attempts, time and newest metrics."""
+    from orchestrator.pipeline.status import print_status
+
+    print_status(_console(), _loaded(file))
+
+
+@app.command()
+def logs(
+    file: File,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The stage's name.", show_default=False)],
+    lines: Annotated[int, typer.Option("--lines", "-n", help="Only the last lines; 0 for all.", min=0)] = 0,
+) -> None:
+    """Print a stage's log, all attempts."""
+    from orchestrator.pipeline.status import read_log
+
+    for line in read_log(_loaded(file), stage, lines):
+        typer.echo(line)
+
+
+@app.command()
+def pull(
+    model: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="Or NAME/VERSION.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.", show_default=False)],
+    tracking: Annotated[
+        str, typer.Option(help="The MLflow server or database.", envvar="MLFLOW_TRACKING_URI")
+    ] = "sqlite:///runs/mlflow.db",
+) -> None:
+    """Fetch a finished model from the registry into a folder."""
+    from orchestrator.tracking.registry import pull as fetch
+
+    folder = fetch(model, out, tracking)
+    _console().print(f"[green]✓[/] {model} is in [bold]{folder}[/]", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    store: Annotated[Path, typer.Option(help="The store to check.")] = Path("runs"),
+) -> None:
+    """Check what is installed, the devices, and whether the store can be written."""
+    from orchestrator.pipeline.doctor import examine
+
+    raise typer.Exit(0 if examine(_console(), store) else 1)
+
+
+def _run(file: Path, overrides: Sequence[str], *, must_exist: bool) -> None:
+    from orchestrator.pipeline.execute import execute
+    from orchestrator.pipeline.load import load
+    from orchestrator.pipeline.plan import resolve
+    from orchestrator.pipeline.reporter import Reporter
+    from orchestrator.pipeline.workspace import Workspace
+
+    loaded = load(file, overrides)
+    stages = resolve(loaded)
+    if must_exist and not Workspace(loaded.spec.store).state(loaded.name).started:
+        raise UserError(
+            f"pipeline {loaded.name!r} was never started",
+            where=f"store {loaded.spec.store}",
+            hint=f"start it with: orchestrator run {file}",
+        )
+    again = " ".join(["orchestrator run", str(file), *overrides])
+    raise typer.Exit(execute(loaded, stages, Reporter(_console(), again)))
+
+
+def _loaded(file: Path) -> LoadedPipeline:
+    from orchestrator.pipeline.load import load
+
+    return load(file)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A terminal as wide as it is; in a pipe wide enough that nothing is folded."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr) if stream.isatty() else Console(stderr=stderr, width=200)
+
+
+def main() -> NoReturn:
+    """Entry point: a UserError is printed without a traceback and exits with 2."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            # A pipe in an ASCII locale cannot take ✓; losing the symbol is better than dying.
+            reconfigure(errors="replace", line_buffering=True)
+    try:
+        app()
+    except UserError as error:
+        _complain(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(0)
+
+
+def _complain(error: UserError) -> None:
+    from rich.text import Text
+
+    console = _console(stderr=True)
+    for number, line in enumerate(str(error).splitlines()):
+        is_what = not line.startswith("  ")
+        text = Text("error: " if number == 0 else "", style="bold red")
+        text.append(line, style="default not bold" if is_what else "bright_black not bold")
+        console.print(text, soft_wrap=True)

@@ -1,0 +1,198 @@
+"""Blocks: the smallest unit of data, of randomness and of batch-coupled maths.
+
+A step is `num_blocks` blocks whoever computes them; everything random in a block is keyed by
+(seed, step, block, view, sample), so its arrays are the same on any worker of any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.crops import CropConfig, cut, draw_box, make_views
+from orchestrator.data.decode import read_rgb
+from orchestrator.data.index import PhotoIndex
+from orchestrator.data.masks import block_masks
+from orchestrator.data.order import SampleOrder
+from orchestrator.data.rng import generator
+from orchestrator.errors import UserError
+
+_ASPECT = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a step: rows `ids` (S,); `weight` is 0 for padding that evens out collectives."""
+
+    step: int
+    index: int
+    ids: NDArray[np.int64]
+    arrays: dict[str, NDArray[Any]]
+    weight: float = 1.0
+
+
+class BlockSource(Protocol):
+    """Where a training loop gets its data; `load` is a pure function of (step, index)."""
+
+    num_blocks: int
+
+    def load(self, step: int, index: int) -> Block: ...
+
+
+class CropBlocks:
+    """Blocks of multi-crop views for self-supervised training.
+
+    Arrays of a block of S samples: "globals" (G, S, 3, H, W) uint8, "locals" (L, S, 3, h, w) uint8, "masks"
+    (G, S, P) bool, and with `gram_size` "gram" (G, S, 3, H', W') uint8.
+
+    Args:
+        index: the photographs.
+        order: sample ids by step; its batch size must be a multiple of `block_size`.
+        crops: the views of each step (mixed resolutions change by step).
+        patch_size: pixels of a patch's side; must divide the global size.
+        block_size: samples in a block.
+        seed: keys all crops and masks.
+        mask_ratio: smallest and largest masked share of a masked view.
+        mask_probability: share of the block's global views that are masked.
+
+    Raises:
+        UserError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        index: PhotoIndex,
+        order: SampleOrder,
+        crops: Callable[[int], CropConfig],
+        *,
+        patch_size: int,
+        block_size: int,
+        seed: int,
+        mask_ratio: tuple[float, float] = (0.1, 0.5),
+        mask_probability: float = 0.5,
+    ) -> None:
+        self.num_blocks = _num_blocks(order, block_size)
+        self._index, self._order, self._crops = index, order, crops
+        self._patch_size, self._block_size, self._seed = patch_size, block_size, seed
+        self._mask_ratio, self._mask_probability = mask_ratio, mask_probability
+        _check_patches(crops(0), patch_size)
+
+    def load(self, step: int, index: int) -> Block:
+        """The block `index` of `step`.
+
+        Raises:
+            UnreadableImage: a file changed or vanished since it was indexed.
+            UserError: this step's crop size is not a multiple of the patch size.
+        """
+        assert 0 <= index < self.num_blocks, f"block {index} of {self.num_blocks}"
+        config = self._crops(step)
+        _check_patches(config, self._patch_size)
+        ids = self._order.ids(step)[index * self._block_size : (index + 1) * self._block_size]
+        samples = []
+        for sample, row in enumerate(ids):
+
+            def rng_for_view(view: int, sample: int = sample) -> np.random.Generator:
+                return generator(self._seed, "crop", step, index, view, sample)
+
+            image = read_rgb(self._index.path(int(row)), config.min_side)
+            samples.append(make_views(image, config, rng_for_view))
+        arrays: dict[str, NDArray[Any]] = {
+            name: np.stack([views[name] for views in samples], axis=1) for name in samples[0]
+        }
+        arrays["masks"] = self._masks(step, index, config)
+        return Block(step, index, ids, arrays)
+
+    def _masks(self, step: int, index: int, config: CropConfig) -> NDArray[np.bool_]:
+        grid = config.global_size // self._patch_size
+        rng = generator(self._seed, "mask", step, index)
+        num_views = config.num_global * self._block_size
+        masks = block_masks(num_views, grid, grid, rng, self._mask_ratio, self._mask_probability)
+        return masks.reshape(config.num_global, self._block_size, grid * grid)
+
+
+class CaptionBlocks:
+    """Blocks of photographs with their captions for text alignment.
+
+    Arrays of a block of S samples: "images" (S, 3, size, size) uint8, "tokens" (S, context) int64 padded
+    with 0, "lengths" (S,) int64, the number of tokens with the end-of-text token.
+
+    Args:
+        index: the photographs; every row that `order` draws from must have a caption.
+        order: sample ids by step; its batch size must be a multiple of `block_size`.
+        size: pixels of an image's side.
+        block_size: samples in a block.
+        seed: keys the crops.
+        encode: caption → token ids, the last of which is the end-of-text token.
+        context: most tokens of a caption; longer ones lose their middle and keep the end-of-text token.
+        scale: smallest and largest share of the photograph's area that a crop takes.
+
+    Raises:
+        UserError: rows without captions, or sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        index: PhotoIndex,
+        order: SampleOrder,
+        *,
+        size: int,
+        block_size: int,
+        seed: int,
+        encode: Callable[[str], list[int]],
+        context: int = 77,
+        scale: tuple[float, float] = (0.5, 1.0),
+    ) -> None:
+        self.num_blocks = _num_blocks(order, block_size)
+        captions = index.captions
+        without = [int(row) for rows in order.components.values() for row in rows if not captions[row]]
+        if without:
+            raise UserError(
+                f"{len(without)} photos have no caption, the first is {index[without[0]].path}",
+                where=index[without[0]].root,
+                hint="give the data source a `captions` file with a `caption` column, or drop those photos",
+            )
+        self._index, self._order = index, order
+        self._size, self._block_size, self._seed = size, block_size, seed
+        self._encode, self._context, self._scale = encode, context, scale
+
+    def load(self, step: int, index: int) -> Block:
+        """The block `index` of `step`; raises UnreadableImage if a file changed or vanished."""
+        assert 0 <= index < self.num_blocks, f"block {index} of {self.num_blocks}"
+        ids = self._order.ids(step)[index * self._block_size : (index + 1) * self._block_size]
+        images = np.empty((len(ids), 3, self._size, self._size), np.uint8)
+        tokens = np.zeros((len(ids), self._context), np.int64)
+        lengths = np.empty(len(ids), np.int64)
+        min_side = int(np.ceil(self._size / np.sqrt(self._scale[0])))
+        for sample, row in enumerate(ids):
+            image = read_rgb(self._index.path(int(row)), min_side)
+            rng = generator(self._seed, "caption", step, index, sample)
+            box = draw_box(image.shape[0], image.shape[1], self._scale, _ASPECT, rng)
+            images[sample] = cut(image, box, self._size).transpose(2, 0, 1)
+            encoded = self._encode(self._index[int(row)].caption or "")
+            if len(encoded) > self._context:
+                encoded = [*encoded[: self._context - 1], encoded[-1]]
+            tokens[sample, : len(encoded)] = encoded
+            lengths[sample] = len(encoded)
+        return Block(step, index, ids, {"images": images, "tokens": tokens, "lengths": lengths})
+
+
+def _num_blocks(order: SampleOrder, block_size: int) -> int:
+    if block_size < 1 or order.batch_size % block_size:
+        raise UserError(
+            f"a batch of {order.batch_size} samples does not divide into blocks of {block_size}",
+            hint="make batch_size a multiple of block_size",
+        )
+    return order.batch_size // block_size
+
+
+def _check_patches(config: CropConfig, patch_size: int) -> None:
+    for name, size in (("global_size", config.global_size), ("local_size", config.local_size)):
+        if size % patch_size:
+            raise UserError(
+                f"{name} {size} is not a multiple of the patch size {patch_size}",
+                hint=f"use {max(1, round(size / patch_size)) * patch_size}",
+            )

@@ -1,0 +1,209 @@
+"""The views of a photograph that training compares: distorted random crops, in uint8 on OpenCV.
+
+Brightness, contrast, saturation, hue and grayscale are all affine in RGB once contrast's mean is known, and a
+mean passes through affine maps. So they are folded into one 3×4 matrix and applied in a single pass over the
+pixels (hue as a rotation in YIQ; values are clipped once at the end instead of after every operation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from orchestrator.spec import Strict
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+Pixels = NDArray[np.uint8]
+Affine = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+_LUMA = np.array([0.299, 0.587, 0.114])
+_GRAY = np.tile(_LUMA, (3, 1))
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_RGB = np.linalg.inv(_YIQ)
+_SOLARIZE = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
+_BOX_ATTEMPTS = 10
+
+
+class CropConfig(Strict):
+    """The views (DINOv3, arXiv 2508.10104; colour as in SimCLR, arXiv 2002.05709).
+
+    Sizes are in pixels, scales are shares of the photograph's area. Blur of the first global is certain and
+    of the others rare, as in the papers; `blur_probability: [0.0, 0.9]` is what DINOv3's published code does.
+    """
+
+    global_size: int = Field(256, ge=1)
+    local_size: int = Field(112, ge=1)
+    num_global: int = Field(2, ge=1)
+    num_local: int = Field(8, ge=0)
+    global_scale: Range = (0.32, 1.0)
+    local_scale: Range = (0.05, 0.32)
+    aspect: Range = (3 / 4, 4 / 3)
+    flip: bool = False
+    jitter_probability: Probability = 0.8
+    brightness: float = Field(0.4, ge=0, le=1)
+    contrast: float = Field(0.4, ge=0, le=1)
+    saturation: float = Field(0.2, ge=0, le=1)
+    hue: float = Field(0.1, ge=0, le=0.5, description="largest turn, as a share of the colour circle")
+    gray_probability: Probability = 0.2
+    blur_probability: tuple[Probability, Probability] = Field(
+        (1.0, 0.1), description="first global, other globals"
+    )
+    local_blur_probability: Probability = 0.5
+    blur_sigma: Range = Field((0.1, 2.0), description="pixels of the finished view")
+    solarize_probability: Probability = Field(0.2, description="second global only")
+    gram_size: int | None = Field(None, ge=1, description="size of the undistorted views for a Gram teacher")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CropConfig:
+        for name in ("global_scale", "local_scale", "aspect", "blur_sigma"):
+            low, high = getattr(self, name)
+            if low > high or (name.endswith("scale") and high > 1):
+                raise ValueError(f"{name} is {low} to {high}: give the smaller first, scales at most 1")
+        return self
+
+    @property
+    def min_side(self) -> int:
+        """The shorter side, in pixels, below which a decoded photograph would have to be enlarged."""
+        needs = [max(self.global_size, self.gram_size or 0) / math.sqrt(self.global_scale[0])]
+        if self.num_local:
+            needs.append(self.local_size / math.sqrt(self.local_scale[0]))
+        return math.ceil(max(needs))
+
+
+@dataclass(frozen=True)
+class Box:
+    """A crop in pixels of the photograph, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+
+
+def make_views(
+    image_HWC: Pixels, config: CropConfig, rng_for_view: Callable[[int], np.random.Generator]
+) -> dict[str, Pixels]:
+    """All views of one photograph.
+
+    Args:
+        image_HWC: uint8 RGB.
+        config: sizes and distortions.
+        rng_for_view: the generator of each view: globals are views 0 to G-1, locals G to G+L-1.
+
+    Returns:
+        "globals" (G, 3, size, size) and "locals" (L, 3, size, size), uint8; with `config.gram_size` also
+        "gram" (G, 3, gram_size, gram_size): the same boxes as the globals, without distortion.
+    """
+    num_global, num_local = config.num_global, config.num_local
+    views = {
+        "globals": np.empty((num_global, 3, config.global_size, config.global_size), np.uint8),
+        "locals": np.empty((num_local, 3, config.local_size, config.local_size), np.uint8),
+    }
+    if config.gram_size is not None:
+        views["gram"] = np.empty((num_global, 3, config.gram_size, config.gram_size), np.uint8)
+    for view in range(num_global):
+        rng = rng_for_view(view)
+        box = draw_box(
+            image_HWC.shape[0], image_HWC.shape[1], config.global_scale, config.aspect, rng, config.flip
+        )
+        if config.gram_size is not None:
+            views["gram"][view] = cut(image_HWC, box, config.gram_size).transpose(2, 0, 1)
+        blur = config.blur_probability[0 if view == 0 else 1]
+        solarize = config.solarize_probability if view == 1 else 0.0
+        pixels = _distort(cut(image_HWC, box, config.global_size), config, blur, solarize, rng)
+        views["globals"][view] = pixels.transpose(2, 0, 1)
+    for view in range(num_local):
+        rng = rng_for_view(num_global + view)
+        box = draw_box(
+            image_HWC.shape[0], image_HWC.shape[1], config.local_scale, config.aspect, rng, config.flip
+        )
+        pixels = _distort(
+            cut(image_HWC, box, config.local_size), config, config.local_blur_probability, 0.0, rng
+        )
+        views["locals"][view] = pixels.transpose(2, 0, 1)
+    return views
+
+
+def draw_box(
+    height: int, width: int, scale: Range, aspect: Range, rng: np.random.Generator, flip: bool = False
+) -> Box:
+    """A random box: area uniform in `scale`, aspect ratio log-uniform (Inception-type random resized crop).
+
+    Where ten draws do not fit into the photograph, the largest centred box of a permitted aspect is taken.
+    """
+    mirrored = flip and bool(rng.random() < 0.5)
+    for _ in range(_BOX_ATTEMPTS):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 1 <= w <= width and 1 <= h <= height:
+            return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w, mirrored)
+    w = max(1, min(width, math.floor(height * aspect[1])))
+    h = max(1, min(height, math.floor(width / aspect[0])))
+    return Box((height - h) // 2, (width - w) // 2, h, w, mirrored)
+
+
+def cut(image_HWC: Pixels, box: Box, size: int) -> Pixels:
+    """A box of the photograph, as (size, size, 3); averages when shrinking, so that nothing aliases."""
+    region = image_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
+    method = cv2.INTER_AREA if min(box.height, box.width) >= size else cv2.INTER_CUBIC
+    pixels = cv2.resize(region, (size, size), interpolation=method)
+    return np.asarray(pixels[:, ::-1] if box.flip else pixels, dtype=np.uint8)
+
+
+def _distort(
+    pixels_HWC: Pixels, config: CropConfig, blur: float, solarize: float, rng: np.random.Generator
+) -> Pixels:
+    jitter, gray, blurred, solarized = rng.random(4)
+    matrix, offset = np.eye(3), np.zeros(3)
+    if jitter < config.jitter_probability:
+        matrix, offset = _jitter(pixels_HWC, config, rng)
+    if gray < config.gray_probability:
+        matrix, offset = _GRAY @ matrix, _GRAY @ offset
+    if jitter < config.jitter_probability or gray < config.gray_probability:
+        fused = np.concatenate([matrix, offset[:, None]], axis=1).astype(np.float32)
+        pixels_HWC = np.asarray(cv2.transform(pixels_HWC, fused), dtype=np.uint8)
+    if blurred < blur:
+        sigma = float(rng.uniform(*config.blur_sigma))
+        pixels_HWC = np.asarray(cv2.GaussianBlur(pixels_HWC, (9, 9), sigma), dtype=np.uint8)
+    if solarized < solarize:
+        pixels_HWC = np.asarray(cv2.LUT(pixels_HWC, _SOLARIZE), dtype=np.uint8)
+    return pixels_HWC
+
+
+def _jitter(pixels_HWC: Pixels, config: CropConfig, rng: np.random.Generator) -> Affine:
+    """Brightness, contrast, saturation and hue in random order as one affine map of RGB in [0, 255]."""
+    mean = np.array(cv2.mean(pixels_HWC)[:3])
+    matrix, offset = np.eye(3), np.zeros(3)
+    factors = {
+        "brightness": 1 + config.brightness * rng.uniform(-1, 1),
+        "contrast": 1 + config.contrast * rng.uniform(-1, 1),
+        "saturation": 1 + config.saturation * rng.uniform(-1, 1),
+        "hue": config.hue * rng.uniform(-1, 1),
+    }
+    names = list(factors)
+    for number in rng.permutation(4):
+        name = names[number]
+        factor = factors[name]
+        if name in ("brightness", "contrast"):
+            level = float(_LUMA @ (matrix @ mean + offset)) if name == "contrast" else 0.0
+            matrix, offset = factor * matrix, factor * offset + (1 - factor) * level
+        else:
+            turn = _hue_rotation(factor) if name == "hue" else factor * np.eye(3) + (1 - factor) * _GRAY
+            matrix, offset = turn @ matrix, turn @ offset
+    return matrix, offset
+
+
+def _hue_rotation(turn: float) -> NDArray[np.float64]:
+    """Turns the chroma plane of YIQ by a share of the circle; luma stays."""
+    cos, sin = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
+    return np.asarray(_RGB @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ _YIQ)

@@ -1,0 +1,177 @@
+"""From a heap of image files to a training mix: what is whole, what is new, what to take."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from orchestrator.data.balance import fill, near_duplicates
+from orchestrator.data.decode import read_rgb
+from orchestrator.data.descriptor import describe, thumbnail
+from orchestrator.data.index import PhotoRow
+from orchestrator.data.rng import derive, generator
+from orchestrator.data.source import Photo
+
+THUMBNAIL_SIDE = 32
+_INITS = 4
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one file.
+
+    Attributes:
+        photo: the file.
+        root: absolute folder of its source.
+        status: "unique", "duplicate" or "corrupt".
+        reason: why, in words.
+        duplicate_of: "source/path" of the file that stands for it.
+    """
+
+    photo: Photo
+    root: str
+    status: str
+    reason: str = ""
+    duplicate_of: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.photo.source}/{self.photo.path}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one decoded picture looks like."""
+
+    pixels: str
+    thumbnail: NDArray[np.float32]
+    descriptor: NDArray[np.float32]
+
+
+def sift(
+    photos: Sequence[Photo], roots: Mapping[str, Path], near_rms: float, stop: Callable[[], None]
+) -> tuple[list[Fate], NDArray[np.float32]]:
+    """Decides which files are corrupt, which repeat an earlier one, and which are kept.
+
+    A duplicate has the same bytes, the same decoded pixels, or (near duplicate) a 32×32 thumbnail within
+    `near_rms` grey levels of an earlier kept picture of the same aspect ratio. The first in the given order
+    is kept.
+
+    Args:
+        photos: scanned files of all sources, in order of preference.
+        roots: absolute folder of each source.
+        near_rms: root mean square difference in grey levels; 0 finds equal thumbnails only.
+        stop: called often; raises to stop.
+
+    Returns:
+        What became of each file, in the order of `photos`, and the descriptors (N, 336) of the unique ones.
+    """
+    fates = [Fate(photo, str(roots[photo.source]), "unique") for photo in photos]
+    fates = [
+        replace(fate, status="corrupt", reason=fate.photo.error) if fate.photo.error else fate
+        for fate in fates
+    ]
+    _drop_repeats(fates, {i: fate.photo.sha256 for i, fate in enumerate(fates)}, "the same bytes")
+    looks = _look_at(fates, stop)
+    _drop_repeats(fates, {i: look.pixels for i, look in looks.items()}, "the same pixels")
+    rows = _unique(fates)
+    thumbnails = np.array([looks[i].thumbnail for i in rows], dtype=np.float32)
+    aspects = np.array([fates[i].photo.width / fates[i].photo.height for i in rows])
+    for row, other in near_duplicates(thumbnails, aspects, near_rms).items():
+        fates[rows[row]] = _repeat(fates[rows[row]], fates[rows[other]], "nearly the same pixels")
+    rows = _unique(fates)
+    return fates, np.array([looks[i].descriptor for i in rows], dtype=np.float32)
+
+
+def _unique(fates: Sequence[Fate]) -> list[int]:
+    return [i for i, fate in enumerate(fates) if fate.status == "unique"]
+
+
+def _repeat(fate: Fate, original: Fate, reason: str) -> Fate:
+    return replace(
+        fate, status="duplicate", reason=f"{reason} as {original.name}", duplicate_of=original.name
+    )
+
+
+def _drop_repeats(fates: list[Fate], contents: Mapping[int, str], reason: str) -> None:
+    first: dict[str, int] = {}
+    for i in _unique(fates):
+        original = first.setdefault(contents[i], i)
+        if original != i:
+            fates[i] = _repeat(fates[i], fates[original], reason)
+
+
+def _look_at(fates: Sequence[Fate], stop: Callable[[], None]) -> dict[int, Look]:
+    def look(i: int) -> Look:
+        stop()
+        pixels = read_rgb(Path(fates[i].root) / fates[i].photo.path)
+        digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+        return Look(digest, thumbnail(pixels, THUMBNAIL_SIDE).reshape(-1), describe(pixels))
+
+    rows = _unique(fates)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(rows, pool.map(look, rows), strict=True))
+
+
+def cluster(
+    embeddings_ND: NDArray[np.float32], num_clusters: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """k-means with k-means++ starts, the best of four.
+
+    Returns:
+        Cluster of each row, (N,), numbered from the largest cluster down, and each row's distance to its
+        centre.
+    """
+    from sklearn.cluster import KMeans
+
+    # One thread: the order of float sums, and so the result, must not depend on the machine's core count.
+    with threadpool_limits(1):
+        fitted = KMeans(num_clusters, n_init=_INITS, random_state=derive(seed, "k-means") % 2**32).fit(
+            embeddings_ND.astype(np.float64)
+        )
+    sizes = np.bincount(fitted.labels_, minlength=num_clusters)
+    rank = np.empty(num_clusters, dtype=np.int64)
+    rank[np.argsort(-sizes, kind="stable")] = np.arange(num_clusters)
+    distances = np.linalg.norm(embeddings_ND - fitted.cluster_centers_[fitted.labels_], axis=1)
+    return rank[fitted.labels_], np.asarray(distances, dtype=np.float64)
+
+
+def draw_balanced(clusters_N: NDArray[np.int64], target: int, seed: int) -> NDArray[np.bool_]:
+    """Which rows a balanced sample of `target` takes: evenly from the clusters, at random within each."""
+    rng = generator(seed, "balance")
+    num_clusters = int(clusters_N.max()) + 1
+    counts = fill(np.bincount(clusters_N, minlength=num_clusters).tolist(), target, rng)
+    chosen = np.zeros(len(clusters_N), dtype=bool)
+    for number, count in enumerate(counts):
+        chosen[rng.permutation(np.flatnonzero(clusters_N == number))[:count]] = True
+    return chosen
+
+
+def index_rows(
+    fates: Sequence[Fate], clusters_N: NDArray[np.int64], balanced_N: NDArray[np.bool_]
+) -> list[PhotoRow]:
+    """The rows of the training index: unique pictures, component "balanced" or "pool"."""
+    kept = [fate for fate in fates if fate.status == "unique"]
+    return [
+        PhotoRow(
+            source=fate.photo.source,
+            path=fate.photo.path,
+            root=fate.root,
+            sha256=fate.photo.sha256,
+            width=fate.photo.width,
+            height=fate.photo.height,
+            caption=fate.photo.caption,
+            label=fate.photo.label,
+            component="balanced" if balanced else "pool",
+            cluster=int(number),
+        )
+        for fate, number, balanced in zip(kept, clusters_N, balanced_N, strict=True)
+    ]

@@ -1,0 +1,194 @@
+"""Which samples a step trains on: a pure function of (seed, step), with nothing to save and nothing to skip.
+
+Orders are keyed permutations of row numbers (a Feistel network, Luby and Rackoff 1988, with cycle walking,
+Black and Rogaway 2002), so the sample at any position of any epoch is found in O(1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from math import floor, lcm
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.rng import derive
+from orchestrator.errors import UserError, nearest
+
+_ROUNDS = 6
+_MAX_CYCLE = 4096
+_U64 = np.uint64
+_GOLDEN = _U64(0x9E3779B97F4A7C15)
+
+
+def permute(positions: NDArray[np.int64], n: int, key: int | NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Where a keyed random permutation of range(n) sends each position.
+
+    Args:
+        positions: any shape, values in [0, n).
+        n: size of the permuted range, 1 ≤ n < 2^62.
+        key: 64 bits; another key is another permutation. An array like `positions` gives each its own.
+
+    Returns:
+        int64 of the shape of `positions`; under one key a bijection of range(n). Expected work is under two
+        passes a position.
+    """
+    values = np.asarray(positions).astype(_U64)
+    assert int(values.max(initial=0)) < n, f"positions must lie in range({n})"
+    num_bits = max(1, (n - 1).bit_length())
+    round_keys = [np.broadcast_to(np.asarray(key, dtype=_U64), values.shape).reshape(-1)]
+    for _ in range(_ROUNDS):
+        round_keys.append(_mix(round_keys[-1] + _GOLDEN))
+    keys = np.stack(round_keys[1:])
+    result = _feistel(values.reshape(-1), num_bits, keys)
+    # The network permutes the next power of two; walking on from values outside range(n) stays a bijection.
+    while (outside := np.flatnonzero(result >= n)).size:
+        result[outside] = _feistel(result[outside], num_bits, keys[:, outside])
+    return result.astype(np.int64).reshape(values.shape)
+
+
+def _feistel(values: NDArray[np.uint64], num_bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Halves of unequal width swap their widths every round; an even number of rounds restores them."""
+    left_bits, right_bits = num_bits // 2, num_bits - num_bits // 2
+    left, right = values >> _U64(right_bits), values & _U64((1 << right_bits) - 1)
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & _U64((1 << left_bits) - 1))
+        left_bits, right_bits = right_bits, left_bits
+    return (left << _U64(right_bits)) | right
+
+
+def _numbered(key: int, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A key for each of `numbers` (epochs, cycles) under one key."""
+    return _mix(_mix(numbers.astype(_U64) + _GOLDEN) ^ _U64(key))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014); wraps modulo 2^64."""
+    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
+
+
+class SampleOrder:
+    """Sample ids of every step, from one or more components of the training mix.
+
+    A share of the batches is homogeneous (all samples from one component), the rest mix the other components
+    by weight (DINOv3, arXiv 2508.10104, section 3.1: 10 % homogeneous). Every pass over a component is a
+    fresh permutation of it, and no row comes twice before every row came once (in draw order; the mix
+    shuffles draws within one short cycle of slots).
+
+    Args:
+        components: row ids by component name.
+        weights: shares of the mixed batches by component; default: by size, so that all rows come equally
+            often.
+        homogeneous: the component that homogeneous batches are drawn from; mixed batches leave it out, unless
+            it is the only one.
+        homogeneous_ratio: share of the batches that are homogeneous; exact in every run of steps up to
+            rounding.
+        batch_size: samples a step.
+        seed: another seed is another order.
+
+    Raises:
+        UserError: no rows, an unknown component, or weights that leave nothing to draw from.
+    """
+
+    def __init__(
+        self,
+        components: Mapping[str, NDArray[np.int64]],
+        weights: Mapping[str, float] | None = None,
+        homogeneous: str | None = None,
+        homogeneous_ratio: float = 0.1,
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.components = {name: np.asarray(rows, dtype=np.int64) for name, rows in components.items()}
+        self.batch_size = batch_size
+        self.seed = seed
+        self._check(weights, homogeneous, homogeneous_ratio)
+        self._homogeneous = homogeneous
+        ratio = Fraction(homogeneous_ratio).limit_denominator(10**6) if homogeneous else Fraction(0)
+        self._num, self._den = ratio.numerator, ratio.denominator
+        self._phase = derive("phase", seed) % self._den
+        self._mixed = self._mixed_names(homogeneous)
+        self._slots = _slots([self._share(name, weights) for name in self._mixed])
+        self._ends = np.cumsum(self._slots)
+
+    def is_homogeneous(self, step: int) -> bool:
+        """Whether all samples of `step` come from the homogeneous component."""
+        return self._num_homogeneous(step + 1) > self._num_homogeneous(step)
+
+    def ids(self, step: int) -> NDArray[np.int64]:
+        """The row ids of `step`, (batch_size,) int64; O(batch_size) whatever the step."""
+        before = self._num_homogeneous(step)
+        places = np.arange(self.batch_size, dtype=np.int64)
+        if self._homogeneous is not None and self.is_homogeneous(step):
+            return self._draw(self._homogeneous, "homogeneous", before * self.batch_size + places)
+        return self._mix((step - before) * self.batch_size + places)
+
+    def _num_homogeneous(self, step: int) -> int:
+        """Homogeneous steps before `step`: integers only, so that no rounding drifts over a long run."""
+        return (step * self._num + self._phase) // self._den - self._phase // self._den
+
+    def _mix(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slots come in cycles; every cycle holds each component's exact number of slots in a keyed order."""
+        length = int(self._ends[-1])
+        cycles, places = slots // length, slots % length
+        places = permute(places, length, _numbered(derive("mix", self.seed), cycles))
+        which = np.searchsorted(self._ends, places, side="right")
+        ids = np.empty_like(slots)
+        for number, name in enumerate(self._mixed):
+            chosen = which == number
+            quota = self._slots[number]
+            nth_of_cycle = places[chosen] - (self._ends[number] - quota)
+            ids[chosen] = self._draw(name, "mixed", cycles[chosen] * quota + nth_of_cycle)
+        return ids
+
+    def _draw(self, component: str, stream: str, draws: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of a component by draw number; draw number ÷ size is the epoch."""
+        rows = self.components[component]
+        epochs, positions = draws // len(rows), draws % len(rows)
+        key = derive("epoch", self.seed, stream, component)
+        return rows[permute(positions, len(rows), _numbered(key, epochs))]
+
+    def _mixed_names(self, homogeneous: str | None) -> list[str]:
+        filled = sorted(name for name, rows in self.components.items() if len(rows))
+        return [name for name in filled if name != homogeneous] or filled
+
+    def _share(self, name: str, weights: Mapping[str, float] | None) -> float:
+        return float(len(self.components[name])) if weights is None else float(weights.get(name, 0.0))
+
+    def _check(self, weights: Mapping[str, float] | None, homogeneous: str | None, ratio: float) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"a batch of {self.batch_size} samples is too small", hint="use at least 1")
+        if not 0 <= ratio <= 1:
+            raise UserError(f"homogeneous_ratio is {ratio}", hint="use a share from 0 to 1")
+        if not any(len(rows) for rows in self.components.values()):
+            raise UserError("there are no photos to train on: every component is empty")
+        for name in [*(weights or {}), *([homogeneous] if homogeneous else [])]:
+            if not len(self.components.get(name, ())):
+                raise UserError(
+                    f"there is no component {name!r} with photos in it",
+                    hint=f"use {nearest(name, self.components) or ' or '.join(sorted(self.components))!r}",
+                )
+        if weights is not None:
+            total = sum(self._share(name, weights) for name in self._mixed_names(homogeneous))
+            if min(weights.values(), default=0) < 0 or not total > 0:
+                raise UserError(
+                    f"the weights {dict(weights)} leave nothing to draw from", hint="give positive weights"
+                )
+
+
+def _slots(shares: list[float]) -> NDArray[np.int64]:
+    """Whole numbers in the ratio of `shares`: the shortest exact cycle, else the nearest of 4096 slots."""
+    parts = [Fraction(share).limit_denominator(10**6) for share in shares]
+    exact = [part / sum(parts) for part in parts]
+    length = min(_MAX_CYCLE, lcm(*(share.denominator for share in exact)))
+    counts = [floor(share * length) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i] * length, i))
+    for i in by_remainder[: length - sum(counts)]:
+        counts[i] += 1
+    # Rounding must not silence a component that was given a weight.
+    pairs = zip(counts, exact, strict=True)
+    return np.array([max(count, 1) if share > 0 else 0 for count, share in pairs], dtype=np.int64)

@@ -1,0 +1,330 @@
+"""DeepSpeed behind one small surface: forward, backward, step, and every weight as a flat named shard.
+
+A shard is this worker's consecutive part of a flattened fp32 parameter, unpadded. ZeRO-3 cuts a parameter of N
+elements into ceil(N/W) consecutive pieces, which is how `DTensor` `Shard(0)` cuts a vector of N, so shards save
+and load at any worker count without conversion (see `checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from orchestrator.elastic.task import Modules
+from orchestrator.spec import Optimizer
+
+logger = logging.getLogger("orchestrator")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`data` (n,) is this worker's part, starting at `offset`, of a flattened parameter of `numel` elements."""
+
+    name: str
+    data: Tensor
+    offset: int
+    numel: int
+    shape: torch.Size
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, imported in a third of the time and without compiling anything.
+
+    Its autotuner, of no use here, imports mlflow and pandas if they are installed: 2.5 s of a worker's start.
+    And it compiles a shared-memory op on CPUs: a worker killed while it builds leaves a lock on which every
+    later start on that machine waits for ever. Only `inference_all_reduce` uses the op, and falls back.
+    """
+    hidden = sys.modules.get("mlflow", ...)
+    if hidden is ...:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if hidden is ...:
+            del sys.modules["mlflow"]
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _zero_config(stage: int, precision: str, blocks_per_worker: int, clip_norm: float) -> dict[str, Any]:
+    world = dist.get_world_size()
+    config: dict[str, Any] = {
+        "train_batch_size": world * blocks_per_worker,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": blocks_per_worker,
+        "gradient_clipping": clip_norm,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            # DeepSpeed's own linear takes a fifth longer a step here, and saves memory only where weights
+            # are not fetched again for the backward pass; ours are.
+            "memory_efficient_linear": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if stage == 3:
+        # Small parameters gain little from staying gathered once whole blocks are fetched as units, and a
+        # persistent copy would go stale when a checkpoint or the EMA overwrites its shards.
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    return config
+
+
+class Engine:
+    """Wraps a task's modules in place and owns their optimiser.
+
+    Args:
+        modules: as the task built them; `trainable`, `ema` and `copies` are replaced by callable engines.
+        optimizer: AdamW settings.
+        zero_stage: 1, 2 or 3 for the trainable module; frozen copies are sharded at stage 3 only.
+        precision: `fp32` or `bf16`.
+        blocks_per_worker: blocks accumulated before each step.
+    """
+
+    def __init__(
+        self, modules: Modules, optimizer: Optimizer, *, zero_stage: int, precision: str, blocks_per_worker: int
+    ) -> None:
+        import deepspeed
+
+        self.modules = modules
+        self.zero_stage = zero_stage
+        self._params = dict(modules.trainable.named_parameters())
+        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        config = _zero_config(zero_stage, precision, blocks_per_worker, optimizer.clip_norm)
+        if zero_stage == 3 and modules.whole:
+            for module in (modules.trainable, modules.ema, *modules.copies.values(), *modules.frozen.values()):
+                _mark_whole(module, modules.whole)
+        self._optimizer = torch.optim.AdamW(
+            _param_groups(modules, optimizer.weight_decay),
+            lr=optimizer.lr.peak,
+            betas=optimizer.betas,
+        )
+        ema_source = modules.ema
+        self._engine, *_ = deepspeed.initialize(
+            model=modules.trainable, optimizer=self._optimizer, config=config, dist_init_required=False
+        )
+        modules.trainable = self._engine
+        if ema_source is not None:
+            modules.ema = self._freeze(ema_source, config)
+        modules.copies = {name: self._freeze(module, config) for name, module in modules.copies.items()}
+        modules.frozen = {name: self._freeze(module, config) for name, module in modules.frozen.items()}
+        self.ema: dict[str, Tensor] = {}
+        if modules.ema is not None:
+            self.ema = {shard.name: shard.data.clone() for shard in self.master()}
+            self._spread_ema()
+
+    def _freeze(self, module: nn.Module, config: dict[str, Any]) -> nn.Module:
+        import deepspeed
+
+        module.requires_grad_(False)
+        module.eval()
+        if self.zero_stage < 3:
+            return module.to(self._dtype)
+        frozen_config = {k: v for k, v in config.items() if k not in ("gradient_clipping", "data_types")}
+        engine, *_ = deepspeed.initialize(model=module, config=frozen_config, dist_init_required=False)
+        engine.eval()
+        return engine  # type: ignore[no-any-return]
+
+    # --- one step -----------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one block's loss; the mean over blocks and workers is taken inside."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the block; the update is in `step`
+
+    def step(self, lr: float, step: int) -> float:
+        """Update with learning rate `lr` (times each group's layer-wise factor); returns the gradient norm."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"] if step >= group["frozen_steps"] else 0.0
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    # --- sharded weights ----------------------------------------------------------------------------------
+
+    def _cut(self, name: str, flat: Tensor, numel: int, shape: torch.Size) -> Shard:
+        """The unpadded part of `flat`, which is this worker's ceil(N/W) consecutive elements."""
+        size = -(-numel // dist.get_world_size())
+        offset = min(dist.get_rank() * size, numel)
+        return Shard(name, flat[: min(size, numel - offset)], offset, numel, shape)
+
+    def master(self) -> Iterator[Shard]:
+        """fp32 weights of the trainable module; views at stage 3."""
+        yield from self._hp(None)
+
+    def moments(self, key: str) -> Iterator[Shard]:
+        """`exp_avg` or `exp_avg_sq`."""
+        yield from self._hp(key)
+
+    def _hp(self, key: str | None) -> Iterator[Shard]:
+        from deepspeed.utils import (
+            safe_get_full_fp32_param,
+            safe_get_full_optimizer_state,
+            safe_get_local_fp32_param,
+            safe_get_local_optimizer_state,
+        )
+
+        for name, param in self._params.items():
+            if not param.requires_grad:
+                continue
+            if self.zero_stage == 3:
+                local = (
+                    safe_get_local_fp32_param(param) if key is None else safe_get_local_optimizer_state(param, key)
+                )
+                yield self._cut(name, local.detach(), param.ds_numel, param.ds_shape)
+            else:
+                full = (
+                    safe_get_full_fp32_param(param) if key is None else safe_get_full_optimizer_state(param, key)
+                )
+                size = -(-full.numel() // dist.get_world_size())
+                part = full.detach().flatten()[dist.get_rank() * size :]
+                yield self._cut(name, part, full.numel(), full.shape)
+
+    def load(self, master: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Put shards (unpadded, as :meth:`master` yields them) and AdamW's step count in place."""
+        self._fill_optimizer_state(step)
+        with torch.no_grad():
+            for name, param in self._params.items():
+                if not param.requires_grad:
+                    continue
+                self._put(param, master[name], None)
+                for key, values in moments.items():
+                    self._put(param, values[name], key)
+
+    def _fill_optimizer_state(self, step: int) -> None:
+        # A client AdamW has no state before its first step; ZeRO's setters need it to exist.
+        zero = self._engine.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
+        for flat in flats:
+            zero.optimizer.state[flat] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.zeros_like(flat, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
+            }
+        if self.zero_stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _put(self, param: nn.Parameter, part: Tensor, key: str | None) -> None:
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        if self.zero_stage == 3:
+            padded = torch.zeros(param.ds_tensor.numel(), dtype=torch.float32, device=part.device)
+            padded[: part.numel()] = part
+            if key is None:
+                safe_set_local_fp32_param(param, padded)
+                param.ds_tensor.data.copy_(padded)
+            else:
+                safe_set_local_optimizer_state(param, padded, key)
+            return
+        full = gather(part, param.numel()).view(param.shape)
+        if key is None:
+            safe_set_full_fp32_param(param, full)
+            param.data.copy_(full)
+        else:
+            safe_set_full_optimizer_state(param, full, key)
+
+    # --- EMA and copies -----------------------------------------------------------------------------------
+
+    def update_ema(self, momentum: float) -> None:
+        """See :class:`orchestrator.elastic.task.Weights`."""
+        for shard in self.master():
+            self.ema[shard.name].lerp_(shard.data, 1.0 - momentum)
+        self._spread_ema()
+
+    def _spread_ema(self) -> None:
+        assert self.modules.ema is not None
+        self.write(self.modules.ema, self.ema)
+
+    def copy_ema(self, name: str, prefix: str) -> None:
+        """See :class:`orchestrator.elastic.task.Weights`."""
+        part = {key.removeprefix(prefix): value for key, value in self.ema.items() if key.startswith(prefix)}
+        self.write(self.modules.copies[name], part)
+
+    def write(self, module: nn.Module, shards: Mapping[str, Tensor]) -> None:
+        """Overwrite a frozen module's weights from fp32 shards, in its own precision."""
+        with torch.no_grad():
+            for name, param in _unwrapped(module).named_parameters():
+                if name not in shards:
+                    continue
+                if hasattr(param, "ds_tensor"):
+                    param.ds_tensor[: shards[name].numel()].copy_(shards[name])
+                else:
+                    param.copy_(gather(shards[name], param.numel()).view(param.shape))
+
+    def read(self, module: nn.Module) -> Iterator[Shard]:
+        """A frozen module's weights as fp32 shards."""
+        for name, param in _unwrapped(module).named_parameters():
+            if hasattr(param, "ds_tensor"):
+                yield self._cut(name, param.ds_tensor.detach().float(), param.ds_numel, param.ds_shape)
+            else:
+                size = -(-param.numel() // dist.get_world_size())
+                part = param.detach().flatten()[dist.get_rank() * size :].float()
+                yield self._cut(name, part, param.numel(), param.shape)
+
+    def full_ema(self, prefix: str = "") -> dict[str, Tensor]:
+        """The EMA below `prefix` (or the weights, without an EMA), whole and in fp32; collective."""
+        shards = ((s, self.ema.get(s.name, s.data)) for s in self.master())
+        return {
+            shard.name.removeprefix(prefix): gather(data, shard.numel).view(shard.shape).cpu()
+            for shard, data in shards
+            if shard.name.startswith(prefix)
+        }
+
+
+def gather(part: Tensor, numel: int) -> Tensor:
+    """All workers' unpadded parts of a flat tensor of `numel` elements, joined on every worker."""
+    world = dist.get_world_size()
+    size = -(-numel // world)
+    padded = torch.zeros(size, dtype=part.dtype, device=part.device)
+    padded[: part.numel()] = part
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)[:numel]
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "module", module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _mark_whole(module: nn.Module | None, classes: tuple[type[nn.Module], ...]) -> None:
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if module is not None and any(isinstance(child, classes) for child in module.modules()):
+        set_z3_leaf_modules(module, list(classes))
+
+
+def _param_groups(modules: Modules, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups by learning-rate factor, frozen steps and decay; vectors and scalars are never decayed."""
+    groups: dict[tuple[float, int, float], dict[str, Any]] = {}
+    for name, param in modules.trainable.named_parameters():
+        if not param.requires_grad:
+            continue
+        decay = weight_decay if param.ndim > 1 else 0.0
+        scale = modules.lr_scales.get(name, 1.0)
+        frozen = modules.frozen_steps.get(name, 0)
+        settings = {"params": [], "weight_decay": decay, "lr_scale": scale, "frozen_steps": frozen}
+        groups.setdefault((scale, frozen, decay), settings)["params"].append(param)
+    return list(groups.values())

@@ -1,0 +1,88 @@
+"""The contract between one training stage and the loop that trains it.
+
+A task owns modules, losses and what follows a step. It knows nothing of Ray, DeepSpeed, MLflow or storage:
+the loop wraps its modules in place (`Modules.trainable` becomes a ZeRO engine with the same call signature)
+and hands it `reduce`, a sum over workers, and `Weights`, the few operations on sharded weights it may need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Modules:
+    """What a task trains and what it only reads.
+
+    Attributes:
+        trainable: receives gradients; one call of it per block is one forward.
+        ema: same parameters as `trainable`; follows it as an exponential moving average held in fp32 shards.
+        copies: frozen modules whose weights change by :meth:`Weights.copy_ema`; saved in checkpoints.
+        frozen: modules that never change; rebuilt from their artifact, never saved.
+        lr_scales: parameter name → factor on the learning rate (layer-wise decay).
+        frozen_steps: parameter name → steps during which it does not move (the prototype layers).
+        whole: module classes fetched as one unit by ZeRO-3 (transformer blocks).
+    """
+
+    trainable: nn.Module
+    ema: nn.Module | None = None
+    copies: dict[str, nn.Module] = field(default_factory=dict)
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    frozen_steps: Mapping[str, int] = field(default_factory=dict)
+    whole: tuple[type[nn.Module], ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockTensors:
+    """One block on the device: what `data.blocks.Block` holds, as tensors. `weight` is 0 for padding."""
+
+    step: int
+    index: int
+    weight: float
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A block's differentiable `total` and the detached figures worth a curve."""
+
+    total: Tensor
+    figures: Mapping[str, Tensor]
+
+
+class Weights(Protocol):
+    """Operations on sharded weights, for `Task.after_step`."""
+
+    def update_ema(self, momentum: float) -> None:
+        """ema ← momentum·ema + (1-momentum)·trainable, in fp32; then into the teacher's own precision."""
+
+    def copy_ema(self, name: str, prefix: str) -> None:
+        """Overwrite `Modules.copies[name]` with the EMA of the parameters below `prefix`."""
+
+
+class Task(Protocol):
+    """What one training stage trains. See `docs/adr/0001-shape.md`."""
+
+    modules: Modules
+
+    def build(self, device: str) -> Modules:
+        """Make all modules, identically in every worker."""
+
+    def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[Any]:
+        """No-grad targets of all of this worker's blocks of one step, in order."""
+
+    def losses(self, block: BlockTensors, target: Any) -> Losses:
+        """The loss of one block."""
+
+    def prepare_step(self, step: int) -> None:
+        """Set what depends on the step (loss weights, frozen parts) before its first forward."""
+
+    def after_step(self, step: int, weights: Weights) -> None:
+        """What follows an update: EMA, refresh of a Gram teacher."""

@@ -1,0 +1,48 @@
+"""The one error a user's mistake raises: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The CLI prints it without a traceback and exits with code 2.
+
+    Args:
+        what: what is wrong, with the offending value.
+        where: file, line and key path, or the path on disk.
+        hint: the nearest right thing, as an imperative.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  at   {self.where}")
+        if self.hint:
+            lines.append(f"  hint {self.hint}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process boundaries; the default would lose the keyword arguments.
+        return _rebuild, (self.what, self.where, self.hint)
+
+
+def _rebuild(what: str, where: str | None, hint: str | None) -> UserError:
+    return UserError(what, where=where, hint=hint)
+
+
+class Stopped(Exception):
+    """The user asked the pipeline to stop; everything is checkpointed and can go on later."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `name` was probably meant to be, or None."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return matches[0] if matches else None

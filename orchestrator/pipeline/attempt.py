@@ -1,0 +1,147 @@
+"""One attempt at one stage: its folders, its context, its log, and what came of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.errors import Stopped, UserError
+from orchestrator.pipeline.interrupt import Interrupt, in_thread
+from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.lock import hold
+from orchestrator.pipeline.plan import ResolvedStage
+from orchestrator.pipeline.stagelog import stage_log
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.spec import Elastic
+from orchestrator.stages.base import Context, Stage
+from orchestrator.store.artifact import Artifact
+from orchestrator.tracking.runs import Run
+
+_VERSIONED = ("torch", "deepspeed", "ray", "numpy")
+
+
+@dataclass
+class Outcome:
+    """What came of an attempt."""
+
+    state: Literal["done", "failed", "stopped"]
+    seconds: float
+    summary: dict[str, float] = field(default_factory=dict)
+    artifact: Artifact | None = None
+    error: Exception | None = None
+
+    @property
+    def message(self) -> str | None:
+        """The error on one line."""
+        if self.error is None:
+            return None
+        text = self.error.what if isinstance(self.error, UserError) else str(self.error)
+        first = next(iter(text.strip().splitlines()), "")
+        name = type(self.error).__name__
+        return first if isinstance(self.error, UserError) else f"{name}: {first}" if first else name
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Everything one attempt needs. `inputs` are artifacts by role, `keys` those of all stages upstream."""
+
+    loaded: LoadedPipeline
+    stage: ResolvedStage
+    number: int
+    workspace: Workspace
+    inputs: Mapping[str, Artifact]
+    keys: Mapping[str, str]
+    run: Run
+    interrupt: Interrupt
+
+    def execute(self) -> Outcome:
+        """Run the stage and publish what it wrote. Errors become an outcome; the log has the traceback."""
+        started = time.monotonic()
+        log = self.workspace.log_path(self.loaded.name, self.stage.name)
+        title = f"{self.stage.name}: attempt {self.number}, key {self.stage.key[:16]}"
+        work = self.workspace.work(self.stage.parts.kind, self.stage.key)
+        lock = self.workspace.work_lock(self.stage.parts.kind, self.stage.key)
+        with stage_log(log, title) as logger:
+            try:
+                # Two pipelines in one store may want the same artifact: only one works on it.
+                with hold(lock, f"the work behind stage {self.stage.name!r}"):
+                    work.mkdir(parents=True, exist_ok=True)
+                    outcome = self._run_and_publish(work)
+            except Stopped:
+                outcome = Outcome("stopped", 0.0)
+            except Exception as error:
+                # A worker that got the same Ctrl-C may die before the stage can stop: that is no failure.
+                outcome = Outcome("stopped" if self.interrupt.stop.is_set() else "failed", 0.0, error=error)
+                logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
+            outcome.seconds = time.monotonic() - started
+            logger.info("%s after %.1f s", outcome.state, outcome.seconds)
+        if outcome.state == "done":
+            self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
+        return outcome
+
+    def _run_and_publish(self, work: Path) -> Outcome:
+        artifacts = self.workspace.artifacts()
+        out = artifacts.staging(f"{self.stage.parts.kind}-{self.stage.key[:16]}")
+        stage = self.loaded.spec.stages[self.stage.name]
+        context = self._context(stage, out, work)
+        returned = in_thread(lambda: stage.run(context))
+        summary = {name: float(value) for name, value in returned.items()}
+        missing = [name for name in stage.outputs if not (out / name).exists()]
+        if missing:
+            raise RuntimeError(
+                f"the stage promised {', '.join(stage.outputs)} but did not write {', '.join(missing)}"
+            )
+        artifact = artifacts.publish(self.stage.parts.kind, self.stage.key, out, self._provenance(), summary)
+        shutil.rmtree(out, ignore_errors=True)
+        return Outcome("done", 0.0, summary, artifact)
+
+    def _context(self, stage: Stage, out: Path, work: Path) -> Context:
+        spec = self.loaded.spec
+        return Context(
+            name=self.stage.name,
+            pipeline=spec.name,
+            seed=spec.seed,
+            key=self.stage.key,
+            inputs=self.inputs,
+            keys=self.keys,
+            sources=spec.data,
+            out=out,
+            work=work,
+            elastic=merged_elastic(spec.elastic, getattr(stage, "elastic", None)),
+            run=self.run,
+            stop=self.interrupt.stop,
+        )
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "pipeline": self.loaded.name,
+            "stage": self.stage.name,
+            "parts": self.stage.parts.model_dump(mode="json"),
+            "upstream": dict(self.keys),
+            "run_id": self.run.run_id,
+            "versions": versions(_VERSIONED),
+        }
+
+
+def merged_elastic(default: Elastic, own: Elastic | None) -> Elastic:
+    """The pipeline's `elastic` section with what the stage says itself laid over it."""
+    if own is None:
+        return default
+    return default.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions, without importing anything."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,124 @@
+"""The version of the code behind a stage: a hash that comments, docstrings and layout do not change.
+
+A stage's code is its own module and every module of the package it imports, directly or not, at the top or
+inside a function. Packages' `__init__` files count only when something is imported from them, otherwise the
+union of all stages would tie every stage to every other.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import orchestrator
+
+_PACKAGE = "orchestrator"
+# Where results are kept and shown, never what they are.
+_IRRELEVANT = (
+    "orchestrator.errors",
+    "orchestrator.store",
+    "orchestrator.tracking",
+    "orchestrator.report",
+    "orchestrator.pipeline",
+    "orchestrator.cli",
+    "orchestrator.stages.base",
+)
+
+
+def code_version(module: str) -> str:
+    """Hash (16 hex digits) of the code of `module` and of all it imports from the package."""
+    digest = hashlib.sha256()
+    for name, path in sorted(_closure(module).items()):
+        digest.update(f"{name}={_parsed(path)[0]};".encode())
+    return digest.hexdigest()[:16]
+
+
+def _closure(module: str) -> dict[str, Path]:
+    """Module name → file of the static import closure."""
+    start = _file_of(module)
+    if start is None:
+        return {}
+    found = {module: start}
+    queue = [module]
+    while queue:
+        current = queue.pop()
+        for name in _imports(current, found[current]):
+            path = None if name in found or name.startswith(_IRRELEVANT) else _file_of(name)
+            if path is not None:
+                found[name] = path
+                queue.append(name)
+    return found
+
+
+@functools.cache
+def _file_of(module: str) -> Path | None:
+    """The source file of a module of the package (without importing it), or of any imported module."""
+    if module == _PACKAGE or module.startswith(_PACKAGE + "."):
+        base = Path(orchestrator.__path__[0]).joinpath(*module.split(".")[1:])
+        candidates = (base.parent / f"{base.name}.py", base / "__init__.py")
+        return next((path for path in candidates if path.is_file()), None)
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return Path(file) if file and file.endswith(".py") else None
+
+
+def _imports(module: str, path: Path) -> Iterator[str]:
+    """Names of the package's modules that `module` imports."""
+    parents = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for level, base, names in _parsed(path)[1]:
+        prefix = ".".join(parents[: len(parents) - level + 1]) if level else ""
+        full = ".".join(part for part in (prefix, base) if part)
+        if full.partition(".")[0] != _PACKAGE:
+            continue
+        if not names:
+            yield full
+        for name in names:
+            yield f"{full}.{name}" if _file_of(f"{full}.{name}") else full
+
+
+@functools.cache
+def _parsed(path: Path) -> tuple[str, tuple[tuple[int, str, tuple[str, ...]], ...]]:
+    """The hash of a file's meaning, and its import statements as (level, module, names)."""
+    tree = ast.parse(path.read_bytes())
+    imports: list[tuple[int, str, tuple[str, ...]]] = []
+    digest = hashlib.sha256()
+    parts: list[str] = []
+    _write(tree, parts, imports)
+    digest.update(" ".join(parts).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest(), tuple(imports)
+
+
+def _write(node: ast.AST, parts: list[str], imports: list[tuple[int, str, tuple[str, ...]]]) -> None:
+    """Append what `node` means: types and fields, without positions, docstrings and empty fields.
+
+    Empty fields are left out because Python versions add new ones, which must not change the hash.
+    """
+    if isinstance(node, ast.ImportFrom):
+        imports.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
+    elif isinstance(node, ast.Import):
+        imports.extend((0, alias.name, ()) for alias in node.names)
+    parts.append(type(node).__name__)
+    parts.append("(")
+    for field, value in ast.iter_fields(node):
+        if value is None or value == [] or field in ("ctx", "type_comment", "kind"):
+            continue
+        parts.append(field)
+        if isinstance(value, ast.AST):
+            _write(value, parts, imports)
+        elif isinstance(value, list):
+            for item in value[1:] if field == "body" and _is_docstring(value[0]) else value:
+                if isinstance(item, ast.AST):
+                    _write(item, parts, imports)
+                else:
+                    parts.append(repr(item))
+        else:
+            parts.append(repr(value))
+    parts.append(")")
+
+
+def _is_docstring(node: object) -> bool:
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)

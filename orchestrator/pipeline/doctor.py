@@ -1,0 +1,61 @@
+"""A look at the machine: what is installed, what it can compute with, whether the store works."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from orchestrator.pipeline.attempt import versions
+from orchestrator.pipeline.reporter import stage_table
+
+_REQUIRED = ("dinov3-orchestrator", "torch", "ray", "deepspeed", "mlflow", "pydantic", "pyarrow", "numpy")
+_GIB = 2**30
+_LOW_DISK = 5 * _GIB
+
+
+def examine(console: Console, store: Path) -> bool:
+    """Print a table of checks; True if nothing stands in the way of a run."""
+    found = versions(_REQUIRED)
+    rows: list[tuple[bool, str, str]] = [
+        (True, "python", f"{platform.python_version()} on {platform.platform(terse=True)}")
+    ]
+    rows += [(name in found, name, found.get(name, "not installed")) for name in _REQUIRED]
+    rows += [_device(), (True, "cpu cores", str(len(os.sched_getaffinity(0)))), _store(store)]
+    table = stage_table("", "what", "found")
+    for fine, what, detail in rows:
+        table.add_row(Text("✓", style="green") if fine else Text("✗", style="red"), what, detail)
+    console.print(table)
+    healthy = all(fine for fine, _, _ in rows)
+    if not healthy:
+        console.print(Text("Mend what is marked ✗ first.", style="red"))
+    return healthy
+
+
+def _device() -> tuple[bool, str, str]:
+    try:
+        import torch
+    except ImportError as error:
+        return False, "device", f"torch cannot be imported: {error}"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return (
+            True,
+            "device",
+            ", ".join(f"{item.name} ({item.total_memory / _GIB:.0f} GiB)" for item in names),
+        )
+    return True, "device", "CPU only: fine for the laptop pipeline"
+
+
+def _store(store: Path) -> tuple[bool, str, str]:
+    """Whether the store, or the nearest folder above it that exists, can be written and has room."""
+    folder = store.expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return False, "store", f"{folder} cannot be written"
+    free = shutil.disk_usage(existing).free
+    return free >= _LOW_DISK, "store", f"{folder} can be written, {free / _GIB:.0f} GiB free"

@@ -1,0 +1,265 @@
+"""Running a pipeline: what is done is skipped, what was broken off goes on, and the ledger knows it all."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline import graph, tracked
+from orchestrator.pipeline.attempt import Attempt, Outcome
+from orchestrator.pipeline.interrupt import ABORTED, Interrupt
+from orchestrator.pipeline.ledger import StageState
+from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.lock import hold
+from orchestrator.pipeline.plan import ResolvedStage, StagePlan, needs_attention, plan
+from orchestrator.pipeline.reporter import Reporter
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.spec import Cluster
+from orchestrator.store.artifact import Artifact
+from orchestrator.tracking.runs import Run, Status
+
+DONE, FAILED, MISTAKE = 0, 1, 2
+_STATUS: dict[int, Status] = {DONE: "FINISHED", ABORTED: "KILLED"}
+_OUTCOME_STATUS: dict[str, Status] = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+
+StartCluster = Callable[[Cluster], AbstractContextManager[Any]]
+# The pipeline, its workspace and the id of the pipeline's run (new or to be resumed) → the pipeline's run.
+OpenTracking = Callable[[LoadedPipeline, Workspace, str], AbstractContextManager[Run]]
+
+
+def execute(
+    loaded: LoadedPipeline,
+    stages: list[ResolvedStage],
+    reporter: Reporter,
+    *,
+    start_cluster: StartCluster | None = None,
+    open_tracking: OpenTracking | None = None,
+) -> int:
+    """Run what has to run, and return the exit code: 0 done, 1 a stage failed, 2 a mistake, 130 stopped.
+
+    Args:
+        loaded: the pipeline.
+        stages: its resolved stages.
+        reporter: tells the user.
+        start_cluster: makes Ray available; called when the first stage that needs it is about to run.
+        open_tracking: opens the pipeline's tracking run.
+
+    Raises:
+        UserError: another driver runs this pipeline, or the store or cluster cannot be used.
+    """
+    workspace = Workspace(loaded.spec.store)
+    with hold(workspace.lock_path(loaded.name), f"pipeline {loaded.name!r}"):
+        start = start_cluster or _start_cluster
+        tracking = open_tracking or tracked.open_tracking
+        return _Driver(loaded, stages, workspace, reporter, start, tracking).execute()
+
+
+class _Driver:
+    def __init__(
+        self,
+        loaded: LoadedPipeline,
+        stages: list[ResolvedStage],
+        workspace: Workspace,
+        reporter: Reporter,
+        start_cluster: StartCluster,
+        open_tracking: OpenTracking,
+    ) -> None:
+        self._loaded = loaded
+        self._workspace = workspace
+        self._reporter = reporter
+        self._start_cluster = start_cluster
+        self._open_tracking = open_tracking
+        self._ledger = workspace.ledger(loaded.name)
+        self._plans = plan(stages, self._ledger.state, workspace.find)
+        self._artifacts: dict[str, Artifact] = {}
+        self._exit_code = DONE
+        self._interrupt = Interrupt()
+        self._open_runs: list[Run] = []
+        self._cluster_started = False
+
+    def execute(self) -> int:
+        if not needs_attention(self._plans, self._ledger.state):
+            for item in self._plans:
+                self._note_cached(item)
+            tracked.send_leftovers(self._loaded, self._workspace)
+            self._reporter.nothing_to_do(self._plans)
+            return DONE
+        state = self._ledger.state
+        run_id = state.run_id if state.run_id and state.status != "FINISHED" else uuid.uuid4().hex
+        # The id is on record before the run exists: a crash in between leaves no run that nobody knows.
+        self._ledger.append("opened", run_id=run_id)
+        self._interrupt.on_abort = self._abort
+        self._interrupt.on_stop = self._reporter.stopping
+        tracking = self._open_tracking(self._loaded, self._workspace, run_id)
+        with self._interrupt.installed(), tracking as root:
+            self._open_runs.append(root)
+            status: Status = "FAILED"
+            try:
+                self._record_pipeline(root)
+                self._settle(root)
+                with ExitStack() as cluster:
+                    self._run_all(root, cluster)
+                status = _STATUS.get(self._exit_code, "FAILED")
+            finally:
+                self._open_runs.remove(root)
+                root.finish(status)
+                self._ledger.append("closed", status=status)
+        self._reporter.finished(self._plans, self._ledger.state, self._exit_code)
+        return self._exit_code
+
+    def _record_pipeline(self, root: Run) -> None:
+        """Keep the resolved file in the store and in the pipeline's run."""
+        store = self._workspace.store()
+        name = f"pipelines/{self._loaded.name}/pipeline.yaml"
+        store.put_bytes(name, self._loaded.resolved().encode())
+        root.tags({"orchestrator.pipeline": self._loaded.name, "orchestrator.file": str(self._loaded.path)})
+        root.file(self._workspace.root / name, "pipeline")
+
+    def _settle(self, root: Run) -> None:
+        """Close the runs that a dead driver left open and that nobody will resume."""
+        going_on = {item.name: item.stage.key for item in self._plans if item.action == "run"}
+        for state in list(self._ledger.state.stages.values()):
+            if state.state != "running" or going_on.get(state.name) == state.key or state.run_id is None:
+                continue
+            artifact = self._artifact_of(state)
+            run = root.child(state.name, resume_id=state.run_id)
+            run.finish("KILLED" if artifact is None else "FINISHED")
+            if artifact is None:
+                self._ledger.append("settled", stage=state.name)
+            else:
+                self._workspace.drop_work(artifact.kind, artifact.key)
+                fields = {"parts": state.parts, "run_id": state.run_id, "summary": artifact.manifest.summary}
+                self._ledger.append("done", stage=state.name, **fields)
+
+    def _artifact_of(self, state: StageState) -> Artifact | None:
+        """What a dead attempt may have published just before it died."""
+        return self._workspace.find(state.parts.kind, state.parts.key) if state.parts else None
+
+    def _run_all(self, root: Run, cluster: ExitStack) -> None:
+        """Run stages in order. One that fails takes those that need it along, and no others."""
+        self._reporter.begin(self._plans)
+        for item in self._plans:
+            if self._interrupt.stop.is_set():
+                self._exit_code = ABORTED
+                return
+            lacking = [need for need in item.stage.roles.values() if need not in self._artifacts]
+            if item.artifact is not None:
+                self._artifacts[item.name] = item.artifact
+                self._note_cached(item)
+                root.tags({f"stage.{item.name}": f"cached {item.stage.key[:16]}"})
+                self._reporter.cached(item)
+            elif lacking:
+                self._reporter.blocked(item, lacking)
+            else:
+                self._run_one(item, root, cluster)
+
+    def _run_one(self, item: StagePlan, root: Run, cluster: ExitStack) -> None:
+        if self._loaded.spec.stages[item.name].needs_ray and not self._cluster_started:
+            self._enter_cluster(cluster)
+        known = self._ledger.state.stages.get(item.name)
+        goes_on = known is not None and known.key == item.stage.key and known.state != "done"
+        run_id = (known.run_id if known is not None and goes_on else None) or uuid.uuid4().hex
+        self._ledger.append(
+            "running", stage=item.name, parts=item.stage.parts, reasons=item.reasons, run_id=run_id
+        )
+        state = self._ledger.state.stages[item.name]
+        run = root.child(item.name, resume_id=run_id)
+        self._open_runs.append(run)
+        self._describe(run, item)
+        self._reporter.started(item, state.attempts)
+        with self._reporter.working(item):
+            outcome = self._attempt(item, state, run).execute()
+        self._conclude(item, run, run_id, outcome)
+
+    def _enter_cluster(self, cluster: ExitStack) -> None:
+        address = self._loaded.spec.cluster.address
+        self._reporter.starting_cluster(address)
+        try:
+            cluster.enter_context(self._start_cluster(self._loaded.spec.cluster))
+        except ConnectionError as error:
+            where = self._loaded.where("cluster", "address")
+            hint = "start one with `ray start --head`, or set the address to local"
+            raise UserError(
+                f"no Ray cluster answers at {address!r}: {error}", where=where, hint=hint
+            ) from error
+        self._cluster_started = True
+
+    def _attempt(self, item: StagePlan, state: StageState, run: Run) -> Attempt:
+        needs = {other.name: other.stage.needs for other in self._plans}
+        keys = {other.name: other.stage.key for other in self._plans}
+        return Attempt(
+            loaded=self._loaded,
+            stage=item.stage,
+            number=state.attempts,
+            workspace=self._workspace,
+            inputs={role: self._artifacts[need] for role, need in item.stage.roles.items()},
+            keys={name: keys[name] for name in graph.upstream(item.name, needs)},
+            run=run,
+            interrupt=self._interrupt,
+        )
+
+    def _conclude(self, item: StagePlan, run: Run, run_id: str, outcome: Outcome) -> None:
+        """Close the run first, the ledger second: a crash in between is settled by the next driver."""
+        log = self._workspace.log_path(self._loaded.name, item.name)
+        if outcome.summary:
+            run.metrics(outcome.summary, 0, "summary")
+        run.file(log, "logs")
+        self._open_runs.remove(run)
+        run.finish(_OUTCOME_STATUS[outcome.state])
+        self._ledger.append(
+            outcome.state,
+            stage=item.name,
+            parts=item.stage.parts,
+            run_id=run_id,
+            seconds=outcome.seconds,
+            summary=outcome.summary,
+            error=outcome.message,
+        )
+        if outcome.artifact is not None:
+            self._artifacts[item.name] = outcome.artifact
+            self._reporter.done(item, outcome)
+        elif outcome.state == "stopped":
+            self._exit_code = ABORTED
+            self._reporter.stopped(item, outcome)
+        else:
+            mistake = isinstance(outcome.error, UserError)
+            self._exit_code = MISTAKE if mistake and self._exit_code != FAILED else FAILED
+            self._reporter.failed(item, outcome, log)
+
+    def _describe(self, run: Run, item: StagePlan) -> None:
+        parts = item.stage.parts
+        run.params(parts.config)
+        run.tags(
+            {
+                "orchestrator.stage": item.name,
+                "orchestrator.kind": parts.kind,
+                "orchestrator.key": item.stage.key,
+                "orchestrator.code": parts.code,
+                "orchestrator.reasons": "; ".join(item.reasons),
+                **{f"orchestrator.input.{role}": key for role, key in parts.inputs.items()},
+                **{f"orchestrator.data.{name}": value for name, value in parts.data.items()},
+            }
+        )
+
+    def _abort(self) -> None:
+        """Best effort: the ledger keeps `running`, so the next driver resumes or closes the runs anyway."""
+        for run in reversed(self._open_runs):
+            run.finish("KILLED")
+
+    def _note_cached(self, item: StagePlan) -> None:
+        """Put on record that a stage's newest key is one whose artifact was there already."""
+        known = self._ledger.state.stages.get(item.name)
+        on_record = known is not None and known.key == item.stage.key and known.state == "done"
+        if item.artifact is None or on_record:
+            return
+        summary = item.artifact.manifest.summary
+        self._ledger.append("done", stage=item.name, parts=item.stage.parts, summary=summary, reused=True)
+
+
+def _start_cluster(cluster: Cluster) -> AbstractContextManager[Any]:
+    from orchestrator.elastic.cluster import start
+
+    return start(cluster)

@@ -1,0 +1,163 @@
+"""From a pipeline file to a checked, frozen spec; every mistake in it is one readable UserError.
+
+Relative paths in the file (the store, data sources, a SQLite tracking URI) are relative to the directory in
+which the command runs, not to the file, so that one file serves several checkouts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.errors import UserError, nearest
+from orchestrator.pipeline import yamlfile
+from orchestrator.pipeline.complaints import complaints
+from orchestrator.spec import Pipeline
+from orchestrator.stages.base import Stage
+from orchestrator.store.local import open_store
+from orchestrator.tracking.connect import absolute_uri
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A checked pipeline and the file it came from."""
+
+    spec: Pipeline[Stage]
+    document: yamlfile.Document
+
+    @property
+    def name(self) -> str:
+        """The pipeline's name."""
+        return self.spec.name
+
+    @property
+    def path(self) -> Path:
+        """The pipeline file."""
+        return self.document.path
+
+    def where(self, *path: str | int) -> str:
+        """`file:line  key.path = value` for error messages."""
+        return self.document.where(path)
+
+    def resolved(self) -> str:
+        """The whole pipeline as YAML with every default and override written out."""
+        data = self.spec.model_dump(mode="json")
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), *, stage_type: Any = None) -> LoadedPipeline:
+    """Read and check a pipeline file.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.path=value`, applied before checking; values are YAML.
+        stage_type: the union of stage configs; default: every kind the package has.
+
+    Raises:
+        UserError: anything wrong with the file, all complaints in one.
+    """
+    stages: Any = _all_stages() if stage_type is None else stage_type
+    document = yamlfile.read(Path(path), overrides)
+    model = Pipeline[stages]
+    try:
+        spec = model.model_validate(document.data)
+    except ValidationError as error:
+        raise _joined(complaints(error, document, model)) from None
+    loaded = LoadedPipeline(cast("Pipeline[Stage]", spec), document)
+    problems = _check(loaded)
+    if problems:
+        raise _joined(problems)
+    return loaded
+
+
+def _all_stages() -> Any:
+    from orchestrator.stages import AnyStage
+
+    return AnyStage
+
+
+def _joined(errors: list[UserError]) -> UserError:
+    if len(errors) == 1:
+        return errors[0]
+    return UserError("\n".join(str(error) for error in errors))
+
+
+def _check(loaded: LoadedPipeline) -> list[UserError]:
+    """What the types cannot say: names, and files that must be there."""
+    spec = loaded.spec
+    problems = []
+    if not spec.stages:
+        hint = "add one, e.g. `curate: {kind: curate, data: …}`"
+        problems.append(UserError("the pipeline has no stages", where=loaded.where("stages"), hint=hint))
+    for name in (*spec.stages, *spec.data):
+        if not _NAME.fullmatch(name):
+            section = "stages" if name in spec.stages else "data"
+            where = loaded.document.where((section, name), value=False)
+            hint = "use a-z, 0-9, - and _, starting with a letter or digit"
+            problems.append(UserError(f"{name!r} is not a usable name", where=where, hint=hint))
+    for name, source in spec.data.items():
+        if not source.path.is_dir():
+            what = "no such folder" if not source.path.exists() else "not a folder"
+            problems.append(_missing(loaded, what, ("data", name, "path"), source.path))
+        if source.captions is not None and not source.captions.is_file():
+            problems.append(_missing(loaded, "no such file", ("data", name, "captions"), source.captions))
+    for name, stage in spec.stages.items():
+        for source_name in stage.data_sources():
+            if source_name not in spec.data:
+                problems.append(_unknown_source(loaded, name, source_name))
+    problems += _check_store(loaded)
+    try:
+        absolute_uri(spec.tracking.uri)
+    except UserError as error:
+        problems.append(UserError(error.what, where=loaded.where("tracking", "uri"), hint=error.hint))
+    return problems
+
+
+def _missing(loaded: LoadedPipeline, what: str, path: tuple[str, ...], value: Path) -> UserError:
+    beside = [item.name for item in value.parent.iterdir()] if value.parent.is_dir() else []
+    close = nearest(value.name, beside)
+    if close:
+        hint = f"did you mean {value.parent / close}?"
+    elif value.is_absolute():
+        hint = "check the path"
+    else:
+        hint = f"paths are relative to where the command runs, {Path.cwd()}"
+    return UserError(f"{what}: {value}", where=loaded.where(*path), hint=hint)
+
+
+def _unknown_source(loaded: LoadedPipeline, stage: str, source: str) -> UserError:
+    close = nearest(source, loaded.spec.data)
+    known = ", ".join(loaded.spec.data) or "none"
+    return UserError(
+        f"stage {stage!r} reads the data source {source!r}, which the pipeline does not have",
+        where=loaded.where("stages", stage, "data"),
+        hint=f"did you mean {close!r}?" if close else f"there are: {known}",
+    )
+
+
+def _check_store(loaded: LoadedPipeline) -> list[UserError]:
+    """Whether the store can be used, without making it."""
+    uri = loaded.spec.store
+    where = loaded.where("store")
+    if "://" in uri and not uri.startswith("file://"):
+        try:
+            open_store(uri)
+        except UserError as error:
+            return [UserError(error.what, where=where, hint=error.hint)]
+        return []
+    folder = Path(uri.removeprefix("file://")).expanduser().absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        return [UserError(f"the store {uri} cannot be made: {existing} is a file", where=where)]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [UserError(f"the store {uri} cannot be written: no permission in {existing}", where=where)]
+    return []

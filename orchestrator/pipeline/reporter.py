@@ -1,0 +1,244 @@
+"""What a run says: a line when a stage starts or ends, and a table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.pipeline.key import short
+
+if TYPE_CHECKING:
+    from orchestrator.pipeline.attempt import Outcome
+    from orchestrator.pipeline.ledger import PipelineState
+    from orchestrator.pipeline.plan import StagePlan
+
+STYLES = {
+    "done": ("✓", "green"),
+    "cached": ("✓", "green"),
+    "run": ("▶", "cyan"),
+    "running": ("▶", "cyan"),
+    "stopped": ("■", "yellow"),
+    "interrupted": ("■", "yellow"),
+    "failed": ("✗", "red"),
+    "blocked": ("·", "bright_black"),
+    "pending": ("·", "bright_black"),
+}
+
+
+class Reporter:
+    """Tells the user how a run goes.
+
+    Args:
+        console: where to.
+        again: the command that goes on after a stop.
+    """
+
+    def __init__(self, console: Console, again: str = "the same command") -> None:
+        self._console = console
+        self._again = again
+        self._width = 0
+        self._started = time.monotonic()
+        self._results: dict[str, tuple[str, float, Mapping[str, float]]] = {}
+
+    def nothing_to_do(self, plans: Sequence[StagePlan]) -> None:
+        """Everything is there already."""
+        self._console.print(Text("✓", "green").append(f" {_up_to_date(plans)}", "default"))
+
+    def begin(self, plans: Sequence[StagePlan]) -> None:
+        """The run starts."""
+        self._width = max(len(item.name) for item in plans)
+        self._started = time.monotonic()
+
+    def starting_cluster(self, address: str) -> None:
+        """Ray is about to be started or joined."""
+        what = "starting Ray" if address == "local" else f"joining Ray at {address}"
+        self._console.print(Text(f"  {what} …", style="bright_black"))
+
+    def cached(self, item: StagePlan) -> None:
+        """A stage is skipped."""
+        self._results[item.name] = ("cached", 0.0, item.artifact.manifest.summary if item.artifact else {})
+        self._line("cached", item.name, "cached", item.reasons[0], style="bright_black")
+
+    def started(self, item: StagePlan, attempt: int) -> None:
+        """A stage starts."""
+        number = f"attempt {attempt}, " if attempt > 1 else ""
+        self._line("run", item.name, "started", number + item.reasons[0])
+        for reason in item.reasons[1:]:
+            self._console.print(Text(" " * (self._width + 13) + reason, style="bright_black"), soft_wrap=True)
+
+    def done(self, item: StagePlan, outcome: Outcome) -> None:
+        """A stage is done."""
+        self._results[item.name] = ("done", outcome.seconds, outcome.summary)
+        self._line("done", item.name, f"done in {duration(outcome.seconds)}", figures(outcome.summary))
+
+    def stopped(self, item: StagePlan, outcome: Outcome) -> None:
+        """A stage stopped because it was asked to."""
+        self._results[item.name] = ("stopped", outcome.seconds, {})
+        self._line("stopped", item.name, f"stopped after {duration(outcome.seconds)}", outcome.message or "")
+
+    def failed(self, item: StagePlan, outcome: Outcome, log: Path) -> None:
+        """A stage failed; the traceback is in its log."""
+        self._results[item.name] = ("failed", outcome.seconds, {})
+        self._line("failed", item.name, f"failed after {duration(outcome.seconds)}", outcome.message or "")
+        indent = " " * (self._width + 4)
+        where, hint = getattr(outcome.error, "where", None), getattr(outcome.error, "hint", None)
+        for label, text in (("at  ", where), ("hint", hint), ("log ", str(log))):
+            if text:
+                self._console.print(Text(f"{indent}{label} {text}"), soft_wrap=True)
+
+    def blocked(self, item: StagePlan, lacking: Sequence[str]) -> None:
+        """A stage cannot run because one that it needs did not succeed."""
+        self._results[item.name] = ("blocked", 0.0, {})
+        self._line("blocked", item.name, "not run", f"lacks {', '.join(lacking)}", style="bright_black")
+
+    def stopping(self) -> None:
+        """The first Ctrl-C came."""
+        text = "Stopping: the stage may finish what it must save. Ctrl-C again aborts at once."
+        self._console.print(Text(text, style="yellow"))
+
+    def finished(self, plans: Sequence[StagePlan], state: PipelineState, exit_code: int) -> None:
+        """The run is over: the table, and how to go on if it is not complete."""
+        table = stage_table("stage", "result", "time", "key", "figures")
+        for item in plans:
+            result, seconds, summary = self._results.get(item.name, ("pending", 0.0, {}))
+            spent = duration(seconds) if seconds else ""
+            table.add_row(item.name, mark(result), spent, short(item.stage.key), figures(summary))
+        self._console.print()
+        self._console.print(table)
+        took = duration(time.monotonic() - self._started)
+        line = Text()
+        if exit_code == 0:
+            line.append("✓", "green").append(f" Done in {took}.")
+        elif exit_code == 130:
+            line.append("■", "yellow").append(f" Stopped after {took}. What is done is kept; go on with:")
+            line.append(f"\n  {self._again}", "bold")
+        else:
+            line.append("✗", "red").append(
+                f" Failed after {took}. What is done is kept; once mended, go on with:"
+            )
+            line.append(f"\n  {self._again}", "bold")
+        self._console.print(line, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def working(self, item: StagePlan) -> Iterator[None]:
+        """While a stage runs: on a terminal its clock and newest log line; warnings in any case."""
+        ticker = _Ticker(item.name)
+        handler = _ToConsole(self._console, ticker)
+        logger = logging.getLogger("orchestrator")
+        logger.addHandler(handler)
+        live: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self._console.is_terminal:
+            live = Live(ticker, console=self._console, refresh_per_second=4, transient=True)
+        try:
+            with live:
+                yield
+        finally:
+            logger.removeHandler(handler)
+
+    def _line(self, state: str, name: str, what: str, detail: str, style: str = "") -> None:
+        symbol, colour = STYLES[state]
+        line = Text()
+        line.append(symbol, style=colour)
+        line.append(f" {name:<{self._width}}", style=style or "bold")
+        line.append(f"  {what}", style=style)
+        if detail:
+            line.append(f"  {detail}", style="bright_black" if state in ("run", "cached") else style)
+        self._console.print(line, soft_wrap=True)
+
+
+class _Ticker:
+    """One changing line: spinner, stage, clock, newest message."""
+
+    def __init__(self, name: str) -> None:
+        self._spinner = Spinner("dots")
+        self._name = name
+        self._started = time.monotonic()
+        self.message = ""
+
+    def __rich__(self) -> RenderableType:
+        text = f" {self._name}  {duration(time.monotonic() - self._started)}  {self.message}"
+        self._spinner.text = Text(text, no_wrap=True, overflow="ellipsis", style="bright_black")
+        return self._spinner
+
+
+class _ToConsole(logging.Handler):
+    def __init__(self, console: Console, ticker: _Ticker) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+        self._ticker = ticker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the newest message in the ticker; a warning stays on the screen. Errors are in the outcome."""
+        first = next(iter(record.getMessage().splitlines()), "")
+        self._ticker.message = first
+        if record.levelno == logging.WARNING:
+            self._console.print(Text(f"  ! {first}", style="yellow"), soft_wrap=True)
+
+
+def print_plan(console: Console, name: str, plans: Sequence[StagePlan]) -> None:
+    """The DAG in running order: what each stage needs, whether it runs, and every reason."""
+    table = stage_table("stage", "kind", "needs", "action", "why")
+    for item in plans:
+        why = Group(*(Text(reason) for reason in item.reasons))
+        table.add_row(item.name, item.kind, ", ".join(item.stage.needs) or "—", mark(item.action), why)
+    console.print(Text(f"Pipeline {name}", style="bold"))
+    console.print(table)
+    running = [item.name for item in plans if item.action == "run"]
+    if running:
+        text = f"{len(running)} of {len(plans)} stages to run: {', '.join(running)}"
+    else:
+        text = _up_to_date(plans)
+    console.print(Text(text), soft_wrap=True)
+
+
+def _up_to_date(plans: Sequence[StagePlan]) -> str:
+    number = f"all {len(plans)} stages are" if len(plans) > 1 else "the stage is"
+    return f"Nothing to do: {number} up to date."
+
+
+def stage_table(*columns: str) -> Table:
+    """A table without boxes that neither cuts words nor colours in a pipe."""
+    table = Table(box=None, pad_edge=False, header_style="bright_black", padding=(0, 2, 0, 0))
+    for position, column in enumerate(columns):
+        is_last = position == len(columns) - 1
+        table.add_column(column, no_wrap=not is_last, overflow="fold")
+    return table
+
+
+def mark(state: str) -> Text:
+    """A state with its symbol and colour."""
+    symbol, colour = STYLES[state]
+    return Text(f"{symbol} {state}", style=colour)
+
+
+def figures(summary: Mapping[str, float], limit: int = 6) -> str:
+    """`loss 3.21 · knn 0.713`."""
+    shown = [f"{name} {figure(value)}" for name, value in list(summary.items())[:limit]]
+    return " · ".join(shown) + (" · …" if len(summary) > limit else "")
+
+
+def figure(value: float) -> str:
+    """A number with four significant digits, whole if it is whole."""
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """`0.4s`, `12s`, `3m05s`, `2h07m`."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -1,0 +1,33 @@
+"""The log file of a stage: everything the package logs while it runs, over all attempts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+
+
+@contextlib.contextmanager
+def stage_log(path: Path, title: str) -> Iterator[logging.Logger]:
+    """Append the records of logger `orchestrator` (INFO and up) to `path`, below a line with `title`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger = logging.getLogger("orchestrator")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setLevel(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
+    try:
+        yield logger
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()

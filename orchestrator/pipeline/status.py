@@ -1,0 +1,80 @@
+"""What the ledger, the spool and the logs say about a pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from orchestrator.errors import UserError, nearest
+from orchestrator.pipeline.key import short
+from orchestrator.pipeline.ledger import StageState
+from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.lock import is_held
+from orchestrator.pipeline.reporter import duration, figures, mark, stage_table
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.tracking.spool import Spool
+
+
+def print_status(console: Console, loaded: LoadedPipeline) -> None:
+    """A table of stages: state, attempts, time, key, newest figures."""
+    workspace = Workspace(loaded.spec.store)
+    state = workspace.state(loaded.name)
+    driven = is_held(workspace.lock_path(loaded.name))
+    if not state.started:
+        console.print(Text(f"Pipeline {loaded.name} was never run."), soft_wrap=True)
+        return
+    spool_folder = workspace.spool(loaded.name)
+    spool = Spool(spool_folder) if spool_folder.is_dir() else None
+    table = stage_table("stage", "kind", "state", "attempts", "time", "key", "newest figures")
+    for name, stage in loaded.spec.stages.items():
+        known = state.stages.get(name, StageState(name))
+        shown = "interrupted" if known.state == "running" and not driven else known.state
+        attempts = "reused" if known.reused and not known.attempts else str(known.attempts or "")
+        spent = _seconds(known, running=shown == "running")
+        detail = known.error or figures(known.summary) or _newest(spool, known.run_id)
+        key = short(known.key) if known.key else ""
+        time_text = duration(spent) if spent else ""
+        table.add_row(name, stage.kind, mark(shown), attempts, time_text, key, detail)
+    console.print(Text(f"Pipeline {loaded.name}", style="bold"))
+    console.print(table)
+    if driven:
+        console.print(Text("It is running now."))
+
+
+def read_log(loaded: LoadedPipeline, stage: str, last: int = 0) -> Iterator[str]:
+    """Lines of a stage's log; with `last` > 0 only so many from its end.
+
+    Raises:
+        UserError: no such stage, or it has no log yet.
+    """
+    stages = loaded.spec.stages
+    if stage not in stages:
+        close = nearest(stage, stages)
+        raise UserError(
+            f"there is no stage {stage!r}",
+            where=str(loaded.path),
+            hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(stages)}",
+        )
+    path: Path = Workspace(loaded.spec.store).log_path(loaded.name, stage)
+    if not path.is_file():
+        raise UserError(f"stage {stage!r} has no log: it never ran here", where=str(path))
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    yield from lines[-last:] if last else lines
+
+
+def _seconds(stage: StageState, *, running: bool) -> float:
+    now = time.time() - stage.started if running and stage.started else 0.0
+    return stage.seconds + now
+
+
+def _newest(spool: Spool | None, run_id: str | None) -> str:
+    """The newest metrics of a run, from the spool: nothing has to reach MLflow first."""
+    history = spool.history(run_id) if spool is not None and run_id is not None else []
+    if not history:
+        return ""
+    newest = max(history, key=lambda record: record["time_ms"])
+    return f"step {newest['step']}: {figures(newest['metrics'])}"

@@ -1,0 +1,40 @@
+"""The pipeline's tracking run, and what earlier drivers could not send."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.tracking.flush import Flusher
+from orchestrator.tracking.runs import Run, Tracking
+from orchestrator.tracking.sink import MlflowSink
+from orchestrator.tracking.spool import Spool
+
+
+@contextlib.contextmanager
+def open_tracking(loaded: LoadedPipeline, workspace: Workspace, run_id: str) -> Iterator[Run]:
+    """The pipeline's run, new or resumed; what is in the spool is sent before this returns, or next time.
+
+    Raises:
+        UserError: the tracking address is of an unknown kind.
+    """
+    with _tracking(loaded, workspace) as tracking:
+        yield tracking.run(loaded.name, resume_id=run_id)
+
+
+def send_leftovers(loaded: LoadedPipeline, workspace: Workspace) -> None:
+    """Send what a dead driver left in the spool, if anything; MLflow is imported only then."""
+    folder = workspace.spool(loaded.name)
+    if not folder.is_dir():
+        return
+    tracking = loaded.spec.tracking
+    sink = MlflowSink(tracking.uri, tracking.experiment or loaded.name)
+    if Flusher(Spool(folder), sink).pending():
+        _tracking(loaded, workspace).close()
+
+
+def _tracking(loaded: LoadedPipeline, workspace: Workspace) -> Tracking:
+    tracking = loaded.spec.tracking
+    return Tracking(tracking.uri, tracking.experiment or loaded.name, workspace.spool(loaded.name))

@@ -1,0 +1,223 @@
+"""A YAML file as plain values that remember where each one was written."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.errors import UserError, nearest
+
+KeyPath = tuple[str | int, ...]
+
+# Maps whose keys the user invents: an override may change an entry, but a new entry is more likely a typo.
+_NAMED = ("stages", "data")
+
+
+@dataclass
+class Document:
+    """Plain values, and for every key path the line or the override that wrote it.
+
+    Attributes:
+        path: the file.
+        data: mappings, lists and scalars.
+        lines: 1-based line of every key path.
+        overrides: the command-line argument that wrote a key path.
+    """
+
+    path: Path
+    data: dict[str, Any]
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    overrides: dict[KeyPath, str] = field(default_factory=dict)
+
+    def where(self, path: KeyPath, *, value: bool = True) -> str:
+        """`file:line  key.path = value`, by the nearest enclosing key path that was written down."""
+        dotted = ".".join(str(part) for part in path)
+        found, known = lookup(self.data, path)
+        shown = f"{dotted} = {show(found)}" if value and known and not _is_container(found) else dotted
+        inside = [name for name in self.overrides if path and name[: len(path)] == path]
+        if inside and path not in self.lines:
+            return f"command line `{self.overrides[inside[0]]}`  {shown}"
+        for length in range(len(path), -1, -1):
+            prefix = path[:length]
+            if prefix in self.overrides:
+                return f"command line `{self.overrides[prefix]}`  {shown}"
+            if prefix in self.lines:
+                return f"{self.path}:{self.lines[prefix]}  {shown}".rstrip()
+        return f"{self.path}  {shown}".rstrip()
+
+
+def lookup(data: Any, path: Sequence[str | int]) -> tuple[Any, bool]:
+    """The value at `path` and whether there is one."""
+    for part in path:
+        in_mapping = isinstance(data, Mapping) and part in data
+        in_list = isinstance(data, list) and isinstance(part, int) and 0 <= part < len(data)
+        if not (in_mapping or in_list):
+            return None, False
+        data = data[part]
+    return data, True
+
+
+def show(value: Any, limit: int = 80) -> str:
+    """A value as the user could have written it, on one line."""
+    if isinstance(value, str):
+        text = value if value and value == value.strip() and "\n" not in value else repr(value)
+    elif value is None:
+        text = "(empty)"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, (list, tuple)):
+        text = "[" + ", ".join(show(item, limit) for item in value) + "]"
+    elif isinstance(value, Mapping):
+        text = "{" + ", ".join(f"{key}: {show(item, limit)}" for key, item in value.items()) + "}"
+    else:
+        text = str(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """Parse `path` and apply `key.path=value` overrides to it.
+
+    Raises:
+        UserError: no such file, not UTF-8, not YAML, a key written twice, or an override that fits nothing.
+    """
+    text = _read_text(path)
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise UserError(
+                "the pipeline file is empty", where=str(path), hint="start with `name: my-pipeline`"
+            )
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(
+                "the pipeline file must be a mapping of keys to values",
+                where=f"{path}:{node.start_mark.line + 1}",
+                hint="start with `name: my-pipeline`",
+            )
+        document = Document(path, {}, {(): node.start_mark.line + 1})
+        _record(node, (), document, active=())
+        document.data = _plain(loader.construct_document(node))
+    except yaml.MarkedYAMLError as error:
+        raise _syntax_error(path, error) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"not readable as YAML: {error}", where=str(path)) from None
+    finally:
+        loader.dispose()
+    for override in overrides:
+        _apply(document, override)
+    return document
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        close = nearest(path.name, beside)
+        hint = f"did you mean {path.parent / close}?" if close else "check the path"
+        raise UserError("no such pipeline file", where=str(path), hint=hint) from None
+    except UnicodeDecodeError as error:
+        raise UserError("the pipeline file is not UTF-8 text", where=f"{path}, byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the pipeline file: {error.strerror}", where=str(path)) from None
+
+
+def _syntax_error(path: Path, error: yaml.MarkedYAMLError) -> UserError:
+    mark = error.problem_mark or error.context_mark
+    where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+    hint = "indent with spaces, not tabs" if mark and "\\t" in str(error.problem) else None
+    return UserError(f"not valid YAML: {error.problem or error.context}", where=where, hint=hint)
+
+
+def _record(node: yaml.Node, path: KeyPath, document: Document, active: tuple[int, ...]) -> None:
+    """Write down the line of every key path below `node`, and refuse a key written twice."""
+    if id(node) in active:
+        raise UserError("an anchor contains itself", where=document.where(path, value=False))
+    active = (*active, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            document.lines[(*path, index)] = item.start_mark.line + 1
+            _record(item, (*path, index), document, active)
+    elif isinstance(node, yaml.MappingNode):
+        own: set[str] = set()
+        for key, item in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                for merged in item.value if isinstance(item, yaml.SequenceNode) else [item]:
+                    _record(merged, path, document, active)
+                continue
+            child = (*path, str(key.value))
+            if str(key.value) in own:
+                first = document.lines[child]
+                raise UserError(
+                    f"the key {key.value!r} is written twice",
+                    where=f"{document.path}:{key.start_mark.line + 1}  {'.'.join(map(str, child))}",
+                    hint=f"the first is on line {first}; keep one",
+                )
+            own.add(str(key.value))
+            document.lines[child] = key.start_mark.line + 1
+            _record(item, child, document, active)
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only: keys become strings (YAML reads `on:` as true), dates their ISO form."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (datetime.date, datetime.datetime)):
+        return value.isoformat()
+    return value
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (Mapping, list)) and len(show(value)) > 60
+
+
+def _apply(document: Document, override: str) -> None:
+    """Apply one `key.path=value`; the value is YAML."""
+    name, equals, text = override.partition("=")
+    where = f"command line `{override}`"
+    parts = name.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(
+            f"not an override: {override!r}", where="command line", hint="write key.path=value, e.g. seed=1"
+        )
+    try:
+        value = _plain(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise UserError(f"the value {text!r} is not valid YAML", where=where, hint="quote it") from None
+    target: Any = document.data
+    for depth, part in enumerate(parts[:-1]):
+        if target.get(part) is None:
+            _check_named(target, parts[: depth + 1], where)
+            target[part] = {}
+        if not isinstance(target[part], dict):
+            dotted = ".".join(parts[: depth + 1])
+            raise UserError(
+                f"{dotted} holds {show(target[part])}, which has no keys",
+                where=where,
+                hint=f"override it whole: {dotted}=…",
+            )
+        target = target[part]
+    _check_named(target, parts, where)
+    target[parts[-1]] = value
+    document.overrides[tuple(parts)] = override
+
+
+def _check_named(parent: Mapping[str, Any], parts: Sequence[str], where: str) -> None:
+    """Refuse an override that would invent a stage or a data source."""
+    if len(parts) != 2 or parts[0] not in _NAMED or parts[1] in parent:
+        return
+    close = nearest(parts[1], parent)
+    what = {"stages": "stage", "data": "data source"}[parts[0]]
+    known = ", ".join(parent) or "none"
+    raise UserError(
+        f"there is no {what} {parts[1]!r}",
+        where=where,
+        hint=f"did you mean {close!r}?" if close else f"there are: {known}",
+    )

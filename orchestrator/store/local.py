@@ -1,0 +1,206 @@
+"""Where objects live: one small interface, and the local folder that implements it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from orchestrator.errors import UserError
+from orchestrator.store.scratch import Scratch
+
+_SCRATCH = ".scratch"
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Size in bytes and time of last change in seconds since 1970."""
+
+    size: int
+    modified: float
+
+
+class Store(Protocol):
+    """Objects by name. Names are relative POSIX paths.
+
+    A put is atomic: readers see the whole old object or the whole new one, also after a crash. Nothing is
+    promised about several objects together: a group exists when the one that lists it, written last, does.
+    """
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        """Writes `data` as `name`, replacing what was there."""
+
+    def put_file(self, name: str, source: Path, *, consume: bool = False) -> None:
+        """Writes the file `source` as `name`. With `consume` the source is gone afterwards (cheaper)."""
+
+    def get_bytes(self, name: str) -> bytes:
+        """The object's content. Raises FileNotFoundError if there is none."""
+
+    def get_file(self, name: str, target: Path) -> None:
+        """Writes the object to `target`, atomically. Raises FileNotFoundError if there is none."""
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Names that start with `prefix`, sorted."""
+
+    def delete(self, name: str) -> None:
+        """Removes the object; fine if there is none."""
+
+    def stat(self, name: str) -> Stat | None:
+        """Size and time, or None if there is no such object."""
+
+    def local(self, prefix: str) -> Path:
+        """A folder on this machine that holds the objects below `prefix`, to be read only."""
+
+    def scratch(self, label: str) -> Path:
+        """A path for work in progress that does not exist yet; gone once this process is."""
+
+
+class LocalStore:
+    """Objects as files below a folder.
+
+    Args:
+        root: made if it is missing. What dead processes left unfinished in it is removed.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).expanduser().absolute()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the store {self.root} cannot be made: {error.strerror}",
+                where=str(self.root),
+                hint="set `store` to a folder that can be written",
+            ) from error
+        if not os.access(self.root, os.W_OK):
+            raise UserError(
+                f"the store {self.root} cannot be written",
+                where=str(self.root),
+                hint="set `store` to a folder that can be written",
+            )
+        self._scratch = Scratch(self.root / _SCRATCH)
+
+    def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
+        # The scratch lock belongs to one process: a copy elsewhere opens the folder anew.
+        return LocalStore, (self.root,)
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        """See :class:`Store`."""
+        target = self._path(name)
+        temporary = self.scratch("put")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                _sync(file.fileno())
+            _commit(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def put_file(self, name: str, source: Path, *, consume: bool = False) -> None:
+        """See :class:`Store`."""
+        target = self._path(name)
+        if consume and source.stat().st_dev == self.root.stat().st_dev and not source.is_symlink():
+            with source.open("rb") as file:
+                _sync(file.fileno())
+            _commit(source, target)
+            return
+        temporary = self.scratch("put")
+        try:
+            shutil.copyfile(source, temporary)
+            with temporary.open("rb") as file:
+                _sync(file.fileno())
+            _commit(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if consume:
+            source.unlink()
+
+    def get_bytes(self, name: str) -> bytes:
+        """See :class:`Store`."""
+        return self._path(name).read_bytes()
+
+    def get_file(self, name: str, target: Path) -> None:
+        """See :class:`Store`."""
+        source = self._path(name)
+        temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
+            shutil.copyfile(source, temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """See :class:`Store`."""
+        folder, _, _ = prefix.rpartition("/")
+        top = self._path(folder) if folder else self.root
+        names: list[str] = []
+        for parent, folders, files in os.walk(top):
+            if Path(parent) == self.root and _SCRATCH in folders:
+                folders.remove(_SCRATCH)
+            names += [(Path(parent) / file).relative_to(self.root).as_posix() for file in files]
+        return iter(sorted(name for name in names if name.startswith(prefix)))
+
+    def delete(self, name: str) -> None:
+        """See :class:`Store`."""
+        self._path(name).unlink(missing_ok=True)
+
+    def stat(self, name: str) -> Stat | None:
+        """See :class:`Store`."""
+        try:
+            status = self._path(name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Stat(status.st_size, status.st_mtime)
+
+    def local(self, prefix: str) -> Path:
+        """See :class:`Store`."""
+        return self._path(prefix.rstrip("/"))
+
+    def scratch(self, label: str) -> Path:
+        """See :class:`Store`."""
+        return self._scratch.new(label)
+
+    def _path(self, name: str) -> Path:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or parts[0] == _SCRATCH:
+            raise ValueError(f"not an object name: {name!r}")
+        return self.root.joinpath(*parts)
+
+
+def open_store(uri: str) -> LocalStore:
+    """The store at `uri`: a folder, or `file://` and an absolute path.
+
+    Raises:
+        UserError: the scheme is not supported, or the folder cannot be written.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return LocalStore(uri)
+    if scheme == "file":
+        return LocalStore(rest)
+    raise UserError(
+        f"cannot keep artifacts at {uri}: only local folders work so far",
+        where="store",
+        hint="set `store` to a folder, for example runs/",
+    )
+
+
+def _sync(fd: int) -> None:
+    os.fsync(fd)
+
+
+def _commit(temporary: Path, target: Path) -> None:
+    """Gives a finished, synced file its name, so that it is there after a power cut too."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary.replace(target)
+    fd = os.open(target.parent, os.O_RDONLY)
+    try:
+        _sync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,119 @@
+"""Connecting to MLflow without its noise, its global state, or folders in odd places. Imports it lazily."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_SQLITE = "sqlite:///"
+_ENVIRONMENT = {
+    # Training machines often have no way out, and what a user trains is nobody's business.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow would try for minutes before it says that a server is away.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}
+
+
+def absolute_uri(uri: str) -> str:
+    """`uri` with a relative SQLite path made absolute, so that it means the same from any folder.
+
+    Raises:
+        UserError: the scheme is none of sqlite, http(s), postgresql, mysql, mssql.
+    """
+    if uri.startswith(_SQLITE):
+        return _SQLITE + str(Path(uri.removeprefix(_SQLITE)).expanduser().absolute())
+    scheme = uri.partition("://")[0].partition("+")[0]
+    if scheme not in ("http", "https", "postgresql", "mysql", "mssql"):
+        raise UserError(
+            f"cannot track to {uri!r}",
+            where="tracking.uri",
+            hint="use sqlite:///folder/mlflow.db or the http(s):// address of an MLflow server",
+        )
+    return uri
+
+
+def database_path(uri: str) -> Path | None:
+    """The SQLite file behind `uri`, or None if it is something else."""
+    absolute = absolute_uri(uri)
+    return Path(absolute.removeprefix(_SQLITE)) if absolute.startswith(_SQLITE) else None
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the tracking server and registry at `uri`; makes a SQLite database that is missing.
+
+    The first connection of a process imports MLflow (2 s), the first to a new SQLite file builds its schema
+    (4 s): call it from a background thread where one waits. A server that does not answer may block it for
+    minutes.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    # MLflow sets its own level on import, and schema building alone logs a hundred lines. urllib3 warns of
+    # every single retry; the flusher warns once.
+    for logger, level in (
+        ("mlflow", logging.WARNING),
+        ("alembic", logging.WARNING),
+        ("urllib3", logging.ERROR),
+    ):
+        logging.getLogger(logger).setLevel(level)
+    database = database_path(uri)
+    if database is not None and not database.exists():
+        _create_database(database)
+    absolute = absolute_uri(uri)
+    return MlflowClient(tracking_uri=absolute, registry_uri=absolute)
+
+
+def _create_database(path: Path) -> None:
+    """Builds the schema aside and then gives it its name: MLflow cannot mend one that was half built."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.new-", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        store = SqlAlchemyStore(_SQLITE + str(new), _artifacts(path))
+        store.engine.dispose()
+        try:
+            # Unlike a rename, a link fails if another process has made the database in between.
+            path.hardlink_to(new)
+        except OSError:
+            # That, or a file system without links.
+            if not path.exists():
+                new.replace(path)
+
+
+def _artifacts(database: Path) -> str:
+    return (database.parent / "mlartifacts").as_uri()
+
+
+def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The id of the experiment `name`, made if there is none.
+
+    With SQLite its artifacts go to `mlartifacts` beside the database: MLflow's own default is `mlruns` in
+    whatever folder the process was started from.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = database_path(uri)
+        location = _artifacts(database) if database else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            # Somebody else may have made it in between.
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)

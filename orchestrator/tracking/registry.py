@@ -1,0 +1,183 @@
+"""Finished models in MLflow's registry: safetensors and JSON in, the same files out. Nothing is pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import UserError, nearest
+from orchestrator.tracking.connect import absolute_uri, connect, database_path
+from orchestrator.tracking.runs import Run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CONTENT_TAG = "orchestrator.sha256"
+_SUFFIXES = (".safetensors", ".json", ".md")
+
+
+def publish(
+    run: Run, name: str, folder: Path, tags: Mapping[str, str], alias: str, *, timeout: float = 60.0
+) -> int:
+    """Registers the files of `folder` as a version of the model `name` and points `alias` at it.
+
+    Publishing the same files with the same tags again (after a crash, say) finds the version that is there.
+
+    Args:
+        run: the run that the version belongs to.
+        folder: safetensors, JSON and Markdown files; at least `config.json` and one safetensors file.
+        tags: lineage; set on the version, and on the registered model as that of its newest version.
+        timeout: seconds to wait until MLflow knows the run.
+
+    Returns:
+        The version number.
+
+    Raises:
+        UserError: tracking is off, or MLflow cannot be reached.
+        ValueError: the folder holds other files, or lacks the two.
+    """
+    _require_model(folder)
+    if run.tracking_uri is None:
+        raise UserError(
+            "cannot publish a model: tracking is off", hint="set `tracking.uri` in the pipeline file"
+        )
+    run_id = run.mlflow_run_id(timeout)
+    if run_id is None:
+        raise UserError(
+            f"cannot publish {name}: MLflow at {run.tracking_uri} did not answer within {timeout:.0f} s",
+            where="tracking.uri",
+            hint="start the server, then run the pipeline again: it goes on here",
+        )
+    client = connect(run.tracking_uri)
+    _ensure_model(client, name)
+    marked = {**tags, CONTENT_TAG: _digest(folder)}
+    version = _existing(client, name, marked)
+    if version is None:
+        version = _create(client, run_id, name, folder, marked)
+        for key, value in tags.items():
+            client.set_registered_model_tag(name, key, value)
+    client.set_registered_model_alias(name, alias, str(version))
+    return version
+
+
+def pull(reference: str, out: Path, uri: str) -> Path:
+    """Downloads `name@alias` or `name/version` into the folder `out`, which appears only when complete.
+
+    Raises:
+        UserError: no such model, alias or version; `out` is not empty; MLflow or the files cannot be reached;
+            the files are not those that were published.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty", where=str(out), hint="name a folder that does not exist yet")
+    database = database_path(uri)
+    if database is not None and not database.exists():
+        raise UserError(
+            f"there is no MLflow database at {database}", where=uri, hint="give the pipeline's tracking.uri"
+        )
+    client = connect(uri)
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        version = _resolve(client, reference)
+        source = client.get_model_version_download_uri(version.name, version.version)
+        # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
+        folder = Path(download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri)))
+        if version.tags.get(CONTENT_TAG, "") != _digest(folder):
+            raise UserError(f"the files of {reference} are not those that were published", where=source)
+        folder.chmod(0o755)
+        folder.replace(out)
+    except (MlflowException, OSError) as error:
+        raise UserError(f"cannot pull {reference} from {uri}: {error}", where=uri) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def _digest(folder: Path) -> str:
+    """One sha256 over the names and contents of all files of `folder`."""
+    digest = hashlib.sha256()
+    for path in _files(folder):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{content}  {path.relative_to(folder).as_posix()}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
+
+
+def _require_model(folder: Path) -> None:
+    files = _files(folder)
+    strange = [path for path in files if path.suffix not in _SUFFIXES]
+    if strange:
+        raise ValueError(f"a published model holds {', '.join(_SUFFIXES)} files only, not {strange[0]}")
+    if folder / "config.json" not in files or not any(path.suffix == ".safetensors" for path in files):
+        raise ValueError(f"{folder} holds no model: config.json and a safetensors file are needed")
+
+
+def _ensure_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> int | None:
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.status == "READY" and tags.items() <= version.tags.items():
+            return int(version.version)
+    return None
+
+
+def _create(client: MlflowClient, run_id: str, name: str, folder: Path, tags: Mapping[str, str]) -> int:
+    experiment_id = client.get_run(run_id).info.experiment_id
+    model = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, tags=dict(tags))
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
+    # Not models:/<id>: the SQL registry would look that up in the process-wide tracking store, not in ours.
+    version = client.create_model_version(
+        name, model.artifact_location, run_id=run_id, tags=dict(tags), model_id=model.model_id
+    )
+    return int(version.version)
+
+
+def _resolve(client: MlflowClient, reference: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    name, separator, which = reference.partition("@" if "@" in reference else "/")
+    models = {model.name: model for model in client.search_registered_models(max_results=1000)}
+    model = models.get(name)
+    if model is None:
+        known = nearest(name, models) or ", ".join(sorted(models)[:5])
+        raise UserError(
+            f"no model {name!r} in the registry",
+            where=reference,
+            hint=f"did you mean {known}?" if known else "nothing is published there yet",
+        )
+    aliases = ", ".join(f"{name}@{alias}" for alias in sorted(model.aliases)) or f"{name}/1"
+    if not separator or not which:
+        raise UserError(f"{reference!r} names no version", where=reference, hint=f"there is {aliases}")
+    try:
+        if "@" in reference:
+            return client.get_model_version_by_alias(name, which)
+        return client.get_model_version(name, which)
+    except MlflowException as error:
+        what = "alias" if "@" in reference else "version"
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise UserError(
+            f"{name} has no {what} {which!r}", where=reference, hint=f"there is {aliases}"
+        ) from error

@@ -1,0 +1,256 @@
+"""Runs as the engine and the stages see them. Nothing here waits for MLflow or raises because of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from orchestrator.tracking.connect import absolute_uri
+from orchestrator.tracking.flush import Flusher, progress
+from orchestrator.tracking.sink import MlflowSink
+from orchestrator.tracking.spool import Record, Spool, clean_name
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+_log = logging.getLogger(__name__)
+
+
+class Run(ABC):
+    """One run of the pipeline, of a stage or of a student.
+
+    Attributes:
+        run_id: our own id, known at once and kept across resumes. MLflow's id follows: `mlflow_run_id`.
+        tracking_uri: the MLflow server, or None if nothing is tracked.
+    """
+
+    run_id: str
+    tracking_uri: str | None
+
+    @abstractmethod
+    def child(self, name: str, resume_id: str | None = None) -> Run:
+        """A run nested under this one; with `resume_id` that very run, RUNNING again."""
+
+    @abstractmethod
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Sets params; nested mappings become dotted names. One that is set already stays, and the new value
+        goes to the tag `drift.<name>`."""
+
+    @abstractmethod
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Sets or replaces tags; nested mappings become dotted names."""
+
+    @abstractmethod
+    def metrics(self, values: Mapping[str, float], step: int, channel: str = "train") -> bool:
+        """Records all metrics of a channel's step, in MLflow as `channel/name`.
+
+        Returns False, and records nothing, if this step of the channel was recorded before (a replayed step).
+        """
+
+    @abstractmethod
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """Uploads a copy of `path` as it is now, below `folder` of the run's artifacts. For small files."""
+
+    @abstractmethod
+    def finish(self, status: Status) -> None:
+        """Ends the run."""
+
+    @abstractmethod
+    def history(self, channel: str = "train") -> list[Record]:
+        """What `metrics` recorded, over all attempts: dicts of step, time_ms, channel and metrics."""
+
+    @abstractmethod
+    def mlflow_run_id(self, timeout: float = 0.0) -> str | None:
+        """MLflow's id of this run, waiting at most `timeout` seconds until there is one."""
+
+
+class SpooledRun(Run):
+    """A run whose records go through a spool. Light to pickle; works in any process that sees the folder."""
+
+    def __init__(self, spool: Spool, run_id: str, tracking_uri: str) -> None:
+        self._spool = spool
+        self.run_id = run_id
+        self.tracking_uri = tracking_uri
+
+    def child(self, name: str, resume_id: str | None = None) -> SpooledRun:
+        """See :class:`Run`."""
+        return open_run(self._spool, self.tracking_uri or "", name, resume_id, parent=self.run_id)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """See :class:`Run`."""
+        self._post("params", params=flatten(values))
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """See :class:`Run`."""
+        self._post("tags", tags=flatten(values))
+
+    def metrics(self, values: Mapping[str, float], step: int, channel: str = "train") -> bool:
+        """See :class:`Run`."""
+        numbers = {name: float(value) for name, value in values.items()}
+        with _disk_trouble_logged():
+            return self._spool.append(self.run_id, step, numbers, channel=channel)
+        return False
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """See :class:`Run`."""
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        with _disk_trouble_logged():
+            # The caller may change or remove the file long before it can be uploaded.
+            copy = uuid.uuid4().hex
+            target = self._spool.files(self.run_id) / copy / path.name
+            target.parent.mkdir(parents=True)
+            shutil.copyfile(path, target)
+            self._spool.post(self.run_id, "file", name=path.name, copy=copy, folder=folder)
+
+    def finish(self, status: Status) -> None:
+        """See :class:`Run`."""
+        self._post("finish", status=status)
+
+    def history(self, channel: str = "train") -> list[Record]:
+        """See :class:`Run`."""
+        return self._spool.history(self.run_id, channel)
+
+    def mlflow_run_id(self, timeout: float = 0.0) -> str | None:
+        """See :class:`Run`."""
+        deadline = time.monotonic() + timeout
+        while True:
+            found = progress(self._spool, self.run_id).mlflow_run_id
+            if found is not None or time.monotonic() >= deadline:
+                return found
+            time.sleep(0.02)
+
+    def _post(self, op: str, **payload: Any) -> None:
+        with _disk_trouble_logged():
+            self._spool.post(self.run_id, op, **payload)
+
+
+class NullRun(Run):
+    """A run that is not tracked: it keeps its metrics in memory and drops the rest."""
+
+    def __init__(self) -> None:
+        self.run_id = uuid.uuid4().hex
+        self.tracking_uri = None
+        self._records: dict[tuple[str, int], Record] = {}
+
+    def child(self, name: str, resume_id: str | None = None) -> NullRun:
+        """A new untracked run; there is nothing to resume."""
+        return NullRun()
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def metrics(self, values: Mapping[str, float], step: int, channel: str = "train") -> bool:
+        """See :class:`Run`."""
+        if (channel, step) in self._records:
+            return False
+        numbers = {name: float(value) for name, value in values.items()}
+        self._records[channel, step] = {
+            "step": step,
+            "time_ms": time.time_ns() // 1_000_000,
+            "channel": channel,
+            "metrics": numbers,
+        }
+        return True
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """Does nothing."""
+
+    def finish(self, status: Status) -> None:
+        """Does nothing."""
+
+    def history(self, channel: str = "train") -> list[Record]:
+        """See :class:`Run`."""
+        return [record for (name, _), record in self._records.items() if name == channel]
+
+    def mlflow_run_id(self, timeout: float = 0.0) -> str | None:
+        """Always None."""
+        return None
+
+
+class Tracking:
+    """A pipeline's tracking: the spool in `folder` and the thread that brings it to MLflow.
+
+    Making one starts that thread, so MLflow's import and schema building (seconds) overlap with other work.
+    The folder belongs to one pipeline and one driver at a time. As a context manager it closes itself.
+
+    Args:
+        uri: MLflow's address.
+        experiment: MLflow's experiment; made if there is none.
+        folder: of the spool.
+
+    Raises:
+        UserError: the address is of an unknown kind.
+    """
+
+    def __init__(self, uri: str, experiment: str, folder: Path) -> None:
+        self.uri = absolute_uri(uri)
+        self._spool = Spool(folder)
+        self._flusher = Flusher(self._spool, MlflowSink(self.uri, experiment))
+        self._flusher.start()
+
+    def run(self, name: str, resume_id: str | None = None) -> SpooledRun:
+        """A run at the top; with `resume_id` that very run, RUNNING again."""
+        return open_run(self._spool, self.uri, name, resume_id, parent=None)
+
+    def drain(self, timeout: float) -> bool:
+        """Waits at most `timeout` seconds until MLflow has everything; True if it does."""
+        return self._flusher.drain(timeout)
+
+    def close(self, timeout: float = 15.0) -> bool:
+        """Drains and stops. What could not be sent stays in the spool and goes out next time."""
+        done = self._flusher.drain(timeout)
+        if not done:
+            _log.warning("MLflow at %s lags behind: the rest will be sent by the next run", self.uri)
+        self._flusher.stop()
+        return done
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_run(spool: Spool, uri: str, name: str, resume_id: str | None, parent: str | None) -> SpooledRun:
+    """A run of `spool`, new or resumed."""
+    run_id = resume_id or uuid.uuid4().hex
+    run = SpooledRun(spool, run_id, uri)
+    with _disk_trouble_logged():
+        spool.post(run_id, "open", name=name, parent=parent)
+    return run
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted names to texts. Lists and the like become JSON."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{full}.")
+        elif isinstance(value, (list, tuple)):
+            flat[clean_name(full)] = json.dumps(value, default=str)
+        else:
+            flat[clean_name(full)] = str(value)
+    return flat
+
+
+@contextmanager
+def _disk_trouble_logged() -> Iterator[None]:
+    """A full disk under the spool costs records, not the training."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("a tracking record was lost: %s", error)

@@ -1,0 +1,152 @@
+"""Writes spooled records to MLflow. Doing so twice leaves what doing so once leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.tracking.connect import connect, ensure_experiment
+from orchestrator.tracking.spool import Record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RUN_TAG = "orchestrator.run_id"
+MAX_METRICS = 1000
+_MAX_PARAMS = 100
+_MAX_VALUE = 5000
+_BAD_VALUE = (OverflowError, TypeError, ValueError)
+_log = logging.getLogger(__name__)
+
+
+class RunGoneError(Exception):
+    """The MLflow run is not in the database any more (another database, or one that was made anew)."""
+
+
+class RejectedError(Exception):
+    """MLflow will never take this record."""
+
+
+class MlflowSink:
+    """One experiment of one MLflow server. Connects on first use; not for several threads."""
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.uri = uri
+        self.experiment = experiment
+        self._connection: tuple[MlflowClient, str] | None = None
+
+    def open(self, run_id: str, record: Record, known: str | None, parent: str | None) -> str:
+        """Creates the MLflow run of our `run_id`, or sets it back to RUNNING if there is one. Returns its id.
+
+        Args:
+            run_id: our id; kept as a tag, by which the run is found again if we crashed before noting its id.
+            record: the `open` record: name, tags, time_ms.
+            known: the MLflow id as far as known.
+            parent: the MLflow id of the run to nest under.
+        """
+        client, experiment_id = self._connected()
+        with _Translated():
+            mlflow_id = known or self._search(run_id)
+            if mlflow_id is not None:
+                client.update_run(mlflow_id, status="RUNNING")
+                return mlflow_id
+            tags = {**_texts(record.get("tags", {})), RUN_TAG: run_id}
+            if parent is not None:
+                tags["mlflow.parentRunId"] = parent
+            run = client.create_run(
+                experiment_id, start_time=record["time_ms"], tags=tags, run_name=record["name"]
+            )
+            return str(run.info.run_id)
+
+    def metrics(self, mlflow_id: str, records: Sequence[Record]) -> None:
+        """Logs `channel/name` for the metrics of all records.
+
+        MLflow's primary key is (run, name, time, step, value): a row that is already there is left alone.
+        """
+        from mlflow.entities import Metric
+
+        client, _ = self._connected()
+        metrics = [
+            Metric(f"{record['channel']}/{name}", value, record["time_ms"], record["step"])
+            for record in records
+            for name, value in record["metrics"].items()
+        ]
+        with _Translated():
+            for start in range(0, len(metrics), MAX_METRICS):
+                client.log_batch(mlflow_id, metrics=metrics[start : start + MAX_METRICS])
+
+    def apply(self, mlflow_id: str, record: Record, files: Path) -> None:
+        """Does a record of any other kind. `files` holds the copies of files to upload."""
+        client, _ = self._connected()
+        with _Translated():
+            match record["op"]:
+                case "params":
+                    self._params(client, mlflow_id, _texts(record["params"]))
+                case "tags":
+                    self._tags(client, mlflow_id, _texts(record["tags"]))
+                case "finish":
+                    client.set_terminated(mlflow_id, record["status"], end_time=record["time_ms"])
+                case "file":
+                    source = files / record["copy"] / record["name"]
+                    # Missing means uploaded: copies are removed only after that.
+                    if source.exists():
+                        client.log_artifact(mlflow_id, str(source), record["folder"])
+                case op:
+                    raise RejectedError(f"unknown kind of record: {op}")
+
+    def _params(self, client: MlflowClient, mlflow_id: str, params: dict[str, str]) -> None:
+        """Params never change in MLflow: those that are new are logged, the changed ones become tags."""
+        from mlflow.entities import Param
+
+        existing = client.get_run(mlflow_id).data.params
+        new = [Param(name, value) for name, value in params.items() if name not in existing]
+        for start in range(0, len(new), _MAX_PARAMS):
+            client.log_batch(mlflow_id, params=new[start : start + _MAX_PARAMS])
+        changed = {name: value for name, value in params.items() if existing.get(name, value) != value}
+        self._tags(client, mlflow_id, {f"drift.{name}": value for name, value in changed.items()})
+
+    def _tags(self, client: MlflowClient, mlflow_id: str, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        rows = [RunTag(name, value) for name, value in tags.items()]
+        for start in range(0, len(rows), _MAX_PARAMS):
+            client.log_batch(mlflow_id, tags=rows[start : start + _MAX_PARAMS])
+
+    def _search(self, run_id: str) -> str | None:
+        client, experiment_id = self._connected()
+        runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
+        return str(runs[0].info.run_id) if runs else None
+
+    def _connected(self) -> tuple[MlflowClient, str]:
+        if self._connection is None:
+            client = connect(self.uri)
+            self._connection = client, ensure_experiment(client, self.uri, self.experiment)
+        return self._connection
+
+    def reconnect(self) -> None:
+        """Forgets the connection: the next use makes a new one."""
+        self._connection = None
+
+
+class _Translated:
+    """Turns MLflow's errors into `RunGoneError` and `RejectedError`; lets through what may pass with time."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        code: Any = getattr(error, "error_code", None)
+        if code == "RESOURCE_DOES_NOT_EXIST":
+            raise RunGoneError(str(error)) from error
+        if code in ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"):
+            raise RejectedError(str(error)) from error
+        # What a driver says to a value that no column takes, such as an integer of more than 64 bits; MLflow
+        # wraps it in the error it uses for its own failures too.
+        if isinstance(error, _BAD_VALUE) or (error and isinstance(error.__cause__, _BAD_VALUE)):
+            raise RejectedError(str(error)) from error
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value)[:_MAX_VALUE] for name, value in values.items()}

@@ -1,0 +1,196 @@
+"""`align_text`: a text tower that speaks the language of a locked vision tower."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from orchestrator.errors import UserError, nearest
+from orchestrator.spec import Optimizer, Schedule, Strict, operational
+from orchestrator.stages.base import Context, Input, TrainStage
+from orchestrator.stages.selfsup import INDEX_KINDS, stage_seed, summary
+
+if TYPE_CHECKING:
+    from orchestrator.elastic.loop import Job
+
+# 256 bytes, so that every text can be written, and the three special tokens.
+SMALLEST_VOCABULARY = 259
+
+
+class AlignOptimizer(Optimizer):
+    """AdamW with the recipe's values. No layer-wise rates: the layers they would slow down are locked."""
+
+    lr: Schedule = Schedule(peak=7e-4, warmup_steps=2000, shape="cosine")
+    weight_decay: float = Field(1e-4, ge=0)
+    layer_decay: float = Field(1.0, ge=1, le=1)
+    patch_embed_scale: float = Field(1.0, ge=1, le=1)
+
+
+class TextSizes(Strict):
+    """The text tower (the paper's is 24 x 1280 x 20 heads)."""
+
+    dim: int = Field(192, ge=1)
+    depth: int = Field(4, ge=1)
+    num_heads: int = Field(3, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> TextSizes:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class AlignText(TrainStage):
+    """Locked-image text alignment: dino.txt (arXiv 2412.16334), as in DINOv3 (arXiv 2508.10104, section 5.3).
+
+    The vision tower stays as it is; two blocks on top of its tokens and a text tower from scratch learn by
+    symmetric InfoNCE over the global batch. Photos without a caption are left out.
+    """
+
+    kind: Literal["align_text"]
+    student: str | None = Field(None, description="which student of a `distill` stage")
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=2, description="pairs a step, over all workers")
+    block_size: int = Field(16, ge=1, description="pairs a block; divides batch_size")
+    image_size: int | None = Field(
+        None, ge=1, description="pixels a side; default: what the tower was trained at"
+    )
+    optimizer: AlignOptimizer = AlignOptimizer()
+    text: TextSizes = TextSizes()
+    num_blocks: int = Field(2, ge=0, description="trainable blocks on the tower's tokens")
+    drop_path: float = Field(0.3, ge=0, lt=1, description="of those blocks")
+    output_dim: int = Field(256, ge=1, description="width of the space that photos and texts share")
+    vocab_size: int = Field(4096, ge=SMALLEST_VOCABULARY, description="most tokens of the vocabulary")
+    context: int = Field(77, ge=3, description="tokens of the longest text; longer ones are cut")
+    temperature: float = Field(0.07, gt=0, description="at the start; it is learnt")
+    max_scale: float = Field(100.0, gt=0, description="largest 1/temperature")
+    zero_stage: Literal[1, 2, 3] = operational(3)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    inputs: ClassVar[tuple[Input, ...]] = (
+        Input("index", INDEX_KINDS),
+        Input("tower", ("distill", "pretrain", "gram_anchor", "high_res")),
+    )
+    outputs: ClassVar[Mapping[str, str]] = {
+        "aligned": "vision tower, aligner, text tower and tokenizer: embeds photos and texts in one space",
+        "checkpoint": "the elastic checkpoint after the last step",
+        "history.json": "figures of every step",
+    }
+
+    @model_validator(mode="after")
+    def _fits(self) -> AlignText:
+        if self.batch_size % self.block_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
+            )
+        return self
+
+    def job(self, context: Context, tower: Path, image_size: int, tokenizer: Path) -> Job:
+        """The elastic job of this stage."""
+        from orchestrator.elastic.loop import Job
+        from orchestrator.stages.tasks.captions import caption_blocks
+        from orchestrator.stages.tasks.text import AlignTask
+
+        seed = stage_seed(context, self.kind)
+        return Job(
+            name=context.name,
+            task=partial(AlignTask, self, tower, tokenizer, seed),
+            blocks=partial(caption_blocks, self, context.inputs["index"].path, tokenizer, image_size, seed),
+            num_steps=self.steps,
+            optimizer=self.optimizer,
+            zero_stage=self.zero_stage,
+            precision=self.precision,
+            work=context.work,
+            seed=context.seed,
+            elastic=context.elastic,
+        )
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Train a tokenizer, then the aligner and the text tower; leave them with the tower they belong to.
+
+        Raises:
+            UserError: no such student, a size the tower cannot take, or too few photos with a caption.
+            Stopped: on request, checkpointed.
+        """
+        from orchestrator.data.index import PhotoIndex
+        from orchestrator.elastic import job as elastic
+        from orchestrator.stages.tasks.captions import captioned, train_tokenizer
+        from orchestrator.stages.tasks.text import save_aligned
+
+        tower = pick_tower(context.inputs["tower"].path, self.student)
+        image_size = pick_image_size(tower, self.image_size)
+        index = PhotoIndex.load(context.inputs["index"].path)
+        rows = [int(row) for rows in captioned(index, self.batch_size).values() for row in rows]
+        tokenizer = context.work / "tokenizer.json"
+        train_tokenizer([str(index[row].caption) for row in rows], self.vocab_size, self.context, tokenizer)
+        job = self.job(context, tower, image_size, tokenizer)
+        elastic.run(job, tracker=context.run, stop=context.stop)
+        save_aligned(
+            job.export(job.num_steps), context.out / "aligned", self, tower, tokenizer, image_size=image_size
+        )
+        shutil.copytree(elastic.final_checkpoint(job), context.out / "checkpoint")
+        history = context.run.history()
+        (context.out / "history.json").write_text(json.dumps(history))
+        return summary(history)
+
+
+def pick_tower(artifact: Path, student: str | None) -> Path:
+    """The folder of the vision tower in an artifact: its `model`, or one of its `students`.
+
+    Raises:
+        UserError: there is no such student, it is not said which of several, or there are none.
+    """
+    folder = artifact / "students"
+    if not folder.is_dir():
+        if student is not None:
+            raise UserError(
+                f"there is no student {student!r}: this tower was not distilled into students",
+                where=str(artifact),
+                hint="leave out `student`, or put the `distill` stage in `needs`",
+            )
+        return artifact / "model"
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if student is None and len(names) == 1:
+        return folder / names[0]
+    if student not in names:
+        what = (
+            "`student` does not say which one to align"
+            if student is None
+            else f"there is no student {student!r}"
+        )
+        guess = nearest(student or "", names)
+        raise UserError(
+            what,
+            where=str(artifact),
+            hint=f"use student: {guess}" if guess else f"use one of {', '.join(names)}",
+        )
+    return folder / student
+
+
+def pick_image_size(tower: Path, wanted: int | None) -> int:
+    """The wanted size if the tower can take it; without one, the size that the tower was trained at.
+
+    Raises:
+        UserError: the patch does not divide it, or the tower does not say.
+    """
+    record = json.loads((tower / "config.json").read_text())
+    size = wanted or record["extra"].get("image_size")
+    if size is None:
+        raise UserError(
+            "the tower does not say what size it was trained at", where=str(tower), hint="set image_size"
+        )
+    fields = record["config"]
+    patch = fields["patch_size"] if "patch_size" in fields else 8 * fields["stem_stride"]
+    if size % patch:
+        raise UserError(
+            f"image_size {size} is not a multiple of the tower's patch size {patch}",
+            where=str(tower),
+            hint=f"use {max(1, round(size / patch)) * patch}",
+        )
+    return int(size)

@@ -1,0 +1,90 @@
+"""What a stage is: a frozen config that declares its inputs and outputs and knows how to run.
+
+Stage modules import nothing heavy at the top (no torch, ray, mlflow): `orchestrator plan` loads them all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from orchestrator.spec import DataSource, Elastic, StageSpec, operational
+from orchestrator.store.artifact import Artifact
+from orchestrator.tracking.runs import Run
+
+
+@dataclass(frozen=True)
+class Input:
+    """One thing a stage needs: exactly one of its `needs` must be of one of these kinds."""
+
+    role: str
+    kinds: tuple[str, ...]
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a stage gets from the engine.
+
+    Attributes:
+        name: the stage's name in the pipeline file.
+        pipeline: the pipeline's name.
+        seed: the pipeline's seed.
+        key: the stage's content key.
+        inputs: artifacts by the role of the declared :class:`Input`.
+        keys: content keys of every stage upstream of this one, by stage name (lineage for `publish`).
+        sources: the pipeline's data sources.
+        out: an empty folder; what is in it when `run` returns becomes the artifact.
+        work: a folder that outlives the attempt (same key, same folder): checkpoints live here.
+        elastic: worker range, checkpoint interval and the like, pipeline defaults merged.
+        run: this stage's tracking run.
+        stop: set when the user asked for a clean stop; long stages check it and raise `Stopped`.
+    """
+
+    name: str
+    pipeline: str
+    seed: int
+    key: str
+    inputs: Mapping[str, Artifact]
+    keys: Mapping[str, str]
+    sources: Mapping[str, DataSource]
+    out: Path
+    work: Path
+    elastic: Elastic
+    run: Run
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+class Stage(StageSpec):
+    """Base of every stage kind.
+
+    Subclasses narrow `kind` to a Literal, add config fields, and set `inputs` and `outputs` (file or folder
+    name → what it holds; the engine checks that each was written).
+    """
+
+    inputs: ClassVar[tuple[Input, ...]] = ()
+    outputs: ClassVar[Mapping[str, str]] = {}
+    needs_ray: ClassVar[bool] = True
+
+    def data_sources(self) -> tuple[str, ...]:
+        """Names of the data sources this stage reads: the content of each is part of the stage's key."""
+        value = getattr(self, "data", None)
+        return (value,) if isinstance(value, str) else tuple(value or ())
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Do the work, write `outputs` into `context.out`, and return the figures worth a summary line.
+
+        Raises:
+            UserError: the inputs or the config cannot work.
+            Stopped: `context.stop` was set; everything needed to go on is in `context.work`.
+        """
+        raise NotImplementedError
+
+
+class TrainStage(Stage):
+    """What every training stage has besides its own fields."""
+
+    elastic: Elastic | None = operational(None, description="overrides the pipeline's `elastic` section")

@@ -1,0 +1,227 @@
+"""Curation: whole, distinct photographs, clustered by look and sampled evenly.
+
+After DINOv3 (arXiv 2508.10104, section 3.1) and Vo et al. (arXiv 2405.15613), in small: one level of k-means,
+and a classical thumbnail descriptor in the place of an encoder's embedding until a trained encoder can be
+given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from orchestrator.errors import Stopped, UserError, nearest
+from orchestrator.stages.base import Context, Stage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from orchestrator.data.curation import Fate
+    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.source import Photo
+
+
+def _names(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class Curate(Stage):
+    """Files of one or more data sources → the index of photographs that training reads.
+
+    Photographs are not copied: the index names their absolute folder, their path in it and their sha256, so
+    it holds on machines that see the same folder at the same place.
+
+    `embedding: thumbnail` describes colours and edges, not content; clusters are pictures that look alike.
+    """
+
+    kind: Literal["curate"]
+    data: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        min_length=1, description="names of data sources; of equal photos, the first source's is kept"
+    )
+    clusters: int = Field(16, ge=1, description="k-means clusters")
+    sample: int | float = Field(
+        0.5, description="photos of the balanced component: a number, or a share of the unique ones (0 to 1]"
+    )
+    embedding: Literal["thumbnail"] = "thumbnail"
+    near_duplicate: float = Field(
+        3.0,
+        ge=0,
+        description="grey levels by which 32×32 thumbnails of one photo may differ, root mean square",
+    )
+
+    needs_ray: ClassVar[bool] = False
+    outputs: ClassVar[Mapping[str, str]] = {
+        "index.parquet": "one row a unique photo: where it is, caption, label, cluster, component",
+        "embeddings.npy": "float32, one row a row of the index",
+        "provenance.parquet": "every file of the sources: what happened to it and why",
+        "report.json": "counts, duplicate groups, corrupt files, clusters",
+        "clusters.png": "a few photos of each cluster",
+    }
+
+    @field_validator("sample")
+    @classmethod
+    def _sensible(cls, value: float) -> float:
+        if value <= 0 or (isinstance(value, float) and value > 1):
+            raise ValueError("give a whole number of photos, or a share above 0 and at most 1.0")
+        return value
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Scans, removes repeats, embeds, clusters and samples; deterministic in the files, config and seed.
+
+        Raises:
+            UserError: an unknown or empty source, nothing readable, or more clusters or samples than photos.
+            Stopped: the user asked for it; the stage starts over next time.
+        """
+        import numpy as np
+
+        from orchestrator.data import curation
+        from orchestrator.data.contact_sheet import draw_clusters
+        from orchestrator.data.index import PhotoIndex
+
+        def stop() -> None:
+            if context.stop.is_set():
+                raise Stopped
+
+        photos = self._scan(context)
+        stop()
+        roots = {name: context.sources[name].path.resolve() for name in self.data}
+        fates, embeddings = curation.sift(photos, roots, self.near_duplicate, stop)
+        target = self._target(len(embeddings), context.name)
+        clusters, distances = curation.cluster(embeddings, self.clusters, context.seed)
+        stop()
+        balanced = curation.draw_balanced(clusters, target, context.seed)
+        index = PhotoIndex(curation.index_rows(fates, clusters, balanced))
+        index.save(context.out)
+        np.save(context.out / "embeddings.npy", embeddings)
+        _write_provenance(context.out / "provenance.parquet", fates, index)
+        report = _report(self, fates, index, embeddings)
+        (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        draw_clusters(index, distances, context.out / "clusters.png")
+        context.run.file(context.out / "clusters.png", "curation")
+        summary = ("images", "unique", "corrupt", "duplicates", "clusters")
+        return {name: float(report[name]) for name in summary}
+
+    def _scan(self, context: Context) -> list[Photo]:
+        from orchestrator.data.source import scan
+
+        photos: list[Photo] = []
+        for name in self.data:
+            if name not in context.sources:
+                near = nearest(name, context.sources)
+                raise UserError(
+                    f"there is no data source {name!r}",
+                    where=f"stages.{context.name}.data",
+                    hint=f"did you mean {near!r}?" if near else f"name one of {sorted(context.sources)}",
+                )
+            photos += scan(context.sources[name], name)
+        if all(photo.error for photo in photos):
+            raise UserError(
+                f"none of the {len(photos)} images can be read; {photos[0].path}: {photos[0].error}",
+                where=str(context.sources[photos[0].source].path),
+                hint="check that the files were copied whole",
+            )
+        return photos
+
+    def _target(self, num_unique: int, stage: str) -> int:
+        """Photos of the balanced component."""
+        if self.clusters > num_unique:
+            raise UserError(
+                f"{self.clusters} clusters cannot be made of {num_unique} different photos",
+                where=f"stages.{stage}.clusters",
+                hint=f"use at most {num_unique}",
+            )
+        if isinstance(self.sample, float):
+            return max(1, round(self.sample * num_unique))
+        if self.sample > num_unique:
+            raise UserError(
+                f"a sample of {self.sample} cannot be taken from {num_unique} different photos",
+                where=f"stages.{stage}.sample",
+                hint=f"use at most {num_unique}, or a share such as 0.5",
+            )
+        return self.sample
+
+
+def _write_provenance(path: Path, fates: Sequence[Fate], index: PhotoIndex) -> None:
+    """One row a file; `id` is its row in the index, or null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids = {(index[i].source, index[i].path): i for i in range(len(index))}
+    rows = []
+    for fate in fates:
+        row = ids.get((fate.photo.source, fate.photo.path))
+        rows.append(
+            {
+                "source": fate.photo.source,
+                "path": fate.photo.path,
+                "root": fate.root,
+                "sha256": fate.photo.sha256,
+                "bytes": fate.photo.bytes,
+                "status": fate.status,
+                "reason": fate.reason or (f"{index[row].component} component" if row is not None else ""),
+                "duplicate_of": fate.duplicate_of,
+                "id": row,
+                "cluster": None if row is None else index[row].cluster,
+            }
+        )
+    text, whole = pa.string(), pa.int64()
+    types = {"bytes": whole, "id": whole, "cluster": whole}
+    schema = pa.schema([(name, types.get(name, text)) for name in rows[0]])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _report(
+    config: Curate, fates: Sequence[Fate], index: PhotoIndex, embeddings_ND: NDArray[np.float32]
+) -> dict[str, Any]:
+    """Counts and lists, without absolute paths, so that reports compare across machines."""
+    by_status = Counter(fate.status for fate in fates)
+    components = [index[i].component for i in range(len(index))]
+    sizes, taken = (
+        Counter(index.clusters.tolist()),
+        Counter(
+            number
+            for number, name in zip(index.clusters.tolist(), components, strict=True)
+            if name == "balanced"
+        ),
+    )
+    return {
+        "images": len(fates),
+        "unique": by_status["unique"],
+        "corrupt": by_status["corrupt"],
+        "duplicates": by_status["duplicate"],
+        "clusters": len(sizes),
+        "components": dict(sorted(Counter(components).items())),
+        "embedding": {"name": config.embedding, "dim": int(embeddings_ND.shape[1])},
+        "corrupt_files": {fate.name: fate.reason for fate in fates if fate.status == "corrupt"},
+        "duplicate_groups": _duplicate_groups(fates),
+        "cluster_sizes": {
+            str(number): {"photos": sizes[number], "taken": taken[number]} for number in sorted(sizes)
+        },
+    }
+
+
+def _duplicate_groups(fates: Sequence[Fate]) -> list[dict[str, Any]]:
+    """Groups of equal photos, largest first, and whether their captions or labels disagree."""
+    by_name = {fate.name: fate for fate in fates}
+    groups: dict[str, list[Fate]] = defaultdict(list)
+    for fate in fates:
+        if fate.duplicate_of:
+            groups[fate.duplicate_of].append(fate)
+    listed = []
+    for kept, repeats in groups.items():
+        members = [by_name[kept].photo, *(fate.photo for fate in repeats)]
+        listed.append(
+            {
+                "kept": kept,
+                "dropped": {fate.name: fate.reason.split(" as ")[0] for fate in repeats},
+                "captions_differ": len({photo.caption for photo in members}) > 1,
+                "labels_differ": len({photo.label for photo in members}) > 1,
+            }
+        )
+    return sorted(listed, key=lambda group: (-len(group["dropped"]), group["kept"]))

@@ -1,0 +1,276 @@
+"""`evaluate`: what the trained towers are worth on the user's own photos, beside baselines, whoever wins."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import Field
+
+from orchestrator.errors import Stopped, UserError
+from orchestrator.spec import operational
+from orchestrator.stages.base import Context, Input, Stage
+from orchestrator.stages.selfsup import INDEX_KINDS
+
+if TYPE_CHECKING:
+    from orchestrator.data.index import PhotoIndex
+    from orchestrator.stages.tasks.evaluation import Check, Crops, Tower
+    from orchestrator.stages.tasks.evaluation_results import Results, Score
+    from orchestrator.store.artifact import Artifact
+
+# In the order of the recipe: the last one there is gives the teacher.
+TEACHER_ROLES = ("pretrain", "gram", "high_res")
+RAW_SIDE = 32
+_RECALL_AT = (1, 5, 10)
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A tower to score. `picture` names the PNG of its PCA maps, if it gets one."""
+
+    name: str
+    family: str
+    load: Callable[[], Tower]
+    student: str | None = None
+    picture: str | None = None
+
+
+class Evaluate(Stage):
+    """Leave-one-out k-NN on the photos' labels, retrieval by name, dense health, PCA maps and a report.
+
+    All of it is training-free, so a figure says what the features are worth as they are. It runs in the
+    driver's process, which is enough for thousands of photos; it becomes Ray tasks when it is sharded.
+    """
+
+    kind: Literal["evaluate"]
+    k: int = Field(5, ge=1, description="neighbours that vote")
+    num_groups: int = Field(10, ge=2, description="the largest labels take part, the others' photos do not")
+    image_size: int | None = Field(None, ge=1, description="pixels a side; default: each model's own")
+    num_snapshots: int = Field(
+        4, ge=1, description="snapshots of each backbone stage scored, its last included"
+    )
+    num_pictures: int = Field(6, ge=1, description="photos in the PCA maps")
+    batch: int = operational(64, ge=1, description="photos in one forward pass")
+
+    needs_ray: ClassVar[bool] = False
+    inputs: ClassVar[tuple[Input, ...]] = (
+        Input("index", INDEX_KINDS),
+        Input("pretrain", ("pretrain",), required=False),
+        Input("gram", ("gram_anchor",), required=False),
+        Input("high_res", ("high_res",), required=False),
+        Input("students", ("distill",), required=False),
+        Input("text", ("align_text",), required=False),
+    )
+    # Also knn.png where photos have labels, dense_health.png and losses_*.png where histories have records.
+    outputs: ClassVar[Mapping[str, str]] = {
+        "table.json": "every figure",
+        "table.md": "the tables to read",
+        "report.html": "one page with tables and pictures, nothing to load",
+        "pca_teacher.png": "PCA of the teacher's patch features; likewise pca_<student>.png",
+    }
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Scores everything that is upstream and writes the report.
+
+        Raises:
+            UserError: no backbone among the inputs, a photo that is gone, or a size no model can take.
+            Stopped: the user asked for it; the stage starts over next time.
+        """
+        from orchestrator.data.index import PhotoIndex
+        from orchestrator.stages.tasks.evaluation_report import write
+        from orchestrator.stages.tasks.evaluation_results import Results
+
+        def check() -> None:
+            if context.stop.is_set():
+                raise Stopped
+
+        backbones = {
+            context.inputs[role].kind: context.inputs[role]
+            for role in TEACHER_ROLES
+            if role in context.inputs
+        }
+        if not backbones:
+            raise UserError(
+                f"stage {context.name!r} has no backbone to evaluate",
+                where=f"stages.{context.name}.needs",
+                hint="add a stage of kind pretrain, gram_anchor or high_res",
+            )
+        index = PhotoIndex.load(context.inputs["index"].path)
+        groups = largest_groups(index.labels, self.num_groups)
+        scores, pictures = self._score(context, index, groups, backbones, check)
+        results = Results(
+            title=context.pipeline,
+            k=self.k,
+            num_unique=len(index),
+            groups=groups,
+            scores=scores,
+            retrieval=self._retrieve(context, index, check),
+            backbones={kind: _history(artifact.path) for kind, artifact in backbones.items()},
+            heads=_other_histories(context),
+            sharing=_sharing(context),
+            pca=pictures,
+            keys=context.keys,
+        )
+        write(results, context.out)
+        self._track(context, results)
+        return results.summary()
+
+    def _score(
+        self,
+        context: Context,
+        index: PhotoIndex,
+        groups: Mapping[str, int],
+        backbones: Mapping[str, Artifact],
+        check: Check,
+    ) -> tuple[list[Score], dict[str, Path]]:
+        """The rows of the k-NN table (none without labels), and the PCA maps that were drawn, by row."""
+        from orchestrator.report.neighbours import knn_leave_one_out
+        from orchestrator.stages.tasks.evaluation import Crops, embed_crops, pixel_features
+        from orchestrator.stages.tasks.evaluation_results import Score
+
+        labels = index.labels
+        crops = Crops(index, [row for row, label in enumerate(labels) if label in groups], check)
+        shown = Crops(index, pick_photos(labels, groups, self.num_pictures), check)
+        accuracy = partial(knn_leave_one_out, labels=[str(labels[row]) for row in crops.rows], k=self.k)
+        scores: list[Score] = []
+        if groups:
+            raw_ND, dim = pixel_features(crops.at(RAW_SIDE)), 3 * RAW_SIDE**2
+            scores.append(Score("majority group", "baseline", max(groups.values()) / len(crops.rows)))
+            scores.append(Score("raw pixels", "baseline", accuracy(raw_ND), "", RAW_SIDE, dim))
+        pictures: dict[str, Path] = {}
+        for candidate in self._candidates(context, backbones):
+            name, tower = candidate.name, candidate.load()
+            if candidate.picture:
+                pictures[name] = context.out / f"pca_{candidate.picture}.png"
+                _draw_maps(tower, shown, index, pictures[name])
+            if groups:
+                cls_ND = embed_crops(tower, crops.at(tower.size), self.batch, check)
+                shape = tower.preset, tower.size, cls_ND.shape[1], tower.num_parameters
+                scores.append(Score(name, candidate.family, accuracy(cls_ND), *shape, candidate.student))
+        return scores, pictures
+
+    def _candidates(self, context: Context, backbones: Mapping[str, Artifact]) -> Iterator[_Candidate]:
+        """Random weights of every architecture, the backbone's way through the stages, the students."""
+        from orchestrator.stages.tasks.evaluation import load_tower, random_tower, read_settings
+
+        students = student_folders(context.inputs.get("students"))
+        load = partial(load_tower, size=self.image_size, where=f"stages.{context.name}.image_size")
+
+        def load_random(folder: Path) -> Tower:
+            return random_tower(load(folder), context.seed)
+
+        last = list(backbones.values())[-1].path / "model"
+        drawn: dict[tuple[str, int], Path] = {}
+        for folder in [last, *(folder / "model" for folder in students.values())]:
+            drawn.setdefault(read_settings(folder), folder)
+        for (preset, _), folder in drawn.items():
+            yield _Candidate(f"random {preset}", "random weights", partial(load_random, folder))
+        for kind, artifact in backbones.items():
+            model = artifact.path / "model"
+            snapshots = snapshot_steps(artifact.path / "snapshots")
+            chosen = spread(list(snapshots.items()), self.num_snapshots)
+            for step, weights in chosen[:-1]:
+                yield _Candidate(f"{kind}, step {step}", "backbone", partial(load, model, weights=weights))
+            is_teacher = model == last
+            name = f"{kind}, step {chosen[-1][0]}" if chosen else kind
+            yield _Candidate(
+                f"{name} (teacher)" if is_teacher else name,
+                "backbone",
+                partial(load, model),
+                picture="teacher" if is_teacher else None,
+            )
+        for student, folder in students.items():
+            yield _Candidate(
+                f"student {student}", "student", partial(load, folder / "model"), student, student
+            )
+
+    def _retrieve(self, context: Context, index: PhotoIndex, check: Check) -> dict[str, float] | None:
+        """Recall of captions by photo and of photos by caption; None without an `align_text` stage."""
+        if "text" not in context.inputs:
+            return None
+        from orchestrator.report.neighbours import retrieval_recall
+        from orchestrator.stages.tasks.evaluation import embed_pairs
+        from orchestrator.stages.tasks.text import load_aligned
+
+        rows = [row for row, caption in enumerate(index.captions) if caption]
+        aligned = load_aligned(context.inputs["text"].path / "aligned")
+        image_ND, text_ND = embed_pairs(aligned, index, rows, self.batch, check)
+        captions = [str(index[row].caption) for row in rows]
+        return {"num_pairs": float(len(rows)), **retrieval_recall(image_ND, text_ND, captions, _RECALL_AT)}
+
+    def _track(self, context: Context, results: Results) -> None:
+        context.run.metrics(results.metrics(), 0, "eval")
+        for path in sorted(context.out.iterdir()):
+            context.run.file(path, "evaluation")
+
+
+def largest_groups(labels: Sequence[str | None], num_groups: int) -> dict[str, int]:
+    """Label → photos, the largest labels of two photos or more; empty if there are not two such labels."""
+    counts = Counter(label for label in labels if label)
+    ranked = sorted((pair for pair in counts.items() if pair[1] > 1), key=lambda pair: (-pair[1], pair[0]))
+    return dict(ranked[:num_groups]) if len(ranked) > 1 else {}
+
+
+def pick_photos(labels: Sequence[str | None], groups: Mapping[str, int], count: int) -> list[int]:
+    """Rows to show: the first photo of each of the largest groups, then others from all over the index."""
+    first = [labels.index(label) for label in groups]
+    others = [row for row, _ in spread(list(enumerate(labels)), 2 * count) if row not in first]
+    return [*first, *others][:count]
+
+
+def spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most `count` items, evenly spread, the last one always among them."""
+    count = min(count, len(items))
+    return [items[(at + 1) * len(items) // count - 1] for at in range(count)]
+
+
+def snapshot_steps(folder: Path) -> dict[int, Path]:
+    """Step → snapshot file, ascending; the last is the stage's final model."""
+    return {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
+
+
+def student_folders(artifact: Artifact | None) -> dict[str, Path]:
+    """Name → folder of every student of a `distill` artifact, by name."""
+    if artifact is None:
+        return {}
+    return {path.name: path for path in sorted((artifact.path / "students").iterdir()) if path.is_dir()}
+
+
+def _draw_maps(tower: Tower, shown: Crops, index: PhotoIndex, path: Path) -> None:
+    """PCA maps at twice the size of training, which the position encoding allows and the eye likes."""
+    from orchestrator.report.pictures import pca_maps
+    from orchestrator.stages.tasks.evaluation import feature_maps
+
+    photos = shown.at(2 * tower.size)
+    captions = [index[row].caption or index[row].path for row in shown.rows]
+    titles = [caption if len(caption) < 32 else caption[:30] + "…" for caption in captions]
+    pca_maps(list(photos), feature_maps(tower, photos), path, titles, pairs_per_row=min(3, len(photos)))
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The records of a training stage in the order of their steps."""
+    records: list[dict[str, Any]] = json.loads((folder / "history.json").read_text())
+    return sorted(records, key=lambda record: int(record["step"]))
+
+
+def _other_histories(context: Context) -> dict[str, list[dict[str, Any]]]:
+    found = {
+        f"student {name}": _history(folder)
+        for name, folder in student_folders(context.inputs.get("students")).items()
+    }
+    if "text" in context.inputs:
+        found["align_text"] = _history(context.inputs["text"].path)
+    return found
+
+
+def _sharing(context: Context) -> dict[str, float]:
+    if "students" not in context.inputs:
+        return {}
+    shared: dict[str, float] = json.loads((context.inputs["students"].path / "sharing.json").read_text())
+    return shared

@@ -1,0 +1,29 @@
+"""`pretrain`: a backbone from nothing but photographs."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from orchestrator.stages.base import Context, Input
+from orchestrator.stages.selfsup import INDEX_KINDS, Heads, ModelRecipe, SelfSupervised
+
+
+class Pretrain(SelfSupervised):
+    """Self-supervised pretraining (arXiv 2508.10104, section 3)."""
+
+    kind: Literal["pretrain"]
+    model: str
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    heads: Heads = Heads()
+    gram: None = None
+    resolutions: tuple[()] = ()
+
+    inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS),)
+
+    def recipe(self, context: Context) -> ModelRecipe:
+        """The model to train, from this config."""
+        return ModelRecipe(
+            model=self.model, drop_path=self.drop_path, heads=self.heads, global_size=self.crops.global_size
+        )

@@ -1,0 +1,212 @@
+"""What the three self-supervised stages share: config, the recipe of their model, how they run and what they leave."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from orchestrator.data.crops import CropConfig
+from orchestrator.spec import Optimizer, Schedule, Strict, operational
+from orchestrator.stages.base import Context, TrainStage
+
+if TYPE_CHECKING:
+    from orchestrator.elastic.loop import Job
+
+INDEX_KINDS = ("curate",)
+BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
+
+
+class Heads(Strict):
+    """Sizes of the DINO and iBOT heads (arXiv 2508.10104, appendix C; paper scale in `conf/paper`)."""
+
+    hidden: int = Field(256, ge=1)
+    dino_bottleneck: int = Field(64, ge=1)
+    dino_prototypes: int = Field(1024, ge=2)
+    ibot_bottleneck: int = Field(64, ge=1)
+    ibot_prototypes: int = Field(1024, ge=2)
+
+
+class Gram(Strict):
+    """Gram anchoring (arXiv 2508.10104, section 4)."""
+
+    weight: Schedule = Schedule(peak=2.0)
+    teacher: int | Literal["earliest", "latest"] = Field(
+        "earliest", description="snapshot of the backbone artifact to anchor to: its step, or the first or last"
+    )
+    first_update: int | None = Field(None, ge=1, description="step at which the teacher first takes the EMA")
+    update_every: int = Field(10_000, ge=1, description="steps between later updates")
+    max_updates: int = Field(3, ge=0)
+    form: Literal["auto", "patches", "features"] = "auto"
+
+    def updates_at(self, step: int) -> bool:
+        """Whether the Gram teacher takes the EMA after `step` updates."""
+        if self.first_update is None or step < self.first_update:
+            return False
+        since = step - self.first_update
+        return since % self.update_every == 0 and since // self.update_every < self.max_updates
+
+
+class Resolution(Strict):
+    """One triple of sizes in mixed-resolution training, drawn for a whole step with probability `p`."""
+
+    global_size: int
+    local_size: int
+    gram_size: int | None = None
+    p: float = Field(gt=0, le=1)
+
+
+class ModelRecipe(Strict):
+    """What it takes to rebuild a trained model; written beside its weights as `recipe.json`."""
+
+    model: str
+    drop_path: float
+    heads: Heads
+    global_size: int
+
+
+class SelfSupervised(TrainStage):
+    """DINO with Sinkhorn-Knopp centring, iBOT and KoLeo over multi-crop views (arXiv 2508.10104, section 3.2)."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="images a step, over all workers")
+    block_size: int = Field(16, ge=2, description="images a block; divides batch_size")
+    crops: CropConfig = CropConfig()
+    optimizer: Optimizer
+    ema: Schedule = Schedule(peak=0.999)
+    student_temperature: float = Field(0.1, gt=0)
+    teacher_temperature: Schedule = Schedule(peak=0.07)
+    local_weight: Schedule = Schedule(peak=1.0)
+    ibot_weight: float = Field(1.0, ge=0)
+    koleo_weight: float = Field(0.1, ge=0)
+    koleo_views: Literal["first", "both"] = Field("first", description="paper: the first global; published code: both")
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_probability: float = Field(0.5, ge=0, le=1)
+    frozen_prototype_steps: int = Field(0, ge=0, description="steps before the prototype layers move")
+    homogeneous: str | None = Field(None, description="component of the index for homogeneous batches")
+    homogeneous_ratio: float = Field(0.1, ge=0, le=1)
+    gram: Gram | None = None
+    resolutions: tuple[Resolution, ...] = ()
+    snapshot_every: int = Field(0, ge=0, description="steps between kept snapshots of the EMA; 0 keeps the last")
+    zero_stage: Literal[1, 2, 3] = operational(3)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    outputs: ClassVar[Mapping[str, str]] = {
+        "model": "the EMA backbone, config.json and model.safetensors",
+        "recipe.json": "how to rebuild the model with its heads",
+        "snapshots": "the EMA with its heads after some steps",
+        "checkpoint": "the elastic checkpoint after the last step, to go on from",
+        "history.json": "figures of every step",
+    }
+
+    @model_validator(mode="after")
+    def _fits(self) -> SelfSupervised:
+        if self.batch_size % self.block_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}")
+        return self
+
+    def crops_at(self, step: int, seed: int) -> CropConfig:
+        """The views of `step`: fixed, or one of `resolutions` drawn for the whole step."""
+        if not self.resolutions:
+            return self.crops
+        from orchestrator.data.rng import generator
+
+        shares = [resolution.p for resolution in self.resolutions]
+        draw = generator(seed, "resolution", step).choice(len(shares), p=[p / sum(shares) for p in shares])
+        sizes = self.resolutions[int(draw)].model_dump(exclude={"p"})
+        return self.crops.model_copy(update=sizes)
+
+    def recipe(self, context: Context) -> ModelRecipe:
+        """The model to train: from this config, or as the backbone artifact was made."""
+        return ModelRecipe.model_validate_json((context.inputs["backbone"].path / "recipe.json").read_text())
+
+    def job(self, context: Context, recipe: ModelRecipe) -> Job:
+        """The elastic job of this stage."""
+        from orchestrator.elastic.loop import Job
+        from orchestrator.stages.tasks.ssl import SelfSupervisedTask, ssl_blocks
+
+        backbone = context.inputs.get("backbone")
+        seed = stage_seed(context, self.kind)
+        return Job(
+            name=context.name,
+            task=partial(SelfSupervisedTask, self, recipe, seed, self._gram_weights(context)),
+            blocks=partial(ssl_blocks, self, recipe, context.inputs["index"].path, seed),
+            num_steps=self.steps,
+            optimizer=self.optimizer,
+            zero_stage=self.zero_stage,
+            precision=self.precision,
+            work=context.work,
+            seed=context.seed,
+            elastic=context.elastic,
+            start_from=backbone.path / "checkpoint" if backbone else None,
+            export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every)) if self.snapshot_every else (),
+        )
+
+    def _gram_weights(self, context: Context) -> Path | None:
+        if self.gram is None:
+            return None
+        return pick_snapshot(context.inputs["backbone"].path / "snapshots", self.gram.teacher)
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Train and leave model, snapshots, checkpoint and history."""
+        from orchestrator.elastic import job as elastic
+        from orchestrator.stages.tasks.ssl import save_backbone
+
+        recipe = self.recipe(context)
+        job = self.job(context, recipe)
+        elastic.run(job, tracker=context.run, stop=context.stop)
+        snapshots = context.out / "snapshots"
+        shutil.copytree(job.work / "exports", snapshots)
+        shutil.copytree(elastic.final_checkpoint(job), context.out / "checkpoint")
+        (context.out / "recipe.json").write_text(recipe.model_dump_json(indent=1))
+        save_backbone(job.export(job.num_steps), recipe, context.out / "model", self.crops_at(0, 0).global_size)
+        history = context.run.history()
+        (context.out / "history.json").write_text(json.dumps(history))
+        return summary(history)
+
+
+def stage_seed(context: Context, kind: str) -> int:
+    """A seed of its own for each kind of stage; not by name, which is no part of a stage's key."""
+    from orchestrator.data.rng import derive
+
+    return derive(context.seed, kind)
+
+
+def pick_snapshot(folder: Path, wanted: int | str) -> Path:
+    """The snapshot of a backbone artifact at a step, or its earliest or latest.
+
+    Raises:
+        UserError: there is none at that step; names those there are.
+    """
+    from orchestrator.errors import UserError
+
+    found = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
+    if wanted == "earliest":
+        return found[min(found)]
+    if wanted == "latest":
+        return found[max(found)]
+    if wanted not in found:
+        raise UserError(
+            f"the backbone has no snapshot at step {wanted}",
+            where=str(folder),
+            hint=f"set gram.teacher to one of {', '.join(map(str, found))}, or the stage's snapshot_every",
+        )
+    return found[int(wanted)]
+
+
+def summary(history: list[dict[str, Any]]) -> dict[str, float]:
+    """First and last loss and the speed, from a run's records."""
+    if not history:
+        return {}
+    records = sorted(history, key=lambda record: int(record["step"]))
+    seconds = sorted(record["metrics"]["step_seconds"] for record in records)
+    return {
+        "first_loss": records[0]["metrics"]["loss"],
+        "last_loss": records[-1]["metrics"]["loss"],
+        "step_seconds": seconds[len(seconds) // 2],
+    }

@@ -1,0 +1,116 @@
+"""Captions as training data: which rows have one, a tokenizer made from them, and blocks of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.blocks import BlockSource, CaptionBlocks
+from orchestrator.data.index import PhotoIndex
+from orchestrator.data.order import SampleOrder
+from orchestrator.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from orchestrator.stages.align_text import AlignText
+
+# The padding is id 0, which is what CaptionBlocks pads with.
+PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
+
+
+def captioned(index: PhotoIndex, batch_size: int) -> dict[str, NDArray[np.int64]]:
+    """Rows with a caption, by component.
+
+    Raises:
+        UserError: there are fewer than a batch; a photo twice in a batch would be its own negative.
+    """
+    has = np.array([bool((caption or "").strip()) for caption in index.captions], dtype=bool)
+    rows = {name: index.rows_of(name) for name in index.components}
+    kept = {name: of_component[has[of_component]] for name, of_component in rows.items()}
+    if not has.any():
+        raise UserError(
+            f"none of the {len(index)} photos has a caption to align with",
+            hint="give the data source of the curate stage a `captions` file with a `caption` column",
+        )
+    if has.sum() < batch_size:
+        raise UserError(
+            f"a batch of {batch_size} pairs is more than the {has.sum()} photos that have a caption",
+            hint=f"use a batch_size of at most {has.sum()}",
+        )
+    return {name: of_component for name, of_component in kept.items() if len(of_component)}
+
+
+def train_tokenizer(captions: Sequence[str], vocab_size: int, context: int, path: Path) -> None:
+    """Write a byte-level BPE tokenizer made from `captions` (Sennrich et al., arXiv 1508.07909) to `path`.
+
+    It knows every text: what no merge covers is spelt in bytes. Texts are lower-cased, framed by a start and
+    an end token, and cut to `context` tokens with both. The same captions give the same file.
+
+    Args:
+        vocab_size: most tokens; few captions give fewer.
+    """
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    frame = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=frame)
+    tokenizer.enable_truncation(context)
+    draft = path.with_suffix(".partial")
+    tokenizer.save(str(draft))
+    draft.replace(path)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer that :func:`train_tokenizer` wrote."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
+
+
+def caption_blocks(
+    config: AlignText, index_folder: Path, tokenizer: Path, image_size: int, seed: int
+) -> BlockSource:
+    """The blocks of photos with their captions of an `align_text` stage, from a curated index."""
+    index = PhotoIndex.load(index_folder)
+    known = load_tokenizer(tokenizer)
+    order = SampleOrder(captioned(index, config.batch_size), batch_size=config.batch_size, seed=seed)
+    return CaptionBlocks(
+        index,
+        order,
+        size=image_size,
+        block_size=config.block_size,
+        seed=seed,
+        encode=lambda caption: list(known.encode(caption).ids),
+        context=config.context,
+    )

@@ -1,0 +1,196 @@
+"""The two sides of `distill`: the frozen teacher's step, and the task of a student that learns from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.data.blocks import Block, CropBlocks
+from orchestrator.data.index import PhotoIndex
+from orchestrator.data.order import SampleOrder
+from orchestrator.elastic.export import load_export
+from orchestrator.elastic.task import BlockTensors, Losses, Modules, Reduce, Weights
+from orchestrator.models import preset
+from orchestrator.objectives.koleo import koleo
+from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
+from orchestrator.stages.distill import Distill, Student
+from orchestrator.stages.selfsup import ModelRecipe, pick_snapshot
+from orchestrator.stages.tasks.nets import (
+    HeadedBackbone,
+    block_generator,
+    distillation_losses,
+    flat_views,
+    learning_rate_scales,
+    masked_tokens,
+    resize_masks,
+    whole_modules,
+)
+
+
+class FrozenTeacher:
+    """A step's bundle: crops, masks, the heads' bottleneck vectors and the Sinkhorn scaling of the global batch.
+
+    Students rebuild their targets as softmax(bottleneck · prototypes / temperature + scaling), so the logits, a
+    hundred times larger, never travel.
+    """
+
+    def __init__(self, config: Distill, recipe: ModelRecipe, teacher: Path, index: Path, seed: int) -> None:
+        self._config = config
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self._device == "cpu":
+            torch.set_num_threads(1)
+        self._net = _load_teacher(recipe, teacher).to(self._device)
+        self._patch_size = self._net.patch_size
+        self._blocks = _crop_blocks(config, recipe, index, seed)
+        self.images_per_step = config.batch_size
+        self.images_forwarded = 0
+
+    @torch.inference_mode()
+    def __call__(self, step: int) -> dict[str, NDArray[Any]]:
+        """See the class; the batch is on axis 1 of every array that is not named `step/…` or `ragged/…`."""
+        blocks = [self._blocks.load(step, index) for index in range(self._blocks.num_blocks)]
+        outs = [self._forward(block) for block in blocks]
+        views = blocks[0].arrays["globals"].shape[0]
+        dino = torch.cat([out["dino"].unflatten(0, (views, -1)) for out in outs], dim=1)
+        ibot = torch.cat([out["ibot"] for out in outs])
+        offsets = np.cumsum([0, *(len(out["ibot"]) for out in outs)])
+        bundle = {
+            name: np.concatenate([block.arrays[name] for block in blocks], axis=1) for name in blocks[0].arrays
+        }
+        return {
+            **bundle,
+            "ids": np.concatenate([block.ids for block in blocks]),
+            "dino": dino.cpu().numpy(),
+            "ragged/ibot": ibot.cpu().numpy(),
+            "offsets/ibot": offsets,
+            "step/dino_scaling": self._scaling(self._net.dino_head.prototypes(dino.flatten(0, 1))),
+            "step/ibot_scaling": self._scaling(self._net.ibot_head.prototypes(ibot)),
+        }
+
+    def _forward(self, block: Block) -> dict[str, Tensor]:
+        globals_NCHW = flat_views(torch.from_numpy(block.arrays["globals"])).to(self._device)
+        tokens_M = masked_tokens(flat_views(torch.from_numpy(block.arrays["masks"]))).to(self._device)
+        height, width = globals_NCHW.shape[-2:]
+        self.images_forwarded += len(block.ids)
+        grid = (height // self._patch_size, width // self._patch_size)
+        out: dict[str, Tensor] = self._net(globals_NCHW, None, tokens_M, grid, with_logits=False)
+        return out
+
+    def _scaling(self, logits_NK: Tensor) -> NDArray[Any]:
+        scaling: NDArray[Any] = sinkhorn_scaling(logits_NK, self._config.teacher_temperature).cpu().numpy()
+        return scaling
+
+
+@dataclass(frozen=True)
+class Targets:
+    """One block's targets, rebuilt from bottleneck vectors: DINO (G, B, K) and iBOT (M, K)."""
+
+    dino_GBK: Tensor
+    ibot_MK: Tensor
+    tokens_M: Tensor
+
+
+class DistillTask:
+    """A student with its EMA; the teacher is only its two prototype layers here."""
+
+    modules: Modules
+
+    def __init__(self, config: Distill, student: Student, recipe: ModelRecipe, teacher: Path, seed: int) -> None:
+        self.config, self.student, self.recipe, self.teacher, self.seed = config, student, recipe, teacher, seed
+
+    def build(self, device: str) -> Modules:
+        """See `Task`."""
+        net = HeadedBackbone(self.student.model, self.student.drop_path, self.recipe.heads).to(device)
+        ema = HeadedBackbone(self.student.model, 0.0, self.recipe.heads).to(device)
+        ema.load_state_dict(net.state_dict())
+        weights = load_export(pick_snapshot(self.teacher / "snapshots", "latest"))
+        self.dino_KC = weights["dino_head.prototypes.weight"].to(device)
+        self.ibot_KC = weights["ibot_head.prototypes.weight"].to(device)
+        self.patch_size = net.patch_size
+        self.teacher_patch_size = preset(self.recipe.model).patch_size
+        optimizer = self.student.optimizer or self.config.optimizer
+        self.modules = Modules(net, ema=ema, lr_scales=learning_rate_scales(net, optimizer), whole=whole_modules(self.student.model))
+        return self.modules
+
+    def prepare_step(self, step: int) -> None:
+        """Nothing here depends on the step."""
+
+    @torch.no_grad()
+    def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[Targets]:
+        """The teacher's targets: its last layers on its bottleneck vectors, with its scaling of the whole batch."""
+        temperature = self.config.teacher_temperature
+        result = []
+        for block in blocks:
+            tensors = block.tensors
+            dino = targets(tensors["dino"] @ self.dino_KC.T, temperature, tensors["dino_scaling"])
+            ibot = targets(tensors["ibot"] @ self.ibot_KC.T, temperature, tensors["ibot_scaling"])
+            result.append(Targets(dino, ibot, masked_tokens(flat_views(tensors["masks"]))))
+        return result
+
+    def losses(self, block: BlockTensors, target: Targets) -> Losses:
+        """DINO, iBOT and KoLeo of one block."""
+        config, tensors = self.config, block.tensors
+        globals_NCHW = flat_views(tensors["globals"])
+        masks_NP = flat_views(tensors["masks"])
+        height, width = globals_NCHW.shape[-2:]
+        grid = (height // self.teacher_patch_size, width // self.teacher_patch_size)
+        own = (height // self.patch_size, width // self.patch_size)
+        out = self.modules.trainable(
+            globals_NCHW,
+            flat_views(tensors["locals"]) if "locals" in tensors else None,
+            target.tokens_M,
+            grid,
+            resize_masks(masks_NP, grid, own) if self.student.mask_inputs else None,
+            block_generator(self.seed, block.step, block.index),
+        )
+        terms = distillation_losses(
+            out,
+            target.dino_GBK,
+            target.ibot_MK,
+            target.tokens_M,
+            num_patches=masks_NP.shape[1],
+            local_weight=config.local_weight,
+            ibot_weight=config.ibot_weight,
+            temperature=config.student_temperature,
+        )
+        first_BD = out["cls"].unflatten(0, (len(tensors["globals"]), -1))[0]
+        terms["koleo"] = config.koleo_weight * koleo(first_BD)
+        return Losses(torch.stack(list(terms.values())).sum(), terms)
+
+    def after_step(self, step: int, weights: Weights) -> None:
+        """The student's own EMA, which is what gets exported."""
+        weights.update_ema(self.config.ema.at(step, self.config.steps))
+
+
+def _load_teacher(recipe: ModelRecipe, folder: Path) -> HeadedBackbone:
+    net = HeadedBackbone(recipe.model, 0.0, recipe.heads)
+    net.load_state_dict(load_export(pick_snapshot(folder / "snapshots", "latest")))
+    return net.requires_grad_(False).eval()
+
+
+def _crop_blocks(config: Distill, recipe: ModelRecipe, index_folder: Path, seed: int) -> CropBlocks:
+    index = PhotoIndex.load(index_folder)
+    order = SampleOrder(
+        {name: index.rows_of(name) for name in index.components},
+        homogeneous=config.homogeneous,
+        homogeneous_ratio=config.homogeneous_ratio,
+        batch_size=config.batch_size,
+        seed=seed,
+    )
+    return CropBlocks(
+        index,
+        order,
+        lambda step: config.crops,
+        patch_size=preset(recipe.model).patch_size,
+        block_size=config.block_size,
+        seed=seed,
+        mask_ratio=config.mask_ratio,
+        mask_probability=config.mask_probability,
+    )

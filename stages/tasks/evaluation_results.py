@@ -1,0 +1,119 @@
+"""What `evaluate` found: the scores by kind, and the figures taken from the histories. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+History = Sequence[Mapping[str, Any]]
+
+HEALTH = {"cls_patch_cosine": "CLS-patch cosine", "patch_locality": "patch locality"}
+# A single step's figures depend on its few photos.
+NUM_ENDS = 5
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of the k-NN table. `family` is baseline, random weights, backbone or student."""
+
+    name: str
+    family: str
+    accuracy: float
+    model: str = ""
+    image_size: int | None = None
+    dim: int | None = None
+    num_parameters: int | None = None
+    student: str | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything an evaluation found.
+
+    Attributes:
+        title: the pipeline's name.
+        k: neighbours.
+        num_unique: photos of the index.
+        groups: label → photos that took part in the k-NN; empty if the photos have no labels.
+        scores: rows of the k-NN table.
+        retrieval: `num_pairs` and what `retrieval_recall` gives, or None.
+        backbones: history of each backbone stage by kind, in the order they ran.
+        heads: history of every student and of the text alignment, by title.
+        sharing: counters of the share service, if students were distilled.
+        pca: PNG by the name of the score it belongs to.
+        keys: content keys of the stages upstream, by name.
+    """
+
+    title: str
+    k: int
+    num_unique: int
+    groups: Mapping[str, int]
+    scores: Sequence[Score]
+    retrieval: Mapping[str, float] | None
+    backbones: Mapping[str, History]
+    heads: Mapping[str, History]
+    sharing: Mapping[str, float]
+    pca: Mapping[str, Path]
+    keys: Mapping[str, str]
+
+    @property
+    def num_photos(self) -> int:
+        """Photos of the k-NN."""
+        return sum(self.groups.values())
+
+    @property
+    def teacher(self) -> Score | None:
+        """The last backbone."""
+        return next((score for score in reversed(self.scores) if score.family == "backbone"), None)
+
+    @property
+    def students(self) -> dict[str, Score]:
+        """The students' scores by name."""
+        return {score.student: score for score in self.scores if score.student is not None}
+
+    def named(self, family: str, at: int) -> Score | None:
+        """Row `at` of a family, if there is one."""
+        members = [score for score in self.scores if score.family == family]
+        return members[at] if at < len(members) else None
+
+    def summary(self) -> dict[str, float]:
+        """The figures for one line."""
+        rows = {
+            **{f"knn_{name}": score for name, score in self.students.items()},
+            "knn_majority": self.named("baseline", 0),
+            "knn_raw_pixels": self.named("baseline", 1),
+            "knn_random": self.named("random weights", 0),
+            "knn_teacher": self.teacher,
+        }
+        figures = {name: score.accuracy for name, score in rows.items() if score is not None}
+        for name in ("image_to_text_recall_at_5", "text_to_image_recall_at_5"):
+            figures |= {name: self.retrieval[name]} if self.retrieval else {}
+        return {"photos": float(self.num_photos), **figures}
+
+    def metrics(self) -> dict[str, float]:
+        """Every figure by a name that tracking accepts."""
+        figures = {f"knn/{score.name}": score.accuracy for score in self.scores}
+        figures |= {f"retrieval/{name}": value for name, value in (self.retrieval or {}).items()}
+        for kind, health in self.health().items():
+            figures |= {f"{name}/{kind}": ends["last"] for name, ends in health.items()}
+        return {"num_photos": float(self.num_photos), **figures}
+
+    def health(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Kind → figure → first and last value (means over a few steps), of the stages that have records."""
+        found = {}
+        for kind, history in self.backbones.items():
+            columns = {
+                name: [row["metrics"][name] for row in history if name in row["metrics"]] for name in HEALTH
+            }
+            if all(columns.values()):
+                found[kind] = {
+                    name: {"first": _mean(values[:NUM_ENDS]), "last": _mean(values[-NUM_ENDS:])}
+                    for name, values in columns.items()
+                }
+        return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

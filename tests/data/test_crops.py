@@ -1,0 +1,185 @@
+"""Views: the right sizes and boxes, colours as the slow formulas give them, randomness by view."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.data.crops import CropConfig, _hue_rotation, _jitter, cut, draw_box, make_views
+from orchestrator.data.rng import generator
+
+_PLAIN = {
+    "jitter_probability": 0.0,
+    "gray_probability": 0.0,
+    "blur_probability": (0.0, 0.0),
+    "local_blur_probability": 0.0,
+    "solarize_probability": 0.0,
+}
+
+
+def _photo(height: int = 120, width: int = 200) -> np.ndarray:
+    """Smooth colours in the middle of the range, so that nothing clips."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [100 + 30 * np.sin(y / 17), 120 + 30 * np.cos(x / 23), 130 + 25 * np.sin((x + y) / 31)]
+    return np.stack(planes, axis=2).astype(np.uint8)
+
+
+def _rngs(seed: int):
+    return lambda view: generator(seed, view)
+
+
+def test_shapes_and_types() -> None:
+    config = CropConfig(global_size=32, local_size=16, num_local=3, gram_size=64)
+    views = make_views(_photo(), config, _rngs(0))
+    shapes = {name: (array.shape, array.dtype) for name, array in views.items()}
+    assert shapes == {
+        "globals": ((2, 3, 32, 32), np.uint8),
+        "locals": ((3, 3, 16, 16), np.uint8),
+        "gram": ((2, 3, 64, 64), np.uint8),
+    }
+    assert "gram" not in make_views(_photo(), CropConfig(global_size=32, local_size=16), _rngs(0))
+
+
+def test_a_view_depends_on_its_own_generator_only() -> None:
+    config = CropConfig(global_size=32, local_size=16)
+    base = make_views(_photo(), config, _rngs(0))
+    changed = make_views(_photo(), config, lambda view: generator(1 if view == 3 else 0, view))
+    assert np.array_equal(base["globals"], changed["globals"])
+    same = [np.array_equal(a, b) for a, b in zip(base["locals"], changed["locals"], strict=True)]
+    assert same == [True, False, *[True] * 6]
+
+
+def test_gram_views_are_the_globals_boxes_undistorted() -> None:
+    distorted = CropConfig(global_size=32, local_size=16, gram_size=32)
+    plain = CropConfig(global_size=32, local_size=16, gram_size=32, **_PLAIN)
+    views = make_views(_photo(), plain, _rngs(4))
+    assert np.array_equal(views["gram"], views["globals"])
+    again = make_views(_photo(), distorted, _rngs(4))
+    assert np.array_equal(again["gram"], views["gram"])
+    assert not np.array_equal(again["globals"], views["globals"])
+
+
+def test_boxes_follow_scale_and_aspect() -> None:
+    rng = generator(0)
+    boxes = [draw_box(400, 500, (0.05, 0.32), (3 / 4, 4 / 3), rng) for _ in range(2000)]
+    areas = np.array([box.height * box.width for box in boxes]) / 200_000
+    ratios = np.log([box.width / box.height for box in boxes])
+    assert areas.min() > 0.048
+    assert areas.max() < 0.325
+    assert abs(areas.mean() - 0.185) < 0.01
+    assert np.abs(ratios).max() < math.log(4 / 3) + 0.03
+    assert abs(ratios.mean()) < 0.02
+    assert all(0 <= box.top <= 400 - box.height and 0 <= box.left <= 500 - box.width for box in boxes)
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (1, 1), (1, 300)])
+def test_extreme_photos_still_give_a_box(height: int, width: int) -> None:
+    box = draw_box(height, width, (0.9, 1.0), (3 / 4, 4 / 3), generator(0))
+    assert 1 <= box.height <= height
+    assert 1 <= box.width <= width
+    assert cut(np.zeros((height, width, 3), np.uint8), box, 8).shape == (8, 8, 3)
+
+
+def test_flips_mirror_half_of_the_views() -> None:
+    rng = generator(1)
+    flips = [draw_box(50, 50, (0.5, 1.0), (1.0, 1.0), rng, flip=True).flip for _ in range(400)]
+    assert 0.4 < np.mean(flips) < 0.6
+    assert not any(draw_box(50, 50, (0.5, 1.0), (1.0, 1.0), rng).flip for _ in range(50))
+
+
+def test_shrinking_averages_and_does_not_alias() -> None:
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[::2] = 255
+    box = draw_box(128, 128, (1.0, 1.0), (1.0, 1.0), generator(0))
+    assert np.abs(cut(stripes, box, 16).astype(int) - 127).max() <= 2
+
+
+def test_fused_jitter_equals_one_operation_after_the_other() -> None:
+    """Independent float64 reference, from the definitions of the four operations."""
+    pixels = _photo(24, 24)
+    config = CropConfig(brightness=0.2, contrast=0.3, saturation=0.3, hue=0.1)
+    luma = np.array([0.299, 0.587, 0.114])
+    for seed in range(20):
+        matrix, offset = _jitter(pixels, config, generator(seed))
+        rng = generator(seed)
+        brightness, contrast, saturation = (1 + s * rng.uniform(-1, 1) for s in (0.2, 0.3, 0.3))
+        angle = 2 * math.pi * 0.1 * rng.uniform(-1, 1)
+        image = pixels.astype(np.float64)
+        for number in rng.permutation(4):
+            gray = image @ luma
+            if number == 0:
+                image = image * brightness
+            elif number == 1:
+                image = gray.mean() + contrast * (image - gray.mean())
+            elif number == 2:
+                image = gray[..., None] + saturation * (image - gray[..., None])
+            else:
+                to_yiq = np.array(
+                    [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]
+                )
+                chroma = image @ to_yiq.T
+                turned = (chroma[..., 1] + 1j * chroma[..., 2]) * np.exp(1j * angle)
+                image = np.stack([chroma[..., 0], turned.real, turned.imag], -1) @ np.linalg.inv(to_yiq).T
+        assert np.abs(pixels @ matrix.T + offset - image).max() < 1e-6
+
+
+def test_hue_turns_red_towards_the_other_primaries() -> None:
+    turned = np.clip(_hue_rotation(1 / 3) @ np.array([0.8, 0.2, 0.2]), 0, 1)
+    hue = colorsys.rgb_to_hsv(*turned)[0]
+    assert min(abs(hue - 1 / 3), abs(hue - 2 / 3)) < 0.06
+    assert np.allclose(_hue_rotation(0.0), np.eye(3))
+
+
+def test_gray_views_are_gray_and_only_the_second_global_is_solarized() -> None:
+    photo = np.full((64, 64, 3), 0, np.uint8) + np.array([200, 180, 220], np.uint8)
+    gray = make_views(
+        photo, CropConfig(global_size=16, local_size=8, **{**_PLAIN, "gray_probability": 1.0}), _rngs(0)
+    )
+    expected = round(0.299 * 200 + 0.587 * 180 + 0.114 * 220)
+    assert np.abs(gray["globals"].astype(int) - expected).max() <= 1
+    solar = make_views(
+        photo, CropConfig(global_size=16, local_size=8, **{**_PLAIN, "solarize_probability": 1.0}), _rngs(0)
+    )
+    assert solar["globals"][0, :, 0, 0].tolist() == [200, 180, 220]
+    assert solar["globals"][1, :, 0, 0].tolist() == [55, 75, 35]
+    assert solar["locals"][0, :, 0, 0].tolist() == [200, 180, 220]
+
+
+def test_blur_probabilities_are_by_view() -> None:
+    noise = generator(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    config = {"global_size": 32, "local_size": 32, "blur_sigma": (2.0, 2.0)}
+    plain = make_views(noise, CropConfig(**config, **_PLAIN), _rngs(0))
+    first = make_views(noise, CropConfig(**config, **{**_PLAIN, "blur_probability": (1.0, 0.0)}), _rngs(0))
+    assert first["globals"][0].std() < 0.5 * plain["globals"][0].std()
+    assert np.array_equal(first["globals"][1], plain["globals"][1])
+    other = make_views(noise, CropConfig(**config, **{**_PLAIN, "blur_probability": (0.0, 1.0)}), _rngs(0))
+    assert np.array_equal(other["globals"][0], plain["globals"][0])
+    assert other["globals"][1].std() < 0.5 * plain["globals"][1].std()
+
+
+def test_photos_decoded_to_min_side_need_no_enlarging() -> None:
+    config = CropConfig(global_size=64, local_size=32, gram_size=128)
+    side = config.min_side
+    assert side >= 128 / math.sqrt(0.32)
+    assert side >= 32 / math.sqrt(0.05)
+    assert CropConfig(global_size=64, local_size=32, num_local=0).min_side == math.ceil(64 / math.sqrt(0.32))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"global_scale": (0.9, 0.3)},
+        {"global_scale": (0.3, 1.2)},
+        {"global_size": 0},
+        {"jitter_probability": 1.5},
+        {"blur_sigma": (0.0, 1.0)},
+        {"num_locals": 8},
+    ],
+)
+def test_wrong_configs_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong)) + "|first"):
+        CropConfig(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,43 @@
+"""The photo index: what is saved is what is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.errors import UserError
+
+_ROWS = [
+    PhotoRow("food", "a/b.jpg", "/photos", "ab" * 32, 30, 20, "Grüne Bohnen", "Vegetables", "balanced", 3),
+    PhotoRow("food", "c.jpg", "/photos", "cd" * 32, 31, 21, None, None, "pool", 0, "food/a/b.jpg"),
+    PhotoRow("food", "d.jpg", "/photos", "ef" * 32, 32, 22, component="balanced"),
+]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    PhotoIndex(_ROWS).save(tmp_path)
+    index = PhotoIndex.load(tmp_path)
+    assert [index[i] for i in range(len(index))] == _ROWS
+    assert index.path(0) == Path("/photos/a/b.jpg")
+    assert index.captions == ["Grüne Bohnen", None, None]
+    assert index.labels == ["Vegetables", None, None]
+    assert index.components == ["balanced", "pool"]
+    assert index.rows_of("balanced").tolist() == [0, 2]
+    assert index.rows_of("nothing").tolist() == []
+    assert index.clusters.tolist() == [3, 0, -1]
+    assert pq.read_table(tmp_path / "index.parquet").column("id").to_pylist() == [0, 1, 2]
+
+
+def test_missing_index(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no photo index here"):
+        PhotoIndex.load(tmp_path)
+
+
+def test_foreign_table(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [0], "path": ["a"]}), tmp_path / "index.parquet")
+    with pytest.raises(UserError, match="lacks the columns source, root"):
+        PhotoIndex.load(tmp_path)

@@ -1,0 +1,68 @@
+"""Block masks: exact counts, ratios spread over the range, patches that hang together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from orchestrator.data.masks import block_masks
+from orchestrator.data.rng import generator
+
+
+@pytest.mark.parametrize("num_views", [1, 2, 7, 32])
+def test_exactly_half_of_the_views_are_masked(num_views: int) -> None:
+    masks = block_masks(num_views, 8, 8, generator(num_views))
+    assert masks.shape == (num_views, 64)
+    assert masks.dtype == bool
+    assert np.count_nonzero(masks.any(1)) == int(num_views / 2 + 0.5)
+
+
+def test_each_masked_view_has_its_own_share_of_the_range() -> None:
+    masks = block_masks(40, 16, 16, generator(0), ratio=(0.1, 0.5))
+    shares = np.sort(masks.mean(1)[masks.any(1)])
+    edges = np.linspace(0.1, 0.5, 21)
+    # The count is the whole number below the drawn share, hence the slack of one patch.
+    assert np.all(shares >= edges[:-1] - 1 / 256)
+    assert np.all(shares <= edges[1:])
+
+
+@pytest.mark.parametrize("ratio", [(0.5, 0.5), (1.0, 1.0), (0.0, 0.0)])
+def test_counts_are_exact(ratio: tuple[float, float]) -> None:
+    masks = block_masks(6, 7, 9, generator(1), ratio, probability=1.0)
+    assert set(masks.sum(1).tolist()) == {max(1, int(ratio[0] * 63))}
+
+
+def test_masked_patches_hang_together() -> None:
+    def neighbours(masks: np.ndarray) -> float:
+        grid = masks.reshape(-1, 14, 14)
+        return float((grid[:, :, 1:] & grid[:, :, :-1]).sum() / grid.sum())
+
+    masks = block_masks(64, 14, 14, generator(2), (0.3, 0.3), 1.0)
+    scattered = np.array([generator(3, i).permutation(masks[0]) for i in range(64)])
+    assert neighbours(masks) > 1.8 * neighbours(scattered)
+
+
+def test_masks_depend_on_the_generator_only() -> None:
+    assert np.array_equal(block_masks(8, 8, 8, generator(5)), block_masks(8, 8, 8, generator(5)))
+    assert not np.array_equal(block_masks(8, 8, 8, generator(5)), block_masks(8, 8, 8, generator(6)))
+
+
+def test_which_views_are_masked_varies() -> None:
+    chosen = np.array([block_masks(8, 4, 4, generator(i)).any(1) for i in range(100)])
+    assert np.all(np.abs(chosen.mean(0) - 0.5) < 0.2)
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "probability"),
+    [
+        ((8, 8), (0.5, 0.1), 0.5),
+        ((8, 8), (0.1, 1.5), 0.5),
+        ((8, 8), (0.1, 0.5), -0.1),
+        ((0, 8), (0.1, 0.5), 0.5),
+    ],
+)
+def test_impossible_arguments_are_refused(
+    grid: tuple[int, int], ratio: tuple[float, float], probability: float
+) -> None:
+    with pytest.raises(ValueError, match="mask"):
+        block_masks(4, *grid, generator(0), ratio, probability)

@@ -1,0 +1,243 @@
+"""Running, re-running, changing and failing, in one process and without a tracking server."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import recorded
+import toys
+from rich.console import Console
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline.execute import execute
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.lock import hold
+from orchestrator.pipeline.plan import StagePlan, plan, resolve
+from orchestrator.pipeline.reporter import Reporter
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.spec import Cluster
+
+Traces = Callable[[], list[str]]
+
+
+@pytest.fixture
+def trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Traces:
+    """Names of the stages that really ran since the last call."""
+    path = folder / "trace"
+    monkeypatch.setenv("TOY_TRACE", str(path))
+
+    def ran() -> list[str]:
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [line.split()[0] for line in lines]
+
+    return ran
+
+
+def run(path: Path, *overrides: str) -> tuple[int, str]:
+    """Exit code and output."""
+    loaded = load(path, overrides, stage_type=toys.ToyStage)
+    output = io.StringIO()
+    reporter = Reporter(Console(file=output, width=200), "orchestrator run toy.yaml")
+    code = execute(loaded, resolve(loaded, _content), reporter, open_tracking=recorded.open_recorded)
+    return code, output.getvalue()
+
+
+def planned(path: Path, *overrides: str) -> dict[str, StagePlan]:
+    loaded = load(path, overrides, stage_type=toys.ToyStage)
+    workspace = Workspace(loaded.spec.store)
+    plans = plan(resolve(loaded, _content), workspace.state(loaded.name), workspace.find)
+    return {item.name: item for item in plans}
+
+
+def _content(source: object, name: str) -> str:
+    return "".join(path.read_text() for path in sorted(Path("photos").iterdir()))
+
+
+def test_a_second_run_does_nothing_and_says_so(pipeline: Path, trace: Traces) -> None:
+    code, _ = run(pipeline)
+    assert (code, trace()) == (0, ["curate", "pretrain", "evaluate"])
+    before = sorted(Path("runs").rglob("*"))
+    code, said = run(pipeline)
+    assert (code, trace()) == (0, [])
+    assert "Nothing to do: all 3 stages are up to date." in said
+    assert sorted(Path("runs").rglob("*")) == before
+
+
+def test_planning_writes_nothing(pipeline: Path) -> None:
+    assert {item.reasons for item in planned(pipeline).values()} == {("never ran",)}
+    assert not Path("runs").exists()
+
+
+def test_a_change_re_runs_the_stage_and_what_depends_on_it(pipeline: Path, trace: Traces) -> None:
+    run(pipeline)
+    trace()
+    plans = planned(pipeline, "stages.pretrain.optim.lr=0.3")
+    assert [item.action for item in plans.values()] == ["cached", "run", "run"]
+    assert plans["pretrain"].reasons == ("config.optim.lr: 0.2 → 0.3",)
+    assert plans["evaluate"].reasons[0].startswith("input model (pretrain): ")
+    code, said = run(pipeline, "stages.pretrain.optim.lr=0.3")
+    assert (code, trace()) == (0, ["pretrain", "evaluate"])
+    assert "config.optim.lr: 0.2 → 0.3" in said
+    run(pipeline, "stages.pretrain.optim.lr=0.3", "elastic.workers=4", "stages.pretrain.checkpoint_every=7")
+    pipeline.write_text("# a comment\n" + pipeline.read_text())
+    run(pipeline)
+    assert trace() == [], "operational fields, comments and going back re-run nothing"
+
+
+def test_after_going_back_a_change_is_explained_from_there(pipeline: Path) -> None:
+    run(pipeline)
+    run(pipeline, "stages.pretrain.optim.lr=0.3")
+    run(pipeline)
+    assert planned(pipeline, "stages.pretrain.optim.lr=0.4")["pretrain"].reasons == (
+        "config.optim.lr: 0.2 → 0.4",
+    )
+
+
+def test_new_photos_re_run_what_reads_them(pipeline: Path, trace: Traces) -> None:
+    run(pipeline)
+    trace()
+    Path("photos/b.jpg").write_text("b")
+    assert planned(pipeline)["curate"].reasons == ("data photos: a → ab",)
+    run(pipeline)
+    assert trace() == ["curate", "pretrain", "evaluate"]
+
+
+def test_a_lost_artifact_is_made_again_and_its_dependants_stay(pipeline: Path, trace: Traces) -> None:
+    run(pipeline)
+    trace()
+    shutil.rmtree(next(Path("runs/artifacts").glob("pretrain-*")))
+    assert planned(pipeline)["pretrain"].reasons == ("its artifact is gone or damaged",)
+    run(pipeline)
+    assert trace() == ["pretrain"]
+
+
+def test_a_failed_stage_takes_only_its_dependants_along(write: Callable[[str], Path], trace: Traces) -> None:
+    path = write(
+        "name: toy\nstages:\n  a: {kind: curate}\n  b: {kind: pretrain, needs: a, mode: fail, ticks: 2}\n"
+        "  c: {kind: evaluate, needs: b}\n  d: {kind: pretrain, needs: a}\n"
+    )
+    code, said = run(path)
+    assert (code, trace()) == (1, ["a", "b", "d"])
+    assert "RuntimeError: the toy broke" in said
+    assert "lacks b" in said
+    assert "Traceback" not in said
+    log = Path("runs/logs/toy/b.log").read_text()
+    assert "Traceback" in log
+    assert "tick 2 of 2" in log
+    assert {name: recorded.by_name(name)[0]["status"] for name in "abd"} == {
+        "a": "FINISHED",
+        "b": "FAILED",
+        "d": "FINISHED",
+    }
+    assert recorded.by_name("toy")[0]["status"] == "FAILED"
+
+    code, said = run(path, "stages.b.mode=fine")
+    assert (code, trace()) == (0, ["b", "c"])
+    assert "attempt 2, attempt 1 failed: RuntimeError: the toy broke" in said
+    assert [(item["status"], item["opened"]) for item in recorded.by_name("b")] == [("FINISHED", 2)]
+    assert [(item["status"], item["opened"]) for item in recorded.by_name("toy")] == [("FINISHED", 2)]
+
+
+def test_a_users_mistake_found_by_a_stage_exits_with_two(pipeline: Path) -> None:
+    code, said = run(pipeline, "stages.pretrain.mode=mistake")
+    assert code == 2
+    for part in ("the toy does not fit", "toy box", "use another box"):
+        assert part in said
+
+
+def test_a_promised_output_that_is_missing_fails_the_stage(pipeline: Path) -> None:
+    code, said = run(pipeline, "stages.pretrain.mode=forget")
+    assert code == 1
+    assert "result.json" in said
+    assert not list(Path("runs/artifacts").glob("pretrain-*"))
+
+
+def test_work_lasts_until_the_stage_is_done(pipeline: Path) -> None:
+    run(pipeline, "stages.pretrain.mode=fail", "stages.pretrain.ticks=3")
+    work = next(Path("runs/work").glob("pretrain-*/"))
+    assert (work / "ticks").read_text() == "3"
+    run(pipeline, "stages.pretrain.ticks=3")
+    assert not list(Path("runs/work").glob("pretrain-*"))
+
+
+def test_an_artifact_knows_where_it_came_from(pipeline: Path) -> None:
+    run(pipeline)
+    manifest = planned(pipeline)["evaluate"].artifact.manifest  # type: ignore[union-attr]
+    assert manifest.summary["ticks"] == 1
+    assert set(manifest.provenance["upstream"]) == {"pretrain", "curate"}
+    assert manifest.provenance["parts"]["config"]["ticks"] == 1
+
+
+def test_a_second_driver_is_told_who_holds_the_pipeline(pipeline: Path) -> None:
+    with hold(Workspace("runs/").lock_path("toy"), "pipeline 'toy'"), pytest.raises(UserError) as caught:
+        run(pipeline)
+    assert "process " in caught.value.what
+    assert " since 20" in caught.value.what
+    assert run(pipeline)[0] == 0
+
+
+def test_two_pipelines_do_not_work_on_one_key_at_once(pipeline: Path) -> None:
+    stage = planned(pipeline)["curate"].stage
+    with hold(Workspace("runs/").work_lock("curate", stage.key), "other"):
+        code, said = run(pipeline)
+    assert code == 2
+    assert "already being run by process" in said
+    assert run(pipeline)[0] == 0
+
+
+class Rayish(toys.Curate):
+    needs_ray: ClassVar[bool] = True
+
+
+def test_the_cluster_starts_only_for_a_stage_that_runs_and_needs_it(pipeline: Path) -> None:
+    started: list[str] = []
+
+    @contextlib.contextmanager
+    def start(cluster: Cluster) -> Iterator[None]:
+        started.append(cluster.address)
+        yield
+        started.append("stopped")
+
+    def run_with(overrides: list[str]) -> int:
+        loaded = load(pipeline, overrides, stage_type=toys.ToyStage)
+        rayish = Rayish.model_validate(loaded.spec.stages["curate"].model_dump())
+        spec = loaded.spec.model_copy(update={"stages": {**loaded.spec.stages, "curate": rayish}})
+        loaded = type(loaded)(spec, loaded.document)
+        stages = resolve(loaded, _content)
+        reporter = Reporter(Console(file=io.StringIO()))
+        return execute(loaded, stages, reporter, start_cluster=start, open_tracking=recorded.open_recorded)
+
+    assert run_with([]) == 0
+    assert started == ["local", "stopped"]
+    assert run_with(["stages.pretrain.ticks=3"]) == 0
+    assert started == ["local", "stopped"]
+
+
+def test_a_stage_gets_what_it_was_promised(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    original = toys.Toy.run
+
+    def spy(self: toys.Toy, context: toys.Context) -> object:
+        seen[context.name] = context
+        assert not list(context.out.iterdir())
+        logging.getLogger("orchestrator.somewhere").warning("mind the gap")
+        return original(self, context)
+
+    monkeypatch.setattr(toys.Toy, "run", spy)
+    _, said = run(pipeline, "stages.pretrain.elastic.workers=3", "elastic.checkpoint_every_s=7")
+    context = seen["pretrain"]
+    assert context.elastic.workers == (3, 3)
+    assert context.elastic.checkpoint_every_s == 7
+    assert context.inputs["index"].kind == "curate"
+    assert context.keys == {"curate": context.inputs["index"].key}
+    assert seen["evaluate"].keys.keys() == {"pretrain", "curate"}
+    assert "mind the gap" in said
+    assert "mind the gap" in Path("runs/logs/toy/pretrain.log").read_text()

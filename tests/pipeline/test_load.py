@@ -1,0 +1,178 @@
+"""Bad pipeline files: one error, with line, key path, value and the nearest right name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import toys
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline.load import LoadedPipeline, load
+from orchestrator.pipeline.plan import resolve
+
+HEAD = "name: toy\nstages:\n"
+CURATE = "  a: {kind: curate}\n"
+
+
+def resolved(path: Path, *overrides: str) -> LoadedPipeline:
+    loaded = load(path, overrides, stage_type=toys.ToyStage)
+    resolve(loaded, lambda source, name: "same")
+    return loaded
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        resolved(path, *overrides)
+    assert not Path("runs").exists(), "a bad file must leave nothing behind"
+    return str(caught.value)
+
+
+BAD = {
+    "unknown key": (
+        HEAD + "  a:\n    kind: curate\n    tiks: 3\n",
+        ["unknown key 'tiks' in stage 'a'", "toy.yaml:5", "stages.a.tiks = 3", "'ticks'"],
+    ),
+    "unknown nested key": (
+        HEAD + "  a:\n    kind: curate\n    optim:\n      lrr: 3\n",
+        ["unknown key 'lrr'", "toy.yaml:6", "stages.a.optim.lrr = 3", "'lr'"],
+    ),
+    "unknown top key": ("nam: toy\nname: toy\nstages:\n" + CURATE, ["'nam'", "toy.yaml:1", "'name'"]),
+    "misspelt kind": (HEAD + "  a: {kind: currate}\n", ["'currate'", "toy.yaml:3", "a.kind", "'curate'"]),
+    "no kind": (HEAD + "  evaluat: {ticks: 3}\n", ["lacks the key 'kind'", "toy.yaml:3", "kind: evaluate"]),
+    "empty stage": (HEAD + "  a:\n", ["stages.a: must be a mapping", "toy.yaml:3", "(empty)"]),
+    "stage is a list": (HEAD + "  a: [1]\n", ["stages.a: must be a mapping", "toy.yaml:3"]),
+    "wrong type": (
+        HEAD + "  a: {kind: curate, ticks: many}\n",
+        ["stages.a.ticks: must be an integer, not many", "toy.yaml:3  stages.a.ticks = many"],
+    ),
+    "wrong choice": (HEAD + "  a: {kind: curate, mode: fial}\n", ["not fial", "toy.yaml:3", "'fail'"]),
+    "zero workers": (
+        "name: toy\nelastic: {workers: 0}\nstages:\n" + CURATE,
+        ["elastic.workers: must be greater than or equal to 1, not 0", "toy.yaml:2"],
+    ),
+    "zero workers of a stage": (
+        HEAD + CURATE + "  b: {kind: pretrain, needs: a, elastic: {workers: [0, 2]}}\n",
+        ["must be greater than or equal to 1, not 0", "toy.yaml:4  stages.b.elastic.workers.0"],
+    ),
+    "fewest over most": (
+        "name: toy\nelastic: {workers: [3, 1]}\nstages:\n" + CURATE,
+        ["the fewest workers (3) exceed the most (1)", "toy.yaml:2"],
+    ),
+    "unknown need": (
+        HEAD + "  prepare: {kind: curate}\n  b: {kind: pretrain, needs: [prepar]}\n",
+        ["stage 'b' needs 'prepar'", "toy.yaml:4", "'prepare'"],
+    ),
+    "no need": (
+        HEAD + CURATE + "  b: {kind: pretrain}\n",
+        ["lacks its input 'index'", "toy.yaml:4", "add a to"],
+    ),
+    "two for one": (
+        HEAD + CURATE + "  c: {kind: curate}\n  b: {kind: pretrain, needs: [a, c]}\n",
+        ["needs 2: a, c", "toy.yaml:5", "keep one"],
+    ),
+    "useless need": (
+        HEAD + CURATE + "  c: {kind: curate, needs: a}\n",
+        ["stage 'c' needs 'a' of kind curate", "toy.yaml:4", "no inputs"],
+    ),
+    "cycle": (
+        HEAD + CURATE + "  b: {kind: pretrain, needs: [a, c]}\n  c: {kind: evaluate, needs: b}\n",
+        ["b → c → b", "toy.yaml:5"],
+    ),
+    "missing folder": (
+        "name: toy\ndata:\n  p: {path: fotos}\nstages:\n" + CURATE,
+        ["no such folder: fotos", "toy.yaml:3  data.p.path = fotos", "did you mean photos?"],
+    ),
+    "missing captions": (
+        "name: toy\ndata:\n  p:\n    path: photos\n    captions: c.csv\nstages:\n" + CURATE,
+        ["no such file: c.csv", "toy.yaml:5  data.p.captions"],
+    ),
+    "unknown data source": (
+        "name: toy\ndata: {photos: {path: photos}}\nstages:\n  a: {kind: curate, data: photo}\n",
+        ["the data source 'photo'", "toy.yaml:4  stages.a.data = photo", "'photos'"],
+    ),
+    "no stages": ("name: toy\nstages: {}\n", ["no stages", "toy.yaml:2"]),
+    "unusable stage name": (HEAD + "  a/b: {kind: curate}\n", ["'a/b' is not a usable name", "toy.yaml:3"]),
+    "bad name": ("name: Toy!\nstages:\n" + CURATE, ["name: must match", "not Toy!", "toy.yaml:1"]),
+    "twice": (HEAD + CURATE + CURATE, ["'a' is written twice", "toy.yaml:4", "line 3"]),
+    "not YAML": (HEAD + "  a: {kind: curate\n", ["not valid YAML", "toy.yaml:4"]),
+    "tab": (HEAD + "\ta: 3\n", ["not valid YAML", "toy.yaml:3:1", "not tabs"]),
+    "empty": ("# nothing\n", ["is empty"]),
+    "a list": ("- a\n", ["must be a mapping", "toy.yaml:1"]),
+    "S3": ("name: toy\nstore: s3://b/p\nstages:\n" + CURATE, ["s3://b/p", "toy.yaml:2"]),
+    "store is a file": (
+        "name: toy\nstore: toy.yaml\nstages:\n" + CURATE,
+        ["toy.yaml is a file", "toy.yaml:2"],
+    ),
+    "tracking": (
+        "name: toy\ntracking: {uri: foo}\nstages:\n" + CURATE,
+        ["'foo'", "toy.yaml:2  tracking.uri"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_one_readable_error(name: str, write: Callable[[str], Path]) -> None:
+    text, expected = BAD[name]
+    said = complaint(write(text))
+    assert not [part for part in expected if part not in said], said
+    assert "pydantic" not in said
+    assert "Input should" not in said
+
+
+def test_a_misspelt_required_key_is_one_complaint_not_two(write: Callable[[str], Path]) -> None:
+    said = complaint(write("nam: toy\nstages:\n" + CURATE))
+    assert "unknown key 'nam'" in said
+    assert "lacks" not in said
+
+
+def test_every_mistake_is_named_at_once(write: Callable[[str], Path]) -> None:
+    said = complaint(write("name: toy\nsed: 1\nstages:\n  a: {kind: curate, ticks: x}\n  b: {kind: q}\n"))
+    assert [line.strip().split()[1].rstrip(",") for line in said.splitlines() if line.startswith("  at")] == [
+        "toy.yaml:2",
+        "toy.yaml:4",
+        "toy.yaml:5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.pretrian.ticks=2", ["no stage 'pretrian'", "`stages.pretrian.ticks=2`", "'pretrain'"]),
+        ("stages.pretrain.tiks=2", ["unknown key 'tiks'", "`stages.pretrain.tiks=2`", "'ticks'"]),
+        ("elastik.workers=2", ["unknown key 'elastik'", "'elastic'"]),
+        ("stages.pretrain.ticks=few", ["must be an integer, not few", "command line"]),
+        ("stages.pretrain.ticks.x=2", ["must be an integer", "command line"]),
+        ("stages.pretrain.needs.x=2", ["has no keys", "command line"]),
+        ("data.photo.path=x", ["no data source 'photo'", "'photos'"]),
+        ("seed", ["not an override", "key.path=value"]),
+        ("seed=[", ["not valid YAML", "`seed=[`"]),
+    ],
+)
+def test_a_bad_override_is_one_readable_error(pipeline: Path, override: str, expected: list[str]) -> None:
+    said = complaint(pipeline, override)
+    assert not [part for part in expected if part not in said], said
+
+
+def test_a_misspelt_file_name_is_corrected(pipeline: Path) -> None:
+    assert "did you mean toy.yaml?" in complaint(Path("toy.yml"))
+
+
+def test_overrides_are_yaml_and_reach_new_sections(write: Callable[[str], Path]) -> None:
+    path = write(HEAD + CURATE)
+    spec = resolved(path, "elastic.workers=[2, 4]", "stages.a.optim.lr=1e-3", "seed=7").spec
+    assert spec.elastic.workers == (2, 4)
+    assert spec.stages["a"].optim.lr == 0.001  # type: ignore[attr-defined]
+    assert spec.seed == 7
+
+
+def test_the_resolved_file_loads_to_the_same_pipeline(pipeline: Path, write: Callable[[str], Path]) -> None:
+    loaded = resolved(pipeline, "stages.pretrain.ticks=9")
+    again = resolved(write(loaded.resolved()))
+    assert again.spec == loaded.spec
+
+
+def test_merge_keys_and_anchors_work_and_keep_their_lines(write: Callable[[str], Path]) -> None:
+    text = HEAD + "  a: &base {kind: curate, ticks: 4}\n  b:\n    <<: *base\n    optim: {lr: x}\n"
+    assert "toy.yaml:6  stages.b.optim.lr = x" in complaint(write(text))

@@ -1,0 +1,82 @@
+"""Toy stages: they need no Ray, leave traces of their attempts, and can be told to wait or to fail."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from orchestrator.errors import Stopped, UserError
+from orchestrator.spec import Elastic, Strict, operational
+from orchestrator.stages.base import Context, Input, Stage
+
+log = logging.getLogger("orchestrator.toys")
+
+
+class Optim(Strict):
+    lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+class Toy(Stage):
+    """`ticks` waits of 20 ms each, one metric per tick, a count of ticks in the work folder."""
+
+    needs_ray: ClassVar[bool] = False
+    outputs: ClassVar[Mapping[str, str]] = {"result.json": "what came out"}
+
+    ticks: int = Field(1, ge=0)
+    optim: Optim = Optim()
+    mode: Literal["fine", "fail", "mistake", "forget", "stubborn"] = operational("fine")
+    checkpoint_every: int = operational(1, ge=1)
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        ticked = context.work / "ticks"
+        start = int(ticked.read_text()) if ticked.exists() else 0
+        with (context.work / "attempts").open("a") as file:
+            file.write(f"{os.getpid()} {start}\n")
+        if trace := os.environ.get("TOY_TRACE"):
+            with Path(trace).open("a") as file:
+                file.write(f"{context.name} {start} {context.run.run_id}\n")
+        for tick in range(start, self.ticks):
+            time.sleep(0.02)
+            if context.stop.is_set() and self.mode != "stubborn":
+                raise Stopped
+            context.run.metrics({"loss": 1.0 / (tick + 1)}, tick)
+            log.info("tick %d of %d", tick + 1, self.ticks)
+            ticked.write_text(str(tick + 1))
+        if self.mode == "fail":
+            raise RuntimeError("the toy broke")
+        if self.mode == "mistake":
+            raise UserError("the toy does not fit", where="toy box", hint="use another box")
+        if self.mode != "forget":
+            text = json.dumps({role: item.key for role, item in context.inputs.items()})
+            (context.out / "result.json").write_text(text)
+        return {"loss": 1.0 / max(1, self.ticks), "ticks": float(self.ticks)}
+
+
+class Curate(Toy):
+    kind: Literal["curate"]
+    data: str | None = None
+
+
+class Pretrain(Toy):
+    kind: Literal["pretrain"]
+    elastic: Elastic | None = operational(None)
+    inputs: ClassVar[tuple[Input, ...]] = (Input("index", ("curate",)),)
+
+
+class Evaluate(Toy):
+    kind: Literal["evaluate"]
+    inputs: ClassVar[tuple[Input, ...]] = (
+        Input("model", ("pretrain",)),
+        Input("index", ("curate",), required=False),
+    )
+
+
+ToyStage = Annotated[Curate | Pretrain | Evaluate, Field(discriminator="kind")]

@@ -1,0 +1,235 @@
+"""Curation on photographs with known faults: everything found, accounted for, and reproducible."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from orchestrator.data.index import PhotoIndex
+from orchestrator.errors import Stopped, UserError
+from orchestrator.spec import DataSource, Elastic
+from orchestrator.stages.base import Context
+from orchestrator.stages.curate import Curate
+from orchestrator.tracking.runs import NullRun
+
+_KINDS = 4
+_EACH = (12, 9, 6, 3)
+
+
+def _picture(kind: int, seed: int) -> np.ndarray:
+    """Pictures of a kind share their colour; the seed moves the pattern."""
+    rng = np.random.default_rng((kind, seed))
+    base = np.array([(200, 60, 60), (60, 190, 60), (50, 60, 200), (225, 225, 215)][kind])
+    y, x = np.mgrid[0:40, 0:60]
+    a, b = (rng.uniform(4, 9, 2), rng.uniform(0, 6, 2))
+    pattern = 25 * np.sin(x / a[0] + b[0]) * np.cos(y / a[1] + b[1])
+    return (base + pattern[..., None]).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """30 pictures of four kinds; two byte copies, a pixel copy, a recompressed copy; two broken files."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = ["file,caption,label"]
+    for kind, count in enumerate(_EACH):
+        for i in range(count):
+            name = f"{kind}-{i:02}.jpg"
+            Image.fromarray(_picture(kind, i)).save(folder / name, quality=92)
+            lines.append(f"{name},picture {i} of {kind},kind {kind}")
+    shutil.copy(folder / "0-03.jpg", folder / "x-copy.jpg")
+    shutil.copy(folder / "0-03.jpg", folder / "x-copy2.jpg")
+    Image.open(folder / "1-02.jpg").save(folder / "y-pixels.png")
+    Image.fromarray(_picture(2, 1)).save(folder / "z-again.jpg", quality=60)
+    (folder / "broken.jpg").write_bytes((folder / "0-00.jpg").read_bytes()[:400])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "captions.csv").write_text("\n".join([*lines, "x-copy.jpg,something else,kind 1"]))
+    return folder
+
+
+def _context(tmp_path: Path, seed: int = 0, **sources: DataSource) -> Context:
+    out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
+    out.mkdir()
+    return Context(
+        name="curate",
+        pipeline="test",
+        seed=seed,
+        key="k",
+        inputs={},
+        keys={},
+        sources=sources,
+        out=out,
+        work=tmp_path / "work",
+        elastic=Elastic(),
+        run=NullRun(),
+    )
+
+
+def _source(folder: Path) -> DataSource:
+    return DataSource(path=folder, captions=Path("captions.csv"))
+
+
+def test_everything_is_found_and_accounted_for(photos: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, photos=_source(photos))
+    stage = Curate(kind="curate", data="photos", clusters=4, sample=16)
+    summary = stage.run(context)
+    assert summary == {"images": 36, "unique": 30, "corrupt": 2, "duplicates": 4, "clusters": 4}
+    assert {path.name for path in context.out.iterdir()} == set(stage.outputs)
+
+    index = PhotoIndex.load(context.out)
+    assert len(index) == 30
+    assert index.rows_of("balanced").size == 16
+    assert index.rows_of("pool").size == 14
+    assert index.path(0) == photos.resolve() / "0-00.jpg"
+    assert (index[0].caption, index[0].label) == ("picture 0 of 0", "kind 0")
+    embeddings = np.load(context.out / "embeddings.npy")
+    assert embeddings.shape == (30, 336)
+
+    files = {row["path"]: row for row in pq.read_table(context.out / "provenance.parquet").to_pylist()}
+    assert len(files) == 36
+    expected = {
+        "x-copy.jpg": ("duplicate", "the same bytes as photos/0-03.jpg"),
+        "x-copy2.jpg": ("duplicate", "the same bytes as photos/0-03.jpg"),
+        "y-pixels.png": ("duplicate", "the same pixels as photos/1-02.jpg"),
+        "z-again.jpg": ("duplicate", "nearly the same pixels as photos/2-01.jpg"),
+        "empty.png": ("corrupt", "the file is empty"),
+    }
+    for name, (status, reason) in expected.items():
+        assert (files[name]["status"], files[name]["reason"], files[name]["id"]) == (status, reason, None)
+    assert files["broken.jpg"]["status"] == "corrupt"
+    assert all(files[index[i].path]["id"] == i for i in range(30))
+    assert {files[index[i].path]["reason"] for i in index.rows_of("pool")} == {"pool component"}
+
+
+def test_clusters_follow_looks_and_small_ones_are_taken_whole(photos: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, photos=_source(photos))
+    Curate(kind="curate", data="photos", clusters=4, sample=16).run(context)
+    index = PhotoIndex.load(context.out)
+    labels, clusters = np.array(index.labels), index.clusters
+    assert [len(set(clusters[labels == f"kind {kind}"])) for kind in range(_KINDS)] == [1] * _KINDS
+    assert np.bincount(clusters).tolist() == sorted(_EACH, reverse=True)
+    # 16 from clusters of 12, 9, 6, 3: the smallest gives all 3, the others 4 or 5.
+    taken = np.bincount(clusters[index.rows_of("balanced")])
+    assert taken[3] == 3
+    assert sorted(taken[:3]) == [4, 4, 5]
+
+
+def test_report(photos: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, photos=_source(photos))
+    Curate(kind="curate", data="photos", clusters=4, sample=0.5).run(context)
+    report = json.loads((context.out / "report.json").read_text())
+    assert report["components"] == {"balanced": 15, "pool": 15}
+    assert set(report["corrupt_files"]) == {"photos/broken.jpg", "photos/empty.png"}
+    largest = report["duplicate_groups"][0]
+    assert largest["kept"] == "photos/0-03.jpg"
+    assert set(largest["dropped"]) == {"photos/x-copy.jpg", "photos/x-copy2.jpg"}
+    assert (largest["captions_differ"], largest["labels_differ"]) == (True, True)
+    assert sum(cluster["photos"] for cluster in report["cluster_sizes"].values()) == 30
+    assert str(tmp_path) not in (context.out / "report.json").read_text()
+    sheet = np.asarray(Image.open(context.out / "clusters.png"))
+    assert sheet.std() > 20
+
+
+def test_same_seed_same_files_and_other_seed_other_sample(photos: Path, tmp_path: Path) -> None:
+    stage = Curate(kind="curate", data="photos", clusters=4, sample=0.4)
+    one, two, other = (_context(tmp_path, seed, photos=_source(photos)) for seed in (0, 0, 1))
+    for context in (one, two, other):
+        stage.run(context)
+    for name in stage.outputs:
+        assert (one.out / name).read_bytes() == (two.out / name).read_bytes(), name
+    indices = [PhotoIndex.load(context.out) for context in (one, other)]
+    assert indices[0].rows_of("balanced").tolist() != indices[1].rows_of("balanced").tolist()
+
+
+def test_of_equal_photos_the_first_sources_is_kept(photos: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    shutil.copy(photos / "3-00.jpg", more / "a.jpg")
+    Image.fromarray(_picture(0, 99)).save(more / "new.jpg")
+    context = _context(tmp_path, photos=_source(photos), more=DataSource(path=more))
+    summary = Curate(kind="curate", data=["more", "photos"], clusters=4).run(context)
+    assert (summary["unique"], summary["duplicates"]) == (31, 5)
+    index = PhotoIndex.load(context.out)
+    assert [(index[i].source, index[i].path) for i in range(2)] == [("more", "a.jpg"), ("more", "new.jpg")]
+    files = pq.read_table(context.out / "provenance.parquet").to_pylist()
+    assert [row["duplicate_of"] for row in files if row["path"] == "3-00.jpg"] == ["more/a.jpg"]
+
+
+def test_everything_can_be_taken(photos: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, photos=_source(photos))
+    Curate(kind="curate", data="photos", clusters=1, sample=1.0).run(context)
+    assert PhotoIndex.load(context.out).components == ["balanced"]
+
+
+def _mistake(context: Context, **changes: object) -> str:
+    with pytest.raises(UserError) as raised:
+        Curate(**{"kind": "curate", "data": "photos", "clusters": 4, **changes}).run(context)  # type: ignore[arg-type]
+    return str(raised.value)
+
+
+def test_mistakes_are_named(photos: Path, tmp_path: Path) -> None:
+    context = _context(tmp_path, photos=_source(photos))
+    assert "did you mean 'photos'?" in _mistake(context, data="photo")
+    assert "31 clusters cannot be made of 30 different photos" in _mistake(context, clusters=31)
+    assert "stages.curate.sample" in _mistake(context, sample=31)
+    missing = replace(context, sources={"photos": DataSource(path=tmp_path / "nowhere")})
+    assert "does not exist" in _mistake(missing)
+    (tmp_path / "empty").mkdir()
+    empty = replace(context, sources={"photos": DataSource(path=tmp_path / "empty")})
+    assert "there are no images" in _mistake(empty)
+    broken = tmp_path / "allbroken"
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"nothing")
+    unreadable = replace(context, sources={"photos": DataSource(path=broken)})
+    assert "none of the 1 images can be read; a.jpg: not an image" in _mistake(unreadable)
+    assert list(context.out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sample": 0}, {"sample": 1.5}, {"clusters": 0}, {"data": []}, {"embedding": "dino"}]
+)
+def test_wrong_configs_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Curate(**{"kind": "curate", "data": "photos", **wrong})  # type: ignore[arg-type]
+
+
+def test_stop_is_heeded(photos: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        Curate(kind="curate", data="photos", clusters=4).run(
+            replace(_context(tmp_path, photos=_source(photos)), stop=stop)
+        )
+
+
+def test_planning_with_the_stage_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, orchestrator.stages.curate\n"
+        "assert not {'torch', 'ray', 'mlflow', 'sklearn', 'cv2', 'pyarrow'} & set(sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_real_photographs(tmp_path: Path) -> None:
+    """The 542 food photographs, where they were fetched: 96 files in 17 groups are exact copies."""
+    folder = Path(__file__).resolve().parents[2] / "data" / "food"
+    if not (folder / "captions.csv").is_file():
+        pytest.skip("fetch them with: python -m orchestrator.data.samples food data/food")
+    context = _context(tmp_path, food=_source(folder))
+    summary = Curate(kind="curate", data="food").run(context)
+    assert summary == {"images": 542, "unique": 463, "corrupt": 0, "duplicates": 79, "clusters": 16}
+    report = json.loads((context.out / "report.json").read_text())
+    assert len(report["duplicate_groups"]) == 17
+    assert sum(len(group["dropped"]) + 1 for group in report["duplicate_groups"]) == 96

@@ -1,0 +1,143 @@
+"""The command line: what it loads, says and exits with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOYS = ROOT / "tests" / "pipeline" / "toy_main.py"
+PIPELINE = (
+    "name: toy\nstages:\n  curate: {kind: curate}\n  pretrain: {kind: pretrain, needs: curate, ticks: 2}\n"
+)
+HEAVY = ("torch", "ray", "mlflow", "deepspeed", "pandas", "sklearn", "pyarrow")
+
+
+def command(folder: Path, *arguments: str, code: int = 0, **environment: str) -> str:
+    """Output of the command line with toy stages and without MLflow."""
+    done = subprocess.run(
+        [sys.executable, str(TOYS), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TOY_TRACKING": "recorded", **environment},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    return said
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "toy.yaml").write_text(PIPELINE)
+    return tmp_path
+
+
+def test_help_and_a_second_run_import_nothing_heavy(folder: Path) -> None:
+    command(folder, "run", "toy.yaml")
+    for arguments in (["--help"], ["plan", "toy.yaml"], ["run", "toy.yaml"], ["status", "toy.yaml"]):
+        program = (
+            f"import sys, runpy; sys.argv = ['orchestrator', *{arguments!r}]\n"
+            f"sys.path.insert(0, {str(TOYS.parent)!r})\n"
+            f"try: runpy.run_path({str(TOYS)!r}, run_name='__main__')\n"
+            f"except SystemExit: print('heavy:', sorted(set({HEAVY!r}) & set(sys.modules)))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert "heavy: []" in done.stdout, done.stdout + done.stderr
+
+
+def test_help_imports_no_more_than_typer(folder: Path) -> None:
+    program = (
+        "import sys, orchestrator.cli; print([m for m in ('pydantic', 'yaml', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_pipeline_from_plan_to_logs(folder: Path) -> None:
+    said = command(folder, "plan", "toy.yaml")
+    assert "never ran" in said
+    assert "2 of 2 stages to run: curate, pretrain" in said
+    assert not (folder / "runs").exists()
+    assert "was never run" in command(folder, "status", "toy.yaml")
+    said = command(folder, "run", "toy.yaml")
+    assert "pretrain  done in" in said
+    assert "loss 0.5 · ticks 2" in said
+    assert "Nothing to do" in command(folder, "run", "toy.yaml")
+    assert "config.ticks: 2 → 3" in command(folder, "plan", "toy.yaml", "stages.pretrain.ticks=3")
+    status = command(folder, "status", "toy.yaml").splitlines()
+    assert [line.split()[:4] for line in status[2:]] == [
+        ["curate", "curate", "✓", "done"],
+        ["pretrain", "pretrain", "✓", "done"],
+    ]
+    logs = command(folder, "logs", "toy.yaml", "pretrain")
+    assert "attempt 1" in logs
+    assert "tick 2 of 2" in logs
+    assert len(command(folder, "logs", "toy.yaml", "pretrain", "-n", "1").splitlines()) == 1
+    assert "Nothing to do" in command(folder, "resume", "toy.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["plan", "toy.yml"], "did you mean toy.yaml?"),
+        (["run", "toy.yaml", "stages.pretrain.tick=2"], "did you mean 'ticks'?"),
+        (["run", "toy.yaml", "elastic.workers=0"], "must be greater than or equal to 1, not 0"),
+        (["resume", "toy.yaml"], "was never started"),
+        (["logs", "toy.yaml", "pretrian"], "did you mean 'pretrain'?"),
+        (["logs", "toy.yaml", "pretrain"], "has no log"),
+        (["pull", "food-dinov3@champion", "--out", "model"], "no MLflow database"),
+        (["plann", "toy.yaml"], "Did you mean 'plan'?"),
+    ],
+)
+def test_a_mistake_exits_with_two_and_leaves_nothing(
+    folder: Path, arguments: list[str], expected: str
+) -> None:
+    said = command(folder, *arguments, code=2)
+    assert expected in said
+    assert "Traceback" not in said
+    assert [path.name for path in folder.iterdir()] == ["toy.yaml"]
+
+
+def test_a_data_source_without_images_is_named_by_its_line(folder: Path) -> None:
+    (folder / "photos").mkdir()
+    (folder / "toy.yaml").write_text(
+        "name: toy\ndata:\n  p: {path: photos}\nstages:\n  curate: {kind: curate, data: p}\n"
+    )
+    said = command(folder, "run", "toy.yaml", code=2)
+    assert "no images in photos" in said
+    assert "toy.yaml:3  data.p.path = photos" in said
+    assert not (folder / "runs").exists()
+
+
+def test_output_survives_a_pipe_without_unicode(folder: Path) -> None:
+    said = command(folder, "plan", "toy.yaml", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert "never ran" in said
+
+
+def test_doctor_names_what_is_there(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(TOYS), "doctor", "--store", "toy.yaml/x"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, "a store below a file cannot be written"
+    assert "cannot be written" in done.stdout
+    assert "torch" in done.stdout
