@@ -157,7 +157,7 @@ def pick_tower(artifact: Path, student: str | None) -> Path:
         return artifact / "model"
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if student is None and len(names) == 1:
-        return folder / names[0]
+        return folder / names[0] / "model"
     if student not in names:
         what = (
             "`student` does not say which one to align"
@@ -170,7 +170,7 @@ def pick_tower(artifact: Path, student: str | None) -> Path:
             where=str(artifact),
             hint=f"use student: {guess}" if guess else f"use one of {', '.join(names)}",
         )
-    return folder / student
+    return folder / student / "model"
 
 
 def pick_image_size(tower: Path, wanted: int | None) -> int:

@@ -91,7 +91,7 @@ class Distill(TrainStage):
             .options(num_cpus=1, max_concurrency=8 * len(self.students) + 4, runtime_env=_teacher_env())
             .remote(
                 partial(FrozenTeacher, self, recipe, teacher_folder, context.inputs["index"].path, seed),
-                [name for name in self.students if not elastic.is_done(self._job(context, name, recipe, None))],
+                self._first_steps(context, recipe),
                 self.steps,
                 self.window,
             )
@@ -105,6 +105,19 @@ class Distill(TrainStage):
             ray.kill(actor)
         (context.out / "sharing.json").write_text(json.dumps(stats, indent=1))
         return self._collect(jobs, recipe, context) | stats
+
+    def _first_steps(self, context: Context, recipe: ModelRecipe) -> dict[str, int]:
+        """The students still to train, and the step each goes on from."""
+        from orchestrator.elastic import checkpoint
+        from orchestrator.elastic import job as elastic
+
+        first = {}
+        for name in self.students:
+            job = self._job(context, name, recipe, None)
+            if not elastic.is_done(job):
+                saved = checkpoint.latest(job.checkpoints)
+                first[name] = saved.step if saved else 0
+        return first
 
     def _train_all(self, jobs: Mapping[str, Job], actor: Any, context: Context) -> None:
         import ray

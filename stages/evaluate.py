@@ -15,7 +15,6 @@ from pydantic import Field
 from orchestrator.errors import Stopped, UserError
 from orchestrator.spec import operational
 from orchestrator.stages.base import Context, Input, Stage
-from orchestrator.stages.selfsup import INDEX_KINDS
 
 if TYPE_CHECKING:
     from orchestrator.data.index import PhotoIndex
@@ -53,14 +52,14 @@ class Evaluate(Stage):
     num_groups: int = Field(10, ge=2, description="the largest labels take part, the others' photos do not")
     image_size: int | None = Field(None, ge=1, description="pixels a side; default: each model's own")
     num_snapshots: int = Field(
-        4, ge=1, description="snapshots of each backbone stage scored, its last included"
+        2, ge=1, description="snapshots scored of each backbone stage, its last included"
     )
     num_pictures: int = Field(6, ge=1, description="photos in the PCA maps")
     batch: int = operational(64, ge=1, description="photos in one forward pass")
 
     needs_ray: ClassVar[bool] = False
     inputs: ClassVar[tuple[Input, ...]] = (
-        Input("index", INDEX_KINDS),
+        Input("index", ("curate",)),
         Input("pretrain", ("pretrain",), required=False),
         Input("gram", ("gram_anchor",), required=False),
         Input("high_res", ("high_res",), required=False),

@@ -9,8 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from orchestrator.spec import Cluster
+
+logger = logging.getLogger("orchestrator")
 
 _PREFIX = "orchestrator-ray-"
 
@@ -58,10 +61,22 @@ def start(cluster: Cluster) -> Iterator[None]:
             logging_level=logging.ERROR,
             _temp_dir=str(folder),
         )
+        _quiet()
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _quiet() -> None:
+    """The raylet's notices go to the log; Ray would print them between our lines even without `log_to_driver`."""
+    from ray._private import worker
+
+    def to_log(data: dict[str, Any], *_: Any, **__: Any) -> None:
+        for line in data["lines"]:
+            logger.debug("%s: %s", data["pid"], line)
+
+    worker.print_to_stdstream = to_log
 
 
 def _slots() -> int:

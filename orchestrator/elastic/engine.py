@@ -170,6 +170,10 @@ class Engine:
 
     def moments(self, key: str) -> Iterator[Shard]:
         """`exp_avg` or `exp_avg_sq`."""
+        if self.zero_stage < 3:
+            # ZeRO 1 and 2 step one parameter group at a time and link the state of the first one only.
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         yield from self._hp(key)
 
     def _hp(self, key: str | None) -> Iterator[Shard]:

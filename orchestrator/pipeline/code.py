@@ -22,7 +22,6 @@ _IRRELEVANT = (
     "orchestrator.errors",
     "orchestrator.store",
     "orchestrator.tracking",
-    "orchestrator.report",
     "orchestrator.pipeline",
     "orchestrator.cli",
     "orchestrator.stages.base",

@@ -131,7 +131,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def working(self, item: StagePlan) -> Iterator[None]:
-        """While a stage runs: on a terminal its clock and newest log line; warnings in any case."""
+        """While a stage runs: its clock and newest log line on a terminal, all lines elsewhere; warnings always."""
         ticker = _Ticker(item.name)
         handler = _ToConsole(self._console, ticker)
         logger = logging.getLogger("orchestrator")
@@ -178,9 +178,11 @@ class _ToConsole(logging.Handler):
         self._ticker = ticker
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show the newest message in the ticker; a warning stays on the screen. Errors are in the outcome."""
+        """The newest message goes to the ticker, or a line of its own where there is none; warnings stay."""
         first = next(iter(record.getMessage().splitlines()), "")
         self._ticker.message = first
+        if record.levelno == logging.INFO and not self._console.is_terminal:
+            self._console.print(Text(f"  · {first}", style="bright_black"), soft_wrap=True)
         if record.levelno == logging.WARNING:
             self._console.print(Text(f"  ! {first}", style="yellow"), soft_wrap=True)
 

@@ -168,7 +168,7 @@ body { margin: 0; background: var(--page); color: var(--ink);
 main { max-width: 1000px; margin: 0 auto; padding: 40px 20px 64px; }
 header h1 { margin: 0; font-size: 28px; line-height: 1.2; letter-spacing: -0.01em; }
 header p { margin: 6px 0 24px; color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; }
 .tile, section { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
 .tile { padding: 14px 18px; display: flex; flex-direction: column; border-top: 3px solid var(--blue); }
 .tile span { color: var(--soft); font-size: 13px; }
@@ -186,7 +186,7 @@ th { color: var(--soft); font-weight: 600; font-size: 12.5px; white-space: nowra
 th.n, td.n { text-align: right; padding: 6px 0 6px 14px; white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; }
 tr.strong td { font-weight: 650; background: #f0f7fb; }
-figure { margin: 0 0 18px; }
+figure { margin: 0 0 26px; }
 figure:last-child { margin-bottom: 0; }
 figure img { display: block; max-width: 100%; height: auto; }
 figcaption { margin-top: 6px; color: var(--soft); font-size: 13px; }

@@ -8,7 +8,7 @@ handed out only when it is less than `window` steps ahead of the slowest student
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,17 +46,18 @@ class ShareActor:
 
     Args:
         make_teacher: builds the teacher in this process.
-        students: who will ask; all of them count for the window until they leave.
+        students: who will ask → the step each begins with (later than 0 when it resumes). All of them count
+            for the window until they leave, also before their first question.
         num_steps: steps 0 … num_steps-1 exist.
         window: steps kept at once, at least 2 so that the teacher works while students do.
     """
 
     def __init__(
-        self, make_teacher: Callable[[], StepTeacher], students: Iterable[str], num_steps: int, window: int
+        self, make_teacher: Callable[[], StepTeacher], students: Mapping[str, int], num_steps: int, window: int
     ) -> None:
         assert window >= 2, window
         self._num_steps, self._window = num_steps, window
-        self._progress: dict[str, int | None] = dict.fromkeys(students)
+        self._progress = dict(students)
         self._refs: dict[int, Any] = {}
         self._computed: set[int] = set()
         self._recomputed, self._bytes = 0, 0
@@ -112,11 +113,9 @@ class ShareActor:
 
     def _next(self) -> int | None:
         """The earliest step of the window that is not there; drops what is behind the window."""
-        started = [step for step in self._progress.values() if step is not None]
-        if not started:
+        if not self._progress:
             return None
-        # A student that has not asked yet may be about to ask for any step: count from those that have.
-        first = min(started)
+        first = min(self._progress.values())
         for step in [step for step in self._refs if step < first]:
             del self._refs[step]
         window = range(first, min(first + self._window, self._num_steps))

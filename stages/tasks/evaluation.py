@@ -57,7 +57,7 @@ class Crops:
         self._kept: dict[int, Pixels] = {}
 
     def at(self, size: int) -> Pixels:
-        """Uint8 (N, size, size, 3), resized as `orchestrator.models.embed` does it."""
+        """Uint8 (N, size, size, 3): what `orchestrator.models.embed` sees, but for JPEGs decoded smaller."""
         if size not in self._kept:
             self._kept[size] = np.stack([self._square(row, size) for row in self.rows])
         return self._kept[size]

@@ -85,7 +85,7 @@ def _knn(results: Results, out: Path) -> Section:
         for score in results.scores
     ]
     strong = [at for at, score in enumerate(results.scores) if score.student or score is results.teacher]
-    header = ("features", "family", "model", "weights", "photos at", "dim", "accuracy", "")
+    header = ("features", "family", "model", "weights", "photos at", "dim", "accuracy", "s.e.")
     table = Table(header, rows, num_names=3, strong=strong)
     return Section(title, [Text(note), table, Picture(out / "knn.png", "The same as bars")])
 
@@ -186,7 +186,7 @@ def _tiles(results: Results) -> list[Tile]:
         "random weights": results.named("random weights", 0),
     }
     tiles = [
-        Tile(f"{results.k}-NN, {name}", f"{score.accuracy:.3f}", score.name.removeprefix("student "))
+        Tile(f"{results.k}-NN, {name}", f"{score.accuracy:.3f}", score.student or score.model)
         for name, score in scores.items()
         if score is not None
     ]

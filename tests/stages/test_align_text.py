@@ -317,7 +317,7 @@ def test_the_tower_is_found(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     assert pick_tower(plain, None) == plain / "model"
     one = folder_with(tmp_path / "one", "vit-nano")
-    assert pick_tower(one, None) == pick_tower(one, "vit-nano") == one / "students" / "vit-nano"
+    assert pick_tower(one, None) == pick_tower(one, "vit-nano") == one / "students" / "vit-nano" / "model"
 
 
 @pytest.mark.parametrize(

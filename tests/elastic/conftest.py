@@ -1,0 +1,85 @@
+"""Real multi-process jobs over gloo, without Ray: what the loop does must not depend on who started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from orchestrator.data.index import PhotoIndex, PhotoRow
+
+WORKER = Path(__file__).with_name("worker.py")
+HEADS = {"hidden": 32, "dino_bottleneck": 16, "dino_prototypes": 64, "ibot_bottleneck": 16, "ibot_prototypes": 64}
+CONFIG: dict[str, Any] = {
+    "kind": "pretrain",
+    "model": "vit_femto",
+    "drop_path": 0.3,
+    "heads": HEADS,
+    "steps": 6,
+    "batch_size": 16,
+    "block_size": 4,
+    "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+    "optimizer": {"lr": {"peak": 1e-3, "warmup_steps": 2}, "layer_decay": 0.8},
+    "ema": {"peak": 0.9},
+    "frozen_prototype_steps": 2,
+    "koleo_views": "both",
+    "homogeneous": "balanced",
+    "homogeneous_ratio": 0.3,
+}
+RECIPE = {"model": "vit_femto", "drop_path": 0.3, "heads": HEADS, "global_size": 32}
+
+RunJob = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of 40 smooth random pictures in two components."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(40):
+        pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(root / f"{number:02}.png"), pixels)
+        component = "balanced" if number % 3 == 0 else "pool"
+        rows.append(PhotoRow("photos", f"{number:02}.png", str(root), "", 80, 60, component=component))
+    folder = tmp_path_factory.mktemp("index")
+    PhotoIndex(rows).save(folder)
+    return folder
+
+
+@pytest.fixture()
+def run_job(index: Path, tmp_path: Path) -> RunJob:
+    """Runs a job on `world` worker processes to its end or a stop; returns {complete, losses, figures}."""
+
+    def run(work: Path, world: int, **spec: Any) -> dict[str, Any]:
+        scratch = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
+        scratch.mkdir()
+        config = {**CONFIG, **spec.pop("config", {})}
+        full = {
+            "config": config, "recipe": RECIPE, "index": str(index), "work": str(work), "world": world,
+            "rendezvous": str(scratch / "rendezvous"), "figures": str(scratch / "figures.json"), **spec,
+        }  # fmt: skip
+        (scratch / "spec.json").write_text(json.dumps(full))
+        env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(WORKER), str(scratch / "spec.json")]
+        logs = [scratch / f"rank-{rank}.log" for rank in range(world)]
+        workers = []
+        for rank, log in enumerate(logs):
+            environment = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            with log.open("w") as out:
+                workers.append(subprocess.Popen([*command, str(rank)], stdout=out, stderr=out, env=environment))
+        codes = [worker.wait(timeout=240) for worker in workers]
+        assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+        result: dict[str, Any] = json.loads((scratch / "figures.json").read_text())
+        result["losses"] = {step: figures["loss"] for step, figures in result["figures"]}
+        return result
+
+    return run

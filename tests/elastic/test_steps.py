@@ -1,0 +1,123 @@
+"""A step is the same step whoever computes it: at any worker count, after any stop, at any ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from .conftest import CONFIG, RunJob
+
+STEPS = CONFIG["steps"]
+
+
+def exported(work: Path) -> dict[str, np.ndarray[Any, Any]]:
+    return load_file(work / "exports" / f"step-{STEPS:08d}.safetensors")
+
+
+@pytest.fixture()
+def undisturbed(run_job: RunJob, tmp_path: Path) -> tuple[dict[str, Any], Path]:
+    result = run_job(tmp_path / "undisturbed", 2)
+    assert result["complete"]
+    assert len(set(result["losses"].values())) == STEPS, "a constant loss would prove nothing"
+    return result, tmp_path / "undisturbed"
+
+
+def test_stop_and_go_on_with_any_number_of_workers(
+    undisturbed: tuple[dict[str, Any], Path], run_job: RunJob, tmp_path: Path
+) -> None:
+    whole, whole_work = undisturbed
+    stopped = tmp_path / "stopped"
+    first = run_job(stopped, 2, stop_after=3)
+    assert not first["complete"]
+    assert [step for step, _ in first["figures"]] == [1, 2, 3]
+    for world in (2, 1, 3):  # 3 does not divide the 4 blocks: two slots are padding
+        work = tmp_path / f"goes-on-{world}"
+        shutil.copytree(stopped, work)
+        second = run_job(work, world)
+        joined = {**first["losses"], **second["losses"]}
+        if world == 2:
+            assert joined == whole["losses"], "the same count must give the same bits"
+            for name, value in exported(whole_work).items():
+                np.testing.assert_array_equal(exported(work)[name], value, err_msg=name)
+        for step, loss in whole["losses"].items():
+            assert joined[step] == pytest.approx(loss, rel=1e-5), (world, step)
+        for name, value in exported(whole_work).items():
+            np.testing.assert_allclose(exported(work)[name], value, rtol=1e-3, atol=1e-5, err_msg=f"{world} {name}")
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_checkpoint_moves_between_zero_stages(
+    undisturbed: tuple[dict[str, Any], Path], run_job: RunJob, tmp_path: Path, zero_stage: int
+) -> None:
+    whole, _ = undisturbed
+    work = tmp_path / "work"
+    first = run_job(work, 1, zero_stage=zero_stage, stop_after=3)
+    second = run_job(work, 2, zero_stage=3)
+    for step, loss in {**first["losses"], **second["losses"]}.items():
+        assert loss == pytest.approx(whole["losses"][step], rel=1e-5), step
+
+
+def test_gram_stage_goes_on_from_pretraining(
+    undisturbed: tuple[dict[str, Any], Path], run_job: RunJob, tmp_path: Path
+) -> None:
+    """The Gram teacher starts from a snapshot, takes the EMA when told, and survives a change of workers."""
+    _, pretrained = undisturbed
+    config = {key: value for key, value in CONFIG.items() if key not in ("model", "drop_path", "heads")}
+    gram = {
+        "config": {**config, "kind": "gram_anchor", "gram": {"first_update": 3, "weight": {"peak": 2.0}}},
+        "start_from": str(pretrained / "checkpoints" / f"step-{STEPS:08d}"),
+        "gram": str(pretrained / "exports" / f"step-{STEPS:08d}.safetensors"),
+    }
+
+    def clean(spec: dict[str, Any]) -> dict[str, Any]:
+        return {**spec, "config": {**dict.fromkeys(("model", "drop_path", "heads")), **spec["config"]}}
+
+    gram = clean(gram)
+    whole = run_job(tmp_path / "gram", 2, **gram)
+    figures = dict((step, figures["gram"]) for step, figures in whole["figures"])
+    # The EMA it starts with is its own anchor, so the first loss is the student's distance to its EMA only.
+    assert all(value >= 0 for value in figures.values())
+    work = tmp_path / "moved"
+    first = run_job(work, 2, stop_after=4, **gram)
+    second = run_job(work, 1, **gram)
+    for step, loss in {**first["losses"], **second["losses"]}.items():
+        assert loss == pytest.approx(whole["losses"][step], rel=1e-5), step
+
+
+def test_prototypes_are_frozen_at_first(run_job: RunJob, tmp_path: Path) -> None:
+    run_job(tmp_path, 1, stop_after=2)
+    early = load_master(tmp_path / "checkpoints" / "step-00000002")
+    run_job(tmp_path, 1)
+    late = load_master(tmp_path / "checkpoints" / f"step-{STEPS:08d}")
+    name = "master/dino_head.prototypes.weight"
+    start = load_file_init()
+    np.testing.assert_array_equal(early[name], start[name])
+    assert not np.array_equal(late[name], start[name])
+    assert not np.array_equal(early["master/dino_head.mlp.0.weight"], start["master/dino_head.mlp.0.weight"])
+
+
+def load_master(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    meta = json.loads((folder / "checkpoint.json").read_text())
+    assert meta["num_workers"] == 1
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def load_file_init() -> dict[str, np.ndarray[Any, Any]]:
+    """The weights every job of these tests starts with (seed 0)."""
+    import torch
+
+    from orchestrator.stages.selfsup import Heads
+    from orchestrator.stages.tasks.nets import HeadedBackbone
+
+    torch.manual_seed(0)
+    net = HeadedBackbone(CONFIG["model"], CONFIG["drop_path"], Heads.model_validate(CONFIG["heads"]))
+    return {f"master/{name}": value.detach().flatten().numpy() for name, value in net.named_parameters()}

@@ -1,0 +1,326 @@
+"""Evaluation of tiny towers on photos whose groups differ by colour."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.errors import Stopped, UserError
+from orchestrator.models import build, embed, load_pretrained, save_pretrained
+from orchestrator.report.neighbours import knn_leave_one_out
+from orchestrator.spec import Elastic
+from orchestrator.stages.base import Context
+from orchestrator.stages.evaluate import Evaluate, largest_groups, pick_photos, spread
+from orchestrator.store.artifact import Artifact, Manifest
+from orchestrator.tracking.runs import NullRun
+
+SIZE = 16
+# Photos a group; "rare" has one photo and cannot take part.
+GROUPS = {"red": 6, "green": 5, "blue": 3, "rare": 1}
+KEYS = {"distill": "d" * 64, "curate": "c" * 64}
+
+
+def make_index(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    rows = []
+    for at, (label, count) in enumerate(GROUPS.items()):
+        for number in range(count):
+            pixels = rng.integers(0, 60, (24, 40, 3))
+            pixels[..., at % 3] += 150
+            name = f"{label}-{number}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+            rows.append(
+                PhotoRow("photos", name, str(folder), "0", 40, 24, caption=f"{label} {number}", label=label)
+            )
+    index = folder / "index"
+    index.mkdir()
+    PhotoIndex(rows).save(index)
+    return index
+
+
+def history(steps: int, health: bool = True) -> str:
+    names = {"cls_patch_cosine": 0.1, "patch_locality": 0.5} if health else {}
+    return json.dumps(
+        [
+            {"step": step, "metrics": {"loss": 9 - step, **{name: v * step for name, v in names.items()}}}
+            for step in range(steps, 0, -1)
+        ]
+    )
+
+
+def make_backbone(folder: Path, seed: int, steps: tuple[int, ...] = (2, 4, 6)) -> Path:
+    (folder / "snapshots").mkdir(parents=True)
+    for step in steps:
+        torch.manual_seed(seed + step)
+        state = build("vit_femto").state_dict()
+        save_file(
+            {f"backbone.{name}": value for name, value in state.items()},
+            folder / "snapshots" / f"step-{step:08}.safetensors",
+        )
+    save_pretrained(folder / "model", state, "vit_femto", {"image_size": SIZE})
+    (folder / "history.json").write_text(history(steps[-1]))
+    return folder
+
+
+def make_students(folder: Path) -> Path:
+    for name in ("small", "other"):
+        torch.manual_seed(len(name))
+        model = build("vit_femto", dim=24)
+        save_pretrained(
+            folder / "students" / name / "model",
+            model.state_dict(),
+            "vit_femto",
+            {"image_size": SIZE},
+            {"dim": 24},
+        )
+        (folder / "students" / name / "history.json").write_text(history(3, health=False))
+    (folder / "sharing.json").write_text(json.dumps({"teacher_forwards_per_image": 1.0}))
+    return folder
+
+
+def make_text(folder: Path, tower: Path, captions: list[str]) -> Path:
+    from orchestrator.stages.align_text import AlignText, TextSizes
+    from orchestrator.stages.tasks.captions import load_tokenizer, train_tokenizer
+    from orchestrator.stages.tasks.text import AlignNet, save_aligned
+
+    folder.mkdir()
+    sizes = TextSizes(dim=16, depth=1, num_heads=2)
+    config = AlignText(
+        kind="align_text", steps=1, batch_size=16, output_dim=12, num_blocks=0, text=sizes, vocab_size=300
+    )
+    tokenizer = folder / "tokenizer.json"
+    train_tokenizer(captions, config.vocab_size, config.context, tokenizer)
+    torch.manual_seed(0)
+    net = AlignNet(load_pretrained(tower).dim, config, load_tokenizer(tokenizer).get_vocab_size())
+    save_file(
+        {name: value.contiguous() for name, value in net.state_dict().items()}, folder / "export.safetensors"
+    )
+    save_aligned(folder / "export.safetensors", folder / "aligned", config, tower, tokenizer, image_size=SIZE)
+    (folder / "history.json").write_text(history(2, health=False))
+    return folder
+
+
+def artifact(kind: str, path: Path) -> Artifact:
+    manifest = Manifest(kind=kind, key="f" * 64, created="", files={}, provenance={}, summary={})
+    return Artifact("f" * 64, kind, path, manifest)
+
+
+def context(tmp_path: Path, inputs: Mapping[str, Artifact]) -> Context:
+    out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
+    out.mkdir()
+    return Context(
+        name="evaluate",
+        pipeline="colours",
+        seed=0,
+        key="k",
+        inputs=inputs,
+        keys=KEYS,
+        sources={},
+        out=out,
+        work=tmp_path / "work",
+        elastic=Elastic(),
+        run=NullRun(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Context:
+    """An index and one backbone."""
+    index = artifact("curate", make_index(tmp_path))
+    return context(
+        tmp_path, {"index": index, "pretrain": artifact("pretrain", make_backbone(tmp_path / "pretrain", 0))}
+    )
+
+
+def stage(**changes: object) -> Evaluate:
+    return Evaluate.model_validate({"kind": "evaluate", "k": 3, "num_pictures": 1, **changes})
+
+
+def test_everything_upstream_is_scored_and_shown(small: Context, tmp_path: Path) -> None:
+    index = PhotoIndex.load(small.inputs["index"].path)
+    students = make_students(tmp_path / "distill")
+    tower = students / "students" / "small" / "model"
+    text = make_text(tmp_path / "text", tower, [str(caption) for caption in index.captions])
+    more = {
+        "gram": artifact("gram_anchor", make_backbone(tmp_path / "gram", 10)),
+        "high_res": artifact("high_res", make_backbone(tmp_path / "high_res", 20, (3,))),
+        "students": artifact("distill", students),
+        "text": artifact("align_text", text),
+    }
+    full = context(tmp_path, {**small.inputs, **more})
+    summary = stage(num_pictures=4).run(full)
+
+    table = json.loads((full.out / "table.json").read_text())
+    rows = {row["name"]: row for row in table["knn"]["rows"]}
+    assert list(rows) == [
+        "majority group",
+        "raw pixels",
+        "random vit_femto",
+        "pretrain, step 2",
+        "pretrain, step 6",
+        "gram_anchor, step 2",
+        "gram_anchor, step 6",
+        "high_res, step 3 (teacher)",
+        "student other",
+        "student small",
+    ]
+    assert (table["knn"]["num_photos"], table["knn"]["groups"]) == (14, {"red": 6, "green": 5, "blue": 3})
+    assert rows["majority group"]["accuracy"] == pytest.approx(6 / 14)
+    assert rows["raw pixels"]["accuracy"] == 1.0
+    assert rows["student small"]["dim"] == 24
+    assert summary["knn_small"] == rows["student small"]["accuracy"]
+    assert summary["knn_teacher"] == rows["high_res, step 3 (teacher)"]["accuracy"]
+
+    assert table["retrieval"]["num_pairs"] == 15
+    assert table["retrieval"]["chance_recall_at_5"] == pytest.approx(5 / 15)
+    # Means over the last and first five of six steps, whatever their order in the file.
+    assert table["dense_health"]["pretrain"]["cls_patch_cosine"] == pytest.approx({"first": 0.3, "last": 0.4})
+    assert table["sharing"] == {"teacher_forwards_per_image": 1.0}
+    (record,) = full.run.history("eval")
+    assert record["metrics"]["knn/raw pixels"] == 1.0
+
+    pictures = {"knn", "dense_health", "losses_backbone", "losses_students", "losses_text"}
+    pictures |= {"pca_teacher", "pca_small", "pca_other"}
+    assert {path.stem for path in full.out.glob("*.png")} == pictures
+    page = (full.out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert "n=14" in page
+    assert "n=14" in (full.out / "table.md").read_text()
+    assert "1.000 |" in (full.out / "table.md").read_text()
+
+
+def test_figures_are_those_of_the_public_api(small: Context) -> None:
+    """k-NN on what `orchestrator.models.embed` gives for the files themselves."""
+    stage().run(small)
+    index = PhotoIndex.load(small.inputs["index"].path)
+    model = load_pretrained(small.inputs["pretrain"].path / "model")
+    rows = [row for row, label in enumerate(index.labels) if label != "rare"]
+    vectors = np.stack([embed(model, Image.open(index.path(row)), SIZE).numpy() for row in rows])
+    expected = knn_leave_one_out(vectors, [str(index[row].label) for row in rows], 3)
+    table = json.loads((small.out / "table.json").read_text())
+    assert table["knn"]["rows"][-1]["accuracy"] == expected
+
+
+def test_snapshots_are_scored_with_their_own_weights(small: Context) -> None:
+    """The snapshot of step 2 scores what a model with its weights scores."""
+    stage(num_snapshots=3).run(small)
+    before = {row["name"]: row["accuracy"] for row in _rows(small)}
+    folder = small.inputs["pretrain"].path / "snapshots"
+    flat = {name: torch.zeros_like(value) for name, value in build("vit_femto").state_dict().items()}
+    save_file(
+        {f"backbone.{name}": value for name, value in flat.items()}, folder / "step-00000002.safetensors"
+    )
+    again = replace(small, out=small.out.parent / "again")
+    again.out.mkdir()
+    stage(num_snapshots=3).run(again)
+    after = {row["name"]: row["accuracy"] for row in _rows(again)}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"pretrain, step 2"}
+
+
+def test_same_inputs_same_files(small: Context) -> None:
+    again = replace(small, out=small.out.parent / "again")
+    again.out.mkdir()
+    torch.manual_seed(0)
+    stage().run(small)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    stage().run(again)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {path.name for path in again.out.iterdir()} == {path.name for path in small.out.iterdir()}
+    for path in small.out.iterdir():
+        assert path.read_bytes() == (again.out / path.name).read_bytes(), path.name
+
+
+def test_photos_without_labels_still_give_a_report(small: Context) -> None:
+    folder = small.inputs["index"].path
+    index = PhotoIndex.load(folder)
+    PhotoIndex([replace(index[row], label=None, caption=None) for row in range(len(index))]).save(folder)
+    assert stage().run(small) == {"photos": 0.0}
+    assert set(Evaluate.outputs) <= {path.name for path in small.out.iterdir()}
+    assert not (small.out / "knn.png").exists()
+    assert "no labels to vote with" in (small.out / "report.html").read_text()
+
+
+def test_histories_without_records_cost_only_their_curves(small: Context) -> None:
+    (small.inputs["pretrain"].path / "history.json").write_text("[]")
+    stage().run(small)
+    assert {path.name for path in small.out.glob("*.png")} == {"knn.png", "pca_teacher.png"}
+
+
+def test_mistakes_are_named(small: Context) -> None:
+    without = replace(small, inputs={"index": small.inputs["index"]})
+    with pytest.raises(UserError, match="no backbone to evaluate"):
+        stage().run(without)
+    with pytest.raises(UserError, match="do not fill 20 pixels") as raised:
+        stage(image_size=20).run(small)
+    assert (raised.value.where, raised.value.hint) == (
+        "stages.evaluate.image_size",
+        "use 16, or leave it out",
+    )
+    index = PhotoIndex.load(small.inputs["index"].path)
+    index.path(2).unlink()
+    with pytest.raises(UserError, match="cannot be read any more") as raised:
+        stage().run(small)
+    assert raised.value.where == str(index.path(2))
+
+
+def test_stop_is_heeded(small: Context) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        stage().run(replace(small, stop=stop))
+
+
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"num_groups": 1}, {"image_size": 0}, {"neighbours": 5}])
+def test_wrong_configs_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        stage(**wrong)
+
+
+def test_largest_groups_and_the_photos_to_show() -> None:
+    labels = ["b", "a", None, "b", "c", "a", "d", "c", "c"]
+    assert largest_groups(labels, 10) == {"c": 3, "a": 2, "b": 2}
+    assert list(largest_groups(labels, 2)) == ["c", "a"]
+    assert largest_groups(["a", "a", "b"], 10) == {}
+    assert pick_photos(labels, largest_groups(labels, 2), 2) == [4, 1]
+    shown = pick_photos(labels, {}, 4)
+    assert len(set(shown)) == 4
+    assert pick_photos(["a", None], {}, 6) == [0, 1]
+
+
+def test_spread_keeps_the_last() -> None:
+    assert spread(range(10), 3) == [2, 5, 9]
+    assert spread([1, 2], 5) == [1, 2]
+    assert spread([], 3) == []
+
+
+def test_planning_with_the_stages_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, orchestrator.stages.evaluate, orchestrator.stages.publish\n"
+        "assert not {'torch', 'ray', 'mlflow', 'matplotlib', 'pyarrow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
+
+
+def _rows(context: Context) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = json.loads((context.out / "table.json").read_text())["knn"]["rows"]
+    return rows

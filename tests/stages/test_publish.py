@@ -1,0 +1,181 @@
+"""Publishing to a real MLflow database: what is pulled is the model, its card and its lineage."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+from pydantic import ValidationError
+
+from orchestrator.errors import Stopped, UserError
+from orchestrator.models import build, load_pretrained, save_pretrained
+from orchestrator.spec import Elastic
+from orchestrator.stages.base import Context
+from orchestrator.stages.publish import Publish
+from orchestrator.store.artifact import Artifact, Manifest
+from orchestrator.tracking import registry
+from orchestrator.tracking.connect import connect
+from orchestrator.tracking.runs import NullRun, Run, Tracking
+
+KEYS = {"distill": "d" * 64, "pretrain": "b" * 64, "curate": "c" * 64}
+PROVENANCE = {"parts": {"inputs": {"index": "c" * 64, "teacher": "b" * 64}, "code": "0123456789abcdef"}}
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tracking]]:
+    """One database for the module: building MLflow's schema takes seconds."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    connect(uri)
+    with Tracking(uri, "publish", folder / "spool") as tracking:
+        yield uri, tracking
+
+
+def artifact(kind: str, key: str, path: Path, provenance: dict[str, object]) -> Artifact:
+    manifest = Manifest(kind=kind, key=key, created="", files={}, provenance=provenance, summary={})
+    return Artifact(key, kind, path, manifest)
+
+
+def context(tmp_path: Path, pipeline: str, run: Run) -> Context:
+    """Two students, one of which was evaluated."""
+    for number, name in enumerate(("femto", "tiny")):
+        torch.manual_seed(number)
+        folder = tmp_path / "distill" / "students" / name / "model"
+        save_pretrained(folder, build("vit_femto").state_dict(), "vit_femto", {"image_size": SIZE})
+    rows = [{"student": None, "accuracy": 0.9}, {"student": "femto", "accuracy": 0.51234}]
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "table.json").write_text(
+        json.dumps({"knn": {"k": 5, "num_photos": 406, "rows": rows}})
+    )
+    (tmp_path / "out").mkdir()
+    return Context(
+        name="publish",
+        pipeline=pipeline,
+        seed=0,
+        key="k",
+        inputs={
+            "students": artifact("distill", "d" * 64, tmp_path / "distill", PROVENANCE),
+            "evaluation": artifact("evaluate", "e" * 64, tmp_path / "evaluate", {}),
+        },
+        keys=KEYS,
+        sources={},
+        out=tmp_path / "out",
+        work=tmp_path / "work",
+        elastic=Elastic(),
+        run=run,
+    )
+
+
+def test_students_are_published_with_lineage_and_pulled(
+    tracked: tuple[str, Tracking], tmp_path: Path
+) -> None:
+    uri, tracking = tracked
+    now = context(tmp_path, "food", tracking.run("publish"))
+    before = {path: path.read_bytes() for path in (tmp_path / "distill").rglob("*") if path.is_file()}
+    assert Publish(kind="publish").run(now) == {"published": 2.0}
+
+    published = json.loads((now.out / "published.json").read_text())
+    assert [(entry["name"], entry["version"]) for entry in published] == [("food-femto", 1), ("food-tiny", 1)]
+    version = MlflowClient(uri, uri).get_model_version_by_alias("food-femto", "champion")
+    expected = {
+        "orchestrator.pipeline": "food",
+        "orchestrator.student": "femto",
+        "orchestrator.model": "vit_femto",
+        "orchestrator.students": "d" * 64,
+        "orchestrator.index": "c" * 64,
+        "orchestrator.code": "0123456789abcdef",
+        "orchestrator.key.pretrain": "b" * 64,
+        "orchestrator.key.curate": "c" * 64,
+        "orchestrator.knn_accuracy": "0.5123",
+        "orchestrator.knn": "leave-one-out, k=5, n=406",
+    }
+    assert expected.items() <= version.tags.items()
+    assert "orchestrator.version" in version.tags
+    other = MlflowClient(uri, uri).get_model_version_by_alias("food-tiny", "champion")
+    assert "orchestrator.knn_accuracy" not in other.tags
+
+    pulled = registry.pull("food-femto@champion", tmp_path / "pulled", uri)
+    assert {path.name for path in pulled.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    theirs = tmp_path / "distill" / "students" / "femto" / "model" / "model.safetensors"
+    assert (pulled / "model.safetensors").read_bytes() == theirs.read_bytes()
+    # The artifact that it came from is as it was.
+    assert before == {path: path.read_bytes() for path in (tmp_path / "distill").rglob("*") if path.is_file()}
+
+
+def test_the_cards_snippet_runs_as_it_stands(
+    tracked: tuple[str, Tracking], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, tracking = tracked
+    now = context(tmp_path, "snippet", tracking.run("publish"))
+    Publish(kind="publish", names="femto").run(now)
+    folder = registry.pull("snippet-femto@champion", tmp_path / "snippet-femto", uri)
+    readme = (folder / "README.md").read_text()
+    assert "orchestrator pull snippet-femto@champion --out snippet-femto" in readme
+    assert f"| index | {'c' * 64} |" in readme
+    assert "Licence" in readme
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(snippet.strip().splitlines()) <= 10
+    pixels = np.random.default_rng(0).integers(256, size=(40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, torch.Tensor] = {}
+    exec(snippet, found)
+    assert found["vector"].shape == (load_pretrained(folder).dim,)
+    assert found["vector"].norm() == pytest.approx(1.0, abs=1e-5)
+    assert found["patches"].shape[:2] == (1, 4)
+
+
+def test_again_after_a_crash_makes_no_second_version(tracked: tuple[str, Tracking], tmp_path: Path) -> None:
+    _, tracking = tracked
+    now = context(tmp_path, "again", tracking.run("publish"))
+    # A crash between the two students, and rubbish of it in the working folder.
+    Publish(kind="publish", names=("femto",)).run(now)
+    (now.work / "femto" / "half.safetensors").write_bytes(b"")
+    (now.work / "tiny").mkdir()
+    Publish(kind="publish").run(now)
+    published = json.loads((now.out / "published.json").read_text())
+    assert [(entry["name"], entry["version"]) for entry in published] == [
+        ("again-femto", 1),
+        ("again-tiny", 1),
+    ]
+
+
+def test_only_the_named_students_under_another_alias(tracked: tuple[str, Tracking], tmp_path: Path) -> None:
+    uri, tracking = tracked
+    now = context(tmp_path, "some", tracking.run("publish"))
+    assert Publish(kind="publish", names="tiny", alias="candidate").run(now) == {"published": 1.0}
+    client = MlflowClient(uri, uri)
+    names = [model.name for model in client.search_registered_models(max_results=100)]
+    assert [name for name in names if name.startswith("some-")] == ["some-tiny"]
+    assert int(client.get_model_version_by_alias("some-tiny", "candidate").version) == 1
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    now = context(tmp_path, "food", NullRun())
+    with pytest.raises(UserError, match="no student 'femmto'") as raised:
+        Publish(kind="publish", names="femmto").run(now)
+    assert (raised.value.where, raised.value.hint) == ("stages.publish.names", "did you mean 'femto'?")
+    with pytest.raises(UserError, match="tracking is off"):
+        Publish(kind="publish").run(now)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        Publish(kind="publish").run(replace(now, stop=stop))
+    assert list(now.out.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [{"alias": ""}, {"alias": "two words"}, {"alias": "1"}, {"student": "a"}])
+def test_wrong_configs_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Publish.model_validate({"kind": "publish", **wrong})
