@@ -50,6 +50,8 @@ def start(cluster: Cluster) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
+    # Nobody announces the end of the one machine it runs on.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     _sweep()
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     try:

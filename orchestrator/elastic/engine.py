@@ -7,6 +7,7 @@ and load at any worker count without conversion (see `checkpoint.py`).
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -49,9 +50,20 @@ def import_deepspeed() -> Any:
     finally:
         if hidden is ...:
             del sys.modules["mlflow"]
+    _import_muon()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed
+
+
+def _import_muon() -> None:
+    """ZeRO imports its Muon optimiser with any other; its decorators load the whole compiler, 3 s a worker."""
+    compile_ = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment, misc]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        torch.compile = compile_
 
 
 def _zero_config(stage: int, precision: str, blocks_per_worker: int, clip_norm: float) -> dict[str, Any]:
