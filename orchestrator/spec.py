@@ -59,7 +59,9 @@ class Elastic(Strict):
     workers: Workers = operational((1, 2), description="fewest and most workers; one number fixes the count")
     checkpoint_every_s: float = operational(30.0, gt=0, description="seconds between checkpoints")
     keep_checkpoints: int = operational(2, ge=1, description="newest checkpoints kept on disk")
-    max_failures: int = operational(3, ge=0, description="failures of the user's code before a stage gives up")
+    max_failures: int = operational(
+        3, ge=0, description="failures of the user's code before a stage gives up"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Elastic:

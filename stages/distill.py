@@ -72,7 +72,9 @@ class Distill(TrainStage):
     @model_validator(mode="after")
     def _fits(self) -> Distill:
         if self.batch_size % self.block_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
+            )
         return self
 
     def run(self, context: Context) -> Mapping[str, float]:
@@ -211,7 +213,10 @@ class _StatsWatch:
             except (ray.exceptions.RayError, TimeoutError) as error:
                 logger.warning("the share service does not answer: %s", error)
             else:
-                self._stats = {**asdict(stats), "teacher_forwards_per_image": stats.teacher_forwards_per_image}
+                self._stats = {
+                    **asdict(stats),
+                    "teacher_forwards_per_image": stats.teacher_forwards_per_image,
+                }
                 if stats.images_needed:
                     self._context.run.metrics(self._stats, stats.images_needed, channel="sharing")
             if ended:

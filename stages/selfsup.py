@@ -30,6 +30,11 @@ class Heads(Strict):
     dino_prototypes: int = Field(1024, ge=2)
     ibot_bottleneck: int = Field(64, ge=1)
     ibot_prototypes: int = Field(1024, ge=2)
+    prototype_std: float = Field(
+        0.02,
+        gt=0,
+        description="of the initial prototypes; 1/√bottleneck makes them about unit vectors, as in DINO",
+    )
 
 
 class Gram(Strict):
@@ -37,7 +42,8 @@ class Gram(Strict):
 
     weight: Schedule = Schedule(peak=2.0)
     teacher: int | Literal["earliest", "latest"] = Field(
-        "earliest", description="snapshot of the backbone artifact to anchor to: its step, or the first or last"
+        "earliest",
+        description="snapshot of the backbone artifact to anchor to: its step, or the first or last",
     )
     first_update: int | None = Field(None, ge=1, description="step at which the teacher first takes the EMA")
     update_every: int = Field(10_000, ge=1, description="steps between later updates")
@@ -84,7 +90,9 @@ class SelfSupervised(TrainStage):
     local_weight: Schedule = Schedule(peak=1.0)
     ibot_weight: float = Field(1.0, ge=0)
     koleo_weight: float = Field(0.1, ge=0)
-    koleo_views: Literal["first", "both"] = Field("first", description="paper: the first global; published code: both")
+    koleo_views: Literal["first", "both"] = Field(
+        "first", description="paper: the first global; published code: both"
+    )
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
     frozen_prototype_steps: int = Field(0, ge=0, description="steps before the prototype layers move")
@@ -92,7 +100,9 @@ class SelfSupervised(TrainStage):
     homogeneous_ratio: float = Field(0.1, ge=0, le=1)
     gram: Gram | None = None
     resolutions: tuple[Resolution, ...] = ()
-    snapshot_every: int = Field(0, ge=0, description="steps between kept snapshots of the EMA; 0 keeps the last")
+    snapshot_every: int = Field(
+        0, ge=0, description="steps between kept snapshots of the EMA; 0 keeps the last"
+    )
     zero_stage: Literal[1, 2, 3] = operational(3)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
@@ -107,7 +117,9 @@ class SelfSupervised(TrainStage):
     @model_validator(mode="after")
     def _fits(self) -> SelfSupervised:
         if self.batch_size % self.block_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
+            )
         return self
 
     def crops_at(self, step: int, seed: int) -> CropConfig:
@@ -144,7 +156,9 @@ class SelfSupervised(TrainStage):
             seed=context.seed,
             elastic=context.elastic,
             start_from=backbone.path / "checkpoint" if backbone else None,
-            export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every)) if self.snapshot_every else (),
+            export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every))
+            if self.snapshot_every
+            else (),
         )
 
     def _gram_weights(self, context: Context) -> Path | None:
@@ -164,7 +178,9 @@ class SelfSupervised(TrainStage):
         shutil.copytree(job.work / "exports", snapshots)
         shutil.copytree(elastic.final_checkpoint(job), context.out / "checkpoint")
         (context.out / "recipe.json").write_text(recipe.model_dump_json(indent=1))
-        save_backbone(job.export(job.num_steps), recipe, context.out / "model", self.crops_at(0, 0).global_size)
+        save_backbone(
+            job.export(job.num_steps), recipe, context.out / "model", self.crops_at(0, 0).global_size
+        )
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
         return summary(history)

@@ -75,7 +75,9 @@ def restore(saved: Saved, engine: Engine) -> int:
     local = {key: value.to_local() for key, value in state.items()}
 
     def part(kind: str) -> dict[str, Tensor]:
-        return {key.removeprefix(f"{kind}/"): value for key, value in local.items() if key.startswith(f"{kind}/")}
+        return {
+            key.removeprefix(f"{kind}/"): value for key, value in local.items() if key.startswith(f"{kind}/")
+        }
 
     engine.load(part("master"), {key: part(key) for key in _MOMENTS}, saved.step)
     if engine.modules.ema is not None:

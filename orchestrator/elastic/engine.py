@@ -109,7 +109,13 @@ class Engine:
     """
 
     def __init__(
-        self, modules: Modules, optimizer: Optimizer, *, zero_stage: int, precision: str, blocks_per_worker: int
+        self,
+        modules: Modules,
+        optimizer: Optimizer,
+        *,
+        zero_stage: int,
+        precision: str,
+        blocks_per_worker: int,
     ) -> None:
         import deepspeed
 
@@ -119,7 +125,12 @@ class Engine:
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         config = _zero_config(zero_stage, precision, blocks_per_worker, optimizer.clip_norm)
         if zero_stage == 3 and modules.whole:
-            for module in (modules.trainable, modules.ema, *modules.copies.values(), *modules.frozen.values()):
+            for module in (
+                modules.trainable,
+                modules.ema,
+                *modules.copies.values(),
+                *modules.frozen.values(),
+            ):
                 _mark_whole(module, modules.whole)
         self._optimizer = torch.optim.AdamW(
             _param_groups(modules, optimizer.weight_decay),
@@ -201,18 +212,24 @@ class Engine:
                 continue
             if self.zero_stage == 3:
                 local = (
-                    safe_get_local_fp32_param(param) if key is None else safe_get_local_optimizer_state(param, key)
+                    safe_get_local_fp32_param(param)
+                    if key is None
+                    else safe_get_local_optimizer_state(param, key)
                 )
                 yield self._cut(name, local.detach(), param.ds_numel, param.ds_shape)
             else:
                 full = (
-                    safe_get_full_fp32_param(param) if key is None else safe_get_full_optimizer_state(param, key)
+                    safe_get_full_fp32_param(param)
+                    if key is None
+                    else safe_get_full_optimizer_state(param, key)
                 )
                 size = -(-full.numel() // dist.get_world_size())
                 part = full.detach().flatten()[dist.get_rank() * size :]
                 yield self._cut(name, part, full.numel(), full.shape)
 
-    def load(self, master: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    def load(
+        self, master: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int
+    ) -> None:
         """Put shards (unpadded, as :meth:`master` yields them) and AdamW's step count in place."""
         self._fill_optimizer_state(step)
         with torch.no_grad():
@@ -226,7 +243,11 @@ class Engine:
     def _fill_optimizer_state(self, step: int) -> None:
         # A client AdamW has no state before its first step; ZeRO's setters need it to exist.
         zero = self._engine.optimizer
-        flats = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
+        flats = (
+            zero.fp32_partitioned_groups_flat
+            if self.zero_stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
         for flat in flats:
             zero.optimizer.state[flat] = {
                 "step": torch.tensor(float(step)),

@@ -25,7 +25,9 @@ _LINE_EVERY_S = 10.0
 _UNUSED_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 
-def run(job: Job, *, tracker: Run, stop: threading.Event, on_line: Callable[[str], None] = logger.info) -> None:
+def run(
+    job: Job, *, tracker: Run, stop: threading.Event, on_line: Callable[[str], None] = logger.info
+) -> None:
     """Train `job` on the connected cluster until its last step is done.
 
     Args:

@@ -155,7 +155,9 @@ class _Trainer:
         figures = dict(zip(names, values, strict=True))
         if not all(map(_finite, values)):
             bad = ", ".join(name for name in names if not _finite(figures[name]))
-            raise NonFiniteLossError(f"{self.job.name}: {bad} not finite at step {step}; the update was not applied")
+            raise NonFiniteLossError(
+                f"{self.job.name}: {bad} not finite at step {step}; the update was not applied"
+            )
         lr = self.job.optimizer.lr.at(step, self.job.num_steps)
         figures["grad_norm"] = self.engine.step(lr, step)
         figures["lr"] = lr
@@ -193,7 +195,9 @@ class _Trainer:
             # The curve must reach at least as far as the checkpoint, or a crash would leave a gap in it.
             self.control.flush()
         meta = {"job": self.job.name, "num_steps": self.job.num_steps, "seed": self.job.seed}
-        checkpoint.save(self.job.checkpoints, self.engine, done, meta=meta, keep=self.job.elastic.keep_checkpoints)
+        checkpoint.save(
+            self.job.checkpoints, self.engine, done, meta=meta, keep=self.job.elastic.keep_checkpoints
+        )
         self.saved_step, self.saved_at = done, time.monotonic()
 
     def _restore(self) -> int:
@@ -205,7 +209,9 @@ class _Trainer:
             try:
                 checkpoint.restore(checkpoint.verified(self.job.start_from), self.engine)
             except ValueError as error:
-                raise UserError(f"the checkpoint to start from cannot be used: {error}", where=str(self.job.start_from)) from None
+                raise UserError(
+                    f"the checkpoint to start from cannot be used: {error}", where=str(self.job.start_from)
+                ) from None
         return 0
 
 
@@ -224,7 +230,9 @@ def _precision(wanted: str, device: str) -> str:
 
 
 def _to_device(block: Block, device: str) -> BlockTensors:
-    tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in block.arrays.items()}
+    tensors = {
+        name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in block.arrays.items()
+    }
     return BlockTensors(block.step, block.index, block.weight, tensors)
 
 

@@ -53,7 +53,11 @@ class ShareActor:
     """
 
     def __init__(
-        self, make_teacher: Callable[[], StepTeacher], students: Mapping[str, int], num_steps: int, window: int
+        self,
+        make_teacher: Callable[[], StepTeacher],
+        students: Mapping[str, int],
+        num_steps: int,
+        window: int,
     ) -> None:
         assert window >= 2, window
         self._num_steps, self._window = num_steps, window
@@ -134,4 +138,3 @@ class ShareActor:
                 self._bytes += sum(array.nbytes for array in bundle.values())
             self._computed.add(step)
             self._changed.notify_all()
-

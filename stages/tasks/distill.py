@@ -62,7 +62,8 @@ class FrozenTeacher:
         ibot = torch.cat([out["ibot"] for out in outs])
         offsets = np.cumsum([0, *(len(out["ibot"]) for out in outs)])
         bundle = {
-            name: np.concatenate([block.arrays[name] for block in blocks], axis=1) for name in blocks[0].arrays
+            name: np.concatenate([block.arrays[name] for block in blocks], axis=1)
+            for name in blocks[0].arrays
         }
         return {
             **bundle,
@@ -102,8 +103,16 @@ class DistillTask:
 
     modules: Modules
 
-    def __init__(self, config: Distill, student: Student, recipe: ModelRecipe, teacher: Path, seed: int) -> None:
-        self.config, self.student, self.recipe, self.teacher, self.seed = config, student, recipe, teacher, seed
+    def __init__(
+        self, config: Distill, student: Student, recipe: ModelRecipe, teacher: Path, seed: int
+    ) -> None:
+        self.config, self.student, self.recipe, self.teacher, self.seed = (
+            config,
+            student,
+            recipe,
+            teacher,
+            seed,
+        )
 
     def build(self, device: str) -> Modules:
         """See `Task`."""
@@ -116,7 +125,12 @@ class DistillTask:
         self.patch_size = net.patch_size
         self.teacher_patch_size = preset(self.recipe.model).patch_size
         optimizer = self.student.optimizer or self.config.optimizer
-        self.modules = Modules(net, ema=ema, lr_scales=learning_rate_scales(net, optimizer), whole=whole_modules(self.student.model))
+        self.modules = Modules(
+            net,
+            ema=ema,
+            lr_scales=learning_rate_scales(net, optimizer),
+            whole=whole_modules(self.student.model),
+        )
         return self.modules
 
     def prepare_step(self, step: int) -> None:

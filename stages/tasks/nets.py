@@ -17,7 +17,6 @@ from orchestrator.spec import Optimizer
 from orchestrator.stages.selfsup import Heads
 
 
-
 class HeadedBackbone(nn.Module):
     """Backbone, DINO head and iBOT head as one module, so that one call is one forward for ZeRO-3."""
 
@@ -27,6 +26,8 @@ class HeadedBackbone(nn.Module):
         dim = self.backbone.dim
         self.dino_head = PrototypeHead(dim, heads.hidden, heads.dino_bottleneck, heads.dino_prototypes)
         self.ibot_head = PrototypeHead(dim, heads.hidden, heads.ibot_bottleneck, heads.ibot_prototypes)
+        for head in (self.dino_head, self.ibot_head):
+            nn.init.normal_(head.prototypes.weight, std=heads.prototype_std)
 
     @property
     def patch_size(self) -> int:

@@ -49,7 +49,9 @@ class SelfSupervisedTask:
 
     modules: Modules
 
-    def __init__(self, config: SelfSupervised, recipe: ModelRecipe, seed: int, gram_weights: Path | None) -> None:
+    def __init__(
+        self, config: SelfSupervised, recipe: ModelRecipe, seed: int, gram_weights: Path | None
+    ) -> None:
         self.config, self.recipe, self.seed, self.gram_weights = config, recipe, seed, gram_weights
         self.local_weight = self.gram_weight = 0.0
         self.teacher_temperature = config.teacher_temperature.peak
@@ -146,7 +148,9 @@ class SelfSupervisedTask:
         weights_N = torch.cat(
             [rows.new_full((len(rows),), block.weight) for rows, block in zip(logits, blocks, strict=True)]
         )
-        return sinkhorn_scaling(torch.cat(logits), self.teacher_temperature, weights_N=weights_N, reduce=reduce)
+        return sinkhorn_scaling(
+            torch.cat(logits), self.teacher_temperature, weights_N=weights_N, reduce=reduce
+        )
 
     def _gram_features(self, block: BlockTensors) -> Tensor | None:
         gram = self.modules.copies.get("gram")

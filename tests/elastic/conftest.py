@@ -17,7 +17,13 @@ import pytest
 from orchestrator.data.index import PhotoIndex, PhotoRow
 
 WORKER = Path(__file__).with_name("worker.py")
-HEADS = {"hidden": 32, "dino_bottleneck": 16, "dino_prototypes": 64, "ibot_bottleneck": 16, "ibot_prototypes": 64}
+HEADS = {
+    "hidden": 32,
+    "dino_bottleneck": 16,
+    "dino_prototypes": 64,
+    "ibot_bottleneck": 16,
+    "ibot_prototypes": 64,
+}
 CONFIG: dict[str, Any] = {
     "kind": "pretrain",
     "model": "vit_femto",
@@ -46,7 +52,9 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     rows = []
     for number in range(40):
-        pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60), interpolation=cv2.INTER_CUBIC)
+        pixels = cv2.resize(
+            rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60), interpolation=cv2.INTER_CUBIC
+        )
         cv2.imwrite(str(root / f"{number:02}.png"), pixels)
         component = "balanced" if number % 3 == 0 else "pool"
         rows.append(PhotoRow("photos", f"{number:02}.png", str(root), "", 80, 60, component=component))
@@ -75,7 +83,9 @@ def run_job(index: Path, tmp_path: Path) -> RunJob:
         for rank, log in enumerate(logs):
             environment = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             with log.open("w") as out:
-                workers.append(subprocess.Popen([*command, str(rank)], stdout=out, stderr=out, env=environment))
+                workers.append(
+                    subprocess.Popen([*command, str(rank)], stdout=out, stderr=out, env=environment)
+                )
         codes = [worker.wait(timeout=240) for worker in workers]
         assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
         result: dict[str, Any] = json.loads((scratch / "figures.json").read_text())

@@ -48,7 +48,9 @@ def test_stop_and_go_on_with_any_number_of_workers(
         for step, loss in whole["losses"].items():
             assert joined[step] == pytest.approx(loss, rel=1e-5), (world, step)
         for name, value in exported(whole_work).items():
-            np.testing.assert_allclose(exported(work)[name], value, rtol=1e-3, atol=1e-5, err_msg=f"{world} {name}")
+            np.testing.assert_allclose(
+                exported(work)[name], value, rtol=1e-3, atol=1e-5, err_msg=f"{world} {name}"
+            )
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])

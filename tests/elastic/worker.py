@@ -59,7 +59,9 @@ def make_job(spec: dict[str, Any]) -> Job:
 def main() -> None:
     spec, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{spec['rendezvous']}", rank=rank, world_size=spec["world"])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{spec['rendezvous']}", rank=rank, world_size=spec["world"]
+    )
     import_deepspeed().init_distributed("gloo", dist_init_required=False, verbose=False)
     recorder = Recorder(spec.get("stop_after"))
     complete = train(make_job(spec), recorder)
