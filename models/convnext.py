@@ -29,6 +29,11 @@ class ConvNeXtConfig:
     stem_stride: int = 4
     norm_eps: float = 1e-6
 
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of one cell of the final map: the total stride."""
+        return 8 * self.stem_stride
+
     def __post_init__(self) -> None:
         if len(self.depths) != 4 or len(self.dims) != 4 or min(self.depths) < 1:
             raise ValueError(
@@ -72,7 +77,7 @@ class ConvNeXt(nn.Module):
         super().__init__()
         self.config = config
         self.dim = config.dims[-1]
-        self.patch_size = 8 * config.stem_stride
+        self.patch_size = config.patch_size
         dims, stride = config.dims, config.stem_stride
         stem = nn.Sequential(nn.Conv2d(3, dims[0], stride, stride), MapNorm(dims[0], eps=config.norm_eps))
         downsamples = [

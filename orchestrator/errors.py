@@ -38,7 +38,7 @@ def _rebuild(what: str, where: str | None, hint: str | None) -> UserError:
     return UserError(what, where=where, hint=hint)
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 - no error: the user asked for it
     """The user asked the pipeline to stop; everything is checkpointed and can go on later."""
 
 

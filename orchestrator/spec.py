@@ -19,7 +19,8 @@ class Strict(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: every field that is not operational, as plain JSON types, recursively."""
-        return _identity(self)
+        identity: dict[str, Any] = _identity(self)
+        return identity
 
 
 def operational(default: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -81,7 +80,6 @@ class Distill(TrainStage):
         """Train all students beside one teacher; one that fails does not stop the others."""
         import ray
 
-        from orchestrator.elastic import job as elastic
         from orchestrator.sharing.service import ShareActor
         from orchestrator.stages.tasks.distill import FrozenTeacher
 

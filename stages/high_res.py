@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from orchestrator.spec import Schedule
 from orchestrator.stages.base import Input
 from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, Gram, Resolution, SelfSupervised
-from orchestrator.spec import Schedule
 
 
 class HighRes(SelfSupervised):

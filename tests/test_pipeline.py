@@ -76,7 +76,7 @@ PIPELINE = {
 }  # fmt: skip
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A user's folder: photos with names and groups, a pipeline file, and packages named like ours."""
     photos = tmp_path / "photos"
@@ -99,7 +99,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture()
+@pytest.fixture
 def other_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[psutil.Process]]:
     """Somebody else's Ray cluster on this machine, in Ray's default place; its processes, to be killed."""
     log = (tmp_path_factory.mktemp("other") / "log").open("w")
@@ -145,7 +145,7 @@ def test_whole_pipeline_killed_once(folder: Path, other_cluster: list[psutil.Pro
     )
     checkpoints = folder / "runs" / "work"
     wait_for(lambda: list(checkpoints.glob("pretrain-*/checkpoints/step-*/checkpoint.json")), 240)
-    workers = [child for child in psutil.Process(first.pid).children(recursive=True)]
+    workers = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
     first.wait()
     psutil.wait_procs(workers, timeout=60)
@@ -207,7 +207,8 @@ def check_artifacts(folder: Path) -> None:
         assert not [name for name in files if name.endswith((".pt", ".pkl", ".bin"))]
     (pretrain,) = artifacts.glob("pretrain-*")
     meta = json.loads((pretrain / "checkpoint" / "checkpoint.json").read_text())
-    assert meta["step"] == 30 and meta["num_workers"] == 2
+    assert meta["step"] == 30
+    assert meta["num_workers"] == 2
     assert len(list((pretrain / "snapshots").iterdir())) == 3
     (evaluation,) = artifacts.glob("evaluate-*")
     assert (evaluation / "report.html").stat().st_size > 10_000

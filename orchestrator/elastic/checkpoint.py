@@ -18,13 +18,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard as ShardPlacement
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardPlacement
 
-from orchestrator.elastic.engine import Engine, Shard
+from orchestrator.elastic.engine import Engine
+from orchestrator.elastic.shards import Shard
 
 logger = logging.getLogger("orchestrator")
 
@@ -53,10 +56,12 @@ def save(folder: Path, engine: Engine, step: int, *, meta: dict[str, Any], keep:
         target.mkdir(parents=True)
     dist.barrier()
     state = _state(engine, _mesh())
-    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(target), save_distributed=True))
+    save_state(state, storage_writer=HuggingFaceStorageWriter(str(target), save_distributed=True))
     dist.barrier()
     if dist.get_rank() == 0:
-        _commit(target, {"step": step, "num_workers": dist.get_world_size(), **meta})
+        # Updates outlive a stage, steps do not: AdamW's bias correction goes by all updates ever made.
+        counts = {"step": step, "updates": engine.updates, "num_workers": dist.get_world_size()}
+        _commit(target, counts | meta)
         prune(folder, keep)
     dist.barrier()
 
@@ -71,7 +76,7 @@ def restore(saved: Saved, engine: Engine) -> int:
         for key, value in _state(engine, _mesh(), fresh=True).items()
         if key in known or not key.startswith("copies.")
     }
-    dcp.load(state, storage_reader=reader)
+    load_state(state, storage_reader=reader)
     local = {key: value.to_local() for key, value in state.items()}
 
     def part(kind: str) -> dict[str, Tensor]:
@@ -79,7 +84,7 @@ def restore(saved: Saved, engine: Engine) -> int:
             key.removeprefix(f"{kind}/"): value for key, value in local.items() if key.startswith(f"{kind}/")
         }
 
-    engine.load(part("master"), {key: part(key) for key in _MOMENTS}, saved.step)
+    engine.load(part("master"), {key: part(key) for key in _MOMENTS}, int(saved.meta["updates"]))
     if engine.modules.ema is not None:
         for name, value in part("ema").items():
             engine.ema[name].copy_(value)

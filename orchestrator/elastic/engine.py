@@ -7,94 +7,19 @@ and load at any worker count without conversion (see `checkpoint.py`).
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from orchestrator.elastic.shards import Shard, cut, cut_whole, gather
 from orchestrator.elastic.task import Modules
+from orchestrator.elastic.zero import zero_config
 from orchestrator.spec import Optimizer
 
 logger = logging.getLogger("orchestrator")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """`data` (n,) is this worker's part, starting at `offset`, of a flattened parameter of `numel` elements."""
-
-    name: str
-    data: Tensor
-    offset: int
-    numel: int
-    shape: torch.Size
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, imported in a third of the time and without compiling anything.
-
-    Its autotuner, of no use here, imports mlflow and pandas if they are installed: 2.5 s of a worker's start.
-    And it compiles a shared-memory op on CPUs: a worker killed while it builds leaves a lock on which every
-    later start on that machine waits for ever. Only `inference_all_reduce` uses the op, and falls back.
-    """
-    hidden = sys.modules.get("mlflow", ...)
-    if hidden is ...:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]
-    try:
-        import deepspeed
-    finally:
-        if hidden is ...:
-            del sys.modules["mlflow"]
-    _import_muon()
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    return deepspeed
-
-
-def _import_muon() -> None:
-    """ZeRO imports its Muon optimiser with any other; its decorators load the whole compiler, 3 s a worker."""
-    compile_ = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment, misc]
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        torch.compile = compile_
-
-
-def _zero_config(stage: int, precision: str, blocks_per_worker: int, clip_norm: float) -> dict[str, Any]:
-    world = dist.get_world_size()
-    config: dict[str, Any] = {
-        "train_batch_size": world * blocks_per_worker,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": blocks_per_worker,
-        "gradient_clipping": clip_norm,
-        "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            # DeepSpeed's own linear takes a fifth longer a step here, and saves memory only where weights
-            # are not fetched again for the backward pass; ours are.
-            "memory_efficient_linear": False,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
-    if stage == 3:
-        # Small parameters gain little from staying gathered once whole blocks are fetched as units, and a
-        # persistent copy would go stale when a checkpoint or the EMA overwrites its shards.
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    if precision == "bf16":
-        config["bf16"] = {"enabled": True}
-    return config
 
 
 class Engine:
@@ -121,9 +46,10 @@ class Engine:
 
         self.modules = modules
         self.zero_stage = zero_stage
-        self._params = dict(modules.trainable.named_parameters())
+        # Any: DeepSpeed hangs its `ds_…` attributes on the parameters.
+        self._params: dict[str, Any] = dict(modules.trainable.named_parameters())
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        config = _zero_config(zero_stage, precision, blocks_per_worker, optimizer.clip_norm)
+        config = zero_config(zero_stage, precision, blocks_per_worker, optimizer.clip_norm)
         if zero_stage == 3 and modules.whole:
             for module in (
                 modules.trainable,
@@ -146,6 +72,7 @@ class Engine:
             modules.ema = self._freeze(ema_source, config)
         modules.copies = {name: self._freeze(module, config) for name, module in modules.copies.items()}
         modules.frozen = {name: self._freeze(module, config) for name, module in modules.frozen.items()}
+        self.updates = 0
         self.ema: dict[str, Tensor] = {}
         if modules.ema is not None:
             self.ema = {shard.name: shard.data.clone() for shard in self.master()}
@@ -176,16 +103,11 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"] if step >= group["frozen_steps"] else 0.0
         self._engine.step()
+        self.updates += 1
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
     # --- sharded weights ----------------------------------------------------------------------------------
-
-    def _cut(self, name: str, flat: Tensor, numel: int, shape: torch.Size) -> Shard:
-        """The unpadded part of `flat`, which is this worker's ceil(N/W) consecutive elements."""
-        size = -(-numel // dist.get_world_size())
-        offset = min(dist.get_rank() * size, numel)
-        return Shard(name, flat[: min(size, numel - offset)], offset, numel, shape)
 
     def master(self) -> Iterator[Shard]:
         """fp32 weights of the trainable module; views at stage 3."""
@@ -216,22 +138,21 @@ class Engine:
                     if key is None
                     else safe_get_local_optimizer_state(param, key)
                 )
-                yield self._cut(name, local.detach(), param.ds_numel, param.ds_shape)
+                yield cut(name, local.detach(), param.ds_numel, param.ds_shape)
             else:
                 full = (
                     safe_get_full_fp32_param(param)
                     if key is None
                     else safe_get_full_optimizer_state(param, key)
                 )
-                size = -(-full.numel() // dist.get_world_size())
-                part = full.detach().flatten()[dist.get_rank() * size :]
-                yield self._cut(name, part, full.numel(), full.shape)
+                yield cut_whole(name, full)
 
     def load(
-        self, master: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int
+        self, master: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], updates: int
     ) -> None:
-        """Put shards (unpadded, as :meth:`master` yields them) and AdamW's step count in place."""
-        self._fill_optimizer_state(step)
+        """Put shards (unpadded, as :meth:`master` yields them) and AdamW's count of updates in place."""
+        self.updates = updates
+        self._fill_optimizer_state(updates)
         with torch.no_grad():
             for name, param in self._params.items():
                 if not param.requires_grad:
@@ -257,7 +178,7 @@ class Engine:
         if self.zero_stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def _put(self, param: nn.Parameter, part: Tensor, key: str | None) -> None:
+    def _put(self, param: Any, part: Tensor, key: str | None) -> None:
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -301,7 +222,7 @@ class Engine:
     def write(self, module: nn.Module, shards: Mapping[str, Tensor]) -> None:
         """Overwrite a frozen module's weights from fp32 shards, in its own precision."""
         with torch.no_grad():
-            for name, param in _unwrapped(module).named_parameters():
+            for name, param in _named_parameters(module):
                 if name not in shards:
                     continue
                 if hasattr(param, "ds_tensor"):
@@ -311,13 +232,11 @@ class Engine:
 
     def read(self, module: nn.Module) -> Iterator[Shard]:
         """A frozen module's weights as fp32 shards."""
-        for name, param in _unwrapped(module).named_parameters():
+        for name, param in _named_parameters(module):
             if hasattr(param, "ds_tensor"):
-                yield self._cut(name, param.ds_tensor.detach().float(), param.ds_numel, param.ds_shape)
+                yield cut(name, param.ds_tensor.detach().float(), param.ds_numel, param.ds_shape)
             else:
-                size = -(-param.numel() // dist.get_world_size())
-                part = param.detach().flatten()[dist.get_rank() * size :].float()
-                yield self._cut(name, part, param.numel(), param.shape)
+                yield cut_whole(name, param.float())
 
     def full_ema(self, prefix: str = "") -> dict[str, Tensor]:
         """The EMA below `prefix` (or the weights, without an EMA), whole and in fp32; collective."""
@@ -329,21 +248,11 @@ class Engine:
         }
 
 
-def gather(part: Tensor, numel: int) -> Tensor:
-    """All workers' unpadded parts of a flat tensor of `numel` elements, joined on every worker."""
-    world = dist.get_world_size()
-    size = -(-numel // world)
-    padded = torch.zeros(size, dtype=part.dtype, device=part.device)
-    padded[: part.numel()] = part
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.cat(parts)[:numel]
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
+def _named_parameters(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Of the module inside a DeepSpeed engine, or of the module itself."""
     inner = getattr(module, "module", module)
     assert isinstance(inner, nn.Module)
-    return inner
+    yield from inner.named_parameters()
 
 
 def _mark_whole(module: nn.Module | None, classes: tuple[type[nn.Module], ...]) -> None:

@@ -161,7 +161,7 @@ def worker_main(config: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from orchestrator.elastic.engine import import_deepspeed
+    from orchestrator.elastic.zero import import_deepspeed
 
     deepspeed = import_deepspeed()
     if not torch.cuda.is_available():

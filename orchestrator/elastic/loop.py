@@ -128,10 +128,10 @@ class _Trainer:
             began = time.monotonic()
             figures = self._step(step, blocks)
             done = step + 1
-            save, stop = self._agree(done)
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
                 self.control.report(done, figures)
+            save, stop = self._agree()
             if done in self.job.export_steps:
                 export_ema(self.engine, self.job.export(done), done)
             if save or stop or done == self.job.num_steps:
@@ -180,7 +180,7 @@ class _Trainer:
             blocks.append(replace(filler, weight=0.0))
         return blocks
 
-    def _agree(self, done: int) -> tuple[bool, bool]:
+    def _agree(self) -> tuple[bool, bool]:
         """Whether all workers save now, and whether they stop: worker 0 decides, so nobody hangs."""
         decision = torch.zeros(2, device=self.device)
         if self.rank == 0:

@@ -196,11 +196,8 @@ def print_plan(console: Console, name: str, plans: Sequence[StagePlan]) -> None:
     console.print(Text(f"Pipeline {name}", style="bold"))
     console.print(table)
     running = [item.name for item in plans if item.action == "run"]
-    if running:
-        text = f"{len(running)} of {len(plans)} stages to run: {', '.join(running)}"
-    else:
-        text = _up_to_date(plans)
-    console.print(Text(text), soft_wrap=True)
+    to_run = f"{len(running)} of {len(plans)} stages to run: {', '.join(running)}"
+    console.print(Text(to_run if running else _up_to_date(plans)), soft_wrap=True)
 
 
 def _up_to_date(plans: Sequence[StagePlan]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ def whole_modules(*models: str) -> tuple[type[nn.Module], ...]:
     return (Block,) if all(isinstance(preset(model), ViTConfig) for model in models) else ()
 
 
-def on_grid(features: Features, size: tuple[int, int], patch_size: int, grid: tuple[int, int]) -> Tensor:
+def on_grid(features: Features, size: Sequence[int], patch_size: int, grid: tuple[int, int]) -> Tensor:
     """Patch features (B, P, D), resized bicubically (and antialiased) to `grid` where theirs differs."""
     own = (size[0] // patch_size, size[1] // patch_size)
     if own == grid:
@@ -128,8 +128,8 @@ def distillation_losses(
 ) -> dict[str, Tensor]:
     """The weighted DINO (global and local) and iBOT terms of one block.
 
-    The DINO terms are weighted by their share of all view pairs, as in DINOv2 and DINOv3: with 2 globals and 8 locals 16/18
-    for local against global and 2/18 for global against the other global.
+    The DINO terms are weighted by their share of all view pairs, as in DINOv2 and DINOv3: with 2 globals and 8
+    locals 16/18 for local against global and 2/18 for global against the other global.
     """
     num_globals, batch = dino_targets_GBK.shape[:2]
     logits_VBK = out["dino"].unflatten(0, (-1, batch))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.data.blocks import BlockSource, CropBlocks
 from orchestrator.data.index import PhotoIndex
@@ -62,7 +62,7 @@ class SelfSupervisedTask:
         student = HeadedBackbone(recipe.model, recipe.drop_path, recipe.heads).to(device)
         teacher = HeadedBackbone(recipe.model, 0.0, recipe.heads).to(device)
         teacher.load_state_dict(student.state_dict())
-        copies = {}
+        copies: dict[str, nn.Module] = {}
         if self.gram_weights is not None:
             gram = build(recipe.model).to(device)
             gram.load_state_dict(load_export(self.gram_weights, "backbone."))

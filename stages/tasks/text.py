@@ -82,7 +82,7 @@ def held_below(x: Tensor, limit: float) -> Tensor:
     over = x.detach() > limit
     held = x - (x.detach() - limit).clamp(min=0)
     if held.requires_grad:
-        held.register_hook(lambda grad: torch.where(over, grad.clamp(min=0), grad))  # type: ignore[no-untyped-call]
+        held.register_hook(lambda grad: torch.where(over, grad.clamp(min=0), grad))
     return held
 
 

@@ -63,14 +63,15 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def run_job(index: Path, tmp_path: Path) -> RunJob:
     """Runs a job on `world` worker processes to its end or a stop; returns {complete, losses, figures}."""
 
     def run(work: Path, world: int, **spec: Any) -> dict[str, Any]:
         scratch = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
         scratch.mkdir()
-        config = {**CONFIG, **spec.pop("config", {})}
+        merged = {**CONFIG, **spec.pop("config", {})}
+        config = {key: value for key, value in merged.items() if value is not None}
         full = {
             "config": config, "recipe": RECIPE, "index": str(index), "work": str(work), "world": world,
             "rendezvous": str(scratch / "rendezvous"), "figures": str(scratch / "figures.json"), **spec,

@@ -23,7 +23,8 @@ def test_newest_good_one_is_used_and_files_are_plain(run_job: RunJob, tmp_path: 
         header = path.read_bytes()[8:9]
         assert header == b"{", "a safetensors header is JSON"
     saved = latest(folder)
-    assert saved is not None and saved.step == 6
+    assert saved is not None
+    assert saved.step == 6
 
     victim = sorted(newest.glob("*.safetensors"))[0]
     whole = victim.read_bytes()
@@ -35,7 +36,8 @@ def test_newest_good_one_is_used_and_files_are_plain(run_job: RunJob, tmp_path: 
         with pytest.raises(ValueError, match=said):
             verified(newest)
         older = latest(folder)
-        assert older is not None and older.step == 5
+        assert older is not None
+        assert older.step == 5
     victim.unlink()
     with pytest.raises(ValueError, match="is missing"):
         verified(newest)
@@ -54,6 +56,7 @@ def test_uncommitted_folders_do_not_exist(tmp_path: Path) -> None:
         if committed:
             (path / "checkpoint.json").write_text(json.dumps({"step": step, "files": {}}))
     saved = latest(tmp_path)
-    assert saved is not None and saved.step == 2
+    assert saved is not None
+    assert saved.step == 2
     prune(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

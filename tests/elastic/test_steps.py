@@ -20,7 +20,7 @@ def exported(work: Path) -> dict[str, np.ndarray[Any, Any]]:
     return load_file(work / "exports" / f"step-{STEPS:08d}.safetensors")
 
 
-@pytest.fixture()
+@pytest.fixture
 def undisturbed(run_job: RunJob, tmp_path: Path) -> tuple[dict[str, Any], Path]:
     result = run_job(tmp_path / "undisturbed", 2)
     assert result["complete"]
@@ -70,19 +70,17 @@ def test_gram_stage_goes_on_from_pretraining(
 ) -> None:
     """The Gram teacher starts from a snapshot, takes the EMA when told, and survives a change of workers."""
     _, pretrained = undisturbed
-    config = {key: value for key, value in CONFIG.items() if key not in ("model", "drop_path", "heads")}
     gram = {
-        "config": {**config, "kind": "gram_anchor", "gram": {"first_update": 3, "weight": {"peak": 2.0}}},
+        "config": {
+            **dict.fromkeys(("model", "drop_path", "heads")),
+            "kind": "gram_anchor",
+            "gram": {"first_update": 3, "weight": {"peak": 2.0}},
+        },
         "start_from": str(pretrained / "checkpoints" / f"step-{STEPS:08d}"),
         "gram": str(pretrained / "exports" / f"step-{STEPS:08d}.safetensors"),
     }
-
-    def clean(spec: dict[str, Any]) -> dict[str, Any]:
-        return {**spec, "config": {**dict.fromkeys(("model", "drop_path", "heads")), **spec["config"]}}
-
-    gram = clean(gram)
     whole = run_job(tmp_path / "gram", 2, **gram)
-    figures = dict((step, figures["gram"]) for step, figures in whole["figures"])
+    figures = {step: figures["gram"] for step, figures in whole["figures"]}
     # The EMA it starts with is its own anchor, so the first loss is the student's distance to its EMA only.
     assert all(value >= 0 for value in figures.values())
     work = tmp_path / "moved"

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator.elastic.engine import import_deepspeed
 from orchestrator.elastic.loop import Job, train
+from orchestrator.elastic.zero import import_deepspeed
 from orchestrator.spec import Elastic
 from orchestrator.stages.gram_anchor import GramAnchor
 from orchestrator.stages.pretrain import Pretrain
