@@ -8,15 +8,14 @@ block for activation checkpointing repeats it exactly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .configs import FFN
 from .rope import rotate
 
-FFN = Literal["mlp", "swiglu"]
 Rotation = tuple[Tensor, Tensor]
 
 

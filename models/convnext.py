@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -10,37 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import add_residual, draw_rows, linear
+from .configs import ConvNeXtConfig
 from .vit import Features, check_masks, patch_grid
-
-
-@dataclass(frozen=True)
-class ConvNeXtConfig:
-    """Shape of a ConvNeXt of four stages.
-
-    Attributes:
-        drop_path: share of rows that skip the last block in training; rises linearly from 0 at the first.
-        stem_stride: pixels a side of a stem cell; the total stride is 8 times that.
-    """
-
-    depths: tuple[int, int, int, int] = (3, 3, 9, 3)
-    dims: tuple[int, int, int, int] = (96, 192, 384, 768)
-    drop_path: float = 0.0
-    layer_scale_init: float = 1e-6
-    stem_stride: int = 4
-    norm_eps: float = 1e-6
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels a side of one cell of the final map: the total stride."""
-        return 8 * self.stem_stride
-
-    def __post_init__(self) -> None:
-        if len(self.depths) != 4 or len(self.dims) != 4 or min(self.depths) < 1:
-            raise ValueError(
-                f"depths {self.depths}, dims {self.dims}: need four stages of at least one block"
-            )
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path is {self.drop_path}; it lies in [0, 1)")
 
 
 class MapNorm(nn.LayerNorm):

@@ -1,4 +1,4 @@
-"""Named towers: the published family (arXiv 2508.10104, section 5) and small ones for one machine."""
+"""Named towers: the published family (arXiv 2508.10104, section 5) and small ones for one machine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
-
-from .convnext import ConvNeXt, ConvNeXtConfig
-from .vit import VisionTransformer, ViTConfig
-
-Config = ViTConfig | ConvNeXtConfig
-Backbone = VisionTransformer | ConvNeXt
+from .configs import Config, ConvNeXtConfig, ViTConfig
 
 PRESETS: Mapping[str, Config] = MappingProxyType(
     {
@@ -63,41 +57,3 @@ def preset(name: str, **overrides: Any) -> Config:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4) or known
             raise ValueError(f"model {name!r} has no setting {key!r}; did you mean {', '.join(nearest)}?")
     return dataclasses.replace(config, **overrides)
-
-
-def from_config(config: Config) -> Backbone:
-    """The tower of a config, freshly initialised from torch's global generator."""
-    return VisionTransformer(config) if isinstance(config, ViTConfig) else ConvNeXt(config)
-
-
-def build(name: str, **overrides: Any) -> Backbone:
-    """The tower called `name`, freshly initialised; raises as :func:`preset`."""
-    return from_config(preset(name, **overrides))
-
-
-def layer_depths(model: Backbone) -> dict[str, int]:
-    """Depth of every parameter, for layer-wise learning rates.
-
-    Embeddings and tokens are at 0, block i at i + 1 (a ConvNeXt downsampling goes with the block after it),
-    the final norm at number of blocks + 1.
-    """
-    num_blocks = len(model.blocks)
-    prefixes = {"patch_embed.": 0, "cls_token": 0, "storage_tokens": 0, "mask_token": 0, "downsamples.0.": 0}
-    if isinstance(model, VisionTransformer):
-        prefixes |= {f"blocks.{index}.": index + 1 for index in range(num_blocks)}
-    else:
-        before = 0
-        for stage, depth in enumerate(model.config.depths):
-            prefixes.setdefault(f"downsamples.{stage}.", before + 1)
-            prefixes |= {f"stages.{stage}.{index}.": before + index + 1 for index in range(depth)}
-            before += depth
-    names = [name for name, _ in model.named_parameters()]
-    return {
-        name: next((depth for prefix, depth in prefixes.items() if name.startswith(prefix)), num_blocks + 1)
-        for name in names
-    }
-
-
-def count_params(model: nn.Module) -> int:
-    """Number of parameters (works on the meta device)."""
-    return sum(parameter.numel() for parameter in model.parameters())

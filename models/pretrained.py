@@ -17,9 +17,10 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .convnext import ConvNeXtConfig
-from .presets import Backbone, Config, from_config, preset
-from .vit import Features, ViTConfig
+from .configs import Config, ConvNeXtConfig, ViTConfig
+from .presets import preset
+from .towers import Backbone, from_config
+from .vit import Features
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

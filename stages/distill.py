@@ -18,7 +18,15 @@ from orchestrator.data.crops import CropConfig
 from orchestrator.errors import Stopped
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
 from orchestrator.stages.base import Context, Input, TrainStage
-from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, ModelRecipe, stage_seed, summary
+from orchestrator.stages.selfsup import (
+    BACKBONE_KINDS,
+    INDEX_KINDS,
+    ModelName,
+    ModelRecipe,
+    check_crops,
+    stage_seed,
+    summary,
+)
 
 if TYPE_CHECKING:
     from orchestrator.elastic.loop import Job
@@ -29,7 +37,7 @@ logger = logging.getLogger("orchestrator")
 class Student(Strict):
     """One student. Its heads have the teacher's prototypes and the sizes of the teacher's heads."""
 
-    model: str
+    model: ModelName
     drop_path: float = Field(0.0, ge=0, lt=1)
     optimizer: Optimizer | None = Field(None, description="default: the stage's")
     mask_inputs: bool = Field(True, description="students see masked crops (paper); false: published code")
@@ -74,6 +82,8 @@ class Distill(TrainStage):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
             )
+        for student in self.students.values():
+            check_crops(self.crops, student.model)
         return self
 
     def run(self, context: Context) -> Mapping[str, float]:

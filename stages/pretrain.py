@@ -4,23 +4,35 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from orchestrator.stages.base import Context, Input
-from orchestrator.stages.selfsup import INDEX_KINDS, Heads, ModelRecipe, SelfSupervised
+from orchestrator.stages.selfsup import (
+    INDEX_KINDS,
+    Heads,
+    ModelName,
+    ModelRecipe,
+    SelfSupervised,
+    check_crops,
+)
 
 
 class Pretrain(SelfSupervised):
     """Self-supervised pretraining (arXiv 2508.10104, section 3)."""
 
     kind: Literal["pretrain"]
-    model: str
+    model: ModelName
     drop_path: float = Field(0.0, ge=0, lt=1)
     heads: Heads = Heads()
     gram: None = None
     resolutions: tuple[()] = ()
 
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS),)
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> Pretrain:
+        check_crops(self.crops, self.model)
+        return self
 
     def recipe(self, context: Context) -> ModelRecipe:
         """The model to train, from this config."""

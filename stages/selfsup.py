@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.data.crops import CropConfig
+from orchestrator.models.presets import preset
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
 from orchestrator.stages.base import Context, TrainStage
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 INDEX_KINDS = ("curate",)
 BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
+
+
+def _known_model(name: str) -> str:
+    preset(name)
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_known_model)]
 
 
 class Heads(Strict):
@@ -184,6 +193,17 @@ class SelfSupervised(TrainStage):
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
         return summary(history)
+
+
+def check_crops(crops: CropConfig, model: str) -> None:
+    """Raises ValueError unless the model's patch divides both crop sizes."""
+    patch = preset(model).patch_size
+    for name in ("global_size", "local_size"):
+        if (size := getattr(crops, name)) % patch:
+            nearest = max(1, round(size / patch)) * patch
+            raise ValueError(
+                f"crops.{name} {size} is not a multiple of {model}'s patch size {patch}; use {nearest}"
+            )
 
 
 def stage_seed(context: Context, kind: str) -> int:

@@ -1,0 +1,81 @@
+"""The shapes of towers, as plain dataclasses: nothing here imports torch, so a pipeline file is checked fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FFN = Literal["mlp", "swiglu"]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape of a vision transformer.
+
+    Attributes:
+        patch_size: pixels a side.
+        ffn_hidden: hidden width of the feed-forward; None is 4 · dim.
+        qkv_bias: biases on queries and values; keys never have one.
+        drop_path: share of rows that skip each residual branch in training, the same for all blocks.
+        rope_rescale: limit r of the box jitter, a log-uniform factor in [1/r, r] of the patch coordinates
+            drawn for each block in training; None is off.
+        separate_local_norm: in training, norm the CLS and storage tokens of local crops by their own norm.
+    """
+
+    patch_size: int = 16
+    dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    ffn: FFN = "mlp"
+    ffn_hidden: int | None = None
+    num_storage_tokens: int = 4
+    layer_scale_init: float = 1e-5
+    drop_path: float = 0.0
+    qkv_bias: bool = True
+    norm_eps: float = 1e-5
+    rope_base: float = 100.0
+    rope_rescale: float | None = 2.0
+    separate_local_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim % (4 * self.num_heads):
+            raise ValueError(f"dim {self.dim} is not a multiple of 4 x num_heads = {4 * self.num_heads}")
+        if self.ffn not in ("mlp", "swiglu"):
+            raise ValueError(f"ffn is {self.ffn!r}; it is 'mlp' or 'swiglu'")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it lies in [0, 1)")
+        if self.rope_rescale is not None and self.rope_rescale < 1:
+            raise ValueError(f"rope_rescale is {self.rope_rescale}; it is at least 1, or null for none")
+
+
+@dataclass(frozen=True)
+class ConvNeXtConfig:
+    """Shape of a ConvNeXt of four stages.
+
+    Attributes:
+        drop_path: share of rows that skip the last block in training; rises linearly from 0 at the first.
+        stem_stride: pixels a side of a stem cell; the total stride is 8 times that.
+    """
+
+    depths: tuple[int, int, int, int] = (3, 3, 9, 3)
+    dims: tuple[int, int, int, int] = (96, 192, 384, 768)
+    drop_path: float = 0.0
+    layer_scale_init: float = 1e-6
+    stem_stride: int = 4
+    norm_eps: float = 1e-6
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of one cell of the final map: the total stride."""
+        return 8 * self.stem_stride
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != 4 or len(self.dims) != 4 or min(self.depths) < 1:
+            raise ValueError(
+                f"depths {self.depths}, dims {self.dims}: need four stages of at least one block"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}; it lies in [0, 1)")
+
+
+Config = ViTConfig | ConvNeXtConfig

@@ -1,0 +1,129 @@
+"""What a student rebuilds from a bundle is what the teacher would have said about the global batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.elastic.task import BlockTensors
+from orchestrator.models import normalise
+from orchestrator.sharing.client import SharedBlocks
+from orchestrator.stages.distill import Distill
+from orchestrator.stages.selfsup import Heads, ModelRecipe
+from orchestrator.stages.tasks.distill import DistillTask, FrozenTeacher
+from orchestrator.stages.tasks.nets import HeadedBackbone, resize_masks
+
+HEADS = Heads(
+    hidden=24, dino_bottleneck=8, dino_prototypes=32, ibot_bottleneck=8, ibot_prototypes=48, prototype_std=0.3
+)
+RECIPE = ModelRecipe(model="vit_femto", drop_path=0.0, heads=HEADS, global_size=32)
+CONFIG = Distill.model_validate(
+    {
+        "kind": "distill", "students": {"small": {"model": "vit_femto"}, "other": {"model": "convnext_mini"}},
+        "steps": 3, "batch_size": 8, "block_size": 4, "optimizer": {"lr": {"peak": 1e-3}},
+        "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+    }
+)  # fmt: skip
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(1)
+    rows = []
+    for number in range(12):
+        pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60))
+        cv2.imwrite(str(tmp_path / f"{number}.png"), pixels)
+        rows.append(PhotoRow("photos", f"{number}.png", str(tmp_path), "", 80, 60))
+    PhotoIndex(rows).save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    net = HeadedBackbone("vit_femto", 0.0, HEADS)
+    folder = tmp_path / "teacher" / "snapshots"
+    folder.mkdir(parents=True)
+    save_file(net.state_dict(), folder / "step-00000001.safetensors")
+    return tmp_path / "teacher"
+
+
+def sinkhorn(logits_NK: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The textbook algorithm, in float64, on the whole batch at once."""
+    plan = (logits_NK.double() / temperature).exp().T
+    plan /= plan.sum()
+    for _ in range(3):
+        plan /= plan.sum(dim=1, keepdim=True) * plan.shape[0]
+        plan /= plan.sum(dim=0, keepdim=True) * plan.shape[1]
+    return (plan * plan.shape[1]).T
+
+
+def test_rebuilt_targets_equal_sinkhorn_of_the_whole_batch(index: Path, teacher: Path) -> None:
+    frozen = FrozenTeacher(CONFIG, RECIPE, teacher, index, seed=5)
+    bundle = frozen(2)
+    assert frozen.images_forwarded == 8
+
+    net = HeadedBackbone("vit_femto", 0.0, HEADS)
+    task = DistillTask(CONFIG, CONFIG.students["small"], RECIPE, teacher, seed=1)
+    task.build("cpu")
+    source = SharedBlocks(None, "small", 2)
+    source._held = (2, bundle)
+    blocks = []
+    for number in range(2):
+        block = source.load(2, number)
+        blocks.append(BlockTensors(2, number, 1.0, {k: torch.from_numpy(v) for k, v in block.arrays.items()}))
+    made = task.targets(blocks, lambda tensor: tensor)
+
+    from orchestrator.elastic.export import load_export
+
+    net.load_state_dict(dict(load_export(teacher / "snapshots" / "step-00000001.safetensors")))
+    net.eval()
+    with torch.no_grad():
+        views = torch.from_numpy(bundle["globals"]).flatten(0, 1)
+        features = net.backbone(normalise(views))
+        dino = sinkhorn(net.dino_head(features.cls)[1], CONFIG.teacher_temperature)
+        masked = torch.from_numpy(bundle["masks"]).flatten(0, 1)
+        # The heads' rows are grouped by block; the masked tokens of block 0 come first.
+        by_block = torch.cat([torch.arange(16).view(2, 8)[:, 4 * b : 4 * b + 4].flatten() for b in range(2)])
+        tokens = torch.cat([features.patches[row][masked[row]] for row in by_block])
+        ibot = sinkhorn(net.ibot_head(tokens)[1], CONFIG.teacher_temperature)
+    got = torch.cat([target.dino_GBK for target in made], dim=1).flatten(0, 1)
+    torch.testing.assert_close(got.double(), dino, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.cat([t.ibot_MK for t in made]).double(), ibot, rtol=1e-4, atol=1e-6)
+    assert float(dino.max()) > 2 / HEADS.dino_prototypes, "uniform targets would prove nothing"
+
+
+def test_losses_of_both_architectures_are_finite_and_reach_every_parameter(
+    index: Path, teacher: Path
+) -> None:
+    bundle = FrozenTeacher(CONFIG, RECIPE, teacher, index, seed=5)(0)
+    for name, student in CONFIG.students.items():
+        source = SharedBlocks(None, name, 2)
+        source._held = (0, bundle)
+        block = source.load(0, 0)
+        tensors = BlockTensors(0, 0, 1.0, {k: torch.from_numpy(v) for k, v in block.arrays.items()})
+        task = DistillTask(CONFIG, student, RECIPE, teacher, seed=1)
+        modules = task.build("cpu")
+        (target,) = task.targets([tensors], lambda tensor: tensor)
+        losses = task.losses(tensors, target)
+        losses.total.backward()
+        assert {"dino_local", "dino_global", "ibot", "koleo"} == set(losses.figures)
+        without = [
+            n
+            for n, p in modules.trainable.named_parameters()
+            if p.grad is None or not p.grad.isfinite().all()
+        ]
+        assert without == [], name
+
+
+def test_masks_on_a_coarser_grid_cover_at_least_half() -> None:
+    masks = torch.zeros(1, 16, dtype=torch.bool)
+    masks[0, [0, 1, 4, 2]] = True  # three quarters of the first 2×2 cell, a quarter of the second
+    assert resize_masks(masks, (4, 4), (2, 2)).tolist() == [[True, False, False, False]]
+    assert resize_masks(masks, (4, 4), (4, 4)) is masks
