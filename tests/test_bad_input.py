@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 def complaint(folder: Path, text: str, *arguments: str) -> str:
     (folder / "pipeline.yaml").write_text(text)
-    command = [sys.executable, "-m", "orchestrator.cli", "run", "pipeline.yaml", *arguments]
+    command = [sys.executable, "-m", "orchestrator", "run", "pipeline.yaml", *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     said = done.stdout + done.stderr
     assert done.returncode == 2, said
@@ -89,7 +89,7 @@ def test_unreadable_photos(folder: Path) -> None:
 
 
 def test_missing_file(folder: Path) -> None:
-    command = [sys.executable, "-m", "orchestrator.cli", "run", "pipelin.yaml"]
+    command = [sys.executable, "-m", "orchestrator", "run", "pipelin.yaml"]
     (folder / "pipeline.yaml").write_text(FILE)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-ORCHESTRATOR = [sys.executable, "-m", "orchestrator.cli"]
+ORCHESTRATOR = [sys.executable, "-m", "orchestrator"]
 HEADS = {
     "hidden": 32,
     "dino_bottleneck": 16,

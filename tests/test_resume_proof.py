@@ -34,7 +34,7 @@ PIPELINE = {
 
 
 def run(folder: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "orchestrator.cli", "run", "pipeline.yaml", *overrides]
+    command = [sys.executable, "-m", "orchestrator", "run", "pipeline.yaml", *overrides]
     return subprocess.Popen(command, cwd=folder, stdout=(folder / "log").open("ab"), stderr=subprocess.STDOUT)
 
 

@@ -80,7 +80,7 @@ class ShareActor:
             self._progress[student] = step
             self._changed.notify_all()
             self._changed.wait_for(lambda: step in self._refs or self._error is not None)
-            if self._error is not None:
+            if step not in self._refs:
                 raise RuntimeError(f"the teacher failed: {self._error}") from self._error
             return [self._refs[step]]
 

@@ -40,6 +40,7 @@ def index(tmp_path: Path) -> Path:
         pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60))
         cv2.imwrite(str(tmp_path / f"{number}.png"), pixels)
         rows.append(PhotoRow("photos", f"{number}.png", str(tmp_path), "", 80, 60))
+    (tmp_path / "index").mkdir()
     PhotoIndex(rows).save(tmp_path / "index")
     return tmp_path / "index"
 
