@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ _TRAIN_DEFAULTS = {
     "RAY_enable_metrics_collection": "0",
 }
 
+_OWN_DEFAULTS = {
+    # Nobody announces the end of the one machine it runs on.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
 
 @contextmanager
 def start(cluster: Cluster) -> Iterator[None]:
@@ -50,10 +56,15 @@ def start(cluster: Cluster) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    # Nobody announces the end of the one machine it runs on.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    _sweep()
+    for name, value in _OWN_DEFAULTS.items():
+        os.environ.setdefault(name, value)
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    reaper = subprocess.Popen(
+        [sys.executable, "-S", str(Path(__file__).with_name("reaper.py")), str(folder)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert reaper.stdin is not None
     try:
         ray.init(
             address="local",
@@ -67,7 +78,8 @@ def start(cluster: Cluster) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        reaper.stdin.close()
+        reaper.wait()
 
 
 def _quiet() -> None:
@@ -84,21 +96,3 @@ def _quiet() -> None:
 def _slots() -> int:
     """Logical CPUs: places for workers, not cores. A teacher and several students share a laptop's cores."""
     return max(8, os.cpu_count() or 1)
-
-
-def _sweep() -> None:
-    """Remove the folders of own clusters whose driver was killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        pid = folder.name.removeprefix(_PREFIX).split("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and not _alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
