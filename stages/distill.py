@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -107,6 +107,7 @@ class Distill(TrainStage):
             )
         )
         jobs = {name: self._job(context, name, recipe, actor) for name in self.students}
+        jobs = _sharing_gpus(jobs, ray.cluster_resources().get("GPU", 0))
         watch = _StatsWatch(actor, context)
         try:
             self._train_all(jobs, actor, context)
@@ -194,6 +195,26 @@ class Distill(TrainStage):
             (folder / "history.json").write_text(json.dumps(history))
             figures[f"{name}_last_loss"] = summary(history).get("last_loss", float("nan"))
         return figures
+
+
+def _sharing_gpus(jobs: dict[str, Job], gpus: float) -> dict[str, Job]:
+    """The jobs, on shares of GPUs where there are fewer GPUs than students' workers.
+
+    All students must run at once: one that waits for a GPU would hold up the others, which wait for it within
+    the window. Worker counts are then fixed at the fewest, since Ray Train resizes whole GPUs only.
+    """
+    workers = sum(job.elastic.workers[0] for job in jobs.values())
+    if not gpus or gpus >= workers:
+        return jobs
+    share = int(100 * gpus / workers) / 100
+    return {
+        name: replace(
+            job,
+            gpus_per_worker=share,
+            elastic=job.elastic.model_copy(update={"workers": (job.elastic.workers[0],) * 2}),
+        )
+        for name, job in jobs.items()
+    }
 
 
 class _StatsWatch:

@@ -135,7 +135,7 @@ def _trainer(job: Job, actor: Any) -> Any:
         scaling_config=ScalingConfig(
             num_workers=fewest if fewest == most else (fewest, most),
             use_gpu=use_gpu,
-            resources_per_worker={"GPU": 1} if use_gpu else {"CPU": 1},
+            resources_per_worker={"GPU": job.gpus_per_worker} if use_gpu else {"CPU": 1},
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(

@@ -45,6 +45,7 @@ class Job:
         work: the job's folder; checkpoints and exports live below it.
         seed: of weight initialisation.
         start_from: a committed checkpoint of an earlier stage to begin with, weights and moments.
+        gpus_per_worker: where there are GPUs; less than 1 lets jobs share one.
         export_steps: after these many steps the EMA is exported to `exports/step-….safetensors`; the last
             step always is.
         elastic: checkpoint interval and what to keep.
@@ -61,6 +62,7 @@ class Job:
     seed: int
     elastic: Elastic
     start_from: Path | None = None
+    gpus_per_worker: float = 1.0
     export_steps: tuple[int, ...] = ()
 
     @property

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from orchestrator.data.blocks import CropBlocks
 from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.elastic.loop import Job
 from orchestrator.elastic.task import BlockTensors
 from orchestrator.models import normalise
 from orchestrator.sharing.client import SharedBlocks
-from orchestrator.stages.distill import Distill
+from orchestrator.spec import Elastic
+from orchestrator.stages.distill import Distill, _sharing_gpus
 from orchestrator.stages.selfsup import Heads, ModelRecipe
 from orchestrator.stages.tasks.distill import DistillTask, FrozenTeacher
 from orchestrator.stages.tasks.nets import HeadedBackbone, resize_masks
@@ -128,3 +131,19 @@ def test_masks_on_a_coarser_grid_cover_at_least_half() -> None:
     masks[0, [0, 1, 4, 2]] = True  # three quarters of the first 2×2 cell, a quarter of the second
     assert resize_masks(masks, (4, 4), (2, 2)).tolist() == [[True, False, False, False]]
     assert resize_masks(masks, (4, 4), (4, 4)) is masks
+
+
+def test_students_share_gpus_when_there_are_too_few() -> None:
+    def job(workers: tuple[int, int]) -> Job:
+        return Job(
+            name="s", task=DistillTask, blocks=CropBlocks, num_steps=1, optimizer=CONFIG.optimizer, zero_stage=3,
+            precision="fp32", work=Path(), seed=0, elastic=Elastic(workers=workers),
+        )  # fmt: skip
+
+    jobs = {"a": job((1, 4)), "b": job((2, 2))}
+    assert _sharing_gpus(jobs, 0) is jobs, "no GPUs, nothing to share"
+    assert _sharing_gpus(jobs, 3) is jobs
+    shared = _sharing_gpus(jobs, 2)
+    assert [made.gpus_per_worker for made in shared.values()] == [0.66, 0.66]
+    assert sum(made.gpus_per_worker * made.elastic.workers[1] for made in shared.values()) <= 2
+    assert shared["a"].elastic.workers == (1, 1)
