@@ -30,6 +30,7 @@ from orchestrator.stages.selfsup import (
 
 if TYPE_CHECKING:
     from orchestrator.elastic.loop import Job
+    from orchestrator.tracking.runs import Run
 
 logger = logging.getLogger("orchestrator")
 
@@ -110,12 +111,12 @@ class Distill(TrainStage):
         jobs = _sharing_gpus(jobs, ray.cluster_resources().get("GPU", 0))
         watch = _StatsWatch(actor, context)
         try:
-            self._train_all(jobs, actor, context)
+            runs = self._train_all(jobs, actor, context)
         finally:
             stats = watch.finish()
             ray.kill(actor)
         (context.out / "sharing.json").write_text(json.dumps(stats, indent=1))
-        return self._collect(jobs, recipe, context) | stats
+        return self._collect(jobs, runs, recipe, context) | stats
 
     def _first_steps(self, context: Context, recipe: ModelRecipe) -> dict[str, int]:
         """The students still to train, and the step each goes on from."""
@@ -130,12 +131,12 @@ class Distill(TrainStage):
                 first[name] = saved.step if saved else 0
         return first
 
-    def _train_all(self, jobs: Mapping[str, Job], actor: Any, context: Context) -> None:
+    def _train_all(self, jobs: Mapping[str, Job], actor: Any, context: Context) -> dict[str, Run]:
         import ray
 
         from orchestrator.elastic import job as elastic
 
-        def train(name: str) -> None:
+        def train(name: str) -> Run:
             # The id follows from the stage's, so a resumed stage finds its students' runs again.
             run = context.run.child(f"{context.name}/{name}", resume_id=f"{context.run.run_id}-{name}")
             run.params(self.students[name].model_dump(mode="json"))
@@ -149,10 +150,12 @@ class Distill(TrainStage):
             finally:
                 ray.get(actor.leave.remote(name))
                 run.finish(status)
+            return run
 
         with ThreadPoolExecutor(len(jobs), thread_name_prefix="student") as pool:
             futures = {name: pool.submit(train, name) for name in jobs}
         _raise_first(futures)
+        return {name: future.result() for name, future in futures.items()}
 
     def _job(self, context: Context, name: str, recipe: ModelRecipe, actor: Any) -> Job:
         from orchestrator.data.rng import derive
@@ -178,7 +181,9 @@ class Distill(TrainStage):
             elastic=elastic,
         )
 
-    def _collect(self, jobs: Mapping[str, Job], recipe: ModelRecipe, context: Context) -> dict[str, float]:
+    def _collect(
+        self, jobs: Mapping[str, Job], runs: Mapping[str, Run], recipe: ModelRecipe, context: Context
+    ) -> dict[str, float]:
         from orchestrator.elastic import job as elastic
         from orchestrator.stages.tasks.ssl import save_backbone
 
@@ -190,8 +195,7 @@ class Distill(TrainStage):
             save_backbone(job.export(job.num_steps), own, folder / "model", self.crops.global_size)
             shutil.copytree(elastic.final_checkpoint(job), folder / "checkpoint")
             (folder / "recipe.json").write_text(own.model_dump_json(indent=1))
-            run = context.run.child(f"{context.name}/{name}", resume_id=f"{context.run.run_id}-{name}")
-            history = run.history()
+            history = runs[name].history()
             (folder / "history.json").write_text(json.dumps(history))
             figures[f"{name}_last_loss"] = summary(history).get("last_loss", float("nan"))
         return figures
@@ -256,7 +260,7 @@ def _teacher_env() -> dict[str, Any]:
     return {"env_vars": {"OMP_NUM_THREADS": "1"}}
 
 
-def _raise_first(futures: Mapping[str, Future[None]]) -> None:
+def _raise_first(futures: Mapping[str, Future[Run]]) -> None:
     """Raise what went wrong, after all have ended: a stop before a failure, a failure with all names."""
     errors = {name: error for name, future in futures.items() if (error := future.exception()) is not None}
     if not errors:

@@ -64,7 +64,7 @@ class ShareActor:
         self._progress = dict(students)
         self._refs: dict[int, Any] = {}
         self._computed: set[int] = set()
-        self._recomputed, self._bytes = 0, 0
+        self._forwarded, self._recomputed, self._bytes = 0, 0, 0
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._teacher: StepTeacher | None = None
@@ -97,9 +97,7 @@ class ShareActor:
             if teacher is None:
                 return Stats(0, 0, 0.0, 0)
             needed = steps * teacher.images_per_step
-            return Stats(
-                teacher.images_forwarded, needed, self._bytes / needed if needed else 0.0, self._recomputed
-            )
+            return Stats(self._forwarded, needed, self._bytes / needed if needed else 0.0, self._recomputed)
 
     def _work(self, make_teacher: Callable[[], StepTeacher]) -> None:
         try:
@@ -133,6 +131,7 @@ class ShareActor:
         ref = ray.put(dict(bundle))
         with self._changed:
             self._refs[step] = ref
+            self._forwarded = self._teacher.images_forwarded
             self._recomputed += step in self._computed
             if step not in self._computed:
                 self._bytes += sum(array.nbytes for array in bundle.values())

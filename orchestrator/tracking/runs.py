@@ -60,7 +60,7 @@ class Run(ABC):
 
     @abstractmethod
     def finish(self, status: Status) -> None:
-        """Ends the run."""
+        """Ends the run, and what a crash left open below it."""
 
     @abstractmethod
     def history(self, channel: str = "train") -> list[Record]:
@@ -112,6 +112,9 @@ class SpooledRun(Run):
 
     def finish(self, status: Status) -> None:
         """See :class:`Run`."""
+        with _disk_trouble_logged():
+            for child in self._spool.open_children(self.run_id):
+                SpooledRun(self._spool, child, self.tracking_uri or "").finish(status)
         self._post("finish", status=status)
 
     def history(self, channel: str = "train") -> list[Record]:

@@ -97,6 +97,15 @@ class Spool:
         """Runs that have records."""
         return sorted(path.stem for path in self.folder.glob("*.jsonl"))
 
+    def open_children(self, run_id: str) -> list[str]:
+        """Runs that were opened below `run_id` and have not ended since they were last opened."""
+        found = []
+        for other in self.run_ids():
+            ops = [record for record, _ in self.read(other) if record["op"] in ("open", "finish")]
+            if ops and ops[-1]["op"] == "open" and ops[-1].get("parent") == run_id:
+                found.append(other)
+        return found
+
     def sync(self, run_id: str) -> None:
         """Makes what is recorded for the run survive a power cut."""
         fd = os.open(self.path(run_id), os.O_RDONLY)

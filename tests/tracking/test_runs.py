@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 
 from orchestrator.errors import UserError
 from orchestrator.tracking.flush import Progress
-from orchestrator.tracking.runs import NullRun, Run, Tracking
+from orchestrator.tracking.runs import NullRun, Run, Tracking, open_run
+from orchestrator.tracking.spool import Spool
 
 Start = Callable[[], Tracking]
 
@@ -280,3 +281,20 @@ def test_null_run_keeps_history_and_dedupes() -> None:
     assert run.metrics({"knn": 3}, 0, channel="eval")
     assert [record["metrics"] for record in run.history()] == [{"loss": 1.0}]
     assert run.mlflow_run_id(5) is None
+
+
+def test_what_a_crash_left_open_below_a_run_ends_with_it(tmp_path: Path) -> None:
+    """A killed driver's student runs are known to the spool only; closing their stage closes them."""
+    spool = Spool(tmp_path)
+    stage = open_run(spool, "sqlite:///unused.db", "distill", None, None)
+    left = stage.child("distill/left")
+    done = stage.child("distill/done")
+    done.finish("FINISHED")
+    open_run(spool, "sqlite:///unused.db", "another", None, None)
+    assert spool.open_children(stage.run_id) == [left.run_id]
+    open_run(Spool(tmp_path), "sqlite:///unused.db", "distill", stage.run_id, None).finish("KILLED")
+    last = {run: [record for record, _ in spool.read(run)][-1] for run in (left.run_id, done.run_id)}
+    assert last[left.run_id]["op"] == "finish"
+    assert last[left.run_id]["status"] == "KILLED"
+    assert last[done.run_id]["status"] == "FINISHED"
+    assert spool.open_children(stage.run_id) == []
