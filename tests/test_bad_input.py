@@ -56,7 +56,7 @@ def complaint(folder: Path, text: str, *arguments: str) -> str:
         ("    steps: 2", "    steps: two", ["pipeline.yaml:10", "steps", "two"]),
         ("needs: curate", "needs: [curate, pretrain]", ["circle", "pretrain"]),
         ("needs: curate", "needs: curat", ["curat", "curate"]),
-        ("model: vit_femto", "model: vit_fempto", ["vit_fempto", "vit_femto"]),
+        ("model: vit_femto", "model: vit_fempto", ["pipeline.yaml:9", "vit_fempto", "vit_femto"]),
         ("    block_size: 2", "    block_size: 3", ["batch_size", "3"]),
         ("global_size: 32", "global_size: 33", ["33", "patch"]),
         ("path: photos", "path: fotos", ["fotos"]),
