@@ -58,8 +58,16 @@ class Elastic(Strict):
     """Defaults of every training stage; all of it operational."""
 
     workers: Workers = operational((1, 2), description="fewest and most workers; one number fixes the count")
-    checkpoint_every_s: float = operational(30.0, gt=0, description="seconds between checkpoints")
+    checkpoint_every_s: float | None = operational(
+        None, gt=0, description="seconds between checkpoints; default: from their cost and the losses seen"
+    )
     keep_checkpoints: int = operational(2, ge=1, description="newest checkpoints kept on disk")
+    keep_every: int | None = operational(None, ge=1, description="checkpoints of every so many steps stay")
+    device: Literal["auto", "cpu", "gpu"] = operational(
+        "auto", description="what a worker takes; auto: a GPU if the cluster has one when the stage starts"
+    )
+    silence_s: float = operational(15.0, gt=1, description="a worker not heard of for so long is given up")
+    hang_s: float = operational(300.0, gt=1, description="a group without progress for so long is restarted")
     max_failures: int = operational(
         3, ge=0, description="failures of the user's code before a stage gives up"
     )

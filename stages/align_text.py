@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from orchestrator.stages.base import Context, Input, TrainStage
 from orchestrator.stages.selfsup import INDEX_KINDS, stage_seed, summary
 
 if TYPE_CHECKING:
-    from orchestrator.elastic.loop import Job
+    from orchestrator.elastic.job import Job
 
 # 256 bytes, so that every text can be written, and the three special tokens.
 SMALLEST_VOCABULARY = 259
@@ -73,6 +72,10 @@ class AlignText(TrainStage):
     zero_stage: Literal[1, 2, 3] = operational(3)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
+    preload: ClassVar[tuple[str, ...]] = (
+        "orchestrator.stages.tasks.captions",
+        "orchestrator.stages.tasks.text",
+    )
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),
         Input("tower", ("distill", "pretrain", "gram_anchor", "high_res")),
@@ -93,7 +96,7 @@ class AlignText(TrainStage):
 
     def job(self, context: Context, tower: Path, image_size: int, tokenizer: Path) -> Job:
         """The elastic job of this stage."""
-        from orchestrator.elastic.loop import Job
+        from orchestrator.elastic.job import Job
         from orchestrator.stages.tasks.captions import caption_blocks
         from orchestrator.stages.tasks.text import AlignTask
 
@@ -102,6 +105,7 @@ class AlignText(TrainStage):
             name=context.name,
             task=partial(AlignTask, self, tower, tokenizer, seed),
             blocks=partial(caption_blocks, self, context.inputs["index"].path, tokenizer, image_size, seed),
+            num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
             optimizer=self.optimizer,
             zero_stage=self.zero_stage,
@@ -109,6 +113,7 @@ class AlignText(TrainStage):
             work=context.work,
             seed=context.seed,
             elastic=context.elastic,
+            remote=context.remote,
         )
 
     def run(self, context: Context) -> Mapping[str, float]:
@@ -119,7 +124,7 @@ class AlignText(TrainStage):
             Stopped: on request, checkpointed.
         """
         from orchestrator.data.index import PhotoIndex
-        from orchestrator.elastic import job as elastic
+        from orchestrator.elastic import controller
         from orchestrator.stages.tasks.captions import captioned, train_tokenizer
         from orchestrator.stages.tasks.text import save_aligned
 
@@ -130,14 +135,14 @@ class AlignText(TrainStage):
         tokenizer = context.work / "tokenizer.json"
         train_tokenizer([str(index[row].caption) for row in rows], self.vocab_size, self.context, tokenizer)
         job = self.job(context, tower, image_size, tokenizer)
-        elastic.run(job, tracker=context.run, stop=context.stop)
+        account = controller.run(job, tracker=context.run, stop=context.stop)
         save_aligned(
             job.export(job.num_steps), context.out / "aligned", self, tower, tokenizer, image_size=image_size
         )
-        shutil.copytree(elastic.final_checkpoint(job), context.out / "checkpoint")
+        job.collect(context.out / "checkpoint")
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
-        return summary(history)
+        return summary(history) | account
 
 
 def pick_tower(artifact: Path, student: str | None) -> Path:

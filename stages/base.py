@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from orchestrator.spec import DataSource, Elastic, StageSpec, operational
 from orchestrator.store.artifact import Artifact
+from orchestrator.store.local import Store
 from orchestrator.tracking.runs import Run
 
 
@@ -41,6 +42,8 @@ class Context:
         work: a folder that outlives the attempt (same key, same folder): checkpoints live here.
         elastic: worker range, checkpoint interval and the like, pipeline defaults merged.
         run: this stage's tracking run.
+        remote: where in a remote store what must outlive this machine is kept: the store, and a prefix that
+            ends in a slash. None if `work` is in the store itself.
         stop: set when the user asked for a clean stop; long stages check it and raise `Stopped`.
     """
 
@@ -55,6 +58,7 @@ class Context:
     work: Path
     elastic: Elastic
     run: Run
+    remote: tuple[Store, str] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -85,6 +89,12 @@ class Stage(StageSpec):
 
 
 class TrainStage(Stage):
-    """What every training stage has besides its own fields."""
+    """What every training stage has besides its own fields.
+
+    Attributes:
+        preload: modules its workers need, worth importing before there is work.
+    """
+
+    preload: ClassVar[tuple[str, ...]] = ()
 
     elastic: Elastic | None = operational(None, description="overrides the pipeline's `elastic` section")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
-import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,10 +26,13 @@ from orchestrator.stages.selfsup import (
 )
 
 if TYPE_CHECKING:
-    from orchestrator.elastic.loop import Job
+    from orchestrator.elastic.job import Job
+    from orchestrator.sharing.account import Stats
+    from orchestrator.sharing.keeper import Keeper
     from orchestrator.tracking.runs import Run
 
-logger = logging.getLogger("orchestrator")
+# What the teacher takes of a GPU that it may share with workers.
+_TEACHER_GPU = 0.1
 
 
 class Student(Strict):
@@ -44,6 +44,14 @@ class Student(Strict):
     mask_inputs: bool = Field(True, description="students see masked crops (paper); false: published code")
     zero_stage: Literal[1, 2, 3] = operational(3)
     workers: int | tuple[int, int] | None = operational(None, description="overrides `elastic.workers`")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student's run, and the account of its job."""
+
+    run: Run
+    account: dict[str, float]
 
 
 class Distill(TrainStage):
@@ -71,6 +79,7 @@ class Distill(TrainStage):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     window: int = operational(4, ge=2, description="teacher steps held for the slowest student")
 
+    preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.tasks.distill",)
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("teacher", BACKBONE_KINDS))
     outputs: ClassVar[Mapping[str, str]] = {
         "students": "a folder a student: model/ (EMA), recipe.json, checkpoint/, history.json",
@@ -91,76 +100,62 @@ class Distill(TrainStage):
         """Train all students beside one teacher; one that fails does not stop the others."""
         import ray
 
-        from orchestrator.sharing.service import ShareActor
+        from orchestrator.sharing.keeper import Keeper
         from orchestrator.stages.tasks.distill import FrozenTeacher
 
-        teacher_folder = context.inputs["teacher"].path
-        recipe = ModelRecipe.model_validate_json((teacher_folder / "recipe.json").read_text())
+        folder = context.inputs["teacher"].path
+        recipe = ModelRecipe.model_validate_json((folder / "recipe.json").read_text())
         seed = stage_seed(context, self.kind)
-        actor = (
-            ray.remote(ShareActor)
-            .options(num_cpus=1, max_concurrency=8 * len(self.students) + 4, runtime_env=_teacher_env())
-            .remote(
-                partial(FrozenTeacher, self, recipe, teacher_folder, context.inputs["index"].path, seed),
-                self._first_steps(context, recipe),
-                self.steps,
-                self.window,
-            )
-        )
-        jobs = {name: self._job(context, name, recipe, actor) for name in self.students}
-        jobs = _sharing_gpus(jobs, ray.cluster_resources().get("GPU", 0))
-        watch = _StatsWatch(actor, context)
-        try:
-            runs = self._train_all(jobs, actor, context)
-        finally:
-            stats = watch.finish()
-            ray.kill(actor)
+        gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
+        jobs = _sharing_gpus({name: self._job(context, name, recipe) for name in self.students}, gpus)
+        first_steps = {
+            name: max(job.target.committed(), default=0) for name, job in jobs.items() if not job.is_done()
+        }
+        context.work.mkdir(parents=True, exist_ok=True)
+        with Keeper(
+            partial(FrozenTeacher, self, recipe, folder, context.inputs["index"].path, seed),
+            first_steps,
+            self.steps,
+            window=self.window,
+            hang_s=context.elastic.hang_s,
+            gpus=_TEACHER_GPU if gpus else 0.0,
+            account=context.work / "sharing.json",
+            on_figures=partial(_track, context.run),
+        ) as keeper:
+            trained = self._train_all(jobs, keeper, context)
+        stats = asdict(keeper.account.stats())
         (context.out / "sharing.json").write_text(json.dumps(stats, indent=1))
-        return self._collect(jobs, runs, recipe, context) | stats
+        return self._collect(jobs, trained, recipe, context) | stats
 
-    def _first_steps(self, context: Context, recipe: ModelRecipe) -> dict[str, int]:
-        """The students still to train, and the step each goes on from."""
-        from orchestrator.elastic import checkpoint
-        from orchestrator.elastic import job as elastic
+    def _train_all(self, jobs: Mapping[str, Job], keeper: Keeper, context: Context) -> dict[str, Trained]:
+        from orchestrator.elastic import controller
 
-        first = {}
-        for name in self.students:
-            job = self._job(context, name, recipe, None)
-            if not elastic.is_done(job):
-                saved = checkpoint.latest(job.checkpoints)
-                first[name] = saved.step if saved else 0
-        return first
-
-    def _train_all(self, jobs: Mapping[str, Job], actor: Any, context: Context) -> dict[str, Run]:
-        import ray
-
-        from orchestrator.elastic import job as elastic
-
-        def train(name: str) -> Run:
+        def train(name: str) -> Trained:
             # The id follows from the stage's, so a resumed stage finds its students' runs again.
             run = context.run.child(f"{context.name}/{name}", resume_id=f"{context.run.run_id}-{name}")
             run.params(self.students[name].model_dump(mode="json"))
+            job = replace(jobs[name], seat_blocks=keeper.source(name, jobs[name].num_blocks))
             status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
             try:
-                elastic.run(jobs[name], tracker=run, stop=context.stop)
+                account = controller.run(job, tracker=run, stop=context.stop)
                 status = "FINISHED"
             except Stopped:
                 status = "KILLED"
                 raise
             finally:
-                ray.get(actor.leave.remote(name))
+                keeper.leave(name)
                 run.finish(status)
-            return run
+            return Trained(run, account)
 
         with ThreadPoolExecutor(len(jobs), thread_name_prefix="student") as pool:
             futures = {name: pool.submit(train, name) for name in jobs}
         _raise_first(futures)
         return {name: future.result() for name, future in futures.items()}
 
-    def _job(self, context: Context, name: str, recipe: ModelRecipe, actor: Any) -> Job:
+    def _job(self, context: Context, name: str, recipe: ModelRecipe) -> Job:
+        """A student's job, but for its blocks, which need the share service."""
         from orchestrator.data.rng import derive
-        from orchestrator.elastic.loop import Job
-        from orchestrator.sharing.client import SharedBlocks
+        from orchestrator.elastic.job import Job
         from orchestrator.stages.tasks.distill import DistillTask
 
         student = self.students[name]
@@ -171,7 +166,7 @@ class Distill(TrainStage):
         return Job(
             name=f"{context.name}/{name}",
             task=partial(DistillTask, self, student, recipe, context.inputs["teacher"].path, seed),
-            blocks=partial(SharedBlocks, actor, name, self.batch_size // self.block_size),
+            num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
             optimizer=student.optimizer or self.optimizer,
             zero_stage=student.zero_stage,
@@ -179,12 +174,12 @@ class Distill(TrainStage):
             work=context.work / "students" / name,
             seed=seed % 2**31,
             elastic=elastic,
+            remote=(context.remote[0], f"{context.remote[1]}students/{name}/") if context.remote else None,
         )
 
     def _collect(
-        self, jobs: Mapping[str, Job], runs: Mapping[str, Run], recipe: ModelRecipe, context: Context
+        self, jobs: Mapping[str, Job], trained: Mapping[str, Trained], recipe: ModelRecipe, context: Context
     ) -> dict[str, float]:
-        from orchestrator.elastic import job as elastic
         from orchestrator.stages.tasks.ssl import save_backbone
 
         figures: dict[str, float] = {}
@@ -193,24 +188,27 @@ class Distill(TrainStage):
             own = recipe.model_copy(update={"model": student.model, "drop_path": student.drop_path})
             folder.mkdir(parents=True)
             save_backbone(job.export(job.num_steps), own, folder / "model", self.crops.global_size)
-            shutil.copytree(elastic.final_checkpoint(job), folder / "checkpoint")
+            job.collect(folder / "checkpoint")
             (folder / "recipe.json").write_text(own.model_dump_json(indent=1))
-            history = runs[name].history()
+            history = trained[name].run.history()
             (folder / "history.json").write_text(json.dumps(history))
             figures[f"{name}_last_loss"] = summary(history).get("last_loss", float("nan"))
+            figures |= {f"{name}_{figure}": value for figure, value in trained[name].account.items()}
+        figures["goodput"] = min(figures[f"{name}_goodput"] for name in jobs)
         return figures
 
 
 def _sharing_gpus(jobs: dict[str, Job], gpus: float) -> dict[str, Job]:
-    """The jobs, on shares of GPUs where there are fewer GPUs than students' workers.
+    """The jobs, on shares of GPUs where there are no more GPUs than students' workers; the teacher needs some, too.
 
-    All students must run at once: one that waits for a GPU would hold up the others, which wait for it within
-    the window. Worker counts are then fixed at the fewest, since Ray Train resizes whole GPUs only.
+    All students should run at once: one that waits for a GPU holds up the others, which wait for it within the
+    window. Each GPU is cut into equal places, as a share cannot span two, and worker counts are fixed at the
+    fewest, since a worker more would only take from the others.
     """
     workers = sum(job.elastic.workers[0] for job in jobs.values())
-    if not gpus or gpus >= workers:
+    if not gpus or gpus > workers:
         return jobs
-    share = int(100 * gpus / workers) / 100
+    share = int(100 * (1 - _TEACHER_GPU) / -(-workers // gpus)) / 100
     return {
         name: replace(
             job,
@@ -221,46 +219,13 @@ def _sharing_gpus(jobs: dict[str, Job], gpus: float) -> dict[str, Job]:
     }
 
 
-class _StatsWatch:
-    """Logs the share service's counters every few seconds, and once more at the end."""
-
-    def __init__(self, actor: Any, context: Context, every_s: float = 5.0) -> None:
-        self._actor, self._context, self._every_s = actor, context, every_s
-        self._ended = threading.Event()
-        self._stats: dict[str, float] = {}
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def finish(self) -> dict[str, float]:
-        self._ended.set()
-        self._thread.join()
-        return self._stats
-
-    def _watch(self) -> None:
-        import ray
-
-        while True:
-            ended = self._ended.wait(self._every_s)
-            try:
-                stats = ray.get(self._actor.stats.remote(), timeout=10)
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                logger.warning("the share service does not answer: %s", error)
-            else:
-                self._stats = {
-                    **asdict(stats),
-                    "teacher_forwards_per_image": stats.teacher_forwards_per_image,
-                }
-                if stats.images_needed:
-                    self._context.run.metrics(self._stats, stats.images_needed, channel="sharing")
-            if ended:
-                return
+def _track(run: Run, stats: Stats) -> None:
+    # By images forwarded: the one counter that moves whenever another does.
+    if stats.images_forwarded:
+        run.metrics(asdict(stats), stats.images_forwarded, channel="sharing")
 
 
-def _teacher_env() -> dict[str, Any]:
-    return {"env_vars": {"OMP_NUM_THREADS": "1"}}
-
-
-def _raise_first(futures: Mapping[str, Future[Run]]) -> None:
+def _raise_first(futures: Mapping[str, Future[Trained]]) -> None:
     """Raise what went wrong, after all have ended: a stop before a failure, a failure with all names."""
     errors = {name: error for name, future in futures.items() if (error := future.exception()) is not None}
     if not errors:

@@ -17,7 +17,7 @@ from orchestrator.spec import Optimizer, Schedule, Strict, operational
 from orchestrator.stages.base import Context, TrainStage
 
 if TYPE_CHECKING:
-    from orchestrator.elastic.loop import Job
+    from orchestrator.elastic.job import Job
 
 INDEX_KINDS = ("curate",)
 BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
@@ -115,6 +115,7 @@ class SelfSupervised(TrainStage):
     zero_stage: Literal[1, 2, 3] = operational(3)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
+    preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.tasks.ssl",)
     outputs: ClassVar[Mapping[str, str]] = {
         "model": "the EMA backbone, config.json and model.safetensors",
         "recipe.json": "how to rebuild the model with its heads",
@@ -148,7 +149,7 @@ class SelfSupervised(TrainStage):
 
     def job(self, context: Context, recipe: ModelRecipe) -> Job:
         """The elastic job of this stage."""
-        from orchestrator.elastic.loop import Job
+        from orchestrator.elastic.job import Job
         from orchestrator.stages.tasks.ssl import SelfSupervisedTask, ssl_blocks
 
         backbone = context.inputs.get("backbone")
@@ -157,6 +158,7 @@ class SelfSupervised(TrainStage):
             name=context.name,
             task=partial(SelfSupervisedTask, self, recipe, seed, self._gram_weights(context)),
             blocks=partial(ssl_blocks, self, recipe, context.inputs["index"].path, seed),
+            num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
             optimizer=self.optimizer,
             zero_stage=self.zero_stage,
@@ -164,6 +166,7 @@ class SelfSupervised(TrainStage):
             work=context.work,
             seed=context.seed,
             elastic=context.elastic,
+            remote=context.remote,
             start_from=backbone.path / "checkpoint" if backbone else None,
             export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every))
             if self.snapshot_every
@@ -177,22 +180,22 @@ class SelfSupervised(TrainStage):
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Train and leave model, snapshots, checkpoint and history."""
-        from orchestrator.elastic import job as elastic
+        from orchestrator.elastic import controller
         from orchestrator.stages.tasks.ssl import save_backbone
 
         recipe = self.recipe(context)
         job = self.job(context, recipe)
-        elastic.run(job, tracker=context.run, stop=context.stop)
+        account = controller.run(job, tracker=context.run, stop=context.stop)
         snapshots = context.out / "snapshots"
         shutil.copytree(job.work / "exports", snapshots)
-        shutil.copytree(elastic.final_checkpoint(job), context.out / "checkpoint")
+        job.collect(context.out / "checkpoint")
         (context.out / "recipe.json").write_text(recipe.model_dump_json(indent=1))
         save_backbone(
             job.export(job.num_steps), recipe, context.out / "model", self.crops_at(0, 0).global_size
         )
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
-        return summary(history)
+        return summary(history) | account
 
 
 def check_crops(crops: CropConfig, model: str) -> None:

@@ -7,57 +7,52 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from orchestrator.elastic import fleet
 from orchestrator.spec import Cluster
 
 logger = logging.getLogger("orchestrator")
 
 _PREFIX = "orchestrator-ray-"
 
-# Read by Ray Train's controller and workers; a user's own setting wins. The defaults are made for jobs of
-# days: here a lost worker is noticed in a second and a smaller group is formed without waiting a minute.
-_TRAIN_DEFAULTS = {
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+# A user's own setting wins.
+_DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray lets its workers yield to everything else on a machine; here they are what the machine is for.
+    "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
 }
 
-_OWN_DEFAULTS = {
-    # Nobody announces the end of the one machine it runs on.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
-
 
 @contextmanager
-def start(cluster: Cluster) -> Iterator[None]:
+def start(cluster: Cluster, preload: Sequence[str] = ()) -> Iterator[None]:
     """Connect to the pipeline's cluster, starting one where the address is `local`; leaves nothing behind.
 
     An own cluster lives in a temporary folder of its own, so neither a running cluster nor the remains of a
     killed one can be mistaken for it.
+
+    Args:
+        cluster: which one.
+        preload: modules that workers will need, imported before they do.
     """
-    for name, value in _TRAIN_DEFAULTS.items():
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     import ray
 
     if cluster.address != "local":
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         try:
+            fleet.begin(preload)
             yield
         finally:
+            fleet.end()
             ray.shutdown()
         return
-    for name, value in _OWN_DEFAULTS.items():
-        os.environ.setdefault(name, value)
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     reaper = subprocess.Popen(
         [sys.executable, "-S", str(Path(__file__).with_name("reaper.py")), str(folder)],
@@ -75,8 +70,10 @@ def start(cluster: Cluster) -> Iterator[None]:
             _temp_dir=str(folder),
         )
         _quiet()
+        fleet.begin(preload)
         yield
     finally:
+        fleet.end()
         ray.shutdown()
         reaper.stdin.close()
         reaper.wait()

@@ -7,113 +7,68 @@ collectives line up. The loss is the mean over the step's blocks.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.data.blocks import Block, BlockSource
+from orchestrator.data.blocks import Block
 from orchestrator.elastic import checkpoint
 from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.export import export_ema
-from orchestrator.elastic.task import BlockTensors, Losses, Task
+from orchestrator.elastic.job import Job
+from orchestrator.elastic.policy import PRIOR_MTBF_S
+from orchestrator.elastic.saved import CheckpointError
+from orchestrator.elastic.saving import Line, Saving
+from orchestrator.elastic.task import BlockTensors, Losses
 from orchestrator.errors import UserError
-from orchestrator.spec import Elastic, Optimizer
 
 logger = logging.getLogger("orchestrator")
 
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a worker needs to train; sent to it by Ray, so all of it pickles.
-
-    Attributes:
-        name: in logs and reports, such as `pretrain` or `distill/vit-nano`.
-        task: makes the task; called in every worker.
-        blocks: makes the data source; called in every worker.
-        num_steps: optimiser updates of the whole job.
-        optimizer: AdamW and its schedules.
-        zero_stage: 1, 2 or 3.
-        precision: `auto` is bf16 where a GPU has it, else fp32.
-        work: the job's folder; checkpoints and exports live below it.
-        seed: of weight initialisation.
-        start_from: a committed checkpoint of an earlier stage to begin with, weights and moments.
-        gpus_per_worker: where there are GPUs; less than 1 lets jobs share one.
-        export_steps: after these many steps the EMA is exported to `exports/step-….safetensors`; the last
-            step always is.
-        elastic: checkpoint interval and what to keep.
-    """
-
-    name: str
-    task: Callable[[], Task]
-    blocks: Callable[[], BlockSource]
-    num_steps: int
-    optimizer: Optimizer
-    zero_stage: int
-    precision: str
-    work: Path
-    seed: int
-    elastic: Elastic
-    start_from: Path | None = None
-    gpus_per_worker: float = 1.0
-    export_steps: tuple[int, ...] = ()
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where this job's elastic checkpoints are."""
-        return self.work / "checkpoints"
-
-    def export(self, step: int) -> Path:
-        """Where the EMA after `step` updates is exported to."""
-        return self.work / "exports" / f"step-{step:08d}.safetensors"
-
-
-class Control(Protocol):
-    """The line to the driver, used by worker 0 only."""
-
-    def report(self, step: int, figures: dict[str, float]) -> None:
-        """Hand over the figures of the step that took the count to `step`; returns at once."""
-
-    def flush(self) -> None:
-        """Wait until everything reported is written down."""
-
-    def stop_requested(self) -> bool:
-        """Whether the driver asked for a clean stop."""
+_ORDER_RANGE = 2.0**32
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the update was not applied."""
 
 
-def train(job: Job, control: Control) -> bool:
-    """Train `job` to its end in this worker of an initialised process group.
+def train(job: Job, line: Line, mtbf_s: float = PRIOR_MTBF_S) -> bool:
+    """Train `job` in this worker of an initialised process group, from its newest good checkpoint to its end.
+
+    Args:
+        job: what to train.
+        line: to the controller.
+        mtbf_s: mean time between losses of a group, from which the time between checkpoints follows if the job
+            does not set it.
 
     Returns:
-        True when all steps are done, False after a clean stop on request (checkpointed).
+        True when all steps are done, False after yielding on request; both with a checkpoint.
 
     Raises:
         NonFiniteLossError: before the update that would have spoilt the weights.
+        CheckpointError: no checkpoint could be written several times in a row, or at the end.
     """
-    return _Trainer(job, control).run()
+    return _Trainer(job, line, mtbf_s).run()
 
 
 class _Trainer:
-    def __init__(self, job: Job, control: Control) -> None:
-        self.job, self.control = job, control
+    def __init__(self, job: Job, line: Line, mtbf_s: float) -> None:
+        self.job, self.line = job, line
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = _device()
         torch.manual_seed(job.seed)
         self.task = job.task()
         modules = self.task.build(self.device)
+        assert job.blocks is not None, "a source that lives in the seat is put in its place by the worker"
         self.blocks = job.blocks()
-        self.num_blocks = self.blocks.num_blocks
+        self.num_blocks = job.num_blocks
         self.slots = -(-self.num_blocks // self.world)
         self.engine = Engine(
             modules,
@@ -122,8 +77,10 @@ class _Trainer:
             precision=_precision(job.precision, self.device),
             blocks_per_worker=self.slots,
         )
+        line.phase("built")
         self.start = self._restore()
-        self.saved_step, self.saved_at = self.start, time.monotonic()
+        line.phase("restored")
+        self.saving = Saving(job, self.engine, line, mtbf_s, self.device, self.start)
 
     def run(self) -> bool:
         for step, blocks in self._feed():
@@ -132,15 +89,24 @@ class _Trainer:
             done = step + 1
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
-                self.control.report(done, figures)
-            save, stop = self._agree()
+            stalled = self.saving.stall_s
+            agreed = self.saving.agree()
+            last = done == self.job.num_steps
+            if agreed.written or agreed.failed:
+                self.saving.conclude(agreed)
+            if agreed.save and not (agreed.stop or last):
+                self.saving.begin(done)
+            if self.rank == 0:
+                self.line.report(done, figures, self.saving.stall_s - stalled)
+                self.saving.tell()
             if done in self.job.export_steps:
-                export_ema(self.engine, self.job.export(done), done)
-            if save or stop or done == self.job.num_steps:
-                self._save(done)
-            if stop and done < self.job.num_steps:
+                self._export(done)
+            if agreed.stop and not last:
+                self.saving.now(done)
                 return False
-        export_ema(self.engine, self.job.export(self.job.num_steps), self.job.num_steps)
+        if self.start < self.job.num_steps:
+            self.saving.now(self.job.num_steps)
+        self._export(self.job.num_steps)
         return True
 
     def _step(self, step: int, blocks: list[BlockTensors]) -> dict[str, float]:
@@ -152,13 +118,10 @@ class _Trainer:
             losses = self.task.losses(block, target)
             self.engine.backward(losses.total * (block.weight * slots_per_block))
             _accumulate(sums, losses, block.weight / self.num_blocks)
-        names = sorted(sums)
-        values = _sum_over_workers(torch.stack([sums[name] for name in names])).tolist()
-        figures = dict(zip(names, values, strict=True))
-        if not all(map(_finite, values)):
-            bad = ", ".join(name for name in names if not _finite(figures[name]))
+        figures = self._sum_figures(sums, self.orders.pop(step))
+        if bad := [name for name, value in figures.items() if not _finite(value)]:
             raise NonFiniteLossError(
-                f"{self.job.name}: {bad} not finite at step {step}; the update was not applied"
+                f"{self.job.name}: {', '.join(bad)} not finite at step {step}; the update was not applied"
             )
         lr = self.job.optimizer.lr.at(step, self.job.num_steps)
         figures["grad_norm"] = self.engine.step(lr, step)
@@ -166,13 +129,23 @@ class _Trainer:
         self.task.after_step(step, self.engine)
         return figures
 
+    def _sum_figures(self, sums: dict[str, Tensor], order: int) -> dict[str, float]:
+        """Figures over all workers, and which samples the step saw: a hash that no worker count changes."""
+        names = sorted(sums)
+        own = torch.tensor([order], dtype=torch.float64, device=self.device)
+        packed = torch.cat([torch.stack([sums[name] for name in names]).double(), own])
+        *values, total = _sum_over_workers(packed).tolist()
+        return {**dict(zip(names, values, strict=True)), "sample_order": total % _ORDER_RANGE}
+
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:
         """Each step's own blocks on the device, the next step's loaded behind the current one's back."""
+        self.orders: dict[int, int] = {}
         with ThreadPoolExecutor(1, thread_name_prefix="blocks") as pool:
             ahead: Future[list[Block]] | None = None
             for step in range(self.start, self.job.num_steps):
                 loaded = (ahead or pool.submit(self._load, step)).result()
                 ahead = pool.submit(self._load, step + 1) if step + 1 < self.job.num_steps else None
+                self.orders[step] = sum(_order(block) for block in loaded if block.weight > 0)
                 yield step, [_to_device(block, self.device) for block in loaded]
 
     def _load(self, step: int) -> list[Block]:
@@ -182,47 +155,40 @@ class _Trainer:
             blocks.append(replace(filler, weight=0.0))
         return blocks
 
-    def _agree(self) -> tuple[bool, bool]:
-        """Whether all workers save now, and whether they stop: worker 0 decides, so nobody hangs."""
-        decision = torch.zeros(2, device=self.device)
-        if self.rank == 0:
-            due = time.monotonic() - self.saved_at >= self.job.elastic.checkpoint_every_s
-            decision = torch.tensor([float(due), float(self.control.stop_requested())], device=self.device)
-        dist.broadcast(decision, 0)
-        save, stop = (bool(value) for value in decision.tolist())
-        return save, stop
+    # --- start and end ------------------------------------------------------------------------------------------
 
-    def _save(self, done: int) -> None:
-        if self.rank == 0:
-            # The curve must reach at least as far as the checkpoint, or a crash would leave a gap in it.
-            self.control.flush()
-        meta = {"job": self.job.name, "num_steps": self.job.num_steps, "seed": self.job.seed}
-        checkpoint.save(
-            self.job.checkpoints, self.engine, done, meta=meta, keep=self.job.elastic.keep_checkpoints
-        )
-        self.saved_step, self.saved_at = done, time.monotonic()
+    def _export(self, done: int) -> None:
+        export_ema(self.engine, self.job.export(done), done)
+        if self.rank == 0 and self.job.remote is not None:
+            store, prefix = self.job.remote
+            store.put_file(f"{prefix}exports/{self.job.export(done).name}", self.job.export(done))
 
     def _restore(self) -> int:
-        saved = checkpoint.latest(self.job.checkpoints)
+        saved = checkpoint.newest(self.job.target, self.rank, self.world, self._all, self.device)
         if saved is not None:
             return checkpoint.restore(saved, self.engine)
         if self.job.start_from is not None:
             # An earlier stage's weights and moments; the count of this stage's steps starts anew.
             try:
                 checkpoint.restore(checkpoint.verified(self.job.start_from), self.engine)
-            except ValueError as error:
+            except CheckpointError as error:
                 raise UserError(
                     f"the checkpoint to start from cannot be used: {error}", where=str(self.job.start_from)
                 ) from None
         return 0
 
+    def _all(self, flag: bool) -> bool:
+        return float(_sum_over_workers(torch.tensor(float(flag), device=self.device))) == self.world
+
+
+def _order(block: Block) -> int:
+    """A hash of which samples a block holds, in which order; sums of a million of them are exact in float64."""
+    text = f"{block.step}/{block.index}:".encode() + np.ascontiguousarray(block.ids, np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
+
 
 def _device() -> str:
-    if torch.cuda.is_available():
-        import ray.train.torch
-
-        return str(ray.train.torch.get_device())
-    return "cpu"
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def _precision(wanted: str, device: str) -> str:

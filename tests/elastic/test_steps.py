@@ -106,7 +106,7 @@ def load_master(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     meta = json.loads((folder / "checkpoint.json").read_text())
     assert meta["num_workers"] == 1
     tensors = {}
-    for file in folder.glob("*.safetensors"):
+    for file in folder.rglob("*.safetensors"):
         tensors.update(load_file(file))
     return tensors
 

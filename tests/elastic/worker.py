@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator.elastic.loop import Job, train
+from orchestrator.elastic.job import Job
+from orchestrator.elastic.loop import train
 from orchestrator.elastic.zero import import_deepspeed
 from orchestrator.spec import Elastic
 from orchestrator.stages.gram_anchor import GramAnchor
@@ -21,19 +22,29 @@ from orchestrator.stages.tasks.ssl import SelfSupervisedTask, ssl_blocks
 
 
 class Recorder:
-    """A control that keeps the figures and asks for a stop after a number of steps."""
+    """A line that keeps the figures and asks the group to yield after a number of steps."""
 
     def __init__(self, stop_after: int | None) -> None:
         self.stop_after = stop_after
         self.figures: list[tuple[int, dict[str, float]]] = []
+        self.done = 0
 
-    def report(self, step: int, figures: dict[str, float]) -> None:
+    def phase(self, name: str) -> None: ...
+
+    def report(self, step: int, figures: dict[str, float], stall_s: float) -> None:
         self.figures.append((step, figures))
 
-    def flush(self) -> None: ...
+    def recorded(self, step: int) -> bool:
+        return True
 
-    def stop_requested(self) -> bool:
-        return self.stop_after is not None and self.figures[-1][0] >= self.stop_after
+    def saved(self, step: int, figures: dict[str, float]) -> None: ...
+
+    def trouble(self, what: str) -> None:
+        raise AssertionError(what)
+
+    def yield_requested(self) -> bool:
+        self.done += 1
+        return self.stop_after is not None and self.done >= self.stop_after
 
 
 def make_job(spec: dict[str, Any]) -> Job:
@@ -45,6 +56,7 @@ def make_job(spec: dict[str, Any]) -> Job:
         name="test",
         task=partial(SelfSupervisedTask, config, recipe, 7, gram),
         blocks=partial(ssl_blocks, config, recipe, Path(spec["index"]), 7),
+        num_blocks=config.batch_size // config.block_size,
         num_steps=config.steps,
         optimizer=config.optimizer,
         zero_stage=spec.get("zero_stage", 3),

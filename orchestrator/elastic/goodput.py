@@ -1,0 +1,169 @@
+"""Where a job's time went: every second since it started belongs to exactly one cause."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["startup", "training", "restart", "waiting"]
+
+
+@dataclass
+class Recovery:
+    """One loss of a group and the way back, in seconds since 1970.
+
+    Attributes:
+        cause: what was lost, or why the group was asked to yield.
+        planned: the group had time to checkpoint.
+        last_step: when the last step before it was reported.
+        detected: when the controller knew.
+        decided: when the new group was chosen.
+        marks: when worker 0 of the new group passed each phase: joined, built, restored.
+        first_step: when the first new step was done.
+        resumed_at: the step it went on from.
+        workers: of the new group.
+    """
+
+    cause: str
+    planned: bool
+    last_step: float
+    detected: float
+    decided: float = 0.0
+    marks: dict[str, float] = field(default_factory=dict)
+    first_step: float = 0.0
+    resumed_at: int = 0
+    workers: int = 0
+
+
+@dataclass
+class Goodput:
+    """The account of one job, over all its groups and drivers.
+
+    `stopped` says that the user stopped the job, so that the time until it goes on is nobody's loss.
+
+    A step's seconds are useful until the step is lost: then they move to `lost`. What a checkpoint held up counts
+    as `checkpoint`; from the end of a group to the end of the next one's first step is `restart`, less the time
+    without enough machines, which is `waiting`; what comes before the very first step is `startup`.
+    """
+
+    useful: float = 0.0
+    startup: float = 0.0
+    restart: float = 0.0
+    waiting: float = 0.0
+    lost: float = 0.0
+    checkpoint: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
+    recoveries: list[Recovery] = field(default_factory=list)
+    state: State = "startup"
+    step: int = 0
+    stopped: bool = False
+    _since: float = 0.0
+    _recent: dict[int, float] = field(default_factory=dict)
+
+    def begin(self, now: float) -> None:
+        """Start the clock, or start it again: time without a driver is lost too, unless the user stopped the job."""
+        if self.total:
+            self.state = "restart"
+            if not self.stopped:
+                self._book(now)
+        self.stopped = False
+        self._since = now
+
+    def become(self, state: State, now: float) -> None:
+        """Book the time so far, and go on in `state`. Before the first step a restart is start-up, too."""
+        self._book(now)
+        self.state = "startup" if state == "restart" and not self.useful else state
+
+    def stepped(self, step: int, stall_s: float, now: float) -> None:
+        """A step is done; `stall_s` of the time since the last one went into a checkpoint."""
+        if self.state != "training":
+            # The first step of a group ends its start; its own length is known by its successors only.
+            self.become("training", now)
+            seconds = 0.0
+        else:
+            elapsed = now - self._since
+            stall_s = min(stall_s, elapsed)
+            self.checkpoint += stall_s
+            seconds = elapsed - stall_s
+            self.useful += seconds
+            self._since = now
+        self.step = step
+        self._recent[step] = seconds
+
+    def saved(self, step: int) -> None:
+        """Steps up to `step` are safe."""
+        self._recent = {done: seconds for done, seconds in self._recent.items() if done > step}
+
+    def resumed(self, step: int) -> None:
+        """The new group goes on from `step`: what was done past it is lost."""
+        seconds = sum(seconds for done, seconds in self._recent.items() if done > step)
+        steps = sum(done > step for done in self._recent)
+        self.useful -= seconds
+        self.lost += seconds
+        self.count("steps_lost", steps)
+        self._recent, self.step = {}, step
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Count an event."""
+        self.counts[what] = self.counts.get(what, 0) + number
+
+    @property
+    def total(self) -> float:
+        """All seconds booked so far."""
+        return self.useful + self.startup + self.restart + self.waiting + self.lost + self.checkpoint
+
+    def figures(self, now: float | None = None) -> dict[str, float]:
+        """For MLflow and the summary; with `now` the running state's time is booked first."""
+        if now is not None:
+            self._book(now)
+        seconds = {
+            name: getattr(self, name)
+            for name in ("useful", "startup", "restart", "waiting", "lost", "checkpoint")
+        }
+        counts = Counter(self.counts)
+        return {
+            "goodput": self.useful / self.total if self.total else 0.0,
+            "seconds_total": self.total,
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+            **{name: float(counts[name]) for name in ("preemptions", "restarts", "resizes", "failures", "steps_lost")},
+        }
+
+    def save(self, path: Path) -> None:
+        """Keep the account for a later driver."""
+        draft = path.with_name(f".{path.name}")
+        draft.write_text(json.dumps(asdict(self)))
+        draft.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Goodput:
+        """The account kept at `path`; a new one if there is none or it is torn."""
+        try:
+            kept: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return Goodput()
+        kept["recoveries"] = [Recovery(**entry) for entry in kept["recoveries"]]
+        kept["_recent"] = {int(step): seconds for step, seconds in kept["_recent"].items()}
+        return Goodput(**kept)
+
+    def _book(self, now: float) -> None:
+        elapsed = max(0.0, now - self._since)
+        self._since = now
+        match self.state:
+            case "startup":
+                self.startup += elapsed
+            case "training":
+                self.useful += elapsed
+                self._recent[self.step] = self._recent.get(self.step, 0.0) + elapsed
+            case "restart":
+                self.restart += elapsed
+            case "waiting":
+                self.waiting += elapsed
+
+
+def report_figures(goodput: Goodput) -> dict[str, float]:
+    """The few figures of the account that belong into a stage's summary."""
+    figures = goodput.figures()
+    return {name: figures[name] for name in ("goodput", "seconds_total", "restarts", "preemptions", "steps_lost")}

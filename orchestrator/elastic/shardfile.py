@@ -1,0 +1,81 @@
+"""One worker's shards as a safetensors file, hashed while it is written. No torch here."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.elastic.target import make_folder, sync_folder
+
+_PIECE = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Slot:
+    """`length` elements from `offset` of a tensor of `numel`, at `start` of this worker's file, in elements."""
+
+    start: int
+    length: int
+    offset: int
+    numel: int
+
+
+def file_header(slots: Mapping[str, Slot]) -> bytes:
+    """A safetensors header for fp32 shards that follow each other, padded to 8 bytes.
+
+    Its metadata says where each shard lies in its tensor, as `torch.distributed.checkpoint.hf_storage` writes it.
+    """
+    full = {key: slot for key, slot in slots.items() if slot.length}
+    places = {key: {"saved_offsets": [slot.offset]} for key, slot in full.items()}
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)}
+    }
+    for key, slot in full.items():
+        span = [4 * slot.start, 4 * (slot.start + slot.length)]
+        header[key] = {"dtype": "F32", "shape": [slot.length], "data_offsets": span}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_file(path: Path, header: bytes, data: memoryview) -> str:
+    """Write `header` and `data` so that `path` is whole and durable or not there.
+
+    Returns:
+        The file's sha256.
+
+    Raises:
+        OSError: it cannot be written. A disk without room for all of it is not filled to the brim first.
+    """
+    make_folder(path.parent)
+    needed = len(header) + data.nbytes
+    if shutil.disk_usage(path.parent).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    digest = hashlib.sha256()
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        with draft.open("wb") as file:
+            for piece in _pieces(header, data):
+                file.write(piece)
+                digest.update(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def _pieces(header: bytes, data: memoryview) -> Iterator[bytes | memoryview]:
+    yield header
+    for start in range(0, len(data), _PIECE):
+        yield data[start : start + _PIECE]

@@ -1,0 +1,91 @@
+"""A process that has everything imported and forks a worker when asked: `python -m orchestrator.elastic.zygote FD …`.
+
+Importing torch and DeepSpeed takes seconds, a fork takes milliseconds, and a forked worker is a clean slate: no
+process group, no engine, no stuck collective of the attempt before. The zygote itself computes nothing, holds no
+device and starts no threads, so forking it is safe. It ends with its seat, and its worker with it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import select
+import signal
+import sys
+import time
+
+from orchestrator.elastic.wire import Wire
+
+
+def main(fd: int, preload: list[str]) -> None:
+    """Import, say so, then fork on demand until the seat is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    seat = Wire.of(fd)
+    began = time.monotonic()
+    _import(preload)
+    # What is there now will never be garbage: without this the first collection in a worker copies every page.
+    gc.collect()
+    gc.freeze()
+    seat.send({"kind": "warm", "seconds": time.monotonic() - began})
+    _serve(seat)
+
+
+def _import(preload: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    from orchestrator.elastic import worker
+
+    worker.warm_up()
+    for module in preload:
+        importlib.import_module(module)
+
+
+def _serve(seat: Wire) -> None:
+    workers: dict[int, int] = {}  # pidfd → pid
+    poller = select.poll()
+    poller.register(seat.socket, select.POLLIN)
+    while True:
+        for fd, _ in poller.poll():
+            if fd in workers:
+                poller.unregister(fd)
+                os.close(fd)
+                pid = workers.pop(fd)
+                _, status = os.waitpid(pid, 0)
+                seat.send({"kind": "exit", "pid": pid, "code": os.waitstatus_to_exitcode(status)})
+                continue
+            message = seat.receive()
+            if message is None:
+                for pid in workers.values():
+                    os.kill(pid, signal.SIGKILL)
+                return
+            assert message.fd is not None
+            pid = _fork(seat, message.fd, list(workers))
+            os.close(message.fd)
+            pidfd = os.pidfd_open(pid)
+            workers[pidfd] = pid
+            poller.register(pidfd, select.POLLIN)
+            seat.send({"kind": "forked", "pid": pid})
+
+
+def _fork(seat: Wire, fd: int, others: list[int]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        seat.socket.close()
+        for other in others:
+            os.close(other)
+        from orchestrator.elastic import worker
+
+        code = worker.main(Wire.of(fd))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: tearing down torch and its process groups takes longer than a restart may.
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
