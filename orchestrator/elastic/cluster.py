@@ -30,7 +30,7 @@ _DEFAULTS = {
 
 
 @contextmanager
-def start(cluster: Cluster, preload: Sequence[str] = ()) -> Iterator[None]:
+def start(cluster: Cluster, preload: Sequence[str] = (), prewarm: int = 0) -> Iterator[None]:
     """Connect to the pipeline's cluster, starting one where the address is `local`; leaves nothing behind.
 
     An own cluster lives in a temporary folder of its own, so neither a running cluster nor the remains of a
@@ -39,6 +39,7 @@ def start(cluster: Cluster, preload: Sequence[str] = ()) -> Iterator[None]:
     Args:
         cluster: which one.
         preload: modules that workers will need, imported before they do.
+        prewarm: seats of an own cluster to make at once, so that they are warm when the first job comes.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -70,7 +71,7 @@ def start(cluster: Cluster, preload: Sequence[str] = ()) -> Iterator[None]:
             _temp_dir=str(folder),
         )
         _quiet()
-        fleet.begin(preload)
+        fleet.begin(preload).prewarm(prewarm, fleet.shape("auto", 1.0))
         yield
     finally:
         fleet.end()

@@ -89,7 +89,9 @@ class _Controller:
     def run(self) -> None:
         elastic = self.job.elastic
         self.goodput.begin(time.time())
-        self.fleet.want(self.job.name, *elastic.workers, fleets.shape(elastic.device, self.job.gpus_per_worker))
+        self.fleet.want(
+            self.job.name, *elastic.workers, fleets.shape(elastic.device, self.job.gpus_per_worker)
+        )
         try:
             while not self._over():
                 self._decide()
@@ -147,7 +149,12 @@ class _Controller:
         self.budget.progress(step)
         seconds = event["figures"]["step_seconds"]
         known = self.progress.step_s
-        self.progress = _Progress(step, event["figures"], time.monotonic(), seconds if known is None else 0.7 * known + 0.3 * seconds)
+        self.progress = _Progress(
+            step,
+            event["figures"],
+            time.monotonic(),
+            seconds if known is None else 0.7 * known + 0.3 * seconds,
+        )
 
     def _recovered(self, group: Group, step: int, now: float) -> None:
         recovery, self.recovery = self.recovery, None
@@ -157,7 +164,9 @@ class _Controller:
         self.goodput.recoveries.append(recovery)
         took = now - recovery.detected
         self.restart_s = 0.5 * self.restart_s + 0.5 * took
-        self.on_line(f"{self.job.name}: goes on from step {step - 1} with {len(group.places)} workers after {took:.1f} s")
+        self.on_line(
+            f"{self.job.name}: goes on from step {step - 1} with {len(group.places)} workers after {took:.1f} s"
+        )
 
     def _hung(self) -> float | None:
         """The seconds without any progress, if they are too many."""
@@ -190,7 +199,9 @@ class _Controller:
                 self.goodput.count("preemptions")
             case Lost.PROCESS:
                 if self.budget.broke(ended.cause):
-                    raise RuntimeError(f"{self.job.name} gets nowhere: {ended.cause}, {self.budget.stalled} times in a row")
+                    raise RuntimeError(
+                        f"{self.job.name} gets nowhere: {ended.cause}, {self.budget.stalled} times in a row"
+                    )
             case Lost.TASK:
                 self.goodput.count("failures")
                 self._failed(ended)
@@ -217,9 +228,9 @@ class _Controller:
         if isinstance(decision, policy.Form):
             self._form(decision)
         elif isinstance(decision, policy.Yield) and self.group is not None:
-            self.on_line(f"{self.job.name}: {decision.reason}, checkpointing")
+            self.on_line(f"{self.job.name}: {decision.reason}: checkpointing")
             self.group.yield_(decision.reason)
-        elif isinstance(decision, policy.Wait) and "machine" in decision.reason:
+        elif isinstance(decision, policy.Wait) and not self.fleet.warming(self.job.name):
             self.goodput.become("waiting", time.time())
             if decision.reason != self.waits_for:
                 self.waits_for = decision.reason
@@ -229,7 +240,10 @@ class _Controller:
         now = time.monotonic()
         places = self.fleet.on_offer(self.job.name)
         group = self.group
-        if self.ready_since is None and sum(not place.leaving for place in places) >= self.job.elastic.workers[0]:
+        if (
+            self.ready_since is None
+            and sum(not place.leaving for place in places) >= self.job.elastic.workers[0]
+        ):
             self.ready_since = now
         return policy.JobView(
             workers=self.job.elastic.workers,
@@ -244,6 +258,7 @@ class _Controller:
             step_s=self.progress.step_s,
             steps_left=self.job.num_steps - self.progress.step,
             restart_s=self.restart_s,
+            resize_share=self.job.elastic.resize_share,
         )
 
     def _form(self, form: policy.Form) -> None:
@@ -279,7 +294,9 @@ class _Controller:
         self.tracker.metrics({**figures, "workers": float(workers)}, int(figures["seconds_total"]), "goodput")
         self.goodput.save(self.job.work / _ACCOUNT)
         if last:
-            logger.info("%s: %s", self.job.name, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+            logger.info(
+                "%s: %s", self.job.name, ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            )
 
 
 def _line(job: Job, step: int, figures: dict[str, float]) -> str:

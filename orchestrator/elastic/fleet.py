@@ -100,6 +100,12 @@ class Fleet:
             self._demands[job] = Demand(fewest, most, shape)
             self._ask(shape)
 
+    def prewarm(self, number: int, shape: Shape) -> None:
+        """Make seats before a job asks for them."""
+        with self._lock:
+            for _ in range(number):
+                self._make(shape)
+
     def leave(self, job: str) -> None:
         """`job` needs none any more; its seats stay warm for the next one."""
         with self._lock:
@@ -233,24 +239,29 @@ class Fleet:
 
     def _ask(self, shape: Shape) -> None:
         """Make as many seats as the jobs want in all."""
-        import ray
-
         wanted = sum(demand.most for demand in self._demands.values() if demand.shape == shape)
         there = sum(place.shape == shape for place in self._places.values())
         for _ in range(wanted - there):
-            self._made += 1
-            name = f"seat-{self._made}"
-            remote = ray.remote(Seat).options(
-                num_cpus=shape.cpus, num_gpus=shape.gpus, max_concurrency=8, max_restarts=0
-            )
-            self._places[name] = Place(name, remote.remote(_environment(shape), self._preload), shape)
+            self._make(shape)
+
+    def _make(self, shape: Shape) -> None:
+        import ray
+
+        self._made += 1
+        name = f"seat-{self._made}"
+        remote = ray.remote(Seat).options(
+            num_cpus=shape.cpus, num_gpus=shape.gpus, max_concurrency=8, max_restarts=0
+        )
+        self._places[name] = Place(name, remote.remote(_environment(shape), self._preload), shape)
 
     def _drop_surplus(self, shape: Shape) -> None:
         """Seats that are not even placed are of no use to a job that is gone."""
         import ray
 
         wanted = sum(demand.most for demand in self._demands.values() if demand.shape == shape)
-        pending = [place for place in self._places.values() if place.shape == shape and place.health == "placing"]
+        pending = [
+            place for place in self._places.values() if place.shape == shape and place.health == "placing"
+        ]
         there = sum(place.shape == shape for place in self._places.values())
         for place in pending[: max(0, there - wanted)]:
             ray.kill(place.actor)

@@ -128,7 +128,10 @@ class Goodput:
             "goodput": self.useful / self.total if self.total else 0.0,
             "seconds_total": self.total,
             **{f"seconds_{name}": value for name, value in seconds.items()},
-            **{name: float(counts[name]) for name in ("preemptions", "restarts", "resizes", "failures", "steps_lost")},
+            **{
+                name: float(counts[name])
+                for name in ("preemptions", "restarts", "resizes", "failures", "steps_lost")
+            },
         }
 
     def save(self, path: Path) -> None:
@@ -166,4 +169,6 @@ class Goodput:
 def report_figures(goodput: Goodput) -> dict[str, float]:
     """The few figures of the account that belong into a stage's summary."""
     figures = goodput.figures()
-    return {name: figures[name] for name in ("goodput", "seconds_total", "restarts", "preemptions", "steps_lost")}
+    return {
+        name: figures[name] for name in ("goodput", "seconds_total", "restarts", "preemptions", "steps_lost")
+    }

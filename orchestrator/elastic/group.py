@@ -58,7 +58,7 @@ class Group:
         job: what they train.
         places: their seats; places[r] is worker r's.
         token: of the attempt; events of other attempts are not heard.
-        yielding: it was asked to checkpoint and end.
+        yielding: it was asked to checkpoint and end; `reason` says why.
         stepped: its first step is done.
         restored: it has its weights.
         formed: when, monotonic.
@@ -68,6 +68,7 @@ class Group:
     places: list[Place]
     token: str
     yielding: bool = False
+    reason: str = ""
     stepped: bool = False
     restored: bool = False
     formed: float = field(default_factory=time.monotonic)
@@ -93,7 +94,7 @@ class Group:
     def yield_(self, reason: str) -> None:
         """Ask the workers to checkpoint after the step they are at, and to end."""
         logger.info("%s yields: %s", self.job.name, reason)
-        self.yielding = True
+        self.yielding, self.reason = True, reason
         self.tell(0, {"op": "yield"})
 
     def tell(self, rank: int, message: Event) -> None:
@@ -131,7 +132,10 @@ class Group:
         if gone:
             noticed = " after its notice" if any(place.draining for place in gone) else ""
             nodes = sorted({place.node[:8] for place in gone})
-            return Ended(Lost.MACHINE, f"lost {len(gone)} of {len(self.places)} workers: node {', '.join(nodes)} is gone{noticed}")
+            return Ended(
+                Lost.MACHINE,
+                f"lost {len(gone)} of {len(self.places)} workers: node {', '.join(nodes)} is gone{noticed}",
+            )
         if silent := [place for place in self.places if place.silence > silence_s]:
             return self._stuck(silent, f"has not answered for {silent[0].silence:.0f} s", Lost.PROCESS)
         bad = {rank: end for rank, end in self._ends.items() if end["how"] in ("died", "error")}
@@ -139,7 +143,7 @@ class Group:
             return self._settled(bad)
         if len(self._ends) == len(self.places):
             how = {end["how"] for end in self._ends.values()}
-            return Ended(Lost.NOTHING, "done" if "done" in how else "yielded", planned=True)
+            return Ended(Lost.NOTHING, "done" if "done" in how else self.reason, planned=True)
         if hung_s is not None:
             return self._stuck(self.places, f"made no progress for {hung_s:.0f} s", Lost.PROCESS)
         return None

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 # A machine lost in the first hour of a job: what is believed before anything was seen.
 PRIOR_MTBF_S = 3600.0
 MIN_INTERVAL_S, MAX_INTERVAL_S = 2.0, 600.0
-# A resize must earn its cost twice over, and restarts may take a tenth of the time at most.
+# Growth must earn its restart twice over.
 _RESIZE_GAIN = 2.0
-_RESIZE_SHARE = 10.0
 # A job that dies so often in a row without one new step will not get anywhere.
 MAX_STALLED_ATTEMPTS = 8
 
@@ -46,6 +45,7 @@ class JobView:
         step_s: duration of a step at the group's size, if known.
         steps_left: of the job.
         restart_s: what a planned restart costs, checkpoint included.
+        resize_share: the most of the time that growing may take.
     """
 
     workers: tuple[int, int]
@@ -60,6 +60,7 @@ class JobView:
     step_s: float | None = None
     steps_left: int = 0
     restart_s: float = 5.0
+    resize_share: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def useful_workers(available: int, view: JobView) -> int:
 
 
 def _worth_growing(view: JobView, workers: int) -> bool:
-    if view.step_s is None or view.since_resize_s < _RESIZE_SHARE * view.restart_s:
+    if view.step_s is None or view.since_resize_s * view.resize_share < view.restart_s:
         return False
     now = -(-view.num_blocks // len(view.group))
     then = -(-view.num_blocks // workers)

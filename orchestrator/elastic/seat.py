@@ -116,7 +116,7 @@ class Seat:
                 ours.send({"op": "begin", **attempt}, job)
 
     def tell(self, token: str, message: dict[str, Any]) -> None:
-        """Pass a message on to the worker of attempt `token`, waiting for its start; one that has ended hears nothing."""
+        """Pass a message on to the worker of attempt `token`, once it is there; one that has ended hears nothing."""
         with self._changed:
             # Ray runs calls side by side: this one may be faster than `begin`.
             self._changed.wait_for(lambda: self._token == token, _END_S)
@@ -226,7 +226,14 @@ class Seat:
 def _described(error: Exception) -> Event:
     text = "".join(traceback.format_exception(error))
     name, message = type(error).__name__, str(error)
-    return {"kind": "ended", "how": "error", "type": name, "message": message, "traceback": text, "broken": False}
+    return {
+        "kind": "ended",
+        "how": "error",
+        "type": name,
+        "message": message,
+        "traceback": text,
+        "broken": False,
+    }
 
 
 def _state(pid: int) -> str:

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +83,8 @@ class Wire:
 
     def close(self) -> None:
         """End the connection, also for a thread that is receiving."""
-        try:
+        with suppress(OSError):  # the other end was faster
             self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end was faster
         self.socket.close()
 
     def close_here(self) -> None:

@@ -22,7 +22,7 @@ from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
     from orchestrator.data.blocks import Block
-    from orchestrator.elastic.loop import Job
+    from orchestrator.elastic.job import Job
 
 logger = logging.getLogger("orchestrator")
 
@@ -62,7 +62,7 @@ def main(wire: Wire) -> int:
     link = Link(wire)
     try:
         # Made by this user's driver and brought by Ray, like any task's arguments.
-        job: Job = pickle.loads(message.payload)  # noqa: S301
+        job: Job = pickle.loads(message.payload)
         how = "done" if _train(job, attempt, link) else "yielded"
     except BaseException as error:
         logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
@@ -81,6 +81,8 @@ def _prepare_process() -> None:
 def _train(job: Job, attempt: dict[str, Any], link: Link) -> bool:
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed.distributed_c10d import PrefixStore
 
     from orchestrator.elastic.loop import train
     from orchestrator.elastic.zero import import_deepspeed
@@ -98,14 +100,14 @@ def _train(job: Job, attempt: dict[str, Any], link: Link) -> bool:
     timeout = timedelta(seconds=attempt["hang_s"])
     if rank == 0:
         # Port 0: the system picks one that is free, whatever else runs on this machine.
-        store = dist.TCPStore("0.0.0.0", 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = TCPStore("0.0.0.0", 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
         link.send({"kind": "listening", "port": store.port})
     else:
         host, port = link.peers()
-        store = dist.TCPStore(host, port, world, is_master=False, timeout=timeout)
+        store = TCPStore(host, port, world, is_master=False, timeout=timeout)
     dist.init_process_group(
         "nccl" if gpu else "gloo",
-        store=dist.PrefixStore(attempt["token"], store),
+        store=PrefixStore(attempt["token"], store),
         rank=rank,
         world_size=world,
         timeout=timeout,
@@ -117,7 +119,12 @@ def _train(job: Job, attempt: dict[str, Any], link: Link) -> bool:
 
 def _described(error: BaseException) -> dict[str, Any]:
     text = "".join(traceback.format_exception(error))
-    described = {"type": type(error).__name__, "message": str(error), "traceback": text, "broken": _is_broken(error)}
+    described = {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": text,
+        "broken": _is_broken(error),
+    }
     if isinstance(error, UserError):
         described["mistake"] = {"what": error.what, "where": error.where, "hint": error.hint}
     return described

@@ -189,6 +189,7 @@ def test_workers_fetch_only_what_they_read(group: Group, tmp_path: Path) -> None
     assert group("find", 2, folder=tmp_path / "third", store=store, own_disks=True) == [3, 3]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torch_reads_it_too(group: Group, tmp_path: Path) -> None:
     from torch.distributed.checkpoint import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load

@@ -1,0 +1,1 @@
+"""One module a performance claim; `python -m bench` lists them."""

@@ -1,0 +1,249 @@
+"""The elastic job on a real cluster of several raylets: machines go, come back and announce their end.
+
+Every story ends with the figures and the weights of the undisturbed run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from orchestrator.elastic import cluster, controller, fleet
+from orchestrator.elastic.goodput import Goodput
+from orchestrator.elastic.job import Job
+from orchestrator.errors import Stopped, UserError
+from orchestrator.simulate.market import SpotMarket
+from orchestrator.spec import Cluster
+from orchestrator.tracking.runs import NullRun
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import tiny_job
+
+PATIENCE_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def market() -> Iterator[SpotMarket]:
+    """Two machines of one place each; tests leave as many behind."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    with SpotMarket() as market:
+        market.add("m0")
+        market.add("m1")
+        with cluster.start(Cluster(address=market.address)):
+            yield market
+    del os.environ["PYTHONPATH"]
+
+
+@pytest.fixture
+def machines(market: SpotMarket) -> Iterator[SpotMarket]:
+    yield market
+    for name in list(market.machines)[2:]:
+        market.kill(name)
+    while len(market.machines) < 2:
+        market.add(f"again-{time.monotonic_ns()}")
+
+
+class Running:
+    """A job in a thread, and what one can ask about it."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.run, self.stop = job, NullRun(), threading.Event()
+        self.lines: list[str] = []
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._go, daemon=True)
+        self.thread.start()
+
+    def _go(self) -> None:
+        try:
+            controller.run(self.job, tracker=self.run, stop=self.stop, on_line=self.lines.append)
+        except BaseException as error:
+            self.error = error
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, self.lines
+            assert self.thread.is_alive() or condition(), (self.lines, self.error)
+            time.sleep(0.05)
+
+    def step(self) -> int:
+        return max((int(record["step"]) for record in self.run.history()), default=0)
+
+    def workers(self) -> int:
+        newest = max(self.run.history("goodput"), key=lambda record: record["step"], default=None)
+        return int(newest["metrics"]["workers"]) if newest else 0
+
+    def finish(self) -> Goodput:
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive(), self.lines
+        if self.error is not None:
+            raise self.error
+        return Goodput.load(self.job.work / "goodput.json")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(market: SpotMarket, tmp_path_factory: pytest.TempPathFactory) -> Running:
+    running = Running(tiny_job(tmp_path_factory.mktemp("calm") / "calm", 60, (1, 3)))
+    account = running.finish()
+    assert account.counts.get("restarts", 0) == 0
+    return running
+
+
+def assert_same(running: Running, reference: Running) -> None:
+    """Each step's samples are the same, losses agree to 1e-4, final weights to 1e-3 in relative norm."""
+    got = {r["step"]: r["metrics"] for r in running.run.history()}
+    wanted = {r["step"]: r["metrics"] for r in reference.run.history()}
+    assert got.keys() == wanted.keys()
+    for step, figures in wanted.items():
+        assert got[step]["sample_order"] == figures["sample_order"], step
+        assert got[step]["loss"] == pytest.approx(figures["loss"], rel=1e-4), step
+    ours, theirs = (load_file(r.job.export(r.job.num_steps)) for r in (running, reference))
+    for name, value in theirs.items():
+        assert np.linalg.norm(ours[name] - value) <= 1e-3 * np.linalg.norm(value), name
+
+
+def worker_pids(machines: SpotMarket) -> list[int]:
+    return [process.pid for process in machines.workers()]
+
+
+def seat_pids() -> set[int]:
+    # Ray names its workers' processes, in the first 15 letters of /proc/PID/comm too.
+    return {process.pid for process in psutil.process_iter(["name"]) if "ray::Seat" in process.info["name"]}
+
+
+def test_machines_killed_drained_and_added(
+    machines: SpotMarket, undisturbed: Running, tmp_path: Path
+) -> None:
+    first, second = list(machines.machines)
+    job = tiny_job(tmp_path / "storm", 60, (1, 3), step_s=0.3, checkpoint_every_s=0.5)
+    hold = tmp_path / "storm-faults" / "hold-14"
+    hold.touch()
+    running = Running(job)
+    running.wait(lambda: running.step() >= 6)
+    machines.kill(second)
+    running.wait(lambda: any("is gone" in line for line in running.lines))
+    reached = running.step()
+    running.wait(lambda: running.step() > reached)
+    machines.add("third")
+    machines.add("fourth")
+    running.wait(lambda: len(fleet.current().on_offer(job.name)) == 3)
+    hold.unlink()
+    running.wait(lambda: any("growth" in line for line in running.lines))
+    grown = [line for line in running.lines if "growth" in line]
+    reached = running.step()
+    running.wait(lambda: running.step() > reached + 2)
+    machines.drain(first, 30)
+    running.wait(lambda: any("notice" in line for line in running.lines))
+    account = running.finish()
+    assert account.counts["preemptions"] == 1
+    assert account.counts["resizes"] >= 2, grown
+    lost = account.counts["steps_lost"]
+    assert all(
+        entry.planned for entry in account.recoveries if "growth" in entry.cause or "notice" in entry.cause
+    )
+    assert lost <= 6, "only the kill lost steps, those since the last checkpoint"
+    assert_same(running, undisturbed)
+    machines.kill(first)
+
+
+def test_a_killed_worker_is_forked_again_on_its_warm_seat(
+    machines: SpotMarket, undisturbed: Running, tmp_path: Path
+) -> None:
+    running = Running(tiny_job(tmp_path / "worker", 60, (1, 3), checkpoint_every_s=0.3))
+    seats = seat_pids()
+    for round_ in range(2):
+        running.wait(lambda reached=10 * (round_ + 1): running.step() >= reached)  # type: ignore[misc]
+        os.kill(worker_pids(machines)[round_], signal.SIGKILL)
+        running.wait(lambda count=round_ + 1: sum("goes on" in line for line in running.lines) >= count)  # type: ignore[misc]
+    running.finish()
+    assert seats <= seat_pids()
+    assert_same(running, undisturbed)
+
+
+def test_a_stopped_worker_is_found_named_and_replaced(
+    machines: SpotMarket, undisturbed: Running, tmp_path: Path
+) -> None:
+    running = Running(tiny_job(tmp_path / "stopped", 60, (1, 3), checkpoint_every_s=0.5, silence_s=4))
+    running.wait(lambda: running.step() >= 5)
+    os.kill(worker_pids(machines)[0], signal.SIGSTOP)
+    running.wait(lambda: any("is stopped" in line for line in running.lines))
+    running.finish()
+    assert_same(running, undisturbed)
+
+
+def test_a_step_that_never_ends_is_found_by_its_lack_of_progress(
+    machines: SpotMarket, undisturbed: Running, tmp_path: Path
+) -> None:
+    job = tiny_job(tmp_path / "hang", 60, (1, 3), checkpoint_every_s=0.5, hang_s=5)
+    (tmp_path / "hang-faults" / "once-hang-12").touch()
+    running = Running(job)
+    running.finish()
+    assert any("made no progress" in line for line in running.lines)
+    assert_same(running, undisturbed)
+
+
+def test_an_exception_in_the_task_ends_the_job_with_it_on_top(machines: SpotMarket, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path / "failing", 60, (1, 3), checkpoint_every_s=0.5)
+    (tmp_path / "failing-faults" / "raise-9").touch()
+    (tmp_path / "failing-faults" / "once-raise-3").touch()
+    running = Running(job)
+    with pytest.raises(RuntimeError, match="failing failed: ValueError: no good at step 9"):
+        running.finish()
+    account = Goodput.load(job.work / "goodput.json")
+    assert account.counts.get("preemptions", 0) == 0
+    assert account.counts["failures"] == 3, "one that passed, and the same one twice"
+
+
+def test_a_users_mistake_is_not_tried_again(machines: SpotMarket, tmp_path: Path) -> None:
+    job = tiny_job(tmp_path / "mistaken", 60, (1, 3))
+    (tmp_path / "mistaken-faults" / "mistake-2").touch()
+    running = Running(job)
+    with pytest.raises(UserError, match="the photos are gone"):
+        running.finish()
+
+
+def test_a_stop_checkpoints_and_goes_on_bit_for_bit(
+    machines: SpotMarket, undisturbed: Running, tmp_path: Path
+) -> None:
+    job = tiny_job(tmp_path / "user", 60, 2, step_s=0.1)
+    running = Running(job)
+    running.wait(lambda: running.step() >= 20)
+    running.stop.set()
+    with pytest.raises(Stopped):
+        running.finish()
+    again = Running(job)
+    again.finish()
+    records = {**{r["step"]: r for r in running.run.history()}, **{r["step"]: r for r in again.run.history()}}
+    assert sorted(records) == list(range(1, 61))
+    first = min(int(r["step"]) for r in again.run.history())
+    assert first == running.step() + 1, "no step is done twice"
+    whole = Running(tiny_job(tmp_path / "whole", 60, 2))
+    whole.finish()
+    for record in whole.run.history():
+        assert records[record["step"]]["metrics"]["loss"] == record["metrics"]["loss"]
+    ours, theirs = load_file(job.export(60)), load_file(whole.job.export(60))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_all_machines_go_and_one_comes_back(
+    machines: SpotMarket, undisturbed: Running, tmp_path: Path
+) -> None:
+    running = Running(tiny_job(tmp_path / "none", 60, (1, 3), step_s=0.1, checkpoint_every_s=0.5))
+    running.wait(lambda: running.step() >= 10)
+    for name in list(machines.machines):
+        machines.kill(name)
+    running.wait(lambda: any("0 of at least 1 workers" in line for line in running.lines[1:]))
+    machines.add("late")
+    account = running.finish()
+    assert account.waiting > 0
+    assert_same(running, undisturbed)

@@ -1,0 +1,90 @@
+"""Every second has one cause, whatever happens in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.elastic.goodput import Goodput, Recovery
+
+
+def test_a_story_with_a_loss_and_a_wait() -> None:
+    goodput = Goodput()
+    goodput.begin(100.0)
+    goodput.resumed(0)
+    goodput.stepped(1, 0.0, 110.0)  # start-up ends with the first step
+    goodput.stepped(2, 0.0, 112.0)
+    goodput.stepped(3, 0.5, 114.5)
+    goodput.saved(2)
+    goodput.stepped(4, 0.0, 116.5)
+    goodput.become("restart", 117.0)  # lost in the middle of step 5
+    goodput.become("waiting", 118.0)
+    goodput.become("restart", 128.0)
+    goodput.resumed(2)
+    goodput.stepped(3, 0.0, 131.0)
+    goodput.stepped(4, 0.0, 133.0)
+    figures = goodput.figures(133.0)
+    assert figures["seconds_startup"] == 10.0
+    assert figures["seconds_checkpoint"] == 0.5
+    assert figures["seconds_waiting"] == 10.0
+    assert figures["seconds_restart"] == 1.0 + 3.0
+    assert figures["seconds_lost"] == 2.0 + 2.0 + 0.5, "steps 3 and 4, and half a fifth"
+    assert figures["seconds_useful"] == 2.0 + 2.0
+    assert figures["seconds_total"] == 33.0
+    assert figures["goodput"] == pytest.approx(4 / 33)
+    assert figures["steps_lost"] == 2
+
+
+def test_a_killed_driver_costs_its_absence_and_a_stopped_one_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "account.json"
+    for stopped, restart in ((False, 50.0), (True, 0.0)):
+        goodput = Goodput()
+        goodput.begin(0.0)
+        goodput.stepped(1, 0.0, 5.0)
+        goodput.figures(10.0)
+        goodput.stopped = stopped
+        goodput.recoveries.append(Recovery("a", False, 1.0, 2.0, marks={"joined": 3.0}))
+        goodput.save(path)
+        again = Goodput.load(path)
+        again.begin(60.0)
+        assert again.figures(60.0)["seconds_restart"] == restart
+        assert again.recoveries == goodput.recoveries
+    path.write_text("{torn")
+    assert Goodput.load(path) == Goodput()
+
+
+STORY = st.lists(
+    st.tuples(
+        st.sampled_from(["step", "stall", "save", "loss", "wait", "form"]), st.floats(0, 100, allow_nan=False)
+    ),
+    max_size=60,
+)
+
+
+@given(STORY)
+def test_seconds_by_cause_add_up_to_all_seconds(story: list[tuple[str, float]]) -> None:
+    goodput, now, step, saved = Goodput(), 1000.0, 0, 0
+    goodput.begin(now)
+    for what, seconds in story:
+        now += seconds
+        if what in ("step", "stall"):
+            if goodput.state != "training":
+                goodput.resumed(step)
+            step += 1
+            goodput.stepped(step, 1.5 if what == "stall" else 0.0, now)
+        elif what == "save":
+            saved = step
+            goodput.saved(saved)
+        else:
+            goodput.become({"loss": "restart", "wait": "waiting", "form": "restart"}[what], now)
+            step = saved
+    figures = goodput.figures(now)
+    parts = [
+        value for name, value in figures.items() if name.startswith("seconds_") and name != "seconds_total"
+    ]
+    assert sum(parts) == pytest.approx(now - 1000.0, abs=1e-6)
+    assert min(parts) >= -1e-9
+    assert 0.0 <= figures["goodput"] <= 1.0
