@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -116,11 +115,6 @@ def worker_pids(machines: SpotMarket) -> list[int]:
     return [process.pid for process in machines.workers()]
 
 
-def seat_pids() -> set[int]:
-    # Ray names its workers' processes, in the first 15 letters of /proc/PID/comm too.
-    return {process.pid for process in psutil.process_iter(["name"]) if "ray::Seat" in process.info["name"]}
-
-
 def test_machines_killed_drained_and_added(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
@@ -160,13 +154,15 @@ def test_a_killed_worker_is_forked_again_on_its_warm_seat(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
     running = Running(tiny_job(tmp_path / "worker", 60, (1, 3), checkpoint_every_s=0.3))
-    seats = seat_pids()
+    seats = []
     for round_ in range(2):
         running.wait(lambda reached=10 * (round_ + 1): running.step() >= reached)  # type: ignore[misc]
-        os.kill(worker_pids(machines)[round_], signal.SIGKILL)
+        worker = machines.workers()[round_]
+        seats.append(worker.parent().parent())
+        worker.kill()
         running.wait(lambda count=round_ + 1: sum("goes on" in line for line in running.lines) >= count)  # type: ignore[misc]
     running.finish()
-    assert seats <= seat_pids()
+    assert all(seat.is_running() and "ray::Seat" in seat.name() for seat in seats)
     assert_same(running, undisturbed)
 
 
