@@ -1,4 +1,6 @@
-"""`orchestrator` with one stage whose blocks take a given time and hardly any processor: `python -m bench._paced run FILE`.
+"""`orchestrator` with one stage whose blocks take a given time and hardly any processor.
+
+`python -m bench._paced run FILE` is `orchestrator run FILE`.
 
 Four machines that share two cores do not compute faster than one. Machines of a spot market do: each worker has its own
 accelerator. A block that waits in place of computing makes a laptop's workers as independent as theirs, so that a

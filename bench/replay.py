@@ -28,6 +28,7 @@ MACHINES = 4
 # Two hours of a market in which a machine lasts an hour, in four minutes.
 COMPRESSION = 30.0
 _TIMEOUT_S = 1200.0
+_CALIBRATION_STEPS = 220
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def run(quick: bool) -> Claim:
     folder = Path(tempfile.mkdtemp(prefix="orchestrator-replay-"))
     try:
         with SpotMarket() as market:
-            costs = _calibrated(market, folder / "calibration", steps // 2)
+            costs = _calibrated(market, folder / "calibration", _CALIBRATION_STEPS)
             cases = [_case(market, folder / f"trace-{seed}", steps, _trace(seed), costs) for seed in seeds]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -68,12 +69,14 @@ def _calibrated(market: SpotMarket, folder: Path, steps: int) -> Costs:
     """Costs from a run that sees each kind of event, and each number of workers, once or twice."""
     machines = tuple(Machine(f"m{i}", "raylet", 1, ((0.0, 1.0),)) for i in range(MACHINES))
     events = [Event(0.0, "up", i) for i in range(MACHINES)]
-    events += [Event(40.0, "down", 3), Event(60.0, "notice", 2, 75.0), Event(75.0, "down", 2)]
-    events += [Event(85.0, "up", 3), Event(90.0, "down", 1)]
+    events += [Event(50.0, "down", 3), Event(70.0, "notice", 2, 85.0), Event(85.0, "down", 2)]
+    # All gone: the next one to come is waited for, and tells how long its seat takes to be warm.
+    events += [Event(95.0, "down", 1), Event(105.0, "down", 0), Event(112.0, "up", 0), Event(140.0, "up", 1)]
     done = _replayed(market, Trace("calibration", "", machines, in_order(events)), folder, steps)
     run = from_mlflow(_tracking(folder), "pretrain")
     losses = [event.at for event in done.played if event.kind == "down"]
-    section = stage_costs(run, _recoveries(folder), began=done.began, losses=losses)
+    arrivals = [event.at for event in done.played if event.kind == "up"]
+    section = stage_costs(run, _recoveries(folder), began=done.began, losses=losses, arrivals=arrivals)
     return Costs(source="calibration", stages={"pretrain": section})
 
 

@@ -55,7 +55,6 @@ def resume(file: File, overrides: Overrides = None) -> None:
 def plan(file: File, overrides: Overrides = None) -> None:
     """Show the stages, which would run, and why. Changes nothing."""
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.lock import is_held
     from orchestrator.pipeline.plan import plan as make_plan
     from orchestrator.pipeline.plan import resolve
     from orchestrator.pipeline.reporter import print_plan
@@ -64,7 +63,8 @@ def plan(file: File, overrides: Overrides = None) -> None:
     loaded = load(file, overrides or [])
     stages = resolve(loaded)
     workspace = Workspace(loaded.spec.store)
-    driven = is_held(workspace.lock_path(loaded.name))
+    driver = workspace.driver(loaded.name)
+    driven = driver is not None and driver.alive
     plans = make_plan(stages, workspace.state(loaded.name), workspace.find, driven=driven)
     print_plan(_console(), loaded.name, plans)
 
@@ -106,8 +106,69 @@ def pull(
 
 
 @app.command()
+def simulate(
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE.json", help="The machines (docs/traces.md).", show_default=False)
+    ],
+    overrides: Overrides = None,
+    pipeline: Annotated[
+        Path, typer.Option("--pipeline", "-p", metavar="FILE", help="The pipeline file.", show_default=False)
+    ] = ...,  # type: ignore[assignment]
+    costs: Annotated[Path | None, typer.Option(help="Seconds that things take, from a measured run.")] = None,
+    cost: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=SECONDS", help="One of them, e.g. [bold]block_s=0.8[/].")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of a machine an hour, in place of the trace's.", min=0)
+    ] = None,
+    on_demand_price: Annotated[
+        float | None, typer.Option(help="Of a machine that never goes, an hour.", min=0)
+    ] = None,
+    notice: Annotated[float, typer.Option(help="Announce every end so many seconds before.", min=0)] = 0.0,
+    start: Annotated[float, typer.Option(help="Begin so many seconds into the trace.", min=0)] = 0.0,
+    interval: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SECONDS|auto", help="Time between checkpoints to try; may be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict finish time, goodput and cost on machines that come and go. Runs nothing."""
+    import json
+
+    from orchestrator.pipeline.graph import order
+    from orchestrator.pipeline.load import load
+    from orchestrator.simulate.command import Options
+    from orchestrator.simulate.command import simulate as predict
+
+    loaded = load(pipeline, overrides or [])
+    options = Options(trace, costs, cost or (), price, on_demand_price, notice, start, interval or ())
+    report = predict(loaded.spec, order(loaded), options)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=1))
+    else:
+        report.print(_console())
+
+
+checkpoints = typer.Typer(no_args_is_help=True, help="Look into elastic checkpoints.")
+app.add_typer(checkpoints, name="checkpoint")
+
+
+@checkpoints.command()
+def inspect(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint, or a folder of them.", show_default=False)
+    ],
+) -> None:
+    """Show what is in a checkpoint and whether every byte of it is as it was written; exit code 1 if not."""
+    from orchestrator.elastic.inspect import describe_all
+    from orchestrator.pipeline.checkpoints import print_checkpoints
+
+    raise typer.Exit(0 if print_checkpoints(_console(), describe_all(folder)) else 1)
+
+
+@app.command()
 def doctor(
-    store: Annotated[Path, typer.Option(help="The store to check.")] = Path("runs"),
+    store: Annotated[str, typer.Option(help="The store to check: a folder or s3://….")] = "runs",
 ) -> None:
     """Check what is installed, the devices, and whether the store can be written."""
     from orchestrator.pipeline.doctor import examine

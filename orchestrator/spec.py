@@ -67,7 +67,10 @@ class Elastic(Strict):
         "auto", description="what a worker takes; auto: a GPU if the cluster has one when the stage starts"
     )
     resize_share: float = operational(
-        0.1, gt=0, le=1, description="the most of the time that may go into restarts just to use more machines"
+        0.1,
+        gt=0,
+        le=1,
+        description="the most of the time that may go into restarts just to use more machines",
     )
     silence_s: float = operational(15.0, gt=1, description="a worker not heard of for so long is given up")
     hang_s: float = operational(300.0, gt=1, description="a group without progress for so long is restarted")

@@ -114,6 +114,7 @@ class AlignText(TrainStage):
             seed=context.seed,
             elastic=context.elastic,
             remote=context.remote,
+            inputs=context.needed,
         )
 
     def run(self, context: Context) -> Mapping[str, float]:

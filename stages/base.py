@@ -61,6 +61,13 @@ class Context:
     remote: tuple[Store, str] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def needed(self) -> tuple[tuple[str, str, str], ...]:
+        """What workers on other machines have to fetch first: the inputs' store, kind and key, if it is remote."""
+        if self.remote is None:
+            return ()
+        return tuple((self.remote[0].uri, artifact.kind, artifact.key) for artifact in self.inputs.values())
+
 
 class Stage(StageSpec):
     """Base of every stage kind.

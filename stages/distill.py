@@ -175,6 +175,7 @@ class Distill(TrainStage):
             seed=seed % 2**31,
             elastic=elastic,
             remote=(context.remote[0], f"{context.remote[1]}students/{name}/") if context.remote else None,
+            inputs=context.needed,
         )
 
     def _collect(

@@ -167,6 +167,7 @@ class SelfSupervised(TrainStage):
             seed=context.seed,
             elastic=context.elastic,
             remote=context.remote,
+            inputs=context.needed,
             start_from=backbone.path / "checkpoint" if backbone else None,
             export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every))
             if self.snapshot_every

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from orchestrator.errors import UserError
+from orchestrator.store.cache import cache_folder
 
 CAPTIONS = "captions.csv"
 _TIMEOUT_S = 600
@@ -121,7 +122,7 @@ def cached(package: Package) -> Path:
     Raises:
         UserError: the registry cannot be reached, or what came is not the pinned package.
     """
-    cache = Path(os.environ.get("ORCHESTRATOR_CACHE") or Path.home() / ".cache" / "dinov3-orchestrator")
+    cache = cache_folder()
     target = cache / package.file
     if target.is_file() and _sha256(target) == package.sha256:
         return target

@@ -41,6 +41,7 @@ class Job:
         seat_blocks: makes it instead where it has to live in a process of Ray's; called in every seat.
         remote: the store, and the prefix in it, that keeps checkpoints and exports where `work` does not outlive
             its machine; the prefix ends with a slash.
+        inputs: artifacts that workers need a copy of on their own machine: the store's address, kind and key.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Job:
     blocks: Callable[[], BlockSource] | None = None
     seat_blocks: Callable[[], BlockSource] | None = None
     remote: tuple[Store, str] | None = None
+    inputs: tuple[tuple[str, str, str], ...] = ()
 
     def for_workers(self) -> Job:
         """The job as workers get it: what lives in seats stays there."""

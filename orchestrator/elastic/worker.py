@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.elastic.wire import Message, Wire, unpack
 from orchestrator.errors import UserError
+from orchestrator.store.open import fetch
 
 if TYPE_CHECKING:
     from orchestrator.data.blocks import Block
@@ -63,6 +64,8 @@ def main(wire: Wire) -> int:
     try:
         # Made by this user's driver and brought by Ray, like any task's arguments.
         job: Job = pickle.loads(message.payload)
+        for where, kind, key in job.inputs:
+            fetch(where, kind, key)
         how = "done" if _train(job, attempt, link) else "yielded"
     except BaseException as error:
         logger.error("%s", "".join(traceback.format_exception(error)).rstrip())

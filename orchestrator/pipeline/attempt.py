@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from orchestrator.errors import Stopped, UserError
 from orchestrator.pipeline.interrupt import Interrupt, in_thread
+from orchestrator.pipeline.lease import Lease, LostHoldError
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.lock import hold
 from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.stagelog import stage_log
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context, Stage
 from orchestrator.store.artifact import Artifact
@@ -63,16 +63,22 @@ class Attempt:
     def execute(self) -> Outcome:
         """Run the stage and publish what it wrote. Errors become an outcome; the log has the traceback."""
         started = time.monotonic()
-        log = self.workspace.log_path(self.loaded.name, self.stage.name)
         title = f"{self.stage.name}: attempt {self.number}, key {self.stage.key[:16]}"
         work = self.workspace.work(self.stage.parts.kind, self.stage.key)
-        lock = self.workspace.work_lock(self.stage.parts.kind, self.stage.key)
-        with stage_log(log, title) as logger:
+        hold = work_hold(self.stage.parts.kind, self.stage.key)
+        with (
+            self.workspace.kept_log(self.loaded.name, self.stage.name) as log,
+            stage_log(log, title) as logger,
+        ):
             try:
                 # Two pipelines in one store may want the same artifact: only one works on it.
-                with hold(lock, f"the work behind stage {self.stage.name!r}"):
+                with self.workspace.keeper.hold(hold, f"the work behind stage {self.stage.name!r}") as lease:
+                    lease.on_lost = self.interrupt.stop.set
                     work.mkdir(parents=True, exist_ok=True)
-                    outcome = self._run_and_publish(work)
+                    outcome = self._run_and_publish(work, lease)
+            except LostHoldError:
+                # Whatever there is to put on record is for the one who took over.
+                raise
             except Stopped:
                 outcome = Outcome("stopped", 0.0)
             except Exception as error:
@@ -85,18 +91,24 @@ class Attempt:
             self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
         return outcome
 
-    def _run_and_publish(self, work: Path) -> Outcome:
+    def _run_and_publish(self, work: Path, lease: Lease) -> Outcome:
         artifacts = self.workspace.artifacts()
         out = artifacts.staging(f"{self.stage.parts.kind}-{self.stage.key[:16]}")
         stage = self.loaded.spec.stages[self.stage.name]
         context = self._context(stage, out, work)
-        returned = in_thread(lambda: stage.run(context))
+        for artifact in self.inputs.values():
+            artifacts.fetch(artifact)
+        try:
+            returned = in_thread(lambda: stage.run(context))
+        finally:
+            lease.insist()
         summary = {name: float(value) for name, value in returned.items()}
         missing = [name for name in stage.outputs if not (out / name).exists()]
         if missing:
             raise RuntimeError(
                 f"the stage promised {', '.join(stage.outputs)} but did not write {', '.join(missing)}"
             )
+        lease.check()
         artifact = artifacts.publish(self.stage.parts.kind, self.stage.key, out, self._provenance(), summary)
         shutil.rmtree(out, ignore_errors=True)
         return Outcome("done", 0.0, summary, artifact)
@@ -115,6 +127,7 @@ class Attempt:
             work=work,
             elastic=merged_elastic(spec.elastic, getattr(stage, "elastic", None)),
             run=self.run,
+            remote=self.workspace.remote_work(self.stage.parts.kind, self.stage.key),
             stop=self.interrupt.stop,
         )
 

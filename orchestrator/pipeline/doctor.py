@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import uuid
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.errors import UserError
 from orchestrator.pipeline.attempt import versions
 from orchestrator.pipeline.reporter import stage_table
+from orchestrator.store.open import is_remote, open_store
+from orchestrator.store.s3 import S3Store
 
 _REQUIRED = ("dinov3-orchestrator", "torch", "ray", "deepspeed", "mlflow", "pydantic", "pyarrow", "numpy")
 _GIB = 2**30
 _LOW_DISK = 5 * _GIB
 
 
-def examine(console: Console, store: Path) -> bool:
+def examine(console: Console, store: str) -> bool:
     """Print a table of checks; True if nothing stands in the way of a run."""
     found = versions(_REQUIRED)
     rows: list[tuple[bool, str, str]] = [
@@ -51,11 +55,28 @@ def _device() -> tuple[bool, str, str]:
     return True, "device", "CPU only: fine for the laptop pipeline"
 
 
-def _store(store: Path) -> tuple[bool, str, str]:
+def _store(uri: str) -> tuple[bool, str, str]:
     """Whether the store, or the nearest folder above it that exists, can be written and has room."""
-    folder = store.expanduser().absolute()
+    if is_remote(uri):
+        return _remote_store(uri)
+    folder = Path(uri.removeprefix("file://")).expanduser().absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return False, "store", f"{folder} cannot be written"
     free = shutil.disk_usage(existing).free
     return free >= _LOW_DISK, "store", f"{folder} can be written, {free / _GIB:.0f} GiB free"
+
+
+def _remote_store(uri: str) -> tuple[bool, str, str]:
+    """Whether an object can be put, listed, got and deleted."""
+    name = f"doctor/{uuid.uuid4().hex}"
+    try:
+        store = open_store(uri)
+        if isinstance(store, S3Store):
+            store.check()
+        store.put_bytes(name, b"well")
+        well = store.get_bytes(name) == b"well" and name in store.list("doctor/")
+        store.delete(name)
+    except (UserError, OSError) as error:
+        return False, "store", f"{uri}: {error.what if isinstance(error, UserError) else error}"
+    return well, "store", f"{uri} can be written, listed and read"

@@ -5,19 +5,21 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline import graph, tracked
-from orchestrator.pipeline.attempt import Attempt, Outcome
+from orchestrator.pipeline.attempt import Attempt, Outcome, merged_elastic
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
+from orchestrator.pipeline.lease import Lease, LostHoldError
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.lock import hold
 from orchestrator.pipeline.plan import ResolvedStage, StagePlan, needs_attention, plan
 from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.spec import Cluster
+from orchestrator.spec import Cluster, Elastic
+from orchestrator.stages.base import TrainStage
 from orchestrator.store.artifact import Artifact
 from orchestrator.tracking.runs import Run, Status
 
@@ -38,7 +40,8 @@ def execute(
     start_cluster: StartCluster | None = None,
     open_tracking: OpenTracking | None = None,
 ) -> int:
-    """Run what has to run, and return the exit code: 0 done, 1 a stage failed, 2 a mistake, 130 stopped.
+    """Run what has to run, and return the exit code: 0 done, 1 a stage failed or the pipeline was taken over,
+    2 a mistake, 130 stopped.
 
     Args:
         loaded: the pipeline.
@@ -51,10 +54,15 @@ def execute(
         UserError: another driver runs this pipeline, or the store or cluster cannot be used.
     """
     workspace = Workspace(loaded.spec.store)
-    with hold(workspace.lock_path(loaded.name), f"pipeline {loaded.name!r}"):
-        start = start_cluster or _start_cluster
-        tracking = open_tracking or tracked.open_tracking
-        return _Driver(loaded, stages, workspace, reporter, start, tracking).execute()
+    try:
+        with workspace.drive(loaded.name, reporter.note) as lease:
+            workspace.tidy()
+            start = start_cluster or partial(_start_cluster, _training(loaded, stages), loaded.spec.elastic)
+            tracking = open_tracking or tracked.open_tracking
+            return _Driver(loaded, stages, workspace, lease, reporter, start, tracking).execute()
+    except LostHoldError as error:
+        reporter.lost(str(error))
+        return FAILED
 
 
 class _Driver:
@@ -63,20 +71,26 @@ class _Driver:
         loaded: LoadedPipeline,
         stages: list[ResolvedStage],
         workspace: Workspace,
+        lease: Lease,
         reporter: Reporter,
         start_cluster: StartCluster,
         open_tracking: OpenTracking,
     ) -> None:
         self._loaded = loaded
         self._workspace = workspace
+        self._lease = lease
         self._reporter = reporter
         self._start_cluster = start_cluster
         self._open_tracking = open_tracking
-        self._ledger = workspace.ledger(loaded.name)
+        self._ledger = workspace.ledger(loaded.name, lease)
         self._plans = plan(stages, self._ledger.state, workspace.find)
         self._artifacts: dict[str, Artifact] = {}
         self._exit_code = DONE
         self._interrupt = Interrupt()
+        lease.on_lost = self._interrupt.stop.set
+        self._mirror = workspace.mirror(loaded.name)
+        if self._mirror is not None:
+            self._mirror.check = lease.check
         self._open_runs: list[Run] = []
         self._cluster_started = False
 
@@ -90,7 +104,7 @@ class _Driver:
         state = self._ledger.state
         run_id = state.run_id if state.run_id and state.status != "FINISHED" else uuid.uuid4().hex
         # The id is on record before the run exists: a crash in between leaves no run that nobody knows.
-        self._ledger.append("opened", run_id=run_id)
+        self._ledger.append("opened", run_id=run_id, reasons=tuple(self._lease.notes))
         self._interrupt.on_abort = self._abort
         self._interrupt.on_stop = self._reporter.stopping
         tracking = self._open_tracking(self._loaded, self._workspace, run_id)
@@ -104,6 +118,8 @@ class _Driver:
                     self._run_all(root, cluster)
                 status = _STATUS.get(self._exit_code, "FAILED")
             finally:
+                # The runs of a pipeline that another driver took over are that one's to finish.
+                self._lease.check()
                 self._open_runs.remove(root)
                 root.finish(status)
                 self._ledger.append("closed", status=status)
@@ -112,11 +128,10 @@ class _Driver:
 
     def _record_pipeline(self, root: Run) -> None:
         """Keep the resolved file in the store and in the pipeline's run."""
-        store = self._workspace.store()
         name = f"pipelines/{self._loaded.name}/pipeline.yaml"
-        store.put_bytes(name, self._loaded.resolved().encode())
+        path = self._workspace.record(name, self._loaded.resolved().encode())
         root.tags({"orchestrator.pipeline": self._loaded.name, "orchestrator.file": str(self._loaded.path)})
-        root.file(self._workspace.root / name, "pipeline")
+        root.file(path, "pipeline")
 
     def _settle(self, root: Run) -> None:
         """Close the runs that a dead driver left open and that nobody will resume."""
@@ -203,6 +218,7 @@ class _Driver:
 
     def _conclude(self, item: StagePlan, run: Run, run_id: str, outcome: Outcome) -> None:
         """Close the run first, the ledger second: a crash in between is settled by the next driver."""
+        self._lease.check()
         log = self._workspace.log_path(self._loaded.name, item.name)
         if outcome.summary:
             run.metrics(outcome.summary, 0, "summary")
@@ -218,6 +234,8 @@ class _Driver:
             summary=outcome.summary,
             error=outcome.message,
         )
+        if self._mirror is not None:
+            self._mirror.flush()
         if outcome.artifact is not None:
             self._artifacts[item.name] = outcome.artifact
             self._reporter.done(item, outcome)
@@ -246,7 +264,7 @@ class _Driver:
 
     def _abort(self) -> None:
         """Best effort: the ledger keeps `running`, so the next driver resumes or closes the runs anyway."""
-        for run in reversed(self._open_runs):
+        for run in reversed(self._open_runs if self._lease.lost is None else []):
             run.finish("KILLED")
 
     def _note_cached(self, item: StagePlan) -> None:
@@ -259,7 +277,16 @@ class _Driver:
         self._ledger.append("done", stage=item.name, parts=item.stage.parts, summary=summary, reused=True)
 
 
-def _start_cluster(cluster: Cluster) -> AbstractContextManager[Any]:
+def _training(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> dict[str, TrainStage]:
+    specs = {stage.name: loaded.spec.stages[stage.name] for stage in stages}
+    return {name: spec for name, spec in specs.items() if isinstance(spec, TrainStage)}
+
+
+def _start_cluster(
+    training: dict[str, TrainStage], default: Elastic, cluster: Cluster
+) -> AbstractContextManager[Any]:
     from orchestrator.elastic.cluster import start
 
-    return start(cluster)
+    preload = {module for stage in training.values() for module in stage.preload}
+    workers = [merged_elastic(default, stage.elastic).workers[1] for stage in training.values()]
+    return start(cluster, sorted(preload), max(workers, default=0))

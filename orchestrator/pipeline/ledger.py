@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import ConfigDict, Field
 
@@ -15,6 +17,9 @@ from orchestrator.store.local import Store
 
 StageStateName = Literal["pending", "running", "done", "failed", "stopped"]
 Happening = Literal["opened", "running", "done", "failed", "stopped", "closed", "settled"]
+_EVENT = re.compile(r"(\d{8,})(?:-(\d{8,}))?\.json")
+# A read from an object store is a round trip; one at a time, a long ledger would take minutes.
+_READERS = 16
 
 
 class Event(Strict):
@@ -122,39 +127,90 @@ def _apply_to_stage(stage: StageState, event: Event) -> None:
     stage.run_id = event.run_id if event.run_id or not same_key else stage.run_id
 
 
-class Ledger:
-    """Events of one pipeline in the store, `ledger/<pipeline>/<number>.json`.
+class Fence(Protocol):
+    """What entitles a process to append: a :class:`~orchestrator.pipeline.lease.Lease`."""
 
-    Only the driver that holds the pipeline's lock may append.
+    epoch: int
+
+    def check(self) -> None:
+        """Raises LostHoldError if it entitles to nothing any more."""
+
+
+class Ledger:
+    """Events of one pipeline in the store, `ledger/<pipeline>/<number>-<epoch>.json`.
+
+    The epoch is that of the writer's hold on the pipeline. What a writer still wrote after another with a higher
+    epoch went on from the same events has no effect, and no two writers' events have the same name. Events of
+    earlier versions have no epoch in their names: it is 0.
+
+    Args:
+        store: holds the events.
+        pipeline: the pipeline's name.
+        fence: the hold on the pipeline, for the driver that has it; others only read.
     """
 
-    def __init__(self, store: Store, pipeline: str) -> None:
+    def __init__(self, store: Store, pipeline: str, fence: Fence | None = None) -> None:
         self._store = store
         self._prefix = f"ledger/{pipeline}/"
+        self._fence = fence
+        self._events: dict[_Name, Event] = {}
         self.state = PipelineState()
-        self._next = 0
         self.refresh()
+
+    @property
+    def epoch(self) -> int:
+        """The highest epoch of an event."""
+        return max((name.epoch for name in self._events), default=0)
 
     def refresh(self) -> PipelineState:
         """Read what other processes added."""
-        for name, event in self._read():
-            self._next = _number(name) + 1
+        listed = (_Name.parse(name) for name in self._store.list(self._prefix))
+        new = [name for name in listed if name is not None and name not in self._events]
+        with ThreadPoolExecutor(_READERS) as readers:
+            self._events.update(zip(new, readers.map(self._read, new), strict=True))
+        self.state = PipelineState()
+        for event in _effective(self._events):
             self.state.apply(event)
         return self.state
 
     def append(self, event: Happening, **fields: Any) -> None:
-        """Write one event durably, then count it in."""
+        """Write one event durably, then count it in.
+
+        Raises:
+            LostHoldError: another driver may have the pipeline by now; nothing was written.
+        """
+        assert self._fence is not None, "only the driver that holds the pipeline appends"
+        self._fence.check()
         written = Event(time=time.time(), event=event, **fields)
-        name = f"{self._prefix}{self._next:08d}.json"
-        self._store.put_bytes(name, written.model_dump_json(exclude_defaults=True, indent=1).encode())
-        self._next += 1
+        name = _Name(max((name.number for name in self._events), default=-1) + 1, self._fence.epoch)
+        data = written.model_dump_json(exclude_defaults=True, indent=1).encode()
+        self._store.put_bytes(f"{self._prefix}{name}", data)
+        self._events[name] = written
         self.state.apply(written)
 
-    def _read(self) -> Iterable[tuple[str, Event]]:
-        for name in self._store.list(self._prefix):
-            if name.endswith(".json") and _number(name) >= self._next:
-                yield name, Event.model_validate_json(self._store.get_bytes(name))
+    def _read(self, name: _Name) -> Event:
+        return Event.model_validate_json(self._store.get_bytes(f"{self._prefix}{name}"))
 
 
-def _number(name: str) -> int:
-    return int(name.rpartition("/")[2].removesuffix(".json"))
+class _Name(NamedTuple):
+    """The name of an event's object."""
+
+    number: int
+    epoch: int
+
+    def __str__(self) -> str:
+        return f"{self.number:08d}-{self.epoch:08d}.json" if self.epoch else f"{self.number:08d}.json"
+
+    @classmethod
+    def parse(cls, name: str) -> _Name | None:
+        found = _EVENT.fullmatch(name.rpartition("/")[2])
+        return cls(int(found[1]), int(found[2] or 0)) if found else None
+
+
+def _effective(events: Mapping[_Name, Event]) -> Iterator[Event]:
+    """Events in order, without those that a writer added after another had taken over."""
+    epoch = 0
+    for name in sorted(events, key=lambda name: (name.number, -name.epoch)):
+        if name.epoch >= epoch:
+            epoch = name.epoch
+            yield events[name]

@@ -21,7 +21,7 @@ from orchestrator.pipeline import yamlfile
 from orchestrator.pipeline.complaints import complaints
 from orchestrator.spec import Pipeline
 from orchestrator.stages.base import Stage
-from orchestrator.store.local import open_store
+from orchestrator.store.open import is_remote, open_store
 from orchestrator.tracking.connect import absolute_uri
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
@@ -147,13 +147,15 @@ def _unknown_source(loaded: LoadedPipeline, stage: str, source: str) -> UserErro
 def _check_store(loaded: LoadedPipeline) -> list[UserError]:
     """Whether the store can be used, without making it."""
     uri = loaded.spec.store
-    where = loaded.where("store")
-    if "://" in uri and not uri.startswith("file://"):
+    if is_remote(uri):
         try:
             open_store(uri)
         except UserError as error:
+            # The value is not repeated where it may hold a password.
+            where = f"{loaded.path}  store" if "@" in uri else loaded.where("store")
             return [UserError(error.what, where=where, hint=error.hint)]
         return []
+    where = loaded.where("store")
     folder = Path(uri.removeprefix("file://")).expanduser().absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():

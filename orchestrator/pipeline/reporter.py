@@ -54,6 +54,15 @@ class Reporter:
         """Everything is there already."""
         self._console.print(Text("✓", "green").append(f" {_up_to_date(plans)}", "default"))
 
+    def note(self, text: str) -> None:
+        """Something about the run as a whole that the user should know."""
+        self._console.print(Text(f"! {text}", style="yellow"), soft_wrap=True)
+
+    def lost(self, why: str) -> None:
+        """Another driver may have the pipeline by now, so this one ends."""
+        line = Text("✗", "red").append(f" Ended: {why}.", "default")
+        self._console.print(line.append(" Nothing more was written.", "default"), soft_wrap=True)
+
     def begin(self, plans: Sequence[StagePlan]) -> None:
         """The run starts."""
         self._width = max(len(item.name) for item in plans)

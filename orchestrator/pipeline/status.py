@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -13,23 +12,26 @@ from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.key import short
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.lock import is_held
 from orchestrator.pipeline.reporter import duration, figures, mark, stage_table
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.tracking.spool import Spool
+
+_CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
 
 
 def print_status(console: Console, loaded: LoadedPipeline) -> None:
     """A table of stages: state, attempts, time, key, newest figures."""
     workspace = Workspace(loaded.spec.store)
+    # The driver first: one that ends meanwhile must not leave its last stage looking interrupted.
+    driver = workspace.driver(loaded.name)
+    driven = driver is not None and driver.alive
     state = workspace.state(loaded.name)
-    driven = is_held(workspace.lock_path(loaded.name))
     if not state.started:
         console.print(Text(f"Pipeline {loaded.name} was never run."), soft_wrap=True)
         return
     spool_folder = workspace.spool(loaded.name)
     spool = Spool(spool_folder) if spool_folder.is_dir() else None
-    table = stage_table("stage", "kind", "state", "attempts", "time", "key", "newest figures")
+    table = stage_table("stage", "kind", "state", "attempts", "time", "goodput", "key", "newest figures")
     for name, stage in loaded.spec.stages.items():
         known = state.stages.get(name, StageState(name))
         shown = "interrupted" if known.state == "running" and not driven else known.state
@@ -38,11 +40,13 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
         detail = known.error or figures(known.summary) or _newest(spool, known.run_id)
         key = short(known.key) if known.key else ""
         time_text = duration(spent) if spent else ""
-        table.add_row(name, stage.kind, mark(shown), attempts, time_text, key, detail)
+        good = _goodput(spool, known)
+        table.add_row(name, stage.kind, mark(shown), attempts, time_text, good, key, detail)
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     console.print(table)
-    if driven:
-        console.print(Text("It is running now."))
+    if driver is not None:
+        what = "It is being run by" if driven else "It was broken off: there is no sign of life from"
+        console.print(Text(f"{what} {driver.who}."), soft_wrap=True)
 
 
 def read_log(loaded: LoadedPipeline, stage: str, last: int = 0) -> Iterator[str]:
@@ -59,9 +63,9 @@ def read_log(loaded: LoadedPipeline, stage: str, last: int = 0) -> Iterator[str]
             where=str(loaded.path),
             hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(stages)}",
         )
-    path: Path = Workspace(loaded.spec.store).log_path(loaded.name, stage)
+    path = Workspace(loaded.spec.store).bring_log(loaded.name, stage)
     if not path.is_file():
-        raise UserError(f"stage {stage!r} has no log: it never ran here", where=str(path))
+        raise UserError(f"stage {stage!r} has no log: it never ran", where=str(path))
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     yield from lines[-last:] if last else lines
 
@@ -74,7 +78,24 @@ def _seconds(stage: StageState, *, running: bool) -> float:
 def _newest(spool: Spool | None, run_id: str | None) -> str:
     """The newest metrics of a run, from the spool: nothing has to reach MLflow first."""
     history = spool.history(run_id) if spool is not None and run_id is not None else []
+    history = [record for record in history if record["channel"] not in ("goodput", "checkpoint")]
     if not history:
         return ""
     newest = max(history, key=lambda record: record["time_ms"])
     return f"step {newest['step']}: {figures(newest['metrics'])}"
+
+
+def _goodput(spool: Spool | None, stage: StageState) -> str:
+    """The share of time that trained, and the largest loss; of the worst student, where there are several."""
+    if spool is None or stage.run_id is None:
+        return f"{stage.summary['goodput']:.0%}" if "goodput" in stage.summary else ""
+    newest = []
+    for run_id in (stage.run_id, *spool.children(stage.run_id)):
+        if history := spool.history(run_id, "goodput"):
+            newest.append(max(history, key=lambda record: int(record["step"]))["metrics"])
+    if not newest:
+        return ""
+    worst = min(newest, key=lambda metrics: float(metrics["goodput"]))
+    causes = {cause: worst[f"seconds_{cause}"] for cause in _CAUSES}
+    cause = max(_CAUSES, key=causes.__getitem__)
+    return f"{worst['goodput']:.0%}, {cause} {duration(causes[cause])}"

@@ -20,21 +20,28 @@ def open_tracking(loaded: LoadedPipeline, workspace: Workspace, run_id: str) -> 
     Raises:
         UserError: the tracking address is of an unknown kind.
     """
-    with _tracking(loaded, workspace) as tracking:
+    with _mirrored(loaded, workspace), _tracking(loaded, workspace) as tracking:
         yield tracking.run(loaded.name, resume_id=run_id)
 
 
 def send_leftovers(loaded: LoadedPipeline, workspace: Workspace) -> None:
     """Send what a dead driver left in the spool, if anything; MLflow is imported only then."""
-    folder = workspace.spool(loaded.name)
-    if not folder.is_dir():
-        return
-    tracking = loaded.spec.tracking
-    sink = MlflowSink(tracking.uri, tracking.experiment or loaded.name)
-    if Flusher(Spool(folder), sink).pending():
-        _tracking(loaded, workspace).close()
+    with _mirrored(loaded, workspace):
+        folder = workspace.spool(loaded.name)
+        if not folder.is_dir():
+            return
+        tracking = loaded.spec.tracking
+        sink = MlflowSink(tracking.uri, tracking.experiment or loaded.name)
+        if Flusher(Spool(folder), sink).pending():
+            _tracking(loaded, workspace).close()
+
+
+def _mirrored(loaded: LoadedPipeline, workspace: Workspace) -> contextlib.AbstractContextManager[None]:
+    mirror = workspace.mirror(loaded.name)
+    return contextlib.nullcontext() if mirror is None else mirror.running()
 
 
 def _tracking(loaded: LoadedPipeline, workspace: Workspace) -> Tracking:
     tracking = loaded.spec.tracking
-    return Tracking(tracking.uri, tracking.experiment or loaded.name, workspace.spool(loaded.name))
+    experiment = tracking.experiment or loaded.name
+    return Tracking(tracking.uri, experiment, workspace.spool(loaded.name), workspace.tracked_files)

@@ -2,32 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
+from orchestrator.pipeline.lease import Holder, Keeper, Lease
 from orchestrator.pipeline.ledger import Ledger, PipelineState
+from orchestrator.pipeline.mirror import Mirror
 from orchestrator.store.artifact import Artifact, ArtifactStore
-from orchestrator.store.local import LocalStore, open_store
+from orchestrator.store.local import Store
+from orchestrator.store.open import is_remote, open_store
+from orchestrator.store.s3 import S3Store
+
+_log = logging.getLogger(__name__)
 
 
 class Workspace:
     """Where one pipeline file keeps things.
 
+    With a store in S3 the artifacts, the ledger, checkpoints of unfinished work, logs and a copy of the spool
+    are there; what is in the making is below `root`, in this machine's cache of that store.
+
     Args:
-        uri: the `store` of the pipeline file; a folder relative to the current directory.
+        uri: the `store` of the pipeline file; a folder relative to the current directory, or `s3://…`.
     """
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self.root = Path(uri.removeprefix("file://")).expanduser().absolute()
+        self._mirrors: dict[str, Mirror] = {}
+
+    @cached_property
+    def root(self) -> Path:
+        """The folder on this machine."""
+        if self._remote is not None:
+            return self._remote.root
+        return Path(self._uri.removeprefix("file://")).expanduser().absolute()
+
+    @cached_property
+    def _remote(self) -> S3Store | None:
+        if not is_remote(self._uri):
+            return None
+        store = open_store(self._uri)
+        assert isinstance(store, S3Store)
+        # One early request says in seconds what is wrong with the settings; later ones have more patience.
+        store.check()
+        return store
 
     def exists(self) -> bool:
-        """Whether anything was ever kept here."""
-        return self.root.is_dir()
+        """Whether anything may have been kept here."""
+        return self._remote is not None or self.root.is_dir()
 
-    def store(self) -> LocalStore:
-        """The store; made if it is missing."""
-        return open_store(self._uri)
+    def store(self) -> Store:
+        """The store; a folder is made if it is missing.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        return self._remote or open_store(self._uri)
 
     def artifacts(self) -> ArtifactStore:
         """The store's artifacts; the store is made if it is missing."""
@@ -37,35 +71,128 @@ class Workspace:
         """The artifact, or None."""
         return self.artifacts().find(kind, key) if self.exists() else None
 
-    def ledger(self, pipeline: str) -> Ledger:
-        """The pipeline's ledger, for the driver that holds its lock."""
-        return Ledger(self.store(), pipeline)
+    def record(self, name: str, data: bytes) -> Path:
+        """Keep a small object, and return a file on this machine that holds it."""
+        store = self.store()
+        store.put_bytes(name, data)
+        path = store.local(name)
+        if store.remote:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return path
+
+    def tidy(self) -> None:
+        """Clear away what dead processes left where nobody sees it; for drivers."""
+        if self._remote is not None:
+            self._remote.abort_abandoned()
+
+    @cached_property
+    def keeper(self) -> Keeper:
+        """This process's holds in the store."""
+        return Keeper(self.store())
+
+    @contextlib.contextmanager
+    def drive(self, pipeline: str, say: Callable[[str], None] | None = None) -> Iterator[Lease]:
+        """Hold the pipeline for this process alone, so as to run it.
+
+        Raises:
+            UserError: a living driver has it, or the store cannot be used.
+        """
+        highest = Ledger(self.store(), pipeline).epoch
+        name = pipeline_hold(pipeline)
+        with self.keeper.hold(name, f"pipeline {pipeline!r}", above=highest, say=say) as lease:
+            yield lease
+
+    def driver(self, pipeline: str) -> Holder | None:
+        """Who runs the pipeline, or died doing so. Takes some seconds if that is on another machine."""
+        return self.keeper.holder(pipeline_hold(pipeline)) if self.exists() else None
+
+    def ledger(self, pipeline: str, lease: Lease) -> Ledger:
+        """The pipeline's ledger, for the driver that holds the pipeline."""
+        return Ledger(self.store(), pipeline, lease)
 
     def state(self, pipeline: str) -> PipelineState:
         """What the ledger says now."""
-        return self.ledger(pipeline).state if self.exists() else PipelineState()
-
-    def lock_path(self, pipeline: str) -> Path:
-        """Held by the driver of the pipeline."""
-        return self.root / "ledger" / pipeline / "driver.lock"
+        return Ledger(self.store(), pipeline).state if self.exists() else PipelineState()
 
     def work(self, kind: str, key: str) -> Path:
         """The folder of unfinished work on one key: it outlives the attempt, and the driver."""
         return self.root / "work" / f"{kind}-{key[:16]}"
 
-    def work_lock(self, kind: str, key: str) -> Path:
-        """Held by whoever works on the key."""
-        return self.root / "work" / f"{kind}-{key[:16]}.lock"
+    def remote_work(self, kind: str, key: str) -> tuple[Store, str] | None:
+        """The store and the prefix there of what must outlive this machine too; None if `work` does already."""
+        return None if self._remote is None else (self._remote, f"work/{kind}-{key[:16]}/")
 
     def drop_work(self, kind: str, key: str) -> None:
         """Remove the work on a key whose artifact is there."""
         shutil.rmtree(self.work(kind, key), ignore_errors=True)
-        self.work_lock(kind, key).unlink(missing_ok=True)
+        remote = self.remote_work(kind, key)
+        if remote is not None:
+            store, prefix = remote
+            for name in list(store.list(prefix)):
+                store.delete(name)
 
     def log_path(self, pipeline: str, stage: str) -> Path:
-        """The log of a stage, all attempts."""
+        """The log of a stage, all attempts; see also :meth:`kept_log`."""
         return self.root / "logs" / pipeline / f"{stage}.log"
+
+    @contextlib.contextmanager
+    def kept_log(self, pipeline: str, stage: str) -> Iterator[Path]:
+        """The log of a stage, to be added to; it goes to the store when the attempt ends, if it can."""
+        path = self.bring_log(pipeline, stage)
+        try:
+            yield path
+        finally:
+            if self._remote is not None:
+                with _tolerant(f"the log of stage {stage!r} stays on this machine"):
+                    self._remote.put_file(_log_name(pipeline, stage), path)
+
+    def bring_log(self, pipeline: str, stage: str) -> Path:
+        """The log of a stage, fetched from the store if this machine has none or a shorter one."""
+        path = self.log_path(pipeline, stage)
+        if self._remote is not None:
+            with _tolerant(f"the older log of stage {stage!r} stays in the store"):
+                kept = self._remote.stat(_log_name(pipeline, stage))
+                if kept is not None and (not path.exists() or path.stat().st_size < kept.size):
+                    self._remote.get_file(_log_name(pipeline, stage), path)
+        return path
 
     def spool(self, pipeline: str) -> Path:
         """Where the pipeline's tracking records wait for the server."""
         return self.root / "spool" / pipeline
+
+    def mirror(self, pipeline: str) -> Mirror | None:
+        """What keeps the spool in the store too; None if it is there already."""
+        if self._remote is None:
+            return None
+        if pipeline not in self._mirrors:
+            self._mirrors[pipeline] = Mirror(self._remote, f"spool/{pipeline}/", self.spool(pipeline))
+        return self._mirrors[pipeline]
+
+    @property
+    def tracked_files(self) -> str | None:
+        """Where MLflow is to keep the artifacts of new experiments; None leaves that to it."""
+        return None if self._remote is None else f"{self._remote.uri}/mlartifacts"
+
+
+def pipeline_hold(pipeline: str) -> str:
+    """The hold of the pipeline's driver."""
+    return f"pipeline-{pipeline}"
+
+
+def work_hold(kind: str, key: str) -> str:
+    """The hold of whoever works on the key."""
+    return f"work-{kind}-{key[:16]}"
+
+
+def _log_name(pipeline: str, stage: str) -> str:
+    return f"logs/{pipeline}/{stage}.log"
+
+
+@contextlib.contextmanager
+def _tolerant(otherwise: str) -> Iterator[None]:
+    """A log is not worth a failed stage."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("%s: %s", otherwise, error)

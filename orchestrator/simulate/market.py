@@ -99,7 +99,10 @@ class SpotMarket:
             for process in psutil.Process(raylet.process.pid).children(recursive=True):
                 with suppress(psutil.Error):
                     # A worker is forked from a zygote and has its command line.
-                    if all("orchestrator.elastic.zygote" in " ".join(p.cmdline()) for p in (process, process.parent())):
+                    if all(
+                        "orchestrator.elastic.zygote" in " ".join(p.cmdline())
+                        for p in (process, process.parent())
+                    ):
                         found.append(process)
         return found
 

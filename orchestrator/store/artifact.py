@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,9 +16,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from orchestrator.errors import UserError
 from orchestrator.store.local import Store
 
 MANIFEST = "manifest.json"
+_TURN_S = 600.0
+_TURN_POLL_S = 0.1
+_FETCH_TRIES = 3
+_AT_ONCE = 8
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +61,10 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact on this machine. `path` is its folder; read it, never write to it."""
+    """An artifact. `path` is its folder on this machine; read it, never write to it.
+
+    With a remote store the folder is complete after :meth:`ArtifactStore.fetch`.
+    """
 
     key: str
     kind: str
@@ -82,6 +94,22 @@ class ArtifactStore:
             _log.warning("artifact %s is damaged and will be made again: %s", _prefix(kind, key), problems[0])
             return None
         return Artifact(key, kind, self.store.local(_prefix(kind, key)), manifest)
+
+    def fetch(self, artifact: Artifact) -> Path:
+        """Sees that all of the artifact is in its folder on this machine; what is there already stays.
+
+        A copy is checked against the manifest's sha256 before it gets its name. Any number of processes may
+        fetch one artifact at once: on one machine the first fetches and the others wait.
+
+        Raises:
+            UserError: the store's own copy is damaged.
+        """
+        if self.store.remote and not _is_whole_copy(artifact):
+            lock = self.store.root / ".turns" / f"{artifact.path.name}.lock"
+            with _turn(lock):
+                if not _is_whole_copy(artifact):
+                    self._fetch(artifact)
+        return artifact.path
 
     def verify(self, kind: str, key: str, *, deep: bool = False) -> list[str]:
         """What is wrong with the artifact, one line each; empty if nothing is. `deep` hashes all files."""
@@ -126,10 +154,51 @@ class ArtifactStore:
         self.store.delete(prefix + MANIFEST)
         for name in list(self.store.list(prefix)):
             self.store.delete(name)
+        remote = self.store.remote
         for name, path in files.items():
-            self.store.put_file(prefix + name, path, consume=True)
+            self.store.put_file(prefix + name, path, consume=not remote)
         self.store.put_bytes(prefix + MANIFEST, manifest.model_dump_json(indent=1).encode())
-        return Artifact(key, kind, self.store.local(prefix), manifest)
+        artifact = Artifact(key, kind, self.store.local(prefix), manifest)
+        if remote:
+            # What was made here need not be fetched here.
+            for name, path in files.items():
+                _move(path, artifact.path / name)
+            self._note_copy(artifact)
+        return artifact
+
+    def _fetch(self, artifact: Artifact) -> None:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            fetched = [pool.submit(self._fetch_file, artifact, name) for name in artifact.manifest.files]
+            for one in fetched:
+                one.result()
+        self._note_copy(artifact)
+
+    def _fetch_file(self, artifact: Artifact, name: str) -> None:
+        target, expected = artifact.path / name, artifact.manifest.files[name].sha256
+        if target.is_file() and _sha256(target) == expected:
+            return
+        full = _prefix(artifact.kind, artifact.key) + name
+        temporary = self.store.scratch("fetch")
+        try:
+            for _ in range(_FETCH_TRIES):
+                self.store.get_file(full, temporary)
+                if _sha256(temporary) == expected:
+                    _move(temporary, target)
+                    return
+                _log.warning("%s came with another sha256 than it should have", full)
+        finally:
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{full} in the store is damaged: its sha256 is not {expected}",
+            where=f"store {self.store.uri}",
+            hint=f"remove {_prefix(artifact.kind, artifact.key)}{MANIFEST} there and run again to make it anew",
+        )
+
+    def _note_copy(self, artifact: Artifact) -> None:
+        """The manifest comes last here too: what it lists was checked."""
+        temporary = self.store.scratch("manifest")
+        temporary.write_text(artifact.manifest.model_dump_json(indent=1))
+        _move(temporary, artifact.path / MANIFEST)
 
     def _manifest(self, kind: str, key: str) -> Manifest | None:
         try:
@@ -143,17 +212,66 @@ class ArtifactStore:
         return manifest if (manifest.kind, manifest.key) == (kind, key) else None
 
     def _problems(self, manifest: Manifest, *, deep: bool) -> list[str]:
-        prefix = _prefix(manifest.kind, manifest.key)
-        problems = []
-        for name, entry in manifest.files.items():
-            status = self.store.stat(prefix + name)
-            if status is None:
-                problems.append(f"{prefix}{name}: missing")
-            elif status.size != entry.size:
-                problems.append(f"{prefix}{name}: {status.size} bytes, should be {entry.size}")
-            elif deep and _sha256(self.store.local(prefix) / name) != entry.sha256:
-                problems.append(f"{prefix}{name}: content differs from the manifest's sha256")
-        return problems
+        if not self.store.remote:
+            found = [self._problem(manifest, name, deep=deep) for name in manifest.files]
+        else:
+            # Each look is a request: side by side, a plan with many files stays quick.
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                found = list(pool.map(lambda name: self._problem(manifest, name, deep=deep), manifest.files))
+        return [problem for problem in found if problem is not None]
+
+    def _problem(self, manifest: Manifest, name: str, *, deep: bool) -> str | None:
+        full, entry = _prefix(manifest.kind, manifest.key) + name, manifest.files[name]
+        status = self.store.stat(full)
+        if status is None:
+            return f"{full}: missing"
+        if status.size != entry.size:
+            return f"{full}: {status.size} bytes, should be {entry.size}"
+        if deep and self._hash(full) != entry.sha256:
+            return f"{full}: content differs from the manifest's sha256"
+        return None
+
+    def _hash(self, name: str) -> str:
+        if not self.store.remote:
+            return _sha256(self.store.local(name))
+        temporary = self.store.scratch("verify")
+        try:
+            self.store.get_file(name, temporary)
+            return _sha256(temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_whole_copy(artifact: Artifact) -> bool:
+    """Whether the folder holds this very artifact: its manifest is noted, and no file is short."""
+    try:
+        noted = Manifest.model_validate_json((artifact.path / MANIFEST).read_bytes())
+        sizes = {name: (artifact.path / name).stat().st_size for name in artifact.manifest.files}
+    except (OSError, ValidationError):
+        return False
+    # As text: a figure may be NaN, which equals nothing.
+    same = noted.model_dump_json() == artifact.manifest.model_dump_json()
+    return same and sizes == {name: entry.size for name, entry in artifact.manifest.files.items()}
+
+
+@contextlib.contextmanager
+def _turn(lock: Path) -> Iterator[None]:
+    """One process of this machine at a time, but none waits for ever: twice is wasteful, not wrong."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + _TURN_S
+    with lock.open("w") as file:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_TURN_POLL_S)
+        yield
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)
 
 
 def _prefix(kind: str, key: str) -> str:

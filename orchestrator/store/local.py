@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,7 +14,7 @@ from typing import Protocol
 from orchestrator.errors import UserError
 from orchestrator.store.scratch import Scratch
 
-_SCRATCH = ".scratch"
+SCRATCH = ".scratch"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,21 @@ class Store(Protocol):
 
     A put is atomic: readers see the whole old object or the whole new one, also after a crash. Nothing is
     promised about several objects together: a group exists when the one that lists it, written last, does.
+
+    Attributes:
+        uri: opens the same store in another process.
+        remote: the objects are elsewhere, and `local` and `root` are a cache.
+        root: the store's folder on this machine, the same on all machines with the same settings.
     """
+
+    @property
+    def uri(self) -> str: ...
+
+    @property
+    def remote(self) -> bool: ...
+
+    @property
+    def root(self) -> Path: ...
 
     def put_bytes(self, name: str, data: bytes) -> None:
         """Writes `data` as `name`, replacing what was there."""
@@ -40,7 +56,7 @@ class Store(Protocol):
         """The object's content. Raises FileNotFoundError if there is none."""
 
     def get_file(self, name: str, target: Path) -> None:
-        """Writes the object to `target`, atomically. Raises FileNotFoundError if there is none."""
+        """Writes the object to `target`, atomically; makes its folder. FileNotFoundError if there is none."""
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Names that start with `prefix`, sorted."""
@@ -52,7 +68,10 @@ class Store(Protocol):
         """Size and time, or None if there is no such object."""
 
     def local(self, prefix: str) -> Path:
-        """A folder on this machine that holds the objects below `prefix`, to be read only."""
+        """The folder on this machine for the objects below `prefix`, to be read only.
+
+        Of a remote store it holds what was fetched, see :meth:`ArtifactStore.fetch`.
+        """
 
     def scratch(self, label: str) -> Path:
         """A path for work in progress that does not exist yet; gone once this process is."""
@@ -67,6 +86,8 @@ class LocalStore:
     Raises:
         UserError: the folder cannot be made or written.
     """
+
+    remote = False
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).expanduser().absolute()
@@ -84,7 +105,8 @@ class LocalStore:
                 where=str(self.root),
                 hint="set `store` to a folder that can be written",
             )
-        self._scratch = Scratch(self.root / _SCRATCH)
+        self.uri = str(self.root)
+        self._scratch = Scratch(self.root / SCRATCH)
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
         # The scratch lock belongs to one process: a copy elsewhere opens the folder anew.
@@ -123,14 +145,17 @@ class LocalStore:
 
     def get_bytes(self, name: str) -> bytes:
         """See :class:`Store`."""
-        return self._path(name).read_bytes()
+        with _absent_is_absent():
+            return self._path(name).read_bytes()
 
     def get_file(self, name: str, target: Path) -> None:
         """See :class:`Store`."""
         source = self._path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
         try:
-            shutil.copyfile(source, temporary)
+            with _absent_is_absent():
+                shutil.copyfile(source, temporary)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -141,8 +166,8 @@ class LocalStore:
         top = self._path(folder) if folder else self.root
         names: list[str] = []
         for parent, folders, files in os.walk(top):
-            if Path(parent) == self.root and _SCRATCH in folders:
-                folders.remove(_SCRATCH)
+            if Path(parent) == self.root and SCRATCH in folders:
+                folders.remove(SCRATCH)
             names += [(Path(parent) / file).relative_to(self.root).as_posix() for file in files]
         return iter(sorted(name for name in names if name.startswith(prefix)))
 
@@ -156,7 +181,7 @@ class LocalStore:
             status = self._path(name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Stat(status.st_size, status.st_mtime)
+        return Stat(status.st_size, status.st_mtime) if stat.S_ISREG(status.st_mode) else None
 
     def local(self, prefix: str) -> Path:
         """See :class:`Store`."""
@@ -167,28 +192,28 @@ class LocalStore:
         return self._scratch.new(label)
 
     def _path(self, name: str) -> Path:
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or parts[0] == _SCRATCH:
-            raise ValueError(f"not an object name: {name!r}")
-        return self.root.joinpath(*parts)
+        return self.root.joinpath(*parts_of(name))
 
 
-def open_store(uri: str) -> LocalStore:
-    """The store at `uri`: a folder, or `file://` and an absolute path.
+def parts_of(name: str) -> tuple[str, ...]:
+    """The parts of an object's name.
 
     Raises:
-        UserError: the scheme is not supported, or the folder cannot be written.
+        ValueError: it is none: empty, absolute, with a way up, or among the scratch folders.
     """
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return LocalStore(uri)
-    if scheme == "file":
-        return LocalStore(rest)
-    raise UserError(
-        f"cannot keep artifacts at {uri}: only local folders work so far",
-        where="store",
-        hint="set `store` to a folder, for example runs/",
-    )
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or parts[0] == SCRATCH:
+        raise ValueError(f"not an object name: {name!r}")
+    return parts
+
+
+@contextlib.contextmanager
+def _absent_is_absent() -> Iterator[None]:
+    """A folder is no object, nor is anything below an object."""
+    try:
+        yield
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise FileNotFoundError(error.errno, "no such object", error.filename) from None
 
 
 def _sync(fd: int) -> None:

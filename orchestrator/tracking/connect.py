@@ -54,7 +54,7 @@ def connect(uri: str) -> MlflowClient:
     (4 s): call it from a background thread where one waits. A server that does not answer may block it for
     minutes.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in _environment().items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
@@ -71,6 +71,15 @@ def connect(uri: str) -> MlflowClient:
         _create_database(database)
     absolute = absolute_uri(uri)
     return MlflowClient(tracking_uri=absolute, registry_uri=absolute)
+
+
+def _environment() -> dict[str, str]:
+    """MLflow has its own name for the S3 endpoint, and asks for checksums that many servers do not know."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not endpoint:
+        return _ENVIRONMENT
+    s3 = {"MLFLOW_S3_ENDPOINT_URL": endpoint, "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
+    return _ENVIRONMENT | s3
 
 
 def _create_database(path: Path) -> None:
@@ -95,18 +104,18 @@ def _artifacts(database: Path) -> str:
     return (database.parent / "mlartifacts").as_uri()
 
 
-def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
+def ensure_experiment(client: MlflowClient, uri: str, name: str, files: str | None = None) -> str:
     """The id of the experiment `name`, made if there is none.
 
-    With SQLite its artifacts go to `mlartifacts` beside the database: MLflow's own default is `mlruns` in
-    whatever folder the process was started from.
+    With SQLite its artifacts go to `files`, by default to `mlartifacts` beside the database: MLflow's own
+    default is `mlruns` in whatever folder the process was started from. A server knows its own place.
     """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         database = database_path(uri)
-        location = _artifacts(database) if database else None
+        location = (files or _artifacts(database)) if database else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:

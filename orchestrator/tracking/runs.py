@@ -191,15 +191,17 @@ class Tracking:
         uri: MLflow's address.
         experiment: MLflow's experiment; made if there is none.
         folder: of the spool.
+        files: where the files of a new experiment go, such as `s3://bucket/folder`; default: see
+            :func:`~orchestrator.tracking.connect.ensure_experiment`.
 
     Raises:
         UserError: the address is of an unknown kind.
     """
 
-    def __init__(self, uri: str, experiment: str, folder: Path) -> None:
+    def __init__(self, uri: str, experiment: str, folder: Path, files: str | None = None) -> None:
         self.uri = absolute_uri(uri)
         self._spool = Spool(folder)
-        self._flusher = Flusher(self._spool, MlflowSink(self.uri, experiment))
+        self._flusher = Flusher(self._spool, MlflowSink(self.uri, experiment, files))
         self._flusher.start()
 
     def run(self, name: str, resume_id: str | None = None) -> SpooledRun:

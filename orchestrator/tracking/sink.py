@@ -30,11 +30,18 @@ class RejectedError(Exception):
 
 
 class MlflowSink:
-    """One experiment of one MLflow server. Connects on first use; not for several threads."""
+    """One experiment of one MLflow server. Connects on first use; not for several threads.
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    Args:
+        uri: MLflow's address.
+        experiment: made if there is none.
+        files: where the files of a new experiment go, see `ensure_experiment`.
+    """
+
+    def __init__(self, uri: str, experiment: str, files: str | None = None) -> None:
         self.uri = uri
         self.experiment = experiment
+        self._files = files
         self._connection: tuple[MlflowClient, str] | None = None
 
     def open(self, run_id: str, record: Record, known: str | None, parent: str | None) -> str:
@@ -122,7 +129,7 @@ class MlflowSink:
     def _connected(self) -> tuple[MlflowClient, str]:
         if self._connection is None:
             client = connect(self.uri)
-            self._connection = client, ensure_experiment(client, self.uri, self.experiment)
+            self._connection = client, ensure_experiment(client, self.uri, self.experiment, self._files)
         return self._connection
 
     def reconnect(self) -> None:

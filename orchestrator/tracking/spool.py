@@ -106,6 +106,16 @@ class Spool:
                 found.append(other)
         return found
 
+    def children(self, run_id: str) -> list[str]:
+        """Runs that were opened below `run_id`."""
+        found = []
+        for other in self.run_ids():
+            if any(
+                record.get("parent") == run_id for record, _ in self.read(other) if record["op"] == "open"
+            ):
+                found.append(other)
+        return found
+
     def sync(self, run_id: str) -> None:
         """Makes what is recorded for the run survive a power cut."""
         fd = os.open(self.path(run_id), os.O_RDONLY)

@@ -18,10 +18,9 @@ from rich.console import Console
 from orchestrator.errors import UserError
 from orchestrator.pipeline.execute import execute
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.lock import hold
 from orchestrator.pipeline.plan import StagePlan, plan, resolve
 from orchestrator.pipeline.reporter import Reporter
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.spec import Cluster
 
 Traces = Callable[[], list[str]]
@@ -61,14 +60,20 @@ def _content(source: object, name: str) -> str:
     return "".join(path.read_text() for path in sorted(Path("photos").iterdir()))
 
 
+def kept() -> list[Path]:
+    """What is in the store, apart from who held it last."""
+    paths = sorted(Path("runs").rglob("*"))
+    return [path for path in paths if not {"holds", ".scratch"} & set(path.parts)]
+
+
 def test_a_second_run_does_nothing_and_says_so(pipeline: Path, trace: Traces) -> None:
     code, _ = run(pipeline)
     assert (code, trace()) == (0, ["curate", "pretrain", "evaluate"])
-    before = sorted(Path("runs").rglob("*"))
+    before = kept()
     code, said = run(pipeline)
     assert (code, trace()) == (0, [])
     assert "Nothing to do: all 3 stages are up to date." in said
-    assert sorted(Path("runs").rglob("*")) == before
+    assert kept() == before
 
 
 def test_planning_writes_nothing(pipeline: Path) -> None:
@@ -177,16 +182,25 @@ def test_an_artifact_knows_where_it_came_from(pipeline: Path) -> None:
 
 
 def test_a_second_driver_is_told_who_holds_the_pipeline(pipeline: Path) -> None:
-    with hold(Workspace("runs/").lock_path("toy"), "pipeline 'toy'"), pytest.raises(UserError) as caught:
+    with Workspace("runs/").drive("toy"), pytest.raises(UserError) as caught:
         run(pipeline)
     assert "process " in caught.value.what
     assert " since 20" in caught.value.what
     assert run(pipeline)[0] == 0
 
 
+def test_the_ledger_goes_on_when_the_folder_of_holds_was_wiped(pipeline: Path) -> None:
+    for lr in (0.3, 0.4):
+        run(pipeline, f"stages.pretrain.optim.lr={lr}")
+    shutil.rmtree("runs/holds")
+    assert run(pipeline, "stages.pretrain.optim.lr=0.5")[0] == 0
+    plans = planned(pipeline, "stages.pretrain.optim.lr=0.5")
+    assert plans["pretrain"].reasons[0].startswith("nothing changed"), "the newest events count"
+
+
 def test_two_pipelines_do_not_work_on_one_key_at_once(pipeline: Path) -> None:
     stage = planned(pipeline)["curate"].stage
-    with hold(Workspace("runs/").work_lock("curate", stage.key), "other"):
+    with Workspace("runs/").keeper.hold(work_hold("curate", stage.key), "other"):
         code, said = run(pipeline)
     assert code == 2
     assert "already being run by process" in said

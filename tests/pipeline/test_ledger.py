@@ -5,16 +5,31 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pytest
+
 from orchestrator.pipeline.key import KeyParts
-from orchestrator.pipeline.ledger import Ledger
+from orchestrator.pipeline.lease import LostHoldError
+from orchestrator.pipeline.ledger import Event, Ledger
 from orchestrator.store.local import LocalStore
 
 ONE = KeyParts(kind="pretrain", config={"lr": 0.1})
 TWO = KeyParts(kind="pretrain", config={"lr": 0.2})
 
 
-def ledger(folder: Path) -> Ledger:
-    return Ledger(LocalStore(folder), "toy")
+class Fence:
+    """A hold that was got as the `epoch`-th, and may be lost."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.lost = False
+
+    def check(self) -> None:
+        if self.lost:
+            raise LostHoldError("lost")
+
+
+def ledger(folder: Path, fence: Fence | None = None) -> Ledger:
+    return Ledger(LocalStore(folder), "toy", fence or Fence(1))
 
 
 def test_what_one_handle_writes_another_reads(tmp_path: Path) -> None:
@@ -67,3 +82,79 @@ def test_a_reused_artifact_brings_its_own_key_and_no_run(tmp_path: Path) -> None
     book.append("done", stage="a", parts=TWO, reused=True, summary={"loss": 1.0})
     stage = book.state.stages["a"]
     assert (stage.key, stage.attempts, stage.run_id, stage.reused) == (TWO.key, 0, None, True)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "ledger" / "toy").iterdir())
+
+
+def test_nothing_is_written_once_the_hold_is_lost(tmp_path: Path) -> None:
+    fence = Fence(1)
+    book = ledger(tmp_path, fence)
+    book.append("opened", run_id="r")
+    fence.lost = True
+    with pytest.raises(LostHoldError):
+        book.append("closed", status="FINISHED")
+    assert len(names(tmp_path)) == 1
+    assert book.state.open
+
+
+@pytest.mark.parametrize("stale_first", [True, False])
+def test_what_a_stale_driver_writes_has_no_effect(tmp_path: Path, stale_first: bool) -> None:
+    old, watcher = ledger(tmp_path, Fence(3)), ledger(tmp_path)
+    old.append("opened", run_id="old")
+    old.append("running", stage="a", parts=ONE, run_id="x")
+    new = ledger(tmp_path, Fence(4))
+
+    def stale() -> None:
+        old.append("done", stage="b", parts=TWO, run_id="stale")
+        old.append("failed", stage="a", parts=ONE, run_id="x", error="stale")
+        old.append("closed", status="FAILED")
+
+    if stale_first:
+        stale()
+        assert watcher.refresh().status == "FAILED", "until the new one writes, there is no telling"
+    new.append("opened", run_id="new")
+    new.append("done", stage="a", parts=ONE, run_id="x", seconds=1.0)
+    if not stale_first:
+        stale()
+    assert len(names(tmp_path)) == 7, "nothing was overwritten"
+    for reader in (watcher, new, ledger(tmp_path)):
+        state = reader.refresh()
+        assert (state.run_id, state.open, state.status) == ("new", True, None)
+        assert state.stages.keys() == {"a"}
+        assert (state.stages["a"].state, state.stages["a"].error) == ("done", None)
+    assert ledger(tmp_path).epoch == 4
+
+
+def test_a_ledger_of_an_earlier_version_is_read_and_continued(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger" / "toy"
+    folder.mkdir(parents=True)
+    for number, event in enumerate(("opened", "closed")):
+        text = Event(time=1.0, event=event, status="KILLED", run_id="r").model_dump_json(
+            exclude_defaults=True
+        )  # type: ignore[arg-type]
+        (folder / f"{number:08d}.json").write_text(text)
+    (folder / "driver.lock").write_text("{}")
+    book = ledger(tmp_path, Fence(1))
+    assert (book.state.run_id, book.state.status, book.epoch) == ("r", "KILLED", 0)
+    book.append("opened", run_id="r")
+    assert names(tmp_path) == ["00000000.json", "00000001.json", "00000002-00000001.json", "driver.lock"]
+    assert ledger(tmp_path).state.open
+
+
+def test_a_reader_gets_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, reader = ledger(tmp_path), ledger(tmp_path)
+    read = []
+    original = LocalStore.get_bytes
+
+    def get_bytes(self: LocalStore, name: str) -> bytes:
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(LocalStore, "get_bytes", get_bytes)
+    for count in range(1, 60):
+        writer.append("opened", run_id=str(count))
+        if count % 20 == 0:
+            assert reader.refresh().run_id == str(count)
+            assert len(read) == count

@@ -1,6 +1,6 @@
 """The real command line with toy stages in place of the real ones: `python toy_main.py run FILE`.
 
-TOY_TRACKING=recorded replaces MLflow by a file.
+TOY_TRACKING=recorded replaces MLflow by a file, TOY_LAPSE the seconds after which a silent driver is replaced.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import recorded
 import toys
 
 from orchestrator import cli
-from orchestrator.pipeline import load, tracked
+from orchestrator.pipeline import lease, load, signs, tracked
 
 if __name__ == "__main__":
     replaced: Any = load
@@ -20,4 +20,7 @@ if __name__ == "__main__":
     if os.environ.get("TOY_TRACKING") == "recorded":
         replaced = tracked
         replaced.open_tracking = recorded.open_recorded
+    if lapse := os.environ.get("TOY_LAPSE"):
+        replaced = lease
+        replaced.Timing = lambda: signs.Timing(beat_s=0.2, lapse_s=float(lapse))
     cli.main()

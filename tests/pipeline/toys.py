@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ class Optim(Strict):
 
 
 class Toy(Stage):
-    """`ticks` waits of 20 ms each, one metric per tick, a count of ticks in the work folder."""
+    """`ticks` waits of 20 ms each, one metric per tick, a count of ticks in the work folder and what keeps it."""
 
     needs_ray: ClassVar[bool] = False
     outputs: ClassVar[Mapping[str, str]] = {"result.json": "what came out"}
@@ -37,6 +38,10 @@ class Toy(Stage):
 
     def run(self, context: Context) -> Mapping[str, float]:
         ticked = context.work / "ticks"
+        if context.remote and not ticked.exists():
+            store, prefix = context.remote
+            with contextlib.suppress(FileNotFoundError):
+                store.get_file(prefix + "ticks", ticked)
         start = int(ticked.read_text()) if ticked.exists() else 0
         with (context.work / "attempts").open("a") as file:
             file.write(f"{os.getpid()} {start}\n")
@@ -49,12 +54,19 @@ class Toy(Stage):
                 raise Stopped
             context.run.metrics({"loss": 1.0 / (tick + 1)}, tick)
             log.info("tick %d of %d", tick + 1, self.ticks)
-            ticked.write_text(str(tick + 1))
+            draft = ticked.with_suffix(".draft")
+            draft.write_text(str(tick + 1))
+            draft.replace(ticked)
+            if context.remote:
+                store, prefix = context.remote
+                store.put_file(prefix + "ticks", ticked)
         if self.mode == "fail":
             raise RuntimeError("the toy broke")
         if self.mode == "mistake":
             raise UserError("the toy does not fit", where="toy box", hint="use another box")
         if self.mode != "forget":
+            for item in context.inputs.values():
+                assert (item.path / "result.json").is_file(), "what a stage reads is on its machine"
             text = json.dumps({role: item.key for role, item in context.inputs.items()})
             (context.out / "result.json").write_text(text)
         return {"loss": 1.0 / max(1, self.ticks), "ticks": float(self.ticks)}

@@ -1,104 +1,167 @@
-"""The hand-out of a teacher's steps, with the real actor on a real Ray object store."""
+"""The hand-out of a teacher's steps: the real actor, the real object store."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 
-from orchestrator.elastic import cluster
-from orchestrator.sharing.client import SharedBlocks
-from orchestrator.sharing.service import Bundle, ShareActor
-from orchestrator.spec import Cluster
+from orchestrator.data.blocks import Block
+from orchestrator.sharing.client import NAMESPACE, SharedBlocks
+from orchestrator.sharing.keeper import Keeper
+
+from .lab import PATIENCE_S, Lab, entries, eventually, keep
 
 
-class CountingTeacher:
-    """Says the step's number; one block of two samples for each of two blocks. Fails at step 9."""
+def later(what: Callable[[], Any]) -> Future[Any]:
+    """The result of `what`, in a thread that holds up nobody's end."""
+    future: Future[Any] = Future()
 
-    images_per_step = 4
+    def run() -> None:
+        try:
+            future.set_result(what())
+        except BaseException as error:
+            future.set_exception(error)
 
-    def __init__(self) -> None:
-        self.images_forwarded = 0
-
-    def __call__(self, step: int) -> Bundle:
-        if step == 9:
-            raise ValueError("no step nine")
-        self.images_forwarded += self.images_per_step
-        return {
-            "ids": np.arange(4) + 10 * step,
-            "globals": np.full((2, 4, 3), step) + np.arange(4)[None, :, None],
-            "ragged/tokens": np.arange(5.0)[:, None] + step,
-            "offsets/tokens": np.array([0, 2, 5]),
-            "step/scaling": np.array([float(step)]),
-        }
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cluster() -> Iterator[None]:
-    with cluster.start(Cluster()):
-        yield
+def source(keeper: Keeper, student: str) -> SharedBlocks:
+    return keeper.source(student, 2)()
 
 
-def start(students: dict[str, int], num_steps: int = 20, window: int = 2) -> Any:
-    actor = ray.remote(ShareActor).options(num_cpus=0, max_concurrency=16)
-    return actor.remote(CountingTeacher, students, num_steps, window)
+def expect(block: Block, step: int, index: int) -> None:
+    """A block as `CountingTeacher` means it."""
+    samples = np.arange(2) + 2 * index
+    np.testing.assert_array_equal(block.ids, samples + 10 * step)
+    assert set(block.arrays) == {"globals", "tokens", "scaling", "bulk"}
+    np.testing.assert_array_equal(block.arrays["globals"][1, :, 0], step + samples)
+    rows = slice(0, 2) if index == 0 else slice(2, 5)
+    np.testing.assert_array_equal(block.arrays["tokens"][:, 0], np.arange(5.0)[rows] + step)
+    assert block.arrays["scaling"].tolist() == [step]
+    assert block.arrays["bulk"].shape == (1, 2, 100_000)
 
 
-def stats(actor: Any) -> Any:
-    return ray.get(actor.stats.remote())
+def test_all_students_see_the_same_and_the_teacher_works_once(lab: Lab, tmp_path: Path) -> None:
+    with keep(tmp_path, {"a": 0, "b": 0}) as keeper:
+        sources = [source(keeper, name) for name in ("a", "b")]
+        for step in range(4):
+            for index in range(2):
+                first, second = (blocks.load(step, index) for blocks in sources)
+                expect(first, step, index)
+                first.arrays["globals"][:] = -1  # a worker may write into its block; others must not see it
+                expect(second, step, index)
+    stats = keeper.account.stats()
+    assert stats.teacher_forwards_per_image == 1.0
+    assert (stats.steps_recomputed, stats.teacher_restarts) == (0, 0)
+    assert stats.bytes_per_image > 400_000
+    assert max(Counter(step for _, step in entries(tmp_path / "diary")).values()) == 1
 
 
-def test_all_students_see_the_same_and_the_teacher_works_once() -> None:
-    actor = start({"a": 0, "b": 0})
-    sources = [SharedBlocks(actor, name, 2) for name in ("a", "b")]
-    for step in range(4):
-        for index in range(2):
-            first, second = [source.load(step, index) for source in sources]
-            assert set(first.arrays) == {"globals", "tokens", "scaling"}
-            for name, array in first.arrays.items():
-                np.testing.assert_array_equal(array, second.arrays[name])
-            samples = np.arange(2) + 2 * index
-            np.testing.assert_array_equal(first.ids, samples + 10 * step)
-            np.testing.assert_array_equal(first.arrays["globals"][1, :, 0], step + samples)
-            rows = slice(0, 2) if index == 0 else slice(2, 5)
-            np.testing.assert_array_equal(first.arrays["tokens"][:, 0], np.arange(5.0)[rows] + step)
-            assert first.arrays["scaling"].tolist() == [step]
-            first.arrays["globals"][:] = -1  # a worker may write into its block; others must not see it
-    counted = stats(actor)
-    assert counted.teacher_forwards_per_image == 1.0
-    assert counted.steps_recomputed == 0
-    assert counted.bytes_per_image > 0
+def test_window_holds_the_fast_student_until_the_slow_one_moves_or_leaves(lab: Lab, tmp_path: Path) -> None:
+    with keep(tmp_path, {"fast": 0, "slow": 0}, window=2) as keeper:
+        fast, slow = source(keeper, "fast"), source(keeper, "slow")
+        fast.load(1, 0)
+        ahead = later(lambda: fast.load(2, 0))
+        time.sleep(3.0)  # longer than one call waits in the actor
+        assert not ahead.done(), "step 2 is outside the window of a student at 0"
+        slow.load(1, 0)
+        expect(ahead.result(PATIENCE_S), 2, 0)
+        further = later(lambda: fast.load(5, 1))
+        time.sleep(1.0)
+        assert not further.done()
+        keeper.leave("slow")
+        expect(further.result(PATIENCE_S), 5, 1)
+        with pytest.raises(RuntimeError, match="slow is not one of the students any more"):
+            slow.load(2, 0)
 
 
-def test_window_holds_the_fast_student_until_the_slow_one_moves_or_leaves() -> None:
-    actor = start({"fast": 0, "slow": 0}, window=2)
-    assert ray.get(actor.step.remote("fast", 1))
-    ahead = actor.step.remote("fast", 2)
-    assert ray.wait([ahead], timeout=1.0)[0] == [], "step 2 is outside the window of a student at 0"
-    ray.get(actor.step.remote("slow", 1))
-    assert ray.get(ahead, timeout=20)
-    further = actor.step.remote("fast", 5)
-    assert ray.wait([further], timeout=1.0)[0] == []
-    ray.get(actor.leave.remote("slow"))
-    assert ray.get(further, timeout=20)
+def test_a_student_that_falls_back_gets_old_steps_again(lab: Lab, tmp_path: Path) -> None:
+    with keep(tmp_path, {"a": 0}) as keeper:
+        blocks = source(keeper, "a")
+        for step in (0, 1, 2, 3, 4, 0, 1, 2):
+            expect(blocks.load(step, 1), step, 1)
+    stats = keeper.account.stats()
+    assert stats.steps_recomputed >= 1
+    assert stats.teacher_forwards_per_image > 1.0
 
 
-def test_a_student_that_falls_back_gets_old_steps_again() -> None:
-    actor = start({"a": 0})
-    bundles = [ray.get(ray.get(actor.step.remote("a", step))[0]) for step in (0, 1, 2, 3, 0)]
-    np.testing.assert_array_equal(bundles[0]["globals"], bundles[-1]["globals"])
-    deadline = time.monotonic() + 20
-    while not (counted := stats(actor)).steps_recomputed:
-        assert time.monotonic() < deadline
-    assert counted.teacher_forwards_per_image > 1.0
+def test_two_blocks_at_once_cost_one_question(lab: Lab, tmp_path: Path) -> None:
+    with keep(tmp_path, {"a": 0}, step_s=0.5) as keeper:
+        blocks = source(keeper, "a")
+        asked = []
+        ask = blocks._ask
+
+        def counting(step: int) -> Any:
+            asked.append(step)
+            return ask(step)
+
+        blocks._ask = counting  # type: ignore[method-assign]
+        with ThreadPoolExecutor(2) as pool:
+            for step in range(3):
+                both = list(pool.map(blocks.load, (step, step), (0, 1)))
+                for index in range(2):
+                    expect(both[index], step, index)
+        assert asked == [0, 1, 2]
 
 
-def test_a_failing_teacher_fails_its_students_and_says_why() -> None:
-    actor = start({"a": 8})
-    ray.get(actor.step.remote("a", 8))
-    with pytest.raises(RuntimeError, match="no step nine"):
-        ray.get(actor.step.remote("a", 9), timeout=20)
+def test_workers_of_many_students_wait_at_once(lab: Lab, tmp_path: Path) -> None:
+    """Far more callers than threads of any pool; the one that they all wait for still gets through."""
+    crowd = [f"s{number}" for number in range(60)]
+    with keep(tmp_path, dict.fromkeys([*crowd, "slow"], 0), window=2) as keeper:
+        actor = eventually(lambda: find(keeper))
+        waiting = [actor.step.remote(name, 2) for name in crowd]
+        slow = source(keeper, "slow")
+        began = time.monotonic()
+        slow.load(1, 0)
+        answers = ray.get([*waiting, *[actor.step.remote(name, 2) for name in crowd]], timeout=PATIENCE_S)
+        assert all("ref" in answer for answer in answers[60:])
+        assert time.monotonic() - began < PATIENCE_S
+
+
+def find(keeper: Keeper) -> Any:
+    try:
+        return ray.get_actor(keeper.name, NAMESPACE)
+    except ValueError:
+        return None
+
+
+def test_a_failing_teacher_says_why_and_tries_again_when_asked(lab: Lab, tmp_path: Path) -> None:
+    with keep(tmp_path, {"a": 8, "b": 8}, bad_step=9) as keeper:
+        blocks = source(keeper, "a")
+        expect(blocks.load(8, 0), 8, 0)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="the teacher failed at step 9: ValueError: no step 9"):
+                blocks.load(9, 0)
+        time.sleep(2.0)
+        tries = Counter(step for _, step in entries(tmp_path / "diary"))
+        assert tries[9] <= 4, "it must not try for ever while nobody asks"
+        (tmp_path / "diary.fixed").touch()
+        expect(blocks.load(9, 0), 9, 0)
+
+
+def test_a_closed_source_waits_no_longer(lab: Lab, tmp_path: Path) -> None:
+    with keep(tmp_path, {"a": 0, "slow": 0}, window=2) as keeper:
+        blocks = source(keeper, "a")
+        held = later(lambda: blocks.load(2, 0))
+        time.sleep(1.0)
+        blocks.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            held.result(5.0)
+
+
+def test_a_service_that_never_comes_is_an_error_after_a_while(lab: Lab) -> None:
+    blocks = SharedBlocks("share-of-nobody", "a", 2, patience_s=1.0)
+    with pytest.raises(
+        RuntimeError, match=r"the share service has been away for . s, so step 3 cannot be had"
+    ):
+        later(lambda: blocks.load(3, 0)).result(PATIENCE_S)

