@@ -1,4 +1,4 @@
-"""One worker of `bench checkpoint`: `python -m bench._saves SPEC.json RANK`. Times windows of training, one save in each.
+"""One worker of `bench checkpoint`, `python -m bench._saves SPEC.json RANK`: windows of training, one save in each.
 
 All arms take turns in one process on one engine, so that nothing but the save differs between two windows.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orchestrator.elastic import checkpoint
+from orchestrator.elastic import checkpoint, shardfile
 from orchestrator.elastic.checkpoint import Target
 from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.saver import Saver
@@ -65,6 +65,8 @@ class Windows:
             precision="fp32",
             blocks_per_worker=1,
         )
+        self.cpu_s = 0.0
+        shardfile.write_file = self._counted(shardfile.write_file)
         self.target = Target(self.folder / "ours")
         self.saver = Saver(
             self.target,
@@ -81,6 +83,15 @@ class Windows:
             WAITING: self._save_and_wait,
             TORCH: self._save_with_torch,
         }
+
+    def _counted(self, write: Callable[..., str]) -> Callable[..., str]:
+        def counted(*args: Any) -> str:
+            before = time.thread_time()
+            digest = write(*args)
+            self.cpu_s = time.thread_time() - before
+            return digest
+
+        return counted
 
     def step(self) -> None:
         """One update, and what the training loop agrees on after it."""
@@ -113,6 +124,7 @@ class Windows:
             "wall_s": time.perf_counter() - started,
             "stall_s": self.saver.last_stall_s,
             "write_s": self.saver.last_write_s,
+            "cpu_s": self.cpu_s,
         }
 
     def _save_and_wait(self) -> None:

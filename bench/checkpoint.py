@@ -2,8 +2,9 @@
 
 Two workers train a ViT-S with ZeRO-3, EMA included: 346 MB a checkpoint. The arms take turns in one group of
 processes, in windows of the same number of steps with one save in each. What an arm loses is its window's wall
-time less that of the same round's window without a save, over 30 s; so it counts the copy, the processor time
-of hashing and writing, and the disk. The same window without a save, taken again, shows what is noise.
+time less that of the same round's window without a save, over 30 s; the same window without a save, taken again,
+shows how much of that is noise. The figure is the sum of what noise does not reach: the time training stood still,
+and the processor time of hashing and writing, which workers on GPUs do not miss and workers on CPUs do.
 """
 
 from __future__ import annotations
@@ -35,22 +36,24 @@ def run(quick: bool) -> Claim:
     rounds: list[dict[str, dict[str, float]]] = found["rounds"]
     arms = {arm: _lost(rounds, arm, NEVER) for arm in (AGAIN, BEHIND, WAITING, TORCH)}
     stalls = [one[BEHIND]["stall_s"] for one in rounds]
-    arms["ours, stall alone"] = summarize([stall / _EVERY_S for stall in stalls])
+    lost = [one[BEHIND]["stall_s"] + one[BEHIND]["cpu_s"] for one in rounds]
+    arms["ours, stall"] = summarize([stall / _EVERY_S for stall in stalls])
+    arms["ours, stall and processor"] = summarize([seconds / _EVERY_S for seconds in lost])
     plain = [one[NEVER]["wall_s"] for one in rounds]
     return Claim(
         claim="training time lost to a checkpoint every 30 s",
-        # What noise hides, or even turns into a gain, is at least the time that training stood still.
-        figure=max(arms[BEHIND].median, arms["ours, stall alone"].median),
+        figure=arms["ours, stall and processor"].median,
         unit="fraction",
         goal=0.01,
         limit=None,
         arms=arms,
         notes=(
-            f"{found['steps']} steps a window, {median(plain):.1f} s without a save ({min(plain):.1f} to {max(plain):.1f})",
+            f"{found['steps']} steps a window, {median(plain):.1f} s without a save "
+            f"({min(plain):.1f} to {max(plain):.1f})",
             f"{found['bytes'] / 1e6:.0f} MB a worker; copied in {median(stalls):.3f} s, "
             f"the first time in {found['first']['stall_s']:.3f} s; "
             f"written in {median(one[BEHIND]['write_s'] for one in rounds):.2f} s behind training's back",
-            "the figure is the wall-clock loss, or the stall where that is more; torch's files have no checksums",
+            "all but the last two arms are differences of wall times; torch's files have no checksums",
         ),
     )
 

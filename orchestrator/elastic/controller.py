@@ -292,7 +292,11 @@ class _Controller:
         workers = len(self.group.places) if self.group is not None else 0
         # By seconds, not by steps: while nothing is trained no step passes.
         self.tracker.metrics({**figures, "workers": float(workers)}, int(figures["seconds_total"]), "goodput")
-        self.goodput.save(self.job.work / _ACCOUNT)
+        try:
+            self.goodput.save(self.job.work / _ACCOUNT)
+        except OSError as error:
+            # A full disk costs the account, and the checkpoints, which say so themselves.
+            logger.warning("%s: the account of its time is not kept: %s", self.job.name, error)
         if last:
             logger.info(
                 "%s: %s", self.job.name, ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

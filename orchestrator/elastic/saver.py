@@ -23,10 +23,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from orchestrator.elastic import checkpoint
+from orchestrator.elastic import checkpoint, shardfile
 from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.saved import COMMIT, FORMAT, CheckpointError, part_name, shard_name, step_name
-from orchestrator.elastic.shardfile import Slot, file_header, write_file
+from orchestrator.elastic.shardfile import Slot, file_header
 from orchestrator.elastic.target import Target
 
 logger = logging.getLogger("orchestrator")
@@ -73,11 +73,18 @@ class Saver:
         self._slots: dict[str, Slot] = {}
         self._header = b""
         self._host = torch.empty(0)
+        self._allocated: Future[None] | None = None
         self._thread = _Background()
         self._written: Future[None] | None = None
         self._manifest_put: Future[None] | None = None
         if self.rank == 0:
             self._thread.submit(self._sweep)
+
+    def prepare(self, engine: Engine) -> None:
+        """Make the host buffer in the background, so that the first `begin` need not. Collective at ZeRO 1 and 2."""
+        self._slots = _slots(engine)
+        self._header = file_header(self._slots)
+        self._allocated = self._thread.submit(self._allocate)
 
     def begin(self, engine: Engine, step: int) -> None:
         """Copy this worker's shards and start to write them. Waits for the file before it, if any.
@@ -139,11 +146,10 @@ class Saver:
     # --- copying ----------------------------------------------------------------------------------------------
 
     def _copy(self, engine: Engine) -> None:
-        if not self._slots:
-            self._slots = _slots(engine)
-            self._header = file_header(self._slots)
-            total = sum(slot.length for slot in self._slots.values())
-            self._host = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
+        if self._allocated is None:
+            self.prepare(engine)
+        assert self._allocated is not None
+        self._allocated.result()
         for key, shard in checkpoint.shards(engine):
             slot = self._slots[key]
             self._host[slot.start : slot.start + slot.length].copy_(shard.data, non_blocking=True)
@@ -151,6 +157,11 @@ class Saver:
             torch.cuda.current_stream().synchronize()
 
     # --- in the background ------------------------------------------------------------------------------------
+
+    def _allocate(self) -> None:
+        total = sum(slot.length for slot in self._slots.values())
+        # Writing to it makes its pages there: page faults take longer than the copy.
+        self._host = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available()).zero_()
 
     def _sweep(self) -> None:
         try:
@@ -164,7 +175,7 @@ class Saver:
         needed = len(self._header) + self._host.nbytes
         data = memoryview(cast(Any, self._host.numpy().view("uint8")))
         with _explained(self.target, f"{folder}/{shard}", needed):
-            digest = write_file(self.target.folder / folder / shard, self._header, data)
+            digest = shardfile.write_file(self.target.folder / folder / shard, self._header, data)
             self.target.publish(f"{folder}/{shard}")
             part = json.dumps({"size": needed, "sha256": digest}).encode()
             self.target.put(f"{folder}/{part_name(self.token, self.rank, self.world)}", part)

@@ -72,7 +72,7 @@ class Saving:
         self._rank = dist.get_rank()
         self._saver = Saver(
             job.target,
-            token=checkpoint.share(job.target.take() if self._rank == 0 else None, device),
+            token=checkpoint.share(_take_over(job) if self._rank == 0 else None, device),
             keep=job.elastic.keep_checkpoints,
             keep_every=job.elastic.keep_every,
             meta={"job": job.name, "num_steps": job.num_steps, "seed": job.seed},
@@ -165,3 +165,10 @@ class Saving:
     def _interval_s(self) -> float:
         wanted = self._job.elastic.checkpoint_every_s
         return wanted or checkpoint_interval(max(self._saver.last_stall_s, _LEAST_COST_S), self._mtbf_s)
+
+
+def _take_over(job: Job) -> str:
+    try:
+        return job.target.take()
+    except OSError as error:
+        raise CheckpointError(f"{job.checkpoints} cannot be written: {error.strerror or error}") from error

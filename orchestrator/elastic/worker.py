@@ -100,7 +100,8 @@ def _train(job: Job, attempt: dict[str, Any], link: Link) -> bool:
         os.environ[name] = str(value)
     if attempt["proxied"]:
         job = replace(job, blocks=lambda: SeatBlocks(link, attempt["num_blocks"]))
-    timeout = timedelta(seconds=attempt["hang_s"])
+    # The controller's own watch comes first: it knows who hangs and where, a collective only that somebody does.
+    timeout = timedelta(seconds=2 * attempt["hang_s"] + 30)
     if rank == 0:
         # Port 0: the system picks one that is free, whatever else runs on this machine.
         store = TCPStore("0.0.0.0", 0, world, is_master=True, timeout=timeout, wait_for_workers=False)

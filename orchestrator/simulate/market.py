@@ -6,7 +6,6 @@ For tests, benchmarks and replays of traces. Everything lives in a temporary fol
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from orchestrator.elastic import reaper
 
 # A GCS that pings often: what it believes about a killed node matters only for where new seats go.
 _ENVIRONMENT = {
@@ -48,6 +49,12 @@ class SpotMarket:
         self._folder = Path(tempfile.mkdtemp(prefix="orchestrator-market-"))
         # Object stores are small: what passes through them here is, and /dev/shm may be.
         self._sizes = {"object_store_memory": 256 * 2**20, "include_dashboard": False}
+        # Ends all of it if this process is killed.
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-S", reaper.__file__, str(self._folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         head = {"num_cpus": head_slots, "_system_config": {}, "temp_dir": str(self._folder), **self._sizes}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address: str = self._cluster.address
@@ -114,7 +121,9 @@ class SpotMarket:
                     with suppress(ProcessLookupError):
                         os.kill(info.process.pid, signal.SIGCONT)
         self._cluster.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.close()
+        self._reaper.wait()
 
     def __enter__(self) -> SpotMarket:
         return self

@@ -119,9 +119,13 @@ def plan_stages(
     return plans
 
 
-def predict(plans: Sequence[StagePlan], trace: Trace) -> Prediction:
-    """Let the stages run one after the other on the machines of `trace`, from its second 0."""
-    fleet = Fleet(trace)
+def predict(plans: Sequence[StagePlan], trace: Trace, *, warm: bool = False) -> Prediction:
+    """Let the stages run one after the other on the machines of `trace`, from its second 0.
+
+    Args:
+        warm: the first stage finds warm seats on the machines that are there, as if another one had just ended.
+    """
+    fleet = Fleet(trace, warm=warm)
     now, why_not = 0.0, ""
     results: list[StageResult] = []
     for plan in plans:

@@ -58,10 +58,12 @@ class Demand:
 class Fleet:
     """All seats on the machines of a trace; time goes on with `advance`.
 
-    `has_recalled` says that a job has to give up seats that another one asked for.
+    `warm` says that the first seats to be made are warm at once; `has_recalled`, that a job has to give up seats
+    that another one asked for.
     """
 
     trace: Trace
+    warm: bool = False
     seats: dict[str, Seat] = field(default_factory=dict)
     demands: dict[str, Demand] = field(default_factory=dict)
     now: float = 0.0
@@ -113,6 +115,7 @@ class Fleet:
             self._drop_all()
         self.demands[job] = demand
         self._ask()
+        self.warm = False
 
     def leave(self, job: str, now: float) -> None:
         """`job` needs none any more from `now` on; its seats stay warm for the next one."""
@@ -180,7 +183,7 @@ class Fleet:
         missing = sum(demand.most for demand in self.demands.values()) - len(self.seats)
         if missing <= 0 or not self._room:
             return
-        warm_s = max(demand.warm_s for demand in self.demands.values())
+        warm_s = 0.0 if self.warm else max(demand.warm_s for demand in self.demands.values())
         for machine in list(self._room):
             while missing > 0 and machine in self._room:
                 self._make(machine, warm_s)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orchestrator.elastic import checkpoint, saver, shardfile, target
+from orchestrator.elastic import checkpoint, shardfile, target
 from orchestrator.elastic.checkpoint import CheckpointError, Target, newest, restore
 from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.saver import Saver
@@ -255,13 +255,13 @@ def asynchronous(spec: Spec) -> Any:
     truth = everything(engine)
     if dist.get_rank() == 0:
         save_file(truth, spec["truth"])
-    real = saver.write_file
+    real = shardfile.write_file
 
     def slow(*args: Any) -> str:
         time.sleep(1.0)
         return real(*args)
 
-    saver.write_file = slow
+    shardfile.write_file = slow
     writer.begin(engine, 2)
     before = writer.written()
     train(engine, 3)

@@ -149,6 +149,26 @@ def test_a_failing_teacher_says_why_and_tries_again_when_asked(lab: Lab, tmp_pat
         expect(blocks.load(9, 0), 9, 0)
 
 
+def test_a_bundle_whose_object_is_lost_is_computed_again(lab: Lab, tmp_path: Path) -> None:
+    """Such as one that was spilled to a disk that failed: the actor lives and does not know."""
+    with keep(tmp_path, {"a": 0}) as keeper:
+        blocks = source(keeper, "a")
+        get, lost = blocks._get, []
+
+        def failing(ref: Any, limit_s: float) -> Any:
+            value = get(ref, limit_s)
+            if "ids" in value and ref.hex() not in lost[:1]:
+                lost.append(ref.hex())
+            if ref.hex() in lost[:1]:
+                raise ray.exceptions.ObjectLostError(ref.hex(), "", "")
+            return value
+
+        blocks._get = failing  # type: ignore[method-assign]
+        expect(blocks.load(1, 0), 1, 0)
+        assert len(lost) == 2, "another object than the one that was lost"
+    assert keeper.account.steps_recomputed == 1
+
+
 def test_a_closed_source_waits_no_longer(lab: Lab, tmp_path: Path) -> None:
     with keep(tmp_path, {"a": 0, "slow": 0}, window=2) as keeper:
         blocks = source(keeper, "a")

@@ -166,6 +166,15 @@ def test_stages_follow_each_other_and_keep_their_seats() -> None:
     assert [stage.ended for stage in found.stages][:-1] == [stage.began for stage in found.stages][1:]
 
 
+def test_seats_that_another_stage_left_are_warm() -> None:
+    trace = machines([(0, "up", 0), (20, "up", 1)], 2)
+    found = predict([stage(steps=200, blocks=2, workers=(1, 2))], trace, warm=True)
+    assert seconds(found)["startup"] == 1.0
+    cold = predict([stage(steps=200, blocks=2, workers=(2, 2))], trace, warm=True)
+    assert seconds(cold)["startup"] == 8.0 + 1.0  # only those that were there
+    assert seconds(cold)["waiting"] == 20.0 - 4.0
+
+
 def test_students_share_the_machines() -> None:
     jobs = tuple(JobPlan(f"distill/{i}", 50, 2, (1, 2), 10.0, 3, EXACT) for i in range(3))
     found = predict([StagePlan("distill", "distill", jobs, EXACT)], steady(4))
