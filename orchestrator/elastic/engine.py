@@ -176,6 +176,8 @@ class Engine:
                 "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
             }
         if self.zero_stage < 3:
+            # Else a second load would find the first one's links and leave the moments at zero.
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
     def _put(self, param: Any, part: Tensor, key: str | None) -> None:

@@ -77,6 +77,7 @@ class Saving:
             keep_every=job.elastic.keep_every,
             meta={"job": job.name, "num_steps": job.num_steps, "seed": job.seed},
         )
+        self._saver.prepare(engine)
         self._began_at = time.monotonic()
         self._told = step
         self._failures = 0

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from chaos import recipe
 from chaos.storm import draw
 from chaos.whole import keep, weather
-
 from orchestrator.data.samples import fetch_food
 
 # What a machine of two cores manages.

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from chaos import recipe
-from chaos.scene import BUCKET, Scene, marked
-from chaos.runs import Run
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
+
+from chaos import recipe
+from chaos.runs import Run
+from chaos.scene import BUCKET, Scene, marked
 
 LOSS, WEIGHTS = 1e-4, 1e-3
 _GONE_S = 30.0
@@ -34,7 +35,9 @@ class Objects:
 
     def names(self, below: str = "") -> list[str]:
         """Objects whose name starts with `below`."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=self._prefix + below)
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=BUCKET, Prefix=self._prefix + below
+        )
         return sorted(
             item["Key"].removeprefix(self._prefix)
             for page in pages
@@ -152,7 +155,11 @@ def ledger(objects: Objects, pipeline: dict[str, Any], starts: int) -> tuple[dic
     if numbers != list(range(len(numbers))):
         wrong.append(f"ledger: its events are numbered {numbers}")
     happened = [event for _, event in events]
-    wrong += [f"ledger: {event['stage']} failed: {event.get('error')}" for event in happened if event["event"] == "failed"]
+    wrong += [
+        f"ledger: {event['stage']} failed: {event.get('error')}"
+        for event in happened
+        if event["event"] == "failed"
+    ]
     running: str | None = None
     for event in happened:
         name = event["event"]
@@ -188,10 +195,8 @@ def tracking(scene: Scene, run: Run) -> tuple[dict[str, int], list[str]]:
         if Counter(name for name, _ in runs) != expected:
             wrong.append(f"MLflow: its runs are {sorted(name for name, _ in runs)}")
         for job in jobs:
-            question = (
-                "select step from metrics join runs using (run_uuid) where {} and name = ? and key = 'train/loss'"
-            )
-            steps = sorted(step for (step,) in ask(question, job))
+            joined = "select step from metrics join runs using (run_uuid)"
+            steps = sorted(s for (s,) in ask(joined + " where {} and name = ? and key = 'train/loss'", job))
             last = run.pipeline["stages"][job.partition("/")[0]]["steps"]
             if steps != list(range(1, last + 1)):
                 twice = sorted(step for step, count in Counter(steps).items() if count > 1)

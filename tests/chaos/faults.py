@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+
 from chaos.scene import Trap
 from chaos.sight import teachers
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from chaos.scene import BUCKET, Scene
 from chaos.sight import Sight
-
 from orchestrator.store.s3 import S3Store
 
 _LOOK_S = 0.2
@@ -82,6 +82,7 @@ class Run:
     """One execution of a pipeline with a store of its own in the scene."""
 
     def __init__(self, scene: Scene, pipeline: dict[str, Any], name: str) -> None:
+        self._scene = scene
         self.folder = scene.folder / name
         self.folder.mkdir()
         self.uri = f"s3://{BUCKET}/{name}"
@@ -96,4 +97,6 @@ class Run:
 
     def driver(self) -> Driver:
         """Start it."""
-        return Driver(self.folder)
+        driver = Driver(self.folder)
+        self._scene.ending.callback(driver.kill)
+        return driver

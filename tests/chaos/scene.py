@@ -150,7 +150,7 @@ class TrackingServer:
 
 @dataclass
 class Scene:
-    """The surroundings, while they last."""
+    """The surroundings, while they last. What is pushed to `ending` is done before they go."""
 
     folder: Path
     mark: str
@@ -158,6 +158,7 @@ class Scene:
     proxy: StormProxy
     tracking: TrackingServer
     market: SpotMarket
+    ending: contextlib.ExitStack
 
     def processes(self) -> list[psutil.Process]:
         """Every process that carries the scene's mark."""
@@ -203,7 +204,7 @@ def scene(folder: Path, seed: int, machines: int) -> Iterator[Scene]:
         for number in range(machines):
             market.add(f"m{number}")
         tracking.wait()
-        yield Scene(folder, mark, server, proxy, tracking, market)
+        yield Scene(folder, mark, server, proxy, tracking, market, stack)
 
 
 @contextlib.contextmanager

@@ -40,9 +40,10 @@ class Sight:
                     self._names[run] = record["name"]
                 elif record["op"] == "metrics" and record["channel"] == "train":
                     self.times[self._names[run]].setdefault(int(record["step"]), record["time_ms"] / 1000)
-        for path in (self._root / "work").glob("**/goodput.json"):
-            with contextlib.suppress(OSError, ValueError):
-                self.accounts[_job(path)] = json.loads(path.read_text())
+        for pattern in ("work/*/goodput.json", "work/*/students/*/goodput.json"):
+            for path in self._root.glob(pattern):
+                with contextlib.suppress(OSError, ValueError):
+                    self.accounts[_job(path)] = json.loads(path.read_text())
 
     def steps(self) -> int:
         """Steps recorded so far, of all jobs together."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
+
 from chaos import checks
 from chaos.faults import KINDS, Fault, machine_added
 from chaos.runs import Run
@@ -61,7 +62,14 @@ class Storm:
     """
 
     def __init__(
-        self, scene: Scene, run: Run, faults: Sequence[Fault], *, seed: int, steps: int, say: Callable[[str], None]
+        self,
+        scene: Scene,
+        run: Run,
+        faults: Sequence[Fault],
+        *,
+        seed: int,
+        steps: int,
+        say: Callable[[str], None],
     ) -> None:
         self.scene, self.sight, self.market = scene, run.sight, scene.market
         self.random = random.Random(seed)
@@ -158,7 +166,9 @@ class Storm:
 
     def _strike(self) -> None:
         for fault in self._candidates():
-            before = Struck(fault.__name__.replace("_", " "), "", time.time(), self.sight.steps(), self.sight.lost())
+            before = Struck(
+                fault.__name__.replace("_", " "), "", time.time(), self.sight.steps(), self.sight.lost()
+            )
             what = fault(self)
             if what is None:
                 continue

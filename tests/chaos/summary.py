@@ -26,7 +26,9 @@ def table(struck: Sequence[Struck]) -> list[str]:
     for kind, ones in sorted(kinds.items()):
         seconds = sorted(one.next_step for one in ones if one.next_step is not None)
         took = f"{statistics.median(seconds):.1f} ({seconds[-1]:.1f})" if seconds else "—"
-        lines.append(f"| {kind} | {len(ones)} | {took} | {sum(one.steps_lost for one in ones)} | {said(ones)} |")
+        lines.append(
+            f"| {kind} | {len(ones)} | {took} | {sum(one.steps_lost for one in ones)} | {said(ones)} |"
+        )
     return lines
 
 

@@ -75,7 +75,9 @@ def _examine(here: Scene, calm: Run, run: Run, storm: Storm) -> tuple[list[str],
     for job in recipe.jobs(run.pipeline):
         loss, norm, found = checks.same_model(before, after, job)
         wrong += found
-        checked.append(f"{job}: sample orders equal, losses within {loss:.1e}, final weights within {norm:.1e}")
+        checked.append(
+            f"{job}: sample orders equal, losses within {loss:.1e}, final weights within {norm:.1e}"
+        )
     counts, found = checks.ledger(after, run.pipeline, storm.driver.starts)
     wrong += found
     checked.append(f"ledger: {', '.join(f'{name} {count}' for name, count in counts.items())}")
@@ -102,4 +104,6 @@ def _pending(run: Run) -> int:
 
 def keep(folder: Path, where: Path) -> None:
     """Keep the logs of a storm that went wrong."""
-    shutil.copytree(folder, where, ignore=shutil.ignore_patterns("food", "jfs", "s3", "*.safetensors"), dirs_exist_ok=True)
+    shutil.copytree(
+        folder, where, ignore=shutil.ignore_patterns("food", "jfs", "s3", "*.safetensors"), dirs_exist_ok=True
+    )

@@ -146,9 +146,12 @@ def test_machines_killed_drained_and_added(
     reached = running.step()
     running.wait(lambda: running.step() > reached + 2)
     machines.drain(first, 30)
+    machines.drain("third", 30)
     running.wait(lambda: any("notice" in line for line in running.lines))
+    machines.kill(first)  # before its deadline
     account = running.finish()
-    assert account.counts["preemptions"] == 1
+    assert account.counts["preemptions"] == 1, "what had announced itself was not missed"
+    assert account.recoveries[-1].workers == 1
     assert account.counts["resizes"] >= 2, grown
     lost = account.counts["steps_lost"]
     assert all(
@@ -156,7 +159,7 @@ def test_machines_killed_drained_and_added(
     )
     assert lost <= 6, "only the kill lost steps, those since the last checkpoint"
     assert_same(running, undisturbed)
-    machines.kill(first)
+    machines.kill("third")
 
 
 def test_a_killed_worker_is_forked_again_on_its_warm_seat(
