@@ -2,7 +2,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test proofs lint format lock clean
+.PHONY: help setup setup-dev run test proofs chaos lint format lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,12 @@ test: setup-dev ## run the tests
 
 proofs: setup-dev ## run the slow proofs (minutes each)
 	$(BIN)/python -m pytest -m slow
+
+MINUTES := 28
+SEED := 1
+
+chaos: setup-dev ## half an hour of faults on a real pipeline (MINUTES=28 SEED=1); summary in runs/chaos.md
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED) --out runs/chaos.md
 
 lint: setup-dev ## style, format, types, direction of imports
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ replay measures the engine and not the contention. Everything but the computing 
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -55,7 +55,8 @@ class Paced(TrainStage):
             elastic=context.elastic,
         )
         figures = controller.run(job, tracker=context.run, stop=context.stop)
-        shutil.copy(context.work / "goodput.json", context.out / "goodput.json")
+        account = json.loads((context.work / "goodput.json").read_text())
+        (context.out / "goodput.json").write_text(json.dumps({"stage": context.name, **account}))
         return figures
 
 

@@ -130,8 +130,9 @@ def _replayed(market: SpotMarket, trace: Trace, folder: Path, steps: int) -> Rep
 
 
 def _recoveries(folder: Path) -> list[dict[str, object]]:
-    (account,) = folder.glob("runs/artifacts/train-*/goodput.json")
-    found: list[dict[str, object]] = json.loads(account.read_text())["recoveries"]
+    accounts = [json.loads(path.read_text()) for path in folder.glob("runs/artifacts/*/goodput.json")]
+    (account,) = [account for account in accounts if account["stage"] == _STAGE]
+    found: list[dict[str, object]] = account["recoveries"]
     return found
 
 

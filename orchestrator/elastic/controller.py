@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,7 @@ class _Controller:
         self.restart_s = 5.0
         self.told_line = self.told_figures = time.monotonic()
         self.waits_for = ""
+        self.recorder = ThreadPoolExecutor(1, thread_name_prefix=f"record-{job.name}")
 
     def run(self) -> None:
         elastic = self.job.elastic
@@ -103,6 +105,8 @@ class _Controller:
             if self.group is not None:
                 self.group.kill()
             self.fleet.leave(self.job.name)
+            self.group = None
+            self.recorder.shutdown(cancel_futures=True)
             self._account(last=True)
 
     def _over(self) -> bool:
@@ -120,6 +124,8 @@ class _Controller:
             match event["kind"]:
                 case "step":
                     self._stepped(group, event)
+                case "record":
+                    self.recorder.submit(self._record, group, event["step"])
                 case "saved":
                     self.goodput.saved(event["step"])
                     self._account()
@@ -137,10 +143,17 @@ class _Controller:
         if ended is not None:
             self._end(group, ended)
 
+    def _record(self, group: Group, step: int) -> None:
+        """Tell the workers once the curve up to `step` is where no lost machine can take it."""
+        while not self.tracker.secure():
+            if self.group is not group:
+                return
+            time.sleep(_LOOK_S)
+        group.tell(0, {"op": "recorded", "step": step})
+
     def _stepped(self, group: Group, event: dict[str, Any]) -> None:
         now, step = time.time(), int(event["step"])
         self.tracker.metrics(event["figures"], step)
-        group.tell(0, {"op": "recorded", "step": step})
         if not group.stepped:
             group.stepped = True
             self.goodput.resumed(step - 1)

@@ -155,7 +155,7 @@ class Link:
         self.step = -1
         self._yield = threading.Event()
         self._peers: Future[tuple[str, int]] = Future()
-        self._acked = -1
+        self._acked = self._asked = -1
         self._blocks: dict[tuple[int, int], Future[Message]] = {}
         for target in (self._listen, self._beat):
             threading.Thread(target=target, daemon=True).start()
@@ -182,7 +182,10 @@ class Link:
         self.send({"kind": "trouble", "what": what})
 
     def recorded(self, step: int) -> bool:
-        """Whether the driver has written down everything up to `step`."""
+        """Whether the driver has written down everything up to `step`; asks it to at the first call for a step."""
+        if step > self._asked:
+            self._asked = step
+            self.send({"kind": "record", "step": step})
         return self._acked >= step
 
     def yield_requested(self) -> bool:

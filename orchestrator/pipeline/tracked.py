@@ -20,7 +20,10 @@ def open_tracking(loaded: LoadedPipeline, workspace: Workspace, run_id: str) -> 
     Raises:
         UserError: the tracking address is of an unknown kind.
     """
+    mirror = workspace.mirror(loaded.name)
     with _mirrored(loaded, workspace), _tracking(loaded, workspace) as tracking:
+        if mirror is not None:
+            tracking.kept_by(mirror.flush)
         yield tracking.run(loaded.name, resume_id=run_id)
 
 

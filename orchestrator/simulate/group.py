@@ -78,6 +78,8 @@ class Group:
         elapsed, self._now = to - self._now, to
         if self.phase == "stepping":
             self.stepped_s += elapsed
+        elif self.phase in ("leaving", "ending") and self._pending is not None and self._pending[0] <= to:
+            self.safe, self._pending = self._pending[1], None
         if to >= self.phase_ends:
             self._next_phase()
         return elapsed
@@ -121,9 +123,8 @@ class Group:
         if self._pending is not None and self._pending[0] <= self._now + _ROUNDING:
             self.safe, self._pending = self._pending[1], None
         if self._stop or self.step == self.num_steps:
-            # The file that is still being written is waited for, then given up.
+            # The file that is still being written is waited for, and committed, before the last one is begun.
             wait = max(0.0, self._pending[0] - self._now) if self._pending is not None else 0.0
-            self._pending = None
             self.phase = "ending" if self.step == self.num_steps else "leaving"
             self.phase_ends = self._now + wait + self.costs.stall_s + self.costs.write_s
         elif not was_pending and self._now - self._saved_at >= self._interval() - _ROUNDING:

@@ -29,6 +29,7 @@ class JobPlan:
     interval_s: float | None
     max_failures: int
     costs: StageCosts
+    resize_share: float = 0.1
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Job:
     _has_stepped: bool = False
     _losses: int = 0
     _restart_s: float = _FIRST_RESTART_S
+    _ready_since: float | None = None  # enough seats for the fewest workers, and no group
     _ended_at: float | None = None  # the last group, as far as the controller knows
 
     def __post_init__(self) -> None:
@@ -149,8 +151,8 @@ class Job:
                 self._yielding = reason
                 self._group.leave()
             case Wait():
-                if view.warming and self.now < self._since + view.restart_s:
-                    self._wake = self._since + view.restart_s + _PAST
+                if self._ready_since is not None and view.waited_s < view.restart_s:
+                    self._wake = self._ready_since + view.restart_s + _PAST
             case Keep():
                 ripe = self._since + view.restart_s / view.resize_share + _PAST
                 if self.now < ripe and len(self._names) < self.plan.workers[1]:
@@ -162,6 +164,8 @@ class Job:
         seats = tuple([seat.view for seat in offered])
         staying = [view.leaving for view in seats].count(False)
         self._short = staying + coming < self.plan.workers[0]
+        if self._ready_since is None and staying >= self.plan.workers[0]:
+            self._ready_since = self.now
         group = self._group
         return JobView(
             workers=self.plan.workers,
@@ -171,11 +175,12 @@ class Job:
             yielding=bool(self._yielding),
             warming=coming,
             stepped=self._has_stepped,
-            waited_s=0.0 if group else self.now - self._since,
+            waited_s=self.now - self._ready_since if self._ready_since is not None else 0.0,
             since_resize_s=self.now - self._since if group else 0.0,
             step_s=group.step_s if group and group.has_stepped else None,
             steps_left=self.plan.num_steps - (group.steps_done() if group else self.step),
             restart_s=self._restart_s,
+            resize_share=self.plan.resize_share,
         )
 
     def _form(self, names: tuple[str, ...]) -> None:
@@ -229,7 +234,7 @@ class Job:
         self.account.checkpoints += group.num_saves
         self.step = group.safe.step
         self._group, self._names, self._yielding = None, (), ""
-        self._since = self.now
+        self._since, self._ready_since = self.now, None
         self.fleet.give_back(self.plan.name)
 
     def stop(self) -> None:

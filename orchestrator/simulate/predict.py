@@ -198,7 +198,16 @@ def _job_plan(
     every: float | None = elastic.checkpoint_every_s
     if interval_s is not None:
         every = float(interval_s) if interval_s != "auto" else None
-    return JobPlan(name, num_steps, batch // block, elastic.workers, every, elastic.max_failures, costs)
+    return JobPlan(
+        name,
+        num_steps,
+        batch // block,
+        elastic.workers,
+        every,
+        elastic.max_failures,
+        costs,
+        elastic.resize_share,
+    )
 
 
 def _merged(default: Elastic, own: Elastic | None) -> Elastic:

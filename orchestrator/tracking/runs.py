@@ -8,7 +8,7 @@ import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +66,10 @@ class Run(ABC):
     def history(self, channel: str = "train") -> list[Record]:
         """What `metrics` recorded, over all attempts: dicts of step, time_ms, channel and metrics."""
 
+    def secure(self) -> bool:
+        """Make what was recorded outlive this machine; False if that is not possible now. May take seconds."""
+        return True
+
     @abstractmethod
     def mlflow_run_id(self, timeout: float = 0.0) -> str | None:
         """MLflow's id of this run, waiting at most `timeout` seconds until there is one."""
@@ -120,6 +124,10 @@ class SpooledRun(Run):
     def history(self, channel: str = "train") -> list[Record]:
         """See :class:`Run`."""
         return self._spool.history(self.run_id, channel)
+
+    def secure(self) -> bool:
+        """See :class:`Run`."""
+        return self._spool.secure()
 
     def mlflow_run_id(self, timeout: float = 0.0) -> str | None:
         """See :class:`Run`."""
@@ -203,6 +211,10 @@ class Tracking:
         self._spool = Spool(folder)
         self._flusher = Flusher(self._spool, MlflowSink(self.uri, experiment, files))
         self._flusher.start()
+
+    def kept_by(self, keep: Callable[[], bool]) -> None:
+        """Have `keep` copy the records to where they outlive this machine, whenever a run is to be secured."""
+        self._spool.keep = keep
 
     def run(self, name: str, resume_id: str | None = None) -> SpooledRun:
         """A run at the top; with `resume_id` that very run, RUNNING again."""

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +33,16 @@ class _Log:
 
 
 class Spool:
-    """The records of all runs of a pipeline, in `folder`."""
+    """The records of all runs of a pipeline, in `folder`.
+
+    Attributes:
+        keep: copies the records to where they outlive this machine, and says whether that went well; None if they
+            are there already.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
+        self.keep: Callable[[], bool] | None = None
         self._logs: dict[str, _Log] = {}
         self._lock = threading.Lock()
 
@@ -115,6 +121,10 @@ class Spool:
             ):
                 found.append(other)
         return found
+
+    def secure(self) -> bool:
+        """Make what is recorded outlive this machine, if the folder does not; False if that is not possible now."""
+        return self.keep is None or self.keep()
 
     def sync(self, run_id: str) -> None:
         """Makes what is recorded for the run survive a power cut."""

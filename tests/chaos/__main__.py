@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=28.0, help="about how long the storm lasts")
     parser.add_argument("--seed", type=int, default=1, help="of the faults")
-    parser.add_argument("--out", type=Path, default=Path("chaos.md"), help="file for the summary")
+    parser.add_argument("--out", type=Path, default=Path("runs/chaos.md"), help="file for the summary")
     chosen = parser.parse_args()
     number = round(chosen.minutes * _FAULTS_A_MINUTE)
     # Two stages; the students of the second train side by side.
@@ -43,6 +43,7 @@ def main() -> int:
             raise
         if wrong:
             keep(folder, chosen.out.with_suffix(".logs"))
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(text)
     _say(text)
     return 1 if wrong else 0

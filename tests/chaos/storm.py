@@ -17,6 +17,8 @@ from chaos.scene import Scene
 
 _LOOK_S = 0.2
 _NEW_STEPS, _WAIT_S = 2, 20.0
+# All faults have come by this share of the steps.
+_SHARE = 0.85
 # Every so often a fault comes on the heels of another.
 _AT_ONCE = 0.15
 _COUNT_EVERY_S = 15.0
@@ -161,22 +163,20 @@ class Storm:
         if not self.struck:
             return steps >= _NEW_STEPS
         new = steps - self.struck[-1].steps
-        behind = len(self.struck) / self._number - steps / self._steps
-        return waited > self._wait_s or (new >= _NEW_STEPS and behind <= 0) or (new >= 1 and behind < -0.05)
+        ahead = len(self.struck) / self._number - steps / (_SHARE * self._steps)
+        return waited > self._wait_s or (new >= _NEW_STEPS and ahead <= 0) or (new >= 1 and ahead < -0.05)
 
     def _strike(self) -> None:
         for fault in self._candidates():
-            before = Struck(
-                fault.__name__.replace("_", " "), "", time.time(), self.sight.steps(), self.sight.lost()
-            )
             what = fault(self)
             if what is None:
                 continue
-            before.what = what
-            self.struck.append(before)
+            now, kind = time.time(), fault.__name__.replace("_", " ")
+            self.sight.look()
+            self.struck.append(Struck(kind, what, now, self.sight.steps(), self.sight.lost()))
             if fault in self._queue:
                 self._queue.remove(fault)
-            self._say(f"{before.time - self.began:6.1f} s  {before.steps:4} steps  {before.kind}: {what}")
+            self._say(f"{now - self.began:6.1f} s  {self.sight.steps():4} steps  {kind}: {what}")
             break
         self._last = time.monotonic()
         self._wait_s = 1.0 if self.random.random() < _AT_ONCE else _WAIT_S

@@ -1,4 +1,4 @@
-"""One cluster for all tests here: starting one takes longer than most of them."""
+"""One cluster a module: starting one takes longer than most tests, and others start their own after it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from .lab import Lab
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def whole_lab() -> Iterator[Lab]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
