@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.tracking.spool import Spool
 
-STEPS = 120
+STEPS = 100
 HEADS = {"hidden": 64, "dino_prototypes": 256, "ibot_prototypes": 256, "prototype_std": 0.125}
 CROPS = {"global_size": 48, "local_size": 24, "num_local": 2, "blur_sigma": [0.1, 0.6]}
 COMMON: dict[str, Any] = {"steps": STEPS, "batch_size": 20, "block_size": 4}
@@ -46,11 +46,11 @@ PIPELINE: dict[str, Any] = {
         "curate": {"kind": "curate", "data": "photos", "clusters": 8, "sample": 0.3},
         "pretrain": {
             **SSL, "kind": "pretrain", "needs": "curate", "model": "vit_femto", "drop_path": 0.2, "heads": HEADS,
-            "homogeneous": "balanced", "snapshot_every": 60,
+            "homogeneous": "balanced", "snapshot_every": 50,
         },
         "gram": {
             **SSL, "kind": "gram_anchor", "needs": ["curate", "pretrain"], "crops": {**CROPS, "gram_size": 96},
-            "gram": {"teacher": 60, "first_update": 30, "update_every": 40},
+            "gram": {"teacher": 50, "first_update": 30, "update_every": 40},
         },
         "high_res": {
             **SSL, "kind": "high_res", "needs": ["curate", "gram"],

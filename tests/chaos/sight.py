@@ -17,13 +17,14 @@ class Sight:
     """Reads what a run leaves below `root`, its store's folder on this machine; only what is new each time.
 
     Attributes:
+        root: that folder.
         times: when each step of a job was first recorded, in seconds since 1970, by job and step.
         accounts: the newest goodput account of each job.
         most_memory_files: the most that one process ever held.
     """
 
     def __init__(self, root: Path, pipeline: str) -> None:
-        self._root = root
+        self.root = root
         self._spool = Spool(root / "spool" / pipeline)
         self._offsets: dict[str, int] = {}
         self._names: dict[str, str] = {}
@@ -41,7 +42,7 @@ class Sight:
                 elif record["op"] == "metrics" and record["channel"] == "train":
                     self.times[self._names[run]].setdefault(int(record["step"]), record["time_ms"] / 1000)
         for pattern in ("work/*/goodput.json", "work/*/students/*/goodput.json"):
-            for path in self._root.glob(pattern):
+            for path in self.root.glob(pattern):
                 with contextlib.suppress(OSError, ValueError):
                     self.accounts[_job(path)] = json.loads(path.read_text())
 
