@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from orchestrator.stages.selfsup import (
 )
 
 if TYPE_CHECKING:
+    from orchestrator.sharing.service import StepTeacher
     from orchestrator.elastic.job import Job
     from orchestrator.sharing.account import Stats
     from orchestrator.sharing.keeper import Keeper
@@ -112,8 +113,9 @@ class Distill(TrainStage):
             name: max(job.target.committed(), default=0) for name, job in jobs.items() if not job.is_done()
         }
         context.work.mkdir(parents=True, exist_ok=True)
+        teacher = partial(FrozenTeacher, self, recipe, folder, context.inputs["index"].path, seed)
         with Keeper(
-            partial(FrozenTeacher, self, recipe, folder, context.inputs["index"].path, seed),
+            partial(_with_inputs, context.needed, teacher),
             first_steps,
             self.steps,
             window=self.window,
@@ -238,3 +240,12 @@ def _raise_first(futures: Mapping[str, Future[Trained]]) -> None:
     if len(errors) == 1:
         raise first
     raise RuntimeError("; ".join(f"{name}: {error}" for name, error in errors.items())) from first
+
+
+def _with_inputs(needed: Sequence[tuple[str, str, str]], make: Callable[[], StepTeacher]) -> StepTeacher:
+    """The teacher, on a machine that may not have its artifacts yet."""
+    from orchestrator.store.open import fetch
+
+    for store, kind, key in needed:
+        fetch(store, kind, key)
+    return make()

@@ -31,6 +31,7 @@ logger = logging.getLogger("orchestrator")
 _LOOK_S = 0.25
 _LINE_EVERY_S = 10.0
 _FIGURES_EVERY_S = 5.0
+_PLACING_S = 3.0
 _ACCOUNT = "goodput.json"
 
 
@@ -86,6 +87,7 @@ class _Controller:
         self.restart_s = 5.0
         self.told_line = self.told_figures = time.monotonic()
         self.waits_for = ""
+        self.waits_since: float | None = None
         self.recorder = ThreadPoolExecutor(1, thread_name_prefix=f"record-{job.name}")
 
     def run(self) -> None:
@@ -243,11 +245,20 @@ class _Controller:
         elif isinstance(decision, policy.Yield) and self.group is not None:
             self.on_line(f"{self.job.name}: {decision.reason}: checkpointing")
             self.group.yield_(decision.reason)
-        elif isinstance(decision, policy.Wait) and not self.fleet.warming(self.job.name):
-            self.goodput.become("waiting", time.time())
-            if decision.reason != self.waits_for:
-                self.waits_for = decision.reason
-                self.on_line(f"{self.job.name}: {decision.reason}")
+        elif isinstance(decision, policy.Wait):
+            self._wait(decision.reason)
+
+    def _wait(self, reason: str) -> None:
+        """Book the time without machines, and say so once it is more than a seat takes to be placed."""
+        now = time.monotonic()
+        if self.waits_since is None:
+            self.waits_since = now
+        if self.fleet.warming(self.job.name):
+            return
+        self.goodput.become("waiting", time.time())
+        if now - self.waits_since > _PLACING_S and reason != self.waits_for:
+            self.waits_for = reason
+            self.on_line(f"{self.job.name}: {reason}")
 
     def _view(self) -> policy.JobView:
         now = time.monotonic()
@@ -279,7 +290,7 @@ class _Controller:
         if places is None:
             return
         now = time.time()
-        self.waits_for = ""
+        self.waits_for, self.waits_since = "", None
         self.goodput.become("restart", now)
         if self.recovery is not None:
             self.recovery.decided = now

@@ -122,7 +122,9 @@ class Fleet:
             idle = [place for place in self._warm(demand.shape) if place.job is None]
             others = [name for name in self._demands if name != job]
             owed = sum(max(0, self._demands[name].fewest - self._held(name)) for name in others)
-            free = max(0, len(idle) - owed) if len(mine) >= demand.fewest else len(idle)
+            # Also a job without any leaves others theirs: two that each took all would take turns for ever.
+            needs = max(0, demand.fewest - len(mine))
+            free = max(min(needs, len(idle)), len(idle) - owed)
             self._recall(job, demand, len(mine) + free)
             return mine + idle[:free]
 
