@@ -52,7 +52,7 @@ class Case:
 
 def run(quick: bool) -> Claim:
     """Measure the costs in one disturbed run, then predict and replay other traces on the same raylets."""
-    steps = 250 if quick else 600
+    steps = 400 if quick else 600
     root = str(Path(__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     seeds = (1,) if quick else (1, 2, 3)

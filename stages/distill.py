@@ -26,10 +26,10 @@ from orchestrator.stages.selfsup import (
 )
 
 if TYPE_CHECKING:
-    from orchestrator.sharing.service import StepTeacher
     from orchestrator.elastic.job import Job
     from orchestrator.sharing.account import Stats
     from orchestrator.sharing.keeper import Keeper
+    from orchestrator.sharing.service import StepTeacher
     from orchestrator.tracking.runs import Run
 
 # What the teacher takes of a GPU that it may share with workers.

@@ -123,6 +123,14 @@ def test_a_job_that_may_spend_more_on_growing_grows_sooner() -> None:
     assert predict([eager], trace).seconds < predict([plan], trace).seconds - 5
 
 
+def test_growth_comes_when_a_restart_is_a_tenth_of_the_time() -> None:
+    # One worker is chosen at 12 s; a restart is believed to take 5 s, so growth may come at 62 s: just then a step
+    # ends, the 39th, and the group yields after the next one.
+    trace = machines([(0, "up", 0), (20, "up", 1)], 2)
+    found = predict([stage(steps=500, blocks=2, workers=(1, 2), interval_s=1e9)], trace)
+    assert seconds(found)["useful"] == 40 * 1.25 + 460 * 0.75 + 2 * 0.25
+
+
 def test_the_first_group_waits_for_a_second_seat_as_long_as_a_restart_takes() -> None:
     # The second machine's seat is warm 4 s after the first one's: that is less than the 5 s that a restart is
     # believed to take. The third one's is not.
