@@ -28,9 +28,9 @@ from safetensors.numpy import load_file
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.tracking.spool import Spool
 
-STEPS = 100
+STEPS = 80
 HEADS = {"hidden": 64, "dino_prototypes": 256, "ibot_prototypes": 256, "prototype_std": 0.125}
-CROPS = {"global_size": 48, "local_size": 24, "num_local": 2, "blur_sigma": [0.1, 0.6]}
+CROPS = {"global_size": 32, "local_size": 16, "num_local": 2, "blur_sigma": [0.1, 0.6]}
 COMMON: dict[str, Any] = {"steps": STEPS, "batch_size": 20, "block_size": 4}
 SSL: dict[str, Any] = {
     **COMMON,
@@ -46,18 +46,18 @@ PIPELINE: dict[str, Any] = {
         "curate": {"kind": "curate", "data": "photos", "clusters": 8, "sample": 0.3},
         "pretrain": {
             **SSL, "kind": "pretrain", "needs": "curate", "model": "vit_femto", "drop_path": 0.2, "heads": HEADS,
-            "homogeneous": "balanced", "snapshot_every": 50,
+            "homogeneous": "balanced", "snapshot_every": 40,
         },
         "gram": {
-            **SSL, "kind": "gram_anchor", "needs": ["curate", "pretrain"], "crops": {**CROPS, "gram_size": 96},
-            "gram": {"teacher": 50, "first_update": 30, "update_every": 40},
+            **SSL, "kind": "gram_anchor", "needs": ["curate", "pretrain"], "crops": {**CROPS, "gram_size": 64},
+            "gram": {"teacher": 40, "first_update": 30, "update_every": 40},
         },
         "high_res": {
             **SSL, "kind": "high_res", "needs": ["curate", "gram"],
             "crops": {"num_local": 2, "blur_sigma": [0.1, 0.6]},
             "resolutions": [
+                {"global_size": 32, "local_size": 16, "gram_size": 48, "p": 0.5},
                 {"global_size": 48, "local_size": 24, "gram_size": 64, "p": 0.5},
-                {"global_size": 64, "local_size": 32, "gram_size": 96, "p": 0.5},
             ],
         },
         "distill": {
@@ -65,7 +65,7 @@ PIPELINE: dict[str, Any] = {
             "students": {"vit": {"model": "vit_femto", "workers": [1, 3]}},
         },
         "align_text": {
-            **COMMON, "kind": "align_text", "needs": ["curate", "distill"], "student": "vit", "image_size": 48,
+            **COMMON, "kind": "align_text", "needs": ["curate", "distill"], "student": "vit", "image_size": 32,
             "text": {"dim": 32, "depth": 2, "num_heads": 2}, "optimizer": {"lr": {"peak": 1e-3}},
         },
     },

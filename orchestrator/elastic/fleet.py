@@ -231,13 +231,17 @@ class Fleet:
                 place.inbox += answer["events"]
 
     def _lose(self, place: Place, why: str) -> None:
+        logger.info("seat %s on node %s is lost: %s", place.name, place.node[:8] or "?", why)
+        self._remove(place)
+        self._ask(place.shape)
+
+    def _remove(self, place: Place) -> None:
         import ray
 
-        logger.info("seat %s on node %s is lost: %s", place.name, place.node[:8] or "?", why)
+        # Another controller may be waiting for an answer of this seat right now, and must not miss it again.
         place.health = "lost"
         ray.kill(place.actor)
         del self._places[place.name]
-        self._ask(place.shape)
 
     def _ask(self, shape: Shape) -> None:
         """Make as many seats as the jobs want in all."""
@@ -258,27 +262,21 @@ class Fleet:
 
     def _drop_surplus(self, shape: Shape) -> None:
         """Seats that are not even placed are of no use to a job that is gone."""
-        import ray
-
         wanted = sum(demand.most for demand in self._demands.values() if demand.shape == shape)
         pending = [
             place for place in self._places.values() if place.shape == shape and place.health == "placing"
         ]
         there = sum(place.shape == shape for place in self._places.values())
         for place in pending[: max(0, there - wanted)]:
-            ray.kill(place.actor)
-            del self._places[place.name]
+            self._remove(place)
 
     def _drop_idle(self) -> None:
         """Give the machines back that no job has used for a while."""
-        import ray
-
         if self._demands:
             return
         for place in list(self._places.values()):
             if place.health == "warm" and time.monotonic() - place.idle_since > _IDLE_S:
-                ray.kill(place.actor)
-                del self._places[place.name]
+                self._remove(place)
 
     def _notice_drains(self) -> None:
         if time.monotonic() - self._drained_at < _DRAIN_POLL_S:

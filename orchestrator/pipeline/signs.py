@@ -16,7 +16,7 @@ class Timing:
     """Seconds between beats, and without one until a hold is lost."""
 
     beat_s: float = 3.0
-    lapse_s: float = 20.0
+    lapse_s: float = 60.0
 
     @property
     def poll_s(self) -> float:

@@ -47,7 +47,9 @@ def weather(
     with scene(folder, seed, machines) as here:
         calm = Run(here, pipeline, "calm")
         began = time.monotonic()
-        calm.driver().run(_CALM_S)
+        driver = calm.driver()
+        driver.run(_CALM_S)
+        assert not driver.own_ends, driver.tail()
         say(f"undisturbed: {time.monotonic() - began:.0f} s")
         run = Run(here, pipeline, "storm")
         jobs = recipe.jobs(pipeline)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+import ray
+
 from orchestrator.elastic.fleet import Demand, Fleet, Place, Shape
 
 
@@ -45,3 +48,15 @@ def test_a_job_below_its_fewest_gets_a_seat_back_from_one_that_has_more() -> Non
     shared.give_back("first")
     assert len(offered(shared, "first")) == 2
     assert len(offered(shared, "second")) == 2, "enough for the first one's fewest is left"
+
+
+def test_an_answer_of_a_seat_that_another_job_dropped_meanwhile_is_not_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    shared = fleet(1, first=(1, 1))
+    place = shared._places["s0"]
+    place.health, place.pending = "placing", {"where": "its answer"}
+    shared.leave("first")
+    assert not shared._places
+    shared._take_in(place, "its answer")
