@@ -160,7 +160,7 @@ class _Controller:
             group.stepped = True
             self.goodput.resumed(step - 1)
             self._recovered(group, step, now)
-        self.goodput.stepped(step, event["stall"], now)
+        self.goodput.stepped(step, event["figures"]["step_seconds"], event["stall"], now)
         self.budget.progress(step)
         seconds = event["figures"]["step_seconds"]
         known = self.progress.step_s
@@ -197,7 +197,7 @@ class _Controller:
         self.group = None
         self.ready_since = None
         self.progress.step_s = None
-        self.goodput.become("restart", now)
+        self.goodput.ended(ended.planned, now)
         self.recovery = Recovery(ended.cause, ended.planned, last, now)
         for name in ended.silent:
             self.fleet.give_up(name)

@@ -246,7 +246,8 @@ class Fleet:
     def _ask(self, shape: Shape) -> None:
         """Make as many seats as the jobs want in all."""
         wanted = sum(demand.most for demand in self._demands.values() if demand.shape == shape)
-        there = sum(place.shape == shape for place in self._places.values())
+        # In the place of one whose node is about to go another can warm up meanwhile.
+        there = sum(place.shape == shape and not place.draining for place in self._places.values())
         for _ in range(wanted - there):
             self._make(shape)
 
@@ -283,8 +284,13 @@ class Fleet:
             return
         self._drained_at = time.monotonic()
         self._draining = draining_nodes()
-        for place in self._places.values():
-            place.draining = place.node in self._draining
+        noticed = [
+            place for place in self._places.values() if place.node in self._draining and not place.draining
+        ]
+        for place in noticed:
+            place.draining = True
+        for shape in {place.shape for place in noticed}:
+            self._ask(shape)
 
     def _notice_silence(self) -> None:
         now = time.monotonic()

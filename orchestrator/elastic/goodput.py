@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,21 +77,30 @@ class Goodput:
         self._book(now)
         self.state = "startup" if state == "restart" and not self.useful else state
 
-    def stepped(self, step: int, stall_s: float, now: float) -> None:
-        """A step is done; `stall_s` of the time since the last one went into a checkpoint."""
+    def stepped(self, step: int, step_s: float, stall_s: float, now: float) -> None:
+        """A step is done that took `step_s`; `stall_s` of the time since the last one went into a checkpoint."""
         if self.state != "training":
-            # The first step of a group ends its start; its own length is known by its successors only.
-            self.become("training", now)
-            seconds = 0.0
-        else:
-            elapsed = now - self._since
-            stall_s = min(stall_s, elapsed)
-            self.checkpoint += stall_s
-            seconds = elapsed - stall_s
-            self.useful += seconds
-            self._since = now
+            # The first step of a group ends its start, and is not part of it.
+            self.become("training", max(self._since, now - step_s))
+        elapsed = now - self._since
+        stall_s = min(stall_s, elapsed)
+        self.checkpoint += stall_s
+        seconds = elapsed - stall_s
+        self.useful += seconds
+        self._since = now
         self.step = step
         self._recent[step] = seconds
+
+    def ended(self, planned: bool, now: float) -> None:
+        """The group is gone; with a plan it spent its last seconds on a checkpoint, without one on a lost step."""
+        if self.state == "training":
+            elapsed = max(0.0, now - self._since)
+            self._since = now
+            if planned:
+                self.checkpoint += elapsed
+            else:
+                self.lost += elapsed
+        self.become("restart", now)
 
     def saved(self, step: int) -> None:
         """Steps up to `step` are safe."""
@@ -116,7 +125,11 @@ class Goodput:
         return self.useful + self.startup + self.restart + self.waiting + self.lost + self.checkpoint
 
     def figures(self, now: float | None = None) -> dict[str, float]:
-        """For MLflow and the summary; with `now` the running state's time is booked first."""
+        """For MLflow and the summary; with `now` the time up to then is in it."""
+        if now is not None and self.state == "training":
+            # Whether it was of use will be known at the step's end.
+            running = replace(self, useful=self.useful + max(0.0, now - self._since))
+            return running.figures()
         if now is not None:
             self._book(now)
         seconds = {
@@ -159,7 +172,6 @@ class Goodput:
                 self.startup += elapsed
             case "training":
                 self.useful += elapsed
-                self._recent[self.step] = self._recent.get(self.step, 0.0) + elapsed
             case "restart":
                 self.restart += elapsed
             case "waiting":

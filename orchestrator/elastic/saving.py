@@ -137,8 +137,9 @@ class Saving:
 
     def now(self, done: int) -> None:
         """Write the checkpoint after `done` updates and wait until it is committed."""
+        # What is on its way is worth finishing: a machine that goes during this must not lose more than it had to.
         if self._saver.pending is not None:
-            self._saver.drop()
+            self._finish_pending()
         self._saver.begin(self._engine, done)
         self._saver.wait()
         while self._rank == 0 and not self._line.recorded(done):
@@ -149,6 +150,23 @@ class Saving:
         if self._rank == 0:
             self.tell()
         dist.barrier()
+
+    def _finish_pending(self) -> None:
+        step, written = self._saver.pending, True
+        assert step is not None
+        try:
+            self._saver.wait()
+        except CheckpointError as error:
+            self._line.trouble(str(error))
+            written = False
+        while self._rank == 0 and not self._line.recorded(step):
+            time.sleep(_LOOK_S)
+        flag = torch.tensor([float(written)], device=self._device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        if flag.item():
+            self._saver.commit()
+        else:
+            self._saver.drop()
 
     def tell(self) -> None:
         """Tell the controller of a checkpoint that was committed since (worker 0)."""

@@ -61,6 +61,7 @@ class Lease:
         self._place = place
         self._what = what
         self._lock = threading.RLock()
+        self._ended = False
         self._confirmed = keeper.beaten
 
     def check(self) -> None:
@@ -87,7 +88,7 @@ class Lease:
         """Beat, and look whether the place in the queue is still there. Errors of the store pass through."""
         timing = self._keeper.timing
         with self._lock:
-            if self.lost is not None:
+            if self.lost is not None or self._ended:
                 return
             silent = self._silent()
             try:
@@ -110,6 +111,11 @@ class Lease:
                     else ""
                 )
                 self._lose(f"{slept}its place in the store was removed: another process may have it now")
+
+    def end(self) -> None:
+        """It is about to be given up: the beat that is under way must not take that for a loss."""
+        with self._lock:
+            self._ended = True
 
     def _silent(self) -> float:
         return clock() - self._confirmed
@@ -173,6 +179,7 @@ class Keeper:
             try:
                 yield lease
             finally:
+                lease.end()
                 self._leases.remove(lease)
                 self._leave(queue, place)
 

@@ -15,26 +15,28 @@ def test_a_story_with_a_loss_and_a_wait() -> None:
     goodput = Goodput()
     goodput.begin(100.0)
     goodput.resumed(0)
-    goodput.stepped(1, 0.0, 110.0)  # start-up ends with the first step
-    goodput.stepped(2, 0.0, 112.0)
-    goodput.stepped(3, 0.5, 114.5)
+    goodput.stepped(1, 2.0, 0.0, 112.0)  # start-up ends where the first step begins
+    goodput.stepped(2, 2.0, 0.0, 114.0)
+    goodput.stepped(3, 2.0, 0.5, 116.5)
     goodput.saved(2)
-    goodput.stepped(4, 0.0, 116.5)
-    goodput.become("restart", 117.0)  # lost in the middle of step 5
-    goodput.become("waiting", 118.0)
-    goodput.become("restart", 128.0)
+    goodput.stepped(4, 2.0, 0.0, 118.5)
+    assert goodput.figures(118.75)["seconds_useful"] == 8.25, "the step that runs counts, for now"
+    goodput.ended(False, 119.0)  # lost in the middle of step 5
+    goodput.become("waiting", 120.0)
+    goodput.become("restart", 130.0)
     goodput.resumed(2)
-    goodput.stepped(3, 0.0, 131.0)
-    goodput.stepped(4, 0.0, 133.0)
-    figures = goodput.figures(133.0)
+    goodput.stepped(3, 2.0, 0.0, 135.0)
+    goodput.stepped(4, 2.0, 0.0, 137.0)
+    goodput.ended(True, 137.75)
+    figures = goodput.figures(137.75)
     assert figures["seconds_startup"] == 10.0
-    assert figures["seconds_checkpoint"] == 0.5
+    assert figures["seconds_checkpoint"] == 0.5 + 0.75, "a planned end is a checkpoint"
     assert figures["seconds_waiting"] == 10.0
     assert figures["seconds_restart"] == 1.0 + 3.0
     assert figures["seconds_lost"] == 2.0 + 2.0 + 0.5, "steps 3 and 4, and half a fifth"
-    assert figures["seconds_useful"] == 2.0 + 2.0
-    assert figures["seconds_total"] == 33.0
-    assert figures["goodput"] == pytest.approx(4 / 33)
+    assert figures["seconds_useful"] == 4 * 2.0, "steps 1 to 4, once each"
+    assert figures["seconds_total"] == 37.75
+    assert figures["goodput"] == pytest.approx(8 / 37.75)
     assert figures["steps_lost"] == 2
 
 
@@ -43,8 +45,8 @@ def test_a_killed_driver_costs_its_absence_and_a_stopped_one_nothing(tmp_path: P
     for stopped, restart in ((False, 50.0), (True, 0.0)):
         goodput = Goodput()
         goodput.begin(0.0)
-        goodput.stepped(1, 0.0, 5.0)
-        goodput.figures(10.0)
+        goodput.stepped(1, 1.0, 0.0, 5.0)
+        goodput.ended(True, 10.0)
         goodput.stopped = stopped
         goodput.recoveries.append(Recovery("a", False, 1.0, 2.0, marks={"joined": 3.0}))
         goodput.save(path)
@@ -74,13 +76,15 @@ def test_seconds_by_cause_add_up_to_all_seconds(story: list[tuple[str, float]]) 
             if goodput.state != "training":
                 goodput.resumed(step)
             step += 1
-            goodput.stepped(step, 1.5 if what == "stall" else 0.0, now)
+            goodput.stepped(step, seconds, 1.5 if what == "stall" else 0.0, now)
         elif what == "save":
             saved = step
             goodput.saved(saved)
-        else:
-            goodput.become({"loss": "restart", "wait": "waiting", "form": "restart"}[what], now)
+        elif what == "loss":
+            goodput.ended(seconds > 50, now)
             step = saved
+        elif goodput.state != "training":
+            goodput.become("waiting" if what == "wait" else "restart", now)
     figures = goodput.figures(now)
     parts = [
         value for name, value in figures.items() if name.startswith("seconds_") and name != "seconds_total"

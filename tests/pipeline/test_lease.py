@@ -256,6 +256,16 @@ def test_a_place_that_was_removed_is_noticed_without_asking(tmp_path: Path) -> N
         assert lost.wait(20)
 
 
+def test_a_beat_that_comes_too_late_does_not_take_an_end_for_a_loss(tmp_path: Path) -> None:
+    told: list[bool] = []
+    with keeper(tmp_path, NEVER).hold("it", "the thing") as lease:
+        lease.on_lost = lambda: told.append(True)
+    # As the thread that beats does when it took up its list of leases just before.
+    lease.renew()
+    assert lease.lost is None
+    assert not told
+
+
 def test_a_wiped_folder_of_holds_does_not_bring_old_numbers_back(tmp_path: Path) -> None:
     with keeper(tmp_path, NEVER).hold("it", "thing it", above=7) as lease:
         assert lease.epoch == 8
