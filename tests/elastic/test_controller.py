@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -61,10 +62,23 @@ def machines(market: SpotMarket) -> Iterator[SpotMarket]:
         market.add(f"again-{time.monotonic_ns()}")
 
 
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """A job that a failing test left running would be taken for the next one's."""
+    yield
+    while Running.all:
+        running = Running.all.pop()
+        running.stop.set()
+        running.thread.join(PATIENCE_S)
+
+
 class Running:
     """A job in a thread, and what one can ask about it."""
 
+    all: ClassVar[list[Running]] = []
+
     def __init__(self, job: Job) -> None:
+        self.all.append(self)
         self.job, self.run, self.stop = job, NullRun(), threading.Event()
         self.lines: list[str] = []
         self.error: BaseException | None = None
@@ -169,7 +183,7 @@ def test_a_killed_worker_is_forked_again_on_its_warm_seat(
     seats = []
     for round_ in range(2):
         running.wait(lambda reached=10 * (round_ + 1): running.step() >= reached)  # type: ignore[misc]
-        worker = machines.workers()[round_]
+        worker = machines.workers()[-round_]
         seats.append(worker.parent().parent())
         worker.kill()
         running.wait(lambda count=round_ + 1: sum("goes on" in line for line in running.lines) >= count)  # type: ignore[misc]
