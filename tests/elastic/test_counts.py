@@ -1,0 +1,125 @@
+"""Any numbers of workers, one after another, any number of blocks: the same job. Drawn at random, run for real.
+
+Workers are forked from a zygote and join over gloo as they do in a seat; only Ray is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from orchestrator.elastic.job import Job
+from orchestrator.elastic.wire import Wire
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import tiny_job
+
+STEPS = 10
+
+
+class Zygote:
+    """Forks groups of workers and plays the controller for them."""
+
+    def __init__(self) -> None:
+        ours, theirs = Wire.pair()
+        fd = theirs.socket.fileno()
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, "-m", "orchestrator.elastic.zygote", str(fd)]
+        self.process = subprocess.Popen(command, pass_fds=(fd,), env={**env, "OMP_NUM_THREADS": "1"})
+        theirs.close_here()
+        self.wire = ours
+        message = ours.receive()
+        assert message is not None
+        assert message.body["kind"] == "warm"
+
+    def run(self, job: Job, world: int, token: str, steps: int) -> dict[int, dict[str, float]]:
+        """Train until the end, or for `steps` steps; figures by step."""
+        wires = []
+        for _ in range(world):
+            ours, theirs = Wire.pair()
+            self.wire.send({}, fd=theirs.socket.fileno())
+            theirs.close_here()
+            wires.append(ours)
+        figures: dict[int, dict[str, float]] = {}
+        ends: list[Any] = [None] * world
+
+        def listen(rank: int) -> None:
+            while (message := wires[rank].receive()) is not None:
+                body = message.body
+                if body["kind"] == "listening":
+                    for other in wires[1:]:
+                        other.send({"op": "peers", "host": "127.0.0.1", "port": body["port"]})
+                elif body["kind"] == "step":
+                    figures[body["step"]] = body["figures"]
+                    if len(figures) == steps:
+                        wires[0].send({"op": "yield"})
+                elif body["kind"] == "record":
+                    wires[0].send({"op": "recorded", "step": body["step"]})
+                elif body["kind"] == "ended":
+                    ends[rank] = body
+
+        threads = [threading.Thread(target=listen, args=(rank,)) for rank in range(world)]
+        for thread in threads:
+            thread.start()
+        for rank, wire in enumerate(wires):
+            attempt = {"rank": rank, "world": world, "token": token, "mtbf_s": 3600.0, "hang_s": 60.0}
+            wire.send(
+                {"op": "begin", "proxied": False, "num_blocks": job.num_blocks, **attempt}, pickle.dumps(job)
+            )
+        for thread in threads:
+            thread.join(120)
+        assert all(end is not None and end["how"] in ("done", "yielded") for end in ends), ends
+        return figures
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    zygote = Zygote()
+    yield zygote
+    zygote.wire.close()
+    zygote.process.wait(30)
+
+
+SEGMENTS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(num_blocks=st.integers(1, 7), segments=SEGMENTS, zero_stage=st.sampled_from([1, 2, 3]))
+def test_counts_blocks_and_steps_drawn_at_random(
+    zygote: Zygote, tmp_path: Path, num_blocks: int, segments: list[tuple[int, int]], zero_stage: int
+) -> None:
+    from dataclasses import replace
+
+    for name in ("alone", "drawn"):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+    alone = tiny_job(tmp_path / "alone", STEPS, 1, num_blocks=num_blocks, step_s=0.0)
+    drawn = tiny_job(tmp_path / "drawn", STEPS, 1, num_blocks=num_blocks, step_s=0.0)
+    drawn = replace(drawn, zero_stage=zero_stage)
+    reference = zygote.run(alone, 1, "alone", STEPS + 1)
+    got: dict[int, dict[str, float]] = {}
+    for number, (world, steps) in enumerate([*segments, (2, STEPS + 1)]):
+        if STEPS not in got:
+            new = zygote.run(drawn, world, f"group{number}", steps)
+            assert not got.keys() & new.keys(), "no step is done twice"
+            got |= new
+    assert sorted(got) == list(range(1, STEPS + 1))
+    for step, figures in reference.items():
+        assert got[step]["sample_order"] == figures["sample_order"]
+        assert got[step]["loss"] == pytest.approx(figures["loss"], rel=1e-5)
+        assert got[step]["grad_norm"] == pytest.approx(figures["grad_norm"], rel=1e-4)
+    ours, theirs = load_file(drawn.export(STEPS)), load_file(alone.export(STEPS))
+    for name, value in theirs.items():
+        assert np.linalg.norm(ours[name] - value) <= 1e-5 * np.linalg.norm(value), name
