@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.elastic.saved import COMMIT, step_name
+from orchestrator.elastic.saved import COMMIT, read, step_name
 from orchestrator.elastic.target import Target
 from orchestrator.spec import Elastic, Optimizer
 from orchestrator.store.local import Store
@@ -116,4 +116,6 @@ class Job:
 
     def collect(self, folder: Path) -> None:
         """Copy the last checkpoint, without what other groups left beside it, to `folder`."""
-        shutil.copytree(self.final_checkpoint, folder)
+        for name in (*read(self.final_checkpoint).files, COMMIT):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.final_checkpoint / name, folder / name)

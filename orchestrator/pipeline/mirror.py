@@ -114,7 +114,13 @@ class Mirror:
         return pieces
 
     def _get(self, pieces: list[str]) -> bytes:
-        return b"".join(self._store.get_bytes(piece) for piece in pieces)
+        data = b""
+        for number, piece in enumerate(pieces):
+            if len(data) < number * _PIECE:
+                # What is behind a piece that is not full is left over from when the file was longer.
+                break
+            data += self._store.get_bytes(piece)
+        return data
 
     def _send_all(self) -> None:
         paths = [path for path in sorted(self._folder.rglob("*")) if path.is_file() and not _is_draft(path)]
@@ -141,16 +147,18 @@ class Mirror:
                 return
             # A line that was cut off by a crash may have begun in the piece before the last.
             first = max(0, min(now[0], before[0]) // _PIECE - 1)
+            count = max(1, -(-now[0] // _PIECE))
             with path.open("rb") as file:
                 file.seek(first * _PIECE)
-                number = first
-                while (data := file.read(_PIECE)) or number == 0:
-                    self._store.put_bytes(self._piece(name, number), data)
-                    number += 1
+                for number in range(first, count):
+                    # What is added meanwhile would become a piece of its own behind one that is not full.
+                    self._store.put_bytes(
+                        self._piece(name, number), file.read(min(_PIECE, now[0] - file.tell()))
+                    )
         except FileNotFoundError:  # a copy that was just uploaded to MLflow
             return
         if now[0] < before[0]:
-            self._drop(name, number)
+            self._drop(name, count)
         self._sent[name] = now
 
     def _drop(self, name: str, first: int) -> None:

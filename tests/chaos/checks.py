@@ -78,14 +78,15 @@ def same_model(calm: Objects, storm: Objects, job: str) -> tuple[float, float, l
 def _outcome(objects: Objects, job: str) -> tuple[dict[int, dict[str, float]], dict[str, NDArray[Any]]]:
     stage, _, student = job.partition("/")
     inner = f"students/{student}/" if student else ""
-    names = [name for name in objects.names(f"artifacts/{stage}-") if f"/{inner}" in name]
-    (history,) = [name for name in names if name.endswith(f"/{inner}history.json")]
+    names = objects.names(f"artifacts/{stage}-")
+    (manifest,) = [name for name in names if name.endswith(f"/{inner}checkpoint/checkpoint.json")]
+    base = manifest.removesuffix("checkpoint/checkpoint.json")
     parts: dict[str, list[NDArray[Any]]] = {}
-    for name in names:
-        if f"/{inner}checkpoint/" in name and name.endswith(".safetensors"):
-            for key, value in load_tensors(objects.get(name)).items():
-                parts.setdefault(key, []).append(value)
-    figures = {record["step"]: record["metrics"] for record in json.loads(objects.get(history))}
+    for file in sorted(json.loads(objects.get(manifest))["files"]):
+        for key, value in load_tensors(objects.get(f"{base}checkpoint/{file}")).items():
+            parts.setdefault(key, []).append(value)
+    history = json.loads(objects.get(f"{base}history.json"))
+    figures = {record["step"]: record["metrics"] for record in history}
     return figures, {key: np.concatenate(values) for key, values in parts.items()}
 
 
@@ -106,6 +107,12 @@ def artifacts(objects: Objects) -> list[str]:
             data = objects.get(f"{folder}/{name}")
             if (len(data), hashlib.sha256(data).hexdigest()) != (entry["size"], entry["sha256"]):
                 wrong.append(f"{folder}/{name} is damaged")
+    for name in sorted(names):
+        if name.endswith("/checkpoint/checkpoint.json"):
+            folder = name.removesuffix("checkpoint.json")
+            listed = {f"{folder}{file}" for file in json.loads(objects.get(name))["files"]}
+            there = {one for one in names if one.startswith(folder) and one != name}
+            wrong += [f"{one} is no part of its checkpoint" for one in sorted(there ^ listed)]
     return wrong
 
 

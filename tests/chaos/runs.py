@@ -24,14 +24,14 @@ class Driver:
 
     Attributes:
         starts: how often it was started.
-        own_ends: exit codes of those that ended by themselves, and when.
+        own_ends: exit codes of those that ended too early by themselves, and their last words.
         doomed: it is about to be killed by a trap.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.starts = 0
-        self.own_ends: list[tuple[int, float]] = []
+        self.own_ends: list[tuple[int, str]] = []
         self.doomed = False
         self._process = self._start()
 
@@ -59,7 +59,7 @@ class Driver:
         if code is None or code == 0:
             return code == 0
         if not (code == -signal.SIGKILL and self.doomed):
-            self.own_ends.append((code, time.time()))
+            self.own_ends.append((code, self._last_words()))
             assert len(self.own_ends) <= _MOST_OWN_ENDS, self.tail()
             time.sleep(1.0)
         self.doomed = False
@@ -72,6 +72,11 @@ class Driver:
         while not self.look():
             assert time.monotonic() < deadline, self.tail()
             time.sleep(_LOOK_S)
+
+    def _last_words(self) -> str:
+        said = [line.strip() for line in self.tail().splitlines() if line.strip()]
+        telling = [line for line in said if line.startswith(("✗", "error:", "■"))]
+        return [*said, *telling][-1][:200] if said else ""
 
     def tail(self) -> str:
         """The end of what it said."""

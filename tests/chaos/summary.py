@@ -56,10 +56,26 @@ def goodput(accounts: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def log(storm: Storm) -> list[str]:
+    """One line a fault: when, at how many steps of all jobs, what, and what came of it."""
+    lines = []
+    for one in storm.struck:
+        took = (
+            f"{one.next_step:.1f} s to the next step"
+            if one.next_step is not None
+            else "no step came after it"
+        )
+        causes = "; ".join(recovery["cause"][:_LONGEST] for recovery in one.recoveries)
+        lost = f", {one.steps_lost} steps lost" if one.steps_lost else ""
+        line = f"{one.time - storm.began:7.1f} s  {one.steps:4}  {one.kind}: {one.what} → {took}{lost}"
+        lines.append(f"    {line}{f' [{causes}]' if causes else ''}")
+    return lines
+
+
 def summary(storm: Storm, head: str, checked: Sequence[str], wrong: Sequence[str]) -> str:
     """The whole report, in Markdown."""
     minutes = (storm.ended - storm.began) / 60
-    ends = [f"{code}" for code, _ in storm.driver.own_ends]
+    ends = [f"{code} ({words})" for code, words in storm.driver.own_ends]
     lines = [
         head,
         "",
@@ -73,5 +89,7 @@ def summary(storm: Storm, head: str, checked: Sequence[str], wrong: Sequence[str
         *(f"- {line}" for line in checked),
         "",
         *([f"WRONG: {line}" for line in wrong] or ["Nothing is wrong."]),
+        "",
+        *log(storm),
     ]
     return "\n".join(lines) + "\n"

@@ -222,3 +222,34 @@ def test_it_keeps_up_in_the_background(store: Counting, tmp_path: Path) -> None:
         record(spool, 5, 10)
     machine(store, tmp_path / "b")[0].restore()
     assert everything(tmp_path / "b") == everything(tmp_path / "a")
+
+
+def test_what_is_recorded_while_it_is_sent_comes_with_the_next_round(store: Counting, tmp_path: Path) -> None:
+    """Else the copy would hold it twice: at the end of the first piece, and as a piece behind that."""
+    mine, spool = machine(store, tmp_path / "a")
+    put = store.put_bytes
+
+    def put_while_training(name: str, data: bytes) -> None:
+        put(name, data)
+        if ".jsonl/" in name:
+            record(spool, 1, 3)
+
+    record(spool, 0, 1)
+    store.put_bytes = put_while_training  # type: ignore[method-assign]
+    assert mine.flush()
+    store.put_bytes = put  # type: ignore[method-assign]
+    record(spool, 3, 5)
+    assert mine.flush()
+    again, restored = machine(store, tmp_path / "a")
+    assert again.restore() == []
+    assert [entry["step"] for entry in restored.history("r1")] == [0, 1, 2, 3, 4]
+
+
+def test_a_piece_left_over_behind_the_last_is_not_read(store: Counting, tmp_path: Path) -> None:
+    mine, spool = machine(store, tmp_path / "a")
+    record(spool, 0, 3)
+    assert mine.flush()
+    store.put_bytes("spool/toy/r1.jsonl/000001", b'{"op": "metrics"}\n')
+    other, _ = machine(store, tmp_path / "b")
+    other.restore()
+    assert everything(tmp_path / "b") == everything(tmp_path / "a")
