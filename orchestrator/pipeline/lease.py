@@ -174,6 +174,8 @@ class Keeper:
                 place = queue.enter(self._me, newcomer, above=above or 0)
             except TakenError as error:
                 raise _taken(error.who, what, queue.name) from None
+            with contextlib.suppress(OSError):  # at the latest the next one does it
+                self._watch.bury()
             lease = Lease(self, queue, place, what, newcomer.notes)
             self._leases.append(lease)
             try:
