@@ -8,12 +8,14 @@ and load at any worker count without conversion (see `checkpoint.py`).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orchestrator.elastic.clip import Clipper, submodule
 from orchestrator.elastic.shards import Shard, cut, cut_whole, gather
 from orchestrator.elastic.task import Modules
 from orchestrator.elastic.zero import zero_config
@@ -49,7 +51,7 @@ class Engine:
         # Any: DeepSpeed hangs its `ds_…` attributes on the parameters.
         self._params: dict[str, Any] = dict(modules.trainable.named_parameters())
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        config = zero_config(zero_stage, precision, blocks_per_worker, optimizer.clip_norm)
+        config = zero_config(zero_stage, precision, blocks_per_worker)
         if zero_stage == 3 and modules.whole:
             for module in (
                 modules.trainable,
@@ -68,6 +70,7 @@ class Engine:
             model=modules.trainable, optimizer=self._optimizer, config=config, dist_init_required=False
         )
         modules.trainable = self._engine
+        self._clipper = Clipper(self._engine.optimizer, self._params, optimizer.clip_norm)
         if ema_source is not None:
             modules.ema = self._freeze(ema_source, config)
         modules.copies = {name: self._freeze(module, config) for name, module in modules.copies.items()}
@@ -85,7 +88,7 @@ class Engine:
         module.eval()
         if self.zero_stage < 3:
             return module.to(self._dtype)
-        frozen_config = {k: v for k, v in config.items() if k not in ("gradient_clipping", "data_types")}
+        frozen_config = {k: v for k, v in config.items() if k != "data_types"}
         engine, *_ = deepspeed.initialize(model=module, config=frozen_config, dist_init_required=False)
         engine.eval()
         return engine  # type: ignore[no-any-return]
@@ -98,14 +101,19 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the block; the update is in `step`
 
-    def step(self, lr: float, step: int) -> float:
-        """Update with learning rate `lr` (times each group's layer-wise factor); returns the gradient norm."""
+    def step(self, lr: float, step: int) -> dict[str, float]:
+        """Clip by submodule and update with learning rate `lr` (times each group's layer-wise factor).
+
+        Returns:
+            Norms before clipping: `grad_norm` of the whole gradient, `grad_norm_backbone` and so on of its parts.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"] if step >= group["frozen_steps"] else 0.0
+        norms = self._clipper.clip()
         self._engine.step()
         self.updates += 1
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        parts = {f"grad_norm_{name}": norm for name, norm in norms.items()} if len(norms) > 1 else {}
+        return {"grad_norm": math.hypot(*norms.values()), **parts}
 
     # --- sharded weights ----------------------------------------------------------------------------------
 
@@ -265,8 +273,11 @@ def _mark_whole(module: nn.Module | None, classes: tuple[type[nn.Module], ...]) 
 
 
 def _param_groups(modules: Modules, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups by learning-rate factor, frozen steps and decay; vectors and scalars are never decayed."""
-    groups: dict[tuple[float, int, float], dict[str, Any]] = {}
+    """AdamW groups by submodule (for :class:`Clipper`), learning-rate factor, frozen steps and decay.
+
+    Vectors and scalars are never decayed.
+    """
+    groups: dict[tuple[str, float, int, float], dict[str, Any]] = {}
     for name, param in modules.trainable.named_parameters():
         if not param.requires_grad:
             continue
@@ -274,5 +285,5 @@ def _param_groups(modules: Modules, weight_decay: float) -> list[dict[str, Any]]
         scale = modules.lr_scales.get(name, 1.0)
         frozen = modules.frozen_steps.get(name, 0)
         settings = {"params": [], "weight_decay": decay, "lr_scale": scale, "frozen_steps": frozen}
-        groups.setdefault((scale, frozen, decay), settings)["params"].append(param)
+        groups.setdefault((submodule(name), scale, frozen, decay), settings)["params"].append(param)
     return list(groups.values())

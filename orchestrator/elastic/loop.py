@@ -124,7 +124,7 @@ class _Trainer:
                 f"{self.job.name}: {', '.join(bad)} not finite at step {step}; the update was not applied"
             )
         lr = self.job.optimizer.lr.at(step, self.job.num_steps)
-        figures["grad_norm"] = self.engine.step(lr, step)
+        figures |= self.engine.step(lr, step)
         figures["lr"] = lr
         self.task.after_step(step, self.engine)
         return figures

@@ -42,13 +42,14 @@ def _import_muon() -> None:
         torch.compile = compile_
 
 
-def zero_config(stage: int, precision: str, blocks_per_worker: int, clip_norm: float) -> dict[str, Any]:
+def zero_config(stage: int, precision: str, blocks_per_worker: int) -> dict[str, Any]:
     world = dist.get_world_size()
     config: dict[str, Any] = {
         "train_batch_size": world * blocks_per_worker,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": blocks_per_worker,
-        "gradient_clipping": clip_norm,
+        # Clipped by submodule, in `clip.py`; left out, DeepSpeed would clip the whole gradient at 1.
+        "gradient_clipping": 0.0,
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from orchestrator.data.index import PhotoIndex, PhotoRow
 
 WORKER = Path(__file__).with_name("worker.py")
+LAB = Path(__file__).with_name("lab.py")
 HEADS = {
     "hidden": 32,
     "dino_bottleneck": 16,
@@ -43,6 +45,8 @@ CONFIG: dict[str, Any] = {
 RECIPE = {"model": "vit_femto", "drop_path": 0.3, "heads": HEADS, "global_size": 32}
 
 RunJob = Callable[..., dict[str, Any]]
+Group = Callable[..., list[Any]]
+DIED = -signal.SIGKILL
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +98,45 @@ def run_job(index: Path, tmp_path: Path) -> RunJob:
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forge() -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported everything and forks groups of workers; see lab.py."""
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(LAB)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture
+def group(forge: subprocess.Popen[str], tmp_path: Path) -> Group:
+    """Runs `do` in `world` workers; their results, CheckpointErrors as `{"error": …}`."""
+    numbers = iter(range(1000))
+
+    def run(do: str, world: int, **spec: Any) -> list[Any]:
+        return run_group(forge, tmp_path / f"group-{next(numbers)}", do, world, **spec)
+
+    return run
+
+
+def run_group(
+    forge: subprocess.Popen[str], scratch: Path, do: str, world: int, *, dies: bool = False, **spec: Any
+) -> list[Any]:
+    scratch.mkdir()
+    full = {"do": do, "world": world, "scratch": str(scratch), **spec}
+    assert forge.stdin is not None
+    assert forge.stdout is not None
+    forge.stdin.write(json.dumps(full, default=str) + "\n")
+    forge.stdin.flush()
+    codes = json.loads(forge.stdout.readline())
+    if dies:
+        assert codes == [DIED] * world
+        return []
+    logs = [(scratch / f"log-{rank}").read_text()[-3000:] for rank in range(world)]
+    assert codes == [0] * world, "\n".join(logs)
+    found = [json.loads((scratch / f"result-{rank}").read_text()) for rank in range(world)]
+    return [one.get("result", one) for one in found]

@@ -56,7 +56,9 @@ def make_engine(spec: Spec) -> Engine:
     copies: dict[str, nn.Module] = {name: Odd(seed + 5) for name in spec.get("copies", ["gram"])}
     return Engine(
         Modules(Odd(seed), ema=Odd(seed), copies=copies),
-        Optimizer.model_validate({"lr": {"peak": 1e-2, "warmup_steps": 0}}),
+        Optimizer.model_validate(
+            {"lr": {"peak": 1e-2, "warmup_steps": 0}, "clip_norm": spec.get("clip_norm", 30.0)}
+        ),
         zero_stage=spec.get("zero", 3),
         precision="fp32",
         blocks_per_worker=1,
@@ -152,6 +154,20 @@ def load(spec: Spec) -> Any:
             save_file(whole, result)
     fetched = [path.relative_to(where.folder).as_posix() for path in where.folder.rglob("*.safetensors")]
     return {"steps": steps, "updates": engine.updates, "fetched": sorted(fetched)}
+
+
+def clip(spec: Spec) -> Any:
+    """Three steps on other inputs in each worker, clipped hard; norms of each, and the weights in `truth`."""
+    engine = make_engine(spec)
+    norms = []
+    for step in range(3):
+        torch.manual_seed(100 * step + dist.get_rank())
+        engine.backward(engine.modules.trainable(torch.randn(4, 7)))
+        norms.append(engine.step(1e-2, step))
+    whole = everything(engine)
+    if dist.get_rank() == 0:
+        save_file(whole, spec["truth"])
+    return norms
 
 
 def find(spec: Spec) -> Any:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -38,53 +35,7 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline.checkpoints import print_checkpoints
 from orchestrator.store.local import LocalStore
 
-from .conftest import RunJob
-
-LAB = Path(__file__).with_name("lab.py")
-Group = Callable[..., list[Any]]
-DIED = -signal.SIGKILL
-
-
-@pytest.fixture(scope="module")
-def forge() -> Iterator[subprocess.Popen[str]]:
-    """A process that has imported everything and forks groups of workers; see lab.py."""
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, str(LAB)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-@pytest.fixture
-def group(forge: subprocess.Popen[str], tmp_path: Path) -> Group:
-    """Runs `do` in `world` workers; their results, CheckpointErrors as `{"error": …}`."""
-    numbers = iter(range(1000))
-
-    def run(do: str, world: int, **spec: Any) -> list[Any]:
-        return run_group(forge, tmp_path / f"group-{next(numbers)}", do, world, **spec)
-
-    return run
-
-
-def run_group(
-    forge: subprocess.Popen[str], scratch: Path, do: str, world: int, *, dies: bool = False, **spec: Any
-) -> list[Any]:
-    scratch.mkdir()
-    full = {"do": do, "world": world, "scratch": str(scratch), **spec}
-    assert forge.stdin is not None
-    assert forge.stdout is not None
-    forge.stdin.write(json.dumps(full, default=str) + "\n")
-    forge.stdin.flush()
-    codes = json.loads(forge.stdout.readline())
-    if dies:
-        assert codes == [DIED] * world
-        return []
-    logs = [(scratch / f"log-{rank}").read_text()[-3000:] for rank in range(world)]
-    assert codes == [0] * world, "\n".join(logs)
-    found = [json.loads((scratch / f"result-{rank}").read_text()) for rank in range(world)]
-    return [one.get("result", one) for one in found]
+from .conftest import Group, RunJob, run_group
 
 
 @pytest.fixture(scope="module")

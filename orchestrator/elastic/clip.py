@@ -1,0 +1,57 @@
+"""Gradient clipping by submodule, on ZeRO's partitioned gradients (DINOv3: norm 30 for the backbone and each head).
+
+DeepSpeed clips by the norm of the whole gradient: a spike in one head would then shrink the step of the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Clipper:
+    """Scales each submodule's gradient down to a largest norm, between the backward passes and the update.
+
+    A submodule is a direct child of the trainable module (`backbone`, `dino_head`, …), or a parameter of its own.
+
+    Args:
+        zero: DeepSpeed's optimiser, of ZeRO 1, 2 or 3. Each of its groups must lie in one submodule.
+        names: parameters by name, as the trainable module has them.
+        max_norm: the largest norm.
+    """
+
+    def __init__(self, zero: Any, names: Mapping[str, Tensor], max_norm: float) -> None:
+        self.zero, self.max_norm = zero, max_norm
+        name_of = {id(param): name for name, param in names.items()}
+        groups = zero.fp16_groups if hasattr(zero, "fp16_groups") else zero.bit16_groups
+        homes = [{submodule(name_of[id(param)]) for param in group} for group in groups]
+        assert all(len(home) == 1 for home in homes), homes
+        self.names = sorted(set().union(*homes))
+        self.slots = [self.names.index(home.pop()) for home in homes]
+
+    def clip(self) -> dict[str, float]:
+        """Clip; returns each submodule's norm before that. Collective."""
+        squares: Tensor | None = None
+        for index, slot in enumerate(self.slots):
+            for gradient in self.zero.averaged_gradients[index]:
+                if squares is None:
+                    squares = torch.zeros(len(self.names), dtype=torch.float64, device=gradient.device)
+                squares[slot] += torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+        assert squares is not None
+        if dist.get_world_size() > 1:
+            dist.all_reduce(squares)
+        norms = squares.sqrt().tolist()
+        for index, slot in enumerate(self.slots):
+            if norms[slot] > self.max_norm:
+                for gradient in self.zero.averaged_gradients[index]:
+                    gradient.mul_(self.max_norm / norms[slot])
+        return dict(zip(self.names, norms, strict=True))
+
+
+def submodule(name: str) -> str:
+    """The direct child of the trainable module that a parameter belongs to."""
+    return name.partition(".")[0]

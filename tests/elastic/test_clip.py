@@ -1,0 +1,61 @@
+"""Clipping by submodule, against plain AdamW in one process."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .conftest import Group
+from .lab import Odd
+
+CLIP_NORM = 0.3
+
+
+def reference(world: int) -> tuple[list[dict[str, float]], Odd]:
+    """Three steps on all workers' inputs, each child's gradient clipped on its own by torch's function."""
+    net = Odd(0)
+    vectors = [param for param in net.parameters() if param.ndim == 1]
+    matrices = [param for param in net.parameters() if param.ndim > 1]
+    groups = [{"params": matrices, "weight_decay": 0.04}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.99))
+    children = {
+        "first": [net.first.weight],
+        "second": [net.second.weight],
+        "two": [net.two],
+        "one": [net.one],
+    }
+    norms = []
+    for step in range(3):
+        optimizer.zero_grad()
+        for rank in range(world):
+            torch.manual_seed(100 * step + rank)
+            (net(torch.randn(4, 7)) / world).backward()
+        found = {name: torch.nn.utils.clip_grad_norm_(part, CLIP_NORM) for name, part in children.items()}
+        norms.append({name: float(norm) for name, norm in found.items()})
+        optimizer.step()
+    return norms, net
+
+
+@pytest.mark.parametrize(("zero", "world"), [(1, 2), (2, 3), (3, 1), (3, 2), (3, 3)])
+def test_each_submodule_is_clipped_by_its_own_norm(
+    group: Group, tmp_path: Path, zero: int, world: int
+) -> None:
+    truth = tmp_path / "truth.safetensors"
+    got, *_ = group("clip", world, zero=zero, clip_norm=CLIP_NORM, truth=truth)
+    norms, net = reference(world)
+    over = [norm > CLIP_NORM for step in norms for norm in step.values()]
+    assert any(over), "nothing was clipped"
+    assert not all(over), "everything was: the whole gradient's norm would do as well"
+    for mine, expected in zip(got, norms, strict=True):
+        assert mine["grad_norm"] == pytest.approx(math.hypot(*expected.values()), rel=1e-5)
+        for name, norm in expected.items():
+            assert mine[f"grad_norm_{name}"] == pytest.approx(norm, rel=1e-5)
+    weights = load_file(truth)
+    for name, param in net.named_parameters():
+        torch.testing.assert_close(
+            weights[f"master/{name}"].view(param.shape), param.detach(), rtol=1e-4, atol=1e-6
+        )
