@@ -52,8 +52,17 @@ def resume(file: File, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(file: File, overrides: Overrides = None) -> None:
+def plan(
+    file: File,
+    overrides: Overrides = None,
+    schedules: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw every schedule of the pipeline instead.")
+    ] = None,
+) -> None:
     """Show the stages, which would run, and why. Changes nothing."""
+    if schedules is not None:
+        _draw_schedules(file, overrides or [], schedules)
+        return
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.plan import plan as make_plan
     from orchestrator.pipeline.plan import resolve
@@ -140,7 +149,7 @@ def simulate(
     from orchestrator.simulate.command import Options
     from orchestrator.simulate.command import simulate as predict
 
-    loaded = load(pipeline, overrides or [])
+    loaded = load(pipeline, overrides or [], needs_data=False)
     options = Options(trace, costs, cost or (), price, on_demand_price, notice, start, interval or ())
     report = predict(loaded.spec, order(loaded), options)
     if as_json:
@@ -193,6 +202,16 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool) -> None:
         )
     again = " ".join(["orchestrator run", str(file), *overrides])
     raise typer.Exit(execute(loaded, stages, Reporter(_console(), again)))
+
+
+def _draw_schedules(file: Path, overrides: Sequence[str], picture: Path) -> None:
+    from orchestrator.pipeline.load import load
+    from orchestrator.pipeline.schedules import draw
+
+    number = draw(load(file, overrides, needs_data=False), picture)
+    _console().print(
+        f"[green]✓[/] {number} schedules are in [bold]{picture}[/]", highlight=False, soft_wrap=True
+    )
 
 
 def _loaded(file: Path) -> LoadedPipeline:

@@ -152,7 +152,9 @@ class Optimizer(Strict):
     lr: Schedule
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.04, ge=0)
-    clip_norm: float = Field(30.0, gt=0, description="largest norm of each submodule's gradient: backbone, heads")
+    clip_norm: float = Field(
+        30.0, gt=0, description="largest norm of each submodule's gradient: backbone, heads"
+    )
     layer_decay: float = Field(0.98, gt=0, le=1, description="factor on the rate for each layer further down")
     patch_embed_scale: float = Field(0.2, gt=0, description="extra factor on the patch embedding's rate")
 

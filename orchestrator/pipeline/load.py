@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,10 +29,15 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
 
 @dataclass(frozen=True)
 class LoadedPipeline:
-    """A checked pipeline and the file it came from."""
+    """A checked pipeline and the file it came from.
+
+    Attributes:
+        missing: complaints about data that is not there, where it was read without needing them.
+    """
 
     spec: Pipeline[Stage]
     document: yamlfile.Document
+    missing: tuple[UserError, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,12 +59,16 @@ class LoadedPipeline:
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), *, stage_type: Any = None) -> LoadedPipeline:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, needs_data: bool = True, stage_type: Any = None
+) -> LoadedPipeline:
     """Read and check a pipeline file.
 
     Args:
         path: the YAML file.
         overrides: `key.path=value`, applied before checking; values are YAML.
+        needs_data: whether data that is not there is a mistake, or only noted in `missing`: what a pipeline will
+            cost is asked on machines without its data.
         stage_type: the union of stage configs; default: every kind the package has.
 
     Raises:
@@ -73,10 +82,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, stage_type: Any = N
     except ValidationError as error:
         raise _joined(complaints(error, document, model)) from None
     loaded = LoadedPipeline(cast("Pipeline[Stage]", spec), document)
-    problems = _check(loaded)
-    if problems:
-        raise _joined(problems)
-    return loaded
+    problems, missing = _check(loaded), _missing_data(loaded)
+    if problems or (missing and needs_data):
+        raise _joined([*missing, *problems])
+    return replace(loaded, missing=tuple(missing))
 
 
 def _all_stages() -> Any:
@@ -104,12 +113,6 @@ def _check(loaded: LoadedPipeline) -> list[UserError]:
             where = loaded.document.where((section, name), value=False)
             hint = "use a-z, 0-9, - and _, starting with a letter or digit"
             problems.append(UserError(f"{name!r} is not a usable name", where=where, hint=hint))
-    for name, source in spec.data.items():
-        if not source.path.is_dir():
-            what = "no such folder" if not source.path.exists() else "not a folder"
-            problems.append(_missing(loaded, what, ("data", name, "path"), source.path))
-        if source.captions is not None and not source.captions.is_file():
-            problems.append(_missing(loaded, "no such file", ("data", name, "captions"), source.captions))
     for name, stage in spec.stages.items():
         for source_name in stage.data_sources():
             if source_name not in spec.data:
@@ -119,6 +122,17 @@ def _check(loaded: LoadedPipeline) -> list[UserError]:
         absolute_uri(spec.tracking.uri)
     except UserError as error:
         problems.append(UserError(error.what, where=loaded.where("tracking", "uri"), hint=error.hint))
+    return problems
+
+
+def _missing_data(loaded: LoadedPipeline) -> list[UserError]:
+    problems = []
+    for name, source in loaded.spec.data.items():
+        if not source.path.is_dir():
+            what = "no such folder" if not source.path.exists() else "not a folder"
+            problems.append(_missing(loaded, what, ("data", name, "path"), source.path))
+        if source.captions is not None and not source.captions.is_file():
+            problems.append(_missing(loaded, "no such file", ("data", name, "captions"), source.captions))
     return problems
 
 

@@ -17,9 +17,9 @@ Photo = NDArray[np.uint8]
 FeatureMap = NDArray[np.floating]
 
 # Okabe and Ito's palette: told apart with colour-blind eyes.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-_INK, _FAINT = "#333333", "#D9D9D9"
-_DPI = 120
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+INK, FAINT = "#333333", "#D9D9D9"
+DPI = 120
 
 
 def pca_maps(
@@ -51,7 +51,7 @@ def pca_maps(
         left, right = axes[at]
         left.imshow(photo)
         right.imshow(colors, interpolation="nearest", extent=_extent(photo))
-    _save(figure, path)
+    save(figure, path)
 
 
 def similarity_grid(
@@ -91,7 +91,7 @@ def similarity_grid(
         for axis in (left, right):
             axis.plot(*center, marker="+", markersize=11, markeredgewidth=3.5, color="white")
             axis.plot(*center, marker="+", markersize=10, markeredgewidth=1.5, color="#D40000")
-    _save(figure, path)
+    save(figure, path)
 
 
 def pca_colors(features: Sequence[FeatureMap]) -> list[NDArray[np.float64]]:
@@ -133,24 +133,24 @@ def curves(
     """
     if not any(len(steps) for steps, _ in series.values()):
         raise ValueError(f"no points to draw for '{title}'")
-    figure = Figure(figsize=(7.0, 3.8), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(7.0, 3.8), dpi=DPI, layout="constrained")
     axis = figure.add_subplot()
     for at, (name, (steps, values)) in enumerate(series.items()):
         marker = "o" if len(steps) < 12 else None
-        color = _COLORS[at % len(_COLORS)]
+        color = COLORS[at % len(COLORS)]
         # Beyond the palette, dashes tell the second round of colours from the first.
-        style = "-" if at < len(_COLORS) else "--"
+        style = "-" if at < len(COLORS) else "--"
         axis.plot(steps, values, style, color=color, label=name, linewidth=1.6, marker=marker, markersize=3.5)
     for name, step in (marks or {}).items():
-        axis.axvline(step, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        axis.axvline(step, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
         right_above = axis.get_xaxis_transform() + ScaledTranslation(2 / 72, 3 / 72, figure.dpi_scale_trans)
-        axis.text(step, 1, name, transform=right_above, fontsize=8, color=_INK, va="bottom")
+        axis.text(step, 1, name, transform=right_above, fontsize=8, color=INK, va="bottom")
     _bare(axis, title, grid="y", pad=20 if marks else 8)
-    axis.set_xlabel("step", color=_INK)
-    axis.set_ylabel(ylabel, color=_INK)
+    axis.set_xlabel("step", color=INK)
+    axis.set_ylabel(ylabel, color=INK)
     if len(series) > 1:
-        axis.legend(frameon=False, fontsize=9, labelcolor=_INK)
-    _save(figure, path)
+        axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+    save(figure, path)
 
 
 def bars(
@@ -174,19 +174,19 @@ def bars(
         raise ValueError(f"no bars to draw for '{title}'")
     baselines = baselines or {}
     groups = list(dict.fromkeys(group for _, _, group in table))
-    figure = Figure(figsize=(7.0, 1.3 + 0.34 * len(table)), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(7.0, 1.3 + 0.34 * len(table)), dpi=DPI, layout="constrained")
     axis = figure.add_subplot()
     for at, group in enumerate(groups):
         rows = [row for row, (_, _, of) in enumerate(table) if of == group]
         widths = [table[row][1] for row in rows]
-        drawn = axis.barh(rows, widths, height=0.68, color=_COLORS[at % len(_COLORS)], label=group)
-        value_labels = axis.bar_label(drawn, fmt="{:.3g}", padding=4, fontsize=9, color=_INK)
+        drawn = axis.barh(rows, widths, height=0.68, color=COLORS[at % len(COLORS)], label=group)
+        value_labels = axis.bar_label(drawn, fmt="{:.3g}", padding=4, fontsize=9, color=INK)
         for value_label in value_labels:
             value_label.set_bbox({"color": "white", "pad": 1.0})
     for name, value in baselines.items():
-        axis.axvline(value, color=_INK, linewidth=1.1, linestyle=(0, (4, 3)))
+        axis.axvline(value, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
         above = axis.get_xaxis_transform() + ScaledTranslation(0, 3 / 72, figure.dpi_scale_trans)
-        axis.text(value, 1, name, transform=above, fontsize=8, color=_INK, ha="center", va="bottom")
+        axis.text(value, 1, name, transform=above, fontsize=8, color=INK, ha="center", va="bottom")
     _bare(axis, title, grid="x", pad=20 if baselines else 8)
     axis.set_yticks(range(len(table)), [label for label, _, _ in table])
     axis.tick_params(axis="y", length=0)
@@ -194,7 +194,7 @@ def bars(
     axis.margins(x=0.12)
     if len(groups) > 1:
         figure.legend(loc="outside lower center", ncols=min(len(groups), 4), frameon=False, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _check_pairs(
@@ -217,13 +217,13 @@ def _photo_grid(
     title_height = 0.24 if titles else 0.0
     size = 2 * side * num_columns, (side + title_height) * num_rows
     layout = ConstrainedLayoutEngine(w_pad=0.025, h_pad=0.025, wspace=0.0, hspace=0.0)
-    figure = Figure(figsize=size, dpi=_DPI, layout=layout)
+    figure = Figure(figsize=size, dpi=DPI, layout=layout)
     grid = figure.subplots(num_rows, 2 * num_columns, squeeze=False)
     for axis in grid.flat:
         axis.set_axis_off()
     pairs = [(row[2 * at], row[2 * at + 1]) for row in grid for at in range(num_columns)][: len(photos)]
     for (left, _), title in zip(pairs, titles or (), strict=bool(titles)):
-        left.set_title(title, fontsize=8, color=_INK, loc="left", pad=3)
+        left.set_title(title, fontsize=8, color=INK, loc="left", pad=3)
     return figure, pairs
 
 
@@ -233,14 +233,15 @@ def _extent(photo: Photo) -> tuple[float, float, float, float]:
 
 
 def _bare(axis: Any, title: str, grid: str, pad: float = 8) -> None:
-    axis.set_title(title, loc="left", fontsize=11, color=_INK, pad=pad)
+    axis.set_title(title, loc="left", fontsize=11, color=INK, pad=pad)
     axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    axis.grid(axis=grid, color=_FAINT, linewidth=0.7)
+    axis.grid(axis=grid, color=FAINT, linewidth=0.7)
     axis.set_axisbelow(True)
-    axis.tick_params(colors=_INK, labelsize=9, length=0)
+    axis.tick_params(colors=INK, labelsize=9, length=0)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, its folder with it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the software tag the bytes depend on nothing but the picture.
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
