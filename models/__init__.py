@@ -9,23 +9,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bert import BertEncoder, BertTower, Projection, load_bert
+    from .bert_config import BertConfig, read_bert_config
     from .configs import Config, ConvNeXtConfig, ViTConfig
     from .convnext import ConvNeXt
     from .dense import TextAligner
     from .heads import PrototypeHead
+    from .pixels import MEAN, STD, normalise
     from .presets import PRESETS, preset
-    from .pretrained import MEAN, STD, embed, load_pretrained, normalise, preprocess, save_pretrained
+    from .pretrained import embed, embed_many, load_pretrained, preprocess, save_pretrained
     from .text import TextConfig, TextTower
     from .towers import Backbone, build, count_params, from_config, layer_depths
     from .vit import Features, VisionTransformer
 
 _HOMES = {
+    "bert": ("BertEncoder", "BertTower", "Projection", "load_bert"),
+    "bert_config": ("BertConfig", "read_bert_config"),
     "configs": ("Config", "ConvNeXtConfig", "ViTConfig"),
     "convnext": ("ConvNeXt",),
     "dense": ("TextAligner",),
     "heads": ("PrototypeHead",),
     "presets": ("PRESETS", "preset"),
-    "pretrained": ("MEAN", "STD", "embed", "load_pretrained", "normalise", "preprocess", "save_pretrained"),
+    "pixels": ("MEAN", "STD", "normalise"),
+    "pretrained": ("embed", "embed_many", "load_pretrained", "preprocess", "save_pretrained"),
     "text": ("TextConfig", "TextTower"),
     "towers": ("Backbone", "build", "count_params", "from_config", "layer_depths"),
     "vit": ("Features", "VisionTransformer"),
@@ -37,10 +43,14 @@ __all__ = [
     "PRESETS",
     "STD",
     "Backbone",
+    "BertConfig",
+    "BertEncoder",
+    "BertTower",
     "Config",
     "ConvNeXt",
     "ConvNeXtConfig",
     "Features",
+    "Projection",
     "PrototypeHead",
     "TextAligner",
     "TextConfig",
@@ -50,12 +60,15 @@ __all__ = [
     "build",
     "count_params",
     "embed",
+    "embed_many",
     "from_config",
     "layer_depths",
+    "load_bert",
     "load_pretrained",
     "normalise",
     "preprocess",
     "preset",
+    "read_bert_config",
     "save_pretrained",
 ]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .configs import FFN
 from .rope import rotate
@@ -105,7 +106,12 @@ class Block(nn.Module):
 
     Args:
         layer_scale_init: None leaves the branches unscaled.
+
+    Attributes:
+        recompute: keep only the block's input for the backward pass and compute the rest again there.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -144,6 +150,22 @@ class Block(nn.Module):
         return (first, *(self._group(*group) for group in more)) if more else first
 
     def _group(
+        self, x_BND: Tensor, rope: Rotation | None, attention_rows: Tensor | None, ffn_rows: Tensor | None
+    ) -> Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._compute(x_BND, rope, attention_rows, ffn_rows)
+        out: Tensor = checkpoint(
+            self._compute,
+            x_BND,
+            rope,
+            attention_rows,
+            ffn_rows,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        return out
+
+    def _compute(
         self, x_BND: Tensor, rope: Rotation | None, attention_rows: Tensor | None, ffn_rows: Tensor | None
     ) -> Tensor:
         x_BND = add_residual(x_BND, lambda x: self._attend(x, rope), attention_rows)

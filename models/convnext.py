@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .blocks import add_residual, draw_rows, linear
 from .configs import ConvNeXtConfig
-from .vit import Features, check_masks, patch_grid
+from .vit import Features, Layers, check_masks, layer_indices, patch_grid
 
 
 class MapNorm(nn.LayerNorm):
@@ -21,7 +23,9 @@ class MapNorm(nn.LayerNorm):
 
 
 class ConvNeXtBlock(nn.Module):
-    """x + γ · mlp(norm(depthwise 7×7 (x)))."""
+    """x + γ · mlp(norm(depthwise 7×7 (x))). `recompute`: as of :class:`Block`."""
+
+    recompute = False
 
     def __init__(self, dim: int, config: ConvNeXtConfig) -> None:
         super().__init__()
@@ -32,7 +36,12 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), config.layer_scale_init))
 
     def forward(self, x_BCHW: Tensor, rows: Tensor | None = None) -> Tensor:
-        return add_residual(x_BCHW, self._branch, rows)
+        if not (self.recompute and torch.is_grad_enabled()):
+            return add_residual(x_BCHW, self._branch, rows)
+        out_BCHW: Tensor = checkpoint(
+            add_residual, x_BCHW, self._branch, rows, use_reentrant=False, preserve_rng_state=False
+        )
+        return out_BCHW
 
     def _branch(self, x_BCHW: Tensor) -> Tensor:
         x_BHWC = self.depthwise(x_BCHW).permute(0, 2, 3, 1)
@@ -79,7 +88,9 @@ class ConvNeXt(nn.Module):
         generator: torch.Generator | None = None,
         is_local: bool = False,
         locals_BCHW: Tensor | None = None,
-    ) -> Features | tuple[Features, Features]:
+        layers: Sequence[int] | None = None,
+        norm: bool = True,
+    ) -> Features | tuple[Features, Features] | list[Features]:
         """Features of normalised images of any size that the total stride divides.
 
         Args:
@@ -89,20 +100,51 @@ class ConvNeXt(nn.Module):
             generator: source of drop-path rows in training; without one nothing is random.
             is_local: accepted for the common signature; one norm serves all crops.
             locals_BCHW: local crops; the result is then the pair of both groups' features.
+            layers: indices of stages, from 0: the result is then a list of their outputs (see `features`).
+            norm: with `layers`, whether the final norm is applied to the last stage's.
 
         Raises:
             ValueError: the stride does not divide H or W, or the mask has another shape than the grid.
         """
-        features = self._group(images_BCHW, masks_BP, generator)
-        return features if locals_BCHW is None else (features, self._group(locals_BCHW, None, generator))
+        maps = self._stages(images_BCHW, masks_BP, generator)
+        if layers is not None:
+            last = len(maps) - 1
+            return [self._tokens(maps[index], norm and index == last) for index in layers]
+        features = self._tokens(maps[-1], True)
+        if locals_BCHW is None:
+            return features
+        return features, self._tokens(self._stages(locals_BCHW, None, generator)[-1], True)
 
-    def _group(
+    def features(self, images_BCHW: Tensor, layers: Layers = None, norm: bool = True) -> list[Features]:
+        """Features after one or more of the four stages: the pooled map as CLS and the map's cells as patches.
+
+        Args:
+            images_BCHW: float (B, 3, H, W), normalised with ImageNet mean and std.
+            layers: a number n for the last n stages, or indices of stages (negative ones count from the last);
+                None: the last stage.
+            norm: apply the final norm, which is the last stage's: earlier ones have other widths and no norm.
+
+        Returns:
+            One for each stage, in the order asked for; stage s has (H / c) · (W / c) patches of width dims[s],
+            c = stem_stride · 2^s.
+
+        Raises:
+            ValueError: no such stage, or as the forward.
+        """
+        # Through __call__: under ZeRO-3 the mask token is gathered around it.
+        wanted = layer_indices(layers, len(self.stages))
+        features: list[Features] = self(images_BCHW, layers=wanted, norm=norm)
+        return features
+
+    def _stages(
         self, images_BCHW: Tensor, masks_BP: Tensor | None, generator: torch.Generator | None
-    ) -> Features:
+    ) -> list[Tensor]:
+        """The map (B, C, H, W) after each stage."""
         batch = images_BCHW.shape[0]
         grid = patch_grid(images_BCHW, self.patch_size)
         random = generator if self.training else None
         num_blocks, done = sum(self.config.depths), 0
+        maps = []
         x_BCHW = images_BCHW.to(self.mask_token.dtype)
         for index, (downsample, stage) in enumerate(zip(self.downsamples, self.stages, strict=True)):
             x_BCHW = downsample(x_BCHW)
@@ -112,9 +154,15 @@ class ConvNeXt(nn.Module):
                 rate = self.config.drop_path * done / max(1, num_blocks - 1)
                 x_BCHW = block(x_BCHW, draw_rows(batch, rate, random, x_BCHW.device))
                 done += 1
+            maps.append(x_BCHW)
+        return maps
+
+    def _tokens(self, x_BCHW: Tensor, norm: bool) -> Features:
         x_BPD = x_BCHW.flatten(2).transpose(1, 2)
-        normed_BND = self.norm(torch.cat([x_BPD.mean(dim=1, keepdim=True), x_BPD], dim=1))
-        return Features(normed_BND[:, 0], normed_BND[:, 1:1], normed_BND[:, 1:])
+        x_BND = torch.cat([x_BPD.mean(dim=1, keepdim=True), x_BPD], dim=1)
+        if norm:
+            x_BND = self.norm(x_BND)
+        return Features(x_BND[:, 0], x_BND[:, 1:1], x_BND[:, 1:])
 
     def _masked(self, x_BCHW: Tensor, masks_BP: Tensor | None, grid: tuple[int, int]) -> Tensor:
         token = self.mask_token.to(x_BCHW.dtype)  # autocast may have changed the map's dtype

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from .blocks import Block, draw_rows, linear
 from .vit import Features
+
+Pool = Literal["cls_and_patches", "cls"]
 
 
 class TextAligner(nn.Module):
@@ -19,6 +23,7 @@ class TextAligner(nn.Module):
         output_dim: width of the common space with the text tower.
         num_heads: None is one head for 64 channels.
         drop_path: share of rows that skip each residual branch in training.
+        pool: `cls` leaves the patches out of the embedding (LiT, arXiv 2111.07991), for comparison.
 
     Raises:
         ValueError: the heads do not divide dim.
@@ -31,6 +36,7 @@ class TextAligner(nn.Module):
         num_blocks: int = 2,
         num_heads: int | None = None,
         drop_path: float = 0.3,
+        pool: Pool = "cls_and_patches",
     ) -> None:
         super().__init__()
         num_heads = num_heads or max(1, dim // 64)
@@ -38,13 +44,14 @@ class TextAligner(nn.Module):
             raise ValueError(f"dim {dim} is not a multiple of num_heads ({num_heads})")
         self.dim = dim
         self.drop_path = drop_path
+        self.pool = pool
         # 8/3 dim, in multiples of 8: as many parameters as an MLP of 4 dim.
         hidden = -(-8 * dim // 24) * 8
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, hidden, ffn="swiglu", layer_scale_init=1e-5) for _ in range(num_blocks)
         )
         self.norm = nn.LayerNorm(dim)
-        self.proj = linear(2 * dim, output_dim, bias=False)
+        self.proj = linear(dim if pool == "cls" else 2 * dim, output_dim, bias=False)
 
     def forward(self, features: Features, generator: torch.Generator | None = None) -> Tensor:
         """Embeds images.
@@ -56,13 +63,32 @@ class TextAligner(nn.Module):
         Returns:
             (B, output_dim), not normalised.
         """
-        random = generator if self.training else None
+        cls_BD, patches_BPD = self._tokens(features, generator if self.training else None)
+        pooled = cls_BD if self.pool == "cls" else torch.cat([cls_BD, patches_BPD.mean(dim=1)], dim=-1)
+        embedding_BE: Tensor = self.proj(pooled)
+        return embedding_BE
+
+    def patches(self, features: Features) -> Tensor:
+        """Embeds every patch, in the space of the texts.
+
+        The embedding of an image is CLS's part plus the mean of these; where only CLS is pooled, patches are
+        projected as if each were it.
+
+        Returns:
+            (B, P, output_dim), not normalised.
+        """
+        _, patches_BPD = self._tokens(features, None)
+        if self.pool != "cls":
+            patches_BPD = torch.cat([torch.zeros_like(patches_BPD), patches_BPD], dim=-1)
+        embedding_BPE: Tensor = self.proj(patches_BPD)
+        return embedding_BPE
+
+    def _tokens(self, features: Features, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """CLS (B, D) and patches (B, P, D) after the blocks."""
         x_BND = torch.cat([features.cls[:, None], features.storage, features.patches], dim=1)
         for block in self.blocks:
-            rows = [draw_rows(x_BND.shape[0], self.drop_path, random, x_BND.device) for _ in range(2)]
+            rows = [draw_rows(x_BND.shape[0], self.drop_path, generator, x_BND.device) for _ in range(2)]
             x_BND = block(x_BND, None, *rows)
         x_BND = self.norm(x_BND)
         first_patch = 1 + features.storage.shape[1]
-        pooled_BE = torch.cat([x_BND[:, 0], x_BND[:, first_patch:].mean(dim=1)], dim=-1)
-        embedding_BE: Tensor = self.proj(pooled_BE)
-        return embedding_BE
+        return x_BND[:, 0], x_BND[:, first_patch:]

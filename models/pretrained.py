@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .configs import Config, ConvNeXtConfig, ViTConfig
+from .pixels import MEAN, STD, normalise
 from .presets import preset
 from .towers import Backbone, from_config
-from .vit import Features
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from .vit import Features, Layers
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -100,13 +98,6 @@ def load_pretrained(folder: str | Path) -> Backbone:
     return model.eval()
 
 
-def normalise(images_BCHW: Tensor) -> Tensor:
-    """uint8 (…, 3, H, W) in 0–255 → fp32, minus ImageNet's mean and divided by its standard deviation."""
-    mean = torch.tensor(MEAN, device=images_BCHW.device)[:, None, None]
-    std = torch.tensor(STD, device=images_BCHW.device)[:, None, None]
-    return (images_BCHW.float() / 255 - mean) / std
-
-
 def preprocess(image: Photo, size: int) -> Tensor:
     """Upright RGB, shorter side resized to `size` (bicubic, antialiased), centre crop, normalised.
 
@@ -149,6 +140,40 @@ def embed(model: Backbone, image: Photo, size: int) -> Tensor:
     device = next(model.parameters()).device
     features: Features = model(preprocess(image, size).to(device))
     return F.normalize(features.cls[0].float(), dim=0)
+
+
+@torch.no_grad()
+def embed_many(
+    model: Backbone, images: Sequence[Tensor], layers: Layers = None, batch: int = 32
+) -> list[list[Features]]:
+    """Features of images of unlike sizes: those of one size go through the tower together.
+
+    Args:
+        model: a tower in eval mode.
+        images: float (3, H, W) each, normalised; `model.patch_size` divides H and W.
+        layers: see `features` of the towers.
+        batch: the most images in one forward.
+
+    Returns:
+        For each image, in the given order, one :class:`Features` of batch 1 for each layer.
+
+    Raises:
+        ValueError: an image that is none or that the patch does not divide, or no such layer.
+    """
+    device = next(model.parameters()).device
+    of_size: dict[torch.Size, list[int]] = {}
+    for index, image_CHW in enumerate(images):
+        if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
+            raise ValueError(f"image {index} is {tuple(image_CHW.shape)}; expected (3, H, W)")
+        of_size.setdefault(image_CHW.shape, []).append(index)
+    found: dict[int, list[Features]] = {}
+    for indices in of_size.values():
+        for first in range(0, len(indices), batch):
+            chunk = indices[first : first + batch]
+            together = model.features(torch.stack([images[index] for index in chunk]).to(device), layers)
+            for row, index in enumerate(chunk):
+                found[index] = [Features(*(part[row : row + 1] for part in layer)) for layer in together]
+    return [found[index] for index in range(len(images))]
 
 
 def _read_config(architecture: str, fields: Mapping[str, Any]) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,11 @@ from .blocks import Block, Rotation, draw_rows
 from .configs import ViTConfig
 from .rope import axial_angles, log_uniform_rescales, rotation
 
+Layers = int | Sequence[int] | None
+
 
 class Features(NamedTuple):
-    """What a vision tower gives, after its final norm.
+    """What a vision tower gives, after its final norm unless that was refused.
 
     Attributes:
         cls: (B, D).
@@ -64,7 +67,9 @@ class VisionTransformer(nn.Module):
         generator: torch.Generator | None = None,
         is_local: bool = False,
         locals_BCHW: Tensor | None = None,
-    ) -> Features | tuple[Features, Features]:
+        layers: Sequence[int] | None = None,
+        norm: bool = True,
+    ) -> Features | tuple[Features, Features] | list[Features]:
         """Features of normalised images of any size that the patch divides.
 
         Args:
@@ -75,6 +80,8 @@ class VisionTransformer(nn.Module):
             is_local: the images are local crops (matters with `separate_local_norm` only).
             locals_BCHW: local crops, of another size and number, that go through the same call of each block;
                 the result is then the pair of both groups' features.
+            layers: indices of blocks, from 0: the result is then a list of their outputs (see `features`).
+            norm: with `layers`, whether the final norm is applied to each.
 
         Raises:
             ValueError: the patch does not divide H or W, or the mask has another shape than the grid.
@@ -85,12 +92,41 @@ class VisionTransformer(nn.Module):
             groups.append(self._embed(locals_BCHW, None))
         draws = [self._draw(tokens, grid, random) for tokens, grid in groups]
         x = [tokens for tokens, _ in groups]
+        taken: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             first, *more = [(tokens, *draw[index]) for tokens, draw in zip(x, draws, strict=True)]
             out = block(*first, *more)
             x = list(out) if more else [out]
+            if layers is not None and index in layers:
+                taken[index] = x[0]
+        if layers is not None:
+            outputs = {
+                index: self._normed(out, is_local) if norm else self._split(out)
+                for index, out in taken.items()
+            }
+            return [outputs[index] for index in layers]
         features = self._normed(x[0], is_local)
         return features if locals_BCHW is None else (features, self._normed(x[1], True))
+
+    def features(self, images_BCHW: Tensor, layers: Layers = None, norm: bool = True) -> list[Features]:
+        """Features after one or more blocks.
+
+        Args:
+            images_BCHW: float (B, 3, H, W), normalised with ImageNet mean and std.
+            layers: a number n for the last n blocks, or indices of blocks (negative ones count from the last);
+                None: the last block.
+            norm: apply the final norm to each; without it, the raw outputs.
+
+        Returns:
+            One for each layer, in the order asked for.
+
+        Raises:
+            ValueError: no such block, or as the forward.
+        """
+        # Through __call__: under ZeRO-3 the tokens are gathered around it.
+        wanted = layer_indices(layers, len(self.blocks))
+        features: list[Features] = self(images_BCHW, layers=wanted, norm=norm)
+        return features
 
     def _embed(self, images_BCHW: Tensor, masks_BP: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (B, 1 + S + P, D) and the grid."""
@@ -123,13 +159,31 @@ class VisionTransformer(nn.Module):
 
     def _normed(self, x_BND: Tensor, is_local: bool) -> Features:
         num_prefix = 1 + self.config.num_storage_tokens
-        if self.local_norm is not None and self.training and is_local:
-            prefix_BSD = self.local_norm(x_BND[:, :num_prefix])
-            patches_BPD = self.norm(x_BND[:, num_prefix:])
-        else:
-            x_BND = self.norm(x_BND)
-            prefix_BSD, patches_BPD = x_BND[:, :num_prefix], x_BND[:, num_prefix:]
-        return Features(prefix_BSD[:, 0], prefix_BSD[:, 1:], patches_BPD)
+        if self.local_norm is None or not self.training or not is_local:
+            return self._split(self.norm(x_BND))
+        prefix_BSD = self.local_norm(x_BND[:, :num_prefix])
+        return Features(prefix_BSD[:, 0], prefix_BSD[:, 1:], self.norm(x_BND[:, num_prefix:]))
+
+    def _split(self, x_BND: Tensor) -> Features:
+        num_prefix = 1 + self.config.num_storage_tokens
+        return Features(x_BND[:, 0], x_BND[:, 1:num_prefix], x_BND[:, num_prefix:])
+
+
+def layer_indices(layers: Layers, num_layers: int) -> list[int]:
+    """The layers asked for as indices from 0: the last n, the listed ones, or the last.
+
+    Raises:
+        ValueError: there is no such layer, or none is asked for.
+    """
+    if layers is None or isinstance(layers, int):
+        count = 1 if layers is None else layers
+        if not 1 <= count <= num_layers:
+            raise ValueError(f"the last {count} layers of {num_layers}; ask for 1 to {num_layers}")
+        return list(range(num_layers - count, num_layers))
+    wrong = [index for index in layers if not -num_layers <= index < num_layers]
+    if wrong or not layers:
+        raise ValueError(f"layers {list(layers)}: there are 0 to {num_layers - 1}")
+    return [index % num_layers for index in layers]
 
 
 def patch_grid(images_BCHW: Tensor, patch_size: int) -> tuple[int, int]:

@@ -1,0 +1,18 @@
+"""Weights in the layouts of transformers, timm and torch hub: to ours and back, as state dicts or files."""
+
+from __future__ import annotations
+
+from .files import load_any, save_as
+from .layouts import from_layout, to_layout
+from .names import LAYOUTS
+from .transformers_config import known_from_transformers, transformers_config
+
+__all__ = [
+    "LAYOUTS",
+    "from_layout",
+    "known_from_transformers",
+    "load_any",
+    "save_as",
+    "to_layout",
+    "transformers_config",
+]

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orchestrator.models import PrototypeHead, TextAligner, TextConfig, TextTower, build
+from orchestrator.models import (
+    BertConfig,
+    BertEncoder,
+    BertTower,
+    PrototypeHead,
+    TextAligner,
+    TextConfig,
+    TextTower,
+    build,
+)
 from orchestrator.models.blocks import add_residual, draw_rows
 from orchestrator.models.rope import axial_angles, log_uniform_rescales, rotate, rotation
 
@@ -221,6 +230,17 @@ def test_text_aligner_pools_cls_and_patches() -> None:
     assert not torch.allclose(first, plain)
 
 
+def test_text_aligner_can_leave_the_patches_out() -> None:
+    """Without blocks, in which CLS looks at the patches, they count in the pooled mean only."""
+    features = build("vit_femto").eval()(images(2))
+    other = features._replace(patches=features.patches.flip(-1))
+    for pool, width in (("cls_and_patches", 96), ("cls", 48)):
+        aligner = TextAligner(48, 20, num_blocks=0, pool=pool).eval()
+        assert aligner.proj.weight.shape == (20, width)
+        assert torch.allclose(aligner(features), aligner(other), atol=1e-6) == (pool == "cls")
+        assert aligner.patches(features).shape == (2, features.patches.shape[1], 20)
+
+
 def _scatter_parameters(module: nn.Module) -> None:
     """Empties every parameter except while the module that owns it runs, like ZeRO-3's gathering hooks."""
     for child in module.modules():
@@ -248,8 +268,9 @@ def _scatter_parameters(module: nn.Module) -> None:
         (lambda: build("convnext_mini", drop_path=0.5), "images"),
         (lambda: PrototypeHead(48, 32, 16, 24), "vectors"),
         (lambda: TextTower(TextConfig(50, 12, dim=32, depth=1, num_heads=4, output_dim=8)), "tokens"),
+        (lambda: BertTower(BertEncoder(BertConfig(50, 12, 32, 2, 4, 64)), 8), "tokens"),
     ],
-    ids=["vit", "swiglu", "convnext", "head", "text"],
+    ids=["vit", "swiglu", "convnext", "head", "text", "bert"],
 )
 def test_modules_read_only_their_own_parameters(make: Callable[[], nn.Module], call: str) -> None:
     module = make().train()
@@ -260,6 +281,7 @@ def test_modules_read_only_their_own_parameters(make: Callable[[], nn.Module], c
                 return (
                     *module(images(), None, seeded()),
                     *module(images(seed=1), None, seeded(), is_local=True),
+                    *module.features(images(), 2)[0],
                 )
             if call == "tokens":
                 return (module(torch.arange(12)[None], torch.tensor([5])),)
