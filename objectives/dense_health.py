@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from orchestrator.objectives.precision import widened
+
 
 @torch.no_grad()
 def cls_patch_cosine(cls_BD: Tensor, patches_BPD: Tensor) -> Tensor:
     """Mean cosine between CLS and the patches of the same image: scalar in [-1, 1]; rising is bad."""
-    return cosine_similarity(cls_BD.float()[:, None], patches_BPD.float(), dim=-1).mean()
+    return cosine_similarity(widened(cls_BD)[:, None], widened(patches_BPD), dim=-1).mean()
 
 
 @torch.no_grad()
@@ -37,11 +39,11 @@ def patch_locality(patches_BPD: Tensor, grid_hw: tuple[int, int]) -> Tensor:
         raise ValueError(f"a {height}×{width} grid does not have {num_patches} patches")
     device = patches_BPD.device
     first, second = torch.triu_indices(num_patches, num_patches, offset=1, device=device).unbind()
-    across = (first % width - second % width).float()
-    down = (first // width - second // width).float()
-    closeness = -torch.hypot(across, down)
     with torch.autocast(device.type, enabled=False):
-        unit_BPD = normalize(patches_BPD.float(), dim=-1)
+        unit_BPD = normalize(widened(patches_BPD), dim=-1)
+        across = (first % width - second % width).to(unit_BPD.dtype)
+        down = (first // width - second // width).to(unit_BPD.dtype)
+        closeness = -torch.hypot(across, down)
         # Image by image: all pairs of a whole batch would be B·P² numbers at once.
         scores = [_correlation((unit_PD @ unit_PD.T)[first, second], closeness) for unit_PD in unit_BPD]
     return torch.stack(scores).mean()

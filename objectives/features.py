@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, smooth_l1_loss
 
+from orchestrator.objectives.precision import widened
+
 
 def feature_loss(student_ND: Tensor, teacher_ND: Tensor, cosine_weight: float = 0.9) -> Tensor:
     """cosine_weight · (1 − cosine) + (1 − cosine_weight) · smooth-L1, mean over rows.
@@ -17,8 +19,8 @@ def feature_loss(student_ND: Tensor, teacher_ND: Tensor, cosine_weight: float = 
         cosine_weight: 0 to 1; 0.9 in AM-RADIO.
 
     Returns:
-        Scalar, float32.
+        Scalar, float32 (float64 for float64 features).
     """
-    student_ND, teacher_ND = student_ND.float(), teacher_ND.detach().float()
+    student_ND, teacher_ND = widened(student_ND), widened(teacher_ND.detach())
     cosine_distance = 1 - cosine_similarity(student_ND, teacher_ND, dim=-1).mean()
     return cosine_weight * cosine_distance + (1 - cosine_weight) * smooth_l1_loss(student_ND, teacher_ND)

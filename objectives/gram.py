@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import mse_loss, normalize
 
+from orchestrator.objectives.precision import widened
+
 GramForm = Literal["auto", "patches", "features"]
 
 # Five products of P·D² against four of P²·D break even at 1.25; from here on the D×D form is surely faster.
@@ -33,7 +35,7 @@ def gram_loss(
         clip_negatives: set negative similarities of both to 0 first; needs the "patches" form.
 
     Returns:
-        Scalar, float32: mean over images and the P² pairs of patches.
+        Scalar, float32 (float64 for float64 features): mean over images and the P² pairs of patches.
 
     Raises:
         ValueError: the shapes do not fit, or `clip_negatives` with the "features" form.
@@ -47,8 +49,8 @@ def gram_loss(
     else:
         loss = _patches_form
     with torch.autocast(student_BPD.device.type, enabled=False):
-        student_BPD = normalize(student_BPD.float(), dim=-1)
-        teacher_BPD = normalize(teacher_BPD.detach().float(), dim=-1)
+        student_BPD = normalize(widened(student_BPD), dim=-1)
+        teacher_BPD = normalize(widened(teacher_BPD.detach()), dim=-1)
         return loss(student_BPD, teacher_BPD)
 
 

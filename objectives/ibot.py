@@ -27,7 +27,7 @@ def ibot_loss(
         temperature: the student temperature.
 
     Returns:
-        Scalar, float32.
+        Scalar, float32 (float64 for float64 logits).
     """
     losses_M = cross_entropy(student_logits_MK, targets_MK, temperature)
     num_masked_C = torch.bincount(image_of_M, minlength=num_crops)

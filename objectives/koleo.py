@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from orchestrator.objectives.precision import widened
+
 
 def koleo(cls_BD: Tensor, eps: float = 1e-8, group_size: int = 16) -> Tensor:
     """Minus the mean log distance of each sample to its nearest neighbour within its group.
@@ -19,10 +21,10 @@ def koleo(cls_BD: Tensor, eps: float = 1e-8, group_size: int = 16) -> Tensor:
         group_size: 16 in DINOv3.
 
     Returns:
-        Scalar, float32; 0 if no sample has a neighbour.
+        Scalar, float32 (float64 for float64 features); 0 if no sample has a neighbour.
     """
     with torch.autocast(cls_BD.device.type, enabled=False):
-        unit_BD = normalize(cls_BD.float(), dim=-1, eps=eps)
+        unit_BD = normalize(widened(cls_BD), dim=-1, eps=eps)
         groups = [group for group in torch.split(unit_BD, group_size) if len(group) > 1]
         if not groups:
             return unit_BD.sum() * 0.0

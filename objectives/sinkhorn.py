@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from orchestrator.objectives.precision import widened
+
 Reduce = Callable[[Tensor], Tensor]
 """Elementwise sum of a tensor over all workers; every worker gets the same result. May work in place."""
 
@@ -48,16 +50,16 @@ def sinkhorn_scaling(
         num_iterations: DINOv3 uses 3.
 
     Returns:
-        log_v_K, float32; up to an additive constant, which :func:`targets` does not see.
+        log_v_K, float32 (float64 for float64 logits); up to an additive constant, which :func:`targets` does not see.
     """
-    _check(temperature, num_iterations)
+    check_settings(temperature, num_iterations)
     with torch.autocast(logits_NK.device.type, enabled=False):
-        scaled_NK = logits_NK.float() / temperature
+        scaled_NK = widened(logits_NK) / temperature
         if weights_N is None:
             weights_N = scaled_NK.new_ones(len(scaled_NK))
         weights_N = weights_N.to(scaled_NK)
         log_sum_K = torch.logsumexp(scaled_NK + weights_N.log()[:, None], dim=0)
-        log_v_K = -_logsumexp_over_workers(log_sum_K, reduce)
+        log_v_K = -logsumexp_over_workers(log_sum_K, reduce)
         # The first iteration in log space bounds everything after it: every row of P sums to 1 and every
         # column has an entry of at least 1/(N·K), so the others are plain, safe matrix-vector products.
         probabilities_NK = torch.softmax(scaled_NK.add_(log_v_K), dim=1)
@@ -65,7 +67,7 @@ def sinkhorn_scaling(
         v_K = torch.ones_like(log_v_K)
         for _ in range(num_iterations - 1):
             column_sums_K = reduce(probabilities_NK.T @ u_N)
-            v_K = column_sums_K.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+            v_K = column_sums_K.clamp_min(torch.finfo(v_K.dtype).tiny).reciprocal()
             u_N = weights_N / (probabilities_NK @ v_K)
         return log_v_K + v_K.log()
 
@@ -80,12 +82,12 @@ def targets(logits_NK: Tensor, temperature: float, log_v_K: Tensor) -> Tensor:
         log_v_K: its result.
 
     Returns:
-        targets_NK, float32; every row sums to 1.
+        targets_NK, float32 (float64 for float64 logits); every row sums to 1.
     """
-    return torch.softmax(logits_NK.float() / temperature + log_v_K, dim=-1)
+    return torch.softmax(widened(logits_NK) / temperature + log_v_K, dim=-1)
 
 
-def _logsumexp_over_workers(values_K: Tensor, reduce: Reduce) -> Tensor:
+def logsumexp_over_workers(values_K: Tensor, reduce: Reduce) -> Tensor:
     """log Σ_w exp(values_K of worker w) from sums alone, without knowing the maximum.
 
     s·log Σ exp(x/s) lies between max x and max x + s·log(workers). A coarse scale s fits any x into the range
@@ -98,7 +100,7 @@ def _logsumexp_over_workers(values_K: Tensor, reduce: Reduce) -> Tensor:
     return center_K
 
 
-def _check(temperature: float, num_iterations: int) -> None:
+def check_settings(temperature: float, num_iterations: int) -> None:
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     if num_iterations < 1:

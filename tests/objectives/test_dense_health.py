@@ -1,3 +1,5 @@
+"""The two figures of dense health against float64 formulas, and that they tell good features from bad."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -7,9 +9,7 @@ from torch import Tensor
 
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
 
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from .naive import randn
 
 
 def smooth_features(height: int, width: int, dim: int) -> Tensor:
@@ -25,18 +25,36 @@ def naive_locality(patches: Tensor, height: int, width: int) -> float:
     return float(np.mean([np.corrcoef([image[i] @ image[j] for i, j in pairs], near)[0, 1] for image in x]))
 
 
-def test_cosine_is_the_mean_over_patches_and_images() -> None:
-    cls, patches = randn(3, 5), randn(3, 4, 5, seed=1)
-    expected = [
-        float(c @ p / c.norm() / p.norm()) for c, image in zip(cls, patches, strict=True) for p in image
+# Patches of a 3×5 grid with their CLS tokens.
+FEATURES: dict[str, tuple[Tensor, Tensor]] = {
+    "moderate": (randn(3, 6), randn(3, 15, 6, seed=1)),
+    "one image": (randn(1, 6), randn(1, 15, 6, seed=1)),
+    "1e4": (1e4 * randn(3, 6), 1e-4 * randn(3, 15, 6, seed=1)),
+    "duplicate patches": (randn(3, 6), randn(3, 5, 6, seed=1).repeat(1, 3, 1)),
+    "almost equal patches": (randn(3, 6), randn(3, 1, 6, seed=1) + 0.03 * randn(3, 15, 6, seed=2)),
+    "bfloat16": (randn(3, 6).bfloat16(), randn(3, 15, 6, seed=1).bfloat16()),
+    "non-contiguous": (randn(6, 3).T, randn(6, 15, 3, seed=1).permute(2, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("case", FEATURES)
+def test_both_figures_equal_float64_formulas(case: str) -> None:
+    cls, patches = FEATURES[case]
+    c, p = cls.double(), patches.double()
+    cosines = [
+        float(c[b] @ p[b, i] / c[b].norm() / p[b, i].norm()) for b in range(len(c)) for i in range(p.shape[1])
     ]
-    assert cls_patch_cosine(cls, patches).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    locality = naive_locality(patches, 3, 5)
+    for x, y, precision in ((cls, patches, 1e-4), (c, p, 1e-11)):
+        figures = cls_patch_cosine(x, y), patch_locality(y, (3, 5))
+        assert {figure.dtype for figure in figures} == {torch.float64 if x is c else torch.float32}
+        assert figures[0].item() == pytest.approx(np.mean(cosines), abs=precision)
+        assert figures[1].item() == pytest.approx(locality, abs=precision)
+
+
+def test_cosine_of_patches_along_cls_is_one() -> None:
+    cls = randn(3, 5)
     assert cls_patch_cosine(cls, cls[:, None].expand(3, 4, 5) * 3).item() == pytest.approx(1.0)
-
-
-def test_locality_equals_pearsons_correlation() -> None:
-    patches = randn(2, 15, 6)
-    assert patch_locality(patches, (3, 5)).item() == pytest.approx(naive_locality(patches, 3, 5), abs=1e-5)
 
 
 def test_smooth_maps_are_local_and_shuffled_ones_are_not() -> None:
