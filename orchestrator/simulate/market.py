@@ -38,6 +38,7 @@ class SpotMarket:
     Attributes:
         address: for `ray.init` or a pipeline's `cluster.address`.
         machines: those that are up, by the name they were given.
+        leaving: names of those whose end was announced: Ray gives them no work, and ends them at their deadline.
     """
 
     def __init__(self, slots: int = 1, head_slots: int = 0) -> None:
@@ -59,6 +60,7 @@ class SpotMarket:
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address: str = self._cluster.address
         self.machines: dict[str, Any] = {}
+        self.leaving: set[str] = set()
 
     def add(self, name: str, slots: int | None = None) -> str:
         """A new machine; returns its node id."""
@@ -73,6 +75,7 @@ class SpotMarket:
         import psutil
 
         node = self.machines.pop(name)
+        self.leaving.discard(name)
         (raylet,) = node.all_processes["raylet"]
         processes = [psutil.Process(raylet.process.pid)]
         processes += processes[0].children(recursive=True)
@@ -94,6 +97,7 @@ class SpotMarket:
             "--reason-message=spot",
             f"--deadline-remaining-seconds={max(1, round(notice_s))}",
         ]
+        self.leaving.add(name)
         subprocess.run(command, check=True, capture_output=True, timeout=60)
 
     def workers(self, name: str | None = None) -> list[Any]:

@@ -108,8 +108,10 @@ class Player:
 
     def prepare(self) -> None:
         """Bring up the machines that are there at second 0, and take away all others."""
-        for name in [name for name in self._market.machines if name not in self._wanted]:
-            self._market.kill(name)
+        # One whose end an earlier trace announced is there, and will not be for long.
+        for name in [*self._market.machines]:
+            if name not in self._wanted or name in self._market.leaving:
+                self._market.kill(name)
         for name in sorted(self._wanted - set(self._market.machines)):
             self._timed("up", lambda name=name: self._market.add(name))  # type: ignore[misc]
 

@@ -31,6 +31,7 @@ class Book:
 
     def __init__(self, *names: str) -> None:
         self.machines: dict[str, Any] = dict.fromkeys(names)
+        self.leaving: set[str] = set()
         self.told: list[tuple[str, str]] = []
 
     def add(self, name: str) -> str:
@@ -89,6 +90,13 @@ def test_events_happen_in_time_and_machines_are_kept() -> None:
         # What a start takes is not known at first; what goes must not go early.
         assert event.done_s > event.planned_s - (3.0 if event.kind != "down" else 0.0)
         assert event.at == pytest.approx(done.began + event.done_s, abs=0.5)
+
+
+def test_a_machine_whose_end_was_announced_before_is_replaced() -> None:
+    market = Book("m0", "m1")
+    market.leaving.add("m1")
+    play(market, machines([(0, "up", 0), (0, "up", 1)], 2), seconds=0.5)
+    assert market.told == [("kill", "m1"), ("add", "m1")]
 
 
 def test_what_is_left_of_a_trace_is_not_played() -> None:
