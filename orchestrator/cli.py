@@ -58,24 +58,20 @@ def plan(
     schedules: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw every schedule of the pipeline instead.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the costs, as JSON.")] = False,
 ) -> None:
-    """Show the stages, which would run, and why. Changes nothing."""
-    if schedules is not None:
-        _draw_schedules(file, overrides or [], schedules)
-        return
+    """Show the stages, which would run, and why; with a `hardware` section also what it will cost. Changes nothing."""
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.plan import plan as make_plan
-    from orchestrator.pipeline.plan import resolve
-    from orchestrator.pipeline.reporter import print_plan
-    from orchestrator.pipeline.workspace import Workspace
 
-    loaded = load(file, overrides or [])
-    stages = resolve(loaded)
-    workspace = Workspace(loaded.spec.store)
-    driver = workspace.driver(loaded.name)
-    driven = driver is not None and driver.alive
-    plans = make_plan(stages, workspace.state(loaded.name), workspace.find, driven=driven)
-    print_plan(_console(), loaded.name, plans)
+    loaded = load(file, overrides or [], needs_data=False)
+    if schedules is not None:
+        _draw_schedules(loaded, schedules)
+    elif as_json:
+        _print_costs(loaded, as_json=True)
+    else:
+        _print_stages(loaded)
+        if loaded.spec.hardware is not None:
+            _print_costs(loaded, as_json=False)
 
 
 @app.command()
@@ -112,6 +108,21 @@ def pull(
 
     folder = fetch(model, out, tracking)
     _console().print(f"[green]✓[/] {model} is in [bold]{folder}[/]", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the models that a pipeline file can name: parameters, and operations at 256 and 512 px."""
+    import json
+
+    from orchestrator.pipeline.modeltable import model_rows, print_models
+
+    if as_json:
+        typer.echo(json.dumps(model_rows(), indent=1))
+    else:
+        print_models(_console())
 
 
 @app.command()
@@ -204,11 +215,48 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool) -> None:
     raise typer.Exit(execute(loaded, stages, Reporter(_console(), again)))
 
 
-def _draw_schedules(file: Path, overrides: Sequence[str], picture: Path) -> None:
-    from orchestrator.pipeline.load import load
+def _print_stages(loaded: LoadedPipeline) -> None:
+    from orchestrator.pipeline.plan import plan as make_plan
+    from orchestrator.pipeline.plan import resolve
+    from orchestrator.pipeline.reporter import print_plan, print_stages
+    from orchestrator.pipeline.workspace import Workspace
+
+    if loaded.missing:
+        # Keys depend on the data's content, so nobody can say what is cached.
+        print_stages(_console(), loaded)
+        return
+    stages = resolve(loaded)
+    workspace = Workspace(loaded.spec.store)
+    driver = workspace.driver(loaded.name)
+    driven = driver is not None and driver.alive
+    plans = make_plan(stages, workspace.state(loaded.name), workspace.find, driven=driven)
+    print_plan(_console(), loaded.name, plans)
+
+
+def _print_costs(loaded: LoadedPipeline, *, as_json: bool) -> None:
+    import json
+
+    from orchestrator.pipeline.costing import costings
+    from orchestrator.pipeline.costtable import as_dict, print_costs
+
+    hardware = loaded.spec.hardware
+    if hardware is None:
+        raise UserError(
+            "the pipeline does not say what machines it is for",
+            where=str(loaded.path),
+            hint="add e.g. `hardware: {devices: 256, name: H100 SXM, mfu: 0.4}`",
+        )
+    found = list(costings(loaded, hardware))
+    if as_json:
+        typer.echo(json.dumps(as_dict(hardware, found), indent=1))
+    else:
+        print_costs(_console(), hardware, found)
+
+
+def _draw_schedules(loaded: LoadedPipeline, picture: Path) -> None:
     from orchestrator.pipeline.schedules import draw
 
-    number = draw(load(file, overrides, needs_data=False), picture)
+    number = draw(loaded, picture)
     _console().print(
         f"[green]✓[/] {number} schedules are in [bold]{picture}[/]", highlight=False, soft_wrap=True
     )

@@ -105,6 +105,16 @@ class Cluster(Strict):
     address: str = Field("local", pattern=r"^(local|auto|ray://.+|[\w.\-]+:\d+)$")
 
 
+class Hardware(Strict):
+    """The machines that `orchestrator plan` reckons with; nothing runs differently for it."""
+
+    devices: int = Field(ge=1, description="accelerators that train at once")
+    name: str = Field("H100 SXM", description="for people")
+    peak_tflops: float = Field(989.0, gt=0, description="dense bf16 operations a second of one, in 10¹²")
+    memory_gib: float = Field(80.0, gt=0, description="of one")
+    mfu: float = Field(0.4, gt=0, le=1, description="share of the peak that training reaches")
+
+
 def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -120,16 +130,18 @@ class StageSpec(Strict):
 
 
 class Schedule(Strict):
-    """A schedule as data: linear warmup from `start` to `peak`, then constant or cosine to `end`.
+    """A schedule as data: linear warmup from `start` to `peak`, a hold, then constant or down to `end`.
 
-    Values by step: `start + (peak-start)·t/warmup_steps` for t < warmup_steps; after that `peak` for shape
-    `constant`, or the half cosine from `peak` to `end` over the rest of the run for shape `cosine`.
+    Values by step: `start + (peak-start)·t/warmup_steps` for t < warmup_steps; `peak` for the `hold_steps` after
+    that and, with shape `constant`, to the end; with `cosine` or `linear` a half cosine or a line from `peak` to
+    `end` over the rest of the run.
     """
 
     peak: float
     start: float = 0.0
     end: float = 0.0
     warmup_steps: int = Field(0, ge=0)
+    hold_steps: int = Field(0, ge=0, description="at the peak, before it falls")
     shape: Literal["constant", "cosine", "linear"] = "constant"
 
     def at(self, step: int, num_steps: int) -> float:
@@ -140,7 +152,8 @@ class Schedule(Strict):
             return self.start + (self.peak - self.start) * step / self.warmup_steps
         if self.shape == "constant":
             return self.peak
-        done = min(1.0, (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
+        falls_from = self.warmup_steps + self.hold_steps
+        done = min(1.0, max(0, step - falls_from) / max(1, num_steps - falls_from))
         if self.shape == "linear":
             return self.peak + (self.end - self.peak) * done
         return self.end + (self.peak - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
@@ -171,5 +184,6 @@ class Pipeline(Strict, Generic[S]):
     tracking: Tracking = operational(Tracking())
     cluster: Cluster = operational(Cluster())
     elastic: Elastic = operational(Elastic())
+    hardware: Hardware | None = operational(None)
     data: dict[str, DataSource] = {}
     stages: dict[str, S]

@@ -13,12 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.crops import CropConfig, cut, draw_box, make_views
+from orchestrator.data.crops import cut, draw_box, make_views
 from orchestrator.data.decode import read_rgb
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.masks import block_masks
 from orchestrator.data.order import SampleOrder
 from orchestrator.data.rng import generator
+from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 
 _ASPECT = (3 / 4, 4 / 3)

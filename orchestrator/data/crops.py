@@ -10,17 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
-from orchestrator.spec import Strict
+from orchestrator.data.views import CropConfig, Range
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 Pixels = NDArray[np.uint8]
 Affine = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -30,52 +26,6 @@ _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.
 _RGB = np.linalg.inv(_YIQ)
 _SOLARIZE = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
 _BOX_ATTEMPTS = 10
-
-
-class CropConfig(Strict):
-    """The views (DINOv3, arXiv 2508.10104; colour as in SimCLR, arXiv 2002.05709).
-
-    Sizes are in pixels, scales are shares of the photograph's area. Blur of the first global is certain and
-    of the others rare, as in the papers; `blur_probability: [0.0, 0.9]` is what DINOv3's published code does.
-    """
-
-    global_size: int = Field(256, ge=1)
-    local_size: int = Field(112, ge=1)
-    num_global: int = Field(2, ge=1)
-    num_local: int = Field(8, ge=0)
-    global_scale: Range = (0.32, 1.0)
-    local_scale: Range = (0.05, 0.32)
-    aspect: Range = (3 / 4, 4 / 3)
-    flip: bool = False
-    jitter_probability: Probability = 0.8
-    brightness: float = Field(0.4, ge=0, le=1)
-    contrast: float = Field(0.4, ge=0, le=1)
-    saturation: float = Field(0.2, ge=0, le=1)
-    hue: float = Field(0.1, ge=0, le=0.5, description="largest turn, as a share of the colour circle")
-    gray_probability: Probability = 0.2
-    blur_probability: tuple[Probability, Probability] = Field(
-        (1.0, 0.1), description="first global, other globals"
-    )
-    local_blur_probability: Probability = 0.5
-    blur_sigma: Range = Field((0.1, 2.0), description="pixels of the finished view")
-    solarize_probability: Probability = Field(0.2, description="second global only")
-    gram_size: int | None = Field(None, ge=1, description="size of the undistorted views for a Gram teacher")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> CropConfig:
-        for name in ("global_scale", "local_scale", "aspect", "blur_sigma"):
-            low, high = getattr(self, name)
-            if low > high or (name.endswith("scale") and high > 1):
-                raise ValueError(f"{name} is {low} to {high}: give the smaller first, scales at most 1")
-        return self
-
-    @property
-    def min_side(self) -> int:
-        """The shorter side, in pixels, below which a decoded photograph would have to be enlarged."""
-        needs = [max(self.global_size, self.gram_size or 0) / math.sqrt(self.global_scale[0])]
-        if self.num_local:
-            needs.append(self.local_size / math.sqrt(self.local_scale[0]))
-        return math.ceil(max(needs))
 
 
 @dataclass(frozen=True)

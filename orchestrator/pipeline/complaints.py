@@ -156,7 +156,8 @@ def _owner(path: KeyPath) -> str:
 
 def _field_names(model: type[BaseModel], path: KeyPath, data: Any) -> set[str]:
     """Every key that may stand below `path`."""
-    return {name for item in _models_at(model, path, data) for name in item.model_fields}
+    models = _models_at(model, path, data)
+    return {field.alias or name for item in models for name, field in item.model_fields.items()}
 
 
 def _tags(model: type[BaseModel], path: KeyPath, field: str) -> list[str]:

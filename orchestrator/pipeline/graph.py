@@ -64,6 +64,18 @@ def upstream(name: str, needs: Mapping[str, tuple[str, ...]]) -> list[str]:
     return found
 
 
+def origin(roles: Mapping[str, Mapping[str, str]], name: str) -> str | None:
+    """The stage where the lineage of backbones began that `name` goes on from or learns from; None if there is none."""
+    found = None
+    while (following := _lineage(roles[found or name])) is not None:
+        found = following
+    return found
+
+
+def _lineage(of: Mapping[str, str]) -> str | None:
+    return next((of[role] for role in ("backbone", "teacher", "tower") if role in of), None)
+
+
 def _roles_of(loaded: LoadedPipeline, name: str) -> dict[str, str]:
     stages = loaded.spec.stages
     stage = stages[name]

@@ -117,6 +117,7 @@ def _check(loaded: LoadedPipeline) -> list[UserError]:
         for source_name in stage.data_sources():
             if source_name not in spec.data:
                 problems.append(_unknown_source(loaded, name, source_name))
+        problems += _check_stage(loaded, name, stage)
     problems += _check_store(loaded)
     try:
         absolute_uri(spec.tracking.uri)
@@ -134,6 +135,23 @@ def _missing_data(loaded: LoadedPipeline) -> list[UserError]:
         if source.captions is not None and not source.captions.is_file():
             problems.append(_missing(loaded, "no such file", ("data", name, "captions"), source.captions))
     return problems
+
+
+def _check_stage(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserError]:
+    missing = [
+        _missing(loaded, "no such file", ("stages", name, *field.split(".")), path)
+        for field, paths in stage.files().items()
+        for path in paths
+        if not path.is_file()
+    ]
+    if missing:
+        return missing
+    try:
+        stage.check()
+    except UserError as error:
+        where = loaded.where("stages", name, *(error.where or "").split("."))
+        return [UserError(error.what, where=where, hint=error.hint)]
+    return []
 
 
 def _missing(loaded: LoadedPipeline, what: str, path: tuple[str, ...], value: Path) -> UserError:

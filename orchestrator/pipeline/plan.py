@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline import graph
+from orchestrator.pipeline import fit, graph
 from orchestrator.pipeline.key import KeyParts, diff, key_parts, short
 from orchestrator.pipeline.ledger import PipelineState, StageState
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.spec import DataSource
+from orchestrator.stages.base import Stage
 from orchestrator.store.artifact import Artifact
 
 # A data source and its name → the hash of its content.
@@ -61,6 +63,7 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
     """
     names = graph.order(loaded)
     roles = graph.roles(loaded)
+    fit.check(loaded, roles)
     prints = _fingerprints(loaded, fingerprint or _fingerprint)
     keys: dict[str, str] = {}
     resolved = []
@@ -69,7 +72,7 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
         parts = key_parts(
             stage,
             inputs={role: keys[need] for role, need in roles[name].items()},
-            data={source: prints[source] for source in stage.data_sources()},
+            data={source: prints[source] for source in stage.data_sources()} | contents(stage),
             seed=loaded.spec.seed,
         )
         keys[name] = parts.key
@@ -108,6 +111,18 @@ def needs_attention(plans: list[StagePlan], state: PipelineState) -> bool:
     if any(item.action == "run" for item in plans) or state.open:
         return True
     return any(stage.state == "running" for stage in state.stages.values())
+
+
+def contents(stage: Stage) -> dict[str, str]:
+    """The hash of the files that a stage's fields name, by field."""
+    contents = {}
+    for field, paths in stage.files().items():
+        digest = hashlib.sha256()
+        for path in paths:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        contents[field] = digest.hexdigest()
+    return contents
 
 
 def _why_cached(known: StageState | None, stage: ResolvedStage) -> str:

@@ -15,11 +15,13 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.pipeline.graph import order
 from orchestrator.pipeline.key import short
 
 if TYPE_CHECKING:
     from orchestrator.pipeline.attempt import Outcome
     from orchestrator.pipeline.ledger import PipelineState
+    from orchestrator.pipeline.load import LoadedPipeline
     from orchestrator.pipeline.plan import StagePlan
 
 STYLES = {
@@ -207,6 +209,19 @@ def print_plan(console: Console, name: str, plans: Sequence[StagePlan]) -> None:
     running = [item.name for item in plans if item.action == "run"]
     to_run = f"{len(running)} of {len(plans)} stages to run: {', '.join(running)}"
     console.print(Text(to_run if running else _up_to_date(plans)), soft_wrap=True)
+
+
+def print_stages(console: Console, loaded: LoadedPipeline) -> None:
+    """The DAG alone, where keys cannot be known because data is not there."""
+    table = stage_table("stage", "kind", "needs")
+    for name in order(loaded):
+        stage = loaded.spec.stages[name]
+        table.add_row(name, stage.kind, ", ".join(stage.needs) or "—")
+    console.print(Text(f"Pipeline {loaded.name}", style="bold"))
+    console.print(table)
+    for missing in loaded.missing:
+        note = f"! {missing.what} ({missing.where}): what would run is known once it is there"
+        console.print(Text(note, style="yellow"), soft_wrap=True)
 
 
 def _up_to_date(plans: Sequence[StagePlan]) -> str:

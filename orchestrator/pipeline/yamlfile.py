@@ -17,6 +17,8 @@ KeyPath = tuple[str | int, ...]
 # Maps whose keys the user invents: an override may change an entry, but a new entry is more likely a typo.
 _NAMED = ("stages", "data")
 
+_EXTENDS = "extends"
+
 
 @dataclass
 class Document:
@@ -26,12 +28,14 @@ class Document:
         path: the file.
         data: mappings, lists and scalars.
         lines: 1-based line of every key path.
+        files: the file of every key path that another one wrote, which `path` extends.
         overrides: the command-line argument that wrote a key path.
     """
 
     path: Path
     data: dict[str, Any]
     lines: dict[KeyPath, int] = field(default_factory=dict)
+    files: dict[KeyPath, Path] = field(default_factory=dict)
     overrides: dict[KeyPath, str] = field(default_factory=dict)
 
     def where(self, path: KeyPath, *, value: bool = True) -> str:
@@ -47,7 +51,8 @@ class Document:
             if prefix in self.overrides:
                 return f"command line `{self.overrides[prefix]}`  {shown}"
             if prefix in self.lines:
-                return f"{self.path}:{self.lines[prefix]}  {shown}".rstrip()
+                file = self.files.get(prefix, self.path)
+                return f"{file}:{self.lines[prefix]}  {shown}".rstrip()
         return f"{self.path}  {shown}".rstrip()
 
 
@@ -80,11 +85,66 @@ def show(value: Any, limit: int = 80) -> str:
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Document:
-    """Parse `path` and apply `key.path=value` overrides to it.
+    """Parse `path`, lay it over the file that it `extends` if any, and apply `key.path=value` overrides.
+
+    Mappings are merged key by key, everything else is replaced; a key set to null takes the other file's away. The
+    path of the other file is relative to this one's folder.
 
     Raises:
-        UserError: no such file, not UTF-8, not YAML, a key written twice, or an override that fits nothing.
+        UserError: no such file, not UTF-8, not YAML, a key written twice, a file that extends itself, or an
+            override that fits nothing.
     """
+    document = _extended(path, ())
+    for override in overrides:
+        _apply(document, override)
+    return document
+
+
+def _extended(path: Path, inside: tuple[Path, ...]) -> Document:
+    document = _parse(path)
+    base = document.data.pop(_EXTENDS, None)
+    if base is None:
+        return document
+    where = document.where((_EXTENDS,), value=False)
+    if not isinstance(base, str):
+        raise UserError(f"`{_EXTENDS}` is {show(base)}, not the path of a file", where=where)
+    below = path.parent / base
+    if below.resolve() in (path.resolve(), *inside):
+        raise UserError("the file extends itself", where=where)
+    if not below.is_file():
+        raise UserError(
+            f"no such pipeline file: {below}", where=where, hint=f"paths are relative to {path.parent}"
+        )
+    return _laid_over(document, _extended(below, (*inside, path.resolve())))
+
+
+def _laid_over(top: Document, below: Document) -> Document:
+    """`top` over what it extends; every key path keeps the file and line that wrote it."""
+    own = {key: line for key, line in top.lines.items() if key[:1] != (_EXTENDS,)}
+    # What a list or a scalar of `top` replaces is no longer there, nor are its lines.
+    replaced = {key for key in own if key and not isinstance(lookup(top.data, key)[0], Mapping)}
+    kept = {
+        key: line
+        for key, line in below.lines.items()
+        if key not in own and not any(key[:length] in replaced for length in range(1, len(key)))
+    }
+    files = {key: below.files.get(key, below.path) for key in kept}
+    return Document(top.path, _merged(below.data, top.data), {**kept, **own}, files)
+
+
+def _merged(below: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in top.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(below.get(key), Mapping):
+            result[key] = _merged(below[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _parse(path: Path) -> Document:
     text = _read_text(path)
     loader = yaml.SafeLoader(text)
     try:
@@ -108,8 +168,6 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
         raise UserError(f"not readable as YAML: {error}", where=str(path)) from None
     finally:
         loader.dispose()
-    for override in overrides:
-        _apply(document, override)
     return document
 
 

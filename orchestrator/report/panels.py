@@ -46,4 +46,8 @@ def panels(table: Mapping[str, Mapping[str, Line]], columns: Mapping[str, str], 
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.yaxis.set_major_locator(MaxNLocator(3))
             axis.margins(y=0.12)
+        values = {value for _, of in lines.values() for value in of}
+        if len(values) == 1:
+            # A scale around a constant would round it away: 0.999 is not 1.00.
+            grid[row, 0].set_yticks(list(values), [f"{value:g}" for value in values])
     save(figure, path)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from orchestrator.data.blocks import BlockSource, CaptionBlocks, CropBlocks
-from orchestrator.data.crops import CropConfig
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.order import SampleOrder
+from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 
 _CROPS = CropConfig(global_size=32, local_size=16, num_local=3, gram_size=48)

@@ -8,9 +8,11 @@ import math
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from scipy import stats
 
-from orchestrator.data.crops import CropConfig, _hue_rotation, _jitter, cut, draw_box, make_views
+from orchestrator.data.crops import _hue_rotation, _jitter, cut, draw_box, make_views
 from orchestrator.data.rng import generator
+from orchestrator.data.views import CropConfig
 
 _PLAIN = {
     "jitter_probability": 0.0,
@@ -74,6 +76,32 @@ def test_boxes_follow_scale_and_aspect() -> None:
     assert np.abs(ratios).max() < math.log(4 / 3) + 0.03
     assert abs(ratios.mean()) < 0.02
     assert all(0 <= box.top <= 400 - box.height and 0 <= box.left <= 500 - box.width for box in boxes)
+
+
+@pytest.mark.parametrize("kind", ["globals", "locals"])
+def test_default_views_have_the_papers_scales_and_aspects(kind: str) -> None:
+    """Boxes measured in the finished views of a photo whose colours are its coordinates, against plain sampling."""
+    y, x = np.mgrid[0:256, 0:256]
+    photo = np.stack([x, y, 0 * x], axis=2).astype(np.uint8)
+    config = CropConfig(global_size=16, local_size=16, num_local=2, **_PLAIN)
+    sides = []
+    for number in range(1000):
+        for view in make_views(photo, config, _rngs(number))[kind].astype(float):
+            # The first and last cells average a sixteenth of the box each.
+            width = (view[0, :, -1] - view[0, :, 0]).mean() * 16 / 15
+            height = (view[1, -1] - view[1, 0]).mean() * 16 / 15
+            sides.append((width, height))
+    widths, heights = np.array(sides).T
+    areas, ratios = widths * heights / 256**2, np.log(widths / heights)
+    low, high = (0.32, 1.0) if kind == "globals" else (0.05, 0.32)
+    rng = np.random.default_rng(0)
+    drawn_areas, drawn_ratios = rng.uniform(low, high, 20_000), rng.uniform(*np.log([3 / 4, 4 / 3]), 20_000)
+    fits = (drawn_areas * np.exp(drawn_ratios) <= 1) & (drawn_areas * np.exp(-drawn_ratios) <= 1)
+    assert low - 0.01 < areas.min() < low + 0.02
+    assert high - 0.03 < areas.max() < high + 0.01
+    assert 0.26 < np.abs(ratios).max() < math.log(4 / 3) + 0.03
+    assert stats.ks_2samp(areas, drawn_areas[fits]).pvalue > 1e-4
+    assert stats.ks_2samp(ratios, drawn_ratios[fits]).pvalue > 1e-4
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (1, 1), (1, 300)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from orchestrator.data.masks import block_masks
 from orchestrator.data.rng import generator
@@ -17,13 +18,28 @@ def test_exactly_half_of_the_views_are_masked(num_views: int) -> None:
     assert np.count_nonzero(masks.any(1)) == int(num_views / 2 + 0.5)
 
 
-def test_each_masked_view_has_its_own_share_of_the_range() -> None:
-    masks = block_masks(40, 16, 16, generator(0), ratio=(0.1, 0.5))
-    shares = np.sort(masks.mean(1)[masks.any(1)])
-    edges = np.linspace(0.1, 0.5, 21)
-    # The count is the whole number below the drawn share, hence the slack of one patch.
-    assert np.all(shares >= edges[:-1] - 1 / 256)
-    assert np.all(shares <= edges[1:])
+@pytest.mark.parametrize("grid", [(16, 16), (14, 14), (7, 9), (2, 2)])
+@pytest.mark.parametrize("num_views", [2, 8, 33, 64])
+def test_each_masked_view_has_the_exact_count_of_its_cell(num_views: int, grid: tuple[int, int]) -> None:
+    """The paper's 0.1–0.5, cut into as many equal cells as there are masked views: one view in each, whole counts."""
+    for seed in range(5):
+        counts = np.sort(block_masks(num_views, *grid, generator(seed)).sum(1))
+        masked = counts[counts > 0]
+        edges = np.linspace(0.1, 0.5, len(masked) + 1) * grid[0] * grid[1]
+        assert len(masked) == (num_views + 1) // 2
+        assert np.all(masked >= np.maximum(1, np.floor(edges[:-1] + 1e-9)))
+        assert np.all(masked <= np.maximum(1, np.floor(edges[1:] + 1e-9)))
+
+
+def test_ratios_fill_their_cells_evenly_and_any_view_may_have_any_ratio() -> None:
+    counts = np.array([block_masks(8, 100, 100, generator(seed)).sum(1) for seed in range(400)])
+    shares = np.sort(counts, axis=1)[:, 4:] / 10_000
+    # Within each cell of width 0.1 the share is uniform.
+    places = (shares - [0.1, 0.2, 0.3, 0.4]) / 0.1
+    for cell in range(4):
+        assert stats.kstest(places[:, cell], "uniform").pvalue > 1e-4, cell
+    largest = np.bincount(counts.argmax(1), minlength=8)
+    assert stats.chisquare(largest).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("ratio", [(0.5, 0.5), (1.0, 1.0), (0.0, 0.0)])

@@ -1,0 +1,98 @@
+"""How `plan` shows what a pipeline will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from orchestrator.pipeline.costing import Costing
+from orchestrator.pipeline.reporter import stage_table
+from orchestrator.spec import Hardware
+
+_MEMORY_PARTS = (
+    "weights", "gradients", "optimiser", "EMA", "frozen weights", "gathered", "activations", "logits",
+)  # fmt: skip
+
+
+def print_costs(console: Console, hardware: Hardware, costings: Sequence[Costing]) -> None:
+    """Three tables: what is computed and how long it takes, where the operations go, and memory on a device."""
+    console.print()
+    console.print(Text(_headline(hardware), style="bold"), soft_wrap=True)
+    table = stage_table("job", "parameters", "steps", "batch", "TFLOP/image", "FLOP", "GPU-hours", "days")
+    for item in costings:
+        work = item.work
+        table.add_row(
+            work.name,
+            count(work.nets[0].params),
+            f"{work.steps:,}",
+            f"{work.batch_size:,}",
+            f"{work.flops_per_image / 1e12:.3g}",
+            f"{work.total_flops:.3g}",
+            f"{item.hours:,.0f}",
+            f"{item.days:.1f}",
+        )
+    total = sum(item.hours for item in costings)
+    table.add_row("all", "", "", "", "", "", f"{total:,.0f}", f"{total / hardware.devices / 24:.1f}")
+    console.print(table)
+    _print_parts(console, costings)
+    _print_memory(console, hardware, costings)
+
+
+def as_dict(hardware: Hardware, costings: Sequence[Costing]) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "hardware": hardware.model_dump(),
+        "jobs": [
+            {
+                "name": item.work.name,
+                "params": {net.name: net.params for net in item.work.nets},
+                "flops_per_image": dict(item.work.flops),
+                "total_flops": item.work.total_flops,
+                "gpu_hours": item.hours,
+                "days": item.days,
+                "memory_gib": item.memory_gib,
+            }
+            for item in costings
+        ],
+    }
+
+
+def count(number: float) -> str:
+    """6.72 B, 303 M, 5,120."""
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:,.0f}"
+
+
+def _headline(hardware: Hardware) -> str:
+    return (
+        f"{hardware.devices} × {hardware.name}, {hardware.peak_tflops:,.0f} TFLOP/s bf16 and "
+        f"{hardware.memory_gib:g} GiB each, at {hardware.mfu:.0%} of the peak"
+    )
+
+
+def _print_parts(console: Console, costings: Sequence[Costing]) -> None:
+    console.print()
+    table = stage_table("where the operations go", "TFLOP/image", "share")
+    for item in costings:
+        for part, flops in item.work.flops.items():
+            share = flops / item.work.flops_per_image
+            table.add_row(f"{item.work.name}: {part}", f"{flops / 1e12:.3g}", f"{share:.0%}")
+    console.print(table)
+
+
+def _print_memory(console: Console, hardware: Hardware, costings: Sequence[Costing]) -> None:
+    console.print()
+    parts = [part for part in _MEMORY_PARTS if any(part in item.memory_gib for item in costings)]
+    table = stage_table("GiB on each device", *parts, "all")
+    for item in costings:
+        total = sum(item.memory_gib.values())
+        style = "red" if total > hardware.memory_gib else ""
+        cells = [f"{item.memory_gib[part]:.2g}" if part in item.memory_gib else "" for part in parts]
+        fits = "" if total <= hardware.memory_gib else f", more than {hardware.memory_gib:g}"
+        table.add_row(item.work.name, *cells, Text(f"{total:.3g}{fits}", style=style))
+    console.print(table)

@@ -1,0 +1,150 @@
+"""What `plan` says a pipeline costs, against figures of the paper and sums done by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.errors import UserError
+from orchestrator.pipeline.costing import Costing, costing, costings
+from orchestrator.pipeline.load import load
+from orchestrator.spec import Hardware
+from orchestrator.stages.workload import Net, Workload
+
+CONF = Path(__file__).parents[2] / "conf"
+PAPER = sorted((CONF / "paper").glob("*.yaml"))
+
+
+def costs(name: str, *overrides: str) -> dict[str, Costing]:
+    loaded = load(CONF / "paper" / name, overrides, needs_data=False)
+    assert loaded.spec.hardware is not None
+    return {item.work.name: item for item in costings(loaded, loaded.spec.hardware)}
+
+
+def test_the_published_pretraining_took_57_percent_of_the_peak() -> None:
+    """61,440 H100-hours (arXiv 2508.10104) for 1M steps of 4096 images; hundreds of lines of config lie between."""
+    pretrain = costs("dinov3_7b.yaml", "hardware.mfu=0.57")["pretrain"]
+    assert pretrain.hours == pytest.approx(61_440, rel=0.01)
+
+
+def test_the_published_vit_l_took_14_hours() -> None:
+    """On 32 H100 at 18 % of the peak."""
+    pretrain = costs("vitl_imagenet.yaml")["pretrain"]
+    assert pretrain.days * 24 == pytest.approx(14, rel=0.1)
+
+
+def test_operations_of_a_step_are_those_of_its_parts() -> None:
+    """By hand, for a ViT-7B: 2 operations for each parameter and token of a view, and 4·N²·D for its attention."""
+
+    def forward(size: int) -> float:
+        patches = (size // 16) ** 2
+        tokens = 5 + patches
+        block = 4 * 4096**2 + 3 * 4096 * 8192
+        return 40 * (2 * tokens * block + 4 * tokens**2 * 4096) + 2 * patches * 768 * 4096
+
+    work = costs("dinov3_7b.yaml")["pretrain"].work
+    kept = 0.6  # drop-path 0.4 leaves out whole rows
+    assert work.flops["student"] == pytest.approx(3 * kept * (2 * forward(256) + 8 * forward(112)), rel=1e-6)
+    heads = {  # rows of an image through 4096 → 8192 → 8192 → bottleneck → prototypes
+        "dino": 2 * (4096 * 8192 + 8192**2 + 8192 * 512 + 512 * 262_144),
+        "ibot": 2 * (4096 * 8192 + 8192**2 + 8192 * 384 + 384 * 98_304),
+    }
+    masked = 2 * 256 * 0.5 * 0.3  # half of the crops, 30 % of their patches on average
+    assert work.flops["student heads"] == pytest.approx(3 * (10 * heads["dino"] + masked * heads["ibot"]))
+    teacher = 2 * forward(256) + 2 * heads["dino"] + masked * heads["ibot"]
+    assert work.flops["EMA teacher"] == pytest.approx(teacher, rel=1e-6)
+    gram = costs("dinov3_7b.yaml")["gram"].work
+    assert gram.flops["Gram teacher"] == pytest.approx(2 * forward(512), rel=1e-6)
+
+
+def test_mixed_sizes_cost_their_mean() -> None:
+    only = [
+        costs("dinov3_7b.yaml", f"stages.high_res.resolutions=[{{{sizes}, p: 1.0}}]")["high_res"].work
+        for sizes in (
+            "global_size: 512, local_size: 112, gram_size: 768",
+            "global_size: 768, local_size: 112, gram_size: 1152",
+        )
+    ]
+    both = costs(
+        "dinov3_7b.yaml",
+        "stages.high_res.resolutions=["
+        "{global_size: 512, local_size: 112, gram_size: 768, p: 0.25},"
+        "{global_size: 768, local_size: 112, gram_size: 1152, p: 0.75}]",
+    )["high_res"].work
+    mean = 0.25 * only[0].flops_per_image + 0.75 * only[1].flops_per_image
+    assert both.flops_per_image == pytest.approx(mean)
+    assert both.nets[0].tokens == only[1].nets[0].tokens, "the largest step decides what fits"
+
+
+def test_memory_by_hand() -> None:
+    trained = Net("student", "trained", 1000 * 2**20, 10 * 2**20, depth=4, dim=1024, tokens=1024, width=4.0)
+    ema = Net("EMA", "ema", 1000 * 2**20, 10 * 2**20)
+    work = Workload("x", 10, 64, 8, (trained, ema), {"all": 1e12}, (2.0**20, 2.0**19), 65536)
+    hardware = Hardware(devices=4, peak_tflops=100, memory_gib=80, mfu=0.5)
+    memory = costing(work, hardware).memory_gib
+    share = 1000 / 1024 / 4
+    assert memory["weights"] == pytest.approx(2 * share)
+    assert memory["gradients"] == pytest.approx(4 * share)
+    assert memory["optimiser"] == pytest.approx(12 * share)
+    assert memory["EMA"] == pytest.approx(4 * share)
+    assert memory["frozen weights"] == pytest.approx(2 * share)
+    assert memory["gathered"] == pytest.approx(8 * 10 / 1024)
+    per_block = 1024 * 1024 * (18 + 4 * 4) / 2**30
+    assert memory["activations"] == pytest.approx(8 * 4 * per_block)
+    assert memory["logits"] == pytest.approx((8 * 8 * 2**20 + 6 * 16 * 2**19) / 2**30)
+    less = costing(work, hardware, checkpointing=True, chunk_rows=2).memory_gib
+    assert less["activations"] == pytest.approx(8 * (4 * 1024 * 1024 * 2 / 2**30 + per_block))
+    assert less["logits"] == pytest.approx(2 * 65536 * (8 + 6) / 2**30)
+    assert less["weights"] == memory["weights"]
+
+
+def test_hours_follow_from_the_share_of_the_peak() -> None:
+    work = Workload("x", 1000, 100, 10, (Net("n", "frozen", 1, 1),), {"a": 3e12, "b": 1e12})
+    hardware = Hardware(devices=10, peak_tflops=100, mfu=0.5)
+    found = costing(work, hardware)
+    assert found.hours == pytest.approx(4e12 * 100 * 1000 / (50e12 * 3600))
+    assert found.days == pytest.approx(found.hours / 240)
+
+
+@pytest.mark.parametrize("file", PAPER, ids=lambda path: path.stem)
+def test_every_paper_file_can_be_planned_without_its_data(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["plan", str(file)])
+    assert said.exit_code == 0, said.output
+    for wanted in ("GPU-hours", "where the operations go", "GiB on each device", "no such folder"):
+        assert wanted in said.output
+    assert "more than" not in said.output, "it must fit into the memory it is planned for"
+    plain = json.loads(CliRunner().invoke(app, ["plan", str(file), "--json"]).output)
+    assert plain["jobs"][0]["gpu_hours"] > 0
+    assert not list(tmp_path.iterdir()), "planning writes nothing"
+
+
+@pytest.mark.parametrize("file", PAPER, ids=lambda path: path.stem)
+def test_every_paper_file_opens_with_command_hardware_hours_metric_and_deviations(file: Path) -> None:
+    head = file.read_text().split("\nname:")[0]
+    for wanted in ("orchestrator run conf/paper/", "Hardware", "Hours", "Metric", "Deviations"):
+        assert wanted in head.replace("orchestrator run  ", "orchestrator run "), wanted
+    assert f"conf/paper/{file.name}" in head
+
+
+def test_costs_without_hardware_are_refused(tmp_path: Path) -> None:
+    said = CliRunner().invoke(app, ["plan", str(CONF / "full_pipeline.yaml"), "--json"])
+    assert "does not say what machines" in str(said.exception)
+
+
+def test_crops_that_a_backbone_from_another_stage_cannot_take_are_refused() -> None:
+    """168 is in the paper, and no multiple of 16."""
+    wrong = "{global_size: 768, local_size: 168, gram_size: 1152, p: 1.0}"
+    with pytest.raises(
+        UserError, match="local_size 168 is not a multiple of vit_7b's patch size 16"
+    ) as caught:
+        costs("dinov3_7b.yaml", f"stages.high_res.resolutions=[{wrong}]")
+    assert caught.value.hint == "use 160"
+    with pytest.raises(UserError, match="gram_size 500"):
+        costs("dinov3_7b.yaml", "stages.gram.crops.gram_size=500")
