@@ -111,7 +111,7 @@ class PacedTask:
     def prepare_step(self, step: int) -> None:
         """Nothing depends on the step."""
 
-    def after_step(self, step: int, weights: Any) -> None:
+    def after_step(self, step: int, weights: Any, figures: Any) -> None:
         """The EMA follows."""
         weights.update_ema(0.9)
 

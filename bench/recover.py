@@ -150,7 +150,8 @@ def _job(index: Path, work: Path) -> Any:
     from orchestrator.spec import Elastic
     from orchestrator.stages.pretrain import Pretrain
     from orchestrator.stages.selfsup import ModelRecipe
-    from orchestrator.stages.tasks.ssl import SelfSupervisedTask, ssl_blocks
+    from orchestrator.stages.tasks.crops import crop_blocks
+    from orchestrator.stages.tasks.ssl import SelfSupervisedTask
 
     config = Pretrain.model_validate(
         {
@@ -167,7 +168,7 @@ def _job(index: Path, work: Path) -> Any:
     return Job(
         name="recover",
         task=partial(SelfSupervisedTask, config, recipe, 7, None),
-        blocks=partial(ssl_blocks, config, recipe, index, 7),
+        blocks=partial(crop_blocks, config, recipe, index, 7),
         num_blocks=2,
         num_steps=config.steps,
         optimizer=config.optimizer,
@@ -210,7 +211,9 @@ def _drive_ours(address: str, index: Path, work: Path) -> None:
 
     stop = threading.Event()
     threading.Thread(target=_stop_by_file, args=(work, stop.set), daemon=True).start()
-    with cluster.start(Cluster(address=address), preload=("orchestrator.stages.tasks.ssl",)):
+    with cluster.start(
+        Cluster(address=address), preload=("orchestrator.stages.tasks.crops", "orchestrator.stages.tasks.ssl")
+    ):
         try:
             controller.run(_job(index, work), tracker=Noting(), stop=stop)
         except Stopped:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from orchestrator.errors import UserError, nearest
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
@@ -16,8 +16,12 @@ from orchestrator.stages.base import Context, Input, TrainStage
 from orchestrator.stages.selfsup import INDEX_KINDS, stage_seed, summary
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from orchestrator.elastic.job import Job
 
+# What is read of a folder with a trained encoder, in the layout of transformers; the tokenizer comes last.
+ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 # 256 bytes, so that every text can be written, and the three special tokens.
 SMALLEST_VOCABULARY = 259
 
@@ -31,15 +35,26 @@ class AlignOptimizer(Optimizer):
     patch_embed_scale: float = Field(1.0, ge=1, le=1)
 
 
-class TextSizes(Strict):
-    """The text tower (the paper's is 24 x 1280 x 20 heads)."""
+class TextSettings(Strict):
+    """The text tower: causal, from scratch (the paper's is 24 x 1280 x 20 heads), or a trained encoder."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     dim: int = Field(192, ge=1)
     depth: int = Field(4, ge=1)
     num_heads: int = Field(3, ge=1)
+    # The key of the stage has the hash of what is in it instead of its place.
+    from_: Path | None = operational(
+        None, alias="from", description="folder of a BERT encoder such as MiniLM; it brings its own tokenizer"
+    )
+    lock: bool = Field(False, description="the encoder stays as it is, only the projection after it learns")
 
     @model_validator(mode="after")
-    def _fits(self) -> TextSizes:
+    def _fits(self) -> TextSettings:
+        if self.from_ is not None and (sizes := self.model_fields_set & {"dim", "depth", "num_heads"}):
+            raise ValueError(f"the encoder has its own sizes: leave out {', '.join(sorted(sizes))}")
+        if self.from_ is None and self.lock:
+            raise ValueError("lock is for a trained encoder: set `from`, or leave lock out")
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         return self
@@ -48,8 +63,8 @@ class TextSizes(Strict):
 class AlignText(TrainStage):
     """Locked-image text alignment: dino.txt (arXiv 2412.16334), as in DINOv3 (arXiv 2508.10104, section 5.3).
 
-    The vision tower stays as it is; two blocks on top of its tokens and a text tower from scratch learn by
-    symmetric InfoNCE over the global batch. Photos without a caption are left out.
+    The vision tower stays as it is; two blocks on top of its tokens and a text tower learn by symmetric
+    InfoNCE over the global batch. Photos without a caption are left out.
     """
 
     kind: Literal["align_text"]
@@ -61,11 +76,23 @@ class AlignText(TrainStage):
         None, ge=1, description="pixels a side; default: what the tower was trained at"
     )
     optimizer: AlignOptimizer = AlignOptimizer()
-    text: TextSizes = TextSizes()
+    text: TextSettings = TextSettings()
     num_blocks: int = Field(2, ge=0, description="trainable blocks on the tower's tokens")
     drop_path: float = Field(0.3, ge=0, lt=1, description="of those blocks")
     output_dim: int = Field(256, ge=1, description="width of the space that photos and texts share")
-    vocab_size: int = Field(4096, ge=SMALLEST_VOCABULARY, description="most tokens of the vocabulary")
+    pool: Literal["cls_and_patches", "cls"] = Field(
+        "cls_and_patches", description="what of the photo is compared with a text; `cls` for comparison"
+    )
+    tokenizer: Path | None = operational(
+        None, description="a tokenizer.json; default: byte-level BPE trained on the captions"
+    )
+    start_token: str | None = Field(None, description="what the given tokenizer puts before a text")
+    end_token: str | None = Field(
+        None, description="and after it; default: what the tokenizer does of itself"
+    )
+    vocab_size: int = Field(
+        4096, ge=SMALLEST_VOCABULARY, description="most tokens of the vocabulary that is trained"
+    )
     context: int = Field(77, ge=3, description="tokens of the longest text; longer ones are cut")
     temperature: float = Field(0.07, gt=0, description="at the start; it is learnt")
     max_scale: float = Field(100.0, gt=0, description="largest 1/temperature")
@@ -92,10 +119,34 @@ class AlignText(TrainStage):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
             )
+        given = self.tokenizer or self.text.from_
+        if given and "vocab_size" in self.model_fields_set:
+            raise ValueError("a given tokenizer has its own vocabulary: leave out vocab_size")
+        if self.tokenizer and self.text.from_:
+            raise ValueError("the encoder of `text: {from: …}` brings its own tokenizer: leave out tokenizer")
+        if self.end_token is None and self.start_token is not None:
+            raise ValueError("set end_token too: both are replaced together")
+        if self.end_token is not None and self.tokenizer is None:
+            raise ValueError("start_token and end_token are for a given tokenizer: leave them out")
         return self
 
-    def job(self, context: Context, tower: Path, image_size: int, tokenizer: Path) -> Job:
-        """The elastic job of this stage."""
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """See :meth:`Stage.files`."""
+        if self.text.from_ is not None:
+            return {"text.from": tuple(self.text.from_ / name for name in ENCODER_FILES)}
+        return {} if self.tokenizer is None else {"tokenizer": (self.tokenizer,)}
+
+    def check(self) -> None:
+        """Whether the given tokenizer and the trained encoder can be used, without loading weights."""
+        if self.text.from_ is not None:
+            check_encoder(self.text.from_, self.context)
+        elif self.tokenizer is not None:
+            from orchestrator.stages.tasks.captions import check_tokenizer
+
+            check_tokenizer(self.tokenizer, start=self.start_token, end=self.end_token, needs_end=True)
+
+    def job(self, context: Context, tower: Path, image_size: int, tokenizer: Tokenizer) -> Job:
+        """The elastic job of this stage. All but the tower and the encoder's weights goes along in it."""
         from orchestrator.elastic.job import Job
         from orchestrator.stages.tasks.captions import caption_blocks
         from orchestrator.stages.tasks.text import AlignTask
@@ -103,7 +154,7 @@ class AlignText(TrainStage):
         seed = stage_seed(context, self.kind)
         return Job(
             name=context.name,
-            task=partial(AlignTask, self, tower, tokenizer, seed),
+            task=partial(AlignTask, self, tower, tokenizer.get_vocab_size(), seed),
             blocks=partial(caption_blocks, self, context.inputs["index"].path, tokenizer, image_size, seed),
             num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
@@ -118,24 +169,28 @@ class AlignText(TrainStage):
         )
 
     def run(self, context: Context) -> Mapping[str, float]:
-        """Train a tokenizer, then the aligner and the text tower; leave them with the tower they belong to.
+        """Settle the tokenizer, train the aligner and the text tower; leave them with what they belong to.
 
         Raises:
-            UserError: no such student, a size the tower cannot take, or too few photos with a caption.
+            UserError: no such student, a size the tower cannot take, too few photos with a caption, or weights
+                of the text encoder that are not what its config says.
             Stopped: on request, checkpointed.
         """
         from orchestrator.data.index import PhotoIndex
         from orchestrator.elastic import controller
-        from orchestrator.stages.tasks.captions import captioned, train_tokenizer
-        from orchestrator.stages.tasks.text import save_aligned
+        from orchestrator.stages.tasks.aligned import save_aligned
+        from orchestrator.stages.tasks.captions import captioned, load_tokenizer
+        from orchestrator.stages.tasks.text import load_encoder
 
         tower = pick_tower(context.inputs["tower"].path, self.student)
         image_size = pick_image_size(tower, self.image_size)
         index = PhotoIndex.load(context.inputs["index"].path)
         rows = [int(row) for rows in captioned(index, self.batch_size).values() for row in rows]
+        if self.text.from_ is not None:
+            load_encoder(self.text.from_, where=f"stages.{context.name}.text.from")
         tokenizer = context.work / "tokenizer.json"
-        train_tokenizer([str(index[row].caption) for row in rows], self.vocab_size, self.context, tokenizer)
-        job = self.job(context, tower, image_size, tokenizer)
+        self._settle_tokenizer([str(index[row].caption) for row in rows], tokenizer)
+        job = self.job(context, tower, image_size, load_tokenizer(tokenizer))
         account = controller.run(job, tracker=context.run, stop=context.stop)
         save_aligned(
             job.export(job.num_steps), context.out / "aligned", self, tower, tokenizer, image_size=image_size
@@ -144,6 +199,48 @@ class AlignText(TrainStage):
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
         return summary(history) | account
+
+    def _settle_tokenizer(self, captions: Sequence[str], path: Path) -> None:
+        from orchestrator.stages.tasks.captions import adopt_tokenizer, train_tokenizer
+
+        encoder = self.text.from_
+        given = self.tokenizer if encoder is None else encoder / ENCODER_FILES[-1]
+        if given is None:
+            train_tokenizer(captions, self.vocab_size, self.context, path)
+        else:
+            adopt_tokenizer(given, self.context, path, self.start_token, self.end_token)
+
+
+def check_encoder(folder: Path, context: int) -> None:
+    """Whether a trained text encoder's config can be read, fits its tokenizer, and takes texts so long.
+
+    Raises:
+        UserError: `where` is the field of the stage that is wrong.
+    """
+    from orchestrator.models.bert_config import read_bert_config
+    from orchestrator.stages.tasks.captions import check_tokenizer
+
+    try:
+        config = read_bert_config(folder)
+    except ValueError as error:
+        hint = "a folder of a BERT encoder in the layout of transformers has to be given"
+        raise UserError(str(error), where="text.from", hint=hint) from None
+    if context > config.context:
+        raise UserError(
+            f"texts of {context} tokens are longer than the encoder can read",
+            where="context",
+            hint=f"use a context of at most {config.context}",
+        )
+    try:
+        check_tokenizer(
+            folder / ENCODER_FILES[-1],
+            start=None,
+            end=None,
+            needs_end=False,
+            max_vocab_size=config.vocab_size,
+        )
+    except UserError as error:
+        raise UserError(error.what, where="text.from", hint=error.hint) from None
 
 
 def pick_tower(artifact: Path, student: str | None) -> Path:

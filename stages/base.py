@@ -85,6 +85,17 @@ class Stage(StageSpec):
         value = getattr(self, "data", None)
         return (value,) if isinstance(value, str) else tuple(value or ())
 
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """Files that fields name, by dotted field: they must be there, and their content is part of the key."""
+        return {}
+
+    def check(self) -> None:
+        """Look, before anything runs, at what the types cannot say; the files are there.
+
+        Raises:
+            UserError: `where` is the dotted field that is wrong.
+        """
+
     def run(self, context: Context) -> Mapping[str, float]:
         """Do the work, write `outputs` into `context.out`, and return the figures worth a summary line.
 
@@ -105,3 +116,7 @@ class TrainStage(Stage):
     preload: ClassVar[tuple[str, ...]] = ()
 
     elastic: Elastic | None = operational(None, description="overrides the pipeline's `elastic` section")
+    activation_checkpointing: bool = operational(
+        False, description="compute blocks again in the backward pass instead of keeping what is in them"
+    )
+    compile: bool = operational(False, description="compile the towers' blocks with torch.compile")

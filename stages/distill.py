@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.data.crops import CropConfig
+from orchestrator.data.views import CropConfig
 from orchestrator.errors import Stopped
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
 from orchestrator.stages.base import Context, Input, TrainStage
@@ -78,6 +78,9 @@ class Distill(TrainStage):
     homogeneous: str | None = None
     homogeneous_ratio: float = Field(0.1, ge=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    chunk_rows: int | None = operational(
+        None, ge=1, description="rows whose logits are held at once; null: of all rows of a block"
+    )
     window: int = operational(4, ge=2, description="teacher steps held for the slowest student")
 
     preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.tasks.distill",)
@@ -96,6 +99,10 @@ class Distill(TrainStage):
         for student in self.students.values():
             check_crops(self.crops, student.model)
         return self
+
+    def crops_at(self, step: int, seed: int) -> CropConfig:
+        """The views of `step`: the same in all."""
+        return self.crops
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Train all students beside one teacher; one that fails does not stop the others."""
@@ -183,7 +190,7 @@ class Distill(TrainStage):
     def _collect(
         self, jobs: Mapping[str, Job], trained: Mapping[str, Trained], recipe: ModelRecipe, context: Context
     ) -> dict[str, float]:
-        from orchestrator.stages.tasks.ssl import save_backbone
+        from orchestrator.stages.tasks.backbone import save_backbone
 
         figures: dict[str, float] = {}
         for name, job in jobs.items():

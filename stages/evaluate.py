@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from orchestrator.errors import Stopped, UserError
 from orchestrator.spec import operational
@@ -25,8 +25,16 @@ if TYPE_CHECKING:
 # In the order of the recipe: the last one there is gives the teacher.
 TEACHER_ROLES = ("pretrain", "gram", "high_res")
 RAW_SIDE = 32
-_RECALL_AT = (1, 5, 10)
 _Item = TypeVar("_Item")
+
+
+def _with_place(template: str) -> str:
+    if "{}" not in template:
+        raise ValueError("a template needs {} where the label goes")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_with_place)]
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class _Candidate:
 
 
 class Evaluate(Stage):
-    """Leave-one-out k-NN on the photos' labels, retrieval by name, dense health, PCA maps and a report.
+    """Leave-one-out k-NN on the photos' labels, retrieval and classes by name, dense health, maps and a report.
 
     All of it is training-free, so a figure says what the features are worth as they are. It runs in the
     driver's process, which is enough for thousands of photos; it becomes Ray tasks when it is sharded.
@@ -54,7 +62,13 @@ class Evaluate(Stage):
     num_snapshots: int = Field(
         2, ge=1, description="snapshots scored of each backbone stage, its last included"
     )
-    num_pictures: int = Field(6, ge=1, description="photos in the PCA maps")
+    num_pictures: int = Field(6, ge=1, description="photos in the PCA maps and the maps of texts")
+    templates: tuple[Template, ...] = Field(
+        ("{}", "a photo of {}"), min_length=1, description="texts of a class in zero-shot; {} is its label"
+    )
+    prompts: tuple[str, ...] = Field(
+        (), description="texts to look for in photos; default: the photos' own captions"
+    )
     batch: int = operational(64, ge=1, description="photos in one forward pass")
 
     needs_ray: ClassVar[bool] = False
@@ -66,7 +80,8 @@ class Evaluate(Stage):
         Input("students", ("distill",), required=False),
         Input("text", ("align_text",), required=False),
     )
-    # Also knn.png where photos have labels, dense_health.png and losses_*.png where histories have records.
+    # Also knn.png where photos have labels, text_maps.png where there are texts, dense_health.png and
+    # losses_*.png where histories have records.
     outputs: ClassVar[Mapping[str, str]] = {
         "table.json": "every figure",
         "table.md": "the tables to read",
@@ -109,12 +124,12 @@ class Evaluate(Stage):
             num_unique=len(index),
             groups=groups,
             scores=scores,
-            retrieval=self._retrieve(context, index, check),
             backbones={kind: _history(artifact.path) for kind, artifact in backbones.items()},
             heads=_other_histories(context),
             sharing=_sharing(context),
             pca=pictures,
             keys=context.keys,
+            **self._ask_texts(context, index, groups, check),
         )
         write(results, context.out)
         self._track(context, results)
@@ -189,19 +204,24 @@ class Evaluate(Stage):
                 f"student {student}", "student", partial(load, folder / "model"), student, student
             )
 
-    def _retrieve(self, context: Context, index: PhotoIndex, check: Check) -> dict[str, float] | None:
-        """Recall of captions by photo and of photos by caption; None without an `align_text` stage."""
+    def _ask_texts(
+        self, context: Context, index: PhotoIndex, groups: Mapping[str, int], check: Check
+    ) -> dict[str, Any]:
+        """The fields of the results that need an `align_text` stage; none without one."""
         if "text" not in context.inputs:
-            return None
-        from orchestrator.report.neighbours import retrieval_recall
-        from orchestrator.stages.tasks.evaluation import embed_pairs
-        from orchestrator.stages.tasks.text import load_aligned
+            return {}
+        from orchestrator.stages.tasks.aligned import load_aligned
+        from orchestrator.stages.tasks.evaluation_text import TextEvaluation
 
-        rows = [row for row, caption in enumerate(index.captions) if caption]
         aligned = load_aligned(context.inputs["text"].path / "aligned")
-        image_ND, text_ND = embed_pairs(aligned, index, rows, self.batch, check)
-        captions = [str(index[row].caption) for row in rows]
-        return {"num_pairs": float(len(rows)), **retrieval_recall(image_ND, text_ND, captions, _RECALL_AT)}
+        texts = TextEvaluation(aligned, index, self.batch, check)
+        path = context.out / "text_maps.png"
+        shown = pick_photos(index.labels, groups, self.num_pictures)
+        return {
+            "retrieval": texts.retrieval(),
+            "zero_shot": texts.zero_shot(groups, self.templates),
+            "text_maps": path if texts.maps(shown, self.prompts, path) else None,
+        }
 
     def _track(self, context: Context, results: Results) -> None:
         context.run.metrics(results.metrics(), 0, "eval")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from orchestrator.stages.base import Input
-from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, Gram, SelfSupervised
+from orchestrator.stages.gram import Gram
+from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, SelfSupervised
 
 
 class GramAnchor(SelfSupervised):

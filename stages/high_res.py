@@ -6,16 +6,16 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from orchestrator.spec import Schedule
 from orchestrator.stages.base import Input
-from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, Gram, Resolution, SelfSupervised
+from orchestrator.stages.gram import RefinementGram
+from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, Resolution, SelfSupervised
 
 
 class HighRes(SelfSupervised):
     """High-resolution refinement (arXiv 2508.10104, section 5.1): one size triple a step, Gram anchoring on."""
 
     kind: Literal["high_res"]
-    gram: Gram = Gram(weight=Schedule(peak=1.5))
+    gram: RefinementGram = RefinementGram()
     resolutions: tuple[Resolution, ...] = Field(min_length=1)
 
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("backbone", BACKBONE_KINDS))

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from orchestrator.data.crops import CropConfig
+from orchestrator.data.views import CropConfig
 from orchestrator.models.presets import preset
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
+from orchestrator.stages import lineage
 from orchestrator.stages.base import Context, TrainStage
+from orchestrator.stages.gram import Gram
 
 if TYPE_CHECKING:
     from orchestrator.elastic.job import Job
+    from orchestrator.store.artifact import Artifact
 
 INDEX_KINDS = ("curate",)
 BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
@@ -44,27 +47,6 @@ class Heads(Strict):
         gt=0,
         description="of the initial prototypes; 1/√bottleneck makes them about unit vectors, as in DINO",
     )
-
-
-class Gram(Strict):
-    """Gram anchoring (arXiv 2508.10104, section 4)."""
-
-    weight: Schedule = Schedule(peak=2.0)
-    teacher: int | Literal["earliest", "latest"] = Field(
-        "earliest",
-        description="snapshot of the backbone artifact to anchor to: its step, or the first or last",
-    )
-    first_update: int | None = Field(None, ge=1, description="step at which the teacher first takes the EMA")
-    update_every: int = Field(10_000, ge=1, description="steps between later updates")
-    max_updates: int = Field(3, ge=0)
-    form: Literal["auto", "patches", "features"] = "auto"
-
-    def updates_at(self, step: int) -> bool:
-        """Whether the Gram teacher takes the EMA after `step` updates."""
-        if self.first_update is None or step < self.first_update:
-            return False
-        since = step - self.first_update
-        return since % self.update_every == 0 and since // self.update_every < self.max_updates
 
 
 class Resolution(Strict):
@@ -112,16 +94,24 @@ class SelfSupervised(TrainStage):
     snapshot_every: int = Field(
         0, ge=0, description="steps between kept snapshots of the EMA; 0 keeps the last"
     )
+    chunk_rows: int | None = operational(
+        None, ge=1, description="rows whose logits are held at once; null: of all rows of a block"
+    )
     zero_stage: Literal[1, 2, 3] = operational(3)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
-    preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.tasks.ssl",)
+    preload: ClassVar[tuple[str, ...]] = (
+        "orchestrator.stages.tasks.crops",
+        "orchestrator.stages.tasks.ssl",
+    )
     outputs: ClassVar[Mapping[str, str]] = {
         "model": "the EMA backbone, config.json and model.safetensors",
         "recipe.json": "how to rebuild the model with its heads",
         "snapshots": "the EMA with its heads after some steps",
         "checkpoint": "the elastic checkpoint after the last step, to go on from",
         "history.json": "figures of every step",
+        "lineage.json": "the snapshots up to here, with the dense health of each",
+        "lineage": "snapshots of the stages before",
     }
 
     @model_validator(mode="after")
@@ -132,16 +122,28 @@ class SelfSupervised(TrainStage):
             )
         return self
 
+    def views(self) -> tuple[tuple[float, CropConfig], ...]:
+        """The views that steps may have, with their shares of the steps."""
+        if not self.resolutions:
+            return ((1.0, self.crops),)
+        total = sum(resolution.p for resolution in self.resolutions)
+        return tuple(
+            (
+                resolution.p / total,
+                self.crops.model_copy(update=resolution.model_dump(exclude={"p"})),
+            )
+            for resolution in self.resolutions
+        )
+
     def crops_at(self, step: int, seed: int) -> CropConfig:
         """The views of `step`: fixed, or one of `resolutions` drawn for the whole step."""
         if not self.resolutions:
             return self.crops
         from orchestrator.data.rng import generator
 
-        shares = [resolution.p for resolution in self.resolutions]
-        draw = generator(seed, "resolution", step).choice(len(shares), p=[p / sum(shares) for p in shares])
-        sizes = self.resolutions[int(draw)].model_dump(exclude={"p"})
-        return self.crops.model_copy(update=sizes)
+        views = self.views()
+        draw = generator(seed, "resolution", step).choice(len(views), p=[share for share, _ in views])
+        return views[int(draw)][1]
 
     def recipe(self, context: Context) -> ModelRecipe:
         """The model to train: from this config, or as the backbone artifact was made."""
@@ -150,14 +152,15 @@ class SelfSupervised(TrainStage):
     def job(self, context: Context, recipe: ModelRecipe) -> Job:
         """The elastic job of this stage."""
         from orchestrator.elastic.job import Job
-        from orchestrator.stages.tasks.ssl import SelfSupervisedTask, ssl_blocks
+        from orchestrator.stages.tasks.crops import crop_blocks
+        from orchestrator.stages.tasks.ssl import SelfSupervisedTask
 
         backbone = context.inputs.get("backbone")
         seed = stage_seed(context, self.kind)
         return Job(
             name=context.name,
-            task=partial(SelfSupervisedTask, self, recipe, seed, self._gram_weights(context)),
-            blocks=partial(ssl_blocks, self, recipe, context.inputs["index"].path, seed),
+            task=partial(SelfSupervisedTask, self, recipe, seed, *self._gram_start(backbone)),
+            blocks=partial(crop_blocks, self, recipe, context.inputs["index"].path, seed),
             num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
             optimizer=self.optimizer,
@@ -174,15 +177,17 @@ class SelfSupervised(TrainStage):
             else (),
         )
 
-    def _gram_weights(self, context: Context) -> Path | None:
-        if self.gram is None:
-            return None
-        return pick_snapshot(context.inputs["backbone"].path / "snapshots", self.gram.teacher)
+    def _gram_start(self, backbone: Artifact | None) -> tuple[Path | None, lineage.Health | None]:
+        """The snapshot to anchor to at first, and how healthy it was."""
+        if self.gram is None or backbone is None:
+            return None, None
+        snapshot = lineage.read(backbone.path).pick(self.gram.teacher)
+        return backbone.path / snapshot.file, snapshot.health
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Train and leave model, snapshots, checkpoint and history."""
         from orchestrator.elastic import controller
-        from orchestrator.stages.tasks.ssl import save_backbone
+        from orchestrator.stages.tasks.backbone import save_backbone
 
         recipe = self.recipe(context)
         job = self.job(context, recipe)
@@ -196,14 +201,16 @@ class SelfSupervised(TrainStage):
         )
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
+        backbone = context.inputs.get("backbone")
+        lineage.write(context.out, history, backbone.path if backbone else None)
         return summary(history) | account
 
 
 def check_crops(crops: CropConfig, model: str) -> None:
-    """Raises ValueError unless the model's patch divides both crop sizes."""
+    """Raises ValueError unless the model's patch divides all crop sizes."""
     patch = preset(model).patch_size
-    for name in ("global_size", "local_size"):
-        if (size := getattr(crops, name)) % patch:
+    for name in ("global_size", "local_size", "gram_size"):
+        if (size := getattr(crops, name) or 0) % patch:
             nearest = max(1, round(size / patch)) * patch
             raise ValueError(
                 f"crops.{name} {size} is not a multiple of {model}'s patch size {patch}; use {nearest}"
@@ -217,26 +224,9 @@ def stage_seed(context: Context, kind: str) -> int:
     return derive(context.seed, kind)
 
 
-def pick_snapshot(folder: Path, wanted: int | str) -> Path:
-    """The snapshot of a backbone artifact at a step, or its earliest or latest.
-
-    Raises:
-        UserError: there is none at that step; names those there are.
-    """
-    from orchestrator.errors import UserError
-
-    found = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
-    if wanted == "earliest":
-        return found[min(found)]
-    if wanted == "latest":
-        return found[max(found)]
-    if wanted not in found:
-        raise UserError(
-            f"the backbone has no snapshot at step {wanted}",
-            where=str(folder),
-            hint=f"set gram.teacher to one of {', '.join(map(str, found))}, or the stage's snapshot_every",
-        )
-    return found[int(wanted)]
+def last_snapshot(backbone: Path) -> Path:
+    """The EMA with its heads that a backbone's artifact ends with."""
+    return max((backbone / "snapshots").glob("step-*.safetensors"))
 
 
 def summary(history: list[dict[str, Any]]) -> dict[str, float]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orchestrator.elastic.engine import Engine
@@ -14,6 +13,8 @@ from orchestrator.elastic.engine import Engine
 
 def export_ema(engine: Engine, path: Path, step: int) -> None:
     """Write the EMA (the weights, where a job keeps none) after `step` updates; collective."""
+    from safetensors.torch import save_file
+
     state = engine.full_ema()
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,6 +26,8 @@ def export_ema(engine: Engine, path: Path, step: int) -> None:
 
 def load_export(path: Path, prefix: str = "") -> Mapping[str, Tensor]:
     """The tensors of an export below `prefix`, with the prefix removed."""
+    from safetensors.torch import load_file
+
     return {
         name.removeprefix(prefix): value for name, value in load_file(path).items() if name.startswith(prefix)
     }

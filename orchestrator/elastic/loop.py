@@ -28,11 +28,13 @@ from orchestrator.elastic.policy import PRIOR_MTBF_S
 from orchestrator.elastic.saved import CheckpointError
 from orchestrator.elastic.saving import Line, Saving
 from orchestrator.elastic.task import BlockTensors, Losses
+from orchestrator.elastic.workers import AllWorkers
 from orchestrator.errors import UserError
 
 logger = logging.getLogger("orchestrator")
 
 _ORDER_RANGE = 2.0**32
+_workers = AllWorkers()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -111,7 +113,7 @@ class _Trainer:
 
     def _step(self, step: int, blocks: list[BlockTensors]) -> dict[str, float]:
         self.task.prepare_step(step)
-        targets = self.task.targets(blocks, _sum_over_workers)
+        targets = self.task.targets(blocks, _workers)
         slots_per_block = self.slots * self.world / self.num_blocks
         sums: dict[str, Tensor] = {}
         for block, target in zip(blocks, targets, strict=True):
@@ -126,7 +128,7 @@ class _Trainer:
         lr = self.job.optimizer.lr.at(step, self.job.num_steps)
         figures |= self.engine.step(lr, step)
         figures["lr"] = lr
-        self.task.after_step(step, self.engine)
+        self.task.after_step(step, self.engine, figures)
         return figures
 
     def _sum_figures(self, sums: dict[str, Tensor], order: int) -> dict[str, float]:
@@ -134,7 +136,7 @@ class _Trainer:
         names = sorted(sums)
         own = torch.tensor([order], dtype=torch.float64, device=self.device)
         packed = torch.cat([torch.stack([sums[name] for name in names]).double(), own])
-        *values, total = _sum_over_workers(packed).tolist()
+        *values, total = _workers(packed).tolist()
         return {**dict(zip(names, values, strict=True)), "sample_order": total % _ORDER_RANGE}
 
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:
@@ -166,6 +168,8 @@ class _Trainer:
     def _restore(self) -> int:
         saved = checkpoint.newest(self.job.target, self.rank, self.world, self._all, self.device)
         if saved is not None:
+            self.engine.modules.state.clear()
+            self.engine.modules.state.update(saved.state)
             return checkpoint.restore(saved, self.engine)
         if self.job.start_from is not None:
             # An earlier stage's weights and moments; the count of this stage's steps starts anew.
@@ -178,7 +182,7 @@ class _Trainer:
         return 0
 
     def _all(self, flag: bool) -> bool:
-        return float(_sum_over_workers(torch.tensor(float(flag), device=self.device))) == self.world
+        return float(_workers(torch.tensor(float(flag), device=self.device))) == self.world
 
 
 def _order(block: Block) -> int:
@@ -208,12 +212,6 @@ def _accumulate(sums: dict[str, Tensor], losses: Losses, weight: float) -> None:
     for name, value in {"loss": losses.total, **losses.figures}.items():
         term = value.detach().float() * weight
         sums[name] = sums[name] + term if name in sums else term
-
-
-def _sum_over_workers(tensor: Tensor) -> Tensor:
-    if dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def _finite(value: float) -> bool:

@@ -58,6 +58,11 @@ class Saved:
         return dict(self.meta["keys"])
 
     @property
+    def state(self) -> dict[str, float]:
+        """The task's own numbers."""
+        return {str(name): float(value) for name, value in self.meta.get("state", {}).items()}
+
+    @property
     def files(self) -> dict[str, dict[str, Any]]:
         """Relative name → size in bytes and sha256."""
         return dict(self.meta["files"])

@@ -70,6 +70,7 @@ class Saver:
         self.stall_s = self.last_stall_s = self.last_write_s = 0.0
         self.last_bytes = 0
         self._updates = 0
+        self._state: dict[str, float] = {}
         self._slots: dict[str, Slot] = {}
         self._header = b""
         self._host = torch.empty(0)
@@ -95,7 +96,7 @@ class Saver:
         if self._written is not None:
             self._written.exception()  # its buffer is used again; whether it failed, `written` tells
         self._copy(engine)
-        self.pending, self._updates = step, engine.updates
+        self.pending, self._updates, self._state = step, engine.updates, dict(engine.modules.state)
         self._written = self._thread.submit(lambda: self._write(step))
         self.last_stall_s = time.monotonic() - started
         self.stall_s += self.last_stall_s
@@ -121,10 +122,10 @@ class Saver:
     def commit(self) -> None:
         """Make the pending step a checkpoint; to be called by all workers once all have written."""
         assert self.pending is not None, "nothing is pending"
-        step, updates = self.pending, self._updates
+        step, updates, state = self.pending, self._updates, self._state
         self.pending = self._written = None
         if self.rank == 0:
-            self._manifest_put = self._thread.submit(lambda: self._commit(step, updates))
+            self._manifest_put = self._thread.submit(lambda: self._commit(step, updates, state))
         self._thread.submit(lambda: self.target.forget(step, self.keep))
 
     def drop(self) -> None:
@@ -181,12 +182,12 @@ class Saver:
             self.target.put(f"{folder}/{part_name(self.token, self.rank, self.world)}", part)
         self.last_write_s, self.last_bytes = time.monotonic() - started, needed
 
-    def _commit(self, step: int, updates: int) -> None:
+    def _commit(self, step: int, updates: int, state: Mapping[str, float]) -> None:
         try:
             with _explained(self.target, f"{step_name(step)}/{COMMIT}"):
                 # First of all: a newer group removes what an older one left, and that would look like damage.
                 self.target.check_owner(self.token)
-                self.target.commit(step, self.token, self._manifest(step, updates))
+                self.target.commit(step, self.token, self._manifest(step, updates, state))
         except CheckpointError as error:
             logger.warning("checkpoint %d does not exist: %s", step, error)
             raise
@@ -196,7 +197,7 @@ class Saver:
         except Exception as error:
             logger.warning("old checkpoints in %s could not be pruned: %s", self.target.folder, error)
 
-    def _manifest(self, step: int, updates: int) -> bytes:
+    def _manifest(self, step: int, updates: int, state: Mapping[str, float]) -> bytes:
         files = {
             shard_name(self.token, rank, self.world): json.loads(
                 self.target.read(f"{step_name(step)}/{part_name(self.token, rank, self.world)}")
@@ -209,6 +210,7 @@ class Saver:
             # Updates outlive a stage, steps do not: AdamW's bias correction goes by all updates ever made.
             "updates": updates,
             "num_workers": self.world,
+            "state": dict(state),
             "token": self.token,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "meta": self.meta,

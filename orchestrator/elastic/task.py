@@ -2,12 +2,13 @@
 
 A task owns modules, losses and what follows a step. It knows nothing of Ray, DeepSpeed, MLflow or storage:
 the loop wraps its modules in place (`Modules.trainable` becomes a ZeRO engine with the same call signature)
-and hands it `reduce`, a sum over workers, and `Weights`, the few operations on sharded weights it may need.
+and hands it `Workers`, what all workers of a step do together, and `Weights`, the few operations on sharded
+weights it may need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ class Modules:
         lr_scales: parameter name → factor on the learning rate (layer-wise decay).
         frozen_steps: parameter name → steps during which it does not move (the prototype layers).
         whole: module classes fetched as one unit by ZeRO-3 (transformer blocks).
+        state: numbers that decide what the task does next, changed by it in place in `after_step`, equal on all
+            workers; saved in checkpoints, and put back after `build`. A new stage begins with what it built.
     """
 
     trainable: nn.Module
@@ -37,6 +40,7 @@ class Modules:
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     frozen_steps: Mapping[str, int] = field(default_factory=dict)
     whole: tuple[type[nn.Module], ...] = ()
+    state: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,19 @@ class Losses:
     figures: Mapping[str, Tensor]
 
 
+class Workers(Protocol):
+    """What all workers of a step do together; every worker makes the same calls in the same order.
+
+    Called, it is a :data:`Reduce`: objectives take it, or its `ring`, as plain functions.
+    """
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The sum over workers."""
+
+    def ring(self, rows: Tensor) -> Iterable[Tensor]:
+        """Every worker's rows in turn, the own ones first; to be used up. Rows may differ in number."""
+
+
 class Weights(Protocol):
     """Operations on sharded weights, for `Task.after_step`."""
 
@@ -75,7 +92,7 @@ class Task(Protocol):
     def build(self, device: str) -> Modules:
         """Make all modules, identically in every worker."""
 
-    def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[Any]:
+    def targets(self, blocks: Sequence[BlockTensors], reduce: Workers) -> list[Any]:
         """No-grad targets of all of this worker's blocks of one step, in order."""
 
     def losses(self, block: BlockTensors, target: Any) -> Losses:
@@ -84,5 +101,5 @@ class Task(Protocol):
     def prepare_step(self, step: int) -> None:
         """Set what depends on the step (loss weights, frozen parts) before its first forward."""
 
-    def after_step(self, step: int, weights: Weights) -> None:
-        """What follows an update: EMA, refresh of a Gram teacher."""
+    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
+        """What follows an update: EMA, refresh of a Gram teacher. `figures` are the step's, over all workers."""

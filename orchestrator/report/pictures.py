@@ -50,7 +50,7 @@ def pca_maps(
     for at, (photo, colors) in enumerate(zip(photos, maps, strict=True)):
         left, right = axes[at]
         left.imshow(photo)
-        right.imshow(colors, interpolation="nearest", extent=_extent(photo))
+        right.imshow(colors, interpolation="nearest", extent=extent(photo))
     save(figure, path)
 
 
@@ -85,7 +85,7 @@ def similarity_grid(
             vmax=1,
             cmap="magma",
             interpolation="nearest",
-            extent=_extent(photo),
+            extent=extent(photo),
         )
         center = (column + 0.5) / width * photo.shape[1], (row + 0.5) / height * photo.shape[0]
         for axis in (left, right):
@@ -227,7 +227,7 @@ def _photo_grid(
     return figure, pairs
 
 
-def _extent(photo: Photo) -> tuple[float, float, float, float]:
+def extent(photo: Photo) -> tuple[float, float, float, float]:
     """Draws a map of any resolution over the area of its photo."""
     return (-0.5, photo.shape[1] - 0.5, photo.shape[0] - 0.5, -0.5)
 

@@ -1,4 +1,4 @@
-"""Captions as training data: which rows have one, a tokenizer made from them, and blocks of pairs."""
+"""Captions as training data: which rows have one, a tokenizer trained or given, and blocks of pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from orchestrator.data.blocks import BlockSource, CaptionBlocks
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.order import SampleOrder
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -86,24 +86,96 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int, context: int, path
     frame = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=frame)
     tokenizer.enable_truncation(context)
-    draft = path.with_suffix(".partial")
-    tokenizer.save(str(draft))
-    draft.replace(path)
+    _write(tokenizer, path)
+
+
+def adopt_tokenizer(source: Path, context: int, path: Path, start: str | None, end: str | None) -> None:
+    """Write a given tokenizer.json to `path`, so that it cuts texts to `context` tokens and pads nothing.
+
+    Args:
+        source: the file; checked by :func:`check_tokenizer`.
+        start, end: tokens that frame every text, in place of the file's own way; None leaves it.
+    """
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(source)
+    if end is not None:
+        frame = [(token, tokenizer.token_to_id(token)) for token in (start, end) if token is not None]
+        text = " ".join(token for token in (start, "$A", end) if token is not None)
+        tokenizer.post_processor = processors.TemplateProcessing(single=text, special_tokens=frame)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(context)
+    _write(tokenizer, path)
+
+
+def check_tokenizer(
+    source: Path, *, start: str | None, end: str | None, needs_end: bool, max_vocab_size: int | None = None
+) -> None:
+    """Whether a given tokenizer.json can be used.
+
+    Args:
+        source: the file.
+        start, end: see :func:`adopt_tokenizer`.
+        needs_end: every text has to end with one special token, by which a causal tower embeds it.
+        max_vocab_size: of the text tower that reads its tokens.
+
+    Raises:
+        UserError: `where` is the field of the stage that is wrong.
+    """
+    try:
+        tokenizer = load_tokenizer(source)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(
+            f"{source} is no tokenizer: {error}",
+            where="tokenizer",
+            hint="it has to be a tokenizer.json of the `tokenizers` library",
+        ) from None
+    tokenizer.no_padding()
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    for field, token in (("start_token", start), ("end_token", end)):
+        if token is not None and tokenizer.token_to_id(token) is None:
+            close = nearest(token, special)
+            hint = (
+                f"did you mean {close!r}?" if close else f"its special tokens: {', '.join(special) or 'none'}"
+            )
+            raise UserError(f"the tokenizer has no token {token!r}", where=field, hint=hint)
+    if needs_end and end is None and not _ends_texts(tokenizer):
+        raise UserError(
+            f"{source} does not end a text with a special token, by which the text tower would embed it",
+            where="tokenizer",
+            hint=f"name one as `end_token`; its special tokens: {', '.join(special) or 'none'}",
+        )
+    if max_vocab_size is not None and tokenizer.get_vocab_size() > max_vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but the text tower knows {max_vocab_size}",
+            where="tokenizer",
+            hint="they have to come from the same model",
+        )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer that :func:`train_tokenizer` wrote."""
+    """The tokenizer of a tokenizer.json."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(path))
 
 
+def _ends_texts(tokenizer: Tokenizer) -> bool:
+    """Whether the last token of a text is one that the tokenizer adds."""
+    return tokenizer.encode("a").special_tokens_mask[-1:] == [1]
+
+
+def _write(tokenizer: Tokenizer, path: Path) -> None:
+    draft = path.with_suffix(".partial")
+    tokenizer.save(str(draft))
+    draft.replace(path)
+
+
 def caption_blocks(
-    config: AlignText, index_folder: Path, tokenizer: Path, image_size: int, seed: int
+    config: AlignText, index_folder: Path, tokenizer: Tokenizer, image_size: int, seed: int
 ) -> BlockSource:
     """The blocks of photos with their captions of an `align_text` stage, from a curated index."""
     index = PhotoIndex.load(index_folder)
-    known = load_tokenizer(tokenizer)
     order = SampleOrder(captioned(index, config.batch_size), batch_size=config.batch_size, seed=seed)
     return CaptionBlocks(
         index,
@@ -111,6 +183,6 @@ def caption_blocks(
         size=image_size,
         block_size=config.block_size,
         seed=seed,
-        encode=lambda caption: list(known.encode(caption).ids),
+        encode=lambda caption: list(tokenizer.encode(caption).ids),
         context=config.context,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.data.blocks import Block, CropBlocks
-from orchestrator.data.index import PhotoIndex
-from orchestrator.data.order import SampleOrder
+from orchestrator.data.blocks import Block
 from orchestrator.elastic.export import load_export
 from orchestrator.elastic.task import BlockTensors, Losses, Modules, Reduce, Weights
-from orchestrator.models import preset
+from orchestrator.models import PrototypeHead, preset
+from orchestrator.objectives.chunked import SoftTargets, chunked_sinkhorn_scaling
 from orchestrator.objectives.koleo import koleo
 from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
 from orchestrator.stages.distill import Distill, Student
-from orchestrator.stages.selfsup import ModelRecipe, pick_snapshot
+from orchestrator.stages.selfsup import ModelRecipe, last_snapshot
+from orchestrator.stages.tasks.crops import crop_blocks
 from orchestrator.stages.tasks.nets import (
     HeadedBackbone,
     block_generator,
-    distillation_losses,
     flat_views,
     learning_rate_scales,
     masked_tokens,
+    num_views,
     resize_masks,
+    tune,
     whole_modules,
 )
+from orchestrator.stages.tasks.terms import Distillation, Wanted
 
 
 class FrozenTeacher:
@@ -48,7 +50,7 @@ class FrozenTeacher:
             torch.set_num_threads(1)
         self._net = _load_teacher(recipe, teacher).to(self._device)
         self._patch_size = self._net.patch_size
-        self._blocks = _crop_blocks(config, recipe, index, seed)
+        self._blocks = crop_blocks(config, recipe, index, seed)
         self.images_per_step = config.batch_size
         self.images_forwarded = 0
 
@@ -71,8 +73,8 @@ class FrozenTeacher:
             "dino": dino.cpu().numpy(),
             "ragged/ibot": ibot.cpu().numpy(),
             "offsets/ibot": offsets,
-            "step/dino_scaling": self._scaling(self._net.dino_head.prototypes(dino.flatten(0, 1))),
-            "step/ibot_scaling": self._scaling(self._net.ibot_head.prototypes(ibot)),
+            "step/dino_scaling": self._scaling(self._net.dino_head, dino.flatten(0, 1)),
+            "step/ibot_scaling": self._scaling(self._net.ibot_head, ibot),
         }
 
     def _forward(self, block: Block) -> dict[str, Tensor]:
@@ -84,17 +86,24 @@ class FrozenTeacher:
         out: dict[str, Tensor] = self._net(globals_NCHW, None, tokens_M, grid, with_logits=False)
         return out
 
-    def _scaling(self, logits_NK: Tensor) -> NDArray[Any]:
-        scaling: NDArray[Any] = sinkhorn_scaling(logits_NK, self._config.teacher_temperature).cpu().numpy()
+    def _scaling(self, head: PrototypeHead, codes_NC: Tensor) -> NDArray[Any]:
+        temperature, chunk_rows = self._config.teacher_temperature, self._config.chunk_rows
+        if chunk_rows is None:
+            scaling_K = sinkhorn_scaling(head.prototypes(codes_NC), temperature)
+        else:
+            scaling_K = chunked_sinkhorn_scaling(
+                codes_NC, head.prototypes.weight, temperature, chunk_rows=chunk_rows
+            )
+        scaling: NDArray[Any] = scaling_K.cpu().numpy()
         return scaling
 
 
 @dataclass(frozen=True)
 class Targets:
-    """One block's targets, rebuilt from bottleneck vectors: DINO (G, B, K) and iBOT (M, K)."""
+    """One block's targets, rebuilt from bottleneck vectors: DINO (G, B, K) and iBOT (1, M, K)."""
 
-    dino_GBK: Tensor
-    ibot_MK: Tensor
+    dino: Wanted
+    ibot: Wanted
     tokens_M: Tensor
 
 
@@ -119,7 +128,9 @@ class DistillTask:
         net = HeadedBackbone(self.student.model, self.student.drop_path, self.recipe.heads).to(device)
         ema = HeadedBackbone(self.student.model, 0.0, self.recipe.heads).to(device)
         ema.load_state_dict(net.state_dict())
-        weights = load_export(pick_snapshot(self.teacher / "snapshots", "latest"))
+        for each in (net, ema):
+            tune(each, self.config)
+        weights = load_export(last_snapshot(self.teacher))
         self.dino_KC = weights["dino_head.prototypes.weight"].to(device)
         self.ibot_KC = weights["ibot_head.prototypes.weight"].to(device)
         self.patch_size = net.patch_size
@@ -139,14 +150,19 @@ class DistillTask:
     @torch.no_grad()
     def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[Targets]:
         """The teacher's targets: its last layers on its bottleneck vectors, with its scaling of the whole batch."""
-        temperature = self.config.teacher_temperature
         result = []
         for block in blocks:
             tensors = block.tensors
-            dino = targets(tensors["dino"] @ self.dino_KC.T, temperature, tensors["dino_scaling"])
-            ibot = targets(tensors["ibot"] @ self.ibot_KC.T, temperature, tensors["ibot_scaling"])
+            dino = self._wanted(tensors["dino"], self.dino_KC, tensors["dino_scaling"])
+            ibot = self._wanted(tensors["ibot"][None], self.ibot_KC, tensors["ibot_scaling"])
             result.append(Targets(dino, ibot, masked_tokens(flat_views(tensors["masks"]))))
         return result
+
+    def _wanted(self, codes_TNC: Tensor, prototypes_KC: Tensor, log_v_K: Tensor) -> Wanted:
+        temperature = self.config.teacher_temperature
+        if self.config.chunk_rows is None:
+            return targets(codes_TNC @ prototypes_KC.T, temperature, log_v_K)
+        return SoftTargets(codes_TNC, prototypes_KC, log_v_K, temperature)
 
     def losses(self, block: BlockTensors, target: Targets) -> Losses:
         """DINO, iBOT and KoLeo of one block."""
@@ -156,6 +172,17 @@ class DistillTask:
         height, width = globals_NCHW.shape[-2:]
         grid = (height // self.teacher_patch_size, width // self.teacher_patch_size)
         own = (height // self.patch_size, width // self.patch_size)
+        distillation = Distillation(
+            target.dino,
+            target.ibot,
+            target.tokens_M,
+            num_patches=masks_NP.shape[1],
+            num_views=num_views(tensors),
+            local_weight=config.local_weight,
+            ibot_weight=config.ibot_weight,
+            temperature=config.student_temperature,
+            chunk_rows=config.chunk_rows,
+        )
         out = self.modules.trainable(
             globals_NCHW,
             flat_views(tensors["locals"]) if "locals" in tensors else None,
@@ -163,48 +190,19 @@ class DistillTask:
             grid,
             resize_masks(masks_NP, grid, own) if self.student.mask_inputs else None,
             block_generator(self.seed, block.step, block.index),
+            scores=distillation.scores(),
         )
-        terms = distillation_losses(
-            out,
-            target.dino_GBK,
-            target.ibot_MK,
-            target.tokens_M,
-            num_patches=masks_NP.shape[1],
-            local_weight=config.local_weight,
-            ibot_weight=config.ibot_weight,
-            temperature=config.student_temperature,
-        )
+        terms = distillation.terms(out)
         first_BD = out["cls"].unflatten(0, (len(tensors["globals"]), -1))[0]
-        terms["koleo"] = config.koleo_weight * koleo(first_BD)
-        return Losses(torch.stack(list(terms.values())).sum(), terms)
+        spread = config.koleo_weight * koleo(first_BD)
+        return Losses(torch.stack([*terms.parts, spread]).sum(), {**terms.figures, "koleo": spread})
 
-    def after_step(self, step: int, weights: Weights) -> None:
+    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
         """The student's own EMA, which is what gets exported."""
         weights.update_ema(self.config.ema.at(step, self.config.steps))
 
 
 def _load_teacher(recipe: ModelRecipe, folder: Path) -> HeadedBackbone:
     net = HeadedBackbone(recipe.model, 0.0, recipe.heads)
-    net.load_state_dict(load_export(pick_snapshot(folder / "snapshots", "latest")))
+    net.load_state_dict(load_export(last_snapshot(folder)))
     return net.requires_grad_(False).eval()
-
-
-def _crop_blocks(config: Distill, recipe: ModelRecipe, index_folder: Path, seed: int) -> CropBlocks:
-    index = PhotoIndex.load(index_folder)
-    order = SampleOrder(
-        {name: index.rows_of(name) for name in index.components},
-        homogeneous=config.homogeneous,
-        homogeneous_ratio=config.homogeneous_ratio,
-        batch_size=config.batch_size,
-        seed=seed,
-    )
-    return CropBlocks(
-        index,
-        order,
-        lambda step: config.crops,
-        patch_size=preset(recipe.model).patch_size,
-        block_size=config.block_size,
-        seed=seed,
-        mask_ratio=config.mask_ratio,
-        mask_probability=config.mask_probability,
-    )

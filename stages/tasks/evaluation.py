@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +18,6 @@ from orchestrator.data.rng import derive
 from orchestrator.elastic.export import load_export
 from orchestrator.errors import UserError
 from orchestrator.models import Backbone, Features, count_params, from_config, load_pretrained, normalise
-
-if TYPE_CHECKING:
-    from orchestrator.stages.tasks.text import Aligned
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -148,19 +144,6 @@ def pixel_features(crops_NHWC: Pixels) -> Floats:
     flat_ND: Floats = crops_NHWC.reshape(len(crops_NHWC), -1).astype(np.float32)
     flat_ND -= flat_ND.mean(axis=0)
     return flat_ND
-
-
-def embed_pairs(
-    aligned: Aligned, index: PhotoIndex, rows: Sequence[int], batch: int, check: Check
-) -> tuple[Floats, Floats]:
-    """Photos and their captions in the common space, (N, D) each, row by row."""
-    images, texts = [], []
-    for start in range(0, len(rows), batch):
-        check()
-        part = rows[start : start + batch]
-        images.append(aligned.embed_images([read_photo(index, row) for row in part]))
-        texts.append(aligned.embed_texts([index[row].caption or "" for row in part]))
-    return np.concatenate(images), np.concatenate(texts)
 
 
 def _features(tower: Tower, crops_NHWC: Pixels) -> Features:

@@ -10,11 +10,16 @@ from pathlib import Path
 
 from orchestrator.report.html import Block, Picture, Section, Table, Text, Tile, markdown_table, page
 from orchestrator.report.pictures import bars, curves
-from orchestrator.stages.tasks.evaluation_results import HEALTH, NUM_ENDS, History, Results
+from orchestrator.stages.tasks.evaluation_results import HEALTH, NUM_ENDS, History, Results, ZeroShot
 
 _PCA_NOTE = (
     "The first three principal components of the patch features as red, green and blue, at twice the size "
     "of training. The photos of a picture share them, so that a colour means the same in all its maps."
+)
+
+_MAPS_NOTE = (
+    "Each patch of a photo in the space of the texts, at twice the size of training: bright is near the text at "
+    "the head of the column, dark is far. Every column has its own scale, the same for all photos."
 )
 
 
@@ -29,6 +34,7 @@ def write(results: Results, out: Path) -> None:
             "rows": [asdict(score) for score in results.scores],
         },
         "retrieval": results.retrieval,
+        "zero_shot": asdict(results.zero_shot) if results.zero_shot else None,
         "dense_health": results.health(),
         "sharing": dict(results.sharing),
     }
@@ -48,6 +54,11 @@ def _sections(results: Results, out: Path) -> list[Section]:
         sections.append(Section("PCA of patch features", [Text(_PCA_NOTE), *pictures]))
     if results.retrieval:
         sections.append(_retrieval(results.retrieval))
+    if results.zero_shot:
+        sections.append(_zero_shot(results.zero_shot))
+    if results.text_maps:
+        picture = Picture(results.text_maps, "Photos, and how like each text their patches are")
+        sections.append(Section("Where a text is", [Text(_MAPS_NOTE), picture]))
     sections.append(_training(results, out))
     keys = [(name, key[:16]) for name, key in reversed(list(results.keys.items()))]
     if keys:
@@ -122,6 +133,21 @@ def _retrieval(recalls: Mapping[str, float]) -> Section:
     )
     table = Table(("direction", *(f"recall@{k}" for k in ks)), rows)
     return Section("Text retrieval", [Text(note), table])
+
+
+def _zero_shot(found: ZeroShot) -> Section:
+    rows = [("mean of all templates", found.accuracy), *found.by_template.items()]
+    rows += [("always the largest group", found.majority), ("by chance", 1 / found.num_classes)]
+    note = (
+        f"{found.num_photos} photos, each given to the one of {found.num_classes} labels whose text is nearest. "
+        "No label was trained on, but the photos and their names were."
+    )
+    table = Table(
+        ("text", "accuracy", "s.e."),
+        [(name, f"{share:.3f}", f"± {_error(share, found.num_photos):.3f}") for name, share in rows],
+        strong=[0],
+    )
+    return Section("Zero-shot classes", [Text(note), table])
 
 
 def _training(results: Results, out: Path) -> Section:

@@ -29,6 +29,24 @@ class Score:
 
 
 @dataclass(frozen=True)
+class ZeroShot:
+    """Classes told by texts alone.
+
+    Attributes:
+        num_photos, num_classes: that took part.
+        accuracy: with the mean of all templates' texts.
+        by_template: with each template alone.
+        majority: of always saying the largest class.
+    """
+
+    num_photos: int
+    num_classes: int
+    accuracy: float
+    by_template: Mapping[str, float]
+    majority: float
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything an evaluation found.
 
@@ -38,12 +56,14 @@ class Results:
         num_unique: photos of the index.
         groups: label → photos that took part in the k-NN; empty if the photos have no labels.
         scores: rows of the k-NN table.
-        retrieval: `num_pairs` and what `retrieval_recall` gives, or None.
         backbones: history of each backbone stage by kind, in the order they ran.
         heads: history of every student and of the text alignment, by title.
         sharing: counters of the share service, if students were distilled.
         pca: PNG by the name of the score it belongs to.
         keys: content keys of the stages upstream, by name.
+        retrieval: `num_pairs` and what `retrieval_recall` gives, or None.
+        zero_shot: None without texts or without labels.
+        text_maps: PNG of where in photos texts are, or None.
     """
 
     title: str
@@ -51,12 +71,14 @@ class Results:
     num_unique: int
     groups: Mapping[str, int]
     scores: Sequence[Score]
-    retrieval: Mapping[str, float] | None
     backbones: Mapping[str, History]
     heads: Mapping[str, History]
     sharing: Mapping[str, float]
     pca: Mapping[str, Path]
     keys: Mapping[str, str]
+    retrieval: Mapping[str, float] | None = None
+    zero_shot: ZeroShot | None = None
+    text_maps: Path | None = None
 
     @property
     def num_photos(self) -> int:
@@ -90,12 +112,14 @@ class Results:
         figures = {name: score.accuracy for name, score in rows.items() if score is not None}
         for name in ("image_to_text_recall_at_5", "text_to_image_recall_at_5"):
             figures |= {name: self.retrieval[name]} if self.retrieval else {}
+        figures |= {"zero_shot": self.zero_shot.accuracy} if self.zero_shot else {}
         return {"photos": float(self.num_photos), **figures}
 
     def metrics(self) -> dict[str, float]:
         """Every figure by a name that tracking accepts."""
         figures = {f"knn/{score.name}": score.accuracy for score in self.scores}
         figures |= {f"retrieval/{name}": value for name, value in (self.retrieval or {}).items()}
+        figures |= {"zero_shot/accuracy": self.zero_shot.accuracy} if self.zero_shot else {}
         for kind, health in self.health().items():
             figures |= {f"{name}/{kind}": ends["last"] for name, ends in health.items()}
         return {"num_photos": float(self.num_photos), **figures}

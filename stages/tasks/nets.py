@@ -1,8 +1,9 @@
-"""A backbone with its two heads, and the DINO and iBOT terms that pretraining and distillation share."""
+"""A backbone with its two heads, and what pretraining and distillation do with it alike."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from orchestrator.data.rng import derive
 from orchestrator.models import Features, PrototypeHead, ViTConfig, build, layer_depths, normalise, preset
 from orchestrator.models.blocks import Block
-from orchestrator.objectives.dino import dino_loss
-from orchestrator.objectives.ibot import ibot_loss
+from orchestrator.models.heads import Score
+from orchestrator.models.speed import compile_blocks, recompute_blocks
 from orchestrator.spec import Optimizer
+from orchestrator.stages.base import TrainStage
 from orchestrator.stages.selfsup import Heads
 
 
@@ -43,7 +45,8 @@ class HeadedBackbone(nn.Module):
         masks_NP: Tensor | None = None,
         generator: torch.Generator | None = None,
         with_logits: bool = True,
-    ) -> dict[str, Tensor]:
+        scores: Mapping[str, Score] | None = None,
+    ) -> dict[str, Any]:
         """Features and head outputs of global (and local) crops.
 
         Args:
@@ -54,9 +57,10 @@ class HeadedBackbone(nn.Module):
             masks_NP: patches replaced by the mask token.
             generator: of drop-path and RoPE rescales.
             with_logits: else the heads give their bottleneck only.
+            scores: by head, "dino" and "ibot": what is made in the place of its logits.
 
         Returns:
-            cls (N, D), patches (N, P, D), dino (N+L, C or K), ibot (M, C or K).
+            cls (N, D), patches (N, P, D), dino (N+L, C or K) and ibot (M, C or K) or what their scores made.
         """
         if locals_LCHW is None:
             features = self.backbone(normalise(globals_NCHW), masks_NP, generator)
@@ -68,9 +72,11 @@ class HeadedBackbone(nn.Module):
             cls = torch.cat([features.cls, local_features.cls])
         patches_NPD = on_grid(features, globals_NCHW.shape[-2:], self.patch_size, grid)
         tokens_MD = patches_NPD.flatten(0, 1)[tokens_M]
-        dino = self.dino_head(cls, with_logits)[1 if with_logits else 0]
-        ibot = self.ibot_head(tokens_MD, with_logits)[1 if with_logits else 0]
-        return {"cls": features.cls, "patches": patches_NPD, "dino": dino, "ibot": ibot}
+        out = {"cls": features.cls, "patches": patches_NPD}
+        for name, head, rows in (("dino", self.dino_head, cls), ("ibot", self.ibot_head, tokens_MD)):
+            code, made = head(rows, with_logits, score=(scores or {}).get(name))
+            out[name] = code if made is None else made
+        return out
 
 
 def whole_modules(*models: str) -> tuple[type[nn.Module], ...]:
@@ -80,6 +86,14 @@ def whole_modules(*models: str) -> tuple[type[nn.Module], ...]:
     of such a unit twice.
     """
     return (Block,) if all(isinstance(preset(model), ViTConfig) for model in models) else ()
+
+
+def tune(net: nn.Module, stage: TrainStage) -> None:
+    """Recompute or compile blocks as the stage wants; to be done before ZeRO wraps the module."""
+    if stage.activation_checkpointing:
+        recompute_blocks(net)
+    if stage.compile:
+        compile_blocks(net)
 
 
 def on_grid(features: Features, size: Sequence[int], patch_size: int, grid: tuple[int, int]) -> Tensor:
@@ -105,6 +119,11 @@ def flat_views(views_VBX: Tensor) -> Tensor:
     return views_VBX.flatten(0, 1)
 
 
+def num_views(tensors: Mapping[str, Tensor]) -> int:
+    """Views of each image that a student sees: globals, and locals if there are any."""
+    return len(tensors["globals"]) + (len(tensors["locals"]) if "locals" in tensors else 0)
+
+
 def masked_tokens(masks_NP: Tensor) -> Tensor:
     """Flat indices (M,) of the masked patches over (N, P)."""
     return masks_NP.flatten().nonzero()[:, 0]
@@ -113,41 +132,6 @@ def masked_tokens(masks_NP: Tensor) -> Tensor:
 def block_generator(seed: int, step: int, block: int) -> torch.Generator:
     """The randomness of one block's forward, the same on whichever worker computes it."""
     return torch.Generator().manual_seed(derive(seed, "forward", step, block) % 2**63)
-
-
-def distillation_losses(
-    out: Mapping[str, Tensor],
-    dino_targets_GBK: Tensor,
-    ibot_targets_MK: Tensor,
-    tokens_M: Tensor,
-    *,
-    num_patches: int,
-    local_weight: float,
-    ibot_weight: float,
-    temperature: float,
-) -> dict[str, Tensor]:
-    """The weighted DINO (global and local) and iBOT terms of one block.
-
-    The DINO terms are weighted by their share of all view pairs, as in DINOv2 and DINOv3: with 2 globals and 8
-    locals 16/18 for local against global and 2/18 for global against the other global.
-    """
-    num_globals, batch = dino_targets_GBK.shape[:2]
-    logits_VBK = out["dino"].unflatten(0, (-1, batch))
-    num_locals = len(logits_VBK) - num_globals
-    local_pairs, global_pairs = num_locals * num_globals, num_globals * (num_globals - 1)
-    pairs = local_pairs + global_pairs
-    losses = {}
-    if local_pairs:
-        loss = dino_loss(logits_VBK[num_globals:], dino_targets_GBK, skip_same=False, temperature=temperature)
-        losses["dino_local"] = local_weight * local_pairs / pairs * loss
-    if global_pairs:
-        loss = dino_loss(logits_VBK[:num_globals], dino_targets_GBK, temperature=temperature)
-        losses["dino_global"] = global_pairs / pairs * loss
-    crops_M = tokens_M // num_patches
-    losses["ibot"] = ibot_weight * ibot_loss(
-        out["ibot"], ibot_targets_MK, crops_M, num_globals * batch, temperature=temperature
-    )
-    return losses
 
 
 def learning_rate_scales(net: HeadedBackbone, optimizer: Optimizer) -> dict[str, float]:

@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orchestrator.data.blocks import BlockSource, CropBlocks
-from orchestrator.data.index import PhotoIndex
-from orchestrator.data.order import SampleOrder
 from orchestrator.elastic.export import load_export
 from orchestrator.elastic.task import BlockTensors, Losses, Modules, Reduce, Weights
-from orchestrator.models import build, normalise, preset, save_pretrained
+from orchestrator.models import build, normalise
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
 from orchestrator.objectives.gram import gram_loss
 from orchestrator.objectives.koleo import koleo
-from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
+from orchestrator.stages.lineage import Health
 from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
+from orchestrator.stages.tasks.anchor import Verdict, Watch
 from orchestrator.stages.tasks.nets import (
     HeadedBackbone,
     block_generator,
-    distillation_losses,
     flat_views,
     frozen_prototypes,
     learning_rate_scales,
     masked_tokens,
+    num_views,
     on_grid,
+    tune,
     whole_modules,
 )
+from orchestrator.stages.tasks.terms import Distillation, Wanted, centred, with_prototypes
+
+logger = logging.getLogger("orchestrator")
 
 
 @dataclass(frozen=True)
 class Targets:
-    """One block's no-grad side: DINO targets (G, B, K), iBOT targets (M, K), Gram features, health figures."""
+    """One block's no-grad side: DINO targets (G, B, K), iBOT targets (1, M, K), Gram features, health figures."""
 
-    dino_GBK: Tensor
-    ibot_MK: Tensor
+    dino: Wanted
+    ibot: Wanted
     tokens_M: Tensor
     gram_NPD: Tensor | None
     figures: dict[str, Tensor]
@@ -50,10 +54,18 @@ class SelfSupervisedTask:
     modules: Modules
 
     def __init__(
-        self, config: SelfSupervised, recipe: ModelRecipe, seed: int, gram_weights: Path | None
+        self,
+        config: SelfSupervised,
+        recipe: ModelRecipe,
+        seed: int,
+        gram_weights: Path | None,
+        gram_health: Health | None = None,
     ) -> None:
+        """`gram_weights` is the snapshot to anchor to at first; `gram_health` how healthy it was, if that is known."""
         self.config, self.recipe, self.seed, self.gram_weights = config, recipe, seed, gram_weights
-        self.local_weight = self.gram_weight = 0.0
+        self.gram_health = gram_health
+        self.local_weight = 0.0
+        self.gram_weight: float | None = None
         self.teacher_temperature = config.teacher_temperature.peak
 
     def build(self, device: str) -> Modules:
@@ -67,7 +79,10 @@ class SelfSupervisedTask:
             gram = build(recipe.model).to(device)
             gram.load_state_dict(load_export(self.gram_weights, "backbone."))
             copies["gram"] = gram
+        for net in (student, teacher, *copies.values()):
+            tune(net, config)
         self.patch_size = student.patch_size
+        self.prototypes: dict[str, Tensor] = {}
         self.modules = Modules(
             student,
             ema=teacher,
@@ -76,35 +91,52 @@ class SelfSupervisedTask:
             frozen_steps=frozen_prototypes(config.frozen_prototype_steps),
             whole=whole_modules(recipe.model),
         )
+        trigger = config.gram.trigger if config.gram else None
+        self.watch = Watch(trigger, self.modules.state, self.gram_health)
         return self.modules
 
     def prepare_step(self, step: int) -> None:
-        """Loss weights and temperature of this step."""
-        config = self.config
-        self.local_weight = config.local_weight.at(step, config.steps)
+        """Loss weights and temperature of this step; what belongs to anchoring counts from when that started."""
+        config, started = self.config, self.watch.started
         self.teacher_temperature = config.teacher_temperature.at(step, config.steps)
-        self.gram_weight = config.gram.weight.at(step, config.steps) if config.gram else 0.0
+        if started is None:
+            self.local_weight, self.gram_weight = config.local_weight.at(0, config.steps), None
+            return
+        since, rest = step - started, config.steps - started
+        self.local_weight = config.local_weight.at(since, rest)
+        self.gram_weight = config.gram.weight.at(since, rest) if config.gram else None
 
     @torch.no_grad()
     def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[Targets]:
         """Teacher forward a block at a time, then Sinkhorn-Knopp over the global batch of the step."""
-        outs = [self._teacher(block) for block in blocks]
-        dino_v = self._scaling([out["dino"] for out in outs], blocks, reduce)
-        ibot_v = self._scaling([out["ibot"] for out in outs], blocks, reduce)
-        result = []
-        for block, out in zip(blocks, outs, strict=True):
-            num_globals = len(block.tensors["globals"])
-            dino = targets(out["dino"], self.teacher_temperature, dino_v).unflatten(0, (num_globals, -1))
-            ibot = targets(out["ibot"], self.teacher_temperature, ibot_v)
-            result.append(
-                Targets(dino, ibot, self._tokens(block), self._gram_features(block), self._health(block, out))
+        outs = [self._teacher(block, first=number == 0) for number, block in enumerate(blocks)]
+        num_globals = len(blocks[0].tensors["globals"])
+        dino = self._centred(
+            [out["dino"].unflatten(0, (num_globals, -1)) for out in outs], blocks, reduce, "dino"
+        )
+        ibot = self._centred([out["ibot"][None] for out in outs], blocks, reduce, "ibot")
+        return [
+            Targets(
+                of_dino, of_ibot, self._tokens(block), self._gram_features(block), self._health(block, out)
             )
-        return result
+            for block, out, of_dino, of_ibot in zip(blocks, outs, dino, ibot, strict=True)
+        ]
 
     def losses(self, block: BlockTensors, target: Targets) -> Losses:
         """All terms of one block."""
         config = self.config
         masks_NP = flat_views(block.tensors["masks"])
+        distillation = Distillation(
+            target.dino,
+            target.ibot,
+            target.tokens_M,
+            num_patches=masks_NP.shape[1],
+            num_views=num_views(block.tensors),
+            local_weight=self.local_weight,
+            ibot_weight=config.ibot_weight,
+            temperature=config.student_temperature,
+            chunk_rows=config.chunk_rows,
+        )
         out = self.modules.trainable(
             flat_views(block.tensors["globals"]),
             flat_views(block.tensors["locals"]) if "locals" in block.tensors else None,
@@ -112,50 +144,70 @@ class SelfSupervisedTask:
             self._grid(block),
             masks_NP,
             block_generator(self.seed, block.step, block.index),
+            scores=distillation.scores(),
         )
-        terms = distillation_losses(
-            out,
-            target.dino_GBK,
-            target.ibot_MK,
-            target.tokens_M,
-            num_patches=masks_NP.shape[1],
-            local_weight=self.local_weight,
-            ibot_weight=config.ibot_weight,
-            temperature=config.student_temperature,
-        )
+        terms = distillation.terms(out)
         views_GBD = out["cls"].unflatten(0, (len(block.tensors["globals"]), -1))
         views_GBD = views_GBD[:1] if config.koleo_views == "first" else views_GBD
-        terms["koleo"] = config.koleo_weight * torch.stack([koleo(view_BD) for view_BD in views_GBD]).sum()
+        more = {"koleo": config.koleo_weight * torch.stack([koleo(view_BD) for view_BD in views_GBD]).sum()}
         if target.gram_NPD is not None:
-            assert config.gram is not None
-            loss = gram_loss(out["patches"], target.gram_NPD, form=config.gram.form)
-            terms["gram"] = self.gram_weight * loss
-        return Losses(torch.stack(list(terms.values())).sum(), {**terms, **target.figures})
+            more["gram"] = self._gram(out["patches"], target.gram_NPD)
+        total = torch.stack([*terms.parts, *more.values()]).sum()
+        return Losses(total, {**terms.figures, **more, **target.figures})
 
-    def after_step(self, step: int, weights: Weights) -> None:
+    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
         """EMA; then the Gram teacher takes it when its turn has come."""
         weights.update_ema(self.config.ema.at(step, self.config.steps))
-        if self.config.gram and self.config.gram.updates_at(step + 1):
+        gram, done = self.config.gram, step + 1
+        if gram is None:
+            return
+        verdict = self.watch.see(done, figures)
+        if verdict is Verdict.START:
+            logger.info("dense features have decayed: Gram anchoring starts after step %d", done)
+        started = self.watch.started
+        if verdict is Verdict.KEEP or (started is not None and gram.updates_at(done - started)):
             weights.copy_ema("gram", "backbone.")
 
-    def _teacher(self, block: BlockTensors) -> dict[str, Tensor]:
+    def _teacher(self, block: BlockTensors, *, first: bool) -> dict[str, Tensor]:
+        """The EMA's features, and its logits; for chunks its codes, and with the step's first block its prototypes."""
         assert self.modules.ema is not None
-        globals_NCHW = flat_views(block.tensors["globals"])
-        out: dict[str, Tensor] = self.modules.ema(globals_NCHW, None, self._tokens(block), self._grid(block))
+        chunked = self.config.chunk_rows is not None
+        out: dict[str, Any] = self.modules.ema(
+            flat_views(block.tensors["globals"]),
+            None,
+            self._tokens(block),
+            self._grid(block),
+            with_logits=not chunked,
+            scores=dict.fromkeys(("dino", "ibot"), with_prototypes) if chunked and first else None,
+        )
+        if chunked and first:
+            self.prototypes = {name: out[name][1] for name in ("dino", "ibot")}
+            out |= {name: out[name][0] for name in ("dino", "ibot")}
         return out
 
-    def _scaling(self, logits: list[Tensor], blocks: Sequence[BlockTensors], reduce: Reduce) -> Tensor:
-        weights_N = torch.cat(
-            [rows.new_full((len(rows),), block.weight) for rows, block in zip(logits, blocks, strict=True)]
-        )
-        return sinkhorn_scaling(
-            torch.cat(logits), self.teacher_temperature, weights_N=weights_N, reduce=reduce
+    def _centred(
+        self, rows: list[Tensor], blocks: Sequence[BlockTensors], reduce: Reduce, head: str
+    ) -> list[Wanted]:
+        return centred(
+            rows,
+            [block.weight for block in blocks],
+            self.teacher_temperature,
+            reduce,
+            self.prototypes.get(head),
+            self.config.chunk_rows,
         )
 
+    def _gram(self, student_NPD: Tensor, teacher_NPD: Tensor) -> Tensor:
+        gram = self.config.gram
+        assert gram is not None
+        assert self.gram_weight is not None
+        loss = gram_loss(student_NPD, teacher_NPD, form=gram.form, clip_negatives=gram.clip_negatives)
+        return self.gram_weight * loss
+
     def _gram_features(self, block: BlockTensors) -> Tensor | None:
-        gram = self.modules.copies.get("gram")
-        if gram is None:
+        if self.gram_weight is None:
             return None
+        gram = self.modules.copies["gram"]
         views_NCHW = flat_views(block.tensors.get("gram", block.tensors["globals"]))
         return on_grid(gram(normalise(views_NCHW)), views_NCHW.shape[-2:], self.patch_size, self._grid(block))
 
@@ -171,31 +223,3 @@ class SelfSupervisedTask:
     def _grid(self, block: BlockTensors) -> tuple[int, int]:
         height, width = block.tensors["globals"].shape[-2:]
         return height // self.patch_size, width // self.patch_size
-
-
-def ssl_blocks(config: SelfSupervised, recipe: ModelRecipe, index_folder: Path, seed: int) -> BlockSource:
-    """The multi-crop blocks of a self-supervised stage, from a curated index."""
-    index = PhotoIndex.load(index_folder)
-    order = SampleOrder(
-        {name: index.rows_of(name) for name in sorted(set(index.components))},
-        homogeneous=config.homogeneous,
-        homogeneous_ratio=config.homogeneous_ratio,
-        batch_size=config.batch_size,
-        seed=seed,
-    )
-    return CropBlocks(
-        index,
-        order,
-        lambda step: config.crops_at(step, seed),
-        patch_size=preset(recipe.model).patch_size,
-        block_size=config.block_size,
-        seed=seed,
-        mask_ratio=config.mask_ratio,
-        mask_probability=config.mask_probability,
-    )
-
-
-def save_backbone(export: Path, recipe: ModelRecipe, folder: Path, image_size: int) -> None:
-    """The backbone of an export as a folder that `orchestrator.models.load_pretrained` reads."""
-    weights = load_export(export, "backbone.")
-    save_pretrained(folder, weights, recipe.model, {"image_size": image_size})

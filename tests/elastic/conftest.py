@@ -17,7 +17,6 @@ import pytest
 
 from orchestrator.data.index import PhotoIndex, PhotoRow
 
-WORKER = Path(__file__).with_name("worker.py")
 LAB = Path(__file__).with_name("lab.py")
 HEADS = {
     "hidden": 32,
@@ -68,32 +67,20 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_job(index: Path, tmp_path: Path) -> RunJob:
+def run_job(forge: subprocess.Popen[str], index: Path, tmp_path: Path) -> RunJob:
     """Runs a job on `world` worker processes to its end or a stop; returns {complete, losses, figures}."""
 
     def run(work: Path, world: int, **spec: Any) -> dict[str, Any]:
         scratch = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
-        scratch.mkdir()
         merged = {**CONFIG, **spec.pop("config", {})}
         config = {key: value for key, value in merged.items() if value is not None}
         full = {
-            "config": config, "recipe": RECIPE, "index": str(index), "work": str(work), "world": world,
-            "rendezvous": str(scratch / "rendezvous"), "figures": str(scratch / "figures.json"), **spec,
+            "config": config, "recipe": RECIPE, "index": str(index), "work": str(work), **spec,
         }  # fmt: skip
-        (scratch / "spec.json").write_text(json.dumps(full))
-        env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(WORKER), str(scratch / "spec.json")]
-        logs = [scratch / f"rank-{rank}.log" for rank in range(world)]
-        workers = []
-        for rank, log in enumerate(logs):
-            environment = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            with log.open("w") as out:
-                workers.append(
-                    subprocess.Popen([*command, str(rank)], stdout=out, stderr=out, env=environment)
-                )
-        codes = [worker.wait(timeout=240) for worker in workers]
-        assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
-        result: dict[str, Any] = json.loads((scratch / "figures.json").read_text())
+        if full.get("die_at"):
+            run_group(forge, scratch, "job", world, dies=True, **full)
+            return {}
+        result: dict[str, Any] = run_group(forge, scratch, "job", world, **full)[0]
         result["losses"] = {step: figures["loss"] for step, figures in result["figures"]}
         return result
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orchestrator.elastic import checkpoint, shardfile, target
+from orchestrator.elastic import checkpoint, loop, shardfile, target
 from orchestrator.elastic.checkpoint import CheckpointError, Target, newest, restore
 from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.saver import Saver
@@ -32,6 +32,12 @@ from orchestrator.elastic.task import Modules
 from orchestrator.elastic.zero import import_deepspeed
 from orchestrator.spec import Optimizer
 from orchestrator.store.local import LocalStore
+
+# Run as a script, its own folder is on the path; imported by a test, it is part of a package.
+if __package__:
+    from .worker import Recorder, make_job
+else:
+    from worker import Recorder, make_job
 
 Spec = dict[str, Any]
 
@@ -154,6 +160,13 @@ def load(spec: Spec) -> Any:
             save_file(whole, result)
     fetched = [path.relative_to(where.folder).as_posix() for path in where.folder.rglob("*.safetensors")]
     return {"steps": steps, "updates": engine.updates, "fetched": sorted(fetched)}
+
+
+def job(spec: Spec) -> Any:
+    """A whole job to its end or a stop, by the loop itself."""
+    recorder = Recorder(spec.get("stop_after"), spec.get("die_at"))
+    complete = loop.train(make_job(spec), recorder)
+    return {"complete": complete, "figures": recorder.figures}
 
 
 def clip(spec: Spec) -> Any:
@@ -353,7 +366,7 @@ def _worker(spec: Spec, rank: int, world: int, scratch: Path) -> NoReturn:
     log = os.open(scratch / f"log-{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    signal.alarm(60)  # nothing here may hang for ever
+    signal.alarm(200)  # nothing here may hang for ever
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     try:
         dist.init_process_group(

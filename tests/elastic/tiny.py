@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class TinyTask:
         error = (self.modules.trainable(block.tensors["x"]) - target).square().mean()
         return Losses(error, {"error": error})
 
-    def after_step(self, step: int, weights: Weights) -> None:
+    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
         weights.update_ema(0.9)
 
 

@@ -1,31 +1,32 @@
-"""One worker of a job without Ray: `python worker.py SPEC.json RANK`. Its figures go to `figures` of the spec."""
+"""A real self-supervised job from a spec, and a line that records it: what a worker without Ray runs (see lab.py)."""
 
 from __future__ import annotations
 
-import json
-import sys
+import os
+import signal
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from orchestrator.elastic.job import Job
-from orchestrator.elastic.loop import train
-from orchestrator.elastic.zero import import_deepspeed
+from orchestrator.elastic.task import BlockTensors
 from orchestrator.spec import Elastic
 from orchestrator.stages.gram_anchor import GramAnchor
 from orchestrator.stages.pretrain import Pretrain
 from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
-from orchestrator.stages.tasks.ssl import SelfSupervisedTask, ssl_blocks
+from orchestrator.stages.tasks.crops import crop_blocks
+from orchestrator.stages.tasks.ssl import SelfSupervisedTask
 
 
 class Recorder:
-    """A line that keeps the figures and asks the group to yield after a number of steps."""
+    """A line that keeps the figures and asks the group to yield after a number of steps, or dies at a step."""
 
-    def __init__(self, stop_after: int | None) -> None:
-        self.stop_after = stop_after
+    def __init__(self, stop_after: int | None, die_at: int | None = None) -> None:
+        self.stop_after, self.die_at = stop_after, die_at
         self.figures: list[tuple[int, dict[str, float]]] = []
         self.done = 0
 
@@ -33,6 +34,8 @@ class Recorder:
 
     def report(self, step: int, figures: dict[str, float], stall_s: float) -> None:
         self.figures.append((step, figures))
+        if step == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def recorded(self, step: int) -> bool:
         return True
@@ -47,15 +50,30 @@ class Recorder:
         return self.stop_after is not None and self.done >= self.stop_after
 
 
+class Ailing(SelfSupervisedTask):
+    """Its dense health is what the test says, step by step."""
+
+    def __init__(self, *args: Any, script: Sequence[tuple[float, float]]) -> None:
+        super().__init__(*args)
+        self.script = script
+
+    def _health(self, block: BlockTensors, out: dict[str, Tensor]) -> dict[str, Tensor]:
+        cosine, locality = self.script[block.step]
+        return {"cls_patch_cosine": torch.tensor(cosine), "patch_locality": torch.tensor(locality)}
+
+
 def make_job(spec: dict[str, Any]) -> Job:
     kind: type[SelfSupervised] = {"pretrain": Pretrain, "gram_anchor": GramAnchor}[spec["config"]["kind"]]
     config = kind.model_validate(spec["config"])
     recipe = ModelRecipe.model_validate(spec["recipe"])
     gram = Path(spec["gram"]) if spec.get("gram") else None
+    task = partial(SelfSupervisedTask, config, recipe, 7, gram)
+    if spec.get("health"):
+        task = partial(Ailing, config, recipe, 7, gram, script=spec["health"])
     return Job(
         name="test",
-        task=partial(SelfSupervisedTask, config, recipe, 7, gram),
-        blocks=partial(ssl_blocks, config, recipe, Path(spec["index"]), 7),
+        task=task,
+        blocks=partial(crop_blocks, config, recipe, Path(spec["index"]), 7),
         num_blocks=config.batch_size // config.block_size,
         num_steps=config.steps,
         optimizer=config.optimizer,
@@ -65,23 +83,5 @@ def make_job(spec: dict[str, Any]) -> Job:
         seed=0,
         elastic=Elastic(checkpoint_every_s=spec.get("checkpoint_every_s", 1e9)),
         start_from=Path(spec["start_from"]) if spec.get("start_from") else None,
+        export_steps=tuple(spec.get("export_steps", ())),
     )
-
-
-def main() -> None:
-    spec, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{spec['rendezvous']}", rank=rank, world_size=spec["world"]
-    )
-    import_deepspeed().init_distributed("gloo", dist_init_required=False, verbose=False)
-    recorder = Recorder(spec.get("stop_after"))
-    complete = train(make_job(spec), recorder)
-    if rank == 0:
-        Path(spec["figures"]).write_text(json.dumps({"complete": complete, "figures": recorder.figures}))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,33 +15,31 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
+from transformers import BertConfig, BertModel
 
 from orchestrator.data.index import PhotoIndex, PhotoRow
-from orchestrator.elastic.task import BlockTensors, Losses, Reduce
+from orchestrator.elastic.task import BlockTensors, Losses
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, normalise, save_pretrained
-from orchestrator.objectives.contrastive import info_nce
+from orchestrator.pipeline.key import key_parts
+from orchestrator.pipeline.plan import contents
 from orchestrator.stages.align_text import AlignText, pick_image_size, pick_tower
+from orchestrator.stages.tasks.aligned import load_aligned, save_aligned
 from orchestrator.stages.tasks.captions import (
     END,
     PAD,
     START,
+    adopt_tokenizer,
     caption_blocks,
     captioned,
     load_tokenizer,
     train_tokenizer,
 )
 from orchestrator.stages.tasks.nets import block_generator
-from orchestrator.stages.tasks.text import (
-    AlignNet,
-    AlignTask,
-    held_below,
-    in_batch_accuracy,
-    load_aligned,
-    save_aligned,
-)
+from orchestrator.stages.tasks.text import AlignTask, held_below, load_encoder
 
 CAPTIONS = ["Rice, raw, brown", "Rice flakes", "Wheat, whole", "Bengal gram, dal", "Maize, dry", "Quinoa"]
 BLOCK = 4
@@ -55,7 +55,7 @@ def one_thread() -> Iterator[None]:
 
 
 def config(**overrides: Any) -> AlignText:
-    fields = {
+    fields: dict[str, Any] = {
         "kind": "align_text",
         "steps": 2,
         "batch_size": BLOCK * NUM_BLOCKS,
@@ -66,7 +66,8 @@ def config(**overrides: Any) -> AlignText:
         "context": 16,
         "drop_path": 0.5,
     }
-    return AlignText.model_validate({**fields, **overrides})
+    given = {**fields, **overrides}
+    return AlignText.model_validate({name: value for name, value in given.items() if value is not None})
 
 
 @pytest.fixture
@@ -80,6 +81,23 @@ def tower(tmp_path: Path) -> Path:
 def tokenizer(tmp_path: Path) -> Path:
     train_tokenizer(CAPTIONS, 300, 16, tmp_path / "tokenizer.json")
     return tmp_path / "tokenizer.json"
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """A small BERT folder, as transformers writes it."""
+    return make_encoder(tmp_path / "encoder")
+
+
+def make_encoder(folder: Path, **changes: Any) -> Path:
+    shape = {
+        "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 32, "max_position_embeddings": 20,
+    }  # fmt: skip
+    torch.manual_seed(5)
+    BertModel(BertConfig(**{**shape, **changes})).save_pretrained(folder)
+    train_tokenizer(CAPTIONS, 300, 16, folder / "tokenizer.json")
+    return folder
 
 
 def blocks_of_step(tokenizer: Path) -> list[BlockTensors]:
@@ -96,8 +114,9 @@ def blocks_of_step(tokenizer: Path) -> list[BlockTensors]:
     return blocks
 
 
-def new_task(tower: Path, tokenizer: Path) -> AlignTask:
-    task = AlignTask(config(), tower, tokenizer, seed=3)
+def new_task(tower: Path, tokenizer: Path, **overrides: Any) -> AlignTask:
+    vocab_size = load_tokenizer(tokenizer).get_vocab_size()
+    task = AlignTask(config(**overrides), tower, vocab_size, seed=3)
     torch.manual_seed(0)
     net = task.build("cpu").trainable
     with torch.no_grad():
@@ -108,22 +127,32 @@ def new_task(tower: Path, tokenizer: Path) -> AlignTask:
     return task
 
 
-class SumOverThreads:
-    """`reduce` of workers that are threads."""
+class Threads:
+    """Workers that are threads."""
 
     def __init__(self, num_workers: int) -> None:
-        self.parts: list[Tensor | None] = [None] * num_workers
+        self.parts: list[Tensor] = [torch.empty(0)] * num_workers
         self.barrier = threading.Barrier(num_workers, timeout=10)
 
-    def of(self, rank: int) -> Reduce:
-        def reduce(tensor: Tensor) -> Tensor:
-            self.parts[rank] = tensor
-            self.barrier.wait()
-            total = torch.stack([part for part in self.parts if part is not None]).sum(0)
-            self.barrier.wait()
-            return total
+    def of(self, rank: int) -> Thread:
+        return Thread(self, rank)
 
-        return reduce
+
+class Thread:
+    """One of them, as a task sees it."""
+
+    def __init__(self, all_of_them: Threads, rank: int) -> None:
+        self.all, self.rank = all_of_them, rank
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return torch.stack(list(self.ring(tensor))).sum(0)
+
+    def ring(self, rows: Tensor) -> Iterator[Tensor]:
+        self.all.parts[self.rank] = rows
+        self.all.barrier.wait()
+        parts = self.all.parts[self.rank :] + self.all.parts[: self.rank]
+        self.all.barrier.wait()
+        yield from parts
 
 
 def own(blocks: list[BlockTensors], rank: int, world: int) -> list[BlockTensors]:
@@ -137,11 +166,11 @@ def own(blocks: list[BlockTensors], rank: int, world: int) -> list[BlockTensors]
 def run_workers(tasks: list[AlignTask], blocks: list[BlockTensors]) -> list[tuple[float, Losses]]:
     """(weight, losses) of every block of every worker."""
     world = len(tasks)
-    summed = SumOverThreads(world)
+    threads = Threads(world)
 
     def work(rank: int) -> list[tuple[float, Losses]]:
         mine = own(blocks, rank, world)
-        targets = tasks[rank].targets(mine, summed.of(rank))
+        targets = tasks[rank].targets(mine, threads.of(rank))
         pairs = zip(mine, targets, strict=True)
         return [(block.weight / NUM_BLOCKS, tasks[rank].losses(block, target)) for block, target in pairs]
 
@@ -154,25 +183,33 @@ def whole_batch_loss(task: AlignTask, blocks: list[BlockTensors]) -> Tensor:
     tower = load_pretrained(task.tower)
     outs = []
     for block in blocks:
+        tokens, lengths = block.tensors["tokens"], block.tensors["lengths"]
         with torch.no_grad():
             features = tower(normalise(block.tensors["images"]))
-        generator = block_generator(3, 0, block.index)
-        outs.append(
-            task.modules.trainable(features, block.tensors["tokens"], block.tensors["lengths"], generator)
-        )
-    images, texts = torch.cat([out.images for out in outs]), torch.cat([out.texts for out in outs])
-    return info_nce(images, texts, outs[0].scale)
+            encoder = task.modules.frozen.get("encoder")
+            texts = (tokens, lengths) if encoder is None else (encoder(tokens, lengths),)
+        outs.append(task.modules.trainable(features, texts, block_generator(3, 0, block.index)))
+    images, texts = (normalize(torch.cat([out[side] for out in outs])) for side in (0, 1))
+    logits = outs[0].scale * images @ texts.T
+    labels = torch.arange(len(logits))
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_workers_add_up_to_the_gradient_of_the_whole_batch(world: int, tower: Path, tokenizer: Path) -> None:
+@pytest.mark.parametrize("text", ["scratch", "encoder", "locked encoder"])
+def test_workers_add_up_to_the_gradient_of_the_whole_batch(
+    world: int, text: str, tower: Path, tokenizer: Path, encoder: Path
+) -> None:
     blocks = blocks_of_step(tokenizer)
-    reference = new_task(tower, tokenizer)
+    settings = {} if text == "scratch" else {"from": encoder, "lock": text == "locked encoder"}
+    overrides: dict[str, Any] = {"text": settings, "vocab_size": None} if settings else {}
+    reference = new_task(tower, tokenizer, **overrides)
     params = dict(reference.modules.trainable.named_parameters())
+    assert ("text.encoder.token_embed.weight" in params) == (text == "encoder")
     expected_loss = whole_batch_loss(reference, blocks)
     expected = torch.autograd.grad(expected_loss, list(params.values()))
 
-    tasks = [new_task(tower, tokenizer) for _ in range(world)]
+    tasks = [new_task(tower, tokenizer, **overrides) for _ in range(world)]
     results = run_workers(tasks, blocks)
     total = torch.zeros(())
     for weight, losses in results:
@@ -186,6 +223,10 @@ def test_workers_add_up_to_the_gradient_of_the_whole_batch(world: int, tower: Pa
             got, want, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
         assert want.abs().sum() > 0, name
+    for task in tasks:
+        assert all(
+            param.grad is None for module in task.modules.frozen.values() for param in module.parameters()
+        )
 
 
 def test_figures_are_the_whole_batch_at_any_number_of_workers(tower: Path, tokenizer: Path) -> None:
@@ -209,12 +250,6 @@ def test_the_tower_runs_once_a_block_and_gets_no_gradient(tower: Path, tokenizer
         (weight * losses.total).backward()
     assert len(calls) == NUM_BLOCKS
     assert all(param.grad is None for param in task.modules.frozen["tower"].parameters())
-
-
-def test_accuracy_counts_partners_that_are_nearest() -> None:
-    columns = torch.eye(4)
-    assert in_batch_accuracy(columns[2:], columns, 2).item() == 1.0
-    assert in_batch_accuracy(columns[[2, 0]], columns, 2).item() == 0.5
 
 
 def test_the_scale_is_held_and_can_come_back() -> None:
@@ -254,6 +289,108 @@ def test_the_same_captions_give_the_same_tokenizer(tokenizer: Path, tmp_path: Pa
     assert (tmp_path / "again.json").read_bytes() == tokenizer.read_bytes()
 
 
+def words_tokenizer(path: Path, *, frame: bool = False) -> Path:
+    """A tokenizer as others make it: whole words, padded to 8, and no frame unless asked for."""
+    vocabulary = {word: at for at, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", "rice", "dal", "raw"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<pad>", "<unk>", "<s>", "</s>"])
+    tokenizer.enable_padding(length=8)
+    if frame:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+        )
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_given_tokenizer_is_framed_and_cut(tmp_path: Path) -> None:
+    bare, framed = (words_tokenizer(tmp_path / f"{frame}.json", frame=frame) for frame in (False, True))
+    adopt_tokenizer(framed, 4, tmp_path / "own.json", None, None)
+    assert load_tokenizer(tmp_path / "own.json").encode("raw rice dal").ids == [2, 6, 4, 3]
+    adopt_tokenizer(bare, 4, tmp_path / "named.json", "<s>", "</s>")
+    assert load_tokenizer(tmp_path / "named.json").encode("raw").ids == [2, 6, 3]
+    adopt_tokenizer(framed, 4, tmp_path / "end.json", None, "</s>")
+    assert load_tokenizer(tmp_path / "end.json").encode("raw dal rice raw").ids == [6, 5, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "what", "hint"),
+    [
+        ({}, "does not end a text with a special token", "name one as `end_token`.*</s>"),
+        ({"end_token": "/s>"}, "no token '/s>'", "did you mean '</s>'"),
+        ({"start_token": "[CLS]", "end_token": "</s>"}, "no token '.CLS.'", "its special tokens: <pad>"),
+        ({"end_token": "</s>"}, None, None),
+    ],
+)
+def test_a_given_tokenizer_is_checked(
+    fields: dict[str, str], what: str | None, hint: str | None, tmp_path: Path
+) -> None:
+    source = words_tokenizer(tmp_path / "words.json")
+    stage = config(tokenizer=source, vocab_size=None, **fields)
+    assert stage.files() == {"tokenizer": (source,)}
+    if what is None or hint is None:
+        stage.check()
+        return
+    with pytest.raises(UserError, match=what) as caught:
+        stage.check()
+    assert re.search(hint, str(caught.value.hint))
+    assert caught.value.where == (next(iter(fields)) if fields else "tokenizer")
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="is no tokenizer"):
+        config(tokenizer=tmp_path / "tokenizer.json", vocab_size=None).check()
+
+
+def test_a_tokenizer_that_frames_is_taken_as_it_is(tmp_path: Path) -> None:
+    config(tokenizer=words_tokenizer(tmp_path / "words.json", frame=True), vocab_size=None).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "what", "where"),
+    [
+        ({}, {}, None, None),
+        ({}, {"context": 30}, "30 tokens are longer", "context"),
+        ({"vocab_size": 250}, {}, "tokens, but the text tower knows 250", "text.from"),
+        ({"hidden_act": "relu"}, {}, "only 'gelu' can be read", "text.from"),
+    ],
+)
+def test_a_trained_encoder_is_checked(
+    changes: dict[str, Any], overrides: dict[str, Any], what: str | None, where: str | None, tmp_path: Path
+) -> None:
+    stage = config(text={"from": make_encoder(tmp_path / "encoder", **changes)}, vocab_size=None, **overrides)
+    if what is None:
+        stage.check()
+        return
+    with pytest.raises(UserError, match=what) as caught:
+        stage.check()
+    assert caught.value.where == where
+
+
+def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    one, other = make_encoder(tmp_path / "one"), make_encoder(tmp_path / "other", hidden_size=32)
+    shutil.copyfile(other / "model.safetensors", one / "model.safetensors")
+    with pytest.raises(UserError, match=r"do not fit its config\.json") as caught:
+        load_encoder(one, where="stages.align.text.from")
+    assert caught.value.where == "stages.align.text.from"
+
+
+def test_what_a_given_file_holds_is_the_key_and_not_where_it_lies(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        words_tokenizer(tmp_path / name / "tokenizer.json", frame=True)
+
+    def key(folder: Path) -> str:
+        stage = config(tokenizer=folder / "tokenizer.json", vocab_size=None)
+        return key_parts(stage, inputs={}, data=contents(stage), seed=0).key
+
+    assert key(tmp_path / "a") == key(tmp_path / "b")
+    words_tokenizer(tmp_path / "b" / "tokenizer.json")
+    assert key(tmp_path / "a") != key(tmp_path / "b")
+
+
 # --- data ---------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +408,7 @@ def photo_index(folder: Path, captions: list[str | None]) -> PhotoIndex:
 
 def test_photos_without_a_caption_are_left_out(tmp_path: Path, tokenizer: Path) -> None:
     photo_index(tmp_path, ["rice", None, "wheat", "maize", " ", "dal"])
-    blocks = caption_blocks(config(batch_size=4, block_size=2), tmp_path, tokenizer, 16, 0)
+    blocks = caption_blocks(config(batch_size=4, block_size=2), tmp_path, load_tokenizer(tokenizer), 16, 0)
     seen = {int(row) for step in range(3) for index in range(2) for row in blocks.load(step, index).ids}
     assert seen == {0, 2, 3, 5}
 
@@ -295,6 +432,14 @@ def test_too_few_captions_are_refused(tmp_path: Path) -> None:
         ({"vocab_size": 100}, "greater than or equal to 259"),
         ({"optimizer": {"layer_decay": 0.9}}, "layer_decay"),
         ({"temprature": 0.1}, "Extra inputs"),
+        ({"text": {"lock": True}}, "set `from`"),
+        ({"text": {"from": "x", "dim": 64, "depth": 2}, "vocab_size": None}, "leave out depth, dim"),
+        ({"text": {"from": "x"}}, "leave out vocab_size"),
+        ({"tokenizer": "x"}, "leave out vocab_size"),
+        ({"text": {"from": "x"}, "tokenizer": "y", "vocab_size": None}, "leave out tokenizer"),
+        ({"start_token": "<s>", "tokenizer": "x", "vocab_size": None}, "set end_token too"),
+        ({"end_token": "</s>"}, "are for a given tokenizer"),
+        ({"pool": "patches"}, "cls_and_patches"),
     ],
 )
 def test_config_that_cannot_work_is_refused(overrides: dict[str, Any], words: str) -> None:
@@ -354,35 +499,82 @@ def test_image_size_comes_from_the_tower_and_fits_its_patch(tower: Path, tmp_pat
 
 
 @pytest.fixture
-def aligned(tower: Path, tokenizer: Path, tmp_path: Path) -> Callable[..., tuple[Path, AlignNet]]:
-    def make(**state: Tensor) -> tuple[Path, AlignNet]:
-        net = new_task(tower, tokenizer).modules.trainable.eval()
-        save_file({**net.state_dict(), **state}, tmp_path / "export.safetensors")
+def aligned(tower: Path, tokenizer: Path, tmp_path: Path) -> Callable[..., tuple[Path, AlignTask]]:
+    def make(state: Mapping[str, Tensor] | None = None, **overrides: Any) -> tuple[Path, AlignTask]:
+        task = new_task(tower, tokenizer, **overrides)
+        net = task.modules.trainable.eval()
+        save_file({**net.state_dict(), **(state or {})}, tmp_path / "export.safetensors")
         save_aligned(
-            tmp_path / "export.safetensors", tmp_path / "aligned", config(), tower, tokenizer, image_size=16
+            tmp_path / "export.safetensors",
+            tmp_path / "aligned",
+            task.config,
+            tower,
+            tokenizer,
+            image_size=16,
         )
-        return tmp_path / "aligned", net
+        return tmp_path / "aligned", task
 
     return make
 
 
+@pytest.mark.parametrize("pool", ["cls_and_patches", "cls"])
+@pytest.mark.parametrize("text", ["scratch", "encoder", "locked encoder"])
 def test_aligned_towers_embed_as_they_were_trained(
-    aligned: Callable[..., tuple[Path, AlignNet]], tower: Path, tokenizer: Path
+    pool: str,
+    text: str,
+    aligned: Callable[..., tuple[Path, AlignTask]],
+    tower: Path,
+    tokenizer: Path,
+    encoder: Path,
 ) -> None:
-    folder, net = aligned()
+    settings = {} if text == "scratch" else {"from": encoder, "lock": text == "locked encoder"}
+    overrides: dict[str, Any] = {"text": settings, "vocab_size": None} if settings else {}
+    folder, task = aligned(pool=pool, **overrides)
+    shutil.rmtree(encoder)
     loaded = load_aligned(folder)
-    block = blocks_of_step(tokenizer)[0].tensors
+    block = blocks_of_step(tokenizer)[0]
     with torch.no_grad():
-        features = load_pretrained(tower)(normalise(block["images"]))
-        out = net(features, block["tokens"], block["lengths"])
-    photos = list(block["images"].permute(0, 2, 3, 1).numpy())
+        (target,) = task.targets([block], Threads(1).of(0))
+        out = task.modules.trainable(target.features, target.texts)
+    photos = list(block.tensors["images"].permute(0, 2, 3, 1).numpy())
     texts = [f"{CAPTIONS[row]} 0 {row}" for row in range(BLOCK)]
     np.testing.assert_allclose(loaded.embed_images(photos), normalize(out.images), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(loaded.embed_texts(texts), normalize(out.texts), rtol=1e-4, atol=1e-6)
     assert loaded.logit_scale == pytest.approx(1 / 0.07, rel=1e-5)
 
 
-def test_embeddings_do_not_depend_on_the_batch(aligned: Callable[..., tuple[Path, AlignNet]]) -> None:
+def test_names_are_the_mean_of_their_prompts(aligned: Callable[..., tuple[Path, AlignTask]]) -> None:
+    loaded = load_aligned(aligned()[0])
+    templates = ["a photo of {}", "{} on a plate", "{}"]
+    got = loaded.embed_names(["rice", "dal"], templates)
+    for row, name in enumerate(("rice", "dal")):
+        mean = loaded.embed_texts([template.replace("{}", name) for template in templates]).mean(0)
+        np.testing.assert_allclose(got[row], mean / np.linalg.norm(mean), atol=1e-6)
+    assert not np.allclose(got, loaded.embed_names(["rice", "dal"]), atol=1e-3)
+
+
+def test_patches_and_cls_make_up_the_image(
+    aligned: Callable[..., tuple[Path, AlignTask]], tokenizer: Path
+) -> None:
+    folder, task = aligned()
+    features = task._features(blocks_of_step(tokenizer)[0])
+    aligner = task.modules.trainable.aligner
+    with torch.no_grad():
+        patches = aligner.patches(features)
+        without = aligner(features) - patches.mean(1)
+        # What is left is CLS's part alone: the first half of the projection.
+        first_half = torch.cat([aligner._tokens(features, None)[0], torch.zeros(BLOCK, 48)], dim=1)
+        torch.testing.assert_close(without, aligner.proj(first_half), rtol=1e-4, atol=1e-5)
+    photo = np.zeros((20, 30, 3), np.uint8)
+    photo[:, 15:] = 255
+    (small,), (large,) = (load_aligned(folder).embed_patches([photo], size) for size in (None, 32))
+    assert (small.shape, large.shape) == ((2, 2, 12), (4, 4, 12))
+    np.testing.assert_allclose(np.linalg.norm(large, axis=-1), 1, rtol=1e-5)
+    # Left and right differ, above and below are the same but for their place.
+    assert np.abs(large[0, 0] - large[0, 3]).max() > np.abs(large[0, 0] - large[3, 0]).max()
+
+
+def test_embeddings_do_not_depend_on_the_batch(aligned: Callable[..., tuple[Path, AlignTask]]) -> None:
     loaded = load_aligned(aligned()[0])
     texts = [f"{caption} {number}" for number in range(7) for caption in CAPTIONS]
     together = loaded.embed_texts(texts)
@@ -391,18 +583,18 @@ def test_embeddings_do_not_depend_on_the_batch(aligned: Callable[..., tuple[Path
     assert loaded.embed_images([]).shape == (0, 12)
 
 
-def test_a_scale_above_the_largest_is_not_exported(aligned: Callable[..., tuple[Path, AlignNet]]) -> None:
-    folder, _ = aligned(logit_scale=torch.tensor([9.0]))
+def test_a_scale_above_the_largest_is_not_exported(aligned: Callable[..., tuple[Path, AlignTask]]) -> None:
+    folder, _ = aligned({"logit_scale": torch.tensor([9.0])})
     assert load_aligned(folder).logit_scale == 100.0
 
 
 def test_unfinished_or_newer_folders_are_refused(
-    aligned: Callable[..., tuple[Path, AlignNet]], tmp_path: Path
+    aligned: Callable[..., tuple[Path, AlignTask]], tmp_path: Path
 ) -> None:
     with pytest.raises(FileNotFoundError):
         load_aligned(tmp_path / "nothing")
     folder, _ = aligned()
     record = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**record, "format": 2}))
-    with pytest.raises(ValueError, match="format 2"):
+    (folder / "config.json").write_text(json.dumps({**record, "format": 3}))
+    with pytest.raises(ValueError, match="format 3"):
         load_aligned(folder)

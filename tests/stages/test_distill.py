@@ -102,9 +102,9 @@ def test_rebuilt_targets_equal_sinkhorn_of_the_whole_batch(index: Path, teacher:
         by_block = torch.cat([torch.arange(16).view(2, 8)[:, 4 * b : 4 * b + 4].flatten() for b in range(2)])
         tokens = torch.cat([features.patches[row][masked[row]] for row in by_block])
         ibot = sinkhorn(net.ibot_head(tokens)[1], CONFIG.teacher_temperature)
-    got = torch.cat([target.dino_GBK for target in made], dim=1).flatten(0, 1)
+    got = torch.cat([target.dino for target in made], dim=1).flatten(0, 1)
     torch.testing.assert_close(got.double(), dino, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(torch.cat([t.ibot_MK for t in made]).double(), ibot, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.cat([t.ibot[0] for t in made]).double(), ibot, rtol=1e-4, atol=1e-6)
     assert float(dino.max()) > 2 / HEADS.dino_prototypes, "uniform targets would prove nothing"
 
 
@@ -129,6 +129,34 @@ def test_losses_of_both_architectures_are_finite_and_reach_every_parameter(
             if p.grad is None or not p.grad.isfinite().all()
         ]
         assert without == [], name
+
+
+def test_chunk_by_chunk_a_student_learns_the_same(index: Path, teacher: Path) -> None:
+    """Both sides: the teacher's Sinkhorn scaling, and the student's losses and gradients."""
+    found = {}
+    for chunk_rows in (None, 5):
+        config = CONFIG.model_copy(update={"chunk_rows": chunk_rows})
+        bundle = FrozenTeacher(config, RECIPE, teacher, index, seed=5)(1)
+        source = SharedBlocks("nobody", "small", 2)
+        source._held = (1, bundle)
+        block = source.load(1, 0)
+        tensors = BlockTensors(1, 0, 1.0, {k: torch.from_numpy(v) for k, v in block.arrays.items()})
+        torch.manual_seed(0)
+        task = DistillTask(config, CONFIG.students["small"], RECIPE, teacher, seed=1)
+        modules = task.build("cpu")
+        losses = task.losses(tensors, task.targets([tensors], lambda tensor: tensor)[0])
+        losses.total.backward()
+        gradients = {name: parameter.grad for name, parameter in modules.trainable.named_parameters()}
+        found[chunk_rows] = bundle, losses, gradients
+    (plain, whole, expected), (chunked, ours, gradients) = found.values()
+    for name in ("step/dino_scaling", "step/ibot_scaling"):
+        np.testing.assert_allclose(chunked[name], plain[name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.total, whole.total, rtol=1e-5, atol=0)
+    assert ours.figures.keys() == whole.figures.keys()
+    for name, value in whole.figures.items():
+        torch.testing.assert_close(ours.figures[name], value, rtol=1e-5, atol=0)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
 
 
 def test_masks_on_a_coarser_grid_cover_at_least_half() -> None:

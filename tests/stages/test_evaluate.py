@@ -24,6 +24,8 @@ from orchestrator.report.neighbours import knn_leave_one_out
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
 from orchestrator.stages.evaluate import Evaluate, largest_groups, pick_photos, spread
+from orchestrator.stages.tasks import evaluation_text
+from orchestrator.stages.tasks.evaluation_text import TextEvaluation
 from orchestrator.store.artifact import Artifact, Manifest
 from orchestrator.tracking.runs import NullRun
 
@@ -92,19 +94,21 @@ def make_students(folder: Path) -> Path:
 
 
 def make_text(folder: Path, tower: Path, captions: list[str]) -> Path:
-    from orchestrator.stages.align_text import AlignText, TextSizes
+    from orchestrator.stages.align_text import AlignText, TextSettings
+    from orchestrator.stages.tasks.aligned import save_aligned
     from orchestrator.stages.tasks.captions import load_tokenizer, train_tokenizer
-    from orchestrator.stages.tasks.text import AlignNet, save_aligned
+    from orchestrator.stages.tasks.text import align_net
 
     folder.mkdir()
-    sizes = TextSizes(dim=16, depth=1, num_heads=2)
+    sizes = TextSettings(dim=16, depth=1, num_heads=2)
     config = AlignText(
         kind="align_text", steps=1, batch_size=16, output_dim=12, num_blocks=0, text=sizes, vocab_size=300
     )
     tokenizer = folder / "tokenizer.json"
     train_tokenizer(captions, config.vocab_size, config.context, tokenizer)
     torch.manual_seed(0)
-    net = AlignNet(load_pretrained(tower).dim, config, load_tokenizer(tokenizer).get_vocab_size())
+    vocab_size = load_tokenizer(tokenizer).get_vocab_size()
+    net = align_net(config, load_pretrained(tower).dim, vocab_size, None)
     save_file(
         {name: value.contiguous() for name, value in net.state_dict().items()}, folder / "export.safetensors"
     )
@@ -191,6 +195,8 @@ def test_everything_upstream_is_scored_and_shown(small: Context, tmp_path: Path)
 
     assert table["retrieval"]["num_pairs"] == 15
     assert table["retrieval"]["chance_recall_at_5"] == pytest.approx(5 / 15)
+    assert table["zero_shot"]["num_classes"] == 3
+    assert summary["zero_shot"] == table["zero_shot"]["accuracy"]
     # Means over the last and first five of six steps, whatever their order in the file.
     assert table["dense_health"]["pretrain"]["cls_patch_cosine"] == pytest.approx({"first": 0.3, "last": 0.4})
     assert table["sharing"] == {"teacher_forwards_per_image": 1.0}
@@ -198,13 +204,73 @@ def test_everything_upstream_is_scored_and_shown(small: Context, tmp_path: Path)
     assert record["metrics"]["knn/raw pixels"] == 1.0
 
     pictures = {"knn", "dense_health", "losses_backbone", "losses_students", "losses_text"}
-    pictures |= {"pca_teacher", "pca_small", "pca_other"}
+    pictures |= {"pca_teacher", "pca_small", "pca_other", "text_maps"}
     assert {path.stem for path in full.out.glob("*.png")} == pictures
     page = (full.out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(pictures)
     assert "n=14" in page
     assert "n=14" in (full.out / "table.md").read_text()
     assert "1.000 |" in (full.out / "table.md").read_text()
+
+
+class Hues:
+    """Photos and texts in the space of colours: what a perfect pair of towers would do with "red" and so on.
+
+    "not red" is green, so that a template can turn the classes round.
+    """
+
+    dim = 3
+    image_size = SIZE
+    names = ("red", "green", "blue")
+
+    def embed_images(self, images: list[np.ndarray]) -> np.ndarray:
+        found = np.stack([image.mean(axis=(0, 1)) for image in images]).astype(np.float32)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    def embed_patches(self, images: list[np.ndarray], size: int) -> list[np.ndarray]:
+        assert {image.shape for image in images} == {(size, size, 3)}
+        halves = [[image[:, : size // 2], image[:, size // 2 :]] for image in images]
+        return [self.embed_images(pair)[None] for pair in halves]
+
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
+        at = [(self.names.index(text.split()[-1]) + text.startswith("not")) % 3 for text in texts]
+        return np.eye(3, dtype=np.float32)[at]
+
+    def embed_names(self, names: list[str], templates: list[str] = ("{}",)) -> np.ndarray:
+        return sum(self.embed_texts([item.replace("{}", name) for name in names]) for item in templates)
+
+
+def test_classes_are_told_by_the_nearest_text(small: Context) -> None:
+    index = PhotoIndex.load(small.inputs["index"].path)
+    texts = TextEvaluation(Hues(), index, batch=4, check=lambda: None)  # type: ignore[arg-type]
+    groups = largest_groups(index.labels, 10)
+    found = texts.zero_shot(groups, ["{}", "a photo of {}", "not {}"])
+    assert found is not None
+    assert found.by_template == {"{}": 1.0, "a photo of {}": 1.0, "not {}": 0.0}
+    # Two of three templates are right.
+    assert found.accuracy == 1.0
+    assert (found.num_photos, found.num_classes, found.majority) == (14, 3, pytest.approx(6 / 14))
+    assert texts.zero_shot({}, ["{}"]) is None
+
+
+def test_texts_are_looked_for_in_the_photos(small: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = PhotoIndex.load(small.inputs["index"].path)
+    drawn: list[tuple[list[np.ndarray], list[str]]] = []
+    monkeypatch.setattr(
+        evaluation_text, "text_maps", lambda photos, maps, prompts, path: drawn.append((maps, prompts))
+    )
+    texts = TextEvaluation(Hues(), index, batch=4, check=lambda: None)  # type: ignore[arg-type]
+    assert texts.maps([0, 6], ["green", "some red"], small.out / "maps.png")
+    (maps, prompts) = drawn.pop()
+    assert prompts == ["green", "some red"]
+    assert [item.shape for item in maps] == [(1, 2, 2)] * 2
+    assert (maps[0][..., 1] > maps[0][..., 0]).all()
+    assert (maps[1][..., 0] > maps[1][..., 1]).all()
+    monkeypatch.setattr(
+        Hues, "embed_texts", lambda self, texts: np.eye(3, dtype=np.float32)[[0] * len(texts)]
+    )
+    assert texts.maps([0, 6, 0], [], small.out / "maps.png")
+    assert drawn.pop()[1] == ["red 0", "green 0"]
 
 
 def test_figures_are_those_of_the_public_api(small: Context) -> None:
@@ -290,7 +356,17 @@ def test_stop_is_heeded(small: Context) -> None:
         stage().run(replace(small, stop=stop))
 
 
-@pytest.mark.parametrize("wrong", [{"k": 0}, {"num_groups": 1}, {"image_size": 0}, {"neighbours": 5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": 0},
+        {"num_groups": 1},
+        {"image_size": 0},
+        {"neighbours": 5},
+        {"templates": ["a photo"]},
+        {"templates": []},
+    ],
+)
 def test_wrong_configs_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         stage(**wrong)

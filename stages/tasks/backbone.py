@@ -1,0 +1,15 @@
+"""What a training stage leaves of a model for those who only use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.elastic.export import load_export
+from orchestrator.models import save_pretrained
+from orchestrator.stages.selfsup import ModelRecipe
+
+
+def save_backbone(export: Path, recipe: ModelRecipe, folder: Path, image_size: int) -> None:
+    """The backbone of an export as a folder that `orchestrator.models.load_pretrained` reads."""
+    weights = load_export(export, "backbone.")
+    save_pretrained(folder, weights, recipe.model, {"image_size": image_size})
