@@ -134,18 +134,19 @@ def _missing_data(loaded: LoadedPipeline) -> list[UserError]:
             problems.append(_missing(loaded, what, ("data", name, "path"), source.path))
         if source.captions is not None and not source.captions.is_file():
             problems.append(_missing(loaded, "no such file", ("data", name, "captions"), source.captions))
+    for name, stage in loaded.spec.stages.items():
+        for field, paths in stage.files().items():
+            where = ("stages", name, *field.split("."))
+            problems += [
+                _missing(loaded, "no such file", where, path) for path in paths if not path.is_file()
+            ]
     return problems
 
 
 def _check_stage(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserError]:
-    missing = [
-        _missing(loaded, "no such file", ("stages", name, *field.split(".")), path)
-        for field, paths in stage.files().items()
-        for path in paths
-        if not path.is_file()
-    ]
-    if missing:
-        return missing
+    """What the stage itself says of the files that it names, if they are there."""
+    if not all(path.is_file() for paths in stage.files().values() for path in paths):
+        return []
     try:
         stage.check()
     except UserError as error:

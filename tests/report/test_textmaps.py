@@ -18,9 +18,9 @@ def bright(path: Path) -> np.ndarray:
 
 def test_each_prompt_lights_up_where_it_is_and_has_its_own_scale(tmp_path: Path) -> None:
     photos = [np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 90, np.uint8)]
-    maps = [np.zeros((4, 4, 2)), np.zeros((4, 4, 2))]
+    maps = [np.tile([0.0, -0.5], (4, 4, 1)) for _ in photos]
     maps[0][:, :2, 0] = 0.9  # the first text: left half of the first photo
-    maps[1][:, 2:, 1] = 0.002  # the second: right half of the second photo, however small the cosines
+    maps[1][:, 2:, 1] = -0.498  # the second: right half of the second photo, however small the difference
     text_maps(photos, maps, ["one", "two"], tmp_path / "maps.png")
     lit = bright(tmp_path / "maps.png")
     rows, columns = np.nonzero(lit)

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -25,6 +26,7 @@ from orchestrator.elastic.task import BlockTensors, Losses
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, normalise, save_pretrained
 from orchestrator.pipeline.key import key_parts
+from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import contents
 from orchestrator.stages.align_text import AlignText, pick_image_size, pick_tower
 from orchestrator.stages.tasks.aligned import load_aligned, save_aligned
@@ -39,7 +41,7 @@ from orchestrator.stages.tasks.captions import (
     train_tokenizer,
 )
 from orchestrator.stages.tasks.nets import block_generator
-from orchestrator.stages.tasks.text import AlignTask, held_below, load_encoder
+from orchestrator.stages.tasks.text import AlignTask, align_net, held_below, load_encoder
 
 CAPTIONS = ["Rice, raw, brown", "Rice flakes", "Wheat, whole", "Bengal gram, dal", "Maize, dry", "Quinoa"]
 BLOCK = 4
@@ -447,9 +449,58 @@ def test_config_that_cannot_work_is_refused(overrides: dict[str, Any], words: st
         config(**overrides)
 
 
+def test_the_defaults_are_the_recipe_s() -> None:
+    """dino.txt as DINOv3 uses it; only what has to be small for a laptop is not its."""
+    stage = AlignText(kind="align_text", steps=50_000, batch_size=65_536)
+    rate = stage.optimizer.lr
+    assert (rate.peak, rate.warmup_steps, rate.shape, rate.end) == (7e-4, 2000, "cosine", 0.0)
+    assert (stage.optimizer.weight_decay, stage.optimizer.layer_decay) == (1e-4, 1.0)
+    assert (stage.num_blocks, stage.drop_path, stage.pool, stage.context) == (2, 0.3, "cls_and_patches", 77)
+    assert (stage.temperature, stage.max_scale) == (0.07, 100.0)
+    with torch.device("meta"):
+        large = config(text={"dim": 1280, "depth": 24, "num_heads": 20}, output_dim=2048, context=77)
+        net = align_net(large, 1024, 49_408, None)
+    aligner, text = net.aligner, net.text
+    assert [block.ffn.gate.out_features for block in aligner.blocks] == [2736, 2736]
+    assert aligner.proj.weight.shape == (2048, 2 * 1024)
+    assert (len(text.blocks), text.positions.shape, text.proj.weight.shape) == (24, (77, 1280), (2048, 1280))
+    assert all(block.attention.causal and block.attention.num_heads == 20 for block in text.blocks)
+    assert not any(block.attention.causal for block in aligner.blocks)
+
+
 def test_recipe_values_stay_when_only_the_rate_is_given() -> None:
     optimizer = config(optimizer={"lr": {"peak": 1e-3}}).optimizer
     assert (optimizer.weight_decay, optimizer.layer_decay) == (1e-4, 1.0)
+
+
+def pipeline_file(folder: Path, **align: Any) -> Path:
+    stages = {
+        "curate": {"kind": "curate", "data": "photos"},
+        "pretrain": {"kind": "pretrain", "needs": "curate", "model": "vit_femto", "steps": 1, "batch_size": 16},
+        "align": {
+            "kind": "align_text", "needs": ["curate", "pretrain"], "steps": 1, "batch_size": 16, **align,
+        },
+    }  # fmt: skip
+    (folder / "photos").mkdir(exist_ok=True)
+    document = {"name": "small", "data": {"photos": {"path": str(folder / "photos")}}, "stages": stages}
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    return folder / "pipeline.yaml"
+
+
+def test_given_files_are_checked_before_anything_runs(tmp_path: Path, encoder: Path) -> None:
+    loaded = load(pipeline_file(tmp_path, text={"from": str(encoder), "lock": True}, context=20))
+    assert f"from: {encoder}" in loaded.resolved()
+    words = str(words_tokenizer(tmp_path / "words.json"))
+    for fields, complaint in (
+        ({"tokenizer": f"{words}x"}, r"no such file: .*words\.jsonx[^\0]*stages\.align\.tokenizer"),
+        ({"tokenizer": words}, r"does not end a text[^\0]*:\d+  stages\.align\.tokenizer"),
+        ({"text": {"from": str(tmp_path)}}, r"no such file: .*config\.json[^\0]*stages\.align\.text\.from"),
+        ({"text": {"from": str(encoder)}, "context": 21}, r"21 tokens[^\0]*stages\.align\.context"),
+        ({"text": {"form": "x"}}, r"form[^\0]*'from'"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(pipeline_file(tmp_path, **fields))
+        assert re.search(complaint, str(caught.value)), str(caught.value)
 
 
 def folder_with(tmp_path: Path, *students: str) -> Path:
