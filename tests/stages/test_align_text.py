@@ -476,7 +476,10 @@ def test_recipe_values_stay_when_only_the_rate_is_given() -> None:
 def pipeline_file(folder: Path, **align: Any) -> Path:
     stages = {
         "curate": {"kind": "curate", "data": "photos"},
-        "pretrain": {"kind": "pretrain", "needs": "curate", "model": "vit_femto", "steps": 1, "batch_size": 16},
+        "pretrain": {
+            "kind": "pretrain", "needs": "curate", "model": "vit_femto", "steps": 1, "batch_size": 16,
+            "optimizer": {"lr": {"peak": 1.0e-3}},
+        },
         "align": {
             "kind": "align_text", "needs": ["curate", "pretrain"], "steps": 1, "batch_size": 16, **align,
         },
