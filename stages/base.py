@@ -5,11 +5,15 @@ Stage modules import nothing heavy at the top (no torch, ray, mlflow): `orchestr
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from orchestrator.spec import DataSource, Elastic, StageSpec, operational
 from orchestrator.store.artifact import Artifact
@@ -24,6 +28,28 @@ class Input:
     role: str
     kinds: tuple[str, ...]
     required: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a stage's result that is an artifact of its own, with a key that other pieces do not touch.
+
+    Attributes:
+        work: a folder that outlives the attempt, as `Context.work` does.
+        remote: as `Context.remote`, of this piece.
+        artifact: where it is made already: its folder.
+        key: its content key.
+        publish: makes the artifact from a folder's content and summary figures, at once; returns its folder.
+    """
+
+    work: Path
+    remote: tuple[Store, str] | None
+    artifact: Path | None
+    key: str
+    publish: Callable[[Path, Mapping[str, float]], Path]
+
+
+MakePart = Callable[[str, Mapping[str, Any]], AbstractContextManager[Part]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +71,7 @@ class Context:
         remote: where in a remote store what must outlive this machine is kept: the store, and a prefix that
             ends in a slash. None if `work` is in the store itself.
         stop: set when the user asked for a clean stop; long stages check it and raise `Stopped`.
+        parts: holds a piece of the result by kind and identity, see :class:`Part`; None keeps them in `work`.
     """
 
     name: str
@@ -60,6 +87,29 @@ class Context:
     run: Run
     remote: tuple[Store, str] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    parts: MakePart | None = None
+
+    def part(self, kind: str, identity: Mapping[str, Any]) -> AbstractContextManager[Part]:
+        """Hold a piece of this stage's result: for this process alone, as long as the `with` block lasts.
+
+        Args:
+            kind: of the piece's artifact.
+            identity: all that decides it besides the stage's inputs, data, code and seed; plain JSON.
+        """
+        return self.parts(kind, identity) if self.parts is not None else self._local_part(identity)
+
+    @contextlib.contextmanager
+    def _local_part(self, identity: Mapping[str, Any]) -> Iterator[Part]:
+        text = json.dumps([self.key, dict(identity)], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        folder = self.work / "parts" / key[:16]
+        done = folder / "done"
+
+        def publish(made: Path, summary: Mapping[str, float]) -> Path:
+            made.rename(done)
+            return done
+
+        yield Part(folder / "work", None, done if done.is_dir() else None, key, publish)
 
     @property
     def needed(self) -> tuple[tuple[str, str, str], ...]:

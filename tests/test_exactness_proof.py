@@ -162,7 +162,10 @@ def outcome(folder: Path, name: str) -> tuple[dict[int, dict[str, float]], dict[
     stage, _, student = name.partition("/")
     kind = PIPELINE["stages"][stage]["kind"]
     (artifact,) = folder.glob(f"runs/artifacts/{kind}-*")
-    base = artifact / "students" / student if student else artifact
+    base = artifact
+    if student:
+        key = json.loads((artifact / "students" / student / "artifact.json").read_text())["key"]
+        base = folder / "runs" / "artifacts" / f"student-{key[:16]}"
     history = json.loads((base / "history.json").read_text())
     weights: dict[str, list[Any]] = {}
     for file in sorted((base / "checkpoint").rglob("*.safetensors")):

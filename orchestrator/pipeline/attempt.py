@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import json
 import shutil
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.stagelog import stage_log
 from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.spec import Elastic
-from orchestrator.stages.base import Context, Stage
+from orchestrator.stages.base import Context, Part, Stage
 from orchestrator.store.artifact import Artifact
 from orchestrator.tracking.runs import Run
 
@@ -129,7 +131,32 @@ class Attempt:
             run=self.run,
             remote=self.workspace.remote_work(self.stage.parts.kind, self.stage.key),
             stop=self.interrupt.stop,
+            parts=self._part,
         )
+
+    @contextlib.contextmanager
+    def _part(self, kind: str, identity: Mapping[str, Any]) -> Iterator[Part]:
+        """See `Part`. What it reads and its code are the stage's; its config is its own."""
+        parts = self.stage.parts.model_copy(update={"kind": kind, "config": json.loads(json.dumps(identity))})
+        key = parts.key
+        hold = work_hold(kind, key)
+        artifacts = self.workspace.artifacts()
+        with self.workspace.keeper.hold(hold, f"a {kind} of stage {self.stage.name!r}") as lease:
+            lease.on_lost = self.interrupt.stop.set
+            known = artifacts.find(kind, key)
+            work = self.workspace.work(kind, key)
+            if known is None:
+                work.mkdir(parents=True, exist_ok=True)
+
+            def publish(folder: Path, summary: Mapping[str, float]) -> Path:
+                lease.check()
+                provenance = {**self._provenance(), "parts": parts.model_dump(mode="json")}
+                artifact = artifacts.publish(kind, key, folder, provenance, summary)
+                self.workspace.drop_work(kind, key)
+                return artifacts.fetch(artifact)
+
+            there = artifacts.fetch(known) if known is not None else None
+            yield Part(work, self.workspace.remote_work(kind, key), there, key, publish)
 
     def _provenance(self) -> dict[str, Any]:
         return {

@@ -28,7 +28,8 @@ class Account:
         images_forwarded: by the teacher, every time.
         steps_recomputed: steps computed again after they had been thrown away.
         bytes_put: size of the bundles of distinct steps.
-        restarts: actors that took another one's place.
+        restarts: teachers that were lost or had to move.
+        desk_restarts: desks that took another one's place.
         spans: which steps were computed, as sorted [first, end) pairs: almost always one.
     """
 
@@ -37,6 +38,7 @@ class Account:
     steps_recomputed: int = 0
     bytes_put: int = 0
     restarts: int = 0
+    desk_restarts: int = 0
     spans: list[list[int]] = field(default_factory=list)
 
     def computed(self, step: int, images: int, size: int) -> None:

@@ -68,6 +68,17 @@ class Window:
             ahead.update(range(student.step, end))
         return list(dict.fromkeys([*asked, *sorted(ahead)]))
 
+    def holder(self, name: str, now: float) -> str | None:
+        """The slowest of those because of whom `name` may not have its step yet; None if it may."""
+        student = self._seen.get(name)
+        if student is None:
+            return None
+        counted = self._counted(now)
+        if student.step < self._end(student, counted):
+            return None
+        slowest = min(self._near(student, counted), key=lambda other: other.step)
+        return next((known for known, other in self._seen.items() if other is slowest), None)
+
     def is_kept(self, step: int, now: float) -> bool:
         """Whether some student may still ask for `step`; one of its workers may be a step behind the others."""
         return any(student.step - 1 <= step < student.step + self._window for student in self._counted(now))
@@ -77,5 +88,10 @@ class Window:
 
     def _end(self, student: _Student, counted: list[_Student]) -> int:
         """The first step that `student` may not have yet, because of those a little behind it."""
-        near = [other.step for other in counted if 0 <= student.step - other.step <= _FAR * self._window]
-        return min(min(near) + self._window, self._num_steps)
+        near = min(other.step for other in self._near(student, counted))
+        return min(near + self._window, self._num_steps)
+
+    def _near(self, student: _Student, counted: list[_Student]) -> list[_Student]:
+        """Those that `student` waits for: not far behind it; itself among them."""
+        far = _FAR * self._window
+        return [other for other in (student, *counted) if 0 <= student.step - other.step <= far]

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from orchestrator.data.blocks import CropBlocks
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.blocks import Block, CropBlocks
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.order import SampleOrder
+from orchestrator.data.views import CropConfig
 from orchestrator.models.presets import preset
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
 
 
 def crop_blocks(
-    config: SelfSupervised | Distill, recipe: ModelRecipe, index_folder: Path, seed: int
+    config: SelfSupervised | Distill,
+    recipe: ModelRecipe,
+    index_folder: Path,
+    seed: int,
+    crops: CropConfig | None = None,
+    min_side: int = 0,
 ) -> CropBlocks:
-    """Views and masks on the grid of the recipe's model: the backbone, or the teacher that students learn from."""
+    """Views and masks on the grid of the recipe's model: the backbone, or the teacher that students learn from.
+
+    `crops` are other views than the stage's, of the same boxes if all decode at the same `min_side`.
+    """
     index = PhotoIndex.load(index_folder)
     order = SampleOrder(
         {name: index.rows_of(name) for name in sorted(set(index.components))},
@@ -27,10 +41,85 @@ def crop_blocks(
     return CropBlocks(
         index,
         order,
-        lambda step: config.crops_at(step, seed),
-        patch_size=preset(recipe.model).patch_size,
+        lambda step: crops or config.crops_at(step, seed),
+        patch_size=preset(recipe.model).patch_size if crops is None else 1,
         block_size=config.block_size,
         seed=seed,
         mask_ratio=config.mask_ratio,
         mask_probability=config.mask_probability,
+        min_side=min_side,
     )
+
+
+class StepViews:
+    """The views of whole steps, for a teacher and for students with sizes of their own.
+
+    Args:
+        config: the stage.
+        recipe: the teacher's.
+        index_folder: the photographs.
+        seed: of the stage.
+        sets: views that students fetch, by part.
+    """
+
+    def __init__(
+        self,
+        config: Distill,
+        recipe: ModelRecipe,
+        index_folder: Path,
+        seed: int,
+        sets: Mapping[str, CropConfig],
+    ) -> None:
+        self._teachers = crop_blocks(config, recipe, index_folder, seed, min_side=_min_side(config))
+        self.num_blocks = self._teachers.num_blocks
+        self._shared = [part for part, crops in sets.items() if crops == config.crops]
+        self._others = {
+            part: crop_blocks(config, recipe, index_folder, seed, crops, _min_side(config))
+            for part, crops in sets.items()
+            if crops != config.crops
+        }
+
+    def blocks(self, step: int) -> list[Block]:
+        """What the teacher looks at: a block's views and masks."""
+        return [self._teachers.load(step, index) for index in range(self.num_blocks)]
+
+    def parts(self, step: int, blocks: list[Block] | None = None) -> dict[str, dict[str, NDArray[Any]]]:
+        """What students fetch, by part; `blocks` are the teacher's where they are at hand."""
+        parts = {}
+        for part in self._shared:
+            parts[part] = _joined(blocks or self.blocks(step))
+        for part, source in self._others.items():
+            parts[part] = _joined([source.load(step, index) for index in range(self.num_blocks)])
+        return parts
+
+
+class RegeneratedViews:
+    """A `BlockSource` of a student's own views, without masks: those belong to the teacher's words."""
+
+    def __init__(
+        self, config: Distill, recipe: ModelRecipe, index_folder: Path, seed: int, crops: CropConfig
+    ) -> None:
+        own = crops if crops != config.crops else None
+        self._blocks = crop_blocks(config, recipe, index_folder, seed, own, _min_side(config))
+        self.num_blocks = self._blocks.num_blocks
+
+    def load(self, step: int, index: int) -> Block:
+        """See `BlockSource`."""
+        block = self._blocks.load(step, index)
+        return Block(step, index, block.ids, _only_views(block))
+
+
+def _joined(blocks: list[Block]) -> dict[str, NDArray[Any]]:
+    return {
+        name: np.concatenate([block.arrays[name] for block in blocks], axis=1)
+        for name in _only_views(blocks[0])
+    }
+
+
+def _only_views(block: Block) -> dict[str, NDArray[Any]]:
+    return {name: array for name, array in block.arrays.items() if name != "masks"}
+
+
+def _min_side(config: Distill) -> int:
+    """All sizes of a stage are cut from photographs decoded alike, so that their boxes are the same."""
+    return max(config.crops.min_side, *(config.crops_of(one).min_side for one in config.students.values()))

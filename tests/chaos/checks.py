@@ -77,9 +77,11 @@ def same_model(calm: Objects, storm: Objects, job: str) -> tuple[float, float, l
 
 def _outcome(objects: Objects, job: str) -> tuple[dict[int, dict[str, float]], dict[str, NDArray[Any]]]:
     stage, _, student = job.partition("/")
-    inner = f"students/{student}/" if student else ""
     names = objects.names(f"artifacts/{stage}-")
-    (manifest,) = [name for name in names if name.endswith(f"/{inner}checkpoint/checkpoint.json")]
+    if student:
+        (said,) = [name for name in names if name.endswith(f"/students/{student}/artifact.json")]
+        names = objects.names(f"artifacts/student-{json.loads(objects.get(said))['key'][:16]}")
+    (manifest,) = [name for name in names if name.endswith("/checkpoint/checkpoint.json")]
     base = manifest.removesuffix("checkpoint/checkpoint.json")
     parts: dict[str, list[NDArray[Any]]] = {}
     for file in sorted(json.loads(objects.get(manifest))["files"]):

@@ -41,10 +41,9 @@ class Sight:
                     self._names[run] = record["name"]
                 elif record["op"] == "metrics" and record["channel"] == "train":
                     self.times[self._names[run]].setdefault(int(record["step"]), record["time_ms"] / 1000)
-        for pattern in ("work/*/goodput.json", "work/*/students/*/goodput.json"):
-            for path in self.root.glob(pattern):
-                with contextlib.suppress(OSError, ValueError):
-                    self.accounts[_job(path)] = json.loads(path.read_text())
+        for path in self.root.glob("work/*/goodput.json"):
+            with contextlib.suppress(OSError, ValueError):
+                self.accounts[_job(path)] = json.loads(path.read_text())
 
     def steps(self) -> int:
         """Steps recorded so far, of all jobs together."""
@@ -79,17 +78,18 @@ class Sight:
 
 
 def _job(path: Path) -> str:
-    """`…/work/pretrain-KEY/goodput.json` or `…/work/distill-KEY/students/NAME/goodput.json` to the job's name."""
-    if path.parent.parent.name == "students":
-        return f"distill/{path.parent.name}"
+    """The name of the job whose account this is: a stage's, or a student's."""
+    student = path.with_name("student.json")
+    if student.exists():
+        return str(json.loads(student.read_text())["job"])
     return path.parent.name.partition("-")[0]
 
 
 def teachers(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Processes of the teacher's actor."""
+    """Processes of teachers."""
     found = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            if any("ShareActor" in part for part in process.cmdline()):
+            if any("TeacherActor" in part for part in process.cmdline()):
                 found.append(process)
     return found

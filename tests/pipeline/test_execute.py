@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from orchestrator.pipeline.plan import StagePlan, plan, resolve
 from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.spec import Cluster
+from orchestrator.stages.base import Context
 
 Traces = Callable[[], list[str]]
 
@@ -255,3 +257,54 @@ def test_a_stage_gets_what_it_was_promised(pipeline: Path, monkeypatch: pytest.M
     assert seen["evaluate"].keys.keys() == {"pretrain", "curate"}
     assert "mind the gap" in said
     assert "mind the gap" in Path("runs/logs/toy/pretrain.log").read_text()
+
+
+def test_a_piece_of_a_result_is_an_artifact_that_outlives_changes_of_the_others(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As students are: the stage's key changes with each of them, theirs do not."""
+    pieces: dict[str, float] = {"a": 1.0, "b": -1.0}
+    made: list[str] = []
+
+    def run_pieces(self: toys.Pretrain, context: Context) -> dict[str, float]:
+        found = {}
+        for name, value in pieces.items():
+            with context.part("piece", {"name": name, "value": value}) as part:
+                if part.artifact is None:
+                    made.append(name)
+                    (part.work / "under-way").touch()
+                    if value < 0:
+                        raise RuntimeError(f"{name} broke")
+                    draft = context.out.with_name(f"draft-{name}")
+                    draft.mkdir()
+                    (draft / "value").write_text(str(value))
+                    folder = part.publish(draft, {"value": value})
+                    assert not part.work.exists(), "work is over once the artifact is there"
+                else:
+                    folder = part.artifact
+                found[name] = float((folder / "value").read_text())
+        (context.out / "result.json").write_text("{}")
+        return found
+
+    monkeypatch.setattr(toys.Pretrain, "run", run_pieces)
+    code, said = run(pipeline)
+    assert (code, made) == (1, ["a", "b"])
+    assert "b broke" in said
+    kept_work = list(Path("runs/work").glob("piece-*"))
+    assert len(kept_work) == 1, "the broken one's, with what was under way"
+    assert (kept_work[0] / "under-way").exists()
+    pieces["b"] = 2.0
+    made.clear()
+    assert run(pipeline, "stages.pretrain.ticks=7")[0] == 0, "another key of the stage"
+    assert made == ["b"]
+    pieces["c"] = 3.0
+    made.clear()
+    assert run(pipeline, "stages.pretrain.ticks=8")[0] == 0
+    assert made == ["c"]
+    manifests = [
+        json.loads(path.read_text()) for path in Path("runs/artifacts").glob("piece-*/manifest.json")
+    ]
+    assert {one["provenance"]["parts"]["config"]["name"] for one in manifests} == {"a", "b", "c"}
+    assert all(one["provenance"]["stage"] == "pretrain" for one in manifests)
+    code, _ = run(pipeline, "stages.pretrain.ticks=9", "seed=5")
+    assert sorted(made) == ["a", "b", "c", "c"], "the seed decides all of them"

@@ -15,8 +15,8 @@ import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
+from orchestrator.sharing.bundle import TEACHER, VIEWS, Parts
 from orchestrator.sharing.keeper import Keeper
-from orchestrator.sharing.service import Bundle
 
 PATIENCE_S = 90.0  # for anything: the machine may be busy
 
@@ -39,7 +39,7 @@ class CountingTeacher:
         self.images_forwarded = 0
         self._diary, self._bad, self._step_s, self._stuck = diary, bad_step, step_s, stuck_step
 
-    def __call__(self, step: int) -> Bundle:
+    def __call__(self, step: int) -> Parts:
         again = any(line[1] == step for line in entries(self._diary))
         with self._diary.open("a") as file:
             file.write(f"{os.getpid()} {step}\n")
@@ -49,15 +49,18 @@ class CountingTeacher:
             threading.Event().wait()
         time.sleep(self._step_s)
         self.images_forwarded += self.images_per_step
-        return {
+        said = {
             "ids": np.arange(4) + 10 * step,
-            "globals": np.full((2, 4, 3), step) + np.arange(4)[None, :, None],
             "ragged/tokens": np.arange(5.0)[:, None] + step,
             "offsets/tokens": np.array([0, 2, 5]),
             "step/scaling": np.array([float(step)]),
+        }
+        views = {
+            "globals": np.full((2, 4, 3), step) + np.arange(4)[None, :, None],
             # Large enough to lie in the object store, not in the reply.
             "bulk": np.full((1, 4, 100_000), step, np.int32),
         }
+        return {TEACHER: said, VIEWS: views}
 
 
 def entries(diary: Path) -> list[tuple[int, int]]:
@@ -113,6 +116,7 @@ def keep(
     num_steps: int = 40,
     window: int = 2,
     hang_s: float = 300.0,
+    teachers: Callable[[], int] = lambda: 1,
     **teacher: Any,
 ) -> Keeper:
     """A keeper with a counting teacher."""
@@ -122,11 +126,13 @@ def keep(
         partial(CountingTeacher, folder / "diary", **teacher),
         students,
         num_steps,
+        2,
         window=window,
         hang_s=hang_s,
         gpus=0.0,
         account=folder / "account.json",
-        on_figures=lambda stats: None,
+        on_figures=lambda figures: None,
+        teachers=teachers,
     )
 
 

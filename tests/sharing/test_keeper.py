@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import ray
 
 from orchestrator.sharing.keeper import Keeper
+from orchestrator.sharing.line import NAMESPACE
 from orchestrator.sharing.placing import Machine, machines
 
 from .lab import PATIENCE_S, Lab, entries, eventually, keep
@@ -46,7 +48,7 @@ def began(tmp_path: Path, step: int) -> int:
 def test_the_actor_is_killed_or_stopped_midway(
     lab: Lab, tmp_path: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.sharing.keeper._SILENCE_S", 4.0)
+    monkeypatch.setattr("orchestrator.sharing.post._SILENCE_S", 4.0)
     with keep(tmp_path, {"a": 0, "b": 0}, step_s=0.05) as keeper:
         students = [learn(keeper, name) for name in ("a", "b")]
         pid = began(tmp_path, 10)
@@ -81,11 +83,11 @@ def test_its_machine_is_lost(lab: Lab, tmp_path: Path) -> None:
     with keep(tmp_path, {"a": 0, "b": 0}, step_s=0.05) as keeper:
         students = [learn(keeper, name) for name in ("a", "b")]
         began(tmp_path, 10)
-        before = keeper._node
+        before = keeper.posts[0].node
         lab.kill(before)
         for student in students:
             student.result(PATIENCE_S)
-        assert keeper._node != before
+        assert keeper.posts[0].node != before
     check_account(keeper, tmp_path)
 
 
@@ -94,9 +96,9 @@ def test_its_machine_is_about_to_go(lab: Lab, tmp_path: Path) -> None:
         gate = threading.Event()
         student = learn(keeper, "a", gate=gate)
         began(tmp_path, 10)
-        before = keeper._node
+        before = keeper.posts[0].node
         lab.drain(before, 120)
-        eventually(lambda: keeper._node != before)
+        eventually(lambda: keeper.posts[0].node != before)
         gate.set()
         student.result(PATIENCE_S)
         assert ray.nodes()
@@ -117,7 +119,7 @@ def test_no_room_anywhere(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     workers = [ray.remote(Worker).options(num_cpus=1).remote() for _ in range(2)]
     ray.get([worker.pid.remote() for worker in workers], timeout=PATIENCE_S)
     if not seen:
-        monkeypatch.setattr("orchestrator.sharing.keeper._ROOM_S", 3.0)
+        monkeypatch.setattr("orchestrator.sharing.post._ROOM_S", 3.0)
         there = machines()
         stale = [Machine(**{**vars(machine), "free_cpus": machine.cpus}) for machine in there]
         views = iter([stale])
@@ -131,19 +133,78 @@ def test_no_room_anywhere(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ray.kill(worker)
 
 
-def test_after_a_restart_nobody_waits_for_a_student_that_left_or_is_away(lab: Lab, tmp_path: Path) -> None:
+def pid_of_desk(keeper: Keeper) -> int:
+    from ray._private.state import state
+
+    desk = ray.get_actor(keeper.name, NAMESPACE)
+    return int(eventually(lambda: state.actor_table(desk._actor_id.hex())["Pid"]))
+
+
+def test_after_the_desk_is_lost_nobody_waits_for_a_student_that_left_or_is_away(
+    lab: Lab, tmp_path: Path
+) -> None:
     with keep(tmp_path, {"a": 0, "left": 0, "away": 0}, window=2) as keeper:
         for name in ("a", "left", "away"):
             source(keeper, name).load(1, 0)
-        pid = began(tmp_path, 1)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid_of_desk(keeper), signal.SIGKILL)
         keeper.leave("left")  # while there is nobody to tell
         learn(keeper, "a", first=2, last=8).result(PATIENCE_S)
-        eventually(lambda: keeper.account.restarts == 1)
+        assert keeper.account.desk_restarts == 1
         # The one that was away resumes an older step, and gets it.
         learn(keeper, "away", last=8).result(PATIENCE_S)
         with pytest.raises(RuntimeError, match="left is not one of the students"):
             source(keeper, "left").load(2, 0)
+    assert keeper.account.restarts == 0, "the teacher did not notice"
+
+
+def test_teachers_share_the_steps_and_one_takes_over_what_another_was_at(lab: Lab, tmp_path: Path) -> None:
+    with keep(tmp_path, {"a": 0, "b": 0}, window=4, step_s=0.2, teachers=lambda: 2) as keeper:
+        gate = threading.Event()
+        students = [learn(keeper, name, gate=gate) for name in ("a", "b")]
+        eventually(lambda: len(keeper.status.teachers) == 2)
+        gate.set()
+        eventually(lambda: len({pid for pid, _ in entries(tmp_path / "diary")}) == 2)
+        done = Counter(step for _, step in entries(tmp_path / "diary"))
+        assert max(done.values()) == 1, "no step twice"
+        pid = entries(tmp_path / "diary")[-1][0]
+        os.kill(pid, signal.SIGKILL)
+        for student in students:
+            student.result(PATIENCE_S)
+    pids = Counter(pid for pid, _ in entries(tmp_path / "diary"))
+    assert len(pids) >= 2
+    done = Counter(step for _, step in entries(tmp_path / "diary"))
+    assert set(done) == set(range(STEPS))
+    # The killed one's step, and those of its steps that students had not fetched.
+    assert sum(done.values()) - STEPS <= 5
+
+
+def test_teachers_come_and_go_and_no_student_notices(lab: Lab, tmp_path: Path) -> None:
+    wanted = 1
+    with keep(tmp_path, {"a": 0}, window=3, step_s=0.1, teachers=lambda: wanted) as keeper:
+        gate = threading.Event()
+        student = learn(keeper, "a", gate=gate)
+        began(tmp_path, 10)
+        wanted = 2
+        eventually(lambda: len(keeper.status.teachers) == 2)
+        wanted = 1
+        eventually(lambda: len(keeper.status.teachers) == 1)
+        gate.set()
+        student.result(PATIENCE_S)
+    stats = keeper.account.stats()
+    assert stats.teacher_restarts == 0, "one that is not needed any more is not lost"
+    assert stats.teacher_forwards_per_image == 1.0, "what it had said stays until it is fetched"
+
+
+def test_who_holds_the_others_is_told(lab: Lab, tmp_path: Path) -> None:
+    with keep(tmp_path, {"fast": 0, "slow": 0}, window=2) as keeper:
+        gate = threading.Event()
+        slow = learn(keeper, "slow", gate=gate)
+        fast = learn(keeper, "fast")
+        eventually(lambda: keeper.status.held_s.get("slow", 0.0) > 1.0)
+        gate.set()
+        for student in (slow, fast):
+            student.result(PATIENCE_S)
+        assert keeper.status.held_s.get("fast", 0.0) < keeper.status.held_s["slow"]
 
 
 def test_a_step_that_never_ends(lab: Lab, tmp_path: Path) -> None:

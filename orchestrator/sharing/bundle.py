@@ -1,0 +1,95 @@
+"""What a teacher says about one step, and how it is cut: into chunks for the object store, into blocks for workers.
+
+An array's name says how it is cut: `step/NAME` belongs to the whole step and goes to every block as NAME;
+`ragged/NAME` are rows of all blocks on end, cut at `offsets/NAME` (num_blocks + 1,); `ids` (batch,) are the samples;
+every other array has its batch on axis 1 and is cut into equal parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bundle = Mapping[str, NDArray[Any]]
+Parts = Mapping[str, Bundle]
+"""The bundles of a step by part: "teacher", and "views" or "views/NAME". A student fetches only its own."""
+
+TEACHER = "teacher"
+VIEWS = "views"
+
+# Ray moves large objects well and many small ones badly.
+CHUNK_BYTES = 16 * 2**20
+
+
+class StepTeacher(Protocol):
+    """Computes all that students need for one step, from nothing but its number."""
+
+    @property
+    def images_per_step(self) -> int:
+        """Images, not crops."""
+
+    @property
+    def images_forwarded(self) -> int:
+        """How many images went through the network so far."""
+
+    def __call__(self, step: int) -> Parts: ...
+
+
+def num_bytes(bundle: Bundle) -> int:
+    """Bytes of all arrays."""
+    return sum(array.nbytes for array in bundle.values())
+
+
+def blocks_per_chunk(bundle: Bundle, num_blocks: int) -> int:
+    """How many blocks to put into one object: the fewest that make it large, or all."""
+    per_block = max(1, num_bytes(bundle) // num_blocks)
+    return min(num_blocks, -(-CHUNK_BYTES // per_block))
+
+
+def chunks(bundle: Bundle, num_blocks: int, per_chunk: int) -> list[Bundle]:
+    """Bundles of `per_chunk` blocks each, the last of what is left; arrays are contiguous, as Ray copies others."""
+    starts = range(0, num_blocks, per_chunk)
+    return [_slice(bundle, start, min(start + per_chunk, num_blocks), num_blocks) for start in starts]
+
+
+def block(
+    chunk: Bundle, index: int, num_blocks: int
+) -> tuple[NDArray[np.int64] | None, dict[str, NDArray[Any]]]:
+    """The block `index` of a chunk of `num_blocks`: its samples, if the part says them, and its arrays.
+
+    The arrays are views: whoever keeps them keeps the chunk.
+    """
+    arrays = {}
+    for name, array in _slice(chunk, index, index + 1, num_blocks, copy=False).items():
+        kind, _, rest = name.partition("/")
+        if kind in ("step", "ragged"):
+            arrays[rest] = array
+        elif kind != "offsets":
+            arrays[name] = array
+    return arrays.pop("ids", None), arrays
+
+
+def _slice(
+    bundle: Bundle, first: int, end: int, num_blocks: int, copy: bool = True
+) -> dict[str, NDArray[Any]]:
+    out = {}
+    for name, array in bundle.items():
+        kind, _, rest = name.partition("/")
+        if kind == "step":
+            part = array
+        elif kind == "ragged":
+            offsets = bundle[f"offsets/{rest}"]
+            part = array[offsets[first] : offsets[end]]
+        elif kind == "offsets":
+            part = array[first : end + 1] - array[first]
+        elif name == "ids":
+            size = len(array) // num_blocks
+            part = array[first * size : end * size]
+        else:
+            size = array.shape[1] // num_blocks
+            part = array[:, first * size : end * size]
+        out[name] = np.ascontiguousarray(part) if copy else part
+    return out

@@ -1,0 +1,326 @@
+"""The students of a `distill` stage: which are still to train, their jobs, and what becomes of each."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.errors import Stopped, UserError
+from orchestrator.stages.base import Context, Part
+from orchestrator.stages.selfsup import stage_seed, summary
+
+if TYPE_CHECKING:
+    from orchestrator.elastic.job import Job
+    from orchestrator.sharing.keeper import Keeper
+    from orchestrator.stages.distill import Distill, Student
+    from orchestrator.stages.tasks.teaching import Teaching
+    from orchestrator.tracking.runs import Run
+
+_ARTIFACT = "artifact.json"
+_STUDENT = "student.json"
+_FIGURES = "figures.json"
+# In the stage's own artifact; a checkpoint stays in the student's.
+_SHOWN = ("model", "recipe.json", "history.json", _FIGURES, _ARTIFACT)
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """One student: its artifact-to-be, its job, and the teachers' step at its own step 0."""
+
+    name: str
+    config: Student
+    part: Part
+    job: Job
+    offset: int
+
+    @property
+    def next_step(self) -> int:
+        """The teachers' step that it needs next."""
+        return self.offset + max(self.job.target.committed(), default=0)
+
+
+def train(config: Distill, context: Context) -> Mapping[str, float]:
+    """Train the students that are not there yet, all at once, and gather all of them."""
+    from orchestrator.stages.tasks.teaching import teaching
+
+    with ExitStack() as held:
+        parts = {
+            name: held.enter_context(context.part("student", config.student_identity(name)))
+            for name in config.students
+        }
+        teach = teaching(config, context, stage_seed(context, config.kind))
+        pupils = _pupils(config, context, teach, parts)
+        context.work.mkdir(parents=True, exist_ok=True)
+        folders = {name: part.artifact for name, part in parts.items() if part.artifact is not None}
+        stats, made = _train_all(config, context, teach, pupils)
+    (context.out / "sharing.json").write_text(json.dumps(stats, indent=1))
+    return _gather({**folders, **made}, list(config.students), context.out) | stats
+
+
+def _pupils(
+    config: Distill, context: Context, teach: Teaching, parts: Mapping[str, Part]
+) -> dict[str, Pupil]:
+    import ray
+
+    gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
+    missing = [name for name, part in parts.items() if part.artifact is None]
+    jobs = {name: _job(config, context, teach, name, parts[name]) for name in missing}
+    jobs = sharing_gpus(jobs, gpus, config.teachers, config.teacher_gpus)
+    front = _front(config, jobs, parts)
+    return {
+        name: Pupil(
+            name,
+            config.students[name],
+            parts[name],
+            jobs[name],
+            _offset(parts[name], jobs[name].name, front if config.students[name].joins == "now" else 0),
+        )
+        for name in missing
+    }
+
+
+def _job(config: Distill, context: Context, teach: Teaching, name: str, part: Part) -> Job:
+    """A student's job, but for its blocks, which need the share service."""
+    from orchestrator.data.rng import derive
+    from orchestrator.elastic.job import Job
+
+    student = config.students[name]
+    elastic = context.elastic
+    if student.workers is not None:
+        elastic = elastic.model_validate({**elastic.model_dump(), "workers": student.workers})
+    seed = derive(stage_seed(context, config.kind), name)
+    return Job(
+        name=f"{context.name}/{name}",
+        task=teach.task(name, seed),
+        num_blocks=config.batch_size // config.block_size,
+        num_steps=config.steps_of(student),
+        optimizer=student.optimizer or config.optimizer,
+        zero_stage=student.zero_stage,
+        precision=student.precision or config.precision,
+        work=part.work,
+        seed=seed % 2**31,
+        elastic=elastic,
+        remote=part.remote,
+        inputs=context.needed,
+    )
+
+
+def sharing_gpus(jobs: dict[str, Job], gpus: float, teachers: int, each: float) -> dict[str, Job]:
+    """The jobs, on shares of GPUs where there are too few for all students' workers and `teachers` of `each`.
+
+    All students should run at once: one that waits for a GPU holds up the others, which wait for it within the
+    window. Each GPU is cut into equal places, as a share cannot span two, and worker counts are fixed at the
+    fewest, since a worker more would only take from the others.
+
+    Raises:
+        UserError: the teachers leave nothing for students.
+    """
+    workers = sum(job.elastic.workers[0] for job in jobs.values())
+    if not gpus or not jobs or gpus >= workers + math.ceil(teachers * each):
+        return jobs
+    # Teachers of whole GPUs have them to themselves; smaller ones sit beside the students, spread over all.
+    whole = teachers * each if each >= 1 else 0
+    beside = 0 if each >= 1 else math.ceil(teachers / gpus) * each
+    if gpus - whole < 1 or beside >= 0.95:
+        raise UserError(
+            f"{teachers} teachers of {each:g} GPUs each leave none of {gpus:g} GPUs for students",
+            where=f"stages.{next(iter(jobs.values())).name.partition('/')[0]}.teacher_gpus",
+            hint="give fewer teachers, or less of a GPU to each",
+        )
+    places = math.ceil(workers / (gpus - whole))
+    share = int(100 * (1 - beside) / places) / 100
+    return {
+        name: replace(
+            job,
+            gpus_per_worker=share,
+            elastic=job.elastic.model_copy(update={"workers": (job.elastic.workers[0],) * 2}),
+        )
+        for name, job in jobs.items()
+    }
+
+
+def _front(config: Distill, jobs: Mapping[str, Job], parts: Mapping[str, Part]) -> int:
+    """Where the others are: the slowest that still trains, or else the end of the last one."""
+    at = {name: max(job.target.committed(), default=0) for name, job in jobs.items()}
+    under_way = [step for name, step in at.items() if config.students[name].joins == "start"]
+    done = [
+        config.steps_of(config.students[name]) for name, part in parts.items() if part.artifact is not None
+    ]
+    return min(under_way) if under_way else max(done, default=0)
+
+
+def _offset(part: Part, job: str, front: int) -> int:
+    """The teachers' step at which a student begins: decided once, and kept beside its checkpoints."""
+    known = _known(part)
+    if known is not None:
+        return int(known["first_step"])
+    text = json.dumps({"job": job, "first_step": front})
+    part.work.mkdir(parents=True, exist_ok=True)
+    (part.work / _STUDENT).write_text(text)
+    if part.remote is not None:
+        store, prefix = part.remote
+        store.put_bytes(f"{prefix}{_STUDENT}", text.encode())
+    return front
+
+
+def _known(part: Part) -> dict[str, Any] | None:
+    try:
+        if part.remote is not None:
+            store, prefix = part.remote
+            text = store.get_bytes(f"{prefix}{_STUDENT}").decode()
+        else:
+            text = (part.work / _STUDENT).read_text()
+        known: dict[str, Any] = json.loads(text)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return known
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+def _train_all(
+    config: Distill, context: Context, teach: Teaching, pupils: Mapping[str, Pupil]
+) -> tuple[dict[str, float], dict[str, Path]]:
+    """Train all pupils at once; what the service counted, and the folders of their artifacts."""
+    import ray
+
+    from orchestrator.sharing.keeper import Keeper
+
+    gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
+    num_steps = max((pupil.offset + pupil.job.num_steps for pupil in pupils.values()), default=0)
+    if pupils:
+        _check_memory(config, teach, pupils)
+    with Keeper(
+        teach.factory([pupil.config for pupil in pupils.values()], num_steps),
+        {name: pupil.next_step for name, pupil in pupils.items() if not pupil.job.is_done()},
+        num_steps,
+        config.batch_size // config.block_size,
+        window=max(config.window, config.teachers + 1),
+        hang_s=context.elastic.hang_s,
+        gpus=config.teacher_gpus if gpus else 0.0,
+        account=context.work / "sharing.json",
+        on_figures=partial(_track, context.run),
+        teachers=lambda: config.teachers,
+    ) as keeper:
+        made = _in_threads(config, context, teach, keeper, pupils)
+    return asdict(keeper.account.stats()), made
+
+
+def _in_threads(
+    config: Distill, context: Context, teach: Teaching, keeper: Keeper, pupils: Mapping[str, Pupil]
+) -> dict[str, Path]:
+    if not pupils:
+        return {}
+    with ThreadPoolExecutor(len(pupils), thread_name_prefix="student") as pool:
+        futures = {
+            name: pool.submit(_train_one, config, context, teach, keeper, pupil)
+            for name, pupil in pupils.items()
+        }
+    _raise_first(futures)
+    return {name: future.result() for name, future in futures.items()}
+
+
+def _train_one(config: Distill, context: Context, teach: Teaching, keeper: Keeper, pupil: Pupil) -> Path:
+    """Train one student to its end and publish it at once; its siblings' fate does not matter to it."""
+    from orchestrator.elastic import controller
+
+    # The id follows from the stage's, so a resumed stage finds its students' runs again.
+    run = context.run.child(f"{context.name}/{pupil.name}", resume_id=f"{context.run.run_id}-{pupil.name}")
+    run.params(pupil.config.model_dump(mode="json"))
+    source = keeper.source(
+        pupil.name, teach.parts_of(pupil.config), teach.own_views(pupil.config), pupil.offset
+    )
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        account = controller.run(replace(pupil.job, seat_blocks=source), tracker=run, stop=context.stop)
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        keeper.leave(pupil.name)
+        run.finish(status)
+    return _publish(pupil, teach, run, account, context.out)
+
+
+def _publish(pupil: Pupil, teach: Teaching, run: Run, account: Mapping[str, float], near: Path) -> Path:
+    """The student as an artifact: weights, recipe, checkpoint and history."""
+    folder = near.with_name(f"{near.name}-{pupil.name}")
+    folder.mkdir()
+    teach.save(pupil.name, pupil.job.export(pupil.job.num_steps), folder)
+    pupil.job.collect(folder / "checkpoint")
+    history = run.history()
+    (folder / "history.json").write_text(json.dumps(history))
+    last_loss = summary(history).get("last_loss", float("nan"))
+    figures = {"last_loss": last_loss, "first_step": float(pupil.offset), **account}
+    (folder / _FIGURES).write_text(json.dumps(figures))
+    (folder / _ARTIFACT).write_text(json.dumps({"kind": "student", "key": pupil.part.key}))
+    made = pupil.part.publish(folder, figures)
+    shutil.rmtree(folder, ignore_errors=True)
+    return made
+
+
+def _gather(folders: Mapping[str, Path], names: Sequence[str], out: Path) -> dict[str, float]:
+    """All students in the stage's own artifact, and their figures."""
+    figures: dict[str, float] = {}
+    for name in names:
+        target = out / "students" / name
+        target.mkdir(parents=True)
+        for entry in _SHOWN:
+            source = folders[name] / entry
+            if source.is_dir():
+                shutil.copytree(source, target / entry)
+            else:
+                shutil.copyfile(source, target / entry)
+        own = json.loads((target / _FIGURES).read_text())
+        figures |= {f"{name}_{figure}": value for figure, value in own.items()}
+    figures["goodput"] = min(figures[f"{name}_goodput"] for name in names)
+    return figures
+
+
+def _check_memory(config: Distill, teach: Teaching, pupils: Mapping[str, Pupil]) -> None:
+    """Raises UserError if the steps that are held do not fit into the object store."""
+    import ray
+
+    there = ray.cluster_resources().get("object_store_memory", 0.0)
+    step = teach.bytes_per_step([pupil.config for pupil in pupils.values()])
+    held = max(config.window, config.teachers + 1) + 1
+    if there and held * step > there:
+        fits = max(0, int(there // step) - 1)
+        raise UserError(
+            f"{held} steps of {step / 1e9:.2f} GB each are held at once, and the object store has {there / 1e9:.2f} GB",
+            where=f"stages.{pupils[next(iter(pupils))].job.name.partition('/')[0]}.window",
+            hint=f"set window to {fits}" if fits >= 2 else "set views: regenerated, or a smaller batch_size",
+        )
+
+
+def _track(run: Run, figures: Mapping[str, float]) -> None:
+    # By images forwarded: the one counter that moves whenever another does.
+    if figures["images_forwarded"]:
+        run.metrics(dict(figures), int(figures["images_forwarded"]), channel="sharing")
+
+
+def _raise_first(futures: Mapping[str, Future[Any]]) -> None:
+    """Raise what went wrong, after all have ended: a stop before a failure, a failure with all names."""
+    errors = {name: error for name, future in futures.items() if (error := future.exception()) is not None}
+    if not errors:
+        return
+    for error in errors.values():
+        if isinstance(error, Stopped):
+            raise error
+    first = next(iter(errors.values()))
+    if len(futures) == 1:
+        raise first
+    done = [name for name in futures if name not in errors]
+    kept = f"; {', '.join(done)} finished and {'is' if len(done) == 1 else 'are'} kept" if done else ""
+    failed = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    raise RuntimeError(f"{failed}{kept}") from first
