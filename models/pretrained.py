@@ -89,7 +89,7 @@ def load_pretrained(folder: str | Path) -> Backbone:
         raise ValueError(
             f"{folder / CONFIG} has format {record.get('format')!r}; this version reads {_FORMAT}"
         )
-    config = _read_config(record["architecture"], record["config"])
+    config = read_config(record)
     state = load_file(folder / WEIGHTS)
     _check_state(state, config)
     with torch.device("meta"):
@@ -176,12 +176,13 @@ def embed_many(
     return [found[index] for index in range(len(images))]
 
 
-def _read_config(architecture: str, fields: Mapping[str, Any]) -> Config:
+def read_config(record: Mapping[str, Any]) -> Config:
+    """The config of a tower from what its config.json says."""
     # JSON has no tuples, and the configs compare and hash by their fields.
     values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+        key: tuple(value) if isinstance(value, list) else value for key, value in record["config"].items()
     }
-    return ViTConfig(**values) if architecture == "vit" else ConvNeXtConfig(**values)
+    return ViTConfig(**values) if record["architecture"] == "vit" else ConvNeXtConfig(**values)
 
 
 def _check_state(state: Mapping[str, Tensor], config: Config) -> None:

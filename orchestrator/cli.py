@@ -58,13 +58,24 @@ def plan(
     schedules: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw every schedule of the pipeline instead.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only the costs, as JSON.")] = False,
+    devices: Annotated[
+        float | None,
+        typer.Option(help="Show how so many devices are best split between teacher and students.", min=0.01),
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="With --devices: measure anew what was measured before.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print only the costs, or the split, as JSON.")
+    ] = False,
 ) -> None:
     """Show the stages, which would run, and why; with a `hardware` section also what it will cost. Changes nothing."""
     from orchestrator.pipeline.load import load
 
     loaded = load(file, overrides or [], needs_data=False)
-    if schedules is not None:
+    if devices is not None:
+        _print_splits(loaded, devices, refresh=refresh, as_json=as_json)
+    elif schedules is not None:
         _draw_schedules(loaded, schedules)
     elif as_json:
         _print_costs(loaded, as_json=True)
@@ -251,6 +262,20 @@ def _print_costs(loaded: LoadedPipeline, *, as_json: bool) -> None:
         typer.echo(json.dumps(as_dict(hardware, found), indent=1))
     else:
         print_costs(_console(), hardware, found)
+
+
+def _print_splits(loaded: LoadedPipeline, devices: float, *, refresh: bool, as_json: bool) -> None:
+    import json
+
+    from orchestrator.pipeline.splitting import as_dict, print_splits, splits
+
+    notes = _console(stderr=True)
+    with notes.status("looking at costs") as status:
+        found = splits(loaded, devices, refresh=refresh, say=status.update)
+    if as_json:
+        typer.echo(json.dumps(as_dict(found), indent=1))
+    else:
+        print_splits(_console(), found)
 
 
 def _draw_schedules(loaded: LoadedPipeline, picture: Path) -> None:

@@ -135,6 +135,10 @@ class Stage(StageSpec):
         value = getattr(self, "data", None)
         return (value,) if isinstance(value, str) else tuple(value or ())
 
+    def wants(self) -> tuple[Input, ...]:
+        """The inputs that this config needs; all that its kind declares unless it says otherwise."""
+        return self.inputs
+
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """Files that fields name, by dotted field: they must be there, and their content is part of the key."""
         return {}

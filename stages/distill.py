@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from orchestrator.data.views import CropConfig
+from orchestrator.errors import UserError
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
 from orchestrator.stages.base import Context, Input, TrainStage
+from orchestrator.stages.features import FeatureObjective
 from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, ModelName, check_crops
+
+# Names folders, runs and models.
+StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 _STAGE_ONLY = ("kind", "needs", "students")
 
@@ -48,11 +54,15 @@ class Distill(TrainStage):
     """
 
     kind: Literal["distill"]
-    students: dict[str, Student] = Field(min_length=1)
+    students: dict[StudentName, Student] = Field(min_length=1)
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="images a step, the same for all students")
     block_size: int = Field(16, ge=2)
     crops: CropConfig = CropConfig()
+    features: FeatureObjective | None = Field(
+        None,
+        description="learn the features of headless teachers; default: the heads of the teacher's artifact",
+    )
     optimizer: Optimizer
     ema: Schedule = Schedule(peak=0.994, end=1.0, shape="cosine")
     student_temperature: float = Field(0.1, gt=0)
@@ -113,6 +123,26 @@ class Distill(TrainStage):
         """All in this config that decides one student, and nothing of the others."""
         stage = {field: value for field, value in self.identity().items() if field not in _STAGE_ONLY}
         return {**stage, "name": name, "student": self.students[name].identity()}
+
+    def wants(self) -> tuple[Input, ...]:
+        """See :class:`Stage`: teachers from elsewhere need no stage that made them."""
+        elsewhere = self.features is not None and not self.features.uses_own
+        return tuple(wanted for wanted in self.inputs if not (elsewhere and wanted.role == "teacher"))
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """See :class:`Stage`."""
+        if self.features is None:
+            return {}
+        return {f"features.{field}": paths for field, paths in self.features.files().items()}
+
+    def check(self) -> None:
+        """See :class:`Stage`."""
+        if self.features is None:
+            return
+        try:
+            self.features.check(self.crops)
+        except UserError as error:
+            raise UserError(error.what, where=f"features.{error.where}", hint=error.hint) from None
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Train all students beside one teacher; one that fails does not stop the others."""

@@ -197,7 +197,7 @@ class SelfSupervised(TrainStage):
         job.collect(context.out / "checkpoint")
         (context.out / "recipe.json").write_text(recipe.model_dump_json(indent=1))
         save_backbone(
-            job.export(job.num_steps), recipe, context.out / "model", self.crops_at(0, 0).global_size
+            job.export(job.num_steps), recipe.model, context.out / "model", self.crops_at(0, 0).global_size
         )
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))

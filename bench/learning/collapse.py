@@ -51,7 +51,7 @@ def run(ground: Ground) -> Finding:
 def collapse_stage(ground: Ground) -> Pretrain:
     """More pretraining without iBOT."""
     fields = ground.settings(
-        300,
+        150,
         10,
         kind="pretrain",
         model=MODEL,
@@ -59,7 +59,7 @@ def collapse_stage(ground: Ground) -> Pretrain:
         ibot_weight=0.0,
         optimizer={"lr": {"peak": 3e-3, "warmup_steps": 5}},
     )
-    return Pretrain.model_validate({**fields, "snapshot_every": fields["steps"] // 5})
+    return Pretrain.model_validate({**fields, "snapshot_every": fields["steps"] // 3})
 
 
 def gram_stage(ground: Ground, arm: str) -> GramAnchor:
@@ -67,7 +67,7 @@ def gram_stage(ground: Ground, arm: str) -> GramAnchor:
     weight, size = ARMS[arm]
     return GramAnchor.model_validate(
         ground.settings(
-            120,
+            80,
             10,
             kind="gram_anchor",
             ibot_weight=0.0,

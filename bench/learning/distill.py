@@ -48,7 +48,7 @@ def run(ground: Ground) -> Finding:
 def distill_stage(ground: Ground) -> Distill:
     """The student beside its frozen teacher."""
     fields = ground.settings(
-        400, 10, kind="distill", students={"student": {"model": STUDENT}}, optimizer=_OPTIMIZER
+        200, 10, kind="distill", students={"student": {"model": STUDENT}}, optimizer=_OPTIMIZER
     )
     del fields["zero_stage"]
     return Distill.model_validate({**fields, "teacher_temperature": 0.07})
@@ -58,7 +58,7 @@ def alone_stage(ground: Ground) -> Pretrain:
     """The student by itself: its own EMA teaches it."""
     return Pretrain.model_validate(
         ground.settings(
-            400,
+            200,
             10,
             kind="pretrain",
             model=STUDENT,

@@ -32,7 +32,7 @@ COMMON: Mapping[str, Any] = {
     "teacher_temperature": {"start": 0.04, "peak": 0.07, "warmup_steps": 50},
     "zero_stage": 1,
 }
-_SCENES = 300
+_SCENES = 200
 
 
 class Ground:
@@ -64,7 +64,7 @@ class Ground:
     def base_stage(self) -> Pretrain:
         """How the tower that the other experiments start from is pretrained."""
         fields = self.settings(
-            600,
+            300,
             12,
             kind="pretrain",
             model=MODEL,
@@ -72,7 +72,7 @@ class Ground:
             optimizer={"lr": {"peak": 2e-3, "warmup_steps": 20}},
             frozen_prototype_steps=5,
         )
-        return Pretrain.model_validate({**fields, "snapshot_every": fields["steps"] // 6})
+        return Pretrain.model_validate({**fields, "snapshot_every": fields["steps"] // 3})
 
     def base(self, seed: int) -> Trained:
         """The tower, pretrained on the pool."""

@@ -13,7 +13,7 @@ from bench.learning.lab import Trained
 from orchestrator.models import Backbone
 from orchestrator.stages.high_res import HighRes
 
-SIZES = (32, 48, 64, 96, 128, 160, 192)
+SIZES = (32, 64, 96, 128)
 # Global, local and Gram-teacher size, and how often: the paper's triples at a sixth of their size.
 TRIPLES = ((96, 32, 128, 0.4), (128, 32, 192, 0.4), (128, 48, 192, 0.2))
 _STAYS = ((SIZE, SIZE // 2, 2 * SIZE, 1.0),)
@@ -52,7 +52,7 @@ def high_res_stage(ground: Ground, way: str) -> HighRes:
     triples = TRIPLES if way == "after" else _STAYS
     names = ("global_size", "local_size", "gram_size", "p")
     fields = ground.settings(
-        60,
+        40,
         4,
         kind="high_res",
         optimizer={"lr": {"peak": 5e-4, "warmup_steps": 10}},

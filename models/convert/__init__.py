@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from .files import load_any, save_as
+from .files import config_of, load_any, read_weights, save_as
 from .layouts import from_layout, to_layout
 from .names import LAYOUTS
 from .transformers_config import known_from_transformers, transformers_config
 
 __all__ = [
     "LAYOUTS",
+    "config_of",
     "from_layout",
     "known_from_transformers",
     "load_any",
+    "read_weights",
     "save_as",
     "to_layout",
     "transformers_config",

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..pretrained import CONFIG, WEIGHTS, load_pretrained
+from ..configs import Config
+from ..pretrained import CONFIG, WEIGHTS, load_pretrained, read_config
 from ..towers import Backbone, from_config
 from .layouts import from_layout, to_layout
 from .transformers_config import known_from_transformers, transformers_config
 
 _TORCH = (".pt", ".pth", ".bin")
+_SMALL = 2**16
 
 
 def load_any(path: str | Path, layout: str | None = None, **known: Any) -> Backbone:
@@ -34,19 +38,41 @@ def load_any(path: str | Path, layout: str | None = None, **known: Any) -> Backb
         ValueError: not such a file, or as :func:`from_layout`.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    beside = (path if path.is_dir() else path.parent) / CONFIG
-    record = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    record = _record(path)
     if path.is_dir() and "format" in record:
         return load_pretrained(path)
-    if "model_type" in record:
-        known = known_from_transformers(record) | known
-    config, state = from_layout(_read(path), layout, **known)
+    config, state = from_layout(read_weights(path), layout, **_known(record) | known)
     with torch.device("meta"):
         model = from_config(config)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def config_of(path: str | Path) -> Config:
+    """The config of the tower that :func:`load_any` would load, with hardly any of its weights read; raises as it."""
+    path = Path(path)
+    record = _record(path)
+    if path.is_dir() and "format" in record:
+        return read_config(record)
+    # Small tensors may be looked into; of large ones only the shapes count.
+    state = {
+        name: tensor if tensor.numel() <= _SMALL else tensor.to("meta")
+        for name, tensor in read_weights(path).items()
+    }
+    return from_layout(state, **_known(record))[0]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """The config.json of a folder, or beside a file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    beside = (path if path.is_dir() else path.parent) / CONFIG
+    record: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return record
+
+
+def _known(record: Mapping[str, Any]) -> dict[str, Any]:
+    return known_from_transformers(record) if "model_type" in record else {}
 
 
 def save_as(model: Backbone, folder: str | Path, layout: str) -> None:
@@ -68,17 +94,25 @@ def save_as(model: Backbone, folder: str | Path, layout: str) -> None:
         (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict of a file, or of all safetensors files of a folder; runs no code that may be in it.
+
+    Raises:
+        FileNotFoundError: a folder without safetensors.
+        ValueError: not such a file, or one that only unpickling code could read.
+    """
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{path} holds no safetensors file")
-        return {name: tensor for file in files for name, tensor in _read(file).items()}
+        return {name: tensor for file in files for name, tensor in read_weights(file).items()}
     if path.suffix not in (".safetensors", *_TORCH):
         raise ValueError(f"{path} is no file of weights: .safetensors, {', '.join(_TORCH)}")
     try:
         state = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, "cpu", weights_only=True, mmap=is_zipfile(path))
         )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}") from error

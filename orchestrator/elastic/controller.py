@@ -85,19 +85,17 @@ class _Controller:
         self.began = time.monotonic()
         self.losses = 0
         self.restart_s = 5.0
+        self.workers = (0, 0)
         self.told_line = self.told_figures = time.monotonic()
         self.waits_for = ""
         self.waits_since: float | None = None
         self.recorder = ThreadPoolExecutor(1, thread_name_prefix=f"record-{job.name}")
 
     def run(self) -> None:
-        elastic = self.job.elastic
         self.goodput.begin(time.time())
-        self.fleet.want(
-            self.job.name, *elastic.workers, fleets.shape(elastic.device, self.job.gpus_per_worker)
-        )
         try:
             while not self._over():
+                self._want()
                 self._decide()
                 self._tell()
                 self.fleet.look(_LOOK_S)
@@ -110,6 +108,14 @@ class _Controller:
             self.group = None
             self.recorder.shutdown(cancel_futures=True)
             self._account(last=True)
+
+    def _want(self) -> None:
+        """Ask the fleet for as many seats as the job may use now."""
+        elastic = self.job.elastic
+        workers = elastic.workers if self.job.limit is None else self.job.limit()
+        if workers != self.workers:
+            self.workers = workers
+            self.fleet.want(self.job.name, *workers, fleets.shape(elastic.device, self.job.gpus_per_worker))
 
     def _over(self) -> bool:
         if self.group is not None:
@@ -264,13 +270,10 @@ class _Controller:
         now = time.monotonic()
         places = self.fleet.on_offer(self.job.name)
         group = self.group
-        if (
-            self.ready_since is None
-            and sum(not place.leaving for place in places) >= self.job.elastic.workers[0]
-        ):
+        if self.ready_since is None and sum(not place.leaving for place in places) >= self.workers[0]:
             self.ready_since = now
         return policy.JobView(
-            workers=self.job.elastic.workers,
+            workers=self.workers,
             num_blocks=self.job.num_blocks,
             seats=tuple(policy.SeatView(place.name, place.node, place.leaving) for place in places),
             group=tuple(place.name for place in group.places) if group else (),

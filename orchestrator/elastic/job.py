@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs to train; sent to it by its driver, so all of it pickles.
+    """Everything a worker needs to train; sent to it by its driver, so all that `for_workers` leaves pickles.
 
     Attributes:
         name: in logs and reports, such as `pretrain` or `distill/vit-nano`.
@@ -42,6 +42,8 @@ class Job:
         remote: the store, and the prefix in it, that keeps checkpoints and exports where `work` does not outlive
             its machine; the prefix ends with a slash.
         inputs: artifacts that workers need a copy of on their own machine: the store's address, kind and key.
+        limit: fewest and most workers just now, in place of `elastic.workers`; the controller asks it again and
+            again, and the group follows at the end of a step.
     """
 
     name: str
@@ -61,10 +63,11 @@ class Job:
     seat_blocks: Callable[[], BlockSource] | None = None
     remote: tuple[Store, str] | None = None
     inputs: tuple[tuple[str, str, str], ...] = ()
+    limit: Callable[[], tuple[int, int]] | None = None
 
     def for_workers(self) -> Job:
-        """The job as workers get it: what lives in seats stays there."""
-        return replace(self, seat_blocks=None)
+        """The job as workers get it: what lives in seats, or in the driver, stays there."""
+        return replace(self, seat_blocks=None, limit=None)
 
     @property
     def checkpoints(self) -> Path:

@@ -33,7 +33,7 @@ class JobView:
     """What the controller knows when it decides.
 
     Attributes:
-        workers: fewest and most.
+        workers: fewest and most; they may change while a group runs.
         num_blocks: blocks of a step.
         seats: warm places, those of the running group first.
         group: seats of the running group; empty if none runs.
@@ -98,7 +98,8 @@ def decide(view: JobView) -> Decision:
     A group is formed as soon as the fewest workers can be; it does not wait for machines that may never come
     back. Only before the first step, when a second process is about to be warm, does it wait as long as a restart
     would cost. Notice is taken at once: the computing that a doomed machine could still do is less than the steps
-    that are lost when it goes early. Growth must be worth its restart.
+    that are lost when it goes early. Growth must be worth its restart. A group with more workers than it may have
+    gives them up, unless it is about to end.
     """
     staying = [seat.seat for seat in view.seats if not seat.leaving]
     fewest = view.workers[0]
@@ -119,6 +120,8 @@ def decide(view: JobView) -> Decision:
     leaving = {seat.seat for seat in view.seats if seat.leaving}
     if going := sum(seat in leaving for seat in view.group):
         return Yield(f"notice for {going} of {len(view.group)} workers")
+    if len(view.group) > view.workers[1] and not _about_to_end(view):
+        return Yield(f"from {len(view.group)} to {view.workers[1]} workers, others need them more")
     wanted = useful_workers(max(fewest, len(staying)), view)
     if wanted > len(view.group) and len(staying) >= wanted and _worth_growing(view, wanted):
         return Yield(f"growth from {len(view.group)} to {wanted} workers")
@@ -134,6 +137,10 @@ def useful_workers(available: int, view: JobView) -> int:
     workers = min(available, most)
     slots = -(-view.num_blocks // workers)
     return max(fewest, -(-view.num_blocks // slots))
+
+
+def _about_to_end(view: JobView) -> bool:
+    return view.step_s is not None and view.steps_left * view.step_s <= view.restart_s
 
 
 def _worth_growing(view: JobView, workers: int) -> bool:

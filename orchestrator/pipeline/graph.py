@@ -80,7 +80,7 @@ def _roles_of(loaded: LoadedPipeline, name: str) -> dict[str, str]:
     stages = loaded.spec.stages
     stage = stages[name]
     filled: dict[str, str] = {}
-    for wanted in stage.inputs:
+    for wanted in stage.wants():
         fitting = [need for need in dict.fromkeys(stage.needs) if stages[need].kind in wanted.kinds]
         kinds = " or ".join(wanted.kinds)
         if len(fitting) > 1:
@@ -118,7 +118,7 @@ def _unknown_need(loaded: LoadedPipeline, name: str, position: int, need: str) -
 
 def _idle_need(loaded: LoadedPipeline, name: str, position: int, need: str) -> UserError:
     stage = loaded.spec.stages[name]
-    takes = "; ".join(f"{wanted.role} ({' or '.join(wanted.kinds)})" for wanted in stage.inputs)
+    takes = "; ".join(f"{wanted.role} ({' or '.join(wanted.kinds)})" for wanted in stage.wants())
     return UserError(
         f"stage {name!r} needs {need!r} of kind {loaded.spec.stages[need].kind}, "
         f"which a stage of kind {stage.kind} has no use for",

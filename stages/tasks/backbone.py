@@ -6,10 +6,9 @@ from pathlib import Path
 
 from orchestrator.elastic.export import load_export
 from orchestrator.models import save_pretrained
-from orchestrator.stages.selfsup import ModelRecipe
 
 
-def save_backbone(export: Path, recipe: ModelRecipe, folder: Path, image_size: int) -> None:
+def save_backbone(export: Path, model: str, folder: Path, image_size: int) -> None:
     """The backbone of an export as a folder that `orchestrator.models.load_pretrained` reads."""
     weights = load_export(export, "backbone.")
-    save_pretrained(folder, weights, recipe.model, {"image_size": image_size})
+    save_pretrained(folder, weights, model, {"image_size": image_size})

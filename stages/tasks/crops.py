@@ -20,15 +20,21 @@ from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
 
 def crop_blocks(
     config: SelfSupervised | Distill,
-    recipe: ModelRecipe,
+    recipe: ModelRecipe | None,
     index_folder: Path,
     seed: int,
     crops: CropConfig | None = None,
     min_side: int = 0,
 ) -> CropBlocks:
-    """Views and masks on the grid of the recipe's model: the backbone, or the teacher that students learn from.
+    """Views, and masks on the grid of the recipe's model: the backbone, or the teacher that students learn from.
 
-    `crops` are other views than the stage's, of the same boxes if all decode at the same `min_side`.
+    Args:
+        config: the stage.
+        recipe: None for views without masks.
+        index_folder: the photographs.
+        seed: of the stage.
+        crops: other views than the stage's; of the same boxes if all decode at the same `min_side`.
+        min_side: see :class:`CropBlocks`.
     """
     index = PhotoIndex.load(index_folder)
     order = SampleOrder(
@@ -42,7 +48,7 @@ def crop_blocks(
         index,
         order,
         lambda step: crops or config.crops_at(step, seed),
-        patch_size=preset(recipe.model).patch_size if crops is None else 1,
+        patch_size=preset(recipe.model).patch_size if recipe is not None else None,
         block_size=config.block_size,
         seed=seed,
         mask_ratio=config.mask_ratio,
@@ -56,7 +62,7 @@ class StepViews:
 
     Args:
         config: the stage.
-        recipe: the teacher's.
+        recipe: the teacher's; None if it looks at no masks.
         index_folder: the photographs.
         seed: of the stage.
         sets: views that students fetch, by part.
@@ -65,7 +71,7 @@ class StepViews:
     def __init__(
         self,
         config: Distill,
-        recipe: ModelRecipe,
+        recipe: ModelRecipe | None,
         index_folder: Path,
         seed: int,
         sets: Mapping[str, CropConfig],
@@ -74,7 +80,7 @@ class StepViews:
         self.num_blocks = self._teachers.num_blocks
         self._shared = [part for part, crops in sets.items() if crops == config.crops]
         self._others = {
-            part: crop_blocks(config, recipe, index_folder, seed, crops, _min_side(config))
+            part: crop_blocks(config, None, index_folder, seed, crops, _min_side(config))
             for part, crops in sets.items()
             if crops != config.crops
         }
@@ -93,20 +99,9 @@ class StepViews:
         return parts
 
 
-class RegeneratedViews:
+def regenerated_views(config: Distill, index_folder: Path, seed: int, crops: CropConfig) -> CropBlocks:
     """A `BlockSource` of a student's own views, without masks: those belong to the teacher's words."""
-
-    def __init__(
-        self, config: Distill, recipe: ModelRecipe, index_folder: Path, seed: int, crops: CropConfig
-    ) -> None:
-        own = crops if crops != config.crops else None
-        self._blocks = crop_blocks(config, recipe, index_folder, seed, own, _min_side(config))
-        self.num_blocks = self._blocks.num_blocks
-
-    def load(self, step: int, index: int) -> Block:
-        """See `BlockSource`."""
-        block = self._blocks.load(step, index)
-        return Block(step, index, block.ids, _only_views(block))
+    return crop_blocks(config, None, index_folder, seed, crops, _min_side(config))
 
 
 def _joined(blocks: list[Block]) -> dict[str, NDArray[Any]]:

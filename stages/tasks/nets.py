@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.data.rng import derive
-from orchestrator.models import Features, PrototypeHead, ViTConfig, build, layer_depths, normalise, preset
+from orchestrator.models import (
+    Backbone,
+    Features,
+    PrototypeHead,
+    ViTConfig,
+    build,
+    layer_depths,
+    normalise,
+    preset,
+)
 from orchestrator.models.blocks import Block
 from orchestrator.models.heads import Score
 from orchestrator.models.speed import compile_blocks, recompute_blocks
@@ -134,7 +143,14 @@ def block_generator(seed: int, step: int, block: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, "forward", step, block) % 2**63)
 
 
-def learning_rate_scales(net: HeadedBackbone, optimizer: Optimizer) -> dict[str, float]:
+class HasBackbone(Protocol):
+    """A backbone with heads of any kind beside it."""
+
+    @property
+    def backbone(self) -> Backbone: ...
+
+
+def learning_rate_scales(net: HasBackbone, optimizer: Optimizer) -> dict[str, float]:
     """Layer-wise decay for the backbone, the patch embedding's own factor; heads learn at the full rate."""
     depths = layer_depths(net.backbone)
     top = max(depths.values())

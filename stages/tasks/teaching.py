@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,10 +18,13 @@ from orchestrator.sharing.bundle import TEACHER, VIEWS, StepTeacher
 from orchestrator.sharing.replay import Replayed
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill, Student
+from orchestrator.stages.features import FeatureObjective
 from orchestrator.stages.selfsup import ModelRecipe
+from orchestrator.stages.tasks import feature_teacher
 from orchestrator.stages.tasks.backbone import save_backbone
-from orchestrator.stages.tasks.crops import RegeneratedViews, StepViews
+from orchestrator.stages.tasks.crops import StepViews, regenerated_views
 from orchestrator.stages.tasks.distill import DistillTask, FrozenTeacher, bytes_per_image
+from orchestrator.stages.tasks.feature_task import FeatureTask
 from orchestrator.store.local import Store
 from orchestrator.store.open import open_store
 
@@ -28,17 +33,19 @@ logger = logging.getLogger("orchestrator")
 # What decides the teacher's words besides its weights and the data; students' fields do not.
 _SPOKEN = (
     "crops", "batch_size", "block_size", "mask_ratio", "mask_probability", "homogeneous", "homogeneous_ratio",
-    "teacher_temperature", "precision", "features",
+    "teacher_temperature", "precision", "features", "files",
 )  # fmt: skip
 
 
 def teaching(config: Distill, context: Context, seed: int) -> Teaching:
     """The teaching that the config asks for."""
-    return Teaching(config, context, seed)
+    if config.features is not None:
+        return FeatureTeaching(config, context, seed, config.features)
+    return HeadTeaching(config, context, seed)
 
 
-class Teaching:
-    """A teacher with DINO and iBOT heads, and students that learn its prototypes.
+class Teaching(ABC):
+    """One kind of teacher, and the students that learn from it.
 
     Args:
         config: the stage.
@@ -48,26 +55,32 @@ class Teaching:
 
     def __init__(self, config: Distill, context: Context, seed: int) -> None:
         self._config, self._context, self._seed = config, context, seed
-        self._folder = context.inputs["teacher"].path
         self._index = context.inputs["index"].path
-        self.recipe = ModelRecipe.model_validate_json((self._folder / "recipe.json").read_text())
+
+    @abstractmethod
+    def task(self, name: str, seed: int) -> Callable[[], Any]:
+        """Makes the task of a student."""
+
+    @abstractmethod
+    def save(self, name: str, export: Path, folder: Path) -> None:
+        """A student's backbone in `folder/model`, and how to rebuild it in `folder/recipe.json`."""
+
+    @abstractmethod
+    def said_bytes(self) -> float:
+        """Bytes of what the teacher says about one image."""
+
+    @abstractmethod
+    def _teacher(self, make_views: Callable[[], StepViews]) -> Callable[[], StepTeacher]:
+        """Makes the teacher in its actor."""
 
     def factory(self, students: Sequence[Student], num_steps: int) -> Callable[[], StepTeacher]:
         """Makes the teacher in its actor, on a machine that may not have its artifacts yet."""
-        views = partial(
-            StepViews, self._config, self.recipe, self._index, self._seed, self._view_sets(students)
-        )
-        made: Callable[[], StepTeacher] = partial(
-            FrozenTeacher, self._config, self.recipe, self._folder, views
-        )
-        if self._config.replay:
-            made = partial(Replayed, made, views, self._cache(num_steps), self._config.batch_size)
-        return partial(_with_inputs, self._context.needed, made)
-
-    def task(self, name: str, seed: int) -> Callable[[], Any]:
-        """Makes the task of a student."""
-        student = self._config.students[name]
-        return partial(DistillTask, self._config, student, self.recipe, self._folder, seed)
+        views = self._views(self._view_sets(students))
+        real = self._teacher(views)
+        if not self._config.replay:
+            return partial(_with_inputs, self._context.needed, real)
+        replayed = partial(Replayed, real, views, self._cache(num_steps), self._config.batch_size)
+        return partial(_with_inputs, self._context.needed, replayed)
 
     def parts_of(self, student: Student) -> tuple[str, ...]:
         """What a student fetches of a step."""
@@ -80,24 +93,21 @@ class Teaching:
         if self._config.views == "shared":
             return None
         crops = self._config.crops_of(student)
-        made = partial(RegeneratedViews, self._config, self.recipe, self._index, self._seed, crops)
+        made = partial(regenerated_views, self._config, self._index, self._seed, crops)
         return partial(_with_inputs, self._context.needed, made)
 
     def bytes_per_step(self, students: Sequence[Student]) -> int:
         """Bytes that the object store holds for one step."""
-        images = self._config.batch_size
         views = sum(_view_bytes(crops) for crops in self._view_sets(students).values())
-        return int(images * (bytes_per_image(self._config, self.recipe) + views))
+        return int(self._config.batch_size * (self.said_bytes() + views))
 
-    def save(self, name: str, export: Path, folder: Path) -> None:
-        """A student's backbone in `folder/model`, and how to rebuild it with its heads in `folder/recipe.json`."""
-        student = self._config.students[name]
-        size = self._config.crops_of(student).global_size
-        own = self.recipe.model_copy(
-            update={"model": student.model, "drop_path": student.drop_path, "global_size": size}
-        )
-        save_backbone(export, own, folder / "model", size)
-        (folder / "recipe.json").write_text(own.model_dump_json(indent=1))
+    @property
+    def _recipe(self) -> ModelRecipe | None:
+        """Of a teacher that looks at masks."""
+        return None
+
+    def _views(self, sets: dict[str, CropConfig]) -> Callable[[], StepViews]:
+        return partial(StepViews, self._config, self._recipe, self._index, self._seed, sets)
 
     def _view_sets(self, students: Sequence[Student]) -> dict[str, CropConfig]:
         """The views to make, by part: those of students in play that do not make their own."""
@@ -116,7 +126,7 @@ class Teaching:
         # Written object by object, each the same whoever writes it: no need to keep others out.
         with self._context.part("replay", spoken) as part:
             work, remote = part.work, part.remote
-        size = bytes_per_image(self._config, self.recipe) * self._config.batch_size * num_steps
+        size = self.said_bytes() * self._config.batch_size * num_steps
         logger.info("replay: what the teacher says in %d steps takes up to %.2f GB", num_steps, size / 1e9)
         if remote is not None:
             return remote
@@ -129,6 +139,81 @@ class Teaching:
                 hint="set replay: false, or use a store with more room",
             )
         return open_store(str(work)), ""
+
+
+class HeadTeaching(Teaching):
+    """A teacher with DINO and iBOT heads, and students that learn its prototypes."""
+
+    def __init__(self, config: Distill, context: Context, seed: int) -> None:
+        super().__init__(config, context, seed)
+        self._folder = context.inputs["teacher"].path
+        self.recipe = ModelRecipe.model_validate_json((self._folder / "recipe.json").read_text())
+
+    @property
+    def _recipe(self) -> ModelRecipe:
+        return self.recipe
+
+    def _teacher(self, make_views: Callable[[], StepViews]) -> Callable[[], StepTeacher]:
+        return partial(FrozenTeacher, self._config, self.recipe, self._folder, make_views)
+
+    def said_bytes(self) -> float:
+        """See `Teaching`."""
+        return bytes_per_image(self._config, self.recipe)
+
+    def task(self, name: str, seed: int) -> Callable[[], Any]:
+        """See `Teaching`."""
+        student = self._config.students[name]
+        return partial(DistillTask, self._config, student, self.recipe, self._folder, seed)
+
+    def save(self, name: str, export: Path, folder: Path) -> None:
+        """See `Teaching`; the recipe has the heads."""
+        student = self._config.students[name]
+        size = self._config.crops_of(student).global_size
+        own = self.recipe.model_copy(
+            update={"model": student.model, "drop_path": student.drop_path, "global_size": size}
+        )
+        save_backbone(export, own.model, folder / "model", size)
+        (folder / "recipe.json").write_text(own.model_dump_json(indent=1))
+
+
+class FeatureTeaching(Teaching):
+    """Headless teachers, and students that learn their features."""
+
+    def __init__(self, config: Distill, context: Context, seed: int, objective: FeatureObjective) -> None:
+        super().__init__(config, context, seed)
+        self._objective = objective
+        self._own = context.inputs["teacher"].path / "model" if objective.uses_own else None
+        # In the driver, once: the same for all teacher actors and students.
+        self._prepared = feature_teacher.prepare(
+            config, objective, self._views({}), self._own, context.work / "teachers"
+        )
+
+    def _teacher(self, make_views: Callable[[], StepViews]) -> Callable[[], StepTeacher]:
+        return partial(
+            feature_teacher.FeatureTeacher,
+            self._config,
+            self._objective,
+            make_views,
+            self._prepared,
+            self._own,
+        )
+
+    def said_bytes(self) -> float:
+        """See `Teaching`."""
+        return feature_teacher.bytes_per_image(self._config, self._objective, self._prepared.shapes)
+
+    def task(self, name: str, seed: int) -> Callable[[], Any]:
+        """See `Teaching`."""
+        student = self._config.students[name]
+        return partial(FeatureTask, self._config, student, self._objective, self._prepared.shapes, seed)
+
+    def save(self, name: str, export: Path, folder: Path) -> None:
+        """See `Teaching`; the projections are in the checkpoint only."""
+        student = self._config.students[name]
+        size = self._config.crops_of(student).global_size
+        save_backbone(export, student.model, folder / "model", size)
+        recipe = {"model": student.model, "drop_path": student.drop_path, "global_size": size}
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
 
 
 def view_part(config: Distill, student: Student) -> str:

@@ -118,3 +118,13 @@ def test_processes_that_die_end_a_job_only_while_it_gets_nowhere() -> None:
     assert answers == [False] * (MAX_STALLED_ATTEMPTS - 1) + [True]
     budget.progress(99)
     assert budget.broke("SIGKILL"), "a step that was done before is no progress"
+
+
+def test_a_group_larger_than_it_may_be_gives_workers_up() -> None:
+    """As when other students need them more; a limit that was lowered before is not noticed a second time."""
+    lowered = replace(RUNNING, workers=(1, 1), since_resize_s=0.0)
+    assert decide(lowered) == Yield("from 2 to 1 workers, others need them more")
+    assert decide(replace(lowered, yielding=True)) == Keep()
+    assert decide(replace(lowered, step_s=None)) == Yield("from 2 to 1 workers, others need them more")
+    assert decide(replace(lowered, steps_left=5, restart_s=5.0)) == Keep(), "its end frees them as soon"
+    assert decide(replace(lowered, group=(), step_s=None)) == Form(("s0",))

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchestrator.data.blocks import Block
 from orchestrator.elastic.job import Job
 from orchestrator.elastic.task import BlockTensors
+from orchestrator.sharing import bundle
 from orchestrator.spec import Elastic
 from orchestrator.stages.gram_anchor import GramAnchor
 from orchestrator.stages.pretrain import Pretrain
@@ -62,7 +64,59 @@ class Ailing(SelfSupervisedTask):
         return {"cls_patch_cosine": torch.tensor(cosine), "patch_locality": torch.tensor(locality)}
 
 
+class TaughtBlocks:
+    """A step's parts as blocks, computed here: what a student gets from the share service."""
+
+    def __init__(self, teacher: Any, num_blocks: int) -> None:
+        self.num_blocks, self._teacher = num_blocks, teacher
+        self._held: tuple[int, Any] = (-1, None)
+
+    def load(self, step: int, index: int) -> Block:
+        if self._held[0] != step:
+            self._held = step, self._teacher(step)
+        arrays: dict[str, Any] = {}
+        ids = None
+        for part in self._held[1].values():
+            said, found = bundle.block(part, index, self.num_blocks)
+            ids, arrays = ids if said is None else said, arrays | found
+        assert ids is not None
+        return Block(step, index, ids, arrays)
+
+
+def make_feature_job(spec: dict[str, Any]) -> Job:
+    """The student of `spec`'s first name, taught by the headless teachers of its objective."""
+    from orchestrator.stages.distill import Distill
+    from orchestrator.stages.features import FeatureObjective
+    from orchestrator.stages.tasks.crops import StepViews
+    from orchestrator.stages.tasks.feature_task import FeatureTask
+    from orchestrator.stages.tasks.feature_teacher import FeatureTeacher, prepare
+
+    config = Distill.model_validate(spec["config"])
+    objective = FeatureObjective.model_validate(spec["features"])
+    recipe = ModelRecipe.model_validate(spec["recipe"])
+    views = partial(StepViews, config, recipe, Path(spec["index"]), 7, {bundle.VIEWS: config.crops})
+    num_blocks = config.batch_size // config.block_size
+    prepared = prepare(config, objective, views, cache=Path(spec["cache"]))
+    return Job(
+        name="test",
+        task=partial(
+            FeatureTask, config, next(iter(config.students.values())), objective, prepared.shapes, 7
+        ),
+        blocks=lambda: TaughtBlocks(FeatureTeacher(config, objective, views, prepared), num_blocks),
+        num_blocks=num_blocks,
+        num_steps=config.steps,
+        optimizer=config.optimizer,
+        zero_stage=spec.get("zero_stage", 3),
+        precision="fp32",
+        work=Path(spec["work"]),
+        seed=0,
+        elastic=Elastic(checkpoint_every_s=1e9),
+    )
+
+
 def make_job(spec: dict[str, Any]) -> Job:
+    if "features" in spec:
+        return make_feature_job(spec)
     kind: type[SelfSupervised] = {"pretrain": Pretrain, "gram_anchor": GramAnchor}[spec["config"]["kind"]]
     config = kind.model_validate(spec["config"])
     recipe = ModelRecipe.model_validate(spec["recipe"])

@@ -28,6 +28,7 @@ from orchestrator.models import (  # noqa: E402
 )
 from orchestrator.models.convert import (  # noqa: E402
     LAYOUTS,
+    config_of,
     from_layout,
     known_from_transformers,
     load_any,
@@ -351,6 +352,7 @@ def test_load_any_reads_every_layout_in_both_formats(tmp_path: Path, layout: str
     folder = tmp_path / "folder"
     for path in (folder, folder / "model.safetensors", tmp_path / "weights.pth"):
         loaded = load_any(path)
+        assert config_of(path) == loaded.config
         assert loaded.config == model.config
         assert torch.equal(loaded(images).patches, model(images).patches)
 
@@ -358,7 +360,7 @@ def test_load_any_reads_every_layout_in_both_formats(tmp_path: Path, layout: str
 def test_load_any_reads_our_own_folder(tmp_path: Path) -> None:
     model = build("vit_femto", num_heads=1)
     save_pretrained(tmp_path, model.state_dict(), "vit_femto", overrides={"num_heads": 1})
-    assert load_any(tmp_path).config == model.config
+    assert load_any(tmp_path).config == config_of(tmp_path) == model.config
 
 
 class _Code:

@@ -26,7 +26,7 @@ from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill, Student, Views
 from orchestrator.stages.selfsup import Heads, ModelRecipe
 from orchestrator.stages.students import sharing_gpus
-from orchestrator.stages.tasks.crops import RegeneratedViews, StepViews
+from orchestrator.stages.tasks.crops import StepViews, regenerated_views
 from orchestrator.stages.tasks.distill import DistillTask, FrozenTeacher, bytes_per_image
 from orchestrator.stages.tasks.nets import HeadedBackbone, resize_masks
 from orchestrator.stages.tasks.teaching import view_part
@@ -326,7 +326,7 @@ def test_regenerated_views_are_those_that_would_have_been_shared(index: Path, te
     for student in config.students.values():
         crops = config.crops_of(student)
         parts = frozen_teacher(config, teacher, index, {VIEWS: crops})(2)
-        own = RegeneratedViews(config, RECIPE, index, 5, crops).load(2, 1)
+        own = regenerated_views(config, index, 5, crops).load(2, 1)
         _, shared = block(parts[VIEWS], 1, 2)
         assert set(own.arrays) == {"globals", "locals"}
         for name, array in shared.items():

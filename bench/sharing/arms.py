@@ -1,0 +1,345 @@
+"""Real distillation stages on a local Ray cluster, watched from outside while all their students train."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+from PIL import Image
+
+from bench.harness import UnfairError
+from bench.sharing.gate import WARM_UP, GatedTeacher
+from orchestrator.sharing.bundle import VIEWS, StepTeacher
+from orchestrator.sharing.line import NAMESPACE
+from orchestrator.stages.base import Context
+from orchestrator.stages.distill import Distill
+from orchestrator.store.artifact import Artifact, Manifest
+from orchestrator.tracking.runs import NullRun
+
+_LOOK_S = 0.05
+_PATIENCE_S = 1200.0
+_TEACHER = "vit_nano"
+_HEADS = {
+    "hidden": 256,
+    "dino_bottleneck": 64,
+    "dino_prototypes": 1024,
+    "ibot_bottleneck": 64,
+    "ibot_prototypes": 1024,
+}
+_STAGE: Mapping[str, Any] = {
+    "kind": "distill",
+    "batch_size": 32,
+    "block_size": 16,
+    "optimizer": {"lr": {"peak": 1e-3, "warmup_steps": 5}},
+    "crops": {"global_size": 64, "local_size": 32, "num_local": 2},
+}
+
+
+@dataclass
+class Measured:
+    """One arm.
+
+    Attributes:
+        wall_s: of a round: one step of every student.
+        cpu_s: processor time of a round, of everything on the machine.
+        teacher_s: processor time of a teacher's process for a step.
+        student_s: of each student's worker for a step.
+        weights: of each student at the end.
+        last_losses: of each student.
+    """
+
+    wall_s: float
+    cpu_s: float
+    teacher_s: float
+    student_s: dict[str, float]
+    weights: dict[str, dict[str, Any]]
+    last_losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    wall: float
+    busy: float
+    teachers: float
+    workers: dict[str, float]
+    steps: dict[str, int]
+    forwarded: int
+
+
+class _Watched(NullRun):
+    """A stage's run; knows how far its students are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.students: dict[str, NullRun] = {}
+
+    def child(self, name: str, resume_id: str | None = None) -> NullRun:
+        run = self.students[name.rpartition("/")[2]] = NullRun()
+        return run
+
+    def steps(self) -> dict[str, int]:
+        """Of each student."""
+        return {name: len(run.history()) for name, run in self.students.items()}
+
+
+@dataclass
+class Stand:
+    """Photographs, a teacher, and a cluster to train on."""
+
+    folder: Path
+    index: Path
+    teacher_folder: Path
+    num_runs: int = 0
+    errors: list[BaseException] = field(default_factory=list)
+
+    @property
+    def num_blocks(self) -> int:
+        """Of a step."""
+        return int(_STAGE["batch_size"] // _STAGE["block_size"])
+
+    def teacher(self) -> StepTeacher:
+        """The teacher, in this process."""
+        from orchestrator.stages.selfsup import ModelRecipe
+        from orchestrator.stages.tasks.crops import StepViews
+        from orchestrator.stages.tasks.distill import FrozenTeacher
+
+        config = _stage({"a": "vit_femto"}, 1)
+        recipe = ModelRecipe.model_validate_json((self.teacher_folder / "recipe.json").read_text())
+        views = partial(StepViews, config, recipe, self.index, 0, {VIEWS: config.crops})
+        return FrozenTeacher(config, recipe, self.teacher_folder, views)
+
+    def measure(self, students: Mapping[str, str], steps: int, together: bool) -> Measured:
+        """Train all students at once: on one teacher, or each on its own.
+
+        Measured from when all have done their first steps to when the first one is done, so that all processes
+        are at work all the time.
+        """
+        groups = [dict(students)] if together else [{name: model} for name, model in students.items()]
+        self.num_runs += 1
+        contexts = [self._context(f"{self.num_runs}-{number}") for number in range(len(groups))]
+        threads = [
+            threading.Thread(target=self._train, args=(_stage(group, steps), context))
+            for group, context in zip(groups, contexts, strict=True)
+        ]
+        go = self.folder / f"{self.num_runs}.go"
+        with patch("orchestrator.stages.tasks.teaching.FrozenTeacher", partial(GatedTeacher, go)):
+            for thread in threads:
+                thread.start()
+            self._until(lambda: min(_steps(contexts, students).values()) >= WARM_UP, threads)
+            first = _snapshot(contexts, students)
+            go.touch()
+            self._until(lambda: max(_steps(contexts, students).values()) >= steps - 1, threads)
+            last = _snapshot(contexts, students)
+            for thread in threads:
+                thread.join(_PATIENCE_S)
+        if self.errors:
+            raise UnfairError(f"an arm failed: {self.errors[0]}") from self.errors[0]
+        return _measured(first, last, together, *_outcome(contexts))
+
+    def _train(self, stage: Distill, context: Context) -> None:
+        try:
+            stage.run(context)
+        except BaseException as error:
+            self.errors.append(error)
+
+    def _until(self, condition: Any, threads: list[threading.Thread]) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while not condition():
+            if self.errors or time.monotonic() > deadline or not any(thread.is_alive() for thread in threads):
+                raise UnfairError(f"an arm ended too early: {self.errors or 'too slow'}")
+            time.sleep(_LOOK_S)
+
+    def _context(self, name: str) -> Context:
+        from orchestrator.spec import Elastic
+
+        folder = self.folder / name
+        (folder / "out").mkdir(parents=True)
+        return Context(
+            name=f"distill-{name}",
+            pipeline="bench",
+            seed=0,
+            key=name,
+            inputs={
+                "index": _artifact("curate", self.index),
+                "teacher": _artifact("pretrain", self.teacher_folder),
+            },
+            keys={},
+            sources={},
+            out=folder / "out",
+            work=folder / "work",
+            elastic=Elastic(workers=(1, 1), checkpoint_every_s=1e6),
+            run=_Watched(),
+        )
+
+
+@contextmanager
+def standing() -> Iterator[Stand]:
+    """Everything that arms share; made once."""
+    from orchestrator.elastic import cluster
+    from orchestrator.spec import Cluster
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        stand = Stand(folder, _photographs(folder), _a_teacher(folder))
+        with cluster.start(Cluster(), preload=Distill.preload, prewarm=3):
+            yield stand
+
+
+def _photographs(folder: Path) -> Path:
+    from orchestrator.data.index import PhotoIndex, PhotoRow
+    from orchestrator.data.samples import fetch_food
+
+    photos = folder / "food"
+    fetch_food(photos)
+    rows = []
+    for path in sorted(photos.rglob("*.jpeg")):
+        with Image.open(path) as image:
+            rows.append(PhotoRow("food", path.name, str(photos), path.name, *image.size))
+    (folder / "index").mkdir()
+    PhotoIndex(rows).save(folder / "index")
+    return folder / "index"
+
+
+def _a_teacher(folder: Path) -> Path:
+    """Random weights cost what trained ones do."""
+    import torch
+    from safetensors.torch import save_file
+
+    from orchestrator.stages.selfsup import Heads, ModelRecipe
+    from orchestrator.stages.tasks.nets import HeadedBackbone
+
+    heads = Heads.model_validate(_HEADS)
+    torch.manual_seed(0)
+    net = HeadedBackbone(_TEACHER, 0.0, heads)
+    snapshots = folder / "teacher" / "snapshots"
+    snapshots.mkdir(parents=True)
+    save_file(net.state_dict(), snapshots / "step-00000001.safetensors")
+    recipe = ModelRecipe(model=_TEACHER, drop_path=0.0, heads=heads, global_size=64)
+    (folder / "teacher" / "recipe.json").write_text(recipe.model_dump_json())
+    return folder / "teacher"
+
+
+def _stage(students: Mapping[str, str], steps: int) -> Distill:
+    chosen = {name: {"model": model} for name, model in students.items()}
+    return Distill.model_validate({**_STAGE, "steps": steps, "students": chosen})
+
+
+def _artifact(kind: str, path: Path) -> Artifact:
+    manifest = Manifest(kind=kind, key="f" * 64, created="", files={}, provenance={}, summary={})
+    return Artifact("f" * 64, kind, path, manifest)
+
+
+# --- watching ---------------------------------------------------------------------------------------------------
+
+
+def _steps(contexts: list[Context], students: Mapping[str, str]) -> dict[str, int]:
+    """Steps done by each student; 0 for one whose run has not begun."""
+    found = dict.fromkeys(students, 0)
+    for context in contexts:
+        assert isinstance(context.run, _Watched)
+        found |= context.run.steps()
+    return found
+
+
+def _snapshot(contexts: list[Context], students: Mapping[str, str]) -> _Snapshot:
+    times = psutil.cpu_times()
+    busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "steal", 0.0)
+    teachers = sum(_cpu(process) for process in _processes("ray::TeacherActor"))
+    return _Snapshot(
+        time.monotonic(), busy, teachers, _worker_times(), _steps(contexts, students), _forwarded()
+    )
+
+
+def _worker_times() -> dict[str, float]:
+    """Processor time of each student's training process."""
+    import ray
+
+    from orchestrator.elastic import fleet
+
+    found = {}
+    for place in list(fleet.current()._places.values()):
+        if place.job is None:
+            continue
+        seat = int(ray.get(place.actor.where.remote())["pid"])
+        children = psutil.Process(seat).children(recursive=True)
+        # The zygote imports before any window; the worker forked from it is its only other descendant.
+        found[place.job.rpartition("/")[2]] = sum(_cpu(process) for process in children)
+    return found
+
+
+def _forwarded() -> int:
+    """Images that all teachers together have forwarded, as their desks know it."""
+    import ray
+
+    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+    desks = [ray.get_actor(name, NAMESPACE) for name in names if name and name.startswith("share-")]
+    return sum(
+        status.account.images_forwarded for status in ray.get([desk.status.remote() for desk in desks])
+    )
+
+
+def _processes(title: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if any(title in part for part in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _cpu(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def _outcome(contexts: list[Context]) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    from safetensors.torch import load_file
+
+    weights, losses = {}, {}
+    for context in contexts:
+        for folder in sorted((context.out / "students").iterdir()):
+            weights[folder.name] = dict(load_file(folder / "model" / "model.safetensors"))
+            history = json.loads((folder / "history.json").read_text())
+            losses[folder.name] = max(history, key=lambda record: int(record["step"]))["metrics"]["loss"]
+    return weights, losses
+
+
+def _measured(
+    first: _Snapshot,
+    last: _Snapshot,
+    together: bool,
+    weights: dict[str, dict[str, Any]],
+    losses: dict[str, float],
+) -> Measured:
+    done = {name: last.steps[name] - first.steps[name] for name in last.steps}
+    student_s = {name: (last.workers[name] - first.workers[name]) / done[name] for name in done}
+    taught = (last.forwarded - first.forwarded) / _STAGE["batch_size"]
+    teacher_s = (last.teachers - first.teachers) / taught
+    teachers = 1 if together else len(done)
+    # Students may be at different speeds: their steps count by what they cost.
+    whole = teachers * teacher_s + sum(student_s.values())
+    work = teacher_s * taught + sum(student_s[name] * done[name] for name in done)
+    rounds = work / whole
+    return Measured(
+        wall_s=(last.wall - first.wall) / rounds,
+        cpu_s=(last.busy - first.busy) / rounds,
+        teacher_s=teacher_s,
+        student_s=student_s,
+        weights=weights,
+        last_losses=losses,
+    )

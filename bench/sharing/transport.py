@@ -1,0 +1,43 @@
+"""What it costs to bring a teacher's words from its process to a student's worker."""
+
+from __future__ import annotations
+
+import os
+import time
+from statistics import median
+from typing import TYPE_CHECKING
+
+from orchestrator.elastic.wire import pack, unpack
+from orchestrator.sharing.bundle import TEACHER, block
+from orchestrator.sharing.teacher import put
+
+if TYPE_CHECKING:
+    from bench.sharing.arms import Stand
+
+_REPETITIONS = 20
+
+
+def transport_share(stand: Stand, round_s: float) -> float:
+    """Seconds for the teacher's part of a step, over those of a round.
+
+    Into the object store, out of it, cut into blocks, into the memory that seat and worker share, and mapped there.
+    """
+    import ray
+
+    parts = {TEACHER: stand.teacher()(0)[TEACHER]}
+    num_blocks = stand.num_blocks
+    times = []
+    for _ in range(_REPETITIONS):
+        began = time.perf_counter()
+        there = put(parts, num_blocks)
+        per_chunk = there.per_chunk[TEACHER]
+        fetched = [ray.get(ref) for ref in there.refs[TEACHER]]
+        for index in range(num_blocks):
+            number, at = divmod(index, per_chunk)
+            ids, arrays = block(fetched[number], at, min(per_chunk, num_blocks - number * per_chunk))
+            assert ids is not None
+            fd, layout = pack({"ids": ids, **arrays})
+            unpack(os.dup(fd), layout)
+            os.close(fd)
+        times.append(time.perf_counter() - began)
+    return median(times) / round_s

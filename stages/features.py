@@ -1,0 +1,258 @@
+"""Distilling from teachers without heads: which they are, what of them is learnt, and what can be checked of both.
+
+A headless teacher is any backbone. It says what it sees (a feature of the image and one of each patch), and students
+learn to say the same through a projection (AM-RADIO, arXiv 2312.06709).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
+
+from orchestrator.data.views import CropConfig
+from orchestrator.errors import UserError, nearest
+from orchestrator.spec import Strict, operational
+
+OWN = "self"
+"""The name of the stage's own teacher artifact, where no other teacher is named."""
+
+# ImageNet's, which nearly all public weights were trained with.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CONFIG = "config.json"
+_SAFE = "load it where you trust it, and save its state dict with safetensors.torch.save_file"
+
+_OTHER = "give another sort of network as `module: package.module:callable` with `weights:`"
+
+TeacherName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class TeacherShape(Strict):
+    """What a headless teacher gives: features of `dim` on `grid` (rows, columns), known after one probing forward."""
+
+    dim: int
+    grid: tuple[int, int]
+
+
+class TeacherSource(Strict):
+    """A headless teacher, from one of four places, and what it takes.
+
+    `from`: a `model/` folder of ours, or weights in any layout known here: safetensors, or what torch.save wrote.
+    `timm`, `transformers`: a name there (or a local folder of transformers), where they are installed.
+    `module`: `package.module:callable` that makes any nn.Module, with `weights` for it.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    # The key of the stage has the hash of what is in the files instead of their place.
+    from_: Path | None = operational(None, alias="from")
+    timm: str | None = Field(None, min_length=1)
+    transformers: str | None = Field(None, min_length=1)
+    module: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    weights: Path | None = operational(None, description="state dict for `module`")
+    weight: float = Field(1.0, gt=0, description="of this teacher's loss beside other teachers'")
+    size: int | None = Field(
+        None, ge=1, description="pixels a side that it sees the global crops at; default: their own"
+    )
+    mean: tuple[float, float, float] = _MEAN
+    std: tuple[
+        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
+    ] = _STD
+
+    @model_validator(mode="after")
+    def _one(self) -> TeacherSource:
+        places = {
+            "from": self.from_,
+            "timm": self.timm,
+            "transformers": self.transformers,
+            "module": self.module,
+        }
+        given = [name for name, value in places.items() if value is not None]
+        if len(given) != 1:
+            what = f"it has {' and '.join(given)}" if given else "it has none of them"
+            raise ValueError(f"a teacher comes from exactly one of {', '.join(places)}: {what}")
+        if self.weights is not None and self.module is None:
+            raise ValueError("`weights` are for `module`: give the file as `from`, or leave weights out")
+        return self
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """Files whose content decides what this teacher says, by field; those of a `module` are its own source."""
+        if self.from_ is not None:
+            return {"from": _weight_files(self.from_)}
+        if self.transformers is not None and Path(self.transformers).is_dir():
+            return {"transformers": _weight_files(Path(self.transformers))}
+        found: dict[str, tuple[Path, ...]] = {}
+        if self.module is not None and (source := _source(self.module)) is not None:
+            found["module"] = (source,)
+        if self.weights is not None:
+            found["weights"] = (self.weights,)
+        return found
+
+    def check(self, global_size: int) -> None:
+        """Whether this teacher can be had and take global crops of that size, without building it.
+
+        Raises:
+            UserError: `where` is the field.
+        """
+        if self.from_ is not None:
+            _check_tower(self.from_, self.size or global_size, "from" if self.size is None else "size")
+        elif self.timm is not None:
+            _check_timm(self.timm)
+        elif self.transformers is not None:
+            _check_installed("transformers")
+        elif self.module is not None:
+            _check_module(self.module)
+            if self.weights is not None:
+                _check_weights(self.weights)
+
+
+class FeatureObjective(Strict):
+    """What students learn of headless teachers: cosine and smooth-L1 of image and patch features.
+
+    Each teacher has two projections of its own in a student, of CLS and of patches. Maps of unlike grids are compared
+    on the coarser of both.
+    """
+
+    teachers: dict[TeacherName, TeacherSource] = Field(
+        default_factory=dict, description="none: the stage's own teacher artifact, its backbone only"
+    )
+    cosine_weight: float = Field(0.9, ge=0, le=1, description="the rest is smooth-L1 (AM-RADIO)")
+    cls_weight: float = Field(1.0, ge=0)
+    patch_weight: float = Field(1.0, ge=0)
+    local_weight: float = Field(
+        0.0, ge=0, description="CLS of local crops against the mean of the teacher's over the global ones"
+    )
+    hidden: int | None = Field(
+        None, ge=1, description="hidden width of the projections (GELU); null: linear, so features stay alike"
+    )
+    whiten: bool = Field(False, description="teachers' features on one scale by PHI-S (arXiv 2410.01680)")
+    whiten_images: int = Field(512, ge=2, description="training images that the scale is measured on")
+    dtype: Literal["fp32", "fp16"] = Field("fp32", description="in which features travel to students")
+
+    @model_validator(mode="after")
+    def _learns(self) -> FeatureObjective:
+        if self.cls_weight + self.patch_weight + self.local_weight == 0:
+            raise ValueError("nothing is learnt: cls_weight, patch_weight and local_weight are all 0")
+        if not self.whiten and "whiten_images" in self.model_fields_set:
+            raise ValueError("whiten_images is for `whiten: true`: leave it out")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each teacher's weight."""
+        return {name: source.weight for name, source in self.teachers.items()} or {OWN: 1.0}
+
+    @property
+    def uses_own(self) -> bool:
+        """Whether the stage's teacher artifact is the teacher."""
+        return not self.teachers
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """Files of all teachers, by dotted field below this one; see :meth:`Stage.files`."""
+        return {
+            f"teachers.{name}.{field}": paths
+            for name, source in self.teachers.items()
+            for field, paths in source.files().items()
+        }
+
+    def check(self, crops: CropConfig) -> None:
+        """Look at all teachers before anything runs; their files are there.
+
+        Args:
+            crops: the stage's.
+
+        Raises:
+            UserError: `where` is the dotted field below this one.
+        """
+        if self.local_weight and not crops.num_local:
+            hint = "set local_weight: 0, or crops.num_local"
+            raise UserError("there are no local crops to weigh", where="local_weight", hint=hint)
+        for name, source in self.teachers.items():
+            try:
+                source.check(crops.global_size)
+            except UserError as error:
+                where = f"teachers.{name}.{error.where}"
+                raise UserError(error.what, where=where, hint=error.hint) from None
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    """What is read of a folder or file of weights; the path itself if there is nothing."""
+    folder = path if path.is_dir() else path.parent
+    config = (folder / _CONFIG,) if (folder / _CONFIG).is_file() else ()
+    if not path.is_dir():
+        return (path, *config) if path.is_file() else (path,)
+    return (*config, *sorted(path.glob("*.safetensors"))) or (path / "model.safetensors",)
+
+
+def _source(spec: str) -> Path | None:
+    """The file of a module, found without importing its packages: their code may want what is not there."""
+    folders = None
+    found = None
+    names = spec.partition(":")[0].split(".")
+    for depth in range(len(names)):
+        name = ".".join(names[: depth + 1])
+        found = PathFinder.find_spec(name, folders)
+        if found is None:
+            return None
+        folders = found.submodule_search_locations
+    assert found is not None
+    return Path(found.origin) if found.has_location and found.origin else None
+
+
+def _check_tower(path: Path, size: int, field: str) -> None:
+    from orchestrator.models.convert import config_of
+
+    try:
+        patch = config_of(path).patch_size
+    except (ValueError, FileNotFoundError) as error:
+        hint = _SAFE if "as weights alone" in str(error) else _OTHER
+        raise UserError(f"{path}: {error}", where="from", hint=hint) from None
+    if size % patch:
+        raise UserError(
+            f"the teacher's patches of {patch} pixels do not divide what it would see, {size} pixels a side",
+            where=field,
+            hint=f"set the teacher's size to {max(1, round(size / patch)) * patch}",
+        )
+
+
+def _check_weights(path: Path) -> None:
+    from orchestrator.models.convert import read_weights
+
+    try:
+        read_weights(path)
+    except ValueError as error:
+        raise UserError(str(error), where="weights", hint=_SAFE) from None
+
+
+def _check_installed(package: str) -> None:
+    if find_spec(package) is None:
+        raise UserError(f"{package} is not installed", where=package, hint=f"pip install {package}")
+
+
+def _check_timm(name: str) -> None:
+    _check_installed("timm")
+    try:
+        timm = importlib.import_module("timm")
+    except Exception as error:  # an installation may be broken in any way
+        what = f"timm cannot be imported: {type(error).__name__}: {error}"
+        raise UserError(what, where="timm", hint="install a torchvision that fits torch") from error
+    # Names such as hf-hub:timm/… are not in the list.
+    if ":" not in name and not timm.is_model(name):
+        close = nearest(name.partition(".")[0], timm.list_models())
+        hint = f"did you mean {close}?" if close else "timm.list_models() has the names"
+        raise UserError(f"timm has no model {name!r}", where="timm", hint=hint)
+
+
+def _check_module(spec: str) -> None:
+    from orchestrator.models.foreign import find_callable
+
+    try:
+        find_callable(spec)
+    except ValueError as error:
+        hint = "install its package, or put its folder on PYTHONPATH, here and on all machines"
+        raise UserError(str(error), where="module", hint=hint) from None

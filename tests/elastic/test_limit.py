@@ -1,0 +1,111 @@
+"""Two jobs on a real cluster of raylets, whose sizes follow one split of its machines."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from orchestrator.elastic import cluster, controller, fleet
+from orchestrator.elastic.job import Job
+from orchestrator.sharing.balancer import Balancer, cluster_devices
+from orchestrator.sharing.planner import StudentCost, TeacherCost
+from orchestrator.simulate.market import SpotMarket
+from orchestrator.spec import Cluster
+from orchestrator.tracking.runs import NullRun
+
+sys.path.insert(0, str(Path(__file__).parent))
+from paced import paced_job
+
+PATIENCE_S = 120.0
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def market() -> Iterator[SpotMarket]:
+    """Four machines of one place each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        with SpotMarket() as market:
+            for number in range(4):
+                market.add(f"m{number}")
+            with cluster.start(Cluster(address=market.address)):
+                yield market
+
+
+class Running:
+    """A job in a thread."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.run, self.stop = job, NullRun(), threading.Event()
+        self.lines: list[str] = []
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._go, daemon=True)
+        self.thread.start()
+
+    def _go(self) -> None:
+        try:
+            controller.run(self.job, tracker=self.run, stop=self.stop, on_line=self.lines.append)
+        except BaseException as error:
+            self.error = error
+
+    def workers(self) -> int:
+        newest = max(self.run.history("goodput"), key=lambda record: record["step"], default=None)
+        return int(newest["metrics"]["workers"]) if newest else 0
+
+    def weights(self) -> dict[str, np.ndarray]:
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive(), self.lines
+        assert self.error is None, (self.lines, self.error)
+        return load_file(self.job.export(self.job.num_steps))
+
+
+def eventually(what: Callable[[], bool], *jobs: Running) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not what():
+        lines = [job.lines for job in jobs]
+        assert time.monotonic() < deadline, lines
+        assert all(job.thread.is_alive() for job in jobs), (lines, [job.error for job in jobs])
+        time.sleep(0.05)
+
+
+def test_a_split_follows_machines_that_go_and_come_and_nothing_else_changes(
+    market: SpotMarket, tmp_path: Path
+) -> None:
+    """On 2, 3 and 4 machines beside a teacher's, which is none here: 1 + 1, 2 + 1 and 2 + 2 workers."""
+    costs = [StudentCost("a", 4, 1.0), StudentCost("b", 4, 0.9)]
+    balancer = Balancer(TeacherCost(0.1), costs, lambda: cluster_devices("cpu") + 1)
+    jobs = {name: paced_job(tmp_path / name, STEPS, num_blocks=4) for name in ("a", "b")}
+    for name in jobs:
+        (tmp_path / f"{name}-faults" / "slow").touch()
+    running = {name: Running(replace(job, limit=balancer.quota(name))) for name, job in jobs.items()}
+    a, b = running["a"], running["b"]
+    try:
+        eventually(lambda: (a.workers(), b.workers()) == (2, 2), a, b)
+        of_a = next(place.node for place in fleet.current()._places.values() if place.job == a.job.name)
+        market.kill(next(name for name, node in market.machines.items() if node.node_id == of_a))
+        # Who lost nothing gives a worker up, who lost one gets it.
+        eventually(lambda: (a.workers(), b.workers()) == (2, 1), a, b)
+        assert any("others need them more" in line for line in b.lines), b.lines
+        market.add("another")
+        eventually(lambda: (a.workers(), b.workers()) == (2, 2), a, b)
+        for name in jobs:
+            (tmp_path / f"{name}-faults" / "slow").unlink()
+        found = {name: job.weights() for name, job in running.items()}
+    finally:
+        for job in running.values():
+            job.stop.set()
+            job.thread.join(PATIENCE_S)
+    assert not any("is gone" in line for line in b.lines), "b lost no machine, and no step"
+    for name, job in jobs.items():
+        alone = paced_job(tmp_path / "alone" / name, STEPS, num_blocks=job.num_blocks)
+        wanted = Running(replace(alone, elastic=job.elastic.model_copy(update={"workers": (1, 1)}))).weights()
+        for key, value in wanted.items():
+            assert np.linalg.norm(found[name][key] - value) <= 1e-5 * np.linalg.norm(value), (name, key)
