@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _LARGEST_CORE = 2048
+# Of the mean variance: far above rounding, far below what is measured.
+_TILT = 1e-6
 
 
 class Whitening(NamedTuple):
@@ -52,7 +54,10 @@ def phi_s(mean_D: Tensor, covariance_DD: Tensor) -> Whitening:
     scale = (covariance_DD.diagonal().sum() / width).sqrt()
     if not scale > 0:
         raise ValueError("all features are the same, so they have no scale")
-    _, axes_DD = torch.linalg.eigh(covariance_DD)
+    # Where features have less rank than dimensions, the remaining axes could be any: a slight tilt makes them these,
+    # on every machine.
+    tilt_D = torch.linspace(0, _TILT, width, dtype=covariance_DD.dtype) * scale**2
+    _, axes_DD = torch.linalg.eigh(covariance_DD + tilt_D.diag())
     # The sign of an eigenvector is arbitrary: its largest entry is made positive.
     largest_D = axes_DD.gather(0, axes_DD.abs().argmax(dim=0, keepdim=True))
     axes_DD = axes_DD * largest_D.sign()

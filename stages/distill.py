@@ -79,7 +79,20 @@ class Distill(TrainStage):
         None, ge=1, description="rows whose logits are held at once; null: of all rows of a block"
     )
     window: int = operational(4, ge=2, description="teacher steps held for the slowest student")
-    teachers: int = operational(1, ge=1, description="teacher actors; each computes whole steps")
+    workers: Literal["auto"] | None = operational(
+        None,
+        description="auto: split the devices between teachers and students so that all finish together, from costs "
+        "measured on them, and again whenever the cluster changes",
+    )
+    teachers: int | Literal["auto"] = operational(
+        "auto",
+        description="teacher actors, each of which computes whole steps; auto: 1, or by `workers: auto`",
+    )
+    teacher_shards: int = operational(
+        1,
+        ge=1,
+        description="processes on one machine, each with `teacher_gpus`, that one teacher is sharded over",
+    )
     teacher_gpus: float = operational(0.1, gt=0, description="what each takes of a GPU, where there are any")
     views: Literal["shared", "regenerated"] = operational(
         "shared", description="made once by the teachers for all, or by each student's workers from the seed"
@@ -102,6 +115,16 @@ class Distill(TrainStage):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
             )
+        if isinstance(self.teachers, int) and self.teachers < 1:
+            raise ValueError(f"teachers is {self.teachers}: at least 1 has to teach")
+        if self.teacher_shards > 1 and self.features is not None:
+            raise ValueError("teacher_shards is for teachers with heads: leave it out beside `features`")
+        if self.teacher_shards > 1 and self.replay:
+            raise ValueError("replay and teacher_shards do not go together: leave one of them out")
+        if self.workers == "auto" and self.features is not None and not self.features.uses_own:
+            raise ValueError(
+                "workers: auto is for a teacher that a stage made: give each student its `workers`"
+            )
         for student in self.students.values():
             check_crops(self.crops_of(student), student.model)
         return self
@@ -114,6 +137,11 @@ class Distill(TrainStage):
         """A student's views."""
         own = student.views.model_dump(exclude_none=True) if student.views is not None else {}
         return self.crops.model_copy(update=own)
+
+    @property
+    def num_teachers(self) -> int:
+        """Teacher actors at the start."""
+        return self.teachers if isinstance(self.teachers, int) else 1
 
     def steps_of(self, student: Student) -> int:
         """A student's number of updates."""

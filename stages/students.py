@@ -19,6 +19,7 @@ from orchestrator.stages.selfsup import stage_seed, summary
 
 if TYPE_CHECKING:
     from orchestrator.elastic.job import Job
+    from orchestrator.sharing.balancer import Balancer
     from orchestrator.sharing.keeper import Keeper
     from orchestrator.stages.distill import Distill, Student
     from orchestrator.stages.tasks.teaching import Teaching
@@ -73,7 +74,7 @@ def _pupils(
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
     missing = [name for name, part in parts.items() if part.artifact is None]
     jobs = {name: _job(config, context, teach, name, parts[name]) for name in missing}
-    jobs = sharing_gpus(jobs, gpus, config.teachers, config.teacher_gpus)
+    jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
     front = _front(config, jobs, parts)
     return {
         name: Pupil(
@@ -197,39 +198,69 @@ def _train_all(
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
     num_steps = max((pupil.offset + pupil.job.num_steps for pupil in pupils.values()), default=0)
+    balance = _balance(config, context, pupils)
+    by_balance = balance is not None and config.teachers == "auto"
+    teachers = balance.teachers if balance and by_balance else lambda: config.num_teachers
+    window = max(config.window, teachers() + 1)
     if pupils:
-        _check_memory(config, teach, pupils)
+        _check_memory(teach, pupils, window)
     with Keeper(
         teach.factory([pupil.config for pupil in pupils.values()], num_steps),
         {name: pupil.next_step for name, pupil in pupils.items() if not pupil.job.is_done()},
         num_steps,
         config.batch_size // config.block_size,
-        window=max(config.window, config.teachers + 1),
+        window=window,
         hang_s=context.elastic.hang_s,
         gpus=config.teacher_gpus if gpus else 0.0,
         account=context.work / "sharing.json",
         on_figures=partial(_track, context.run),
-        teachers=lambda: config.teachers,
+        teachers=teachers,
+        shards=config.teacher_shards,
     ) as keeper:
-        made = _in_threads(config, context, teach, keeper, pupils)
+        made = _in_threads(context, teach, keeper, balance, pupils)
     return asdict(keeper.account.stats()), made
 
 
+def _balance(config: Distill, context: Context, pupils: Mapping[str, Pupil]) -> Balancer | None:
+    """Who may have how many workers, where that is to follow from measured costs."""
+    from orchestrator.stages.balancing import balancer
+    from orchestrator.stages.profiling import Material
+    from orchestrator.stages.selfsup import ModelRecipe
+
+    if config.workers is None or not pupils:
+        return None
+    teacher = context.inputs["teacher"].path
+    recipe = ModelRecipe.model_validate_json((teacher / "recipe.json").read_text())
+    index = context.inputs["index"]
+    material = Material(config, recipe, teacher, index.path, index.key)
+    left = {name: pupil.job.num_steps - (pupil.next_step - pupil.offset) for name, pupil in pupils.items()}
+    bounds = {
+        name: pupil.job.elastic.workers for name, pupil in pupils.items() if pupil.config.workers is not None
+    }
+    return balancer(material, left, bounds)
+
+
 def _in_threads(
-    config: Distill, context: Context, teach: Teaching, keeper: Keeper, pupils: Mapping[str, Pupil]
+    context: Context,
+    teach: Teaching,
+    keeper: Keeper,
+    balance: Balancer | None,
+    pupils: Mapping[str, Pupil],
 ) -> dict[str, Path]:
     if not pupils:
         return {}
     with ThreadPoolExecutor(len(pupils), thread_name_prefix="student") as pool:
         futures = {
-            name: pool.submit(_train_one, config, context, teach, keeper, pupil)
+            name: pool.submit(_train_one, context, teach, keeper, balance, pupil)
             for name, pupil in pupils.items()
         }
     _raise_first(futures)
     return {name: future.result() for name, future in futures.items()}
 
 
-def _train_one(config: Distill, context: Context, teach: Teaching, keeper: Keeper, pupil: Pupil) -> Path:
+def _train_one(
+    context: Context, teach: Teaching, keeper: Keeper, balance: Balancer | None, pupil: Pupil
+) -> Path:
     """Train one student to its end and publish it at once; its siblings' fate does not matter to it."""
     from orchestrator.elastic import controller
 
@@ -241,13 +272,17 @@ def _train_one(config: Distill, context: Context, teach: Teaching, keeper: Keepe
     )
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        account = controller.run(replace(pupil.job, seat_blocks=source), tracker=run, stop=context.stop)
+        limit = balance.quota(pupil.name) if balance is not None else None
+        job = replace(pupil.job, seat_blocks=source, limit=limit)
+        account = controller.run(job, tracker=run, stop=context.stop)
         status = "FINISHED"
     except Stopped:
         status = "KILLED"
         raise
     finally:
         keeper.leave(pupil.name)
+        if balance is not None:
+            balance.leave(pupil.name)
         run.finish(status)
     return _publish(pupil, teach, run, account, context.out)
 
@@ -287,13 +322,13 @@ def _gather(folders: Mapping[str, Path], names: Sequence[str], out: Path) -> dic
     return figures
 
 
-def _check_memory(config: Distill, teach: Teaching, pupils: Mapping[str, Pupil]) -> None:
+def _check_memory(teach: Teaching, pupils: Mapping[str, Pupil], window: int) -> None:
     """Raises UserError if the steps that are held do not fit into the object store."""
     import ray
 
     there = ray.cluster_resources().get("object_store_memory", 0.0)
     step = teach.bytes_per_step([pupil.config for pupil in pupils.values()])
-    held = max(config.window, config.teachers + 1) + 1
+    held = window + 1  # a worker may be a step behind the others
     if there and held * step > there:
         fits = max(0, int(there // step) - 1)
         raise UserError(

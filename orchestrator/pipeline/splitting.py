@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
@@ -243,6 +244,8 @@ def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> Costs:
 
 def _is_here(hardware: Hardware) -> bool:
     """Whether this machine has such devices: a word of the file's name for them is in the driver's."""
+    if not Path("/dev/nvidiactl").exists():
+        return False  # without the seconds that torch takes to say so
     import torch
 
     if not torch.cuda.is_available():

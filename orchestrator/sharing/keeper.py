@@ -46,6 +46,7 @@ class Keeper:
         num_steps: steps 0 … num_steps-1 exist.
         num_blocks: blocks of a step.
         teachers: how many there should be now; asked all the time.
+        shards: processes that each of them is sharded over.
         window: steps held for the slowest student.
         hang_s: after so long without a step a student's group counts as hung; the service stays well below.
         gpus: share of a GPU for a teacher; 0 for a CPU.
@@ -66,6 +67,7 @@ class Keeper:
         account: Path,
         on_figures: Callable[[Mapping[str, float]], None],
         teachers: Callable[[], int] = lambda: 1,
+        shards: int = 1,
     ) -> None:
         self.name = f"share-{uuid.uuid4().hex[:12]}"
         self._num_steps, self._num_blocks, self._window = num_steps, num_blocks, window
@@ -73,7 +75,14 @@ class Keeper:
         self._hang_s, self._file, self._on_figures = hang_s, account, on_figures
         self._teachers = teachers
         self._new_post = partial(
-            Post, self.name, make_teacher, num_blocks, gpus=gpus, stuck_s=hang_s / 2, patience_s=hang_s
+            Post,
+            self.name,
+            make_teacher,
+            num_blocks,
+            gpus=gpus,
+            stuck_s=hang_s / 2,
+            patience_s=hang_s,
+            shards=shards,
         )
         self.account = Account.load(account)
         self.status = Status(self.account)

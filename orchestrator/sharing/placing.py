@@ -28,7 +28,7 @@ class Spot:
     gpus: float
 
 
-def choose(machines: Sequence[Machine], gpus: float) -> Spot | None:
+def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Spot | None:
     """Where the teacher goes; None if no machine will do.
 
     One with room if there is one; else it squeezes in beside the workers: a crowded teacher is slow, but none at
@@ -38,10 +38,11 @@ def choose(machines: Sequence[Machine], gpus: float) -> Spot | None:
     Args:
         machines: of the cluster.
         gpus: the share of a GPU that it takes; 0 for a teacher on a CPU.
+        copies: how many processes it has, each of which takes as much.
     """
 
     def has_room(machine: Machine) -> bool:
-        return machine.free_gpus >= gpus if gpus else machine.free_cpus >= 1
+        return machine.free_gpus >= copies * gpus if gpus else machine.free_cpus >= copies
 
     able = [machine for machine in machines if (machine.gpus if gpus else machine.cpus) > 0]
     if not able:

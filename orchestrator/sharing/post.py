@@ -34,6 +34,7 @@ class Post:
         stuck_s: after so long at one step it is given up.
         patience_s: how long it bears that the desk is away.
         squeeze: goes beside the workers where nothing is free.
+        shards: processes that one teacher is sharded over; the first one speaks for all.
     """
 
     def __init__(
@@ -46,12 +47,16 @@ class Post:
         stuck_s: float,
         patience_s: float,
         squeeze: bool,
+        shards: int = 1,
     ) -> None:
         self._desk_name, self._make, self._num_blocks = desk, make_teacher, num_blocks
         self._gpus, self._stuck_s, self._patience_s, self._squeeze = gpus, stuck_s, patience_s, squeeze
+        self._shards = shards
         self.name, self.node = "", ""
         self.ending: Any = None
         self._actor: Any = None
+        self._others: list[Any] = []
+        self._following: list[Any] = []
         self._ping: Any = None
         self._answered, self._moves, self._room_s = False, False, _ROOM_S
         self._heard = self._looked = self._retiring = 0.0
@@ -84,7 +89,7 @@ class Post:
         """End it, and those before it."""
         import ray
 
-        for actor in [self._actor, *(actor for actor, _ in self._retired)]:
+        for actor in [self._actor, *self._others, *(actor for actor, _ in self._retired)]:
             if actor is not None:
                 ray.kill(actor)
 
@@ -94,7 +99,7 @@ class Post:
         import ray
 
         now = time.monotonic()
-        refs = [ref for ref in (self.ending, self._ping) if ref is not None]
+        refs = [ref for ref in (self.ending, self._ping, *self._following) if ref is not None]
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         try:
             if self._ping in ready:
@@ -104,6 +109,9 @@ class Post:
                     self._answered, self._room_s = True, _ROOM_S
                     logger.info("a teacher runs on node %s", self.node[:8])
                 self._ping = self._actor.idle.remote()
+            for follower in self._following:
+                if follower in ready:
+                    ray.get(follower)  # raises if it did not end well
             if self.ending in ready:
                 ray.get(self.ending)
                 self._retired.append((self._actor, now))
@@ -133,8 +141,13 @@ class Post:
         self._forget(desk, restarts=self._answered)
 
     def _forget(self, desk: Any, restarts: bool) -> None:
+        import ray
+
         desk.forget.remote(self.name, restarts)
+        for actor in self._others:
+            ray.kill(actor)
         self._actor = self.ending = self._ping = None
+        self._others, self._following = [], []
         self._retiring = 0.0
 
     def _retire(self, desk: Any, why: str, moves: bool) -> None:
@@ -159,7 +172,7 @@ class Post:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._looked = time.monotonic()
-        spot = choose(there, self._gpus)
+        spot = choose(there, self._gpus, self._shards)
         if spot is None or not (self._squeeze or spot.cpus or spot.gpus):
             self._say("a teacher waits for a machine")
             return
@@ -171,10 +184,20 @@ class Post:
             max_concurrency=2,
             scheduling_strategy=NodeAffinitySchedulingStrategy(spot.node, soft=False),
         )
-        self._actor = remote.remote(
-            self.name, self._desk_name, self._make, self._num_blocks, self._patience_s
-        )
-        self.ending, self._ping = self._actor.work.remote(), self._actor.idle.remote()
+        arguments = (self._desk_name, self._make, self._num_blocks, self._patience_s)
+        self._actor = remote.remote(self.name, *arguments)
+        if self._shards > 1:
+            port = self._actor.listen.remote(self._shards)
+            self._others = [
+                remote.remote(f"{self.name}.{rank}", *arguments) for rank in range(1, self._shards)
+            ]
+            self._following = [
+                other.follow.remote(rank, self._shards, port) for rank, other in enumerate(self._others, 1)
+            ]
+            self.ending = self._actor.lead.remote(self._shards)
+        else:
+            self.ending = self._actor.work.remote()
+        self._ping = self._actor.idle.remote()
         self._heard, self._answered = time.monotonic(), False
         if not (spot.cpus or spot.gpus):
             logger.warning("no room for a teacher: it shares node %s with the workers there", spot.node[:8])
@@ -185,7 +208,7 @@ class Post:
         leaving = {machine.node for machine in there if machine.leaving}
         if self.node not in leaving:
             return
-        spot = choose(there, self._gpus)
+        spot = choose(there, self._gpus, self._shards)
         if spot is None or spot.node in leaving:
             self._say(f"a teacher's node {self.node[:8]} is about to go, and no other can take it")
             return

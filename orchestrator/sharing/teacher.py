@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from orchestrator.sharing.bundle import Parts, StepTeacher, blocks_per_chunk, chunks, num_bytes
 from orchestrator.sharing.desk import Delivered
@@ -30,6 +31,7 @@ class TeacherActor:
         self._name, self._make, self._num_blocks = name, make, num_blocks
         self._desk = Line(desk, patience_s)
         self._teacher: StepTeacher | None = None
+        self._store: Any = None
 
     def work(self) -> None:
         """Compute steps until the desk says that it is enough.
@@ -40,9 +42,43 @@ class TeacherActor:
         while True:
             answer = self._desk.call("take", self._name)
             if "end" in answer:
-                return
+                break
             if "step" in answer:
                 self._compute(answer["step"])
+        if self._store is not None:
+            self._leave()
+
+    def listen(self, world: int) -> int:
+        """The port at which the others of one teacher meet this process."""
+        from orchestrator.sharing import crew
+
+        self._store = crew.listen(world)
+        return int(self._store.port)
+
+    def lead(self, world: int) -> None:
+        """As :meth:`work`, with the other processes of this teacher.
+
+        Raises:
+            RuntimeError: the desk was away for too long.
+        """
+        from orchestrator.sharing import crew
+
+        crew.join(0, world, self._store.port, self._store)
+        # All processes have to be in it at once, so this cannot wait for the first step.
+        self._teacher = self._make()
+        self.work()
+
+    def follow(self, rank: int, world: int, port: int) -> None:
+        """Do this process's part of what the first one does, until it ends."""
+        from orchestrator.sharing import crew
+
+        crew.join(rank, world, port)
+        teacher: Any = self._make()
+        teacher.follow()
+
+    def _leave(self) -> None:
+        teacher: Any = self._teacher
+        teacher.close()
 
     def idle(self) -> None:
         """Keep the process, and with it what it has put into the object store."""

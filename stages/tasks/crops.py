@@ -87,7 +87,11 @@ class StepViews:
 
     def blocks(self, step: int) -> list[Block]:
         """What the teacher looks at: a block's views and masks."""
-        return [self._teachers.load(step, index) for index in range(self.num_blocks)]
+        return [self.block(step, index) for index in range(self.num_blocks)]
+
+    def block(self, step: int, index: int) -> Block:
+        """One of :meth:`blocks`."""
+        return self._teachers.load(step, index)
 
     def parts(self, step: int, blocks: list[Block] | None = None) -> dict[str, dict[str, NDArray[Any]]]:
         """What students fetch, by part; `blocks` are the teacher's where they are at hand."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from orchestrator.data.blocks import Block
 from orchestrator.elastic.export import load_export
 from orchestrator.elastic.task import BlockTensors, Losses, Modules, Reduce, Weights
-from orchestrator.models import PrototypeHead, preset
+from orchestrator.models import preset
 from orchestrator.objectives.chunked import SoftTargets, chunked_sinkhorn_scaling
 from orchestrator.objectives.koleo import koleo
 from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
@@ -59,7 +59,13 @@ class FrozenTeacher:
         if self._device == "cpu":
             torch.set_num_threads(1)
         self._half = in_half(config, self._device)
+        self._recipe = recipe
         self._net = _load_teacher(recipe, teacher).to(self._device)
+        self._engine: Callable[..., dict[str, Tensor]] = self._net
+        self._prototypes = {
+            "dino": self._net.dino_head.prototypes.weight,
+            "ibot": self._net.ibot_head.prototypes.weight,
+        }
         self._patch_size = self._net.patch_size
         self._views = make_views()
         self.images_per_step = config.batch_size
@@ -69,7 +75,7 @@ class FrozenTeacher:
     def __call__(self, step: int) -> dict[str, dict[str, NDArray[Any]]]:
         """The parts of a step: `TEACHER`, and those of the views."""
         blocks = self._views.blocks(step)
-        outs = [self._forward(block) for block in blocks]
+        outs = self._forwards(blocks)
         views = blocks[0].arrays["globals"].shape[0]
         dino = self._rounded(torch.cat([out["dino"].unflatten(0, (views, -1)) for out in outs], dim=1))
         ibot = self._rounded(torch.cat([out["ibot"] for out in outs]))
@@ -79,10 +85,13 @@ class FrozenTeacher:
             "dino": dino.cpu().numpy(),
             "ragged/ibot": ibot.cpu().numpy(),
             "offsets/ibot": np.cumsum([0, *(len(out["ibot"]) for out in outs)]),
-            "step/dino_scaling": self._scaling(self._net.dino_head, dino.flatten(0, 1).float()),
-            "step/ibot_scaling": self._scaling(self._net.ibot_head, ibot.float()),
+            "step/dino_scaling": self._scaling("dino", dino.flatten(0, 1).float()),
+            "step/ibot_scaling": self._scaling("ibot", ibot.float()),
         }
         return {TEACHER: said, **self._views.parts(step, blocks)}
+
+    def _forwards(self, blocks: list[Block]) -> list[dict[str, Tensor]]:
+        return [self._forward(block) for block in blocks]
 
     def _rounded(self, codes: Tensor) -> Tensor:
         return codes.half() if self._half else codes.float()
@@ -95,17 +104,16 @@ class FrozenTeacher:
         grid = (height // self._patch_size, width // self._patch_size)
         # Half of the bytes and twice the speed, in the precision that its students compute in.
         with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
-            out: dict[str, Tensor] = self._net(globals_NCHW, None, tokens_M, grid, with_logits=False)
+            out = self._engine(globals_NCHW, None, tokens_M, grid, with_logits=False)
         return {name: out[name].float() for name in ("dino", "ibot")}
 
-    def _scaling(self, head: PrototypeHead, codes_NC: Tensor) -> NDArray[Any]:
+    def _scaling(self, head: str, codes_NC: Tensor) -> NDArray[Any]:
         temperature, chunk_rows = self._config.teacher_temperature, self._config.chunk_rows
+        prototypes_KC = self._prototypes[head]
         if chunk_rows is None:
-            scaling_K = sinkhorn_scaling(head.prototypes(codes_NC), temperature)
+            scaling_K = sinkhorn_scaling(codes_NC @ prototypes_KC.T, temperature)
         else:
-            scaling_K = chunked_sinkhorn_scaling(
-                codes_NC, head.prototypes.weight, temperature, chunk_rows=chunk_rows
-            )
+            scaling_K = chunked_sinkhorn_scaling(codes_NC, prototypes_KC, temperature, chunk_rows=chunk_rows)
         scaling: NDArray[Any] = scaling_K.cpu().numpy()
         return scaling
 

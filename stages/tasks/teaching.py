@@ -25,6 +25,7 @@ from orchestrator.stages.tasks.backbone import save_backbone
 from orchestrator.stages.tasks.crops import StepViews, regenerated_views
 from orchestrator.stages.tasks.distill import DistillTask, FrozenTeacher, bytes_per_image
 from orchestrator.stages.tasks.feature_task import FeatureTask
+from orchestrator.stages.tasks.sharded import ShardedTeacher
 from orchestrator.store.local import Store
 from orchestrator.store.open import open_store
 
@@ -154,7 +155,8 @@ class HeadTeaching(Teaching):
         return self.recipe
 
     def _teacher(self, make_views: Callable[[], StepViews]) -> Callable[[], StepTeacher]:
-        return partial(FrozenTeacher, self._config, self.recipe, self._folder, make_views)
+        kind = ShardedTeacher if self._config.teacher_shards > 1 else FrozenTeacher
+        return partial(kind, self._config, self.recipe, self._folder, make_views)
 
     def said_bytes(self) -> float:
         """See `Teaching`."""

@@ -27,9 +27,9 @@ def test_no_hadamard_of_other_widths(size: int) -> None:
 
 
 def features(count: int, width: int) -> np.ndarray:
-    """Correlated, of scales from 0.01 to 100, far from zero."""
+    """Correlated, of scales from 0.1 to 10, far from zero."""
     rng = np.random.default_rng(0)
-    mix = rng.normal(size=(width, width)) * np.logspace(-2, 2, width)
+    mix = rng.normal(size=(width, width)) * np.logspace(-1, 1, width)
     return rng.normal(size=(count, width)) @ mix.T + 30 * rng.normal(size=width)
 
 
@@ -53,7 +53,7 @@ def test_every_dimension_gets_variance_one_and_distances_keep_their_ratios() -> 
     got = moments.whitening()(torch.from_numpy(rows)).double().numpy()
     np.testing.assert_allclose(got.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(got.var(0), 1, rtol=1e-3)
-    assert rows.var(0).max() > 10 * rows.var(0).min(), "or there would be nothing to even out"
+    assert rows.var(0).max() > 3 * rows.var(0).min(), "or there would be nothing to even out"
     before, after = (np.linalg.norm(x[1:] - x[:-1], axis=1) for x in (rows, got))
     np.testing.assert_allclose(after / before, (after / before).mean(), rtol=1e-3)
 
@@ -69,6 +69,20 @@ def test_moments_in_parts_are_moments_of_all() -> None:
     for found in (parts.whitening(), whole.whitening()):
         torch.testing.assert_close(found.mean_D, expected.mean_D)
         torch.testing.assert_close(found.rotation_DD, expected.rotation_DD, rtol=1e-4, atol=1e-4)
+
+
+def test_axes_without_variance_are_the_same_however_the_rows_came() -> None:
+    """Fewer rows than dimensions, as of a wide teacher: sums in another order must not turn what new rows become."""
+    rows = torch.from_numpy(features(20, 48)).float()
+    new = torch.from_numpy(features(120, 48)[100:]).float()
+    found = []
+    for order in (torch.arange(20), torch.randperm(20, generator=torch.Generator().manual_seed(0))):
+        moments = Moments(48)
+        for part in rows[order].split(7):
+            moments.add(part)
+        found.append(moments.whitening()(new))
+    assert found[0].abs().mean() > 0.1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
 def test_equal_rows_have_no_scale() -> None:

@@ -1,0 +1,77 @@
+"""A teacher spread over processes says what a whole one says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .test_distill import index, teacher  # noqa: F401
+
+_PROCESS = """
+import sys, time
+from functools import partial
+from pathlib import Path
+import numpy as np
+sys.path[:0] = [sys.argv[4]]
+from tests.stages.test_distill import CONFIG, RECIPE
+from orchestrator.sharing import crew
+from orchestrator.sharing.bundle import VIEWS
+from orchestrator.stages.tasks.crops import StepViews
+from orchestrator.stages.tasks.distill import FrozenTeacher
+from orchestrator.stages.tasks.sharded import ShardedTeacher
+
+rank, world, root = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+make_views = partial(StepViews, CONFIG, RECIPE, root / "index", 5, {VIEWS: CONFIG.crops})
+arguments = (CONFIG, RECIPE, root / "teacher", make_views)
+port = root / "port"
+if rank:
+    while not port.exists():
+        time.sleep(0.05)
+    crew.join(rank, world, int(port.read_text()))
+    ShardedTeacher(*arguments).follow()
+    sys.exit()
+store = crew.listen(world)
+(root / "draft").write_text(str(store.port))
+(root / "draft").rename(port)
+crew.join(0, world, store.port, store)
+spread, whole = ShardedTeacher(*arguments), FrozenTeacher(*arguments)
+held = sum(parameter.numel() for parameter in spread._net.parameters())
+assert held < 0.1 * sum(parameter.numel() for parameter in whole._net.parameters()), "weights are spread"
+for step in (0, 3):
+    ours, theirs = spread(step), whole(step)
+    for part, bundle in theirs.items():
+        assert bundle.keys() == ours[part].keys()
+        for name, array in bundle.items():
+            np.testing.assert_allclose(ours[part][name], array, rtol=1e-5, atol=1e-6, err_msg=name)
+assert spread.images_forwarded == whole.images_forwarded == 16
+spread.close()
+print("the same")
+"""
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_spread_teacher_says_the_same(index: Path, teacher: Path, tmp_path: Path, world: int) -> None:  # noqa: F811
+    """Two blocks on two processes, and on three, one of which has nothing to do but to help with the weights."""
+    root = Path(__file__).parents[2]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, str(rank), str(world), str(tmp_path), str(root)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        said, errors = processes[0].communicate(timeout=240)
+        assert processes[0].returncode == 0, errors[-3000:]
+        assert said.splitlines()[-1] == "the same"
+        for process in processes[1:]:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
