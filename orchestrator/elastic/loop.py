@@ -91,6 +91,7 @@ class _Trainer:
             done = step + 1
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
+                figures["data_wait_seconds"] = self.waited_s
             stalled = self.saving.stall_s
             agreed = self.saving.agree()
             last = done == self.job.num_steps
@@ -142,10 +143,13 @@ class _Trainer:
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:
         """Each step's own blocks on the device, the next step's loaded behind the current one's back."""
         self.orders: dict[int, int] = {}
+        self.waited_s = 0.0
         with ThreadPoolExecutor(1, thread_name_prefix="blocks") as pool:
             ahead: Future[list[Block]] | None = None
             for step in range(self.start, self.job.num_steps):
+                asked = time.monotonic()
                 loaded = (ahead or pool.submit(self._load, step)).result()
+                self.waited_s = time.monotonic() - asked
                 ahead = pool.submit(self._load, step + 1) if step + 1 < self.job.num_steps else None
                 self.orders[step] = sum(_order(block) for block in loaded if block.weight > 0)
                 yield step, [_to_device(block, self.device) for block in loaded]

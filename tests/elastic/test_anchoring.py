@@ -100,7 +100,7 @@ def test_it_starts_after_the_decay_with_the_best_ema(
     assert newest["state"] == pytest.approx(watched(newest["step"]), rel=1e-6)
     rest = run_job(killed, 2, **job)
     for step, again in rest["figures"]:
-        assert again.keys() >= figures[step].keys() - {"step_seconds"}
+        assert again.keys() >= figures[step].keys() - {"step_seconds", "data_wait_seconds"}
         assert ("gram" in again) == ("gram" in figures[step])
         assert again["loss"] == pytest.approx(figures[step]["loss"], rel=1e-5), step
     ours, theirs = saved(last(killed)), saved(last(tmp_path / "whole"))
