@@ -1,0 +1,147 @@
+"""Who begins where, what is refused, and what a stage gathers of its students."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.errors import UserError
+from orchestrator.stages import students
+from orchestrator.stages.base import Part
+from orchestrator.stages.distill import Distill
+from orchestrator.store.local import LocalStore
+
+STAGE: Mapping[str, Any] = {
+    "kind": "distill", "students": {"a": {"model": "vit_femto"}, "b": {"model": "vit_femto", "steps": 50}},
+    "steps": 80, "batch_size": 8, "block_size": 4, "optimizer": {"lr": {"peak": 1e-3}},
+    "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+}  # fmt: skip
+LATE = {"model": "vit_femto", "joins": "now", "steps": 20}
+
+
+def never(folder: Path, figures: Mapping[str, float]) -> Path:
+    raise AssertionError
+
+
+def part(folder: Path, *, done: bool = False, remote: tuple[LocalStore, str] | None = None) -> Part:
+    return Part(folder / "work", remote, folder / "done" if done else None, "f" * 64, never)
+
+
+def job(step: int) -> Any:
+    """A student's job whose newest checkpoint is after `step` updates."""
+    committed = [step] if step else []
+    return SimpleNamespace(target=SimpleNamespace(committed=lambda: committed))
+
+
+@pytest.mark.parametrize(
+    ("steps", "done", "front"),
+    [
+        ({"a": 30, "b": 12, "late": 0}, (), 12),
+        ({"b": 0, "late": 0}, ("a",), 0),
+        ({"late": 0}, ("a", "b"), 80),
+        ({"late": 0}, ("b",), 50),
+    ],
+    ids=[
+        "the slowest that trains",
+        "one that has not begun",
+        "the end of the longest",
+        "of one that is done",
+    ],
+)
+def test_one_that_joins_late_begins_where_the_others_are(
+    tmp_path: Path, steps: dict[str, int], done: tuple[str, ...], front: int
+) -> None:
+    config = Distill.model_validate({**STAGE, "students": {**STAGE["students"], "late": LATE}})
+    parts = {name: part(tmp_path / name, done=name in done) for name in (*steps, *done)}
+    jobs = {name: job(step) for name, step in steps.items()}
+    assert students._front(config, jobs, parts) == front
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_where_one_began_is_decided_once(tmp_path: Path, remote: bool) -> None:
+    store = (LocalStore(tmp_path / "store"), "work/student-x/") if remote else None
+    assert students._offset(part(tmp_path / "here", remote=store), "distill/late", 12) == 12
+    other = "elsewhere" if remote else "here"
+    assert students._offset(part(tmp_path / other, remote=store), "distill/late", 40) == 12
+
+
+def test_a_window_that_does_not_fit_is_refused_with_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Distill.model_validate(STAGE)
+    pupil = SimpleNamespace(config=config.students["a"], job=SimpleNamespace(name="distill/a"))
+    teach: Any = SimpleNamespace(bytes_per_step=lambda chosen: 10e9)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 45e9})
+    students._check_memory(teach, {"a": pupil}, 3)  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=r"6 steps of 10.00 GB each are held at once.*has 45.00 GB") as caught:
+        students._check_memory(teach, {"a": pupil}, 5)  # type: ignore[dict-item]
+    assert caught.value.where == "stages.distill.window"
+    assert caught.value.hint == "set window to 3"
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 15e9})
+    with pytest.raises(UserError) as caught:
+        students._check_memory(teach, {"a": pupil}, 2)  # type: ignore[dict-item]
+    assert caught.value.hint == "set views: regenerated, or a smaller batch_size"
+
+
+def test_all_students_are_gathered_without_their_checkpoints(tmp_path: Path) -> None:
+    folders = {}
+    for name, goodput in (("a", 0.5), ("b", 0.25)):
+        folder = folders[name] = tmp_path / name
+        for file in (
+            "model/model.safetensors",
+            "checkpoint/shard",
+            "recipe.json",
+            "history.json",
+            "artifact.json",
+        ):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(name)
+        (folder / "figures.json").write_text(json.dumps({"goodput": goodput, "last_loss": 1.0}))
+    (tmp_path / "out").mkdir()
+    figures = students._gather(folders, ["a", "b"], tmp_path / "out")
+    assert figures == {
+        "a_goodput": 0.5, "a_last_loss": 1.0, "b_goodput": 0.25, "b_last_loss": 1.0, "goodput": 0.25,
+    }  # fmt: skip
+    for name in ("a", "b"):
+        own = tmp_path / "out" / "students" / name
+        assert (own / "model" / "model.safetensors").read_text() == name
+        assert not (own / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"students": {"a/b": {"model": "vit_femto"}}}, "should match pattern"),
+        (
+            {"students": {"a": {"model": "vit_femto", "views": {"global_size": 36}}}},
+            r"global_size 36 .* use 32",
+        ),
+        (
+            {"students": {"a": {"model": "vit_femto", "views": {"global_size": 64, "local_size": 20}}}},
+            "use 16",
+        ),
+        ({"teachers": 0}, "at least 1 has to teach"),
+        ({"teacher_shards": 2, "replay": True}, "do not go together"),
+        ({"teacher_shards": 2, "features": {}}, "for teachers with heads"),
+        (
+            {"workers": "auto", "features": {"teachers": {"x": {"module": "a.b:c"}}}},
+            "a teacher that a stage made",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Distill.model_validate({**STAGE, **change})
+
+
+def test_teachers_from_elsewhere_need_no_stage_that_made_them() -> None:
+    roles = [wanted.role for wanted in Distill.model_validate(STAGE).wants()]
+    assert roles == ["index", "teacher"]
+    foreign = Distill.model_validate({**STAGE, "features": {"teachers": {"x": {"module": "a.b:c"}}}})
+    assert [wanted.role for wanted in foreign.wants()] == ["index"]
+    own = Distill.model_validate({**STAGE, "features": {"whiten": True}})
+    assert [wanted.role for wanted in own.wants()] == ["index", "teacher"]
