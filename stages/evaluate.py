@@ -183,8 +183,10 @@ class Evaluate(Stage):
         drawn: dict[tuple[str, int], Path] = {}
         for folder in [last, *(folder / "model" for folder in students.values())]:
             drawn.setdefault(read_settings(folder), folder)
-        for (preset, _), folder in drawn.items():
-            yield _Candidate(f"random {preset}", "random weights", partial(load_random, folder))
+        sizes = Counter(preset for preset, _ in drawn)
+        for (preset, size), folder in drawn.items():
+            name = f"random {preset}, {size} px" if sizes[preset] > 1 else f"random {preset}"
+            yield _Candidate(name, "random weights", partial(load_random, folder))
         for kind, artifact in backbones.items():
             model = artifact.path / "model"
             snapshots = snapshot_steps(artifact.path / "snapshots")
