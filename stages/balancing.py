@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from orchestrator.sharing.balancer import Balancer, cluster_devices
 from orchestrator.sharing.planner import StudentCost, with_steps
@@ -29,7 +30,7 @@ def balancer(
         UserError: a part cannot be run on this machine.
     """
     costs = measured(material, say=logger.info)
-    kind = "cpu" if costs.kind == "cpu" else "gpu"
+    kind: Literal["cpu", "gpu"] = "cpu" if costs.kind == "cpu" else "gpu"
     devices = partial(cluster_devices, kind)
     students = [_bounded(one, bounds) for one in with_steps(costs.students, steps_left)]
     # An own cluster on one machine offers more places than there are cores, and the system shares them out.

@@ -88,6 +88,7 @@ class Saturation:
 
     Attributes:
         limits_s: the shortest step that each of `RESOURCES` allows.
+        bound_s: all computing over all devices, crops not among it.
         store: share of the teachers' object stores that the window's steps fill.
         window: steps that are held, after what memory allows.
     """
@@ -95,6 +96,7 @@ class Saturation:
     devices: int
     split: Split
     limits_s: Mapping[str, float]
+    bound_s: float
     store: float
     window: int
 
@@ -110,8 +112,8 @@ class Saturation:
 
     @property
     def eta(self) -> float:
-        """All work over all devices ÷ predicted step; 1 is perfect."""
-        return self.split.bound_s / self.step_s
+        """Bound ÷ predicted step; 1 is perfect."""
+        return self.bound_s / self.step_s
 
     def utilisation(self) -> dict[str, float]:
         """Of each resource the share of the time, or of its memory, that is used."""
@@ -143,7 +145,8 @@ def saturate(work: Work, node: Node, design: Design, devices: int) -> Saturation
         "ingress": max(traffic[name] / _nodes(found.workers[name], node) for name in traffic) / bytes_per_s,
         "desk": _calls(node, design, found) / design.desk_calls,
     }
-    return Saturation(devices, found, limits, window * held_bytes / room, window)
+    bound_s = (work.teacher.work_s + sum(student.work_s for student in work.students)) / devices
+    return Saturation(devices, found, limits, bound_s, window * held_bytes / room, window)
 
 
 def sweep(work: Work, node: Node, design: Design, devices: Sequence[int]) -> list[Saturation]:

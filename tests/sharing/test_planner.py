@@ -147,6 +147,7 @@ def test_a_student_that_ends_early_leaves_its_devices_to_the_others() -> None:
     assert with_steps(students, {"a": 0, "b": 7}) == [StudentCost("b", 4, 1.0, steps=7)]
 
 
+@settings(deadline=None)
 @given(teachers, families)
 def test_what_cannot_be_is_refused(teacher: TeacherCost, students: list[StudentCost]) -> None:
     with pytest.raises(ValueError, match="needs students"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.sharing.planner import StudentCost, TeacherCost
@@ -66,6 +66,7 @@ def test_what_is_scarce_sets_the_pace(what: dict[str, dict[str, float]], busiest
     assert found.step_s == pytest.approx(step_s)
     assert found.utilisation()[busiest] == 1.0
     assert max(found.limits_s.values()) == found.step_s
+    assert found.eta == pytest.approx(2.0 / step_s), "crops are no computing, wherever they are made"
 
 
 def test_crops_of_students_spare_the_network_and_cost_processors() -> None:
@@ -84,6 +85,7 @@ def test_whole_steps_and_questions_a_worker_cost_more() -> None:
     assert polite.limits_s["desk"] == pytest.approx((1 + 2 + 2) / 100)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 40), st.integers(1, 8))
 def test_copies_of_a_chunk_are_counted_as_workers_take_blocks(
     blocks: int, per_chunk: int, workers: int, per_node: int

@@ -1,0 +1,245 @@
+"""Trains the students and the same towers from scratch by the real loop, each job with one worker in this process.
+
+What the teacher says of a step is computed once, kept, and given to all students.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.headless import lite0
+from bench.learning.measure import snapshot
+from orchestrator.data.blocks import Block
+from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.rng import derive
+from orchestrator.models import Backbone
+from orchestrator.sharing import bundle
+from orchestrator.spec import Elastic, Optimizer
+from orchestrator.stages.distill import Distill
+from orchestrator.stages.features import FeatureObjective
+from orchestrator.stages.pretrain import Pretrain
+from orchestrator.stages.selfsup import Heads, ModelRecipe
+
+TEACHER = "lite0"
+MODELS = {"ViT": "vit_pico", "ConvNeXt": "convnext_mini"}
+SIZE = 64
+# What the teacher sees of the same boxes: its features are much the same as at its own 224 pixels, at a third of
+# the cost.
+TEACHER_SIZE = 128
+_BATCH = 32
+_PART = f"{bundle.VIEWS}/{SIZE}"
+_OPTIMIZER: Mapping[str, Any] = {
+    "lr": {"peak": 2e-3, "warmup_steps": 20, "shape": "cosine"},
+    "weight_decay": 0.04,
+    "layer_decay": 1.0,
+    "patch_embed_scale": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained and asked.
+
+    Attributes:
+        steps: updates of a distilled tower: one global view of each picture.
+        alone_steps: updates of a tower by itself: two global and four local views, so several times the compute.
+        seeds: of each model.
+        every: every how many pictures one is asked about.
+    """
+
+    steps: int
+    alone_steps: int
+    seeds: int
+    every: int
+
+
+FULL = Plan(steps=300, alone_steps=120, seeds=3, every=1)
+QUICK = Plan(steps=8, alone_steps=4, seeds=1, every=12)
+
+
+def distill_config(plan: Plan) -> Distill:
+    """One stage with a student for each model and seed."""
+    return Distill.model_validate(
+        {
+            "kind": "distill",
+            "students": {
+                f"{model}-{seed}": {"model": model, "views": {"global_size": SIZE}}
+                for model in MODELS.values()
+                for seed in range(plan.seeds)
+            },
+            "steps": plan.steps,
+            "batch_size": _BATCH,
+            "block_size": _BATCH,
+            "crops": {
+                "global_size": TEACHER_SIZE,
+                "local_size": SIZE,
+                "num_global": 1,
+                "num_local": 0,
+                "blur_probability": (0.2, 0.0),
+                "flip": True,
+            },
+            "mask_probability": 0.0,
+            "optimizer": _OPTIMIZER,
+            "ema": {"peak": 0.99},
+        }
+    )
+
+
+def objective(weights: Path) -> FeatureObjective:
+    """Lite0, by a module path, its features on one scale."""
+    return FeatureObjective.model_validate(
+        {
+            "teachers": {
+                TEACHER: {
+                    "module": "bench.headless.lite0:make",
+                    "weights": weights,
+                    "mean": lite0.MEAN,
+                    "std": lite0.STD,
+                }
+            },
+            "whiten": True,
+            "dtype": "fp16",
+        }
+    )
+
+
+def alone_config(model: str, plan: Plan) -> Pretrain:
+    """The same tower by itself: DINO, iBOT and KoLeo with its own EMA as the teacher."""
+    return Pretrain.model_validate(
+        {
+            "kind": "pretrain",
+            "model": model,
+            "steps": plan.alone_steps,
+            "batch_size": _BATCH,
+            "block_size": _BATCH,
+            "crops": {"global_size": SIZE, "local_size": SIZE // 2, "num_local": 4, "blur_sigma": (0.1, 0.6)},
+            "teacher_temperature": {"start": 0.04, "peak": 0.07, "warmup_steps": 50},
+            "heads": {"prototype_std": 0.125},
+            "frozen_prototype_steps": 5,
+            "optimizer": _OPTIMIZER,
+            "ema": {"peak": 0.99},
+        }
+    )
+
+
+def distilled(rows: Sequence[PhotoRow], weights: Path, plan: Plan) -> dict[str, Backbone]:
+    """All students of :func:`distill_config`, by name."""
+    from orchestrator.stages.tasks.crops import StepViews
+    from orchestrator.stages.tasks.feature_task import FeatureTask
+    from orchestrator.stages.tasks.feature_teacher import FeatureTeacher, prepare
+
+    config, wanted = distill_config(plan), objective(weights)
+    wanted.check(config.crops)
+    with tempfile.TemporaryDirectory() as folder:
+        PhotoIndex(rows).save(Path(folder))
+        # Only the masks that nobody asks for hang on the recipe.
+        recipe = ModelRecipe(model=MODELS["ViT"], drop_path=0.0, heads=Heads(), global_size=TEACHER_SIZE)
+        sets = {_PART: config.crops_of(next(iter(config.students.values())))}
+        views = partial(StepViews, config, recipe, Path(folder), derive(0, "views"), sets)
+        prepared = prepare(config, wanted, views)
+        teacher = FeatureTeacher(config, wanted, views, prepared)
+        words = [teacher(step) for step in range(config.steps)]
+    nets = {}
+    for name, student in config.students.items():
+        seed = derive(0, name)
+        task = partial(FeatureTask, config, student, wanted, prepared.shapes, seed)
+        nets[name] = _train(task, partial(_Kept, words), config.steps, config.optimizer, student.model, seed)
+    return nets
+
+
+def alone(rows: Sequence[PhotoRow], model: str, seed: int, plan: Plan) -> Backbone:
+    """A tower from scratch."""
+    from orchestrator.stages.tasks.crops import crop_blocks
+    from orchestrator.stages.tasks.ssl import SelfSupervisedTask
+
+    config = alone_config(model, plan)
+    recipe = ModelRecipe(model=model, drop_path=0.0, heads=config.heads, global_size=SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        PhotoIndex(rows).save(Path(folder))
+        own = derive(seed, "alone")
+        task = partial(SelfSupervisedTask, config, recipe, own, None)
+        blocks = partial(crop_blocks, config, recipe, Path(folder), own)
+        return _train(task, blocks, config.steps, config.optimizer, model, own)
+
+
+class _Kept:
+    """Blocks of what was said: one a step."""
+
+    num_blocks = 1
+
+    def __init__(self, words: Sequence[bundle.Parts]) -> None:
+        self._words = words
+
+    def load(self, step: int, index: int) -> Block:
+        said, ours = (self._words[step][part] for part in (bundle.TEACHER, _PART))
+        ids, features = bundle.block(said, index, 1)
+        assert ids is not None
+        arrays = {**features, **bundle.block(ours, index, 1)[1]}
+        # The loop's tensors must not be written through to what others read.
+        return Block(step, index, ids, {name: np.array(array) for name, array in arrays.items()})
+
+
+class _Line:
+    """Nobody listens."""
+
+    def phase(self, name: str) -> None: ...
+
+    def report(self, step: int, figures: dict[str, float], stall_s: float) -> None: ...
+
+    def recorded(self, step: int) -> bool:
+        return True
+
+    def saved(self, step: int, figures: dict[str, float]) -> None: ...
+
+    def trouble(self, what: str) -> None:
+        raise RuntimeError(what)
+
+    def yield_requested(self) -> bool:
+        return False
+
+
+def _train(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model: str, seed: int) -> Backbone:
+    """A job to its end; the EMA of its backbone."""
+    from orchestrator.elastic import loop
+    from orchestrator.elastic.job import Job
+
+    _join_group()
+    with tempfile.TemporaryDirectory() as work:
+        job = Job(
+            name=model,
+            task=task,
+            blocks=blocks,
+            num_blocks=1,
+            num_steps=num_steps,
+            optimizer=optimizer,
+            zero_stage=1,
+            precision="fp32",
+            work=Path(work),
+            seed=seed % 2**31,
+            elastic=Elastic(workers=(1, 1), checkpoint_every_s=1e6),
+        )
+        loop.train(job, _Line())
+        return snapshot(job.export(num_steps), model)
+
+
+def _join_group() -> None:
+    """This process as a group of one worker, which the loop asks for."""
+    import torch
+    import torch.distributed as dist
+
+    from orchestrator.elastic.zero import import_deepspeed
+
+    if dist.is_initialized():
+        return
+    torch.set_num_threads(1)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    import_deepspeed().init_distributed("gloo", dist_init_required=False, verbose=False)

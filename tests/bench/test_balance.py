@@ -1,0 +1,42 @@
+"""The pipeline that `python -m bench balance` runs, and how its figure is reckoned; nothing is timed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.data import samples
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.splitting import StageSplit
+from orchestrator.sharing.planner import StudentCost, TeacherCost
+from orchestrator.stages.distill import Distill
+from orchestrator.stages.profiling import Costs
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench import balance
+from bench.balance import Stage
+from bench.harness import summarize
+
+
+def test_its_pipeline_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "fetch_food", lambda out: 0)
+    balance._write(tmp_path, balance._CASES, steps=7)
+    loaded = load(tmp_path / "pipeline.yaml", [], needs_data=False)
+    stages = {name: stage for name, stage in loaded.spec.stages.items() if isinstance(stage, Distill)}
+    assert list(stages) == list(balance._CASES)
+    assert all(stage.steps == 7 and len(stage.students) == 2 for stage in stages.values())
+
+
+def test_its_figure_is_the_worst_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two cores, 4 s of work in steps of 2 s; one stage took 2.5 s, the other 2.1 s."""
+    monkeypatch.setattr(balance, "_cores", lambda: 2)
+    costs = Costs(TeacherCost(1.0), (StudentCost("s0", 2, 0.5), StudentCost("s1", 2, 1.0)), "here", "cpu")
+    found = [StageSplit(name, costs, (), 0.0, 0.0) for name in ("light", "even")]
+    real = {"light": Stage(summarize([2.5]), 5.0), "even": Stage(summarize([2.1, 2.1]), 4.2)}
+    claim = balance._claim(found, real)
+    assert claim.figure == pytest.approx(0.2)
+    assert claim.met is False
+    assert claim.arms["even: s a step predicted"].median == 2.0
