@@ -59,8 +59,7 @@ class CropBlocks:
         seed: keys all crops and masks.
         mask_ratio: smallest and largest masked share of a masked view.
         mask_probability: share of the block's global views that are masked.
-        min_side: decode photographs at least so large; views of several sizes share their boxes only if all are
-            cut from photographs of one size.
+        like: other views of the same photographs, whose boxes these are to share.
 
     Raises:
         UserError: sizes that do not divide.
@@ -77,10 +76,10 @@ class CropBlocks:
         seed: int,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_probability: float = 0.5,
-        min_side: int = 0,
+        like: CropConfig | None = None,
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
-        self._min_side = min_side
+        self._like = like
         self._index, self._order, self._crops = index, order, crops
         self._patch_size, self._block_size, self._seed = patch_size, block_size, seed
         self._mask_ratio, self._mask_probability = mask_ratio, mask_probability
@@ -103,8 +102,12 @@ class CropBlocks:
             def rng_for_view(view: int, sample: int = sample) -> np.random.Generator:
                 return generator(self._seed, "crop", step, index, view, sample)
 
-            image = read_rgb(self._index.path(int(row)), max(config.min_side, self._min_side))
-            samples.append(make_views(image, config, rng_for_view))
+            path = self._index.path(int(row))
+            image, drawn_in = read_rgb(path, config.min_side), None
+            if self._like is not None and self._like.min_side != config.min_side:
+                # Both are decoded as they are without each other, so that neither changes with the other.
+                drawn_in = read_rgb(path, self._like.min_side).shape[:2]
+            samples.append(make_views(image, config, rng_for_view, drawn_in))
         arrays: dict[str, NDArray[Any]] = {
             name: np.stack([views[name] for views in samples], axis=1) for name in samples[0]
         }

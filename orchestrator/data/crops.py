@@ -40,7 +40,10 @@ class Box:
 
 
 def make_views(
-    image_HWC: Pixels, config: CropConfig, rng_for_view: Callable[[int], np.random.Generator]
+    image_HWC: Pixels,
+    config: CropConfig,
+    rng_for_view: Callable[[int], np.random.Generator],
+    drawn_in: tuple[int, int] | None = None,
 ) -> dict[str, Pixels]:
     """All views of one photograph.
 
@@ -48,6 +51,8 @@ def make_views(
         image_HWC: uint8 RGB.
         config: sizes and distortions.
         rng_for_view: the generator of each view: globals are views 0 to G-1, locals G to G+L-1.
+        drawn_in: height and width of the photograph in which boxes are drawn; default: those of `image_HWC`. Views
+            of two sizes that are cut from one photograph decoded at two sizes share their boxes by that.
 
     Returns:
         "globals" (G, 3, size, size) and "locals" (L, 3, size, size), uint8; with `config.gram_size` also
@@ -62,9 +67,7 @@ def make_views(
         views["gram"] = np.empty((num_global, 3, config.gram_size, config.gram_size), np.uint8)
     for view in range(num_global):
         rng = rng_for_view(view)
-        box = draw_box(
-            image_HWC.shape[0], image_HWC.shape[1], config.global_scale, config.aspect, rng, config.flip
-        )
+        box = _box(image_HWC, drawn_in, config.global_scale, config, rng)
         if config.gram_size is not None:
             views["gram"][view] = cut(image_HWC, box, config.gram_size).transpose(2, 0, 1)
         blur = config.blur_probability[0 if view == 0 else 1]
@@ -73,9 +76,7 @@ def make_views(
         views["globals"][view] = pixels.transpose(2, 0, 1)
     for view in range(num_local):
         rng = rng_for_view(num_global + view)
-        box = draw_box(
-            image_HWC.shape[0], image_HWC.shape[1], config.local_scale, config.aspect, rng, config.flip
-        )
+        box = _box(image_HWC, drawn_in, config.local_scale, config, rng)
         pixels = _distort(
             cut(image_HWC, box, config.local_size), config, config.local_blur_probability, 0.0, rng
         )
@@ -100,6 +101,25 @@ def draw_box(
     w = max(1, min(width, math.floor(height * aspect[1])))
     h = max(1, min(height, math.floor(width / aspect[0])))
     return Box((height - h) // 2, (width - w) // 2, h, w, mirrored)
+
+
+def _box(
+    image_HWC: Pixels,
+    drawn_in: tuple[int, int] | None,
+    scale: Range,
+    config: CropConfig,
+    rng: np.random.Generator,
+) -> Box:
+    """A box drawn in a photograph of one size, in pixels of the photograph at hand."""
+    height, width = image_HWC.shape[:2]
+    rows, columns = drawn_in or (height, width)
+    box = draw_box(rows, columns, scale, config.aspect, rng, config.flip)
+    if (rows, columns) == (height, width):
+        return box
+    top, left = (box.top * height) // rows, (box.left * width) // columns
+    tall = max(1, round(box.height * height / rows))
+    wide = max(1, round(box.width * width / columns))
+    return Box(top, left, min(tall, height - top), min(wide, width - left), box.flip)
 
 
 def cut(image_HWC: Pixels, box: Box, size: int) -> Pixels:

@@ -24,7 +24,6 @@ def crop_blocks(
     index_folder: Path,
     seed: int,
     crops: CropConfig | None = None,
-    min_side: int = 0,
 ) -> CropBlocks:
     """Views, and masks on the grid of the recipe's model: the backbone, or the teacher that students learn from.
 
@@ -33,8 +32,7 @@ def crop_blocks(
         recipe: None for views without masks.
         index_folder: the photographs.
         seed: of the stage.
-        crops: other views than the stage's; of the same boxes if all decode at the same `min_side`.
-        min_side: see :class:`CropBlocks`.
+        crops: other views than the stage's, of the same boxes.
     """
     index = PhotoIndex.load(index_folder)
     order = SampleOrder(
@@ -53,7 +51,7 @@ def crop_blocks(
         seed=seed,
         mask_ratio=config.mask_ratio,
         mask_probability=config.mask_probability,
-        min_side=min_side,
+        like=config.crops if crops is not None else None,
     )
 
 
@@ -76,11 +74,11 @@ class StepViews:
         seed: int,
         sets: Mapping[str, CropConfig],
     ) -> None:
-        self._teachers = crop_blocks(config, recipe, index_folder, seed, min_side=_min_side(config))
+        self._teachers = crop_blocks(config, recipe, index_folder, seed)
         self.num_blocks = self._teachers.num_blocks
         self._shared = [part for part, crops in sets.items() if crops == config.crops]
         self._others = {
-            part: crop_blocks(config, None, index_folder, seed, crops, _min_side(config))
+            part: crop_blocks(config, None, index_folder, seed, crops)
             for part, crops in sets.items()
             if crops != config.crops
         }
@@ -105,7 +103,7 @@ class StepViews:
 
 def regenerated_views(config: Distill, index_folder: Path, seed: int, crops: CropConfig) -> CropBlocks:
     """A `BlockSource` of a student's own views, without masks: those belong to the teacher's words."""
-    return crop_blocks(config, None, index_folder, seed, crops, _min_side(config))
+    return crop_blocks(config, None, index_folder, seed, crops)
 
 
 def _joined(blocks: list[Block]) -> dict[str, NDArray[Any]]:
@@ -117,8 +115,3 @@ def _joined(blocks: list[Block]) -> dict[str, NDArray[Any]]:
 
 def _only_views(block: Block) -> dict[str, NDArray[Any]]:
     return {name: array for name, array in block.arrays.items() if name != "masks"}
-
-
-def _min_side(config: Distill) -> int:
-    """All sizes of a stage are cut from photographs decoded alike, so that their boxes are the same."""
-    return max(config.crops.min_side, *(config.crops_of(one).min_side for one in config.students.values()))

@@ -34,7 +34,7 @@ logger = logging.getLogger("orchestrator")
 # What decides the teacher's words besides its weights and the data; students' fields do not.
 _SPOKEN = (
     "crops", "batch_size", "block_size", "mask_ratio", "mask_probability", "homogeneous", "homogeneous_ratio",
-    "teacher_temperature", "precision", "features", "files",
+    "teacher_temperature", "precision", "features",
 )  # fmt: skip
 
 
@@ -116,16 +116,19 @@ class Teaching(ABC):
             return {}
         return {view_part(self._config, student): self._config.crops_of(student) for student in students}
 
+    def _spoken(self) -> dict[str, Any]:
+        """All in the config that decides what the teacher says."""
+        identity = self._config.identity()
+        return {name: identity[name] for name in _SPOKEN if name in identity}
+
     def _cache(self, num_steps: int) -> tuple[Store, str]:
         """Where replayed steps are; says what they will take.
 
         Raises:
             UserError: they do not fit on this machine's disk.
         """
-        identity = self._config.identity()
-        spoken = {name: identity[name] for name in _SPOKEN if name in identity}
         # Written object by object, each the same whoever writes it: no need to keep others out.
-        with self._context.part("replay", spoken) as part:
+        with self._context.part("replay", self._spoken()) as part:
             work, remote = part.work, part.remote
         size = self.said_bytes() * self._config.batch_size * num_steps
         logger.info("replay: what the teacher says in %d steps takes up to %.2f GB", num_steps, size / 1e9)
@@ -185,10 +188,18 @@ class FeatureTeaching(Teaching):
         super().__init__(config, context, seed)
         self._objective = objective
         self._own = context.inputs["teacher"].path / "model" if objective.uses_own else None
-        # In the driver, once: the same for all teacher actors and students.
-        self._prepared = feature_teacher.prepare(
-            config, objective, self._views({}), self._own, context.work / "teachers"
-        )
+        self._prepared = self._prepare()
+
+    def _prepare(self) -> feature_teacher.Prepared:
+        """What is known of the teachers, once: the same for all teacher actors, and for students added later."""
+        with self._context.part("teachers", self._spoken()) as part:
+            folder = part.artifact or part.work / "teachers"
+            prepared = feature_teacher.prepare(
+                self._config, self._objective, self._views({}), self._own, folder
+            )
+            if part.artifact is None:
+                part.publish(folder, {})
+        return prepared
 
     def _teacher(self, make_views: Callable[[], StepViews]) -> Callable[[], StepTeacher]:
         return partial(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from bench import __main__ as command  # noqa: E402
 from bench import learning  # noqa: E402
 from bench.harness import Claim  # noqa: E402
-from bench.learning import collapse, measure, sets  # noqa: E402
+from bench.learning import collapse, measure, report, sets  # noqa: E402
 from bench.learning.finding import Finding, Question, beats, spread  # noqa: E402
 from bench.learning.lab import Lab, Trained  # noqa: E402
 from orchestrator.data.index import PhotoRow  # noqa: E402
@@ -204,3 +205,19 @@ def test_what_was_trained_once_is_found_again(tmp_path: Path, monkeypatch: pytes
     assert sorted(runs) == [0, 1]
     other = Trained(index.path, "another", 0.0)
     assert lab.train("tower", stage, 0, {"index": other}).path != again.path
+
+
+def test_an_experiment_run_again_replaces_its_own_results_only(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "learning.json"
+    report.write_result(path, Finding("a", {"x": [1.0]}, []), "2026-01-01", 60.0)
+    report.write_result(path, Finding("b", {"x": [2.0]}, []), "2026-01-01", 60.0)
+    report.write_result(path, Finding("b", {"x": [3.0, 5.0]}, []), "2026-01-02", 90.4)
+    known = json.loads(path.read_text())
+    assert (known["a"]["date"], known["b"]["date"], known["b"]["wall_s"]) == ("2026-01-01", "2026-01-02", 90)
+    assert known["b"]["arms"]["x"] == {"mean": 4.0, "spread": pytest.approx(2**0.5), "values": [3.0, 5.0]}
+
+
+def test_the_document_says_what_the_results_say() -> None:
+    results = json.loads(report.RESULTS.read_text(encoding="utf-8"))
+    text = report.DOCUMENT.read_text(encoding="utf-8")
+    assert report.tables(results) in text, "run `python -m bench.learning.report`"

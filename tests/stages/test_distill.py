@@ -310,6 +310,33 @@ def test_own_sizes_are_cut_from_the_same_boxes(index: Path, teacher: Path) -> No
     assert gap.max() < 0.3 * strangers.mean(), "the same boxes of the same photographs"
 
 
+def test_views_of_unlike_sizes_share_boxes_in_jpegs_that_are_decoded_at_unlike_sizes(tmp_path: Path) -> None:
+    """And a sibling's views change no pixel of another's."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for number in range(8):
+        pixels = cv2.resize(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8), (701, 523))
+        cv2.imwrite(str(tmp_path / f"{number}.jpg"), pixels)
+        rows.append(PhotoRow("photos", f"{number}.jpg", str(tmp_path), "", 701, 523))
+    (tmp_path / "index").mkdir()
+    PhotoIndex(rows).save(tmp_path / "index")
+    plain = with_own_views()
+    large = Student(model="vit_femto", views=Views(global_size=160))
+    config = plain.model_copy(update={"students": {"small": CONFIG.students["small"], "own": large}})
+    sets = {view_part(config, one): config.crops_of(one) for one in config.students.values()}
+    assert config.crops_of(large).min_side > 2 * config.crops.min_side
+    parts = StepViews(config, RECIPE, tmp_path / "index", 5, sets).parts(0)
+    alone = StepViews(plain, RECIPE, tmp_path / "index", 5, {VIEWS: plain.crops}).parts(0)
+    for name, array in alone[VIEWS].items():
+        np.testing.assert_array_equal(parts[VIEWS][name], array)
+    small = parts[VIEWS]["globals"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).astype(float)
+    flat = parts["views/160-16-2"]["globals"].reshape(-1, 3, 160, 160).transpose(0, 2, 3, 1)
+    shrunk = np.stack([cv2.resize(one, (32, 32), interpolation=cv2.INTER_AREA) for one in flat]).astype(float)
+    gap = np.abs(shrunk - small).mean(axis=(1, 2, 3))
+    strangers = np.abs(shrunk - small[::-1]).mean(axis=(1, 2, 3))
+    assert gap.max() < 0.2 * strangers.min()
+
+
 def test_a_student_with_own_sizes_learns_from_the_teachers_grid(index: Path, teacher: Path) -> None:
     config = with_own_views()
     sets = {view_part(config, OWN): config.crops_of(OWN)}
