@@ -93,6 +93,9 @@ class Distill(TrainStage):
         ge=1,
         description="processes on one machine, each with `teacher_gpus`, that one teacher is sharded over",
     )
+    teacher_threads: int = operational(
+        1, ge=1, description="threads of a teacher actor that make the next step's views beside its forward"
+    )
     teacher_gpus: float = operational(0.1, gt=0, description="what each takes of a GPU, where there are any")
     views: Literal["shared", "regenerated"] = operational(
         "shared", description="made once by the teachers for all, or by each student's workers from the seed"

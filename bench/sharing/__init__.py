@@ -5,6 +5,8 @@ more processes than the machine has cores, so that every core is busy. A round i
 compared is the time of a round; the bound is what arithmetic allows, (n·C_T + ΣC_S) / (C_T + ΣC_S), with the costs of
 teacher and students as their processes' time in the arm of separate runs. η is the measured ratio over the bound.
 
+No student may cost more than half of a round, or it would hold the others up in one arm and not in the other.
+
 The students of both arms must end with the same weights and losses.
 """
 
@@ -21,7 +23,7 @@ from bench.sharing.arms import Measured, Stand, standing
 from bench.sharing.linear import line_of, plot
 from bench.sharing.transport import transport_share
 
-STUDENTS = {"a": "vit_femto", "b": "convnext_mini", "c": "vit_femto"}
+STUDENTS = {"a": "vit_femto", "b": "vit_pico", "c": "vit_femto"}
 CROWDS = (1, 2, 4, 8)
 GOAL = 0.95
 WEIGHTS = 1e-4

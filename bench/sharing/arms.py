@@ -21,6 +21,7 @@ from bench.harness import UnfairError
 from bench.sharing.gate import WARM_UP, GatedTeacher
 from orchestrator.sharing.bundle import VIEWS, StepTeacher
 from orchestrator.sharing.line import NAMESPACE
+from orchestrator.simulate.market import SpotMarket
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill
 from orchestrator.store.artifact import Artifact, Manifest
@@ -28,6 +29,7 @@ from orchestrator.tracking.runs import NullRun
 
 _LOOK_S = 0.05
 _PATIENCE_S = 1200.0
+_PLACES = 12
 _TEACHER = "vit_nano"
 _HEADS = {
     "hidden": 256,
@@ -191,7 +193,11 @@ def standing() -> Iterator[Stand]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         stand = Stand(folder, _photographs(folder), _a_teacher(folder))
-        with cluster.start(Cluster(), preload=Distill.preload, prewarm=3):
+        # Room for all that an arm has, so that nobody waits for a place that another one keeps.
+        with (
+            SpotMarket(head_slots=_PLACES) as market,
+            cluster.start(Cluster(address=market.address), preload=Distill.preload, prewarm=3),
+        ):
             yield stand
 
 

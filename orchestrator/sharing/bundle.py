@@ -8,7 +8,7 @@ every other array has its batch on axis 1 and is cut into equal parts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,14 @@ class StepTeacher(Protocol):
         """How many images went through the network so far."""
 
     def __call__(self, step: int) -> Parts: ...
+
+
+@runtime_checkable
+class Foresees(Protocol):
+    """A `StepTeacher` that can prepare a step beside its work on another."""
+
+    def expect(self, step: int) -> None:
+        """`step` is probably the next but one that is asked for; being wrong costs only what was prepared."""
 
 
 def num_bytes(bundle: Bundle) -> int:

@@ -89,6 +89,7 @@ class Desk:
         patience_s: float,
         account: Account,
     ) -> None:
+        self._num_steps = num_steps
         self._window = Window(students, num_steps, window, patience_s, time.monotonic())
         self._account = account
         self._steps: dict[int, Delivered] = {}
@@ -137,7 +138,9 @@ class Desk:
     # --- what teachers ask --------------------------------------------------------------------------------------
 
     async def take(self, teacher: str) -> dict[str, Any]:
-        """The `step` to compute next; `end` when there will be no more for this teacher; else ask again."""
+        """The `step` to compute next, and the one that will probably be `next`; `end` when there will be no more for
+        this teacher; neither: ask again.
+        """
         until = time.monotonic() + _ANSWER_S
         own = self._teachers.setdefault(teacher, _Teacher(0.0))
         own.step = None
@@ -148,7 +151,9 @@ class Desk:
                 return {"end": True}
             if (step := self._next(now)) is not None:
                 own.step, own.since = step, now
-                return {"step": step}
+                # All teachers take turns while nothing happens.
+                following = step + len(self._teachers)
+                return {"step": step, "next": following if following < self._num_steps else None}
             await self._come(min(until, now + _LOOK_S))
         return {}
 

@@ -7,7 +7,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from orchestrator.sharing.bundle import Parts, StepTeacher, blocks_per_chunk, chunks, num_bytes
+from orchestrator.sharing.bundle import (
+    Foresees,
+    Parts,
+    StepTeacher,
+    blocks_per_chunk,
+    chunks,
+    num_bytes,
+)
 from orchestrator.sharing.desk import Delivered
 from orchestrator.sharing.line import Line
 
@@ -44,7 +51,7 @@ class TeacherActor:
             if "end" in answer:
                 break
             if "step" in answer:
-                self._compute(answer["step"])
+                self._compute(answer["step"], answer["next"])
         if self._store is not None:
             self._leave()
 
@@ -83,10 +90,12 @@ class TeacherActor:
     def idle(self) -> None:
         """Keep the process, and with it what it has put into the object store."""
 
-    def _compute(self, step: int) -> None:
+    def _compute(self, step: int, following: int | None) -> None:
         try:
             # Built at the first step, so that what keeps it from being built reaches a student.
             teacher = self._teacher = self._teacher or self._make()
+            if following is not None and isinstance(teacher, Foresees):
+                teacher.expect(following)
             before = teacher.images_forwarded
             parts = teacher(step)
             images = teacher.images_forwarded - before

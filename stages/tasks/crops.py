@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,12 @@ def crop_blocks(
     )
 
 
+# Steps whose views are kept or in the making: one that is worked on, and one that is expected.
+_BEGUN = 2
+
+
 class StepViews:
-    """The views of whole steps, for a teacher and for students with sizes of their own.
+    """The views of whole steps, for a teacher and for students with sizes of their own. Made in threads.
 
     Args:
         config: the stage.
@@ -82,23 +88,57 @@ class StepViews:
             for part, crops in sets.items()
             if crops != config.crops
         }
+        # Decoding and resizing let go of the interpreter.
+        self._threads = ThreadPoolExecutor(config.teacher_threads, thread_name_prefix="views")
+        self._begun: dict[int, _Begun] = {}
+
+    def expect(self, step: int) -> None:
+        """Make the views of `step` beside whatever else is done; those of a step expected before are forgotten."""
+        if step in self._begun:
+            return
+        for other in list(self._begun):
+            for future in self._begun.pop(other).futures():
+                future.cancel()
+        self._begun[step] = self._begin(step)
 
     def blocks(self, step: int) -> list[Block]:
         """What the teacher looks at: a block's views and masks."""
-        return [self.block(step, index) for index in range(self.num_blocks)]
+        begun = self._begun[step] = self._begun.get(step) or self._begin(step)
+        while len(self._begun) > _BEGUN:
+            del self._begun[next(iter(self._begun))]
+        return [future.result() for future in begun.teachers]
 
     def block(self, step: int, index: int) -> Block:
         """One of :meth:`blocks`."""
         return self._teachers.load(step, index)
 
-    def parts(self, step: int, blocks: list[Block] | None = None) -> dict[str, dict[str, NDArray[Any]]]:
-        """What students fetch, by part; `blocks` are the teacher's where they are at hand."""
+    def parts(self, step: int) -> dict[str, dict[str, NDArray[Any]]]:
+        """What students fetch, by part. The last that is asked of a step."""
+        begun = self._begun.pop(step, None) or self._begin(step, bool(self._shared))
         parts = {}
         for part in self._shared:
-            parts[part] = _joined(blocks or self.blocks(step))
-        for part, source in self._others.items():
-            parts[part] = _joined([source.load(step, index) for index in range(self.num_blocks)])
+            parts[part] = _joined([future.result() for future in begun.teachers])
+        for part, futures in begun.others.items():
+            parts[part] = _joined([future.result() for future in futures])
         return parts
+
+    def _begin(self, step: int, teachers: bool = True) -> _Begun:
+        def start(source: CropBlocks) -> list[Future[Block]]:
+            return [self._threads.submit(source.load, step, index) for index in range(self.num_blocks)]
+
+        others = {part: start(source) for part, source in self._others.items()}
+        return _Begun(start(self._teachers) if teachers else [], others)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Blocks of a step that are being made: the teacher's, and other views by part."""
+
+    teachers: list[Future[Block]]
+    others: dict[str, list[Future[Block]]]
+
+    def futures(self) -> list[Future[Block]]:
+        return [*self.teachers, *(future for futures in self.others.values() for future in futures)]
 
 
 def regenerated_views(config: Distill, index_folder: Path, seed: int, crops: CropConfig) -> CropBlocks:

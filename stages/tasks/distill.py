@@ -70,11 +70,19 @@ class FrozenTeacher:
         self._views = make_views()
         self.images_per_step = config.batch_size
         self.images_forwarded = 0
+        self._expected: int | None = None
+
+    def expect(self, step: int) -> None:
+        """See `Foresees`: its views are made while the network works on another."""
+        self._expected = step
 
     @torch.inference_mode()
     def __call__(self, step: int) -> dict[str, dict[str, NDArray[Any]]]:
         """The parts of a step: `TEACHER`, and those of the views."""
         blocks = self._views.blocks(step)
+        parts = self._views.parts(step)
+        if self._expected is not None:
+            self._views.expect(self._expected)
         outs = self._forwards(blocks)
         views = blocks[0].arrays["globals"].shape[0]
         dino = self._rounded(torch.cat([out["dino"].unflatten(0, (views, -1)) for out in outs], dim=1))
@@ -88,7 +96,7 @@ class FrozenTeacher:
             "step/dino_scaling": self._scaling("dino", dino.flatten(0, 1).float()),
             "step/ibot_scaling": self._scaling("ibot", ibot.float()),
         }
-        return {TEACHER: said, **self._views.parts(step, blocks)}
+        return {TEACHER: said, **parts}
 
     def _forwards(self, blocks: list[Block]) -> list[dict[str, Tensor]]:
         return [self._forward(block) for block in blocks]

@@ -82,14 +82,22 @@ class FeatureTeacher:
         self._dtype = np.float16 if objective.dtype == "fp16" else np.float32
         self.images_per_step = config.batch_size
         self.images_forwarded = 0
+        self._expected: int | None = None
+
+    def expect(self, step: int) -> None:
+        """See `Foresees`: its views are made while the networks work on another."""
+        self._expected = step
 
     def __call__(self, step: int) -> dict[str, dict[str, NDArray[Any]]]:
         """The parts of a step: `TEACHER`, and those of the views."""
         blocks = self._views.blocks(step)
+        parts = self._views.parts(step)
+        if self._expected is not None:
+            self._views.expect(self._expected)
         features = [self._features(block) for block in blocks]
         said = {name: np.concatenate([one[name] for one in features], axis=1) for name in features[0]}
         said["ids"] = np.concatenate([block.ids for block in blocks])
-        return {TEACHER: said, **self._views.parts(step, blocks)}
+        return {TEACHER: said, **parts}
 
     def _features(self, block: Block) -> dict[str, NDArray[Any]]:
         globals_GBCHW = torch.from_numpy(block.arrays["globals"])

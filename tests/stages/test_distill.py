@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from orchestrator.data.blocks import Block, CropBlocks
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.views import CropConfig
 from orchestrator.elastic import cluster
@@ -347,6 +348,35 @@ def test_a_student_with_own_sizes_learns_from_the_teachers_grid(index: Path, tea
     task.build("cpu")
     losses = task.losses(tensors, task.targets([tensors], lambda tensor: tensor)[0])
     assert losses.total.isfinite()
+
+
+def test_views_that_were_expected_are_those_that_are_asked_for(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was expected, and in whatever order steps come; nothing is made twice that was expected rightly."""
+    config = with_own_views(teacher_threads=3)
+    sets = {view_part(config, one): config.crops_of(one) for one in config.students.values()}
+    made: list[int] = []
+    load = CropBlocks.load
+
+    def counting(self: CropBlocks, step: int, index: int) -> Block:
+        made.append(step)
+        return load(self, step, index)
+
+    plain = {step: StepViews(config, RECIPE, index, 5, sets).parts(step) for step in (0, 1, 4)}
+    monkeypatch.setattr(CropBlocks, "load", counting)
+    views = StepViews(config, RECIPE, index, 5, sets)
+    for step, expected in ((0, 1), (1, 2), (4, 5), (1, 0), (0, None)):
+        blocks, parts = views.blocks(step), views.parts(step)
+        if expected is not None:
+            views.expect(expected)
+        assert [block.step for block in blocks] == [step, step]
+        for part, bundle in plain[step].items():
+            for name, array in bundle.items():
+                np.testing.assert_array_equal(parts[part][name], array)
+    # Two blocks of two sets each.
+    assert made.count(1) == 2 * 4, "the first time it had been expected, the second time not"
+    assert made.count(4) == 4
 
 
 def test_regenerated_views_are_those_that_would_have_been_shared(index: Path, teacher: Path) -> None:
