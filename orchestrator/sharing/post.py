@@ -194,7 +194,7 @@ class Post:
             self._following = [
                 other.follow.remote(rank, self._shards, port) for rank, other in enumerate(self._others, 1)
             ]
-            self.ending = self._actor.lead.remote(self._shards)
+            self.ending = self._actor.lead.remote(self._shards, port)
         else:
             self.ending = self._actor.work.remote()
         self._ping = self._actor.idle.remote()

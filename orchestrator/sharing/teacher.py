@@ -62,15 +62,19 @@ class TeacherActor:
         self._store = crew.listen(world)
         return int(self._store.port)
 
-    def lead(self, world: int) -> None:
+    def lead(self, world: int, port: int) -> None:
         """As :meth:`work`, with the other processes of this teacher.
+
+        Args:
+            world: how many they are.
+            port: what `listen` returned. An actor's calls may run side by side: asking for it waits for that.
 
         Raises:
             RuntimeError: the desk was away for too long.
         """
         from orchestrator.sharing import crew
 
-        crew.join(0, world, self._store.port, self._store)
+        crew.join(0, world, port, self._store)
         # All processes have to be in it at once, so this cannot wait for the first step.
         self._teacher = self._make()
         self.work()

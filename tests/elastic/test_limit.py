@@ -76,6 +76,7 @@ def eventually(what: Callable[[], bool], *jobs: Running) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_split_follows_machines_that_go_and_come_and_nothing_else_changes(
     market: SpotMarket, tmp_path: Path
 ) -> None:
