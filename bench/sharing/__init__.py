@@ -19,9 +19,10 @@ from statistics import median
 from typing import Any
 
 from bench.harness import Claim, UnfairError, summarize
-from bench.sharing.arms import Measured, Stand, standing
+from bench.sharing.arms import Stand, standing
 from bench.sharing.linear import line_of, plot
 from bench.sharing.transport import transport_share
+from bench.sharing.watching import Measured
 
 STUDENTS = {"a": "vit_femto", "b": "vit_pico", "c": "vit_femto"}
 CROWDS = (1, 2, 4, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import threading
 import time
@@ -14,18 +13,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import psutil
 from PIL import Image
 
 from bench.harness import UnfairError
 from bench.sharing.gate import WARM_UP, GatedTeacher
+from bench.sharing.watching import Measured, Watched, measured, outcome, snapshot, steps_of
 from orchestrator.sharing.bundle import VIEWS, StepTeacher
-from orchestrator.sharing.line import NAMESPACE
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill
 from orchestrator.store.artifact import Artifact, Manifest
-from orchestrator.tracking.runs import NullRun
 
 _LOOK_S = 0.05
 _PATIENCE_S = 1200.0
@@ -48,53 +45,6 @@ _STAGE: Mapping[str, Any] = {
 
 
 @dataclass
-class Measured:
-    """One arm.
-
-    Attributes:
-        wall_s: of a round: one step of every student.
-        cpu_s: processor time of a round, of everything on the machine.
-        teacher_s: processor time of a teacher's process for a step.
-        student_s: of each student's worker for a step.
-        weights: of each student at the end.
-        last_losses: of each student.
-    """
-
-    wall_s: float
-    cpu_s: float
-    teacher_s: float
-    student_s: dict[str, float]
-    weights: dict[str, dict[str, Any]]
-    last_losses: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    wall: float
-    busy: float
-    teachers: float
-    workers: dict[str, float]
-    steps: dict[str, int]
-    forwarded: int
-
-
-class _Watched(NullRun):
-    """A stage's run; knows how far its students are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.students: dict[str, NullRun] = {}
-
-    def child(self, name: str, resume_id: str | None = None) -> NullRun:
-        run = self.students[name.rpartition("/")[2]] = NullRun()
-        return run
-
-    def steps(self) -> dict[str, int]:
-        """Of each student."""
-        return {name: len(run.history()) for name, run in self.students.items()}
-
-
-@dataclass
 class Stand:
     """Photographs, a teacher, and a cluster to train on."""
 
@@ -103,6 +53,11 @@ class Stand:
     teacher_folder: Path
     num_runs: int = 0
     errors: list[BaseException] = field(default_factory=list)
+
+    @property
+    def images_per_step(self) -> int:
+        """Of every student."""
+        return int(_STAGE["batch_size"])
 
     @property
     def num_blocks(self) -> int:
@@ -137,16 +92,16 @@ class Stand:
         with patch("orchestrator.stages.tasks.teaching.FrozenTeacher", partial(GatedTeacher, go)):
             for thread in threads:
                 thread.start()
-            self._until(lambda: min(_steps(contexts, students).values()) >= WARM_UP, threads)
-            first = _snapshot(contexts, students)
+            self._until(lambda: min(steps_of(contexts, students).values()) >= WARM_UP, threads)
+            first = snapshot(contexts, students)
             go.touch()
-            self._until(lambda: max(_steps(contexts, students).values()) >= steps - 1, threads)
-            last = _snapshot(contexts, students)
+            self._until(lambda: max(steps_of(contexts, students).values()) >= steps - 1, threads)
+            last = snapshot(contexts, students)
             for thread in threads:
                 thread.join(_PATIENCE_S)
         if self.errors:
             raise UnfairError(f"an arm failed: {self.errors[0]}") from self.errors[0]
-        return _measured(first, last, together, *_outcome(contexts))
+        return measured(first, last, self.images_per_step, together, *outcome(contexts))
 
     def _train(self, stage: Distill, context: Context) -> None:
         try:
@@ -180,7 +135,7 @@ class Stand:
             out=folder / "out",
             work=folder / "work",
             elastic=Elastic(workers=(1, 1), checkpoint_every_s=1e6),
-            run=_Watched(),
+            run=Watched(),
         )
 
 
@@ -243,109 +198,3 @@ def _stage(students: Mapping[str, str], steps: int) -> Distill:
 def _artifact(kind: str, path: Path) -> Artifact:
     manifest = Manifest(kind=kind, key="f" * 64, created="", files={}, provenance={}, summary={})
     return Artifact("f" * 64, kind, path, manifest)
-
-
-# --- watching ---------------------------------------------------------------------------------------------------
-
-
-def _steps(contexts: list[Context], students: Mapping[str, str]) -> dict[str, int]:
-    """Steps done by each student; 0 for one whose run has not begun."""
-    found = dict.fromkeys(students, 0)
-    for context in contexts:
-        assert isinstance(context.run, _Watched)
-        found |= context.run.steps()
-    return found
-
-
-def _snapshot(contexts: list[Context], students: Mapping[str, str]) -> _Snapshot:
-    times = psutil.cpu_times()
-    busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "steal", 0.0)
-    teachers = sum(_cpu(process) for process in _processes("ray::TeacherActor"))
-    return _Snapshot(
-        time.monotonic(), busy, teachers, _worker_times(), _steps(contexts, students), _forwarded()
-    )
-
-
-def _worker_times() -> dict[str, float]:
-    """Processor time of each student's training process."""
-    import ray
-
-    from orchestrator.elastic import fleet
-
-    found = {}
-    for place in list(fleet.current()._places.values()):
-        if place.job is None:
-            continue
-        seat = int(ray.get(place.actor.where.remote())["pid"])
-        children = psutil.Process(seat).children(recursive=True)
-        # The zygote imports before any window; the worker forked from it is its only other descendant.
-        found[place.job.rpartition("/")[2]] = sum(_cpu(process) for process in children)
-    return found
-
-
-def _forwarded() -> int:
-    """Images that all teachers together have forwarded, as their desks know it."""
-    import ray
-
-    names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
-    desks = [ray.get_actor(name, NAMESPACE) for name in names if name and name.startswith("share-")]
-    return sum(
-        status.account.images_forwarded for status in ray.get([desk.status.remote() for desk in desks])
-    )
-
-
-def _processes(title: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if any(title in part for part in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def _cpu(process: psutil.Process) -> float:
-    try:
-        times = process.cpu_times()
-    except psutil.Error:
-        return 0.0
-    return float(times.user + times.system)
-
-
-def _outcome(contexts: list[Context]) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    from safetensors.torch import load_file
-
-    weights, losses = {}, {}
-    for context in contexts:
-        for folder in sorted((context.out / "students").iterdir()):
-            weights[folder.name] = dict(load_file(folder / "model" / "model.safetensors"))
-            history = json.loads((folder / "history.json").read_text())
-            losses[folder.name] = max(history, key=lambda record: int(record["step"]))["metrics"]["loss"]
-    return weights, losses
-
-
-def _measured(
-    first: _Snapshot,
-    last: _Snapshot,
-    together: bool,
-    weights: dict[str, dict[str, Any]],
-    losses: dict[str, float],
-) -> Measured:
-    done = {name: last.steps[name] - first.steps[name] for name in last.steps}
-    student_s = {name: (last.workers[name] - first.workers[name]) / done[name] for name in done}
-    taught = (last.forwarded - first.forwarded) / _STAGE["batch_size"]
-    teacher_s = (last.teachers - first.teachers) / taught
-    teachers = 1 if together else len(done)
-    # Students may be at different speeds: their steps count by what they cost.
-    whole = teachers * teacher_s + sum(student_s.values())
-    work = teacher_s * taught + sum(student_s[name] * done[name] for name in done)
-    rounds = work / whole
-    return Measured(
-        wall_s=(last.wall - first.wall) / rounds,
-        cpu_s=(last.busy - first.busy) / rounds,
-        teacher_s=teacher_s,
-        student_s=student_s,
-        weights=weights,
-        last_losses=losses,
-    )

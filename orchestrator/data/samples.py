@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import io
 import os
 import shutil
@@ -19,10 +18,11 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
+from orchestrator.data.pinned import pinned
 from orchestrator.errors import UserError
-from orchestrator.store.cache import cache_folder
 
 CAPTIONS = "captions.csv"
 _TIMEOUT_S = 600
@@ -117,28 +117,11 @@ def _members(archive: Path, ending: str) -> dict[str, bytes]:
 def cached(package: Package) -> Path:
     """The package's archive, verified; from the cache or else from the registry.
 
-    The cache is `$ORCHESTRATOR_CACHE`, by default `~/.cache/dinov3-orchestrator`.
-
     Raises:
         UserError: the registry cannot be reached, or what came is not the pinned package.
     """
-    cache = cache_folder()
-    target = cache / package.file
-    if target.is_file() and _sha256(target) == package.sha256:
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        _npm_pack(package, Path(temporary))
-        fetched = Path(temporary) / package.file
-        found = _sha256(fetched) if fetched.is_file() else "no file"
-        if found != package.sha256:
-            raise UserError(
-                f"{package.name} {package.version} is not the package it should be: its sha256 is {found}",
-                where=f"expected {package.sha256}",
-                hint="check the registry that npm is configured to use",
-            )
-        fetched.replace(target)
-    return target
+    what = f"{package.name} {package.version}"
+    return pinned(package.file, package.sha256, what, "npm", partial(_npm_pack, package))
 
 
 def _npm_pack(package: Package, folder: Path) -> None:
@@ -171,10 +154,6 @@ def _call(command: list[str], doing: str, environment: dict[str, str]) -> None:
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise UserError(f"could not {doing}: {lines[-1] if lines else 'no message'}", hint=hint)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

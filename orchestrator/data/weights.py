@@ -12,17 +12,17 @@ packages only the files are used, none of their code.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from orchestrator.data.pinned import pinned
 from orchestrator.errors import UserError
-from orchestrator.store.cache import cache_folder
 
 _TIMEOUT_S = 600
 
@@ -108,24 +108,9 @@ def fetch(wheel: Wheel, out: Path) -> None:
 
 
 def _cached(wheel: Wheel) -> Path:
-    """The wheel, verified; from the cache (`$ORCHESTRATOR_CACHE`) or else from the registry."""
-    cache = cache_folder()
-    target = cache / wheel.file
-    if target.is_file() and _sha256(target) == wheel.sha256:
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        _download(wheel, Path(temporary))
-        fetched = Path(temporary) / wheel.file
-        found = _sha256(fetched) if fetched.is_file() else "no file"
-        if found != wheel.sha256:
-            raise UserError(
-                f"{wheel.package} {wheel.version} is not the package it should be: its sha256 is {found}",
-                where=f"expected {wheel.sha256}",
-                hint="check the registry that pip is configured to use",
-            )
-        fetched.replace(target)
-    return target
+    """The wheel, verified; from the cache or else from the registry."""
+    what = f"{wheel.package} {wheel.version}"
+    return pinned(wheel.file, wheel.sha256, what, "pip", partial(_download, wheel))
 
 
 def _download(wheel: Wheel, folder: Path) -> None:
@@ -140,11 +125,6 @@ def _download(wheel: Wheel, folder: Path) -> None:
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise UserError(f"could not fetch {wheel.package}: {lines[-1] if lines else 'no message'}", hint=hint)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

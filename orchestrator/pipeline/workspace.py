@@ -124,12 +124,19 @@ class Workspace:
         return None if self._remote is None else (self._remote, f"work/{kind}-{key[:16]}/")
 
     def drop_work(self, kind: str, key: str) -> None:
-        """Remove the work on a key whose artifact is there."""
-        shutil.rmtree(self.work(kind, key), ignore_errors=True)
+        """Remove the work on a key whose artifact is there.
+
+        The files nearest the top go first: a manifest lies above what it lists, so whoever looks meanwhile, or
+        after a kill halfway, never sees one whose files are gone.
+        """
+        folder = self.work(kind, key)
+        for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=_depth):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         remote = self.remote_work(kind, key)
         if remote is not None:
             store, prefix = remote
-            for name in list(store.list(prefix)):
+            for name in sorted(store.list(prefix), key=_depth):
                 store.delete(name)
 
     def log_path(self, pipeline: str, stage: str) -> Path:
@@ -183,6 +190,10 @@ def pipeline_hold(pipeline: str) -> str:
 def work_hold(kind: str, key: str) -> str:
     """The hold of whoever works on the key."""
     return f"work-{kind}-{key[:16]}"
+
+
+def _depth(name: str | Path) -> int:
+    return str(name).count("/")
 
 
 def _log_name(pipeline: str, stage: str) -> str:

@@ -96,7 +96,7 @@ class Desk:
         self._failed: dict[int, str] = {}
         self._teachers: dict[str, _Teacher] = {}
         self._held_s: dict[str, float] = {}
-        self._trouble = ""
+        self._trouble = self._broken = ""
         self._news = asyncio.Event()
 
     # --- what students ask --------------------------------------------------------------------------------------
@@ -117,8 +117,8 @@ class Desk:
         while time.monotonic() < until:
             if step in self._steps:
                 return {"there": self._steps[step]}
-            if step in self._failed:
-                return {"error": self._failed[step]}
+            if why := self._failed.get(step, self._broken):
+                return {"error": why}
             await self._wait_for(student, until)
         return {}
 
@@ -162,6 +162,7 @@ class Desk:
     ) -> None:
         """`step` is computed, with `images` forwards and `size` bytes."""
         self._free(teacher)
+        self._broken = ""
         self._steps[step] = there
         self._account.images_per_step = images_per_step
         self._account.computed(step, images, size)
@@ -174,6 +175,11 @@ class Desk:
         self._tell()
 
     # --- what the driver asks -----------------------------------------------------------------------------------
+
+    async def give_up(self, why: str) -> None:
+        """Teachers end before they have said anything: students hear why, until one says something."""
+        self._broken = why
+        self._tell()
 
     async def retire(self, teacher: str) -> None:
         """This teacher gets no more steps; its next call to `take` ends it."""

@@ -21,6 +21,8 @@ _MOVE_S = 45.0
 # What a retired actor has put into the object store lives as long as it does.
 _LINGER_S = 20.0
 _MACHINES_EVERY_S = 2.0
+# Actors whose own code failed, one after the other and with no step said between: there is no use in more.
+_FAILURES = 3
 
 
 class Post:
@@ -61,6 +63,7 @@ class Post:
         self._answered, self._moves, self._room_s = False, False, _ROOM_S
         self._heard = self._looked = self._retiring = 0.0
         self._retired: list[tuple[Any, float]] = []
+        self._failures, self._forwarded = 0, -1
         self._said = ""
 
     @property
@@ -118,7 +121,10 @@ class Post:
                 self._forget(desk, restarts=self._moves)
                 return
         except ray.exceptions.RayError as error:
-            self._lose(desk, f"{type(error).__name__}: {_last_line(error)}")
+            why = f"{type(error).__name__}: {_last_line(error)}"
+            if isinstance(error, ray.exceptions.RayTaskError):
+                self._count_failure(desk, status, why)
+            self._lose(desk, why)
             return
         step, busy_s, _ = status.teachers.get(self.name, (None, 0.0, 0.0))
         quiet = now - self._heard
@@ -139,6 +145,15 @@ class Post:
         logger.warning("the teacher on node %s is lost: %s", self.node[:8], why)
         ray.kill(self._actor)
         self._forget(desk, restarts=self._answered)
+
+    def _count_failure(self, desk: Any, status: Status, why: str) -> None:
+        if status.account.images_forwarded != self._forwarded:
+            self._failures, self._forwarded = 0, status.account.images_forwarded
+        self._failures += 1
+        if self._failures >= _FAILURES:
+            desk.give_up.remote(
+                f"the teacher failed {self._failures} times before it had said anything: {why}"
+            )
 
     def _forget(self, desk: Any, restarts: bool) -> None:
         import ray

@@ -104,6 +104,9 @@ class TeacherActor:
             parts = teacher(step)
             images = teacher.images_forwarded - before
         except Exception as error:
+            if self._store is not None:
+                # One of several processes may just have been killed, and the others are out of step: all start anew.
+                raise
             logger.exception("the teacher failed at step %d", step)
             why = f"the teacher failed at step {step}: {type(error).__name__}: {error}"
             trace = "".join(traceback.format_exception(error))

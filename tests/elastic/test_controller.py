@@ -9,29 +9,24 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.elastic import cluster, controller, fleet
+from orchestrator.elastic import cluster, fleet
 from orchestrator.elastic.goodput import Goodput
-from orchestrator.elastic.job import Job
 from orchestrator.errors import Stopped, UserError
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
-from orchestrator.tracking.runs import NullRun
 
 sys.path.insert(0, str(Path(__file__).parent))
+from running import PATIENCE_S, Running
 from tiny import tiny_job
-
-PATIENCE_S = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -70,47 +65,6 @@ def ended() -> Iterator[None]:
         running = Running.all.pop()
         running.stop.set()
         running.thread.join(PATIENCE_S)
-
-
-class Running:
-    """A job in a thread, and what one can ask about it."""
-
-    all: ClassVar[list[Running]] = []
-
-    def __init__(self, job: Job) -> None:
-        self.all.append(self)
-        self.job, self.run, self.stop = job, NullRun(), threading.Event()
-        self.lines: list[str] = []
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._go, daemon=True)
-        self.thread.start()
-
-    def _go(self) -> None:
-        try:
-            controller.run(self.job, tracker=self.run, stop=self.stop, on_line=self.lines.append)
-        except BaseException as error:
-            self.error = error
-
-    def wait(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert time.monotonic() < deadline, self.lines
-            assert self.thread.is_alive() or condition(), (self.lines, self.error)
-            time.sleep(0.05)
-
-    def step(self) -> int:
-        return max((int(record["step"]) for record in self.run.history()), default=0)
-
-    def workers(self) -> int:
-        newest = max(self.run.history("goodput"), key=lambda record: record["step"], default=None)
-        return int(newest["metrics"]["workers"]) if newest else 0
-
-    def finish(self) -> Goodput:
-        self.thread.join(PATIENCE_S)
-        assert not self.thread.is_alive(), self.lines
-        if self.error is not None:
-            raise self.error
-        return Goodput.load(self.job.work / "goodput.json")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,20 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from orchestrator.elastic import cluster, controller, fleet
-from orchestrator.elastic.job import Job
+from orchestrator.elastic import cluster, fleet
 from orchestrator.sharing.balancer import Balancer, cluster_devices
 from orchestrator.sharing.planner import StudentCost, TeacherCost
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
-from orchestrator.tracking.runs import NullRun
 
 sys.path.insert(0, str(Path(__file__).parent))
 from paced import paced_job
+from running import PATIENCE_S, Running
 
-PATIENCE_S = 120.0
 STEPS = 200
 
 
@@ -38,33 +34,6 @@ def market() -> Iterator[SpotMarket]:
                 market.add(f"m{number}")
             with cluster.start(Cluster(address=market.address)):
                 yield market
-
-
-class Running:
-    """A job in a thread."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.run, self.stop = job, NullRun(), threading.Event()
-        self.lines: list[str] = []
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._go, daemon=True)
-        self.thread.start()
-
-    def _go(self) -> None:
-        try:
-            controller.run(self.job, tracker=self.run, stop=self.stop, on_line=self.lines.append)
-        except BaseException as error:
-            self.error = error
-
-    def workers(self) -> int:
-        newest = max(self.run.history("goodput"), key=lambda record: record["step"], default=None)
-        return int(newest["metrics"]["workers"]) if newest else 0
-
-    def weights(self) -> dict[str, np.ndarray]:
-        self.thread.join(PATIENCE_S)
-        assert not self.thread.is_alive(), self.lines
-        assert self.error is None, (self.lines, self.error)
-        return load_file(self.job.export(self.job.num_steps))
 
 
 def eventually(what: Callable[[], bool], *jobs: Running) -> None:

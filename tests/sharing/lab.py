@@ -63,6 +63,45 @@ class CountingTeacher:
         return {TEACHER: said, VIEWS: views}
 
 
+class CrewTeacher(CountingTeacher):
+    """A `CountingTeacher` of several processes, which agree on every step; each keeps its pid in `crew-RANK`."""
+
+    def __init__(self, diary: Path, bad_rank: int = -1, **more: Any) -> None:
+        import torch.distributed as dist
+
+        self._rank = dist.get_rank()
+        if self._rank == bad_rank:
+            raise ValueError(f"process {bad_rank} has no weights")
+        super().__init__(diary, **more)
+        (diary.parent / f"crew-{self._rank}").write_text(str(os.getpid()))
+
+    def __call__(self, step: int) -> Parts:
+        from orchestrator.sharing import crew
+
+        crew.tell_step(step)
+        self._agree()
+        return super().__call__(step)
+
+    def follow(self) -> None:
+        from orchestrator.sharing import crew
+
+        while crew.tell_step(None) is not None:
+            self._agree()
+
+    def close(self) -> None:
+        from orchestrator.sharing import crew
+
+        crew.tell_step(None)
+
+    def _agree(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        ones = torch.ones(1)
+        dist.all_reduce(ones)
+        assert int(ones) == dist.get_world_size()
+
+
 def entries(diary: Path) -> list[tuple[int, int]]:
     """(pid, step) of every step the teachers began."""
     text = diary.read_text() if diary.exists() else ""
@@ -117,13 +156,14 @@ def keep(
     window: int = 2,
     hang_s: float = 300.0,
     teachers: Callable[[], int] = lambda: 1,
+    shards: int = 1,
     **teacher: Any,
 ) -> Keeper:
     """A keeper with a counting teacher."""
     from functools import partial
 
     return Keeper(
-        partial(CountingTeacher, folder / "diary", **teacher),
+        partial(CountingTeacher if shards == 1 else CrewTeacher, folder / "diary", **teacher),
         students,
         num_steps,
         2,
@@ -133,6 +173,7 @@ def keep(
         account=folder / "account.json",
         on_figures=lambda figures: None,
         teachers=teachers,
+        shards=shards,
     )
 
 

@@ -195,6 +195,26 @@ def test_teachers_come_and_go_and_no_student_notices(lab: Lab, tmp_path: Path) -
     assert stats.teacher_forwards_per_image == 1.0, "what it had said stays until it is fetched"
 
 
+def test_one_of_the_processes_of_a_teacher_is_killed(lab: Lab, tmp_path: Path) -> None:
+    """All of it starts anew, and no student hears of it."""
+    with keep(tmp_path, {"a": 0}, shards=2, step_s=0.1, window=3) as keeper:
+        gate = threading.Event()
+        student = learn(keeper, "a", gate=gate)
+        began(tmp_path, 10)
+        os.kill(int((tmp_path / "crew-1").read_text()), signal.SIGKILL)
+        eventually(lambda: keeper.account.restarts >= 1)
+        gate.set()
+        student.result(PATIENCE_S)
+    assert len({pid for pid, _ in entries(tmp_path / "diary")}) == 2
+
+
+def test_a_teacher_of_several_processes_that_cannot_be_made_says_why(lab: Lab, tmp_path: Path) -> None:
+    why = r"failed 3 times before .*process 1 has no weights"
+    with keep(tmp_path, {"a": 0}, shards=2, bad_rank=1) as keeper, pytest.raises(RuntimeError, match=why):
+        later(lambda: source(keeper, "a").load(0, 0)).result(2 * PATIENCE_S)
+    assert not entries(tmp_path / "diary")
+
+
 def test_who_holds_the_others_is_told(lab: Lab, tmp_path: Path) -> None:
     with keep(tmp_path, {"fast": 0, "slow": 0}, window=2) as keeper:
         gate = threading.Event()

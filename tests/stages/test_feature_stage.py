@@ -6,12 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 import torch
 
-from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.elastic import cluster
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, save_pretrained
@@ -50,24 +47,16 @@ def stage(tmp_path: Path, *students: str, **features: Any) -> Distill:
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> Context:
-    rng = np.random.default_rng(1)
-    rows = []
-    for number in range(12):
-        pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60))
-        cv2.imwrite(str(tmp_path / f"{number}.png"), pixels)
-        rows.append(PhotoRow("photos", f"{number}.png", str(tmp_path), "", 80, 60))
-    (tmp_path / "index").mkdir()
-    PhotoIndex(rows).save(tmp_path / "index")
+def context(tmp_path: Path, index: Path) -> Context:
     torch.manual_seed(3)
     for name in ("vit_femto", "convnext_mini"):
         save_pretrained(tmp_path / name, build(name).state_dict(), name)
     (tmp_path / "out").mkdir()
     manifest = Manifest(kind="curate", key="f" * 64, created="", files={}, provenance={}, summary={})
-    index = Artifact("f" * 64, "curate", tmp_path / "index", manifest)
+    photos = Artifact("f" * 64, "curate", index, manifest)
     return Context(
         name="distill", pipeline="p", seed=0, key="k", keys={}, sources={}, out=tmp_path / "out",
-        work=tmp_path / "work", inputs={"index": index}, elastic=Elastic(workers=1, max_failures=0), run=NullRun(),
+        work=tmp_path / "work", inputs={"index": photos}, elastic=Elastic(workers=1, max_failures=0), run=NullRun(),
     )  # fmt: skip
 
 

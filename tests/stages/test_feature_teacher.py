@@ -6,14 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.elastic.task import BlockTensors
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, normalise, save_pretrained
@@ -36,19 +34,6 @@ CONFIG = Distill.model_validate(
 )
 RECIPE = ModelRecipe(model="vit_femto", drop_path=0.0, heads=HEADS, global_size=32)
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(1)
-    rows = []
-    for number in range(20):
-        pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60))
-        cv2.imwrite(str(tmp_path / f"{number}.png"), pixels)
-        rows.append(PhotoRow("photos", f"{number}.png", str(tmp_path), "", 80, 60))
-    (tmp_path / "index").mkdir()
-    PhotoIndex(rows).save(tmp_path / "index")
-    return tmp_path / "index"
 
 
 @pytest.fixture

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from .test_distill import index, teacher  # noqa: F401
-
 _PROCESS = """
 import sys, time
 from functools import partial
 from pathlib import Path
 import numpy as np
 sys.path[:0] = [sys.argv[4]]
-from tests.stages.test_distill import CONFIG, RECIPE
+from tests.stages.distilling import CONFIG, RECIPE
 from orchestrator.sharing import crew
 from orchestrator.sharing.bundle import VIEWS
 from orchestrator.stages.tasks.crops import StepViews
@@ -53,7 +51,7 @@ print("the same")
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_a_spread_teacher_says_the_same(index: Path, teacher: Path, tmp_path: Path, world: int) -> None:  # noqa: F811
+def test_a_spread_teacher_says_the_same(index: Path, teacher: Path, tmp_path: Path, world: int) -> None:
     """Two blocks on two processes, and on three, one of which has nothing to do but to help with the weights."""
     root = Path(__file__).parents[2]
     processes = [

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from orchestrator.errors import UserError
-from orchestrator.stages import students
+from orchestrator.stages import pupils, students
 from orchestrator.stages.base import Part
 from orchestrator.stages.distill import Distill
 from orchestrator.store.local import LocalStore
@@ -60,15 +60,15 @@ def test_one_that_joins_late_begins_where_the_others_are(
     config = Distill.model_validate({**STAGE, "students": {**STAGE["students"], "late": LATE}})
     parts = {name: part(tmp_path / name, done=name in done) for name in (*steps, *done)}
     jobs = {name: job(step) for name, step in steps.items()}
-    assert students._front(config, jobs, parts) == front
+    assert pupils._front(config, jobs, parts) == front
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_where_one_began_is_decided_once(tmp_path: Path, remote: bool) -> None:
     store = (LocalStore(tmp_path / "store"), "work/student-x/") if remote else None
-    assert students._offset(part(tmp_path / "here", remote=store), "distill/late", 12) == 12
+    assert pupils._offset(part(tmp_path / "here", remote=store), "distill/late", 12) == 12
     other = "elsewhere" if remote else "here"
-    assert students._offset(part(tmp_path / other, remote=store), "distill/late", 40) == 12
+    assert pupils._offset(part(tmp_path / other, remote=store), "distill/late", 40) == 12
 
 
 def test_a_window_that_does_not_fit_is_refused_with_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,155 @@
+"""Which students of a `distill` stage are still to train: their jobs, their share of GPUs, the step they begin at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import UserError
+from orchestrator.stages.base import Context, Part
+from orchestrator.stages.selfsup import stage_seed
+
+if TYPE_CHECKING:
+    from orchestrator.elastic.job import Job
+    from orchestrator.stages.distill import Distill, Student
+    from orchestrator.stages.tasks.teaching import Teaching
+
+_STUDENT = "student.json"
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """One student: its artifact-to-be, its job, and the teachers' step at its own step 0."""
+
+    name: str
+    config: Student
+    part: Part
+    job: Job
+    offset: int
+
+    @property
+    def next_step(self) -> int:
+        """The teachers' step that it needs next."""
+        return self.offset + max(self.job.target.committed(), default=0)
+
+
+def pupils_of(
+    config: Distill, context: Context, teach: Teaching, parts: Mapping[str, Part]
+) -> dict[str, Pupil]:
+    import ray
+
+    gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
+    missing = [name for name, part in parts.items() if part.artifact is None]
+    jobs = {name: _job(config, context, teach, name, parts[name]) for name in missing}
+    jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
+    front = _front(config, jobs, parts)
+    return {
+        name: Pupil(
+            name,
+            config.students[name],
+            parts[name],
+            jobs[name],
+            _offset(parts[name], jobs[name].name, front if config.students[name].joins == "now" else 0),
+        )
+        for name in missing
+    }
+
+
+def _job(config: Distill, context: Context, teach: Teaching, name: str, part: Part) -> Job:
+    """A student's job, but for its blocks, which need the share service."""
+    from orchestrator.data.rng import derive
+    from orchestrator.elastic.job import Job
+
+    student = config.students[name]
+    elastic = context.elastic
+    if student.workers is not None:
+        elastic = elastic.model_validate({**elastic.model_dump(), "workers": student.workers})
+    seed = derive(stage_seed(context, config.kind), name)
+    return Job(
+        name=f"{context.name}/{name}",
+        task=teach.task(name, seed),
+        num_blocks=config.batch_size // config.block_size,
+        num_steps=config.steps_of(student),
+        optimizer=student.optimizer or config.optimizer,
+        zero_stage=student.zero_stage,
+        precision=student.precision or config.precision,
+        work=part.work,
+        seed=seed % 2**31,
+        elastic=elastic,
+        remote=part.remote,
+        inputs=context.needed,
+    )
+
+
+def sharing_gpus(jobs: dict[str, Job], gpus: float, teachers: int, each: float) -> dict[str, Job]:
+    """The jobs, on shares of GPUs where there are too few for all students' workers and `teachers` of `each`.
+
+    All students should run at once: one that waits for a GPU holds up the others, which wait for it within the
+    window. Each GPU is cut into equal places, as a share cannot span two, and worker counts are fixed at the
+    fewest, since a worker more would only take from the others.
+
+    Raises:
+        UserError: the teachers leave nothing for students.
+    """
+    workers = sum(job.elastic.workers[0] for job in jobs.values())
+    if not gpus or not jobs or gpus >= workers + math.ceil(teachers * each):
+        return jobs
+    # Teachers of whole GPUs have them to themselves; smaller ones sit beside the students, spread over all.
+    whole = teachers * each if each >= 1 else 0
+    beside = 0 if each >= 1 else math.ceil(teachers / gpus) * each
+    if gpus - whole < 1 or beside >= 0.95:
+        raise UserError(
+            f"{teachers} teachers of {each:g} GPUs each leave none of {gpus:g} GPUs for students",
+            where=f"stages.{next(iter(jobs.values())).name.partition('/')[0]}.teacher_gpus",
+            hint="give fewer teachers, or less of a GPU to each",
+        )
+    places = math.ceil(workers / (gpus - whole))
+    share = int(100 * (1 - beside) / places) / 100
+    return {
+        name: replace(
+            job,
+            gpus_per_worker=share,
+            elastic=job.elastic.model_copy(update={"workers": (job.elastic.workers[0],) * 2}),
+        )
+        for name, job in jobs.items()
+    }
+
+
+def _front(config: Distill, jobs: Mapping[str, Job], parts: Mapping[str, Part]) -> int:
+    """Where the others are: the slowest that still trains, or else the end of the last one."""
+    at = {name: max(job.target.committed(), default=0) for name, job in jobs.items()}
+    under_way = [step for name, step in at.items() if config.students[name].joins == "start"]
+    done = [
+        config.steps_of(config.students[name]) for name, part in parts.items() if part.artifact is not None
+    ]
+    return min(under_way) if under_way else max(done, default=0)
+
+
+def _offset(part: Part, job: str, front: int) -> int:
+    """The teachers' step at which a student begins: decided once, and kept beside its checkpoints."""
+    known = _known(part)
+    if known is not None:
+        return int(known["first_step"])
+    text = json.dumps({"job": job, "first_step": front})
+    part.work.mkdir(parents=True, exist_ok=True)
+    (part.work / _STUDENT).write_text(text)
+    if part.remote is not None:
+        store, prefix = part.remote
+        store.put_bytes(f"{prefix}{_STUDENT}", text.encode())
+    return front
+
+
+def _known(part: Part) -> dict[str, Any] | None:
+    try:
+        if part.remote is not None:
+            store, prefix = part.remote
+            text = store.get_bytes(f"{prefix}{_STUDENT}").decode()
+        else:
+            text = (part.work / _STUDENT).read_text()
+        known: dict[str, Any] = json.loads(text)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return known

@@ -1,0 +1,64 @@
+"""A job under the real controller, in a thread of the test."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from orchestrator.elastic import controller
+from orchestrator.elastic.goodput import Goodput
+from orchestrator.elastic.job import Job
+from orchestrator.tracking.runs import NullRun
+
+PATIENCE_S = 90.0
+
+
+class Running:
+    """A job in a thread, and what one can ask about it."""
+
+    all: ClassVar[list[Running]] = []
+
+    def __init__(self, job: Job) -> None:
+        self.all.append(self)
+        self.job, self.run, self.stop = job, NullRun(), threading.Event()
+        self.lines: list[str] = []
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._go, daemon=True)
+        self.thread.start()
+
+    def _go(self) -> None:
+        try:
+            controller.run(self.job, tracker=self.run, stop=self.stop, on_line=self.lines.append)
+        except BaseException as error:
+            self.error = error
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, self.lines
+            assert self.thread.is_alive() or condition(), (self.lines, self.error)
+            time.sleep(0.05)
+
+    def step(self) -> int:
+        return max((int(record["step"]) for record in self.run.history()), default=0)
+
+    def workers(self) -> int:
+        newest = max(self.run.history("goodput"), key=lambda record: record["step"], default=None)
+        return int(newest["metrics"]["workers"]) if newest else 0
+
+    def finish(self) -> Goodput:
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive(), self.lines
+        if self.error is not None:
+            raise self.error
+        return Goodput.load(self.job.work / "goodput.json")
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Of its last export."""
+        self.finish()
+        return load_file(self.job.export(self.job.num_steps))

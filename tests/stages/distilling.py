@@ -1,0 +1,43 @@
+"""A tiny distillation that several tests share: its stage, its teacher, and what a worker gets of a step."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from orchestrator.data.views import CropConfig
+from orchestrator.elastic.task import BlockTensors
+from orchestrator.sharing.bundle import TEACHER, VIEWS, Parts, block
+from orchestrator.stages.distill import Distill
+from orchestrator.stages.selfsup import Heads, ModelRecipe
+from orchestrator.stages.tasks.crops import StepViews
+from orchestrator.stages.tasks.distill import FrozenTeacher
+
+HEADS = Heads(
+    hidden=24, dino_bottleneck=8, dino_prototypes=32, ibot_bottleneck=8, ibot_prototypes=48, prototype_std=0.3
+)
+RECIPE = ModelRecipe(model="vit_femto", drop_path=0.0, heads=HEADS, global_size=32)
+CONFIG = Distill.model_validate(
+    {
+        "kind": "distill", "students": {"small": {"model": "vit_femto"}, "other": {"model": "convnext_mini"}},
+        "steps": 3, "batch_size": 8, "block_size": 4, "optimizer": {"lr": {"peak": 1e-3}},
+        "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+    }
+)  # fmt: skip
+
+
+def frozen_teacher(
+    config: Distill, teacher: Path, index: Path, views: dict[str, CropConfig] | None = None
+) -> FrozenTeacher:
+    sets = {VIEWS: config.crops} if views is None else views
+    return FrozenTeacher(config, RECIPE, teacher, partial(StepViews, config, RECIPE, index, 5, sets))
+
+
+def tensors_of(
+    parts: Parts, step: int, index: int, names: tuple[str, ...] = (TEACHER, VIEWS)
+) -> BlockTensors:
+    """A block as the student's worker gets it."""
+    arrays = {name: array for part in names for name, array in block(parts[part], index, 2)[1].items()}
+    return BlockTensors(step, index, 1.0, {name: torch.from_numpy(array) for name, array in arrays.items()})
