@@ -124,10 +124,6 @@ class Distill(TrainStage):
             raise ValueError("teacher_shards is for teachers with heads: leave it out beside `features`")
         if self.teacher_shards > 1 and self.replay:
             raise ValueError("replay and teacher_shards do not go together: leave one of them out")
-        if self.workers == "auto" and self.features is not None and not self.features.uses_own:
-            raise ValueError(
-                "workers: auto is for a teacher that a stage made: give each student its `workers`"
-            )
         for student in self.students.values():
             check_crops(self.crops_of(student), student.model)
         return self

@@ -43,7 +43,8 @@ class Spec(Strict):
 
     Attributes:
         config: of the stage, as JSON types.
-        teacher: the teacher's artifact; None: made up with random weights.
+        recipe: of the stage's teacher artifact; None if its teachers come from elsewhere.
+        teacher: that artifact; None: made up with random weights.
         index: a folder with a photo index; None: made up.
         blocks: numbers of blocks a step to try.
         rank, world: of the processes that train together; `meeting` is the file where they find each other.
@@ -51,7 +52,7 @@ class Spec(Strict):
     """
 
     config: dict[str, Any]
-    recipe: ModelRecipe
+    recipe: ModelRecipe | None
     teacher: Path | None
     index: Path | None
     with_teacher: bool
@@ -83,11 +84,12 @@ class Material:
     """What to measure with: the stage, and the artifacts it will read as far as they are there.
 
     Attributes:
+        recipe: of the teacher that a stage makes; None if all teachers come from elsewhere.
         index_key: of the photographs, if they are real.
     """
 
     stage: Distill
-    recipe: ModelRecipe
+    recipe: ModelRecipe | None
     teacher: Path | None = None
     index: Path | None = None
     index_key: str = ""
@@ -164,7 +166,12 @@ def _identity(material: Material, student: str) -> dict[str, Any]:
     stage = material.stage
     config = {name: value for name, value in stage.identity().items() if name not in _FREE}
     config |= {name: getattr(stage, name) for name in _COSTLY}
-    identity = {"config": config, "recipe": material.recipe.model_dump(mode="json"), "format": 1}
+    recipe = material.recipe.model_dump(mode="json") if material.recipe is not None else None
+    # Weights as files are no part of an identity; another file is another network.
+    files = {
+        field: [[str(path), path.stat().st_size] for path in paths] for field, paths in stage.files().items()
+    }
+    identity = {"config": config, "recipe": recipe, "files": files, "format": 2}
     if not student:
         sets = {stage.crops_of(one).model_dump_json() for one in stage.students.values()}
         return {**identity, "part": "teacher", "photos": material.index_key, "views": sorted(sets)}
@@ -216,7 +223,8 @@ def _spec(
     world: int = 1,
 ) -> Spec:
     return Spec(
-        config=material.stage.model_dump(mode="json"),
+        # A default that is spelt out is refused where it makes no sense to set it.
+        config=material.stage.model_dump(mode="json", exclude_unset=True),
         recipe=material.recipe,
         teacher=material.teacher,
         index=material.index,

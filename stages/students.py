@@ -95,10 +95,12 @@ def _balance(config: Distill, context: Context, pupils: Mapping[str, Pupil]) -> 
 
     if config.workers is None or not pupils:
         return None
-    teacher = context.inputs["teacher"].path
-    recipe = ModelRecipe.model_validate_json((teacher / "recipe.json").read_text())
-    index = context.inputs["index"]
-    material = Material(config, recipe, teacher, index.path, index.key)
+    index, teacher = context.inputs["index"], context.inputs.get("teacher")
+    recipe = None
+    if teacher is not None:
+        recipe = ModelRecipe.model_validate_json((teacher.path / "recipe.json").read_text())
+    folder = teacher.path if teacher is not None else None
+    material = Material(config, recipe, folder, index.path, index.key)
     left = {name: pupil.job.num_steps - (pupil.next_step - pupil.offset) for name, pupil in pupils.items()}
     bounds = {
         name: pupil.job.elastic.workers for name, pupil in pupils.items() if pupil.config.workers is not None

@@ -137,6 +137,8 @@ def _selfsup(stage: SelfSupervised, name: str, upstream: Upstream) -> list[Workl
 
 @workloads.register
 def _distill(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
+    if stage.features is not None:
+        return _distill_features(stage, name, upstream)
     origin = cast("Pretrain", upstream["origin"])
     config, heads = preset(origin.model), origin.heads
     views: Views = [(1.0, stage.crops)]
@@ -152,24 +154,46 @@ def _distill(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
     )
     students = []
     for student_name, student in stage.students.items():
-        own = preset(student.model)
-        forward = _towers(own, views, 1 - student.drop_path) + _heads(own, heads, views, masked)
+        own, seen = preset(student.model), [(1.0, stage.crops_of(student))]
+        forward = _towers(own, seen, 1 - student.drop_path) + _heads(own, heads, seen, masked)
         students.append(
             Workload(
                 f"{name}/{student_name}",
-                stage.steps,
+                stage.steps_of(student),
                 stage.batch_size,
                 stage.block_size,
                 (
-                    _tower("student", "trained", own, heads, views),
+                    _tower("student", "trained", own, heads, seen),
                     _tower("EMA", "ema", own, heads, ()),
                 ),
                 {"student": (1 + _BACKWARD) * forward},
-                _logits(own, heads, views, masked),
+                _logits(own, heads, seen, masked),
                 _largest_row(heads),
             )
         )
     return [teacher, *students]
+
+
+def _distill_features(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
+    """From backbones without heads. One from elsewhere is not known before it is opened, so it is not counted."""
+
+    def work(part: str, steps: int, nets: tuple[Net, ...], flops: Mapping[str, float]) -> Workload:
+        return Workload(f"{name}/{part}", steps, stage.batch_size, stage.block_size, nets, flops)
+
+    views: Views = [(1.0, stage.crops)]
+    found = []
+    if stage.features is not None and stage.features.uses_own:
+        config = preset(cast("Pretrain", upstream["origin"]).model)
+        flops = _towers(config, [_globals(view) for view in views])
+        frozen = (_tower("teacher", "frozen", config, None, ()),)
+        found.append(work("teacher", stage.steps, frozen, {"teacher": flops}))
+    for student_name, student in stage.students.items():
+        own, seen = preset(student.model), [(1.0, stage.crops_of(student))]
+        nets = (_tower("student", "trained", own, None, seen), _tower("EMA", "ema", own, None, ()))
+        forward = _towers(own, seen, 1 - student.drop_path)
+        flops_of = {"student": (1 + _BACKWARD) * forward}
+        found.append(work(student_name, stage.steps_of(student), nets, flops_of))
+    return found
 
 
 @workloads.register

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -22,6 +22,9 @@ from orchestrator.stages.pretrain import Pretrain
 from orchestrator.stages.profiling import Costs, Material, measured, reckoned
 from orchestrator.stages.selfsup import ModelRecipe
 from orchestrator.stages.workload import Workload, workloads
+
+if TYPE_CHECKING:
+    from orchestrator.store.artifact import Artifact
 
 # Nobody asks for more; a job that needs more than that for its memory is a mistake in the file.
 _MOST_DEVICES = 8192
@@ -180,15 +183,8 @@ def _split(loaded: LoadedPipeline, name: str, costs: Costs, devices: float) -> S
 def material(loaded: LoadedPipeline, name: str) -> Material:
     """What to measure with: artifacts of the stages before, where they are made and on this machine."""
     roles = graph.roles(loaded)
-    origin = cast(Pretrain, loaded.spec.stages[graph.origin(roles, name) or name])
-    recipe = ModelRecipe(
-        model=origin.model,
-        drop_path=origin.drop_path,
-        heads=origin.heads,
-        global_size=origin.crops.global_size,
-    )
     stage = cast(Distill, loaded.spec.stages[name])
-    made_up = Material(stage, recipe)
+    made_up = Material(stage, _recipe(loaded, roles, name))
     if loaded.missing:
         return made_up
     from orchestrator.pipeline.plan import resolve
@@ -199,23 +195,43 @@ def material(loaded: LoadedPipeline, name: str) -> Material:
         return made_up
     workspace = Workspace(loaded.spec.store)
     stages = {stage.name: stage for stage in resolve(loaded)}
-    index, teacher = (stages[roles[name][role]] for role in ("index", "teacher"))
-    found_index = workspace.find(index.parts.kind, index.key)
-    found_teacher = workspace.find(teacher.parts.kind, teacher.key)
-    return Material(
-        stage,
-        recipe,
-        teacher=found_teacher.path if found_teacher is not None else None,
-        index=found_index.path if found_index is not None else None,
-        index_key=index.key if found_index is not None else "",
+    found: dict[str, Artifact] = {}
+    for role, need in roles[name].items():
+        there = workspace.find(stages[need].parts.kind, stages[need].key)
+        if there is not None:
+            found[role] = there
+    return replace(
+        made_up,
+        teacher=found["teacher"].path if "teacher" in found else None,
+        index=found["index"].path if "index" in found else None,
+        index_key=found["index"].key if "index" in found else "",
+    )
+
+
+def _recipe(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]], name: str) -> ModelRecipe | None:
+    """Of the teacher that the pipeline makes, or None if it makes none."""
+    origin = loaded.spec.stages.get(graph.origin(roles, name) or "")
+    if not isinstance(origin, Pretrain):
+        return None
+    return ModelRecipe(
+        model=origin.model,
+        drop_path=origin.drop_path,
+        heads=origin.heads,
+        global_size=origin.crops.global_size,
     )
 
 
 def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> Costs:
+    stage = cast(Distill, loaded.spec.stages[name])
+    if stage.features is not None and not stage.features.uses_own:
+        raise UserError(
+            "what a teacher from elsewhere costs cannot be reckoned, only measured",
+            where=loaded.where("stages", name, "features"),
+            hint="run this on such a machine, or leave out the `hardware` section to measure on this one",
+        )
     roles = graph.roles(loaded)
     upstream = {role: loaded.spec.stages[need] for role, need in roles[name].items()}
     upstream["origin"] = loaded.spec.stages[graph.origin(roles, name) or name]
-    stage = cast(Distill, loaded.spec.stages[name])
 
     def fewest(work: Workload) -> int:
         for devices in range(1, _MOST_DEVICES + 1):

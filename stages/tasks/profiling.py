@@ -37,6 +37,7 @@ from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill, Student
 from orchestrator.stages.profiling import Spec
 from orchestrator.stages.selfsup import ModelRecipe
+from orchestrator.stages.tasks.backbone import save_backbone
 from orchestrator.stages.tasks.nets import HeadedBackbone
 from orchestrator.stages.tasks.teaching import Teaching, teaching
 from orchestrator.store.artifact import Artifact, Manifest
@@ -76,10 +77,9 @@ def _join(spec: Spec, gpu: bool) -> None:
 def _measure(spec: Spec, scratch: Path) -> dict[str, dict[str, float]]:
     """Median seconds of a step, by part (`""` is the teacher) and blocks a step."""
     config = Distill.model_validate(spec.config)
-    places = {
-        "teacher": spec.teacher or _made_up_teacher(spec.recipe, scratch / "teacher"),
-        "index": spec.index or _made_up_photos(config, scratch / "index"),
-    }
+    places = {"index": spec.index or _made_up_photos(config, scratch / "index")}
+    if spec.recipe is not None:
+        places["teacher"] = spec.teacher or _made_up_teacher(spec.recipe, scratch / "teacher")
 
     def sized(num_blocks: int) -> Teaching:
         # Replayed, a teacher would only read what it said the first time.
@@ -231,9 +231,9 @@ def _made_up_teacher(recipe: ModelRecipe, folder: Path) -> Path:
     (folder / "recipe.json").write_text(recipe.model_dump_json())
     torch.manual_seed(_SEED)
     state: dict[str, Any] = HeadedBackbone(recipe.model, 0.0, recipe.heads).state_dict()
-    save_file(
-        {name: value.contiguous() for name, value in state.items()}, folder / "snapshots/step-0.safetensors"
-    )
+    export = folder / "snapshots/step-0.safetensors"
+    save_file({name: value.contiguous() for name, value in state.items()}, export)
+    save_backbone(export, recipe.model, folder / "model", recipe.global_size)
     return folder
 
 

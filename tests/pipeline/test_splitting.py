@@ -12,13 +12,35 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.errors import UserError
+from orchestrator.models import build, save_pretrained
+from orchestrator.models.cost import forward_flops
+from orchestrator.models.presets import preset
 from orchestrator.pipeline import splitting
-from orchestrator.pipeline.load import load
+from orchestrator.pipeline.costing import costings
+from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.splitting import print_splits, splits
 from orchestrator.sharing import profile as profiles
 from orchestrator.sharing.planner import StudentCost, TeacherCost
 from orchestrator.stages.profiling import Costs, Material
 
+HEADLESS = """
+name: headless
+store: {folder}/runs
+data: {{photos: {{path: {folder}/photos}}}}
+{more}
+stages:
+  curate: {{kind: curate, data: photos}}
+  distill:
+    kind: distill
+    needs: curate
+    steps: 9
+    batch_size: 8
+    block_size: 4
+    crops: {{global_size: 32, local_size: 16, num_local: 0}}
+    optimizer: {{lr: {{peak: 0.001}}}}
+    features: {{teachers: {{net: {{from: {folder}/net}}}}}}
+    students: {{small: {{model: vit_femto, steps: 5}}}}
+"""
 ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "conf" / "full_pipeline.yaml"
 FAMILY = ROOT / "conf" / "paper" / "dinov3_family.yaml"
@@ -123,3 +145,29 @@ def test_without_devices_nothing_is_measured(
     assert said.exit_code == 0, said.output
     assert "s a step" not in said.output
     assert not measuring
+
+
+def headless(tmp_path: Path, more: str = "") -> LoadedPipeline:
+    save_pretrained(tmp_path / "net", build("vit_femto").state_dict(), "vit_femto")
+    file = tmp_path / "headless.yaml"
+    file.write_text(HEADLESS.format(folder=tmp_path, more=more))
+    return load(file, [], needs_data=False)
+
+
+def test_a_teacher_from_elsewhere_is_measured(measuring: list[tuple[Material, bool]], tmp_path: Path) -> None:
+    (split,) = splits(headless(tmp_path), 2, refresh=False, say=print)
+    assert split.phases[0].split.step_s > 0
+    assert [asked.recipe for asked, _ in measuring] == [None]
+
+
+def test_what_a_teacher_from_elsewhere_costs_is_not_made_up(tmp_path: Path) -> None:
+    loaded = headless(tmp_path, "hardware: {devices: 8}")
+    with pytest.raises(UserError, match="cannot be reckoned") as caught:
+        splits(loaded, 8, refresh=False, say=print)
+    assert "headless.yaml:" in (caught.value.where or "")
+    # Its student's are: forward and backward, of two views.
+    assert loaded.spec.hardware is not None
+    (student,) = costings(loaded, loaded.spec.hardware)
+    assert student.work.name == "distill/small"
+    assert student.work.flops_per_image == pytest.approx(3 * 2 * forward_flops(preset("vit_femto"), 32, 32))
+    assert student.work.steps == 5

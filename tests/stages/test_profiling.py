@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import UserError
+from orchestrator.models import build, save_pretrained
 from orchestrator.sharing import profile as profiles
 from orchestrator.sharing.profile import Profile, fit
 from orchestrator.stages import profiling
@@ -78,6 +79,35 @@ def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert len(kept) == 2
     monkeypatch.setattr(profiling, "_run", None)
     assert measured(material(students={"a": {"model": "vit_femto"}})) == costs, "not measured again"
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["from elsewhere", "the stage's own"])
+def test_a_teacher_without_heads_is_measured_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: bool
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(profiles, "hardware", lambda: dict(MACHINE))
+    save_pretrained(tmp_path / "net", build("vit_femto").state_dict(), "vit_femto")
+    teachers = {"net": {"from": str(tmp_path / "net")}}
+    features = {} if own else {"teachers": teachers, "whiten": True, "whiten_images": 4}
+    stage = Distill.model_validate({**STAGE, "features": features, "students": {"a": {"model": "vit_femto"}}})
+    costs = measured(Material(stage, RECIPE if own else None))
+    assert 0 < costs.teacher.step_s < 60
+    assert 0 < costs.students[0].block_s < 60
+
+
+def test_another_file_is_another_teacher(lab: Lab, tmp_path: Path) -> None:
+    def headless(model: str) -> Material:
+        save_pretrained(tmp_path / model, build(model).state_dict(), model)
+        teachers = {"net": {"from": str(tmp_path / model)}}
+        return Material(Distill.model_validate({**STAGE, "features": {"teachers": teachers}}), None)
+
+    measured(headless("vit_femto"))
+    lab.told.clear()
+    measured(headless("vit_femto"))
+    assert not lab.told
+    measured(headless("vit_pico"))
+    assert [(spec.with_teacher, spec.students) for spec in lab.told] == [(True, ("a", "b"))]
 
 
 def test_costs_follow_from_steps_of_one_and_of_two_blocks(lab: Lab) -> None:
