@@ -142,6 +142,19 @@ class Distill(TrainStage):
         """Teacher actors at the start."""
         return self.teachers if isinstance(self.teachers, int) else 1
 
+    @property
+    def held_steps(self) -> int:
+        """Steps that the object store holds at most: the window, and one that a worker is behind the others."""
+        return max(self.window, self.num_teachers + 1) + 1
+
+    @property
+    def view_bytes(self) -> int:
+        """Of all students' views in one step, as far as teachers make them; what teachers say comes on top."""
+        if self.views == "regenerated":
+            return 0
+        sets = {self.crops_of(student).model_dump_json(): student for student in self.students.values()}
+        return self.batch_size * sum(self.crops_of(student).num_bytes for student in sets.values())
+
     def steps_of(self, student: Student) -> int:
         """A student's number of updates."""
         return student.steps or self.steps

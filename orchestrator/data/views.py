@@ -51,6 +51,12 @@ class CropConfig(Strict):
         return self
 
     @property
+    def num_bytes(self) -> int:
+        """Of one image's views, uint8; without those for a Gram teacher."""
+        pixels = self.num_global * self.global_size**2 + self.num_local * self.local_size**2
+        return 3 * pixels
+
+    @property
     def min_side(self) -> int:
         """The shorter side, in pixels, below which a decoded photograph would have to be enlarged."""
         needs = [max(self.global_size, self.gram_size or 0) / math.sqrt(self.global_scale[0])]

@@ -91,6 +91,11 @@ def _quiet() -> None:
     worker.print_to_stdstream = to_log
 
 
+def most_object_store() -> int:
+    """Bytes that the object store of an own cluster has at most: Ray takes 30 % of the memory, or less."""
+    return int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def _slots() -> int:
     """Logical CPUs: places for workers, not cores. A teacher and several students share a laptop's cores."""
     return max(8, os.cpu_count() or 1)

@@ -1,9 +1,12 @@
-"""What only two stages together can show to be wrong: crops that a backbone from another stage cannot take."""
+"""What no stage can see by itself: crops that a backbone from another stage cannot take, views too large for the
+machine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from orchestrator.elastic.cluster import most_object_store
 from orchestrator.errors import UserError
 from orchestrator.pipeline import graph
 from orchestrator.pipeline.load import LoadedPipeline
@@ -16,8 +19,9 @@ def check(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Non
     """Look at every stage that goes on from, or learns from, a backbone that the file describes.
 
     Raises:
-        UserError: its patch does not divide a crop.
+        UserError: its patch does not divide a crop, or a distillation holds more views than this machine can.
     """
+    _check_windows(loaded)
     for name, stage in loaded.spec.stages.items():
         origin = graph.origin(roles, name)
         model = loaded.spec.stages.get(origin or name)
@@ -40,3 +44,21 @@ def check(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Non
                     where=loaded.where("stages", name, *where),
                     hint=f"use {what.split('; use ')[1]}",
                 ) from None
+
+
+def _check_windows(loaded: LoadedPipeline) -> None:
+    """Only of an own cluster is known what it will have before it is there; the stage itself looks again."""
+    if loaded.spec.cluster.address != "local" or loaded.spec.hardware is not None:
+        return
+    there = most_object_store()
+    for name, stage in loaded.spec.stages.items():
+        if isinstance(stage, Distill) and stage.held_steps * stage.view_bytes > there:
+            fits = there // stage.view_bytes - 1
+            raise UserError(
+                f"stage {name!r} holds {stage.held_steps} steps of {stage.view_bytes / 1e9:.3g} GB of views at once; "
+                f"the object store of this machine has {there / 1e9:.3g} GB at most",
+                where=loaded.where("stages", name, "window"),
+                hint=f"set window to {fits}"
+                if fits >= 2
+                else "set views: regenerated, or a smaller batch_size",
+            )

@@ -99,7 +99,7 @@ class Teaching(ABC):
 
     def bytes_per_step(self, students: Sequence[Student]) -> int:
         """Bytes that the object store holds for one step."""
-        views = sum(_view_bytes(crops) for crops in self._view_sets(students).values())
+        views = sum(crops.num_bytes for crops in self._view_sets(students).values())
         return int(self._config.batch_size * (self.said_bytes() + views))
 
     @property
@@ -235,12 +235,6 @@ def view_part(config: Distill, student: Student) -> str:
     if crops == config.crops:
         return VIEWS
     return f"{VIEWS}/{crops.global_size}-{crops.local_size}-{crops.num_local}"
-
-
-def _view_bytes(crops: CropConfig) -> int:
-    """Of one image, uint8."""
-    pixels = crops.num_global * crops.global_size**2 + crops.num_local * crops.local_size**2
-    return 3 * pixels
 
 
 def _with_inputs(needed: Sequence[tuple[str, str, str]], make: Callable[[], Any]) -> Any:

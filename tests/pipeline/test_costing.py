@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.elastic.cluster import most_object_store
 from orchestrator.errors import UserError
+from orchestrator.pipeline import fit, graph
 from orchestrator.pipeline.costing import Costing, costing, costings
 from orchestrator.pipeline.load import load
 from orchestrator.spec import Hardware
@@ -148,3 +150,33 @@ def test_crops_that_a_backbone_from_another_stage_cannot_take_are_refused() -> N
     assert caught.value.hint == "use 160"
     with pytest.raises(UserError, match="gram_size 500"):
         costs("dinov3_7b.yaml", "stages.gram.crops.gram_size=500")
+
+
+def test_more_views_than_this_machine_can_hold_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def check(*overrides: str) -> None:
+        loaded = load(CONF / "full_pipeline.yaml", overrides, needs_data=False)
+        fit.check(loaded, graph.roles(loaded))
+
+    # 32 images, two views of 64 px and four of 32 px, 3 bytes a pixel.
+    step = 32 * 3 * (2 * 64**2 + 4 * 32**2)
+    monkeypatch.setattr(fit, "most_object_store", lambda: 10 * step)
+    check("stages.distill.window=9")
+    with pytest.raises(UserError, match=r"'distill' holds 11 steps of 0.00118 GB of views") as caught:
+        check("stages.distill.window=10")
+    assert caught.value.where is not None
+    assert "stages.distill.window" in caught.value.where
+    assert caught.value.hint == "set window to 9"
+    check("stages.distill.window=10", "stages.distill.views=regenerated")
+    check("stages.distill.window=10", "cluster.address=auto")
+    with pytest.raises(UserError, match="holds 41 steps"):
+        check("stages.distill.teachers=39")
+    monkeypatch.setattr(fit, "most_object_store", lambda: 2 * step)
+    with pytest.raises(UserError) as caught:
+        check()
+    assert caught.value.hint == "set views: regenerated, or a smaller batch_size"
+
+
+def test_an_own_cluster_has_no_larger_object_store_than_ray_gives_it() -> None:
+    assert 2**28 < most_object_store() < 2**44

@@ -170,8 +170,8 @@ def make_context(tmp_path: Path, index: Path, teacher: Path, work: str = "work")
     )  # fmt: skip
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "students" / "good" / "model" / "model.safetensors")
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "students" / name / "model" / "model.safetensors")
 
 
 def test_a_student_that_fails_fails_alone_and_is_trained_alone_the_next_time(
@@ -192,23 +192,30 @@ def test_a_student_that_fails_fails_alone_and_is_trained_alone_the_next_time(
         assert before.spans == [[0, 6]]
         assert before.stats().teacher_forwards_per_image == 1.0
 
+        replayed = {"replay": True}
         context = make_context(tmp_path, index, teacher)
-        figures = config(good=good, bad=bad).run(context)
+        figures = config(good=good, bad=bad).model_copy(update=replayed).run(context)
         counted = json.loads((context.out / "sharing.json").read_text())
         assert counted["images_needed"] == 6 * CONFIG.batch_size
         again = counted["images_forwarded"] - before.images_forwarded
         assert again == 6 * CONFIG.batch_size, "counted over drivers, and the good one was not trained again"
 
+        later = make_context(tmp_path, index, teacher)
+        config(good=good, bad=bad, late=good).model_copy(update=replayed).run(later)
+        at_last = json.loads((later.out / "sharing.json").read_text())
+        assert at_last["images_forwarded"] == counted["images_forwarded"], "what was said was kept"
+
         alone = make_context(tmp_path, index, teacher, work="elsewhere")
         # Its teacher is spread over two processes, which nobody should see.
-        config(good=good).model_copy(update={"teachers": 1, "teacher_shards": 2}).run(alone)
+        config(good=good, late=good).model_copy(update={"teachers": 1, "teacher_shards": 2}).run(alone)
     for name in ("good", "bad"):
         assert 0 < figures[f"{name}_goodput"] <= 1
         assert (context.out / "students" / name / "model" / "model.safetensors").exists()
     assert figures["goodput"] == min(figures["good_goodput"], figures["bad_goodput"])
-    beside, lonely = weights(context.out), weights(alone.out)
-    for name, value in lonely.items():
-        torch.testing.assert_close(beside[name], value, rtol=1e-5, atol=1e-7)
+    for student in ("good", "late"):
+        found, wanted = weights(later.out, student), weights(alone.out, student)
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_a_student_has_an_identity_of_its_own() -> None:

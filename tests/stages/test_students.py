@@ -127,10 +127,6 @@ def test_all_students_are_gathered_without_their_checkpoints(tmp_path: Path) -> 
         ({"teachers": 0}, "at least 1 has to teach"),
         ({"teacher_shards": 2, "replay": True}, "do not go together"),
         ({"teacher_shards": 2, "features": {}}, "for teachers with heads"),
-        (
-            {"workers": "auto", "features": {"teachers": {"x": {"module": "a.b:c"}}}},
-            "a teacher that a stage made",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, Any], complaint: str) -> None:
