@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.learning import measure
 from bench.learning.finding import Finding, Question, beats, shown
-from bench.learning.ground import CROPS, MODEL, SIZE, Ground, final, snapshots
+from bench.learning.ground import CROPS, HEADS, MODEL, SIZE, Ground, final, snapshots
 from bench.learning.lab import Trained
 from orchestrator.stages.gram_anchor import GramAnchor
 from orchestrator.stages.pretrain import Pretrain
@@ -55,7 +55,7 @@ def collapse_stage(ground: Ground) -> Pretrain:
         10,
         kind="pretrain",
         model=MODEL,
-        heads={"prototype_std": 0.125},
+        heads=HEADS,
         ibot_weight=0.0,
         optimizer={"lr": {"peak": 3e-3, "warmup_steps": 5}},
     )

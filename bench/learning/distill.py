@@ -6,13 +6,13 @@ from typing import Any
 
 from bench.learning import measure
 from bench.learning.finding import Finding, beats
-from bench.learning.ground import POOL, Ground, final
+from bench.learning.ground import POOL, TEMPERATURE, Ground, final
 from bench.learning.lab import Trained
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.pretrain import Pretrain
 
 STUDENT = "vit_femto"
-_OPTIMIZER = {"lr": {"peak": 2e-3, "warmup_steps": 20}}
+_STEPS, _QUICK_STEPS = 400, 12
 
 
 def run(ground: Ground) -> Finding:
@@ -47,26 +47,21 @@ def run(ground: Ground) -> Finding:
 
 def distill_stage(ground: Ground) -> Distill:
     """The student beside its frozen teacher."""
+    alone = alone_stage(ground)
     fields = ground.settings(
-        200, 10, kind="distill", students={"student": {"model": STUDENT}}, optimizer=_OPTIMIZER
+        _STEPS,
+        _QUICK_STEPS,
+        kind="distill",
+        students={"student": {"model": STUDENT}},
+        optimizer=alone.optimizer,
     )
     del fields["zero_stage"]
-    return Distill.model_validate({**fields, "teacher_temperature": 0.07})
+    return Distill.model_validate({**fields, "ema": alone.ema, "teacher_temperature": TEMPERATURE})
 
 
 def alone_stage(ground: Ground) -> Pretrain:
     """The student by itself: its own EMA teaches it."""
-    return Pretrain.model_validate(
-        ground.settings(
-            200,
-            10,
-            kind="pretrain",
-            model=STUDENT,
-            heads={"prototype_std": 0.125},
-            optimizer=_OPTIMIZER,
-            frozen_prototype_steps=5,
-        )
-    )
+    return ground.from_nothing(STUDENT, _STEPS, _QUICK_STEPS)
 
 
 def _train(ground: Ground, way: str, seed: int, base: Trained) -> Trained:
