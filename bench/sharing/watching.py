@@ -21,7 +21,7 @@ class Measured:
 
     Attributes:
         wall_s: of a round: one step of every student.
-        cpu_s: processor time of a round, of everything on the machine.
+        cpu_s: processor time of a round, of everything on the machine at normal priority.
         teacher_s: processor time of a teacher's process for a step.
         student_s: of each student's worker for a step.
         weights: of each student at the end.
@@ -76,7 +76,9 @@ def steps_of(contexts: list[Context], students: Mapping[str, str]) -> dict[str, 
 def snapshot(contexts: list[Context], students: Mapping[str, str]) -> Snapshot:
     """All of it, now."""
     times = psutil.cpu_times()
-    busy = sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "steal", 0.0)
+    # What runs at a low priority is not of this bench.
+    others = ("idle", "nice", "iowait", "steal")
+    busy = sum(times) - sum(getattr(times, name, 0.0) for name in others)
     teachers = sum(_cpu(process) for process in _processes("ray::TeacherActor"))
     return Snapshot(
         time.monotonic(), busy, teachers, _worker_times(), steps_of(contexts, students), _forwarded()
