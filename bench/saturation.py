@@ -75,12 +75,12 @@ def run(quick: bool, picture: str = "", table: str = "", desk_calls: float = 0.0
         crops = {name: crop_seconds(one, stage, Path(folder), quick) for name, (one, stage) in loaded.items()}
         figures = Figures(crops, *((desk_calls, 0.0) if desk_calls else ray_figures(quick)))
         cases = {name: _case(one, stage, crops[name]) for name, (one, stage) in loaded.items()}
-    built = Design(desk_calls=figures.desk_calls)
+    built = Design(crops="producers", desk_calls=figures.desk_calls)
     designs = {
         "as built": built,
         "window 4, whole steps": replace(built, window=4, fetch="step"),
-        "crops beside the forward": replace(built, crops="producers"),
-        "and one question a machine": replace(built, crops="producers", ask="node"),
+        "crops before the forward": replace(built, crops="inside"),
+        "one question a machine": replace(built, ask="node"),
         "and crops made by students": replace(built, crops="students", ask="node"),
     }
     found = {
@@ -151,9 +151,9 @@ def _claim(found: Found, figures: Figures) -> Claim:
         for design, states in designs.items():
             arms[f"{name}, {design}: η"] = summarize([state.eta for state in states])
             notes.append(f"{name}, {design}: {_path(states)}")
-    first = next(iter(found.values()))["and one question a machine"]
+    first = next(iter(found.values()))["as built"]
     return Claim(
-        claim="devices to which a 7B's ViT students are limited by computing alone, with crops beside the forward",
+        claim="devices to which a 7B's ViT students are limited by computing alone",
         figure=float(max((state.devices for state in first if state.busiest == "compute"), default=0)),
         unit="devices",
         goal=None,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.headless import lite0
+from bench.learning import ground
 from bench.learning.measure import snapshot
 from orchestrator.data.blocks import Block
 from orchestrator.data.index import PhotoIndex, PhotoRow
@@ -30,7 +31,7 @@ from orchestrator.stages.selfsup import Heads, ModelRecipe
 
 TEACHER = "lite0"
 MODELS = {"ViT": "vit_pico", "ConvNeXt": "convnext_mini"}
-SIZE = 64
+SIZE = ground.SIZE
 # What the teacher sees of the same boxes: its features are much the same as at its own 224 pixels, at a third of
 # the cost.
 TEACHER_SIZE = 128
@@ -112,20 +113,17 @@ def objective(weights: Path) -> FeatureObjective:
 
 
 def alone_config(model: str, plan: Plan) -> Pretrain:
-    """The same tower by itself: DINO, iBOT and KoLeo with its own EMA as the teacher."""
+    """The same tower by itself, as `bench.learning` pretrains: DINO, iBOT and KoLeo with its own EMA as the teacher."""
     return Pretrain.model_validate(
         {
             "kind": "pretrain",
             "model": model,
             "steps": plan.alone_steps,
-            "batch_size": _BATCH,
-            "block_size": _BATCH,
-            "crops": {"global_size": SIZE, "local_size": SIZE // 2, "num_local": 4, "blur_sigma": (0.1, 0.6)},
-            "teacher_temperature": {"start": 0.04, "peak": 0.07, "warmup_steps": 50},
-            "heads": {"prototype_std": 0.125},
+            **ground.COMMON,
+            "heads": ground.HEADS,
             "frozen_prototype_steps": 5,
             "optimizer": _OPTIMIZER,
-            "ema": {"peak": 0.99},
+            "ema": {"start": 0.9, "peak": 0.97, "warmup_steps": plan.alone_steps * 2 // 3},
         }
     )
 

