@@ -12,7 +12,7 @@ from orchestrator.stages.distill import Distill
 from orchestrator.stages.pretrain import Pretrain
 
 STUDENT = "vit_femto"
-_STEPS, _QUICK_STEPS = 400, 12
+_STEPS, _QUICK_STEPS = 300, 12
 
 
 def run(ground: Ground) -> Finding:
