@@ -52,7 +52,7 @@ def high_res_stage(ground: Ground, way: str) -> HighRes:
     triples = TRIPLES if way == "after" else _STAYS
     names = ("global_size", "local_size", "gram_size", "p")
     fields = ground.settings(
-        40,
+        32,
         4,
         kind="high_res",
         optimizer={"lr": {"peak": 5e-4, "warmup_steps": 10}},

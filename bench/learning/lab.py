@@ -97,6 +97,7 @@ class Lab:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         work = path.with_name(f"{path.name}.work")
+        work.mkdir(exist_ok=True)
         context = Context(
             name=name,
             pipeline="learning",

@@ -44,7 +44,7 @@ def text_stage(ground: Ground, pool: str) -> AlignText:
     return AlignText.model_validate(
         {
             "kind": "align_text",
-            "steps": 10 if ground.lab.quick else 200,
+            "steps": 10 if ground.lab.quick else 150,
             "batch_size": 128,
             "block_size": 64,
             "image_size": SIZE,
