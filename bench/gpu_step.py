@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -78,7 +79,7 @@ def main() -> None:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = import_deepspeed()
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if cuda else "gloo", store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed("nccl" if cuda else "gloo", dist_init_required=False, verbose=False)
     rows = []
     for model in options.model if cuda else ["vit_femto"]:

@@ -166,7 +166,7 @@ def _transformers(config: Config) -> Theirs:
     values = transformers_config(config)
     kind = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     with no_init_weights():  # all weights are replaced
-        model = transformers.AutoModel.from_config(kind).eval()
+        model = transformers.AutoModel.from_config(kind).eval()  # type: ignore[no-untyped-call]
     return model, lambda images: model(images).last_hidden_state
 
 

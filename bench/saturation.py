@@ -115,6 +115,7 @@ def _case(loaded: LoadedPipeline, stage: str, crop_s: float) -> Case:
 
     (item,) = [one for one in splits(loaded, 4096, refresh=False, say=lambda line: None) if one.name == stage]
     of = material(loaded, stage)
+    assert of.recipe is not None
     crops = of.stage.crops
     pixels = crops.num_global * crops.global_size**2 + crops.num_local * crops.local_size**2
     measured = item.costs.kind == "cpu"

@@ -64,8 +64,8 @@ class Bottleneck(nn.Module):
         if self._expand_conv is not None:
             out = F.relu6(self._bn0(self._expand_conv(out)))
         out = F.relu6(self._bn1(self._depthwise_conv(out)))
-        out = self._bn2(self._project_conv(out))
-        return x_BCHW + out if self._adds else out
+        made: Tensor = self._bn2(self._project_conv(out))
+        return x_BCHW + made if self._adds else made
 
 
 class EfficientNetLite0(nn.Module):

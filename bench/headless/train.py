@@ -232,6 +232,7 @@ def _join_group() -> None:
     """This process as a group of one worker, which the loop asks for."""
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
 
     from orchestrator.elastic.zero import import_deepspeed
 
@@ -239,5 +240,5 @@ def _join_group() -> None:
         return
     torch.set_num_threads(1)
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     import_deepspeed().init_distributed("gloo", dist_init_required=False, verbose=False)

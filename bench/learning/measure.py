@@ -176,7 +176,7 @@ def _vote(bank_ND: Floats, labels: Sequence[str], queries_MD: Floats, wanted: Se
 
 def _raw(pictures: Pictures) -> Floats:
     small = [_resized(image.transpose(1, 2, 0), _RAW_SIDE) for image in pictures.images]
-    return np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
+    return np.asarray(np.stack(small).reshape(len(small), -1) / 255, np.float32)
 
 
 def _central(image_HWC: Pixels) -> Pixels:

@@ -103,9 +103,9 @@ def mask_of(row: PhotoRow) -> NDArray[np.uint8] | None:
     path = Path(row.root) / "masks" / row.path
     if not path.is_file():
         return None
-    alpha = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    share = float((alpha > 127).mean())
-    return np.asarray(alpha, np.uint8) if 0.05 < share < 0.9 else None
+    alpha = np.asarray(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), np.uint8)
+    share = float(np.mean(alpha > 127))
+    return alpha if 0.05 < share < 0.9 else None
 
 
 def _is_held_out(row: PhotoRow) -> bool:
