@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -142,18 +142,35 @@ class Distill(TrainStage):
         """Teacher actors at the start."""
         return self.teachers if isinstance(self.teachers, int) else 1
 
-    @property
-    def held_steps(self) -> int:
-        """Steps that the object store holds at most: the window, and one that a worker is behind the others."""
-        return max(self.window, self.num_teachers + 1) + 1
+    def window_of(self, teachers: int) -> int:
+        """Steps that are held while so many teachers are at work: one more than they are, or nobody would have any."""
+        return max(self.window, teachers + 1)
 
-    @property
-    def view_bytes(self) -> int:
-        """Of all students' views in one step, as far as teachers make them; what teachers say comes on top."""
+    def view_bytes(self, students: Iterable[Student]) -> int:
+        """Of these students' views in one step, as far as teachers make them; what teachers say comes on top."""
         if self.views == "regenerated":
             return 0
-        sets = {self.crops_of(student).model_dump_json(): student for student in self.students.values()}
-        return self.batch_size * sum(self.crops_of(student).num_bytes for student in sets.values())
+        sizes = {
+            crops.model_dump_json(): crops.num_bytes for crops in (self.crops_of(one) for one in students)
+        }
+        return self.batch_size * sum(sizes.values())
+
+    def check_room(self, window: int, step_bytes: int, room: float, where: str) -> None:
+        """See that a window of such steps fits into an object store of `room` bytes.
+
+        Raises:
+            UserError: it does not.
+        """
+        held = window + 1  # a worker may be a step behind the others
+        if held * step_bytes <= room:
+            return
+        fits = int(room // step_bytes) - 1
+        raise UserError(
+            f"{held} steps of {step_bytes / 1e9:.3g} GB are held at once, and the object store has "
+            f"{room / 1e9:.3g} GB",
+            where=where,
+            hint=f"set window to {fits}" if fits >= 2 else "set views: regenerated, or a smaller batch_size",
+        )
 
     def steps_of(self, student: Student) -> int:
         """A student's number of updates."""

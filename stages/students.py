@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.errors import Stopped, UserError
+from orchestrator.errors import Stopped
 from orchestrator.stages.base import Context
 from orchestrator.stages.pupils import Pupil, pupils_of
 from orchestrator.stages.selfsup import stage_seed, summary
@@ -67,9 +68,11 @@ def _train_all(
     balance = _balance(config, context, pupils)
     by_balance = balance is not None and config.teachers == "auto"
     teachers = balance.teachers if balance and by_balance else lambda: config.num_teachers
-    window = max(config.window, teachers() + 1)
+    window = config.window_of(teachers())
     if pupils:
-        _check_memory(teach, pupils, window)
+        room = ray.cluster_resources().get("object_store_memory", math.inf)
+        step_bytes = teach.bytes_per_step([pupil.config for pupil in pupils.values()])
+        config.check_room(window, step_bytes, room, f"stages.{context.name}.window")
     with Keeper(
         teach.factory([pupil.config for pupil in pupils.values()], num_steps),
         {name: pupil.next_step for name, pupil in pupils.items() if not pupil.job.is_done()},
@@ -188,22 +191,6 @@ def _gather(folders: Mapping[str, Path], names: Sequence[str], out: Path) -> dic
         figures |= {f"{name}_{figure}": value for figure, value in own.items()}
     figures["goodput"] = min(figures[f"{name}_goodput"] for name in names)
     return figures
-
-
-def _check_memory(teach: Teaching, pupils: Mapping[str, Pupil], window: int) -> None:
-    """Raises UserError if the steps that are held do not fit into the object store."""
-    import ray
-
-    there = ray.cluster_resources().get("object_store_memory", 0.0)
-    step = teach.bytes_per_step([pupil.config for pupil in pupils.values()])
-    held = window + 1  # a worker may be a step behind the others
-    if there and held * step > there:
-        fits = max(0, int(there // step) - 1)
-        raise UserError(
-            f"{held} steps of {step / 1e9:.2f} GB each are held at once, and the object store has {there / 1e9:.2f} GB",
-            where=f"stages.{pupils[next(iter(pupils))].job.name.partition('/')[0]}.window",
-            hint=f"set window to {fits}" if fits >= 2 else "set views: regenerated, or a smaller batch_size",
-        )
 
 
 def _track(run: Run, figures: Mapping[str, float]) -> None:

@@ -50,15 +50,10 @@ def _check_windows(loaded: LoadedPipeline) -> None:
     """Only of an own cluster is known what it will have before it is there; the stage itself looks again."""
     if loaded.spec.cluster.address != "local" or loaded.spec.hardware is not None:
         return
-    there = most_object_store()
     for name, stage in loaded.spec.stages.items():
-        if isinstance(stage, Distill) and stage.held_steps * stage.view_bytes > there:
-            fits = there // stage.view_bytes - 1
-            raise UserError(
-                f"stage {name!r} holds {stage.held_steps} steps of {stage.view_bytes / 1e9:.3g} GB of views at once; "
-                f"the object store of this machine has {there / 1e9:.3g} GB at most",
-                where=loaded.where("stages", name, "window"),
-                hint=f"set window to {fits}"
-                if fits >= 2
-                else "set views: regenerated, or a smaller batch_size",
+        if isinstance(stage, Distill):
+            window, step_bytes = (
+                stage.window_of(stage.num_teachers),
+                stage.view_bytes(stage.students.values()),
             )
+            stage.check_room(window, step_bytes, most_object_store(), loaded.where("stages", name, "window"))

@@ -99,8 +99,7 @@ class Teaching(ABC):
 
     def bytes_per_step(self, students: Sequence[Student]) -> int:
         """Bytes that the object store holds for one step."""
-        views = sum(crops.num_bytes for crops in self._view_sets(students).values())
-        return int(self._config.batch_size * (self.said_bytes() + views))
+        return int(self._config.batch_size * self.said_bytes()) + self._config.view_bytes(students)
 
     @property
     def _recipe(self) -> ModelRecipe | None:

@@ -42,7 +42,7 @@ class Running:
         while not condition():
             assert time.monotonic() < deadline, self.lines
             assert self.thread.is_alive() or condition(), (self.lines, self.error)
-            time.sleep(0.05)
+            self.thread.join(0.05)  # or until it ends
 
     def step(self) -> int:
         return max((int(record["step"]) for record in self.run.history()), default=0)

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.stages.tasks.nets import HeadedBackbone
 
-from .distilling import HEADS
+from .distilling import HEADS, photographs
 
 
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(1)
-    rows = []
-    for number in range(20):
-        pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60))
-        cv2.imwrite(str(tmp_path / f"{number}.png"), pixels)
-        rows.append(PhotoRow("photos", f"{number}.png", str(tmp_path), "", 80, 60))
-    (tmp_path / "index").mkdir()
-    PhotoIndex(rows).save(tmp_path / "index")
-    return tmp_path / "index"
+    return photographs(tmp_path, 20, (80, 60), "png", seed=1)
 
 
 @pytest.fixture

@@ -5,8 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 
+from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.views import CropConfig
 from orchestrator.elastic.task import BlockTensors
 from orchestrator.sharing.bundle import TEACHER, VIEWS, Parts, block
@@ -26,6 +29,19 @@ CONFIG = Distill.model_validate(
         "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
     }
 )  # fmt: skip
+
+
+def photographs(folder: Path, count: int, size: tuple[int, int], kind: str, seed: int) -> Path:
+    """The folder of an index of `count` smooth pictures of `size` (width, height), in files of that kind."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), size)
+        cv2.imwrite(str(folder / f"{number}.{kind}"), pixels)
+        rows.append(PhotoRow("photos", f"{number}.{kind}", str(folder), "", *size))
+    (folder / "index").mkdir()
+    PhotoIndex(rows).save(folder / "index")
+    return folder / "index"
 
 
 def frozen_teacher(

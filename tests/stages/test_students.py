@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 
 from orchestrator.errors import UserError
 from orchestrator.stages import pupils, students
@@ -71,19 +70,15 @@ def test_where_one_began_is_decided_once(tmp_path: Path, remote: bool) -> None:
     assert pupils._offset(part(tmp_path / other, remote=store), "distill/late", 40) == 12
 
 
-def test_a_window_that_does_not_fit_is_refused_with_one_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_does_not_fit_is_refused_with_one_that_does() -> None:
     config = Distill.model_validate(STAGE)
-    pupil = SimpleNamespace(config=config.students["a"], job=SimpleNamespace(name="distill/a"))
-    teach: Any = SimpleNamespace(bytes_per_step=lambda chosen: 10e9)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 45e9})
-    students._check_memory(teach, {"a": pupil}, 3)  # type: ignore[dict-item]
-    with pytest.raises(UserError, match=r"6 steps of 10.00 GB each are held at once.*has 45.00 GB") as caught:
-        students._check_memory(teach, {"a": pupil}, 5)  # type: ignore[dict-item]
+    config.check_room(3, int(10e9), 45e9, "stages.distill.window")
+    with pytest.raises(UserError, match=r"6 steps of 10 GB are held at once.*has 45 GB") as caught:
+        config.check_room(5, int(10e9), 45e9, "stages.distill.window")
     assert caught.value.where == "stages.distill.window"
     assert caught.value.hint == "set window to 3"
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": 15e9})
     with pytest.raises(UserError) as caught:
-        students._check_memory(teach, {"a": pupil}, 2)  # type: ignore[dict-item]
+        config.check_room(2, int(10e9), 15e9, "stages.distill.window")
     assert caught.value.hint == "set views: regenerated, or a smaller batch_size"
 
 

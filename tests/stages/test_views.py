@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 from orchestrator.data.blocks import Block, CropBlocks
-from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.sharing.bundle import TEACHER, VIEWS, block
 from orchestrator.stages.distill import Distill, Student, Views
 from orchestrator.stages.tasks.crops import StepViews, regenerated_views
 from orchestrator.stages.tasks.distill import DistillTask
 from orchestrator.stages.tasks.teaching import view_part
 
-from .distilling import CONFIG, RECIPE, frozen_teacher, tensors_of
+from .distilling import CONFIG, RECIPE, frozen_teacher, photographs, tensors_of
 
 OWN = Student(model="vit_femto", views=Views(global_size=64, num_local=1))
 
@@ -54,21 +53,14 @@ def test_own_sizes_are_cut_from_the_same_boxes(index: Path, teacher: Path) -> No
 
 def test_views_of_unlike_sizes_share_boxes_in_jpegs_that_are_decoded_at_unlike_sizes(tmp_path: Path) -> None:
     """And a sibling's views change no pixel of another's."""
-    rng = np.random.default_rng(2)
-    rows = []
-    for number in range(8):
-        pixels = cv2.resize(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8), (701, 523))
-        cv2.imwrite(str(tmp_path / f"{number}.jpg"), pixels)
-        rows.append(PhotoRow("photos", f"{number}.jpg", str(tmp_path), "", 701, 523))
-    (tmp_path / "index").mkdir()
-    PhotoIndex(rows).save(tmp_path / "index")
+    index = photographs(tmp_path, 8, (701, 523), "jpg", seed=2)
     plain = with_own_views()
     large = Student(model="vit_femto", views=Views(global_size=160))
     config = plain.model_copy(update={"students": {"small": CONFIG.students["small"], "own": large}})
     sets = {view_part(config, one): config.crops_of(one) for one in config.students.values()}
     assert config.crops_of(large).min_side > 2 * config.crops.min_side
-    parts = StepViews(config, RECIPE, tmp_path / "index", 5, sets).parts(0)
-    alone = StepViews(plain, RECIPE, tmp_path / "index", 5, {VIEWS: plain.crops}).parts(0)
+    parts = StepViews(config, RECIPE, index, 5, sets).parts(0)
+    alone = StepViews(plain, RECIPE, index, 5, {VIEWS: plain.crops}).parts(0)
     for name, array in alone[VIEWS].items():
         np.testing.assert_array_equal(parts[VIEWS][name], array)
     small = parts[VIEWS]["globals"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).astype(float)
