@@ -46,6 +46,8 @@ PIPELINE = {
         "pretrain": {
             **SSL, "kind": "pretrain", "needs": "curate", "model": "vit_femto", "heads": HEADS, "steps": 30,
             "homogeneous": "balanced", "snapshot_every": 10,
+            # Never fewer: where the second process starts late, a job this short would end before it grows.
+            "elastic": {"workers": 2},
         },
         "gram": {
             **SSL, "kind": "gram_anchor", "needs": ["curate", "pretrain"], "steps": 4,
