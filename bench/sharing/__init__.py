@@ -89,7 +89,7 @@ def _claim(
     wall = [theirs.wall_s / ours.wall_s / bound for ours, theirs in zip(shared, separate, strict=True)]
     cpu = [theirs.cpu_s / ours.cpu_s / bound for ours, theirs in zip(shared, separate, strict=True)]
     line = line_of({size: one.cpu_s for size, one in crowds.items()})
-    cost = median(crowds[1].student_s.values())
+    costs = {size: median(one.student_s.values()) for size, one in crowds.items()}
     arms = {
         "η, wall time": summarize(wall),
         "η, processor time": summarize(cpu),
@@ -101,13 +101,22 @@ def _claim(
             f"{size} students, processor seconds a round": summarize([one.cpu_s])
             for size, one in crowds.items()
         },
+        **{
+            f"{size} students, processor seconds of a student's own process": summarize(
+                list(one.student_s.values())
+            )
+            for size, one in crowds.items()
+        },
     }
     notes = [
         f"costs of a step in processor seconds: teacher {teacher:.3f}, students "
         + ", ".join(f"{STUDENTS[name]} {seconds:.3f}" for name, seconds in students.items())
         + f"; bound {bound:.3f}",
-        f"1 to {max(crowds)} students: {line.intercept:.3f} + {line.slope:.3f} · n seconds, R² {line.r2:.4f}; "
-        f"a student alone costs {cost:.3f}, the teacher {crowds[1].teacher_s:.3f}",
+        f"1 to {max(crowds)} students: {line.intercept:.3f} + {line.slope:.3f} · n seconds, R² {line.r2:.4f}"
+        + "; a student's own process takes "
+        + ", ".join(f"{cost:.3f} among {size}" for size, cost in costs.items())
+        + ", the teacher's "
+        + ", ".join(f"{one.teacher_s:.3f}" for one in crowds.values()),
         f"what the teacher says goes through the object store in {share:.2%} of a round (asked: 2 %)",
     ]
     claim = Claim(
@@ -122,7 +131,7 @@ def _claim(
     )
     if not quick:
         _keep(claim, {"intercept": line.intercept, "slope": line.slope, "r2": line.r2, "transport": share})
-        plot({size: one.cpu_s for size, one in crowds.items()}, line, cost, PICTURE)
+        plot({size: one.cpu_s for size, one in crowds.items()}, line, costs, PICTURE)
     return claim
 
 

@@ -27,8 +27,15 @@ def line_of(seconds: Mapping[int, float]) -> Line:
     return Line(float(intercept), float(slope), 1 - rest / whole if whole else 1.0)
 
 
-def plot(seconds: Mapping[int, float], line: Line, student_s: float, path: Path) -> None:
-    """The points, the line, and what as many separate runs would take."""
+def plot(seconds: Mapping[int, float], line: Line, student_s: Mapping[int, float], path: Path) -> None:
+    """The points, the line, and what as many separate runs would take.
+
+    Args:
+        seconds: of a round by number of students.
+        line: through them.
+        student_s: what the process of one of so many students takes for itself.
+        path: of the picture.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -45,7 +52,9 @@ def plot(seconds: Mapping[int, float], line: Line, student_s: float, path: Path)
     axes.set_xlabel("students")
     axes.set_ylabel("processor seconds for one step of all")
     axes.set_title(
-        f"A student more costs a student: {student_s:.2f} s alone, slope {line.slope:.2f} s", fontsize=10
+        f"A student more: slope {line.slope:.2f} s; its own process takes {min(student_s.values()):.2f} s "
+        f"to {max(student_s.values()):.2f} s",
+        fontsize=10,
     )
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -182,8 +182,8 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def scene(folder: Path, seed: int, machines: int) -> Iterator[Scene]:
-    """Set everything up, with `machines` machines of one place each, and clear it away."""
+def scene(folder: Path, seed: int) -> Iterator[Scene]:
+    """Set everything up, with no machine but the head, and clear it away."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
     with contextlib.ExitStack() as stack:
@@ -201,8 +201,6 @@ def scene(folder: Path, seed: int, machines: int) -> Iterator[Scene]:
         tracking.start()
         stack.callback(tracking.kill)
         market = stack.enter_context(SpotMarket())
-        for number in range(machines):
-            market.add(f"m{number}")
         tracking.wait()
         yield Scene(folder, mark, server, proxy, tracking, market, stack)
 
