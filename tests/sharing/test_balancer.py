@@ -92,7 +92,7 @@ def test_on_shared_cores_a_lost_one_is_noticed() -> None:
     cluster.devices = 2
     found = balancer.split
     assert found is not None
-    assert (found.workers, found.step_s) == ({"a": 2}, 2.5)
+    assert (found.workers, found.bound_s) == ({"a": 2}, 2.5)
 
 
 def test_the_cluster_is_not_asked_at_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
