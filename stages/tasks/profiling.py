@@ -45,7 +45,7 @@ from orchestrator.tracking.runs import NullRun
 
 _SEED = 0
 # Steps after a first one that does not count: at least so many, and at least for so long, but not too many.
-_FEWEST, _ENOUGH_S, _MOST = 3, 2.0, 12
+_FEWEST, _ENOUGH_S, _MOST = 6, 5.0, 16
 _NUM_PHOTOS = 64
 _LONGER_SIDE = 1.5
 

@@ -41,7 +41,7 @@ def test_its_figure_is_the_worst_stage(monkeypatch: pytest.MonkeyPatch) -> None:
         "light": Stage(summarize([1.25 * said]), 5.0),
         "even": Stage(summarize([1.05 * said, 1.05 * said]), 4.2),
     }
-    claim = balance._claim(found, real)
+    claim = balance._claim([found, found], real)
     assert claim.figure == pytest.approx(0.2)
     assert claim.met is False
     assert claim.arms["even: s a step predicted"].median == pytest.approx(said)
