@@ -44,7 +44,7 @@ def run(ground: Ground) -> Finding:
     arms |= {f"share recovered, {arm}": values for arm, values in shares.items()}
     curves = {
         "patch score, whole recipe": _curve(ground, bases),
-        "patch score, without iBOT": _curve(ground, collapsed),
+        "patch score, without iBOT": _curve(ground, collapsed, after=ground.base_stage.steps),
     }
     return Finding("collapse", arms, _questions(scores, shares, curves), curves, _settings(ground))
 
@@ -106,9 +106,9 @@ def _recovered(scores: dict[str, list[float]], arm: str) -> list[float]:
     return [(end - low) / max(before - low, 1e-6) for before, low, end in rows]
 
 
-def _curve(ground: Ground, runs: Sequence[Trained]) -> dict[str, list[float]]:
+def _curve(ground: Ground, runs: Sequence[Trained], after: int = 0) -> dict[str, list[float]]:
     return {
-        str(step): [ground.patch_score(measure.snapshot(snapshots(one)[step], MODEL)) for one in runs]
+        str(after + step): [ground.patch_score(measure.snapshot(snapshots(one)[step], MODEL)) for one in runs]
         for step in sorted(snapshots(runs[0]))
     }
 

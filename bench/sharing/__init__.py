@@ -90,6 +90,9 @@ def _claim(
     cpu = [theirs.cpu_s / ours.cpu_s / bound for ours, theirs in zip(shared, separate, strict=True)]
     line = line_of({size: one.cpu_s for size, one in crowds.items()})
     costs = {size: median(one.student_s.values()) for size, one in crowds.items()}
+    around = median(
+        one.cpu_s - len(students) * one.teacher_s - sum(one.student_s.values()) for one in separate
+    )
     arms = {
         "η, wall time": summarize(wall),
         "η, processor time": summarize(cpu),
@@ -111,7 +114,7 @@ def _claim(
     notes = [
         f"costs of a step in processor seconds: teacher {teacher:.3f}, students "
         + ", ".join(f"{STUDENTS[name]} {seconds:.3f}" for name, seconds in students.items())
-        + f"; bound {bound:.3f}",
+        + f"; bound {bound:.3f}; around each of the separate runs {around / len(students):.3f}",
         f"1 to {max(crowds)} students: {line.intercept:.3f} + {line.slope:.3f} · n seconds, R² {line.r2:.4f}"
         + "; a student's own process takes "
         + ", ".join(f"{cost:.3f} among {size}" for size, cost in costs.items())
