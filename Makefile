@@ -18,7 +18,7 @@ run: setup ## fetch the sample photographs and run conf/full_pipeline.yaml
 	$(BIN)/orchestrator run conf/full_pipeline.yaml
 
 test: setup-dev ## run the tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 proofs: setup-dev ## run the slow proofs (minutes each)
 	$(BIN)/python -m pytest -m slow

@@ -59,9 +59,9 @@ def run(quick: bool) -> Claim:
         # The photographs are cached for all runs; what is measured must not be.
         os.environ["ORCHESTRATOR_CACHE"] = str(folder / "cache")
         loaded = load(folder / "pipeline.yaml", [f"store={folder / 'runs'}"], needs_data=False)
-        before_it = splits(loaded, _cores(), refresh=True, say=lambda line: None)
+        found = [splits(loaded, _cores(), refresh=True, say=lambda line: None)]
         measured = _measured(folder, cases)
-        found = [before_it, splits(loaded, _cores(), refresh=True, say=lambda line: None)]
+        found.append(splits(loaded, _cores(), refresh=True, say=lambda line: None))
     finally:
         os.environ.pop("ORCHESTRATOR_CACHE")
         if before is not None:

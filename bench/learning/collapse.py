@@ -2,7 +2,7 @@
 
 With the whole recipe the patch-level score is followed over training: the natural course. Then collapse is induced: the
 pretrained tower goes on without iBOT, so that nothing holds the patches, at fifteen times the rate that it was made
-with. Nothing milder does it at this size (`docs/experiments.md`), and CLS is spoilt with the patches. From that
+with. Nothing milder lowers this score (`docs/experiments.md`), and CLS is spoilt with the patches. From that
 checkpoint three arms go on alike in all but the Gram term: none, a teacher at the student's resolution, a teacher at
 twice that. The Gram teacher is the tower as it was before the collapse.
 """

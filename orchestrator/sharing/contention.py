@@ -18,22 +18,27 @@ class Busy:
     processes: int = 1
 
 
+def least_s(parts: Mapping[str, Busy], cores: float) -> float:
+    """Seconds that no step can do without: of the largest part, and of all work over the cores that are left for it."""
+    work_s = sum(part.seconds * part.processes for part in parts.values())
+    # Of a share of a core there may be less than what is around takes; it does not take more than half.
+    left = max(cores - AROUND_CORES, cores / 2)
+    return max(max(part.seconds for part in parts.values()), work_s / left)
+
+
 def contended_s(parts: Mapping[str, Busy], cores: float) -> float:
     """Seconds of a step in which every process does its part, and those that are ready share the cores evenly.
 
     A process is ready for the share of the step that its part takes it, at times that have nothing to do with the
     others'. While `ready` of them are, each runs at min(1, cores / ready) of its speed; the step lasts as long as
-    the one that gets done last. So it takes longer than all work over all cores, and longer than the largest part
-    alone: cores idle when few are ready, and the largest part is slowed down when many are.
+    the one that gets done last. That is longer than `least_s`: cores idle when few are ready, and the largest part
+    is slowed down when many are.
 
     Args:
         parts: by name; only their sizes count.
         cores: that they share; what is around them takes `AROUND_CORES` of those.
     """
-    work_s = sum(part.seconds * part.processes for part in parts.values())
-    at_least = max(
-        max(part.seconds for part in parts.values()), work_s / max(cores - AROUND_CORES, cores / 2)
-    )
+    at_least = least_s(parts, cores)
     step_s, slowed = at_least, dict.fromkeys(parts, 1.0)
     for _ in range(_ROUNDS):
         ready = {name: min(1.0, part.seconds * slowed[name] / step_s) for name, part in parts.items()}

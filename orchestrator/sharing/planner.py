@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from orchestrator.errors import UserError
-from orchestrator.sharing.contention import Busy, contended_s
+from orchestrator.sharing.contention import Busy, contended_s, least_s
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def split(
         teacher: the teacher's cost.
         students: who is to train.
         devices: accelerators, or cores; a fraction counts only where parts may share.
-        share: whether processes may share a device (cores of a laptop). The split is then the one whose longest
-            part, or all work over all devices, is shortest; its step is longer, as the parts stand in each other's way.
+        share: whether processes may share a device (cores of a laptop). The split is then the one with the
+            smallest `least_s`; its step is longer, as the parts stand in each other's way.
 
     Raises:
         UserError: fewer devices than the parts need at least.
@@ -170,14 +170,11 @@ def predicted(
 
     Where processes share devices, that is more than all work over all devices: see `contended_s`.
     """
-    own = {"teacher": teacher.step_s / actors}
-    own |= {student.name: student.step_s(workers[student.name]) for student in students}
+    parts = _parts(teacher, students, actors, workers)
+    own = {name: part.seconds for name, part in parts.items()}
     step_s = max(own.values())
-    used: float = teacher.devices * actors + sum(workers.values())
+    used: float = sum(part.processes for part in parts.values())
     if shared:
-        parts = {name: Busy(own[name], count) for name, count in workers.items()}
-        # Each of the actors is at a step of its own, so in the time of one it is busy with its part of that.
-        parts["teacher"] = Busy(own["teacher"], actors * teacher.devices)
         step_s, used = contended_s(parts, devices), min(used, devices)
     bound_s = (teacher.work_s + sum(student.work_s for student in students)) / devices
     return Split(devices, actors, workers, step_s, bound_s, own, used, shared)
@@ -268,17 +265,29 @@ def _need(teacher: TeacherCost, students: Sequence[StudentCost], limit_s: float)
 def _share(teacher: TeacherCost, students: Sequence[StudentCost], devices: float) -> Split:
     if devices <= 0:
         raise UserError(f"{devices:g} devices are too few", hint="give at least a share of one")
-    best: tuple[tuple[float, int], int, dict[str, int]] | None = None
     # More actors than whole devices would only take turns.
-    for limit_s in _times(teacher, students, max(1, math.floor(devices))):
-        workers = {student.name: student.thriftiest_for(limit_s) or 0 for student in students}
-        actors = min(teacher.actors_for(limit_s), max(1, math.floor(devices)))
-        own = [student.step_s(workers[student.name]) for student in students]
-        work_s = teacher.work_s + sum(workers[one.name] * s for one, s in zip(students, own, strict=True))
-        step_s = max(teacher.step_s / actors, *own, work_s / devices)
-        rank = (step_s, actors + sum(workers.values()))
-        if best is None or rank < best[0]:
-            best = (rank, actors, workers)
-    assert best is not None, "there is always the time of the slowest part"
-    _, actors, workers = best
+    most = max(1, math.floor(devices))
+    ways = [
+        (
+            min(teacher.actors_for(limit_s), most),
+            {student.name: student.thriftiest_for(limit_s) or 0 for student in students},
+        )
+        for limit_s in _times(teacher, students, most)
+    ]
+    # What the parts cost each other is left out of the choice: it takes much longer to compute.
+    actors, workers = min(
+        ways,
+        key=lambda way: (least_s(_parts(teacher, students, *way), devices), way[0] + sum(way[1].values())),
+    )
     return predicted(teacher, students, devices, actors, workers, shared=True)
+
+
+def _parts(
+    teacher: TeacherCost, students: Sequence[StudentCost], actors: int, workers: Mapping[str, int]
+) -> dict[str, Busy]:
+    """Who is busy for how long in a step. Of n teacher actors each is at a step of its own, for n steps' time."""
+    parts = {"teacher": Busy(teacher.step_s / actors, teacher.devices * actors)}
+    for student in students:
+        count = workers[student.name]
+        parts[student.name] = Busy(student.step_s(count), count)
+    return parts

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.sharing.contention import AROUND_CORES, Busy, contended_s
+from orchestrator.sharing.contention import AROUND_CORES, Busy, contended_s, least_s
 
 parts_of = st.dictionaries(
     st.sampled_from("abcd"),
@@ -36,6 +36,14 @@ def test_where_there_is_a_core_for_everybody_nobody_waits(parts: dict[str, Busy]
 @given(parts_of, CORES)
 def test_more_cores_are_never_slower(parts: dict[str, Busy], cores: float) -> None:
     assert contended_s(parts, cores + 1) <= contended_s(parts, cores) + 1e-6
+
+
+def test_what_is_around_leaves_the_parts_less_than_all_cores() -> None:
+    assert least_s({"a": Busy(1.0, 3)}, 2.0) == pytest.approx(3 / (2 - AROUND_CORES))
+    assert least_s({"a": Busy(2.0), "b": Busy(0.5)}, 2.0) == 2.0, "no step is shorter than its largest part"
+    assert least_s({"a": Busy(1.0)}, 0.2) == pytest.approx(10.0), (
+        "at least half of what there is, is for the parts"
+    )
 
 
 def test_one_process_on_one_core_waits_for_what_is_around_it() -> None:

@@ -81,14 +81,17 @@ def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert measured(material(students={"a": {"model": "vit_femto"}})) == costs, "not measured again"
 
 
-def test_a_teacher_without_heads_is_measured_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["from elsewhere", "the stage's own"])
+def test_a_teacher_without_heads_is_measured_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: bool
+) -> None:
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(profiles, "hardware", lambda: dict(MACHINE))
     save_pretrained(tmp_path / "net", build("vit_femto").state_dict(), "vit_femto")
     teachers = {"net": {"from": str(tmp_path / "net")}}
-    features = {"teachers": teachers, "whiten": True, "whiten_images": 4}
+    features = {} if own else {"teachers": teachers, "whiten": True, "whiten_images": 4}
     stage = Distill.model_validate({**STAGE, "features": features, "students": {"a": {"model": "vit_femto"}}})
-    costs = measured(Material(stage, None))
+    costs = measured(Material(stage, RECIPE if own else None))
     assert 0 < costs.teacher.step_s < 60
     assert 0 < costs.students[0].block_s < 60
 
