@@ -1,10 +1,10 @@
 """Dense collapse, and what Gram anchoring from an earlier checkpoint brings back.
 
-With the whole recipe the patch-level score is followed over training: the natural course. Then collapse is induced: the
-pretrained tower goes on without iBOT, so that nothing holds the patches, at fifteen times the rate that it was made
-with. Nothing milder lowers this score (`docs/experiments.md`), and CLS is spoilt with the patches. From that
+With the whole recipe the score of patches within a picture is followed over training: the natural course. Then
+collapse is induced: the pretrained tower goes on without iBOT, so that nothing holds the patches, at five times the
+rate that it was made with, which takes less of CLS along than higher rates do (`docs/experiments.md`). From that
 checkpoint three arms go on alike in all but the Gram term: none, a teacher at the student's resolution, a teacher at
-twice that. The Gram teacher is the tower as it was before the collapse.
+twice that. The Gram teacher is the tower as it was before the collapse. The score over pictures is told beside.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ ARMS: dict[str, tuple[float, int | None]] = {
     "Gram 2×": (2.0, 2 * SIZE),
 }
 _RECOVERS = 0.5
+# Pretrained towers of three seeds are 0.003 apart.
+_FELL = 0.005
 
 
 def run(ground: Ground) -> Finding:
@@ -37,14 +39,21 @@ def run(ground: Ground) -> Finding:
     ends = lab.each(lambda *job: _go_on(ground, *job), *zip(*jobs, strict=True))
     of_arm = {arm: [end for job, end in zip(jobs, ends, strict=True) if job[0] == arm] for arm in ARMS}
     stages = {"before": bases, "collapsed": collapsed, **of_arm}
-    scores = {name: [ground.patch_score(final(one)) for one in runs] for name, runs in stages.items()}
-    arms = {f"patch score, {name}": values for name, values in scores.items()}
+    scores = {name: [ground.within_score(final(one)) for one in runs] for name, runs in stages.items()}
+    random = [ground.within_score(measure.random_net(MODEL, seed)) for seed in lab.seeds]
+    arms = {
+        f"within a picture, {name}": values for name, values in ({"random weights": random} | scores).items()
+    }
+    arms |= {
+        f"over pictures, {name}": [ground.patch_score(final(one)) for one in runs]
+        for name, runs in stages.items()
+    }
     arms |= _health(ground, stages)
     shares = {arm: _recovered(scores, arm) for arm in ARMS}
     arms |= {f"share recovered, {arm}": values for arm, values in shares.items()}
     curves = {
-        "patch score, whole recipe": _curve(ground, bases),
-        "patch score, without iBOT": _curve(ground, collapsed, after=ground.base_stage.steps),
+        "within a picture, whole recipe": _curve(ground, bases),
+        "within a picture, without iBOT": _curve(ground, collapsed, after=ground.base_stage.steps),
     }
     return Finding("collapse", arms, _questions(scores, shares, curves), curves, _settings(ground))
 
@@ -52,13 +61,13 @@ def run(ground: Ground) -> Finding:
 def collapse_stage(ground: Ground) -> Pretrain:
     """More pretraining without iBOT."""
     fields = ground.settings(
-        60,
+        150,
         12,
         kind="pretrain",
         model=MODEL,
         heads=HEADS,
         ibot_weight=0.0,
-        optimizer={"lr": {"peak": 3e-2, "warmup_steps": 5}},
+        optimizer={"lr": {"peak": 1e-2, "warmup_steps": 5}},
     )
     return Pretrain.model_validate({**fields, "snapshot_every": fields["steps"] // 3})
 
@@ -68,7 +77,7 @@ def gram_stage(ground: Ground, arm: str) -> GramAnchor:
     weight, size = ARMS[arm]
     return GramAnchor.model_validate(
         ground.settings(
-            80,
+            160,
             10,
             kind="gram_anchor",
             ibot_weight=0.0,
@@ -108,7 +117,9 @@ def _recovered(scores: dict[str, list[float]], arm: str) -> list[float]:
 
 def _curve(ground: Ground, runs: Sequence[Trained], after: int = 0) -> dict[str, list[float]]:
     return {
-        str(after + step): [ground.patch_score(measure.snapshot(snapshots(one)[step], MODEL)) for one in runs]
+        str(after + step): [
+            ground.within_score(measure.snapshot(snapshots(one)[step], MODEL)) for one in runs
+        ]
         for step in sorted(snapshots(runs[0]))
     }
 
@@ -116,11 +127,11 @@ def _curve(ground: Ground, runs: Sequence[Trained], after: int = 0) -> dict[str,
 def _questions(
     scores: dict[str, list[float]], shares: dict[str, list[float]], curves: dict[str, dict[str, list[float]]]
 ) -> list[Question]:
-    natural = [mean(values) for values in curves["patch score, whole recipe"].values()]
+    natural = [mean(values) for values in curves["within a picture, whole recipe"].values()]
     drop = max(natural) - natural[-1]
     return [
         Question(
-            "natural collapse at this size (not expected)", drop > 0.02, f"last is {drop:.3f} below the best"
+            "natural collapse at this size (not expected)", drop > _FELL, f"last is {drop:.3f} below the best"
         ),
         beats("induced: without iBOT the patch-level score falls", scores["before"], scores["collapsed"]),
         *(

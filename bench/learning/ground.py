@@ -118,6 +118,10 @@ class Ground:
         bank, queries = self.scenes
         return measure.patch_knn(bank.at(size), queries.at(size), net)
 
+    def within_score(self, net: Backbone, size: int = SIZE) -> float:
+        """Foreground by the nearest patch of the same held-out picture (see `measure.patch_within`)."""
+        return measure.patch_within(self.scenes[1].at(size), net)
+
 
 def snapshots(trained: Trained) -> dict[int, Path]:
     """The kept EMAs of a stage by the steps it had done."""

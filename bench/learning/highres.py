@@ -39,6 +39,9 @@ def run(ground: Ground) -> Finding:
         curves[f"patch score: {way}"] = {
             str(size): [ground.patch_score(net, size) for net in nets] for size in SIZES
         }
+        curves[f"within a picture: {way}"] = {
+            str(size): [ground.within_score(net, size) for net in nets] for size in SIZES
+        }
         for name in _SETS:
             curves[f"{name}: {way}"] = _knn_curve(ground, name, nets)
     arms = {
@@ -80,7 +83,7 @@ def _knn_curve(ground: Ground, name: str, nets: list[Backbone]) -> dict[str, lis
 
 def _questions(arms: dict[str, list[float]]) -> list[Question]:
     asked = []
-    for name in (*_SETS, "patch score"):
+    for name in (*_SETS, "patch score", "within a picture"):
         before, after = (f"{name}: {way} at {2 * SIZE} px" for way in ("before", "after"))
         asked.append(beats(f"{name}: better at {2 * SIZE} px after than before", arms[after], arms[before]))
     return asked

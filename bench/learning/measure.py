@@ -133,6 +133,27 @@ def patch_knn(bank: Scenes, queries: Scenes, net: Backbone, seed: int = 0) -> fl
     return float(balanced_accuracy_score(second_is, votes))
 
 
+def patch_within(scenes: Scenes, net: Backbone) -> float:
+    """Balanced accuracy of foreground or background by each patch's nearest other patch of its own picture, by cosine.
+
+    Patches that touch it do not count, as neighbours are alike in any net. Nothing is trained and no other picture is
+    asked: what a Gram matrix holds is all that this sees.
+    """
+    patches_NPD = features(net, scenes.images)[1]
+    side = round(patches_NPD.shape[1] ** 0.5)
+    rows, columns = np.divmod(np.arange(side * side), side)
+    touches = (abs(rows[:, None] - rows) <= 1) & (abs(columns[:, None] - columns) <= 1)
+    wanted, found = [], []
+    for patches_PD, share in zip(patches_NPD, scenes.cells(side), strict=True):
+        unit = _unit(patches_PD)
+        clear = _clear(share)
+        cosines = np.where(touches | ~clear, -np.inf, unit @ unit.T)
+        asked = clear & np.isfinite(cosines.max(1))
+        wanted.append(share[asked] > 0.5)
+        found.append(share[cosines.argmax(1)][asked] > 0.5)
+    return float(balanced_accuracy_score(np.concatenate(wanted), np.concatenate(found)))
+
+
 def health(net: Backbone, images: Pixels) -> dict[str, float]:
     """CLS–patch cosine and patch locality of pictures."""
     cls, patches = (torch.from_numpy(array) for array in features(net, images))
@@ -147,9 +168,14 @@ def _labelled_patches(pictures: Scenes, net: Backbone, seed: int) -> tuple[Float
     """Patches that are clearly one or the other; the same ones for every net of one grid."""
     patches_NPD = features(net, pictures.images)[1]
     share = pictures.cells(round(patches_NPD.shape[1] ** 0.5)).reshape(-1)
-    clear = np.flatnonzero((share < 0.2) | (share > 0.8))
+    clear = np.flatnonzero(_clear(share))
     chosen = np.random.default_rng(seed).permutation(clear)[:_PATCHES]
     return patches_NPD.reshape(-1, patches_NPD.shape[2])[chosen], share[chosen] > 0.5
+
+
+def _clear(share: Floats) -> NDArray[np.bool_]:
+    """Which cells are one or the other, and not both."""
+    return (share < 0.2) | (share > 0.8)
 
 
 def _lay(image: Pixels, cut_out: Pixels, alpha: Pixels, rng: np.random.Generator) -> Floats:

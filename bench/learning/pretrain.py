@@ -29,6 +29,10 @@ def run(ground: Ground) -> Finding:
             ]
             for step in snapshots(trained[0])
         }
+    arms["within a picture: random weights"] = [
+        ground.within_score(measure.random_net(MODEL, seed)) for seed in lab.seeds
+    ]
+    arms["within a picture: pretrained"] = [ground.within_score(final(one)) for one in trained]
     return Finding("pretrain", arms, _questions(arms), curves, _settings(ground))
 
 
@@ -37,6 +41,12 @@ def _questions(arms: dict[str, list[float]]) -> list[Question]:
         beats(f"{name}: pretrained beats {other}", arms[f"{name}: pretrained"], arms[f"{name}: {other}"])
         for name in POOL
         for other in ("random weights", "raw pixels")
+    ] + [
+        beats(
+            "within a picture: pretrained beats random weights",
+            arms["within a picture: pretrained"],
+            arms["within a picture: random weights"],
+        )
     ]
 
 

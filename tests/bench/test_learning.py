@@ -120,16 +120,70 @@ def test_patch_score_is_one_for_features_that_tell_and_a_half_for_ones_that_do_n
     told = measure.Scenes(images.astype(np.uint8), masks)
     assert measure.patch_knn(told, told, MeanColour()) == 1.0  # type: ignore[arg-type]
 
-    class Noise(torch.nn.Module):
-        def forward(self, images_BCHW: torch.Tensor) -> Features:
-            cells = torch.randn(len(images_BCHW), 64, 16)
-            return Features(cells[:, 0], cells[:, :0], cells)
-
-    torch.manual_seed(0)
     other = measure.Scenes(images[6:].astype(np.uint8), masks[6:])
     # Of other pictures, as a patch would find itself in its own.
     score = measure.patch_knn(measure.Scenes(told.images[:6], masks[:6]), other, Noise())  # type: ignore[arg-type]
     assert abs(score - 0.5) < 0.1
+
+
+class Noise(torch.nn.Module):
+    """Patches that know nothing: others at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, images_BCHW: torch.Tensor) -> Features:
+        cells = torch.randn(len(images_BCHW), 64, 16, generator=self.generator)
+        return Features(cells[:, 0], cells[:, :0], cells)
+
+
+class Smooth(Noise):
+    """Patches that know nothing and are like the ones that they touch."""
+
+    def forward(self, images_BCHW: torch.Tensor) -> Features:
+        cells = super().forward(images_BCHW).patches.transpose(1, 2).reshape(-1, 16, 8, 8)
+        smooth = torch.nn.functional.avg_pool2d(cells, 3, 1, 1, count_include_pad=False)
+        return Features(smooth[..., 0, 0], smooth.flatten(2)[:, :, :0], smooth.flatten(2).transpose(1, 2))
+
+
+def test_the_score_within_a_picture_asks_no_other_and_no_neighbour() -> None:
+    masks = np.zeros((40, 64, 64), bool)
+    masks[:, :, 24:] = True
+    # Foreground of one picture has the colour of the background of the other: over pictures there is nothing to know.
+    swapped = np.arange(40) % 2 == 1
+    level = np.where(masks ^ swapped[:, None, None], 200, 40)
+    images = np.repeat(level[:, None], 3, 1) + np.random.default_rng(0).integers(0, 9, (40, 3, 64, 64))
+    images[:, 1] = 100
+    told = measure.Scenes(images.astype(np.uint8), masks)
+    assert measure.patch_within(told, MeanColour()) == 1.0  # type: ignore[arg-type]
+    # A little under chance: a patch and its neighbours, which are mostly of its own kind, are not to choose from.
+    assert 0.4 < measure.patch_within(told, Noise()) < 0.5  # type: ignore[arg-type]
+    # A patch two away from a smooth map's shares what is between them, and nothing more.
+    assert measure.patch_within(told, Smooth()) < 0.85  # type: ignore[arg-type]
+
+
+def test_the_score_within_a_picture_is_that_of_a_plain_loop() -> None:
+    rng = np.random.default_rng(1)
+    masks = np.kron(rng.random((3, 8, 8)) < 0.4, np.ones((8, 8))).astype(bool)
+    masks[:, :8, :4] = True  # a cell that is both and is not asked
+    masks[:, :8, 4:8] = False
+    scenes = measure.Scenes(rng.integers(0, 255, (3, 3, 64, 64), np.uint8), masks)
+    patches = measure.features(Noise(), scenes.images)[1].astype(np.float64)  # type: ignore[arg-type]
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    for one, mask in zip(patches, masks, strict=True):
+        cells = [(i, j) for i in range(8) for j in range(8) if (i, j) != (0, 0)]
+        for i, j in cells:
+            far = [(k, m) for k, m in cells if max(abs(k - i), abs(m - j)) > 1]
+            near = max(far, key=lambda at: _cosine(one[8 * i + j], one[8 * at[0] + at[1]]))
+            is_foreground = bool(mask[8 * i, 8 * j])
+            right[is_foreground].append(bool(mask[8 * near[0], 8 * near[1]]) == is_foreground)
+    expected = (np.mean(right[True]) + np.mean(right[False])) / 2
+    assert measure.patch_within(scenes, Noise()) == pytest.approx(expected)  # type: ignore[arg-type]
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+    return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
 
 
 # --- what holds ---------------------------------------------------------------------------------------------
