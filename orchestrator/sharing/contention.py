@@ -1,4 +1,8 @@
-"""How long a step takes whose processes share too few cores. Pure arithmetic, like the planner's."""
+"""How long a step takes whose processes share too few cores: the share service, played through. Pure arithmetic.
+
+Nobody's work is random here: a student that is quicker than the teacher starts when the teacher is done, and a
+teacher that is ahead starts when the slowest student has moved. Who is ready at the same time follows from that.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ from dataclasses import dataclass
 
 # Of a core: what Ray's daemons, seats, desk and driver take while a stage runs (docs/sharing-scale.md, measured).
 AROUND_CORES = 0.14
-_ROUNDS = 40
+# How far the teacher may be ahead of what the slowest student asks for; with equal steps any number does.
+_WINDOW = 4
+# Played; the second half counts, when everybody waits for the same one in every step.
+_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -21,46 +28,47 @@ class Busy:
 def least_s(parts: Mapping[str, Busy], cores: float) -> float:
     """Seconds that no step can do without: of the largest part, and of all work over the cores that are left for it."""
     work_s = sum(part.seconds * part.processes for part in parts.values())
-    # Of a share of a core there may be less than what is around takes; it does not take more than half.
-    left = max(cores - AROUND_CORES, cores / 2)
-    return max(max(part.seconds for part in parts.values()), work_s / left)
+    return max(max(part.seconds for part in parts.values()), work_s / _left(cores))
 
 
-def contended_s(parts: Mapping[str, Busy], cores: float) -> float:
-    """Seconds of a step in which every process does its part, and those that are ready share the cores evenly.
+def shared_s(teacher: Busy, actors: int, students: Mapping[str, Busy], cores: float) -> float:
+    """Seconds of a step in which all that have something to do share the cores evenly.
 
-    A process is ready for the share of the step that its part takes it, at times that have nothing to do with the
-    others'. While `ready` of them are, each runs at min(1, cores / ready) of its speed; the step lasts as long as
-    the one that gets done last. That is longer than `least_s`: cores idle when few are ready, and the largest part
-    is slowed down when many are.
+    Longer than `least_s`: cores idle when few are ready, and the largest part is slowed down when many are.
 
     Args:
-        parts: by name; only their sizes count.
+        teacher: of one actor, which takes all its seconds for a step.
+        actors: each at a step of its own.
+        students: by name.
         cores: that they share; what is around them takes `AROUND_CORES` of those.
     """
-    at_least = least_s(parts, cores)
-    step_s, slowed = at_least, dict.fromkeys(parts, 1.0)
-    for _ in range(_ROUNDS):
-        ready = {name: min(1.0, part.seconds * slowed[name] / step_s) for name, part in parts.items()}
-        slowed = {name: 1 / _speed(_others(parts, ready, name), cores) for name in parts}
-        longest_s = max(part.seconds * slowed[name] for name, part in parts.items())
-        # Half way: a longer step has fewer ready at once, and so would make the next guess too short.
-        step_s = (step_s + max(at_least, longest_s)) / 2
-    return step_s
+    parts = list(students.values())
+    at, learning = [0] * len(parts), [0.0] * len(parts)
+    teaching: dict[int, float] = {}
+    handed_out, now_s, half_s = 0, 0.0, 0.0
+    while (slowest := min(at)) < _STEPS:
+        for number, part in enumerate(parts):
+            if not learning[number] and at[number] < handed_out and at[number] not in teaching:
+                learning[number] = part.seconds
+        # A worker asks for the next step as soon as it has this one.
+        asked = min(step + (seconds > 0) for step, seconds in zip(at, learning, strict=True))
+        while len(teaching) < actors and handed_out < asked + _WINDOW:
+            teaching[handed_out] = teacher.seconds
+            handed_out += 1
+        ready = teacher.processes * len(teaching)
+        ready += sum(part.processes for part, seconds in zip(parts, learning, strict=True) if seconds)
+        first_s = min([*teaching.values(), *(seconds for seconds in learning if seconds)])
+        now_s += first_s / min(1.0, _left(cores) / ready)
+        teaching = {step: seconds - first_s for step, seconds in teaching.items() if seconds > first_s}
+        for number, seconds in enumerate(learning):
+            if seconds:
+                learning[number] = max(0.0, seconds - first_s)
+                at[number] += not learning[number]
+        if slowest < _STEPS // 2 <= min(at):
+            half_s = now_s
+    return (now_s - half_s) / (_STEPS - _STEPS // 2)
 
 
-def _others(parts: Mapping[str, Busy], ready: Mapping[str, float], name: str) -> list[float]:
-    """Probabilities that 0, 1, … processes are ready beside one of `name`."""
-    chances = [1.0]
-    for other, part in parts.items():
-        p = ready[other]
-        for _ in range(part.processes - (other == name)):
-            stay = [chance * (1 - p) for chance in chances] + [0.0]
-            come = [0.0] + [chance * p for chance in chances]
-            chances = [a + b for a, b in zip(stay, come, strict=True)]
-    return chances
-
-
-def _speed(others: list[float], cores: float) -> float:
-    """Of a process that is ready, in the mean: 1 where there is a core for everybody."""
-    return sum(chance * min(1.0, cores / (1 + number + AROUND_CORES)) for number, chance in enumerate(others))
+def _left(cores: float) -> float:
+    """Of a share of a core there may be less than what is around takes; it does not take more than half."""
+    return max(cores - AROUND_CORES, cores / 2)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from orchestrator.errors import UserError
-from orchestrator.sharing.contention import Busy, contended_s, least_s
+from orchestrator.sharing.contention import Busy, least_s, shared_s
 
 
 @dataclass(frozen=True)
@@ -168,14 +168,15 @@ def predicted(
 ) -> Split:
     """What a given split gives: so many teacher actors, and workers by student.
 
-    Where processes share devices, that is more than all work over all devices: see `contended_s`.
+    Where processes share devices, that is more than all work over all devices: see `shared_s`.
     """
-    parts = _parts(teacher, students, actors, workers)
-    own = {name: part.seconds for name, part in parts.items()}
+    learning = _learning(students, workers)
+    own = {"teacher": teacher.step_s / actors, **{name: part.seconds for name, part in learning.items()}}
     step_s = max(own.values())
-    used: float = sum(part.processes for part in parts.values())
+    used: float = teacher.devices * actors + sum(workers.values())
     if shared:
-        step_s, used = contended_s(parts, devices), min(used, devices)
+        step_s = shared_s(Busy(teacher.step_s, teacher.devices), actors, learning, devices)
+        used = min(used, devices)
     bound_s = (teacher.work_s + sum(student.work_s for student in students)) / devices
     return Split(devices, actors, workers, step_s, bound_s, own, used, shared)
 
@@ -274,20 +275,20 @@ def _share(teacher: TeacherCost, students: Sequence[StudentCost], devices: float
         )
         for limit_s in _times(teacher, students, most)
     ]
+
+    def least(actors: int, workers: Mapping[str, int]) -> float:
+        # Of n actors each is at a step of its own, for n steps' time.
+        teachers = Busy(teacher.step_s / actors, teacher.devices * actors)
+        return least_s({"teacher": teachers, **_learning(students, workers)}, devices)
+
     # What the parts cost each other is left out of the choice: it takes much longer to compute.
-    actors, workers = min(
-        ways,
-        key=lambda way: (least_s(_parts(teacher, students, *way), devices), way[0] + sum(way[1].values())),
-    )
+    actors, workers = min(ways, key=lambda way: (least(*way), way[0] + sum(way[1].values())))
     return predicted(teacher, students, devices, actors, workers, shared=True)
 
 
-def _parts(
-    teacher: TeacherCost, students: Sequence[StudentCost], actors: int, workers: Mapping[str, int]
-) -> dict[str, Busy]:
-    """Who is busy for how long in a step. Of n teacher actors each is at a step of its own, for n steps' time."""
-    parts = {"teacher": Busy(teacher.step_s / actors, teacher.devices * actors)}
-    for student in students:
-        count = workers[student.name]
-        parts[student.name] = Busy(student.step_s(count), count)
-    return parts
+def _learning(students: Sequence[StudentCost], workers: Mapping[str, int]) -> dict[str, Busy]:
+    """The students' processes, and how long each is busy in a step."""
+    return {
+        student.name: Busy(student.step_s(workers[student.name]), workers[student.name])
+        for student in students
+    }

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.data import samples
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.splitting import StageSplit
-from orchestrator.sharing.contention import Busy, contended_s
+from orchestrator.sharing.contention import Busy, shared_s
 from orchestrator.sharing.planner import StudentCost, TeacherCost
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.profiling import Costs
@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench import balance
 from bench.balance import Stage
-from bench.harness import summarize
 
 
 def test_its_pipeline_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,13 +34,17 @@ def test_its_figure_is_the_worst_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """On two cores, 4 s of work; one stage took a quarter longer than its prediction, the other a twentieth."""
     monkeypatch.setattr(balance, "_cores", lambda: 2)
     costs = Costs(TeacherCost(1.0), (StudentCost("s0", 2, 0.5), StudentCost("s1", 2, 1.0)), "here", "cpu")
-    said = contended_s({"teacher": Busy(1.0), "s0": Busy(1.0), "s1": Busy(2.0)}, 2)
+    said = shared_s(Busy(1.0), 1, {"s0": Busy(1.0), "s1": Busy(2.0)}, 2)
     found = [StageSplit(name, costs, (), 0.0, 0.0) for name in ("light", "even")]
-    real = {
-        "light": Stage(summarize([1.25 * said]), 5.0),
-        "even": Stage(summarize([1.05 * said, 1.05 * said]), 4.2),
-    }
-    claim = balance._claim([found, found], real)
+    slower = Costs(costs.teacher, (costs.students[0], StudentCost("s1", 2, 1.3)), "here", "cpu")
+    again = [found[0], StageSplit("even", slower, (), 0.0, 0.0)]
+    real = {"light": Stage(1.25 * said, 5.0), "even": Stage(1.05 * said, 4.2)}
+    claim = balance._claim([found, again], real)
     assert claim.figure == pytest.approx(0.2)
     assert claim.met is False
-    assert claim.arms["even: s a step predicted"].median == pytest.approx(said)
+    assert claim.arms["even: s a step predicted"].low == pytest.approx(said)
+    said_again = shared_s(Busy(1.0), 1, {"s0": Busy(1.0), "s1": Busy(2.6)}, 2)
+    worst = balance._claim([found, again], {**real, "light": Stage(said, 5.0)}).figure
+    assert worst == pytest.approx(said_again / (1.05 * said) - 1), (
+        "one of two predictions is not averaged away"
+    )
