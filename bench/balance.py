@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from bench.harness import Arm, Claim, cpu_seconds, summarize
@@ -123,11 +122,12 @@ def _measured(folder: Path, cases: Mapping[str, tuple[str, tuple[str, str]]]) ->
             inside = [(at, step) for at, step in times if began <= at <= ended]
             (first, first_step), (last, last_step) = inside[0], inside[-1]
             rates.append((last - first) / (last_step - first_step))
-        at, used = zip(*clock, strict=True)
-        spent = float(np.interp(ended, at, used) - np.interp(began, at, used))
         # One that is quicker fills its window first, and then goes at the pace of the slowest.
         step_s = max(rates)
-        found[name] = Stage(step_s, spent * step_s / (ended - began))
+        # Only while all of them were there: a process that ends may take its time with it.
+        looks = [look for look in clock if began <= look[0] <= ended]
+        wall_s, used_s = (last - first for first, last in zip(looks[0], looks[-1], strict=True))
+        found[name] = Stage(step_s, used_s / wall_s * step_s)
     return found
 
 
@@ -147,7 +147,7 @@ def _claim(found: Sequence[Sequence[StageSplit]], measured: Mapping[str, Stage])
             alone = {"teacher": costs.teacher.work_s} | {one.name: one.work_s for one in costs.students}
             parts = ", ".join(f"{part} {seconds:.3g}" for part, seconds in alone.items())
             notes.append(f"{name}: s on a core {parts}; {costs.source}")
-        # On a machine with nothing else to do, processor seconds over cores are the same as what a step takes.
+        # Far less than a step takes: cores were idle, or at work for somebody else.
         notes.append(
             f"{name}: off by {errors[-1]:.1%}; {cpu_s:.3g} processor seconds a step, {cpu_s / _cores():.3g} a core"
         )
