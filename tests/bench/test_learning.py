@@ -196,8 +196,8 @@ def test_a_claim_holds_only_if_every_seed_says_so() -> None:
 
 
 def test_what_was_recovered_is_a_share_of_what_was_lost() -> None:
-    scores = {"before": [0.9, 0.8], "collapsed": [0.7, 0.6], "Gram 1×": [0.8, 0.55]}
-    assert collapse._recovered(scores, "Gram 1×") == pytest.approx([0.5, -0.25])
+    scores = {"before": [0.9, 0.8], "collapsed": [0.5, 0.8], "Gram 1×": [0.6, 0.9]}
+    assert collapse._recovered(scores, "Gram 1×") == pytest.approx(0.5)
 
 
 def test_the_figure_counts_what_holds() -> None:
