@@ -44,12 +44,16 @@ def run(quick: bool, only: str = ",".join(EXPERIMENTS), seeds: int = 3, keep: Pa
     ):
         ground = Ground(lab)
         for name in names:
+            made = lab.made
             with stopwatch() as seconds:
                 finding: Finding = importlib.import_module(f"bench.learning.{name}").run(ground)
             findings.append(finding)
             _say(f"{name}: {seconds():.0f} s")
             if not quick:
-                write_result(RESULTS, finding, datetime.now(UTC).date().isoformat(), seconds())
+                trained = lab.made > made
+                write_result(
+                    RESULTS, finding, datetime.now(UTC).date().isoformat(), seconds() if trained else None
+                )
     return _claim(findings)
 
 

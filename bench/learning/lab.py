@@ -34,7 +34,7 @@ class Trained:
 
 
 class Lab:
-    """Makes artifacts; one that is in its folder already is not made again.
+    """Makes artifacts; one that is in its folder already is not made again. `made` counts those that were.
 
     Args:
         folder: where artifacts go.
@@ -45,6 +45,7 @@ class Lab:
 
     def __init__(self, folder: Path, seeds: Sequence[int], quick: bool, say: Callable[[str], None]) -> None:
         self.folder, self.seeds, self.quick, self._say = folder, seeds, quick, say
+        self.made = 0
 
     def index(self, rows: Sequence[PhotoRow]) -> Trained:
         """A photo index as an artifact."""
@@ -78,6 +79,7 @@ class Lab:
             began = time.monotonic()
             self._run(f"{name}-{seed}", stage, seed, key, inputs, path)
             (path / "seconds").write_text(f"{time.monotonic() - began:.1f}")
+            self.made += 1
             self._say(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s")
         return Trained(path, key, float((path / "seconds").read_text()))
 

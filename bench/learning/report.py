@@ -21,12 +21,15 @@ _BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
 _PICTURE = "learning.png"
 
 
-def write_result(path: Path, finding: Finding, date: str, wall_s: float) -> None:
+def write_result(path: Path, finding: Finding, date: str, wall_s: float | None) -> None:
     """Put an experiment into the results file; the others keep what they had, with its date.
 
-    `wall_s` is its own time: what an earlier experiment of the same run trained already is not in it.
+    `wall_s` is its own time: what an earlier experiment of the same run trained already is not in it. None: nothing was
+    trained, only scored anew, and the time of the training stays.
     """
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if wall_s is None:
+        wall_s = known.get(finding.name, {}).get("wall_s", 0.0)
     known[finding.name] = {"date": date, "machine": _machine(), "wall_s": round(wall_s), **finding.as_json()}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

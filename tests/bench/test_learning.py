@@ -254,9 +254,10 @@ def test_what_was_trained_once_is_found_again(tmp_path: Path, monkeypatch: pytes
     index = lab.index([PhotoRow("food", "p.png", str(tmp_path), "0", 8, 8)])
     both = lab.each_seed(lambda seed: lab.train("tower", stage, seed, {"index": index}))
     assert sorted(runs) == [0, 1]
+    assert lab.made == 2
     again = lab.train("tower", stage, 0, {"index": index})
     assert again == both[0]
-    assert sorted(runs) == [0, 1]
+    assert (sorted(runs), lab.made) == ([0, 1], 2)
     other = Trained(index.path, "another", 0.0)
     assert lab.train("tower", stage, 0, {"index": other}).path != again.path
 
@@ -269,6 +270,9 @@ def test_an_experiment_run_again_replaces_its_own_results_only(tmp_path: Path) -
     known = json.loads(path.read_text())
     assert (known["a"]["date"], known["b"]["date"], known["b"]["wall_s"]) == ("2026-01-01", "2026-01-02", 90)
     assert known["b"]["arms"]["x"] == {"mean": 4.0, "spread": pytest.approx(2**0.5), "values": [3.0, 5.0]}
+    report.write_result(path, Finding("b", {"x": [4.0]}, []), "2026-01-03", None)
+    again = json.loads(path.read_text())["b"]
+    assert (again["date"], again["wall_s"]) == ("2026-01-03", 90), "only scored anew"
 
 
 def test_the_document_says_what_the_results_say() -> None:
