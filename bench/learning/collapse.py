@@ -57,6 +57,10 @@ def run(ground: Ground) -> Finding:
         "within a picture, without iBOT": _curve(ground, spoilt, after=ground.base_stage.steps)
         | _curve(ground, collapsed, after=ground.base_stage.steps + spoiling_stage(ground).steps),
     }
+    fallen = max(int(step) for step in curves["within a picture, without iBOT"])
+    for arm in ARMS:
+        points = {str(fallen): scores["collapsed"], str(fallen + gram_stage(ground, arm).steps): scores[arm]}
+        curves[f"from there, {arm}"] = points
     return Finding("collapse", arms, _questions(scores, shares, curves), curves, _settings(ground))
 
 

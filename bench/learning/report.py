@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "learning.json"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "learning.md"
 _BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
 _PICTURE = "learning.png"
+_LINES = ("solid", "dashed", "dotted")
 
 
 def write_result(path: Path, finding: Finding, date: str, wall_s: float | None) -> None:
@@ -71,17 +72,28 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = [(name, finding["curves"]) for name, finding in results.items() if finding["curves"]]
-    figure = Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.6 * len(panels)), layout="constrained")
     for place, (name, curves) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), place, title=name)
+        axes = figure.add_subplot(len(panels), 1, place, title=name)
+        # What is measured has a colour, how it came about a line: "food: before" and "food: after" belong together.
+        measures = list(dict.fromkeys(label.partition(": ")[0] for label in curves))
+        ways = list(dict.fromkeys(label.partition(": ")[2] for label in curves))
         for label, points in curves.items():
-            at = [int(point) for point in points]
-            values = [mean(of_seeds) for of_seeds in points.values()]
-            errors = [spread(of_seeds) for of_seeds in points.values()]
-            axes.errorbar(at, values, errors, marker="o", markersize=3, capsize=2, label=label)
+            measure, _, way = label.partition(": ")
+            axes.errorbar(
+                [int(point) for point in points],
+                [mean(of_seeds) for of_seeds in points.values()],
+                [spread(of_seeds) for of_seeds in points.values()],
+                color=f"C{measures.index(measure)}",
+                linestyle=_LINES[ways.index(way)],
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=label,
+            )
         axes.set_xlabel("input size in pixels" if name == "highres" else "steps")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(path, dpi=110)
 
 
