@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 # Of a core: what Ray's daemons, seats, desk and driver take while a stage runs (docs/sharing-scale.md, measured).
 AROUND_CORES = 0.14
-# How far the teacher may be ahead of what the slowest student asks for; with equal steps any number does.
+# How far teachers may be ahead of what the slowest student asks for, as by default; more changes nothing here, as
+# every step takes a part the same time.
 _WINDOW = 4
-# Played; the second half counts, when everybody waits for the same one in every step.
-_STEPS = 64
+# Played, in windows; the second half counts, when everybody waits for the same one in every step.
+_PLAYED = 16
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,18 @@ def shared_s(teacher: Busy, actors: int, students: Mapping[str, Busy], cores: fl
         students: by name.
         cores: that they share; what is around them takes `AROUND_CORES` of those.
     """
-    parts = list(students.values())
+    parts, window = list(students.values()), max(_WINDOW, actors + 1)
+    steps = _PLAYED * window
     at, learning = [0] * len(parts), [0.0] * len(parts)
     teaching: dict[int, float] = {}
     handed_out, now_s, half_s = 0, 0.0, 0.0
-    while (slowest := min(at)) < _STEPS:
+    while (slowest := min(at)) < steps:
         for number, part in enumerate(parts):
             if not learning[number] and at[number] < handed_out and at[number] not in teaching:
                 learning[number] = part.seconds
         # A worker asks for the next step as soon as it has this one.
         asked = min(step + (seconds > 0) for step, seconds in zip(at, learning, strict=True))
-        while len(teaching) < actors and handed_out < asked + _WINDOW:
+        while len(teaching) < actors and handed_out < asked + window:
             teaching[handed_out] = teacher.seconds
             handed_out += 1
         ready = teacher.processes * len(teaching)
@@ -64,9 +66,9 @@ def shared_s(teacher: Busy, actors: int, students: Mapping[str, Busy], cores: fl
             if seconds:
                 learning[number] = max(0.0, seconds - first_s)
                 at[number] += not learning[number]
-        if slowest < _STEPS // 2 <= min(at):
+        if slowest < steps // 2 <= min(at):
             half_s = now_s
-    return (now_s - half_s) / (_STEPS - _STEPS // 2)
+    return (now_s - half_s) / (steps - steps // 2)
 
 
 def _left(cores: float) -> float:

@@ -67,6 +67,9 @@ def test_two_teachers_halve_the_step_where_there_is_room() -> None:
     assert shared_s(Busy(2.0), 1, students, 8) == pytest.approx(2.0)
     assert shared_s(Busy(2.0), 2, students, 8) == pytest.approx(1.0)
     assert shared_s(Busy(2.0), 4, students, 8) == pytest.approx(0.5)
+    # A stage's window is at least one more than its teachers, or some would have nothing to do.
+    assert shared_s(Busy(4.0), 8, students, 16) == pytest.approx(0.5)
+    assert shared_s(Busy(50.0), 100, students, 200) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
