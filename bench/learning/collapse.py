@@ -17,6 +17,7 @@ from bench.learning import measure
 from bench.learning.finding import Finding, Question, beats
 from bench.learning.ground import CROPS, HEADS, MODEL, SIZE, Ground, final, snapshots
 from bench.learning.lab import Trained
+from orchestrator.models import Backbone
 from orchestrator.stages.gram_anchor import GramAnchor
 from orchestrator.stages.pretrain import Pretrain
 
@@ -40,16 +41,17 @@ def run(ground: Ground) -> Finding:
     ends = lab.each(lambda *job: _go_on(ground, *job), *zip(*jobs, strict=True))
     of_arm = {arm: [end for job, end in zip(jobs, ends, strict=True) if job[0] == arm] for arm in ARMS}
     stages = {"before": bases, "collapsed": collapsed, **of_arm}
-    scores = {name: [ground.within_score(final(one)) for one in runs] for name, runs in stages.items()}
+    nets = {name: [final(one) for one in runs] for name, runs in stages.items()}
+    scores = {name: [ground.within_score(net) for net in of_stage] for name, of_stage in nets.items()}
     random = [ground.within_score(measure.random_net(MODEL, seed)) for seed in lab.seeds]
     arms = {
         f"within a picture, {name}": values for name, values in ({"random weights": random} | scores).items()
     }
     arms |= {
-        f"over pictures, {name}": [ground.patch_score(final(one)) for one in runs]
-        for name, runs in stages.items()
+        f"over pictures, {name}": [ground.patch_score(net) for net in of_stage]
+        for name, of_stage in nets.items()
     }
-    arms |= _health(ground, stages)
+    arms |= _health(ground, nets)
     shares = {arm: _recovered(scores, arm) for arm in ARMS}
     arms |= {f"share recovered, {arm}": [share] for arm, share in shares.items()}
     curves = {
@@ -105,12 +107,12 @@ def _go_on(ground: Ground, arm: str, seed: int, start: Trained) -> Trained:
     return ground.lab.train(name, gram_stage(ground, arm), seed, {"index": ground.index, "backbone": start})
 
 
-def _health(ground: Ground, stages: dict[str, list[Trained]]) -> dict[str, list[float]]:
+def _health(ground: Ground, nets: dict[str, list[Backbone]]) -> dict[str, list[float]]:
     images = ground.scenes[1].at(SIZE).images
     arms: dict[str, list[float]] = {}
-    for name, runs in stages.items():
-        for one in runs:
-            for figure, value in measure.health(final(one), images).items():
+    for name, of_stage in nets.items():
+        for net in of_stage:
+            for figure, value in measure.health(net, images).items():
                 arms.setdefault(f"{figure.replace('_', ' ')}, {name}", []).append(value)
     return arms
 

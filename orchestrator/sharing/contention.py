@@ -14,8 +14,8 @@ AROUND_CORES = 0.14
 # How far teachers may be ahead of what the slowest student asks for, as by default; more changes nothing here, as
 # every step takes a part the same time.
 _WINDOW = 4
-# Played, in windows; the second half counts, when everybody waits for the same one in every step.
-_PLAYED = 16
+# The second half counts, when everybody waits for the same one in every step.
+_WINDOWS_PLAYED = 16
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def shared_s(teacher: Busy, actors: int, students: Mapping[str, Busy], cores: fl
         cores: that they share; what is around them takes `AROUND_CORES` of those.
     """
     parts, window = list(students.values()), max(_WINDOW, actors + 1)
-    steps = _PLAYED * window
+    steps = _WINDOWS_PLAYED * window
     at, learning = [0] * len(parts), [0.0] * len(parts)
     teaching: dict[int, float] = {}
     handed_out, now_s, half_s = 0, 0.0, 0.0
