@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.errors import Stopped
+from orchestrator.errors import Stopped, UserError
+from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
 from orchestrator.stages.pupils import Pupil, pupils_of
 from orchestrator.stages.selfsup import stage_seed, summary
@@ -64,6 +65,13 @@ def _train_all(
     from orchestrator.sharing.keeper import Keeper
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
+    if gpus and config.teacher_shards > 1 and config.teacher_gpus < 1:
+        raise UserError(
+            f"{config.teacher_shards} processes of one teacher on shares of {config.teacher_gpus:g} would be on one "
+            "GPU: NCCL needs a GPU of its own for each",
+            where=f"stages.{context.name}.teacher_gpus",
+            hint="set teacher_gpus: 1, or teacher_shards: 1",
+        )
     num_steps = max((pupil.offset + pupil.job.num_steps for pupil in pupils.values()), default=0)
     balance = _balance(config, context, pupils)
     by_balance = balance is not None and config.teachers == "auto"
@@ -79,7 +87,7 @@ def _train_all(
         num_steps,
         config.batch_size // config.block_size,
         window=window,
-        hang_s=context.elastic.hang_s,
+        hang_s=context.elastic.stall_timeout_s,
         gpus=config.teacher_gpus if gpus else 0.0,
         account=context.work / "sharing.json",
         on_figures=partial(_track, context.run),
@@ -103,12 +111,16 @@ def _balance(config: Distill, context: Context, pupils: Mapping[str, Pupil]) -> 
     if teacher is not None:
         recipe = ModelRecipe.model_validate_json((teacher.path / "recipe.json").read_text())
     folder = teacher.path if teacher is not None else None
-    material = Material(config, recipe, folder, index.path, index.key)
+    material = Material(config, recipe, folder, index.path, index.key, context.elastic.device)
     left = {name: pupil.job.num_steps - (pupil.next_step - pupil.offset) for name, pupil in pupils.items()}
     bounds = {
-        name: pupil.job.elastic.workers for name, pupil in pupils.items() if pupil.config.workers is not None
+        name: _bounds(pupil.job.elastic) for name, pupil in pupils.items() if pupil.config.workers is not None
     }
     return balancer(material, left, bounds)
+
+
+def _bounds(elastic: Elastic) -> tuple[int, int | None]:
+    return elastic.workers[0], None if elastic.every_device else elastic.workers[1]
 
 
 def _in_threads(

@@ -8,9 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.elastic.resources import (
+    SlotShape,
+    can_grow,
+    check_resources,
+    cluster_nodes,
+    has_gpus,
+    slot_shape,
+    worker_range,
+)
 from orchestrator.elastic.saved import COMMIT, read, step_name
 from orchestrator.elastic.target import Target
-from orchestrator.spec import Elastic, Optimizer
+from orchestrator.spec import Elastic, Optimizer, Resources
 from orchestrator.store.local import Store
 
 if TYPE_CHECKING:
@@ -33,17 +42,16 @@ class Job:
         work: the job's folder; checkpoints and exports live below it.
         seed: of weight initialisation.
         start_from: a committed checkpoint of an earlier stage to begin with, weights and moments.
-        gpus_per_worker: where there are GPUs; less than 1 lets jobs share one.
         export_steps: after these many steps the EMA is exported to `exports/step-….safetensors`; the last
             step always is.
-        elastic: checkpoint interval and what to keep.
+        elastic: workers, what each one's slot asks Ray for, checkpoint interval and what to keep.
         blocks: makes the data source; called in every worker.
         seat_blocks: makes it instead where it has to live in a process of Ray's; called in every seat.
         remote: the store, and the prefix in it, that keeps checkpoints and exports where `work` does not outlive
             its machine; the prefix ends with a slash.
         inputs: artifacts that workers need a copy of on their own machine: the store's address, kind and key.
-        limit: fewest and most workers just now, in place of `elastic.workers`; the controller asks it again and
-            again, and the group follows at the end of a step.
+        limit: min_workers and max_workers just now, in place of `elastic.workers`; the controller asks it again
+            and again, and the group follows at the end of a step.
     """
 
     name: str
@@ -57,7 +65,6 @@ class Job:
     seed: int
     elastic: Elastic
     start_from: Path | None = None
-    gpus_per_worker: float = 1.0
     export_steps: tuple[int, ...] = ()
     blocks: Callable[[], BlockSource] | None = None
     seat_blocks: Callable[[], BlockSource] | None = None
@@ -68,6 +75,37 @@ class Job:
     def for_workers(self) -> Job:
         """The job as workers get it: what lives in seats, or in the driver, stays there."""
         return replace(self, seat_blocks=None, limit=None)
+
+    @property
+    def resources(self) -> Resources:
+        """What the slot of each worker asks Ray for."""
+        return self.elastic.resources
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """Where there are GPUs; the old name of `resources.gpu`, which goes with its last reader."""
+        return self.resources.gpu or 1.0
+
+    def slot_shape(self) -> SlotShape:
+        """The slot of a worker on the connected cluster; to be asked once, before the first worker.
+
+        Raises:
+            UserError: the cluster has no node for it.
+        """
+        nodes = cluster_nodes()
+        shape = slot_shape(self.elastic, 1.0, has_gpus(self.elastic, nodes))
+        stage, _, student = self.name.partition("/")
+        where = f"stages.{stage}.students.{student}" if student else f"stages.{stage}.elastic"
+        check_resources(self.elastic, shape, nodes, where, growing=can_grow())
+        return shape
+
+    def worker_range(self, shape: SlotShape) -> tuple[int, int]:
+        """min_workers and max_workers just now: by `limit`, else by `elastic.workers` and what the cluster has."""
+        if self.limit is not None:
+            return self.limit()
+        if not self.elastic.every_device:
+            return self.elastic.workers
+        return worker_range(self.elastic, shape, cluster_nodes())
 
     @property
     def checkpoints(self) -> Path:

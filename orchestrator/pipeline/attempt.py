@@ -171,9 +171,7 @@ class Attempt:
 
 def merged_elastic(default: Elastic, own: Elastic | None) -> Elastic:
     """The pipeline's `elastic` section with what the stage says itself laid over it."""
-    if own is None:
-        return default
-    return default.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+    return default.overlaid(own)
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -288,5 +288,7 @@ def _start_cluster(
     from orchestrator.elastic.cluster import start
 
     preload = {module for stage in training.values() for module in stage.preload}
-    workers = [merged_elastic(default, stage.elastic).workers[1] for stage in training.values()]
+    sections = [merged_elastic(default, stage.elastic) for stage in training.values()]
+    # `workers: auto` takes as many as the cluster turns out to have: that is known when the job asks.
+    workers = [section.workers[0 if section.every_device else 1] for section in sections]
     return start(cluster, sorted(preload), max(workers, default=0))

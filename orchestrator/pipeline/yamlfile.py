@@ -55,6 +55,16 @@ class Document:
                 return f"{file}:{self.lines[prefix]}  {shown}".rstrip()
         return f"{self.path}  {shown}".rstrip()
 
+    def rename(self, section: KeyPath, old: str, new: str) -> None:
+        """Call the key `old` of a mapping `new`, wherever it was written."""
+        values, _ = lookup(self.data, section)
+        values[new] = values.pop(old)
+        path = (*section, old)
+        records: tuple[dict[KeyPath, Any], ...] = (self.lines, self.files, self.overrides)
+        for by_path in records:
+            for known in [known for known in by_path if known[: len(path)] == path]:
+                by_path[(*section, new, *known[len(path) :])] = by_path.pop(known)
+
 
 def lookup(data: Any, path: Sequence[str | int]) -> tuple[Any, bool]:
     """The value at `path` and whether there is one."""

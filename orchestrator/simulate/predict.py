@@ -106,7 +106,7 @@ def plan_stages(
         stage = spec.stages[name]
         jobs: tuple[JobPlan, ...] = ()
         if isinstance(stage, TrainStage):
-            elastic = _merged(spec.elastic, stage.elastic)
+            elastic = spec.elastic.overlaid(stage.elastic)
             students: Mapping[str, Any] = getattr(stage, "students", {})
             names = [f"{name}/{student}" for student in students] or [name]
             jobs = tuple(_job_plan(job, stage, elastic, costs.of(job), interval_s) for job in names)
@@ -208,12 +208,6 @@ def _job_plan(
         costs,
         elastic.resize_share,
     )
-
-
-def _merged(default: Elastic, own: Elastic | None) -> Elastic:
-    if own is None:
-        return default
-    return default.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
 def try_intervals(

@@ -149,7 +149,9 @@ def test_a_killed_worker_is_forked_again_on_its_warm_seat(
 def test_a_stopped_worker_is_found_named_and_replaced(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
-    running = Running(tiny_job(tmp_path / "stopped", 60, (1, 3), checkpoint_every_s=0.5, silence_s=4))
+    running = Running(
+        tiny_job(tmp_path / "stopped", 60, (1, 3), checkpoint_every_s=0.5, heartbeat_timeout_s=4)
+    )
     running.wait(lambda: running.step() >= 5)
     os.kill(worker_pids(machines)[0], signal.SIGSTOP)
     running.wait(lambda: any("is stopped" in line for line in running.lines))
@@ -160,7 +162,7 @@ def test_a_stopped_worker_is_found_named_and_replaced(
 def test_a_step_that_never_ends_is_found_by_its_lack_of_progress(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
-    job = tiny_job(tmp_path / "hang", 60, (1, 3), checkpoint_every_s=0.5, hang_s=5)
+    job = tiny_job(tmp_path / "hang", 60, (1, 3), checkpoint_every_s=0.5, stall_timeout_s=5)
     (tmp_path / "hang-faults" / "once-hang-12").touch()
     running = Running(job)
     running.finish()

@@ -58,7 +58,7 @@ BAD = {
     ),
     "fewest over most": (
         "name: toy\nelastic: {workers: [3, 1]}\nstages:\n" + CURATE,
-        ["the fewest workers (3) exceed the most (1)", "toy.yaml:2"],
+        ["min_workers (3) is above max_workers (1)", "toy.yaml:2"],
     ),
     "unknown need": (
         HEAD + "  prepare: {kind: curate}\n  b: {kind: pretrain, needs: [prepar]}\n",

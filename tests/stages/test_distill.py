@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,14 +123,18 @@ def test_masks_on_a_coarser_grid_cover_at_least_half() -> None:
     assert resize_masks(masks, (4, 4), (4, 4)) is masks
 
 
+def student_job(**elastic: Any) -> Job:
+    return Job(
+        name="distill/s", task=DistillTask, num_blocks=4, num_steps=1, optimizer=CONFIG.optimizer, zero_stage=3,
+        precision="fp32", work=Path(), seed=0, elastic=Elastic(**elastic),
+    )  # fmt: skip
+
+
 def test_students_share_gpus_when_there_are_too_few() -> None:
     def job(workers: tuple[int, int]) -> Job:
-        return Job(
-            name="s", task=DistillTask, num_blocks=4, num_steps=1, optimizer=CONFIG.optimizer, zero_stage=3,
-            precision="fp32", work=Path(), seed=0, elastic=Elastic(workers=workers),
-        )  # fmt: skip
+        return student_job(workers=workers)
 
-    jobs = {"a": job((1, 4)), "b": job((2, 2))}
+    jobs = {"a": job((1, 4)), "b": job((1, 1)), "c": job((1, 2))}
     assert sharing_gpus(jobs, 0, 1, 0.1) is jobs, "no GPUs, nothing to share"
     assert sharing_gpus(jobs, 4, 1, 0.1) is jobs, "one is left for the teacher"
     assert sharing_gpus(jobs, 5, 2, 1.0) is jobs
@@ -143,7 +148,7 @@ def test_students_share_gpus_when_there_are_too_few() -> None:
         (2, 1, 1.0),
     ):
         shared = sharing_gpus(jobs, gpus, teachers, each)
-        (share,) = {made.gpus_per_worker for made in shared.values()}
+        (share,) = {made.resources.gpu for made in shared.values()}
         # A worker's share lies on one GPU, and so does a teacher's: fill the GPUs with both.
         free = [1.0] * gpus
         for need in sorted([each] * teachers + [share] * 3, reverse=True):
@@ -153,6 +158,26 @@ def test_students_share_gpus_when_there_are_too_few() -> None:
     for gpus, teachers, each in ((1, 1, 1.0), (1, 10, 0.1)):
         with pytest.raises(UserError, match="leave none of 1 GPUs for students"):
             sharing_gpus(jobs, gpus, teachers, each)
+
+
+def test_a_student_that_needs_two_workers_never_has_both_on_one_gpu() -> None:
+    jobs = {"a": student_job(workers=1), "b": student_job(workers=2)}
+    shared = sharing_gpus(jobs, 3, 1, 0.1)
+    assert {name: made.resources.gpu for name, made in shared.items()} == {"a": 0.9, "b": 0.9}
+    for gpus in (1, 2):
+        with pytest.raises(UserError, match=r"\(b\) leave too few of \d GPUs") as caught:
+            sharing_gpus(jobs, gpus, 1, 0.1)
+        assert "workers to 1" in str(caught.value)
+
+
+def test_a_student_that_says_its_share_of_a_gpu_gets_it() -> None:
+    jobs = {"a": student_job(workers=1), "b": student_job(workers=1, resources={"gpu": 0.5})}
+    shared = sharing_gpus(jobs, 2, 2, 0.5)
+    assert shared["b"].resources.gpu == 0.5
+    assert shared["a"].resources.gpu == 0.5, "beside a teacher"
+    alone = {"b": jobs["b"]}
+    assert sharing_gpus(alone, 1, 1, 0.5) is not alone, "a teacher takes a GPU to itself if it can"
+    assert sharing_gpus(alone, 1, 1, 0.5)["b"].resources.gpu == 0.5
 
 
 def make_context(tmp_path: Path, index: Path, teacher: Path, work: str = "work") -> Context:

@@ -88,7 +88,7 @@ class Scene:
             name="distill", pipeline="p", seed=0, key=folder.name, keys={}, sources={}, out=folder / "out",
             work=folder / "work",
             inputs={"index": artifact("curate", self.index), "teacher": artifact("pretrain", self.teacher)},
-            elastic=Elastic(workers=1, checkpoint_every_s=1.0, max_failures=0, silence_s=5.0), run=Watched(),
+            elastic=Elastic(workers=1, checkpoint_every_s=1.0, max_failures=0, heartbeat_timeout_s=5.0), run=Watched(),
         )  # fmt: skip
         config = CONFIG.model_copy(update={"students": students})
         errors: list[BaseException] = []
