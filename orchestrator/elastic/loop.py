@@ -24,8 +24,8 @@ from orchestrator.elastic import checkpoint
 from orchestrator.elastic.device import device
 from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.export import export_ema
-from orchestrator.elastic.job import Job
 from orchestrator.elastic.failure_rules import PRIOR_MTBF_S
+from orchestrator.elastic.job import Job
 from orchestrator.elastic.saved import CheckpointError
 from orchestrator.elastic.saving import Line, Saving
 from orchestrator.elastic.task import BlockTensors, Losses

@@ -6,6 +6,7 @@ simulation predicts is what a cluster does. Times are seconds on any clock that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -133,6 +134,16 @@ def decide(view: JobView) -> Decision:
     return Keep()
 
 
+def holds_for_s(view: JobView, decision: Decision) -> float:
+    """For how many seconds `decide` repeats this decision if only time goes on; inf if nothing but news changes it."""
+    if isinstance(decision, Wait) and sum(not slot.leaving for slot in view.slots) >= view.workers[0]:
+        return max(0.0, view.restart_s - view.waited_s)
+    if isinstance(decision, Keep) and len(view.group) < view.workers[1]:
+        until = view.restart_s / view.resize_share - view.since_resize_s
+        return until if until > 0 else math.inf
+    return math.inf
+
+
 def useful_workers(available: int, view: JobView) -> int:
     """How many of `available` workers to use: those past this number would only wait for the others.
 
@@ -195,8 +206,10 @@ class JobScaling:
     def view(self, now: float) -> JobView:
         """What a decision at `now` is made from."""
         slots = self.pool.available(self.job)
-        if self._ready_since is None and self.count_staying(slots) >= self.workers[0]:
-            self._ready_since = now
+        if not self.group:
+            enough = self.count_staying(slots) >= self.workers[0]
+            if not enough or self._ready_since is None:
+                self._ready_since = now if enough else None
         return JobView(
             workers=self.workers,
             num_blocks=self.num_blocks,
@@ -234,11 +247,13 @@ class JobScaling:
     def stepped(self, step: int, step_s: float, now: float) -> None:
         """The group has done `step` steps in all; the last one took `step_s`."""
         self.step, self._has_stepped = step, True
-        self.step_s = step_s if self.step_s is None else 0.7 * self.step_s + 0.3 * step_s
+        self.step_s = step_s if self.step_s is None else self.step_s + 0.3 * (step_s - self.step_s)
         if not self._group_stepped:
             self._group_stepped = True
             if self._ended_at is not None:
-                self.restart_s = 0.5 * self.restart_s + 0.5 * (now - self._ended_at)
+                # The wait for machines is no part of what a restart takes.
+                began = self._ended_at if self._ready_since is None else self._ready_since
+                self.restart_s = 0.5 * self.restart_s + 0.5 * (now - began)
                 self._ended_at = None
 
     def group_ended(self, now: float, *, lost: bool) -> None:

@@ -6,15 +6,17 @@ trace, so a simulation decides as a cluster does. Times are seconds on any clock
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 # Slots that no job has used for so long are given back to the cluster.
 IDLE_S = 30.0
 
-Shape = TypeVar("Shape")
+Shape = TypeVar("Shape", bound=Hashable)
+_NUMBER = attrgetter("number")
 
 
 class SlotState(Enum):
@@ -28,34 +30,40 @@ class SlotState(Enum):
 
 @dataclass(eq=False)
 class Slot(Generic[Shape]):
-    """A place for one worker.
+    """A place for one worker. Only the pool changes it, but for `unresponsive`.
 
     Attributes:
         name: unique in its pool.
         shape: the resources that it holds; slots of one shape can replace each other.
+        number: how many slots the pool had made before it.
         state: see :class:`SlotState`.
         node: the machine that it is on; empty until it is placed.
-        job: the job that works on it.
+        job: the job that works on it, or that did when it was lost.
         draining: its node has announced its end.
         reclaimed: a job below its minimum needs it more than the one that has it.
+        leaving: a worker group should do without it: it is draining or reclaimed.
         unresponsive: it has not answered lately. It may only be slow, so it is kept, but not handed out.
         idle_since: when it was last released.
     """
 
     name: str
     shape: Shape
+    number: int = 0
     state: SlotState = SlotState.REQUESTED
     node: str = ""
     job: str | None = None
     draining: bool = False
     reclaimed: bool = False
+    leaving: bool = False
     unresponsive: bool = False
     idle_since: float = 0.0
 
-    @property
-    def leaving(self) -> bool:
-        """Whether a worker group should do without it."""
-        return self.draining or self.reclaimed
+    def mark(self, *, draining: bool | None = None, reclaimed: bool | None = None) -> None:
+        """Set why a worker group should do without it."""
+        self.draining = self.draining if draining is None else draining
+        self.reclaimed = self.reclaimed if reclaimed is None else reclaimed
+        # Kept, not computed: each decision of a job reads it of every slot that the job has.
+        self.leaving = self.draining or self.reclaimed
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,14 @@ class Demand(Generic[Shape]):
     min_workers: int
     max_workers: int
     shape: Shape
+
+
+@dataclass
+class _Counts:
+    """How many slots of a shape there are, without those that are draining, and how many of them start."""
+
+    staying: int = 0
+    starting: int = 0
 
 
 @dataclass
@@ -81,8 +97,12 @@ class WorkerPool(Generic[Shape]):
     slots: dict[str, Slot[Shape]] = field(default_factory=dict)
     demands: dict[str, Demand[Shape]] = field(default_factory=dict)
     num_reclaimed: int = 0
-    _of_job: dict[str | None, dict[str, Slot[Shape]]] = field(default_factory=lambda: {None: {}})
     _made: int = 0
+    # What is asked at each decision is kept by what it is asked by.
+    _of_job: dict[str, dict[str, Slot[Shape]]] = field(default_factory=dict)
+    _idle: dict[Shape, dict[str, Slot[Shape]]] = field(default_factory=dict)  # ready, and no job's
+    _on_node: dict[str, dict[str, Slot[Shape]]] = field(default_factory=dict)
+    _counts: dict[Shape, _Counts] = field(default_factory=dict)
 
     # --- what jobs do -----------------------------------------------------------------------------------------
 
@@ -101,40 +121,47 @@ class WorkerPool(Generic[Shape]):
         self.release(job, now)
         if demand is None:
             return []
-        of_shape = [slot for slot in self.slots.values() if slot.shape == demand.shape]
-        surplus = len(of_shape) - self._wanted(demand.shape)
-        requested = [slot for slot in of_shape if slot.state is SlotState.REQUESTED]
-        return self._removed(requested[: max(0, surplus)])
+        # One on a node that is about to go is no surplus, nor is the one that was requested in its place.
+        surplus = self._count(demand.shape).staying - self._wanted(demand.shape)
+        if surplus <= 0:
+            return []
+        requested = [
+            slot
+            for slot in self.slots.values()
+            if slot.state is SlotState.REQUESTED and slot.shape == demand.shape
+        ]
+        return self._removed(requested[-surplus:])
 
     def available(self, job: str) -> list[Slot[Shape]]:
-        """Ready slots that `job` has or may acquire, its own first.
+        """Ready slots that `job` has or may acquire, its own first, the others in the order they were made.
 
         What other jobs lack of their minimum is left for them. A job that lacks some of its own minimum reclaims
         slots of jobs that are above theirs.
         """
         demand = self.demands[job]
         mine = list(self._of_job.get(job, {}).values())
-        idle = [slot for slot in self._of_job[None].values() if self._is_free(slot, demand.shape)]
-        if len(self.demands) == 1:
+        # A slot on a draining node would soon end the group that starts on it.
+        ready = self._idle.get(demand.shape, {}).values()
+        idle = [slot for slot in ready if not slot.draining and not slot.unresponsive]
+        idle.sort(key=_NUMBER)
+        others = {
+            name: other for name, other in self.demands.items() if name != job and other.shape == demand.shape
+        }
+        if not others:
             return mine + idle
-        owed = sum(
-            max(0, other.min_workers - len(self._of_job.get(name, {})))
-            for name, other in self.demands.items()
-            if name != job and other.shape == demand.shape
-        )
+        staying = {name: self._staying(name) for name in others}
+        owed = sum(max(0, other.min_workers - len(staying[name])) for name, other in others.items())
         # A job without any slot leaves others theirs, too: two that each took all would take turns for ever.
-        lacking = max(0, demand.min_workers - len(mine))
+        lacking = max(0, demand.min_workers - sum(not slot.leaving for slot in mine))
         free = max(min(lacking, len(idle)), len(idle) - owed)
-        self._reclaim(job, demand, len(mine) + free)
+        if lacking > free:
+            spare = [slot for name, other in others.items() for slot in staying[name][other.min_workers :]]
+            self._reclaim(lacking - free - self.starting(job) - self._num_reclaimed(others), spare)
         return mine + idle[:free]
 
     def starting(self, job: str) -> int:
         """How many slots that `job` could use will be ready in a few seconds."""
-        shape = self.demands[job].shape
-        return sum(
-            slot.state is SlotState.STARTING and slot.shape == shape and not slot.draining
-            for slot in self.slots.values()
-        )
+        return self._count(self.demands[job].shape).starting
 
     def acquire(self, job: str, names: Sequence[str], now: float) -> list[Slot[Shape]] | None:
         """Give `job` these slots and release all others that it has; None if one of them is not free any more."""
@@ -145,40 +172,47 @@ class WorkerPool(Generic[Shape]):
         ):
             return None
         self.release(job, now)
+        held = self._of_job.setdefault(job, {})
         for slot in slots:
-            self._assign(slot, job)
+            del self._idle[slot.shape][slot.name]
+            slot.job = job
+            held[slot.name] = slot
         return slots
 
     def release(self, job: str, now: float) -> None:
         """Nobody works on the slots of `job` any more."""
-        for slot in list(self._of_job.get(job, {}).values()):
-            slot.reclaimed, slot.idle_since = False, now
-            self._assign(slot, None)
+        for slot in self._of_job.pop(job, {}).values():
+            slot.mark(reclaimed=False)
+            slot.job, slot.idle_since = None, now
+            self._idle.setdefault(slot.shape, {})[slot.name] = slot
 
     # --- what happens to slots --------------------------------------------------------------------------------
 
-    def placed(self, name: str, node: str, *, draining: bool = False) -> None:
-        """The slot is on a machine, and starts."""
+    def placed(self, name: str, node: str, *, draining: bool = False) -> list[Slot[Shape]]:
+        """The slot is on a machine, and starts; returns the ones to start in its place if the node is draining."""
         slot = self.slots[name]
-        slot.node, slot.state, slot.draining = node, SlotState.STARTING, draining
+        self._on_node.setdefault(node, {})[name] = slot
+        slot.node = node
+        self._change(slot, SlotState.STARTING, draining=draining)
+        return self._missing(slot.shape) if draining else []
 
     def ready(self, name: str, now: float) -> None:
         """The slot can take a worker."""
         slot = self.slots[name]
-        slot.state, slot.idle_since = SlotState.READY, now
+        self._change(slot, SlotState.READY, draining=slot.draining)
+        slot.idle_since = now
+        self._idle.setdefault(slot.shape, {})[name] = slot
 
     def lose(self, names: Iterable[str]) -> list[Slot[Shape]]:
         """These slots are gone; returns the ones to start in their place."""
-        lost = [self.slots[name] for name in names if name in self.slots]
-        self._removed(lost)
+        lost = self._removed([self.slots[name] for name in names if name in self.slots])
         return [new for shape in dict.fromkeys(slot.shape for slot in lost) for new in self._missing(shape)]
 
     def drain(self, nodes: Iterable[str]) -> list[Slot[Shape]]:
         """These nodes announced their end; returns the slots to start elsewhere meanwhile."""
-        gone = set(nodes)
-        noticed = [slot for slot in self.slots.values() if slot.node in gone and not slot.draining]
+        noticed = [slot for node in nodes for slot in self.on_node(node) if not slot.draining]
         for slot in noticed:
-            slot.draining = True
+            self._change(slot, slot.state, draining=True)
         shapes = dict.fromkeys(slot.shape for slot in noticed)
         return [new for shape in shapes for new in self._missing(shape)]
 
@@ -186,13 +220,12 @@ class WorkerPool(Generic[Shape]):
         """Slots to stop because no job has wanted any for a while."""
         if self.demands:
             return []
-        return self._removed(
-            [
-                slot
-                for slot in self.slots.values()
-                if slot.state is SlotState.READY and now - slot.idle_since > IDLE_S
-            ]
-        )
+        idle = [slot for slots in self._idle.values() for slot in slots.values()]
+        return self._removed([slot for slot in idle if now - slot.idle_since > IDLE_S])
+
+    def on_node(self, node: str) -> list[Slot[Shape]]:
+        """The slots on this machine."""
+        return list(self._on_node.get(node, {}).values())
 
     # --- within -----------------------------------------------------------------------------------------------
 
@@ -201,42 +234,57 @@ class WorkerPool(Generic[Shape]):
 
     def _missing(self, shape: Shape) -> list[Slot[Shape]]:
         """As many slots as the jobs want in all; one on a node that is about to go needs a replacement."""
-        there = sum(slot.shape == shape and not slot.draining for slot in self.slots.values())
-        return [self._new(shape) for _ in range(self._wanted(shape) - there)]
+        return [self._new(shape) for _ in range(self._wanted(shape) - self._count(shape).staying)]
 
     def _new(self, shape: Shape) -> Slot[Shape]:
         self._made += 1
-        slot = Slot(f"slot-{self._made}", shape)
-        self.slots[slot.name] = self._of_job[None][slot.name] = slot
+        slot = self.slots[f"slot-{self._made}"] = Slot(f"slot-{self._made}", shape, self._made)
+        self._tally(slot, 1)
         return slot
+
+    def _change(self, slot: Slot[Shape], state: SlotState, *, draining: bool) -> None:
+        self._tally(slot, -1)
+        slot.state = state
+        slot.mark(draining=draining)
+        self._tally(slot, 1)
+
+    def _tally(self, slot: Slot[Shape], by: int) -> None:
+        if slot.draining or slot.state is SlotState.LOST:
+            return
+        count = self._count(slot.shape)
+        count.staying += by
+        if slot.state is SlotState.STARTING:
+            count.starting += by
 
     def _removed(self, slots: list[Slot[Shape]]) -> list[Slot[Shape]]:
         for slot in slots:
-            slot.state = SlotState.LOST
+            self._change(slot, SlotState.LOST, draining=slot.draining)
             del self.slots[slot.name]
-            del self._of_job[slot.job][slot.name]
+            held = self._of_job.get(slot.job, {}) if slot.job is not None else self._idle.get(slot.shape, {})
+            held.pop(slot.name, None)
+            on_node = self._on_node.get(slot.node, {})
+            on_node.pop(slot.name, None)
+            if not on_node:
+                self._on_node.pop(slot.node, None)
         return slots
 
-    def _assign(self, slot: Slot[Shape], job: str | None) -> None:
-        del self._of_job[slot.job][slot.name]
-        slot.job = job
-        self._of_job.setdefault(job, {})[slot.name] = slot
+    def _count(self, shape: Shape) -> _Counts:
+        return self._counts.setdefault(shape, _Counts())
 
-    @staticmethod
-    def _is_free(slot: Slot[Shape], shape: Shape) -> bool:
-        return slot.state is SlotState.READY and slot.shape == shape and not slot.unresponsive
+    def _staying(self, job: str) -> list[Slot[Shape]]:
+        return [slot for slot in self._of_job.get(job, {}).values() if not slot.leaving]
 
-    def _reclaim(self, job: str, demand: Demand[Shape], has: int) -> None:
-        """Mark what others have above their minimum, until `job` will have its own."""
-        missing = demand.min_workers - has
-        for name, other in self.demands.items():
-            if name == job or other.shape != demand.shape:
-                continue
-            slots = list(self._of_job.get(name, {}).values())
-            staying = [slot for slot in slots if not slot.leaving]
-            spare = len(staying) - other.min_workers
-            missing -= sum(slot.reclaimed for slot in slots)
-            for slot in staying[: max(0, min(spare, missing))]:
-                slot.reclaimed = True
-                self.num_reclaimed += 1
-                missing -= 1
+    def _num_reclaimed(self, jobs: Iterable[str]) -> int:
+        """How many slots these jobs are about to release to another one."""
+        held = (slot for job in jobs for slot in self._of_job.get(job, {}).values())
+        return sum(slot.reclaimed and not slot.draining for slot in held)
+
+    def _reclaim(self, missing: int, spare: list[Slot[Shape]]) -> None:
+        """Mark `missing` of the slots that others have above their minimum.
+
+        If there are not as many, the job could not start with them either, and none is taken from anybody.
+        """
+        if 0 < missing <= len(spare):
+            for slot in spare[-missing:]:
+                slot.mark(reclaimed=True)
+            self.num_reclaimed += missing

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.elastic import policy
+from orchestrator.elastic import failure_rules
 from orchestrator.simulate import job as job_module
 from orchestrator.simulate.costs import StageCosts
 from orchestrator.simulate.job import JobPlan
@@ -203,7 +203,7 @@ def test_seats_that_another_stage_left_are_warm() -> None:
 
 
 def test_students_share_the_machines() -> None:
-    jobs = tuple(JobPlan(f"distill/{i}", 50, 2, (1, 2), 10.0, 3, EXACT) for i in range(3))
+    jobs = tuple(JobPlan(f"distill/{i}", 50, 2, (1, 2), 10.0, EXACT) for i in range(3))
     found = predict([StagePlan("distill", "distill", jobs, EXACT)], steady(4))
     assert found.finished
     (distill,) = found.stages
@@ -216,7 +216,7 @@ def test_students_share_the_machines() -> None:
 
 def test_a_student_below_its_fewest_gets_a_worker_back() -> None:
     # Both have two workers; then two machines go, and both are those of the second one.
-    jobs = tuple(JobPlan(f"distill/{i}", 200, 2, (1, 2), 10.0, 3, EXACT) for i in range(2))
+    jobs = tuple(JobPlan(f"distill/{i}", 200, 2, (1, 2), 10.0, EXACT) for i in range(2))
     events = [*((0.0, "up", machine) for machine in range(4)), (60.0, "down", 2), (60.0, "down", 3)]
     found = predict([StagePlan("distill", "distill", jobs, EXACT)], machines(events, 4))
     first, second = (job.account for job in found.stages[0].jobs)
@@ -271,7 +271,7 @@ def test_poisson_failures_cost_what_daly_says(interval_s: float) -> None:
 
 def test_the_engines_interval_is_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Young's interval loses at most a few percent against the best of a grid, on a trace with many failures."""
-    monkeypatch.setattr(policy, "PRIOR_MTBF_S", 300.0)
+    monkeypatch.setattr(failure_rules, "PRIOR_MTBF_S", 300.0)
     trace = synthetic("y", count=4, duration_s=1e6, mean_up_s=1200, mean_down_s=30, notice_share=0, seed=3)
     costs = EXACT.model_copy(update={"stall_s": 1.0, "block_s": 0.05, "step_s": 0.05, "write_s": 0.5})
 
@@ -316,7 +316,7 @@ def stages(draw: st.DrawFn) -> StagePlan:
         }
     )
     students = draw(st.integers(1, 3))
-    jobs = tuple(JobPlan(f"s/{i}", steps, blocks, workers, interval_s, 3, costs) for i in range(students))
+    jobs = tuple(JobPlan(f"s/{i}", steps, blocks, workers, interval_s, costs) for i in range(students))
     return StagePlan("s", "distill", jobs, costs)
 
 
