@@ -262,6 +262,21 @@ class Elastic(Strict):
         ge=0,
         description="The number of failures of the user's code after which a stage ends. Lost machines do not count.",
     )
+    wait_for_workers_s: float | None = operational(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="The seconds that a job waits for machines before the run ends with an error. Default: no limit.",
+    )
+    workers_from: Literal["warm", "stock"] = operational(
+        "warm",
+        description="Where Ray Train gets workers from. warm: from slots that stay, each with a process that has "
+        "imported everything. stock: from Ray Train's own worker group, which starts new processes for each attempt.",
+    )
+    ray_train_callbacks: tuple[str, ...] = operational(
+        (),
+        description="Ray Train callbacks of the run, each as package.module:Class; a class is made without arguments.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -287,16 +302,6 @@ class Elastic(Strict):
     def every_device(self) -> bool:
         """Whether `workers` has no upper end but the devices that are there."""
         return self.workers[1] == EVERY_DEVICE
-
-    @property
-    def silence_s(self) -> float:
-        """The old name of `heartbeat_timeout_s`; goes with its last reader."""
-        return self.heartbeat_timeout_s
-
-    @property
-    def hang_s(self) -> float:
-        """The old name of `stall_timeout_s`; goes with its last reader."""
-        return self.stall_timeout_s
 
     def overlaid(self, own: Elastic | None) -> Elastic:
         """This section, with what `own` says itself laid over it; `resources` key by key."""

@@ -83,6 +83,7 @@ def _job(config: Distill, context: Context, teach: Teaching, name: str, part: Pa
         elastic=elastic,
         remote=part.remote,
         inputs=context.needed,
+        pipeline=context.pipeline,
     )
 
 

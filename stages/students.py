@@ -145,7 +145,7 @@ def _train_one(
     context: Context, teach: Teaching, keeper: Keeper, balance: Balancer | None, pupil: Pupil
 ) -> Path:
     """Train one student to its end and publish it at once; its siblings' fate does not matter to it."""
-    from orchestrator.elastic import controller
+    from orchestrator.elastic import trainer
 
     # The id follows from the stage's, so a resumed stage finds its students' runs again.
     run = context.run.child(f"{context.name}/{pupil.name}", resume_id=f"{context.run.run_id}-{pupil.name}")
@@ -156,8 +156,8 @@ def _train_one(
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         limit = balance.quota(pupil.name) if balance is not None else None
-        job = replace(pupil.job, seat_blocks=source, limit=limit)
-        account = controller.run(job, tracker=run, stop=context.stop)
+        job = replace(pupil.job, slot_blocks=source, limit=limit)
+        account = trainer.run(job, tracker=run, stop=context.stop)
         status = "FINISHED"
     except Stopped:
         status = "KILLED"

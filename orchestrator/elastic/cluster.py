@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.elastic import fleet
-from orchestrator.spec import Cluster
+from orchestrator.elastic.resources import cluster_nodes, has_gpus, slot_shape
+from orchestrator.elastic.trainer import hosts
+from orchestrator.spec import Cluster, Elastic
 
 logger = logging.getLogger("orchestrator")
 
@@ -30,7 +31,9 @@ _DEFAULTS = {
 
 
 @contextmanager
-def start(cluster: Cluster, preload: Sequence[str] = (), prewarm: int = 0) -> Iterator[None]:
+def start(
+    cluster: Cluster, preload: Sequence[str] = (), prestart: int = 0, elastic: Elastic | None = None
+) -> Iterator[None]:
     """Connect to the pipeline's cluster, starting one where the address is `local`; leaves nothing behind.
 
     An own cluster lives in a temporary folder of its own, so neither a running cluster nor the remains of a
@@ -39,8 +42,10 @@ def start(cluster: Cluster, preload: Sequence[str] = (), prewarm: int = 0) -> It
     Args:
         cluster: which one.
         preload: modules that workers will need, imported before they do.
-        prewarm: seats of an own cluster to make at once, so that they are warm when the first job comes.
+        prestart: slots of an own cluster to start at once, so that they are warm when the first job comes.
+        elastic: the section of the job that they are for.
     """
+    elastic = elastic or Elastic()
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -48,10 +53,10 @@ def start(cluster: Cluster, preload: Sequence[str] = (), prewarm: int = 0) -> It
     if cluster.address != "local":
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            fleet.begin(preload)
+            hosts.begin(preload, elastic.heartbeat_timeout_s)
             yield
         finally:
-            fleet.end()
+            hosts.end()
             ray.shutdown()
         return
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
@@ -71,10 +76,11 @@ def start(cluster: Cluster, preload: Sequence[str] = (), prewarm: int = 0) -> It
             _temp_dir=str(folder),
         )
         _quiet()
-        fleet.begin(preload).prewarm(prewarm, fleet.shape("auto", 1.0))
+        hosts.begin(preload, elastic.heartbeat_timeout_s)
+        hosts.prestart(prestart, slot_shape(elastic, 1.0, has_gpus(elastic, cluster_nodes())))
         yield
     finally:
-        fleet.end()
+        hosts.end()
         ray.shutdown()
         reaper.stdin.close()
         reaper.wait()

@@ -8,7 +8,6 @@ finds the process there, with everything imported, and so do the students of a d
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import threading
@@ -90,9 +89,7 @@ class ElasticRun:
         error: why it was given up.
     """
 
-    def __init__(
-        self, spec: RunSpec, pool: RayWorkerPool | StockPool, context: TrainRunContext
-    ) -> None:
+    def __init__(self, spec: RunSpec, pool: RayWorkerPool | StockPool, context: TrainRunContext) -> None:
         self.spec, self.pool = spec, pool
         self.scaling_config: ScalingConfig = context.scaling_config
         self.failure_config: FailureConfig = context.run_config.failure_config
@@ -243,8 +240,8 @@ class ElasticRun:
             self.request_stop("stop")
         if (workers := message.get("workers")) is not None:
             with self.pool.lock:
-                self.rules.workers = tuple(workers)
-            self.pool.request(self.spec.name, *workers, self.spec.shape)
+                self.rules.workers = (workers[0], workers[1])
+            self.pool.request(self.spec.name, workers[0], workers[1], self.spec.shape)
         if (step := message.get("recorded")) is not None and (group := self.group) is not None:
             group.send(0, {"op": "recorded", "step": step})
 
@@ -289,7 +286,9 @@ class ElasticController(TrainController):  # type: ignore[misc]
         run.monitor.goodput.stopped = True
         await self._controller_callback_manager.async_invoke("before_controller_shutdown")
         return TrainControllerLoopIterationResult(
-            run_attempt_id=self._get_run_attempt_id(), previous_state=self.get_state(), next_state=AbortedState()
+            run_attempt_id=self._get_run_attempt_id(),
+            previous_state=self.get_state(),
+            next_state=AbortedState(),
         )
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: dict[str, float]) -> None:
@@ -346,7 +345,10 @@ class ControllerHost:
         finally:
             run.close()
         return result, {
-            "stopped": run.stop and run.error is None and result.error is None and not _is_finished(controller),
+            "stopped": run.stop
+            and run.error is None
+            and result.error is None
+            and not _is_finished(controller),
             "error": run.error,
             "account": report_figures(run.monitor.goodput),
         }

@@ -94,9 +94,7 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
         if not run.workers:
             # The group never came to be, and no worker is known: as when its slots went while it was made.
             return Failure(FailureKind.PROCESS, _first_line(error))
-        failures: dict[int, Exception] = (
-            error.worker_failures if isinstance(error, WorkerGroupError) else {}
-        )
+        failures: dict[int, Exception] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
         outcomes = self._outcomes(failures)
         stuck = {
             rank: failure.end

@@ -1,4 +1,4 @@
-"""A process that has everything imported and forks a worker when asked: `python -m orchestrator.elastic.forkserver FD …`.
+"""The fork server: it has everything imported, and forks a worker when asked.
 
 Importing torch and DeepSpeed takes seconds, a fork takes milliseconds, and a forked worker is a clean slate: no
 process group, no engine, no stuck collective of the attempt before. The fork server itself computes nothing, holds no
@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 
+from orchestrator.elastic.device import assert_forkable
 from orchestrator.elastic.wire import Wire
 
 
@@ -69,6 +70,7 @@ def _serve(slot: Wire) -> None:
 
 
 def _fork(slot: Wire, fd: int, others: list[int]) -> int:
+    assert_forkable()
     pid = os.fork()
     if pid:
         return pid

@@ -46,12 +46,13 @@ class Job:
             step always is.
         elastic: workers, what each one's slot asks Ray for, checkpoint interval and what to keep.
         blocks: makes the data source; called in every worker.
-        seat_blocks: makes it instead where it has to live in a process of Ray's; called in every seat.
+        slot_blocks: makes it instead where it has to live in a process of Ray's; called in every slot.
         remote: the store, and the prefix in it, that keeps checkpoints and exports where `work` does not outlive
             its machine; the prefix ends with a slash.
         inputs: artifacts that workers need a copy of on their own machine: the store's address, kind and key.
         limit: min_workers and max_workers just now, in place of `elastic.workers`; the controller asks it again
             and again, and the group follows at the end of a step.
+        pipeline: the pipeline's name.
     """
 
     name: str
@@ -67,14 +68,15 @@ class Job:
     start_from: Path | None = None
     export_steps: tuple[int, ...] = ()
     blocks: Callable[[], BlockSource] | None = None
-    seat_blocks: Callable[[], BlockSource] | None = None
+    slot_blocks: Callable[[], BlockSource] | None = None
     remote: tuple[Store, str] | None = None
     inputs: tuple[tuple[str, str, str], ...] = ()
     limit: Callable[[], tuple[int, int]] | None = None
+    pipeline: str = ""
 
     def for_workers(self) -> Job:
-        """The job as workers get it: what lives in seats, or in the driver, stays there."""
-        return replace(self, seat_blocks=None, limit=None)
+        """The job as workers get it: what lives in slots, or in the driver, stays there."""
+        return replace(self, slot_blocks=None, limit=None)
 
     @property
     def resources(self) -> Resources:
@@ -82,9 +84,17 @@ class Job:
         return self.elastic.resources
 
     @property
-    def gpus_per_worker(self) -> float:
-        """Where there are GPUs; the old name of `resources.gpu`, which goes with its last reader."""
-        return self.resources.gpu or 1.0
+    def run_name(self) -> str:
+        """The name of its Ray Train run: `pipeline/stage` or `pipeline/stage/student`."""
+        return f"{self.pipeline}/{self.name}" if self.pipeline else self.name
+
+    @property
+    def checkpoint_uri(self) -> str:
+        """Where its elastic checkpoints are, as an address."""
+        if self.remote is None:
+            return self.checkpoints.absolute().as_uri()
+        store, prefix = self.remote
+        return f"{store.uri.rstrip('/')}/{prefix}checkpoints"
 
     def slot_shape(self) -> SlotShape:
         """The slot of a worker on the connected cluster; to be asked once, before the first worker.

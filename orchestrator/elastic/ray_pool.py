@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,17 +53,15 @@ class RayWorkerPool:
 
     Args:
         preload: modules that fork servers import before the first attempt.
-        env: environment of a slot's processes.
         heartbeat_timeout_s: a slot that has not answered for so long is given up.
     """
 
     def __init__(
         self,
         preload: Sequence[str] = (),
-        env: Callable[[SlotShape], dict[str, str]] | None = None,
         heartbeat_timeout_s: float = 15.0,
     ) -> None:
-        self._preload, self._env = tuple(preload), env or slot_environment
+        self._preload = tuple(preload)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self.rules: WorkerPool[SlotShape] = WorkerPool()
         self._actors: dict[str, SlotActor] = {}
@@ -194,7 +192,7 @@ class RayWorkerPool:
         if what == "get_metadata":
             held.metadata = answer
             draining = answer.node_id in self._draining
-            self.rules.placed(held.slot.name, answer.node_id, draining=draining)
+            self._start(self.rules.placed(held.slot.name, answer.node_id, draining=draining))
         elif what == "warm":
             self.rules.ready(held.slot.name, now)
 
@@ -230,7 +228,7 @@ class RayWorkerPool:
             remote = ray.remote(WorkerSlot).options(
                 max_concurrency=8, max_restarts=0, **slot.shape.ray_options()
             )
-            actor = remote.remote(self._env(slot.shape), self._preload)
+            actor = remote.remote(self._preload)
             self._actors[slot.name] = SlotActor(slot, actor, heard=time.monotonic())
 
     def _stop(self, slots: list[Slot[SlotShape]]) -> None:
@@ -242,14 +240,3 @@ class RayWorkerPool:
         for name in names:
             # Another controller may be waiting for an answer of this slot right now, and finds it LOST.
             ray.kill(self._actors.pop(name).actor)
-
-
-def slot_environment(shape: SlotShape) -> dict[str, str]:
-    """Environment of a slot's fork server and workers."""
-    shared = {"TOKENIZERS_PARALLELISM": "false"}
-    if shape.gpus:
-        # The fork server must not touch a device: a process that did cannot be forked.
-        return {**shared, "DS_ACCELERATOR": "cuda", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    # One thread a worker: more workers, not more threads, is how a step gets faster, and results do not
-    # depend on how many cores the machine has.
-    return {**shared, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

@@ -245,7 +245,7 @@ def cluster_nodes() -> tuple[Node, ...]:
     """
     import ray
 
-    from orchestrator.elastic.fleet import draining_nodes
+    from orchestrator.elastic.nodes import draining_nodes
 
     here = ray.get_runtime_context().get_node_id()
     leaving = draining_nodes()

@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import pickle
+import shutil
 import threading
 import time
 import uuid
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("orchestrator")
 
+# Ray Train's folder in a job's own.
+_RAY_TRAIN = "ray_train"
 _NEWS_S = 0.5
 _ANSWER_S = 60.0
 # A controller that dies so often in a row without a new step will not get anywhere.
@@ -92,7 +95,7 @@ def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str],
 
 def _make_trainer(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str], None]) -> Any:
     import ray.cloudpickle
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
     from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
@@ -124,7 +127,7 @@ def _make_trainer(job: Job, tracker: Run, stop: threading.Event, on_line: Callab
                 workers,
                 shape,
             )
-            blocks = ray.cloudpickle.dumps(job.seat_blocks) if job.seat_blocks is not None else None
+            blocks = ray.cloudpickle.dumps(job.slot_blocks) if job.slot_blocks is not None else None
             resources = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": float(shape.memory or 0)}
             super().__init__(
                 train_fn,
@@ -143,8 +146,9 @@ def _make_trainer(job: Job, tracker: Run, stop: threading.Event, on_line: Callab
                 ),
                 run_config=RunConfig(
                     name=job.run_name,
-                    storage_path=str(job.work / "ray_train"),
+                    storage_path=str((job.work / _RAY_TRAIN).absolute()),
                     failure_config=FailureConfig(max_failures=-1),
+                    checkpoint_config=CheckpointConfig(num_to_keep=job.elastic.keep_checkpoints),
                     callbacks=_callbacks(job.elastic.ray_train_callbacks),
                     worker_runtime_env=shape.ray_options().get("runtime_env"),
                 ),
@@ -173,6 +177,9 @@ def _make_trainer(job: Job, tracker: Run, stop: threading.Event, on_line: Callab
         def _initialize_and_run_controller(self, **arguments: Any) -> Any:
             return self._session.fit(self._spec, arguments)
 
+    # Which checkpoint to go on from is for our own records to say. Those that Ray Train kept of an earlier fit of this
+    # run may name pointers that are gone, which it takes for a fatal error.
+    shutil.rmtree(job.work / _RAY_TRAIN, ignore_errors=True)
     job.work.mkdir(parents=True, exist_ok=True)
     return ElasticTrainer()
 

@@ -20,6 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.elastic.device import CPU, device
 from orchestrator.elastic.wire import Message, Wire, unpack
 from orchestrator.errors import UserError
 from orchestrator.store.open import fetch
@@ -142,9 +143,9 @@ def _train(job: Job, attempt: Mapping[str, Any], client: ControllerClient, rende
     from orchestrator.elastic.zero import import_deepspeed
 
     rank, world = int(attempt["rank"]), int(attempt["world"])
-    gpu = torch.cuda.is_available()
+    gpu = device() != CPU
     if gpu:
-        torch.cuda.set_device(0)  # Ray shows each slot its own
+        torch.cuda.set_device(0)  # a slot's process sees its own GPU only
     else:
         torch.set_num_threads(1)
     for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):

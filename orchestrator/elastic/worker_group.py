@@ -157,7 +157,9 @@ class _ElasticGroup(WorkerGroup):  # type: ignore[misc]
         with storage.storage_filesystem.open_output_stream(f"{path}/pointer.json") as file:
             file.write(json.dumps(pointer).encode())
         checkpoint = Checkpoint(path=path, filesystem=storage.storage_filesystem)
-        return _TrainingReport(checkpoint=checkpoint, metrics={"step": step, **event["figures"]}, validation=False)
+        return _TrainingReport(
+            checkpoint=checkpoint, metrics={"step": step, **event["figures"]}, validation=False
+        )
 
 
 class WarmWorkerGroup(_ElasticGroup):
@@ -181,12 +183,11 @@ class WarmWorkerGroup(_ElasticGroup):
     def _create_workers(
         self, num_workers: int, placement_group: None, resources_per_worker: dict[str, float], **_: Any
     ) -> list[Worker]:
-        slots = self.run.slots
-        refuse_shared_gpus([(s.metadata.node_id, [str(g) for g in s.metadata.gpu_ids]) for s in slots])
         workers = [
             Worker(slot.actor, slot.metadata, resources_per_worker, placement_group_bundle_index=index)
-            for index, slot in enumerate(slots)
+            for index, slot in enumerate(self.run.slots)
         ]
+        refuse_shared_gpus([(w.metadata.node_id, [str(gpu) for gpu in w.metadata.gpu_ids]) for w in workers])
         return list(self._assign_worker_ranks(workers))
 
     def shutdown(self) -> None:

@@ -1,4 +1,4 @@
-"""The Ray Train workers of a job: a warm slot that forks a process for each attempt, or a cold one, Ray Train's own way.
+"""Ray Train's workers: a warm slot that forks a process for each attempt, or a cold one, Ray Train's own way.
 
 A :class:`WorkerSlot` is a Ray actor that holds one worker's resources and stays while attempts come and go. It imports
 no torch. Its fork server (`forkserver.py`) is warm before it is needed, forks a fresh process for every attempt, and
@@ -28,6 +28,7 @@ from typing import Any
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
+from orchestrator.elastic.device import assigned_gpus, environment
 from orchestrator.elastic.wire import Message, Wire, pack
 
 logger = logging.getLogger("orchestrator")
@@ -116,9 +117,7 @@ class Worker(RayTrainWorker):  # type: ignore[misc]
             events, self._events = self._events, []
             silence_s = time.monotonic() - self._heard if self.is_alive() else 0.0
             fields = {name: getattr(status, name) for name in WorkerStatus.__dataclass_fields__}
-            return SlotStatus(
-                **fields, token=self._token, events=events, silence_s=silence_s, end=self._end
-            )
+            return SlotStatus(**fields, token=self._token, events=events, silence_s=silence_s, end=self._end)
 
     def outcome(self) -> tuple[str, Event | None]:
         """The attempt's token, and how its process ended, if it did."""
@@ -194,11 +193,10 @@ class WorkerSlot(Worker):
     """A warm worker. Methods block, so it runs with `max_concurrency` threads.
 
     Args:
-        env: environment of the fork server and its workers, over this process's own.
         preload: modules that the fork server imports beside torch and DeepSpeed.
     """
 
-    def __init__(self, env: dict[str, str], preload: tuple[str, ...]) -> None:
+    def __init__(self, preload: tuple[str, ...]) -> None:
         with suppress(ValueError):  # only a main thread may
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         super().__init__()
@@ -208,7 +206,7 @@ class WorkerSlot(Worker):
             [sys.executable, "-m", "orchestrator.elastic.forkserver", str(fd), *preload],
             pass_fds=(fd,),
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **env},
+            env={**os.environ, **environment(assigned_gpus())},
         )
         theirs.close_here()
         self._wire = ours

@@ -291,4 +291,4 @@ def _start_cluster(
     sections = [merged_elastic(default, stage.elastic) for stage in training.values()]
     # `workers: auto` takes as many as the cluster turns out to have: that is known when the job asks.
     workers = [section.workers[0 if section.every_device else 1] for section in sections]
-    return start(cluster, sorted(preload), max(workers, default=0))
+    return start(cluster, sorted(preload), max(workers, default=0), default)

@@ -117,7 +117,7 @@ def cluster_devices(kind: Literal["cpu", "gpu"]) -> float:
 
     import ray
 
-    from orchestrator.elastic.fleet import draining_nodes
+    from orchestrator.elastic.nodes import draining_nodes
 
     leaving = draining_nodes()
     own = None if ray.util.client.ray.is_connected() else ray.get_runtime_context().get_node_id()

@@ -72,7 +72,7 @@ def machines() -> list[Machine]:
     import ray
     from ray._private.state import state
 
-    from orchestrator.elastic.fleet import draining_nodes
+    from orchestrator.elastic.nodes import draining_nodes
 
     if ray.util.client.ray.is_connected():
         # A client's process is no part of the cluster; a task is.

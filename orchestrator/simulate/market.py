@@ -109,9 +109,9 @@ class SpotMarket:
             (raylet,) = self.machines[machine].all_processes["raylet"]
             for process in psutil.Process(raylet.process.pid).children(recursive=True):
                 with suppress(psutil.Error):
-                    # A worker is forked from a zygote and has its command line.
+                    # A worker is forked from a fork server and has its command line.
                     if all(
-                        "orchestrator.elastic.zygote" in " ".join(p.cmdline())
+                        "orchestrator.elastic.forkserver" in " ".join(p.cmdline())
                         for p in (process, process.parent())
                     ):
                         found.append(process)

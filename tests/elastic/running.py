@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from safetensors.numpy import load_file
 
-from orchestrator.elastic import controller
+from orchestrator.elastic import trainer
 from orchestrator.elastic.goodput import Goodput
 from orchestrator.elastic.job import Job
 from orchestrator.tracking.runs import NullRun
@@ -33,7 +33,7 @@ class Running:
 
     def _go(self) -> None:
         try:
-            controller.run(self.job, tracker=self.run, stop=self.stop, on_line=self.lines.append)
+            trainer.run(self.job, tracker=self.run, stop=self.stop, on_line=self.lines.append)
         except BaseException as error:
             self.error = error
 

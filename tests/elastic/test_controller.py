@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.elastic import cluster, fleet
+from orchestrator.elastic import cluster, trainer
 from orchestrator.elastic.goodput import Goodput
 from orchestrator.errors import Stopped, UserError
 from orchestrator.simulate.market import SpotMarket
@@ -107,7 +107,7 @@ def test_machines_killed_drained_and_added(
     running.wait(lambda: running.step() > reached)
     machines.add("third")
     machines.add("fourth")
-    running.wait(lambda: len(fleet.current().on_offer(job.name)) == 3)
+    running.wait(lambda: sum(slot["state"] == "ready" for slot in trainer.slots()) == 3)
     hold.unlink()
     running.wait(lambda: any("growth" in line for line in running.lines))
     grown = [line for line in running.lines if "growth" in line]
@@ -130,19 +130,19 @@ def test_machines_killed_drained_and_added(
     machines.kill("third")
 
 
-def test_a_killed_worker_is_forked_again_on_its_warm_seat(
+def test_a_killed_worker_is_forked_again_on_its_warm_slot(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
     running = Running(tiny_job(tmp_path / "worker", 60, (1, 3), checkpoint_every_s=0.3))
-    seats = []
+    slots = []
     for round_ in range(2):
         running.wait(lambda reached=10 * (round_ + 1): running.step() >= reached)  # type: ignore[misc]
         worker = machines.workers()[-round_]
-        seats.append(worker.parent().parent())
+        slots.append(worker.parent().parent())
         worker.kill()
         running.wait(lambda count=round_ + 1: sum("goes on" in line for line in running.lines) >= count)  # type: ignore[misc]
     running.finish()
-    assert all(seat.is_running() and "ray::Seat" in seat.name() for seat in seats)
+    assert all(slot.is_running() and "ray::WorkerSlot" in slot.name() for slot in slots)
     assert_same(running, undisturbed)
 
 
