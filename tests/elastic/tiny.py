@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.train import UserCallback
 from torch import Tensor, nn
 
 from orchestrator.data.blocks import Block
@@ -93,3 +95,20 @@ def tiny_job(
         seed=0,
         elastic=Elastic(workers=workers, resize_share=1.0, **elastic),
     )
+
+
+class Seen(UserCallback):  # type: ignore[misc]
+    """Writes what Ray Train tells a callback beside the job's work."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with checkpoint.as_directory() as folder:
+            pointer = json.loads((Path(folder) / "pointer.json").read_text())
+        self._write(run_context, {"step": metrics[0]["step"], "uri": pointer["uri"]})
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._write(run_context, {"failed": sorted(worker_exceptions)})
+
+    def _write(self, run_context: Any, record: dict[str, Any]) -> None:
+        work = Path(run_context.get_run_config().storage_path).parent
+        with (work / "callback.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
