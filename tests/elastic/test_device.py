@@ -21,6 +21,7 @@ from orchestrator.elastic import cluster, device
 from orchestrator.elastic.job import Job
 from orchestrator.elastic.resources import SlotShape
 from orchestrator.errors import UserError
+from orchestrator.sharing import profile
 from orchestrator.sharing.bundle import TEACHER, Parts
 from orchestrator.sharing.keeper import Keeper
 from orchestrator.simulate.market import SpotMarket
@@ -212,6 +213,13 @@ def test_what_torch_sees_counts_only_where_no_slot_says_anything(monkeypatch: py
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv(device.VARIABLE, "")
     assert device.device() == "cpu"
+
+
+def test_costs_are_measured_on_cores_where_device_is_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(device.VARIABLE, "0,1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")
+    assert (profile.hardware()["device"], profile.hardware()["devices"]) == ("H100", 2)
+    assert (profile.hardware("cpu")["device"], profile.hardware("cpu")["devices"]) == ("cpu", profile.cores())
 
 
 def test_a_process_that_has_initialised_cuda_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
