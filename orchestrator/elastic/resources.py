@@ -17,6 +17,7 @@ from orchestrator.spec import EVERY_DEVICE, Elastic
 _ACCELERATOR = "accelerator_type:"
 _CHOICE = re.compile(r"in\((.*)\)")
 _EPSILON = 1e-6
+_MOST_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -311,4 +312,5 @@ def _shown_labels(node: Node, names: set[str]) -> str:
 
 
 def _counted(texts: Iterable[str]) -> str:
-    return "; ".join(f"{number} × {text}" for text, number in Counter(texts).most_common(6))
+    counted = sorted(Counter(texts).items(), key=lambda item: (-item[1], item[0]))
+    return "; ".join(f"{number} × {text}" for text, number in counted[:_MOST_SHOWN])

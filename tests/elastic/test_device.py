@@ -122,8 +122,11 @@ def test_a_slot_is_on_a_node_with_its_labels_and_has_its_environment(
         resources={"labels": {"pool": "!fast"}, "runtime_env": {"env_vars": {"SECRET": "hunter2"}}},
     )
     (found,) = given(elsewhere.slot_shape())
-    assert NODES[found["node"]] == "none"
     assert (found["device"], found["secret"]) == ("cpu", "hunter2")
+    for selector, name in (("!fast", "none"), ("fast", "gpus"), ("in(slow,other)", "none")):
+        chosen = job(tmp_path, device="cpu", resources={"labels": {"pool": selector}})
+        (found,) = given(chosen.slot_shape())
+        assert NODES[found["node"]] == name
     typed = job(tmp_path, resources={"accelerator_type": "H100", "memory": "100MB"})
     (found,) = given(typed.slot_shape())
     assert NODES[found["node"]] == "gpus"
