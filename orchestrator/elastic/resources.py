@@ -155,7 +155,13 @@ def _devices_on(shape: SlotShape, node: Node) -> int:
 
 
 def check_resources(
-    elastic: Elastic, shape: SlotShape, nodes: Sequence[Node], where: str, *, growing: bool = False
+    elastic: Elastic,
+    shape: SlotShape,
+    nodes: Sequence[Node],
+    where: str,
+    *,
+    growing: bool = False,
+    section: str | None = None,
 ) -> None:
     """See, before the first step, that the cluster has nodes for what a job asks for.
 
@@ -166,8 +172,9 @@ def check_resources(
         elastic: the job's section.
         shape: of its slots.
         nodes: of the cluster.
-        where: the key path of the section, for the error.
+        where: the key path of what has `workers` and `resources`, for the error.
         growing: whether an autoscaler may add nodes of other kinds.
+        section: the key path of what has `device`; default: `where`.
 
     Raises:
         UserError: no node will ever do; the error says what there is.
@@ -181,7 +188,7 @@ def check_resources(
         which = " with the accelerator and labels of its workers" if len(chosen) < len(there) else ""
         raise UserError(
             f"device is {elastic.device}, and no node of the cluster{which} has a GPU",
-            where=f"{where}.device",
+            where=f"{section or where}.device",
             hint="set device: cpu, or use nodes with GPUs",
         )
     if not any(slots_on(shape, node) for node in chosen):
@@ -259,7 +266,7 @@ def cluster_nodes() -> tuple[Node, ...]:
 
     from orchestrator.elastic.fleet import draining_nodes
 
-    here = ray.get_runtime_context().get_node_id()
+    here = None if ray.util.client.ray.is_connected() else ray.get_runtime_context().get_node_id()
     leaving = draining_nodes()
     nodes = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving)
     return tuple(_node(node, is_here=node["NodeID"] == here) for node in nodes)
