@@ -43,7 +43,7 @@ def pupils_of(
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
     missing = [name for name, part in parts.items() if part.artifact is None]
-    jobs = {name: _job(config, context, teach, name, parts[name]) for name in missing}
+    jobs = {name: student_job(config, context, teach, name, parts[name]) for name in missing}
     jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
     front = _front(config, jobs, parts)
     return {
@@ -58,7 +58,7 @@ def pupils_of(
     }
 
 
-def _job(config: Distill, context: Context, teach: Teaching, name: str, part: Part) -> Job:
+def student_job(config: Distill, context: Context, teach: Teaching, name: str, part: Part) -> Job:
     """A student's job, but for its blocks, which need the share service."""
     from orchestrator.data.rng import derive
     from orchestrator.elastic.job import Job

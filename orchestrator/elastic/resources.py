@@ -17,6 +17,7 @@ from orchestrator.spec import EVERY_DEVICE, Elastic
 _ACCELERATOR = "accelerator_type:"
 _CHOICE = re.compile(r"in\((.*)\)")
 _EPSILON = 1e-6
+_MOST_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,16 @@ class SlotShape:
 
 @dataclass(frozen=True)
 class Node:
-    """A living node of the cluster: all that it has, free or not, in Ray's names and units, and its labels."""
+    """A living node of the cluster: all that it has, free or not, in Ray's names and units, and its labels.
+
+    Attributes:
+        cores: of the machine, where they are known; Ray may believe in more CPUs.
+    """
 
     name: str
     resources: Mapping[str, float]
     labels: Mapping[str, str]
+    cores: float = math.inf
 
     @property
     def gpus(self) -> float:
@@ -129,18 +135,33 @@ def slots_on(shape: SlotShape, node: Node) -> int:
 
 
 def worker_range(elastic: Elastic, shape: SlotShape, nodes: Iterable[Node]) -> tuple[int, int]:
-    """min_workers and max_workers on these nodes: `workers: auto` ends at the slots that they have."""
+    """min_workers and max_workers on these nodes: `workers: auto` ends at the devices that they have.
+
+    An own cluster on one machine has more CPUs than that has cores, since a teacher and students share them; as
+    many workers would not train any faster.
+    """
     fewest, most = elastic.workers
     if most == EVERY_DEVICE:
-        most = max(fewest, sum(slots_on(shape, node) for node in nodes))
+        most = max(fewest, sum(_devices_on(shape, node) for node in nodes))
     return fewest, most
+
+
+def _devices_on(shape: SlotShape, node: Node) -> int:
+    slots = slots_on(shape, node)
+    return slots if shape.gpus else int(min(slots, max(1.0, node.cores / max(1.0, shape.cpus))))
 
 
 # --- what cannot be -----------------------------------------------------------------------------------------------
 
 
 def check_resources(
-    elastic: Elastic, shape: SlotShape, nodes: Sequence[Node], where: str, *, growing: bool = False
+    elastic: Elastic,
+    shape: SlotShape,
+    nodes: Sequence[Node],
+    where: str,
+    *,
+    growing: bool = False,
+    section: str | None = None,
 ) -> None:
     """See, before the first step, that the cluster has nodes for what a job asks for.
 
@@ -151,8 +172,9 @@ def check_resources(
         elastic: the job's section.
         shape: of its slots.
         nodes: of the cluster.
-        where: the key path of the section, for the error.
+        where: the key path of what has `workers` and `resources`, for the error.
         growing: whether an autoscaler may add nodes of other kinds.
+        section: the key path of what has `device`; default: `where`.
 
     Raises:
         UserError: no node will ever do; the error says what there is.
@@ -160,14 +182,15 @@ def check_resources(
     there = [node for node in nodes if node.takes_work]
     if growing or not there:
         return
-    if shape.gpus and not any(node.gpus > 0 for node in there):
-        raise UserError(
-            f"{where}: workers need a GPU, and no node of the cluster has one",
-            where=f"{where}.device" if elastic.device == "gpu" else where,
-            hint="set device: cpu, or use a cluster with GPUs",
-        )
     _check_selection(shape, there, where)
     chosen = [node for node in there if _matches(shape.labels, shape.accelerator_type, node)]
+    if shape.gpus and not any(node.gpus > 0 for node in chosen):
+        which = " with the accelerator and labels of its workers" if len(chosen) < len(there) else ""
+        raise UserError(
+            f"device is {elastic.device}, and no node of the cluster{which} has a GPU",
+            where=f"{section or where}.device",
+            hint="set device: cpu, or use nodes with GPUs",
+        )
     if not any(slots_on(shape, node) for node in chosen):
         raise UserError(
             f"no node of the cluster is large enough for a worker with {shape}",
@@ -238,16 +261,12 @@ def _check_selection(shape: SlotShape, nodes: Sequence[Node], where: str) -> Non
 
 
 def cluster_nodes() -> tuple[Node, ...]:
-    """The living nodes of the connected cluster, except those that announced their end.
-
-    This machine has no more CPUs than it has cores: an own cluster offers more, since a teacher and students
-    share them, but as many workers would not train any faster.
-    """
+    """The living nodes of the connected cluster, except those that announced their end."""
     import ray
 
     from orchestrator.elastic.nodes import draining_nodes
 
-    here = ray.get_runtime_context().get_node_id()
+    here = None if ray.util.client.ray.is_connected() else ray.get_runtime_context().get_node_id()
     leaving = draining_nodes()
     nodes = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving)
     return tuple(_node(node, is_here=node["NodeID"] == here) for node in nodes)
@@ -264,10 +283,8 @@ def can_grow() -> bool:
 
 
 def _node(info: Mapping[str, Any], *, is_here: bool) -> Node:
-    resources = dict(info["Resources"])
-    if is_here and "CPU" in resources:
-        resources["CPU"] = min(resources["CPU"], float(os.cpu_count() or 1))
-    return Node(info["NodeID"], resources, dict(info.get("Labels") or {}))
+    cores = float(os.cpu_count() or 1) if is_here else math.inf
+    return Node(info["NodeID"], dict(info["Resources"]), dict(info.get("Labels") or {}), cores)
 
 
 def _selected(elastic: Elastic, node: Node) -> bool:
@@ -302,4 +319,5 @@ def _shown_labels(node: Node, names: set[str]) -> str:
 
 
 def _counted(texts: Iterable[str]) -> str:
-    return "; ".join(f"{number} × {text}" for text, number in Counter(texts).most_common(6))
+    counted = sorted(Counter(texts).items(), key=lambda item: (-item[1], item[0]))
+    return "; ".join(f"{number} × {text}" for text, number in counted[:_MOST_SHOWN])

@@ -62,10 +62,10 @@ class SpotMarket:
         self.machines: dict[str, Any] = {}
         self.leaving: set[str] = set()
 
-    def add(self, name: str, slots: int | None = None) -> str:
-        """A new machine; returns its node id."""
+    def add(self, name: str, slots: int | None = None, **has: Any) -> str:
+        """A new machine; returns its node id. `has`: what Ray believes of it, such as `num_gpus` and `labels`."""
         node = self._cluster.add_node(
-            wait=True, num_cpus=self._slots if slots is None else slots, **self._sizes
+            wait=True, num_cpus=self._slots if slots is None else slots, **self._sizes, **has
         )
         self.machines[name] = node
         return str(node.node_id)

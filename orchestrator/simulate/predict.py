@@ -198,11 +198,13 @@ def _job_plan(
     every: float | None = elastic.checkpoint_every_s
     if interval_s is not None:
         every = float(interval_s) if interval_s != "auto" else None
+    fewest, most = elastic.workers
     return JobPlan(
         name,
         num_steps,
         batch // block,
-        elastic.workers,
+        # `workers: auto` is every machine that the trace has, but no more than a step has blocks.
+        (fewest, max(fewest, batch // block) if elastic.every_device else most),
         every,
         costs,
         elastic.resize_share,

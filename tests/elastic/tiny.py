@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -55,6 +56,15 @@ class TinyTask:
 
     def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
         weights.update_ema(0.9)
+
+
+class DeviceTask(TinyTask):
+    """A `TinyTask` that keeps what its process computes on, and what it was given, in `faults`/device."""
+
+    def build(self, device: str) -> Modules:
+        given = [os.environ.get(name) for name in ("ORCHESTRATOR_GPUS", "CUDA_VISIBLE_DEVICES")]
+        (self.faults / "device").write_text(json.dumps([device, *given]))
+        return super().build(device)
 
 
 def _fault(folder: Path, step: int) -> None:
