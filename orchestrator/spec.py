@@ -6,10 +6,11 @@ Fields made with :func:`operational` say *how* something runs (worker counts, ch
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Strict(BaseModel):
@@ -77,6 +78,9 @@ class Elastic(Strict):
     max_failures: int = operational(
         3, ge=0, description="failures of the user's code before a stage gives up"
     )
+    wait_for_workers_s: float | None = operational(
+        None, gt=0, description="seconds a stage waits for its min_workers before it fails; default: for ever"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Elastic:
@@ -100,9 +104,24 @@ class Tracking(Strict):
 
 
 class Cluster(Strict):
-    """Which Ray cluster: `local` starts an own one, `auto` joins the running one, `ray://…` a remote one."""
+    """Which Ray cluster: `local` starts an own one, `auto` joins the one on this machine, `host:port` that one."""
 
-    address: str = Field("local", pattern=r"^(local|auto|ray://.+|[\w.\-]+:\d+)$")
+    address: str = Field(
+        "local", description="local, auto, or host:port of a cluster with a node on this machine"
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _no_client(cls, address: str) -> str:
+        if "://" in address:
+            raise ValueError(
+                f"{address!r} is not an address that a driver can run at: it needs a node of the cluster. "
+                "Hand the pipeline to the cluster with `ray job submit -- orchestrator run …` and the address "
+                "auto (docs/clusters.md)"
+            )
+        if not re.fullmatch(r"local|auto|[\w.\-]+:\d{1,5}", address):
+            raise ValueError(f"must be local, auto or host:port, not {address!r}")
+        return address
 
 
 class Hardware(Strict):
