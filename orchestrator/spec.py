@@ -328,9 +328,24 @@ class Tracking(Strict):
 
 
 class Cluster(Strict):
-    """Which Ray cluster: `local` starts an own one, `auto` joins the running one, `ray://…` a remote one."""
+    """Which Ray cluster: `local` starts an own one, `auto` joins the one on this machine, `host:port` that one."""
 
-    address: str = Field("local", pattern=r"^(local|auto|ray://.+|[\w.\-]+:\d+)$")
+    address: str = Field(
+        "local", description="local, auto, or host:port of a cluster with a node on this machine"
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _no_client(cls, address: str) -> str:
+        if "://" in address:
+            raise ValueError(
+                f"{address!r} is not an address that a driver can run at: it needs a node of the cluster. "
+                "Hand the pipeline to the cluster with `ray job submit -- orchestrator run …` and the address "
+                "auto (docs/clusters.md)"
+            )
+        if not re.fullmatch(r"local|auto|[\w.\-]+:\d{1,5}", address):
+            raise ValueError(f"must be local, auto or host:port, not {address!r}")
+        return address
 
 
 class Hardware(Strict):

@@ -74,9 +74,6 @@ def machines() -> list[Machine]:
 
     from orchestrator.elastic.nodes import draining_nodes
 
-    if ray.util.client.ray.is_connected():
-        # A client's process is no part of the cluster; a task is.
-        return list(ray.get(ray.remote(num_cpus=0)(machines).remote()))
     free = state.available_resources_per_node()
     leaving = draining_nodes()
     return [
@@ -96,9 +93,6 @@ def machines() -> list[Machine]:
 
 def has_process(actor_id: str) -> bool:
     """Whether Ray has found a place for this actor and begun to fill it."""
-    import ray
     from ray._private.state import state
 
-    if ray.util.client.ray.is_connected():
-        return bool(ray.get(ray.remote(num_cpus=0)(has_process).remote(actor_id)))
     return bool(state.actor_table(actor_id).get("Pid"))
