@@ -99,10 +99,19 @@ class Tracking(Strict):
     experiment: str | None = Field(None, description="default: the pipeline's name")
 
 
+PreemptionNotices = Literal["auto", "aws", "gce", "azure", "kubernetes", "off"]
+
+
 class Cluster(Strict):
     """Which Ray cluster: `local` starts an own one, `auto` joins the running one, `ray://…` a remote one."""
 
     address: str = Field("local", pattern=r"^(local|auto|ray://.+|[\w.\-]+:\d+)$")
+    preemption_notices: PreemptionNotices = operational(
+        "auto",
+        description="Whose notice that a machine is taken back is turned into the drain of its Ray node. `auto` asks "
+        "the metadata service of the cloud that a machine's firmware names, and nobody on other machines. "
+        "`kubernetes` asks nobody, since the pods' own preStop hooks drain.",
+    )
 
 
 class Hardware(Strict):

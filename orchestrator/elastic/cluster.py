@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.elastic import fleet
+from orchestrator.elastic.preemption_agent import watch_for_preemption
 from orchestrator.spec import Cluster
 
 logger = logging.getLogger("orchestrator")
@@ -49,7 +50,8 @@ def start(cluster: Cluster, preload: Sequence[str] = (), prewarm: int = 0) -> It
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         try:
             fleet.begin(preload)
-            yield
+            with watch_for_preemption(cluster.preemption_notices):
+                yield
         finally:
             fleet.end()
             ray.shutdown()
@@ -72,7 +74,8 @@ def start(cluster: Cluster, preload: Sequence[str] = (), prewarm: int = 0) -> It
         )
         _quiet()
         fleet.begin(preload).prewarm(prewarm, fleet.shape("auto", 1.0))
-        yield
+        with watch_for_preemption(cluster.preemption_notices):
+            yield
     finally:
         fleet.end()
         ray.shutdown()
