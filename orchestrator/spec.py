@@ -327,11 +327,25 @@ class Tracking(Strict):
     experiment: str | None = Field(None, description="default: the pipeline's name")
 
 
+PreemptionNotices = Literal["auto", "aws", "gce", "azure", "kubernetes", "off"]
+
+
 class Cluster(Strict):
     """Which Ray cluster: `local` starts an own one, `auto` joins the one on this machine, `host:port` that one."""
 
     address: str = Field(
         "local", description="local, auto, or host:port of a cluster with a node on this machine"
+    )
+    preemption_notices: PreemptionNotices = operational(
+        "auto",
+        description="Whose notice that a machine is taken back is turned into the drain of its Ray node. `auto` asks "
+        "the metadata service of the cloud that a machine's firmware names, and nobody on other machines. "
+        "`kubernetes` asks nobody, since the pods' own preStop hooks drain.",
+    )
+    dashboard: bool = operational(
+        False,
+        description="Whether an own cluster has Ray's dashboard, with the state of Ray Train's runs, and Prometheus "
+        "metrics. It needs the package extra `dashboard`, which brings ray[default].",
     )
 
     @field_validator("address")

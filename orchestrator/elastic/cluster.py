@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.elastic import cluster_check
+from orchestrator.elastic.preemption_agent import watch_for_preemption
 from orchestrator.elastic.reaper import Reaper, members
 from orchestrator.elastic.resources import cluster_nodes, has_gpus, slot_shape
 from orchestrator.elastic.trainer import hosts
@@ -56,7 +57,13 @@ _POLL_S = 0.1
 
 
 class RunningCluster:
-    """A cluster that this driver is connected to."""
+    """A cluster that this driver is connected to.
+
+    Attributes:
+        dashboard_url: of Ray's dashboard; empty without one.
+    """
+
+    dashboard_url = ""
 
     def check(self) -> None:
         """Whether the cluster is still there; to be called often, by the thread that started it.
@@ -98,10 +105,15 @@ def start(
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     own = cluster.address == "local"
-    running = _start_own(say) if own else JoinedCluster(cluster.address)
+    if cluster.dashboard:
+        cluster_check.can_have_dashboard(own)
+        # Ray Train's metrics, and Ray's, are there for Prometheus only where Ray collects them.
+        os.environ["RAY_enable_metrics_collection"] = "1"
+    running = _start_own(cluster.dashboard, say) if own else JoinedCluster(cluster.address)
     try:
         _open_pool(preload, prestart if own else 0, elastic or Elastic())
-        yield running
+        with watch_for_preemption(cluster.preemption_notices):
+            yield running
     finally:
         running.close()
 
@@ -118,7 +130,7 @@ class _NotUpError(Exception):
 class OwnCluster(RunningCluster):
     """A cluster of one node, this machine, in a folder of its own; ends with the driver, however that ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, dashboard: bool = False) -> None:
         self._folder = cluster_check.short_folder()
         self._reaper = Reaper(self._folder)
         self._closed = False
@@ -129,13 +141,15 @@ class OwnCluster(RunningCluster):
             settings = {**_unset(_START_WAITS), **self._token(), **self._storage()}
             self._environment.enter_context(_environment(settings))
             with self._reaper.marking():
-                _init(
+                context = _init(
                     address="local",
                     num_cpus=_slots(),
-                    include_dashboard=False,
+                    include_dashboard=dashboard,
+                    dashboard_host="127.0.0.1",
                     # Ray opens its folders to everybody; the one above them is the owner's alone.
                     _temp_dir=str(self._folder / "r"),
                 )
+            self.dashboard_url = f"http://{context.dashboard_url}" if dashboard else ""
             self._head, self._node = _process("gcs_server"), _process("raylet")
             self._head_command = _command(self._head)
         except BaseException as error:
@@ -284,18 +298,18 @@ class JoinedCluster(RunningCluster):
         self._environment.close()
 
 
-def _start_own(say: Callable[[str], None]) -> OwnCluster:
+def _start_own(dashboard: bool, say: Callable[[str], None]) -> OwnCluster:
     try:
-        return OwnCluster()
+        return OwnCluster(dashboard)
     except _NotUpError as error:
         say(f"Ray did not start: {error} (load {cluster_check.load()}); trying once more")
     try:
-        return OwnCluster()
+        return OwnCluster(dashboard)
     except _NotUpError as error:
         raise cluster_check.did_not_start(str(error), error.log, START_S) from error
 
 
-def _init(**options: Any) -> None:
+def _init(**options: Any) -> Any:
     """`ray.init`, silent, and with the signal handlers of this process as they were.
 
     Raises:
@@ -308,7 +322,7 @@ def _init(**options: Any) -> None:
     auto_init_hook.enable_auto_connect = False
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except SystemExit:
         # Ray sets a handler of its own for SIGTERM, which ends the process; ours is told instead.
         _restore(handlers)
@@ -317,6 +331,7 @@ def _init(**options: Any) -> None:
     finally:
         _restore(handlers)
     _quiet()
+    return context
 
 
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import socket
@@ -27,6 +28,28 @@ _LOG_LINES = 3
 
 
 # --- an own cluster ---------------------------------------------------------------------------------------------
+
+
+def can_have_dashboard(own: bool) -> None:
+    """Whether `cluster.dashboard` can be had.
+
+    Raises:
+        UserError: its packages are not installed, or the cluster is somebody else's.
+    """
+    if not own:
+        raise UserError(
+            "cluster.dashboard is for the pipeline's own cluster; one that is joined has a dashboard or has none",
+            where="cluster.dashboard",
+            hint="leave it out, and start the cluster's head with --include-dashboard=true",
+        )
+    try:
+        importlib.import_module("ray.dashboard.optional_deps")
+    except ImportError as error:
+        raise UserError(
+            f"the packages of Ray's dashboard are not installed ({error})",
+            where="cluster.dashboard",
+            hint="pip install 'dinov3-orchestrator[dashboard]'",
+        ) from error
 
 
 def short_folder() -> Path:

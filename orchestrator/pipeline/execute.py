@@ -213,6 +213,8 @@ class _Driver:
             where = None if address == "local" else self._loaded.where("cluster", "address")
             raise UserError(error.what, where=error.where or where, hint=error.hint) from error
         self._interrupt.watch = getattr(running, "check", self._interrupt.watch)
+        if url := getattr(running, "dashboard_url", ""):
+            self._reporter.note(f"Ray's dashboard is at {url}")
         self._cluster_started = True
 
     def _has_new_cluster(self, outcome: Outcome, cluster: ExitStack) -> bool:

@@ -110,7 +110,9 @@ def test_checkpoints_reach_ray_train_as_pointers_and_callbacks_are_called(
         tmp_path / "seen", 60, (1, 2), step_s=0.05, checkpoint_every_s=0.3, ray_train_callbacks=("tiny:Seen",)
     )
     (tmp_path / "seen-faults" / "once-raise-30").touch()
-    made = trainer._make_trainer(job, NullRun(), threading.Event(), lambda line: None)
+    made = trainer._make_trainer(
+        job, trainer.hosts.current(), NullRun(), threading.Event(), lambda line: None
+    )
     outcome = made.outcome()
     assert outcome["error"] is None
     with made.result.checkpoint.as_directory() as folder:
