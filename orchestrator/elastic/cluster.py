@@ -108,7 +108,7 @@ def start(
     if cluster.dashboard:
         cluster_check.can_have_dashboard(own)
         # Ray Train's metrics, and Ray's, are there for Prometheus only where Ray collects them.
-        os.environ["RAY_enable_metrics_collection"] = "1"
+        os.environ.update({"RAY_enable_metrics_collection": "1"})
     running = _start_own(cluster.dashboard, say) if own else JoinedCluster(cluster.address)
     try:
         _open_pool(preload, prestart if own else 0, elastic or Elastic())
