@@ -119,8 +119,8 @@ class Job:
             return self.limit()
         if not self.elastic.every_device:
             return self.elastic.workers
-        fewest, most = worker_range(self.elastic, shape, cluster_nodes())
-        return fewest, max(fewest, min(most, self.num_blocks))
+        min_workers, max_workers = worker_range(self.elastic, shape, cluster_nodes())
+        return min_workers, max(min_workers, min(max_workers, self.num_blocks))
 
     @property
     def checkpoints(self) -> Path:

@@ -1,4 +1,4 @@
-"""What the slot of one worker asks Ray for, how many such slots a cluster has, and what it cannot be asked for."""
+"""What the slot of one worker asks Ray for, how many such slots a cluster has, and which requests are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.spec import EVERY_DEVICE, Elastic
 _ACCELERATOR = "accelerator_type:"
 _CHOICE = re.compile(r"in\((.*)\)")
 _EPSILON = 1e-6
-_MOST_SHOWN = 6
+_MAX_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def has_gpus(elastic: Elastic, nodes: Iterable[Node]) -> bool:
 def slots_on(shape: SlotShape, node: Node) -> int:
     """How many slots of a shape the whole node holds, if nothing else is on it; of GPU shares, one a GPU.
 
-    Two workers on one GPU would not train any faster, and no NCCL group can have them.
+    Of one job only one worker can be on a GPU, since NCCL does not connect two there.
     """
     if not _matches(shape.labels, shape.accelerator_type, node):
         return 0
@@ -137,13 +137,13 @@ def slots_on(shape: SlotShape, node: Node) -> int:
 def worker_range(elastic: Elastic, shape: SlotShape, nodes: Iterable[Node]) -> tuple[int, int]:
     """min_workers and max_workers on these nodes: `workers: auto` ends at the devices that they have.
 
-    An own cluster on one machine has more CPUs than that has cores, since a teacher and students share them; as
-    many workers would not train any faster.
+    An own cluster on one machine has more CPUs than the machine has cores, since a teacher and students share
+    them. More workers than cores would not train faster.
     """
-    fewest, most = elastic.workers
-    if most == EVERY_DEVICE:
-        most = max(fewest, sum(_devices_on(shape, node) for node in nodes))
-    return fewest, most
+    min_workers, max_workers = elastic.workers
+    if max_workers == EVERY_DEVICE:
+        max_workers = max(min_workers, sum(_devices_on(shape, node) for node in nodes))
+    return min_workers, max_workers
 
 
 def _devices_on(shape: SlotShape, node: Node) -> int:
@@ -163,21 +163,21 @@ def check_resources(
     growing: bool = False,
     section: str | None = None,
 ) -> None:
-    """See, before the first step, that the cluster has nodes for what a job asks for.
+    """Check, before the first step, that the cluster has nodes for what a job asks for.
 
-    A cluster without any node for workers, all of whose spot machines are away, is waited for; so are machines
-    that an autoscaler may still add.
+    A cluster without any node for workers passes: its spot machines may come back. So does a cluster with an
+    autoscaler, which may add the nodes.
 
     Args:
         elastic: the job's section.
         shape: of its slots.
         nodes: of the cluster.
-        where: the key path of what has `workers` and `resources`, for the error.
+        where: the key path of the section with `workers` and `resources`, for the error.
         growing: whether an autoscaler may add nodes of other kinds.
-        section: the key path of what has `device`; default: `where`.
+        section: the key path of the section with `device`; default: `where`.
 
     Raises:
-        UserError: no node will ever do; the error says what there is.
+        UserError: no node of the cluster is suitable; the error lists what the nodes have.
     """
     there = [node for node in nodes if node.takes_work]
     if growing or not there:
@@ -197,10 +197,10 @@ def check_resources(
             where=f"{where}.resources",
             hint=f"the nodes have: {_counted(_size(node) for node in chosen)}",
         )
-    fewest, gpus = elastic.workers[0], int(sum(node.gpus for node in chosen))
-    if 0 < shape.gpus < 1 and fewest > max(1, gpus):
+    min_workers, gpus = elastic.workers[0], int(sum(node.gpus for node in chosen))
+    if 0 < shape.gpus < 1 and min_workers > max(1, gpus):
         raise UserError(
-            f"{fewest} workers on shares of {gpus} GPU{'s' if gpus > 1 else ''}: "
+            f"{min_workers} workers on shares of {gpus} GPU{'s' if gpus > 1 else ''}: "
             "two workers of one job cannot be on one GPU",
             where=f"{where}.workers",
             hint=_hint_shared(gpus),
@@ -208,13 +208,13 @@ def check_resources(
 
 
 def refuse_shared_gpus(slots: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """See that no two workers of one group are on one GPU: NCCL, which connects them, does not work there.
+    """Check that no two workers of one group are on one GPU: NCCL does not connect two processes there.
 
     Args:
         slots: of each rank, its node and the ids of its GPUs there; no ids for a worker on a CPU.
 
     Raises:
-        UserError: two are.
+        UserError: two workers are on one GPU.
     """
     known: dict[tuple[str, str], int] = {}
     for rank, (node, gpus) in enumerate(slots):
@@ -235,7 +235,7 @@ def _hint_shared(gpus: int | None) -> str:
 
 
 def _check_selection(shape: SlotShape, nodes: Sequence[Node], where: str) -> None:
-    """See that some node has the accelerator and the labels that are asked for."""
+    """Check that a node has the accelerator and the labels that the slot asks for."""
     kind = shape.accelerator_type
     kinds = sorted({name for node in nodes for name in node.accelerators})
     if kind is not None and kind not in kinds:
@@ -299,7 +299,7 @@ def _matches(labels: Iterable[tuple[str, str]], accelerator: str | None, node: N
 
 
 def _fits(selector: str, label: str | None) -> bool:
-    """Ray's rule: `value`, `!value`, `in(a,b)` or `!in(a,b)`; what is not there is not equal to anything."""
+    """Ray's rule: `value`, `!value`, `in(a,b)` or `!in(a,b)`; a label that is not there equals no value."""
     negated, selector = selector.startswith("!"), selector.removeprefix("!")
     choice = _CHOICE.fullmatch(selector)
     values = [value.strip() for value in choice[1].split(",")] if choice else [selector]
@@ -312,7 +312,7 @@ def _size(node: Node) -> str:
 
 
 def _shown_labels(node: Node, names: set[str]) -> str:
-    """A node's labels of these names; its own ones if it has none of them."""
+    """A node's labels of these names, or, if it has none of them, all that are not Ray's own."""
     shown = {name: value for name, value in node.labels.items() if name in names}
     shown = shown or {name: value for name, value in node.labels.items() if not name.startswith("ray.io/")}
     return " ".join(f"{name}={value}" for name, value in sorted(shown.items())) or "no labels"
@@ -320,4 +320,4 @@ def _shown_labels(node: Node, names: set[str]) -> str:
 
 def _counted(texts: Iterable[str]) -> str:
     counted = sorted(Counter(texts).items(), key=lambda item: (-item[1], item[0]))
-    return "; ".join(f"{number} × {text}" for text, number in counted[:_MOST_SHOWN])
+    return "; ".join(f"{number} × {text}" for text, number in counted[:_MAX_SHOWN])

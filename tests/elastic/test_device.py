@@ -54,9 +54,9 @@ def market() -> Iterator[SpotMarket]:
 
 
 class Process:
-    """Says what it was given."""
+    """Reports what it was given."""
 
-    def told(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         from orchestrator.elastic.device import assigned_gpus, device
 
         return {
@@ -68,8 +68,8 @@ class Process:
         }
 
 
-class Said:
-    """A teacher that keeps what its process was given."""
+class RecordingTeacher:
+    """A teacher that writes down what its process was given."""
 
     images_per_step = 4
 
@@ -87,7 +87,7 @@ def given(shape: SlotShape, number: int = 1) -> list[dict[str, Any]]:
     """What this many slots of a shape, all at once, were given."""
     actors = [ray.remote(Process).options(**shape.ray_options()).remote() for _ in range(number)]
     try:
-        return list(ray.get([actor.told.remote() for actor in actors], timeout=PATIENCE_S))
+        return list(ray.get([actor.report.remote() for actor in actors], timeout=PATIENCE_S))
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -148,7 +148,7 @@ def test_workers_auto_is_every_device_of_this_cluster(market: SpotMarket, tmp_pa
 def test_what_this_cluster_does_not_have_is_refused_before_any_worker(
     market: SpotMarket, tmp_path: Path
 ) -> None:
-    for resources, says in (
+    for resources, message in (
         ({"labels": {"pool": "fasst"}}, "1 × pool=fast; 1 × pool=slow"),
         ({"accelerator_type": "H10"}, "did you mean 'H100'?"),
         ({"gpu": 4}, "no node of the cluster is large enough"),
@@ -160,7 +160,7 @@ def test_what_this_cluster_does_not_have_is_refused_before_any_worker(
         wanted = job(tmp_path, device="gpu", resources=resources)
         with pytest.raises(UserError) as caught:
             wanted.slot_shape()
-        assert says in str(caught.value)
+        assert message in str(caught.value)
         assert "stages.pretrain" in str(caught.value)
     student = replace(job(tmp_path, device="gpu", resources={"labels": {"pool": "slow"}}), name="distill/s")
     with pytest.raises(UserError) as caught:
@@ -177,11 +177,11 @@ def test_a_teacher_squeezed_in_without_a_gpu_does_not_land_on_that_of_a_worker(
 ) -> None:
     """Workers have both GPUs and wait for the teacher, so it computes on the CPUs beside them."""
     actors = [ray.remote(Process).options(num_gpus=1).remote() for _ in range(2)]
-    ray.get([actor.told.remote() for actor in actors], timeout=PATIENCE_S)
-    file = tmp_path / "said"
+    ray.get([actor.report.remote() for actor in actors], timeout=PATIENCE_S)
+    file = tmp_path / "given"
     try:
         with Keeper(
-            partial(Said, file),
+            partial(RecordingTeacher, file),
             {"a": 0},
             4,
             2,
@@ -217,11 +217,11 @@ def test_device_cpu_trains_on_cpus_on_a_machine_with_gpus(market: SpotMarket, tm
 
 def test_a_process_started_with_some_gpus_uses_those_and_no_others() -> None:
     code = "from orchestrator.elastic.device import *; print(assigned_gpus(), device(), device('cpu'))"
-    for gpus, says in ((("3", "5"), "('3', '5') cuda:0 cpu"), ((), "() cpu cpu")):
+    for gpus, expected in ((("3", "5"), "('3', '5') cuda:0 cpu"), ((), "() cpu cpu")):
         env = {**os.environ, **device.environment(gpus)}
         assert env["CUDA_VISIBLE_DEVICES"] == ",".join(gpus)
         printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
-        assert printed.stdout.decode().strip() == says
+        assert printed.stdout.decode().strip() == expected
 
 
 def test_what_torch_sees_counts_only_where_no_slot_says_anything(monkeypatch: pytest.MonkeyPatch) -> None:
