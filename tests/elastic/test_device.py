@@ -203,7 +203,6 @@ def test_a_teacher_squeezed_in_without_a_gpu_does_not_land_on_that_of_a_worker(
             ray.kill(actor)
 
 
-@pytest.mark.xfail(strict=True, reason="the slot does not give its worker process ORCHESTRATOR_GPUS yet")
 def test_device_cpu_trains_on_cpus_on_a_machine_with_gpus(market: SpotMarket, tmp_path: Path) -> None:
     """The last one on this cluster, since its slots stay warm for a while."""
     trains = job(tmp_path, device="cpu", resources={"labels": {"pool": "fast"}})

@@ -104,7 +104,7 @@ SIGNATURES = {
         "run_state.py",
     ),
     f"{EXECUTION}.training_report:_TrainingReport.__init__": (
-        "self metrics checkpoint validation",
+        "self checkpoint metrics validation",
         "worker_group.py: a checkpoint is reported as a pointer",
     ),
     f"{EXECUTION}.storage:StorageContext.build_checkpoint_path_from_name": (
