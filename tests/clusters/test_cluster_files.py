@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import botocore.session
+import botocore.validate
 import jsonschema
 import pytest
 import yaml
@@ -152,6 +154,17 @@ def test_on_aws_only_workers_are_spot_and_nothing_is_public() -> None:
         # With all four given, the launcher creates no keys, roles or security groups, and needs no right to.
         assert {"KeyName", "SubnetIds", "SecurityGroupIds", "IamInstanceProfile"} <= set(node)
     assert config["provider"]["cache_stopped_nodes"] is False
+
+
+def test_aws_would_take_the_machines() -> None:
+    """By botocore's model of `RunInstances`, which knows every field and its type; AWS is not asked."""
+    ec2 = botocore.session.get_session().get_service_model("ec2")
+    shape = ec2.operation_model("RunInstances").input_shape
+    for name, machine in load("aws-spot.yaml")["available_node_types"].items():
+        request = {**machine["node_config"], "MinCount": 1, "MaxCount": 1}
+        request["SubnetId"] = request.pop("SubnetIds")[0]  # Ray names one of them
+        report = botocore.validate.ParamValidator().validate(request, shape)
+        assert not report.has_errors(), f"{name}: {report.generate_report()}"
 
 
 @pytest.mark.parametrize("name", AUTOSCALER)
