@@ -35,17 +35,12 @@ _DEFAULTS = {
     # Ray's own answer to SIGTERM is an abort 3 s later, and to a head that is gone the end of the driver after
     # 60 s without a word; both are ours to see and to report.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
 
 # Ray gives up on parts of a new cluster after 30 s, which a busy machine can take.
 START_S = 90
-_START_WAITS = {
-    "RAY_gcs_server_port_wait_time_s": str(START_S),
-    "RAY_raylet_start_wait_time_s": str(START_S),
-    "RAY_agent_register_timeout_ms": str(START_S * 1000),
-    "RAY_worker_register_timeout_seconds": str(START_S),
-}
+_HEAD_WAIT = "RAY_gcs_server_port_wait_time_s"
 
 # A head that ends more often than that does not end by chance.
 _MOST_RESTARTS, _WITHIN_S = 3, 3600.0
@@ -138,9 +133,9 @@ class OwnCluster(RunningCluster):
         self._restarts: list[float] = []
         self._environment = contextlib.ExitStack()
         try:
-            settings = {**_unset(_START_WAITS), **self._token(), **self._storage()}
+            settings = {**_start_waits(), **self._token(), **self._storage()}
             self._environment.enter_context(_environment(settings))
-            with self._reaper.marking():
+            with self._reaper.marking(), self._head_in_time():
                 context = _init(
                     address="local",
                     num_cpus=_slots(),
@@ -238,6 +233,28 @@ class OwnCluster(RunningCluster):
         if "RAY_gcs_storage" in os.environ:
             return {}
         return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
+
+    @contextmanager
+    def _head_in_time(self) -> Iterator[None]:
+        """Ray's own limits add up to an hour if its new head hangs; it gives up at once if that has ended."""
+        over = threading.Event()
+        limit = max(START_S, int(os.environ[_HEAD_WAIT]))
+
+        def watch() -> None:
+            if over.wait(limit):
+                return
+            found = {_name(pid): pid for pid in members(str(self._folder))}
+            # A raylet is started once the head has answered.
+            if "gcs_server" in found and "raylet" not in found:
+                os.kill(found["gcs_server"], signal.SIGKILL)
+
+        thread = threading.Thread(target=watch, name="head-in-time", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _token(self) -> Mapping[str, str]:
         """Ray protects a new cluster with a token that it keeps below HOME, which may not be there."""
@@ -374,8 +391,21 @@ def _ending(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _unset(settings: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in settings.items() if name not in os.environ}
+def _name(pid: int) -> str:
+    try:
+        return (Path("/proc") / str(pid) / "comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _start_waits() -> dict[str, str]:
+    waits = {
+        _HEAD_WAIT: START_S,
+        "RAY_raylet_start_wait_time_s": START_S,
+        "RAY_agent_register_timeout_ms": START_S * 1000,
+        "RAY_worker_register_timeout_seconds": START_S,
+    }
+    return {name: str(wait) for name, wait in waits.items() if name not in os.environ}
 
 
 def _known_token() -> Mapping[str, str]:
