@@ -192,7 +192,7 @@ class _Note:
 
 
 def _drive_ours(address: str, index: Path, work: Path) -> None:
-    from orchestrator.elastic import cluster, controller
+    from orchestrator.elastic import cluster, trainer
     from orchestrator.errors import Stopped
     from orchestrator.spec import Cluster
     from orchestrator.tracking.runs import NullRun
@@ -215,7 +215,7 @@ def _drive_ours(address: str, index: Path, work: Path) -> None:
         Cluster(address=address), preload=("orchestrator.stages.tasks.crops", "orchestrator.stages.tasks.ssl")
     ):
         try:
-            controller.run(_job(index, work), tracker=Noting(), stop=stop)
+            trainer.run(_job(index, work), tracker=Noting(), stop=stop)
         except Stopped:
             return
 

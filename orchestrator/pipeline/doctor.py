@@ -45,7 +45,7 @@ def _device() -> tuple[bool, str, str]:
         import torch
     except ImportError as error:
         return False, "device", f"torch cannot be imported: {error}"
-    if torch.cuda.is_available():
+    if torch.cuda.device_count():
         names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return (
             True,

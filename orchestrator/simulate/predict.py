@@ -106,7 +106,7 @@ def plan_stages(
         stage = spec.stages[name]
         jobs: tuple[JobPlan, ...] = ()
         if isinstance(stage, TrainStage):
-            elastic = _merged(spec.elastic, stage.elastic)
+            elastic = spec.elastic.overlaid(stage.elastic)
             students: Mapping[str, Any] = getattr(stage, "students", {})
             names = [f"{name}/{student}" for student in students] or [name]
             jobs = tuple(_job_plan(job, stage, elastic, costs.of(job), interval_s) for job in names)
@@ -198,21 +198,17 @@ def _job_plan(
     every: float | None = elastic.checkpoint_every_s
     if interval_s is not None:
         every = float(interval_s) if interval_s != "auto" else None
+    fewest, most = elastic.workers
     return JobPlan(
         name,
         num_steps,
         batch // block,
-        elastic.workers,
+        # `workers: auto` is every machine that the trace has, but no more than a step has blocks.
+        (fewest, max(fewest, batch // block) if elastic.every_device else most),
         every,
         costs,
         elastic.resize_share,
     )
-
-
-def _merged(default: Elastic, own: Elastic | None) -> Elastic:
-    if own is None:
-        return default
-    return default.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
 def try_intervals(
