@@ -201,7 +201,7 @@ class JobScaling:
         self.began = self.started = now
         self._ready_since: float | None = None
         self._restart_began: float | None = None
-        self._has_stepped = self._group_stepped = self._short = False
+        self._has_stepped = self._short = False
 
     def view(self, now: float) -> JobView:
         """What a decision at `now` is made from."""
@@ -236,7 +236,6 @@ class JobScaling:
     def group_started(self, names: tuple[str, ...], now: float) -> None:
         """A group was started on these slots."""
         self.group, self.stopping, self.started = names, "", now
-        self._group_stepped = False
 
     def stop_requested(self, reason: str) -> None:
         """The group was asked to checkpoint and stop."""
@@ -246,11 +245,9 @@ class JobScaling:
         """The group has done `step` steps in all; the last one took `step_s`."""
         self.step, self._has_stepped = step, True
         self.step_s = step_s if self.step_s is None else self.step_s + 0.3 * (step_s - self.step_s)
-        if not self._group_stepped:
-            self._group_stepped = True
-            if self._restart_began is not None:
-                self.restart_s = 0.5 * self.restart_s + 0.5 * (now - self._restart_began)
-                self._restart_began = None
+        if self._restart_began is not None:
+            self.restart_s = 0.5 * self.restart_s + 0.5 * (now - self._restart_began)
+            self._restart_began = None
 
     def group_ended(self, now: float, *, lost: bool) -> None:
         """The group ended, as it was asked to or because workers were `lost`; its slots are free again."""

@@ -52,6 +52,20 @@ def test_a_machine_that_announced_its_end_gets_no_slot_and_its_own_are_replaced(
     assert in_state(there, SlotState.REQUESTED) == 0
 
 
+def test_room_on_a_machine_that_announced_its_end_is_no_room() -> None:
+    there = Machines(
+        machines([(0, "up", 0), (5, "notice", 0, 90.0), (50, "up", 1), (90, "down", 0)], 2, slots=2)
+    )
+    there.advance(0.0)
+    there.request("first", (1, 1), 8.0)
+    there.advance(5.0)
+    there.request("second", (1, 1), 8.0)
+    assert in_state(there, SlotState.REQUESTED) == 2, "one for the second job, one for the slot that will go"
+    there.advance(50.0)
+    there.advance(58.0)
+    assert sorted(ready_on(there)) == ["0", "1", "1"]
+
+
 def test_a_slot_whose_machine_goes_while_it_starts_is_asked_for_again() -> None:
     trace = machines([(0, "up", 0), (4, "down", 0), (6, "up", 0)], 1)
     there = Machines(trace)

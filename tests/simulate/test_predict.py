@@ -387,6 +387,14 @@ def test_no_work_that_was_announced_in_time_is_lost(trace: Trace, blocks: int) -
     assert account(found)["preemptions"] == 0
 
 
+def test_a_group_that_is_lost_before_its_first_checkpoint_has_stepped() -> None:
+    # Its last step is under way when a machine goes; the other one's slot goes on at once, without waiting for the
+    # machine that is back soon, as before a job's first step.
+    trace = machines([(0, "up", 0), (0, "up", 1), (17.25, "down", 1), (17.5, "up", 1)], 2)
+    found = predict([stage(steps=6, blocks=2, workers=(1, 2), interval_s=1e9)], trace)
+    assert seconds(found)["restart"] == 2.0 + 1.0
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(storms((100.0, 500.0)), stages())
 def test_asking_all_the_time_decides_nothing_else(trace: Trace, plan: StagePlan) -> None:
