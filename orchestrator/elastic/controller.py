@@ -325,7 +325,7 @@ class ControllerHost:
 
     def fit(self, spec: RunSpec, run_id: str, arguments: Mapping[str, Any]) -> tuple[Result, Event]:
         """Run one Ray Train controller to its end; its result, and what the run came to."""
-        from orchestrator.elastic.run_state import RunStateFile
+        from orchestrator.elastic.run_state import RunState
 
         pool: RayWorkerPool | StockPool = self._pool
         if spec.elastic.workers_from == "stock":
@@ -337,7 +337,7 @@ class ControllerHost:
         self._runs[run_id] = run
         run.monitor.begin()
         try:
-            named = {**arguments, "callbacks": [*arguments["callbacks"], RunStateFile(spec.work)]}
+            named = {**arguments, "callbacks": [*arguments["callbacks"], RunState(run.emit)]}
             controller = ElasticController(run, **named)
             asyncio.run(controller.run())
             result = controller.get_result()

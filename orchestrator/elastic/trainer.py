@@ -234,6 +234,8 @@ class _Session:
             match event["kind"]:
                 case "metrics":
                     self._tracker.metrics(event["values"], event["step"], event["channel"])
+                case "tags":
+                    self._tracker.tags(event["values"])
                 case "line":
                     self._on_line(event["text"])
                 case "log":

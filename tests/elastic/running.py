@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +19,17 @@ from orchestrator.tracking.runs import NullRun
 PATIENCE_S = 90.0
 
 
+class TaggedRun(NullRun):
+    """Keeps the tags, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tagged: dict[str, Any] = {}
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        self.tagged |= values
+
+
 class Running:
     """A job in a thread, and what one can ask about it."""
 
@@ -26,7 +37,7 @@ class Running:
 
     def __init__(self, job: Job) -> None:
         self.all.append(self)
-        self.job, self.run, self.stop = job, NullRun(), threading.Event()
+        self.job, self.run, self.stop = job, TaggedRun(), threading.Event()
         self.lines: list[str] = []
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._go, daemon=True)

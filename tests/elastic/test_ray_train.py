@@ -17,7 +17,6 @@ import pytest
 import ray
 
 from orchestrator.elastic import cluster, trainer
-from orchestrator.elastic.run_state import STATE
 from orchestrator.errors import UserError
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
@@ -86,11 +85,11 @@ def test_the_state_api_lists_the_run_its_attempts_and_failed_ranks(
     assert run.status.name == "FINISHED"
     assert [attempt.status.name for attempt in attempts] == ["ERRORED", "FINISHED"]
     assert "Rank" in attempts[0].status_detail
-    ours = json.loads((job.work / STATE).read_text())
-    assert ours["status"] == "FINISHED"
-    assert ours["workers"] == [1, 2]
-    assert [attempt["status"] for attempt in ours["attempts"]] == ["ERRORED", "FINISHED"]
-    assert ours["attempts"][0]["failed_ranks"]
+    tags = running.run.tagged
+    assert (tags["ray_train.status"], tags["ray_train.workers"]) == ("FINISHED", "1-2")
+    ours = json.loads(tags["ray_train.attempts"])
+    assert [attempt["status"] for attempt in ours] == ["ERRORED", "FINISHED"]
+    assert ours[0]["failed_ranks"]
     assert_same(running, undisturbed)
 
 
