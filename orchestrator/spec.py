@@ -327,10 +327,39 @@ class Tracking(Strict):
     experiment: str | None = Field(None, description="default: the pipeline's name")
 
 
-class Cluster(Strict):
-    """Which Ray cluster: `local` starts an own one, `auto` joins the running one, `ray://…` a remote one."""
+PreemptionNotices = Literal["auto", "aws", "gce", "azure", "kubernetes", "off"]
 
-    address: str = Field("local", pattern=r"^(local|auto|ray://.+|[\w.\-]+:\d+)$")
+
+class Cluster(Strict):
+    """Which Ray cluster: `local` starts an own one, `auto` joins the one on this machine, `host:port` that one."""
+
+    address: str = Field(
+        "local", description="local, auto, or host:port of a cluster with a node on this machine"
+    )
+    preemption_notices: PreemptionNotices = operational(
+        "auto",
+        description="Whose notice that a machine is taken back is turned into the drain of its Ray node. `auto` asks "
+        "the metadata service of the cloud that a machine's firmware names, and nobody on other machines. "
+        "`kubernetes` asks nobody, since the pods' own preStop hooks drain.",
+    )
+    dashboard: bool = operational(
+        False,
+        description="Whether an own cluster has Ray's dashboard, with the state of Ray Train's runs, and Prometheus "
+        "metrics. It needs the package extra `dashboard`, which brings ray[default].",
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _no_client(cls, address: str) -> str:
+        if "://" in address:
+            raise ValueError(
+                f"{address!r} is not an address that a driver can run at: it needs a node of the cluster. "
+                "Hand the pipeline to the cluster with `ray job submit -- orchestrator run …` and the address "
+                "auto (docs/clusters.md)"
+            )
+        if not re.fullmatch(r"local|auto|[\w.\-]+:\d{1,5}", address):
+            raise ValueError(f"must be local, auto or host:port, not {address!r}")
+        return address
 
 
 class Hardware(Strict):

@@ -182,6 +182,20 @@ class Distill(TrainStage):
             hint=f"set window to {fits}" if fits >= 2 else "set views: regenerated, or a smaller batch_size",
         )
 
+    def check_shards(self, gpus: float, where: str) -> None:
+        """See that the processes of one teacher have a GPU each on a cluster with `gpus`: NCCL connects them.
+
+        Raises:
+            UserError: two would be on one.
+        """
+        if gpus and self.teacher_shards > 1 and self.teacher_gpus < 1:
+            raise UserError(
+                f"{self.teacher_shards} processes of one teacher, on {self.teacher_gpus:g} of a GPU each, would be on "
+                "one GPU: NCCL needs a GPU of its own for each",
+                where=where,
+                hint="set teacher_gpus: 1, or teacher_shards: 1",
+            )
+
     def steps_of(self, student: Student) -> int:
         """A student's number of updates."""
         return student.steps or self.steps

@@ -43,7 +43,7 @@ def pupils_of(
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
     missing = [name for name, part in parts.items() if part.artifact is None]
-    jobs = {name: _job(config, context, teach, name, parts[name]) for name in missing}
+    jobs = {name: student_job(config, context, teach, name, parts[name]) for name in missing}
     jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
     front = _front(config, jobs, parts)
     return {
@@ -58,7 +58,7 @@ def pupils_of(
     }
 
 
-def _job(config: Distill, context: Context, teach: Teaching, name: str, part: Part) -> Job:
+def student_job(config: Distill, context: Context, teach: Teaching, name: str, part: Part) -> Job:
     """A student's job, but for its blocks, which need the share service."""
     from orchestrator.data.rng import derive
     from orchestrator.elastic.job import Job
@@ -92,9 +92,8 @@ def sharing_gpus(jobs: dict[str, Job], gpus: float, teachers: int, each: float) 
 
     All students should run at once: one that waits for a GPU holds up the others, which wait for it within the
     window. Each GPU is cut into equal places, as a share cannot span two, and worker counts are fixed at
-    min_workers, since a worker more would only take from the others. A student that says itself what its workers
-    take of a GPU gets that. The workers of a student that needs several are not cut: two of one group cannot be
-    on one GPU.
+    min_workers, since one worker more would only take from the others. A student whose `resources.gpu` is set
+    gets that. A student with several workers gets whole GPUs: two workers of one group cannot be on one GPU.
 
     Raises:
         UserError: the teachers, and students that cannot share, leave nothing for the others.
@@ -129,11 +128,11 @@ def sharing_gpus(jobs: dict[str, Job], gpus: float, teachers: int, each: float) 
 
 def _on_gpus(job: Job, share: float) -> Job:
     """The job at min_workers, on this share of a GPU for each if it does not say itself."""
-    fewest = job.elastic.workers[0]
+    min_workers = job.elastic.workers[0]
     resources = job.resources
     if resources.gpu is None:
         resources = resources.model_copy(update={"gpu": share})
-    update = {"workers": (fewest, fewest), "resources": resources}
+    update = {"workers": (min_workers, min_workers), "resources": resources}
     return replace(job, elastic=job.elastic.model_copy(update=update))
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.errors import Stopped, UserError
+from orchestrator.errors import Stopped
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
 from orchestrator.stages.pupils import Pupil, pupils_of
@@ -65,13 +65,7 @@ def _train_all(
     from orchestrator.sharing.keeper import Keeper
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
-    if gpus and config.teacher_shards > 1 and config.teacher_gpus < 1:
-        raise UserError(
-            f"{config.teacher_shards} processes of one teacher on shares of {config.teacher_gpus:g} would be on one "
-            "GPU: NCCL needs a GPU of its own for each",
-            where=f"stages.{context.name}.teacher_gpus",
-            hint="set teacher_gpus: 1, or teacher_shards: 1",
-        )
+    config.check_shards(gpus, f"stages.{context.name}.teacher_gpus")
     num_steps = max((pupil.offset + pupil.job.num_steps for pupil in pupils.values()), default=0)
     balance = _balance(config, context, pupils)
     by_balance = balance is not None and config.teachers == "auto"

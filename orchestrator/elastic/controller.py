@@ -35,7 +35,7 @@ from orchestrator.elastic.run_monitor import ACCOUNT, RunMonitor
 from orchestrator.elastic.scaling_policy import ElasticScalingPolicy
 from orchestrator.elastic.scaling_rules import JobScaling
 from orchestrator.elastic.stock_pool import StockPool
-from orchestrator.elastic.worker_group import _ElasticGroup, bound_waits, group_class
+from orchestrator.elastic.worker_group import _ElasticGroup, group_class, prepare_process
 from orchestrator.spec import Elastic
 
 logger = logging.getLogger("orchestrator")
@@ -45,6 +45,7 @@ Event = dict[str, Any]
 POLL_S = 0.25
 # One poll a quarter second for so many workers; with more of them polls get rarer.
 _WORKERS_POLLED = 64
+_WATCH_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,9 @@ class ControllerHost:
         self._stock: StockPool | None = None
         self._runs: dict[str, ElasticRun] = {}
         self._lock = threading.Lock()
-        bound_waits(heartbeat_timeout_s)
+        prepare_process(heartbeat_timeout_s)
+        # Slots are placed, warmed and given back also while no run asks.
+        threading.Thread(target=self._watch, name="pool", daemon=True).start()
 
     def pid(self) -> int:
         """This process; an answer says that the actor is there."""
@@ -319,26 +322,22 @@ class ControllerHost:
     def prestart(self, number: int, shape: SlotShape) -> None:
         """Start slots before the first run asks for them."""
         self._pool.prestart(number, shape)
-        # Nobody polls the pool before there is a run: take in where the slots are, and let them import.
-        deadline = time.monotonic() + 60.0
-        while not self._runs and time.monotonic() < deadline and number:
-            self._pool.poll(0.5)
-            if all(slot["state"] == "ready" for slot in self._pool.snapshot()):
-                return
 
     def fit(self, spec: RunSpec, run_id: str, arguments: Mapping[str, Any]) -> tuple[Result, Event]:
         """Run one Ray Train controller to its end; its result, and what the run came to."""
-        from orchestrator.elastic.run_state import RunStateFile
+        from orchestrator.elastic.run_state import RunState
 
         pool: RayWorkerPool | StockPool = self._pool
         if spec.elastic.workers_from == "stock":
             with self._lock:
                 pool = self._stock = self._stock or StockPool()
+            # Ray Train's own workers need the room of warm ones that wait for work.
+            self._pool.drop_idle()
         run = ElasticRun(spec, pool, arguments["train_run_context"])
         self._runs[run_id] = run
         run.monitor.begin()
         try:
-            named = {**arguments, "callbacks": [*arguments["callbacks"], RunStateFile(spec.work)]}
+            named = {**arguments, "callbacks": [*arguments["callbacks"], RunState(run.emit)]}
             controller = ElasticController(run, **named)
             asyncio.run(controller.run())
             result = controller.get_result()
@@ -379,6 +378,15 @@ class ControllerHost:
     def close(self) -> None:
         """Kill all slots."""
         self._pool.close()
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                self._pool.poll(_WATCH_S)
+            except Exception:
+                # The cluster may be in any state; the next poll may find it better.
+                logger.exception("the worker pool could not be polled")
+                time.sleep(_WATCH_S)
 
 
 def _is_finished(controller: ElasticController) -> bool:

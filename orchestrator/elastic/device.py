@@ -1,7 +1,7 @@
-"""Which devices this process may use: those that its slot was given, whatever else the machine has.
+"""Which devices this process may use: those that its slot was given, and no others that the machine has.
 
-A slot tells its worker process by `ORCHESTRATOR_GPUS`. Ray tells its actors and tasks. A process that neither
-started, such as the driver or a script, may use what `CUDA_VISIBLE_DEVICES` leaves it.
+A slot sets `ORCHESTRATOR_GPUS` for its worker process. For its actors and tasks, Ray knows the ids. A process that is
+neither, such as the driver or a script, may use the GPUs in `CUDA_VISIBLE_DEVICES`, or all if that is not set.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def device(wanted: str = "auto") -> str:
     Args:
         wanted: an `elastic.device`; `cpu` uses no GPU even if the process was given one.
     """
-    # Whoever starts a process on GPUs shows it no others, so its first is number 0.
+    # CUDA_VISIBLE_DEVICES holds the assigned GPUs only, so the first of them is number 0 in this process.
     return "cuda:0" if wanted != CPU and assigned_gpus() else CPU
 
 
@@ -44,10 +44,10 @@ def environment(gpus: Sequence[str]) -> Mapping[str, str]:
     ids = ",".join(gpus)
     shared = {VARIABLE: ids, _CUDA_VARIABLE: ids, "TOKENIZERS_PARALLELISM": "false"}
     if gpus:
-        # A fork server must not touch a device, and asking CUDA itself how many there are would.
+        # A fork server must not initialise CUDA. Counting devices by CUDA would; counting them by NVML does not.
         return {**shared, "DS_ACCELERATOR": "cuda", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    # One thread a worker: more workers, not more threads, is how a step gets faster, and results do not
-    # depend on how many cores the machine has.
+    # One thread a worker: a step gets faster by more workers, not by more threads, and the results do not
+    # depend on the number of cores.
     return {**shared, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
@@ -64,7 +64,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def assert_forkable() -> None:
-    """See that this process can be forked: what CUDA has initialised does not survive a fork.
+    """Check that this process can be forked: CUDA does not work in a fork of a process that has initialised it.
 
     Raises:
         RuntimeError: CUDA is initialised here.

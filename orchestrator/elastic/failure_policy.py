@@ -64,27 +64,21 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
         counted = {FailureKind.NODE: "preemptions", FailureKind.USER_CODE: "failures"}.get(failure.kind)
         if counted:
             run.monitor.goodput.count(counted)
-        match failure.kind:
-            case FailureKind.NODE:
-                self._budget.preempted()
-            case FailureKind.PROCESS:
-                if self._budget.broke(failure.cause):
-                    times = self._budget.stalled
-                    return RuntimeError(f"{name} gets nowhere: {failure.cause}, {times} times in a row")
-            case FailureKind.MISTAKE:
-                assert failure.error is not None
-                mistake = failure.error["mistake"]
-                return UserError(mistake["what"], where=mistake["where"], hint=mistake["hint"])
-            case FailureKind.USER_CODE:
-                assert failure.error is not None
-                text = failure.error["traceback"].rstrip()
-                run.monitor.log(logging.ERROR, f"failed in a worker:\n{text}")
-                if self._budget.failed(max(run.monitor.step, 0), failure.error["type"]):
-                    before = self._budget.failures - 1
-                    again = f" (and {before} before)" if before else ""
-                    return RuntimeError(f"{name} failed: {failure.cause}{again}")
-        run.monitor.goodput.count("restarts")
-        return None
+        if failure.error is not None and failure.kind is not FailureKind.MISTAKE:
+            run.monitor.log(logging.ERROR, f"failed in a worker:\n{failure.error['traceback'].rstrip()}")
+        if not self._budget.charge(failure, max(run.monitor.step, 0)):
+            run.monitor.goodput.count("restarts")
+            return None
+        if failure.kind is FailureKind.MISTAKE:
+            assert failure.error is not None
+            mistake = failure.error["mistake"]
+            return UserError(mistake["what"], where=mistake["where"], hint=mistake["hint"])
+        if failure.kind is FailureKind.USER_CODE:
+            before = self._budget.failures - 1
+            again = f" (and {before} before)" if before else ""
+            return RuntimeError(f"{name} failed: {failure.cause}{again}")
+        times = self._budget.stalled
+        return RuntimeError(f"{name} gets nowhere: {failure.cause}, {times} times in a row")
 
     # --- what happened ----------------------------------------------------------------------------------------
 

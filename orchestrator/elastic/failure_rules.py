@@ -59,7 +59,7 @@ class Failure:
     Attributes:
         kind: what failed.
         cause: one line for the log.
-        error: what the task raised: type, message, traceback, mistake.
+        error: what the task raised: type, message, traceback, mistake. Beside a lost node it may be the loss's echo.
     """
 
     kind: FailureKind
@@ -70,54 +70,63 @@ class Failure:
 def classify(ranks: Sequence[RankOutcome]) -> Failure:
     """The cause of a group's failure: workers that only lost a peer are not it.
 
-    A lost node comes first, since its loss breaks all others; then a silent or stalled process, then what the task
-    raised, then a process that died. A slot that does not answer is out of reach, as its node is.
+    In this order: a `UserError`, which no lost peer can bring about and no retry can mend; a lost node, since its
+    loss breaks all others; a silent process, for the same reason; what the task raised; a slot that does not answer,
+    and so may be out of reach as its node is; a process that died; a stall, which all of these bring about in others.
+    What the task raised beside a lost node is kept as the failure's `error`, so that it is not hidden.
     """
+    errors = [rank.end for rank in ranks if rank.end is not None and rank.end["how"] == "error"]
+    own = [error for error in errors if not error["broken"]]
+    mistakes = [error for error in own if error.get("mistake")]
+    if mistakes:
+        return _raised(FailureKind.MISTAKE, mistakes[0])
     lost = [rank for rank in ranks if rank.answers is None]
     if lost:
         noticed = " after its notice" if any(rank.draining for rank in lost) else ""
-        nodes = ", ".join(sorted({rank.node[:8] for rank in lost}))
-        return Failure(
-            FailureKind.NODE, f"lost {len(lost)} of {len(ranks)} workers: node {nodes} is gone{noticed}"
-        )
+        what = f"lost {len(lost)} of {len(ranks)} workers: node {_nodes(lost)} is gone{noticed}"
+        return Failure(FailureKind.NODE, what, own[0] if own else None)
     if any(rank.silence_s is not None for rank in ranks):
-        return _stuck(ranks, lambda rank: rank.silence_s, "has not answered for")
-    if any(rank.stalled_s is not None for rank in ranks):
-        return _stuck(ranks, lambda rank: rank.stalled_s, "made no progress for")
-    errors = [rank.end for rank in ranks if rank.end is not None and rank.end["how"] == "error"]
-    own = [error for error in errors if not error["broken"]]
+        return _stuck(ranks, [rank.silence_s for rank in ranks], "has not answered for")
     if own:
-        kind = FailureKind.MISTAKE if own[0].get("mistake") else FailureKind.USER_CODE
-        return Failure(kind, f"{own[0]['type']}: {own[0]['message']}", own[0])
+        return _raised(FailureKind.USER_CODE, own[0])
     silent = [rank for rank in ranks if not rank.answers]
     if silent:
-        nodes = ", ".join(sorted({rank.node[:8] for rank in silent}))
-        return Failure(
-            FailureKind.NODE,
-            f"lost touch with {len(silent)} of {len(ranks)} workers: node {nodes} does not answer",
-        )
+        what = f"lost touch with {len(silent)} of {len(ranks)} workers: node {_nodes(silent)} does not answer"
+        return Failure(FailureKind.NODE, what)
     for number, rank in enumerate(ranks):
         if rank.end is not None and rank.end["how"] == "died":
             return Failure(FailureKind.PROCESS, f"worker {number} died ({_exit(rank.end['code'])})")
+    if any(rank.stalled_s is not None for rank in ranks):
+        return _stuck(ranks, [rank.stalled_s for rank in ranks], "made no progress for")
     if errors:
         first = str(errors[0]["message"]).strip().splitlines() or [""]
         return Failure(FailureKind.PROCESS, f"workers lost each other: {first[0]}")
     return Failure(FailureKind.PROCESS, "the worker group failed")
 
 
-def _stuck(ranks: Sequence[RankOutcome], seconds: Any, what: str) -> Failure:
+def _raised(kind: FailureKind, error: Mapping[str, Any]) -> Failure:
+    return Failure(kind, f"{error['type']}: {error['message']}", error)
+
+
+def _nodes(ranks: Sequence[RankOutcome]) -> str:
+    return ", ".join(sorted({rank.node[:8] for rank in ranks}))
+
+
+def _stuck(ranks: Sequence[RankOutcome], seconds: Sequence[float | None], what: str) -> Failure:
     stopped = [number for number, rank in enumerate(ranks) if "is stopped" in rank.stacks]
-    named = [number for number, rank in enumerate(ranks) if seconds(rank) is not None]
-    who = (stopped or named)[0]
-    longest = max(seconds(ranks[number]) for number in named)
+    stuck = [number for number, quiet in enumerate(seconds) if quiet is not None]
+    who = (stopped or stuck)[0]
+    longest = max(quiet for quiet in seconds if quiet is not None)
     why = ranks[who].stacks if stopped else "the stacks are in the log"
     return Failure(FailureKind.PROCESS, f"worker {who} {what} {longest:.0f} s: {why}")
 
 
 def _exit(code: object) -> str:
-    if isinstance(code, int) and code < 0:
+    if not isinstance(code, int):
+        return str(code)
+    if -code in {number.value for number in signal.Signals}:
         return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}" if isinstance(code, int) else str(code)
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 @dataclass
@@ -126,7 +135,8 @@ class Budget:
 
     A node that goes, announced or not, never counts. An exception in the task counts against `max_failures`,
     and the same one twice at the same step ends the job at once: it would come a third time. A process that
-    dies by itself, a stall, or a broken connection counts only while the job gets nowhere.
+    dies by itself, a stall, or a broken connection counts only while the job gets nowhere; so does a node that
+    goes while the task raises something, since nobody knows what was first.
     """
 
     max_failures: int
@@ -135,6 +145,23 @@ class Budget:
     best_step: int = -1
     last: tuple[int, str] | None = None
     seen: dict[str, int] = field(default_factory=dict)
+
+    def charge(self, failure: Failure, step: int) -> bool:
+        """A group failed after `step` updates of the job; True if the job should give up."""
+        match failure.kind:
+            case FailureKind.MISTAKE:
+                return True
+            case FailureKind.USER_CODE:
+                assert failure.error is not None
+                return self.failed(step, str(failure.error["type"]))
+            case FailureKind.PROCESS:
+                return self.broke(failure.cause)
+            case FailureKind.NODE if failure.error is not None:
+                # Likely an echo of the loss. If it is not, it must not go on for ever behind losses.
+                return self.broke("preempted")
+            case FailureKind.NODE:
+                self.preempted()
+                return False
 
     def progress(self, step: int) -> None:
         """`step` updates are done for the first time."""

@@ -105,17 +105,22 @@ class Job:
         nodes = cluster_nodes()
         shape = slot_shape(self.elastic, 1.0, has_gpus(self.elastic, nodes))
         stage, _, student = self.name.partition("/")
-        where = f"stages.{stage}.students.{student}" if student else f"stages.{stage}.elastic"
-        check_resources(self.elastic, shape, nodes, where, growing=can_grow())
+        section = f"stages.{stage}.elastic"
+        where = f"stages.{stage}.students.{student}" if student else section
+        check_resources(self.elastic, shape, nodes, where, growing=can_grow(), section=section)
         return shape
 
     def worker_range(self, shape: SlotShape) -> tuple[int, int]:
-        """min_workers and max_workers just now: by `limit`, else by `elastic.workers` and what the cluster has."""
+        """min_workers and max_workers just now: by `limit`, else by `elastic.workers` and what the cluster has.
+
+        `workers: auto` never asks for more workers than a step has blocks, since they would be idle.
+        """
         if self.limit is not None:
             return self.limit()
         if not self.elastic.every_device:
             return self.elastic.workers
-        return worker_range(self.elastic, shape, cluster_nodes())
+        min_workers, max_workers = worker_range(self.elastic, shape, cluster_nodes())
+        return min_workers, max(min_workers, min(max_workers, self.num_blocks))
 
     @property
     def checkpoints(self) -> Path:

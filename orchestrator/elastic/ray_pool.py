@@ -136,6 +136,11 @@ class RayWorkerPool:
                 for name, held in self._actors.items()
             ]
 
+    def drop_idle(self) -> None:
+        """Stop the slots that no job has, so that what they hold is free for something else."""
+        with self.lock:
+            self._stop(self.rules.drop_idle())
+
     def close(self) -> None:
         """Kill all slots."""
         with self.lock:

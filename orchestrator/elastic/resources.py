@@ -1,4 +1,4 @@
-"""What the slot of one worker asks Ray for, how many such slots a cluster has, and what it cannot be asked for."""
+"""What the slot of one worker asks Ray for, how many such slots a cluster has, and which requests are refused."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from orchestrator.spec import EVERY_DEVICE, Elastic
 _ACCELERATOR = "accelerator_type:"
 _CHOICE = re.compile(r"in\((.*)\)")
 _EPSILON = 1e-6
+_MAX_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,16 @@ class SlotShape:
 
 @dataclass(frozen=True)
 class Node:
-    """A living node of the cluster: all that it has, free or not, in Ray's names and units, and its labels."""
+    """A living node of the cluster: all that it has, free or not, in Ray's names and units, and its labels.
+
+    Attributes:
+        cores: of the machine, where they are known; Ray may believe in more CPUs.
+    """
 
     name: str
     resources: Mapping[str, float]
     labels: Mapping[str, str]
+    cores: float = math.inf
 
     @property
     def gpus(self) -> float:
@@ -117,7 +123,7 @@ def has_gpus(elastic: Elastic, nodes: Iterable[Node]) -> bool:
 def slots_on(shape: SlotShape, node: Node) -> int:
     """How many slots of a shape the whole node holds, if nothing else is on it; of GPU shares, one a GPU.
 
-    Two workers on one GPU would not train any faster, and no NCCL group can have them.
+    Of one job only one worker can be on a GPU, since NCCL does not connect two there.
     """
     if not _matches(shape.labels, shape.accelerator_type, node):
         return 0
@@ -129,55 +135,72 @@ def slots_on(shape: SlotShape, node: Node) -> int:
 
 
 def worker_range(elastic: Elastic, shape: SlotShape, nodes: Iterable[Node]) -> tuple[int, int]:
-    """min_workers and max_workers on these nodes: `workers: auto` ends at the slots that they have."""
-    fewest, most = elastic.workers
-    if most == EVERY_DEVICE:
-        most = max(fewest, sum(slots_on(shape, node) for node in nodes))
-    return fewest, most
+    """min_workers and max_workers on these nodes: `workers: auto` ends at the devices that they have.
+
+    An own cluster on one machine has more CPUs than the machine has cores, since a teacher and students share
+    them. More workers than cores would not train faster.
+    """
+    min_workers, max_workers = elastic.workers
+    if max_workers == EVERY_DEVICE:
+        max_workers = max(min_workers, sum(_devices_on(shape, node) for node in nodes))
+    return min_workers, max_workers
+
+
+def _devices_on(shape: SlotShape, node: Node) -> int:
+    slots = slots_on(shape, node)
+    return slots if shape.gpus else int(min(slots, max(1.0, node.cores / max(1.0, shape.cpus))))
 
 
 # --- what cannot be -----------------------------------------------------------------------------------------------
 
 
 def check_resources(
-    elastic: Elastic, shape: SlotShape, nodes: Sequence[Node], where: str, *, growing: bool = False
+    elastic: Elastic,
+    shape: SlotShape,
+    nodes: Sequence[Node],
+    where: str,
+    *,
+    growing: bool = False,
+    section: str | None = None,
 ) -> None:
-    """See, before the first step, that the cluster has nodes for what a job asks for.
+    """Check, before the first step, that the cluster has nodes for what a job asks for.
 
-    A cluster without any node for workers, all of whose spot machines are away, is waited for; so are machines
-    that an autoscaler may still add.
+    A cluster without any node for workers passes: its spot machines may come back. So does a cluster with an
+    autoscaler, which may add the nodes.
 
     Args:
         elastic: the job's section.
         shape: of its slots.
         nodes: of the cluster.
-        where: the key path of the section, for the error.
+        where: the key path of the section with `workers` and `resources`, for the error.
         growing: whether an autoscaler may add nodes of other kinds.
+        section: the key path of the section with `device`; default: `where`.
 
     Raises:
-        UserError: no node will ever do; the error says what there is.
+        UserError: no node of the cluster is suitable; the error lists what the nodes have.
     """
     there = [node for node in nodes if node.takes_work]
     if growing or not there:
         return
-    if shape.gpus and not any(node.gpus > 0 for node in there):
-        raise UserError(
-            f"{where}: workers need a GPU, and no node of the cluster has one",
-            where=f"{where}.device" if elastic.device == "gpu" else where,
-            hint="set device: cpu, or use a cluster with GPUs",
-        )
     _check_selection(shape, there, where)
     chosen = [node for node in there if _matches(shape.labels, shape.accelerator_type, node)]
+    if shape.gpus and not any(node.gpus > 0 for node in chosen):
+        which = " with the accelerator and labels of its workers" if len(chosen) < len(there) else ""
+        raise UserError(
+            f"device is {elastic.device}, and no node of the cluster{which} has a GPU",
+            where=f"{section or where}.device",
+            hint="set device: cpu, or use nodes with GPUs",
+        )
     if not any(slots_on(shape, node) for node in chosen):
         raise UserError(
             f"no node of the cluster is large enough for a worker with {shape}",
             where=f"{where}.resources",
             hint=f"the nodes have: {_counted(_size(node) for node in chosen)}",
         )
-    fewest, gpus = elastic.workers[0], int(sum(node.gpus for node in chosen))
-    if 0 < shape.gpus < 1 and fewest > max(1, gpus):
+    min_workers, gpus = elastic.workers[0], int(sum(node.gpus for node in chosen))
+    if 0 < shape.gpus < 1 and min_workers > max(1, gpus):
         raise UserError(
-            f"{fewest} workers on shares of {gpus} GPU{'s' if gpus > 1 else ''}: "
+            f"{min_workers} workers on shares of {gpus} GPU{'s' if gpus > 1 else ''}: "
             "two workers of one job cannot be on one GPU",
             where=f"{where}.workers",
             hint=_hint_shared(gpus),
@@ -185,13 +208,13 @@ def check_resources(
 
 
 def refuse_shared_gpus(slots: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """See that no two workers of one group are on one GPU: NCCL, which connects them, does not work there.
+    """Check that no two workers of one group are on one GPU: NCCL does not connect two processes there.
 
     Args:
         slots: of each rank, its node and the ids of its GPUs there; no ids for a worker on a CPU.
 
     Raises:
-        UserError: two are.
+        UserError: two workers are on one GPU.
     """
     known: dict[tuple[str, str], int] = {}
     for rank, (node, gpus) in enumerate(slots):
@@ -212,7 +235,7 @@ def _hint_shared(gpus: int | None) -> str:
 
 
 def _check_selection(shape: SlotShape, nodes: Sequence[Node], where: str) -> None:
-    """See that some node has the accelerator and the labels that are asked for."""
+    """Check that a node has the accelerator and the labels that the slot asks for."""
     kind = shape.accelerator_type
     kinds = sorted({name for node in nodes for name in node.accelerators})
     if kind is not None and kind not in kinds:
@@ -238,16 +261,12 @@ def _check_selection(shape: SlotShape, nodes: Sequence[Node], where: str) -> Non
 
 
 def cluster_nodes() -> tuple[Node, ...]:
-    """The living nodes of the connected cluster, except those that announced their end.
-
-    This machine has no more CPUs than it has cores: an own cluster offers more, since a teacher and students
-    share them, but as many workers would not train any faster.
-    """
+    """The living nodes of the connected cluster, except those that announced their end."""
     import ray
 
     from orchestrator.elastic.nodes import draining_nodes
 
-    here = ray.get_runtime_context().get_node_id()
+    here = None if ray.util.client.ray.is_connected() else ray.get_runtime_context().get_node_id()
     leaving = draining_nodes()
     nodes = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving)
     return tuple(_node(node, is_here=node["NodeID"] == here) for node in nodes)
@@ -264,10 +283,8 @@ def can_grow() -> bool:
 
 
 def _node(info: Mapping[str, Any], *, is_here: bool) -> Node:
-    resources = dict(info["Resources"])
-    if is_here and "CPU" in resources:
-        resources["CPU"] = min(resources["CPU"], float(os.cpu_count() or 1))
-    return Node(info["NodeID"], resources, dict(info.get("Labels") or {}))
+    cores = float(os.cpu_count() or 1) if is_here else math.inf
+    return Node(info["NodeID"], dict(info["Resources"]), dict(info.get("Labels") or {}), cores)
 
 
 def _selected(elastic: Elastic, node: Node) -> bool:
@@ -282,7 +299,7 @@ def _matches(labels: Iterable[tuple[str, str]], accelerator: str | None, node: N
 
 
 def _fits(selector: str, label: str | None) -> bool:
-    """Ray's rule: `value`, `!value`, `in(a,b)` or `!in(a,b)`; what is not there is not equal to anything."""
+    """Ray's rule: `value`, `!value`, `in(a,b)` or `!in(a,b)`; a label that is not there equals no value."""
     negated, selector = selector.startswith("!"), selector.removeprefix("!")
     choice = _CHOICE.fullmatch(selector)
     values = [value.strip() for value in choice[1].split(",")] if choice else [selector]
@@ -295,11 +312,12 @@ def _size(node: Node) -> str:
 
 
 def _shown_labels(node: Node, names: set[str]) -> str:
-    """A node's labels of these names; its own ones if it has none of them."""
+    """A node's labels of these names, or, if it has none of them, all that are not Ray's own."""
     shown = {name: value for name, value in node.labels.items() if name in names}
     shown = shown or {name: value for name, value in node.labels.items() if not name.startswith("ray.io/")}
     return " ".join(f"{name}={value}" for name, value in sorted(shown.items())) or "no labels"
 
 
 def _counted(texts: Iterable[str]) -> str:
-    return "; ".join(f"{number} × {text}" for text, number in Counter(texts).most_common(6))
+    counted = sorted(Counter(texts).items(), key=lambda item: (-item[1], item[0]))
+    return "; ".join(f"{number} × {text}" for text, number in counted[:_MAX_SHOWN])

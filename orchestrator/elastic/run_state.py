@@ -1,11 +1,10 @@
-"""Ray Train's state of a run as a file beside its work: what `orchestrator status` shows without a dashboard."""
+"""Ray Train's state of a run as tags of its tracking run: what `orchestrator status` shows without a dashboard."""
 
 from __future__ import annotations
 
 import json
-import logging
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -13,22 +12,20 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller.state import TrainControllerState
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 
-logger = logging.getLogger("orchestrator")
-
-STATE = "ray_train.json"
-# Attempts that are kept: a spot run of weeks has thousands.
-_KEPT = 50
+# Attempts that are kept: a spot run of weeks has thousands, and MLflow takes tags of 8,000 characters.
+_KEPT = 10
+_DETAIL = 200
 
 
-class RunStateFile(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Writes a run's state, its scaling range and its attempts with their failed ranks whenever they change.
+class RunState(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """Reports a run's state, its scaling range and its attempts with their failed ranks whenever they change.
 
     Args:
-        work: the job's folder.
+        emit: takes events for the driver.
     """
 
-    def __init__(self, work: Path) -> None:
-        self._file = work / STATE
+    def __init__(self, emit: Callable[[dict[str, Any]], None]) -> None:
+        self._emit = emit
         self._record: dict[str, Any] = {}
         self._attempts: list[dict[str, Any]] = []
 
@@ -39,10 +36,10 @@ class RunStateFile(ControllerCallback, WorkerGroupCallback):  # type: ignore[mis
             "id": train_run_context.run_id,
             "name": train_run_context.get_run_config().name,
             "status": "INITIALIZING",
-            "workers": [scaling.min_workers, scaling.max_workers],
+            "workers": f"{scaling.min_workers}-{scaling.max_workers}",
             "num_attempts": 0,
         }
-        self._write()
+        self._report()
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
@@ -51,7 +48,7 @@ class RunStateFile(ControllerCallback, WorkerGroupCallback):  # type: ignore[mis
         status = current_state._state_type.state_name
         if status != self._record.get("status"):
             self._record["status"] = status
-            self._write()
+            self._report()
 
     def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
         """See Ray Train's."""
@@ -61,11 +58,11 @@ class RunStateFile(ControllerCallback, WorkerGroupCallback):  # type: ignore[mis
                 "id": worker_group_context.run_attempt_id,
                 "status": "RUNNING",
                 "workers": worker_group_context.num_workers,
-                "started": time.time(),
+                "started": round(time.time(), 3),
                 "failed_ranks": [],
             }
         )
-        self._write()
+        self._report()
 
     def before_worker_group_shutdown(self, worker_group: WorkerGroup) -> None:
         """See Ray Train's."""
@@ -81,14 +78,15 @@ class RunStateFile(ControllerCallback, WorkerGroupCallback):  # type: ignore[mis
         if not self._attempts:
             return
         detail = next(iter(errors.values()), "").strip().splitlines() or [""]
-        ended = {"status": status, "ended": time.time(), "failed_ranks": sorted(errors), "detail": detail[0]}
-        self._attempts[-1] |= ended
-        self._write()
+        self._attempts[-1] |= {
+            "status": status,
+            "ended": round(time.time(), 3),
+            "failed_ranks": sorted(errors),
+            "detail": detail[0][:_DETAIL],
+        }
+        self._report()
 
-    def _write(self) -> None:
-        draft = self._file.with_name(f".{self._file.name}")
-        try:
-            draft.write_text(json.dumps({**self._record, "attempts": self._attempts[-_KEPT:]}, indent=1))
-            draft.replace(self._file)
-        except OSError as error:
-            logger.warning("the state of %s is not kept: %s", self._record.get("name"), error)
+    def _report(self) -> None:
+        attempts = json.dumps(self._attempts[-_KEPT:])
+        tags = {f"ray_train.{name}": value for name, value in {**self._record, "attempts": attempts}.items()}
+        self._emit({"kind": "tags", "values": tags})

@@ -200,16 +200,14 @@ class JobScaling:
         self.losses = 0
         self.began = self.started = now
         self._ready_since: float | None = None
-        self._ended_at: float | None = None
-        self._has_stepped = self._group_stepped = False
+        self._restart_began: float | None = None
+        self._has_stepped = self._short = False
 
     def view(self, now: float) -> JobView:
         """What a decision at `now` is made from."""
         slots = self.pool.available(self.job)
         if not self.group:
-            enough = self.count_staying(slots) >= self.workers[0]
-            if not enough or self._ready_since is None:
-                self._ready_since = now if enough else None
+            self._note_wait(self.count_staying(slots) >= self.workers[0], now)
         return JobView(
             workers=self.workers,
             num_blocks=self.num_blocks,
@@ -238,7 +236,6 @@ class JobScaling:
     def group_started(self, names: tuple[str, ...], now: float) -> None:
         """A group was started on these slots."""
         self.group, self.stopping, self.started = names, "", now
-        self._group_stepped = False
 
     def stop_requested(self, reason: str) -> None:
         """The group was asked to checkpoint and stop."""
@@ -248,22 +245,28 @@ class JobScaling:
         """The group has done `step` steps in all; the last one took `step_s`."""
         self.step, self._has_stepped = step, True
         self.step_s = step_s if self.step_s is None else self.step_s + 0.3 * (step_s - self.step_s)
-        if not self._group_stepped:
-            self._group_stepped = True
-            if self._ended_at is not None:
-                # The wait for machines is no part of what a restart takes.
-                began = self._ended_at if self._ready_since is None else self._ready_since
-                self.restart_s = 0.5 * self.restart_s + 0.5 * (now - began)
-                self._ended_at = None
+        if self._restart_began is not None:
+            self.restart_s = 0.5 * self.restart_s + 0.5 * (now - self._restart_began)
+            self._restart_began = None
 
     def group_ended(self, now: float, *, lost: bool) -> None:
         """The group ended, as it was asked to or because workers were `lost`; its slots are free again."""
         self.group, self.stopping = (), ""
-        self.started = self._ended_at = now
-        self._ready_since, self.step_s = None, None
+        self.started = self._restart_began = now
+        self._ready_since, self._short, self.step_s = None, False, None
         self.losses += lost
         self.pool.release(self.job, now)
 
     def mtbf_s(self, now: float) -> float:
         """Mean time between failures, from what was seen so far."""
         return mtbf(now - self.began, self.losses)
+
+    def _note_wait(self, enough: bool, now: float) -> None:
+        """There is no group, and there are slots `enough` for one, or not."""
+        if not enough:
+            self._ready_since, self._short = None, True
+        elif self._ready_since is None:
+            self._ready_since = now
+            if self._short and self._restart_began is not None:
+                # The wait for machines is no part of what a restart takes.
+                self._restart_began = now

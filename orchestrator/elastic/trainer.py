@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.elastic.goodput import Goodput, report_figures
 from orchestrator.elastic.run_monitor import ACCOUNT
-from orchestrator.errors import Stopped, UserError
+from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.tracking.runs import Run
 
 if TYPE_CHECKING:
@@ -73,18 +73,18 @@ def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str],
     """Fit until it is done; a controller that dies is replaced, and its workers go on from their checkpoint."""
     import ray
 
-    lost = 0
+    lost, cluster = 0, hosts.cluster
     while True:
         before = max(job.target.committed(), default=0)
-        host = hosts.current()
+        host = hosts.current(cluster)
         try:
-            outcome = _make_trainer(job, tracker, stop, on_line).outcome()
+            outcome = _make_trainer(job, host, tracker, stop, on_line).outcome()
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             lost = 0 if max(job.target.committed(), default=0) > before else lost + 1
             if lost >= _MAX_LOST_CONTROLLERS:
                 raise RuntimeError(f"{job.name} gets nowhere: its controller died {lost} times") from error
             on_line(f"{job.name}: its controller is gone ({type(error).__name__}); a new one starts")
-            hosts.replace(host)
+            hosts.replace(host, cluster)
             continue
         if outcome["error"] is not None:
             raise outcome["error"]
@@ -93,7 +93,9 @@ def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str],
         return
 
 
-def _make_trainer(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str], None]) -> Any:
+def _make_trainer(
+    job: Job, host: Any, tracker: Run, stop: threading.Event, on_line: Callable[[str], None]
+) -> Any:
     import ray.cloudpickle
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -115,7 +117,7 @@ def _make_trainer(job: Job, tracker: Run, stop: threading.Event, on_line: Callab
 
         def __init__(self) -> None:
             shape = job.slot_shape()
-            self._session = _Session(job, shape, tracker, stop, on_line)
+            self._session = _Session(job, host, shape, tracker, stop, on_line)
             workers = self._session.workers
             self._spec = RunSpec(
                 job.name,
@@ -190,16 +192,16 @@ class _Session:
     def __init__(
         self,
         job: Job,
+        host: Any,
         shape: SlotShape,
         tracker: Run,
         stop: threading.Event,
         on_line: Callable[[str], None],
     ) -> None:
-        self._job, self._shape, self._tracker = job, shape, tracker
+        self._job, self._host, self._shape, self._tracker = job, host, shape, tracker
         self._stop, self._on_line = stop, on_line
         self.workers = job.worker_range(shape)
         self.outcome: dict[str, Any] | None = None
-        self._host = hosts.current()
         self._run_id = uuid.uuid4().hex
         self._ended = threading.Event()
         self._recorder = ThreadPoolExecutor(1, thread_name_prefix=f"record-{job.name}")
@@ -232,6 +234,8 @@ class _Session:
             match event["kind"]:
                 case "metrics":
                     self._tracker.metrics(event["values"], event["step"], event["channel"])
+                case "tags":
+                    self._tracker.tags(event["values"])
                 case "line":
                     self._on_line(event["text"])
                 case "log":
@@ -285,9 +289,15 @@ def _callbacks(paths: Sequence[str]) -> list[Any]:
 
 
 class _Hosts:
-    """The controller host of the cluster that this driver is connected to."""
+    """The controller host of the cluster that this driver is connected to.
+
+    Attributes:
+        cluster: counts the clusters that this driver was connected to. A thread that still works for a lost one
+            must not go on with the one that was started in its place.
+    """
 
     def __init__(self) -> None:
+        self.cluster = 0
         self._host: Any = None
         self._arguments: tuple[tuple[str, ...], float] = ((), 15.0)
         self._lock = threading.Lock()
@@ -295,6 +305,7 @@ class _Hosts:
     def begin(self, preload: Sequence[str] = (), heartbeat_timeout_s: float = 15.0) -> None:
         """Start a host for the cluster that this driver has just connected to."""
         with self._lock:
+            self.cluster += 1
             self._arguments = (tuple(preload), heartbeat_timeout_s)
             self._host = self._start()
 
@@ -303,18 +314,28 @@ class _Hosts:
         if number:
             self.current().prestart.remote(number, shape)
 
-    def current(self) -> Any:
-        """The host's actor; started at first use."""
+    def current(self, cluster: int | None = None) -> Any:
+        """The host's actor; started at first use.
+
+        Raises:
+            ClusterLostError: the driver is not connected to `cluster` any more.
+        """
         with self._lock:
+            self._check(cluster)
             if self._host is None:
                 self._host = self._start()
             return self._host
 
-    def replace(self, lost: Any) -> None:
-        """This host is gone: start another, unless another run has done so."""
+    def replace(self, lost: Any, cluster: int) -> None:
+        """This host is gone: start another, unless another run has done so.
+
+        Raises:
+            ClusterLostError: see `current`.
+        """
         import ray
 
         with self._lock:
+            self._check(cluster)
             if self._host is lost:
                 ray.kill(lost)
                 self._host = self._start()
@@ -332,6 +353,12 @@ class _Hosts:
         except ray.exceptions.RayError as error:
             logger.debug("the controller host did not end itself: %s", error)
         ray.kill(host)
+
+    def _check(self, cluster: int | None) -> None:
+        import ray
+
+        if cluster not in (None, self.cluster) or not ray.is_initialized():
+            raise ClusterLostError("the cluster of this run is gone", own=True)
 
     def _start(self) -> Any:
         import ray

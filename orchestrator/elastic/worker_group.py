@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
@@ -51,11 +54,43 @@ class _BoundedRay:
         return ray.get(refs, timeout=self.limit_s if timeout is None else timeout)
 
 
-def bound_waits(limit_s: float) -> None:
-    """Give every `ray.get` of Ray Train's worker group in this process a time limit."""
+class _SyncActors:
+    """Ray Train's `SynchronizationActor` class, for groups that need one.
+
+    It is the barrier of `ray.train.report`, which no warm worker calls. A process that imports Ray Train for it,
+    beside each restart, would cost that restart a second of a core.
+    """
+
+    def __init__(self, actor_class: Any) -> None:
+        self._class, self._of_thread = actor_class, threading.local()
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Groups that this thread starts meanwhile get none."""
+        self._of_thread.left_out = True
+        try:
+            yield
+        finally:
+            self._of_thread.left_out = False
+
+    def options(self, **options: Any) -> Any:
+        """See Ray's actor classes."""
+        return self if getattr(self._of_thread, "left_out", False) else self._class.options(**options)
+
+    def remote(self, **arguments: Any) -> str:
+        """In the place of a handle; nothing calls it."""
+        return "no synchronization actor"
+
+
+_sync_actors = _SyncActors(worker_group.SynchronizationActor)
+
+
+def prepare_process(limit_s: float) -> None:
+    """Fit Ray Train's worker group to this process: a time limit on each `ray.get`, and no barrier without use."""
     bounded = _BoundedRay()
     bounded.limit_s = limit_s
     worker_group.ray = execution_group.ray = bounded
+    worker_group.SynchronizationActor = _sync_actors
 
 
 class _Placed(PlacementGroupHandle):  # type: ignore[misc]
@@ -166,14 +201,12 @@ class WarmWorkerGroup(_ElasticGroup):
     """A worker group on slots that were acquired from the pool; they survive it."""
 
     def _start(self) -> None:
-        builder = WorkerGroupStateBuilder()
         try:
-            self._start_impl(builder)
+            with _sync_actors.left_out():
+                self._start_impl(WorkerGroupStateBuilder())
         except Exception:
             # Not Ray Train's clean-up, which kills the workers.
             self.end_processes()
-            if builder.sync_actor is not None:
-                ray.kill(builder.sync_actor)
             self._clear_state()
             raise
 
@@ -212,7 +245,6 @@ class WarmWorkerGroup(_ElasticGroup):
         for worker in self.get_workers():
             worker.actor.shutdown.remote()
         self.end_processes()
-        ray.kill(self._worker_group_state.sync_actor)
         self._clear_state()
 
 

@@ -223,6 +223,10 @@ class WorkerPool(Generic[Shape]):
         idle = [slot for slots in self._idle.values() for slot in slots.values()]
         return self._removed([slot for slot in idle if now - slot.idle_since > IDLE_S])
 
+    def drop_idle(self) -> list[Slot[Shape]]:
+        """Slots to stop so that what they hold is free for something else."""
+        return self._removed([slot for slots in self._idle.values() for slot in slots.values()])
+
     def on_node(self, node: str) -> list[Slot[Shape]]:
         """The slots on this machine."""
         return list(self._on_node.get(node, {}).values())

@@ -101,7 +101,8 @@ class Attempt:
         for artifact in self.inputs.values():
             artifacts.fetch(artifact)
         try:
-            returned = in_thread(lambda: stage.run(context))
+            watch = self.interrupt.watch if stage.needs_ray else lambda: None
+            returned = in_thread(lambda: stage.run(context), watch)
         finally:
             lease.insist()
         summary = {name: float(value) for name, value in returned.items()}

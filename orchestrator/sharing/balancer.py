@@ -120,7 +120,7 @@ def cluster_devices(kind: Literal["cpu", "gpu"]) -> float:
     from orchestrator.elastic.nodes import draining_nodes
 
     leaving = draining_nodes()
-    own = None if ray.util.client.ray.is_connected() else ray.get_runtime_context().get_node_id()
+    own = ray.get_runtime_context().get_node_id()
     total = 0.0
     for node in ray.nodes():
         if not node["Alive"] or node["NodeID"] in leaving:

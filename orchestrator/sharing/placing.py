@@ -42,9 +42,9 @@ def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Spot | 
     """Where the teacher goes; None if no machine will do.
 
     One with room if there is one; else it squeezes in beside the workers: a crowded teacher is slow, but none at
-    all is a standstill, with every place taken by those who wait for it. Where workers have the GPUs it squeezes in
-    on the CPUs: Ray does not hide GPUs from a process that asked for none, so this does. The head node comes first,
-    as its loss ends the driver anyway. A node that is about to go is better than none.
+    all is a standstill, with every place taken by those who wait for it. Where workers have all GPUs it runs on CPUs:
+    its environment hides the GPUs, since Ray does not hide them from a process that asked for none. The head node
+    comes first, as its loss ends the driver anyway. A node that is about to go is better than none.
 
     Args:
         machines: of the cluster.
@@ -74,9 +74,6 @@ def machines() -> list[Machine]:
 
     from orchestrator.elastic.nodes import draining_nodes
 
-    if ray.util.client.ray.is_connected():
-        # A client's process is no part of the cluster; a task is.
-        return list(ray.get(ray.remote(num_cpus=0)(machines).remote()))
     free = state.available_resources_per_node()
     leaving = draining_nodes()
     return [
@@ -96,9 +93,6 @@ def machines() -> list[Machine]:
 
 def has_process(actor_id: str) -> bool:
     """Whether Ray has found a place for this actor and begun to fill it."""
-    import ray
     from ray._private.state import state
 
-    if ray.util.client.ray.is_connected():
-        return bool(ray.get(ray.remote(num_cpus=0)(has_process).remote(actor_id)))
     return bool(state.actor_table(actor_id).get("Pid"))

@@ -118,9 +118,10 @@ class Job:
             self.account.checkpoint += elapsed
         elif phase in ("starting", "stopping"):
             self._book_without_steps(elapsed)
-        if group.phase == phase:
+        first_step = group.has_stepped and not had_stepped
+        if group.phase == phase and not first_step:
             return to >= self._wake
-        return self._phase_changed(group, had_stepped)
+        return self._phase_changed(group, first_step)
 
     def slots_lost(self, lost: Iterable[Slot[Any]]) -> None:
         """These slots went with their machines just now."""
@@ -185,7 +186,7 @@ class Job:
 
     # --- what happens to the group ----------------------------------------------------------------------------
 
-    def _phase_changed(self, group: Group, had_stepped: bool) -> bool:
+    def _phase_changed(self, group: Group, first_step: bool) -> bool:
         self._has_begun = self._has_begun or group.phase == "stepping"
         self._report(group)
         if group.phase == "done":
@@ -199,7 +200,7 @@ class Job:
             self._scaling.group_ended(self.now, lost=False)
         else:
             # What a step takes is known from the first one on, and growth may be worth it then.
-            return group.has_stepped and not had_stepped
+            return first_step
         return True
 
     def _book_group(self, group: Group, lost_steps: int) -> None:

@@ -198,11 +198,13 @@ def _job_plan(
     every: float | None = elastic.checkpoint_every_s
     if interval_s is not None:
         every = float(interval_s) if interval_s != "auto" else None
+    min_workers, max_workers = elastic.workers
     return JobPlan(
         name,
         num_steps,
         batch // block,
-        elastic.workers,
+        # `workers: auto` is every machine that the trace has, but no more than a step has blocks.
+        (min_workers, max(min_workers, batch // block) if elastic.every_device else max_workers),
         every,
         costs,
         elastic.resize_share,

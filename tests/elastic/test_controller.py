@@ -25,7 +25,7 @@ from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
-from running import PATIENCE_S, Running
+from running import PATIENCE_S, Running, assert_same
 from tiny import tiny_job
 
 
@@ -73,19 +73,6 @@ def undisturbed(market: SpotMarket, tmp_path_factory: pytest.TempPathFactory) ->
     account = running.finish()
     assert account.counts.get("restarts", 0) == 0
     return running
-
-
-def assert_same(running: Running, reference: Running) -> None:
-    """Each step's samples are the same, losses agree to 1e-4, final weights to 1e-3 in relative norm."""
-    got = {r["step"]: r["metrics"] for r in running.run.history()}
-    wanted = {r["step"]: r["metrics"] for r in reference.run.history()}
-    assert got.keys() == wanted.keys()
-    for step, figures in wanted.items():
-        assert got[step]["sample_order"] == figures["sample_order"], step
-        assert got[step]["loss"] == pytest.approx(figures["loss"], rel=1e-4), step
-    ours, theirs = (load_file(r.job.export(r.job.num_steps)) for r in (running, reference))
-    for name, value in theirs.items():
-        assert np.linalg.norm(ours[name] - value) <= 1e-3 * np.linalg.norm(value), name
 
 
 def worker_pids(machines: SpotMarket) -> list[int]:

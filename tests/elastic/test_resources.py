@@ -99,7 +99,7 @@ def test_secrets_of_the_runtime_environment_are_not_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("resources", "says"),
+    ("resources", "expected"),
     [
         ({"gpu": 1.5}, "a whole number, or a share below 1, not 1.5"),
         ({"cpu": 2.5}, "a whole number, or a share below 1, not 2.5"),
@@ -113,10 +113,10 @@ def test_secrets_of_the_runtime_environment_are_not_shown() -> None:
         ({"gpus": 1}, "Extra inputs"),
     ],
 )
-def test_what_ray_would_refuse_later_is_refused_in_the_file(resources: dict[str, Any], says: str) -> None:
+def test_what_ray_would_refuse_later_is_refused_in_the_file(resources: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Resources.model_validate(resources)
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_memory_is_a_number_of_bytes_or_a_text() -> None:
@@ -136,6 +136,8 @@ def test_workers_auto_is_every_device_that_is_there() -> None:
     at_least = elastic(workers=[3, "auto"])
     assert worker_range(at_least, shape_of(at_least, *gpus), gpus) == (3, 6)
     assert worker_range(at_least, shape_of(at_least), []) == (3, 3), "it waits for machines, with its minimum"
+    own = Node("own", {"CPU": 8.0, "memory": 16 * GIB}, {}, cores=2)
+    assert worker_range(section, shape_of(section, own), [own]) == (1, 2), "more places than cores"
     fixed = elastic(workers=[1, 2])
     assert worker_range(fixed, shape_of(fixed, *gpus), gpus) == (1, 2)
 
@@ -160,10 +162,10 @@ def test_auto_looks_only_at_nodes_that_a_worker_may_be_on() -> None:
 
 
 def test_a_gpu_that_no_node_has_is_refused_before_the_first_step() -> None:
-    said = refused(elastic("gpu"), node())
-    assert "no node of the cluster has one" in said
-    assert "stages.pretrain.elastic.device" in said
-    assert "set device: cpu" in said
+    message = refused(elastic("gpu"), node())
+    assert "device is gpu, and no node of the cluster has a GPU" in message
+    assert "stages.pretrain.elastic.device" in message
+    assert "set device: cpu" in message
     allowed(elastic("gpu"), node(), node(gpu=1))
     allowed(elastic("auto"), node())
     allowed(elastic("gpu"), node(cpu=0))  # a head alone: all spot machines are away, and are waited for
@@ -172,32 +174,31 @@ def test_a_gpu_that_no_node_has_is_refused_before_the_first_step() -> None:
 
 def test_an_accelerator_or_label_that_no_node_has_is_refused_with_what_there_is() -> None:
     nodes = [node("a", gpu=1, kind="H100", pool="spot"), node("b", gpu=1, kind="A100", pool="fixed")]
-    said = refused(elastic(accelerator_type="V100X"), *nodes)
-    assert "no node of the cluster has an accelerator of type V100X" in said
-    assert "H100" in said
+    message = refused(elastic(accelerator_type="V100X"), *nodes)
+    assert "no node of the cluster has an accelerator of type V100X" in message
+    assert "H100" in message
     assert "'H100'" in refused(elastic(accelerator_type="H10"), *nodes)
-    said = refused(elastic(labels={"pool": "spots"}), *nodes)
-    assert "no node of the cluster has the labels pool=spots" in said
-    assert "pool=spot;" in said
-    assert "pool=fixed" in said
-    said = refused(elastic(accelerator_type="H100", labels={"pool": "fixed"}), *nodes)
-    assert "no node with H100 of the cluster has the labels pool=fixed" in said
-    assert "hint the nodes have: 1 × pool=spot" in said
+    message = refused(elastic(labels={"pool": "spots"}), *nodes)
+    assert "no node of the cluster has the labels pool=spots" in message
+    assert "hint the nodes have: 1 × pool=fixed; 1 × pool=spot" in message
+    message = refused(elastic(accelerator_type="H100", labels={"pool": "fixed"}), *nodes)
+    assert "no node with H100 of the cluster has the labels pool=fixed" in message
+    assert "hint the nodes have: 1 × pool=spot" in message
     allowed(elastic(accelerator_type="H100", labels={"pool": "spot"}), *nodes)
 
 
 def test_a_worker_that_fits_on_no_node_is_refused() -> None:
-    said = refused(elastic("cpu", cpu=16), node(cpu=8), node(cpu=4))
-    assert "no node of the cluster is large enough for a worker with 16 CPU" in said
-    assert "1 × 0 GPU, 8 CPU, 16 GiB" in said
+    message = refused(elastic("cpu", cpu=16), node(cpu=8), node(cpu=4))
+    assert "no node of the cluster is large enough for a worker with 16 CPU" in message
+    assert "1 × 0 GPU, 8 CPU, 16 GiB" in message
     assert "large enough" in refused(elastic(memory="64GiB"), node())
     assert "large enough" in refused(elastic("gpu", gpu=4), node(gpu=2))
 
 
 def test_more_workers_on_shares_than_there_are_gpus_are_refused() -> None:
-    said = refused(elastic("gpu", workers=2, gpu=0.5), node(gpu=1))
-    assert "2 workers on shares of 1 GPU: two workers of one job cannot be on one GPU" in said
-    assert "stages.pretrain.elastic.workers" in said
+    message = refused(elastic("gpu", workers=2, gpu=0.5), node(gpu=1))
+    assert "2 workers on shares of 1 GPU: two workers of one job cannot be on one GPU" in message
+    assert "stages.pretrain.elastic.workers" in message
     allowed(elastic("gpu", workers=2, gpu=0.5), node(gpu=1), node(gpu=1))
     allowed(elastic("gpu", workers=1, gpu=0.5), node(gpu=1))
     allowed(elastic("cpu", workers=2, gpu=0.5), node(gpu=1))
