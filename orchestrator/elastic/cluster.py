@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import secrets
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.elastic import cluster_check
+from orchestrator.elastic.hosts import hosts
 from orchestrator.elastic.preemption_agent import watch_for_preemption
 from orchestrator.elastic.reaper import Reaper, members
 from orchestrator.elastic.resources import cluster_nodes, has_gpus, slot_shape
-from orchestrator.elastic.trainer import hosts
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.spec import Cluster, Elastic
 
@@ -106,7 +107,8 @@ def start(
         os.environ.update({"RAY_enable_metrics_collection": "1"})
     running = _start_own(cluster.dashboard, say) if own else JoinedCluster(cluster.address)
     try:
-        _open_pool(preload, prestart if own else 0, elastic or Elastic())
+        reconciles = cluster.dashboard or not own
+        _open_pool(preload, prestart if own else 0, elastic or Elastic(), reconciles)
         with watch_for_preemption(cluster.preemption_notices):
             yield running
     finally:
@@ -357,9 +359,13 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
             signal.signal(number, handler)
 
 
-def _open_pool(preload: Sequence[str], prestart: int, elastic: Elastic) -> None:
+def _open_pool(preload: Sequence[str], prestart: int, elastic: Elastic, reconciles: bool) -> None:
     """The controllers and the pool of warm workers of the cluster that this driver has just connected to."""
-    hosts.begin(preload, elastic.heartbeat_timeout_s)
+    hosts.begin(preload, elastic.heartbeat_timeout_s, reconciles=reconciles)
+    # Beside the start of the slots, not before the first step of the first stage.
+    threading.Thread(
+        target=importlib.import_module, args=("orchestrator.elastic.trainer",), daemon=True
+    ).start()
     if prestart:
         hosts.prestart(prestart, slot_shape(elastic, 1.0, has_gpus(elastic, cluster_nodes())))
 
