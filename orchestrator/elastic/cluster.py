@@ -42,6 +42,7 @@ _DEFAULTS = {
 # Ray gives up on parts of a new cluster after 30 s, which a busy machine can take.
 START_S = 90
 _HEAD_WAIT = "RAY_gcs_server_port_wait_time_s"
+_STORAGE = "RAY_gcs_storage"
 
 # A head that ends more often than that does not end by chance.
 _MOST_RESTARTS, _WITHIN_S = 3, 3600.0
@@ -174,6 +175,8 @@ class OwnCluster(RunningCluster):
             what = f"the head (GCS) of the pipeline's own Ray cluster ended ({_ending(code)})"
             now = time.monotonic()
             self._restarts = [at for at in self._restarts if now - at < _WITHIN_S] + [now]
+            if os.environ.get(_STORAGE) != "rocksdb":
+                self._lose(what)
             if len(self._restarts) > _MOST_RESTARTS:
                 self._lose(f"{what}, for the {len(self._restarts)}th time within an hour")
             logger.warning("%s: it is started anew, and everything goes on", what)
@@ -232,9 +235,9 @@ class OwnCluster(RunningCluster):
 
     def _storage(self) -> Mapping[str, str]:
         """Where the head keeps what it knows, for the one that is started in its place."""
-        if "RAY_gcs_storage" in os.environ:
+        if _STORAGE in os.environ:
             return {}
-        return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
+        return {_STORAGE: "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
 
     @contextmanager
     def _head_in_time(self) -> Iterator[None]:
