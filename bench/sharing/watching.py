@@ -87,10 +87,10 @@ def snapshot(contexts: list[Context], students: Mapping[str, str]) -> Snapshot:
 
 def _worker_times() -> dict[str, float]:
     """Processor time of each student's training process."""
-    from orchestrator.elastic import trainer
+    from orchestrator.elastic.hosts import hosts
 
     found = {}
-    for slot in trainer.slots():
+    for slot in hosts.slots():
         if slot["job"] is None:
             continue
         children = psutil.Process(slot["pid"]).children(recursive=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import secrets
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from orchestrator.elastic import cluster_check
+from orchestrator.elastic.hosts import hosts
 from orchestrator.elastic.preemption_agent import watch_for_preemption
 from orchestrator.elastic.reaper import Reaper, members
 from orchestrator.elastic.resources import cluster_nodes, has_gpus, slot_shape
-from orchestrator.elastic.trainer import hosts
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.spec import Cluster, Elastic
 
@@ -41,6 +42,7 @@ _DEFAULTS = {
 # Ray gives up on parts of a new cluster after 30 s, which a busy machine can take.
 START_S = 90
 _HEAD_WAIT = "RAY_gcs_server_port_wait_time_s"
+_STORAGE = "RAY_gcs_storage"
 
 # A head that ends more often than that does not end by chance.
 _MOST_RESTARTS, _WITHIN_S = 3, 3600.0
@@ -106,7 +108,8 @@ def start(
         os.environ.update({"RAY_enable_metrics_collection": "1"})
     running = _start_own(cluster.dashboard, say) if own else JoinedCluster(cluster.address)
     try:
-        _open_pool(preload, prestart if own else 0, elastic or Elastic())
+        reconciles = cluster.dashboard or not own
+        _open_pool(preload, prestart if own else 0, elastic or Elastic(), reconciles)
         with watch_for_preemption(cluster.preemption_notices):
             yield running
     finally:
@@ -172,6 +175,8 @@ class OwnCluster(RunningCluster):
             what = f"the head (GCS) of the pipeline's own Ray cluster ended ({_ending(code)})"
             now = time.monotonic()
             self._restarts = [at for at in self._restarts if now - at < _WITHIN_S] + [now]
+            if os.environ.get(_STORAGE) != "rocksdb":
+                self._lose(what)
             if len(self._restarts) > _MOST_RESTARTS:
                 self._lose(f"{what}, for the {len(self._restarts)}th time within an hour")
             logger.warning("%s: it is started anew, and everything goes on", what)
@@ -230,9 +235,9 @@ class OwnCluster(RunningCluster):
 
     def _storage(self) -> Mapping[str, str]:
         """Where the head keeps what it knows, for the one that is started in its place."""
-        if "RAY_gcs_storage" in os.environ:
+        if _STORAGE in os.environ:
             return {}
-        return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
+        return {_STORAGE: "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
 
     @contextmanager
     def _head_in_time(self) -> Iterator[None]:
@@ -357,9 +362,13 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
             signal.signal(number, handler)
 
 
-def _open_pool(preload: Sequence[str], prestart: int, elastic: Elastic) -> None:
+def _open_pool(preload: Sequence[str], prestart: int, elastic: Elastic, reconciles: bool) -> None:
     """The controllers and the pool of warm workers of the cluster that this driver has just connected to."""
-    hosts.begin(preload, elastic.heartbeat_timeout_s)
+    hosts.begin(preload, elastic.heartbeat_timeout_s, reconciles=reconciles)
+    # Beside the start of the slots, not before the first step of the first stage.
+    threading.Thread(
+        target=importlib.import_module, args=("orchestrator.elastic.trainer",), daemon=True
+    ).start()
     if prestart:
         hosts.prestart(prestart, slot_shape(elastic, 1.0, has_gpus(elastic, cluster_nodes())))
 

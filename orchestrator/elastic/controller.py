@@ -35,7 +35,7 @@ from orchestrator.elastic.run_monitor import ACCOUNT, RunMonitor
 from orchestrator.elastic.scaling_policy import ElasticScalingPolicy
 from orchestrator.elastic.scaling_rules import JobScaling
 from orchestrator.elastic.stock_pool import StockPool
-from orchestrator.elastic.worker_group import _ElasticGroup, group_class, prepare_process
+from orchestrator.elastic.worker_group import ElasticWorkerGroup, group_class, prepare_process
 from orchestrator.spec import Elastic
 
 logger = logging.getLogger("orchestrator")
@@ -117,7 +117,7 @@ class ElasticRun:
     # --- what the policies ask --------------------------------------------------------------------------------
 
     @property
-    def group(self) -> _ElasticGroup | None:
+    def group(self) -> ElasticWorkerGroup | None:
         """The worker group, if there is one."""
         group = self.controller.get_worker_group() if self.controller is not None else None
         return group if group is not None and group.has_started() else None
@@ -199,7 +199,7 @@ class ElasticRun:
 
     # --- what workers report ----------------------------------------------------------------------------------
 
-    def handle(self, group: _ElasticGroup, rank: int, event: Event) -> None:
+    def handle(self, group: ElasticWorkerGroup, rank: int, event: Event) -> None:
         """One event of a worker."""
         match event["kind"]:
             case "step":

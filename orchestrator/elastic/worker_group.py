@@ -108,7 +108,7 @@ class _Placed(PlacementGroupHandle):  # type: ignore[misc]
         pass
 
 
-class _ElasticGroup(WorkerGroup):  # type: ignore[misc]
+class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """What both kinds of group share: the workers' events, checkpoint reports, and errors of silent workers.
 
     Attributes:
@@ -197,7 +197,7 @@ class _ElasticGroup(WorkerGroup):  # type: ignore[misc]
         )
 
 
-class WarmWorkerGroup(_ElasticGroup):
+class WarmWorkerGroup(ElasticWorkerGroup):
     """A worker group on slots that were acquired from the pool; they survive it."""
 
     def _start(self) -> None:
@@ -248,7 +248,7 @@ class WarmWorkerGroup(_ElasticGroup):
         self._clear_state()
 
 
-class ColdWorkerGroup(_ElasticGroup):
+class ColdWorkerGroup(ElasticWorkerGroup):
     """Ray Train's own worker group: a placement group and fresh actors for each attempt."""
 
     _worker_cls = ColdWorker
@@ -262,7 +262,7 @@ class ColdWorkerGroup(_ElasticGroup):
         super().shutdown()
 
 
-def group_class(run: ElasticRun) -> type[_ElasticGroup]:
+def group_class(run: ElasticRun) -> type[ElasticWorkerGroup]:
     """The worker group class of one run: Ray Train's controller makes its groups from a class."""
     base = WarmWorkerGroup if run.spec.elastic.workers_from == "warm" else ColdWorkerGroup
     return type(base.__name__, (base,), {"run": run})
@@ -271,7 +271,7 @@ def group_class(run: ElasticRun) -> type[_ElasticGroup]:
 class AttemptBackend(Backend):  # type: ignore[misc]
     """Starts an attempt: a process for every rank, which the others learn where to join."""
 
-    def on_start(self, worker_group: _ElasticGroup, backend_config: AttemptConfig) -> None:
+    def on_start(self, worker_group: ElasticWorkerGroup, backend_config: AttemptConfig) -> None:
         """See Ray Train's."""
         run, token, workers = worker_group.run, worker_group.token, worker_group.get_workers()
         hosts = {worker.metadata.node_ip for worker in workers}

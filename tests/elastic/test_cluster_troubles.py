@@ -269,9 +269,9 @@ def test_only_what_belongs_to_a_cluster_ends_with_it(tmp_path: Path) -> None:
     wait_for(lambda: len(members(str(folder))) == 4)
     children = [psutil.Process(pid) for pid in members(str(folder))]
     reaper.close()
+    assert member.wait(20) == parent.wait(20) == -signal.SIGKILL
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
-    assert member.wait() == parent.wait() == -signal.SIGKILL
     assert reader.poll() is None, "a user's process was killed"
     assert not folder.exists()
     reader.kill()

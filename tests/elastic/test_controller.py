@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.elastic import cluster, trainer
+from orchestrator.elastic import cluster
 from orchestrator.elastic.goodput import Goodput
+from orchestrator.elastic.hosts import hosts
 from orchestrator.errors import Stopped, UserError
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
@@ -94,7 +95,7 @@ def test_machines_killed_drained_and_added(
     running.wait(lambda: running.step() > reached)
     machines.add("third")
     machines.add("fourth")
-    running.wait(lambda: sum(slot["state"] == "ready" for slot in trainer.slots()) == 3)
+    running.wait(lambda: sum(slot["state"] == "ready" for slot in hosts.slots()) == 3)
     hold.unlink()
     running.wait(lambda: any("growth" in line for line in running.lines))
     grown = [line for line in running.lines if "growth" in line]

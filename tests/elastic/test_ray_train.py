@@ -17,6 +17,7 @@ import pytest
 import ray
 
 from orchestrator.elastic import cluster, trainer
+from orchestrator.elastic.hosts import hosts
 from orchestrator.errors import UserError
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
@@ -109,9 +110,7 @@ def test_checkpoints_reach_ray_train_as_pointers_and_callbacks_are_called(
         tmp_path / "seen", 60, (1, 2), step_s=0.05, checkpoint_every_s=0.3, ray_train_callbacks=("tiny:Seen",)
     )
     (tmp_path / "seen-faults" / "once-raise-30").touch()
-    made = trainer._make_trainer(
-        job, trainer.hosts.current(), NullRun(), threading.Event(), lambda line: None
-    )
+    made = trainer.ElasticTrainer(job, hosts.current(), NullRun(), threading.Event(), lambda line: None)
     outcome = made.outcome()
     assert outcome["error"] is None
     with made.result.checkpoint.as_directory() as folder:
@@ -167,19 +166,19 @@ def test_a_slow_slot_is_left_out_not_given_up(
     job = tiny_job(tmp_path / "slow", 60, (1, 2), step_s=0.15, checkpoint_every_s=0.3)
     running = Running(job)
     running.wait(lambda: running.step() >= 8 and running.workers() == 2)
-    slow, other = (slot for slot in trainer.slots() if slot["job"] == job.name)
+    slow, other = (slot for slot in hosts.slots() if slot["job"] == job.name)
     process = psutil.Process(slow["pid"])
     worker = next(w for w in machines.workers() if other["pid"] in [above.pid for above in w.parents()])
     process.send_signal(signal.SIGSTOP)
     try:
         worker.kill()
         running.wait(lambda: any("goes on" in line for line in running.lines))
-        states = {slot["name"]: slot for slot in trainer.slots()}
+        states = {slot["name"]: slot for slot in hosts.slots()}
         assert states[slow["name"]]["unresponsive"]
     finally:
         process.send_signal(signal.SIGCONT)
-    running.wait(lambda: not any(slot["unresponsive"] for slot in trainer.slots()))
-    assert {slot["pid"] for slot in trainer.slots()} == {slow["pid"], other["pid"]}, "the same two slots"
+    running.wait(lambda: not any(slot["unresponsive"] for slot in hosts.slots()))
+    assert {slot["pid"] for slot in hosts.slots()} == {slow["pid"], other["pid"]}, "the same two slots"
     running.finish()
     assert_same(running, undisturbed)
 
@@ -187,7 +186,7 @@ def test_a_slow_slot_is_left_out_not_given_up(
 def test_a_killed_controller_is_replaced(machines: SpotMarket, undisturbed: Running, tmp_path: Path) -> None:
     running = Running(tiny_job(tmp_path / "headless", 60, (1, 2), step_s=0.1, checkpoint_every_s=0.5))
     running.wait(lambda: running.step() >= 15)
-    os.kill(ray.get(trainer.hosts.current().pid.remote()), signal.SIGKILL)
+    os.kill(ray.get(hosts.current().pid.remote()), signal.SIGKILL)
     running.finish()
     assert any("its controller is gone" in line for line in running.lines)
     assert_same(running, undisturbed)

@@ -233,7 +233,7 @@ def test_the_environment_variables_are_known() -> None:
     from ray.train.constants import RAY_TRAIN_ENABLE_STATE_TRACKING
     from ray.train.v2._internal import constants
 
-    from orchestrator.elastic.trainer import _ENVIRONMENT
+    from orchestrator.elastic.hosts import _ENVIRONMENT, _RECONCILES
 
     known = {
         RAY_TRAIN_ENABLE_STATE_TRACKING,
@@ -241,4 +241,4 @@ def test_the_environment_variables_are_known() -> None:
         constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR,
         constants.ENABLE_STATE_ACTOR_RECONCILIATION_ENV_VAR,
     }
-    assert set(_ENVIRONMENT) <= known
+    assert {*_ENVIRONMENT, _RECONCILES} == known

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.samples import fetch_food
-from orchestrator.elastic import cluster, trainer
+from orchestrator.elastic import cluster
+from orchestrator.elastic.hosts import hosts
 from orchestrator.sharing.account import Account
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster, Elastic, Optimizer, Schedule
@@ -168,7 +169,7 @@ def kill(*processes: psutil.Process) -> None:
 
 def worker_of(scene: Scene, student: str) -> psutil.Process:
     """The training process of a student."""
-    slot = next(slot["pid"] for slot in trainer.slots() if slot["job"] == f"distill/{student}")
+    slot = next(slot["pid"] for slot in hosts.slots() if slot["job"] == f"distill/{student}")
     return next(p for p in scene.market.workers() if any(above.pid == slot for above in p.parents()))
 
 
