@@ -69,7 +69,7 @@ class _Trainer:
         torch.manual_seed(job.seed)
         self.task = job.task()
         modules = self.task.build(self.device)
-        assert job.blocks is not None, "a source that lives in the seat is put in its place by the worker"
+        assert job.blocks is not None, "a source that lives in the slot is put in its place by the worker"
         self.blocks = job.blocks()
         self.num_blocks = job.num_blocks
         self.slots = -(-self.num_blocks // self.world)

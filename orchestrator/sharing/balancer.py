@@ -24,7 +24,7 @@ class Balancer:
 
     A new split is taken on when a student left, when devices are too few for the present one, or when it is 5 %
     faster. Losing machines never makes it raise: with too few for all, everybody may have its fewest, and who gets
-    a place is for the fleet to say.
+    a slot is for the worker pool to say.
 
     Args:
         teacher: measured cost of the teacher.

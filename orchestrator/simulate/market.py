@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator.elastic.reaper import Reaper
 
-# A GCS that pings often: what it believes about a killed node matters only for where new seats go.
+# A GCS that pings often: what it believes about a killed node matters only for where new slots go.
 _ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
