@@ -204,7 +204,7 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
 def test_a_student_that_fails_fails_alone_and_is_trained_alone_the_next_time(
     index: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    """Real jobs and two teacher actors; minutes where the machine is busy, as it starts a cluster and warms worker slots."""
+    """Real jobs and two teacher actors; minutes where the machine is busy: it starts a cluster and warms slots."""
     good, bad = CONFIG.students["small"], CONFIG.students["other"]
     hopeless = bad.model_copy(update={"optimizer": Optimizer(lr=Schedule(peak=1e30))})
 
