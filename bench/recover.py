@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -242,11 +242,13 @@ class _Session:
         return [min(at for at in times if at > end) - end for end in ends[:-1]]
 
     def _add(self, name: str) -> None:
-        # A machine's processes import what its raylet's environment names, whatever driver they work for.
+        # What a machine's processes import follows from its raylet's folder and environment, whatever driver they
+        # work for.
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = str(self._checkout)
         try:
-            self._market.add(name)
+            with chdir(self._checkout):
+                self._market.add(name)
         finally:
             if before is None:
                 del os.environ["PYTHONPATH"]
