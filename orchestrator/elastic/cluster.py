@@ -58,9 +58,10 @@ class RunningCluster:
 
     Attributes:
         dashboard_url: of Ray's dashboard; empty without one.
+        token_file: holds the token that an own cluster asks for; empty if the environment brought one.
     """
 
-    dashboard_url = ""
+    dashboard_url = token_file = ""
 
     def check(self) -> None:
         """Whether the cluster is still there; to be called often, by the thread that started it.
@@ -266,6 +267,7 @@ class OwnCluster(RunningCluster):
         if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             return {}
         path = self._folder / "token"
+        self.token_file = str(path)
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.cloudpickle
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
@@ -172,8 +173,8 @@ class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
         return self._session.outcome
 
     def _create_default_callbacks(self) -> list[Any]:
-        # Slots have no placement group to clean up, and keep their working folder.
-        unused = (PlacementGroupCleanerCallback, WorkingDirectorySetupCallback)
+        # Slots have no placement group to clean up and keep their working folder, and no job reads a Ray dataset.
+        unused = (PlacementGroupCleanerCallback, WorkingDirectorySetupCallback, DatasetsCallback)
         found = super()._create_default_callbacks()
         callbacks = [callback for callback in found if not isinstance(callback, unused)]
         if not any(isinstance(callback, StateManagerCallback) for callback in callbacks):

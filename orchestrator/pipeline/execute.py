@@ -214,7 +214,7 @@ class _Driver:
             raise UserError(error.what, where=error.where or where, hint=error.hint) from error
         self._interrupt.watch = getattr(running, "check", self._interrupt.watch)
         if url := getattr(running, "dashboard_url", ""):
-            self._reporter.note(f"Ray's dashboard is at {url}")
+            self._reporter.note(f"Ray's dashboard is at {url}; it asks for the token in {running.token_file}")
         self._cluster_started = True
 
     def _has_new_cluster(self, outcome: Outcome, cluster: ExitStack) -> bool:

@@ -221,6 +221,7 @@ def test_state_types_and_errors_are_where_they_were() -> None:
         "ray.train.v2.api.exceptions:ControllerError",
         "ray.train.v2.api.exceptions:WorkerGroupError",
         "ray.train.v2._internal.callbacks.state_manager:StateManagerCallback",
+        "ray.train.v2._internal.callbacks.datasets:DatasetsCallback",
         "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback",
         "ray.train.v2._internal.callbacks.working_dir_setup:WorkingDirectorySetupCallback",
         "ray.train.v2._internal.state.state_actor:get_state_actor",
