@@ -315,7 +315,9 @@ def _init(**options: Any) -> None:
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            # None: one that was not set from Python, and cannot be set again from it.
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _open_pool(preload: Sequence[str], prewarm: int) -> None:
