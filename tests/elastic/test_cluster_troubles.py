@@ -96,7 +96,7 @@ def remote_pid() -> int:
 
 
 def break_heads(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
-    """The heads of the first `tries` clusters end at once: what they are to keep their state in cannot be made."""
+    """The heads of the first `tries` clusters end at once, as they do not know how to keep their state."""
     count = 0
     real = OwnCluster._storage
 
@@ -105,7 +105,7 @@ def break_heads(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
         count += 1
         settings = dict(real(self))
         if count <= tries:
-            settings["RAY_gcs_storage_path"] = "/dev/null/gcs"
+            settings["RAY_gcs_storage"] = "clay tablets"
         return settings
 
     monkeypatch.setattr(OwnCluster, "_storage", storage)
@@ -352,10 +352,11 @@ def test_a_lost_node_leaves_nothing_and_makes_room_for_a_new_one(
     import ray
 
     ended: list[BaseException] = []
+    task = ray.remote(num_cpus=0)(lambda: time.sleep(1000)).remote()
 
     def wait_for_ever() -> None:
         try:
-            ray.get(ray.remote(num_cpus=0)(lambda: time.sleep(1000)).remote())
+            ray.get(task)
         except BaseException as error:
             ended.append(error)
 
@@ -367,7 +368,7 @@ def test_a_lost_node_leaves_nothing_and_makes_room_for_a_new_one(
     with pytest.raises(ClusterLostError, match=r"only node \(raylet\).*SIGKILL") as raised:
         own.check()
     assert raised.value.own
-    thread.join(30)
+    thread.join(60)
     assert ended, "a thread still waits for the lost cluster"
     assert not members(str(folders[0]))
     assert not folders[0].exists()
