@@ -41,7 +41,6 @@ _DEFAULTS = {
 
 # Ray gives up on parts of a new cluster after 30 s, which a busy machine can take.
 START_S = 90
-_HEAD_WAIT = "RAY_gcs_server_port_wait_time_s"
 _STORAGE = "RAY_gcs_storage"
 
 # A head that ends more often than that does not end by chance.
@@ -139,7 +138,7 @@ class OwnCluster(RunningCluster):
         try:
             settings = {**_start_waits(), **self._token(), **self._storage()}
             self._environment.enter_context(_environment(settings))
-            with self._reaper.marking(), self._head_in_time():
+            with self._reaper.marking():
                 context = _init(
                     address="local",
                     num_cpus=_slots(),
@@ -240,28 +239,6 @@ class OwnCluster(RunningCluster):
             return {}
         return {_STORAGE: "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
 
-    @contextmanager
-    def _head_in_time(self) -> Iterator[None]:
-        """Ray's own limits add up to an hour if its new head hangs; it gives up at once if that has ended."""
-        over = threading.Event()
-        limit = max(START_S, int(os.environ[_HEAD_WAIT]))
-
-        def watch() -> None:
-            if over.wait(limit):
-                return
-            found = {_name(pid): pid for pid in members(str(self._folder))}
-            # A raylet is started once the head has answered.
-            if "gcs_server" in found and "raylet" not in found:
-                os.kill(found["gcs_server"], signal.SIGKILL)
-
-        thread = threading.Thread(target=watch, name="head-in-time", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
     def _token(self) -> Mapping[str, str]:
         """Ray protects a new cluster with a token that it keeps below HOME, which may not be there."""
         if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
@@ -361,7 +338,9 @@ def _init(**options: Any) -> Any:
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            # None: one that was not set from Python, and cannot be set again from it.
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _open_pool(preload: Sequence[str], prestart: int, elastic: Elastic, reconciles: bool) -> None:
@@ -402,16 +381,9 @@ def _ending(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _name(pid: int) -> str:
-    try:
-        return (Path("/proc") / str(pid) / "comm").read_text().strip()
-    except OSError:
-        return ""
-
-
 def _start_waits() -> dict[str, str]:
     waits = {
-        _HEAD_WAIT: START_S,
+        "RAY_gcs_server_port_wait_time_s": START_S,
         "RAY_raylet_start_wait_time_s": START_S,
         "RAY_agent_register_timeout_ms": START_S * 1000,
         "RAY_worker_register_timeout_seconds": START_S,

@@ -79,6 +79,10 @@ def test_the_state_api_lists_the_run_its_attempts_and_failed_ranks(
     assert len(attempts[-1].workers) == 2
     controller = ray._private.state.actors(run.controller_actor_id)
     assert (controller["State"], controller["ActorClassName"]) == ("ALIVE", "ControllerHost")
+    assert len(machines.workers()) == 2
+    for worker in machines.workers():
+        listens = [one.laddr.ip for one in worker.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+        assert set(listens) <= {"127.0.0.1"}, "all slots are on one machine: nothing is open to the network"
     machines.kill("m1")
     running.wait(lambda: any("goes on" in line for line in running.lines))
     running.finish()
@@ -138,6 +142,13 @@ def test_a_callback_that_is_none_is_a_mistake_before_the_first_step(
     running = Running(tiny_job(tmp_path / "mistaken", 5, 1, ray_train_callbacks=(path,)))
     with pytest.raises(UserError, match=what):
         running.finish()
+
+
+def test_a_wait_for_machines_has_a_limit(machines: SpotMarket, tmp_path: Path) -> None:
+    running = Running(tiny_job(tmp_path / "waits", 5, 3, wait_for_workers_s=1.0))
+    with pytest.raises(UserError, match="2 of at least 3 workers have a machine") as caught:
+        running.finish()
+    assert "elastic.wait_for_workers_s" in str(caught.value)
 
 
 def test_stock_workers_train_the_same_through_a_drain_and_a_kill(
