@@ -37,6 +37,7 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
         super().__init__(run.failure_config)
         self._run = run
         self._budget = Budget(run.spec.elastic.max_failures)
+        self._lost_nodes: set[str] = set()
 
     def progress(self, step: int) -> None:
         """`step` updates are done."""
@@ -50,9 +51,15 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
         ):
             run.give_up(training_failed_error.controller_failure)
             return FailureDecision.RAISE
+        slot_died_alone = self._still_there()
         failure = self._diagnose(training_failed_error)
         run.group_failed(failure)
         error = self._charge(failure)
+        if slot_died_alone and self._budget.broke("a slot died on a node that lives"):
+            error = error or RuntimeError(
+                f"{run.spec.name} gets nowhere: its workers' actors die, {self._budget.stalled} times in a row, on "
+                "nodes that live; is there enough memory?"
+            )
         if error is None:
             return FailureDecision.RETRY
         run.give_up(error)
@@ -79,6 +86,14 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
             return RuntimeError(f"{name} failed: {failure.cause}{again}")
         times = self._budget.stalled
         return RuntimeError(f"{name} gets nowhere: {failure.cause}, {times} times in a row")
+
+    def _still_there(self) -> bool:
+        """Whether a node that the failure before this one was put down to is there after all.
+
+        Ray learns of a node's death seconds after its actors', so this cannot be asked at once.
+        """
+        lost, self._lost_nodes = self._lost_nodes, set()
+        return bool(lost) and bool(lost & {node["NodeID"] for node in ray.nodes() if node["Alive"]})
 
     # --- what happened ----------------------------------------------------------------------------------------
 
@@ -114,6 +129,7 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
         if failure.cause == "the worker group failed":
             failure = Failure(failure.kind, _first_line(error))
         run.mark_slots([rank.answers for rank in ranks], failure.cause)
+        self._lost_nodes = {rank.node for rank in ranks if rank.answers is None and not rank.draining}
         return failure
 
     def _outcomes(self, failures: dict[int, Exception]) -> list[tuple[bool | None, dict[str, Any] | None]]:

@@ -24,6 +24,8 @@ logger = logging.getLogger("orchestrator")
 
 # How long a slot's answer to "are you there" is held back, and so how often each is asked.
 _ALIVE_S = 5.0
+# What a slot may take to import torch and DeepSpeed on a machine that is busy with other things.
+_START_S = 300.0
 _DRAIN_POLL_S = 0.5
 # How soon a cluster that does not answer is asked again.
 _BACKOFF_S = 2.0
@@ -215,14 +217,19 @@ class RayWorkerPool:
         self._start(self.rules.drain(self._draining))
 
     def _find_silent(self) -> None:
-        limit = time.monotonic() - self._heartbeat_timeout_s - _ALIVE_S
+        now = time.monotonic()
+        limits = {
+            SlotState.READY: self._heartbeat_timeout_s + _ALIVE_S,
+            # One whose imports hang would count as about to be ready for ever.
+            SlotState.STARTING: _START_S,
+        }
         silent = [
             name
             for name, held in self._actors.items()
-            if held.slot.state is SlotState.READY and held.heard < limit
+            if now - held.heard > limits.get(held.slot.state, float("inf"))
         ]
-        if silent:
-            self.lose(silent, f"no answer for {self._heartbeat_timeout_s:.0f} s")
+        for name in silent:
+            self.lose([name], f"no answer for {now - self._actors[name].heard:.0f} s")
 
     # --- actors -----------------------------------------------------------------------------------------------
 
