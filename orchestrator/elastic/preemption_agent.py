@@ -141,6 +141,13 @@ class NodeDrainer:
                     self._address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False
                 )
             )
+            try:
+                state._connect_and_get_accessor()
+            except ray.exceptions.RaySystemError as error:
+                raise RuntimeError(
+                    f"a server listens at {self._address} but does not take this agent; if its cluster has a token, "
+                    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or put the token into ~/.ray/auth_token"
+                ) from error
             self._state = state
         return self._state
 
@@ -395,6 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     try:
+        _use_token()
         drainer = NodeDrainer(_gcs_address(options.address), options.node_id)
         if options.now:
             return _leave(drainer, "asked to leave", options.grace_s)
@@ -457,6 +465,13 @@ def _leave(drainer: NodeDrainer, source: str, grace_s: float) -> int:
             logger.warning("%s: the cluster does not answer: %s", source, error)
         time.sleep(max(0.0, min(pause, deadline - time.time())))
     return 0 if drained else 1
+
+
+def _use_token() -> None:
+    """As `ray start` and `ray.init` do: a token that is there is used, unless RAY_AUTH_MODE says otherwise."""
+    from ray._private.authentication import authentication_token_setup as setup
+
+    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _gcs_address(address: str | None) -> str:
