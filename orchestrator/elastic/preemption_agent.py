@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -270,7 +270,7 @@ class PreemptionAgents:
     def __init__(self, notices: PreemptionNotices) -> None:
         self._notices = notices
         self._agents: dict[str, _Agent] = {}
-        self._failed: dict[str, float] = {}
+        self._failed: dict[str, tuple[float, str]] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.clouds: dict[str, Cloud | None] = {}
@@ -290,9 +290,13 @@ class PreemptionAgents:
             agent = self._agents.get(node_id)
             if agent is not None:
                 agent.busy_at = now
-            elif self.clouds.get(node_id, "unknown") is not None and now >= self._failed.get(node_id, 0.0):
+            elif self.clouds.get(node_id, "unknown") is not None:
+                since, why = self._failed.get(node_id, (-math.inf, ""))
+                if now - since < _RESTART_S:
+                    continue
+                if why:
+                    logger.info("node %s: its preemption agent failed and starts anew: %s", node_id[:8], why)
                 self._agents[node_id] = _Agent(self._make(node_id))
-                logger.debug("node %s: a preemption agent starts", node_id[:8])
         for node_id, agent in list(self._agents.items()):
             if node_id not in alive or now - agent.busy_at > _IDLE_S:
                 self._remove(node_id)
@@ -311,9 +315,8 @@ class PreemptionAgents:
         while not self._stop.is_set():
             try:
                 self.poll()
-            except (
-                Exception
-            ) as error:  # a cluster that does not answer is not ours to report, only to survive
+            except Exception as error:
+                # A cluster that does not answer is not ours to report, only to survive.
                 logger.debug("preemption agents: %s: %s", type(error).__name__, error)
             self._stop.wait(_ROUND_S)
 
@@ -361,8 +364,10 @@ class PreemptionAgents:
             cloud, lines = ray.get(agent.answer)
         except ray.exceptions.RayError as error:
             # The node may just have gone, and then it is no longer alive in the next round.
-            logger.debug("preemption agent of node %s: %s", node_id[:8], error)
-            self._failed[node_id] = time.monotonic() + _RESTART_S
+            self._failed[node_id] = (
+                time.monotonic(),
+                (str(error).strip() or type(error).__name__).splitlines()[-1],
+            )
             self._remove(node_id)
             return
         self.clouds[node_id] = cloud
@@ -376,7 +381,9 @@ class PreemptionAgents:
     def _remove(self, node_id: str) -> None:
         import ray
 
-        ray.kill(self._agents.pop(node_id).actor)
+        agent = self._agents.pop(node_id)
+        with suppress(Exception):  # at the end of a run the cluster may be gone before its agents
+            ray.kill(agent.actor)
 
 
 @contextmanager
