@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import stopwatch
+from orchestrator.elastic.device import device_type
 from orchestrator.objectives.chunked import SoftTargets, chunked_cross_entropy, chunked_sinkhorn_scaling
 from orchestrator.objectives.dino import cross_entropy
 from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
@@ -74,8 +75,8 @@ def _resident(key: str) -> int:
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Peak of the first step, median time of the others, and what both arms must agree on."""
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
+    device = device_type()
+    cuda = device != "cpu"
     # Libraries make their own buffers when they are first used.
     Head(4, 64, spec["bottleneck"], device).step(2 if spec["chunk_rows"] else None)
     head = Head(spec["rows"], spec["prototypes"], spec["bottleneck"], device)

@@ -38,7 +38,7 @@ class Paced(TrainStage):
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Train, and keep the account."""
-        from orchestrator.elastic import controller
+        from orchestrator.elastic import trainer
         from orchestrator.elastic.job import Job
 
         job = Job(
@@ -54,7 +54,7 @@ class Paced(TrainStage):
             seed=context.seed,
             elastic=context.elastic,
         )
-        figures = controller.run(job, tracker=context.run, stop=context.stop)
+        figures = trainer.run(job, tracker=context.run, stop=context.stop)
         account = json.loads((context.work / "goodput.json").read_text())
         (context.out / "goodput.json").write_text(json.dumps({"stage": context.name, **account}))
         return figures

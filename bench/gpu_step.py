@@ -26,6 +26,7 @@ from torch._C._distributed_c10d import HashStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from orchestrator.elastic.device import device as assigned_device
 from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.task import BlockTensors
 from orchestrator.elastic.workers import AllWorkers
@@ -72,8 +73,8 @@ class Row:
 def main() -> None:
     """Measure and print a table; the last line is JSON."""
     options = _options()
-    cuda = torch.cuda.is_available()
-    device = "cuda:0" if cuda else "cpu"
+    device = assigned_device()
+    cuda = device != "cpu"
     name = torch.cuda.get_device_name() if cuda else "CPU (shows that it works, nothing else)"
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if not cuda:

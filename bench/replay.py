@@ -71,7 +71,7 @@ def _calibrated(market: SpotMarket, folder: Path, steps: int) -> Costs:
     machines = tuple(Machine(f"m{i}", "raylet", 1, ((0.0, 1.0),)) for i in range(MACHINES))
     events = [Event(0.0, "up", i) for i in range(MACHINES)]
     events += [Event(50.0, "down", 3), Event(70.0, "notice", 2, 85.0), Event(85.0, "down", 2)]
-    # All gone: the next one to come is waited for, and tells how long its seat takes to be warm.
+    # All gone: the next one to come is waited for, and tells how long its slot takes to be ready.
     events += [Event(95.0, "down", 1), Event(105.0, "down", 0), Event(112.0, "up", 0), Event(140.0, "up", 1)]
     done = _replayed(market, Trace("calibration", "", machines, in_order(events)), folder, steps)
     run = from_mlflow(_tracking(folder), _STAGE)
@@ -99,7 +99,7 @@ def _trace(seed: int) -> Trace:
 
 def _case(market: SpotMarket, folder: Path, steps: int, trace: Trace, costs: Costs) -> Case:
     loaded = load(PIPELINE, [f"stages.train.steps={steps}"], stage_type=Paced)
-    # Only what is measured is predicted: the first stage has warmed the seats of the machines of second 0.
+    # Only what is measured is predicted: the first stage has warmed the slots of the machines of second 0.
     costs = costs.override(["overhead_s=0"], [_STAGE])
     (stage,) = [plan for plan in plan_stages(loaded.spec, order(loaded), costs) if plan.name == _STAGE]
     prediction = predict([stage], trace, warm=True)

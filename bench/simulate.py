@@ -56,5 +56,5 @@ def run(quick: bool) -> Claim:
 def _stage(size: int) -> StagePlan:
     """A job that does not end within the trace, with the engine's own time between checkpoints."""
     costs = StageCosts()
-    job = JobPlan("bench", 10_000_000, size, (1, size), None, 3, costs)
+    job = JobPlan("bench", 10_000_000, size, (1, size), None, costs)
     return StagePlan("bench", "pretrain", (job,), costs)

@@ -42,6 +42,19 @@ class Stopped(Exception):  # noqa: N818 - no error: the user asked for it
     """The user asked the pipeline to stop; everything is checkpointed and can go on later."""
 
 
+class ClusterLostError(Exception):
+    """The Ray cluster under a running stage has gone; what the stage had checkpointed is there.
+
+    Args:
+        what: which part ended, and how.
+        own: whether it was the pipeline's own cluster, so that a new one can be started.
+    """
+
+    def __init__(self, what: str, *, own: bool) -> None:
+        super().__init__(what)
+        self.own = own
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` was probably meant to be, or None."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)

@@ -6,10 +6,22 @@ Fields made with :func:`operational` say *how* something runs (worker counts, ch
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 
 class Strict(BaseModel):
@@ -44,45 +56,261 @@ def _identity(value: Any) -> Any:
     return value
 
 
+# The upper end of a worker range that has none: as many workers as the cluster has devices.
+EVERY_DEVICE = 2**20
+_AUTO = "auto"
+_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_LABEL = re.compile(r"!?(in\([^()]+\)|[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)")
+# What Ray 2.60 knows, but for what only Ray itself sets.
+_RUNTIME_ENV = (
+    "conda",
+    "config",
+    "container",
+    "env_vars",
+    "excludes",
+    "image_uri",
+    "java_jars",
+    "pip",
+    "py_executable",
+    "py_modules",
+    "uv",
+    "worker_process_setup_hook",
+    "working_dir",
+)
+# Key of old → key of today.
+RENAMED = {"silence_s": "heartbeat_timeout_s", "hang_s": "stall_timeout_s"}
+
+
 def _worker_range(value: Any) -> Any:
+    if value == _AUTO:
+        return (1, EVERY_DEVICE)
+    if isinstance(value, str):
+        raise ValueError(f"must be a number, two numbers such as [1, 4], or auto, not {value!r}")
+    if isinstance(value, (list, tuple)) and len(value) == 2 and value[1] == _AUTO:
+        return (value[0], EVERY_DEVICE)
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _worker_text(value: tuple[int, int]) -> Any:
+    if value[1] != EVERY_DEVICE:
+        return value
+    return _AUTO if value[0] == 1 else (value[0], _AUTO)
+
+
+# min_workers and max_workers. `auto`, or `[2, auto]`, has EVERY_DEVICE as its upper end.
 Workers = Annotated[
-    tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]],
+    tuple[Annotated[int, Field(ge=1, le=EVERY_DEVICE)], Annotated[int, Field(ge=1, le=EVERY_DEVICE)]],
     BeforeValidator(_worker_range),
+    PlainSerializer(_worker_text),
 ]
+
+
+def _amount(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"must be a whole number, or a share below 1, not {value:g}")
+    return value
+
+
+def _bytes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+    if number is None or number[2].upper() not in _BYTES:
+        raise ValueError(f"must be a number of bytes, or a text such as 8GiB or 500MB, not {value!r}")
+    return int(float(number[1]) * _BYTES[number[2].upper()])
+
+
+class Resources(Strict):
+    """What the slot of one worker asks Ray for; all of it operational. What is left out has a default."""
+
+    gpu: float | None = operational(
+        None,
+        gt=0,
+        le=1024,
+        description="The number of GPUs that each worker gets: a whole number, or a share below 1 that lets several "
+        "jobs use one GPU. Default: 1 where workers run on GPUs.",
+    )
+    cpu: float | None = operational(
+        None,
+        gt=0,
+        le=65536,
+        description="The number of logical CPUs that each worker reserves: a whole number, or a share below 1. "
+        "Default: 1 for a worker on a CPU, none for a worker on a GPU.",
+    )
+    memory: Annotated[int, BeforeValidator(_bytes), Field(gt=0, le=2**50)] | None = operational(
+        None,
+        description="The main memory that each worker reserves, in bytes or as a text such as 8GiB. Ray counts it "
+        "when it places workers and does not enforce it. Default: none is reserved.",
+    )
+    accelerator_type: str | None = operational(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$",
+        description="The type of accelerator, in Ray's words such as H100 or A100-80G, that a worker's node must have.",
+    )
+    labels: dict[str, str] = operational(
+        {},
+        description="Ray's label selector: a worker runs only on nodes that have these labels. A value may be "
+        "negated (`!spot`) or a choice (`in(a,b)`).",
+    )
+    runtime_env: dict[str, Any] = operational(
+        {},
+        repr=False,
+        description="Ray's runtime environment of a worker's process: `env_vars`, `pip`, `working_dir` and the like.",
+    )
+
+    @field_validator("gpu", "cpu")
+    @classmethod
+    def _whole_or_share(cls, value: float | None) -> float | None:
+        return value if value is None else _amount(value)
+
+    @field_validator("labels")
+    @classmethod
+    def _selects(cls, labels: dict[str, str]) -> dict[str, str]:
+        for name, value in labels.items():
+            if not _LABEL.fullmatch(value):
+                raise ValueError(f"{name}: {value!r} is not a label's value, !value, in(a,b) or !in(a,b)")
+        return labels
+
+    @field_validator("runtime_env", mode="before")
+    @classmethod
+    def _known(cls, env: Any) -> Any:
+        """Only the names of keys are shown: values may be secret."""
+        if not isinstance(env, Mapping):
+            return env
+        for name in env:
+            if name not in _RUNTIME_ENV:
+                known = ", ".join(_RUNTIME_ENV)
+                raise ValueError(f"unknown key {name!r} of a runtime environment; Ray knows {known}")
+        if "env_vars" not in env:
+            return env
+        variables = env["env_vars"]
+        if not isinstance(variables, Mapping):
+            raise ValueError("env_vars must be a mapping of names to texts")
+        for name, value in variables.items():
+            # YAML makes numbers of ports and the like.
+            if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+                raise ValueError(f"env_vars.{name} must be a text: put it in quotes")
+        return {**env, "env_vars": {str(name): str(value) for name, value in variables.items()}}
+
+    @field_serializer("runtime_env")
+    def _without_secrets(self, env: dict[str, Any], info: SerializationInfo) -> dict[str, Any]:
+        """JSON goes into records, logs and MLflow; the values of `env_vars` do not."""
+        if info.mode != "json" or "env_vars" not in env:
+            return env
+        return {**env, "env_vars": dict.fromkeys(env["env_vars"], "***")}
+
+    def overlaid(self, own: Resources | None) -> Resources:
+        """These, with what `own` says itself laid over them, key by key."""
+        if own is None:
+            return self
+        return self.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
 class Elastic(Strict):
     """Defaults of every training stage; all of it operational."""
 
-    workers: Workers = operational((1, 2), description="fewest and most workers; one number fixes the count")
-    checkpoint_every_s: float | None = operational(
-        None, gt=0, description="seconds between checkpoints; default: from their cost and the losses seen"
+    workers: Workers = operational(
+        (1, 2),
+        description="The numbers of workers that a job runs with: [min_workers, max_workers], one number for a fixed "
+        "count, or auto for one worker on each device that the cluster has at the time.",
     )
-    keep_checkpoints: int = operational(2, ge=1, description="newest checkpoints kept on disk")
-    keep_every: int | None = operational(None, ge=1, description="checkpoints of every so many steps stay")
+    resources: Resources = operational(
+        Resources(), description="What each worker's slot asks Ray for: GPUs, CPUs, memory, kind of node."
+    )
+    checkpoint_every_s: float | None = operational(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="The seconds from one checkpoint to the next. Default: computed from what a checkpoint costs and "
+        "how often workers were lost.",
+    )
+    keep_checkpoints: int = operational(
+        2, ge=1, description="The number of newest checkpoints that are kept; older ones are deleted."
+    )
+    keep_every: int | None = operational(
+        None,
+        ge=1,
+        description="Checkpoints of steps that are multiples of this number are never deleted. Default: none.",
+    )
     device: Literal["auto", "cpu", "gpu"] = operational(
-        "auto", description="what a worker takes; auto: a GPU if the cluster has one when the stage starts"
+        "auto",
+        description="The kind of device that a worker trains on. auto is a GPU if the cluster has one when the stage "
+        "starts, else a CPU; cpu never uses a GPU, also where there are GPUs.",
     )
     resize_share: float = operational(
         0.1,
         gt=0,
         le=1,
-        description="the most of the time that may go into restarts just to use more machines",
+        description="The largest share of the training time, from 0 to 1, that goes into restarts whose only purpose "
+        "is to use more machines.",
     )
-    silence_s: float = operational(15.0, gt=1, description="a worker not heard of for so long is given up")
-    hang_s: float = operational(300.0, gt=1, description="a group without progress for so long is restarted")
+    heartbeat_timeout_s: float = operational(
+        15.0,
+        gt=1,
+        allow_inf_nan=False,
+        description="The seconds after which a worker that sends no heartbeat is replaced.",
+    )
+    stall_timeout_s: float = operational(
+        300.0,
+        gt=1,
+        allow_inf_nan=False,
+        description="The seconds after which a group of workers that finishes no step is restarted.",
+    )
     max_failures: int = operational(
-        3, ge=0, description="failures of the user's code before a stage gives up"
+        3,
+        ge=0,
+        description="The number of failures of the user's code after which a stage ends. Lost machines do not count.",
     )
+    wait_for_workers_s: float | None = operational(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="The seconds that a job waits for machines before the run ends with an error. Default: no limit.",
+    )
+    workers_from: Literal["warm", "stock"] = operational(
+        "warm",
+        description="Where Ray Train gets workers from. warm: from slots that stay, each with a process that has "
+        "imported everything. stock: from Ray Train's own worker group, which starts new processes for each attempt.",
+    )
+    ray_train_callbacks: tuple[str, ...] = operational(
+        (),
+        description="Ray Train callbacks of the run, each as package.module:Class; a class is made without arguments.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_keys(cls, values: Any) -> Any:
+        """Keys as they were called before; `load` says so once."""
+        if not isinstance(values, Mapping):
+            return values
+        renamed = dict(values)
+        for old, new in RENAMED.items():
+            if old in renamed:
+                if new in renamed:
+                    raise ValueError(f"{old} is the old name of {new}: leave it out")
+                renamed[new] = renamed.pop(old)
+        return renamed
 
     @model_validator(mode="after")
     def _ordered(self) -> Elastic:
         if self.workers[0] > self.workers[1]:
-            raise ValueError(f"the fewest workers ({self.workers[0]}) exceed the most ({self.workers[1]})")
+            raise ValueError(f"min_workers ({self.workers[0]}) is above max_workers ({self.workers[1]})")
         return self
+
+    @property
+    def every_device(self) -> bool:
+        """Whether `workers` has no upper end but the devices that are there."""
+        return self.workers[1] == EVERY_DEVICE
+
+    def overlaid(self, own: Elastic | None) -> Elastic:
+        """This section, with what `own` says itself laid over it; `resources` key by key."""
+        if own is None:
+            return self
+        update = {name: getattr(own, name) for name in own.model_fields_set}
+        if "resources" in update:
+            update["resources"] = self.resources.overlaid(own.resources)
+        return self.model_copy(update=update)
 
 
 class DataSource(Strict):
@@ -103,15 +331,35 @@ PreemptionNotices = Literal["auto", "aws", "gce", "azure", "kubernetes", "off"]
 
 
 class Cluster(Strict):
-    """Which Ray cluster: `local` starts an own one, `auto` joins the running one, `ray://…` a remote one."""
+    """Which Ray cluster: `local` starts an own one, `auto` joins the one on this machine, `host:port` that one."""
 
-    address: str = Field("local", pattern=r"^(local|auto|ray://.+|[\w.\-]+:\d+)$")
+    address: str = Field(
+        "local", description="local, auto, or host:port of a cluster with a node on this machine"
+    )
     preemption_notices: PreemptionNotices = operational(
         "auto",
         description="Whose notice that a machine is taken back is turned into the drain of its Ray node. `auto` asks "
         "the metadata service of the cloud that a machine's firmware names, and nobody on other machines. "
         "`kubernetes` asks nobody, since the pods' own preStop hooks drain.",
     )
+    dashboard: bool = operational(
+        False,
+        description="Whether an own cluster has Ray's dashboard, with the state of Ray Train's runs, and Prometheus "
+        "metrics. It needs the package extra `dashboard`, which brings ray[default].",
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _no_client(cls, address: str) -> str:
+        if "://" in address:
+            raise ValueError(
+                f"{address!r} is not an address that a driver can run at: it needs a node of the cluster. "
+                "Hand the pipeline to the cluster with `ray job submit -- orchestrator run …` and the address "
+                "auto (docs/clusters.md)"
+            )
+        if not re.fullmatch(r"local|auto|[\w.\-]+:\d{1,5}", address):
+            raise ValueError(f"must be local, auto or host:port, not {address!r}")
+        return address
 
 
 class Hardware(Strict):

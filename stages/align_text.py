@@ -166,6 +166,7 @@ class AlignText(TrainStage):
             elastic=context.elastic,
             remote=context.remote,
             inputs=context.needed,
+            pipeline=context.pipeline,
         )
 
     def run(self, context: Context) -> Mapping[str, float]:
@@ -177,7 +178,7 @@ class AlignText(TrainStage):
             Stopped: on request, checkpointed.
         """
         from orchestrator.data.index import PhotoIndex
-        from orchestrator.elastic import controller
+        from orchestrator.elastic import trainer
         from orchestrator.stages.tasks.aligned import save_aligned
         from orchestrator.stages.tasks.captions import captioned, load_tokenizer
         from orchestrator.stages.tasks.text import load_encoder
@@ -191,7 +192,7 @@ class AlignText(TrainStage):
         tokenizer = context.work / "tokenizer.json"
         self._settle_tokenizer([str(index[row].caption) for row in rows], tokenizer)
         job = self.job(context, tower, image_size, load_tokenizer(tokenizer))
-        account = controller.run(job, tracker=context.run, stop=context.stop)
+        account = trainer.run(job, tracker=context.run, stop=context.stop)
         save_aligned(
             job.export(job.num_steps), context.out / "aligned", self, tower, tokenizer, image_size=image_size
         )

@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
-from orchestrator.spec import Optimizer, Schedule, Strict, operational
+from orchestrator.spec import Optimizer, Resources, Schedule, Strict, Workers, operational
 from orchestrator.stages.base import Context, Input, TrainStage
 from orchestrator.stages.features import FeatureObjective
 from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, ModelName, check_crops
@@ -45,7 +45,12 @@ class Student(Strict):
     )
     precision: Literal["auto", "fp32", "bf16"] | None = Field(None, description="default: the stage's")
     zero_stage: Literal[1, 2, 3] = operational(3)
-    workers: int | tuple[int, int] | None = operational(None, description="overrides `elastic.workers`")
+    workers: Workers | None = operational(
+        None, description="The student's own `elastic.workers`. Default: the stage's."
+    )
+    resources: Resources | None = operational(
+        None, description="The student's own `elastic.resources`. A key that is left out is the stage's."
+    )
 
 
 class Distill(TrainStage):
@@ -96,7 +101,12 @@ class Distill(TrainStage):
     teacher_threads: int = operational(
         1, ge=1, description="threads of a teacher actor that make the next step's views beside its forward"
     )
-    teacher_gpus: float = operational(0.1, gt=0, description="what each takes of a GPU, where there are any")
+    teacher_gpus: float = operational(
+        0.1,
+        gt=0,
+        le=1024,
+        description="The share or number of GPUs that each process of a teacher takes, where there are any.",
+    )
     views: Literal["shared", "regenerated"] = operational(
         "shared", description="made once by the teachers for all, or by each student's workers from the seed"
     )
@@ -171,6 +181,20 @@ class Distill(TrainStage):
             where=where,
             hint=f"set window to {fits}" if fits >= 2 else "set views: regenerated, or a smaller batch_size",
         )
+
+    def check_shards(self, gpus: float, where: str) -> None:
+        """See that the processes of one teacher have a GPU each on a cluster with `gpus`: NCCL connects them.
+
+        Raises:
+            UserError: two would be on one.
+        """
+        if gpus and self.teacher_shards > 1 and self.teacher_gpus < 1:
+            raise UserError(
+                f"{self.teacher_shards} processes of one teacher, on {self.teacher_gpus:g} of a GPU each, would be on "
+                "one GPU: NCCL needs a GPU of its own for each",
+                where=where,
+                hint="set teacher_gpus: 1, or teacher_shards: 1",
+            )
 
     def steps_of(self, student: Student) -> int:
         """A student's number of updates."""

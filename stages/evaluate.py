@@ -174,7 +174,12 @@ class Evaluate(Stage):
         from orchestrator.stages.tasks.evaluation import load_tower, random_tower, read_settings
 
         students = student_folders(context.inputs.get("students"))
-        load = partial(load_tower, size=self.image_size, where=f"stages.{context.name}.image_size")
+        load = partial(
+            load_tower,
+            size=self.image_size,
+            where=f"stages.{context.name}.image_size",
+            wanted=context.elastic.device,
+        )
 
         def load_random(folder: Path) -> Tower:
             return random_tower(load(folder), context.seed)

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from orchestrator.elastic.device import assigned_gpus, environment
 from orchestrator.errors import UserError
 from orchestrator.sharing import profile as profiles
 from orchestrator.sharing.planner import StudentCost, TeacherCost
@@ -86,6 +87,7 @@ class Material:
     Attributes:
         recipe: of the teacher that a stage makes; None if all teachers come from elsewhere.
         index_key: of the photographs, if they are real.
+        device: an `elastic.device`: `cpu` measures on cores even where there are GPUs.
     """
 
     stage: Distill
@@ -93,6 +95,7 @@ class Material:
     teacher: Path | None = None
     index: Path | None = None
     index_key: str = ""
+    device: str = "auto"
 
 
 def measured(
@@ -108,7 +111,7 @@ def measured(
     Raises:
         UserError: a part cannot be run on this machine.
     """
-    stage, machine = material.stage, profiles.hardware()
+    stage, machine = material.stage, profiles.hardware(material.device)
     identities = {name: _identity(material, name) for name in ("", *stage.students)}
     found = (
         {} if refresh else {name: profiles.load(machine, identity) for name, identity in identities.items()}
@@ -241,11 +244,12 @@ def _spec(
 def _run(specs: Sequence[Spec], gpu: bool) -> list[dict[str, dict[str, float]]]:
     """The answers of processes that measure at once."""
     command = [sys.executable, "-m", _MODULE]
-    env = {**os.environ, "DS_ACCELERATOR": "cuda"} if gpu else {
-        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    gpus = assigned_gpus() if gpu else ()
     running: list[subprocess.Popen[str]] = []
     try:
         for spec in specs:
+            # Each process has the GPU of its rank to itself.
+            env = {**os.environ, **environment(gpus[spec.rank : spec.rank + 1])}
             log = spec.out.with_suffix(".log").open("w")
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, env=env

@@ -43,7 +43,7 @@ def pupils_of(
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
     missing = [name for name, part in parts.items() if part.artifact is None]
-    jobs = {name: _job(config, context, teach, name, parts[name]) for name in missing}
+    jobs = {name: student_job(config, context, teach, name, parts[name]) for name in missing}
     jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
     front = _front(config, jobs, parts)
     return {
@@ -58,15 +58,17 @@ def pupils_of(
     }
 
 
-def _job(config: Distill, context: Context, teach: Teaching, name: str, part: Part) -> Job:
+def student_job(config: Distill, context: Context, teach: Teaching, name: str, part: Part) -> Job:
     """A student's job, but for its blocks, which need the share service."""
     from orchestrator.data.rng import derive
     from orchestrator.elastic.job import Job
 
     student = config.students[name]
     elastic = context.elastic
-    if student.workers is not None:
-        elastic = elastic.model_validate({**elastic.model_dump(), "workers": student.workers})
+    resources = elastic.resources.overlaid(student.resources)
+    elastic = elastic.model_copy(
+        update={"workers": student.workers or elastic.workers, "resources": resources}
+    )
     seed = derive(stage_seed(context, config.kind), name)
     return Job(
         name=f"{context.name}/{name}",
@@ -81,6 +83,7 @@ def _job(config: Distill, context: Context, teach: Teaching, name: str, part: Pa
         elastic=elastic,
         remote=part.remote,
         inputs=context.needed,
+        pipeline=context.pipeline,
     )
 
 
@@ -88,34 +91,49 @@ def sharing_gpus(jobs: dict[str, Job], gpus: float, teachers: int, each: float) 
     """The jobs, on shares of GPUs where there are too few for all students' workers and `teachers` of `each`.
 
     All students should run at once: one that waits for a GPU holds up the others, which wait for it within the
-    window. Each GPU is cut into equal places, as a share cannot span two, and worker counts are fixed at the
-    fewest, since a worker more would only take from the others.
+    window. Each GPU is cut into equal places, as a share cannot span two, and worker counts are fixed at
+    min_workers, since one worker more would only take from the others. A student whose `resources.gpu` is set
+    gets that. A student with several workers gets whole GPUs: two workers of one group cannot be on one GPU.
 
     Raises:
-        UserError: the teachers leave nothing for students.
+        UserError: the teachers, and students that cannot share, leave nothing for the others.
     """
-    workers = sum(job.elastic.workers[0] for job in jobs.values())
-    if not gpus or not jobs or gpus >= workers + math.ceil(teachers * each):
+    taken = {name: job.elastic.workers[0] * (job.resources.gpu or 1.0) for name, job in jobs.items()}
+    if not gpus or not jobs or gpus >= sum(taken.values()) + math.ceil(teachers * each):
         return jobs
     # Teachers of whole GPUs have them to themselves; smaller ones sit beside the students, spread over all.
     whole = teachers * each if each >= 1 else 0
     beside = 0 if each >= 1 else math.ceil(teachers / gpus) * each
+    stage = f"stages.{next(iter(jobs.values())).name.partition('/')[0]}"
     if gpus - whole < 1 or beside >= 0.95:
         raise UserError(
             f"{teachers} teachers of {each:g} GPUs each leave none of {gpus:g} GPUs for students",
-            where=f"stages.{next(iter(jobs.values())).name.partition('/')[0]}.teacher_gpus",
+            where=f"{stage}.teacher_gpus",
             hint="give fewer teachers, or less of a GPU to each",
         )
-    places = math.ceil(workers / (gpus - whole))
-    share = int(100 * (1 - beside) / places) / 100
-    return {
-        name: replace(
-            job,
-            gpus_per_worker=share,
-            elastic=job.elastic.model_copy(update={"workers": (job.elastic.workers[0],) * 2}),
+    cut = [name for name, job in jobs.items() if job.resources.gpu is None and job.elastic.workers[0] == 1]
+    room = math.floor(gpus - whole - sum(taken[name] for name in jobs if name not in cut))
+    if room < 1 if cut else room < 0:
+        others = ", ".join(name for name in jobs if name not in cut)
+        raise UserError(
+            f"students that need GPUs of their own ({others}) leave too few of {gpus:g} GPUs",
+            where=f"{stage}.students",
+            hint="set their workers to 1 so that they can share, or their resources.gpu to a smaller share",
         )
-        for name, job in jobs.items()
-    }
+    places = math.ceil(len(cut) / room) if cut else 1
+    share = int(100 * (1 - beside) / places) / 100
+    single = int(100 * (1 - beside)) / 100
+    return {name: _on_gpus(job, share if name in cut else single) for name, job in jobs.items()}
+
+
+def _on_gpus(job: Job, share: float) -> Job:
+    """The job at min_workers, on this share of a GPU for each if it does not say itself."""
+    min_workers = job.elastic.workers[0]
+    resources = job.resources
+    if resources.gpu is None:
+        resources = resources.model_copy(update={"gpu": share})
+    update = {"workers": (min_workers, min_workers), "resources": resources}
+    return replace(job, elastic=job.elastic.model_copy(update=update))
 
 
 def _front(config: Distill, jobs: Mapping[str, Job], parts: Mapping[str, Part]) -> int:

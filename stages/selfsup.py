@@ -171,6 +171,7 @@ class SelfSupervised(TrainStage):
             elastic=context.elastic,
             remote=context.remote,
             inputs=context.needed,
+            pipeline=context.pipeline,
             start_from=backbone.path / "checkpoint" if backbone else None,
             export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every))
             if self.snapshot_every
@@ -186,12 +187,12 @@ class SelfSupervised(TrainStage):
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Train and leave model, snapshots, checkpoint and history."""
-        from orchestrator.elastic import controller
+        from orchestrator.elastic import trainer
         from orchestrator.stages.tasks.backbone import save_backbone
 
         recipe = self.recipe(context)
         job = self.job(context, recipe)
-        account = controller.run(job, tracker=context.run, stop=context.stop)
+        account = trainer.run(job, tracker=context.run, stop=context.stop)
         snapshots = context.out / "snapshots"
         shutil.copytree(job.work / "exports", snapshots)
         job.collect(context.out / "checkpoint")

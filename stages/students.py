@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.errors import Stopped
+from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
 from orchestrator.stages.pupils import Pupil, pupils_of
 from orchestrator.stages.selfsup import stage_seed, summary
@@ -64,6 +65,7 @@ def _train_all(
     from orchestrator.sharing.keeper import Keeper
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
+    config.check_shards(gpus, f"stages.{context.name}.teacher_gpus")
     num_steps = max((pupil.offset + pupil.job.num_steps for pupil in pupils.values()), default=0)
     balance = _balance(config, context, pupils)
     by_balance = balance is not None and config.teachers == "auto"
@@ -79,7 +81,7 @@ def _train_all(
         num_steps,
         config.batch_size // config.block_size,
         window=window,
-        hang_s=context.elastic.hang_s,
+        hang_s=context.elastic.stall_timeout_s,
         gpus=config.teacher_gpus if gpus else 0.0,
         account=context.work / "sharing.json",
         on_figures=partial(_track, context.run),
@@ -103,12 +105,16 @@ def _balance(config: Distill, context: Context, pupils: Mapping[str, Pupil]) -> 
     if teacher is not None:
         recipe = ModelRecipe.model_validate_json((teacher.path / "recipe.json").read_text())
     folder = teacher.path if teacher is not None else None
-    material = Material(config, recipe, folder, index.path, index.key)
+    material = Material(config, recipe, folder, index.path, index.key, context.elastic.device)
     left = {name: pupil.job.num_steps - (pupil.next_step - pupil.offset) for name, pupil in pupils.items()}
     bounds = {
-        name: pupil.job.elastic.workers for name, pupil in pupils.items() if pupil.config.workers is not None
+        name: _bounds(pupil.job.elastic) for name, pupil in pupils.items() if pupil.config.workers is not None
     }
     return balancer(material, left, bounds)
+
+
+def _bounds(elastic: Elastic) -> tuple[int, int | None]:
+    return elastic.workers[0], None if elastic.every_device else elastic.workers[1]
 
 
 def _in_threads(
@@ -133,7 +139,7 @@ def _train_one(
     context: Context, teach: Teaching, keeper: Keeper, balance: Balancer | None, pupil: Pupil
 ) -> Path:
     """Train one student to its end and publish it at once; its siblings' fate does not matter to it."""
-    from orchestrator.elastic import controller
+    from orchestrator.elastic import trainer
 
     # The id follows from the stage's, so a resumed stage finds its students' runs again.
     run = context.run.child(f"{context.name}/{pupil.name}", resume_id=f"{context.run.run_id}-{pupil.name}")
@@ -144,8 +150,8 @@ def _train_one(
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         limit = balance.quota(pupil.name) if balance is not None else None
-        job = replace(pupil.job, seat_blocks=source, limit=limit)
-        account = controller.run(job, tracker=run, stop=context.stop)
+        job = replace(pupil.job, slot_blocks=source, limit=limit)
+        account = trainer.run(job, tracker=run, stop=context.stop)
         status = "FINISHED"
     except Stopped:
         status = "KILLED"

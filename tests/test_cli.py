@@ -141,3 +141,21 @@ def test_doctor_names_what_is_there(folder: Path) -> None:
     assert done.returncode == 1, "a store below a file cannot be written"
     assert "cannot be written" in done.stdout
     assert "torch" in done.stdout
+
+
+def test_doctor_looks_at_what_ray_needs(folder: Path) -> None:
+    long = folder / ("a" * 60)
+    long.mkdir()
+    done = subprocess.run(
+        [sys.executable, str(TOYS), "doctor", "--store", "runs"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": "/dev/null/nowhere", "TMPDIR": str(long)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, "a run does without both"
+    said = " ".join(done.stdout.split())
+    assert "/dev/null/nowhere cannot be written" in said
+    assert "cannot be used for Ray's sockets: /tmp is used for them" in said
+    assert f"on {len(os.sched_getaffinity(0))} cores" in said
+    assert "/dev/shm" in said

@@ -120,7 +120,7 @@ class Lab:
 @contextmanager
 def open_lab(folder: Path, seeds: Sequence[int], quick: bool, say: Callable[[str], None]) -> Iterator[Lab]:
     """A lab with a Ray cluster of its own."""
-    with cluster.start(Cluster(), preload=_PRELOAD, prewarm=len(seeds)):
+    with cluster.start(Cluster(), preload=_PRELOAD, prestart=len(seeds)):
         yield Lab(folder, seeds, quick, say)
 
 

@@ -151,7 +151,7 @@ def standing() -> Iterator[Stand]:
         # Room for all that an arm has, so that nobody waits for a place that another one keeps.
         with (
             SpotMarket(head_slots=_PLACES) as market,
-            cluster.start(Cluster(address=market.address), preload=Distill.preload, prewarm=3),
+            cluster.start(Cluster(address=market.address), preload=Distill.preload, prestart=3),
         ):
             yield stand
 

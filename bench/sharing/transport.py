@@ -20,7 +20,7 @@ _REPETITIONS = 20
 def transport_share(stand: Stand, round_s: float) -> float:
     """Seconds for the teacher's part of a step, over those of a round.
 
-    Into the object store, out of it, cut into blocks, into the memory that seat and worker share, and mapped there.
+    Into the object store, out of it, cut into blocks, into the memory that slot and worker share, and mapped there.
     """
     import ray
 

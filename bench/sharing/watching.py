@@ -87,18 +87,15 @@ def snapshot(contexts: list[Context], students: Mapping[str, str]) -> Snapshot:
 
 def _worker_times() -> dict[str, float]:
     """Processor time of each student's training process."""
-    import ray
-
-    from orchestrator.elastic import fleet
+    from orchestrator.elastic.hosts import hosts
 
     found = {}
-    for place in list(fleet.current()._places.values()):
-        if place.job is None:
+    for slot in hosts.slots():
+        if slot["job"] is None:
             continue
-        seat = int(ray.get(place.actor.where.remote())["pid"])
-        children = psutil.Process(seat).children(recursive=True)
-        # The zygote imports before any window; the worker forked from it is its only other descendant.
-        found[place.job.rpartition("/")[2]] = sum(_cpu(process) for process in children)
+        children = psutil.Process(slot["pid"]).children(recursive=True)
+        # The fork server imports before any window; the worker forked from it is its only other descendant.
+        found[slot["job"].rpartition("/")[2]] = sum(_cpu(process) for process in children)
     return found
 
 

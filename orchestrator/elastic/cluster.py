@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
+import secrets
+import signal
 import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from orchestrator.elastic import fleet
+from orchestrator.elastic import cluster_check
+from orchestrator.elastic.hosts import hosts
 from orchestrator.elastic.preemption_agent import watch_for_preemption
-from orchestrator.spec import Cluster
+from orchestrator.elastic.reaper import Reaper, members
+from orchestrator.elastic.resources import cluster_nodes, has_gpus, slot_shape
+from orchestrator.errors import ClusterLostError, Stopped, UserError
+from orchestrator.spec import Cluster, Elastic
 
 logger = logging.getLogger("orchestrator")
-
-_PREFIX = "orchestrator-ray-"
 
 # A user's own setting wins.
 _DEFAULTS = {
@@ -27,11 +33,56 @@ _DEFAULTS = {
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
+    # Ray's own answer to SIGTERM is an abort 3 s later, and to a head that is gone the end of the driver after
+    # 60 s without a word; both are ours to see and to report.
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
 }
+
+# Ray gives up on parts of a new cluster after 30 s, which a busy machine can take.
+START_S = 90
+_STORAGE = "RAY_gcs_storage"
+
+# A head that ends more often than that does not end by chance.
+_MOST_RESTARTS, _WITHIN_S = 3, 3600.0
+
+_GONE_S = 30.0
+_ASK_EVERY_S = 2.0
+_DEAD_S = 5.0
+_POLL_S = 0.1
+
+
+class RunningCluster:
+    """A cluster that this driver is connected to.
+
+    Attributes:
+        dashboard_url: of Ray's dashboard; empty without one.
+        token_file: holds the token that an own cluster asks for; empty if the environment brought one.
+    """
+
+    dashboard_url = token_file = ""
+
+    def check(self) -> None:
+        """Whether the cluster is still there; to be called often, by the thread that started it.
+
+        Raises:
+            ClusterLostError: it has gone. This driver is disconnected from it, and nothing of an own one is left.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Disconnect; an own cluster ends."""
+        raise NotImplementedError
 
 
 @contextmanager
-def start(cluster: Cluster, preload: Sequence[str] = (), prewarm: int = 0) -> Iterator[None]:
+def start(
+    cluster: Cluster,
+    preload: Sequence[str] = (),
+    prestart: int = 0,
+    elastic: Elastic | None = None,
+    say: Callable[[str], None] = logger.warning,
+) -> Iterator[RunningCluster]:
     """Connect to the pipeline's cluster, starting one where the address is `local`; leaves nothing behind.
 
     An own cluster lives in a temporary folder of its own, so neither a running cluster nor the remains of a
@@ -40,47 +91,339 @@ def start(cluster: Cluster, preload: Sequence[str] = (), prewarm: int = 0) -> It
     Args:
         cluster: which one.
         preload: modules that workers will need, imported before they do.
-        prewarm: seats of an own cluster to make at once, so that they are warm when the first job comes.
+        prestart: slots of an own cluster to start at once, so that they are warm when the first job comes.
+        elastic: the section of the job that they are for.
+        say: is told when the start takes a second try.
+
+    Raises:
+        UserError: the cluster cannot be started or joined.
+        Stopped: SIGTERM came while Ray started.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    own = cluster.address == "local"
+    if cluster.dashboard:
+        cluster_check.can_have_dashboard(own)
+        # Ray Train's metrics, and Ray's, are there for Prometheus only where Ray collects them.
+        os.environ.update({"RAY_enable_metrics_collection": "1"})
+    running = _start_own(cluster.dashboard, say) if own else JoinedCluster(cluster.address)
+    try:
+        reconciles = cluster.dashboard or not own
+        _open_pool(preload, prestart if own else 0, elastic or Elastic(), reconciles)
+        with watch_for_preemption(cluster.preemption_notices):
+            yield running
+    finally:
+        running.close()
+
+
+class _NotUpError(Exception):
+    """Ray did not start: its error on one line, and the last lines of its logs, which are gone by now."""
+
+    def __init__(self, error: Exception, log: list[str]) -> None:
+        first = next(iter(str(error).strip().splitlines()), "")
+        super().__init__(f"{type(error).__name__}: {first}")
+        self.log = log
+
+
+class OwnCluster(RunningCluster):
+    """A cluster of one node, this machine, in a folder of its own; ends with the driver, however that ends."""
+
+    def __init__(self, dashboard: bool = False) -> None:
+        self._folder = cluster_check.short_folder()
+        self._reaper = Reaper(self._folder)
+        self._closed = False
+        self._lost: ClusterLostError | None = None
+        self._restarts: list[float] = []
+        self._environment = contextlib.ExitStack()
+        try:
+            settings = {**_start_waits(), **self._token(), **self._storage()}
+            self._environment.enter_context(_environment(settings))
+            with self._reaper.marking():
+                context = _init(
+                    address="local",
+                    num_cpus=_slots(),
+                    include_dashboard=dashboard,
+                    dashboard_host="127.0.0.1",
+                    # Ray opens its folders to everybody; the one above them is the owner's alone.
+                    _temp_dir=str(self._folder / "r"),
+                )
+            self.dashboard_url = f"http://{context.dashboard_url}" if dashboard else ""
+            self._head, self._node = _process("gcs_server"), _process("raylet")
+            self._head_command = _command(self._head)
+        except BaseException as error:
+            log = cluster_check.last_lines(self.logs)
+            self.close()
+            if isinstance(error, Stopped) or not isinstance(error, Exception):
+                raise
+            raise _NotUpError(error, log) from error
+
+    @property
+    def logs(self) -> Path:
+        """Where Ray's logs of this cluster are."""
+        return self._folder / "r" / "session_latest" / "logs"
+
+    def check(self) -> None:
+        """See `RunningCluster`. A head that ended is started anew with all it knew, so nobody loses anything by it;
+        the node takes all workers along."""
+        if self._lost is not None:
+            raise self._lost
+        if self._closed:
+            return
+        if (code := self._node.poll()) is not None:
+            self._lose(f"the only node (raylet) of the pipeline's own Ray cluster ended ({_ending(code)})")
+        if (code := self._head.poll()) is not None:
+            what = f"the head (GCS) of the pipeline's own Ray cluster ended ({_ending(code)})"
+            now = time.monotonic()
+            self._restarts = [at for at in self._restarts if now - at < _WITHIN_S] + [now]
+            if os.environ.get(_STORAGE) != "rocksdb":
+                self._lose(what)
+            if len(self._restarts) > _MOST_RESTARTS:
+                self._lose(f"{what}, for the {len(self._restarts)}th time within an hour")
+            logger.warning("%s: it is started anew, and everything goes on", what)
+            self._restart_head()
+
+    def _restart_head(self) -> None:
+        from ray._private import worker
+
+        with self._reaper.marking():
+            # A session of its own, as Ctrl-C is not meant for it.
+            self._head = subprocess.Popen(
+                self._head_command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        processes = worker._global_node.all_processes
+        processes["gcs_server"] = [processes["gcs_server"][0]._replace(process=self._head)]
+
+    def _lose(self, what: str) -> NoReturn:
+        log = "\n".join(cluster_check.last_lines(self.logs))
+        logger.debug("%s; Ray's logs end with:\n%s", what, log)
+        self._lost = ClusterLostError(what, own=True)
+        self.close()
+        raise self._lost
+
+    def close(self) -> None:
+        """See `RunningCluster`."""
+        import ray
+        from ray._private.state import state
+
+        if self._closed:
+            return
+        self._closed = True
+        if self._lost is None:
+            _close_pool()
+        else:
+            # Its workers must not write any more. The head is last: who asks a dead one waits for ever.
+            self._kill_all_but_head()
+            state.disconnect()
+            time.sleep(_POLL_S)
+        ray.shutdown()
+        self._reaper.close()
+        self._environment.close()
+
+    def _kill_all_but_head(self) -> None:
+        deadline = time.monotonic() + _DEAD_S
+        while pids := set(members(str(self._folder))) - {self._head.pid}:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_POLL_S)
+
+    def _storage(self) -> Mapping[str, str]:
+        """Where the head keeps what it knows, for the one that is started in its place."""
+        if _STORAGE in os.environ:
+            return {}
+        return {_STORAGE: "rocksdb", "RAY_gcs_storage_path": str(self._folder / "gcs")}
+
+    def _token(self) -> Mapping[str, str]:
+        """Ray protects a new cluster with a token that it keeps below HOME, which may not be there."""
+        if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            return {}
+        path = self._folder / "token"
+        self.token_file = str(path)
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+class JoinedCluster(RunningCluster):
+    """Somebody else's cluster at `auto` or `host:port`, which goes on when the driver leaves."""
+
+    def __init__(self, address: str) -> None:
+        self._closed = False
+        self._lost: ClusterLostError | None = None
+        self._environment = contextlib.ExitStack()
+        self._environment.enter_context(_environment(_known_token() if address == "auto" else {}))
+        try:
+            self._address = cluster_check.reach(address)
+            _init(address=self._address)
+        except BaseException as error:
+            self._environment.close()
+            if isinstance(error, RuntimeError) and "ersion mismatch" in str(error):
+                raise UserError(
+                    str(error), hint="install the cluster's versions here, or ours there"
+                ) from error
+            raise
+        self._asked = self._answered = time.monotonic()
+
+    def check(self) -> None:
+        """See `RunningCluster`. A head may be started anew, so it has half a minute."""
+        if self._lost is not None:
+            raise self._lost
+        if self._closed or time.monotonic() - self._asked < _ASK_EVERY_S:
+            return
+        why = cluster_check.answers(self._address, 1.0)
+        self._asked = time.monotonic()
+        if why is None:
+            self._answered = self._asked
+        elif self._asked - self._answered > _GONE_S:
+            what = f"the Ray cluster at {self._address} has not answered for {_GONE_S:.0f} s ({why})"
+            self._lost = ClusterLostError(what, own=False)
+            self.close()
+            raise self._lost
+
+    def close(self) -> None:
+        """See `RunningCluster`."""
+        import ray
+
+        if self._closed:
+            return
+        self._closed = True
+        if self._lost is None:
+            _close_pool()
+        ray.shutdown()
+        self._environment.close()
+
+
+def _start_own(dashboard: bool, say: Callable[[str], None]) -> OwnCluster:
+    try:
+        return OwnCluster(dashboard)
+    except _NotUpError as error:
+        say(f"Ray did not start: {error} (load {cluster_check.load()}); trying once more")
+    try:
+        return OwnCluster(dashboard)
+    except _NotUpError as error:
+        raise cluster_check.did_not_start(str(error), error.log, START_S) from error
+
+
+def _init(**options: Any) -> Any:
+    """`ray.init`, silent, and with the signal handlers of this process as they were.
+
+    Raises:
+        Stopped: SIGTERM came meanwhile.
+    """
+    import ray
+    from ray._private import auto_init_hook
+
+    # What a stage's thread still asks of a cluster that is gone must not start another one.
+    auto_init_hook.enable_auto_connect = False
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except SystemExit:
+        # Ray sets a handler of its own for SIGTERM, which ends the process; ours is told instead.
+        _restore(handlers)
+        signal.raise_signal(signal.SIGTERM)
+        raise Stopped from None
+    finally:
+        _restore(handlers)
+    _quiet()
+    return context
+
+
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            # None: one that was not set from Python, and cannot be set again from it.
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def _open_pool(preload: Sequence[str], prestart: int, elastic: Elastic, reconciles: bool) -> None:
+    """The controllers and the pool of warm workers of the cluster that this driver has just connected to."""
+    hosts.begin(preload, elastic.heartbeat_timeout_s, reconciles=reconciles)
+    # Beside the start of the slots, not before the first step of the first stage.
+    threading.Thread(
+        target=importlib.import_module, args=("orchestrator.elastic.trainer",), daemon=True
+    ).start()
+    if prestart:
+        hosts.prestart(prestart, slot_shape(elastic, 1.0, has_gpus(elastic, cluster_nodes())))
+
+
+def _close_pool() -> None:
+    """End them; those of a lost cluster are only forgotten, by the next ones that are opened."""
+    hosts.end()
+
+
+def _process(kind: str) -> subprocess.Popen[bytes]:
+    """A process of the own cluster that `ray.init` has just started."""
+    from ray._private import worker
+
+    process: subprocess.Popen[bytes] = worker._global_node.all_processes[kind][0].process
+    return process
+
+
+def _command(head: subprocess.Popen[bytes]) -> list[str]:
+    """What starts this head again, at the port that it has found."""
     import ray
 
-    if cluster.address != "local":
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        try:
-            fleet.begin(preload)
-            with watch_for_preemption(cluster.preemption_notices):
-                yield
-        finally:
-            fleet.end()
-            ray.shutdown()
-        return
-    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-    reaper = subprocess.Popen(
-        [sys.executable, "-S", str(Path(__file__).with_name("reaper.py")), str(folder)],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert reaper.stdin is not None
+    assert isinstance(head.args, list)
+    port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
+    flag = "--gcs_server_port="
+    return [f"{flag}{port}" if str(part).startswith(flag) else str(part) for part in head.args]
+
+
+def _ending(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _start_waits() -> dict[str, str]:
+    waits = {
+        "RAY_gcs_server_port_wait_time_s": START_S,
+        "RAY_raylet_start_wait_time_s": START_S,
+        "RAY_agent_register_timeout_ms": START_S * 1000,
+        "RAY_worker_register_timeout_seconds": START_S,
+    }
+    return {name: str(wait) for name, wait in waits.items() if name not in os.environ}
+
+
+def _known_token() -> Mapping[str, str]:
+    """As `ray.init` does for `auto`: where a token is there, it is used."""
+    from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
+
+    if "RAY_AUTH_MODE" in os.environ or not AuthenticationTokenLoader.instance().has_token(
+        ignore_auth_mode=True
+    ):
+        return {}
+    return {"RAY_AUTH_MODE": "token"}
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """These variables for this process and its children; Ray keeps what it read of them, and reads them anew."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    _read_anew()
     try:
-        ray.init(
-            address="local",
-            num_cpus=_slots(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(folder),
-        )
-        _quiet()
-        fleet.begin(preload).prewarm(prewarm, fleet.shape("auto", 1.0))
-        with watch_for_preemption(cluster.preemption_notices):
-            yield
+        yield
     finally:
-        fleet.end()
-        ray.shutdown()
-        reaper.stdin.close()
-        reaper.wait()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _read_anew()
+
+
+def _read_anew() -> None:
+    from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _quiet() -> None:

@@ -1,338 +1,393 @@
-"""Runs one elastic job: forms groups of workers on warm seats, hears of losses and notices, and goes on.
+"""Ray Train's controller, with our policies and worker groups; and the actor that holds the controllers of a pipeline.
 
-A loop in the driver: look at what happened, settle what ended, ask `policy.decide`, act. It waits for nothing but
-news. A loss is known when the first survivor's connection breaks, which is long before any health check: all
-workers of the group are killed at once, and the next group is formed of the seats that still answer.
+One :class:`ControllerHost` is started with the pipeline's cluster, before the first run needs it. It keeps the pool of
+warm slots, and each `fit` of a trainer is one Ray Train controller in a thread of it: a stage that follows another
+finds the process there, with everything imported, and so do the students of a distillation, which run at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import pickle
-import secrets
+import os
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from orchestrator.elastic import fleet as fleets
-from orchestrator.elastic import policy
-from orchestrator.elastic.fleet import Fleet
-from orchestrator.elastic.goodput import Goodput, Recovery, report_figures
-from orchestrator.elastic.group import Ended, Group, Lost
-from orchestrator.elastic.job import Job
-from orchestrator.errors import Stopped, UserError
-from orchestrator.tracking.runs import Run
+from ray.train import FailureConfig, Result, ScalingConfig
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
+from ray.train.v2._internal.execution.controller.state import AbortedState
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
+from ray.train.v2._internal.execution.worker_group.worker import Worker
+
+from orchestrator.elastic.failure_policy import ElasticFailurePolicy
+from orchestrator.elastic.failure_rules import Failure
+from orchestrator.elastic.goodput import report_figures
+from orchestrator.elastic.ray_pool import RayWorkerPool, SlotActor
+from orchestrator.elastic.resources import SlotShape
+from orchestrator.elastic.run_monitor import ACCOUNT, RunMonitor
+from orchestrator.elastic.scaling_policy import ElasticScalingPolicy
+from orchestrator.elastic.scaling_rules import JobScaling
+from orchestrator.elastic.stock_pool import StockPool
+from orchestrator.elastic.worker_group import ElasticWorkerGroup, group_class, prepare_process
+from orchestrator.spec import Elastic
 
 logger = logging.getLogger("orchestrator")
 
-_LOOK_S = 0.25
-_LINE_EVERY_S = 10.0
-_FIGURES_EVERY_S = 5.0
-_PLACING_S = 3.0
-_ACCOUNT = "goodput.json"
+Event = dict[str, Any]
+# Ray Train polls its workers every 2 s unless it is told otherwise; here a poll brings every step's metrics.
+POLL_S = 0.25
+# One poll a quarter second for so many workers; with more of them polls get rarer.
+_WORKERS_POLLED = 64
+_WATCH_S = 0.5
 
 
-def run(
-    job: Job, *, tracker: Run, stop: threading.Event, on_line: Callable[[str], None] = logger.info
-) -> dict[str, float]:
-    """Train `job` on the connected cluster until its last step is done.
+@dataclass(frozen=True)
+class RunSpec:
+    """What the controller knows of a job. The job itself is opaque to it.
+
+    Attributes:
+        name: of the job: `stage` or `stage/student`.
+        num_blocks: blocks of a step.
+        num_steps: optimiser updates of the job.
+        work: the job's folder on the driver's machine.
+        checkpoints: where its elastic checkpoints are, as an address.
+        elastic: of the job.
+        workers: minimum and maximum at first.
+        shape: of its slots.
+    """
+
+    name: str
+    num_blocks: int
+    num_steps: int
+    work: Path
+    checkpoints: str
+    elastic: Elastic
+    workers: tuple[int, int]
+    shape: SlotShape
+
+    def checkpoint_uri(self, step: int) -> str:
+        """The address of one elastic checkpoint."""
+        return f"{self.checkpoints.rstrip('/')}/step-{step:08d}"
+
+
+class ElasticRun:
+    """What the parts of one run share: its slots, its worker group, its monitor, what the driver asks of it.
+
+    Attributes:
+        spec: what is run.
+        pool: where its slots are from.
+        rules: what it knows and decides of its workers.
+        monitor: what happened so far.
+        slots: acquired for the group that runs or starts.
+        stop: the user asked it to checkpoint and end.
+        error: why it was given up.
+    """
+
+    def __init__(self, spec: RunSpec, pool: RayWorkerPool | StockPool, context: TrainRunContext) -> None:
+        self.spec, self.pool = spec, pool
+        self.scaling_config: ScalingConfig = context.scaling_config
+        self.failure_config: FailureConfig = context.run_config.failure_config
+        self._outbox: deque[Event] = deque()
+        self._news = threading.Condition()
+        self.monitor = RunMonitor(spec.name, spec.num_steps, spec.work / ACCOUNT, self.emit)
+        self.rules = JobScaling(
+            spec.name,
+            pool.rules,
+            spec.workers,
+            num_blocks=spec.num_blocks,
+            num_steps=spec.num_steps,
+            resize_share=spec.elastic.resize_share,
+            now=time.monotonic(),
+        )
+        self.slots: list[SlotActor] = []
+        self.stop = False
+        self.error: Exception | None = None
+        self.failure_policy = ElasticFailurePolicy(self)
+        self.controller: ElasticController | None = None
+        self._ended = True  # the group's end is accounted for
+        pool.request(spec.name, *spec.workers, spec.shape)
+
+    # --- what the policies ask --------------------------------------------------------------------------------
+
+    @property
+    def group(self) -> ElasticWorkerGroup | None:
+        """The worker group, if there is one."""
+        group = self.controller.get_worker_group() if self.controller is not None else None
+        return group if group is not None and group.has_started() else None
+
+    @property
+    def token(self) -> str:
+        """Of the group's attempt."""
+        return self.group.token if self.group is not None else ""
+
+    @property
+    def workers(self) -> list[Worker]:
+        """The group's workers by rank."""
+        return list(self.group.get_workers()) if self.group is not None else []
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one worker takes, in Ray's words."""
+        shape = self.spec.shape
+        named = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory or 0}
+        return {name: value for name, value in named.items() if value}
+
+    def poll_pool(self, timeout: float) -> None:
+        """Take in what became of slots and nodes."""
+        self.pool.poll(timeout)
+
+    def acquire(self, names: Sequence[str]) -> bool:
+        """Take these slots for the next group; False if one of them is not free any more."""
+        slots = self.pool.acquire(self.spec.name, names)
+        if slots is None:
+            return False
+        self.slots = slots
+        with self.pool.lock:
+            self.rules.group_started(tuple(names), time.monotonic())
+        self.monitor.group_started(len(slots))
+        self._ended = False
+        return True
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the group to checkpoint and stop."""
+        if self.group is not None and not self.rules.stopping:
+            self.rules.stop_requested(reason)
+            self.group.request_stop()
+
+    def is_ending(self, status: WorkerGroupPollStatus) -> bool:
+        """Whether a worker's train function has returned, so that the others are about to."""
+        return any(not one.running for one in status.worker_statuses.values())
+
+    def group_stopped(self) -> None:
+        """All workers stopped, checkpointed, as they were asked to."""
+        if not self._ended:
+            reason = self.rules.stopping
+            self._account_end(reason, planned=True)
+            self.monitor.goodput.count("resizes")
+
+    def group_failed(self, failure: Failure) -> None:
+        """The group failed: end what is left of it at once, whatever the controller does next."""
+        if self.group is not None:
+            self.group.end_processes()
+        if not self._ended:
+            self._account_end(failure.cause, planned=False)
+
+    def mark_slots(self, answers: Sequence[bool | None], why: str) -> None:
+        """Tell the pool which of the group's slots answered, did not answer, or are dead (None)."""
+        by_actor = {slot.actor._actor_id: slot.slot.name for slot in self.slots if slot.actor is not None}
+        names = [by_actor.get(worker.actor._actor_id) for worker in self.workers]
+        named = [(name, answer) for name, answer in zip(names, answers, strict=True) if name is not None]
+        self.pool.lose([name for name, answer in named if answer is None], why)
+        self.pool.set_unresponsive([name for name, answer in named if answer is False])
+
+    def give_up(self, error: Exception) -> None:
+        """No further attempt is made."""
+        self.error = error
+
+    def _account_end(self, cause: str, *, planned: bool) -> None:
+        self._ended = True
+        with self.pool.lock:
+            self.rules.group_ended(time.monotonic(), lost=not planned)
+        self.monitor.group_ended(cause, planned=planned)
+
+    # --- what workers report ----------------------------------------------------------------------------------
+
+    def handle(self, group: ElasticWorkerGroup, rank: int, event: Event) -> None:
+        """One event of a worker."""
+        match event["kind"]:
+            case "step":
+                took = self.monitor.stepped(event)
+                self.rules.stepped(event["step"], event["figures"]["step_seconds"], time.monotonic())
+                if took is not None:
+                    self.monitor.account()
+                self.failure_policy.progress(event["step"])
+            case "record":
+                self.emit({"kind": "record", "step": event["step"]})
+            case "saved":
+                self.monitor.saved(event)
+            case "trouble":
+                self.monitor.log(logging.WARNING, event["what"])
+                self.monitor.line(event["what"])
+            case "phase":
+                self.monitor.phase(event)
+
+    # --- the driver -------------------------------------------------------------------------------------------
+
+    def emit(self, event: Event) -> None:
+        """Something for the driver."""
+        with self._news:
+            self._outbox.append(event)
+            self._news.notify_all()
+
+    def take_news(self, timeout: float) -> list[Event]:
+        """What there is for the driver; waits at most `timeout` seconds for something."""
+        with self._news:
+            self._news.wait_for(lambda: bool(self._outbox), timeout)
+            events = list(self._outbox)
+            self._outbox.clear()
+            return events
+
+    def tell(self, message: Event) -> None:
+        """What the driver asks: `stop`, other limits for `workers`, or that a step was `recorded`."""
+        if message.get("stop"):
+            self.stop = True
+            self.request_stop("stop")
+        if (workers := message.get("workers")) is not None:
+            with self.pool.lock:
+                self.rules.workers = (workers[0], workers[1])
+            self.pool.request(self.spec.name, workers[0], workers[1], self.spec.shape)
+        if (step := message.get("recorded")) is not None and (group := self.group) is not None:
+            group.send(0, {"op": "recorded", "step": step})
+
+    def close(self) -> None:
+        """The run is over, however that came about."""
+        if self.group is not None:
+            self.group.end_processes()
+        self.pool.withdraw(self.spec.name)
+        self.monitor.account(last=True)
+
+
+class ElasticController(TrainController):  # type: ignore[misc]
+    """Ray Train's controller with the policies and the worker group of one run."""
+
+    def __init__(self, run: ElasticRun, **arguments: Any) -> None:
+        self._run = run
+        run.controller = self
+        self._worker_group = None
+        self.worker_group_cls = group_class(run)
+        for name in ("scaling_policy", "failure_policy"):
+            arguments.pop(name, None)
+        super().__init__(
+            scaling_policy=ElasticScalingPolicy(run), failure_policy=run.failure_policy, **arguments
+        )
+        self._health_check_interval_s = POLL_S
+
+    async def _step(self) -> TrainControllerLoopIterationResult:
+        run = self._run
+        if run.stop:
+            run.request_stop("stop")
+            if run.group is None or len(run.group.stopped) == len(run.group):
+                return await self._stop()
+        return await super()._step()
+
+    async def _stop(self) -> TrainControllerLoopIterationResult:
+        """End the run as it was asked to: it is checkpointed, or was not training."""
+        run = self._run
+        if run.group is not None:
+            run.group_stopped()
+            run.group.abort()
+        self._worker_group = None
+        run.monitor.goodput.stopped = True
+        await self._controller_callback_manager.async_invoke("before_controller_shutdown")
+        return TrainControllerLoopIterationResult(
+            run_attempt_id=self._get_run_attempt_id(),
+            previous_state=self.get_state(),
+            next_state=AbortedState(),
+        )
+
+    def _start_worker_group(self, num_workers: int, resources_per_worker: dict[str, float]) -> None:
+        super()._start_worker_group(num_workers, resources_per_worker)
+        self._health_check_interval_s = POLL_S * max(1.0, num_workers / _WORKERS_POLLED)
+
+
+class ControllerHost:
+    """The actor that holds the pool and the controllers of one pipeline; they end with it.
 
     Args:
-        job: what to train.
-        tracker: the run that gets its metrics.
-        stop: when set, the job checkpoints and ends.
-        on_line: gets a progress line every few seconds, and one for each event.
-
-    Returns:
-        The job's goodput and what was lost, for a summary.
-
-    Raises:
-        Stopped: `stop` was set and the job is checkpointed.
-        UserError: a mistake found inside a worker.
-        RuntimeError: the job failed; the worker's exception is the message.
+        preload: modules that fork servers import before the first attempt.
+        heartbeat_timeout_s: of slots.
     """
-    if not job.is_done():
-        _Controller(job, tracker, stop, on_line).run()
-    job.fetch()
-    return report_figures(Goodput.load(job.work / _ACCOUNT))
 
+    def __init__(self, preload: Sequence[str], heartbeat_timeout_s: float) -> None:
+        logging.basicConfig(level=logging.INFO)
+        self._pool = RayWorkerPool(preload, heartbeat_timeout_s=heartbeat_timeout_s)
+        self._stock: StockPool | None = None
+        self._runs: dict[str, ElasticRun] = {}
+        self._lock = threading.Lock()
+        prepare_process(heartbeat_timeout_s)
+        # Slots are placed, warmed and given back also while no run asks.
+        threading.Thread(target=self._watch, name="pool", daemon=True).start()
 
-@dataclass
-class _Progress:
-    """The newest figures of worker 0, and when they came (monotonic)."""
+    def pid(self) -> int:
+        """This process; an answer says that the actor is there."""
+        return os.getpid()
 
-    step: int = 0
-    figures: dict[str, float] | None = None
-    at: float = 0.0
-    step_s: float | None = None
+    def prestart(self, number: int, shape: SlotShape) -> None:
+        """Start slots before the first run asks for them."""
+        self._pool.prestart(number, shape)
 
+    def fit(self, spec: RunSpec, run_id: str, arguments: Mapping[str, Any]) -> tuple[Result, Event]:
+        """Run one Ray Train controller to its end; its result, and what the run came to."""
+        from orchestrator.elastic.run_state import RunState
 
-class _Controller:
-    def __init__(self, job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str], None]) -> None:
-        self.job, self.tracker, self.stop, self.on_line = job, tracker, stop, on_line
-        self.fleet: Fleet = fleets.current()
-        job.work.mkdir(parents=True, exist_ok=True)
-        self.goodput = Goodput.load(job.work / _ACCOUNT)
-        self.budget = policy.Budget(job.elastic.max_failures)
-        self.group: Group | None = None
-        self.recovery: Recovery | None = None
-        self.progress = _Progress()
-        self.pickled = pickle.dumps(job.for_workers())
-        self.ready_since: float | None = None
-        self.began = time.monotonic()
-        self.losses = 0
-        self.restart_s = 5.0
-        self.workers = (0, 0)
-        self.told_line = self.told_figures = time.monotonic()
-        self.waits_for = ""
-        self.waits_since: float | None = None
-        self.recorder = ThreadPoolExecutor(1, thread_name_prefix=f"record-{job.name}")
-
-    def run(self) -> None:
-        self.goodput.begin(time.time())
+        pool: RayWorkerPool | StockPool = self._pool
+        if spec.elastic.workers_from == "stock":
+            with self._lock:
+                pool = self._stock = self._stock or StockPool()
+            # Ray Train's own workers need the room of warm ones that wait for work.
+            self._pool.drop_idle()
+        run = ElasticRun(spec, pool, arguments["train_run_context"])
+        self._runs[run_id] = run
+        run.monitor.begin()
         try:
-            while not self._over():
-                self._want()
-                self._decide()
-                self._tell()
-                self.fleet.look(_LOOK_S)
-                if self.group is not None:
-                    self._listen(self.group)
+            named = {**arguments, "callbacks": [*arguments["callbacks"], RunState(run.emit)]}
+            controller = ElasticController(run, **named)
+            asyncio.run(controller.run())
+            result = controller.get_result()
         finally:
-            if self.group is not None:
-                self.group.kill()
-            self.fleet.leave(self.job.name)
-            self.group = None
-            self.recorder.shutdown(cancel_futures=True)
-            self._account(last=True)
+            run.close()
+        return result, {
+            "stopped": run.stop
+            and run.error is None
+            and result.error is None
+            and not _is_finished(controller),
+            "error": run.error,
+            "account": report_figures(run.monitor.goodput),
+        }
 
-    def _want(self) -> None:
-        """Ask the fleet for as many seats as the job may use now."""
-        elastic = self.job.elastic
-        workers = elastic.workers if self.job.limit is None else self.job.limit()
-        if workers != self.workers:
-            self.workers = workers
-            self.fleet.want(self.job.name, *workers, fleets.shape(elastic.device, self.job.gpus_per_worker))
+    def news(self, run_id: str, timeout: float) -> list[Event]:
+        """What a run has for its driver; waits at most `timeout` seconds for something."""
+        run = self._runs.get(run_id)
+        if run is None:
+            time.sleep(min(timeout, 0.05))
+            return []
+        return run.take_news(timeout)
 
-    def _over(self) -> bool:
-        if self.group is not None:
-            return False
-        if self.stop.is_set():
-            self.goodput.stopped = True
-            raise Stopped(f"{self.job.name} is checkpointed")
-        return self.job.is_done()
+    def tell(self, run_id: str, message: Event) -> None:
+        """See :meth:`ElasticRun.tell`."""
+        run = self._runs.get(run_id)
+        if run is not None:
+            run.tell(message)
 
-    # --- listening --------------------------------------------------------------------------------------------
+    def forget(self, run_id: str) -> list[Event]:
+        """The driver has heard the end of a run; returns what it had not heard yet."""
+        run = self._runs.pop(run_id, None)
+        return run.take_news(0.0) if run is not None else []
 
-    def _listen(self, group: Group) -> None:
-        for event in group.news():
-            match event["kind"]:
-                case "step":
-                    self._stepped(group, event)
-                case "record":
-                    self.recorder.submit(self._record, group, event["step"])
-                case "saved":
-                    self.goodput.saved(event["step"])
-                    self._account()
-                    self.tracker.metrics(event["figures"], event["step"], "checkpoint")
-                case "trouble":
-                    logger.warning("%s: %s", self.job.name, event["what"])
-                    self.on_line(f"{self.job.name}: {event['what']}")
-                case "phase":
-                    self.progress.at = time.monotonic()
-                    if self.recovery is not None:
-                        self.recovery.marks[event["name"]] = event["time"]
-                    if event["name"] == "restored":
-                        group.restored = True
-        ended = group.verdict(self.fleet, self.job.elastic.silence_s, self._hung())
-        if ended is not None:
-            self._end(group, ended)
+    def slots(self) -> list[dict[str, Any]]:
+        """What is known of each slot, for people and tests."""
+        return self._pool.snapshot()
 
-    def _record(self, group: Group, step: int) -> None:
-        """Tell the workers once the curve up to `step` is where no lost machine can take it."""
-        while not self.tracker.secure():
-            if self.group is not group:
-                return
-            time.sleep(_LOOK_S)
-        group.tell(0, {"op": "recorded", "step": step})
+    def close(self) -> None:
+        """Kill all slots."""
+        self._pool.close()
 
-    def _stepped(self, group: Group, event: dict[str, Any]) -> None:
-        now, step = time.time(), int(event["step"])
-        self.tracker.metrics(event["figures"], step)
-        if not group.stepped:
-            group.stepped = True
-            self.goodput.resumed(step - 1)
-            self._recovered(group, step, now)
-        self.goodput.stepped(step, event["figures"]["step_seconds"], event["stall"], now)
-        self.budget.progress(step)
-        seconds = event["figures"]["step_seconds"]
-        known = self.progress.step_s
-        self.progress = _Progress(
-            step,
-            event["figures"],
-            time.monotonic(),
-            seconds if known is None else 0.7 * known + 0.3 * seconds,
-        )
-
-    def _recovered(self, group: Group, step: int, now: float) -> None:
-        recovery, self.recovery = self.recovery, None
-        if recovery is None:
-            return
-        recovery.first_step, recovery.resumed_at, recovery.workers = now, step - 1, len(group.places)
-        self.goodput.recoveries.append(recovery)
-        took = now - recovery.detected
-        self.restart_s = 0.5 * self.restart_s + 0.5 * took
-        self.on_line(
-            f"{self.job.name}: goes on from step {step - 1} with {len(group.places)} workers after {took:.1f} s"
-        )
-
-    def _hung(self) -> float | None:
-        """The seconds without any progress, if they are too many."""
-        quiet = time.monotonic() - self.progress.at
-        return quiet if quiet > max(self.job.elastic.hang_s, 10 * (self.progress.step_s or 0.0)) else None
-
-    # --- a group's end ----------------------------------------------------------------------------------------
-
-    def _end(self, group: Group, ended: Ended) -> None:
-        now = time.time()
-        last = now - (time.monotonic() - self.progress.at)
-        group.kill()
-        self.group = None
-        self.ready_since = None
-        self.progress.step_s = None
-        self.goodput.ended(ended.planned, now)
-        self.recovery = Recovery(ended.cause, ended.planned, last, now)
-        for name in ended.silent:
-            self.fleet.give_up(name)
-        self.fleet.give_back(self.job.name)
-        if not ended.planned:
-            self.losses += 1
-            self.on_line(f"{self.job.name}: {ended.cause}")
-        match ended.lost:
-            case Lost.NOTHING:
-                self.goodput.count("resizes", int(not self.job.is_done()))
-                return
-            case Lost.MACHINE:
-                self.budget.preempted()
-                self.goodput.count("preemptions")
-            case Lost.PROCESS:
-                if self.budget.broke(ended.cause):
-                    raise RuntimeError(
-                        f"{self.job.name} gets nowhere: {ended.cause}, {self.budget.stalled} times in a row"
-                    )
-            case Lost.TASK:
-                self.goodput.count("failures")
-                self._failed(ended)
-        self.goodput.count("restarts")
-
-    def _failed(self, ended: Ended) -> None:
-        error = ended.error
-        assert error is not None
-        if (mistake := error.get("mistake")) is not None:
-            raise UserError(mistake["what"], where=mistake["where"], hint=mistake["hint"])
-        logger.error("%s failed in a worker:\n%s", self.job.name, error["traceback"].rstrip())
-        if self.budget.failed(max(self.progress.step, 0), error["type"]):
-            again = f" (and {self.budget.failures - 1} before)" if self.budget.failures > 1 else ""
-            raise RuntimeError(f"{self.job.name} failed: {error['type']}: {error['message']}{again}")
-
-    # --- deciding ---------------------------------------------------------------------------------------------
-
-    def _decide(self) -> None:
-        if self.stop.is_set():
-            if self.group is not None and not self.group.yielding:
-                self.group.yield_("stop")
-            return
-        decision = policy.decide(self._view())
-        if isinstance(decision, policy.Form):
-            self._form(decision)
-        elif isinstance(decision, policy.Yield) and self.group is not None:
-            self.on_line(f"{self.job.name}: {decision.reason}: checkpointing")
-            self.group.yield_(decision.reason)
-        elif isinstance(decision, policy.Wait):
-            self._wait(decision.reason)
-
-    def _wait(self, reason: str) -> None:
-        """Book the time without machines, and say so once it is more than a seat takes to be placed."""
-        now = time.monotonic()
-        if self.waits_since is None:
-            self.waits_since = now
-        if self.fleet.warming(self.job.name):
-            return
-        self.goodput.become("waiting", time.time())
-        if now - self.waits_since > _PLACING_S and reason != self.waits_for:
-            self.waits_for = reason
-            self.on_line(f"{self.job.name}: {reason}")
-
-    def _view(self) -> policy.JobView:
-        now = time.monotonic()
-        places = self.fleet.on_offer(self.job.name)
-        group = self.group
-        if self.ready_since is None and sum(not place.leaving for place in places) >= self.workers[0]:
-            self.ready_since = now
-        return policy.JobView(
-            workers=self.workers,
-            num_blocks=self.job.num_blocks,
-            seats=tuple(policy.SeatView(place.name, place.node, place.leaving) for place in places),
-            group=tuple(place.name for place in group.places) if group else (),
-            yielding=group is not None and group.yielding,
-            warming=self.fleet.warming(self.job.name),
-            stepped=self.goodput.useful > 0,
-            waited_s=now - self.ready_since if self.ready_since is not None else 0.0,
-            since_resize_s=now - group.formed if group else 0.0,
-            step_s=self.progress.step_s,
-            steps_left=self.job.num_steps - self.progress.step,
-            restart_s=self.restart_s,
-            resize_share=self.job.elastic.resize_share,
-        )
-
-    def _form(self, form: policy.Form) -> None:
-        places = self.fleet.take(self.job.name, form.seats)
-        if places is None:
-            return
-        now = time.time()
-        self.waits_for, self.waits_since = "", None
-        self.goodput.become("restart", now)
-        if self.recovery is not None:
-            self.recovery.decided = now
-        self.progress.at = time.monotonic()
-        mtbf = policy.mtbf(time.monotonic() - self.began, self.losses)
-        self.group = Group(self.job, places, secrets.token_hex(4))
-        self.group.begin(self.pickled, mtbf)
-
-    # --- telling ----------------------------------------------------------------------------------------------
-
-    def _tell(self) -> None:
-        now = time.monotonic()
-        figures = self.progress.figures
-        if now - self.told_line >= _LINE_EVERY_S and self.group is not None and figures is not None:
-            self.told_line = now
-            self.on_line(_line(self.job, self.progress.step, figures))
-        if now - self.told_figures >= _FIGURES_EVERY_S:
-            self.told_figures = now
-            self._account()
-
-    def _account(self, *, last: bool = False) -> None:
-        figures = self.goodput.figures(time.time())
-        workers = len(self.group.places) if self.group is not None else 0
-        # By seconds, not by steps: while nothing is trained no step passes.
-        self.tracker.metrics({**figures, "workers": float(workers)}, int(figures["seconds_total"]), "goodput")
-        try:
-            self.goodput.save(self.job.work / _ACCOUNT)
-        except OSError as error:
-            # A full disk costs the account, and the checkpoints, which say so themselves.
-            logger.warning("%s: the account of its time is not kept: %s", self.job.name, error)
-        if last:
-            logger.info(
-                "%s: %s", self.job.name, ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            )
+    def _watch(self) -> None:
+        while True:
+            try:
+                self._pool.poll(_WATCH_S)
+            except Exception:
+                # The cluster may be in any state; the next poll may find it better.
+                logger.exception("the worker pool could not be polled")
+                time.sleep(_WATCH_S)
 
 
-def _line(job: Job, step: int, figures: dict[str, float]) -> str:
-    left = (job.num_steps - step) * figures["step_seconds"]
-    return (
-        f"{job.name}: step {step}/{job.num_steps}, loss {figures['loss']:.3f}, "
-        f"{figures['step_seconds']:.2f} s a step, about {left:.0f} s to go"
-    )
+def _is_finished(controller: ElasticController) -> bool:
+    return not isinstance(controller.get_state(), AbortedState)

@@ -8,9 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.elastic.resources import (
+    SlotShape,
+    can_grow,
+    check_resources,
+    cluster_nodes,
+    has_gpus,
+    slot_shape,
+    worker_range,
+)
 from orchestrator.elastic.saved import COMMIT, read, step_name
 from orchestrator.elastic.target import Target
-from orchestrator.spec import Elastic, Optimizer
+from orchestrator.spec import Elastic, Optimizer, Resources
 from orchestrator.store.local import Store
 
 if TYPE_CHECKING:
@@ -33,17 +42,17 @@ class Job:
         work: the job's folder; checkpoints and exports live below it.
         seed: of weight initialisation.
         start_from: a committed checkpoint of an earlier stage to begin with, weights and moments.
-        gpus_per_worker: where there are GPUs; less than 1 lets jobs share one.
         export_steps: after these many steps the EMA is exported to `exports/step-….safetensors`; the last
             step always is.
-        elastic: checkpoint interval and what to keep.
+        elastic: workers, what each one's slot asks Ray for, checkpoint interval and what to keep.
         blocks: makes the data source; called in every worker.
-        seat_blocks: makes it instead where it has to live in a process of Ray's; called in every seat.
+        slot_blocks: makes it instead where it has to live in a process of Ray's; called in every slot.
         remote: the store, and the prefix in it, that keeps checkpoints and exports where `work` does not outlive
             its machine; the prefix ends with a slash.
         inputs: artifacts that workers need a copy of on their own machine: the store's address, kind and key.
-        limit: fewest and most workers just now, in place of `elastic.workers`; the controller asks it again and
-            again, and the group follows at the end of a step.
+        limit: min_workers and max_workers just now, in place of `elastic.workers`; the controller asks it again
+            and again, and the group follows at the end of a step.
+        pipeline: the pipeline's name.
     """
 
     name: str
@@ -57,17 +66,61 @@ class Job:
     seed: int
     elastic: Elastic
     start_from: Path | None = None
-    gpus_per_worker: float = 1.0
     export_steps: tuple[int, ...] = ()
     blocks: Callable[[], BlockSource] | None = None
-    seat_blocks: Callable[[], BlockSource] | None = None
+    slot_blocks: Callable[[], BlockSource] | None = None
     remote: tuple[Store, str] | None = None
     inputs: tuple[tuple[str, str, str], ...] = ()
     limit: Callable[[], tuple[int, int]] | None = None
+    pipeline: str = ""
 
     def for_workers(self) -> Job:
-        """The job as workers get it: what lives in seats, or in the driver, stays there."""
-        return replace(self, seat_blocks=None, limit=None)
+        """The job as workers get it: what lives in slots, or in the driver, stays there."""
+        return replace(self, slot_blocks=None, limit=None)
+
+    @property
+    def resources(self) -> Resources:
+        """What the slot of each worker asks Ray for."""
+        return self.elastic.resources
+
+    @property
+    def run_name(self) -> str:
+        """The name of its Ray Train run: `pipeline/stage` or `pipeline/stage/student`."""
+        return f"{self.pipeline}/{self.name}" if self.pipeline else self.name
+
+    @property
+    def checkpoint_uri(self) -> str:
+        """Where its elastic checkpoints are, as an address."""
+        if self.remote is None:
+            return self.checkpoints.absolute().as_uri()
+        store, prefix = self.remote
+        return f"{store.uri.rstrip('/')}/{prefix}checkpoints"
+
+    def slot_shape(self) -> SlotShape:
+        """The slot of a worker on the connected cluster; to be asked once, before the first worker.
+
+        Raises:
+            UserError: the cluster has no node for it.
+        """
+        nodes = cluster_nodes()
+        shape = slot_shape(self.elastic, 1.0, has_gpus(self.elastic, nodes))
+        stage, _, student = self.name.partition("/")
+        section = f"stages.{stage}.elastic"
+        where = f"stages.{stage}.students.{student}" if student else section
+        check_resources(self.elastic, shape, nodes, where, growing=can_grow(), section=section)
+        return shape
+
+    def worker_range(self, shape: SlotShape) -> tuple[int, int]:
+        """min_workers and max_workers just now: by `limit`, else by `elastic.workers` and what the cluster has.
+
+        `workers: auto` never asks for more workers than a step has blocks, since they would be idle.
+        """
+        if self.limit is not None:
+            return self.limit()
+        if not self.elastic.every_device:
+            return self.elastic.workers
+        min_workers, max_workers = worker_range(self.elastic, shape, cluster_nodes())
+        return min_workers, max(min_workers, min(max_workers, self.num_blocks))
 
     @property
     def checkpoints(self) -> Path:

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from orchestrator.data.blocks import Block
 from orchestrator.elastic import checkpoint
+from orchestrator.elastic.device import device
 from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.export import export_ema
+from orchestrator.elastic.failure_rules import PRIOR_MTBF_S
 from orchestrator.elastic.job import Job
-from orchestrator.elastic.policy import PRIOR_MTBF_S
 from orchestrator.elastic.saved import CheckpointError
 from orchestrator.elastic.saving import Line, Saving
 from orchestrator.elastic.task import BlockTensors, Losses
@@ -64,11 +65,11 @@ class _Trainer:
     def __init__(self, job: Job, line: Line, mtbf_s: float) -> None:
         self.job, self.line = job, line
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device = _device()
+        self.device = device()
         torch.manual_seed(job.seed)
         self.task = job.task()
         modules = self.task.build(self.device)
-        assert job.blocks is not None, "a source that lives in the seat is put in its place by the worker"
+        assert job.blocks is not None, "a source that lives in the slot is put in its place by the worker"
         self.blocks = job.blocks()
         self.num_blocks = job.num_blocks
         self.slots = -(-self.num_blocks // self.world)
@@ -193,10 +194,6 @@ def _order(block: Block) -> int:
     """A hash of which samples a block holds, in which order; sums of a million of them are exact in float64."""
     text = f"{block.step}/{block.index}:".encode() + np.ascontiguousarray(block.ids, np.int64).tobytes()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
-
-
-def _device() -> str:
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def _precision(wanted: str, device: str) -> str:

@@ -382,6 +382,8 @@ class PreemptionAgents:
         import ray
 
         agent = self._agents.pop(node_id)
+        if not ray.is_initialized():
+            return  # the driver of a lost cluster has left it already, and `ray.kill` would start another
         with suppress(Exception):  # at the end of a run the cluster may be gone before its agents
             ray.kill(agent.actor)
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.elastic import checkpoint, shardfile
+from orchestrator.elastic.device import assigned_gpus
 from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.saved import COMMIT, FORMAT, CheckpointError, part_name, shard_name, step_name
 from orchestrator.elastic.shardfile import Slot, file_header
@@ -154,7 +155,7 @@ class Saver:
         for key, shard in checkpoint.shards(engine):
             slot = self._slots[key]
             self._host[slot.start : slot.start + slot.length].copy_(shard.data, non_blocking=True)
-        if torch.cuda.is_available():
+        if assigned_gpus():
             torch.cuda.current_stream().synchronize()
 
     # --- in the background ------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ class Saver:
     def _allocate(self) -> None:
         total = sum(slot.length for slot in self._slots.values())
         # Writing to it makes its pages there: page faults take longer than the copy.
-        self._host = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available()).zero_()
+        self._host = torch.empty(total, dtype=torch.float32, pin_memory=bool(assigned_gpus())).zero_()
 
     def _sweep(self) -> None:
         try:

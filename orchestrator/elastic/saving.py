@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from orchestrator.elastic import checkpoint
 from orchestrator.elastic.engine import Engine
+from orchestrator.elastic.failure_rules import checkpoint_interval
 from orchestrator.elastic.job import Job
-from orchestrator.elastic.policy import checkpoint_interval
 from orchestrator.elastic.saved import CheckpointError
 from orchestrator.elastic.saver import Saver
 

@@ -1,4 +1,4 @@
-"""Framed messages between a seat, its zygote and its worker: JSON, raw bytes and a file descriptor on a Unix socket.
+"""Framed messages between a slot, its fork server and its worker: JSON, bytes, and a file descriptor.
 
 Both ends are processes of one user on one machine, made by each other; nothing here listens on an address.
 """

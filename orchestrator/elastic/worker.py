@@ -1,4 +1,4 @@
-"""The process that trains: forked from a zygote for one attempt, it joins its group, trains, and says how it ended."""
+"""The process that trains: started for one attempt, it joins its group, trains, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.elastic.device import CPU, device
 from orchestrator.elastic.wire import Message, Wire, unpack
 from orchestrator.errors import UserError
 from orchestrator.store.open import fetch
 
 if TYPE_CHECKING:
-    from orchestrator.data.blocks import Block
+    from orchestrator.data.blocks import Block, BlockSource
     from orchestrator.elastic.job import Job
 
 logger = logging.getLogger("orchestrator")
 
-_BEAT_S = 1.0
+# Where all slots are on one machine, nothing listens on a network.
+LOOPBACK = "127.0.0.1"
+_HEARTBEAT_S = 1.0
 # What torch and DeepSpeed import in the middle of the first steps: three quarters of a restart.
 _IMPORTED_LATE = (
     "torch._dynamo",
@@ -44,7 +50,7 @@ _BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe
 
 
 def warm_up() -> None:
-    """Import what every worker needs; called once, in the zygote."""
+    """Import what every worker needs; called once, in the fork server."""
     from orchestrator.elastic.zero import import_deepspeed
 
     import_deepspeed()
@@ -59,29 +65,75 @@ def main(wire: Wire) -> int:
     message = wire.receive()
     if message is None:
         return 1
-    attempt = message.body
-    link = Link(wire)
+    return run_attempt(message.body, message.payload, WireClient(wire))
+
+
+def run_attempt(
+    attempt: Mapping[str, Any],
+    job: bytes,
+    client: ControllerClient,
+    blocks: Callable[[], BlockSource] | None = None,
+) -> int:
+    """Run one attempt at a job in this process, and report how it ended; returns an exit code.
+
+    Args:
+        attempt: `rank`, `world`, `token`, `host` (the address to listen at), `num_blocks`, `mtbf_s`,
+            `stall_timeout_s`, and `proxied`: blocks are made in the slot.
+        job: the pickled job.
+        client: the way to the controller.
+        blocks: makes the blocks in this process, in place of the job's own.
+    """
     try:
+        rendezvous = _listen(attempt, client) if attempt["rank"] == 0 else None
         # Made by this user's driver and brought by Ray, like any task's arguments.
-        job: Job = pickle.loads(message.payload)
-        for where, kind, key in job.inputs:
+        loaded: Job = pickle.loads(job)
+        for where, kind, key in loaded.inputs:
             fetch(where, kind, key)
-        how = "done" if _train(job, attempt, link) else "yielded"
+        if blocks is not None:
+            loaded = replace(loaded, blocks=blocks)
+        elif attempt["proxied"]:
+            loaded = replace(loaded, blocks=lambda: SlotBlocks(client, attempt["num_blocks"]))
+        how = "done" if _train(loaded, attempt, client, rendezvous) else "stopped"
     except BaseException as error:
         logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
-        link.send({"kind": "ended", "how": "error", "step": link.step, **_described(error)})
+        client.send({"kind": "ended", "how": "error", "step": client.step, **_described(error)})
         return 1
-    link.send({"kind": "ended", "how": how})
+    client.send({"kind": "ended", "how": how})
     return 0
 
 
 def _prepare_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The seat reads this file through /proc when it wants to know what hangs; it vanishes with the process.
+    # The slot reads this file through /proc when it wants to know what hangs; it vanishes with the process.
     faulthandler.register(signal.SIGUSR1, os.fdopen(os.memfd_create("stacks"), "w"), all_threads=True)
 
 
-def _train(job: Job, attempt: dict[str, Any], link: Link) -> bool:
+def _listen(attempt: Mapping[str, Any], client: ControllerClient) -> Any:
+    """Rank 0's key-value store, which the others join; it listens at the attempt's address only."""
+    from torch._C._distributed_c10d import TCPStore
+
+    # Port 0: the system picks one that is free, whatever else runs on this machine.
+    listener = socket.create_server((attempt["host"], 0), backlog=max(128, attempt["world"]))
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        attempt["host"],
+        port,
+        attempt["world"],
+        is_master=True,
+        timeout=_timeout(attempt),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    client.send({"kind": "listening", "port": port})
+    return store
+
+
+def _timeout(attempt: Mapping[str, Any]) -> timedelta:
+    # The controller's own watch comes first: it knows who hangs and where, a collective only that somebody does.
+    return timedelta(seconds=2 * attempt["stall_timeout_s"] + 30)
+
+
+def _train(job: Job, attempt: Mapping[str, Any], client: ControllerClient, rendezvous: Any) -> bool:
     import torch
     import torch.distributed as dist
     from torch._C._distributed_c10d import TCPStore
@@ -91,34 +143,29 @@ def _train(job: Job, attempt: dict[str, Any], link: Link) -> bool:
     from orchestrator.elastic.zero import import_deepspeed
 
     rank, world = int(attempt["rank"]), int(attempt["world"])
-    gpu = torch.cuda.is_available()
+    gpu = device() != CPU
     if gpu:
-        torch.cuda.set_device(0)  # Ray shows each seat its own
+        torch.cuda.set_device(0)  # a slot's process sees its own GPU only
     else:
         torch.set_num_threads(1)
     for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):
         os.environ[name] = str(value)
-    if attempt["proxied"]:
-        job = replace(job, blocks=lambda: SeatBlocks(link, attempt["num_blocks"]))
-    # The controller's own watch comes first: it knows who hangs and where, a collective only that somebody does.
-    timeout = timedelta(seconds=2 * attempt["hang_s"] + 30)
-    if rank == 0:
-        # Port 0: the system picks one that is free, whatever else runs on this machine.
-        store = TCPStore("0.0.0.0", 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
-        link.send({"kind": "listening", "port": store.port})
-    else:
-        host, port = link.peers()
-        store = TCPStore(host, port, world, is_master=False, timeout=timeout)
+    if attempt["host"] == LOOPBACK:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    timeout = _timeout(attempt)
+    if rendezvous is None:
+        host, port = client.peers()
+        rendezvous = TCPStore(host, port, world, is_master=False, timeout=timeout)
     dist.init_process_group(
         "nccl" if gpu else "gloo",
-        store=PrefixStore(attempt["token"], store),
+        store=PrefixStore(attempt["token"], rendezvous),
         rank=rank,
         world_size=world,
         timeout=timeout,
     )
     import_deepspeed().init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
-    link.phase("joined")
-    return train(job, link, attempt["mtbf_s"])
+    client.phase("joined")
+    return train(job, client, attempt["mtbf_s"])
 
 
 def _described(error: BaseException) -> dict[str, Any]:
@@ -143,26 +190,36 @@ def _is_broken(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _BROKEN)
 
 
-class Link:
-    """A worker's end of the line to its seat, and through it to the controller. Nothing here waits for the driver.
+class ControllerClient(ABC):
+    """A worker's way to the controller. Nothing here waits for the driver.
 
     Attributes:
         step: updates done, as last reported.
     """
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self) -> None:
         self.step = -1
-        self._yield = threading.Event()
+        self._stop = threading.Event()
         self._peers: Future[tuple[str, int]] = Future()
         self._acked = self._asked = -1
         self._blocks: dict[tuple[int, int], Future[Message]] = {}
-        for target in (self._listen, self._beat):
-            threading.Thread(target=target, daemon=True).start()
 
+    @abstractmethod
     def send(self, body: dict[str, Any]) -> None:
-        """Tell the controller something."""
-        self._wire.send(body)
+        """Report something to the controller."""
+
+    def handle(self, message: Message) -> None:
+        """Take in what the controller, or the slot, sent."""
+        body = message.body
+        match body["op"]:
+            case "stop":
+                self._stop.set()
+            case "peers":
+                self._peers.set_result((body["host"], body["port"]))
+            case "recorded":
+                self._acked = max(self._acked, body["step"])  # calls may overtake each other
+            case "block":
+                self._blocks.pop((body["step"], body["index"])).set_result(message)
 
     def phase(self, name: str) -> None:
         """A part of the start is done: a sign of life, and a line in the account of a restart."""
@@ -189,56 +246,73 @@ class Link:
         return self._acked >= step
 
     def yield_requested(self) -> bool:
-        """Whether the controller wants the group to checkpoint and end."""
-        return self._yield.is_set()
+        """Whether the controller wants the group to checkpoint and stop."""
+        return self._stop.is_set()
 
     def peers(self) -> tuple[str, int]:
         """Where worker 0 listens; waits until that is known."""
         return self._peers.result()
 
     def load(self, step: int, index: int) -> Message:
-        """Ask the seat for a block."""
+        """Ask the slot for a block."""
         answer: Future[Message] = Future()
         self._blocks[step, index] = answer
         self.send({"kind": "load", "step": step, "index": index})
         return answer.result()
 
+
+class WireClient(ControllerClient):
+    """The client of a forked process: over a socket to its slot, with a heartbeat every second."""
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__()
+        self._wire = wire
+        for target in (self._listen, self._beat):
+            threading.Thread(target=target, daemon=True).start()
+
+    def send(self, body: dict[str, Any]) -> None:
+        """See :class:`ControllerClient`."""
+        self._wire.send(body)
+
     def _listen(self) -> None:
         while (message := self._wire.receive()) is not None:
-            body = message.body
-            match body["op"]:
-                case "yield":
-                    self._yield.set()
-                case "peers":
-                    self._peers.set_result((body["host"], body["port"]))
-                case "recorded":
-                    self._acked = max(self._acked, body["step"])  # calls may overtake each other
-                case "block":
-                    self._blocks.pop((body["step"], body["index"])).set_result(message)
-        # The seat is gone, and with it whoever would hear of this worker.
+            self.handle(message)
+        # The slot is gone, and with it whoever would hear of this worker.
         os._exit(1)
 
     def _beat(self) -> None:
         while True:
-            time.sleep(_BEAT_S)
+            time.sleep(_HEARTBEAT_S)
             try:
-                self.send({"kind": "beat"})
+                self.send({"kind": "heartbeat"})
             except OSError:
                 os._exit(1)
 
 
-class SeatBlocks:
-    """A `BlockSource` whose blocks are made in the seat, a process that Ray knows, and shared without a copy."""
+class LocalClient(ControllerClient):
+    """The client of a worker that trains in its own actor."""
 
-    def __init__(self, link: Link, num_blocks: int) -> None:
+    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def send(self, body: dict[str, Any]) -> None:
+        """See :class:`ControllerClient`."""
+        self._send(body)
+
+
+class SlotBlocks:
+    """A `BlockSource` whose blocks are made in the slot, a process that Ray knows, and shared without a copy."""
+
+    def __init__(self, client: ControllerClient, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._link = link
+        self._client = client
 
     def load(self, step: int, index: int) -> Block:
         """See :class:`orchestrator.data.blocks.BlockSource`."""
         from orchestrator.data.blocks import Block
 
-        message = self._link.load(step, index)
+        message = self._client.load(step, index)
         if "error" in message.body:
             raise RuntimeError(f"block {index} of step {step} did not come: {message.body['error']}")
         assert message.fd is not None

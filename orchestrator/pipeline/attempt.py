@@ -101,7 +101,8 @@ class Attempt:
         for artifact in self.inputs.values():
             artifacts.fetch(artifact)
         try:
-            returned = in_thread(lambda: stage.run(context))
+            watch = self.interrupt.watch if stage.needs_ray else lambda: None
+            returned = in_thread(lambda: stage.run(context), watch)
         finally:
             lease.insist()
         summary = {name: float(value) for name, value in returned.items()}
@@ -171,9 +172,7 @@ class Attempt:
 
 def merged_elastic(default: Elastic, own: Elastic | None) -> Elastic:
     """The pipeline's `elastic` section with what the stage says itself laid over it."""
-    if own is None:
-        return default
-    return default.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+    return default.overlaid(own)
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:

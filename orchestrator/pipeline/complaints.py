@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.pipeline.yamlfile import Document, KeyPath, lookup, show
+from orchestrator.pipeline.yamlfile import Document, KeyPath, is_private, lookup, show
 
 _PREFIXES = {
     "Value error, ": "",
@@ -120,7 +120,7 @@ def _bad_value(path: KeyPath, group: list[ErrorDetails], document: Document) -> 
     close = nearest(str(value), allowed) if known and isinstance(value, str) else None
     name = ".".join(str(part) for part in path) or "the pipeline"
     what = f"{name}: {'; or '.join(messages)}"
-    if known and group[0]["type"] not in ("value_error", "assertion_error"):
+    if known and not is_private(path) and group[0]["type"] not in ("value_error", "assertion_error"):
         what += f", not {show(value)}"
     hint = f"did you mean {close!r}?" if close else None
     return UserError(what, where=document.where(path), hint=hint)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.pipeline import graph, tracked
 from orchestrator.pipeline.attempt import Attempt, Outcome, merged_elastic
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
@@ -23,7 +25,11 @@ from orchestrator.stages.base import TrainStage
 from orchestrator.store.artifact import Artifact
 from orchestrator.tracking.runs import Run, Status
 
+logger = logging.getLogger("orchestrator")
+
 DONE, FAILED, MISTAKE = 0, 1, 2
+# A cluster that is lost more often than that is not lost by chance.
+_MOST_LOSSES, _WITHIN_S = 3, 3600.0
 _STATUS: dict[int, Status] = {DONE: "FINISHED", ABORTED: "KILLED"}
 _OUTCOME_STATUS: dict[str, Status] = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
@@ -57,7 +63,8 @@ def execute(
     try:
         with workspace.drive(loaded.name, reporter.note) as lease:
             workspace.tidy()
-            start = start_cluster or partial(_start_cluster, _training(loaded, stages), loaded.spec.elastic)
+            training = _training(loaded, stages)
+            start = start_cluster or partial(_start_cluster, training, loaded.spec.elastic, reporter.note)
             tracking = open_tracking or tracked.open_tracking
             return _Driver(loaded, stages, workspace, lease, reporter, start, tracking).execute()
     except LostHoldError as error:
@@ -93,6 +100,7 @@ class _Driver:
             self._mirror.check = lease.check
         self._open_runs: list[Run] = []
         self._cluster_started = False
+        self._losses: list[float] = []
 
     def execute(self) -> int:
         if not needs_attention(self._plans, self._ledger.state):
@@ -174,6 +182,9 @@ class _Driver:
     def _run_one(self, item: StagePlan, root: Run, cluster: ExitStack) -> None:
         if self._loaded.spec.stages[item.name].needs_ray and not self._cluster_started:
             self._enter_cluster(cluster)
+            if self._interrupt.stop.is_set():
+                self._exit_code = ABORTED
+                return
         known = self._ledger.state.stages.get(item.name)
         goes_on = known is not None and known.key == item.stage.key and known.state != "done"
         run_id = (known.run_id if known is not None and goes_on else None) or uuid.uuid4().hex
@@ -187,20 +198,46 @@ class _Driver:
         self._reporter.started(item, state.attempts)
         with self._reporter.working(item):
             outcome = self._attempt(item, state, run).execute()
+            while self._has_new_cluster(outcome, cluster):
+                outcome = self._attempt(item, state, run).execute()
         self._conclude(item, run, run_id, outcome)
 
     def _enter_cluster(self, cluster: ExitStack) -> None:
         address = self._loaded.spec.cluster.address
         self._reporter.starting_cluster(address)
         try:
-            cluster.enter_context(self._start_cluster(self._loaded.spec.cluster))
-        except ConnectionError as error:
-            where = self._loaded.where("cluster", "address")
-            hint = "start one with `ray start --head`, or set the address to local"
-            raise UserError(
-                f"no Ray cluster answers at {address!r}: {error}", where=where, hint=hint
-            ) from error
+            running = cluster.enter_context(self._start_cluster(self._loaded.spec.cluster))
+        except Stopped:
+            return
+        except UserError as error:
+            where = None if address == "local" else self._loaded.where("cluster", "address")
+            raise UserError(error.what, where=error.where or where, hint=error.hint) from error
+        self._interrupt.watch = getattr(running, "check", self._interrupt.watch)
+        if url := getattr(running, "dashboard_url", ""):
+            self._reporter.note(f"Ray's dashboard is at {url}; it asks for the token in {running.token_file}")
         self._cluster_started = True
+
+    def _has_new_cluster(self, outcome: Outcome, cluster: ExitStack) -> bool:
+        """Whether an attempt ended only because its cluster was lost, and there is a new one to go on with."""
+        lost = outcome.error
+        if not isinstance(lost, ClusterLostError):
+            return False
+        cluster.close()
+        self._cluster_started = False
+        if not lost.own or self._interrupt.stop.is_set():
+            return False
+        now = time.monotonic()
+        self._losses = [at for at in self._losses if now - at < _WITHIN_S] + [now]
+        if len(self._losses) > _MOST_LOSSES:
+            outcome.error = RuntimeError(f"{lost}, for the {len(self._losses)}th time within an hour")
+            return False
+        logger.warning("%s: a new one is started, and the stage goes on from its newest checkpoint", lost)
+        try:
+            self._enter_cluster(cluster)
+        except UserError as error:
+            outcome.error = error
+            return False
+        return self._cluster_started and not self._interrupt.stop.is_set()
 
     def _attempt(self, item: StagePlan, state: StageState, run: Run) -> Attempt:
         needs = {other.name: other.stage.needs for other in self._plans}
@@ -283,10 +320,12 @@ def _training(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> dict[str, 
 
 
 def _start_cluster(
-    training: dict[str, TrainStage], default: Elastic, cluster: Cluster
+    training: dict[str, TrainStage], default: Elastic, say: Callable[[str], None], cluster: Cluster
 ) -> AbstractContextManager[Any]:
     from orchestrator.elastic.cluster import start
 
     preload = {module for stage in training.values() for module in stage.preload}
-    workers = [merged_elastic(default, stage.elastic).workers[1] for stage in training.values()]
-    return start(cluster, sorted(preload), max(workers, default=0))
+    sections = [merged_elastic(default, stage.elastic) for stage in training.values()]
+    # `workers: auto` takes as many as the cluster turns out to have: that is known when the job asks.
+    workers = [section.workers[0 if section.every_device else 1] for section in sections]
+    return start(cluster, sorted(preload), max(workers, default=0), default, say)

@@ -1,4 +1,7 @@
-"""Ctrl-C: once to stop cleanly, twice to abort. Also SIGTERM, which is how schedulers say the same."""
+"""Ctrl-C: once to stop cleanly, twice to abort. Also SIGTERM, which is how schedulers say the same.
+
+Either way the exit code is 130. It says that the pipeline was stopped and can go on, whoever asked for it.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,33 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
+from orchestrator.errors import ClusterLostError
+
 ABORTED = 130
 _GRACE_S = 2.0
 _POLL_S = 0.2
+_ENDING_S = 30.0
 
 Result = TypeVar("Result")
 
 
+def _nothing() -> None:
+    pass
+
+
 class Interrupt:
-    """Whether the user asked to stop.
+    """What may end a stage from outside: the user, or the end of the cluster under it.
 
     Attributes:
         stop: set by the first signal.
+        watch: called several times a second while a stage runs that needs the cluster; raises ClusterLostError.
         on_stop: called by the first signal.
         on_abort: the best effort before the process ends at the second signal; gets two seconds.
     """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
+        self.watch: Callable[[], None] = _nothing
         self.on_stop: Callable[[], None] = _nothing
         self.on_abort: Callable[[], None] = _nothing
 
@@ -56,11 +68,16 @@ class Interrupt:
         os._exit(ABORTED)
 
 
-def in_thread(call: Callable[[], Result]) -> Result:
+def in_thread(call: Callable[[], Result], watch: Callable[[], None] = _nothing) -> Result:
     """Run `call` in another thread and wait.
 
     Signals reach Python only between bytecodes of the main thread, so it must not be the one that is deep in
     a native call; and libraries that take SIGINT for themselves do so only in the main thread.
+
+    Args:
+        call: what to run.
+        watch: called all the while; where it raises ClusterLostError, that is what comes of it, once `call` has
+            ended, since nothing may still work on what the next attempt will.
     """
     results: list[Result] = []
     errors: list[Exception] = []
@@ -78,10 +95,14 @@ def in_thread(call: Callable[[], Result]) -> Result:
     thread.start()
     while thread.is_alive():
         thread.join(_POLL_S)
+        try:
+            watch()
+        except ClusterLostError as lost:
+            thread.join(_ENDING_S)
+            if thread.is_alive():
+                raise RuntimeError(f"{lost}, and the stage did not end within {_ENDING_S:.0f} s") from lost
+            if not results:
+                raise
     if errors:
         raise errors[0]
     return results[0]
-
-
-def _nothing() -> None:
-    pass

@@ -6,6 +6,7 @@ which the command runs, not to the file, so that one file serves several checkou
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -19,10 +20,12 @@ from pydantic import ValidationError
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline import yamlfile
 from orchestrator.pipeline.complaints import complaints
-from orchestrator.spec import Pipeline
+from orchestrator.spec import RENAMED, Pipeline
 from orchestrator.stages.base import Stage
 from orchestrator.store.open import is_remote, open_store
 from orchestrator.tracking.connect import absolute_uri
+
+logger = logging.getLogger("orchestrator")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
 
@@ -76,6 +79,7 @@ def load(
     """
     stages: Any = _all_stages() if stage_type is None else stage_type
     document = yamlfile.read(Path(path), overrides)
+    _rename_old_keys(document)
     model = Pipeline[stages]
     try:
         spec = model.model_validate(document.data)
@@ -86,6 +90,22 @@ def load(
     if problems or (missing and needs_data):
         raise _joined([*missing, *problems])
     return replace(loaded, missing=tuple(missing))
+
+
+def _rename_old_keys(document: yamlfile.Document) -> None:
+    """Give the keys of `elastic` sections that were renamed their names of today, and say so in one notice."""
+    stages = document.data.get("stages")
+    names = list(stages) if isinstance(stages, dict) else []
+    found = []
+    for section in (("elastic",), *(("stages", name, "elastic") for name in names)):
+        values, _ = yamlfile.lookup(document.data, section)
+        for old, new in RENAMED.items():
+            # Where both are there, the schema complains.
+            if isinstance(values, dict) and old in values and new not in values:
+                found.append(f"{document.where((*section, old), value=False)} is now {new}")
+                document.rename(section, old, new)
+    if found:
+        logger.warning("renamed keys, which still work for now: %s", "; ".join(found))
 
 
 def _all_stages() -> Any:

@@ -184,7 +184,8 @@ def material(loaded: LoadedPipeline, name: str) -> Material:
     """What to measure with: artifacts of the stages before, where they are made and on this machine."""
     roles = graph.roles(loaded)
     stage = cast(Distill, loaded.spec.stages[name])
-    made_up = Material(stage, _recipe(loaded, roles, name))
+    device = loaded.spec.elastic.overlaid(stage.elastic).device
+    made_up = Material(stage, _recipe(loaded, roles, name), device=device)
     if loaded.missing:
         return made_up
     from orchestrator.pipeline.plan import resolve
@@ -264,7 +265,9 @@ def _is_here(hardware: Hardware) -> bool:
         return False  # without the seconds that torch takes to say so
     import torch
 
-    if not torch.cuda.is_available():
+    from orchestrator.elastic.device import visible_gpus
+
+    if not visible_gpus():
         return False
     names = torch.cuda.get_device_name(0).lower().split()
     return any(word in names for word in hardware.name.lower().split())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -16,6 +17,8 @@ from orchestrator.pipeline.reporter import duration, figures, mark, stage_table
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.tracking.spool import Spool
 
+# Of the tags that elastic/run_state.py sets.
+_TAGS = "ray_train."
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
 
 
@@ -44,9 +47,53 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
         table.add_row(name, stage.kind, mark(shown), attempts, time_text, good, key, detail)
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     console.print(table)
+    _print_runs(console, spool, [state.stages[name] for name in loaded.spec.stages if name in state.stages])
     if driver is not None:
         what = "It is being run by" if driven else "It was broken off: there is no sign of life from"
         console.print(Text(f"{what} {driver.who}."), soft_wrap=True)
+
+
+def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageState]) -> None:
+    """The Ray Train runs of the stages, as Ray's own state API lists them."""
+    runs = [tags for stage in stages for tags in _ray_train(spool, stage)]
+    if not runs:
+        return
+    table = stage_table(
+        "Ray Train run", "state", "workers", "attempts", "newest attempt", "failed ranks, newest first"
+    )
+    for tags in runs:
+        attempts = json.loads(tags["attempts"])
+        newest = f"{attempts[-1]['status']}, {attempts[-1]['workers']} workers" if attempts else ""
+        failed = [
+            f"{', '.join(map(str, one['failed_ranks']))}: {one.get('detail', '')}"
+            for one in reversed(attempts)
+            if one["failed_ranks"]
+        ]
+        table.add_row(
+            tags["name"],
+            tags["status"],
+            tags["workers"],
+            str(tags["num_attempts"]),
+            newest,
+            "; ".join(failed[:2]),
+        )
+    console.print(table)
+
+
+def _ray_train(spool: Spool | None, stage: StageState) -> list[dict[str, str]]:
+    """What Ray Train last reported of a stage's runs; of each student, where it has several."""
+    if spool is None or stage.run_id is None:
+        return []
+    found = []
+    for run_id in (stage.run_id, *spool.children(stage.run_id)):
+        tags: dict[str, str] = {}
+        for record, _ in spool.read(run_id):
+            if record["op"] == "tags":
+                tags |= record["tags"]
+        own = {name.removeprefix(_TAGS): value for name, value in tags.items() if name.startswith(_TAGS)}
+        if own:
+            found.append(own)
+    return found
 
 
 def read_log(loaded: LoadedPipeline, stage: str, last: int = 0) -> Iterator[str]:

@@ -19,6 +19,9 @@ _NAMED = ("stages", "data")
 
 _EXTENDS = "extends"
 
+# A worker's environment, which may hold tokens and passwords.
+_PRIVATE = "runtime_env"
+
 
 @dataclass
 class Document:
@@ -42,18 +45,30 @@ class Document:
         """`file:line  key.path = value`, by the nearest enclosing key path that was written down."""
         dotted = ".".join(str(part) for part in path)
         found, known = lookup(self.data, path)
-        shown = f"{dotted} = {show(found)}" if value and known and not _is_container(found) else dotted
+        shown = dotted
+        if value and known and not is_private(path) and not _is_container(found):
+            shown = f"{dotted} = {show(found)}"
         inside = [name for name in self.overrides if path and name[: len(path)] == path]
         if inside and path not in self.lines:
-            return f"command line `{self.overrides[inside[0]]}`  {shown}"
+            return f"command line `{_without_secrets(self.overrides[inside[0]])}`  {shown}"
         for length in range(len(path), -1, -1):
             prefix = path[:length]
             if prefix in self.overrides:
-                return f"command line `{self.overrides[prefix]}`  {shown}"
+                return f"command line `{_without_secrets(self.overrides[prefix])}`  {shown}"
             if prefix in self.lines:
                 file = self.files.get(prefix, self.path)
                 return f"{file}:{self.lines[prefix]}  {shown}".rstrip()
         return f"{self.path}  {shown}".rstrip()
+
+    def rename(self, section: KeyPath, old: str, new: str) -> None:
+        """Call the key `old` of a mapping `new`, wherever it was written."""
+        values, _ = lookup(self.data, section)
+        values[new] = values.pop(old)
+        path = (*section, old)
+        records: tuple[dict[KeyPath, Any], ...] = (self.lines, self.files, self.overrides)
+        for by_path in records:
+            for known in [known for known in by_path if known[: len(path)] == path]:
+                by_path[(*section, new, *known[len(path) :])] = by_path.pop(known)
 
 
 def lookup(data: Any, path: Sequence[str | int]) -> tuple[Any, bool]:
@@ -78,7 +93,8 @@ def show(value: Any, limit: int = 80) -> str:
     elif isinstance(value, (list, tuple)):
         text = "[" + ", ".join(show(item, limit) for item in value) + "]"
     elif isinstance(value, Mapping):
-        text = "{" + ", ".join(f"{key}: {show(item, limit)}" for key, item in value.items()) + "}"
+        shown = {key: "…" if is_private((key,)) else show(item, limit) for key, item in value.items()}
+        text = "{" + ", ".join(f"{key}: {item}" for key, item in shown.items()) + "}"
     else:
         text = str(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -232,6 +248,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def is_private(path: KeyPath) -> bool:
+    """Whether what is at or below `path` may be a secret, such as an environment variable: no message shows it."""
+    return _PRIVATE in path
+
+
+def _without_secrets(override: str) -> str:
+    """An override as a message may show it."""
+    name, equals, _ = override.partition("=")
+    return f"{name}{equals}…" if _PRIVATE in override else override
+
+
 def _is_container(value: Any) -> bool:
     return isinstance(value, (Mapping, list)) and len(show(value)) > 60
 
@@ -239,7 +266,7 @@ def _is_container(value: Any) -> bool:
 def _apply(document: Document, override: str) -> None:
     """Apply one `key.path=value`; the value is YAML."""
     name, equals, text = override.partition("=")
-    where = f"command line `{override}`"
+    where = f"command line `{_without_secrets(override)}`"
     parts = name.strip().split(".")
     if not equals or not all(parts):
         raise UserError(

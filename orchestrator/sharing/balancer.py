@@ -24,7 +24,7 @@ class Balancer:
 
     A new split is taken on when a student left, when devices are too few for the present one, or when it is 5 %
     faster. Losing machines never makes it raise: with too few for all, everybody may have its fewest, and who gets
-    a place is for the fleet to say.
+    a slot is for the worker pool to say.
 
     Args:
         teacher: measured cost of the teacher.
@@ -117,10 +117,10 @@ def cluster_devices(kind: Literal["cpu", "gpu"]) -> float:
 
     import ray
 
-    from orchestrator.elastic.fleet import draining_nodes
+    from orchestrator.elastic.nodes import draining_nodes
 
     leaving = draining_nodes()
-    own = None if ray.util.client.ray.is_connected() else ray.get_runtime_context().get_node_id()
+    own = ray.get_runtime_context().get_node_id()
     total = 0.0
     for node in ray.nodes():
         if not node["Alive"] or node["NodeID"] in leaving:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Of a core: what Ray's daemons, seats, desk and driver take while a stage runs (docs/sharing-scale.md, measured).
+# Of a core: what Ray's daemons, slots, desk and driver take while a stage runs (docs/sharing-scale.md, measured).
 AROUND_CORES = 0.14
 # How far teachers may be ahead of what the slowest student asks for, as by default; more changes nothing here, as
 # every step takes a part the same time.

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore
 
+from orchestrator.elastic.device import CPU, device
 from orchestrator.elastic.zero import import_deepspeed, zero_config
 
 # A teacher that is ahead waits for its students as long as they take; who is dead is for the driver to see.
@@ -31,7 +32,7 @@ def listen(world: int) -> TCPStore:
 def join(rank: int, world: int, port: int, store: TCPStore | None = None) -> None:
     """Make this process one of the group; `store` is rank 0's own."""
     store = store or TCPStore(_HOST, port, world, is_master=False, timeout=_FOR_EVER)
-    gpu = torch.cuda.is_available()
+    gpu = device() != CPU
     if gpu:
         torch.cuda.set_device(0)  # Ray shows each process its own
     for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):

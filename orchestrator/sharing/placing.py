@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.elastic.device import environment
+
+# Of a process that must not touch the GPUs of its node.
+_NO_GPU = tuple(sorted(environment(()).items()))
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -21,19 +26,25 @@ class Machine:
 
 @dataclass(frozen=True)
 class Spot:
-    """A node, and what the teacher takes there: nothing if the node is full."""
+    """A node, and what the teacher takes there: nothing if the node is full.
+
+    Attributes:
+        environment: variables of its process, over Ray's.
+    """
 
     node: str
     cpus: float
     gpus: float
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Spot | None:
     """Where the teacher goes; None if no machine will do.
 
     One with room if there is one; else it squeezes in beside the workers: a crowded teacher is slow, but none at
-    all is a standstill, with every place taken by those who wait for it. The head node comes first, as its loss
-    ends the driver anyway. A node that is about to go is better than none.
+    all is a standstill, with every place taken by those who wait for it. Where workers have all GPUs it runs on CPUs:
+    its environment hides the GPUs, since Ray does not hide them from a process that asked for none. The head node
+    comes first, as its loss ends the driver anyway. A node that is about to go is better than none.
 
     Args:
         machines: of the cluster.
@@ -51,8 +62,9 @@ def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Spot | 
         able, key=lambda machine: (not machine.leaving, has_room(machine), machine.head, machine.free_cpus)
     )
     if not has_room(best):
-        return Spot(best.node, 0.0, 0.0)
-    return Spot(best.node, 0.0 if gpus else 1.0, gpus)
+        return Spot(best.node, 0.0, 0.0, _NO_GPU if best.gpus else ())
+    # A teacher on a CPU: `device: cpu`, or a cluster that has GPUs elsewhere.
+    return Spot(best.node, 0.0 if gpus else 1.0, gpus, _NO_GPU if best.gpus and not gpus else ())
 
 
 def machines() -> list[Machine]:
@@ -60,11 +72,8 @@ def machines() -> list[Machine]:
     import ray
     from ray._private.state import state
 
-    from orchestrator.elastic.fleet import draining_nodes
+    from orchestrator.elastic.nodes import draining_nodes
 
-    if ray.util.client.ray.is_connected():
-        # A client's process is no part of the cluster; a task is.
-        return list(ray.get(ray.remote(num_cpus=0)(machines).remote()))
     free = state.available_resources_per_node()
     leaving = draining_nodes()
     return [
@@ -84,9 +93,6 @@ def machines() -> list[Machine]:
 
 def has_process(actor_id: str) -> bool:
     """Whether Ray has found a place for this actor and begun to fill it."""
-    import ray
     from ray._private.state import state
 
-    if ray.util.client.ray.is_connected():
-        return bool(ray.get(ray.remote(num_cpus=0)(has_process).remote(actor_id)))
     return bool(state.actor_table(actor_id).get("Pid"))

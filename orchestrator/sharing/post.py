@@ -195,6 +195,7 @@ class Post:
         remote = ray.remote(TeacherActor).options(
             num_cpus=spot.cpus,
             num_gpus=spot.gpus,
+            runtime_env={"env_vars": dict(spot.environment)} if spot.environment else None,
             max_restarts=0,
             max_concurrency=2,
             scheduling_strategy=NodeAffinitySchedulingStrategy(spot.node, soft=False),

@@ -56,14 +56,21 @@ def fit(one_block_s: float, two_blocks_s: float) -> tuple[float, float]:
     return one_block_s - block_s, block_s
 
 
-def hardware() -> dict[str, Any]:
-    """What decides how fast this machine is: device, processor, cores, threads and torch's version."""
+def hardware(wanted: str = "auto") -> dict[str, Any]:
+    """What decides how fast this machine is: device, processor, cores, threads and torch's version.
+
+    Args:
+        wanted: an `elastic.device`: `cpu` counts cores even where there are GPUs.
+    """
     import torch
 
-    gpu = torch.cuda.is_available()
+    from orchestrator.elastic.device import CPU, assigned_gpus
+
+    gpus = () if wanted == CPU else assigned_gpus()
+    gpu = bool(gpus)
     return {
         "device": torch.cuda.get_device_name(0) if gpu else "cpu",
-        "devices": torch.cuda.device_count() if gpu else cores(),
+        "devices": len(gpus) if gpu else cores(),
         "processor": _processor(),
         "cores": cores(),
         "threads": 0 if gpu else 1,

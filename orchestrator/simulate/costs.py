@@ -31,7 +31,7 @@ class StageCosts(Strict):
     start_s: _Seconds = Field(1.0, description="from the choice of a group until it has joined and built")
     restore_s: _Seconds = Field(0.5, description="reading a checkpoint")
     first_step_s: _Seconds = Field(0.5, description="what a group's first step takes longer")
-    warm_s: _Seconds = Field(10.0, description="from a machine's coming until its seat is warm")
+    warm_s: _Seconds = Field(10.0, description="from a machine's coming until its slot is ready")
     overhead_s: _Seconds = Field(2.0, description="of the pipeline around a stage")
     seconds: _Seconds = Field(10.0, description="of a stage that does not train")
 

@@ -1,7 +1,7 @@
 """One group of workers from its start to its end, step by step as `elastic/loop.py` goes, but many steps at once.
 
 At a step's end the loop commits the checkpoint that is written by then, begins one if it is due and none is being
-written, saves and leaves if asked to, and saves and ends after the last step. Between such steps all are alike,
+written, saves and stops if asked to, and saves and ends after the last step. Between such steps all are alike,
 so time jumps from one of them to the next.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 
 from orchestrator.simulate.costs import StageCosts
 
-Phase = Literal["starting", "stepping", "stalled", "leaving", "ending", "left", "done"]
+Phase = Literal["starting", "stepping", "stalled", "stopping", "ending", "stopped", "done"]
 _ROUNDING = 1e-9
 
 
@@ -73,16 +73,15 @@ class Group:
         """Whether it has done a step."""
         return self.step > self.first_step
 
-    def advance(self, to: float) -> float:
-        """Let time go on to `to`, at most to the phase's end; returns the seconds of it."""
+    def advance(self, to: float) -> None:
+        """Let time go on to `to`, at most to the phase's end."""
         elapsed, self._now = to - self._now, to
         if self.phase == "stepping":
             self.stepped_s += elapsed
-        elif self.phase in ("leaving", "ending") and self._pending is not None and self._pending[0] <= to:
+        elif self.phase in ("stopping", "ending") and self._pending is not None and self._pending[0] <= to:
             self.safe, self._pending = self._pending[1], None
         if to >= self.phase_ends:
             self._next_phase()
-        return elapsed
 
     def steps_done(self) -> int:
         """Whole steps done by now."""
@@ -90,8 +89,8 @@ class Group:
             return self.step
         return self.step + 1 + math.floor((self._now - self._first_ends) / self.step_s + _ROUNDING)
 
-    def leave(self) -> None:
-        """Ask it to checkpoint at the next step's end and to end."""
+    def request_stop(self) -> None:
+        """Ask it to checkpoint at the next step's end and to stop."""
         self._stop = True
         if self.phase == "stepping":
             self._set_run(min(self._run, self.steps_done() - self.step + 1))
@@ -109,10 +108,10 @@ class Group:
                 self._pending = (self._now + self.costs.write_s, Safe(self.step, self.stepped_s))
                 self.num_saves += 1
                 self._begin_run()
-            case "leaving" | "ending":
+            case "stopping" | "ending":
                 self.safe = Safe(self.step, self.stepped_s)
                 self.num_saves += 1
-                self.phase = "left" if self.phase == "leaving" else "done"
+                self.phase = "stopped" if self.phase == "stopping" else "done"
                 self.phase_ends = math.inf
             case _:
                 raise AssertionError(self.phase)
@@ -125,7 +124,7 @@ class Group:
         if self._stop or self.step == self.num_steps:
             # The file that is still being written is waited for, and committed, before the last one is begun.
             wait = max(0.0, self._pending[0] - self._now) if self._pending is not None else 0.0
-            self.phase = "ending" if self.step == self.num_steps else "leaving"
+            self.phase = "ending" if self.step == self.num_steps else "stopping"
             self.phase_ends = self._now + wait + self.costs.stall_s + self.costs.write_s
         elif not was_pending and self._now - self._saved_at >= self._interval() - _ROUNDING:
             self.phase, self.phase_ends = "stalled", self._now + self.costs.stall_s

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orchestrator.elastic import reaper
+from orchestrator.elastic.reaper import Reaper
 
-# A GCS that pings often: what it believes about a killed node matters only for where new seats go.
+# A GCS that pings often: what it believes about a killed node matters only for where new slots go.
 _ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
@@ -51,22 +51,20 @@ class SpotMarket:
         # Object stores are small: what passes through them here is, and /dev/shm may be.
         self._sizes = {"object_store_memory": 256 * 2**20, "include_dashboard": False}
         # Ends all of it if this process is killed.
-        self._reaper = subprocess.Popen(
-            [sys.executable, "-S", reaper.__file__, str(self._folder)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        self._reaper = Reaper(self._folder)
         head = {"num_cpus": head_slots, "_system_config": {}, "temp_dir": str(self._folder), **self._sizes}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        with self._reaper.marking():
+            self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address: str = self._cluster.address
         self.machines: dict[str, Any] = {}
         self.leaving: set[str] = set()
 
-    def add(self, name: str, slots: int | None = None) -> str:
-        """A new machine; returns its node id."""
-        node = self._cluster.add_node(
-            wait=True, num_cpus=self._slots if slots is None else slots, **self._sizes
-        )
+    def add(self, name: str, slots: int | None = None, **has: Any) -> str:
+        """A new machine; returns its node id. `has`: what Ray believes of it, such as `num_gpus` and `labels`."""
+        with self._reaper.marking():
+            node = self._cluster.add_node(
+                wait=True, num_cpus=self._slots if slots is None else slots, **self._sizes, **has
+            )
         self.machines[name] = node
         return str(node.node_id)
 
@@ -109,9 +107,9 @@ class SpotMarket:
             (raylet,) = self.machines[machine].all_processes["raylet"]
             for process in psutil.Process(raylet.process.pid).children(recursive=True):
                 with suppress(psutil.Error):
-                    # A worker is forked from a zygote and has its command line.
+                    # A worker is forked from a fork server and has its command line.
                     if all(
-                        "orchestrator.elastic.zygote" in " ".join(p.cmdline())
+                        "orchestrator.elastic.forkserver" in " ".join(p.cmdline())
                         for p in (process, process.parent())
                     ):
                         found.append(process)
@@ -125,9 +123,7 @@ class SpotMarket:
                     with suppress(ProcessLookupError):
                         os.kill(info.process.pid, signal.SIGCONT)
         self._cluster.shutdown()
-        assert self._reaper.stdin is not None
-        self._reaper.stdin.close()
-        self._reaper.wait()
+        self._reaper.close()
 
     def __enter__(self) -> SpotMarket:
         return self

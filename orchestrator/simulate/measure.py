@@ -77,8 +77,8 @@ def stage_costs(
         recoveries: of the account, as JSON.
         began: when the stage started.
         losses: when machines were killed, as far as that is known; without it `detect_s` is left out.
-        arrivals: when machines came. A group that waited for one tells what its seat took to be warm; without
-            such a group that is told by the stage's start, when all seats warm up at once.
+        arrivals: when machines came. A group that waited for one tells what its slot took to be ready; without
+            such a group that is told by the stage's start, when all slots start at once.
     """
     steps = _step_seconds(run, recoveries)
     found: dict[str, list[float]] = {"stall_s": list(run.stalls), "write_s": list(run.writes)}

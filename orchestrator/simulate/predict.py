@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.errors import UserError
 from orchestrator.simulate.costs import Costs, StageCosts
 from orchestrator.simulate.job import Account, Job, JobPlan
-from orchestrator.simulate.seats import Fleet
+from orchestrator.simulate.machines import Machines
 from orchestrator.simulate.trace import Trace, always
 from orchestrator.spec import Elastic, Pipeline
 from orchestrator.stages.base import Stage, TrainStage
@@ -106,7 +106,7 @@ def plan_stages(
         stage = spec.stages[name]
         jobs: tuple[JobPlan, ...] = ()
         if isinstance(stage, TrainStage):
-            elastic = _merged(spec.elastic, stage.elastic)
+            elastic = spec.elastic.overlaid(stage.elastic)
             students: Mapping[str, Any] = getattr(stage, "students", {})
             names = [f"{name}/{student}" for student in students] or [name]
             jobs = tuple(_job_plan(job, stage, elastic, costs.of(job), interval_s) for job in names)
@@ -123,9 +123,9 @@ def predict(plans: Sequence[StagePlan], trace: Trace, *, warm: bool = False) -> 
     """Let the stages run one after the other on the machines of `trace`, from its second 0.
 
     Args:
-        warm: the first stage finds warm seats on the machines that are there, as if another one had just ended.
+        warm: the first stage finds ready slots on the machines that are there, as if another one had just ended.
     """
-    fleet = Fleet(trace, warm=warm)
+    machines = Machines(trace, warm=warm)
     now, why_not = 0.0, ""
     results: list[StageResult] = []
     for plan in plans:
@@ -133,11 +133,11 @@ def predict(plans: Sequence[StagePlan], trace: Trace, *, warm: bool = False) -> 
         now += plan.costs.overhead_s + (0.0 if plan.jobs else plan.costs.seconds)
         if now > trace.duration_s:
             why_not, now = _RECORD_ENDS, trace.duration_s
-        fleet.advance(now)
+        machines.advance(now)
         jobs: list[Job] = []
         if not why_not and plan.jobs:
-            jobs = [Job(job, fleet, now) for job in plan.jobs]
-            now, why_not = _train(jobs, fleet, now, trace.duration_s)
+            jobs = [Job(job, machines, now) for job in plan.jobs]
+            now, why_not = _train(jobs, machines, now, trace.duration_s)
         done = tuple(
             JobResult(job.plan.name, job.step, job.plan.num_steps, job.now if job.done else None, job.account)
             for job in jobs
@@ -145,7 +145,7 @@ def predict(plans: Sequence[StagePlan], trace: Trace, *, warm: bool = False) -> 
         results.append(StageResult(plan.name, plan.kind, began, None if why_not else now, done))
         if why_not:
             break
-    cost, hours = fleet.bill(now)
+    cost, hours = machines.bill(now)
     return Prediction(now, not why_not, why_not, cost, hours, tuple(results))
 
 
@@ -156,36 +156,36 @@ def on_demand(plans: Sequence[StagePlan], trace: Trace, price: float) -> Predict
     return predict(plans, always(-(-widest // slots), slots, price))
 
 
-def _train(jobs: list[Job], fleet: Fleet, now: float, end: float) -> tuple[float, str]:
+def _train(jobs: list[Job], machines: Machines, now: float, end: float) -> tuple[float, str]:
     """Run the jobs beside each other from `now`; returns when they ended, and what kept them from it."""
     running = list(jobs)
-    _decide(running, fleet)
+    _decide(running, machines)
     why_not = ""
     while running and not why_not:
-        now = min(fleet.next_time(), *(job.next_time() for job in running))
+        now = min(machines.next_time(), *(job.next_time() for job in running))
         if math.isinf(now) or now > end:
             why_not = _RECORD_ENDS if math.isfinite(end) else "no machine comes any more"
-            now = end if math.isfinite(end) else fleet.now
-        ask = fleet.next_time() <= now
+            now = end if math.isfinite(end) else machines.now
+        ask = machines.next_time() <= now
         for job in running:
             ask = job.advance(now) or ask  # in this order: each job's time goes on
         if ask:
-            lost = fleet.advance(now)
+            lost = machines.advance(now)
             for job in running:
-                job.seats_lost(lost)
+                job.slots_lost(lost)
             running = [job for job in running if not job.done]
-            _decide(running, fleet)
+            _decide(running, machines)
     for job in running:
         job.stop()
     return now, why_not
 
 
-def _decide(jobs: list[Job], fleet: Fleet) -> None:
+def _decide(jobs: list[Job], machines: Machines) -> None:
+    reclaimed = machines.pool.num_reclaimed
     for job in jobs:
         job.decide()
-    if fleet.has_recalled:
-        # Those who decided before must hear of it.
-        fleet.has_recalled = False
+    if machines.pool.num_reclaimed > reclaimed:
+        # Jobs that decided before one of the others reclaimed their slots have to decide again.
         for job in jobs:
             job.decide()
 
@@ -198,22 +198,17 @@ def _job_plan(
     every: float | None = elastic.checkpoint_every_s
     if interval_s is not None:
         every = float(interval_s) if interval_s != "auto" else None
+    min_workers, max_workers = elastic.workers
     return JobPlan(
         name,
         num_steps,
         batch // block,
-        elastic.workers,
+        # `workers: auto` is every machine that the trace has, but no more than a step has blocks.
+        (min_workers, max(min_workers, batch // block) if elastic.every_device else max_workers),
         every,
-        elastic.max_failures,
         costs,
         elastic.resize_share,
     )
-
-
-def _merged(default: Elastic, own: Elastic | None) -> Elastic:
-    if own is None:
-        return default
-    return default.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
 def try_intervals(

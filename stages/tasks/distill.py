@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.data.blocks import Block
+from orchestrator.elastic.device import device_type
 from orchestrator.elastic.export import load_export
 from orchestrator.elastic.task import BlockTensors, Losses, Modules, Reduce, Weights
 from orchestrator.models import preset
@@ -55,7 +56,7 @@ class FrozenTeacher:
         self, config: Distill, recipe: ModelRecipe, teacher: Path, make_views: Callable[[], StepViews]
     ) -> None:
         self._config = config
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device_type()
         if self._device == "cpu":
             torch.set_num_threads(1)
         self._half = in_half(config, self._device)

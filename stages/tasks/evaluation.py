@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from orchestrator.data.decode import UnreadableImage, read_rgb
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.rng import derive
+from orchestrator.elastic.device import device_type
 from orchestrator.elastic.export import load_export
 from orchestrator.errors import UserError
 from orchestrator.models import Backbone, Features, count_params, from_config, load_pretrained, normalise
@@ -87,14 +88,17 @@ def read_settings(folder: Path) -> tuple[str, int]:
     return record["preset"], int(record["extra"]["image_size"])
 
 
-def load_tower(folder: Path, size: int | None, where: str, weights: Path | None = None) -> Tower:
-    """The model of a folder, on the accelerator if there is one.
+def load_tower(
+    folder: Path, size: int | None, where: str, weights: Path | None = None, wanted: str = "auto"
+) -> Tower:
+    """The model of a folder, on the device that this process may use.
 
     Args:
         folder: as `save_pretrained` wrote it.
         size: pixels a side; default: what it was trained for.
         where: key path of `size`, for the error message.
         weights: a snapshot, whose backbone replaces the folder's weights.
+        wanted: an `elastic.device`: `cpu` uses no GPU.
 
     Raises:
         UserError: `size` is not a multiple of the model's patch.
@@ -110,7 +114,7 @@ def load_tower(folder: Path, size: int | None, where: str, weights: Path | None 
         )
     if weights is not None:
         model.load_state_dict(load_export(weights, "backbone."))
-    return Tower(model.to(_device()), preset, size)
+    return Tower(model.to(device_type(wanted)), preset, size)
 
 
 def random_tower(tower: Tower, seed: int) -> Tower:
@@ -118,7 +122,7 @@ def random_tower(tower: Tower, seed: int) -> Tower:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "random weights", tower.preset) % 2**63)
         model = from_config(tower.model.config)
-    return Tower(model.eval().to(_device()), tower.preset, tower.size)
+    return Tower(model.eval().to(_device_of(tower)), tower.preset, tower.size)
 
 
 @torch.inference_mode()
@@ -148,9 +152,9 @@ def pixel_features(crops_NHWC: Pixels) -> Floats:
 
 def _features(tower: Tower, crops_NHWC: Pixels) -> Features:
     images_NCHW = torch.from_numpy(np.ascontiguousarray(crops_NHWC.transpose(0, 3, 1, 2)))
-    features: Features = tower.model(normalise(images_NCHW.to(_device())))
+    features: Features = tower.model(normalise(images_NCHW.to(_device_of(tower))))
     return features
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device_of(tower: Tower) -> torch.device:
+    return next(tower.model.parameters()).device

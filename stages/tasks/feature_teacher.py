@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from orchestrator.data.blocks import Block
+from orchestrator.elastic.device import device_type
 from orchestrator.errors import UserError
 from orchestrator.models.foreign import (
     ForeignNet,
@@ -116,13 +117,16 @@ class Teachers:
         config: the stage's.
         objective: which teachers.
         own: see :class:`FeatureTeacher`.
+        wanted: an `elastic.device`: `cpu` uses no GPU.
 
     Raises:
         UserError: see :class:`FeatureTeacher`.
     """
 
-    def __init__(self, config: Distill, objective: FeatureObjective, own: Path | None) -> None:
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(
+        self, config: Distill, objective: FeatureObjective, own: Path | None, wanted: str = "auto"
+    ) -> None:
+        self._device = device_type(wanted)
         if self._device == "cpu":
             torch.set_num_threads(1)
         self._half = in_half(config, self._device)
@@ -180,19 +184,21 @@ def prepare(
     make_views: Callable[[], StepViews],
     own: Path | None = None,
     cache: Path | None = None,
+    wanted: str = "auto",
 ) -> Prepared:
     """Probe all teachers, and measure their whitening on the images of the first steps.
 
     Args:
         config, objective, make_views, own: see :class:`FeatureTeacher`.
         cache: folder that keeps the result: what is there is not measured again.
+        wanted: an `elastic.device`: `cpu` uses no GPU.
 
     Raises:
         UserError: see :class:`FeatureTeacher`, or features that cannot be whitened.
     """
     if cache is not None and (cache / _SHAPES).is_file():
         return _load(cache)
-    teachers = Teachers(config, objective, own)
+    teachers = Teachers(config, objective, own, wanted)
     found = _measured(teachers, objective, make_views() if objective.whiten else None)
     if cache is not None:
         _save(found, cache)

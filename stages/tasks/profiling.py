@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import FileStore
 
 from orchestrator.data.blocks import Block, BlockSource
 from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.elastic.device import CPU, device
 from orchestrator.elastic.job import Job
 from orchestrator.elastic.loop import train
 from orchestrator.elastic.zero import import_deepspeed
@@ -54,7 +55,7 @@ def main() -> None:
     """Read a `Spec` from standard input, write seconds of steps into its `out` as JSON."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     spec = Spec.model_validate_json(sys.stdin.read())
-    gpu = torch.cuda.is_available()
+    gpu = device() != CPU
     if not gpu:
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="orchestrator-profile-") as scratch:
@@ -66,7 +67,7 @@ def main() -> None:
 
 def _join(spec: Spec, gpu: bool) -> None:
     if gpu:
-        torch.cuda.set_device(spec.rank)
+        torch.cuda.set_device(0)  # each process sees its own
     for name, value in (("RANK", spec.rank), ("WORLD_SIZE", spec.world), ("LOCAL_RANK", 0)):
         os.environ[name] = str(value)
     store = FileStore(str(spec.meeting), spec.world)
@@ -169,7 +170,7 @@ def _student_step(
 
 def _clock() -> float:
     """Seconds: of this process's processor time where processors compute, so that nobody else's work is counted."""
-    return time.monotonic() if torch.cuda.is_available() else time.process_time()
+    return time.monotonic() if device() != CPU else time.process_time()
 
 
 def _is_enough(seconds: list[float]) -> bool:

@@ -194,7 +194,12 @@ class FeatureTeaching(Teaching):
         with self._context.part("teachers", self._spoken()) as part:
             folder = part.artifact or part.work / "teachers"
             prepared = feature_teacher.prepare(
-                self._config, self._objective, self._views({}), self._own, folder
+                self._config,
+                self._objective,
+                self._views({}),
+                self._own,
+                folder,
+                self._context.elastic.device,
             )
             if part.artifact is None:
                 part.publish(folder, {})

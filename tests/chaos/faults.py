@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from chaos.scene import Trap
-from chaos.sight import teachers
+from chaos.sight import actors
 
 if TYPE_CHECKING:
     from chaos.storm import Storm
@@ -103,12 +103,22 @@ def machine_added(storm: Storm) -> str | None:
 
 def teacher_killed(storm: Storm) -> str | None:
     """SIGKILL of the process of the teacher's actor."""
-    found = teachers(storm.scene.processes())
+    found = actors(storm.scene.processes(), "TeacherActor")
     if not found:
         return None
     for teacher in found:
         with contextlib.suppress(psutil.Error):
             teacher.kill()
+    return f"process {found[0].pid}"
+
+
+def controller_killed(storm: Storm) -> str | None:
+    """SIGKILL of the actor that holds Ray Train's controllers and the worker pool."""
+    found = actors(storm.scene.processes(), "ControllerHost")
+    if not found:
+        return None
+    with contextlib.suppress(psutil.Error):
+        found[0].kill()
     return f"process {found[0].pid}"
 
 
@@ -228,6 +238,7 @@ KINDS: dict[Fault, int] = {
     announced_and_killed_late: 2,
     machine_added: 8,
     teacher_killed: 1,
+    controller_killed: 1,
     driver_killed: 2,
     killed_while_writing: 1,
     killed_while_uploading: 1,

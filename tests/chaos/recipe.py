@@ -27,8 +27,8 @@ def pipeline(photos: Path, steps: int, students: int) -> dict[str, Any]:
             "workers": [1, 3],
             "checkpoint_every_s": 2,
             "resize_share": 1.0,
-            "silence_s": 6,
-            "hang_s": 120,
+            "heartbeat_timeout_s": 6,
+            "stall_timeout_s": 120,
         },
         "data": {"photos": {"path": str(photos)}},
         "stages": {

@@ -85,11 +85,11 @@ def _job(path: Path) -> str:
     return path.parent.name.partition("-")[0]
 
 
-def teachers(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Processes of teachers."""
+def actors(processes: list[psutil.Process], name: str) -> list[psutil.Process]:
+    """Processes of a class of Ray actors."""
     found = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            if any("TeacherActor" in part for part in process.cmdline()):
+            if any(name in part for part in process.cmdline()):
                 found.append(process)
     return found

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.elastic import controller
+from orchestrator.elastic import trainer
 from orchestrator.elastic.goodput import Goodput
 from orchestrator.elastic.job import Job
 from orchestrator.tracking.runs import NullRun
 
 PATIENCE_S = 90.0
+
+
+class TaggedRun(NullRun):
+    """Keeps the tags, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tagged: dict[str, Any] = {}
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        self.tagged |= values
 
 
 class Running:
@@ -25,7 +37,7 @@ class Running:
 
     def __init__(self, job: Job) -> None:
         self.all.append(self)
-        self.job, self.run, self.stop = job, NullRun(), threading.Event()
+        self.job, self.run, self.stop = job, TaggedRun(), threading.Event()
         self.lines: list[str] = []
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._go, daemon=True)
@@ -33,7 +45,7 @@ class Running:
 
     def _go(self) -> None:
         try:
-            controller.run(self.job, tracker=self.run, stop=self.stop, on_line=self.lines.append)
+            trainer.run(self.job, tracker=self.run, stop=self.stop, on_line=self.lines.append)
         except BaseException as error:
             self.error = error
 
@@ -62,3 +74,16 @@ class Running:
         """Of its last export."""
         self.finish()
         return load_file(self.job.export(self.job.num_steps))
+
+
+def assert_same(running: Running, reference: Running) -> None:
+    """Each step's samples are the same, losses agree to 1e-4, final weights to 1e-3 in relative norm."""
+    got = {r["step"]: r["metrics"] for r in running.run.history()}
+    wanted = {r["step"]: r["metrics"] for r in reference.run.history()}
+    assert got.keys() == wanted.keys()
+    for step, figures in wanted.items():
+        assert got[step]["sample_order"] == figures["sample_order"], step
+        assert got[step]["loss"] == pytest.approx(figures["loss"], rel=1e-4), step
+    ours, theirs = (load_file(r.job.export(r.job.num_steps)) for r in (running, reference))
+    for name, value in theirs.items():
+        assert np.linalg.norm(ours[name] - value) <= 1e-3 * np.linalg.norm(value), name

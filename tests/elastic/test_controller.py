@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.elastic import cluster, fleet
+from orchestrator.elastic import cluster
 from orchestrator.elastic.goodput import Goodput
+from orchestrator.elastic.hosts import hosts
 from orchestrator.errors import Stopped, UserError
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
-from running import PATIENCE_S, Running
+from running import PATIENCE_S, Running, assert_same
 from tiny import tiny_job
 
 
@@ -75,19 +76,6 @@ def undisturbed(market: SpotMarket, tmp_path_factory: pytest.TempPathFactory) ->
     return running
 
 
-def assert_same(running: Running, reference: Running) -> None:
-    """Each step's samples are the same, losses agree to 1e-4, final weights to 1e-3 in relative norm."""
-    got = {r["step"]: r["metrics"] for r in running.run.history()}
-    wanted = {r["step"]: r["metrics"] for r in reference.run.history()}
-    assert got.keys() == wanted.keys()
-    for step, figures in wanted.items():
-        assert got[step]["sample_order"] == figures["sample_order"], step
-        assert got[step]["loss"] == pytest.approx(figures["loss"], rel=1e-4), step
-    ours, theirs = (load_file(r.job.export(r.job.num_steps)) for r in (running, reference))
-    for name, value in theirs.items():
-        assert np.linalg.norm(ours[name] - value) <= 1e-3 * np.linalg.norm(value), name
-
-
 def worker_pids(machines: SpotMarket) -> list[int]:
     return [process.pid for process in machines.workers()]
 
@@ -107,7 +95,7 @@ def test_machines_killed_drained_and_added(
     running.wait(lambda: running.step() > reached)
     machines.add("third")
     machines.add("fourth")
-    running.wait(lambda: len(fleet.current().on_offer(job.name)) == 3)
+    running.wait(lambda: sum(slot["state"] == "ready" for slot in hosts.slots()) == 3)
     hold.unlink()
     running.wait(lambda: any("growth" in line for line in running.lines))
     grown = [line for line in running.lines if "growth" in line]
@@ -130,26 +118,28 @@ def test_machines_killed_drained_and_added(
     machines.kill("third")
 
 
-def test_a_killed_worker_is_forked_again_on_its_warm_seat(
+def test_a_killed_worker_is_forked_again_on_its_warm_slot(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
     running = Running(tiny_job(tmp_path / "worker", 60, (1, 3), checkpoint_every_s=0.3))
-    seats = []
+    slots = []
     for round_ in range(2):
         running.wait(lambda reached=10 * (round_ + 1): running.step() >= reached)  # type: ignore[misc]
         worker = machines.workers()[-round_]
-        seats.append(worker.parent().parent())
+        slots.append(worker.parent().parent())
         worker.kill()
         running.wait(lambda count=round_ + 1: sum("goes on" in line for line in running.lines) >= count)  # type: ignore[misc]
     running.finish()
-    assert all(seat.is_running() and "ray::Seat" in seat.name() for seat in seats)
+    assert all(slot.is_running() and "ray::WorkerSlot" in slot.name() for slot in slots)
     assert_same(running, undisturbed)
 
 
 def test_a_stopped_worker_is_found_named_and_replaced(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
-    running = Running(tiny_job(tmp_path / "stopped", 60, (1, 3), checkpoint_every_s=0.5, silence_s=4))
+    running = Running(
+        tiny_job(tmp_path / "stopped", 60, (1, 3), checkpoint_every_s=0.5, heartbeat_timeout_s=4)
+    )
     running.wait(lambda: running.step() >= 5)
     os.kill(worker_pids(machines)[0], signal.SIGSTOP)
     running.wait(lambda: any("is stopped" in line for line in running.lines))
@@ -160,7 +150,7 @@ def test_a_stopped_worker_is_found_named_and_replaced(
 def test_a_step_that_never_ends_is_found_by_its_lack_of_progress(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
-    job = tiny_job(tmp_path / "hang", 60, (1, 3), checkpoint_every_s=0.5, hang_s=5)
+    job = tiny_job(tmp_path / "hang", 60, (1, 3), checkpoint_every_s=0.5, stall_timeout_s=5)
     (tmp_path / "hang-faults" / "once-hang-12").touch()
     running = Running(job)
     running.finish()

@@ -1,6 +1,6 @@
 """Any numbers of workers, one after another, any number of blocks: the same job. Drawn at random, run for real.
 
-Workers are forked from a zygote and join over gloo as they do in a seat; only Ray is left out.
+Workers are forked by a fork server and join over gloo as they do in a slot; only Ray is left out.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from tiny import tiny_job
 STEPS = 10
 
 
-class Zygote:
+class ForkServer:
     """Forks groups of workers and plays the controller for them."""
 
     def __init__(self) -> None:
         ours, theirs = Wire.pair()
         fd = theirs.socket.fileno()
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, "-m", "orchestrator.elastic.zygote", str(fd)]
+        command = [sys.executable, "-m", "orchestrator.elastic.forkserver", str(fd)]
         self.process = subprocess.Popen(command, pass_fds=(fd,), env={**env, "OMP_NUM_THREADS": "1"})
         theirs.close_here()
         self.wire = ours
@@ -65,7 +65,7 @@ class Zygote:
                 elif body["kind"] == "step":
                     figures[body["step"]] = body["figures"]
                     if len(figures) == steps:
-                        wires[0].send({"op": "yield"})
+                        wires[0].send({"op": "stop"})
                 elif body["kind"] == "record":
                     wires[0].send({"op": "recorded", "step": body["step"]})
                 elif body["kind"] == "ended":
@@ -74,23 +74,22 @@ class Zygote:
         threads = [threading.Thread(target=listen, args=(rank,)) for rank in range(world)]
         for thread in threads:
             thread.start()
+        common = {"mtbf_s": 3600.0, "stall_timeout_s": 60.0, "proxied": False, "num_blocks": job.num_blocks}
         for rank, wire in enumerate(wires):
-            attempt = {"rank": rank, "world": world, "token": token, "mtbf_s": 3600.0, "hang_s": 60.0}
-            wire.send(
-                {"op": "begin", "proxied": False, "num_blocks": job.num_blocks, **attempt}, pickle.dumps(job)
-            )
+            attempt = {"rank": rank, "world": world, "token": token, "host": "127.0.0.1"}
+            wire.send({"op": "begin", **common, **attempt}, pickle.dumps(job))
         for thread in threads:
             thread.join(120)
-        assert all(end is not None and end["how"] in ("done", "yielded") for end in ends), ends
+        assert all(end is not None and end["how"] in ("done", "stopped") for end in ends), ends
         return figures
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    zygote = Zygote()
-    yield zygote
-    zygote.wire.close()
-    zygote.process.wait(30)
+def forkserver() -> Iterator[ForkServer]:
+    forkserver = ForkServer()
+    yield forkserver
+    forkserver.wire.close()
+    forkserver.process.wait(30)
 
 
 SEGMENTS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3)
@@ -99,7 +98,7 @@ SEGMENTS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1,
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(num_blocks=st.integers(1, 7), segments=SEGMENTS, zero_stage=st.sampled_from([1, 2, 3]))
 def test_counts_blocks_and_steps_drawn_at_random(
-    zygote: Zygote, tmp_path: Path, num_blocks: int, segments: list[tuple[int, int]], zero_stage: int
+    forkserver: ForkServer, tmp_path: Path, num_blocks: int, segments: list[tuple[int, int]], zero_stage: int
 ) -> None:
     from dataclasses import replace
 
@@ -108,11 +107,11 @@ def test_counts_blocks_and_steps_drawn_at_random(
     alone = tiny_job(tmp_path / "alone", STEPS, 1, num_blocks=num_blocks, step_s=0.0)
     drawn = tiny_job(tmp_path / "drawn", STEPS, 1, num_blocks=num_blocks, step_s=0.0)
     drawn = replace(drawn, zero_stage=zero_stage)
-    reference = zygote.run(alone, 1, "alone", STEPS + 1)
+    reference = forkserver.run(alone, 1, "alone", STEPS + 1)
     got: dict[int, dict[str, float]] = {}
     for number, (world, steps) in enumerate([*segments, (2, STEPS + 1)]):
         if STEPS not in got:
-            new = zygote.run(drawn, world, f"group{number}", steps)
+            new = forkserver.run(drawn, world, f"group{number}", steps)
             assert not got.keys() & new.keys(), "no step is done twice"
             got |= new
     assert sorted(got) == list(range(1, STEPS + 1))

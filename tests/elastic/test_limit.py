@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.elastic import cluster, fleet
+from orchestrator.elastic import cluster
+from orchestrator.elastic.hosts import hosts
 from orchestrator.sharing.balancer import Balancer, cluster_devices
 from orchestrator.sharing.planner import StudentCost, TeacherCost
 from orchestrator.simulate.market import SpotMarket
@@ -59,7 +60,7 @@ def test_a_split_follows_machines_that_go_and_come_and_nothing_else_changes(
     a, b = running["a"], running["b"]
     try:
         eventually(lambda: (a.workers(), b.workers()) == (2, 2), a, b)
-        of_a = next(place.node for place in fleet.current()._places.values() if place.job == a.job.name)
+        of_a = next(slot["node"] for slot in hosts.slots() if slot["job"] == a.job.name)
         market.kill(next(name for name, node in market.machines.items() if node.node_id == of_a))
         # Who lost nothing gives a worker up, who lost one gets it.
         eventually(lambda: (a.workers(), b.workers()) == (2, 1), a, b)

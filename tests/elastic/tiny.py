@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.train import UserCallback
 from torch import Tensor, nn
 
 from orchestrator.data.blocks import Block
@@ -55,6 +58,15 @@ class TinyTask:
         weights.update_ema(0.9)
 
 
+class DeviceTask(TinyTask):
+    """A `TinyTask` that keeps what its process computes on, and what it was given, in `faults`/device."""
+
+    def build(self, device: str) -> Modules:
+        given = [os.environ.get(name) for name in ("ORCHESTRATOR_GPUS", "CUDA_VISIBLE_DEVICES")]
+        (self.faults / "device").write_text(json.dumps([device, *given]))
+        return super().build(device)
+
+
 def _fault(folder: Path, step: int) -> None:
     """`once-…` files are eaten by whoever meets them first; `hold-…` holds the step up until it is removed."""
     while (folder / f"hold-{step}").exists():
@@ -93,3 +105,20 @@ def tiny_job(
         seed=0,
         elastic=Elastic(workers=workers, resize_share=1.0, **elastic),
     )
+
+
+class Seen(UserCallback):  # type: ignore[misc]
+    """Writes what Ray Train tells a callback beside the job's work."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with checkpoint.as_directory() as folder:
+            pointer = json.loads((Path(folder) / "pointer.json").read_text())
+        self._write(run_context, {"step": metrics[0]["step"], "uri": pointer["uri"]})
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._write(run_context, {"failed": sorted(worker_exceptions)})
+
+    def _write(self, run_context: Any, record: dict[str, Any]) -> None:
+        work = Path(run_context.get_run_config().storage_path).parent
+        with (work / "callback.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")

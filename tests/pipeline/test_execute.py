@@ -248,9 +248,17 @@ def test_a_stage_gets_what_it_was_promised(pipeline: Path, monkeypatch: pytest.M
         return original(self, context)
 
     monkeypatch.setattr(toys.Toy, "run", spy)
-    _, said = run(pipeline, "stages.pretrain.elastic.workers=3", "elastic.checkpoint_every_s=7")
+    _, said = run(
+        pipeline,
+        "stages.pretrain.elastic.workers=3",
+        "elastic.checkpoint_every_s=7",
+        "elastic.resources.memory=8GiB",
+        "stages.pretrain.elastic.resources.gpu=0.5",
+    )
     context = seen["pretrain"]
     assert context.elastic.workers == (3, 3)
+    assert (context.elastic.resources.memory, context.elastic.resources.gpu) == (8 * 2**30, 0.5)
+    assert seen["curate"].elastic.resources.gpu is None
     assert context.elastic.checkpoint_every_s == 7
     assert context.inputs["index"].kind == "curate"
     assert context.keys == {"curate": context.inputs["index"].key}

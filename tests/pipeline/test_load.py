@@ -58,7 +58,7 @@ BAD = {
     ),
     "fewest over most": (
         "name: toy\nelastic: {workers: [3, 1]}\nstages:\n" + CURATE,
-        ["the fewest workers (3) exceed the most (1)", "toy.yaml:2"],
+        ["min_workers (3) is above max_workers (1)", "toy.yaml:2"],
     ),
     "unknown need": (
         HEAD + "  prepare: {kind: curate}\n  b: {kind: pretrain, needs: [prepar]}\n",
@@ -176,3 +176,65 @@ def test_the_resolved_file_loads_to_the_same_pipeline(pipeline: Path, write: Cal
 def test_merge_keys_and_anchors_work_and_keep_their_lines(write: Callable[[str], Path]) -> None:
     text = HEAD + "  a: &base {kind: curate, ticks: 4}\n  b:\n    <<: *base\n    optim: {lr: x}\n"
     assert "toy.yaml:6  stages.b.optim.lr = x" in complaint(write(text))
+
+
+def test_old_keys_work_and_are_named_in_one_notice(
+    write: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = "  b: {kind: pretrain, needs: a, elastic: {hang_s: 60}}\n"
+    path = write("name: toy\nelastic: {silence_s: 20}\nstages:\n" + CURATE + stage)
+    loaded = resolved(path, "elastic.hang_s=90")
+    own = loaded.spec.stages["b"].elastic
+    assert (loaded.spec.elastic.heartbeat_timeout_s, loaded.spec.elastic.stall_timeout_s) == (20, 90)
+    assert own is not None
+    assert own.stall_timeout_s == 60
+    (notice,) = caplog.messages
+    assert "toy.yaml:2  elastic.silence_s is now heartbeat_timeout_s" in notice
+    assert "toy.yaml:5  stages.b.elastic.hang_s is now stall_timeout_s" in notice
+    assert "hang_s=90`  elastic.hang_s is now stall_timeout_s" in notice
+    said = complaint(path, "elastic.silence_s=0.5")
+    assert "elastic.heartbeat_timeout_s: must be greater than 1, not 0.5" in said
+    said = complaint(path, "elastic.heartbeat_timeout_s=5")
+    assert "silence_s is the old name of heartbeat_timeout_s: leave it out" in said
+
+
+def test_workers_may_be_the_word_auto(write: Callable[[str], Path]) -> None:
+    text = "name: toy\nelastic: {workers: auto}\nstages:\n" + CURATE
+    spec = resolved(write(text)).spec.elastic
+    assert spec.every_device
+    assert spec.workers[0] == 1
+    assert "workers: auto" in resolved(write(text)).resolved()
+    assert resolved(write(text), "elastic.workers=[4, auto]").spec.elastic.workers[0] == 4
+    said = complaint(write(text), "elastic.workers=atuo")
+    assert "elastic.workers: must be a number, two numbers such as [1, 4], or auto, not 'atuo'" in said
+
+
+def test_what_a_worker_needs_is_checked_and_its_secrets_stay_out_of_records(
+    write: Callable[[str], Path],
+) -> None:
+    env = "{env_vars: {TOKEN: hunter2}}"
+    text = f"name: toy\nelastic: {{resources: {{runtime_env: {env}, labels: {{a: b}}}}}}\nstages:\n" + CURATE
+    loaded = resolved(write(text), "elastic.resources.memory=8GiB")
+    assert loaded.spec.elastic.resources.memory == 8 * 2**30
+    assert loaded.spec.elastic.resources.runtime_env["env_vars"]["TOKEN"] == "hunter2"
+    assert "hunter2" not in loaded.resolved()
+    assert "TOKEN" in loaded.resolved()
+    said = complaint(write(text), "elastic.resources.gpu=1.5")
+    assert "elastic.resources.gpu: must be a whole number, or a share below 1, not 1.5" in said
+    said = complaint(write(text.replace("env_vars", "env_var")))
+    assert "unknown key 'env_var' of a runtime environment" in said
+    assert "hunter2" not in said
+    for bad in (
+        "elastic.resources.runtime_env=hunter2",
+        "elastic.resources.runtime_env.env_vars=hunter2",
+        "elastic.resources.runtime_env.env_vars.TOKEN=[hunter2]",
+        "elastic.resources.runtime_env.hunter=hunter2",
+        "elastic.resources={runtime_env: {env_vars: {TOKEN: [hunter2]}}}",
+        "elastic.resources={runtime_env: {env_vars: {TOKEN: hunter2}}, gpu: 1.5}",
+        "elastic.workers={runtime_env: {env_vars: {TOKEN: hunter2}}}",
+    ):
+        said = complaint(write(text), bad)
+        assert "elastic." in said
+        assert "hunter2" not in said
+    said = complaint(write(text), "elastic.resources.gpus=1")
+    assert "did you mean 'gpu'?" in said

@@ -52,5 +52,11 @@ def test_the_teacher_goes_where_there_is_room_and_squeezes_in_elsewhere() -> Non
     assert choose([going], 0.0) == Spot("going", 1.0, 0.0), "better than none"
     gpu = machine("gpu", 0.5, gpus=1)
     assert choose([head, gpu], 0.1) == Spot("gpu", 0.0, 0.1)
-    assert choose([head, machine("gpu", 0.05, gpus=1)], 0.1) == Spot("gpu", 0.0, 0.0)
+    squeezed = choose([head, machine("gpu", 0.05, gpus=1)], 0.1)
+    assert squeezed is not None
+    assert (squeezed.node, squeezed.cpus, squeezed.gpus) == ("gpu", 0.0, 0.0)
+    assert dict(squeezed.environment)["CUDA_VISIBLE_DEVICES"] == "", "it must not land on the workers' GPU"
+    on_cpu = choose([machine("gpu", 2, gpus=1)], 0.0)
+    assert on_cpu is not None
+    assert dict(on_cpu.environment)["CUDA_VISIBLE_DEVICES"] == "", "`device: cpu` on a node with GPUs"
     assert choose([head], 0.1) is None, "the GPUs are gone: it waits for them, as its students do"

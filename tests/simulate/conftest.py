@@ -54,4 +54,4 @@ def stage(
     name: str = "pretrain",
 ) -> StagePlan:
     """A stage with one job."""
-    return StagePlan(name, "pretrain", (JobPlan(name, steps, blocks, workers, interval_s, 3, costs),), costs)
+    return StagePlan(name, "pretrain", (JobPlan(name, steps, blocks, workers, interval_s, costs),), costs)

@@ -15,6 +15,7 @@ from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.simulate.command import Options, simulate
 from orchestrator.simulate.costs import Costs, StageCosts, measured, read_costs
 from orchestrator.simulate.predict import plan_stages
+from orchestrator.spec import Elastic
 
 ROOT = Path(__file__).parents[2]
 TRACES = ROOT / "conf" / "traces"
@@ -65,6 +66,9 @@ def test_stages_become_plans(pipeline: LoadedPipeline) -> None:
     assert [job.name for job in distill.jobs] == ["distill/a", "distill/b"]
     assert [job.costs.block_s for job in distill.jobs] == [2.0, 3.0]
     assert {job.costs.warm_s for job in (*pretrain.jobs, *distill.jobs)} == {1.0}
+    every = pipeline.spec.model_copy(update={"elastic": Elastic.model_validate({"workers": "auto"})})
+    (_, _, distill) = plan_stages(every, order(pipeline), costs)
+    assert [job.workers for job in distill.jobs] == [(1, 2), (1, 2)], "as many as a step has blocks"
     automatic = plan_stages(pipeline.spec, order(pipeline), costs, "auto")
     assert {job.interval_s for plan in automatic for job in plan.jobs} == {None}
 

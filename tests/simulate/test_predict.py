@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.elastic import policy
+from orchestrator.elastic import failure_rules
 from orchestrator.simulate import job as job_module
 from orchestrator.simulate.costs import StageCosts
 from orchestrator.simulate.job import JobPlan
@@ -125,14 +125,14 @@ def test_a_job_that_may_spend_more_on_growing_grows_sooner() -> None:
 
 def test_growth_comes_when_a_restart_is_a_tenth_of_the_time() -> None:
     # One worker is chosen at 12 s; a restart is believed to take 5 s, so growth may come at 62 s: just then a step
-    # ends, the 39th, and the group yields after the next one.
+    # ends, the 39th, and the group stops after the next one.
     trace = machines([(0, "up", 0), (20, "up", 1)], 2)
     found = predict([stage(steps=500, blocks=2, workers=(1, 2), interval_s=1e9)], trace)
     assert seconds(found)["useful"] == 40 * 1.25 + 460 * 0.75 + 2 * 0.25
 
 
-def test_the_first_group_waits_for_a_second_seat_as_long_as_a_restart_takes() -> None:
-    # The second machine's seat is warm 4 s after the first one's: that is less than the 5 s that a restart is
+def test_the_first_group_waits_for_a_second_slot_as_long_as_a_restart_takes() -> None:
+    # The second machine's slot is ready 4 s after the first one's: that is less than the 5 s that a restart is
     # believed to take. The third one's is not.
     trace = machines([(0, "up", 0), (8, "up", 1), (20, "up", 2)], 3)
     found = predict([stage(steps=10, blocks=6, workers=(1, 3), interval_s=1e9)], trace)
@@ -152,7 +152,7 @@ def test_without_machines_it_never_finishes_and_says_so() -> None:
     assert seconds(too_few)["waiting"] == 500 - 4.0
 
 
-def test_waiting_is_for_fewer_machines_than_the_fewest() -> None:
+def test_waiting_is_for_fewer_machines_than_the_minimum() -> None:
     trace = machines([(0, "up", 0), (0, "up", 1), (40, "down", 1), (140, "up", 1)], 2)
     found = seconds(predict([stage(steps=100, workers=(2, 2), blocks=2)], trace))
     # until the loss is known it is a restart; from the new machine's coming on, too
@@ -179,7 +179,7 @@ def test_on_demand_is_the_same_work_undisturbed() -> None:
     assert beside.cost == pytest.approx(2.0 * beside.machine_hours)
 
 
-def test_stages_follow_each_other_and_keep_their_seats() -> None:
+def test_stages_follow_each_other_and_keep_their_slots() -> None:
     curate = StagePlan("curate", "curate", (), EXACT)
     first, second = stage(steps=10, name="a"), stage(steps=10, name="b")
     found = predict([first, second, curate, second], steady(4))
@@ -193,7 +193,7 @@ def test_stages_follow_each_other_and_keep_their_seats() -> None:
     assert [stage.ended for stage in found.stages][:-1] == [stage.began for stage in found.stages][1:]
 
 
-def test_seats_that_another_stage_left_are_warm() -> None:
+def test_slots_that_another_stage_left_are_ready() -> None:
     trace = machines([(0, "up", 0), (20, "up", 1)], 2)
     found = predict([stage(steps=200, blocks=2, workers=(1, 2))], trace, warm=True)
     assert seconds(found)["startup"] == 1.0
@@ -203,7 +203,7 @@ def test_seats_that_another_stage_left_are_warm() -> None:
 
 
 def test_students_share_the_machines() -> None:
-    jobs = tuple(JobPlan(f"distill/{i}", 50, 2, (1, 2), 10.0, 3, EXACT) for i in range(3))
+    jobs = tuple(JobPlan(f"distill/{i}", 50, 2, (1, 2), 10.0, EXACT) for i in range(3))
     found = predict([StagePlan("distill", "distill", jobs, EXACT)], steady(4))
     assert found.finished
     (distill,) = found.stages
@@ -214,9 +214,9 @@ def test_students_share_the_machines() -> None:
     assert one_each.seconds == alone.seconds
 
 
-def test_a_student_below_its_fewest_gets_a_worker_back() -> None:
+def test_a_student_below_its_minimum_gets_a_worker_back() -> None:
     # Both have two workers; then two machines go, and both are those of the second one.
-    jobs = tuple(JobPlan(f"distill/{i}", 200, 2, (1, 2), 10.0, 3, EXACT) for i in range(2))
+    jobs = tuple(JobPlan(f"distill/{i}", 200, 2, (1, 2), 10.0, EXACT) for i in range(2))
     events = [*((0.0, "up", machine) for machine in range(4)), (60.0, "down", 2), (60.0, "down", 3)]
     found = predict([StagePlan("distill", "distill", jobs, EXACT)], machines(events, 4))
     first, second = (job.account for job in found.stages[0].jobs)
@@ -271,7 +271,7 @@ def test_poisson_failures_cost_what_daly_says(interval_s: float) -> None:
 
 def test_the_engines_interval_is_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Young's interval loses at most a few percent against the best of a grid, on a trace with many failures."""
-    monkeypatch.setattr(policy, "PRIOR_MTBF_S", 300.0)
+    monkeypatch.setattr(failure_rules, "PRIOR_MTBF_S", 300.0)
     trace = synthetic("y", count=4, duration_s=1e6, mean_up_s=1200, mean_down_s=30, notice_share=0, seed=3)
     costs = EXACT.model_copy(update={"stall_s": 1.0, "block_s": 0.05, "step_s": 0.05, "write_s": 0.5})
 
@@ -316,7 +316,7 @@ def stages(draw: st.DrawFn) -> StagePlan:
         }
     )
     students = draw(st.integers(1, 3))
-    jobs = tuple(JobPlan(f"s/{i}", steps, blocks, workers, interval_s, 3, costs) for i in range(students))
+    jobs = tuple(JobPlan(f"s/{i}", steps, blocks, workers, interval_s, costs) for i in range(students))
     return StagePlan("s", "distill", jobs, costs)
 
 
@@ -344,7 +344,7 @@ def test_seconds_add_up_and_twice_is_the_same(trace: Trace, plans: list[StagePla
 @settings(max_examples=150, deadline=None)
 @example(
     at=32.0, short=0.0, more=2.0, interval_s=10.0, write_s=8.0
-)  # a yield must not give up what is being written
+)  # a stop must not give up what is being written
 @given(
     at=st.floats(20, 200),
     short=st.floats(0, 60),
@@ -387,12 +387,20 @@ def test_no_work_that_was_announced_in_time_is_lost(trace: Trace, blocks: int) -
     assert account(found)["preemptions"] == 0
 
 
+def test_a_group_that_is_lost_before_its_first_checkpoint_has_stepped() -> None:
+    # Its last step is under way when a machine goes; the other one's slot goes on at once, without waiting for the
+    # machine that is back soon, as before a job's first step.
+    trace = machines([(0, "up", 0), (0, "up", 1), (17.25, "down", 1), (17.5, "up", 1)], 2)
+    found = predict([stage(steps=6, blocks=2, workers=(1, 2), interval_s=1e9)], trace)
+    assert seconds(found)["restart"] == 2.0 + 1.0
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(storms((100.0, 500.0)), stages())
 def test_asking_all_the_time_decides_nothing_else(trace: Trace, plan: StagePlan) -> None:
-    """The simulator asks the policy only when its answer can change; asking four times a second says the same.
+    """The simulator asks the rules only when their answer can change; asking four times a second says the same.
 
-    It is what keeps the two thresholds in `Job.decide` true to the policy.
+    It is what keeps `scaling_rules.holds_for_s` true to `decide`, and the simulator to both.
     """
     plan = replace(plan, jobs=plan.jobs[:1])
 

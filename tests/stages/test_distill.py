@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,14 @@ from orchestrator.errors import UserError
 from orchestrator.models import normalise
 from orchestrator.sharing.account import Account
 from orchestrator.sharing.bundle import TEACHER, VIEWS
-from orchestrator.spec import Cluster, Elastic, Optimizer, Schedule
+from orchestrator.spec import Cluster, Elastic, Optimizer, Resources, Schedule
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill, Student
-from orchestrator.stages.pupils import sharing_gpus
+from orchestrator.stages.pupils import sharing_gpus, student_job
 from orchestrator.stages.selfsup import Heads, ModelRecipe
 from orchestrator.stages.tasks.distill import DistillTask, bytes_per_image
 from orchestrator.stages.tasks.nets import HeadedBackbone, resize_masks
+from orchestrator.stages.tasks.teaching import teaching
 from orchestrator.store.artifact import Artifact, Manifest
 from orchestrator.tracking.runs import NullRun
 
@@ -122,14 +125,18 @@ def test_masks_on_a_coarser_grid_cover_at_least_half() -> None:
     assert resize_masks(masks, (4, 4), (4, 4)) is masks
 
 
+def made_job(**elastic: Any) -> Job:
+    return Job(
+        name="distill/s", task=DistillTask, num_blocks=4, num_steps=1, optimizer=CONFIG.optimizer, zero_stage=3,
+        precision="fp32", work=Path(), seed=0, elastic=Elastic(**elastic),
+    )  # fmt: skip
+
+
 def test_students_share_gpus_when_there_are_too_few() -> None:
     def job(workers: tuple[int, int]) -> Job:
-        return Job(
-            name="s", task=DistillTask, num_blocks=4, num_steps=1, optimizer=CONFIG.optimizer, zero_stage=3,
-            precision="fp32", work=Path(), seed=0, elastic=Elastic(workers=workers),
-        )  # fmt: skip
+        return made_job(workers=workers)
 
-    jobs = {"a": job((1, 4)), "b": job((2, 2))}
+    jobs = {"a": job((1, 4)), "b": job((1, 1)), "c": job((1, 2))}
     assert sharing_gpus(jobs, 0, 1, 0.1) is jobs, "no GPUs, nothing to share"
     assert sharing_gpus(jobs, 4, 1, 0.1) is jobs, "one is left for the teacher"
     assert sharing_gpus(jobs, 5, 2, 1.0) is jobs
@@ -143,7 +150,7 @@ def test_students_share_gpus_when_there_are_too_few() -> None:
         (2, 1, 1.0),
     ):
         shared = sharing_gpus(jobs, gpus, teachers, each)
-        (share,) = {made.gpus_per_worker for made in shared.values()}
+        (share,) = {made.resources.gpu for made in shared.values()}
         # A worker's share lies on one GPU, and so does a teacher's: fill the GPUs with both.
         free = [1.0] * gpus
         for need in sorted([each] * teachers + [share] * 3, reverse=True):
@@ -153,6 +160,26 @@ def test_students_share_gpus_when_there_are_too_few() -> None:
     for gpus, teachers, each in ((1, 1, 1.0), (1, 10, 0.1)):
         with pytest.raises(UserError, match="leave none of 1 GPUs for students"):
             sharing_gpus(jobs, gpus, teachers, each)
+
+
+def test_a_student_that_needs_two_workers_never_has_both_on_one_gpu() -> None:
+    jobs = {"a": made_job(workers=1), "b": made_job(workers=2)}
+    shared = sharing_gpus(jobs, 3, 1, 0.1)
+    assert {name: made.resources.gpu for name, made in shared.items()} == {"a": 0.9, "b": 0.9}
+    for gpus in (1, 2):
+        with pytest.raises(UserError, match=r"\(b\) leave too few of \d GPUs") as caught:
+            sharing_gpus(jobs, gpus, 1, 0.1)
+        assert "workers to 1" in str(caught.value)
+
+
+def test_a_student_that_says_its_share_of_a_gpu_gets_it() -> None:
+    jobs = {"a": made_job(workers=1), "b": made_job(workers=1, resources={"gpu": 0.5})}
+    shared = sharing_gpus(jobs, 2, 2, 0.5)
+    assert shared["b"].resources.gpu == 0.5
+    assert shared["a"].resources.gpu == 0.5, "beside a teacher"
+    alone = {"b": jobs["b"]}
+    assert sharing_gpus(alone, 1, 1, 0.5) is not alone, "a teacher takes a GPU to itself if it can"
+    assert sharing_gpus(alone, 1, 1, 0.5)["b"].resources.gpu == 0.5
 
 
 def make_context(tmp_path: Path, index: Path, teacher: Path, work: str = "work") -> Context:
@@ -177,7 +204,7 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
 def test_a_student_that_fails_fails_alone_and_is_trained_alone_the_next_time(
     index: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    """Real jobs and two teacher actors; minutes where the machine is busy, as it starts a cluster and warms seats."""
+    """Real jobs and two teacher actors; minutes where the machine is busy: it starts a cluster and warms slots."""
     good, bad = CONFIG.students["small"], CONFIG.students["other"]
     hopeless = bad.model_copy(update={"optimizer": Optimizer(lr=Schedule(peak=1e30))})
 
@@ -244,3 +271,39 @@ def test_at_the_papers_sizes_an_image_takes_less_than_70_kilobytes() -> None:
     )
     recipe = ModelRecipe(model="vit_7b", drop_path=0.0, heads=heads, global_size=256)
     assert 50_000 < bytes_per_image(config, recipe) < 70_000
+
+
+def test_processes_of_one_teacher_never_share_a_gpu() -> None:
+    sharded = CONFIG.model_copy(update={"teacher_shards": 2})
+    with pytest.raises(UserError, match="2 processes of one teacher"):
+        sharded.check_shards(4, "stages.distill.teacher_gpus")
+    sharded.check_shards(0, "on CPUs, gloo connects them")
+    sharded.model_copy(update={"teacher_gpus": 1.0}).check_shards(4, "one each")
+    CONFIG.check_shards(4, "one process")
+
+
+def test_a_student_says_itself_what_its_workers_need(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(
+        update={
+            "students": {
+                "plain": Student(model="vit_femto"),
+                "own": Student.model_validate(
+                    {"model": "vit_femto", "workers": "auto", "resources": {"gpu": 2, "labels": {}}}
+                ),
+            }
+        }
+    )
+    context = replace(
+        make_context(tmp_path, tmp_path, tmp_path),
+        elastic=Elastic.model_validate(
+            {"workers": 3, "resources": {"memory": "1GiB", "labels": {"pool": "spot"}}}
+        ),
+    )
+    teach = teaching(config, context, 0)
+    jobs = {}
+    for name in config.students:
+        with context.part("student", config.student_identity(name)) as part:
+            jobs[name] = student_job(config, context, teach, name, part)
+    assert jobs["plain"].elastic == context.elastic
+    assert jobs["own"].resources == Resources(gpu=2, memory=2**30)
+    assert jobs["own"].elastic.every_device

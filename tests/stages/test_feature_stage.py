@@ -61,7 +61,7 @@ def context(tmp_path: Path, index: Path) -> Context:
 
 
 def test_two_teachers_teach_two_architectures(context: Context, tmp_path: Path) -> None:
-    """Minutes where the machine is busy: it starts a cluster and warms seats."""
+    """Minutes where the machine is busy: it starts a cluster and warms slots."""
     config = stage(tmp_path)
     config.check()
     with cluster.start(Cluster(), Distill.preload):

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.samples import fetch_food
-from orchestrator.elastic import cluster, fleet
+from orchestrator.elastic import cluster
+from orchestrator.elastic.hosts import hosts
 from orchestrator.sharing.account import Account
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster, Elastic, Optimizer, Schedule
@@ -88,7 +89,7 @@ class Scene:
             name="distill", pipeline="p", seed=0, key=folder.name, keys={}, sources={}, out=folder / "out",
             work=folder / "work",
             inputs={"index": artifact("curate", self.index), "teacher": artifact("pretrain", self.teacher)},
-            elastic=Elastic(workers=1, checkpoint_every_s=1.0, max_failures=0, silence_s=5.0), run=Watched(),
+            elastic=Elastic(workers=1, checkpoint_every_s=1.0, max_failures=0, heartbeat_timeout_s=5.0), run=Watched(),
         )  # fmt: skip
         config = CONFIG.model_copy(update={"students": students})
         errors: list[BaseException] = []
@@ -168,16 +169,13 @@ def kill(*processes: psutil.Process) -> None:
 
 def worker_of(scene: Scene, student: str) -> psutil.Process:
     """The training process of a student."""
-    import ray
-
-    place = next(p for p in fleet.current()._places.values() if p.job == f"distill/{student}")
-    seat = int(ray.get(place.actor.where.remote())["pid"])
-    return next(p for p in scene.market.workers() if any(above.pid == seat for above in p.parents()))
+    slot = next(slot["pid"] for slot in hosts.slots() if slot["job"] == f"distill/{student}")
+    return next(p for p in scene.market.workers() if any(above.pid == slot for above in p.parents()))
 
 
-def seat_of(scene: Scene, student: str) -> psutil.Process:
+def slot_of(scene: Scene, student: str) -> psutil.Process:
     worker = worker_of(scene, student)
-    return next(above for above in worker.parents() if "ray::Seat" in " ".join(above.cmdline()))
+    return next(above for above in worker.parents() if "ray::WorkerSlot" in " ".join(above.cmdline()))
 
 
 def machine_of(scene: Scene, process: psutil.Process) -> str:
@@ -202,7 +200,7 @@ CASES: dict[str, Callable[[Scene], None] | None] = {
     "the desk": lambda scene: kill(*actors("Desk")),
     "the desk and both teachers": lambda scene: kill(*actors("Desk"), *actors("TeacherActor")),
     "a student's worker": lambda scene: kill(worker_of(scene, "cnn")),
-    "a student's seat": lambda scene: kill(seat_of(scene, "cnn")),
+    "a student's slot": lambda scene: kill(slot_of(scene, "cnn")),
     "a student's machine": lambda scene: kill_machine(scene, worker_of(scene, "cnn")),
     "a teacher's machine": lambda scene: kill_machine(scene, actors("TeacherActor")[0]),
     "a student whose loss is not finite": None,

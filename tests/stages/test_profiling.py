@@ -53,7 +53,7 @@ class Lab:
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Lab:
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(profiles, "hardware", lambda: dict(MACHINE))
+    monkeypatch.setattr(profiles, "hardware", lambda wanted: dict(MACHINE))
     lab = Lab()
     monkeypatch.setattr(profiling, "_run", lab)
     return lab
@@ -66,7 +66,7 @@ def material(**changes: Any) -> Material:
 def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real teacher and the real task in a process of their own, on made-up weights and photographs."""
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
-    monkeypatch.setattr(profiles, "hardware", lambda: dict(MACHINE))
+    monkeypatch.setattr(profiles, "hardware", lambda wanted: dict(MACHINE))
     said: list[str] = []
     costs = measured(material(students={"a": {"model": "vit_femto"}}), say=said.append)
     assert said == ["measuring the teacher, a: about a minute"]
@@ -86,7 +86,7 @@ def test_a_teacher_without_heads_is_measured_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: bool
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(profiles, "hardware", lambda: dict(MACHINE))
+    monkeypatch.setattr(profiles, "hardware", lambda wanted: dict(MACHINE))
     save_pretrained(tmp_path / "net", build("vit_femto").state_dict(), "vit_femto")
     teachers = {"net": {"from": str(tmp_path / "net")}}
     features = {} if own else {"teachers": teachers, "whiten": True, "whiten_images": 4}
@@ -122,7 +122,7 @@ def test_costs_follow_from_steps_of_one_and_of_two_blocks(lab: Lab) -> None:
 
 
 def test_every_core_is_busy_and_two_workers_are_tried(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiles, "hardware", lambda: {**MACHINE, "devices": 4, "cores": 4})
+    monkeypatch.setattr(profiles, "hardware", lambda wanted: {**MACHINE, "devices": 4, "cores": 4})
     a, b = measured(material()).students
     assert [(spec.world, spec.rank) for spec in lab.told] == [(1, 0)] * 4 + [(2, 0), (2, 1)]
     assert len({spec.meeting for spec in lab.told}) == 5, "only the pair meets"
@@ -191,7 +191,7 @@ def test_what_changes_a_cost_is_measured_anew(
 def test_another_machine_measures_for_itself(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(material())
     lab.told.clear()
-    monkeypatch.setattr(profiles, "hardware", lambda: {**MACHINE, "processor": "another"})
+    monkeypatch.setattr(profiles, "hardware", lambda wanted: {**MACHINE, "processor": "another"})
     measured(material())
     assert len(lab.told) == 1
 
@@ -207,7 +207,7 @@ def test_a_spoilt_file_is_measured_again(lab: Lab, tmp_path: Path) -> None:
 
 def test_what_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
-    monkeypatch.setattr(profiles, "hardware", lambda: dict(MACHINE))
+    monkeypatch.setattr(profiles, "hardware", lambda wanted: dict(MACHINE))
     monkeypatch.setattr(profiling, "_MODULE", "orchestrator.no_such_module")
     with pytest.raises(UserError, match=r"could not be measured .*no_such_module") as caught:
         measured(material())

@@ -1,8 +1,8 @@
-"""A process that has everything imported and forks a worker when asked: `python -m orchestrator.elastic.zygote FD …`.
+"""The fork server: it has everything imported, and forks a worker when asked.
 
 Importing torch and DeepSpeed takes seconds, a fork takes milliseconds, and a forked worker is a clean slate: no
-process group, no engine, no stuck collective of the attempt before. The zygote itself computes nothing, holds no
-device and starts no threads, so forking it is safe. It ends with its seat, and its worker with it.
+process group, no engine, no stuck collective of the attempt before. The fork server itself computes nothing, holds no
+device and starts no threads, so forking it is safe. It ends with its slot, and its worker with it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import signal
 import sys
 import time
 
+from orchestrator.elastic.device import assert_forkable
 from orchestrator.elastic.wire import Wire
 
 
 def main(fd: int, preload: list[str]) -> None:
-    """Import, say so, then fork on demand until the seat is gone."""
+    """Import, say so, then fork on demand until the slot is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    seat = Wire.of(fd)
+    slot = Wire.of(fd)
     began = time.monotonic()
     _import(preload)
     # What is there now will never be garbage: without this the first collection in a worker copies every page.
     gc.collect()
     gc.freeze()
-    seat.send({"kind": "warm", "seconds": time.monotonic() - began})
-    _serve(seat)
+    slot.send({"kind": "warm", "seconds": time.monotonic() - began})
+    _serve(slot)
 
 
 def _import(preload: list[str]) -> None:
@@ -41,10 +42,10 @@ def _import(preload: list[str]) -> None:
         importlib.import_module(module)
 
 
-def _serve(seat: Wire) -> None:
+def _serve(slot: Wire) -> None:
     workers: dict[int, int] = {}  # pidfd → pid
     poller = select.poll()
-    poller.register(seat.socket, select.POLLIN)
+    poller.register(slot.socket, select.POLLIN)
     while True:
         for fd, _ in poller.poll():
             if fd in workers:
@@ -52,29 +53,30 @@ def _serve(seat: Wire) -> None:
                 os.close(fd)
                 pid = workers.pop(fd)
                 _, status = os.waitpid(pid, 0)
-                seat.send({"kind": "exit", "pid": pid, "code": os.waitstatus_to_exitcode(status)})
+                slot.send({"kind": "exit", "pid": pid, "code": os.waitstatus_to_exitcode(status)})
                 continue
-            message = seat.receive()
+            message = slot.receive()
             if message is None:
                 for pid in workers.values():
                     os.kill(pid, signal.SIGKILL)
                 return
             assert message.fd is not None
-            pid = _fork(seat, message.fd, list(workers))
+            pid = _fork(slot, message.fd, list(workers))
             os.close(message.fd)
             pidfd = os.pidfd_open(pid)
             workers[pidfd] = pid
             poller.register(pidfd, select.POLLIN)
-            seat.send({"kind": "forked", "pid": pid})
+            slot.send({"kind": "forked", "pid": pid})
 
 
-def _fork(seat: Wire, fd: int, others: list[int]) -> int:
+def _fork(slot: Wire, fd: int, others: list[int]) -> int:
+    assert_forkable()
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
-        seat.socket.close()
+        slot.socket.close()
         for other in others:
             os.close(other)
         from orchestrator.elastic import worker

@@ -1,0 +1,175 @@
+"""Ray Train's failure policy for spot machines; the rules are in `failure_rules.py`.
+
+Ray Train hands over the first error that a poll finds, which is the quickest sign of a loss and often not its cause:
+a worker whose peer has died fails first. So the other workers are asked what became of them before anything is
+decided. Nodes that go are free, processes that die are free as long as the job gets on, and what the user's code
+raises has a budget.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from orchestrator.elastic.failure_rules import Budget, Failure, FailureKind, RankOutcome, classify
+from orchestrator.elastic.worker_slot import WorkerError
+from orchestrator.errors import UserError
+
+if TYPE_CHECKING:
+    from orchestrator.elastic.controller import ElasticRun
+
+# After the first sign of a failure, how long others may take to say what they know. One that takes longer may only
+# be slow: it is left out of the next group, and not given up before its heartbeat timeout.
+_SETTLE_S = 0.6
+_STACKS_S = 3.0
+
+
+class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
+    """Decides whether a run goes on after a failure; `run` is what is run."""
+
+    def __init__(self, run: ElasticRun) -> None:
+        super().__init__(run.failure_config)
+        self._run = run
+        self._budget = Budget(run.spec.elastic.max_failures)
+
+    def progress(self, step: int) -> None:
+        """`step` updates are done."""
+        self._budget.progress(step)
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """See Ray Train's."""
+        run = self._run
+        if isinstance(training_failed_error, ControllerError) and isinstance(
+            training_failed_error.controller_failure, UserError
+        ):
+            run.give_up(training_failed_error.controller_failure)
+            return FailureDecision.RAISE
+        failure = self._diagnose(training_failed_error)
+        run.group_failed(failure)
+        error = self._charge(failure)
+        if error is None:
+            return FailureDecision.RETRY
+        run.give_up(error)
+        return FailureDecision.RAISE
+
+    def _charge(self, failure: Failure) -> Exception | None:
+        """Take the failure from its budget; the error that ends the run if nothing is left of it."""
+        run, name = self._run, self._run.spec.name
+        counted = {FailureKind.NODE: "preemptions", FailureKind.USER_CODE: "failures"}.get(failure.kind)
+        if counted:
+            run.monitor.goodput.count(counted)
+        if failure.error is not None and failure.kind is not FailureKind.MISTAKE:
+            run.monitor.log(logging.ERROR, f"failed in a worker:\n{failure.error['traceback'].rstrip()}")
+        if not self._budget.charge(failure, max(run.monitor.step, 0)):
+            run.monitor.goodput.count("restarts")
+            return None
+        if failure.kind is FailureKind.MISTAKE:
+            assert failure.error is not None
+            mistake = failure.error["mistake"]
+            return UserError(mistake["what"], where=mistake["where"], hint=mistake["hint"])
+        if failure.kind is FailureKind.USER_CODE:
+            before = self._budget.failures - 1
+            again = f" (and {before} before)" if before else ""
+            return RuntimeError(f"{name} failed: {failure.cause}{again}")
+        times = self._budget.stalled
+        return RuntimeError(f"{name} gets nowhere: {failure.cause}, {times} times in a row")
+
+    # --- what happened ----------------------------------------------------------------------------------------
+
+    def _diagnose(self, error: TrainingFailedError) -> Failure:
+        """Ask every worker what became of it, and find the cause."""
+        run = self._run
+        if not run.workers:
+            # The group never came to be, and no worker is known: as when its slots went while it was made.
+            return Failure(FailureKind.PROCESS, _first_line(error))
+        failures: dict[int, Exception] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+        outcomes = self._outcomes(failures)
+        stuck = {
+            rank: failure.end
+            for rank, failure in failures.items()
+            if isinstance(failure, WorkerError) and failure.end["how"] in ("silent", "stalled")
+        }
+        stacks = self._stacks() if stuck else {}
+        ranks = []
+        for rank, worker in enumerate(run.workers):
+            end = stuck.get(rank, {})
+            ranks.append(
+                RankOutcome(
+                    node=worker.metadata.node_id,
+                    answers=outcomes[rank][0],
+                    draining=run.pool.is_draining(worker.metadata.node_id),
+                    end=outcomes[rank][1],
+                    silence_s=end.get("seconds") if end.get("how") == "silent" else None,
+                    stalled_s=end.get("seconds") if end.get("how") == "stalled" else None,
+                    stacks=stacks.get(rank, ""),
+                )
+            )
+        failure = classify(ranks)
+        if failure.cause == "the worker group failed":
+            failure = Failure(failure.kind, _first_line(error))
+        run.mark_slots([rank.answers for rank in ranks], failure.cause)
+        return failure
+
+    def _outcomes(self, failures: dict[int, Exception]) -> list[tuple[bool | None, dict[str, Any] | None]]:
+        """For every rank whether its slot answers (None: it is dead) and how its process ended."""
+        run, token = self._run, self._run.token
+        known: dict[int, tuple[bool | None, dict[str, Any] | None]] = {}
+        for rank, failure in failures.items():
+            if isinstance(failure, WorkerHealthCheckFailedError):
+                known[rank] = (None, None)
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            asked = {
+                worker.actor.outcome.remote(): rank
+                for rank, worker in enumerate(run.workers)
+                if rank not in known or known[rank] == (True, None) or known[rank][0] is False
+            }
+            left = max(0.0, deadline - time.monotonic())
+            ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=left) if asked else ([], [])
+            for ref in ready:
+                try:
+                    of, end = ray.get(ref, timeout=_SETTLE_S)
+                    known[asked[ref]] = (True, end if of == token else None)
+                except ray.exceptions.RayError:
+                    known[asked[ref]] = (None, None)
+            for ref in late:
+                known[asked[ref]] = (False, None)
+            if time.monotonic() >= deadline or _is_clear(known, len(run.workers)):
+                return [known[rank] for rank in range(len(run.workers))]
+            time.sleep(0.05)
+
+    def _stacks(self) -> dict[int, str]:
+        """What every worker is doing, also in the log."""
+        run = self._run
+        refs = [worker.actor.stacks.remote() for worker in run.workers]
+        ray.wait(refs, num_returns=len(refs), timeout=_STACKS_S)
+        stacks = {}
+        for rank, ref in enumerate(refs):
+            try:
+                stacks[rank] = ray.get(ref, timeout=0)
+            except ray.exceptions.RayError as error:
+                stacks[rank] = f"its slot does not answer ({type(error).__name__})"
+            run.monitor.log(logging.WARNING, f"worker {rank} of {len(refs)}:\n{stacks[rank]}")
+        return stacks
+
+
+def _is_clear(known: dict[int, tuple[bool | None, dict[str, Any] | None]], number: int) -> bool:
+    """Whether nothing that is still to come could change the cause."""
+    if len(known) < number or any(answers is False for answers, _ in known.values()):
+        return False
+    ends = [end for _, end in known.values() if end is not None]
+    if any(answers is None for answers, _ in known.values()):
+        return True
+    return any(end["how"] == "died" or (end["how"] == "error" and not end["broken"]) for end in ends)
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.controller_failure if isinstance(error, ControllerError) else error
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[0]}"

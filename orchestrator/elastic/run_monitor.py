@@ -1,0 +1,176 @@
+"""What happens in a run, written down as it happens: progress, where the time goes, lines for the user.
+
+It runs beside Ray Train's controller and knows nothing of Ray. What the driver has to do (record metrics, print a
+line) leaves through `emit`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.elastic.goodput import Goodput, Recovery
+
+Event = dict[str, Any]
+
+_LINE_EVERY_S = 10.0
+_METRICS_EVERY_S = 5.0
+ACCOUNT = "goodput.json"
+
+
+@dataclass
+class _Progress:
+    """The newest metrics of worker 0, and when they came (monotonic)."""
+
+    step: int = 0
+    metrics: Mapping[str, float] | None = None
+    at: float = 0.0
+    step_s: float | None = None
+
+
+class RunMonitor:
+    """The account of one run.
+
+    Args:
+        name: of the job, for lines.
+        num_steps: of the job.
+        account: file that keeps the account over drivers.
+        emit: takes events for the driver: `metrics`, `line`, `log` and `record`.
+    """
+
+    def __init__(self, name: str, num_steps: int, account: Path, emit: Callable[[Event], None]) -> None:
+        self.name, self.num_steps, self._file, self._emit = name, num_steps, account, emit
+        self.goodput = Goodput.load(account)
+        self.workers = 0
+        self._progress = _Progress(at=time.monotonic())
+        self._recovery: Recovery | None = None
+        self._group_stepped = False
+        self._line_at = self._metrics_at = time.monotonic()
+
+    # --- what others ask --------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps done, as last reported."""
+        return self._progress.step
+
+    def stalled_s(self, stall_timeout_s: float) -> float | None:
+        """The seconds without any progress, if they are too many."""
+        quiet = time.monotonic() - self._progress.at
+        return quiet if quiet > max(stall_timeout_s, 10 * (self._progress.step_s or 0.0)) else None
+
+    # --- what happens -----------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The run begins, or goes on under a new driver."""
+        self.goodput.begin(time.time())
+
+    def group_started(self, workers: int) -> None:
+        """A worker group was chosen and starts."""
+        now = time.time()
+        self.goodput.become("restart", now)
+        if self._recovery is not None:
+            self._recovery.decided = now
+        self.workers, self._group_stepped = workers, False
+        self._progress.at = time.monotonic()
+
+    def group_ended(self, cause: str, *, planned: bool) -> None:
+        """The group ended; `planned`: all its work is in a checkpoint."""
+        now = time.time()
+        last = now - (time.monotonic() - self._progress.at)
+        self.goodput.ended(planned, now)
+        self._recovery = Recovery(cause, planned, last, now)
+        self._progress.step_s, self.workers = None, 0
+        if not planned:
+            self.line(cause)
+
+    def waiting(self) -> None:
+        """There are too few machines to go on."""
+        self.goodput.become("waiting", time.time())
+
+    def phase(self, event: Event) -> None:
+        """Worker 0, or another, has passed a part of its start."""
+        self._progress.at = time.monotonic()
+        if self._recovery is not None:
+            self._recovery.marks[event["name"]] = event["time"]
+
+    def stepped(self, event: Event) -> float | None:
+        """A step is done; returns the seconds that a planned restart took, at the first step after it."""
+        now, step = time.time(), int(event["step"])
+        metrics: dict[str, float] = event["figures"]
+        self._emit({"kind": "metrics", "values": metrics, "step": step, "channel": "train"})
+        took = None
+        if not self._group_stepped:
+            self._group_stepped = True
+            self.goodput.resumed(step - 1)
+            took = self._recovered(step, now)
+        seconds = metrics["step_seconds"]
+        self.goodput.stepped(step, seconds, event["stall"], now)
+        known = self._progress.step_s
+        smooth = seconds if known is None else 0.7 * known + 0.3 * seconds
+        self._progress = _Progress(step, metrics, time.monotonic(), smooth)
+        return took
+
+    def saved(self, event: Event) -> None:
+        """A checkpoint is committed."""
+        self.goodput.saved(event["step"])
+        self.account()
+        self._emit(
+            {"kind": "metrics", "values": event["figures"], "step": event["step"], "channel": "checkpoint"}
+        )
+
+    def tick(self) -> None:
+        """Say how things are, now and then."""
+        now = time.monotonic()
+        metrics = self._progress.metrics
+        if now - self._line_at >= _LINE_EVERY_S and self.workers and metrics is not None:
+            self._line_at = now
+            left = (self.num_steps - self.step) * metrics["step_seconds"]
+            self._emit(
+                {
+                    "kind": "line",
+                    "text": f"{self.name}: step {self.step}/{self.num_steps}, loss {metrics['loss']:.3f}, "
+                    f"{metrics['step_seconds']:.2f} s a step, about {left:.0f} s to go",
+                }
+            )
+        if now - self._metrics_at >= _METRICS_EVERY_S:
+            self._metrics_at = now
+            self.account()
+
+    def account(self, *, last: bool = False) -> None:
+        """Record where the time went so far, and keep it for a later driver."""
+        figures = self.goodput.figures(time.time())
+        values = {**figures, "workers": float(self.workers)}
+        # By seconds, not by steps: while nothing is trained no step passes.
+        step = int(figures["seconds_total"])
+        self._emit({"kind": "metrics", "values": values, "step": step, "channel": "goodput"})
+        try:
+            self.goodput.save(self._file)
+        except OSError as error:
+            # A full disk costs the account, and the checkpoints, which say so themselves.
+            self.log(logging.WARNING, f"the account of its time is not kept: {error}")
+        if last:
+            text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            self.log(logging.INFO, text)
+
+    def line(self, text: str) -> None:
+        """A line for the user."""
+        self._emit({"kind": "line", "text": f"{self.name}: {text}"})
+
+    def log(self, level: int, text: str) -> None:
+        """A record for the stage's log."""
+        self._emit({"kind": "log", "level": level, "text": f"{self.name}: {text}"})
+
+    def _recovered(self, step: int, now: float) -> float | None:
+        recovery, self._recovery = self._recovery, None
+        if recovery is None:
+            return None
+        recovery.first_step, recovery.resumed_at, recovery.workers = now, step - 1, self.workers
+        self.goodput.recoveries.append(recovery)
+        took = now - recovery.detected
+        self.line(f"goes on from step {step - 1} with {self.workers} workers after {took:.1f} s")
+        return took

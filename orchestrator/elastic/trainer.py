@@ -1,0 +1,283 @@
+"""A job as a Ray Train run: `ElasticTrainer` is a `DataParallelTrainer`, and `run` is what stages call.
+
+The trainer lives in the driver. Ray Train's controller runs in the pipeline's :class:`controller.ControllerHost`; the
+driver takes in what the run reports (metrics, lines) and passes on what is asked of it (a stop, other worker limits).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pickle
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.cloudpickle
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
+from ray.train.v2._internal.callbacks.working_dir_setup import WorkingDirectorySetupCallback
+from ray.train.v2.api.callback import RayTrainCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from orchestrator.elastic.controller import RunSpec
+from orchestrator.elastic.goodput import Goodput, report_figures
+from orchestrator.elastic.hosts import hosts
+from orchestrator.elastic.run_monitor import ACCOUNT
+from orchestrator.elastic.worker_group import AttemptConfig
+from orchestrator.elastic.worker_slot import train_fn
+from orchestrator.errors import Stopped, UserError
+from orchestrator.tracking.runs import Run
+
+if TYPE_CHECKING:
+    from orchestrator.elastic.job import Job
+    from orchestrator.elastic.resources import SlotShape
+
+logger = logging.getLogger("orchestrator")
+
+# Ray Train's folder in a job's own.
+_RAY_TRAIN = "ray_train"
+_NEWS_S = 0.5
+_ANSWER_S = 60.0
+# A controller that dies so often in a row without a new step will not get anywhere.
+_MAX_LOST_CONTROLLERS = 4
+
+
+def run(
+    job: Job, *, tracker: Run, stop: threading.Event, on_line: Callable[[str], None] = logger.info
+) -> dict[str, float]:
+    """Train `job` on the connected cluster until its last step is done.
+
+    Args:
+        job: what to train.
+        tracker: the run that gets its metrics.
+        stop: when set, the job checkpoints and ends.
+        on_line: gets a progress line every few seconds, and one for each event.
+
+    Returns:
+        The job's goodput and what was lost, for a summary.
+
+    Raises:
+        Stopped: `stop` was set and the job is checkpointed.
+        UserError: a mistake found inside a worker, or a cluster that cannot run the job.
+        RuntimeError: the job failed; the worker's exception is the message.
+    """
+    if not job.is_done():
+        _fit(job, tracker, stop, on_line)
+    job.fetch()
+    return report_figures(Goodput.load(job.work / ACCOUNT))
+
+
+def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str], None]) -> None:
+    """Fit until it is done; a controller that dies is replaced, and its workers go on from their checkpoint."""
+    lost, cluster = 0, hosts.cluster
+    while True:
+        before = max(job.target.committed(), default=0)
+        host = hosts.current(cluster)
+        try:
+            outcome = ElasticTrainer(job, host, tracker, stop, on_line).outcome()
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            lost = 0 if max(job.target.committed(), default=0) > before else lost + 1
+            if lost >= _MAX_LOST_CONTROLLERS:
+                raise RuntimeError(f"{job.name} gets nowhere: its controller died {lost} times") from error
+            on_line(f"{job.name}: its controller is gone ({type(error).__name__}); a new one starts")
+            hosts.replace(host, cluster)
+            continue
+        if outcome["error"] is not None:
+            raise outcome["error"]
+        if outcome["stopped"]:
+            raise Stopped(f"{job.name} is checkpointed")
+        return
+
+
+class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
+    """Runs one job under Ray Train, on workers that may come and go.
+
+    Checkpoints, metrics and the training loop are the project's own; `Result.checkpoint` points to the newest
+    elastic checkpoint.
+
+    Args:
+        job: what to train.
+        host: the controller host's actor.
+        tracker: the run that gets its metrics.
+        stop: when set, the job checkpoints and ends.
+        on_line: gets a progress line every few seconds, and one for each event.
+
+    Raises:
+        UserError: the cluster cannot run the job, or a callback cannot be made.
+    """
+
+    def __init__(
+        self, job: Job, host: Any, tracker: Run, stop: threading.Event, on_line: Callable[[str], None]
+    ) -> None:
+        shape = job.slot_shape()
+        # Which checkpoint to go on from is for our own records to say. Those that Ray Train kept of an earlier fit of
+        # this run may name pointers that are gone, which it takes for a fatal error.
+        shutil.rmtree(job.work / _RAY_TRAIN, ignore_errors=True)
+        job.work.mkdir(parents=True, exist_ok=True)
+        self._session = _Session(job, host, shape, tracker, stop, on_line)
+        workers = self._session.workers
+        self._spec = RunSpec(
+            job.name,
+            job.num_blocks,
+            job.num_steps,
+            job.work,
+            job.checkpoint_uri,
+            job.elastic,
+            workers,
+            shape,
+        )
+        blocks = ray.cloudpickle.dumps(job.slot_blocks) if job.slot_blocks is not None else None
+        resources = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": float(shape.memory or 0)}
+        super().__init__(
+            train_fn,
+            train_loop_config={
+                "job": job.name,
+                "steps": job.num_steps,
+                "blocks": job.num_blocks,
+                "zero_stage": job.zero_stage,
+            },
+            backend_config=AttemptConfig(pickle.dumps(job.for_workers()), blocks),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=shape.gpus > 0,
+                resources_per_worker={name: value for name, value in resources.items() if value},
+                elastic_resize_monitor_interval_s=0.0,
+            ),
+            run_config=RunConfig(
+                name=job.run_name,
+                storage_path=str((job.work / _RAY_TRAIN).absolute()),
+                failure_config=FailureConfig(max_failures=-1),
+                checkpoint_config=CheckpointConfig(num_to_keep=job.elastic.keep_checkpoints),
+                callbacks=_callbacks(job.elastic.ray_train_callbacks),
+                worker_runtime_env=shape.ray_options().get("runtime_env"),
+            ),
+        )
+
+    def outcome(self) -> dict[str, Any]:
+        """Fit, and say what the run came to."""
+        try:
+            self.result = self.fit()
+        except TrainingFailedError:
+            # The worker's own error says more; it is in the outcome.
+            if self._session.outcome is None:
+                raise
+        assert self._session.outcome is not None
+        return self._session.outcome
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Slots have no placement group to clean up and keep their working folder, and no job reads a Ray dataset.
+        unused = (PlacementGroupCleanerCallback, WorkingDirectorySetupCallback, DatasetsCallback)
+        found = super()._create_default_callbacks()
+        callbacks = [callback for callback in found if not isinstance(callback, unused)]
+        if not any(isinstance(callback, StateManagerCallback) for callback in callbacks):
+            callbacks.append(StateManagerCallback(datasets=self.datasets))
+        return callbacks
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        return self._session.fit(self._spec, arguments)
+
+
+class _Session:
+    """The driver's side of one fit."""
+
+    def __init__(
+        self,
+        job: Job,
+        host: Any,
+        shape: SlotShape,
+        tracker: Run,
+        stop: threading.Event,
+        on_line: Callable[[str], None],
+    ) -> None:
+        self._job, self._host, self._shape, self._tracker = job, host, shape, tracker
+        self._stop, self._on_line = stop, on_line
+        self.workers = job.worker_range(shape)
+        self.outcome: dict[str, Any] | None = None
+        self._run_id = uuid.uuid4().hex
+        self._ended = threading.Event()
+        self._recorder = ThreadPoolExecutor(1, thread_name_prefix=f"record-{job.name}")
+
+    def fit(self, spec: Any, arguments: dict[str, Any]) -> Any:
+        """Run the controller in the host, and serve it until it is done; returns Ray Train's result."""
+        done = self._host.fit.remote(spec, self._run_id, arguments)
+        stopping = False
+        try:
+            while True:
+                ready, _ = ray.wait([done], timeout=0)
+                news = self._host.news.remote(self._run_id, 0.0 if ready else _NEWS_S)
+                self._take_in(ray.get(news, timeout=_ANSWER_S))
+                if ready:
+                    result, self.outcome = ray.get(done)
+                    self._take_in(ray.get(self._host.forget.remote(self._run_id), timeout=_ANSWER_S))
+                    return result
+                if self._stop.is_set() and not stopping:
+                    stopping = True
+                    self._tell({"stop": True})
+                self._limit()
+        finally:
+            self._ended.set()
+            self._recorder.shutdown(cancel_futures=True)
+
+    def _take_in(self, events: Sequence[dict[str, Any]]) -> None:
+        for event in events:
+            match event["kind"]:
+                case "metrics":
+                    self._tracker.metrics(event["values"], event["step"], event["channel"])
+                case "tags":
+                    self._tracker.tags(event["values"])
+                case "line":
+                    self._on_line(event["text"])
+                case "log":
+                    logger.log(event["level"], "%s", event["text"])
+                case "record":
+                    self._recorder.submit(self._record, event["step"])
+
+    def _record(self, step: int) -> None:
+        """Tell the workers once the curve up to `step` is where no lost machine can take it."""
+        while not self._tracker.secure():
+            if self._ended.wait(_NEWS_S):
+                return
+        self._tell({"recorded": step})
+
+    def _limit(self) -> None:
+        workers = self._job.worker_range(self._shape)
+        if workers != self.workers:
+            self.workers = workers
+            self._tell({"workers": workers})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        self._host.tell.remote(self._run_id, message)
+
+
+def _callbacks(paths: Sequence[str]) -> list[Any]:
+    """Ray Train callbacks that a pipeline file names as `package.module:Class`.
+
+    Raises:
+        UserError: one cannot be imported, or is no Ray Train callback.
+    """
+    made = []
+    for path in paths:
+        module, _, name = path.partition(":")
+        try:
+            made.append(getattr(importlib.import_module(module), name)())
+        except Exception as error:
+            raise UserError(
+                f"the Ray Train callback {path!r} cannot be made: {type(error).__name__}: {error}",
+                where="elastic.ray_train_callbacks",
+                hint="name a class that needs no arguments, as package.module:Class",
+            ) from error
+        if not isinstance(made[-1], RayTrainCallback):
+            raise UserError(
+                f"{path!r} is no Ray Train callback",
+                where="elastic.ray_train_callbacks",
+                hint="derive it from ray.train.UserCallback",
+            )
+    return made
