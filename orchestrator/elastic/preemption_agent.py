@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -141,6 +141,13 @@ class NodeDrainer:
                     self._address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False
                 )
             )
+            try:
+                state._connect_and_get_accessor()
+            except ray.exceptions.RaySystemError as error:
+                raise RuntimeError(
+                    f"a server listens at {self._address} but does not take this agent; if its cluster has a token, "
+                    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or put the token into ~/.ray/auth_token"
+                ) from error
             self._state = state
         return self._state
 
@@ -263,7 +270,7 @@ class PreemptionAgents:
     def __init__(self, notices: PreemptionNotices) -> None:
         self._notices = notices
         self._agents: dict[str, _Agent] = {}
-        self._failed: dict[str, float] = {}
+        self._failed: dict[str, tuple[float, str]] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.clouds: dict[str, Cloud | None] = {}
@@ -283,9 +290,13 @@ class PreemptionAgents:
             agent = self._agents.get(node_id)
             if agent is not None:
                 agent.busy_at = now
-            elif self.clouds.get(node_id, "unknown") is not None and now >= self._failed.get(node_id, 0.0):
+            elif self.clouds.get(node_id, "unknown") is not None:
+                since, why = self._failed.get(node_id, (-math.inf, ""))
+                if now - since < _RESTART_S:
+                    continue
+                if why:
+                    logger.info("node %s: its preemption agent failed and starts anew: %s", node_id[:8], why)
                 self._agents[node_id] = _Agent(self._make(node_id))
-                logger.debug("node %s: a preemption agent starts", node_id[:8])
         for node_id, agent in list(self._agents.items()):
             if node_id not in alive or now - agent.busy_at > _IDLE_S:
                 self._remove(node_id)
@@ -304,9 +315,8 @@ class PreemptionAgents:
         while not self._stop.is_set():
             try:
                 self.poll()
-            except (
-                Exception
-            ) as error:  # a cluster that does not answer is not ours to report, only to survive
+            except Exception as error:
+                # A cluster that does not answer is not ours to report, only to survive.
                 logger.debug("preemption agents: %s: %s", type(error).__name__, error)
             self._stop.wait(_ROUND_S)
 
@@ -354,8 +364,10 @@ class PreemptionAgents:
             cloud, lines = ray.get(agent.answer)
         except ray.exceptions.RayError as error:
             # The node may just have gone, and then it is no longer alive in the next round.
-            logger.debug("preemption agent of node %s: %s", node_id[:8], error)
-            self._failed[node_id] = time.monotonic() + _RESTART_S
+            self._failed[node_id] = (
+                time.monotonic(),
+                (str(error).strip() or type(error).__name__).splitlines()[-1],
+            )
             self._remove(node_id)
             return
         self.clouds[node_id] = cloud
@@ -370,7 +382,9 @@ class PreemptionAgents:
         import ray
 
         agent = self._agents.pop(node_id)
-        if ray.is_initialized():  # the driver of a lost cluster has left it already
+        if not ray.is_initialized():
+            return  # the driver of a lost cluster has left it already, and `ray.kill` would start another
+        with suppress(Exception):  # at the end of a run the cluster may be gone before its agents
             ray.kill(agent.actor)
 
 
@@ -397,6 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     try:
+        _use_token()
         drainer = NodeDrainer(_gcs_address(options.address), options.node_id)
         if options.now:
             return _leave(drainer, "asked to leave", options.grace_s)
@@ -459,6 +474,13 @@ def _leave(drainer: NodeDrainer, source: str, grace_s: float) -> int:
             logger.warning("%s: the cluster does not answer: %s", source, error)
         time.sleep(max(0.0, min(pause, deadline - time.time())))
     return 0 if drained else 1
+
+
+def _use_token() -> None:
+    """As `ray start` and `ray.init` do: a token that is there is used, unless RAY_AUTH_MODE says otherwise."""
+    from ray._private.authentication import authentication_token_setup as setup
+
+    setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _gcs_address(address: str | None) -> str:

@@ -21,6 +21,7 @@ class MetadataServer:
         served: `METHOD path → status` of each request so far.
         broken: what it does in the place of answering: nothing at all, an error 503, or text that is no document.
         said: the documents; tests change them.
+        signs: whether replies carry Google's mark, by which its server is known.
     """
 
     protocol: ClassVar[type[BaseHTTPRequestHandler]]
@@ -30,6 +31,7 @@ class MetadataServer:
         self.broken: str | None = None
         self.said: dict[str, Any] = {}
         self.token = "a-token"
+        self.signs = True
         self._release = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self.protocol)
         self._server.daemon_threads = True
@@ -135,7 +137,8 @@ class _Gce(_Handler):
         elif value is None:
             self.reply(404, Metadata_Flavor="Google")
         else:
-            self.reply(200, value, Metadata_Flavor="Google")
+            flavor = {"Metadata_Flavor": "Google"} if self.metadata.signs else {}
+            self.reply(200, value, **flavor)
 
 
 class GceServer(MetadataServer):

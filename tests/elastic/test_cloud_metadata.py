@@ -166,6 +166,11 @@ def test_a_server_of_another_cloud_is_not_believed(serve: Serve) -> None:
         client("gce", serve(AzureServer)).poll()
     with pytest.raises(MetadataError):
         client("aws", serve(GceServer)).poll()
+    # As of a hotel's login page: right words, but not Google's.
+    unsigned = serve(GceServer)
+    unsigned.said["preempted"], unsigned.signs = "TRUE", False
+    with pytest.raises(MetadataError):
+        client("gce", unsigned).poll()
 
 
 FIRMWARE = {

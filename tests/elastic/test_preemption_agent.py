@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import ray
 from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from s3_server import free_port
 
 from orchestrator.elastic.cloud_metadata import Notice
 from orchestrator.elastic.preemption_agent import NodeDrainer, PreemptionAgents, watch_for_preemption
@@ -223,12 +225,17 @@ def test_nobody_is_asked_on_machines_of_no_cloud(
     remote.close()
 
 
-def standalone(market: SpotMarket, node: str | None, *arguments: str, **env: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "orchestrator.elastic.preemption_agent", f"--address={market.address}"]
-    command += [f"--node-id={node}"] if node else []
-    return subprocess.Popen(
-        [*command, *arguments], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True
-    )
+AGENT = [sys.executable, "-m", "orchestrator.elastic.preemption_agent"]
+
+
+@contextmanager
+def standalone(market: SpotMarket, node: str, *arguments: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+    command = [*AGENT, f"--address={market.address}", f"--node-id={node}", *arguments]
+    with subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True) as agent:
+        try:
+            yield agent
+        finally:
+            agent.kill()
 
 
 def say_when_watching(agent: subprocess.Popen[str]) -> None:
@@ -288,15 +295,44 @@ def test_a_standalone_agent_follows_a_metadata_service(
             ends = server.schedule("Terminate", in_s=60)
             eventually(lambda: node in draining(), "the node drains")
             assert draining()[node] == pytest.approx(ends, abs=0.01)
-            agent.kill()
 
 
 def test_mistakes_of_the_command_line_are_one_message(market: SpotMarket) -> None:
     several = subprocess.run(
-        [sys.executable, "-m", "orchestrator.elastic.preemption_agent", "--now", f"--address={market.address}"],
+        [*AGENT, "--now", f"--address={market.address}"],
         capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert several.returncode == 2
     assert "nodes of the Ray cluster" in several.stderr
     assert "--node-id" in several.stderr
     assert "Traceback" not in several.stderr
+
+
+def test_an_agent_finds_the_node_of_its_own_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As in a pod: all that is said are the head and the token, in the environment."""
+    port = free_port()
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    start += [f"--temp-dir={tmp_path_factory.mktemp('r')}", "--num-cpus=1", "--include-dashboard=false"]
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with subprocess.Popen(
+        start, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as head:
+        try:
+            assert head.stdout is not None
+            eventually(lambda: "block forever" in head.stdout.readline(), "the head is up")
+            pod = {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+            refused = drain_now(pod | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, grace_s=1)
+            assert refused.returncode == 1, refused.stderr
+            assert "RAY_AUTH_TOKEN" in refused.stderr
+            left = drain_now(pod, grace_s=60)
+            assert left.returncode == 0, left.stderr
+            assert "the node has left" in left.stderr
+        finally:
+            for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def drain_now(env: dict[str, str], grace_s: int) -> subprocess.CompletedProcess[str]:
+    command = [*AGENT, "--now", f"--grace-s={grace_s}"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
