@@ -44,10 +44,13 @@ class SpotMarket:
     def __init__(self, slots: int = 1, head_slots: int = 0) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        from ray._common.utils import get_default_ray_temp_dir
         from ray.cluster_utils import Cluster
 
         self._slots = slots
         self._folder = Path(tempfile.mkdtemp(prefix="orchestrator-market-"))
+        # Ray's test cluster writes its address below the default folder, and does not make it.
+        Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)
         # Object stores are small: what passes through them here is, and /dev/shm may be.
         self._sizes = {"object_store_memory": 256 * 2**20, "include_dashboard": False}
         # Ends all of it if this process is killed.
