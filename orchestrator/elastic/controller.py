@@ -22,13 +22,22 @@ from ray.train import FailureConfig, Result, ScalingConfig
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
-from ray.train.v2._internal.execution.controller.state import AbortedState
+from ray.train.v2._internal.execution.controller.state import (
+    AbortedState,
+    InitializingState,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+    RunningState,
+    TrainControllerState,
+)
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.worker import Worker
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from orchestrator.elastic.failure_policy import ElasticFailurePolicy
 from orchestrator.elastic.failure_rules import Failure
-from orchestrator.elastic.goodput import report_figures
 from orchestrator.elastic.ray_pool import RayWorkerPool, SlotActor
 from orchestrator.elastic.resources import SlotShape
 from orchestrator.elastic.run_monitor import ACCOUNT, RunMonitor
@@ -46,6 +55,7 @@ POLL_S = 0.25
 # One poll a quarter second for so many workers; with more of them polls get rarer.
 _WORKERS_POLLED = 64
 _WATCH_S = 0.5
+_WITHOUT_GROUP = (InitializingState, RestartingState, ReschedulingState, ResizingState)
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class ElasticRun:
         self.failure_policy = ElasticFailurePolicy(self)
         self.controller: ElasticController | None = None
         self._ended = True  # the group's end is accounted for
-        pool.request(spec.name, *spec.workers, spec.shape)
+        self._closed = False
 
     # --- what the policies ask --------------------------------------------------------------------------------
 
@@ -133,11 +143,16 @@ class ElasticRun:
         return list(self.group.get_workers()) if self.group is not None else []
 
     @property
-    def resources(self) -> dict[str, float]:
-        """What one worker takes, in Ray's words."""
-        shape = self.spec.shape
-        named = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory or 0}
-        return {name: value for name, value in named.items() if value}
+    def members(self) -> list[Worker]:
+        """The group's workers by rank; while it starts, the slots that it starts on, if there are actors."""
+        return self.workers or [
+            Worker(slot.actor, slot.metadata, {}) for slot in self.slots if slot.actor is not None
+        ]
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether all workers stopped, checkpointed, as they were asked to."""
+        return self.group is not None and len(self.group.stopped) == len(self.group)
 
     def poll_pool(self, timeout: float) -> None:
         """Take in what became of slots and nodes."""
@@ -145,21 +160,22 @@ class ElasticRun:
 
     def acquire(self, names: Sequence[str]) -> bool:
         """Take these slots for the next group; False if one of them is not free any more."""
-        slots = self.pool.acquire(self.spec.name, names)
-        if slots is None:
-            return False
-        self.slots = slots
         with self.pool.lock:
+            slots = self.pool.acquire(self.spec.name, names)
+            if slots is None:
+                return False
             self.rules.group_started(tuple(names), time.monotonic())
+        self.slots = slots
         self.monitor.group_started(len(slots))
         self._ended = False
         return True
 
     def request_stop(self, reason: str) -> None:
         """Ask the group to checkpoint and stop."""
-        if self.group is not None and not self.rules.stopping:
+        group = self.group
+        if group is not None and not self._ended and not self.rules.stopping:
             self.rules.stop_requested(reason)
-            self.group.request_stop()
+            group.request_stop()
 
     def is_ending(self, status: WorkerGroupPollStatus) -> bool:
         """Whether a worker's train function has returned, so that the others are about to."""
@@ -180,10 +196,14 @@ class ElasticRun:
             self._account_end(failure.cause, planned=False)
 
     def mark_slots(self, answers: Sequence[bool | None], why: str) -> None:
-        """Tell the pool which of the group's slots answered, did not answer, or are dead (None)."""
-        by_actor = {slot.actor._actor_id: slot.slot.name for slot in self.slots if slot.actor is not None}
-        names = [by_actor.get(worker.actor._actor_id) for worker in self.workers]
-        named = [(name, answer) for name, answer in zip(names, answers, strict=True) if name is not None]
+        """Tell the pool which of the group's members answered, did not answer, or are dead (None)."""
+        found = list(zip(self.members, answers, strict=True))
+        if isinstance(self.pool, StockPool):
+            nodes = [worker.metadata.node_id for worker in self.workers]
+            self.pool.suspect(node for node, answer in zip(nodes, answers, strict=True) if not answer)
+            return
+        by_actor = {slot.actor._actor_id: slot.slot.name for slot in self.slots}
+        named = [(by_actor.get(member.actor._actor_id, ""), answer) for member, answer in found]
         self.pool.lose([name for name, answer in named if answer is None], why)
         self.pool.set_unresponsive([name for name, answer in named if answer is False])
 
@@ -203,10 +223,9 @@ class ElasticRun:
         """One event of a worker."""
         match event["kind"]:
             case "step":
-                took = self.monitor.stepped(event)
-                self.rules.stepped(event["step"], event["figures"]["step_seconds"], time.monotonic())
-                if took is not None:
-                    self.monitor.account()
+                self.monitor.stepped(event)
+                with self.pool.lock:
+                    self.rules.stepped(event["step"], event["figures"]["step_seconds"], time.monotonic())
                 self.failure_policy.progress(event["step"])
             case "record":
                 self.emit({"kind": "record", "step": event["step"]})
@@ -237,12 +256,13 @@ class ElasticRun:
     def tell(self, message: Event) -> None:
         """What the driver asks: `stop`, other limits for `workers`, or that a step was `recorded`."""
         if message.get("stop"):
-            self.stop = True
-            self.request_stop("stop")
+            self.stop = True  # the controller's next step sees to it
         if (workers := message.get("workers")) is not None:
             with self.pool.lock:
+                if self._closed:
+                    return  # its demand would outlive it
                 self.rules.workers = (workers[0], workers[1])
-            self.pool.request(self.spec.name, workers[0], workers[1], self.spec.shape)
+                self.pool.request(self.spec.name, workers[0], workers[1], self.spec.shape)
         if (step := message.get("recorded")) is not None and (group := self.group) is not None:
             group.send(0, {"op": "recorded", "step": step})
 
@@ -250,7 +270,9 @@ class ElasticRun:
         """The run is over, however that came about."""
         if self.group is not None:
             self.group.end_processes()
-        self.pool.withdraw(self.spec.name)
+        with self.pool.lock:
+            self._closed = True
+            self.pool.withdraw(self.spec.name)
         self.monitor.account(last=True)
 
 
@@ -270,12 +292,35 @@ class ElasticController(TrainController):  # type: ignore[misc]
         self._health_check_interval_s = POLL_S
 
     async def _step(self) -> TrainControllerLoopIterationResult:
-        run = self._run
+        run, state = self._run, self.get_state()
+        if self._worker_group is not None and isinstance(state, (RestartingState, ReschedulingState)):
+            # Ray Train keeps a failed group until the next one starts; its slots may have other work by then.
+            self._shutdown_worker_group()
         if run.stop:
             run.request_stop("stop")
-            if run.group is None or len(run.group.stopped) == len(run.group):
+            if run.group is None or run.has_stopped:
                 return await self._stop()
+        if isinstance(state, RunningState) and run.has_stopped:
+            run.group_stopped()
+            self._shutdown_worker_group()
+            return self._next(ResizingState(scaling_decision=NoopDecision()))
+        if isinstance(state, ResizingState):
+            # Ray Train's own decision for a resize is made beforehand; ours when the group has stopped.
+            return self._make_and_handle_scaling_decision_for_non_running_worker_group(state)
         return await super()._step()
+
+    def _get_retry_state(
+        self, controller_state: TrainControllerState, training_failed_error: TrainingFailedError
+    ) -> TrainControllerState:
+        if isinstance(controller_state, _WITHOUT_GROUP):
+            # Ray Train ends a run that fails while it has no group, whatever the failure policy decided.
+            return ReschedulingState(training_failed_error=training_failed_error)
+        return super()._get_retry_state(controller_state, training_failed_error)
+
+    def _next(self, state: TrainControllerState) -> TrainControllerLoopIterationResult:
+        return TrainControllerLoopIterationResult(
+            run_attempt_id=self._get_run_attempt_id(), previous_state=self.get_state(), next_state=state
+        )
 
     async def _stop(self) -> TrainControllerLoopIterationResult:
         """End the run as it was asked to: it is checkpointed, or was not training."""
@@ -286,11 +331,7 @@ class ElasticController(TrainController):  # type: ignore[misc]
         self._worker_group = None
         run.monitor.goodput.stopped = True
         await self._controller_callback_manager.async_invoke("before_controller_shutdown")
-        return TrainControllerLoopIterationResult(
-            run_attempt_id=self._get_run_attempt_id(),
-            previous_state=self.get_state(),
-            next_state=AbortedState(),
-        )
+        return self._next(AbortedState())
 
     def _start_worker_group(self, num_workers: int, resources_per_worker: dict[str, float]) -> None:
         super()._start_worker_group(num_workers, resources_per_worker)
@@ -334,23 +375,21 @@ class ControllerHost:
             # Ray Train's own workers need the room of warm ones that wait for work.
             self._pool.drop_idle()
         run = ElasticRun(spec, pool, arguments["train_run_context"])
-        self._runs[run_id] = run
-        run.monitor.begin()
         try:
+            self._runs[run_id] = run
+            run.monitor.begin()
+            pool.request(spec.name, *spec.workers, spec.shape)
             named = {**arguments, "callbacks": [*arguments["callbacks"], RunState(run.emit)]}
             controller = ElasticController(run, **named)
             asyncio.run(controller.run())
             result = controller.get_result()
         finally:
             run.close()
-        return result, {
-            "stopped": run.stop
-            and run.error is None
-            and result.error is None
-            and not _is_finished(controller),
-            "error": run.error,
-            "account": report_figures(run.monitor.goodput),
-        }
+        error = run.error
+        if error is None and result.error is not None:
+            error = RuntimeError(f"{spec.name} failed: {result.error}")
+        stopped = isinstance(controller.get_state(), AbortedState)
+        return result, {"stopped": stopped, "error": error}
 
     def news(self, run_id: str, timeout: float) -> list[Event]:
         """What a run has for its driver; waits at most `timeout` seconds for something."""
@@ -360,11 +399,12 @@ class ControllerHost:
             return []
         return run.take_news(timeout)
 
-    def tell(self, run_id: str, message: Event) -> None:
-        """See :meth:`ElasticRun.tell`."""
+    def tell(self, run_id: str, message: Event) -> bool:
+        """See :meth:`ElasticRun.tell`; False if the run is not there yet."""
         run = self._runs.get(run_id)
         if run is not None:
             run.tell(message)
+        return run is not None
 
     def forget(self, run_id: str) -> list[Event]:
         """The driver has heard the end of a run; returns what it had not heard yet."""
@@ -382,12 +422,8 @@ class ControllerHost:
     def _watch(self) -> None:
         while True:
             try:
-                self._pool.poll(_WATCH_S)
+                self._pool.poll(0.0)
             except Exception:
                 # The cluster may be in any state; the next poll may find it better.
                 logger.exception("the worker pool could not be polled")
-                time.sleep(_WATCH_S)
-
-
-def _is_finished(controller: ElasticController) -> bool:
-    return not isinstance(controller.get_state(), AbortedState)
+            time.sleep(_WATCH_S)

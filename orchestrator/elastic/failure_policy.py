@@ -100,8 +100,7 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
     def _diagnose(self, error: TrainingFailedError) -> Failure:
         """Ask every worker what became of it, and find the cause."""
         run = self._run
-        if not run.workers:
-            # The group never came to be, and no worker is known: as when its slots went while it was made.
+        if not run.members:
             return Failure(FailureKind.PROCESS, _first_line(error))
         failures: dict[int, Exception] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
         outcomes = self._outcomes(failures)
@@ -112,7 +111,7 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
         }
         stacks = self._stacks() if stuck else {}
         ranks = []
-        for rank, worker in enumerate(run.workers):
+        for rank, worker in enumerate(run.members):
             end = stuck.get(rank, {})
             ranks.append(
                 RankOutcome(
@@ -143,7 +142,7 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
         while True:
             asked = {
                 worker.actor.outcome.remote(): rank
-                for rank, worker in enumerate(run.workers)
+                for rank, worker in enumerate(run.members)
                 if rank not in known or known[rank] == (True, None) or known[rank][0] is False
             }
             left = max(0.0, deadline - time.monotonic())
@@ -156,14 +155,14 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
                     known[asked[ref]] = (None, None)
             for ref in late:
                 known[asked[ref]] = (False, None)
-            if time.monotonic() >= deadline or _is_clear(known, len(run.workers)):
-                return [known[rank] for rank in range(len(run.workers))]
+            if time.monotonic() >= deadline or _is_clear(known, len(run.members)):
+                return [known[rank] for rank in range(len(run.members))]
             time.sleep(0.05)
 
     def _stacks(self) -> dict[int, str]:
         """What every worker is doing, also in the log."""
         run = self._run
-        refs = [worker.actor.stacks.remote() for worker in run.workers]
+        refs = [worker.actor.stacks.remote() for worker in run.members]
         ray.wait(refs, num_returns=len(refs), timeout=_STACKS_S)
         stacks = {}
         for rank, ref in enumerate(refs):

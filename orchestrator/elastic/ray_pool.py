@@ -29,6 +29,8 @@ _START_S = 300.0
 _DRAIN_POLL_S = 0.5
 # How soon a cluster that does not answer is asked again.
 _BACKOFF_S = 2.0
+# The longest pause between slots that end before they are ready.
+_PAUSE_S = 30.0
 
 
 @dataclass
@@ -56,6 +58,11 @@ class RayWorkerPool:
     Args:
         preload: modules that fork servers import before the first attempt.
         heartbeat_timeout_s: a slot that has not answered for so long is given up.
+
+    Attributes:
+        rules: which job has which slots.
+        lock: of the rules.
+        trouble: why slots do not come up; empty if they do.
     """
 
     def __init__(
@@ -69,6 +76,10 @@ class RayWorkerPool:
         self._actors: dict[str, SlotActor] = {}
         self._draining: dict[str, int] = {}
         self._drains_polled = 0.0
+        self._waiting: list[Slot[SlotShape]] = []
+        self._paused_until = 0.0
+        self._failed_starts = 0
+        self.trouble = ""
         self.lock = threading.RLock()
 
     # --- what runs do -----------------------------------------------------------------------------------------
@@ -93,11 +104,6 @@ class RayWorkerPool:
         with self.lock:
             slots = self.rules.acquire(job, names, time.monotonic())
             return None if slots is None else [self._actors[slot.name] for slot in slots]
-
-    def actor_of(self, name: str) -> SlotActor | None:
-        """The slot's actor, or None once it is lost."""
-        with self.lock:
-            return self._actors.get(name)
 
     def is_draining(self, node: str) -> bool:
         """Whether the node has announced its end."""
@@ -169,6 +175,7 @@ class RayWorkerPool:
             self._poll_drains()
             self._find_silent()
             self._stop(self.rules.expire(time.monotonic()))
+            self._start([])
 
     def _pending(self, held: SlotActor) -> Any:
         if held.call is None:
@@ -193,6 +200,8 @@ class RayWorkerPool:
         try:
             answer = ray.get(ref, timeout=_ALIVE_S)
         except ray.exceptions.RayError as error:
+            if what == "warm":
+                self._did_not_start(error)
             self.lose([held.slot.name], type(error).__name__)
             return
         held.heard, held.slot.unresponsive = now, False
@@ -202,6 +211,17 @@ class RayWorkerPool:
             self._start(self.rules.placed(held.slot.name, answer.node_id, draining=draining))
         elif what == "warm":
             self.rules.ready(held.slot.name, now)
+            self._failed_starts, self.trouble = 0, ""
+
+    def _did_not_start(self, error: Exception) -> None:
+        """One that dies while it imports is likely to do so again: pause, and say why."""
+        self._failed_starts += 1
+        cause = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), "")
+        if self._failed_starts > 1:
+            self._paused_until = time.monotonic() + min(_PAUSE_S, 2.0**self._failed_starts)
+            self.trouble = (
+                f"{self._failed_starts} slots in a row ended before they were ready: {cause.strip()}"
+            )
 
     def _poll_drains(self) -> None:
         now = time.monotonic()
@@ -234,9 +254,16 @@ class RayWorkerPool:
     # --- actors -----------------------------------------------------------------------------------------------
 
     def _start(self, slots: list[Slot[SlotShape]]) -> None:
+        """Make the actors of these slots, at once or, while none comes up, after a pause."""
         import ray
 
+        if time.monotonic() < self._paused_until:
+            self._waiting += slots
+            return
+        slots, self._waiting = self._waiting + slots, []
         for slot in slots:
+            if slot.state is SlotState.LOST:
+                continue
             remote = ray.remote(WorkerSlot).options(
                 max_concurrency=8, max_restarts=0, **slot.shape.ray_options()
             )
@@ -251,4 +278,6 @@ class RayWorkerPool:
 
         for name in names:
             # Another controller may be waiting for an answer of this slot right now, and finds it LOST.
-            ray.kill(self._actors.pop(name).actor)
+            held = self._actors.pop(name, None)
+            if held is not None:
+                ray.kill(held.actor)

@@ -53,6 +53,14 @@ class SlotShape:
             options["runtime_env"] = json.loads(self.runtime_env)
         return options
 
+    def train_resources(self) -> dict[str, float]:
+        """What one worker takes, as Ray Train's `resources_per_worker` says it."""
+        named = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory or 0)}
+        if self.accelerator_type is not None:
+            # As Ray writes an `accelerator_type` of its own.
+            named[f"{_ACCELERATOR}{self.accelerator_type}"] = 0.001
+        return {name: value for name, value in named.items() if value}
+
     def __str__(self) -> str:
         parts = [f"{self.gpus:g} GPU" if self.gpus else "", f"{self.cpus:g} CPU" if self.cpus else ""]
         parts.append(f"{self.memory / 2**30:.3g} GiB of memory" if self.memory else "")

@@ -98,22 +98,22 @@ class RunMonitor:
         if self._recovery is not None:
             self._recovery.marks[event["name"]] = event["time"]
 
-    def stepped(self, event: Event) -> float | None:
-        """A step is done; returns the seconds that a planned restart took, at the first step after it."""
+    def stepped(self, event: Event) -> None:
+        """A step is done."""
         now, step = time.time(), int(event["step"])
         metrics: dict[str, float] = event["figures"]
         self._emit({"kind": "metrics", "values": metrics, "step": step, "channel": "train"})
-        took = None
-        if not self._group_stepped:
-            self._group_stepped = True
+        first, self._group_stepped = not self._group_stepped, True
+        if first:
             self.goodput.resumed(step - 1)
-            took = self._recovered(step, now)
+            self._recovered(step, now)
         seconds = metrics["step_seconds"]
         self.goodput.stepped(step, seconds, event["stall"], now)
         known = self._progress.step_s
         smooth = seconds if known is None else 0.7 * known + 0.3 * seconds
         self._progress = _Progress(step, metrics, time.monotonic(), smooth)
-        return took
+        if first:
+            self.account()
 
     def saved(self, event: Event) -> None:
         """A checkpoint is committed."""
@@ -165,12 +165,11 @@ class RunMonitor:
         """A record for the stage's log."""
         self._emit({"kind": "log", "level": level, "text": f"{self.name}: {text}"})
 
-    def _recovered(self, step: int, now: float) -> float | None:
+    def _recovered(self, step: int, now: float) -> None:
         recovery, self._recovery = self._recovery, None
         if recovery is None:
-            return None
+            return
         recovery.first_step, recovery.resumed_at, recovery.workers = now, step - 1, self.workers
         self.goodput.recoveries.append(recovery)
         took = now - recovery.detected
         self.line(f"goes on from step {step - 1} with {self.workers} workers after {took:.1f} s")
-        return took

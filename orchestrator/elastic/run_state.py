@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGro
 
 # Attempts that are kept: a spot run of weeks has thousands, and MLflow takes tags of 8,000 characters.
 _KEPT = 10
-_DETAIL = 200
+_DETAIL, _RANKS = 200, 20
 
 
 class RunState(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
@@ -27,7 +28,7 @@ class RunState(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     def __init__(self, emit: Callable[[dict[str, Any]], None]) -> None:
         self._emit = emit
         self._record: dict[str, Any] = {}
-        self._attempts: list[dict[str, Any]] = []
+        self._attempts: deque[dict[str, Any]] = deque(maxlen=_KEPT)
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
         """See Ray Train's."""
@@ -81,12 +82,13 @@ class RunState(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         self._attempts[-1] |= {
             "status": status,
             "ended": round(time.time(), 3),
-            "failed_ranks": sorted(errors),
+            "failed_ranks": sorted(errors)[:_RANKS],
+            "num_failed": len(errors),
             "detail": detail[0][:_DETAIL],
         }
         self._report()
 
     def _report(self) -> None:
-        attempts = json.dumps(self._attempts[-_KEPT:])
+        attempts = json.dumps(list(self._attempts))
         tags = {f"ray_train.{name}": value for name, value in {**self._record, "attempts": attempts}.items()}
         self._emit({"kind": "tags", "values": tags})

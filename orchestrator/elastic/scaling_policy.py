@@ -49,17 +49,13 @@ class ElasticScalingPolicy(ScalingPolicy):  # type: ignore[misc]
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
-        """See Ray Train's: ask the group to stop before it is resized, and resize it when it has."""
-        run, group = self._run, self._run.group
+        """See Ray Train's: ask the group to stop before it is resized; the controller goes on when it has."""
+        run = self._run
         run.poll_pool(0.0)
-        if group is None:
+        if run.has_stopped or run.is_ending(worker_group_status):
             return NoopDecision()
-        if len(group.stopped) == len(group):
-            run.group_stopped()
-            return self._start() or NoopDecision()
-        if run.is_ending(worker_group_status):
-            return NoopDecision()
-        decision = run.rules.decide(time.monotonic())
+        with run.pool.lock:
+            decision = run.rules.decide(time.monotonic())
         if isinstance(decision, RequestStop):
             run.monitor.line(f"{decision.reason}: checkpointing")
             run.request_stop(decision.reason)
@@ -67,10 +63,14 @@ class ElasticScalingPolicy(ScalingPolicy):  # type: ignore[misc]
 
     def _start(self) -> ResizeDecision | None:
         run = self._run
-        decision = run.rules.decide(time.monotonic())
-        if isinstance(decision, Start) and run.acquire(decision.slots):
+        with run.pool.lock:
+            # What is decided must still hold when the slots are acquired.
+            decision = run.rules.decide(time.monotonic())
+            started = isinstance(decision, Start) and run.acquire(decision.slots)
+        if isinstance(decision, Start) and started:
             self._waits_since, self._waits_for = None, ""
-            return ResizeDecision(num_workers=len(decision.slots), resources_per_worker=run.resources)
+            resources = run.spec.shape.train_resources()
+            return ResizeDecision(num_workers=len(decision.slots), resources_per_worker=resources)
         if isinstance(decision, Wait):
             self._wait(decision.reason)
         return None
@@ -80,13 +80,19 @@ class ElasticScalingPolicy(ScalingPolicy):  # type: ignore[misc]
         run, now = self._run, time.monotonic()
         if self._waits_since is None:
             self._waits_since = now
-        if run.rules.pool.starting(run.spec.name):
+        waited = now - self._waits_since
+        self._limit(waited, reason)
+        if run.pool.trouble:
+            reason = f"{reason}; {run.pool.trouble}"
+        elif run.rules.pool.starting(run.spec.name):
             return
         run.monitor.waiting()
-        waited = now - self._waits_since
         if waited > _PLACING_S and reason != self._waits_for:
             self._waits_for = reason
             run.monitor.line(reason)
+
+    def _limit(self, waited: float, reason: str) -> None:
+        run = self._run
         limit = run.spec.elastic.wait_for_workers_s
         if limit is not None and waited > limit:
             raise UserError(

@@ -5,15 +5,18 @@ It is the way out when Ray Train's internals have moved under the warm slots, an
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orchestrator.elastic.nodes import draining_nodes
 from orchestrator.elastic.ray_pool import SlotActor
-from orchestrator.elastic.resources import SlotShape, cluster_nodes, slots_on
+from orchestrator.elastic.resources import Node, SlotShape, cluster_nodes, slots_on
 from orchestrator.elastic.worker_pool import Demand, Slot, SlotState, WorkerPool
+
+logger = logging.getLogger("orchestrator")
 
 _POLL_S = 0.5
 # Ray counts a node as alive for so long after its machine is gone.
@@ -22,6 +25,8 @@ _SUSPECT_S = 30.0
 
 class StockPool:
     """Room for workers on a Ray cluster's nodes; see :class:`ray_pool.RayWorkerPool`, whose methods it has."""
+
+    trouble = ""
 
     def __init__(self) -> None:
         self.rules: WorkerPool[SlotShape] = WorkerPool()
@@ -35,12 +40,13 @@ class StockPool:
         with self.lock:
             self.rules.request(job, Demand(min_workers, max_workers, shape))
             self._polled = 0.0
-        self.poll(0.0)
 
     def withdraw(self, job: str) -> None:
         """`job` needs no room any more."""
         with self.lock:
             self.rules.withdraw(job, time.monotonic())
+            # Room that is no job's is free for slots of any shape.
+            self.rules.lose([slot.name for slot in self.rules.slots.values() if slot.job is None])
 
     def acquire(self, job: str, names: Sequence[str]) -> list[SlotActor] | None:
         """The slots `names`, for `job` alone; None if one of them is not free any more."""
@@ -51,18 +57,6 @@ class StockPool:
     def is_draining(self, node: str) -> bool:
         """Whether the node has announced its end."""
         return node in self._draining
-
-    def set_unresponsive(self, names: Iterable[str]) -> None:
-        """These slots' workers did not answer: their nodes are left alone for a while."""
-        self.lose(names, "no answer")
-
-    def lose(self, names: Iterable[str], why: str) -> None:
-        """The nodes of these slots are suspected to be gone, whatever Ray still says."""
-        with self.lock:
-            for name in names:
-                if name in self.rules.slots:
-                    self._suspects[self.rules.slots[name].node] = time.monotonic()
-            self._polled = 0.0
 
     def suspect(self, nodes: Iterable[str]) -> None:
         """These nodes did not answer."""
@@ -86,14 +80,17 @@ class StockPool:
             if now - self._polled < _POLL_S:
                 return
             self._polled = now
-            self._draining = draining_nodes()
+            try:
+                self._draining, nodes = draining_nodes(), cluster_nodes()
+            except Exception as error:  # Ray's state client raises what its RPC library does
+                logger.warning("the cluster does not say which nodes it has: %s", error)
+                return
             self._suspects = {n: at for n, at in self._suspects.items() if now - at < _SUSPECT_S}
             self.rules.drain(self._draining)
-            self._match(now)
+            self._match({node.name: node for node in nodes if node.name not in self._suspects}, now)
 
-    def _match(self, now: float) -> None:
+    def _match(self, nodes: Mapping[str, Node], now: float) -> None:
         """Make the pool's slots those that the nodes have room for."""
-        nodes = {node.name: node for node in cluster_nodes() if node.name not in self._suspects}
         gone = [
             slot.name
             for slot in self.rules.slots.values()

@@ -135,7 +135,6 @@ class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
             shape,
         )
         blocks = ray.cloudpickle.dumps(job.slot_blocks) if job.slot_blocks is not None else None
-        resources = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": float(shape.memory or 0)}
         super().__init__(
             train_fn,
             train_loop_config={
@@ -148,7 +147,8 @@ class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=shape.gpus > 0,
-                resources_per_worker={name: value for name, value in resources.items() if value},
+                resources_per_worker=shape.train_resources(),
+                label_selector=dict(shape.labels) or None,
                 elastic_resize_monitor_interval_s=0.0,
             ),
             run_config=RunConfig(
@@ -219,9 +219,12 @@ class _Session:
                     self._take_in(ray.get(self._host.forget.remote(self._run_id), timeout=_ANSWER_S))
                     return result
                 if self._stop.is_set() and not stopping:
-                    stopping = True
-                    self._tell({"stop": True})
+                    stopping = self._tell({"stop": True})
                 self._limit()
+        except BaseException:
+            # Nobody would take in what it reports.
+            self._host.tell.remote(self._run_id, {"stop": True})
+            raise
         finally:
             self._ended.set()
             self._recorder.shutdown(cancel_futures=True)
@@ -249,12 +252,12 @@ class _Session:
 
     def _limit(self) -> None:
         workers = self._job.worker_range(self._shape)
-        if workers != self.workers:
+        if workers != self.workers and self._tell({"workers": workers}):
             self.workers = workers
-            self._tell({"workers": workers})
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        self._host.tell.remote(self._run_id, message)
+    def _tell(self, message: dict[str, Any]) -> bool:
+        """Pass something on to the run; False if it is not there yet."""
+        return bool(ray.get(self._host.tell.remote(self._run_id, message), timeout=_ANSWER_S))
 
 
 def _callbacks(paths: Sequence[str]) -> list[Any]:

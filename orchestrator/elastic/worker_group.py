@@ -25,6 +25,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup, execution
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupStateBuilder
 from ray.train.v2._internal.execution.worker_group.worker import Worker
+from ray.train.v2._internal.state import state_manager
 
 from orchestrator.elastic.resources import refuse_shared_gpus
 from orchestrator.elastic.worker import LOOPBACK
@@ -39,19 +40,43 @@ logger = logging.getLogger("orchestrator")
 _REPORT_EVERY_S = 1.0
 # A cold worker imports torch and DeepSpeed before it listens.
 _COLD_START_S = 120.0
+# A warm one may first have to end the process of the attempt before.
+_START_S, _START_S_PER_WORKER = 25.0, 0.02
 
 
 class _BoundedRay:
-    """The `ray` module with a time limit on every `get`: a machine that hangs must not hang the controller."""
+    """The `ray` module with a time limit on every `get`: a machine that hangs must not hang the controller.
 
-    limit_s = 30.0
+    Args:
+        limit_s: of a `get`.
+        forgiving: whether a `get` that takes longer is only logged; for what nobody waits for the result of.
+    """
+
+    def __init__(self, limit_s: float, *, forgiving: bool = False) -> None:
+        self._limit_s, self._forgiving, self._of_thread = limit_s, forgiving, threading.local()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(ray, name)
 
+    @contextmanager
+    def patient(self, limit_s: float) -> Iterator[None]:
+        """Another limit for what this thread gets meanwhile."""
+        self._of_thread.limit_s = limit_s
+        try:
+            yield
+        finally:
+            del self._of_thread.limit_s
+
     def get(self, refs: Any, *, timeout: float | None = None) -> Any:
-        """`ray.get`, for `limit_s` seconds at most unless `timeout` says otherwise."""
-        return ray.get(refs, timeout=self.limit_s if timeout is None else timeout)
+        """`ray.get`, for so long at most unless `timeout` says otherwise."""
+        limit_s = getattr(self._of_thread, "limit_s", self._limit_s)
+        try:
+            return ray.get(refs, timeout=limit_s if timeout is None else timeout)
+        except ray.exceptions.GetTimeoutError:
+            if not self._forgiving:
+                raise
+            logger.warning("no answer within %.0f s; Ray Train's state of a run may lag", limit_s)
+            return None
 
 
 class _SyncActors:
@@ -86,10 +111,9 @@ _sync_actors = _SyncActors(worker_group.SynchronizationActor)
 
 
 def prepare_process(limit_s: float) -> None:
-    """Fit Ray Train's worker group to this process: a time limit on each `ray.get`, and no barrier without use."""
-    bounded = _BoundedRay()
-    bounded.limit_s = limit_s
-    worker_group.ray = execution_group.ray = bounded
+    """Fit Ray Train to this process: a time limit on each `ray.get` of a run, and no barrier without use."""
+    worker_group.ray = execution_group.ray = _BoundedRay(limit_s)
+    state_manager.ray = _BoundedRay(limit_s, forgiving=True)
     worker_group.SynchronizationActor = _sync_actors
 
 
@@ -118,7 +142,6 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """
 
     run: ClassVar[ElasticRun]
-    start_timeout_s: ClassVar[float] = 10.0
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -135,6 +158,10 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
     def request_stop(self) -> None:
         """Ask the workers to checkpoint after the step they are at, and to stop."""
         self.send(0, {"op": "stop"})
+
+    def start_timeout_s(self) -> float:
+        """How long the start of all processes may take."""
+        return _START_S + _START_S_PER_WORKER * len(self)
 
     def end_processes(self) -> None:
         """End all processes of the attempt now; the actors stay."""
@@ -156,9 +183,13 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         return statuses
 
     def _handle(self, rank: int, event: dict[str, Any]) -> None:
-        if event["kind"] == "saved":
-            self._report = self._pointer(event)
         self.run.handle(self, rank, event)
+        if event["kind"] == "saved":
+            try:
+                self._report = self._pointer(event)
+            except OSError as error:
+                # A full disk here costs Ray Train its pointer. The checkpoint is where it was written.
+                self.run.monitor.log(logging.WARNING, f"a checkpoint is not reported to Ray Train: {error}")
 
     def _find_stuck(self, statuses: list[SlotStatus]) -> None:
         """Turn silence, or a lack of progress, into the error of a rank, as Ray Train does with other failures."""
@@ -176,7 +207,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
 
     def _report_checkpoint(self, statuses: list[SlotStatus]) -> None:
         """Report the newest checkpoint to Ray Train, as if every worker had called `ray.train.report`."""
-        ending = all(not status.running for status in statuses)
+        ending = len(self.stopped) == len(statuses) or all(not status.running for status in statuses)
         if self._report is None or (time.monotonic() - self._reported_at < _REPORT_EVERY_S and not ending):
             return
         report, self._report, self._reported_at = self._report, None, time.monotonic()
@@ -206,6 +237,8 @@ class WarmWorkerGroup(ElasticWorkerGroup):
                 self._start_impl(WorkerGroupStateBuilder())
         except Exception:
             # Not Ray Train's clean-up, which kills the workers.
+            for callback in self._callbacks:
+                callback.before_worker_group_abort(self._worker_group_context)
             self.end_processes()
             self._clear_state()
             raise
@@ -220,8 +253,7 @@ class WarmWorkerGroup(ElasticWorkerGroup):
             Worker(slot.actor, slot.metadata, resources_per_worker, placement_group_bundle_index=index)
             for index, slot in enumerate(self.run.slots)
         ]
-        refuse_shared_gpus([(w.metadata.node_id, [str(gpu) for gpu in w.metadata.gpu_ids]) for w in workers])
-        return list(self._assign_worker_ranks(workers))
+        return _on_own_gpus(list(self._assign_worker_ranks(workers)))
 
     def shutdown(self) -> None:
         """See Ray Train's; the processes end, the slots stay."""
@@ -252,7 +284,25 @@ class ColdWorkerGroup(ElasticWorkerGroup):
     """Ray Train's own worker group: a placement group and fresh actors for each attempt."""
 
     _worker_cls = ColdWorker
-    start_timeout_s: ClassVar[float] = _COLD_START_S
+
+    def start_timeout_s(self) -> float:
+        """See `ElasticWorkerGroup`."""
+        return _COLD_START_S
+
+    def _start(self) -> None:
+        try:
+            with worker_group.ray.patient(_COLD_START_S):
+                super()._start()
+        except Exception:
+            if self.has_started():  # else Ray Train has cleaned up
+                for callback in self._callbacks:
+                    callback.before_worker_group_abort(self._worker_group_context)
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            raise
+
+    def _create_workers(self, *arguments: Any, **named: Any) -> list[Worker]:
+        return _on_own_gpus(super()._create_workers(*arguments, **named))
 
     def shutdown(self) -> None:
         """See Ray Train's; without its patience for hooks of workers that may be dead."""
@@ -260,6 +310,13 @@ class ColdWorkerGroup(ElasticWorkerGroup):
         for worker in self.get_workers():
             ray.kill(worker.actor)
         super().shutdown()
+
+
+def _on_own_gpus(workers: list[Worker]) -> list[Worker]:
+    refuse_shared_gpus(
+        [(worker.metadata.node_id, [str(gpu) for gpu in worker.metadata.gpu_ids]) for worker in workers]
+    )
+    return workers
 
 
 def group_class(run: ElasticRun) -> type[ElasticWorkerGroup]:
@@ -285,7 +342,7 @@ class AttemptBackend(Backend):  # type: ignore[misc]
             "proxied": backend_config.blocks is not None,
             "num_blocks": run.spec.num_blocks,
         }
-        limit_s = worker_group.start_timeout_s
+        limit_s = worker_group.start_timeout_s()
         begun = [
             worker.actor.begin.remote({**common, "rank": rank}, backend_config.job, backend_config.blocks)
             for rank, worker in enumerate(workers)

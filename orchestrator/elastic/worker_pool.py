@@ -217,11 +217,18 @@ class WorkerPool(Generic[Shape]):
         return [new for shape in shapes for new in self._missing(shape)]
 
     def expire(self, now: float) -> list[Slot[Shape]]:
-        """Slots to stop because no job has wanted any for a while."""
-        if self.demands:
+        """Idle slots to stop: of shapes that no job wants, if a job lacks slots that need their room; and, where no
+        job wants any, those that nobody has wanted for a while."""
+        wanted = {demand.shape for demand in self.demands.values()}
+        idle = [slot for shape, slots in self._idle.items() if shape not in wanted for slot in slots.values()]
+        if not idle:
             return []
-        idle = [slot for slots in self._idle.values() for slot in slots.values()]
-        return self._removed([slot for slot in idle if now - slot.idle_since > IDLE_S])
+        lacks = any(
+            slot.state is SlotState.REQUESTED and slot.shape in wanted for slot in self.slots.values()
+        )
+        return self._removed(
+            [slot for slot in idle if lacks or (not wanted and now - slot.idle_since > IDLE_S)]
+        )
 
     def drop_idle(self) -> list[Slot[Shape]]:
         """Slots to stop so that what they hold is free for something else."""

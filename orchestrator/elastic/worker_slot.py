@@ -413,7 +413,11 @@ class ColdWorker(Worker):
 
         assert self._work is not None
         attempt, job, blocks = self._work
-        source = pickle.loads(blocks) if blocks is not None else None
+        try:
+            source = pickle.loads(blocks) if blocks is not None else None
+        except Exception as error:
+            self._note(_described(error))
+            return
         run_attempt(attempt, job, self._client, source)
 
 

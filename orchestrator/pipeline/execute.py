@@ -199,7 +199,9 @@ class _Driver:
         with self._reporter.working(item):
             outcome = self._attempt(item, state, run).execute()
             while self._has_new_cluster(outcome, cluster):
+                before = outcome.seconds
                 outcome = self._attempt(item, state, run).execute()
+                outcome.seconds += before
         self._conclude(item, run, run_id, outcome)
 
     def _enter_cluster(self, cluster: ExitStack) -> None:
@@ -224,7 +226,10 @@ class _Driver:
             return False
         cluster.close()
         self._cluster_started = False
-        if not lost.own or self._interrupt.stop.is_set():
+        if self._interrupt.stop.is_set():
+            outcome.state, outcome.error = "stopped", None
+            return False
+        if not lost.own:
             return False
         now = time.monotonic()
         self._losses = [at for at in self._losses if now - at < _WITHIN_S] + [now]
@@ -237,6 +242,8 @@ class _Driver:
         except UserError as error:
             outcome.error = error
             return False
+        if self._interrupt.stop.is_set():
+            outcome.state, outcome.error = "stopped", None
         return self._cluster_started and not self._interrupt.stop.is_set()
 
     def _attempt(self, item: StagePlan, state: StageState, run: Run) -> Attempt:

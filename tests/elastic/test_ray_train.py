@@ -18,7 +18,7 @@ import ray
 
 from orchestrator.elastic import cluster, trainer
 from orchestrator.elastic.hosts import hosts
-from orchestrator.errors import UserError
+from orchestrator.errors import Stopped, UserError
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
 from orchestrator.tracking.runs import NullRun
@@ -149,6 +149,25 @@ def test_a_wait_for_machines_has_a_limit(machines: SpotMarket, tmp_path: Path) -
     with pytest.raises(UserError, match="2 of at least 3 workers have a machine") as caught:
         running.finish()
     assert "elastic.wait_for_workers_s" in str(caught.value)
+
+
+def test_a_stop_while_machines_are_waited_for_comes_at_once(machines: SpotMarket, tmp_path: Path) -> None:
+    running = Running(tiny_job(tmp_path / "waiting", 60, (2, 2), step_s=0.1, checkpoint_every_s=0.5))
+    running.wait(lambda: running.step() >= 5)
+    machines.kill(list(machines.machines)[-1])
+    running.wait(lambda: any("1 of at least 2 workers" in line for line in running.lines))
+    _, attempts = train_runs("waiting")
+    assert attempts[-1].status.name == "ERRORED", "not RUNNING while there is no group"
+    running.stop.set()
+    running.thread.join(30)
+    assert not running.thread.is_alive()
+    assert isinstance(running.error, Stopped)
+
+
+def test_a_callback_that_raises_ends_the_run_with_it(machines: SpotMarket, tmp_path: Path) -> None:
+    running = Running(tiny_job(tmp_path / "bad", 20, 1, ray_train_callbacks=("tiny:Broken",)))
+    with pytest.raises(RuntimeError, match="no use"):
+        running.finish()
 
 
 def test_stock_workers_train_the_same_through_a_drain_and_a_kill(

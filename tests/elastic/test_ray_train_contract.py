@@ -31,6 +31,15 @@ SIGNATURES = {
     f"{CONTROLLER}.run": ("self", "controller.py: run in a thread of the host"),
     f"{CONTROLLER}._step": ("self", "controller.py: a stop that the user asked for"),
     f"{CONTROLLER}._start_worker_group": ("self num_workers resources_per_worker", "controller.py"),
+    f"{CONTROLLER}._get_retry_state": (
+        "self controller_state training_failed_error",
+        "controller.py: a failure without a group is retried, too",
+    ),
+    f"{CONTROLLER}._make_and_handle_scaling_decision_for_non_running_worker_group": (
+        "self controller_state",
+        "controller.py: a resize is decided when the group has stopped",
+    ),
+    f"{CONTROLLER}._shutdown_worker_group": ("self", "controller.py: a failed group ends at once"),
     f"{CONTROLLER}.get_worker_group": ("self", "controller.py"),
     f"{CONTROLLER}.get_state": ("self", "controller.py"),
     f"{CONTROLLER}.get_result": ("self", "controller.py"),

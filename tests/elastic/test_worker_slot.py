@@ -104,12 +104,14 @@ def _no_blocks() -> None:
 
 def test_every_get_in_the_controller_has_a_limit() -> None:
     """An actor that never answers costs the limit, not the run."""
-    bounded = _BoundedRay()
-    bounded.limit_s = 0.2
+    bounded = _BoundedRay(0.2)
     seen: list[float | None] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray, "get", lambda refs, timeout=None: seen.append(timeout))
         bounded.get("ref")
         bounded.get("ref", timeout=3.0)
-    assert seen == [0.2, 3.0]
+        with bounded.patient(9.0):
+            bounded.get("ref")
+        bounded.get("ref")
+    assert seen == [0.2, 3.0, 9.0, 0.2]
     assert bounded.exceptions is ray.exceptions

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from torch import Tensor, nn
 
 from orchestrator.data.blocks import Block
@@ -122,3 +123,10 @@ class Seen(UserCallback):  # type: ignore[misc]
         work = Path(run_context.get_run_config().storage_path).parent
         with (work / "callback.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+class Broken(ControllerCallback):  # type: ignore[misc]
+    """Raises whenever there is something to say."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        raise ValueError("no use")
