@@ -99,7 +99,7 @@ def plan(quick: bool, baseline: bool) -> list[tuple[str, str]]:
     kills = {"warm": 2, "baseline": 2, "stock group": 1, "untouched": 1}
     stages_at: tuple[int, ...] = (0,)
     if not quick:
-        kills = {"warm": 7, "baseline": 7, "stock group": 3, "untouched": 2}
+        kills = {"warm": 7, "baseline": 7, "stock group": 3, "untouched": 3}
         stages_at = (1, 4)
     if not baseline:
         del kills["baseline"]
