@@ -379,7 +379,7 @@ class ControllerHost:
             self._runs[run_id] = run
             run.monitor.begin()
             pool.request(spec.name, *spec.workers, spec.shape)
-            named = {**arguments, "callbacks": [*arguments["callbacks"], RunState(run.emit)]}
+            named = {**arguments, "callbacks": [RunState(run.emit), *arguments["callbacks"]]}
             controller = ElasticController(run, **named)
             asyncio.run(controller.run())
             result = controller.get_result()

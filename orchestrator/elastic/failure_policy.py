@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import RayTrainError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -100,6 +101,9 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
     def _diagnose(self, error: TrainingFailedError) -> Failure:
         """Ask every worker what became of it, and find the cause."""
         run = self._run
+        if isinstance(error, ControllerError) and not _is_rays(error.controller_failure):
+            # A callback's, or our own: no worker can say more about it.
+            return Failure(FailureKind.USER_CODE, _first_line(error), _described(error.controller_failure))
         if not run.members:
             return Failure(FailureKind.PROCESS, _first_line(error))
         failures: dict[int, Exception] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
@@ -154,7 +158,8 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
                 except ray.exceptions.RayError:
                     known[asked[ref]] = (None, None)
             for ref in late:
-                known[asked[ref]] = (False, None)
+                # One that has answered is asked again only for its end.
+                known.setdefault(asked[ref], (False, None))
             if time.monotonic() >= deadline or _is_clear(known, len(run.members)):
                 return [known[rank] for rank in range(len(run.members))]
             time.sleep(0.05)
@@ -182,6 +187,16 @@ def _is_clear(known: dict[int, tuple[bool | None, dict[str, Any] | None]], numbe
     if any(answers is None for answers, _ in known.values()):
         return True
     return any(end["how"] == "died" or (end["how"] == "error" and not end["broken"]) for end in ends)
+
+
+def _is_rays(error: Exception) -> bool:
+    """Whether Ray could not do something, as opposed to an exception in code that the controller calls."""
+    return isinstance(error, (ray.exceptions.RayError, RayTrainError, OSError))
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    text = "".join(traceback.format_exception(error))
+    return {"type": type(error).__name__, "message": str(error), "traceback": text, "broken": False}
 
 
 def _first_line(error: Exception) -> str:

@@ -91,7 +91,7 @@ def classify(ranks: Sequence[RankOutcome]) -> Failure:
         return _raised(FailureKind.USER_CODE, own[0])
     silent = [rank for rank in ranks if not rank.answers]
     if silent:
-        what = f"lost touch with {len(silent)} of {len(ranks)} workers: node {_nodes(silent)} does not answer"
+        what = f"lost {len(silent)} of {len(ranks)} workers: node {_nodes(silent)} does not answer"
         return Failure(FailureKind.NODE, what)
     for number, rank in enumerate(ranks):
         if rank.end is not None and rank.end["how"] == "died":

@@ -1,7 +1,7 @@
 """The fork server: it has everything imported, and forks a worker when asked.
 
 Importing torch and DeepSpeed takes seconds, a fork takes milliseconds, and a forked worker is a clean slate: no
-process group, no engine, no stuck collective of the attempt before. The fork server itself computes nothing and holds no
+process group, no engine, no stuck collective of the attempt before. The fork server itself computes nothing, holds no
 device, and imports only what forks cleanly, so forking it is safe. It ends with its slot, and its worker with it.
 """
 

@@ -178,7 +178,8 @@ class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
         found = super()._create_default_callbacks()
         callbacks = [callback for callback in found if not isinstance(callback, unused)]
         if not any(isinstance(callback, StateManagerCallback) for callback in callbacks):
-            callbacks.append(StateManagerCallback(datasets=self.datasets))
+            # Before the user's: a callback that raises keeps those after it from hearing.
+            callbacks.insert(0, StateManagerCallback(datasets=self.datasets))
         return callbacks
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:

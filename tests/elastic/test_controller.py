@@ -90,7 +90,7 @@ def test_machines_killed_drained_and_added(
     running = Running(job)
     running.wait(lambda: running.step() >= 6)
     machines.kill(second)
-    running.wait(lambda: any("is gone" in line for line in running.lines))
+    running.wait(lambda: any("lost 1 of 2 workers" in line for line in running.lines))
     reached = running.step()
     running.wait(lambda: running.step() > reached)
     machines.add("third")
@@ -121,7 +121,7 @@ def test_machines_killed_drained_and_added(
 def test_a_killed_worker_is_forked_again_on_its_warm_slot(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
-    running = Running(tiny_job(tmp_path / "worker", 60, (1, 3), checkpoint_every_s=0.3))
+    running = Running(tiny_job(tmp_path / "worker", 60, (1, 3), step_s=0.15, checkpoint_every_s=0.3))
     slots = []
     for round_ in range(2):
         running.wait(lambda reached=10 * (round_ + 1): running.step() >= reached)  # type: ignore[misc]

@@ -195,7 +195,7 @@ def test_a_slow_slot_is_left_out_not_given_up(
 ) -> None:
     job = tiny_job(tmp_path / "slow", 60, (1, 2), step_s=0.15, checkpoint_every_s=0.3)
     running = Running(job)
-    running.wait(lambda: running.step() >= 8 and running.workers() == 2)
+    running.wait(lambda: running.step() >= 8)
     slow, other = (slot for slot in hosts.slots() if slot["job"] == job.name)
     process = psutil.Process(slow["pid"])
     worker = next(w for w in machines.workers() if other["pid"] in [above.pid for above in w.parents()])

@@ -226,6 +226,7 @@ def test_a_group_and_a_controller_keep_what_is_set_from_outside() -> None:
 def test_state_types_and_errors_are_where_they_were() -> None:
     for path in (
         f"{EXECUTION}.controller.state:AbortedState",
+        "ray.train.v2._internal.exceptions:RayTrainError",
         "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError",
         "ray.train.v2.api.exceptions:ControllerError",
         "ray.train.v2.api.exceptions:WorkerGroupError",

@@ -128,5 +128,5 @@ class Seen(UserCallback):  # type: ignore[misc]
 class Broken(ControllerCallback):  # type: ignore[misc]
     """Raises whenever there is something to say."""
 
-    def after_controller_start(self, train_run_context: Any) -> None:
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         raise ValueError("no use")
