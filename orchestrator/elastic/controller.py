@@ -186,7 +186,7 @@ class ElasticRun:
         if not self._ended:
             reason = self.rules.stopping
             self._account_end(reason, planned=True)
-            self.monitor.goodput.count("resizes")
+            self.monitor.goodput.count("resizes", int(not self.stop))
 
     def group_failed(self, failure: Failure) -> None:
         """The group failed: end what is left of it at once, whatever the controller does next."""

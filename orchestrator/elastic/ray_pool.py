@@ -169,10 +169,11 @@ class RayWorkerPool:
         else:
             time.sleep(timeout)
             ready = []
+        self._poll_drains()
         with self.lock:
             for ref in ready:
                 self._take_in(refs[ref], ref)
-            self._poll_drains()
+            self._start(self.rules.drain(self._draining))
             self._find_silent()
             self._stop(self.rules.expire(time.monotonic()))
             self._start([])
@@ -224,6 +225,7 @@ class RayWorkerPool:
             )
 
     def _poll_drains(self) -> None:
+        """Ask which nodes announced their end; not under the lock, since a head that is away answers late."""
         now = time.monotonic()
         if now < self._drains_polled:
             return
@@ -233,8 +235,6 @@ class RayWorkerPool:
         except Exception as error:  # Ray's state client raises what its RPC library does
             logger.warning("the cluster does not say which nodes are draining: %s", error)
             self._drains_polled = now + _BACKOFF_S
-            return
-        self._start(self.rules.drain(self._draining))
 
     def _find_silent(self) -> None:
         now = time.monotonic()

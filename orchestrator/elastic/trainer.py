@@ -84,6 +84,8 @@ def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str],
         try:
             outcome = ElasticTrainer(job, host, tracker, stop, on_line).outcome()
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            if "creation task" in str(error):
+                raise RuntimeError(f"{job.name}: the controller cannot start: {error}") from error
             lost = 0 if max(job.target.committed(), default=0) > before else lost + 1
             if lost >= _MAX_LOST_CONTROLLERS:
                 raise RuntimeError(f"{job.name} gets nowhere: its controller died {lost} times") from error
