@@ -5,8 +5,9 @@ other's pipes open and stay for a minute. This process waits for the end of its 
 of the driver however that comes about. Then it ends the cluster's processes and removes the cluster's folder.
 
 A process belongs to the cluster if it was started with `ORCHESTRATOR_CLUSTER=FOLDER` in its environment, which
-children inherit, or if one of its ancestors was. A file that a process has open says nothing: a user may be
-reading a log, and another program may have joined the cluster.
+children inherit, or if one of its ancestors was. Ray's workers and agents write their titles over their
+environment, so one of these that has lost its parent is known by its title and its files in the folder. Files
+alone say nothing: a user may be reading a log.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def members(folder: str) -> list[int]:
     """Processes that belong to the cluster in `folder`; never this one or its parent, the driver."""
     parents = dict(_processes())
     mark = f"{MARK}={folder}".encode()
-    found = {pid for pid in parents if mark in _environment(pid)}
+    found = {pid for pid in parents if mark in _environment(pid) or _is_rays(pid, folder)}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
     return sorted(found - {os.getpid(), os.getppid()})
@@ -89,6 +90,17 @@ def _processes() -> Iterator[tuple[int, int]]:
             continue
         if state != "Z":
             yield int(process.name), int(parent)
+
+
+def _is_rays(pid: int, folder: str) -> bool:
+    """Whether this is a worker or an agent of Ray's with a file of the cluster's folder open."""
+    process = Path("/proc") / str(pid)
+    try:
+        if not (process / "cmdline").read_bytes().startswith(b"ray::"):
+            return False
+        return any(str(link.readlink()).startswith(f"{folder}/") for link in (process / "fd").iterdir())
+    except OSError:
+        return False
 
 
 def _environment(pid: int) -> list[bytes]:

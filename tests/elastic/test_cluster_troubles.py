@@ -112,6 +112,7 @@ def break_heads(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
     monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "15")
 
 
+@pytest.mark.own_process
 def test_a_start_that_fails_is_tried_again(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     break_heads(monkeypatch, tries=1)
     said: list[str] = []
@@ -125,6 +126,7 @@ def test_a_start_that_fails_is_tried_again(folders: list[Path], monkeypatch: pyt
     assert not any(folder.exists() for folder in folders)
 
 
+@pytest.mark.own_process
 def test_ray_that_does_not_come_up_is_one_message(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +148,7 @@ def test_the_end_of_a_log_is_reported(tmp_path: Path) -> None:
     assert message.index("it hangs") < message.index("raylet.out: it ends")
 
 
+@pytest.mark.own_process
 def test_sigterm_while_ray_starts_is_a_stop(folders: list[Path]) -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
@@ -163,6 +166,7 @@ def test_sigterm_while_ray_starts_is_a_stop(folders: list[Path]) -> None:
     assert not folders[0].exists()
 
 
+@pytest.mark.own_process
 def test_signal_handlers_survive_ray() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
@@ -189,6 +193,7 @@ def test_too_long_a_tmpdir_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mo
     assert "TMPDIR" in str(raised.value.hint)
 
 
+@pytest.mark.own_process
 def test_the_longest_tmpdir_is_not_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = Path("/tmp") / ("x" * (cluster_check._LONGEST_TMPDIR - len("/tmp/")))
     parent.mkdir(exist_ok=True)
@@ -205,6 +210,7 @@ def test_the_longest_tmpdir_is_not_too_long(tmp_path: Path, monkeypatch: pytest.
 # --- private ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.own_process
 def test_a_cluster_of_its_own_is_private(own: OwnCluster, folders: list[Path]) -> None:
     assert stat.S_IMODE(folders[0].stat().st_mode) == 0o700
     token = folders[0] / "token"
@@ -216,6 +222,7 @@ def test_a_cluster_of_its_own_is_private(own: OwnCluster, folders: list[Path]) -
         assert secret not in " ".join(psutil.Process(pid).cmdline())
 
 
+@pytest.mark.own_process
 def test_another_pipeline_does_not_join_it(own: OwnCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
@@ -231,6 +238,7 @@ def test_another_pipeline_does_not_join_it(own: OwnCluster, monkeypatch: pytest.
         JoinedCluster("auto")
 
 
+@pytest.mark.own_process
 def test_a_head_that_refuses_is_told_from_one_that_is_not_there(own: OwnCluster) -> None:
     import ray
 
@@ -293,6 +301,7 @@ def test_nobody_at_the_address(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.own_process
 def test_somebody_else_at_the_address(capfd: pytest.CaptureFixture[str]) -> None:
     with (
         socket.create_server(("0.0.0.0", 0)) as other,
@@ -302,6 +311,7 @@ def test_somebody_else_at_the_address(capfd: pytest.CaptureFixture[str]) -> None
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.own_process
 def test_a_joined_cluster_that_goes_ends_the_run_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_GONE_S", 1.0)
     with SpotMarket() as market:
@@ -319,6 +329,7 @@ def test_a_joined_cluster_that_goes_ends_the_run_with_its_cause(monkeypatch: pyt
 # --- losing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.own_process
 def test_a_head_that_ends_is_started_anew(own: OwnCluster) -> None:
     import ray
 
@@ -346,6 +357,7 @@ def test_a_head_that_ends_is_started_anew(own: OwnCluster) -> None:
         own.check()
 
 
+@pytest.mark.own_process
 def test_a_lost_node_leaves_nothing_and_makes_room_for_a_new_one(
     own: OwnCluster, folders: list[Path]
 ) -> None:

@@ -193,6 +193,7 @@ def test_stock_workers_train_the_same_through_a_drain_and_a_kill(
 def test_a_slow_slot_is_left_out_not_given_up(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
+    Running(tiny_job(tmp_path / "both", 1, 2)).finish()  # now both slots are warm
     job = tiny_job(tmp_path / "slow", 60, (1, 2), step_s=0.15, checkpoint_every_s=0.3)
     running = Running(job)
     running.wait(lambda: running.step() >= 8)

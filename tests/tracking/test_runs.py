@@ -159,9 +159,9 @@ def test_an_outage_costs_nothing_but_time(uri: str, tmp_path: Path, caplog: pyte
     assert time.monotonic() - begun < 2
     assert not tracking.drain(0.5)
     assert run.mlflow_run_id() is None
-    assert [record.levelname for record in caplog.records if "tracking is down" in record.message] == [
-        "WARNING"
-    ]
+    # Another test's flusher may still be trying.
+    ours = [record for record in caplog.records if str(tmp_path) in record.message]
+    assert [record.levelname for record in ours if "tracking is down" in record.message] == ["WARNING"]
 
     folder.unlink()
     folder.mkdir()
