@@ -18,10 +18,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 from s3_server import S3Server, juicefs
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a test marked `own_process` needs is made in its own process only."""
+    for item in items:
+        if _wants_own_process(item):
+            item.fixturenames.clear()  # type: ignore[attr-defined]
+
+
+def _wants_own_process(item: pytest.Item) -> bool:
+    return item.get_closest_marker("own_process") is not None and "OWN_PROCESS" not in os.environ
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """A test marked `own_process` may end the process that it runs in, as Ray does where a cluster is lost."""
-    if pyfuncitem.get_closest_marker("own_process") is None or "OWN_PROCESS" in os.environ:
+    if not _wants_own_process(pyfuncitem):
         return None
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", pyfuncitem.nodeid]
     child = subprocess.run(

@@ -54,7 +54,7 @@ def test_the_actor_is_killed_or_stopped_midway(
         pid = began(tmp_path, 10)
         os.kill(pid, how)
         for student in students:
-            student.result(PATIENCE_S)
+            student.result(2 * PATIENCE_S)
     check_account(keeper, tmp_path)
     pids = {pid for pid, _ in entries(tmp_path / "diary")}
     assert len(pids) == 2
@@ -86,7 +86,7 @@ def test_its_machine_is_lost(lab: Lab, tmp_path: Path) -> None:
         before = keeper.posts[0].node
         lab.kill(before)
         for student in students:
-            student.result(PATIENCE_S)
+            student.result(2 * PATIENCE_S)
         assert keeper.posts[0].node != before
     check_account(keeper, tmp_path)
 
@@ -100,7 +100,7 @@ def test_its_machine_is_about_to_go(lab: Lab, tmp_path: Path) -> None:
         lab.drain(before, 120)
         eventually(lambda: keeper.posts[0].node != before)
         gate.set()
-        student.result(PATIENCE_S)
+        student.result(2 * PATIENCE_S)
         assert ray.nodes()
     stats = keeper.account.stats()
     assert stats.teacher_restarts == 1
@@ -169,7 +169,7 @@ def test_teachers_share_the_steps_and_one_takes_over_what_another_was_at(lab: La
         pid = entries(tmp_path / "diary")[-1][0]
         os.kill(pid, signal.SIGKILL)
         for student in students:
-            student.result(PATIENCE_S)
+            student.result(2 * PATIENCE_S)
     pids = Counter(pid for pid, _ in entries(tmp_path / "diary"))
     assert len(pids) >= 2
     done = Counter(step for _, step in entries(tmp_path / "diary"))
@@ -189,7 +189,7 @@ def test_teachers_come_and_go_and_no_student_notices(lab: Lab, tmp_path: Path) -
         wanted = 1
         eventually(lambda: len(keeper.status.teachers) == 1)
         gate.set()
-        student.result(PATIENCE_S)
+        student.result(2 * PATIENCE_S)
     stats = keeper.account.stats()
     assert stats.teacher_restarts == 0, "one that is not needed any more is not lost"
     assert stats.teacher_forwards_per_image == 1.0, "what it had said stays until it is fetched"
@@ -204,7 +204,7 @@ def test_one_of_the_processes_of_a_teacher_is_killed(lab: Lab, tmp_path: Path) -
         os.kill(int((tmp_path / "crew-1").read_text()), signal.SIGKILL)
         eventually(lambda: keeper.account.restarts >= 1)
         gate.set()
-        student.result(PATIENCE_S)
+        student.result(2 * PATIENCE_S)
     assert len({pid for pid, _ in entries(tmp_path / "diary")}) == 2
 
 
@@ -223,7 +223,7 @@ def test_who_holds_the_others_is_told(lab: Lab, tmp_path: Path) -> None:
         eventually(lambda: keeper.status.held_s.get("slow", 0.0) > 1.0)
         gate.set()
         for student in (slow, fast):
-            student.result(PATIENCE_S)
+            student.result(2 * PATIENCE_S)
         assert keeper.status.held_s.get("fast", 0.0) < keeper.status.held_s["slow"]
 
 
