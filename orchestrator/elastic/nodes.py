@@ -1,6 +1,9 @@
-"""What Ray knows of the cluster's nodes."""
+"""What Ray knows of the cluster's nodes, and how nodes are started."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def draining_nodes() -> dict[str, int]:
@@ -8,3 +11,19 @@ def draining_nodes() -> dict[str, int]:
     from ray._private.state import state
 
     return dict(state.get_draining_nodes())
+
+
+@contextmanager
+def minimal_agents() -> Iterator[None]:
+    """Nodes that this process starts meanwhile have agents as where Ray's dashboard is not installed.
+
+    What the others serve only a dashboard shows, and it costs each node seconds of a core at its start.
+    """
+    from ray._private import utils
+
+    known = utils.get_dashboard_dependency_error
+    utils.get_dashboard_dependency_error = lambda: ImportError("no dashboard is wanted")
+    try:
+        yield
+    finally:
+        utils.get_dashboard_dependency_error = known

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from orchestrator.elastic.nodes import minimal_agents
 from orchestrator.elastic.reaper import Reaper
 
 # A GCS that pings often: what it believes about a killed node matters only for where new slots go.
@@ -56,7 +57,7 @@ class SpotMarket:
         # Ends all of it if this process is killed.
         self._reaper = Reaper(self._folder)
         head = {"num_cpus": head_slots, "_system_config": {}, "temp_dir": str(self._folder), **self._sizes}
-        with self._reaper.marking():
+        with self._reaper.marking(), minimal_agents():
             self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address: str = self._cluster.address
         self.machines: dict[str, Any] = {}
@@ -64,7 +65,7 @@ class SpotMarket:
 
     def add(self, name: str, slots: int | None = None, **has: Any) -> str:
         """A new machine; returns its node id. `has`: what Ray believes of it, such as `num_gpus` and `labels`."""
-        with self._reaper.marking():
+        with self._reaper.marking(), minimal_agents():
             node = self._cluster.add_node(
                 wait=True, num_cpus=self._slots if slots is None else slots, **self._sizes, **has
             )

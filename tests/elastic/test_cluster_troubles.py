@@ -112,6 +112,7 @@ def break_heads(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
     monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "15")
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_a_start_that_fails_is_tried_again(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     break_heads(monkeypatch, tries=1)
@@ -126,6 +127,7 @@ def test_a_start_that_fails_is_tried_again(folders: list[Path], monkeypatch: pyt
     assert not any(folder.exists() for folder in folders)
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_ray_that_does_not_come_up_is_one_message(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
@@ -193,6 +195,7 @@ def test_too_long_a_tmpdir_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mo
     assert "TMPDIR" in str(raised.value.hint)
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_the_longest_tmpdir_is_not_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = Path("/tmp") / ("x" * (cluster_check._LONGEST_TMPDIR - len("/tmp/")))
@@ -311,6 +314,7 @@ def test_somebody_else_at_the_address(capfd: pytest.CaptureFixture[str]) -> None
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_a_joined_cluster_that_goes_ends_the_run_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_GONE_S", 1.0)
@@ -357,6 +361,7 @@ def test_a_head_that_ends_is_started_anew(own: OwnCluster) -> None:
         own.check()
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 def test_a_lost_node_leaves_nothing_and_makes_room_for_a_new_one(
     own: OwnCluster, folders: list[Path]
