@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ def machines(market: SpotMarket) -> Iterator[SpotMarket]:
         running = Running.all.pop()
         running.stop.set()
         running.thread.join(PATIENCE_S)
+    for name in market.leaving & market.machines.keys():
+        with suppress(psutil.NoSuchProcess):  # Ray has ended it
+            market.kill(name)
     while len(market.machines) < 2:
         market.add(f"again-{time.monotonic_ns()}")
 
