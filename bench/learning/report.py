@@ -48,9 +48,7 @@ def tables(results: Mapping[str, Any]) -> str:
         ]
         lines += ["| claim | holds | figures |", "|---|---|---|"]
         for asked in finding["questions"]:
-            lines.append(
-                f"| {asked['claim']} | {'yes' if asked['holds'] else '**no**'} | {asked['detail']} |"
-            )
+            lines.append(f"| {asked['claim']} | {_answer(asked)} |")
         lines += ["", "| arm | mean ± spread |", "|---|---|"]
         lines += [
             f"| {arm} | {one['mean']:.3f} ± {one['spread']:.3f} |" for arm, one in finding["arms"].items()
@@ -58,6 +56,13 @@ def tables(results: Mapping[str, Any]) -> str:
         lines += ["", *finding["notes"]] if finding["notes"] else []
         lines.append("")
     return "\n".join(lines)
+
+
+def _answer(asked: Mapping[str, Any]) -> str:
+    """The claim's two other cells. A claim that did not stand later keeps its figure and says why."""
+    if asked.get("withdrawn"):
+        return f"withdrawn | {asked['detail']}: {asked['withdrawn']}"
+    return f"{'yes' if asked['holds'] else '**no**'} | {asked['detail']}"
 
 
 def rewrite(document: str, results: Mapping[str, Any]) -> str:

@@ -275,6 +275,25 @@ def test_an_experiment_run_again_replaces_its_own_results_only(tmp_path: Path) -
     assert (again["date"], again["wall_s"]) == ("2026-01-03", 90), "only scored anew"
 
 
+def test_a_withdrawn_claim_says_why() -> None:
+    results = {
+        "a": {
+            "date": "2026-01-01",
+            "machine": "m",
+            "wall_s": 60.0,
+            "arms": {},
+            "notes": [],
+            "questions": [
+                {"claim": "one", "holds": True, "detail": "1%"},
+                {"claim": "two", "holds": True, "detail": "2%", "withdrawn": "one seed of three"},
+            ],
+        }
+    }
+    text = report.tables(results)
+    assert "| one | yes | 1% |" in text
+    assert "| two | withdrawn | 2%: one seed of three |" in text
+
+
 def test_the_document_says_what_the_results_say() -> None:
     results = json.loads(report.RESULTS.read_text(encoding="utf-8"))
     text = report.DOCUMENT.read_text(encoding="utf-8")
