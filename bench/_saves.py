@@ -63,7 +63,7 @@ class Windows:
             Optimizer.model_validate({"lr": {"peak": 1e-4}}),
             zero_stage=3,
             precision="fp32",
-            blocks_per_worker=1,
+            num_blocks=dist.get_world_size(),
         )
         self.cpu_s = 0.0
         shardfile.write_file = self._counted(shardfile.write_file)

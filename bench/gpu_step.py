@@ -124,7 +124,7 @@ def _measure(model: str, arm: str, options: argparse.Namespace, device: str, pea
         config.optimizer,
         zero_stage=options.zero,
         precision="bf16" if cuda else "fp32",
-        blocks_per_worker=1,
+        num_blocks=1,
     )
     if cuda:
         torch.cuda.reset_peak_memory_stats()

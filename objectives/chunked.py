@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from orchestrator.objectives.precision import work_dtype
-from orchestrator.objectives.sinkhorn import Reduce, check_settings, identity, logsumexp_over_workers
+from orchestrator.objectives.sinkhorn import (
+    Reduce,
+    check_settings,
+    column_logsumexp,
+    column_sums,
+    identity,
+    logsumexp_over_workers,
+    row_sums,
+)
 
 
 @dataclass(frozen=True)
@@ -223,6 +231,7 @@ def chunked_sinkhorn_scaling(
     *,
     chunk_rows: int,
     weights_N: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
     reduce: Reduce = identity,
     num_iterations: int = 3,
 ) -> Tensor:
@@ -234,6 +243,8 @@ def chunked_sinkhorn_scaling(
         codes_NC: this worker's teacher bottleneck vectors; N may differ between workers and may be 0.
         prototypes_KC: the teacher's.
         chunk_rows: rows whose logits are held at once.
+        lengths: rows of each block. No chunk then spans two of them: a product of matrices rounds a row by what it is
+            computed with, and which blocks a worker has should not show.
         temperature, weights_N, reduce, num_iterations: as there.
 
     Returns:
@@ -247,25 +258,29 @@ def chunked_sinkhorn_scaling(
     codes, prototypes, work = _low(codes_NC), _low(prototypes_KC), work_dtype(codes_NC)
     weights_N = codes_NC.new_ones(len(codes_NC), dtype=work) if weights_N is None else weights_N.to(work)
     space = _Space(min(step, len(codes)), prototypes)
+    chunks = [
+        slice(start + rows.start, start + rows.stop)
+        for start, length in _starts(lengths or [len(codes)])
+        for rows in _chunks(length, step)
+    ]
 
     def scaled(rows: slice) -> Tensor:
         return space.logits(codes[rows], prototypes).div_(temperature)
 
     with torch.autocast(codes_NC.device.type, enabled=False):
-        log_sum_K = prototypes.new_full((len(prototypes),), -torch.inf, dtype=work)
-        for rows in _chunks(len(codes), step):
-            weighted_nK = scaled(rows).add_(weights_N[rows].log()[:, None])
-            log_sum_K = torch.logaddexp(log_sum_K, _logsumexp_(weighted_nK))
-        log_v_K = -logsumexp_over_workers(log_sum_K, reduce)
+        log_sum_K = prototypes.new_full((len(prototypes),), -torch.inf, dtype=torch.float64)
+        for rows in chunks:
+            log_sum_K = torch.logaddexp(log_sum_K, column_logsumexp(scaled(rows), weights_N[rows]))
+        log_v_K = -logsumexp_over_workers(log_sum_K, reduce).to(work)
         v_K: Tensor | None = None
         for _ in range(num_iterations - 1):
-            sums_K = torch.zeros_like(log_v_K)
-            for rows in _chunks(len(codes), step):
+            sums_K = torch.zeros_like(log_v_K, dtype=torch.float64)
+            for rows in chunks:
                 probabilities_nK = _softmax_(scaled(rows).add_(log_v_K))
                 # The rows' scaling of the iteration before, which needs no logits but these.
-                u_n = weights_N[rows] if v_K is None else weights_N[rows] / (probabilities_nK @ v_K)
-                sums_K.addmv_(probabilities_nK.T, u_n)
-            v_K = reduce(sums_K).clamp_min(torch.finfo(work).tiny).reciprocal()
+                u_n = weights_N[rows] if v_K is None else weights_N[rows] / row_sums(probabilities_nK, v_K)
+                sums_K += column_sums(probabilities_nK, u_n)
+            v_K = reduce(sums_K).to(work).clamp_min(torch.finfo(work).tiny).reciprocal()
         return log_v_K if v_K is None else log_v_K + v_K.log()
 
 
@@ -273,12 +288,6 @@ def _softmax_(scaled: Tensor) -> Tensor:
     """Softmax over the last dimension, in place."""
     scaled.sub_(scaled.amax(dim=-1, keepdim=True)).exp_()
     return scaled.div_(scaled.sum(dim=-1, keepdim=True))
-
-
-def _logsumexp_(values_nK: Tensor) -> Tensor:
-    """log Σ_n exp, (K,); −∞ where all values are. The values are spoilt."""
-    top_K = values_nK.amax(dim=0).clamp_min(torch.finfo(values_nK.dtype).min)
-    return values_nK.sub_(top_K).exp_().sum(dim=0).log_().add_(top_K)
 
 
 def _low(tensor: Tensor) -> Tensor:
@@ -291,6 +300,13 @@ def _low(tensor: Tensor) -> Tensor:
 def _chunks(count: int, step: int) -> Iterator[slice]:
     for start in range(0, count, max(1, step)):
         yield slice(start, min(start + step, count))
+
+
+def _starts(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start = 0
+    for length in lengths:
+        yield start, length
+        start += length
 
 
 def _items(chunk_rows: int, rows_per_item: int) -> int:

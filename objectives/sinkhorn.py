@@ -7,7 +7,7 @@ logits can rebuild that row's targets: softmax(logits / temperature + log v).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ Reduce = Callable[[Tensor], Tensor]
 _EXPONENT_LIMIT = 80.0
 # Neighbouring scales differ by 8, so that 8·log(workers) < 80 for any number of workers below e^10 ≈ 22,000.
 _SCALES = tuple(8.0**power for power in range(5, -1, -1))
+
+# Sums are taken in float64, so that rounding the result hides in which order, and on which worker, they were taken. So
+# many numbers at a time: a float64 copy of all logits would be twice as large as they are.
+_FLOAT64_NUMBERS = 2**23
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -58,17 +62,17 @@ def sinkhorn_scaling(
         if weights_N is None:
             weights_N = scaled_NK.new_ones(len(scaled_NK))
         weights_N = weights_N.to(scaled_NK)
-        log_sum_K = torch.logsumexp(scaled_NK + weights_N.log()[:, None], dim=0)
-        log_v_K = -logsumexp_over_workers(log_sum_K, reduce)
+        log_sum_K = column_logsumexp(scaled_NK, weights_N)
+        log_v_K = -logsumexp_over_workers(log_sum_K, reduce).to(scaled_NK.dtype)
         # The first iteration in log space bounds everything after it: every row of P sums to 1 and every
         # column has an entry of at least 1/(N·K), so the others are plain, safe matrix-vector products.
         probabilities_NK = torch.softmax(scaled_NK.add_(log_v_K), dim=1)
         u_N = weights_N
         v_K = torch.ones_like(log_v_K)
         for _ in range(num_iterations - 1):
-            column_sums_K = reduce(probabilities_NK.T @ u_N)
+            column_sums_K = reduce(column_sums(probabilities_NK, u_N)).to(scaled_NK.dtype)
             v_K = column_sums_K.clamp_min(torch.finfo(v_K.dtype).tiny).reciprocal()
-            u_N = weights_N / (probabilities_NK @ v_K)
+            u_N = weights_N / row_sums(probabilities_NK, v_K)
         return log_v_K + v_K.log()
 
 
@@ -85,6 +89,37 @@ def targets(logits_NK: Tensor, temperature: float, log_v_K: Tensor) -> Tensor:
         targets_NK, float32 (float64 for float64 logits); every row sums to 1.
     """
     return torch.softmax(widened(logits_NK) / temperature + log_v_K, dim=-1)
+
+
+def column_logsumexp(values_NK: Tensor, weights_N: Tensor) -> Tensor:
+    """log Σ_n weights_n·exp(values_n), (K,), float64; −∞ where nothing counts."""
+    log_sum_K = values_NK.new_full(values_NK.shape[1:], -torch.inf, dtype=torch.float64)
+    for rows in _runs(values_NK):
+        weighted_nK = values_NK[rows].double() + weights_N[rows].double().log()[:, None]
+        log_sum_K = torch.logaddexp(log_sum_K, torch.logsumexp(weighted_nK, dim=0))
+    return log_sum_K
+
+
+def column_sums(values_NK: Tensor, weights_N: Tensor) -> Tensor:
+    """Σ_n weights_n·values_n, (K,), float64."""
+    sums_K = values_NK.new_zeros(values_NK.shape[1:], dtype=torch.float64)
+    for rows in _runs(values_NK):
+        sums_K += weights_N[rows].double() @ values_NK[rows].double()
+    return sums_K
+
+
+def row_sums(values_NK: Tensor, weights_K: Tensor) -> Tensor:
+    """Σ_k weights_k·values_k, (N,), in the dtype of `values_NK`; a row's sum does not depend on the other rows."""
+    weights_K = weights_K.double()
+    parts = [values_NK[rows].double() @ weights_K for rows in _runs(values_NK)]
+    return torch.cat(parts).to(values_NK.dtype) if parts else values_NK.new_zeros(0)
+
+
+def _runs(values_NK: Tensor) -> Iterator[slice]:
+    count, width = values_NK.shape
+    rows = max(1, _FLOAT64_NUMBERS // max(1, width))
+    for start in range(0, count, rows):
+        yield slice(start, start + rows)
 
 
 def logsumexp_over_workers(values_K: Tensor, reduce: Reduce) -> Tensor:

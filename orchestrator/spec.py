@@ -268,6 +268,12 @@ class Elastic(Strict):
         allow_inf_nan=False,
         description="The seconds that a job waits for machines before the run ends with an error. Default: no limit.",
     )
+    exact: bool = operational(
+        False,
+        description="Whether gradients are summed over blocks and workers in float64, so that the weights do not "
+        "depend on the number of workers, to the last bit. Gradients then take twice the memory and the traffic. "
+        "Needs ZeRO-3.",
+    )
     workers_from: Literal["warm", "stock"] = operational(
         "warm",
         description="Where Ray Train gets workers from. warm: from slots that stay, each with a process that has "

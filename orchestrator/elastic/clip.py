@@ -33,14 +33,15 @@ class Clipper:
         self.names = sorted(set().union(*homes))
         self.slots = [self.names.index(home.pop()) for home in homes]
 
-    def clip(self) -> dict[str, float]:
-        """Clip; returns each submodule's norm before that. Collective."""
+    def clip(self, scale: float) -> dict[str, float]:
+        """Multiply by `scale`, then clip; returns each submodule's norm between the two. Collective."""
         squares: Tensor | None = None
         for index, slot in enumerate(self.slots):
             for gradient in self.zero.averaged_gradients[index]:
                 if squares is None:
                     squares = torch.zeros(len(self.names), dtype=torch.float64, device=gradient.device)
-                squares[slot] += torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+                gradient.mul_(scale)
+                squares[slot] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         assert squares is not None
         if dist.get_world_size() > 1:
             dist.all_reduce(squares)

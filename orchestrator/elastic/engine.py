@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from orchestrator.elastic.clip import Clipper, submodule
 from orchestrator.elastic.shards import Shard, cut, cut_whole, gather
 from orchestrator.elastic.task import Modules
-from orchestrator.elastic.zero import zero_config
+from orchestrator.elastic.zero import sum_exactly, zero_config
 from orchestrator.spec import Optimizer
 
 logger = logging.getLogger("orchestrator")
@@ -32,7 +33,9 @@ class Engine:
         optimizer: AdamW settings.
         zero_stage: 1, 2 or 3 for the trainable module; frozen copies are sharded at stage 3 only.
         precision: `fp32` or `bf16`.
-        blocks_per_worker: blocks accumulated before each step.
+        num_blocks: of a step, on all workers. Its gradient is the mean of theirs; every worker makes the same number of
+            backward passes, padding included.
+        exact: sum gradients in float64 (ZeRO-3 only), so that an update does not depend on the number of workers.
     """
 
     def __init__(
@@ -42,16 +45,22 @@ class Engine:
         *,
         zero_stage: int,
         precision: str,
-        blocks_per_worker: int,
+        num_blocks: int,
+        exact: bool = False,
     ) -> None:
         import deepspeed
+
+        world = dist.get_world_size()
+        # What makes a mean of DeepSpeed's sums, which are means over workers unless they are exact. It multiplies the
+        # whole sum: a factor of each block's loss would be rounded into its gradient, for each number of workers anew.
+        self._scale = (1 if exact else world) / num_blocks
 
         self.modules = modules
         self.zero_stage = zero_stage
         # Any: DeepSpeed hangs its `ds_…` attributes on the parameters.
         self._params: dict[str, Any] = dict(modules.trainable.named_parameters())
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        config = zero_config(zero_stage, precision, blocks_per_worker)
+        config = zero_config(zero_stage, precision, -(-num_blocks // world))
         if zero_stage == 3 and modules.whole:
             for module in (
                 modules.trainable,
@@ -70,6 +79,8 @@ class Engine:
             model=modules.trainable, optimizer=self._optimizer, config=config, dist_init_required=False
         )
         modules.trainable = self._engine
+        if exact:
+            sum_exactly(self._engine.optimizer)
         self._clipper = Clipper(self._engine.optimizer, self._params, optimizer.clip_norm)
         if ema_source is not None:
             modules.ema = self._freeze(ema_source, config)
@@ -96,8 +107,8 @@ class Engine:
     # --- one step -----------------------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one block's loss; the mean over blocks and workers is taken inside."""
-        self._engine.backward(loss)
+        """Accumulate the gradient of one block's loss, 0 times that of a padded one; `step` makes the sum a mean."""
+        self._engine.backward(loss, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the block; the update is in `step`
 
@@ -109,7 +120,7 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"] if step >= group["frozen_steps"] else 0.0
-        norms = self._clipper.clip()
+        norms = self._clipper.clip(self._scale)
         self._engine.step()
         self.updates += 1
         parts = {f"grad_norm_{name}": norm for name, norm in norms.items()} if len(norms) > 1 else {}

@@ -35,7 +35,6 @@ from orchestrator.errors import UserError
 logger = logging.getLogger("orchestrator")
 
 _ORDER_RANGE = 2.0**32
-_workers = AllWorkers()
 
 
 class NonFiniteLossError(RuntimeError):
@@ -66,6 +65,7 @@ class _Trainer:
         self.job, self.line = job, line
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device()
+        self.workers = AllWorkers(job.elastic.exact)
         torch.manual_seed(job.seed)
         self.task = job.task()
         modules = self.task.build(self.device)
@@ -78,7 +78,8 @@ class _Trainer:
             job.optimizer,
             zero_stage=job.zero_stage,
             precision=_precision(job.precision, self.device),
-            blocks_per_worker=self.slots,
+            num_blocks=self.num_blocks,
+            exact=job.elastic.exact,
         )
         line.phase("built")
         self.start = self._restore()
@@ -115,12 +116,11 @@ class _Trainer:
 
     def _step(self, step: int, blocks: list[BlockTensors]) -> dict[str, float]:
         self.task.prepare_step(step)
-        targets = self.task.targets(blocks, _workers)
-        slots_per_block = self.slots * self.world / self.num_blocks
+        targets = self.task.targets(blocks, self.workers)
         sums: dict[str, Tensor] = {}
         for block, target in zip(blocks, targets, strict=True):
             losses = self.task.losses(block, target)
-            self.engine.backward(losses.total * (block.weight * slots_per_block))
+            self.engine.backward(losses.total * block.weight)
             _accumulate(sums, losses, block.weight / self.num_blocks)
         figures = self._sum_figures(sums, self.orders.pop(step))
         if bad := [name for name, value in figures.items() if not _finite(value)]:
@@ -137,8 +137,8 @@ class _Trainer:
         """Figures over all workers, and which samples the step saw: a hash that no worker count changes."""
         names = sorted(sums)
         own = torch.tensor([order], dtype=torch.float64, device=self.device)
-        packed = torch.cat([torch.stack([sums[name] for name in names]).double(), own])
-        *values, total = _workers(packed).tolist()
+        packed = torch.cat([torch.stack([sums[name] for name in names]), own])
+        *values, total = self.workers(packed).tolist()
         return {**dict(zip(names, values, strict=True)), "sample_order": total % _ORDER_RANGE}
 
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:
@@ -187,7 +187,7 @@ class _Trainer:
         return 0
 
     def _all(self, flag: bool) -> bool:
-        return float(_workers(torch.tensor(float(flag), device=self.device))) == self.world
+        return float(self.workers(torch.tensor(float(flag), device=self.device))) == self.world
 
 
 def _order(block: Block) -> int:
@@ -211,7 +211,7 @@ def _to_device(block: Block, device: str) -> BlockTensors:
 
 def _accumulate(sums: dict[str, Tensor], losses: Losses, weight: float) -> None:
     for name, value in {"loss": losses.total, **losses.figures}.items():
-        term = value.detach().float() * weight
+        term = value.detach().double() * weight
         sums[name] = sums[name] + term if name in sums else term
 
 

@@ -65,7 +65,12 @@ class Workers(Protocol):
     """What all workers of a step do together; every worker makes the same calls in the same order.
 
     Called, it is a :data:`Reduce`: objectives take it, or its `ring`, as plain functions.
+
+    Attributes:
+        exact: results must not depend on the number of workers, to the last bit of a float32.
     """
+
+    exact: bool
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The sum over workers."""

@@ -12,6 +12,9 @@ from torch import Tensor
 class AllWorkers:
     """The workers of the default process group (see `task.Workers`)."""
 
+    def __init__(self, exact: bool = False) -> None:
+        self.exact = exact
+
     def __call__(self, tensor: Tensor) -> Tensor:
         """The sum over workers, in place."""
         if dist.get_world_size() > 1:

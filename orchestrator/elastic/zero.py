@@ -42,6 +42,37 @@ def _import_muon() -> None:
         torch.compile = compile_
 
 
+def sum_exactly(zero: Any) -> None:
+    """Let a new ZeRO-3 optimiser add gradients up in float64: over blocks and workers, without a mean over workers.
+
+    In float32 the number of workers decides in which order a sum is rounded. A float64 sum of float32 numbers is exact
+    as long as they are within a factor of 2^29, and who takes the mean of it afterwards rounds once, always alike.
+    DeepSpeed's settings do not know float64 here. Its division by the number of workers is undone beforehand, which
+    is exact; a third of a gradient would not be.
+
+    Args:
+        zero: a `DeepSpeedZeroOptimizer_Stage3` before its first backward pass.
+    """
+    from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
+
+    def scatter_sums(params: list[Any], _dtype: torch.dtype) -> list[torch.Tensor]:
+        group = zero._get_param_partition_group(params[0])
+        world = dist.get_world_size(group)
+        sums: list[torch.Tensor] = reduce_scatter_coalesced(
+            [p.grad.double().mul_(world) for p in params], group
+        )
+        return sums
+
+    zero._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = scatter_sums
+    zero.gradient_accumulation_dtype = torch.float64
+    zero.grad_partitions_flat_buffer = zero.grad_partitions_flat_buffer.double()
+    partitions = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    offset = 0
+    for param, partition in partitions.items():
+        partitions[param] = zero.grad_partitions_flat_buffer.narrow(0, offset, partition.numel())
+        offset += partition.numel()
+
+
 def zero_config(stage: int, precision: str, blocks_per_worker: int) -> dict[str, Any]:
     world = dist.get_world_size()
     config: dict[str, Any] = {

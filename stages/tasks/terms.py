@@ -49,7 +49,13 @@ def centred(
         return [targets(block, temperature, log_v_K) for block in rows]
     assert prototypes_KC is not None
     log_v_K = chunked_sinkhorn_scaling(
-        torch.cat(flat), prototypes_KC, temperature, chunk_rows=chunk_rows, weights_N=weights_N, reduce=reduce
+        torch.cat(flat),
+        prototypes_KC,
+        temperature,
+        chunk_rows=chunk_rows,
+        weights_N=weights_N,
+        lengths=[len(block) for block in flat],
+        reduce=reduce,
     )
     return [SoftTargets(block, prototypes_KC, log_v_K, temperature) for block in rows]
 

@@ -173,12 +173,12 @@ class AlignTask:
         # Padding repeats a block that another slot, perhaps another worker's, brings: it is no column.
         real = [out for block, out in zip(blocks, outs, strict=True) if block.weight]
         nothing = outs[0].images[:0]
-        found = contrast(
-            torch.cat([nothing, *(out.images for out in real)]),
-            torch.cat([nothing, *(out.texts for out in real)]),
-            outs[0].scale,
-            workers.ring,
-        )
+        images = torch.cat([nothing, *(out.images for out in real)])
+        captions = torch.cat([nothing, *(out.texts for out in real)])
+        # A product of float32 matrices is rounded by how many rows a worker has.
+        wide = torch.float64 if workers.exact else images.dtype
+        found = contrast(images.to(wide), captions.to(wide), outs[0].scale, workers.ring)
+        found = Contrast(*(part.to(images.dtype) for part in found))
         targets, start = [], 0
         for block, (features, texts) in zip(blocks, inputs, strict=True):
             size = len(features.cls)

@@ -67,7 +67,7 @@ def make_engine(spec: Spec) -> Engine:
         ),
         zero_stage=spec.get("zero", 3),
         precision="fp32",
-        blocks_per_worker=1,
+        num_blocks=dist.get_world_size(),
     )
 
 

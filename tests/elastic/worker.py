@@ -110,7 +110,7 @@ def make_feature_job(spec: dict[str, Any]) -> Job:
         precision="fp32",
         work=Path(spec["work"]),
         seed=0,
-        elastic=Elastic(checkpoint_every_s=1e9),
+        elastic=Elastic(checkpoint_every_s=1e9, exact=spec.get("exact", False)),
     )
 
 
@@ -135,7 +135,9 @@ def make_job(spec: dict[str, Any]) -> Job:
         precision="fp32",
         work=Path(spec["work"]),
         seed=0,
-        elastic=Elastic(checkpoint_every_s=spec.get("checkpoint_every_s", 1e9)),
+        elastic=Elastic(
+            checkpoint_every_s=spec.get("checkpoint_every_s", 1e9), exact=spec.get("exact", False)
+        ),
         start_from=Path(spec["start_from"]) if spec.get("start_from") else None,
         export_steps=tuple(spec.get("export_steps", ())),
     )

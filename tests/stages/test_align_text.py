@@ -143,6 +143,8 @@ class Threads:
 class Thread:
     """One of them, as a task sees it."""
 
+    exact = False
+
     def __init__(self, all_of_them: Threads, rank: int) -> None:
         self.all, self.rank = all_of_them, rank
 
