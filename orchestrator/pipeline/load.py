@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline import yamlfile
 from orchestrator.pipeline.complaints import complaints
-from orchestrator.spec import RENAMED, Pipeline
+from orchestrator.spec import RENAMED, Elastic, Pipeline
 from orchestrator.stages.base import Stage
 from orchestrator.store.open import is_remote, open_store
 from orchestrator.tracking.connect import absolute_uri
@@ -138,6 +138,7 @@ def _check(loaded: LoadedPipeline) -> list[UserError]:
             if source_name not in spec.data:
                 problems.append(_unknown_source(loaded, name, source_name))
         problems += _check_stage(loaded, name, stage)
+        problems += _check_exact(loaded, name, stage)
     problems += _check_store(loaded)
     try:
         absolute_uri(spec.tracking.uri)
@@ -173,6 +174,26 @@ def _check_stage(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserEr
         where = loaded.where("stages", name, *(error.where or "").split("."))
         return [UserError(error.what, where=where, hint=error.hint)]
     return []
+
+
+def _check_exact(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserError]:
+    """Sums are exact on ZeRO-3 only: a stage, or its students, say which ZeRO they train with."""
+    own: Elastic | None = getattr(stage, "elastic", None)
+    if not loaded.spec.elastic.overlaid(own).exact:
+        return []
+    students: Mapping[str, Any] = getattr(stage, "students", {})
+    places = {("stages", name): stage} | {
+        ("stages", name, "students", student): settings for student, settings in students.items()
+    }
+    return [
+        UserError(
+            "elastic.exact needs ZeRO-3",
+            where=loaded.where(*place, "zero_stage"),
+            hint="set zero_stage to 3, or elastic.exact of this stage to false",
+        )
+        for place, settings in places.items()
+        if getattr(settings, "zero_stage", 3) != 3
+    ]
 
 
 def _missing(loaded: LoadedPipeline, what: str, path: tuple[str, ...], value: Path) -> UserError:

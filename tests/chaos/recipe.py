@@ -27,6 +27,7 @@ def pipeline(photos: Path, steps: int, students: int) -> dict[str, Any]:
             "workers": [1, 3],
             "checkpoint_every_s": 2,
             "resize_share": 1.0,
+            "exact": True,
             "heartbeat_timeout_s": 6,
             "stall_timeout_s": 120,
         },
