@@ -28,10 +28,12 @@ from safetensors.numpy import load_file
 from orchestrator.simulate.market import SpotMarket
 from orchestrator.tracking.spool import Spool
 
-STEPS = 80
+# A student's steps are the shortest: a machine that is added takes some 50 of them to warm up.
+STEPS = {"pretrain": 80, "gram": 80, "high_res": 80, "distill/vit": 240, "align_text": 80}
+TRAINING = tuple(STEPS)
 HEADS = {"hidden": 64, "dino_prototypes": 256, "ibot_prototypes": 256, "prototype_std": 0.125}
 CROPS = {"global_size": 32, "local_size": 16, "num_local": 2, "blur_sigma": [0.1, 0.6]}
-COMMON: dict[str, Any] = {"steps": STEPS, "batch_size": 20, "block_size": 4}
+COMMON: dict[str, Any] = {"steps": 80, "batch_size": 20, "block_size": 4}
 SSL: dict[str, Any] = {
     **COMMON,
     "crops": CROPS,
@@ -61,7 +63,7 @@ PIPELINE: dict[str, Any] = {
             ],
         },
         "distill": {
-            **SSL, "kind": "distill", "needs": ["curate", "high_res"],
+            **SSL, "kind": "distill", "needs": ["curate", "high_res"], "steps": STEPS["distill/vit"],
             "students": {"vit": {"model": "vit_femto", "workers": [1, 3]}},
         },
         "align_text": {
@@ -70,7 +72,6 @@ PIPELINE: dict[str, Any] = {
         },
     },
 }  # fmt: skip
-TRAINING = ("pretrain", "gram", "high_res", "distill/vit", "align_text")
 
 
 @dataclass
@@ -140,14 +141,14 @@ class Conductor:
         run.until(lambda: run.step(name) >= 8)
         self.market.kill(list(self.market.machines)[-1])
         self.ask(2)
-        run.until(lambda: 3 in run.workers(name) or run.step(name) >= STEPS)
+        run.until(lambda: 3 in run.workers(name) or run.step(name) >= STEPS[name])
         at = run.step(name)
-        run.until(lambda: run.step(name) >= min(at + 4, STEPS))
+        run.until(lambda: run.step(name) >= min(at + 4, STEPS[name]))
         going = next(iter(self.market.machines))
         self.market.drain(going, 30)
-        run.until(lambda: run.step(name) >= min(at + 20, STEPS))
+        run.until(lambda: run.step(name) >= min(at + 20, STEPS[name]))
         self.market.kill(going)
-        run.until(lambda: run.step(name) >= STEPS)
+        run.until(lambda: run.step(name) >= STEPS[name])
 
 
 def prepare(folder: Path, food: Path) -> Path:
@@ -171,7 +172,7 @@ def outcome(folder: Path, name: str) -> tuple[dict[int, dict[str, float]], dict[
     for file in sorted((base / "checkpoint").rglob("*.safetensors")):
         for key, value in load_file(file).items():
             weights.setdefault(key, []).append(value)
-    assert len(history) == STEPS, name
+    assert len(history) == STEPS[name], name
     return (
         {record["step"]: record["metrics"] for record in history},
         {key: np.concatenate(parts) for key, parts in weights.items()},
