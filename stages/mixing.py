@@ -101,12 +101,22 @@ class Draws:
     order: SampleOrder
 
     def write(self, num_steps: int, folder: Path) -> dict[str, float]:
-        """What a run of so many steps drew, as `drawn.json`; returns the figure for the summary."""
-        from orchestrator.data.mix import draws_by_cluster, effective_number
+        """What a run of so many steps drew, as `drawn.json`; returns the figure for the summary.
 
-        clusters = draws_by_cluster(self.index, self.order, num_steps)
+        `draws` are counted by cluster; `left_out` is the share of them that the curation had left out.
+        """
+        from orchestrator.data.index import LEFT_OUT
+        from orchestrator.data.mix import by_cluster, count_draws, effective_number
+
+        drawn_N = count_draws(self.index, self.order, num_steps)
+        clusters = by_cluster(self.index.clusters, drawn_N)
         effective = effective_number(list(clusters.values()))
-        record = {"effective_clusters": effective, "clusters": {str(name): n for name, n in clusters.items()}}
+        record = {
+            "draws": int(drawn_N.sum()),
+            "left_out": float(drawn_N[self.index.rows_of(LEFT_OUT)].sum() / drawn_N.sum()),
+            "effective_clusters": effective,
+            "clusters": {str(name): count for name, count in clusters.items()},
+        }
         (folder / DRAWN).write_text(json.dumps(record, indent=1))
         return {"drawn_clusters": effective}
 

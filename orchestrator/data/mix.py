@@ -69,12 +69,12 @@ def sample_order(
     )
 
 
-def draws_by_cluster(index: PhotoIndex, order: SampleOrder, num_steps: int) -> dict[int, int]:
-    """How often steps draw a row of each cluster: all steps of a run, or the first 2,000 of a longer one."""
-    drawn = np.zeros(len(index), dtype=np.int64)
+def count_draws(index: PhotoIndex, order: SampleOrder, num_steps: int) -> NDArray[np.int64]:
+    """How often steps draw each row of the index: all steps of a run, or the first 2,000 of a longer one."""
+    drawn_N = np.zeros(len(index), dtype=np.int64)
     for step in range(min(num_steps, _MAX_STEPS)):
-        drawn += np.bincount(order.ids(step), minlength=len(index))
-    return by_cluster(index.clusters, drawn)
+        drawn_N += np.bincount(order.ids(step), minlength=len(index))
+    return drawn_N
 
 
 def by_cluster(clusters_N: NDArray[np.int64], counts_N: NDArray[np.int64]) -> dict[int, int]:

@@ -11,10 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
-from orchestrator.data import curation
+from bench import mixing
 from orchestrator.data.index import PhotoIndex, PhotoRow
-from orchestrator.data.mix import by_cluster, draws_by_cluster, effective_number, sample_order
-from orchestrator.data.source import Photo
+from orchestrator.data.mix import by_cluster, count_draws, effective_number, sample_order
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import load
 from orchestrator.spec import Elastic
@@ -29,23 +28,13 @@ from orchestrator.tracking.runs import NullRun
 from .small import BASE, RECIPE
 
 CONF = Path(__file__).parents[2] / "conf"
-NUM_CLUSTERS, NUM_PHOTOS = 100, 10_000
 TINY = {"crops": {"global_size": 8, "local_size": 8, "num_local": 0}, "batch_size": 50, "block_size": 25}
 
 
-def zipf_index(folder: Path, sample: float, sources: tuple[str, ...], seed: int = 0) -> PhotoIndex:
-    """A pool whose clusters' sizes follow Zipf's law, sampled by the curation's own code; one picture for all.
-
-    Photos are dealt to the sources in turn, the first of which gets a twentieth.
-    """
-    shares = 1 / np.arange(1, NUM_CLUSTERS + 1)
-    sizes = np.round(NUM_PHOTOS * shares / shares.sum()).astype(int)
-    clusters = np.random.default_rng(seed).permutation(np.repeat(np.arange(NUM_CLUSTERS), sizes))
-    chosen = curation.draw_balanced(clusters, round(sample * len(clusters)), seed)
+def zipf_index(folder: Path, sample: float, sources: tuple[str, ...]) -> PhotoIndex:
+    """The bench's pool of 100 clusters, with its picture, in `folder`."""
     cv2.imwrite(str(folder / "one.png"), np.full((8, 8, 3), 127, np.uint8))
-    of = [sources[0] if number % 20 == 0 else sources[-1] for number in range(len(clusters))]
-    fates = [curation.Fate(Photo(source, "one.png", "", 1, 8, 8), str(folder), "unique") for source in of]
-    index = PhotoIndex(curation.index_rows(fates, clusters, chosen))
+    index = mixing.zipf_index(folder, sample, sources, 10_000)
     index.save(folder)
     return index
 
@@ -252,7 +241,11 @@ def test_the_record_of_what_was_drawn_is_what_the_blocks_held(tmp_path: Path) ->
     ids = [source.load(step, block).ids for step in range(12) for block in range(source.num_blocks)]
     found = by_cluster(index.clusters, np.bincount(np.concatenate(ids), minlength=len(index)))
     assert record["clusters"] == {str(number): count for number, count in found.items()}
-    assert sum(record["clusters"].values()) == 12 * 50
+    assert sum(record["clusters"].values()) == record["draws"] == 12 * 50
+    pool = set(index.rows_of("pool").tolist())
+    drawn = [int(row) in pool for rows in ids for row in rows]
+    assert 0 < sum(drawn) <= 2 * 50, "a homogeneous batch or two"
+    assert record["left_out"] == pytest.approx(sum(drawn) / len(drawn))
     assert figures == {"drawn_clusters": record["effective_clusters"]}
     assert record["effective_clusters"] == pytest.approx(effective_number(list(found.values())))
 
@@ -266,5 +259,4 @@ def test_effective_number_of_clusters() -> None:
 def test_the_record_of_a_long_run_is_of_its_first_steps(tmp_path: Path) -> None:
     index = zipf_index(tmp_path, 0.1, ("web",))
     order = sample_order(index, None, batch_size=1, seed=0)
-    counted = draws_by_cluster(index, order, 10**9)
-    assert sum(counted.values()) == 2000
+    assert count_draws(index, order, 10**9).sum() == 2000
