@@ -42,23 +42,24 @@ def sample_order(
         UserError: a name without rows, or the curation chose nothing. `where` is the field, "mix" or
             "homogeneous".
     """
-    names = tuple(index.chosen) if mix is None else tuple(mix)
-    if not names:
+    if mix is None and not index.chosen:
         raise UserError(
             f"the index has no photos but those that the curation left out, component {LEFT_OUT!r}",
             where="mix",
             hint=f"write `mix: {LEFT_OUT}` to train on these",
         )
-    parts = {name: _kept(_rows(index, name), keep_N) for name in names}
-    for name, rows in parts.items():
-        # Without `mix`, a chosen component of which no row takes part is no mistake of the user's.
-        if mix is not None and not len(rows):
-            raise _empty(index, name, "mix", [*index.components, *index.sources])
+    if mix is None:
+        parts = {name: _kept(index.rows_of(name), keep_N) for name in index.chosen}
+    else:
+        parts = {name: _kept(_rows(index, name), keep_N) for name in mix}
+        empty = next((name for name, rows in parts.items() if not len(rows)), None)
+        if empty is not None:
+            raise _empty(empty, "mix", [*index.components, *index.sources])
     source_rows = None
     if homogeneous is not None:
         source_rows = _kept(index.rows_from(homogeneous), keep_N)
         if not len(source_rows):
-            raise _empty(index, homogeneous, "homogeneous", index.sources)
+            raise _empty(homogeneous, "homogeneous", index.sources)
     return SampleOrder(
         parts,
         dict(mix) if isinstance(mix, Mapping) else None,
@@ -73,7 +74,7 @@ def count_draws(index: PhotoIndex, order: SampleOrder, num_steps: int) -> NDArra
     """How often steps draw each row of the index: all steps of a run, or the first 2,000 of a longer one."""
     drawn_N = np.zeros(len(index), dtype=np.int64)
     for step in range(min(num_steps, _MAX_STEPS)):
-        drawn_N += np.bincount(order.ids(step), minlength=len(index))
+        np.add.at(drawn_N, order.ids(step), 1)
     return drawn_N
 
 
@@ -108,7 +109,7 @@ def _kept(rows: NDArray[np.int64], keep_N: NDArray[np.bool_] | None) -> NDArray[
     return rows if keep_N is None else rows[keep_N[rows]]
 
 
-def _empty(index: PhotoIndex, name: str, field: str, known: Sequence[str]) -> UserError:
+def _empty(name: str, field: str, known: Sequence[str]) -> UserError:
     there = sorted(set(known))
     if name in there:
         return UserError(f"no photo of {name!r} can be used by this stage", where=field)

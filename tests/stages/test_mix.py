@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,9 @@ def test_where_nothing_was_left_out_all_is_drawn(tmp_path: Path) -> None:
     rows = [PhotoRow("photos", f"{number}.png", str(tmp_path), "", 8, 8) for number in range(12)]
     order = sample_order(PhotoIndex(rows), None, batch_size=12, seed=0)
     assert sorted(order.ids(0)) == list(range(12))
+    # A component may be called as its source where nobody has to name it.
+    same = [replace(row, component="photos") for row in rows]
+    assert np.array_equal(sample_order(PhotoIndex(same), None, batch_size=12, seed=0).rows, order.rows)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
