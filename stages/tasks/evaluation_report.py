@@ -179,8 +179,8 @@ def _drawn(results: Results, out: Path) -> list[Section]:
     note = (
         f"The index has {len(numbers)} clusters. Clusters in effect are exp(entropy): so many clusters of equal size "
         "would be as diverse. Stages draw what the curation chose; what it left out is drawn only by "
-        "stages whose `mix` or `homogeneous` names it. The line `drawn` is of "
-        f"{', '.join(one.name for one in trained)}, taken together."
+        "stages whose `mix` or `homogeneous` names it. The line `drawn` is all that was drawn by: "
+        f"{', '.join(one.name for one in trained)}."
     )
     header = ("what", "photos or draws", "clusters in effect", "left out by the curation")
     picture = Picture(path, "Share of each cluster in the raw pool, in what was chosen and in what was drawn")
