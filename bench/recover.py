@@ -408,10 +408,7 @@ def _photographs(folder: Path) -> Path:
 
     fetch_food(folder / "food")
     found = [p for p in scan(DataSource(path=folder / "food"), "food") if p.error is None]
-    rows = [
-        PhotoRow(p.source, p.path, str(folder / "food"), p.sha256, p.width, p.height, component="pool")
-        for p in found
-    ]
+    rows = [PhotoRow(p.source, p.path, str(folder / "food"), p.sha256, p.width, p.height) for p in found]
     PhotoIndex(rows).save(folder)
     return folder
 

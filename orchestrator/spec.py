@@ -6,6 +6,7 @@ Fields made with :func:`operational` say *how* something runs (worker counts, ch
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -385,6 +386,24 @@ def _one_or_many(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 
 
+def _mix(value: Any) -> Any:
+    """One name, a list of names, or weights by name; a list without repeats, in one order."""
+    names = (value,) if isinstance(value, str) else value
+    if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+        return tuple(sorted(set(names)))
+    if not isinstance(names, Mapping) or not names:
+        raise ValueError("mix must be a name, a list of names, or a mapping of names to weights")
+    for name, weight in names.items():
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not isinstance(name, str) or not number or not 0 < weight < math.inf:
+            raise ValueError(f"the weight of {name!r} must be a number above 0, not {weight!r}")
+    return names
+
+
+# Names of components and data sources, or their weights.
+Mix = Annotated[tuple[str, ...] | dict[str, float], BeforeValidator(_mix)]
+
+
 class StageSpec(Strict):
     """What every stage has. Subclasses narrow `kind` to a Literal and add their own fields."""
 
@@ -409,8 +428,6 @@ class Schedule(Strict):
 
     def at(self, step: int, num_steps: int) -> float:
         """The value at `step` (0-based) of a run of `num_steps`."""
-        import math
-
         if step < self.warmup_steps:
             return self.start + (self.peak - self.start) * step / self.warmup_steps
         if self.shape == "constant":

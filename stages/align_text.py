@@ -12,7 +12,8 @@ from pydantic import ConfigDict, Field, model_validator
 
 from orchestrator.errors import UserError, nearest
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
-from orchestrator.stages.base import Context, Input, TrainStage
+from orchestrator.stages.base import Context, Input
+from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, MixStage, draws_of
 from orchestrator.stages.selfsup import INDEX_KINDS, stage_seed, summary
 
 if TYPE_CHECKING:
@@ -60,11 +61,11 @@ class TextSettings(Strict):
         return self
 
 
-class AlignText(TrainStage):
+class AlignText(MixStage):
     """Locked-image text alignment: dino.txt (arXiv 2412.16334), as in DINOv3 (arXiv 2508.10104, section 5.3).
 
     The vision tower stays as it is; two blocks on top of its tokens and a text tower learn by symmetric
-    InfoNCE over the global batch. Photos without a caption are left out.
+    InfoNCE over the global batch. Photos of the mix without a caption are left out.
     """
 
     kind: Literal["align_text"]
@@ -111,6 +112,7 @@ class AlignText(TrainStage):
         "aligned": "vision tower, aligner, text tower and tokenizer: embeds photos and texts in one space",
         "checkpoint": "the elastic checkpoint after the last step",
         "history.json": "figures of every step",
+        DRAWN: DRAWN_MEANS,
     }
 
     @model_validator(mode="after")
@@ -177,20 +179,20 @@ class AlignText(TrainStage):
                 of the text encoder that are not what its config says.
             Stopped: on request, checkpointed.
         """
-        from orchestrator.data.index import PhotoIndex
         from orchestrator.elastic import trainer
         from orchestrator.stages.tasks.aligned import save_aligned
-        from orchestrator.stages.tasks.captions import captioned, load_tokenizer
+        from orchestrator.stages.tasks.captions import caption_order, load_tokenizer
         from orchestrator.stages.tasks.text import load_encoder
 
         tower = pick_tower(context.inputs["tower"].path, self.student)
         image_size = pick_image_size(tower, self.image_size)
-        index = PhotoIndex.load(context.inputs["index"].path)
-        rows = [int(row) for rows in captioned(index, self.batch_size).values() for row in rows]
+        order = partial(caption_order, self, seed=stage_seed(context, self.kind))
+        draws = draws_of(context.name, order, context.inputs["index"].path)
+        captions = [str(draws.index[int(row)].caption) for row in draws.order.rows]
         if self.text.from_ is not None:
             load_encoder(self.text.from_, where=f"stages.{context.name}.text.from")
         tokenizer = context.work / "tokenizer.json"
-        self._settle_tokenizer([str(index[row].caption) for row in rows], tokenizer)
+        self._settle_tokenizer(captions, tokenizer)
         job = self.job(context, tower, image_size, load_tokenizer(tokenizer))
         account = trainer.run(job, tracker=context.run, stop=context.stop)
         save_aligned(
@@ -199,7 +201,7 @@ class AlignText(TrainStage):
         job.collect(context.out / "checkpoint")
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
-        return summary(history) | account
+        return summary(history) | account | draws.write(self.steps, context.out)
 
     def _settle_tokenizer(self, captions: Sequence[str], path: Path) -> None:
         from orchestrator.stages.tasks.captions import adopt_tokenizer, train_tokenizer

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +129,8 @@ class Stage(StageSpec):
     inputs: ClassVar[tuple[Input, ...]] = ()
     outputs: ClassVar[Mapping[str, str]] = {}
     needs_ray: ClassVar[bool] = True
+    components: ClassVar[tuple[str, ...]] = ()
+    """Components of the index that this kind makes; none if it makes no index."""
 
     def data_sources(self) -> tuple[str, ...]:
         """Names of the data sources this stage reads: the content of each is part of the stage's key."""
@@ -145,6 +147,17 @@ class Stage(StageSpec):
 
     def check(self) -> None:
         """Look, before anything runs, at what the types cannot say; the files are there.
+
+        Raises:
+            UserError: `where` is the dotted field that is wrong.
+        """
+
+    def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
+        """Look, before anything runs, at the names of what is drawn from the index that this stage needs.
+
+        Args:
+            components: that the index has.
+            sources: data sources that it is made from.
 
         Raises:
             UserError: `where` is the dotted field that is wrong.

@@ -46,7 +46,9 @@ class Curate(Stage):
     )
     clusters: int = Field(16, ge=1, description="k-means clusters")
     sample: int | float = Field(
-        0.5, description="photos of the balanced component: a number, or a share of the unique ones (0 to 1]"
+        0.5,
+        description="photos of the component `balanced`, which training draws from unless `mix` says otherwise: a "
+        "number, or a share of the unique ones (0 to 1]; the others are the component `pool`",
     )
     embedding: Literal["thumbnail"] = "thumbnail"
     near_duplicate: float = Field(
@@ -56,6 +58,7 @@ class Curate(Stage):
     )
 
     needs_ray: ClassVar[bool] = False
+    components: ClassVar[tuple[str, ...]] = ("balanced", "pool")
     outputs: ClassVar[Mapping[str, str]] = {
         "index.parquet": "one row a unique photo: where it is, caption, label, cluster, component",
         "embeddings.npy": "float32, one row a row of the index",

@@ -11,8 +11,9 @@ from pydantic import Field, StringConstraints, model_validator
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 from orchestrator.spec import Optimizer, Resources, Schedule, Strict, Workers, operational
-from orchestrator.stages.base import Context, Input, TrainStage
+from orchestrator.stages.base import Context, Input
 from orchestrator.stages.features import FeatureObjective
+from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, HomogeneousMixStage
 from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, ModelName, check_crops
 
 # Names folders, runs and models.
@@ -53,7 +54,7 @@ class Student(Strict):
     )
 
 
-class Distill(TrainStage):
+class Distill(HomogeneousMixStage):
     """Multi-student distillation (arXiv 2508.10104, section 5.2): the pretraining losses with the frozen teacher in
     the place of the EMA; its forward is computed once a step for all students.
     """
@@ -77,8 +78,6 @@ class Distill(TrainStage):
     koleo_weight: float = Field(0.1, ge=0)
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
-    homogeneous: str | None = None
-    homogeneous_ratio: float = Field(0.1, ge=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     chunk_rows: int | None = operational(
         None, ge=1, description="rows whose logits are held at once; null: of all rows of a block"
@@ -120,6 +119,7 @@ class Distill(TrainStage):
         "students": "a folder a student: model/ (EMA), recipe.json, history.json, and in artifact.json the key of "
         "the artifact that has its checkpoint too",
         "sharing.json": "what the teacher computed and handed out",
+        DRAWN: DRAWN_MEANS,
     }
 
     @model_validator(mode="after")

@@ -15,11 +15,12 @@ from pydantic import AfterValidator, Field
 from orchestrator.errors import Stopped, UserError
 from orchestrator.spec import operational
 from orchestrator.stages.base import Context, Input, Stage
+from orchestrator.stages.mixing import DRAWN
 
 if TYPE_CHECKING:
     from orchestrator.data.index import PhotoIndex
     from orchestrator.stages.tasks.evaluation import Check, Crops, Tower
-    from orchestrator.stages.tasks.evaluation_results import Results, Score
+    from orchestrator.stages.tasks.evaluation_results import Draws, Results, Score
     from orchestrator.store.artifact import Artifact
 
 # In the order of the recipe: the last one there is gives the teacher.
@@ -81,7 +82,7 @@ class Evaluate(Stage):
         Input("text", ("align_text",), required=False),
     )
     # Also knn.png where photos have labels, text_maps.png where there are texts, dense_health.png and
-    # losses_*.png where histories have records.
+    # losses_*.png where histories have records, clusters.png where there are clusters.
     outputs: ClassVar[Mapping[str, str]] = {
         "table.json": "every figure",
         "table.md": "the tables to read",
@@ -129,6 +130,8 @@ class Evaluate(Stage):
             sharing=_sharing(context),
             pca=pictures,
             keys=context.keys,
+            pool=_pool(index),
+            drawn=_drawn(context),
             **self._ask_texts(context, index, groups, check),
         )
         write(results, context.out)
@@ -292,6 +295,41 @@ def _other_histories(context: Context) -> dict[str, list[dict[str, Any]]]:
     }
     if "text" in context.inputs:
         found["align_text"] = _history(context.inputs["text"].path)
+    return found
+
+
+def _pool(index: PhotoIndex) -> list[Draws]:
+    """The photos of the index, and those of them that the curation chose, by cluster."""
+    import numpy as np
+
+    from orchestrator.data.index import LEFT_OUT
+    from orchestrator.data.mix import by_cluster, effective_number
+    from orchestrator.stages.tasks.evaluation_results import Draws
+
+    raw_N = np.ones(len(index), dtype=np.int64)
+    chosen_N = raw_N.copy()
+    chosen_N[index.rows_of(LEFT_OUT)] = 0
+    left_out = 1 - float(chosen_N.mean())
+    return [
+        Draws(name, counts, effective_number(list(counts.values())), share)
+        for name, counts, share in (
+            ("raw", by_cluster(index.clusters, raw_N), left_out),
+            ("chosen", by_cluster(index.clusters, chosen_N), 0.0),
+        )
+    ]
+
+
+def _drawn(context: Context) -> dict[str, Draws]:
+    """What the stages upstream drew; an artifact of an older version says nothing of it."""
+    from orchestrator.stages.tasks.evaluation_results import Draws
+
+    found = {}
+    for role in (*TEACHER_ROLES, "students", "text"):
+        if role not in context.inputs or not (path := context.inputs[role].path / DRAWN).is_file():
+            continue
+        kind, record = context.inputs[role].kind, json.loads(path.read_text())
+        counts = {int(number): count for number, count in record["clusters"].items()}
+        found[kind] = Draws(kind, counts, record["effective_clusters"], record["left_out"])
     return found
 
 

@@ -31,8 +31,8 @@ _MOST_COPIES = 8
 _BLOCKS = (1, 2)
 # What decides the result, but not what a step costs.
 _FREE = (
-    "kind", "needs", "students", "steps", "batch_size", "optimizer", "ema", "homogeneous", "homogeneous_ratio",
-    "student_temperature", "teacher_temperature",
+    "kind", "needs", "students", "steps", "batch_size", "optimizer", "ema", "mix", "homogeneous",
+    "homogeneous_ratio", "student_temperature", "teacher_temperature",
 )  # fmt: skip
 _FREE_OF_STUDENTS = ("optimizer", "steps", "joins")
 # Operational, but they decide what a step costs.

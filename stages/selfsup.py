@@ -15,8 +15,9 @@ from orchestrator.data.views import CropConfig
 from orchestrator.models.presets import preset
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
 from orchestrator.stages import lineage
-from orchestrator.stages.base import Context, TrainStage
+from orchestrator.stages.base import Context
 from orchestrator.stages.gram import Gram
+from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, Draws, HomogeneousMixStage, draws_of
 
 if TYPE_CHECKING:
     from orchestrator.elastic.job import Job
@@ -67,7 +68,7 @@ class ModelRecipe(Strict):
     global_size: int
 
 
-class SelfSupervised(TrainStage):
+class SelfSupervised(HomogeneousMixStage):
     """DINO with Sinkhorn-Knopp centring, iBOT and KoLeo over multi-crop views (arXiv 2508.10104, section 3.2)."""
 
     steps: int = Field(ge=1)
@@ -87,8 +88,6 @@ class SelfSupervised(TrainStage):
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
     frozen_prototype_steps: int = Field(0, ge=0, description="steps before the prototype layers move")
-    homogeneous: str | None = Field(None, description="component of the index for homogeneous batches")
-    homogeneous_ratio: float = Field(0.1, ge=0, le=1)
     gram: Gram | None = None
     resolutions: tuple[Resolution, ...] = ()
     snapshot_every: int = Field(
@@ -110,6 +109,7 @@ class SelfSupervised(TrainStage):
         "snapshots": "the EMA with its heads after some steps",
         "checkpoint": "the elastic checkpoint after the last step, to go on from",
         "history.json": "figures of every step",
+        DRAWN: DRAWN_MEANS,
         "lineage.json": "the snapshots up to here, with the dense health of each",
         "lineage": "snapshots of the stages before",
     }
@@ -178,6 +178,12 @@ class SelfSupervised(TrainStage):
             else (),
         )
 
+    def draws(self, context: Context) -> Draws:
+        """What the blocks of this stage are drawn from."""
+        seed = stage_seed(context, self.kind)
+        order = partial(self.sample_order, batch_size=self.batch_size, seed=seed)
+        return draws_of(context.name, order, context.inputs["index"].path)
+
     def _gram_start(self, backbone: Artifact | None) -> tuple[Path | None, lineage.Health | None]:
         """The snapshot to anchor to at first, and how healthy it was."""
         if self.gram is None or backbone is None:
@@ -186,10 +192,16 @@ class SelfSupervised(TrainStage):
         return backbone.path / snapshot.file, snapshot.health
 
     def run(self, context: Context) -> Mapping[str, float]:
-        """Train and leave model, snapshots, checkpoint and history."""
+        """Train and leave model, snapshots, checkpoint and history.
+
+        Raises:
+            UserError: `mix` or `homogeneous` names what has no photographs.
+            Stopped: on request, checkpointed.
+        """
         from orchestrator.elastic import trainer
         from orchestrator.stages.tasks.backbone import save_backbone
 
+        draws = self.draws(context)
         recipe = self.recipe(context)
         job = self.job(context, recipe)
         account = trainer.run(job, tracker=context.run, stop=context.stop)
@@ -204,7 +216,7 @@ class SelfSupervised(TrainStage):
         (context.out / "history.json").write_text(json.dumps(history))
         backbone = context.inputs.get("backbone")
         lineage.write(context.out, history, backbone.path if backbone else None)
-        return summary(history) | account
+        return summary(history) | account | draws.write(self.steps, context.out)
 
 
 def check_crops(crops: CropConfig, model: str) -> None:

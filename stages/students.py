@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from orchestrator.errors import Stopped
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
+from orchestrator.stages.mixing import draws_of
 from orchestrator.stages.pupils import Pupil, pupils_of
 from orchestrator.stages.selfsup import stage_seed, summary
 
@@ -36,12 +37,15 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
     """Train the students that are not there yet, all at once, and gather all of them."""
     from orchestrator.stages.tasks.teaching import teaching
 
+    seed = stage_seed(context, config.kind)
+    order = partial(config.sample_order, batch_size=config.batch_size, seed=seed)
+    draws = draws_of(context.name, order, context.inputs["index"].path)
     with ExitStack() as held:
         parts = {
             name: held.enter_context(context.part("student", config.student_identity(name)))
             for name in config.students
         }
-        teach = teaching(config, context, stage_seed(context, config.kind))
+        teach = teaching(config, context, seed)
         pupils = pupils_of(config, context, teach, parts)
         context.work.mkdir(parents=True, exist_ok=True)
         folders = {name: part.artifact for name, part in parts.items() if part.artifact is not None}
@@ -50,7 +54,7 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
     figures = _gather({**folders, **made}, list(config.students), context.out)
     # What a reader of the summary line wants to see first.
     first = {name: value for name, value in figures.items() if name.endswith("_last_loss")}
-    return first | stats | figures
+    return first | stats | figures | draws.write(config.steps, context.out)
 
 
 # --- training ---------------------------------------------------------------------------------------------------

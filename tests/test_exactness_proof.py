@@ -48,7 +48,7 @@ PIPELINE: dict[str, Any] = {
         "curate": {"kind": "curate", "data": "photos", "clusters": 8, "sample": 0.3},
         "pretrain": {
             **SSL, "kind": "pretrain", "needs": "curate", "model": "vit_femto", "drop_path": 0.2, "heads": HEADS,
-            "homogeneous": "balanced", "snapshot_every": 40,
+            "homogeneous": "photos", "snapshot_every": 40,
         },
         "gram": {
             **SSL, "kind": "gram_anchor", "needs": ["curate", "pretrain"], "crops": {**CROPS, "gram_size": 64},

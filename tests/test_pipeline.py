@@ -45,7 +45,7 @@ PIPELINE = {
         "curate": {"kind": "curate", "data": "photos", "clusters": 4, "sample": 0.4},
         "pretrain": {
             **SSL, "kind": "pretrain", "needs": "curate", "model": "vit_femto", "heads": HEADS, "steps": 30,
-            "homogeneous": "balanced", "snapshot_every": 10,
+            "homogeneous": "photos", "snapshot_every": 10,
             # Never fewer: where the second process starts late, a job this short would end before it grows.
             "elastic": {"workers": 2},
         },

@@ -25,7 +25,7 @@ PIPELINE = {
         "curate": {"kind": "curate", "data": "photos", "clusters": 8, "sample": 0.3},
         "pretrain": {
             "kind": "pretrain", "needs": "curate", "model": "vit_pico", "drop_path": 0.2, "steps": STEPS,
-            "heads": {"prototype_std": 0.125}, "batch_size": 24, "block_size": 8, "homogeneous": "balanced",
+            "heads": {"prototype_std": 0.125}, "batch_size": 24, "block_size": 8, "homogeneous": "photos",
             "crops": {"global_size": 64, "local_size": 32, "num_local": 2, "blur_sigma": [0.1, 0.6]},
             "optimizer": {"lr": {"peak": 2e-3, "warmup_steps": 6}}, "ema": {"peak": 0.95},
         },

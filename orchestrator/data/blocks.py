@@ -157,7 +157,7 @@ class CaptionBlocks:
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
         captions = index.captions
-        without = [int(row) for rows in order.components.values() for row in rows if not captions[row]]
+        without = [int(row) for row in order.rows if not captions[row]]
         if without:
             raise UserError(
                 f"{len(without)} photos have no caption, the first is {index[without[0]].path}",

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.decode import read_rgb
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import CHOSEN, PhotoIndex
 
 _SIDE = 88
 _GAP = 6
@@ -36,7 +36,7 @@ def draw_clusters(
     for line, number in enumerate(numbers):
         top = _GAP + line * (_SIDE + _GAP)
         rows = np.flatnonzero(clusters == number)
-        taken = sum(index[int(row)].component == "balanced" for row in rows)
+        taken = sum(index[int(row)].component == CHOSEN for row in rows)
         _write(sheet, f"cluster {number}", top + 34, _INK)
         _write(sheet, f"{len(rows)} photos", top + 54, _FAINT)
         _write(sheet, f"{taken} taken", top + 72, _FAINT)

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from orchestrator.data.balance import fill, near_duplicates
 from orchestrator.data.decode import read_rgb
 from orchestrator.data.descriptor import describe, thumbnail
-from orchestrator.data.index import PhotoRow
+from orchestrator.data.index import CHOSEN, LEFT_OUT, PhotoRow
 from orchestrator.data.rng import derive, generator
 from orchestrator.data.source import Photo
 
@@ -170,7 +170,7 @@ def index_rows(
             height=fate.photo.height,
             caption=fate.photo.caption,
             label=fate.photo.label,
-            component="balanced" if balanced else "pool",
+            component=CHOSEN if balanced else LEFT_OUT,
             cluster=int(number),
         )
         for fate, number, balanced in zip(kept, clusters_N, balanced_N, strict=True)

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from orchestrator.errors import UserError
 
 FILE = "index.parquet"
+# The components that a curation makes: what it chose, and what it left out. Rows that no curation has seen are
+# in a component of their own.
+CHOSEN, LEFT_OUT, UNCURATED = "balanced", "pool", "all"
 
 _SCHEMA = pa.schema(
     [
@@ -38,6 +41,7 @@ class PhotoRow:
     """One picture: where it is, what is known of it, and which part of the training mix it belongs to.
 
     `path` is relative (posix) to the absolute folder `root`; `cluster` is -1 where there was no clustering.
+    Training leaves the component "pool" out unless it is told to draw from it.
     """
 
     source: str
@@ -48,7 +52,7 @@ class PhotoRow:
     height: int
     caption: str | None = None
     label: str | None = None
-    component: str = "pool"
+    component: str = UNCURATED
     cluster: int = -1
     duplicate_of: str | None = None
 
@@ -94,6 +98,20 @@ class PhotoIndex:
     def rows_of(self, component: str) -> NDArray[np.int64]:
         """Row numbers of one component, ascending; empty if it has none."""
         return np.array([i for i, row in enumerate(self._rows) if row.component == component], dtype=np.int64)
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the data sources that have rows, sorted."""
+        return sorted({row.source for row in self._rows})
+
+    def rows_from(self, source: str) -> NDArray[np.int64]:
+        """Row numbers of one data source, whatever their component, ascending; empty if it has none."""
+        return np.array([i for i, row in enumerate(self._rows) if row.source == source], dtype=np.int64)
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names of the components that training draws from unless it is told otherwise, sorted."""
+        return [name for name in self.components if name != LEFT_OUT]
 
     def save(self, folder: Path) -> Path:
         """Writes `index.parquet` into an existing folder."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from math import floor, lcm
+from math import floor, inf, lcm
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from orchestrator.data.rng import derive
 from orchestrator.errors import UserError, nearest
 
 _ROUNDS = 6
-_MAX_CYCLE = 4096
+_MAX_CYCLE = 10**6
 _U64 = np.uint64
 _GOLDEN = _U64(0x9E3779B97F4A7C15)
 
@@ -71,60 +71,66 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class SampleOrder:
-    """Sample ids of every step, from one or more components of the training mix.
+    """Sample ids of every step, from one or more parts of an index.
 
-    A share of the batches is homogeneous (all samples from one component), the rest mix the other components
-    by weight (DINOv3, arXiv 2508.10104, section 3.1: 10 % homogeneous). Every pass over a component is a
-    fresh permutation of it, and no row comes twice before every row came once (in draw order; the mix
-    shuffles draws within one short cycle of slots).
+    A share of the batches is homogeneous (all samples from one source), the others mix the parts (DINOv3,
+    arXiv 2508.10104, section 3.1: 10 % homogeneous). Every pass over a part is a fresh permutation of it, and no
+    row of it comes twice before every row came once (in draw order; the mix shuffles draws within one cycle of
+    slots).
 
     Args:
-        components: row ids by component name.
-        weights: shares of the mixed batches by component; default: by size, so that all rows come equally
-            often.
-        homogeneous: the component that homogeneous batches are drawn from; mixed batches leave it out, unless
-            it is the only one.
+        parts: row ids that mixed batches are drawn from, by name. With weights, a row of two parts is drawn for
+            both.
+        weights: shares of the mixed batches by part, exact over a cycle of slots. None: all parts are one, and
+            each of its rows comes once an epoch, also one that is in two parts.
+        homogeneous: row ids that homogeneous batches are drawn from; None: there are none.
         homogeneous_ratio: share of the batches that are homogeneous; exact in every run of steps up to
             rounding.
         batch_size: samples a step.
         seed: another seed is another order.
 
     Raises:
-        UserError: no rows, an unknown component, or weights that leave nothing to draw from.
+        UserError: no rows to draw, a share that is none, or weights that leave nothing to draw from.
     """
 
     def __init__(
         self,
-        components: Mapping[str, NDArray[np.int64]],
+        parts: Mapping[str, NDArray[np.int64]],
         weights: Mapping[str, float] | None = None,
-        homogeneous: str | None = None,
+        homogeneous: NDArray[np.int64] | None = None,
         homogeneous_ratio: float = 0.1,
         *,
         batch_size: int,
         seed: int,
     ) -> None:
-        self.components = {name: np.asarray(rows, dtype=np.int64) for name, rows in components.items()}
         self.batch_size = batch_size
         self.seed = seed
-        self._check(weights, homogeneous, homogeneous_ratio)
-        self._homogeneous = homogeneous
-        ratio = Fraction(homogeneous_ratio).limit_denominator(10**6) if homogeneous else Fraction(0)
+        _check(parts, weights, homogeneous, homogeneous_ratio, batch_size)
+        ratio = Fraction(0 if homogeneous is None else homogeneous_ratio).limit_denominator(10**6)
         self._num, self._den = ratio.numerator, ratio.denominator
         self._phase = derive("phase", seed) % self._den
-        self._mixed = self._mixed_names(homogeneous)
-        self._slots = _slots([self._share(name, weights) for name in self._mixed])
+        self._homogeneous = np.asarray([] if homogeneous is None else homogeneous, dtype=np.int64)
+        self._parts = _parts(parts, weights)
+        self._slots = _slots([1.0 if weights is None else weights[name] for name in self._parts])
         self._ends = np.cumsum(self._slots)
 
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Every row that some step draws, ascending."""
+        mixed = self._parts.values() if self._num < self._den else ()
+        return np.unique(np.concatenate([*mixed, *([self._homogeneous] if self._num else [])]))
+
     def is_homogeneous(self, step: int) -> bool:
-        """Whether all samples of `step` come from the homogeneous component."""
+        """Whether all samples of `step` come from the homogeneous source."""
         return self._num_homogeneous(step + 1) > self._num_homogeneous(step)
 
     def ids(self, step: int) -> NDArray[np.int64]:
         """The row ids of `step`, (batch_size,) int64; O(batch_size) whatever the step."""
         before = self._num_homogeneous(step)
         places = np.arange(self.batch_size, dtype=np.int64)
-        if self._homogeneous is not None and self.is_homogeneous(step):
-            return self._draw(self._homogeneous, "homogeneous", before * self.batch_size + places)
+        if self.is_homogeneous(step):
+            key = derive("epoch", self.seed, "homogeneous")
+            return _draw(self._homogeneous, key, before * self.batch_size + places)
         return self._mix((step - before) * self.batch_size + places)
 
     def _num_homogeneous(self, step: int) -> int:
@@ -132,63 +138,75 @@ class SampleOrder:
         return (step * self._num + self._phase) // self._den - self._phase // self._den
 
     def _mix(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Slots come in cycles; every cycle holds each component's exact number of slots in a keyed order."""
+        """Slots come in cycles; every cycle holds each part's exact number of slots in a keyed order."""
         length = int(self._ends[-1])
         cycles, places = slots // length, slots % length
         places = permute(places, length, _numbered(derive("mix", self.seed), cycles))
         which = np.searchsorted(self._ends, places, side="right")
         ids = np.empty_like(slots)
-        for number, name in enumerate(self._mixed):
+        for number, (name, rows) in enumerate(self._parts.items()):
             chosen = which == number
             quota = self._slots[number]
             nth_of_cycle = places[chosen] - (self._ends[number] - quota)
-            ids[chosen] = self._draw(name, "mixed", cycles[chosen] * quota + nth_of_cycle)
+            key = derive("epoch", self.seed, "mixed", name)
+            ids[chosen] = _draw(rows, key, cycles[chosen] * quota + nth_of_cycle)
         return ids
 
-    def _draw(self, component: str, stream: str, draws: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of a component by draw number; draw number ÷ size is the epoch."""
-        rows = self.components[component]
-        epochs, positions = draws // len(rows), draws % len(rows)
-        key = derive("epoch", self.seed, stream, component)
-        return rows[permute(positions, len(rows), _numbered(key, epochs))]
 
-    def _mixed_names(self, homogeneous: str | None) -> list[str]:
-        filled = sorted(name for name, rows in self.components.items() if len(rows))
-        return [name for name in filled if name != homogeneous] or filled
+def _draw(rows: NDArray[np.int64], key: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows by draw number; draw number ÷ size is the epoch."""
+    epochs, positions = draws // len(rows), draws % len(rows)
+    return rows[permute(positions, len(rows), _numbered(key, epochs))]
 
-    def _share(self, name: str, weights: Mapping[str, float] | None) -> float:
-        return float(len(self.components[name])) if weights is None else float(weights.get(name, 0.0))
 
-    def _check(self, weights: Mapping[str, float] | None, homogeneous: str | None, ratio: float) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"a batch of {self.batch_size} samples is too small", hint="use at least 1")
-        if not 0 <= ratio <= 1:
-            raise UserError(f"homogeneous_ratio is {ratio}", hint="use a share from 0 to 1")
-        if not any(len(rows) for rows in self.components.values()):
-            raise UserError("there are no photos to train on: every component is empty")
-        for name in [*(weights or {}), *([homogeneous] if homogeneous else [])]:
-            if not len(self.components.get(name, ())):
-                raise UserError(
-                    f"there is no component {name!r} with photos in it",
-                    hint=f"use {nearest(name, self.components) or ' or '.join(sorted(self.components))!r}",
-                )
-        if weights is not None:
-            total = sum(self._share(name, weights) for name in self._mixed_names(homogeneous))
-            if min(weights.values(), default=0) < 0 or not total > 0:
-                raise UserError(
-                    f"the weights {dict(weights)} leave nothing to draw from", hint="give positive weights"
-                )
+def _parts(
+    parts: Mapping[str, NDArray[np.int64]], weights: Mapping[str, float] | None
+) -> dict[str, NDArray[np.int64]]:
+    """What slots are for: each part with a weight, or all rows together, under the names of all."""
+    if weights is None:
+        rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in parts.values()])
+        return {"+".join(sorted(parts)): np.unique(rows)}
+    return {name: np.asarray(parts[name], dtype=np.int64) for name in sorted(weights) if weights[name] > 0}
+
+
+def _check(
+    parts: Mapping[str, NDArray[np.int64]],
+    weights: Mapping[str, float] | None,
+    homogeneous: NDArray[np.int64] | None,
+    ratio: float,
+    batch_size: int,
+) -> None:
+    if batch_size < 1:
+        raise UserError(f"a batch of {batch_size} samples is too small", hint="use at least 1")
+    if not 0 <= ratio <= 1:
+        raise UserError(f"homogeneous_ratio is {ratio}", hint="use a share from 0 to 1")
+    if not any(len(rows) for rows in parts.values()):
+        raise UserError("there are no photos to train on: the mix is empty")
+    if homogeneous is not None and not len(homogeneous):
+        raise UserError("there are no photos for homogeneous batches", hint="leave out `homogeneous`")
+    if weights is None:
+        return
+    for name, weight in weights.items():
+        if not len(parts.get(name, ())):
+            close = nearest(name, parts) or " or ".join(sorted(parts))
+            raise UserError(f"there are no photos of {name!r} to mix in", hint=f"use {close!r}")
+        if not 0 <= weight < inf:
+            raise UserError(f"the weight of {name!r} is {weight}", hint="give a positive weight")
+    if not any(weights.values()):
+        raise UserError(
+            f"the weights {dict(weights)} leave nothing to draw from", hint="give positive weights"
+        )
 
 
 def _slots(shares: list[float]) -> NDArray[np.int64]:
-    """Whole numbers in the ratio of `shares`: the shortest exact cycle, else the nearest of 4096 slots."""
-    parts = [Fraction(share).limit_denominator(10**6) for share in shares]
+    """Whole numbers in the ratio of `shares`: the shortest exact cycle, else the nearest of a million slots."""
+    parts = [Fraction(share).limit_denominator(10**6) or Fraction(share) for share in shares]
     exact = [part / sum(parts) for part in parts]
     length = min(_MAX_CYCLE, lcm(*(share.denominator for share in exact)))
     counts = [floor(share * length) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i] * length, i))
     for i in by_remainder[: length - sum(counts)]:
         counts[i] += 1
-    # Rounding must not silence a component that was given a weight.
+    # Rounding must not silence a part that was given a weight.
     pairs = zip(counts, exact, strict=True)
     return np.array([max(count, 1) if share > 0 else 0 for count, share in pairs], dtype=np.int64)

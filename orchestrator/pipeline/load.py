@@ -139,6 +139,7 @@ def _check(loaded: LoadedPipeline) -> list[UserError]:
                 problems.append(_unknown_source(loaded, name, source_name))
         problems += _check_stage(loaded, name, stage)
         problems += _check_exact(loaded, name, stage)
+        problems += _check_index(loaded, name, stage)
     problems += _check_store(loaded)
     try:
         absolute_uri(spec.tracking.uri)
@@ -170,6 +171,20 @@ def _check_stage(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserEr
         return []
     try:
         stage.check()
+    except UserError as error:
+        where = loaded.where("stages", name, *(error.where or "").split("."))
+        return [UserError(error.what, where=where, hint=error.hint)]
+    return []
+
+
+def _check_index(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserError]:
+    """What the stage says of the index that it needs: who makes that is known before anything runs."""
+    stages = loaded.spec.stages
+    makers = [stages[need] for need in stage.needs if need in stages and stages[need].components]
+    if len(makers) != 1:
+        return []
+    try:
+        stage.check_index(makers[0].components, makers[0].data_sources())
     except UserError as error:
         where = loaded.where("stages", name, *(error.where or "").split("."))
         return [UserError(error.what, where=where, hint=error.hint)]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orchestrator.data.blocks import BlockSource, CaptionBlocks
 from orchestrator.data.index import PhotoIndex
+from orchestrator.data.mix import sample_order
 from orchestrator.data.order import SampleOrder
 from orchestrator.errors import UserError, nearest
 
@@ -23,26 +23,30 @@ if TYPE_CHECKING:
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 
 
-def captioned(index: PhotoIndex, batch_size: int) -> dict[str, NDArray[np.int64]]:
-    """Rows with a caption, by component.
+def caption_order(config: AlignText, index: PhotoIndex, seed: int) -> SampleOrder:
+    """The order in which an `align_text` stage draws the photos of its `mix` that have a caption.
 
     Raises:
         UserError: there are fewer than a batch; a photo twice in a batch would be its own negative.
     """
     has = np.array([bool((caption or "").strip()) for caption in index.captions], dtype=bool)
-    rows = {name: index.rows_of(name) for name in index.components}
-    kept = {name: of_component[has[of_component]] for name, of_component in rows.items()}
     if not has.any():
         raise UserError(
             f"none of the {len(index)} photos has a caption to align with",
             hint="give the data source of the curate stage a `captions` file with a `caption` column",
         )
-    if has.sum() < batch_size:
+    order = sample_order(index, config.mix, batch_size=config.batch_size, seed=seed, keep_N=has)
+    if len(order.rows) < config.batch_size:
+        hint = f"use a batch_size of at most {len(order.rows)}"
+        if has.sum() >= config.batch_size:
+            hint += f", or a `mix` that takes in more of the {has.sum()} photos of the index that have one"
         raise UserError(
-            f"a batch of {batch_size} pairs is more than the {has.sum()} photos that have a caption",
-            hint=f"use a batch_size of at most {has.sum()}",
+            f"a batch of {config.batch_size} pairs is more than the {len(order.rows)} photos of the mix that have a "
+            "caption",
+            where="batch_size",
+            hint=hint,
         )
-    return {name: of_component for name, of_component in kept.items() if len(of_component)}
+    return order
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int, context: int, path: Path) -> None:
@@ -176,10 +180,9 @@ def caption_blocks(
 ) -> BlockSource:
     """The blocks of photos with their captions of an `align_text` stage, from a curated index."""
     index = PhotoIndex.load(index_folder)
-    order = SampleOrder(captioned(index, config.batch_size), batch_size=config.batch_size, seed=seed)
     return CaptionBlocks(
         index,
-        order,
+        caption_order(config, index, seed),
         size=image_size,
         block_size=config.block_size,
         seed=seed,

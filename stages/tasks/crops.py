@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from orchestrator.data.blocks import Block, CropBlocks
 from orchestrator.data.index import PhotoIndex
-from orchestrator.data.order import SampleOrder
 from orchestrator.data.views import CropConfig
 from orchestrator.models.presets import preset
 from orchestrator.stages.distill import Distill
@@ -37,16 +36,9 @@ def crop_blocks(
         crops: other views than the stage's, of the same boxes.
     """
     index = PhotoIndex.load(index_folder)
-    order = SampleOrder(
-        {name: index.rows_of(name) for name in sorted(set(index.components))},
-        homogeneous=config.homogeneous,
-        homogeneous_ratio=config.homogeneous_ratio,
-        batch_size=config.batch_size,
-        seed=seed,
-    )
     return CropBlocks(
         index,
-        order,
+        config.sample_order(index, config.batch_size, seed),
         lambda step: crops or config.crops_at(step, seed),
         patch_size=preset(recipe.model).patch_size if recipe is not None else None,
         block_size=config.block_size,

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from orchestrator.data.mix import effective_number
+from orchestrator.report.clusters import cluster_shares
 from orchestrator.report.html import Block, Picture, Section, Table, Text, Tile, markdown_table, page
 from orchestrator.report.pictures import bars, curves
 from orchestrator.stages.tasks.evaluation_results import HEALTH, NUM_ENDS, History, Results, ZeroShot
@@ -37,6 +39,10 @@ def write(results: Results, out: Path) -> None:
         "zero_shot": asdict(results.zero_shot) if results.zero_shot else None,
         "dense_health": results.health(),
         "sharing": dict(results.sharing),
+        "clusters": {
+            one.name: {"effective": one.effective, "left_out": one.left_out}
+            for one in (*results.pool, *results.drawn.values())
+        },
     }
     (out / "table.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     sections = _sections(results, out)
@@ -59,6 +65,7 @@ def _sections(results: Results, out: Path) -> list[Section]:
     if results.text_maps:
         picture = Picture(results.text_maps, "Photos, and how like each text their patches are")
         sections.append(Section("Where a text is", [Text(_MAPS_NOTE), picture]))
+    sections += _drawn(results, out)
     sections.append(_training(results, out))
     keys = [(name, key[:16]) for name, key in reversed(list(results.keys.items()))]
     if keys:
@@ -148,6 +155,36 @@ def _zero_shot(found: ZeroShot) -> Section:
         strong=[0],
     )
     return Section("Zero-shot classes", [Text(note), table])
+
+
+def _drawn(results: Results, out: Path) -> list[Section]:
+    """What training was trained on; nothing without clusters."""
+    numbers = sorted(results.pool[0].by_cluster) if results.pool else []
+    if len(numbers) < 2 or not results.drawn:
+        return []
+    backbone = [results.drawn[kind] for kind in results.backbones if kind in results.drawn]
+    trained = backbone or list(results.drawn.values())
+    drawn = [sum(one.by_cluster.get(number, 0) for one in trained) for number in numbers]
+    lines = {one.name: [one.by_cluster.get(number, 0) for number in numbers] for one in results.pool}
+    path = out / "clusters.png"
+    series = {
+        f"{name}: {effective_number(counts):.1f} of {len(numbers)} clusters in effect": counts
+        for name, counts in (*lines.items(), ("drawn", drawn))
+    }
+    cluster_shares({"Raw, chosen, drawn": series}, path)
+    rows = [
+        (one.name, f"{one.total}", f"{one.effective:.1f}", f"{100 * one.left_out:.1f} %")
+        for one in (*results.pool, *results.drawn.values())
+    ]
+    note = (
+        f"The index has {len(numbers)} clusters. Clusters in effect are exp(entropy): so many clusters of equal size "
+        "would be as diverse. Stages draw what the curation chose; what it left out is drawn only by "
+        "stages whose `mix` or `homogeneous` names it. The line `drawn` is all that was drawn by: "
+        f"{', '.join(one.name for one in trained)}."
+    )
+    header = ("what", "photos or draws", "clusters in effect", "left out by the curation")
+    picture = Picture(path, "Share of each cluster in the raw pool, in what was chosen and in what was drawn")
+    return [Section("What training drew", [Text(note), Table(header, rows), picture])]
 
 
 def _training(results: Results, out: Path) -> Section:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,28 @@ class ZeroShot:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """What came of a pool by cluster: its photos, or the draws of a stage.
+
+    Attributes:
+        name: of the pool, or of the stage.
+        by_cluster: photos or draws by cluster.
+        effective: how many equally frequent clusters have the entropy of these.
+        left_out: share that the curation had left out.
+    """
+
+    name: str
+    by_cluster: Mapping[int, int]
+    effective: float
+    left_out: float
+
+    @property
+    def total(self) -> int:
+        """Photos or draws."""
+        return sum(self.by_cluster.values())
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything an evaluation found.
 
@@ -64,6 +86,8 @@ class Results:
         retrieval: `num_pairs` and what `retrieval_recall` gives, or None.
         zero_shot: None without texts or without labels.
         text_maps: PNG of where in photos texts are, or None.
+        pool: the raw photos and the chosen ones by cluster.
+        drawn: what stages drew, by kind and in the order they ran.
     """
 
     title: str
@@ -79,6 +103,8 @@ class Results:
     retrieval: Mapping[str, float] | None = None
     zero_shot: ZeroShot | None = None
     text_maps: Path | None = None
+    pool: Sequence[Draws] = ()
+    drawn: Mapping[str, Draws] = field(default_factory=dict)
 
     @property
     def num_photos(self) -> int:
@@ -120,6 +146,7 @@ class Results:
         figures = {f"knn/{score.name}": score.accuracy for score in self.scores}
         figures |= {f"retrieval/{name}": value for name, value in (self.retrieval or {}).items()}
         figures |= {"zero_shot/accuracy": self.zero_shot.accuracy} if self.zero_shot else {}
+        figures |= {f"clusters/{one.name}": one.effective for one in (*self.pool, *self.drawn.values())}
         for kind, health in self.health().items():
             figures |= {f"{name}/{kind}": ends["last"] for name, ends in health.items()}
         return {"num_photos": float(self.num_photos), **figures}

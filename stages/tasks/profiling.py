@@ -77,7 +77,8 @@ def _join(spec: Spec, gpu: bool) -> None:
 
 def _measure(spec: Spec, scratch: Path) -> dict[str, dict[str, float]]:
     """Median seconds of a step, by part (`""` is the teacher) and blocks a step."""
-    config = Distill.model_validate(spec.config)
+    # Which photographs are drawn does not change what a step costs, and made-up ones are of no source.
+    config = Distill.model_validate({**spec.config, "mix": None, "homogeneous": None})
     places = {"index": spec.index or _made_up_photos(config, scratch / "index")}
     if spec.recipe is not None:
         places["teacher"] = spec.teacher or _made_up_teacher(spec.recipe, scratch / "teacher")
@@ -250,8 +251,7 @@ def _made_up_photos(config: Distill, folder: Path) -> Path:
         cv2.imwrite(
             str(folder / f"{number}.jpg"), cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
         )
-        component = (config.homogeneous or "pool") if number % 2 else "pool"
-        rows.append(PhotoRow("made-up", f"{number}.jpg", str(folder), "", width, height, component=component))
+        rows.append(PhotoRow("made-up", f"{number}.jpg", str(folder), "", width, height))
     PhotoIndex(rows).save(folder)
     return folder
 

@@ -33,8 +33,8 @@ logger = logging.getLogger("orchestrator")
 
 # What decides the teacher's words besides its weights and the data; students' fields do not.
 _SPOKEN = (
-    "crops", "batch_size", "block_size", "mask_ratio", "mask_probability", "homogeneous", "homogeneous_ratio",
-    "teacher_temperature", "precision", "features",
+    "crops", "batch_size", "block_size", "mask_ratio", "mask_probability", "mix", "homogeneous",
+    "homogeneous_ratio", "teacher_temperature", "precision", "features",
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def pipeline(photos: Path, steps: int, students: int) -> dict[str, Any]:
                 "model": "vit_femto",
                 "drop_path": 0.2,
                 "heads": _HEADS,
-                "homogeneous": "balanced",
+                "homogeneous": "photos",
             },
             "distill": {
                 **common,

@@ -28,8 +28,17 @@ def test_round_trip(tmp_path: Path) -> None:
     assert index.components == ["balanced", "pool"]
     assert index.rows_of("balanced").tolist() == [0, 2]
     assert index.rows_of("nothing").tolist() == []
+
     assert index.clusters.tolist() == [3, 0, -1]
     assert pq.read_table(tmp_path / "index.parquet").column("id").to_pylist() == [0, 1, 2]
+
+
+def test_sources_and_what_was_chosen() -> None:
+    index = PhotoIndex([*_ROWS, PhotoRow("web", "e.jpg", "/photos", "01" * 32, 8, 8)])
+    assert index.sources == ["food", "web"]
+    assert index.rows_from("food").tolist() == [0, 1, 2]
+    assert index.rows_from("balanced").tolist() == []
+    assert index.chosen == ["all", "balanced"], "a photo that no curation has seen was not left out"
 
 
 def test_missing_index(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ CONFIG: dict[str, Any] = {
     "ema": {"peak": 0.9},
     "frozen_prototype_steps": 2,
     "koleo_views": "both",
-    "homogeneous": "balanced",
+    "mix": {"balanced": 0.75, "pool": 0.25},
+    "homogeneous": "fine",
     "homogeneous_ratio": 0.3,
 }
 RECIPE = {"model": "vit_femto", "drop_path": 0.3, "heads": HEADS, "global_size": 32}
@@ -50,7 +51,7 @@ DIED = -signal.SIGKILL
 
 @pytest.fixture(scope="session")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of 40 smooth random pictures in two components."""
+    """An index of 40 smooth random pictures of two sources, in two components."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     rows = []
@@ -59,8 +60,9 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (80, 60), interpolation=cv2.INTER_CUBIC
         )
         cv2.imwrite(str(root / f"{number:02}.png"), pixels)
-        component = "balanced" if number % 3 == 0 else "pool"
-        rows.append(PhotoRow("photos", f"{number:02}.png", str(root), "", 80, 60, component=component))
+        source = "fine" if number % 3 == 0 else "photos"
+        component = "balanced" if number % 2 else "pool"
+        rows.append(PhotoRow(source, f"{number:02}.png", str(root), "", 80, 60, component=component))
     folder = tmp_path_factory.mktemp("index")
     PhotoIndex(rows).save(folder)
     return folder

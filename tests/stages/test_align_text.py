@@ -36,7 +36,7 @@ from orchestrator.stages.tasks.captions import (
     START,
     adopt_tokenizer,
     caption_blocks,
-    captioned,
+    caption_order,
     load_tokenizer,
     train_tokenizer,
 )
@@ -412,17 +412,26 @@ def photo_index(folder: Path, captions: list[str | None]) -> PhotoIndex:
 
 def test_photos_without_a_caption_are_left_out(tmp_path: Path, tokenizer: Path) -> None:
     photo_index(tmp_path, ["rice", None, "wheat", "maize", " ", "dal"])
-    blocks = caption_blocks(config(batch_size=4, block_size=2), tmp_path, load_tokenizer(tokenizer), 16, 0)
+    both = config(batch_size=4, block_size=2, mix=["balanced", "pool"])
+    blocks = caption_blocks(both, tmp_path, load_tokenizer(tokenizer), 16, 0)
     seen = {int(row) for step in range(3) for index in range(2) for row in blocks.load(step, index).ids}
     assert seen == {0, 2, 3, 5}
 
 
 def test_too_few_captions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the 3 photos has a caption"):
-        captioned(photo_index(tmp_path, [None, "", " "]), 2)
-    with pytest.raises(UserError, match="a batch of 4 pairs is more than the 2 photos") as caught:
-        captioned(photo_index(tmp_path, ["a", "b", None]), 4)
-    assert caught.value.hint == "use a batch_size of at most 2"
+        caption_order(config(batch_size=2, block_size=2), photo_index(tmp_path, [None, "", " "]), 0)
+    index = photo_index(tmp_path, ["a", "b", None, "d"])
+    both = config(batch_size=4, block_size=2, mix=["balanced", "pool"])
+    with pytest.raises(UserError, match="a batch of 4 pairs is more than the 3 photos") as caught:
+        caption_order(both, index, 0)
+    assert caught.value.hint == "use a batch_size of at most 3"
+    # What curation left out is not drawn unless the mix names it; the message says that it could.
+    with pytest.raises(UserError, match="a batch of 3 pairs is more than the 2 photos") as caught:
+        caption_order(config(batch_size=3, block_size=3), index, 0)
+    assert caught.value.hint == (
+        "use a batch_size of at most 2, or a `mix` that takes in more of the 3 photos of the index that have one"
+    )
 
 
 # --- config -------------------------------------------------------------------------------------------------

@@ -21,28 +21,30 @@ from .small import BASE, PAPER, RECIPE
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of 30 photos, twelve of them in the component of homogeneous batches."""
+    """An index of 30 photos, twelve of them of the source of homogeneous batches, which nobody else draws."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     rows = []
     for number in range(30):
         cv2.imwrite(str(root / f"{number:02}.png"), rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-        component = "balanced" if number < 12 else "pool" if number < 20 else "seeds"
-        rows.append(PhotoRow("photos", f"{number:02}.png", str(root), "", 32, 24, component=component))
+        source, component = ("fine", "pool") if number < 12 else ("photos", "balanced")
+        if number >= 20:
+            component = "seeds"
+        rows.append(PhotoRow(source, f"{number:02}.png", str(root), "", 32, 24, component=component))
     folder = tmp_path_factory.mktemp("index")
     PhotoIndex(rows).save(folder)
     return folder
 
 
-def test_a_tenth_of_the_batches_is_of_one_component(photos: Path) -> None:
+def test_a_tenth_of_the_batches_is_of_one_source(photos: Path) -> None:
     """By default, from config to pixels: one step of any ten, all its blocks; the others never touch it."""
     config = Pretrain.model_validate(
-        {**BASE, "model": "vit_femto", "kind": "pretrain", "needs": "x", "homogeneous": "balanced"}
+        {**BASE, "model": "vit_femto", "kind": "pretrain", "needs": "x", "homogeneous": "fine"}
         | {"crops": {"global_size": 8, "local_size": 8, "num_local": 0}}
     )
     source = crop_blocks(config, RECIPE, photos, 3)
     index = PhotoIndex.load(photos)
-    special = set(index.rows_of("balanced").tolist())
+    special = set(index.rows_from("fine").tolist())
     kinds, seen = [], Counter[int]()
     for step in range(40):
         ids = [int(row) for block in range(source.num_blocks) for row in source.load(step, block).ids]
@@ -52,7 +54,7 @@ def test_a_tenth_of_the_batches_is_of_one_component(photos: Path) -> None:
         kinds.append(inside.pop())
         seen.update(ids)
     assert all(sum(kinds[start : start + 10]) == 1 for start in range(31))
-    assert set(seen) >= set(range(12, 30)), "the mixed batches show all other components"
+    assert set(seen) >= set(range(12, 30)), "the mixed batches show all that was chosen"
     assert sum(seen[row] for row in special) == 4 * 8
 
 

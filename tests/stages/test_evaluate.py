@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.mix import effective_number
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
 from orchestrator.report.neighbours import knn_leave_one_out
@@ -45,8 +46,11 @@ def make_index(folder: Path) -> Path:
             name = f"{label}-{number}.png"
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
             rows.append(
-                PhotoRow("photos", name, str(folder), "0", 40, 24, caption=f"{label} {number}", label=label)
-            )
+                PhotoRow(
+                    "photos", name, str(folder), "0", 40, 24, caption=f"{label} {number}", label=label,
+                    component="balanced" if number < 3 else "pool", cluster=at,
+                )
+            )  # fmt: skip
     index = folder / "index"
     index.mkdir()
     PhotoIndex(rows).save(index)
@@ -63,6 +67,18 @@ def history(steps: int, health: bool = True) -> str:
     )
 
 
+def drawn(*counts: int, left_out: float = 0.0) -> str:
+    """What a stage drew of clusters, as it says so in `drawn.json`."""
+    return json.dumps(
+        {
+            "draws": sum(counts),
+            "left_out": left_out,
+            "effective_clusters": effective_number(counts),
+            "clusters": {str(number): count for number, count in enumerate(counts)},
+        }
+    )
+
+
 def make_backbone(folder: Path, seed: int, steps: tuple[int, ...] = (2, 4, 6)) -> Path:
     (folder / "snapshots").mkdir(parents=True)
     for step in steps:
@@ -74,6 +90,7 @@ def make_backbone(folder: Path, seed: int, steps: tuple[int, ...] = (2, 4, 6)) -
         )
     save_pretrained(folder / "model", state, "vit_femto", {"image_size": SIZE})
     (folder / "history.json").write_text(history(steps[-1]))
+    (folder / "drawn.json").write_text(drawn(30, 30, 30, 10))
     return folder
 
 
@@ -90,6 +107,7 @@ def make_students(folder: Path) -> Path:
         )
         (folder / "students" / name / "history.json").write_text(history(3, health=False))
     (folder / "sharing.json").write_text(json.dumps({"teacher_forwards_per_image": 1.0}))
+    (folder / "drawn.json").write_text(drawn(30, 30, 30, 10))
     return folder
 
 
@@ -114,6 +132,7 @@ def make_text(folder: Path, tower: Path, captions: list[str]) -> Path:
     )
     save_aligned(folder / "export.safetensors", folder / "aligned", config, tower, tokenizer, image_size=SIZE)
     (folder / "history.json").write_text(history(2, health=False))
+    (folder / "drawn.json").write_text(drawn(60, 50, 30, 10, left_out=1 / 3))
     return folder
 
 
@@ -200,14 +219,22 @@ def test_everything_upstream_is_scored_and_shown(small: Context, tmp_path: Path)
     # Means over the last and first five of six steps, whatever their order in the file.
     assert table["dense_health"]["pretrain"]["cls_patch_cosine"] == pytest.approx({"first": 0.3, "last": 0.4})
     assert table["sharing"] == {"teacher_forwards_per_image": 1.0}
+    clusters = {name: (one["effective"], one["left_out"]) for name, one in table["clusters"].items()}
+    assert list(clusters) == ["raw", "chosen", "pretrain", "gram_anchor", "high_res", "distill", "align_text"]
+    # 6, 5, 3 and 1 photos, of which up to 3 were chosen.
+    assert clusters["raw"] == pytest.approx((effective_number([6, 5, 3, 1]), 5 / 15))
+    assert clusters["chosen"] == clusters["pretrain"] == pytest.approx((effective_number([3, 3, 3, 1]), 0))
+    assert clusters["align_text"] == pytest.approx((effective_number([6, 5, 3, 1]), 1 / 3))
     (record,) = full.run.history("eval")
     assert record["metrics"]["knn/raw pixels"] == 1.0
+    assert record["metrics"]["clusters/chosen"] == clusters["chosen"][0]
 
-    pictures = {"knn", "dense_health", "losses_backbone", "losses_students", "losses_text"}
+    pictures = {"knn", "dense_health", "clusters", "losses_backbone", "losses_students", "losses_text"}
     pictures |= {"pca_teacher", "pca_small", "pca_other", "text_maps"}
     assert {path.stem for path in full.out.glob("*.png")} == pictures
     page = (full.out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(pictures)
+    assert "What training drew" in page
     assert "n=14" in page
     assert "n=14" in (full.out / "table.md").read_text()
     assert "1.000 |" in (full.out / "table.md").read_text()
@@ -329,7 +356,20 @@ def test_photos_without_labels_still_give_a_report(small: Context) -> None:
 def test_histories_without_records_cost_only_their_curves(small: Context) -> None:
     (small.inputs["pretrain"].path / "history.json").write_text("[]")
     stage().run(small)
-    assert {path.name for path in small.out.glob("*.png")} == {"knn.png", "pca_teacher.png"}
+    assert {path.name for path in small.out.glob("*.png")} == {"knn.png", "pca_teacher.png", "clusters.png"}
+
+
+def test_without_clusters_or_a_record_of_draws_there_is_no_chart_of_them(small: Context) -> None:
+    (small.inputs["pretrain"].path / "drawn.json").unlink()
+    stage().run(small)
+    assert list(json.loads((small.out / "table.json").read_text())["clusters"]) == ["raw", "chosen"]
+    assert not (small.out / "clusters.png").exists()
+    (small.inputs["pretrain"].path / "drawn.json").write_text(drawn(9))
+    folder = small.inputs["index"].path
+    index = PhotoIndex.load(folder)
+    PhotoIndex([replace(index[row], cluster=0) for row in range(len(index))]).save(folder)
+    stage().run(small)
+    assert not (small.out / "clusters.png").exists()
 
 
 def test_mistakes_are_named(small: Context) -> None:

@@ -1,0 +1,142 @@
+"""What a training stage is trained on: fields that name components and data sources, and their checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from orchestrator.errors import UserError, nearest
+from orchestrator.spec import Mix
+from orchestrator.stages.base import TrainStage
+
+if TYPE_CHECKING:
+    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.order import SampleOrder
+
+DRAWN = "drawn.json"
+DRAWN_MEANS = "how often training drew a photo of each cluster, and how many clusters that is in effect"
+
+
+class MixStage(TrainStage):
+    """A training stage that draws from named parts of an index."""
+
+    mix: Mix | None = Field(
+        None,
+        description="The components of the index and the data sources that mixed batches are drawn from: a name, a "
+        "list of names, or a weight for each name, which is its share of these batches. Without weights, each photo "
+        "comes once an epoch. Default: what the curation chose.",
+    )
+
+    def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
+        """See :class:`Stage`."""
+        known = sorted({*components, *sources})
+        for name in self.mix or ():
+            if name in components and name in sources:
+                raise UserError(
+                    f"{name!r} is a component of the index and a data source",
+                    where="mix",
+                    hint="give the data source another name",
+                )
+            if name not in known:
+                close = nearest(name, known)
+                raise UserError(
+                    f"mix names {name!r}, which is neither a component of the index nor a data source of it",
+                    where="mix",
+                    hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(known)}",
+                )
+
+
+class HomogeneousMixStage(MixStage):
+    """A training stage some of whose batches come from one data source each."""
+
+    homogeneous: str | None = Field(
+        None,
+        description="The data source that homogeneous batches are drawn from, with all its photos in the index. "
+        "Default: all batches are mixed.",
+    )
+    homogeneous_ratio: float = Field(
+        0.1, ge=0, le=1, description="The share of homogeneous batches among all, where there are any."
+    )
+
+    def sample_order(self, index: PhotoIndex, batch_size: int, seed: int) -> SampleOrder:
+        """The order in which this stage draws rows; see :func:`orchestrator.data.mix.sample_order`."""
+        from orchestrator.data.mix import sample_order
+
+        return sample_order(
+            index, self.mix, self.homogeneous, self.homogeneous_ratio, batch_size=batch_size, seed=seed
+        )
+
+    def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
+        """See :class:`Stage`."""
+        super().check_index(components, sources)
+        name = self.homogeneous
+        if name is None or name in sources:
+            return
+        if name in components:
+            others = " or ".join(f"`homogeneous: {source}`" for source in sources)
+            raise UserError(
+                f"homogeneous names {name!r}, a component of the index: homogeneous batches come from a data source",
+                where="homogeneous",
+                hint=f"write `mix: {name}` to train on this component, and {others} for homogeneous batches, or "
+                "leave `homogeneous` out",
+            )
+        close = nearest(name, sources)
+        raise UserError(
+            f"homogeneous names {name!r}, which is no data source of the index",
+            where="homogeneous",
+            hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(sources)}",
+        )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The photographs of a stage, and the order in which it draws them."""
+
+    index: PhotoIndex
+    order: SampleOrder
+
+    def write(self, num_steps: int, folder: Path) -> dict[str, float]:
+        """What a run of so many steps drew, as `drawn.json`; returns the figure for the summary.
+
+        `draws` are counted by cluster; `left_out` is the share of them that the curation had left out.
+        """
+        from orchestrator.data.index import LEFT_OUT
+        from orchestrator.data.mix import by_cluster, count_draws, effective_number
+
+        drawn_N = count_draws(self.index, self.order, num_steps)
+        clusters = by_cluster(self.index.clusters, drawn_N)
+        effective = effective_number(list(clusters.values()))
+        record = {
+            "draws": int(drawn_N.sum()),
+            "left_out": float(drawn_N[self.index.rows_of(LEFT_OUT)].sum() / drawn_N.sum()),
+            "effective_clusters": effective,
+            "clusters": {str(name): count for name, count in clusters.items()},
+        }
+        (folder / DRAWN).write_text(json.dumps(record, indent=1))
+        return {"drawn_clusters": effective}
+
+
+def draws_of(stage: str, make: Callable[[PhotoIndex], SampleOrder], folder: Path) -> Draws:
+    """The draws of a stage, before its first step.
+
+    Args:
+        stage: its name.
+        make: the order of its draws from an index.
+        folder: of the index.
+
+    Raises:
+        UserError: a name without photographs.
+    """
+    from orchestrator.data.index import PhotoIndex
+
+    index = PhotoIndex.load(folder)
+    try:
+        return Draws(index, make(index))
+    except UserError as error:
+        field = f".{error.where}" if error.where else ""
+        raise UserError(error.what, where=f"stages.{stage}{field}", hint=error.hint) from None
