@@ -129,6 +129,8 @@ class Stage(StageSpec):
     inputs: ClassVar[tuple[Input, ...]] = ()
     outputs: ClassVar[Mapping[str, str]] = {}
     needs_ray: ClassVar[bool] = True
+    # Whether it changes something outside the store. That is no artifact, so it is compared on each run: `drift`.
+    effects: ClassVar[bool] = False
 
     def data_sources(self) -> tuple[str, ...]:
         """Names of the data sources this stage reads: the content of each is part of the stage's key."""
@@ -149,6 +151,18 @@ class Stage(StageSpec):
         Raises:
             UserError: `where` is the dotted field that is wrong.
         """
+
+    def drift(self, context: Context, tracking_uri: str) -> list[str]:
+        """What is outside the store not as `run` would leave it, a line each. Changes nothing; for `effects` only.
+
+        Args:
+            context: as for `run`; the inputs are on this machine, and there is no tracking run.
+            tracking_uri: MLflow's address.
+
+        Raises:
+            UserError: it cannot be found out.
+        """
+        return []
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Do the work, write `outputs` into `context.out`, and return the figures worth a summary line.

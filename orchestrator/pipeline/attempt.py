@@ -62,6 +62,18 @@ class Attempt:
     run: Run
     interrupt: Interrupt
 
+    def drift(self) -> list[str]:
+        """See `Stage.drift`. What cannot be found out is a line too: running the stage then says why."""
+        artifacts = self.workspace.artifacts()
+        stage = self.loaded.spec.stages[self.stage.name]
+        work = self.workspace.work(self.stage.parts.kind, self.stage.key)
+        try:
+            for artifact in self.inputs.values():
+                artifacts.fetch(artifact)
+            return stage.drift(self._context(stage, work, work), self.loaded.spec.tracking.uri)
+        except UserError as error:
+            return [error.what]
+
     def execute(self) -> Outcome:
         """Run the stage and publish what it wrote. Errors become an outcome; the log has the traceback."""
         started = time.monotonic()
@@ -148,6 +160,8 @@ class Attempt:
             work = self.workspace.work(kind, key)
             if known is None:
                 work.mkdir(parents=True, exist_ok=True)
+                name = str(identity.get("name", key[:8]))
+                self.workspace.note_piece(self.stage.parts.kind, self.stage.key, name, kind, key)
 
             def publish(folder: Path, summary: Mapping[str, float]) -> Path:
                 lease.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import tempfile
@@ -19,6 +20,40 @@ if TYPE_CHECKING:
 
 CONTENT_TAG = "orchestrator.sha256"
 _SUFFIXES = (".safetensors", ".json", ".md")
+# MLflow reads it and finds there how to load the model.
+_MLMODEL = "MLmodel"
+
+
+def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias: str) -> str | None:
+    """What `publish` would change in the registry at `uri`, on one line; None if it has all of it. Changes nothing.
+
+    Args:
+        content: `content_digest` of the files.
+
+    Raises:
+        UserError: the registry cannot be reached.
+    """
+    database = database_path(uri)
+    if database is not None and not database.exists():
+        return f"{name} is not in the registry: there is no database at {database}"
+    from mlflow.exceptions import MlflowException
+
+    client = connect(uri)
+    try:
+        known = client.search_registered_models(f"name = '{name}'")
+        if not known:
+            return f"{name} is not in the registry at {uri}"
+        version = _existing(client, name, {**tags, CONTENT_TAG: content})
+    except MlflowException as error:
+        raise UserError(f"the registry at {uri} does not answer: {error}", where="tracking.uri") from error
+    if version is None:
+        return f"{name} has no version with this content and lineage"
+    points_at = known[0].aliases.get(alias)
+    if points_at is None:
+        return f"{name} version {version} lacks the alias {alias}"
+    if int(points_at) != version:
+        return f"{name}@{alias} is version {points_at}, should be {version}"
+    return None
 
 
 def publish(
@@ -56,12 +91,20 @@ def publish(
     client = connect(run.tracking_uri)
     _ensure_model(client, name)
     marked = {**tags, CONTENT_TAG: _digest(folder)}
-    version = _existing(client, name, marked)
-    if version is None:
-        version = _create(client, run_id, name, folder, marked)
+    known = _existing(client, name, marked)
+    version = _create(client, run_id, name, folder, marked) if known is None else known
+    try:
         for key, value in tags.items():
             client.set_registered_model_tag(name, key, value)
-    client.set_registered_model_alias(name, alias, str(version))
+        # The alias comes last: a version that has none was not published to the end, and the next run finds it.
+        client.set_registered_model_alias(name, alias, str(version))
+    except Exception as error:
+        if known is None:
+            with contextlib.suppress(Exception):
+                client.delete_model_version(name, str(version))
+        raise UserError(
+            f"{name} version {version} cannot be given the alias {alias!r}: {error}", where="alias"
+        ) from error
     return version
 
 
@@ -102,14 +145,23 @@ def pull(reference: str, out: Path, uri: str) -> Path:
     return out
 
 
+def content_digest(files: Mapping[str, str]) -> str:
+    """One sha256 over the names and the sha256 of files."""
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items(), key=lambda item: Path(item[0])):
+        digest.update(f"{content}  {name}\n".encode())
+    return digest.hexdigest()
+
+
 def _digest(folder: Path) -> str:
     """One sha256 over the names and contents of all files of `folder`."""
-    digest = hashlib.sha256()
-    for path in _files(folder):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{content}  {path.relative_to(folder).as_posix()}\n".encode())
-    return digest.hexdigest()
+    return content_digest({path.relative_to(folder).as_posix(): sha256(path) for path in _files(folder)})
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -118,7 +170,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _require_model(folder: Path) -> None:
     files = _files(folder)
-    strange = [path for path in files if path.suffix not in _SUFFIXES]
+    strange = [path for path in files if path.suffix not in _SUFFIXES and path != folder / _MLMODEL]
     if strange:
         raise ValueError(f"a published model holds {', '.join(_SUFFIXES)} files only, not {strange[0]}")
     if folder / "config.json" not in files or not any(path.suffix == ".safetensors" for path in files):
