@@ -152,6 +152,13 @@ class Stage(StageSpec):
             UserError: `where` is the dotted field that is wrong.
         """
 
+    def models(self) -> Mapping[str, str]:
+        """The trained models in this stage's artifact: folders of `save_pretrained` or `save_aligned`, by name.
+
+        The name is added to the stage's; the only model of a stage has none.
+        """
+        return {}
+
     def drift(self, context: Context, tracking_uri: str) -> list[str]:
         """What is outside the store not as `run` would leave it, a line each. Changes nothing; for `effects` only.
 

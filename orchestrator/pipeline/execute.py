@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from orchestrator.errors import ClusterLostError, Stopped, UserError
-from orchestrator.pipeline import graph, tracked
+from orchestrator.pipeline import graph, record, system, tracked
 from orchestrator.pipeline.attempt import Attempt, Outcome, merged_elastic
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
 from orchestrator.pipeline.lease import Lease, LostHoldError
@@ -25,6 +27,7 @@ from orchestrator.spec import Cluster, Elastic
 from orchestrator.stages.base import TrainStage
 from orchestrator.store.artifact import Artifact
 from orchestrator.tracking.runs import NullRun, Run, Status
+from orchestrator.tracking.spool import clean_name
 
 logger = logging.getLogger("orchestrator")
 
@@ -140,6 +143,7 @@ class _Driver:
                 if status == "FINISHED" and len(self._plans) < len(self._all):
                     # Some of the pipeline is missing still: it has not finished because a part of it has.
                     status = _NOT_FINISHED.get(before or "", "KILLED")
+                self._record_results(root)
             finally:
                 # The runs of a pipeline that another driver took over are that one's to finish.
                 self._lease.check()
@@ -155,6 +159,16 @@ class _Driver:
         path = self._workspace.record(name, self._loaded.resolved().encode())
         root.tags({"orchestrator.pipeline": self._loaded.name, "orchestrator.file": str(self._loaded.path)})
         root.file(path, "pipeline")
+        with _telling():
+            record.describe(root, self._loaded)
+            root.tags({record.NOTE: record.pipeline_note(self._loaded, self._plans, self._ledger.state)})
+
+    def _record_results(self, root: Run) -> None:
+        """Every artifact by address and digest, what it was made of, and the figures of each stage."""
+        with _telling():
+            references = record.references(self._workspace, self._artifacts)
+            root.text("artifacts.json", json.dumps(references, indent=1) + "\n")
+            root.tags({record.NOTE: record.pipeline_note(self._loaded, self._plans, self._ledger.state)})
 
     def _settle(self, root: Run) -> None:
         """Close the runs that a dead driver left open and that nobody will resume."""
@@ -188,6 +202,7 @@ class _Driver:
             if item.artifact is not None and not drift:
                 self._artifacts[item.name] = item.artifact
                 self._note_cached(item)
+                _sum_up(root, item.name, item.artifact.manifest.summary)
                 root.tags({f"stage.{item.name}": f"cached {item.stage.key[:16]}"})
                 self._reporter.cached(item)
             elif lacking:
@@ -225,14 +240,15 @@ class _Driver:
         state = self._ledger.state.stages[item.name]
         run = root.child(item.name, resume_id=run_id)
         self._open_runs.append(run)
-        self._describe(run, item)
+        self._describe(run, root, item)
         self._reporter.started(item, state.attempts)
-        with self._reporter.working(item):
+        with self._reporter.working(item), system.watched(root, run, item.name):
             outcome = self._attempt(item, state, run).execute()
             while self._has_new_cluster(outcome, cluster):
                 before = outcome.seconds
                 outcome = self._attempt(item, state, run).execute()
                 outcome.seconds += before
+        _sum_up(root, item.name, outcome.summary)
         self._conclude(item, run, run_id, outcome)
 
     def _enter_cluster(self, cluster: ExitStack) -> None:
@@ -298,6 +314,9 @@ class _Driver:
         if outcome.summary:
             run.metrics(outcome.summary, 0, "summary")
         run.file(log, "logs")
+        if outcome.artifact is not None:
+            with _telling():
+                self._record_artifact(run, item, outcome.artifact)
         self._open_runs.remove(run)
         run.finish(_OUTCOME_STATUS[outcome.state])
         self._ledger.append(
@@ -322,8 +341,24 @@ class _Driver:
             self._exit_code = MISTAKE if mistake and self._exit_code != FAILED else FAILED
             self._reporter.failed(item, outcome, log)
 
-    def _describe(self, run: Run, item: StagePlan) -> None:
+    def _record_artifact(self, run: Run, item: StagePlan, artifact: Artifact) -> None:
+        (own, *pieces) = record.references(self._workspace, {item.name: artifact})[item.name]
+        run.text("artifacts.json", json.dumps([own, *pieces], indent=1) + "\n")
+        run.tags(
+            {f"orchestrator.artifact.{name}": own[name] for name in ("uri", "sha256_of_manifest", "bytes")}
+        )
+        for model in record.models(self._loaded, self._workspace, item.stage, artifact):
+            run.model(model)
+
+    def _describe(self, run: Run, root: Run, item: StagePlan) -> None:
         parts = item.stage.parts
+        inputs = {role: self._artifacts[need] for role, need in item.stage.roles.items()}
+        with _telling():
+            used = record.datasets(self._loaded, self._workspace, item.stage, inputs.values())
+            run.datasets(used)
+            root.datasets(used)
+            record.describe(run, self._loaded)
+            run.tags({record.NOTE: record.stage_note(item, inputs, used)})
         run.params(parts.config)
         run.tags(
             {
@@ -350,6 +385,27 @@ class _Driver:
             return
         summary = item.artifact.manifest.summary
         self._ledger.append("done", stage=item.name, parts=item.stage.parts, summary=summary, reused=True)
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """What MLflow is told is not worth a stage: trouble with it is a warning."""
+    try:
+        yield
+    except LostHoldError:
+        raise
+    except Exception as error:  # a store that is away, a file that somebody removed
+        logger.warning("MLflow lacks a record: %s: %s", type(error).__name__, error)
+
+
+def _sum_up(root: Run, stage: str, summary: Mapping[str, float]) -> None:
+    """A stage's figures on the pipeline's run: a further point only where they changed since the last."""
+    channel = f"summary/{stage}"
+    known = root.history(channel)
+    # As text: a figure may be NaN, which equals nothing.
+    text = json.dumps({clean_name(name): float(value) for name, value in summary.items()})
+    if summary and (not known or json.dumps(known[-1]["metrics"]) != text):
+        root.metrics(summary, len(known), channel)
 
 
 def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import UserError, nearest
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.runs import Run
+from orchestrator.tracking.sink import model_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -196,7 +197,9 @@ def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> int |
 
 def _create(client: MlflowClient, run_id: str, name: str, folder: Path, tags: Mapping[str, str]) -> int:
     experiment_id = client.get_run(run_id).info.experiment_id
-    model = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, tags=dict(tags))
+    model = client.create_logged_model(
+        experiment_id, name=model_name(name), source_run_id=run_id, tags=dict(tags)
+    )
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
     # Not models:/<id>: the SQL registry would look that up in the process-wide tracking store, not in ours.
