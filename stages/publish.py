@@ -85,7 +85,12 @@ class Publish(Stage):
             folder = _fresh_copy(wanted.model, context, student)
             for name, text in wanted.texts.items():
                 (folder / name).write_text(text)
-            number = registry.publish(context.run, wanted.name, folder, wanted.tags, self.alias)
+            facts = registry.Facts(
+                kind=wanted.tags["orchestrator.model"],
+                params={name.removeprefix("orchestrator."): value for name, value in wanted.tags.items()},
+                metrics=_figures(context, student),
+            )
+            number = registry.publish(context.run, wanted.name, folder, wanted.tags, self.alias, facts=facts)
             published.append(
                 {"name": wanted.name, "version": number, "alias": self.alias, "tags": wanted.tags}
             )
@@ -195,6 +200,17 @@ def _evaluated(context: Context, student: str) -> dict[str, str]:
         "orchestrator.knn_accuracy": f"{found['accuracy']:.4f}",
         "orchestrator.knn": f"leave-one-out, k={knn['k']}, n={knn['num_photos']}",
     }
+
+
+def _figures(context: Context, student: str) -> dict[str, float]:
+    """The student's own figures among its stage's, and its k-NN accuracy if it was evaluated."""
+    own = {
+        name.removeprefix(f"{student}_"): value
+        for name, value in context.inputs["students"].manifest.summary.items()
+        if name.startswith(f"{student}_")
+    }
+    accuracy = _evaluated(context, student).get("orchestrator.knn_accuracy")
+    return own if accuracy is None else {**own, "knn_accuracy": float(accuracy)}
 
 
 def _package_version() -> str:

@@ -55,7 +55,7 @@ class Reporter:
     def nothing_to_do(self, plans: Sequence[StagePlan]) -> None:
         """Everything is there already, in the store and outside."""
         compared = [item.name for item in plans if item.stage.effects]
-        also = f" What {', '.join(compared)} wants in the registry is there." if compared else ""
+        also = f" The registry has what {', '.join(compared)} wants." if compared else ""
         self._console.print(
             Text("✓", "green").append(f" {_up_to_date(plans)}{also}", "default"), soft_wrap=True
         )

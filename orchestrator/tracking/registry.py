@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from orchestrator.errors import UserError, nearest
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.runs import Run
 from orchestrator.tracking.sink import model_name
+from orchestrator.tracking.spool import now_ms
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,6 +25,16 @@ CONTENT_TAG = "orchestrator.sha256"
 _SUFFIXES = (".safetensors", ".json", ".md")
 # MLflow reads it and finds there how to load the model.
 _MLMODEL = "MLmodel"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a LoggedModel shows of a model: its kind, parameters, and figures after an optimiser step."""
+
+    kind: str | None = None
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0
 
 
 def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias: str) -> str | None:
@@ -58,7 +70,14 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
 
 
 def publish(
-    run: Run, name: str, folder: Path, tags: Mapping[str, str], alias: str, *, timeout: float = 60.0
+    run: Run,
+    name: str,
+    folder: Path,
+    tags: Mapping[str, str],
+    alias: str,
+    *,
+    facts: Facts | None = None,
+    timeout: float = 60.0,
 ) -> int:
     """Registers the files of `folder` as a version of the model `name` and points `alias` at it.
 
@@ -68,6 +87,7 @@ def publish(
         run: the run that the version belongs to.
         folder: safetensors, JSON and Markdown files; at least `config.json` and one safetensors file.
         tags: lineage; set on the version, and on the registered model as that of its newest version.
+        facts: what the version's LoggedModel has besides.
         timeout: seconds to wait until MLflow knows the run.
 
     Returns:
@@ -93,7 +113,7 @@ def publish(
     _ensure_model(client, name)
     marked = {**tags, CONTENT_TAG: _digest(folder)}
     known = _existing(client, name, marked)
-    version = _create(client, run_id, name, folder, marked) if known is None else known
+    version = _create(client, run_id, name, folder, marked, facts or Facts()) if known is None else known
     try:
         for key, value in tags.items():
             client.set_registered_model_tag(name, key, value)
@@ -195,13 +215,30 @@ def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> int |
     return None
 
 
-def _create(client: MlflowClient, run_id: str, name: str, folder: Path, tags: Mapping[str, str]) -> int:
+def _create(
+    client: MlflowClient, run_id: str, name: str, folder: Path, tags: Mapping[str, str], facts: Facts
+) -> int:
+    from mlflow.entities import LoggedModelOutput, Metric
+
     experiment_id = client.get_run(run_id).info.experiment_id
     model = client.create_logged_model(
-        experiment_id, name=model_name(name), source_run_id=run_id, tags=dict(tags)
+        experiment_id,
+        name=model_name(name),
+        source_run_id=run_id,
+        tags=dict(tags),
+        params=dict(facts.params),
+        model_type=facts.kind,
     )
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
+    # With the model's name: several are published in one run.
+    figures = [
+        Metric(f"{model_name(name)}/{figure}", value, now_ms(), facts.step, model_id=model.model_id)
+        for figure, value in facts.metrics.items()
+    ]
+    if figures:
+        client.log_batch(run_id, metrics=figures)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, facts.step)])
     # Not models:/<id>: the SQL registry would look that up in the process-wide tracking store, not in ours.
     version = client.create_model_version(
         name, model.artifact_location, run_id=run_id, tags=dict(tags), model_id=model.model_id

@@ -24,6 +24,15 @@ _MAX_VALUE = 5000
 _MAX_DATASET_NAME = 500
 _MAX_DIGEST = 36
 _NOT_IN_A_MODEL = re.compile(r"""[/:.%"']""")
+# The last two: servers of earlier versions know no logged models.
+_REFUSED = (
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "BAD_REQUEST",
+    "RESOURCE_ALREADY_EXISTS",
+    "ENDPOINT_NOT_FOUND",
+    "NOT_IMPLEMENTED",
+)
 _BAD_VALUE = (OverflowError, TypeError, ValueError)
 _log = logging.getLogger(__name__)
 
@@ -171,12 +180,16 @@ class MlflowSink:
         if str(model.status) != "READY":
             self._upload(client, model.model_id, record)
             client.finalize_logged_model(model.model_id, "READY")
-        # Under a name of their own: the run has the figures of its stage already.
+        # Under a name of their own: the run has the figures of its stage already. A driver that concludes a stage
+        # again, since the last one died doing so, says the same at another time.
+        known = {(metric.key, metric.step) for metric in model.metrics or []}
         metrics = [
             Metric(f"model/{name}", value, record["time_ms"], record["step"], model_id=model.model_id)
             for name, value in record["metrics"].items()
+            if (f"model/{name}", record["step"]) not in known
         ]
-        client.log_batch(mlflow_id, metrics=metrics)
+        if metrics:
+            client.log_batch(mlflow_id, metrics=metrics)
         outputs = client.get_run(mlflow_id).outputs
         if model.model_id not in [one.model_id for one in (outputs.model_outputs if outputs else [])]:
             client.log_outputs(mlflow_id, [LoggedModelOutput(model.model_id, record["step"])])
@@ -224,7 +237,7 @@ class _Translated:
         code: Any = getattr(error, "error_code", None)
         if code == "RESOURCE_DOES_NOT_EXIST":
             raise RunGoneError(str(error)) from error
-        if code in ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"):
+        if code in _REFUSED:
             raise RejectedError(str(error)) from error
         # What a driver says to a value that no column takes, such as an integer of more than 64 bits; MLflow
         # wraps it in the error it uses for its own failures too.

@@ -68,7 +68,7 @@ def test_a_second_run_changes_nothing_and_says_so(path: Path, ran: Callable[[], 
     wrote = OUTSIDE.stat().st_mtime_ns
     code, said = run(path)
     assert (code, ran()) == (0, [])
-    assert "Nothing to do: all 4 stages are up to date. What publish wants in the registry is there." in said
+    assert "Nothing to do: all 4 stages are up to date. The registry has what publish wants." in said
     assert OUTSIDE.stat().st_mtime_ns == wrote
     assert len(recorded.by_name("toy")) == 1, "a look opens no tracking run"
 

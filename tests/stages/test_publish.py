@@ -29,6 +29,7 @@ from orchestrator.tracking.runs import NullRun, Run, Tracking
 
 KEYS = {"distill": "d" * 64, "pretrain": "b" * 64, "curate": "c" * 64}
 PROVENANCE = {"parts": {"inputs": {"index": "c" * 64, "teacher": "b" * 64}, "code": "0123456789abcdef"}}
+SUMMARY = {"femto_last_loss": 1.5, "tiny_last_loss": 2.5, "images_forwarded": 64.0}
 SIZE = 16
 
 
@@ -43,7 +44,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tra
 
 
 def artifact(kind: str, key: str, path: Path, provenance: dict[str, object]) -> Artifact:
-    manifest = Manifest(kind=kind, key=key, created="", files={}, provenance=provenance, summary={})
+    manifest = Manifest(kind=kind, key=key, created="", files={}, provenance=provenance, summary=SUMMARY)
     return Artifact(key, kind, path, manifest)
 
 
@@ -110,6 +111,13 @@ def test_students_are_published_with_lineage_and_pulled(
     assert "orchestrator.version" in version.tags
     other = MlflowClient(uri, uri).get_model_version_by_alias("food-tiny", "champion")
     assert "orchestrator.knn_accuracy" not in other.tags
+
+    model = MlflowClient(uri, uri).get_logged_model(version.model_id)
+    assert (model.model_type, model.params["student"]) == ("vit_femto", "femto")
+    figures = {metric.key: metric.value for metric in model.metrics}
+    assert figures == {"food-femto/last_loss": 1.5, "food-femto/knn_accuracy": 0.5123}
+    outputs = MlflowClient(uri, uri).get_run(version.run_id).outputs.model_outputs
+    assert model.model_id in [output.model_id for output in outputs]
 
     pulled = registry.pull("food-femto@champion", tmp_path / "pulled", uri)
     assert {path.name for path in pulled.iterdir()} == {
@@ -275,3 +283,12 @@ def test_a_version_whose_alias_is_refused_is_taken_back(
     stage.run(now)
     (version,) = client.search_model_versions("name = 'refused-femto'")
     assert (int(version.version), stage.drift(now, uri)) == (2, [])
+
+
+def test_a_student_may_have_a_dot_in_its_name(tracked: tuple[str, Tracking], tmp_path: Path) -> None:
+    """MLflow takes it in the names of registered models and not in those of logged ones."""
+    uri, tracking = tracked
+    now = context(tmp_path, "dotted", tracking.run("publish"))
+    (tmp_path / "distill" / "students" / "femto").rename(tmp_path / "distill" / "students" / "vit-s.16")
+    assert Publish(kind="publish", names="vit-s.16").run(now) == {"published": 1.0}
+    assert int(MlflowClient(uri, uri).get_model_version_by_alias("dotted-vit-s.16", "champion").version) == 1
