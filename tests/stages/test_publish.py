@@ -112,7 +112,8 @@ def test_students_are_published_with_lineage_and_pulled(
     other = MlflowClient(uri, uri).get_model_version_by_alias("food-tiny", "champion")
     assert "orchestrator.knn_accuracy" not in other.tags
 
-    model = MlflowClient(uri, uri).get_logged_model(version.model_id)
+    experiment = MlflowClient(uri, uri).get_run(version.run_id).info.experiment_id
+    (model,) = MlflowClient(uri, uri).search_logged_models([experiment], "name = 'food-femto'")
     assert (model.model_type, model.params["student"]) == ("vit_femto", "femto")
     figures = {metric.key: metric.value for metric in model.metrics}
     assert figures == {"food-femto/last_loss": 1.5, "food-femto/knn_accuracy": 0.5123}
