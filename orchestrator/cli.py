@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.pipeline.load import LoadedPipeline
+    from orchestrator.pipeline.plan import ResolvedStage
 
 app = typer.Typer(
     name="orchestrator",
@@ -49,6 +50,18 @@ def run(file: File, overrides: Overrides = None) -> None:
 def resume(file: File, overrides: Overrides = None) -> None:
     """Go on with a pipeline that was stopped, interrupted or failed: run, but never for the first time."""
     _run(file, overrides or [], must_exist=True)
+
+
+@app.command()
+def publish(file: File, overrides: Overrides = None) -> None:
+    """Compare what the pipeline publishes with the model registry and make it so. Runs no other stage."""
+    from orchestrator.pipeline.execute import publishing
+    from orchestrator.pipeline.load import load
+    from orchestrator.pipeline.plan import resolve
+
+    loaded = load(file, overrides or [])
+    stages = resolve(loaded)
+    _execute(loaded, stages, "publish", overrides or [], publishing(loaded, stages))
 
 
 @app.command()
@@ -208,10 +221,8 @@ def doctor(
 
 
 def _run(file: Path, overrides: Sequence[str], *, must_exist: bool) -> None:
-    from orchestrator.pipeline.execute import execute
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.plan import resolve
-    from orchestrator.pipeline.reporter import Reporter
     from orchestrator.pipeline.workspace import Workspace
 
     loaded = load(file, overrides)
@@ -222,8 +233,21 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool) -> None:
             where=f"store {loaded.spec.store}",
             hint=f"start it with: orchestrator run {file}",
         )
-    again = " ".join(["orchestrator run", str(file), *overrides])
-    raise typer.Exit(execute(loaded, stages, Reporter(_console(), again)))
+    _execute(loaded, stages, "run", overrides)
+
+
+def _execute(
+    loaded: LoadedPipeline,
+    stages: list[ResolvedStage],
+    command: str,
+    overrides: Sequence[str],
+    selected: Collection[str] | None = None,
+) -> NoReturn:
+    from orchestrator.pipeline.execute import execute
+    from orchestrator.pipeline.reporter import Reporter
+
+    again = " ".join([f"orchestrator {command}", str(loaded.path), *overrides])
+    raise typer.Exit(execute(loaded, stages, Reporter(_console(), again), selected=selected))
 
 
 def _print_stages(loaded: LoadedPipeline) -> None:
@@ -240,7 +264,9 @@ def _print_stages(loaded: LoadedPipeline) -> None:
     workspace = Workspace(loaded.spec.store)
     driver = workspace.driver(loaded.name)
     driven = driver is not None and driver.alive
-    plans = make_plan(stages, workspace.state(loaded.name), workspace.find, driven=driven)
+    plans = make_plan(
+        stages, workspace.state(loaded.name), workspace.find, driven=driven, reached=workspace.reached
+    )
     print_plan(_console(), loaded.name, plans)
 
 

@@ -132,6 +132,10 @@ class AlignText(MixStage):
             raise ValueError("start_token and end_token are for a given tokenizer: leave them out")
         return self
 
+    def models(self) -> Mapping[str, str]:
+        """See :meth:`Stage.models`."""
+        return {"": "aligned"}
+
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :meth:`Stage.files`."""
         if self.text.from_ is not None:

@@ -131,6 +131,8 @@ class Stage(StageSpec):
     needs_ray: ClassVar[bool] = True
     components: ClassVar[tuple[str, ...]] = ()
     """Components of the index that this kind makes; none if it makes no index."""
+    # Whether it changes something outside the store. That is no artifact, so it is compared on each run: `drift`.
+    effects: ClassVar[bool] = False
 
     def data_sources(self) -> tuple[str, ...]:
         """Names of the data sources this stage reads: the content of each is part of the stage's key."""
@@ -162,6 +164,25 @@ class Stage(StageSpec):
         Raises:
             UserError: `where` is the dotted field that is wrong.
         """
+
+    def models(self) -> Mapping[str, str]:
+        """The trained models in this stage's artifact: folders of `save_pretrained` or `save_aligned`, by name.
+
+        The name is added to the stage's; the only model of a stage has none.
+        """
+        return {}
+
+    def drift(self, context: Context, tracking_uri: str) -> list[str]:
+        """What is outside the store not as `run` would leave it, a line each. Changes nothing; for `effects` only.
+
+        Args:
+            context: as for `run`; the inputs are on this machine, and there is no tracking run.
+            tracking_uri: MLflow's address.
+
+        Raises:
+            UserError: it cannot be found out.
+        """
+        return []
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Do the work, write `outputs` into `context.out`, and return the figures worth a summary line.

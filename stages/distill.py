@@ -205,6 +205,10 @@ class Distill(HomogeneousMixStage):
         stage = {field: value for field, value in self.identity().items() if field not in _STAGE_ONLY}
         return {**stage, "name": name, "student": self.students[name].identity()}
 
+    def models(self) -> Mapping[str, str]:
+        """See :meth:`Stage.models`."""
+        return {name: f"students/{name}/model" for name in self.students}
+
     def wants(self) -> tuple[Input, ...]:
         """See :class:`Stage`: teachers from elsewhere need no stage that made them."""
         elsewhere = self.features is not None and not self.features.uses_own

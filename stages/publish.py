@@ -2,59 +2,132 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.spec import Names
 from orchestrator.stages.base import Context, Input, Stage
+from orchestrator.stages.mlmodel import mlmodel
+
+# What MLflow keeps for itself: `latest` however written, and versions.
+_RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A version that the registry should have.
+
+    Attributes:
+        student: the student's name in its stage.
+        name: of the registered model.
+        model: the student's weights and config, a folder of the artifact.
+        texts: files that are laid beside them, by name.
+        content: sha256 of all these files, as the registry knows it.
+        tags: lineage.
+    """
+
+    student: str
+    name: str
+    model: Path
+    texts: Mapping[str, str]
+    content: str
+    tags: Mapping[str, str]
 
 
 class Publish(Stage):
-    """Registers each student as `<pipeline>-<student>`; publishing the same again makes no second version."""
+    """Sees that the registry has each student as `<pipeline>-<student>`; a second run changes nothing."""
 
     kind: Literal["publish"]
     alias: str = Field("champion", pattern=r"^[A-Za-z][\w\-]*$", description="points at the new version")
     names: Names = Field((), description="which students; default: all")
 
     needs_ray: ClassVar[bool] = False
+    effects: ClassVar[bool] = True
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("students", ("distill",)),
         Input("evaluation", ("evaluate",), required=False),
     )
     outputs: ClassVar[Mapping[str, str]] = {
-        "published.json": "registered name, version, alias and tags of each"
+        "models.json": "what is published: kind of model and sha256 of the weights of each student"
     }
+
+    @field_validator("alias")
+    @classmethod
+    def _free(cls, alias: str) -> str:
+        if _RESERVED.fullmatch(alias):
+            raise ValueError(f"MLflow reserves {alias!r}; use another alias, such as champion")
+        return alias
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Publishes; goes on after a crash where it was.
 
         Raises:
-            UserError: a name that no student has, or a registry that cannot be reached.
+            UserError: a name that no student has, or a registry that cannot be reached or refuses.
             Stopped: the user asked for it; what is published stays.
         """
         from orchestrator.tracking import registry
 
-        published = []
+        published, models = [], {}
         for student in self._chosen(context):
             if context.stop.is_set():
                 raise Stopped
-            name = f"{context.pipeline}-{student}"
-            folder = _fresh_copy(
-                context.inputs["students"].path / "students" / student / "model", context, student
+            wanted = self._wanted(context, student)
+            folder = _fresh_copy(wanted.model, context, student)
+            for name, text in wanted.texts.items():
+                (folder / name).write_text(text)
+            facts = registry.Facts(
+                kind=wanted.tags["orchestrator.model"],
+                params={name.removeprefix("orchestrator."): value for name, value in wanted.tags.items()},
+                metrics=_figures(context, student),
             )
-            tags = lineage(context, student, json.loads((folder / "config.json").read_text()))
-            (folder / "README.md").write_text(card(name, self.alias, folder, tags))
-            number = registry.publish(context.run, name, folder, tags, self.alias)
-            published.append({"name": name, "version": number, "alias": self.alias, "tags": tags})
-        (context.out / "published.json").write_text(json.dumps(published, indent=1) + "\n")
+            number = registry.publish(context.run, wanted.name, folder, wanted.tags, self.alias, facts=facts)
+            published.append(
+                {"name": wanted.name, "version": number, "alias": self.alias, "tags": wanted.tags}
+            )
+            models[student] = {
+                "model": wanted.tags["orchestrator.model"],
+                "sha256": registry.sha256(wanted.model / "model.safetensors"),
+            }
+        # Where they went is the run's to say: the artifact holds for any registry and any name of the pipeline.
+        (context.out / "models.json").write_text(json.dumps(models, indent=1) + "\n")
+        record = context.work / "published.json"
+        record.write_text(json.dumps(published, indent=1) + "\n")
+        context.run.file(record, "registry")
         return {"published": float(len(published))}
+
+    def drift(self, context: Context, tracking_uri: str) -> list[str]:
+        """See :meth:`Stage.drift`: what the registry lacks, a line a student."""
+        from orchestrator.tracking import registry
+
+        wanted = [self._wanted(context, student) for student in self._chosen(context)]
+        found = [
+            registry.difference(tracking_uri, one.name, one.content, one.tags, self.alias) for one in wanted
+        ]
+        return [line for line in found if line is not None]
+
+    def _wanted(self, context: Context, student: str) -> Wanted:
+        from orchestrator.tracking import registry
+
+        students = context.inputs["students"]
+        model = students.path / "students" / student / "model"
+        name = f"{context.pipeline}-{student}"
+        tags = lineage(context, student, json.loads((model / "config.json").read_text()))
+        texts = {"README.md": card(name, self.alias, model, tags), "MLmodel": mlmodel(model)}
+        digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
+        for path in sorted(path for path in model.rglob("*") if path.is_file()):
+            known = students.manifest.files.get(path.relative_to(students.path).as_posix())
+            digests[path.relative_to(model).as_posix()] = known.sha256 if known else registry.sha256(path)
+        return Wanted(student, name, model, texts, registry.content_digest(digests), tags)
 
     def _chosen(self, context: Context) -> list[str]:
         folders = (context.inputs["students"].path / "students").iterdir()
@@ -127,6 +200,17 @@ def _evaluated(context: Context, student: str) -> dict[str, str]:
         "orchestrator.knn_accuracy": f"{found['accuracy']:.4f}",
         "orchestrator.knn": f"leave-one-out, k={knn['k']}, n={knn['num_photos']}",
     }
+
+
+def _figures(context: Context, student: str) -> dict[str, float]:
+    """The student's own figures among its stage's, and its k-NN accuracy if it was evaluated."""
+    own = {
+        name.removeprefix(f"{student}_"): value
+        for name, value in context.inputs["students"].manifest.summary.items()
+        if name.startswith(f"{student}_")
+    }
+    accuracy = _evaluated(context, student).get("orchestrator.knn_accuracy")
+    return own if accuracy is None else {**own, "knn_accuracy": float(accuracy)}
 
 
 def _package_version() -> str:

@@ -122,6 +122,10 @@ class SelfSupervised(HomogeneousMixStage):
             )
         return self
 
+    def models(self) -> Mapping[str, str]:
+        """See :meth:`Stage.models`."""
+        return {"": "model"}
+
     def views(self) -> tuple[tuple[float, CropConfig], ...]:
         """The views that steps may have, with their shares of the steps."""
         if not self.resolutions:

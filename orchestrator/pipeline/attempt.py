@@ -51,7 +51,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Everything one attempt needs. `inputs` are artifacts by role, `keys` those of all stages upstream."""
+    """Everything one attempt needs. `inputs` are artifacts by role, `keys` those of all stages upstream.
+
+    `pieces` are kinds and keys of artifacts that are parts of the stage's result, filled as it runs.
+    """
 
     loaded: LoadedPipeline
     stage: ResolvedStage
@@ -61,6 +64,19 @@ class Attempt:
     keys: Mapping[str, str]
     run: Run
     interrupt: Interrupt
+    pieces: list[tuple[str, str]] = field(default_factory=list)
+
+    def drift(self) -> list[str]:
+        """See `Stage.drift`. What cannot be found out is a line too: running the stage then says why."""
+        artifacts = self.workspace.artifacts()
+        stage = self.loaded.spec.stages[self.stage.name]
+        work = self.workspace.work(self.stage.parts.kind, self.stage.key)
+        try:
+            for artifact in self.inputs.values():
+                artifacts.fetch(artifact)
+            return stage.drift(self._context(stage, work, work), self.loaded.spec.tracking.uri)
+        except UserError as error:
+            return [error.what]
 
     def execute(self) -> Outcome:
         """Run the stage and publish what it wrote. Errors become an outcome; the log has the traceback."""
@@ -112,7 +128,9 @@ class Attempt:
                 f"the stage promised {', '.join(stage.outputs)} but did not write {', '.join(missing)}"
             )
         lease.check()
-        artifact = artifacts.publish(self.stage.parts.kind, self.stage.key, out, self._provenance(), summary)
+        # Pieces are artifacts of their own: from here on they can be found by the stage's.
+        provenance = {**self._provenance(), "pieces": sorted(self.pieces)}
+        artifact = artifacts.publish(self.stage.parts.kind, self.stage.key, out, provenance, summary)
         shutil.rmtree(out, ignore_errors=True)
         return Outcome("done", 0.0, summary, artifact)
 
@@ -148,6 +166,8 @@ class Attempt:
             work = self.workspace.work(kind, key)
             if known is None:
                 work.mkdir(parents=True, exist_ok=True)
+                name = str(identity.get("name", key[:8]))
+                self.workspace.note_piece(self.stage.parts.kind, self.stage.key, name, kind, key)
 
             def publish(folder: Path, summary: Mapping[str, float]) -> Path:
                 lease.check()
@@ -156,6 +176,7 @@ class Attempt:
                 self.workspace.drop_work(kind, key)
                 return artifacts.fetch(artifact)
 
+            self.pieces.append((kind, key))
             there = artifacts.fetch(known) if known is not None else None
             yield Part(work, self.workspace.remote_work(kind, key), there, key, publish)
 

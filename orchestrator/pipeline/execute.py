@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from orchestrator.errors import ClusterLostError, Stopped, UserError
-from orchestrator.pipeline import graph, tracked
+from orchestrator.pipeline import graph, record, system, tracked
 from orchestrator.pipeline.attempt import Attempt, Outcome, merged_elastic
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
 from orchestrator.pipeline.lease import Lease, LostHoldError
@@ -23,7 +26,8 @@ from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import Cluster, Elastic
 from orchestrator.stages.base import TrainStage
 from orchestrator.store.artifact import Artifact
-from orchestrator.tracking.runs import Run, Status
+from orchestrator.tracking.runs import NullRun, Run, Status
+from orchestrator.tracking.spool import clean_name
 
 logger = logging.getLogger("orchestrator")
 
@@ -31,6 +35,7 @@ DONE, FAILED, MISTAKE = 0, 1, 2
 # A cluster that is lost more often than that is not lost by chance.
 _MOST_LOSSES, _WITHIN_S = 3, 3600.0
 _STATUS: dict[int, Status] = {DONE: "FINISHED", ABORTED: "KILLED"}
+_NOT_FINISHED: dict[str, Status] = {"FAILED": "FAILED", "KILLED": "KILLED"}
 _OUTCOME_STATUS: dict[str, Status] = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 StartCluster = Callable[[Cluster], AbstractContextManager[Any]]
@@ -45,6 +50,7 @@ def execute(
     *,
     start_cluster: StartCluster | None = None,
     open_tracking: OpenTracking | None = None,
+    selected: Collection[str] | None = None,
 ) -> int:
     """Run what has to run, and return the exit code: 0 done, 1 a stage failed or the pipeline was taken over,
     2 a mistake, 130 stopped.
@@ -55,6 +61,7 @@ def execute(
         reporter: tells the user.
         start_cluster: makes Ray available; called when the first stage that needs it is about to run.
         open_tracking: opens the pipeline's tracking run.
+        selected: the stages that may run; the others only lend what they have. Default: all.
 
     Raises:
         UserError: another driver runs this pipeline, or the store or cluster cannot be used.
@@ -66,7 +73,7 @@ def execute(
             training = _training(loaded, stages)
             start = start_cluster or partial(_start_cluster, training, loaded.spec.elastic, reporter.note)
             tracking = open_tracking or tracked.open_tracking
-            return _Driver(loaded, stages, workspace, lease, reporter, start, tracking).execute()
+            return _Driver(loaded, stages, workspace, lease, reporter, start, tracking, selected).execute()
     except LostHoldError as error:
         reporter.lost(str(error))
         return FAILED
@@ -82,6 +89,7 @@ class _Driver:
         reporter: Reporter,
         start_cluster: StartCluster,
         open_tracking: OpenTracking,
+        selected: Collection[str] | None,
     ) -> None:
         self._loaded = loaded
         self._workspace = workspace
@@ -90,7 +98,12 @@ class _Driver:
         self._start_cluster = start_cluster
         self._open_tracking = open_tracking
         self._ledger = workspace.ledger(loaded.name, lease)
-        self._plans = plan(stages, self._ledger.state, workspace.find)
+        self._all = plan(stages, self._ledger.state, workspace.find, reached=workspace.reached)
+        self._plans = [
+            item
+            for item in self._all
+            if selected is None or item.name in selected or item.artifact is not None
+        ]
         self._artifacts: dict[str, Artifact] = {}
         self._exit_code = DONE
         self._interrupt = Interrupt()
@@ -101,15 +114,17 @@ class _Driver:
         self._open_runs: list[Run] = []
         self._cluster_started = False
         self._losses: list[float] = []
+        self._drifts: dict[str, tuple[str, ...]] = {}
 
     def execute(self) -> int:
-        if not needs_attention(self._plans, self._ledger.state):
+        if not needs_attention(self._plans, self._ledger.state) and not self._drifted():
             for item in self._plans:
                 self._note_cached(item)
             tracked.send_leftovers(self._loaded, self._workspace)
             self._reporter.nothing_to_do(self._plans)
             return DONE
         state = self._ledger.state
+        before = state.status
         run_id = state.run_id if state.run_id and state.status != "FINISHED" else uuid.uuid4().hex
         # The id is on record before the run exists: a crash in between leaves no run that nobody knows.
         self._ledger.append("opened", run_id=run_id, reasons=tuple(self._lease.notes))
@@ -125,6 +140,10 @@ class _Driver:
                 with ExitStack() as cluster:
                     self._run_all(root, cluster)
                 status = _STATUS.get(self._exit_code, "FAILED")
+                if status == "FINISHED" and len(self._plans) < len(self._all):
+                    # Some of the pipeline is missing still: it has not finished because a part of it has.
+                    status = _NOT_FINISHED.get(before or "", "KILLED")
+                self._record_results(root)
             finally:
                 # The runs of a pipeline that another driver took over are that one's to finish.
                 self._lease.check()
@@ -140,6 +159,16 @@ class _Driver:
         path = self._workspace.record(name, self._loaded.resolved().encode())
         root.tags({"orchestrator.pipeline": self._loaded.name, "orchestrator.file": str(self._loaded.path)})
         root.file(path, "pipeline")
+        with _telling():
+            record.describe(root, self._loaded)
+            root.tags({record.NOTE: record.pipeline_note(self._loaded, self._plans, self._ledger.state)})
+
+    def _record_results(self, root: Run) -> None:
+        """Every artifact by address and digest, what it was made of, and the figures of each stage."""
+        with _telling():
+            references = record.references(self._workspace, self._artifacts)
+            root.text("artifacts.json", json.dumps(references, indent=1) + "\n")
+            root.tags({record.NOTE: record.pipeline_note(self._loaded, self._plans, self._ledger.state)})
 
     def _settle(self, root: Run) -> None:
         """Close the runs that a dead driver left open and that nobody will resume."""
@@ -169,15 +198,32 @@ class _Driver:
                 self._exit_code = ABORTED
                 return
             lacking = [need for need in item.stage.roles.values() if need not in self._artifacts]
-            if item.artifact is not None:
+            drift = self._drift(item) if item.artifact is not None and not lacking else ()
+            if item.artifact is not None and not drift:
                 self._artifacts[item.name] = item.artifact
                 self._note_cached(item)
+                _sum_up(root, item.name, item.artifact.manifest.summary)
                 root.tags({f"stage.{item.name}": f"cached {item.stage.key[:16]}"})
                 self._reporter.cached(item)
             elif lacking:
                 self._reporter.blocked(item, lacking)
             else:
-                self._run_one(item, root, cluster)
+                self._run_one(replace(item, reasons=drift or item.reasons), root, cluster)
+
+    def _drifted(self) -> bool:
+        """Whether anything outside the store is not as a stage wants it, where all stages are done."""
+        self._artifacts = {item.name: item.artifact for item in self._plans if item.artifact is not None}
+        drifts = [self._drift(item) for item in self._plans]
+        return any(drifts)
+
+    def _drift(self, item: StagePlan) -> tuple[str, ...]:
+        """Why a stage whose artifact is there has to act again; compared once a run."""
+        if not item.stage.effects:
+            return ()
+        if item.name not in self._drifts:
+            run = NullRun()
+            self._drifts[item.name] = tuple(self._attempt(item, StageState(item.name), run).drift())
+        return self._drifts[item.name]
 
     def _run_one(self, item: StagePlan, root: Run, cluster: ExitStack) -> None:
         if self._loaded.spec.stages[item.name].needs_ray and not self._cluster_started:
@@ -194,14 +240,15 @@ class _Driver:
         state = self._ledger.state.stages[item.name]
         run = root.child(item.name, resume_id=run_id)
         self._open_runs.append(run)
-        self._describe(run, item)
+        self._describe(run, root, item)
         self._reporter.started(item, state.attempts)
-        with self._reporter.working(item):
+        with self._reporter.working(item), system.watched(root, run, item.name):
             outcome = self._attempt(item, state, run).execute()
             while self._has_new_cluster(outcome, cluster):
                 before = outcome.seconds
                 outcome = self._attempt(item, state, run).execute()
                 outcome.seconds += before
+        _sum_up(root, item.name, outcome.summary)
         self._conclude(item, run, run_id, outcome)
 
     def _enter_cluster(self, cluster: ExitStack) -> None:
@@ -247,8 +294,8 @@ class _Driver:
         return self._cluster_started and not self._interrupt.stop.is_set()
 
     def _attempt(self, item: StagePlan, state: StageState, run: Run) -> Attempt:
-        needs = {other.name: other.stage.needs for other in self._plans}
-        keys = {other.name: other.stage.key for other in self._plans}
+        needs = {other.name: other.stage.needs for other in self._all}
+        keys = {other.name: other.stage.key for other in self._all}
         return Attempt(
             loaded=self._loaded,
             stage=item.stage,
@@ -267,6 +314,9 @@ class _Driver:
         if outcome.summary:
             run.metrics(outcome.summary, 0, "summary")
         run.file(log, "logs")
+        if outcome.artifact is not None:
+            with _telling():
+                self._record_artifact(run, item, outcome.artifact)
         self._open_runs.remove(run)
         run.finish(_OUTCOME_STATUS[outcome.state])
         self._ledger.append(
@@ -291,8 +341,24 @@ class _Driver:
             self._exit_code = MISTAKE if mistake and self._exit_code != FAILED else FAILED
             self._reporter.failed(item, outcome, log)
 
-    def _describe(self, run: Run, item: StagePlan) -> None:
+    def _record_artifact(self, run: Run, item: StagePlan, artifact: Artifact) -> None:
+        (own, *pieces) = record.references(self._workspace, {item.name: artifact})[item.name]
+        run.text("artifacts.json", json.dumps([own, *pieces], indent=1) + "\n")
+        run.tags(
+            {f"orchestrator.artifact.{name}": own[name] for name in ("uri", "sha256_of_manifest", "bytes")}
+        )
+        for model in record.models(self._loaded, self._workspace, item.stage, artifact):
+            run.model(model)
+
+    def _describe(self, run: Run, root: Run, item: StagePlan) -> None:
         parts = item.stage.parts
+        inputs = {role: self._artifacts[need] for role, need in item.stage.roles.items()}
+        with _telling():
+            used = record.datasets(self._loaded, self._workspace, item.stage, inputs.values())
+            run.datasets(used)
+            root.datasets(used)
+            record.describe(run, self._loaded)
+            run.tags({record.NOTE: record.stage_note(item, inputs, used)})
         run.params(parts.config)
         run.tags(
             {
@@ -319,6 +385,52 @@ class _Driver:
             return
         summary = item.artifact.manifest.summary
         self._ledger.append("done", stage=item.name, parts=item.stage.parts, summary=summary, reused=True)
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """What MLflow is told is not worth a stage: trouble with it is a warning."""
+    try:
+        yield
+    except LostHoldError:
+        raise
+    except Exception as error:  # a store that is away, a file that somebody removed
+        logger.warning("MLflow lacks a record: %s: %s", type(error).__name__, error)
+
+
+def _sum_up(root: Run, stage: str, summary: Mapping[str, float]) -> None:
+    """A stage's figures on the pipeline's run: a further point only where they changed since the last."""
+    channel = f"summary/{stage}"
+    known = root.history(channel)
+    # As text: a figure may be NaN, which equals nothing.
+    text = json.dumps({clean_name(name): float(value) for name, value in summary.items()})
+    if summary and (not known or json.dumps(known[-1]["metrics"]) != text):
+        root.metrics(summary, len(known), channel)
+
+
+def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> list[str]:
+    """The stages that change something outside the store, once what they need is there.
+
+    Raises:
+        UserError: there is no such stage, or a stage that one needs is not done.
+    """
+    names = [stage.name for stage in stages if stage.effects]
+    if not names:
+        raise UserError(
+            "the pipeline publishes nothing",
+            where=str(loaded.path),
+            hint="add a stage, such as `publish: {kind: publish, needs: distill}`",
+        )
+    workspace = Workspace(loaded.spec.store)
+    by_name = {stage.name: stage for stage in stages}
+    for need in dict.fromkeys(need for name in names for need in by_name[name].needs):
+        if workspace.find(by_name[need].parts.kind, by_name[need].key) is None:
+            raise UserError(
+                f"there is nothing to publish: stage {need!r} is not done",
+                where=loaded.where("stages", need),
+                hint=f"first run: orchestrator run {loaded.path}",
+            )
+    return names
 
 
 def _training(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> dict[str, TrainStage]:

@@ -18,6 +18,8 @@ from orchestrator.store.artifact import Artifact
 
 # A data source and its name → the hash of its content.
 Fingerprint = Callable[[DataSource, str], str]
+# A kind and a key → how far the unfinished work on it is, such as `step 40`; nothing if that is not known.
+Reached = Callable[[str, str], str]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class ResolvedStage:
     key: str
     roles: Mapping[str, str]
     needs: tuple[str, ...]
+    effects: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
             seed=loaded.spec.seed,
         )
         keys[name] = parts.key
-        resolved.append(ResolvedStage(name, parts, parts.key, roles[name], stage.needs))
+        resolved.append(ResolvedStage(name, parts, parts.key, roles[name], stage.needs, stage.effects))
     return resolved
 
 
@@ -86,6 +89,7 @@ def plan(
     find: Callable[[str, str], Artifact | None],
     *,
     driven: bool = False,
+    reached: Reached = lambda kind, key: "",
 ) -> list[StagePlan]:
     """For every resolved stage: run it or not, and the reasons in words.
 
@@ -94,6 +98,7 @@ def plan(
         state: the pipeline's ledger.
         find: the artifact of a kind and a key, or None.
         driven: another process is running the pipeline now.
+        reached: how far unfinished work is.
     """
     plans: list[StagePlan] = []
     for stage in stages:
@@ -102,7 +107,7 @@ def plan(
         if artifact is not None:
             plans.append(StagePlan(stage, "cached", (_why_cached(known, stage),), artifact))
         else:
-            plans.append(StagePlan(stage, "run", tuple(_why_run(known, stage, driven))))
+            plans.append(StagePlan(stage, "run", tuple(_why_run(known, stage, driven, reached))))
     return plans
 
 
@@ -126,12 +131,14 @@ def contents(stage: Stage) -> dict[str, str]:
 
 
 def _why_cached(known: StageState | None, stage: ResolvedStage) -> str:
+    if stage.effects:
+        return "a run compares what it wants with what is there"
     if known is None or known.key != stage.key:
         return f"key {short(stage.key)} was made earlier"
     return f"nothing changed, key {short(stage.key)}"
 
 
-def _why_run(known: StageState | None, stage: ResolvedStage, driven: bool) -> list[str]:
+def _why_run(known: StageState | None, stage: ResolvedStage, driven: bool, reached: Reached) -> list[str]:
     if known is None or known.parts is None:
         return ["never ran"]
     if known.key != stage.key:
@@ -140,10 +147,20 @@ def _why_run(known: StageState | None, stage: ResolvedStage, driven: bool) -> li
         return ["its artifact is gone or damaged"]
     attempt = f"attempt {known.attempts}"
     if known.state == "running":
-        return [f"{attempt} is running" if driven else f"{attempt} was interrupted, goes on from there"]
+        if driven:
+            return [f"{attempt} is running"]
+        return [f"{attempt} was interrupted{_goes_on(stage, reached)}"]
     if known.state == "failed":
-        return [f"{attempt} failed: {known.error}" if known.error else f"{attempt} failed"]
-    return [f"{attempt} was stopped, goes on from there"]
+        why = f": {known.error}" if known.error else ""
+        return [f"{attempt} failed{why}{_goes_on(stage, reached, otherwise='')}"]
+    return [f"{attempt} was stopped{_goes_on(stage, reached)}"]
+
+
+def _goes_on(
+    stage: ResolvedStage, reached: Reached, otherwise: str = ", starts over: it has no checkpoint"
+) -> str:
+    where = reached(stage.parts.kind, stage.key)
+    return f", goes on from {where}" if where else otherwise
 
 
 def _named(line: str, roles: Mapping[str, str]) -> str:

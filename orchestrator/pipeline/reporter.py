@@ -53,8 +53,12 @@ class Reporter:
         self._results: dict[str, tuple[str, float, Mapping[str, float]]] = {}
 
     def nothing_to_do(self, plans: Sequence[StagePlan]) -> None:
-        """Everything is there already."""
-        self._console.print(Text("✓", "green").append(f" {_up_to_date(plans)}", "default"))
+        """Everything is there already, in the store and outside."""
+        compared = [item.name for item in plans if item.stage.effects]
+        also = f" The registry has what {', '.join(compared)} wants." if compared else ""
+        self._console.print(
+            Text("✓", "green").append(f" {_up_to_date(plans)}{also}", "default"), soft_wrap=True
+        )
 
     def note(self, text: str) -> None:
         """Something about the run as a whole that the user should know."""

@@ -125,7 +125,7 @@ def _seconds(stage: StageState, *, running: bool) -> float:
 def _newest(spool: Spool | None, run_id: str | None) -> str:
     """The newest metrics of a run, from the spool: nothing has to reach MLflow first."""
     history = spool.history(run_id) if spool is not None and run_id is not None else []
-    history = [record for record in history if record["channel"] not in ("goodput", "checkpoint")]
+    history = [record for record in history if record["channel"] not in ("goodput", "checkpoint", "system")]
     if not history:
         return ""
     newest = max(history, key=lambda record: record["time_ms"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+from orchestrator.elastic.target import Target
 from orchestrator.pipeline.lease import Holder, Keeper, Lease
 from orchestrator.pipeline.ledger import Ledger, PipelineState
 from orchestrator.pipeline.mirror import Mirror
@@ -18,6 +20,9 @@ from orchestrator.store.open import is_remote, open_store
 from orchestrator.store.s3 import S3Store
 
 _log = logging.getLogger(__name__)
+# Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
+_CHECKPOINTS = "checkpoints"
+_PIECES = "pieces.json"
 
 
 class Workspace:
@@ -122,6 +127,52 @@ class Workspace:
     def remote_work(self, kind: str, key: str) -> tuple[Store, str] | None:
         """The store and the prefix there of what must outlive this machine too; None if `work` does already."""
         return None if self._remote is None else (self._remote, f"work/{kind}-{key[:16]}/")
+
+    def reached(self, kind: str, key: str) -> str:
+        """How far the unfinished work on a key is, by its newest checkpoint: `step 40`; of each piece if it has any.
+
+        Nothing if there is no checkpoint.
+        """
+        if not self.exists():
+            return ""
+        step = self._newest_step(kind, key)
+        if step is not None:
+            return f"step {step}"
+        found = []
+        for name, (piece_kind, piece_key) in sorted(self._pieces(kind, key).items()):
+            step = self._newest_step(piece_kind, piece_key)
+            if step is not None:
+                found.append(f"step {step} ({name})")
+        return ", ".join(found)
+
+    def note_piece(self, kind: str, key: str, name: str, piece_kind: str, piece_key: str) -> None:
+        """Put down whose piece of work the unfinished work on (`piece_kind`, `piece_key`) is."""
+        pieces = {**self._pieces(kind, key), name: (piece_kind, piece_key)}
+        data = json.dumps(pieces).encode()
+        remote = self.remote_work(kind, key)
+        if remote is not None:
+            remote[0].put_bytes(remote[1] + _PIECES, data)
+        else:
+            atomic = self.work(kind, key) / f".{_PIECES}"
+            atomic.write_bytes(data)
+            atomic.replace(self.work(kind, key) / _PIECES)
+
+    def _pieces(self, kind: str, key: str) -> dict[str, tuple[str, str]]:
+        remote = self.remote_work(kind, key)
+        try:
+            if remote is not None:
+                data = remote[0].get_bytes(remote[1] + _PIECES)
+            else:
+                data = (self.work(kind, key) / _PIECES).read_bytes()
+            return {str(name): (str(of[0]), str(of[1])) for name, of in json.loads(data).items()}
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def _newest_step(self, kind: str, key: str) -> int | None:
+        remote = self.remote_work(kind, key)
+        folder = self.work(kind, key) / _CHECKPOINTS
+        target = Target(folder) if remote is None else Target(folder, remote[0], remote[1] + _CHECKPOINTS)
+        return next(iter(target.committed()), None)
 
     def drop_work(self, kind: str, key: str) -> None:
         """Remove the work on a key whose artifact is there.

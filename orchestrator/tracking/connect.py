@@ -18,6 +18,8 @@ _ENVIRONMENT = {
     # Training machines often have no way out, and what a user trains is nobody's business.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # At the end of each run, in the middle of what a pipeline says.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # MLflow would try for minutes before it says that a server is away.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
 }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError, nearest
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.runs import Run
+from orchestrator.tracking.sink import model_name
+from orchestrator.tracking.spool import now_ms
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,10 +23,61 @@ if TYPE_CHECKING:
 
 CONTENT_TAG = "orchestrator.sha256"
 _SUFFIXES = (".safetensors", ".json", ".md")
+# MLflow reads it and finds there how to load the model.
+_MLMODEL = "MLmodel"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a LoggedModel shows of a model: its kind, parameters, and figures after an optimiser step."""
+
+    kind: str | None = None
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0
+
+
+def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias: str) -> str | None:
+    """What `publish` would change in the registry at `uri`, on one line; None if it has all of it. Changes nothing.
+
+    Args:
+        content: `content_digest` of the files.
+
+    Raises:
+        UserError: the registry cannot be reached.
+    """
+    database = database_path(uri)
+    if database is not None and not database.exists():
+        return f"{name} is not in the registry: there is no database at {database}"
+    from mlflow.exceptions import MlflowException
+
+    client = connect(uri)
+    try:
+        known = client.search_registered_models(f"name = '{name}'")
+        if not known:
+            return f"{name} is not in the registry at {uri}"
+        version = _existing(client, name, {**tags, CONTENT_TAG: content})
+    except MlflowException as error:
+        raise UserError(f"the registry at {uri} does not answer: {error}", where="tracking.uri") from error
+    if version is None:
+        return f"{name} has no version with this content and lineage"
+    points_at = known[0].aliases.get(alias)
+    if points_at is None:
+        return f"{name} version {version} lacks the alias {alias}"
+    if int(points_at) != version:
+        return f"{name}@{alias} is version {points_at}, should be {version}"
+    return None
 
 
 def publish(
-    run: Run, name: str, folder: Path, tags: Mapping[str, str], alias: str, *, timeout: float = 60.0
+    run: Run,
+    name: str,
+    folder: Path,
+    tags: Mapping[str, str],
+    alias: str,
+    *,
+    facts: Facts | None = None,
+    timeout: float = 60.0,
 ) -> int:
     """Registers the files of `folder` as a version of the model `name` and points `alias` at it.
 
@@ -32,6 +87,7 @@ def publish(
         run: the run that the version belongs to.
         folder: safetensors, JSON and Markdown files; at least `config.json` and one safetensors file.
         tags: lineage; set on the version, and on the registered model as that of its newest version.
+        facts: what the version's LoggedModel has besides.
         timeout: seconds to wait until MLflow knows the run.
 
     Returns:
@@ -56,12 +112,20 @@ def publish(
     client = connect(run.tracking_uri)
     _ensure_model(client, name)
     marked = {**tags, CONTENT_TAG: _digest(folder)}
-    version = _existing(client, name, marked)
-    if version is None:
-        version = _create(client, run_id, name, folder, marked)
+    known = _existing(client, name, marked)
+    version = _create(client, run_id, name, folder, marked, facts or Facts()) if known is None else known
+    try:
         for key, value in tags.items():
             client.set_registered_model_tag(name, key, value)
-    client.set_registered_model_alias(name, alias, str(version))
+        # The alias comes last: a version that has none was not published to the end, and the next run finds it.
+        client.set_registered_model_alias(name, alias, str(version))
+    except Exception as error:
+        if known is None:
+            with contextlib.suppress(Exception):
+                client.delete_model_version(name, str(version))
+        raise UserError(
+            f"{name} version {version} cannot be given the alias {alias!r}: {error}", where="alias"
+        ) from error
     return version
 
 
@@ -102,14 +166,23 @@ def pull(reference: str, out: Path, uri: str) -> Path:
     return out
 
 
+def content_digest(files: Mapping[str, str]) -> str:
+    """One sha256 over the names and the sha256 of files."""
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items(), key=lambda item: Path(item[0])):
+        digest.update(f"{content}  {name}\n".encode())
+    return digest.hexdigest()
+
+
 def _digest(folder: Path) -> str:
     """One sha256 over the names and contents of all files of `folder`."""
-    digest = hashlib.sha256()
-    for path in _files(folder):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{content}  {path.relative_to(folder).as_posix()}\n".encode())
-    return digest.hexdigest()
+    return content_digest({path.relative_to(folder).as_posix(): sha256(path) for path in _files(folder)})
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -118,7 +191,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _require_model(folder: Path) -> None:
     files = _files(folder)
-    strange = [path for path in files if path.suffix not in _SUFFIXES]
+    strange = [path for path in files if path.suffix not in _SUFFIXES and path != folder / _MLMODEL]
     if strange:
         raise ValueError(f"a published model holds {', '.join(_SUFFIXES)} files only, not {strange[0]}")
     if folder / "config.json" not in files or not any(path.suffix == ".safetensors" for path in files):
@@ -142,11 +215,30 @@ def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> int |
     return None
 
 
-def _create(client: MlflowClient, run_id: str, name: str, folder: Path, tags: Mapping[str, str]) -> int:
+def _create(
+    client: MlflowClient, run_id: str, name: str, folder: Path, tags: Mapping[str, str], facts: Facts
+) -> int:
+    from mlflow.entities import LoggedModelOutput, Metric
+
     experiment_id = client.get_run(run_id).info.experiment_id
-    model = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, tags=dict(tags))
+    model = client.create_logged_model(
+        experiment_id,
+        name=model_name(name),
+        source_run_id=run_id,
+        tags=dict(tags),
+        params=dict(facts.params),
+        model_type=facts.kind,
+    )
     client.log_model_artifacts(model.model_id, str(folder))
     client.finalize_logged_model(model.model_id, "READY")
+    # With the model's name: several are published in one run.
+    figures = [
+        Metric(f"{model_name(name)}/{figure}", value, now_ms(), facts.step, model_id=model.model_id)
+        for figure, value in facts.metrics.items()
+    ]
+    if figures:
+        client.log_batch(run_id, metrics=figures)
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, facts.step)])
     # Not models:/<id>: the SQL registry would look that up in the process-wide tracking store, not in ours.
     version = client.create_model_version(
         name, model.artifact_location, run_id=run_id, tags=dict(tags), model_id=model.model_id

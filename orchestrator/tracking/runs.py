@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -21,6 +23,50 @@ from orchestrator.tracking.spool import Record, Spool, clean_name
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run reads.
+
+    Attributes:
+        name: for people.
+        digest: of the content, hex; MLflow keeps the first 36 digits.
+        uri: where it is.
+        profile: figures of it, plain JSON.
+        used_for: such as `training`.
+    """
+
+    name: str
+    digest: str
+    uri: str
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    used_for: str = "training"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that a run made.
+
+    Attributes:
+        name: for people.
+        kind: such as `vit_nano`.
+        folder: its files, which nobody changes any more; None leaves them where `tags` says.
+        texts: further small files, by name.
+        params: dotted names or nested.
+        tags: likewise.
+        metrics: figures of it.
+        step: the optimiser step that it was made after.
+    """
+
+    name: str
+    kind: str
+    folder: Path | None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    tags: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    step: int = 0
 
 
 class Run(ABC):
@@ -57,6 +103,29 @@ class Run(ABC):
     @abstractmethod
     def file(self, path: Path, folder: str | None = None) -> None:
         """Uploads a copy of `path` as it is now, below `folder` of the run's artifacts. For small files."""
+
+    def text(self, name: str, text: str, folder: str | None = None) -> None:
+        """Uploads a small file with this content."""
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / name
+            path.write_text(text, encoding="utf-8")
+            self.file(path, folder)
+
+    def datasets(self, used: Sequence[Dataset]) -> None:
+        """Says what the run reads. Saying it again changes nothing."""
+        return
+
+    def model(self, made: Model) -> None:
+        """Says which model the run made. One of each name a run."""
+        return
+
+    def children(self) -> Mapping[str, Run]:
+        """The runs below this one, by name."""
+        return {}
+
+    def since(self, position: int) -> tuple[list[Record], int]:
+        """What `metrics` recorded after a position, of all channels, and the position after it. 0 is the start."""
+        return [], position
 
     @abstractmethod
     def finish(self, status: Status) -> None:
@@ -113,6 +182,38 @@ class SpooledRun(Run):
             target.parent.mkdir(parents=True)
             shutil.copyfile(path, target)
             self._spool.post(self.run_id, "file", name=path.name, copy=copy, folder=folder)
+
+    def datasets(self, used: Sequence[Dataset]) -> None:
+        """See :class:`Run`."""
+        if used:
+            self._post("datasets", datasets=[asdict(one) for one in used])
+
+    def model(self, made: Model) -> None:
+        """See :class:`Run`."""
+        self._post(
+            "model",
+            name=made.name,
+            kind=made.kind,
+            folder=str(made.folder.absolute()) if made.folder else None,
+            texts=dict(made.texts),
+            params=flatten(made.params),
+            tags=flatten(made.tags),
+            metrics={clean_name(name): float(value) for name, value in made.metrics.items()},
+            step=made.step,
+        )
+
+    def children(self) -> Mapping[str, Run]:
+        """See :class:`Run`."""
+        return {
+            name: SpooledRun(self._spool, run_id, self.tracking_uri or "")
+            for run_id, name in self._spool.children(self.run_id).items()
+        }
+
+    def since(self, position: int) -> tuple[list[Record], int]:
+        """See :class:`Run`."""
+        read = self._spool.read(self.run_id, position)
+        found = [record for record, _ in read if record["op"] == "metrics"]
+        return found, read[-1][1] if read else position
 
     def finish(self, status: Status) -> None:
         """See :class:`Run`."""

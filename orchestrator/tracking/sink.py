@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +17,22 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RUN_TAG = "orchestrator.run_id"
+MODEL_TAG = "orchestrator.model_of"
 MAX_METRICS = 1000
 _MAX_PARAMS = 100
 _MAX_VALUE = 5000
+_MAX_DATASET_NAME = 500
+_MAX_DIGEST = 36
+_NOT_IN_A_MODEL = re.compile(r"""[/:.%"']""")
+# The last two: servers of earlier versions know no logged models.
+_REFUSED = (
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "BAD_REQUEST",
+    "RESOURCE_ALREADY_EXISTS",
+    "ENDPOINT_NOT_FOUND",
+    "NOT_IMPLEMENTED",
+)
 _BAD_VALUE = (OverflowError, TypeError, ValueError)
 _log = logging.getLogger(__name__)
 
@@ -100,6 +116,10 @@ class MlflowSink:
                     # Missing means uploaded: copies are removed only after that.
                     if source.exists():
                         client.log_artifact(mlflow_id, str(source), record["folder"])
+                case "datasets":
+                    self._datasets(client, mlflow_id, record)
+                case "model":
+                    self._model(client, mlflow_id, record)
                 case op:
                     raise RejectedError(f"unknown kind of record: {op}")
 
@@ -121,6 +141,71 @@ class MlflowSink:
         for start in range(0, len(rows), _MAX_PARAMS):
             client.log_batch(mlflow_id, tags=rows[start : start + _MAX_PARAMS])
 
+    def _datasets(self, client: MlflowClient, mlflow_id: str, record: Record) -> None:
+        """MLflow knows an input by name and digest: one that is there is left alone."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        found = []
+        for one in record["datasets"]:
+            scheme = one["uri"].partition("://")[0] if "://" in one["uri"] else "local"
+            dataset = Dataset(
+                name=one["name"][:_MAX_DATASET_NAME],
+                digest=one["digest"][:_MAX_DIGEST],
+                source_type="local" if scheme == "file" else scheme,
+                source=json.dumps({"uri": one["uri"]}),
+                profile=json.dumps(one["profile"]),
+            )
+            tags = [InputTag("mlflow.data.context", one["used_for"]), InputTag("digest", one["digest"])]
+            found.append(DatasetInput(dataset, tags))
+        client.log_inputs(mlflow_id, datasets=found)
+
+    def _model(self, client: MlflowClient, mlflow_id: str, record: Record) -> None:
+        """A LoggedModel with its files, figures and place in the run. What an earlier try did is found by a tag."""
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        _, experiment_id = self._connected()
+        mark = f"{mlflow_id}-{record['name']}"
+        found = client.search_logged_models([experiment_id], f"tags.`{MODEL_TAG}` = '{mark}'", max_results=1)
+        if found:
+            model = found[0]
+        else:
+            model = client.create_logged_model(
+                experiment_id,
+                name=model_name(record["name"]),
+                source_run_id=mlflow_id,
+                tags={**_texts(record["tags"]), MODEL_TAG: mark},
+                params=_texts(record["params"]),
+                model_type=record["kind"],
+            )
+        if str(model.status) != "READY":
+            self._upload(client, model.model_id, record)
+            client.finalize_logged_model(model.model_id, "READY")
+        # Under a name of their own: the run has the figures of its stage already. A driver that concludes a stage
+        # again, since the last one died doing so, says the same at another time.
+        known = {(metric.key, metric.step) for metric in model.metrics or []}
+        metrics = [
+            Metric(f"model/{name}", value, record["time_ms"], record["step"], model_id=model.model_id)
+            for name, value in record["metrics"].items()
+            if (f"model/{name}", record["step"]) not in known
+        ]
+        if metrics:
+            client.log_batch(mlflow_id, metrics=metrics)
+        outputs = client.get_run(mlflow_id).outputs
+        if model.model_id not in [one.model_id for one in (outputs.model_outputs if outputs else [])]:
+            client.log_outputs(mlflow_id, [LoggedModelOutput(model.model_id, record["step"])])
+
+    def _upload(self, client: MlflowClient, model_id: str, record: Record) -> None:
+        if record["folder"] is not None and Path(record["folder"]).is_dir():
+            client.log_model_artifacts(model_id, record["folder"])
+        elif record["folder"] is not None:
+            # Its driver ran on another machine, or the store was cleared: the tags say where the files were.
+            _log.warning("the files of model %s are not here any more: %s", record["name"], record["folder"])
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in record["texts"].items():
+                (Path(folder) / name).write_text(text, encoding="utf-8")
+            if record["texts"]:
+                client.log_model_artifacts(model_id, folder)
+
     def _search(self, run_id: str) -> str | None:
         client, experiment_id = self._connected()
         runs = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
@@ -137,6 +222,11 @@ class MlflowSink:
         self._connection = None
 
 
+def model_name(name: str) -> str:
+    """`name` with what MLflow refuses in the names of logged models replaced by dashes."""
+    return _NOT_IN_A_MODEL.sub("-", name)
+
+
 class _Translated:
     """Turns MLflow's errors into `RunGoneError` and `RejectedError`; lets through what may pass with time."""
 
@@ -147,7 +237,7 @@ class _Translated:
         code: Any = getattr(error, "error_code", None)
         if code == "RESOURCE_DOES_NOT_EXIST":
             raise RunGoneError(str(error)) from error
-        if code in ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"):
+        if code in _REFUSED:
             raise RejectedError(str(error)) from error
         # What a driver says to a value that no column takes, such as an integer of more than 64 bits; MLflow
         # wraps it in the error it uses for its own failures too.

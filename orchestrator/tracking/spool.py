@@ -71,7 +71,7 @@ class Spool:
         return True
 
     def post(self, run_id: str, op: str, **payload: Any) -> None:
-        """Records anything else about a run: `open`, `params`, `tags`, `file`, `finish`."""
+        """Records anything else about a run: `open`, `params`, `tags`, `file`, `datasets`, `model`, `finish`."""
         with self._locked(run_id) as (fd, log):
             self._write(fd, log, {"op": op, **payload, "time_ms": now_ms()})
 
@@ -112,15 +112,22 @@ class Spool:
                 found.append(other)
         return found
 
-    def children(self, run_id: str) -> list[str]:
-        """Runs that were opened below `run_id`."""
-        found = []
+    def children(self, run_id: str) -> dict[str, str]:
+        """Runs that were opened below `run_id`, and their names."""
+        found = {}
         for other in self.run_ids():
-            if any(
-                record.get("parent") == run_id for record, _ in self.read(other) if record["op"] == "open"
-            ):
-                found.append(other)
+            # What opens a run is its first record: a long file need not be read for it.
+            first = self._first(other)
+            if first is not None and first["op"] == "open" and first.get("parent") == run_id:
+                found[other] = str(first["name"])
         return found
+
+    def _first(self, run_id: str) -> Record | None:
+        try:
+            with self.path(run_id).open("rb") as file:
+                return next((record for record, _ in _parse(file.readline(), 0)), None)
+        except FileNotFoundError:
+            return None
 
     def secure(self) -> bool:
         """Make what is recorded outlive this machine, if the folder does not; False if that is not possible now."""

@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
@@ -18,9 +18,12 @@ FILE = Path("tracking.jsonl")
 
 
 class RecordedRun(NullRun):
+    uri: ClassVar[str | None] = None
+
     def __init__(self, name: str, run_id: str, parent: str | None) -> None:
         super().__init__()
         self.run_id = run_id
+        self.tracking_uri = RecordedRun.uri
         self._write(op="open", name=name, parent=parent)
 
     def child(self, name: str, resume_id: str | None = None) -> RecordedRun:
@@ -42,6 +45,7 @@ class RecordedRun(NullRun):
 
 @contextlib.contextmanager
 def open_recorded(loaded: LoadedPipeline, workspace: Workspace, run_id: str) -> Iterator[RecordedRun]:
+    RecordedRun.uri = loaded.spec.tracking.uri
     yield RecordedRun(loaded.name, run_id, None)
 
 

@@ -91,4 +91,27 @@ class Evaluate(Toy):
     )
 
 
-ToyStage = Annotated[Curate | Pretrain | Evaluate, Field(discriminator="kind")]
+class Publish(Toy):
+    """Puts the pipeline's name and its own `says` into a file outside the store."""
+
+    kind: Literal["publish"]
+    outside: Path
+    says: str = "hello"
+    effects: ClassVar[bool] = True
+    inputs: ClassVar[tuple[Input, ...]] = (Input("model", ("pretrain",)),)
+
+    def drift(self, context: Context, tracking_uri: str) -> list[str]:
+        if self.outside.is_dir():
+            raise UserError("the outside does not answer")
+        known = self.outside.read_text() if self.outside.exists() else ""
+        wanted = f"{context.pipeline} {tracking_uri} {self.says}"
+        return [] if known == wanted else [f"{self.outside} says {known!r}"]
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        figures = super().run(context)
+        uri = context.run.tracking_uri or "sqlite:///runs/mlflow.db"
+        self.outside.write_text(f"{context.pipeline} {uri} {self.says}")
+        return figures
+
+
+ToyStage = Annotated[Curate | Pretrain | Evaluate | Publish, Field(discriminator="kind")]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from PIL import Image
 from pydantic import ValidationError
 
@@ -28,6 +29,7 @@ from orchestrator.tracking.runs import NullRun, Run, Tracking
 
 KEYS = {"distill": "d" * 64, "pretrain": "b" * 64, "curate": "c" * 64}
 PROVENANCE = {"parts": {"inputs": {"index": "c" * 64, "teacher": "b" * 64}, "code": "0123456789abcdef"}}
+SUMMARY = {"femto_last_loss": 1.5, "tiny_last_loss": 2.5, "images_forwarded": 64.0}
 SIZE = 16
 
 
@@ -42,7 +44,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tra
 
 
 def artifact(kind: str, key: str, path: Path, provenance: dict[str, object]) -> Artifact:
-    manifest = Manifest(kind=kind, key=key, created="", files={}, provenance=provenance, summary={})
+    manifest = Manifest(kind=kind, key=key, created="", files={}, provenance=provenance, summary=SUMMARY)
     return Artifact(key, kind, path, manifest)
 
 
@@ -84,8 +86,14 @@ def test_students_are_published_with_lineage_and_pulled(
     before = {path: path.read_bytes() for path in (tmp_path / "distill").rglob("*") if path.is_file()}
     assert Publish(kind="publish").run(now) == {"published": 2.0}
 
-    published = json.loads((now.out / "published.json").read_text())
+    published = json.loads((now.work / "published.json").read_text())
     assert [(entry["name"], entry["version"]) for entry in published] == [("food-femto", 1), ("food-tiny", 1)]
+    models = json.loads((now.out / "models.json").read_text())
+    assert {name: entry["model"] for name, entry in models.items()} == {
+        "femto": "vit_femto",
+        "tiny": "vit_femto",
+    }
+    assert "food" not in (now.out / "models.json").read_text(), "the artifact holds for any registry and name"
     version = MlflowClient(uri, uri).get_model_version_by_alias("food-femto", "champion")
     expected = {
         "orchestrator.pipeline": "food",
@@ -104,8 +112,21 @@ def test_students_are_published_with_lineage_and_pulled(
     other = MlflowClient(uri, uri).get_model_version_by_alias("food-tiny", "champion")
     assert "orchestrator.knn_accuracy" not in other.tags
 
+    experiment = MlflowClient(uri, uri).get_run(version.run_id).info.experiment_id
+    (model,) = MlflowClient(uri, uri).search_logged_models([experiment], "name = 'food-femto'")
+    assert (model.model_type, model.params["student"]) == ("vit_femto", "femto")
+    figures = {metric.key: metric.value for metric in model.metrics}
+    assert figures == {"food-femto/last_loss": 1.5, "food-femto/knn_accuracy": 0.5123}
+    outputs = MlflowClient(uri, uri).get_run(version.run_id).outputs.model_outputs
+    assert model.model_id in [output.model_id for output in outputs]
+
     pulled = registry.pull("food-femto@champion", tmp_path / "pulled", uri)
-    assert {path.name for path in pulled.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert {path.name for path in pulled.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "MLmodel",
+    }
     theirs = tmp_path / "distill" / "students" / "femto" / "model" / "model.safetensors"
     assert (pulled / "model.safetensors").read_bytes() == theirs.read_bytes()
     # The artifact that it came from is as it was.
@@ -144,7 +165,7 @@ def test_again_after_a_crash_makes_no_second_version(tracked: tuple[str, Trackin
     (now.work / "femto" / "half.safetensors").write_bytes(b"")
     (now.work / "tiny").mkdir()
     Publish(kind="publish").run(now)
-    published = json.loads((now.out / "published.json").read_text())
+    published = json.loads((now.work / "published.json").read_text())
     assert [(entry["name"], entry["version"]) for entry in published] == [
         ("again-femto", 1),
         ("again-tiny", 1),
@@ -175,7 +196,100 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert list(now.out.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrong", [{"alias": ""}, {"alias": "two words"}, {"alias": "1"}, {"student": "a"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"alias": ""},
+        {"alias": "two words"},
+        {"alias": "1"},
+        {"alias": "latest"},
+        {"alias": "Latest"},
+        {"alias": "v1"},
+        {"alias": "V12"},
+        {"student": "a"},
+    ],
+)
 def test_wrong_configs_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Publish.model_validate({"kind": "publish", **wrong})
+
+
+@pytest.mark.parametrize("alias", ["champion", "version1", "v1a", "latest-good", "v"])
+def test_aliases_that_only_look_reserved_are_taken(alias: str) -> None:
+    assert Publish(kind="publish", alias=alias).alias == alias
+
+
+def test_what_the_registry_lacks_is_found_and_mended(tracked: tuple[str, Tracking], tmp_path: Path) -> None:
+    uri, tracking = tracked
+    client = MlflowClient(uri, uri)
+    run = tracking.run("publish")
+    now = context(tmp_path, "drift", run)
+    stage = Publish(kind="publish")
+
+    def mended() -> None:
+        stage.run(replace(now, run=run))
+        assert stage.drift(now, uri) == []
+
+    assert stage.drift(now, uri) == [
+        f"drift-{name} is not in the registry at {uri}" for name in ("femto", "tiny")
+    ]
+    mended()
+    assert (
+        stage.drift(replace(now, pipeline="other"), uri)[0] == f"other-femto is not in the registry at {uri}"
+    )
+    nowhere = f"sqlite:///{tmp_path}/none.db"
+    assert "there is no database" in stage.drift(now, nowhere)[0]
+    assert not (tmp_path / "none.db").exists(), "looking makes nothing"
+
+    client.delete_registered_model_alias("drift-femto", "champion")
+    assert stage.drift(now, uri) == ["drift-femto version 1 lacks the alias champion"]
+    mended()
+    client.copy_model_version("models:/drift-tiny/1", "drift-femto")
+    client.set_registered_model_alias("drift-femto", "champion", "2")
+    assert stage.drift(now, uri) == ["drift-femto@champion is version 2, should be 1"]
+    mended()
+    client.delete_registered_model("drift-tiny")
+    assert stage.drift(now, uri) == [f"drift-tiny is not in the registry at {uri}"]
+    mended()
+    assert len(client.search_model_versions("name = 'drift-tiny'")) == 1
+
+    weights = tmp_path / "distill" / "students" / "femto" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert stage.drift(now, uri) == ["drift-femto has no version with this content and lineage"]
+
+
+def test_a_version_whose_alias_is_refused_is_taken_back(
+    tracked: tuple[str, Tracking], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, tracking = tracked
+    now = context(tmp_path, "refused", tracking.run("publish"))
+    stage = Publish(kind="publish", names="femto")
+
+    def refuse(*args: object) -> None:
+        raise MlflowException("not that one")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "set_registered_model_alias", refuse)
+        with pytest.raises(UserError, match="cannot be given the alias 'champion': not that one"):
+            stage.run(now)
+    client = MlflowClient(uri, uri)
+    assert client.search_model_versions("name = 'refused-femto'") == []
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "set_registered_model_alias", refuse)
+        patched.setattr(MlflowClient, "delete_model_version", refuse)
+        with pytest.raises(UserError):
+            stage.run(now)
+    assert stage.drift(now, uri) == ["refused-femto version 2 lacks the alias champion"]
+    stage.run(now)
+    (version,) = client.search_model_versions("name = 'refused-femto'")
+    assert (int(version.version), stage.drift(now, uri)) == (2, [])
+
+
+def test_a_student_may_have_a_dot_in_its_name(tracked: tuple[str, Tracking], tmp_path: Path) -> None:
+    """MLflow takes it in the names of registered models and not in those of logged ones."""
+    uri, tracking = tracked
+    now = context(tmp_path, "dotted", tracking.run("publish"))
+    (tmp_path / "distill" / "students" / "femto").rename(tmp_path / "distill" / "students" / "vit-s.16")
+    assert Publish(kind="publish", names="vit-s.16").run(now) == {"published": 1.0}
+    assert int(MlflowClient(uri, uri).get_model_version_by_alias("dotted-vit-s.16", "champion").version) == 1

@@ -1,0 +1,52 @@
+"""MLflow's description of a trained model: which module loads it, what it takes and what it gives. No pickle."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LOADER = "orchestrator.stages.serving"
+# Over HTTP binary comes base64-coded.
+_IMAGE = {"type": "binary", "name": "image", "required": True}
+
+
+def mlmodel(folder: Path) -> str:
+    """The text of `MLmodel` for a folder that `save_pretrained` or `save_aligned` wrote; the same for the same folder.
+
+    MLflow's python_function flavour: one column `image` with the bytes of a JPEG, PNG or WebP file a row → float32
+    (rows, D), unit length.
+    """
+    return yaml.safe_dump(
+        {
+            # No versions of packages: they would make another model of the same weights. They are tags of the run.
+            "flavors": {
+                "python_function": {
+                    "loader_module": LOADER,
+                    "python_version": ".".join(platform.python_version_tuple()[:2]),
+                }
+            },
+            "signature": {
+                "inputs": json.dumps([_IMAGE]),
+                "outputs": json.dumps([_output(folder)]),
+                "params": None,
+            },
+        },
+        sort_keys=True,
+    )
+
+
+def _output(folder: Path) -> dict[str, Any]:
+    return {"type": "tensor", "tensor-spec": {"dtype": "float32", "shape": [-1, width(folder)]}}
+
+
+def width(folder: Path) -> int:
+    """The number of values of an embedding."""
+    config = json.loads((folder / "config.json").read_text())
+    if "output_dim" in config:
+        return int(config["output_dim"])
+    fields = config["config"]
+    return int(fields["dim"] if config["architecture"] == "vit" else fields["dims"][-1])

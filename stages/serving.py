@@ -1,0 +1,86 @@
+"""How MLflow loads our models: `mlflow.pyfunc.load_model` and `mlflow models serve` call `_load_pyfunc`."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Floats = NDArray[np.float32]
+_BATCH = 32
+# Of models that do not say what they were trained at.
+_SIZE = 224
+
+
+class Embedder:
+    """Embeds the column `image` of what MLflow hands over."""
+
+    def __init__(self, embed: Callable[[Sequence[Image.Image]], Floats]) -> None:
+        self._embed = embed
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Floats:
+        """Photos → float32 (N, D), unit length, row by row.
+
+        Args:
+            model_input: a data frame with a column `image`: bytes of JPEG, PNG or WebP files, or base64 of them.
+            params: none are known.
+
+        Raises:
+            ValueError: there is no such column, or a cell that is no picture.
+        """
+        try:
+            cells = list(model_input["image"])
+        except (KeyError, TypeError, IndexError):
+            raise ValueError(
+                "the input needs a column `image` with the bytes of a photo in each row"
+            ) from None
+        photos = [_decode(cell, row) for row, cell in enumerate(cells)]
+        parts = [self._embed(photos[start : start + _BATCH]) for start in range(0, len(photos), _BATCH)]
+        return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+
+
+def _load_pyfunc(path: str) -> Embedder:
+    """MLflow's entry point. `path` is a folder of `save_pretrained`, or what `align_text` leaves in `aligned`."""
+    folder = Path(path)
+    config = json.loads((folder / "config.json").read_text())
+    return Embedder(_aligned(folder) if "output_dim" in config else _backbone(folder, config))
+
+
+def _backbone(folder: Path, config: Mapping[str, Any]) -> Callable[[Sequence[Image.Image]], Floats]:
+    import torch
+
+    from orchestrator.models import load_pretrained, preprocess
+
+    model, size = load_pretrained(folder), int(config["extra"].get("image_size", _SIZE))
+
+    @torch.no_grad()
+    def embed(photos: Sequence[Image.Image]) -> Floats:
+        features = model(torch.cat([preprocess(photo, size) for photo in photos]))
+        unit: Floats = torch.nn.functional.normalize(features.cls.float(), dim=-1).numpy()
+        return unit
+
+    return embed
+
+
+def _aligned(folder: Path) -> Callable[[Sequence[Image.Image]], Floats]:
+    from orchestrator.stages.tasks.aligned import load_aligned
+
+    model = load_aligned(folder)
+    return lambda photos: model.embed_images([np.asarray(photo.convert("RGB")) for photo in photos])
+
+
+def _decode(cell: Any, row: int) -> Image.Image:
+    try:
+        data = base64.b64decode(cell, validate=True) if isinstance(cell, str) else bytes(cell)
+        photo = Image.open(io.BytesIO(data))
+        photo.load()
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"row {row} of `image` is no picture: {error}") from None
+    return photo

@@ -1,0 +1,164 @@
+"""Stages that change something outside the store: compared on each run, and made so."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import recorded
+import toys
+from rich.console import Console
+
+from orchestrator.elastic.saved import COMMIT, step_name
+from orchestrator.errors import UserError
+from orchestrator.pipeline.execute import execute, publishing
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.plan import plan, resolve
+from orchestrator.pipeline.reporter import Reporter
+from orchestrator.pipeline.workspace import Workspace
+
+PIPELINE = """\
+name: toy
+data:
+  photos: {path: photos}
+stages:
+  curate: {kind: curate, data: photos}
+  pretrain: {kind: pretrain, needs: curate}
+  evaluate: {kind: evaluate, needs: [pretrain, curate]}
+  publish: {kind: publish, needs: pretrain, outside: outside.txt}
+"""
+OUTSIDE = Path("outside.txt")
+
+
+@pytest.fixture
+def path(write: Callable[[str], Path]) -> Path:
+    return write(PIPELINE)
+
+
+@pytest.fixture
+def ran(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Names of the stages that ran since the last call."""
+    trace = folder / "trace"
+    monkeypatch.setenv("TOY_TRACE", str(trace))
+
+    def names() -> list[str]:
+        lines = trace.read_text().splitlines() if trace.exists() else []
+        trace.unlink(missing_ok=True)
+        return [line.split()[0] for line in lines]
+
+    return names
+
+
+def run(path: Path, *overrides: str, only_publish: bool = False) -> tuple[int, str]:
+    """Exit code and output."""
+    loaded = load(path, overrides, stage_type=toys.ToyStage)
+    stages = resolve(loaded, lambda source, name: name)
+    selected = publishing(loaded, stages) if only_publish else None
+    output = io.StringIO()
+    reporter = Reporter(Console(file=output, width=200), "orchestrator run toy.yaml")
+    code = execute(loaded, stages, reporter, open_tracking=recorded.open_recorded, selected=selected)
+    return code, output.getvalue()
+
+
+def test_a_second_run_changes_nothing_and_says_so(path: Path, ran: Callable[[], list[str]]) -> None:
+    assert run(path)[0] == 0
+    assert ran() == ["curate", "pretrain", "evaluate", "publish"]
+    wrote = OUTSIDE.stat().st_mtime_ns
+    code, said = run(path)
+    assert (code, ran()) == (0, [])
+    assert "Nothing to do: all 4 stages are up to date. The registry has what publish wants." in said
+    assert OUTSIDE.stat().st_mtime_ns == wrote
+    assert len(recorded.by_name("toy")) == 1, "a look opens no tracking run"
+
+
+@pytest.mark.parametrize("change", ["name=other", "tracking.uri=sqlite:///elsewhere.db"])
+def test_what_no_key_knows_is_published_all_the_same(
+    path: Path, change: str, ran: Callable[[], list[str]]
+) -> None:
+    run(path)
+    ran()
+    code, said = run(path, change)
+    assert (code, ran()) == (0, ["publish"])
+    assert "outside.txt says 'toy sqlite:///runs/mlflow.db hello'" in said
+    assert change.partition("=")[2] in OUTSIDE.read_text()
+    code, said = run(path, change)
+    assert "Nothing to do" in said
+
+
+def test_what_was_changed_outside_is_put_right(path: Path, ran: Callable[[], list[str]]) -> None:
+    run(path)
+    OUTSIDE.write_text("somebody else was here")
+    ran()
+    # The new evaluation runs; publishing, whose key is as it was, is compared when its turn comes.
+    code, said = run(path, "stages.evaluate.ticks=2")
+    assert (code, ran()) == (0, ["evaluate", "publish"])
+    assert "somebody else was here" in said
+    assert OUTSIDE.read_text().startswith("toy ")
+
+
+def test_what_cannot_be_compared_is_run_and_says_why(path: Path) -> None:
+    run(path)
+    OUTSIDE.unlink()
+    OUTSIDE.mkdir()
+    code, said = run(path)
+    assert code == 1
+    assert "the outside does not answer" in said
+    OUTSIDE.rmdir()
+    code, said = run(path)
+    assert code == 0
+    assert len(recorded.by_name("publish")) == 2, "the failed attempt's run goes on"
+
+
+def test_publish_alone(path: Path, ran: Callable[[], list[str]]) -> None:
+    with pytest.raises(UserError, match="nothing to publish: stage 'pretrain' is not done"):
+        run(path, only_publish=True)
+    assert run(path, "stages.evaluate.mode=fail")[0] == 1
+    assert ran() == ["curate", "pretrain", "evaluate", "publish"]
+    OUTSIDE.unlink()
+    code, said = run(path, only_publish=True)
+    assert (code, ran()) == (0, ["publish"]), said
+    assert "evaluate" not in said
+    (root,) = recorded.by_name("toy")
+    assert root["status"] == "FAILED", "evaluate failed still"
+    code, said = run(path, only_publish=True)
+    assert (code, ran()) == (0, [])
+    assert run(path)[0] == 0
+    assert ran() == ["evaluate"]
+
+
+def test_a_pipeline_that_publishes_nothing_is_told_so(pipeline: Path) -> None:
+    loaded = load(pipeline, stage_type=toys.ToyStage)
+    with pytest.raises(UserError, match="publishes nothing"):
+        publishing(loaded, resolve(loaded, lambda source, name: name))
+
+
+def test_going_on_says_from_which_step(path: Path) -> None:
+    run(path, "stages.pretrain.mode=fail")
+    loaded = load(path, stage_type=toys.ToyStage)
+    stages = resolve(loaded, lambda source, name: name)
+    workspace = Workspace(loaded.spec.store)
+    (pretrain,) = [stage for stage in stages if stage.name == "pretrain"]
+
+    def reason() -> str:
+        state = workspace.state(loaded.name)
+        plans = plan(stages, state, workspace.find, reached=workspace.reached)
+        return next(item for item in plans if item.name == "pretrain").reasons[0]
+
+    assert reason() == "attempt 1 failed: RuntimeError: the toy broke"
+    work = workspace.work("pretrain", pretrain.key)
+    workspace.note_piece("pretrain", pretrain.key, "nano", "student", "a" * 64)
+    workspace.note_piece("pretrain", pretrain.key, "pico", "student", "b" * 64)
+    for folder, step in ((workspace.work("student", "a" * 64), 7), (workspace.work("student", "a" * 64), 12)):
+        commit = folder / "checkpoints" / step_name(step) / COMMIT
+        commit.parent.mkdir(parents=True)
+        commit.write_text("{}")
+    assert reason().endswith("the toy broke, goes on from step 12 (nano)")
+    commit = work / "checkpoints" / step_name(40) / COMMIT
+    commit.parent.mkdir(parents=True)
+    assert "40" not in reason(), "not committed yet"
+    commit.write_text("{}")
+    assert reason().endswith("the toy broke, goes on from step 40")
+    _, said = run(path)
+    assert "goes on from step 40" in said
