@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ import cv2
 import numpy as np
 import pytest
 
-from bench import mixing
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.mix import by_cluster, count_draws, effective_number, sample_order
 from orchestrator.errors import UserError
@@ -27,6 +27,10 @@ from orchestrator.store.artifact import Artifact, Manifest
 from orchestrator.tracking.runs import NullRun
 
 from .small import BASE, RECIPE
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench import mixing  # noqa: E402
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = {"crops": {"global_size": 8, "local_size": 8, "num_local": 0}, "batch_size": 50, "block_size": 25}
