@@ -30,7 +30,7 @@ from .small import BASE, RECIPE
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench import mixing  # noqa: E402
+from bench import mixing
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = {"crops": {"global_size": 8, "local_size": 8, "num_local": 0}, "batch_size": 50, "block_size": 25}
