@@ -212,6 +212,7 @@ def _block(config: ViTConfig) -> Block:
         config.ffn_hidden or 4 * config.dim,
         ffn=config.ffn,
         qkv_bias=config.qkv_bias,
+        key_bias=config.key_bias,
         layer_scale_init=config.layer_scale_init,
         norm_eps=config.norm_eps,
     )

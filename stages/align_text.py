@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.spec import Optimizer, Schedule, Strict, operational
+from orchestrator.spec import Decay, Optimizer, Schedule, Strict, operational
 from orchestrator.stages.base import Context, Input, TrainStage
 from orchestrator.stages.selfsup import INDEX_KINDS, stage_seed, summary
 
@@ -30,7 +30,7 @@ class AlignOptimizer(Optimizer):
     """AdamW with the recipe's values. No layer-wise rates: the layers they would slow down are locked."""
 
     lr: Schedule = Schedule(peak=7e-4, warmup_steps=2000, shape="cosine")
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: Decay = Schedule(peak=1e-4)
     layer_decay: float = Field(1.0, ge=1, le=1)
     patch_embed_scale: float = Field(1.0, ge=1, le=1)
 

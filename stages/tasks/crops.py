@@ -15,7 +15,6 @@ from orchestrator.data.blocks import Block, CropBlocks
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.order import SampleOrder
 from orchestrator.data.views import CropConfig
-from orchestrator.models.presets import preset
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
 
@@ -48,7 +47,7 @@ def crop_blocks(
         index,
         order,
         lambda step: crops or config.crops_at(step, seed),
-        patch_size=preset(recipe.model).patch_size if recipe is not None else None,
+        patch_size=recipe.tower.patch_size if recipe is not None else None,
         block_size=config.block_size,
         seed=seed,
         mask_ratio=config.mask_ratio,

@@ -456,7 +456,7 @@ def test_the_defaults_are_the_recipe_s() -> None:
     stage = AlignText(kind="align_text", steps=50_000, batch_size=65_536)
     rate = stage.optimizer.lr
     assert (rate.peak, rate.warmup_steps, rate.shape, rate.end) == (7e-4, 2000, "cosine", 0.0)
-    assert (stage.optimizer.weight_decay, stage.optimizer.layer_decay) == (1e-4, 1.0)
+    assert (stage.optimizer.weight_decay.peak, stage.optimizer.layer_decay) == (1e-4, 1.0)
     assert (stage.num_blocks, stage.drop_path, stage.pool, stage.context) == (2, 0.3, "cls_and_patches", 77)
     assert (stage.temperature, stage.max_scale) == (0.07, 100.0)
     with torch.device("meta"):
@@ -472,7 +472,7 @@ def test_the_defaults_are_the_recipe_s() -> None:
 
 def test_recipe_values_stay_when_only_the_rate_is_given() -> None:
     optimizer = config(optimizer={"lr": {"peak": 1e-3}}).optimizer
-    assert (optimizer.weight_decay, optimizer.layer_decay) == (1e-4, 1.0)
+    assert (optimizer.weight_decay.peak, optimizer.layer_decay) == (1e-4, 1.0)
 
 
 def pipeline_file(folder: Path, **align: Any) -> Path:
