@@ -88,3 +88,8 @@ class ConvNeXtConfig:
 
 
 Config = ViTConfig | ConvNeXtConfig
+
+
+def swiglu_hidden(dim: int) -> int:
+    """8/3 dim, rounded up to a multiple of 8: a SwiGLU with as many parameters as an MLP of 4 dim."""
+    return -(-8 * dim // 24) * 8

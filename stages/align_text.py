@@ -43,6 +43,11 @@ class TextSettings(Strict):
     dim: int = Field(192, ge=1)
     depth: int = Field(4, ge=1)
     num_heads: int = Field(3, ge=1)
+    init: Literal["fixed", "by_width"] = Field(
+        "fixed",
+        description="The standard deviations that the matrices of the text tower's blocks start with. fixed: 0.02. "
+        "by_width: CLIP's, which follow from dim and depth, as in the published code.",
+    )
     # The key of the stage has the hash of what is in it instead of its place.
     from_: Path | None = operational(
         None, alias="from", description="folder of a BERT encoder such as MiniLM; it brings its own tokenizer"
@@ -51,8 +56,10 @@ class TextSettings(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> TextSettings:
-        if self.from_ is not None and (sizes := self.model_fields_set & {"dim", "depth", "num_heads"}):
-            raise ValueError(f"the encoder has its own sizes: leave out {', '.join(sorted(sizes))}")
+        if self.from_ is not None and (
+            sizes := self.model_fields_set & {"dim", "depth", "num_heads", "init"}
+        ):
+            raise ValueError(f"the encoder has its own: leave out {', '.join(sorted(sizes))}")
         if self.from_ is None and self.lock:
             raise ValueError("lock is for a trained encoder: set `from`, or leave lock out")
         if self.dim % self.num_heads:
@@ -79,7 +86,24 @@ class AlignText(TrainStage):
     text: TextSettings = TextSettings()
     num_blocks: int = Field(2, ge=0, description="trainable blocks on the tower's tokens")
     drop_path: float = Field(0.3, ge=0, lt=1, description="of those blocks")
+    ffn_hidden: int | None = Field(
+        None,
+        ge=1,
+        description="The hidden width of the feed-forward layers (SwiGLU) of those blocks. Default: 8/3 of the tower's "
+        "width, rounded up to a multiple of 8. The published code rounds up to a multiple of 64.",
+    )
+    qkv_bias: bool = Field(
+        True,
+        description="Whether queries and values have biases, in those blocks and in a text tower from scratch. In the "
+        "published code they have none.",
+    )
     output_dim: int = Field(256, ge=1, description="width of the space that photos and texts share")
+    projection: Literal["joint", "shared"] = Field(
+        "joint",
+        description="How a photo's CLS token and the mean of its patches become an embedding. joint: one matrix "
+        "projects both together to output_dim. shared: one matrix projects each to a half of output_dim, and there is "
+        "none where twice the tower's width is output_dim, as in the published code.",
+    )
     pool: Literal["cls_and_patches", "cls"] = Field(
         "cls_and_patches", description="what of the photo is compared with a text; `cls` for comparison"
     )
@@ -124,6 +148,8 @@ class AlignText(TrainStage):
             raise ValueError("a given tokenizer has its own vocabulary: leave out vocab_size")
         if self.tokenizer and self.text.from_:
             raise ValueError("the encoder of `text: {from: …}` brings its own tokenizer: leave out tokenizer")
+        if self.projection == "shared" and self.pool == "cls_and_patches" and self.output_dim % 2:
+            raise ValueError(f"output_dim {self.output_dim} is odd: CLS and patches share it half and half")
         if self.end_token is None and self.start_token is not None:
             raise ValueError("set end_token too: both are replaced together")
         if self.end_token is not None and self.tokenizer is None:

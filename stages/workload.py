@@ -12,7 +12,7 @@ from functools import singledispatch
 from typing import Literal, cast
 
 from orchestrator.data.views import CropConfig
-from orchestrator.models.configs import Config, ViTConfig
+from orchestrator.models.configs import Config, ViTConfig, swiglu_hidden
 from orchestrator.models.cost import head_params, num_params
 from orchestrator.stages.align_text import AlignText
 from orchestrator.stages.base import Stage, TrainStage
@@ -222,14 +222,17 @@ def _align(stage: AlignText, name: str, upstream: Upstream) -> list[Workload]:
     tokens = num_tokens(config, size)
     dim = config.dim if isinstance(config, ViTConfig) else config.dims[-1]
     block = ViTConfig(dim=dim, depth=stage.num_blocks, num_heads=max(1, dim // 64), ffn="swiglu",
-                      ffn_hidden=-(-8 * dim // 24) * 8, num_storage_tokens=0)  # fmt: skip
+                      ffn_hidden=stage.ffn_hidden or swiglu_hidden(dim), num_storage_tokens=0)  # fmt: skip
     text = ViTConfig(dim=stage.text.dim, depth=stage.text.depth, num_heads=stage.text.num_heads)
-    aligner_flops = blocks_flops(block, tokens) * (1 - stage.drop_path) + 4 * dim * stage.output_dim
+    pooled, matrix = 2 * dim, 2 * dim * stage.output_dim
+    if stage.projection == "shared":
+        matrix = 0 if pooled == stage.output_dim else dim * stage.output_dim // 2
+    aligner_flops = blocks_flops(block, tokens) * (1 - stage.drop_path) + 2 * matrix
     text_flops = blocks_flops(text, stage.context) + 2 * stage.text.dim * stage.output_dim
     text_params = block_params(text) * text.depth + stage.text.dim * (
         stage.vocab_size + stage.context + stage.output_dim
     )
-    aligner_params = block_params(block) * block.depth + 2 * dim * stage.output_dim
+    aligner_params = block_params(block) * block.depth + matrix
     # Embedded twice: once without gradients for the whole batch's columns, once with them.
     passes = 2 + _BACKWARD
     nets = (
