@@ -38,7 +38,7 @@ def to_layout(state: State, config: Config, layout: str) -> dict[str, Tensor]:
     if layout == "timm" and isinstance(config, ViTConfig) and config.key_bias:
         raise ValueError("timm's towers have no bias on keys: write the layout 'hub' or 'transformers'")
     _check(state, _our_shapes(config), "ours")
-    out = _renamed(state, config, layout)
+    out = _renamed(_with_empty(state, config), config, layout)
     return out | (hub.extras(config, out) if layout == "hub" else {})
 
 
@@ -63,13 +63,21 @@ def from_layout(state: State, layout: str | None = None, **known: Any) -> tuple[
         state, known = hub.without_extras(state, known)
     config = infer_config(state, layout, known)
     with torch.device("meta"):
-        blank = from_config(config).state_dict()
+        own = from_config(config).state_dict()
+    blank = _with_empty(own, config)
     wanted = _renamed(blank, config, layout)
     _check(state, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, layout)
     out: dict[str, Tensor] = {}
     for row in rows(config, layout):
         out |= _read(row, state, blank)
-    return config, {name: out[name] for name in blank}
+    return config, {name: out[name] for name in own}
+
+
+def _with_empty(state: State, config: Config) -> State:
+    """Our state with the storage tokens of a tower without any, which some layouts keep as an empty tensor."""
+    if not isinstance(config, ViTConfig) or config.num_storage_tokens:
+        return state
+    return {**state, "storage_tokens": state["cls_token"][:, :0]}
 
 
 def _renamed(state: State, config: Config, layout: str) -> dict[str, Tensor]:
