@@ -249,9 +249,8 @@ class SelfSupervised(TrainStage):
 def check_group(group: int | None, block_size: int) -> None:
     """Raises ValueError unless groups of KoLeo fill a block."""
     if group is not None and block_size % group:
-        fits = max(
-            size for size in range(2, block_size + 1) if block_size % size == 0 and size <= max(2, group)
-        )
+        fitting = [size for size in range(2, block_size + 1) if block_size % size == 0]
+        fits = min(fitting, key=lambda size: abs(size - group))
         raise ValueError(
             f"koleo_group {group} does not divide block_size {block_size}: groups lie within a block; use {fits}"
         )
