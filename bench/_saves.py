@@ -96,7 +96,7 @@ class Windows:
     def step(self) -> None:
         """One update, and what the training loop agrees on after it."""
         self.engine.backward(self.engine.modules.trainable(self.images))
-        self.engine.step(1e-4, self.updates)
+        self.engine.step(1e-4, self.updates, 0.04)
         self.engine.update_ema(0.99)
         self.updates += 1
         written = torch.tensor(float(self.saver.pending is not None and self.saver.written()))

@@ -154,7 +154,7 @@ def _step(task: SelfSupervisedTask, engine: Engine, block: BlockTensors, step: i
     (target,) = task.targets([block], AllWorkers())
     losses = task.losses(block, target)
     engine.backward(losses.total)
-    engine.step(1e-4, step)
+    engine.step(1e-4, step, 0.04)
     engine.update_ema(0.999)
     return float(losses.total.detach())
 

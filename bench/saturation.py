@@ -19,6 +19,7 @@ from bench.harness import Arm, Claim, summarize
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.splitting import material, splits
 from orchestrator.simulate.sharing import RESOURCES, Design, Node, Saturation, Work, sweep
+from orchestrator.stages.distill import Distill
 
 _ROOT = Path(__file__).parents[1]
 _DEVICES = tuple(2**power for power in range(3, 13))
@@ -102,11 +103,20 @@ def _pipelines(folder: Path) -> dict[str, tuple[LoadedPipeline, str]]:
     vitl.write_text(_VITL_TEACHER.format(root=_ROOT))
     family = load(_ROOT / "conf/paper/dinov3_family.yaml", [], needs_data=False)
     return {
-        "7B → 5 ViTs": (family, "distill"),
-        "7B → 4 ConvNeXts": (family, "distill_convnext"),
+        "7B → 5 ViTs": (_with(family, "vit-"), "distill"),
+        "7B → 4 ConvNeXts": (_with(family, "convnext-"), "distill"),
         "ViT-L → 3 ViTs": (load(vitl, [], needs_data=False), "distill"),
         "laptop sample": (load(_ROOT / "conf/full_pipeline.yaml", [], needs_data=False), "distill"),
     }
+
+
+def _with(loaded: LoadedPipeline, prefix: str) -> LoadedPipeline:
+    """The pipeline, with those students only whose names begin so."""
+    stage = loaded.spec.stages["distill"]
+    assert isinstance(stage, Distill)
+    students = {name: student for name, student in stage.students.items() if name.startswith(prefix)}
+    stages = {**loaded.spec.stages, "distill": stage.model_copy(update={"students": students})}
+    return replace(loaded, spec=loaded.spec.model_copy(update={"stages": stages}))
 
 
 def _case(loaded: LoadedPipeline, stage: str, crop_s: float) -> Case:
@@ -116,14 +126,12 @@ def _case(loaded: LoadedPipeline, stage: str, crop_s: float) -> Case:
     (item,) = [one for one in splits(loaded, 4096, refresh=False, say=lambda line: None) if one.name == stage]
     of = material(loaded, stage)
     assert of.recipe is not None
-    crops = of.stage.crops
-    pixels = crops.num_global * crops.global_size**2 + crops.num_local * crops.local_size**2
     measured = item.costs.kind == "cpu"
     work = Work(
         teacher=item.costs.teacher,
         students=item.costs.students,
         images=of.stage.batch_size,
-        view_bytes=3.0 * pixels,
+        view_bytes=of.stage.view_bytes(of.stage.students.values()) / of.stage.batch_size,
         teacher_bytes=bytes_per_image(of.stage, of.recipe, item.costs.kind.replace("gpu", "cuda")),
         # A measured teacher's step has its crops in it already.
         crop_s=0.0 if measured else crop_s,

@@ -21,12 +21,17 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class QKV(nn.Module):
-    """Fused projection to queries, keys and values. Keys have no bias: softmax cancels it."""
+    """Fused projection to queries, keys and values, with biases on queries and values.
 
-    def __init__(self, dim: int, bias: bool) -> None:
+    A bias on keys is an extra: without rotary positions softmax cancels it, and with them it is a learnt preference
+    for distances.
+    """
+
+    def __init__(self, dim: int, bias: bool, key_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.q_bias = nn.Parameter(torch.zeros(dim)) if bias else None
+        self.k_bias = nn.Parameter(torch.zeros(dim)) if key_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias else None
         nn.init.trunc_normal_(self.weight, std=0.02)
 
@@ -34,18 +39,21 @@ class QKV(nn.Module):
         """(B, N, D) → (B, N, 3D)."""
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+            bias = torch.cat([self.q_bias, k_bias, self.v_bias])
         return F.linear(x_BND, self.weight, bias)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention, optionally rotary, optionally causal."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, causal: bool = False) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = True, causal: bool = False, key_bias: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.causal = causal
-        self.qkv = QKV(dim, qkv_bias)
+        self.qkv = QKV(dim, qkv_bias, key_bias)
         self.proj = linear(dim, dim)
 
     def forward(self, x_BND: Tensor, rope: Rotation | None = None) -> Tensor:
@@ -121,13 +129,14 @@ class Block(nn.Module):
         *,
         ffn: FFN = "mlp",
         qkv_bias: bool = True,
+        key_bias: bool = False,
         layer_scale_init: float | None = None,
         norm_eps: float = 1e-5,
         causal: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attention = Attention(dim, num_heads, qkv_bias, causal)
+        self.attention = Attention(dim, num_heads, qkv_bias, causal, key_bias)
         self.scale1 = _layer_scale(dim, layer_scale_init)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.ffn = MLP(dim, hidden) if ffn == "mlp" else SwiGLU(dim, hidden)

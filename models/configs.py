@@ -15,7 +15,8 @@ class ViTConfig:
     Attributes:
         patch_size: pixels a side.
         ffn_hidden: hidden width of the feed-forward; None is 4 · dim.
-        qkv_bias: biases on queries and values; keys never have one.
+        qkv_bias: biases on queries and values.
+        key_bias: biases on keys, too; needs `qkv_bias`.
         drop_path: share of rows that skip each residual branch in training, the same for all blocks.
         rope_rescale: limit r of the box jitter, a log-uniform factor in [1/r, r] of the patch coordinates
             drawn for each block in training; None is off.
@@ -32,6 +33,7 @@ class ViTConfig:
     layer_scale_init: float = 1e-5
     drop_path: float = 0.0
     qkv_bias: bool = True
+    key_bias: bool = False
     norm_eps: float = 1e-5
     rope_base: float = 100.0
     rope_rescale: float | None = 2.0
@@ -46,6 +48,13 @@ class ViTConfig:
             raise ValueError(f"drop_path is {self.drop_path}; it lies in [0, 1)")
         if self.rope_rescale is not None and self.rope_rescale < 1:
             raise ValueError(f"rope_rescale is {self.rope_rescale}; it is at least 1, or null for none")
+        if self.key_bias and not self.qkv_bias:
+            raise ValueError("key_bias needs qkv_bias: set qkv_bias to true, or leave key_bias out")
+        if self.patch_size < 1 or self.num_storage_tokens < 0 or self.norm_eps <= 0:
+            raise ValueError(
+                f"patch_size {self.patch_size}, num_storage_tokens {self.num_storage_tokens}, norm_eps "
+                f"{self.norm_eps}: they are at least 1, at least 0, and above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,3 +88,8 @@ class ConvNeXtConfig:
 
 
 Config = ViTConfig | ConvNeXtConfig
+
+
+def swiglu_hidden(dim: int) -> int:
+    """8/3 dim, rounded up to a multiple of 8: a SwiGLU with as many parameters as an MLP of 4 dim."""
+    return -(-8 * dim // 24) * 8

@@ -57,7 +57,8 @@ def _vit_params(config: ViTConfig) -> int:
     patch_embed = (3 * config.patch_size**2 + 1) * dim
     norms = (2 + 2 * config.separate_local_norm) * dim
     ffn_biases = (2 if config.ffn == "swiglu" else 1) * hidden + dim
-    biases = 2 * config.qkv_bias * dim + dim + ffn_biases  # queries, values; projection; feed-forward
+    # Queries, values and keys; projection; feed-forward.
+    biases = (2 * config.qkv_bias + config.key_bias) * dim + dim + ffn_biases
     scales_and_norms = 2 * dim + 4 * dim
     block = _vit_block_weights(config) + biases + scales_and_norms
     return tokens + patch_embed + norms + config.depth * block

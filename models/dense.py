@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block, draw_rows, linear
+from .configs import swiglu_hidden
 from .vit import Features
 
 Pool = Literal["cls_and_patches", "cls"]
+ImageProjection = Literal["joint", "shared"]
 
 
 class TextAligner(nn.Module):
@@ -20,13 +22,17 @@ class TextAligner(nn.Module):
 
     Args:
         dim: width of the tower.
-        output_dim: width of the common space with the text tower.
+        output_dim: width of the common space with the text tower. A `shared` projection with patches halves it.
         num_heads: None is one head for 64 channels.
         drop_path: share of rows that skip each residual branch in training.
         pool: `cls` leaves the patches out of the embedding (LiT, arXiv 2111.07991), for comparison.
+        projection: `joint` is one matrix of all that is pooled. `shared` is one matrix that CLS and patches have in
+            common, each giving half of the embedding, and none at all where the widths fit without.
+        hidden: width of the SwiGLU; None is 8/3 dim, rounded up to a multiple of 8.
+        qkv_bias: of the blocks.
 
     Raises:
-        ValueError: the heads do not divide dim.
+        ValueError: the heads do not divide dim, or two halves do not make up output_dim.
     """
 
     def __init__(
@@ -37,6 +43,9 @@ class TextAligner(nn.Module):
         num_heads: int | None = None,
         drop_path: float = 0.3,
         pool: Pool = "cls_and_patches",
+        projection: ImageProjection = "joint",
+        hidden: int | None = None,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         num_heads = num_heads or max(1, dim // 64)
@@ -45,13 +54,23 @@ class TextAligner(nn.Module):
         self.dim = dim
         self.drop_path = drop_path
         self.pool = pool
-        # 8/3 dim, in multiples of 8: as many parameters as an MLP of 4 dim.
-        hidden = -(-8 * dim // 24) * 8
+        self.is_shared = projection == "shared"
+        hidden = hidden or swiglu_hidden(dim)
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, hidden, ffn="swiglu", layer_scale_init=1e-5) for _ in range(num_blocks)
+            Block(dim, num_heads, hidden, ffn="swiglu", qkv_bias=qkv_bias, layer_scale_init=1e-5)
+            for _ in range(num_blocks)
         )
         self.norm = nn.LayerNorm(dim)
-        self.proj = linear(dim if pool == "cls" else 2 * dim, output_dim, bias=False)
+        parts = 1 if pool == "cls" else 2
+        self.proj: nn.Module
+        if not self.is_shared:
+            self.proj = linear(parts * dim, output_dim, bias=False)
+        elif output_dim % parts:
+            raise ValueError(f"output_dim {output_dim} is odd: CLS and patches share it half and half")
+        elif parts * dim == output_dim:
+            self.proj = nn.Identity()
+        else:
+            self.proj = linear(dim, output_dim // parts, bias=False)
 
     def forward(self, features: Features, generator: torch.Generator | None = None) -> Tensor:
         """Embeds images.
@@ -64,6 +83,9 @@ class TextAligner(nn.Module):
             (B, output_dim), not normalised.
         """
         cls_BD, patches_BPD = self._tokens(features, generator if self.training else None)
+        if self.is_shared:
+            parts = [cls_BD] if self.pool == "cls" else [cls_BD, patches_BPD.mean(dim=1)]
+            return torch.cat([self.proj(part) for part in parts], dim=-1)
         pooled = cls_BD if self.pool == "cls" else torch.cat([cls_BD, patches_BPD.mean(dim=1)], dim=-1)
         embedding_BE: Tensor = self.proj(pooled)
         return embedding_BE
@@ -78,9 +100,11 @@ class TextAligner(nn.Module):
             (B, P, output_dim), not normalised.
         """
         _, patches_BPD = self._tokens(features, None)
+        if self.is_shared:
+            patches_BPD = self.proj(patches_BPD)
         if self.pool != "cls":
             patches_BPD = torch.cat([torch.zeros_like(patches_BPD), patches_BPD], dim=-1)
-        embedding_BPE: Tensor = self.proj(patches_BPD)
+        embedding_BPE: Tensor = patches_BPD if self.is_shared else self.proj(patches_BPD)
         return embedding_BPE
 
     def _tokens(self, features: Features, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from .configs import Config, ConvNeXtConfig, ViTConfig
 
 PRESETS: Mapping[str, Config] = MappingProxyType(
@@ -45,7 +47,8 @@ def preset(name: str, **overrides: Any) -> Config:
     """The config called `name`, with fields replaced.
 
     Raises:
-        ValueError: unknown name or field (the nearest ones are listed), or fields that do not fit together.
+        ValueError: unknown name or field (the nearest ones are listed), a value of another type, or fields that do
+            not fit together.
     """
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4) or list(PRESETS)
@@ -56,4 +59,24 @@ def preset(name: str, **overrides: Any) -> Config:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4) or known
             raise ValueError(f"model {name!r} has no setting {key!r}; did you mean {', '.join(nearest)}?")
-    return dataclasses.replace(config, **overrides)
+    if not overrides:
+        return config
+    values = {field: getattr(config, field) for field in known} | overrides
+    checked: TypeAdapter[Config] = TypeAdapter(type(config))
+    try:
+        return checked.validate_python(values)
+    except ValidationError as error:
+        raise ValueError(_first(error)) from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first complaint, in our words."""
+    first = error.errors()[0]
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    said = (
+        first["msg"]
+        .replace("Input should be a valid", "it must be a")
+        .replace("Input should be", "it must be")
+    )
+    return f"{'.'.join(map(str, first['loc']))} is {first['input']!r}; {said}"

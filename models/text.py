@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Block, linear
+
+TextInit = Literal["fixed", "by_width"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,9 @@ class TextConfig:
 
     Attributes:
         context: the longest text, in tokens.
+        qkv_bias: of the blocks.
+        init: of the blocks' matrices: `fixed` is a standard deviation of 0.02, `by_width` are CLIP's, which follow from
+            width and depth.
     """
 
     vocab_size: int
@@ -24,6 +30,8 @@ class TextConfig:
     depth: int = 24
     num_heads: int = 20
     output_dim: int = 2048
+    qkv_bias: bool = True
+    init: TextInit = "fixed"
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
@@ -40,12 +48,27 @@ class TextTower(nn.Module):
         self.token_embed = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Parameter(torch.empty(config.context, config.dim))
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.num_heads, 4 * config.dim, causal=True) for _ in range(config.depth)
+            Block(config.dim, config.num_heads, 4 * config.dim, qkv_bias=config.qkv_bias, causal=True)
+            for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.dim)
         self.proj = linear(config.dim, config.output_dim, bias=False)
         nn.init.trunc_normal_(self.token_embed.weight, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.01)
+        if config.init == "by_width":
+            self._init_by_width()
+
+    def _init_by_width(self) -> None:
+        """As CLIP (arXiv 2103.00020): what adds to the residual stream is the smaller, the deeper the tower."""
+        width_std = self.dim**-0.5
+        residual_std = width_std * (2 * self.config.depth) ** -0.5
+        for name, weight in self.blocks.named_parameters():
+            if name.endswith("attention.qkv.weight"):
+                nn.init.normal_(weight, std=width_std)
+            elif name.endswith("ffn.up.weight"):
+                nn.init.normal_(weight, std=(2 * self.dim) ** -0.5)
+            elif name.endswith(("attention.proj.weight", "ffn.down.weight")):
+                nn.init.normal_(weight, std=residual_std)
 
     def forward(self, tokens_BL: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Embeds texts by their end-of-text token.

@@ -50,7 +50,10 @@ class VisionTransformer(nn.Module):
         self.patch_size = config.patch_size
         self.patch_embed = PatchEmbed(config.patch_size, config.dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-        self.storage_tokens = nn.Parameter(torch.empty(1, config.num_storage_tokens, config.dim))
+        # ZeRO-3 cannot hold a parameter without elements.
+        self.storage_tokens: nn.Parameter | None = None
+        if config.num_storage_tokens:
+            self.storage_tokens = nn.Parameter(torch.empty(1, config.num_storage_tokens, config.dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
@@ -58,7 +61,8 @@ class VisionTransformer(nn.Module):
         if config.separate_local_norm:
             self.local_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.storage_tokens, std=0.02)
+        if self.storage_tokens is not None:
+            nn.init.trunc_normal_(self.storage_tokens, std=0.02)
 
     def forward(
         self,
@@ -136,7 +140,9 @@ class VisionTransformer(nn.Module):
             check_masks(masks_BP, len(images_BCHW), grid[0] * grid[1])
             patches_BPD = torch.where(masks_BP[..., None], self.mask_token.to(patches_BPD.dtype), patches_BPD)
         # The mask token enters with factor 0 so that it has a gradient on every worker, masked batch or not.
-        prefix_1SD = torch.cat([self.cls_token + 0 * self.mask_token, self.storage_tokens], dim=1)
+        prefix_1SD = self.cls_token + 0 * self.mask_token
+        if self.storage_tokens is not None:
+            prefix_1SD = torch.cat([prefix_1SD, self.storage_tokens], dim=1)
         return torch.cat([prefix_1SD.expand(len(images_BCHW), -1, -1), patches_BPD], dim=1), grid
 
     def _draw(
@@ -212,6 +218,7 @@ def _block(config: ViTConfig) -> Block:
         config.ffn_hidden or 4 * config.dim,
         ffn=config.ffn,
         qkv_bias=config.qkv_bias,
+        key_bias=config.key_bias,
         layer_scale_init=config.layer_scale_init,
         norm_eps=config.norm_eps,
     )

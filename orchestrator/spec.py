@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -412,23 +413,32 @@ class StageSpec(Strict):
 
 
 class Schedule(Strict):
-    """A schedule as data: linear warmup from `start` to `peak`, a hold, then constant or down to `end`.
+    """A schedule as data: a ramp from `start` to `peak`, a hold, then constant or on to `end`.
 
-    Values by step: `start + (peak-start)·t/warmup_steps` for t < warmup_steps; `peak` for the `hold_steps` after
-    that and, with shape `constant`, to the end; with `cosine` or `linear` a half cosine or a line from `peak` to
-    `end` over the rest of the run.
+    Values by step: for t < warmup_steps a line from `start` to `peak`, or half a cosine; `peak` for the `hold_steps`
+    after that and, with shape `constant`, to the end; with `cosine` or `linear` half a cosine or a line from `peak`
+    to `end`, which may be higher, over the rest of the run.
     """
 
-    peak: float
-    start: float = 0.0
-    end: float = 0.0
-    warmup_steps: int = Field(0, ge=0)
-    hold_steps: int = Field(0, ge=0, description="at the peak, before it falls")
-    shape: Literal["constant", "cosine", "linear"] = "constant"
+    peak: float = Field(description="The value after the ramp.")
+    start: float = Field(0.0, description="The value at step 0, where there is a ramp.")
+    end: float = Field(0.0, description="The value at the end of the run, where the shape is not constant.")
+    warmup_steps: int = Field(0, ge=0, description="The number of steps of the ramp from start to peak.")
+    warmup_shape: Literal["linear", "cosine"] = Field(
+        "linear", description="The form of the ramp from start to peak: a line, or half a cosine."
+    )
+    hold_steps: int = Field(
+        0, ge=0, description="The number of steps at the peak before the value moves to end."
+    )
+    shape: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="How the value goes on from the peak: it stays, or moves to end in this form."
+    )
 
     def at(self, step: int, num_steps: int) -> float:
         """The value at `step` (0-based) of a run of `num_steps`."""
         if step < self.warmup_steps:
+            if self.warmup_shape == "cosine":
+                return _half_cosine(self.start, self.peak, step / self.warmup_steps)
             return self.start + (self.peak - self.start) * step / self.warmup_steps
         if self.shape == "constant":
             return self.peak
@@ -436,17 +446,46 @@ class Schedule(Strict):
         done = min(1.0, max(0, step - falls_from) / max(1, num_steps - falls_from))
         if self.shape == "linear":
             return self.peak + (self.end - self.peak) * done
-        return self.end + (self.peak - self.end) * 0.5 * (1.0 + math.cos(math.pi * done))
+        return _half_cosine(self.peak, self.end, done)
+
+
+def _half_cosine(first: float, last: float, done: float) -> float:
+    """From `first` (done = 0) to `last` (done = 1), level at both ends."""
+    return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _constant(value: Any) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return {"peak": value} if is_number else value
+
+
+def _never_negative(schedule: Schedule) -> Schedule:
+    for name in ("start", "peak", "end"):
+        if not getattr(schedule, name) >= 0:
+            raise ValueError(f"{name} is {getattr(schedule, name):g}: it has to be at least 0")
+    return schedule
+
+
+# A schedule of values of at least 0; a number is one that stays.
+Decay = Annotated[Schedule, BeforeValidator(_constant), AfterValidator(_never_negative)]
 
 
 class Optimizer(Strict):
-    """AdamW and its schedule. `lr.peak` is the effective rate; nothing is rescaled behind the user's back."""
+    """AdamW and its schedules. `lr.peak` is the effective rate; nothing is rescaled behind the user's back."""
 
     lr: Schedule
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.04, ge=0)
-    clip_norm: float = Field(
-        30.0, gt=0, description="largest norm of each submodule's gradient: backbone, heads"
+    betas: tuple[float, float] = Field(
+        (0.9, 0.99), description="AdamW's decay rates of the mean of gradients and of their squares."
+    )
+    weight_decay: Decay = Field(
+        Schedule(peak=0.04),
+        description="AdamW's weight decay, as a number or as a schedule; with shape cosine or linear it moves from "
+        "peak to end. Only matrices are decayed.",
+    )
+    clip_norm: float | None = Field(
+        30.0,
+        gt=0,
+        description="The largest norm of the gradient of each submodule (backbone, heads); null clips nothing.",
     )
     layer_decay: float = Field(0.98, gt=0, le=1, description="factor on the rate for each layer further down")
     patch_embed_scale: float = Field(0.2, gt=0, description="extra factor on the patch embedding's rate")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.spec import Optimizer, Schedule, Strict, operational
+from orchestrator.spec import Decay, Optimizer, Schedule, Strict, operational
 from orchestrator.stages.base import Context, Input
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, MixStage, draws_of
 from orchestrator.stages.selfsup import INDEX_KINDS, stage_seed, summary
@@ -31,7 +31,7 @@ class AlignOptimizer(Optimizer):
     """AdamW with the recipe's values. No layer-wise rates: the layers they would slow down are locked."""
 
     lr: Schedule = Schedule(peak=7e-4, warmup_steps=2000, shape="cosine")
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: Decay = Schedule(peak=1e-4)
     layer_decay: float = Field(1.0, ge=1, le=1)
     patch_embed_scale: float = Field(1.0, ge=1, le=1)
 
@@ -44,6 +44,11 @@ class TextSettings(Strict):
     dim: int = Field(192, ge=1)
     depth: int = Field(4, ge=1)
     num_heads: int = Field(3, ge=1)
+    init: Literal["fixed", "by_width"] = Field(
+        "fixed",
+        description="The standard deviations that the matrices of the text tower's blocks start with. fixed: 0.02. "
+        "by_width: CLIP's, which follow from dim and depth, as in the published code.",
+    )
     # The key of the stage has the hash of what is in it instead of its place.
     from_: Path | None = operational(
         None, alias="from", description="folder of a BERT encoder such as MiniLM; it brings its own tokenizer"
@@ -52,8 +57,10 @@ class TextSettings(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> TextSettings:
-        if self.from_ is not None and (sizes := self.model_fields_set & {"dim", "depth", "num_heads"}):
-            raise ValueError(f"the encoder has its own sizes: leave out {', '.join(sorted(sizes))}")
+        if self.from_ is not None and (
+            sizes := self.model_fields_set & {"dim", "depth", "num_heads", "init"}
+        ):
+            raise ValueError(f"the encoder has its own: leave out {', '.join(sorted(sizes))}")
         if self.from_ is None and self.lock:
             raise ValueError("lock is for a trained encoder: set `from`, or leave lock out")
         if self.dim % self.num_heads:
@@ -80,7 +87,24 @@ class AlignText(MixStage):
     text: TextSettings = TextSettings()
     num_blocks: int = Field(2, ge=0, description="trainable blocks on the tower's tokens")
     drop_path: float = Field(0.3, ge=0, lt=1, description="of those blocks")
+    ffn_hidden: int | None = Field(
+        None,
+        ge=1,
+        description="The hidden width of the feed-forward layers (SwiGLU) of those blocks. Default: 8/3 of the tower's "
+        "width, rounded up to a multiple of 8. The published code rounds up to a multiple of 64.",
+    )
+    qkv_bias: bool = Field(
+        True,
+        description="Whether queries and values have biases, in those blocks and in a text tower from scratch. In the "
+        "published code they have none.",
+    )
     output_dim: int = Field(256, ge=1, description="width of the space that photos and texts share")
+    projection: Literal["joint", "shared"] = Field(
+        "joint",
+        description="How a photo's CLS token and the mean of its patches become an embedding. joint: one matrix "
+        "projects both together to output_dim. shared: one matrix projects each to a half of output_dim, and there is "
+        "none where twice the tower's width is output_dim, as in the published code.",
+    )
     pool: Literal["cls_and_patches", "cls"] = Field(
         "cls_and_patches", description="what of the photo is compared with a text; `cls` for comparison"
     )
@@ -126,6 +150,8 @@ class AlignText(MixStage):
             raise ValueError("a given tokenizer has its own vocabulary: leave out vocab_size")
         if self.tokenizer and self.text.from_:
             raise ValueError("the encoder of `text: {from: …}` brings its own tokenizer: leave out tokenizer")
+        if self.projection == "shared" and self.pool == "cls_and_patches" and self.output_dim % 2:
+            raise ValueError(f"output_dim {self.output_dim} is odd: CLS and patches share it half and half")
         if self.end_token is None and self.start_token is not None:
             raise ValueError("set end_token too: both are replaced together")
         if self.end_token is not None and self.tokenizer is None:

@@ -10,11 +10,24 @@ from pydantic import Field, StringConstraints, model_validator
 
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
+from orchestrator.models.configs import Config
+from orchestrator.models.presets import preset
 from orchestrator.spec import Optimizer, Resources, Schedule, Strict, Workers, operational
 from orchestrator.stages.base import Context, Input
 from orchestrator.stages.features import FeatureObjective
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, HomogeneousMixStage
-from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, ModelName, check_crops
+from orchestrator.stages.selfsup import (
+    BACKBONE_KINDS,
+    INDEX_KINDS,
+    KOLEO_GROUP,
+    KOLEO_VIEWS,
+    OVERRIDES,
+    KoLeoViews,
+    ModelName,
+    Overrides,
+    check_crops,
+    check_group,
+)
 
 # Names folders, runs and models.
 StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -34,8 +47,12 @@ class Student(Strict):
     """One student. Its heads have the teacher's prototypes and the sizes of the teacher's heads."""
 
     model: ModelName
+    model_overrides: Overrides = Field({}, description=OVERRIDES)
     drop_path: float = Field(0.0, ge=0, lt=1)
-    optimizer: Optimizer | None = Field(None, description="default: the stage's")
+    optimizer: Optimizer | None = Field(
+        None, description="The student's own optimizer. Default: the stage's."
+    )
+    ema: Schedule | None = Field(None, description="The student's own ema. Default: the stage's.")
     mask_inputs: bool = Field(True, description="students see masked crops (paper); false: published code")
     views: Views | None = Field(None, description="default: the stage's crops")
     steps: int | None = Field(None, ge=1, description="default: the stage's; another number ends on its own")
@@ -52,6 +69,11 @@ class Student(Strict):
     resources: Resources | None = operational(
         None, description="The student's own `elastic.resources`. A key that is left out is the stage's."
     )
+
+    @property
+    def tower(self) -> Config:
+        """The shape of the student, without drop-path."""
+        return preset(self.model, **self.model_overrides)
 
 
 class Distill(HomogeneousMixStage):
@@ -76,6 +98,8 @@ class Distill(HomogeneousMixStage):
     local_weight: float = Field(1.0, ge=0)
     ibot_weight: float = Field(1.0, ge=0)
     koleo_weight: float = Field(0.1, ge=0)
+    koleo_views: KoLeoViews = KOLEO_VIEWS
+    koleo_group: int | None = KOLEO_GROUP
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -134,8 +158,9 @@ class Distill(HomogeneousMixStage):
             raise ValueError("teacher_shards is for teachers with heads: leave it out beside `features`")
         if self.teacher_shards > 1 and self.replay:
             raise ValueError("replay and teacher_shards do not go together: leave one of them out")
+        check_group(self.koleo_group, self.block_size)
         for student in self.students.values():
-            check_crops(self.crops_of(student), student.model)
+            check_crops(self.crops_of(student), student.model, student.model_overrides)
         return self
 
     def crops_at(self, step: int, seed: int) -> CropConfig:
@@ -195,6 +220,10 @@ class Distill(HomogeneousMixStage):
                 where=where,
                 hint="set teacher_gpus: 1, or teacher_shards: 1",
             )
+
+    def ema_of(self, student: Student) -> Schedule:
+        """The momentum of a student's average."""
+        return student.ema or self.ema
 
     def steps_of(self, student: Student) -> int:
         """A student's number of updates."""

@@ -58,6 +58,11 @@ class Gram(Strict):
     update_every: int = Field(10_000, ge=1, description="steps between later updates")
     max_updates: int = Field(3, ge=0)
     form: Literal["auto", "patches", "features"] = "auto"
+    antialias: bool = Field(
+        True,
+        description="Whether the feature map of a Gram teacher with larger crops is smoothed before it is made as "
+        "small as the student's. The published code does not smooth.",
+    )
     clip_negatives: bool = Field(
         False, description="take negative similarities of both for 0; needs the P×P matrices"
     )

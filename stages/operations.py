@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
@@ -24,9 +25,16 @@ def mean(views: Views, value: Callable[[CropConfig], float]) -> float:
     return fmean([value(crops) for _, crops in views], [share for share, _ in views])
 
 
-def masked_share(probability: float, ratio: tuple[float, float]) -> float:
-    """Share of a global view's patches that are masked, on average."""
-    return probability * (ratio[0] + ratio[1]) / 2
+def masked_share(probability: float, ratio: tuple[float, float], num_views: int) -> float:
+    """Share of the patches of a block's `num_views` global views that are masked, but for rounding.
+
+    Ratios are the upper ends of as many equal cells of `ratio` as there are masked views.
+    """
+    masked = math.floor(num_views * probability + 0.5)
+    if not masked:
+        return 0.0
+    mean_ratio = (ratio[0] + ratio[1]) / 2 + (ratio[1] - ratio[0]) / (2 * masked)
+    return masked / num_views * mean_ratio
 
 
 def square_flops(config: Config, size: int) -> float:

@@ -6,12 +6,16 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from orchestrator.models.configs import Config
+from orchestrator.models.presets import preset
 from orchestrator.stages.base import Context, Input
 from orchestrator.stages.selfsup import (
     INDEX_KINDS,
+    OVERRIDES,
     Heads,
     ModelName,
     ModelRecipe,
+    Overrides,
     SelfSupervised,
     check_crops,
 )
@@ -22,6 +26,7 @@ class Pretrain(SelfSupervised):
 
     kind: Literal["pretrain"]
     model: ModelName
+    model_overrides: Overrides = Field({}, description=OVERRIDES)
     drop_path: float = Field(0.0, ge=0, lt=1)
     heads: Heads = Heads()
     gram: None = None
@@ -31,11 +36,24 @@ class Pretrain(SelfSupervised):
 
     @model_validator(mode="after")
     def _crops_fit(self) -> Pretrain:
-        check_crops(self.crops, self.model)
+        check_crops(self.crops, self.model, self.model_overrides)
         return self
+
+    @property
+    def tower(self) -> Config:
+        """The shape of the backbone, without drop-path."""
+        return preset(self.model, **self.model_overrides)
 
     def recipe(self, context: Context) -> ModelRecipe:
         """The model to train, from this config."""
+        return self.model_recipe()
+
+    def model_recipe(self) -> ModelRecipe:
+        """How to build the model that this config describes."""
         return ModelRecipe(
-            model=self.model, drop_path=self.drop_path, heads=self.heads, global_size=self.crops.global_size
+            model=self.model,
+            model_overrides=self.model_overrides,
+            drop_path=self.drop_path,
+            heads=self.heads,
+            global_size=self.crops.global_size,
         )

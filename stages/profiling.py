@@ -34,7 +34,7 @@ _FREE = (
     "kind", "needs", "students", "steps", "batch_size", "optimizer", "ema", "mix", "homogeneous",
     "homogeneous_ratio", "student_temperature", "teacher_temperature",
 )  # fmt: skip
-_FREE_OF_STUDENTS = ("optimizer", "steps", "joins")
+_FREE_OF_STUDENTS = ("optimizer", "ema", "steps", "joins")
 # Operational, but they decide what a step costs.
 _COSTLY = ("chunk_rows", "activation_checkpointing", "compile", "views")
 

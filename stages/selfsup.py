@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.data.views import CropConfig
+from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
 from orchestrator.stages import lineage
@@ -33,6 +34,34 @@ def _known_model(name: str) -> str:
 
 
 ModelName = Annotated[str, AfterValidator(_known_model)]
+
+
+def _no_drop_path(overrides: dict[str, Any]) -> dict[str, Any]:
+    if "drop_path" in overrides:
+        raise ValueError("drop_path is a key beside model: leave it out of model_overrides")
+    return overrides
+
+
+# Fields of a preset by name, with the values that replace the preset's.
+Overrides = Annotated[dict[str, Any], AfterValidator(_no_drop_path)]
+OVERRIDES = (
+    "Fields of the model's preset that get other values: patch_size, num_storage_tokens, rope_rescale, norm_eps, "
+    "key_bias and others (docs/models.md). They are part of the model that is published."
+)
+
+
+KoLeoViews = Literal["first", "both"]
+KOLEO_VIEWS: KoLeoViews = Field(
+    "first",
+    description="The global crops that KoLeo spreads: the first (paper), or both, whose terms are summed (published "
+    "code).",
+)
+KOLEO_GROUP: int | None = Field(
+    None,
+    ge=2,
+    description="The number of images among which KoLeo looks for each image's nearest neighbour. It divides "
+    "block_size. Default: 16, or block_size where that is smaller.",
+)
 
 
 class Heads(Strict):
@@ -63,9 +92,15 @@ class ModelRecipe(Strict):
     """What it takes to rebuild a trained model; written beside its weights as `recipe.json`."""
 
     model: str
+    model_overrides: dict[str, Any] = Field({})
     drop_path: float
     heads: Heads
     global_size: int
+
+    @property
+    def tower(self) -> Config:
+        """The shape of the backbone, without drop-path."""
+        return preset(self.model, **self.model_overrides)
 
 
 class SelfSupervised(HomogeneousMixStage):
@@ -82,9 +117,8 @@ class SelfSupervised(HomogeneousMixStage):
     local_weight: Schedule = Schedule(peak=1.0)
     ibot_weight: float = Field(1.0, ge=0)
     koleo_weight: float = Field(0.1, ge=0)
-    koleo_views: Literal["first", "both"] = Field(
-        "first", description="paper: the first global; published code: both"
-    )
+    koleo_views: KoLeoViews = KOLEO_VIEWS
+    koleo_group: int | None = KOLEO_GROUP
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
     frozen_prototype_steps: int = Field(0, ge=0, description="steps before the prototype layers move")
@@ -120,6 +154,7 @@ class SelfSupervised(HomogeneousMixStage):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
             )
+        check_group(self.koleo_group, self.block_size)
         return self
 
     def models(self) -> Mapping[str, str]:
@@ -214,7 +249,11 @@ class SelfSupervised(HomogeneousMixStage):
         job.collect(context.out / "checkpoint")
         (context.out / "recipe.json").write_text(recipe.model_dump_json(indent=1))
         save_backbone(
-            job.export(job.num_steps), recipe.model, context.out / "model", self.crops_at(0, 0).global_size
+            job.export(job.num_steps),
+            recipe.model,
+            context.out / "model",
+            self.crops_at(0, 0).global_size,
+            recipe.model_overrides,
         )
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
@@ -223,9 +262,19 @@ class SelfSupervised(HomogeneousMixStage):
         return summary(history) | account | draws.write(self.steps, context.out)
 
 
-def check_crops(crops: CropConfig, model: str) -> None:
+def check_group(group: int | None, block_size: int) -> None:
+    """Raises ValueError unless groups of KoLeo fill a block."""
+    if group is not None and block_size % group:
+        fitting = [size for size in range(2, block_size + 1) if block_size % size == 0]
+        fits = min(fitting, key=lambda size: abs(size - group))
+        raise ValueError(
+            f"koleo_group {group} does not divide block_size {block_size}: groups lie within a block; use {fits}"
+        )
+
+
+def check_crops(crops: CropConfig, model: str, overrides: Mapping[str, Any] | None = None) -> None:
     """Raises ValueError unless the model's patch divides all crop sizes."""
-    patch = preset(model).patch_size
+    patch = preset(model, **(overrides or {})).patch_size
     for name in ("global_size", "local_size", "gram_size"):
         if (size := getattr(crops, name) or 0) % patch:
             nearest = max(1, round(size / patch)) * patch

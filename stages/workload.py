@@ -12,9 +12,8 @@ from functools import singledispatch
 from typing import Literal, cast
 
 from orchestrator.data.views import CropConfig
-from orchestrator.models.configs import Config, ViTConfig
+from orchestrator.models.configs import Config, ViTConfig, swiglu_hidden
 from orchestrator.models.cost import head_params, num_params
-from orchestrator.models.presets import preset
 from orchestrator.stages.align_text import AlignText
 from orchestrator.stages.base import Stage, TrainStage
 from orchestrator.stages.distill import Distill
@@ -114,10 +113,10 @@ def workloads(stage: Stage, name: str, upstream: Upstream) -> list[Workload]:
 @workloads.register
 def _selfsup(stage: SelfSupervised, name: str, upstream: Upstream) -> list[Workload]:
     origin = cast("Pretrain", upstream.get("origin", stage))
-    config, heads = preset(origin.model), origin.heads
+    config, heads = origin.tower, origin.heads
     views = stage.views()
     taken = 1 - origin.drop_path
-    masked = masked_share(stage.mask_probability, stage.mask_ratio)
+    masked = masked_share(stage.mask_probability, stage.mask_ratio, stage.block_size * stage.crops.num_global)
     student = tower_flops(config, views, taken)
     student_heads = heads_flops(config, heads, views, masked)
     nets = [
@@ -154,9 +153,9 @@ def _distill(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
     if stage.features is not None:
         return _distill_features(stage, name, upstream)
     origin = cast("Pretrain", upstream["origin"])
-    config, heads = preset(origin.model), origin.heads
+    config, heads = origin.tower, origin.heads
     views: Views = [(1.0, stage.crops)]
-    masked = masked_share(stage.mask_probability, stage.mask_ratio)
+    masked = masked_share(stage.mask_probability, stage.mask_ratio, stage.block_size * stage.crops.num_global)
     by_teacher = [only_globals(view) for view in views]
     teacher = Workload(
         f"{name}/teacher",
@@ -168,7 +167,7 @@ def _distill(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
     )
     students = []
     for student_name, student in stage.students.items():
-        own, seen = preset(student.model), [(1.0, stage.crops_of(student))]
+        own, seen = student.tower, [(1.0, stage.crops_of(student))]
         forward = tower_flops(own, seen, 1 - student.drop_path) + heads_flops(own, heads, seen, masked)
         students.append(
             Workload(
@@ -197,12 +196,12 @@ def _distill_features(stage: Distill, name: str, upstream: Upstream) -> list[Wor
     views: Views = [(1.0, stage.crops)]
     found = []
     if stage.features is not None and stage.features.uses_own:
-        config = preset(cast("Pretrain", upstream["origin"]).model)
+        config = cast("Pretrain", upstream["origin"]).tower
         flops = tower_flops(config, [only_globals(view) for view in views])
         frozen = (_tower("teacher", "frozen", config, None, ()),)
         found.append(work("teacher", stage.steps, frozen, {"teacher": flops}))
     for student_name, student in stage.students.items():
-        own, seen = preset(student.model), [(1.0, stage.crops_of(student))]
+        own, seen = student.tower, [(1.0, stage.crops_of(student))]
         nets = (_tower("student", "trained", own, None, seen), _tower("EMA", "ema", own, None, ()))
         forward = tower_flops(own, seen, 1 - student.drop_path)
         flops_of = {"student": (1 + _BACKWARD) * forward}
@@ -216,21 +215,24 @@ def _align(stage: AlignText, name: str, upstream: Upstream) -> list[Workload]:
     origin = cast("Pretrain", upstream["origin"])
     if isinstance(tower_stage, Distill):
         chosen = stage.student or next(iter(tower_stage.students))
-        config, trained_at = preset(tower_stage.students[chosen].model), tower_stage.crops.global_size
+        config, trained_at = tower_stage.students[chosen].tower, tower_stage.crops.global_size
     else:
-        config, trained_at = preset(origin.model), cast("SelfSupervised", tower_stage).crops.global_size
+        config, trained_at = origin.tower, cast("SelfSupervised", tower_stage).crops.global_size
     size = stage.image_size or trained_at
     tokens = num_tokens(config, size)
     dim = config.dim if isinstance(config, ViTConfig) else config.dims[-1]
     block = ViTConfig(dim=dim, depth=stage.num_blocks, num_heads=max(1, dim // 64), ffn="swiglu",
-                      ffn_hidden=-(-8 * dim // 24) * 8, num_storage_tokens=0)  # fmt: skip
+                      ffn_hidden=stage.ffn_hidden or swiglu_hidden(dim), num_storage_tokens=0)  # fmt: skip
     text = ViTConfig(dim=stage.text.dim, depth=stage.text.depth, num_heads=stage.text.num_heads)
-    aligner_flops = blocks_flops(block, tokens) * (1 - stage.drop_path) + 4 * dim * stage.output_dim
+    pooled, matrix = 2 * dim, 2 * dim * stage.output_dim
+    if stage.projection == "shared":
+        matrix = 0 if pooled == stage.output_dim else dim * stage.output_dim // 2
+    aligner_flops = blocks_flops(block, tokens) * (1 - stage.drop_path) + 2 * matrix
     text_flops = blocks_flops(text, stage.context) + 2 * stage.text.dim * stage.output_dim
     text_params = block_params(text) * text.depth + stage.text.dim * (
         stage.vocab_size + stage.context + stage.output_dim
     )
-    aligner_params = block_params(block) * block.depth + 2 * dim * stage.output_dim
+    aligner_params = block_params(block) * block.depth + matrix
     # Embedded twice: once without gradients for the whole batch's columns, once with them.
     passes = 2 + _BACKWARD
     nets = (

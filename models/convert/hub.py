@@ -22,7 +22,7 @@ def extras(config: Config, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {f"norms.3.{kind}": weights[f"norm.{kind}"].clone() for kind in ("weight", "bias")}
     out = {_PERIODS: _periods(config.rope_base, config.dim // config.num_heads // 4)}
     for name, tensor in weights.items():
-        if name.endswith("qkv.bias"):
+        if name.endswith("qkv.bias") and not config.key_bias:
             mask = torch.ones_like(tensor)
             mask.view(3, -1)[1] = 0
             out[name.removesuffix(".bias") + _MASK] = mask

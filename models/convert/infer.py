@@ -19,7 +19,7 @@ State = Mapping[str, Tensor]
 # One block of each kind: all names that occur, with 0 for every index.
 _SAMPLES: tuple[Config, ...] = (
     ViTConfig(depth=1, ffn="mlp", separate_local_norm=True),
-    ViTConfig(depth=1, ffn="swiglu"),
+    ViTConfig(depth=1, ffn="swiglu", key_bias=True),
     ConvNeXtConfig(depths=(1, 1, 1, 1)),
 )
 
@@ -88,8 +88,17 @@ def _vit_fields(state: State, layout: str) -> dict[str, Any]:
         "ffn_hidden": None if hidden == 4 * dim and not is_gated else hidden,
         "num_storage_tokens": shape.of("storage_tokens")[1] if shape.has("storage_tokens") else 0,
         "qkv_bias": shape.has("blocks.0.attention.qkv.q_bias"),
+        "key_bias": _has_key_bias(state, layout),
         "separate_local_norm": shape.has("local_norm.weight"),
     }
+
+
+def _has_key_bias(state: State, layout: str) -> bool:
+    """Whether keys have a bias; where one tensor is for queries, keys and values, its numbers tell."""
+    if layout == "hub":
+        biases = [tensor.chunk(3)[1] for name, tensor in state.items() if name.endswith(".qkv.bias")]
+        return any(bool(bias.any()) for bias in biases if not bias.is_meta)
+    return any(name.endswith((".qkv.k_bias", ".k_proj.bias")) for name in state)
 
 
 def _convnext_fields(state: State, layout: str) -> dict[str, Any]:

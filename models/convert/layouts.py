@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..configs import Config
+from ..configs import Config, ViTConfig
 from ..towers import from_config
 from . import hub
 from .infer import detect, infer_config
@@ -32,11 +32,13 @@ def to_layout(state: State, config: Config, layout: str) -> dict[str, Tensor]:
         layout: "transformers", "timm", "hub" (or "ours").
 
     Raises:
-        ValueError: unknown layout, or the state does not fit the config.
+        ValueError: unknown layout, one that has no place for a bias on keys, or the state does not fit the config.
     """
     _check_layout(layout)
+    if layout == "timm" and isinstance(config, ViTConfig) and config.key_bias:
+        raise ValueError("timm's towers have no bias on keys: write the layout 'hub' or 'transformers'")
     _check(state, _our_shapes(config), "ours")
-    out = _renamed(state, config, layout)
+    out = _renamed(_with_empty(state, config), config, layout)
     return out | (hub.extras(config, out) if layout == "hub" else {})
 
 
@@ -52,7 +54,7 @@ def from_layout(state: State, layout: str | None = None, **known: Any) -> tuple[
 
     Raises:
         ValueError: names of no known layout; missing, surplus or misshapen weights (the nearest names are listed);
-            a bias on keys, which our towers cannot have; RoPE periods that fit no base; unknown fields in `known`.
+            a bias on keys though `known` says there is none; RoPE periods that fit no base; unknown fields in `known`.
     """
     layout = layout or detect(state)
     _check_layout(layout)
@@ -61,13 +63,21 @@ def from_layout(state: State, layout: str | None = None, **known: Any) -> tuple[
         state, known = hub.without_extras(state, known)
     config = infer_config(state, layout, known)
     with torch.device("meta"):
-        blank = from_config(config).state_dict()
+        own = from_config(config).state_dict()
+    blank = _with_empty(own, config)
     wanted = _renamed(blank, config, layout)
     _check(state, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, layout)
     out: dict[str, Tensor] = {}
     for row in rows(config, layout):
         out |= _read(row, state, blank)
-    return config, {name: out[name] for name in blank}
+    return config, {name: out[name] for name in own}
+
+
+def _with_empty(state: State, config: Config) -> State:
+    """Our state with the storage tokens of a tower without any, which some layouts keep as an empty tensor."""
+    if not isinstance(config, ViTConfig) or config.num_storage_tokens:
+        return state
+    return {**state, "storage_tokens": state["cls_token"][:, :0]}
 
 
 def _renamed(state: State, config: Config, layout: str) -> dict[str, Tensor]:
@@ -100,7 +110,7 @@ def _read(row: Row, state: State, blank: State) -> dict[str, Tensor]:
     parts = whole.chunk(len(row.ours))
     for name, part in zip(row.ours, parts, strict=True):
         if name == "0" and name not in row.theirs and part.any():
-            raise ValueError(f"{row.theirs[0]} has a bias on keys, which our towers cannot have")
+            raise ValueError(f"{row.theirs[0]} has a bias on keys: key_bias cannot be false")
     return {name: part.clone() for name, part in zip(row.ours, parts, strict=True) if name != "0"}
 
 

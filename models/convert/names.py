@@ -39,6 +39,10 @@ _QKV_BIAS = """
 attention.qkv.q_bias+0+attention.qkv.v_bias  attention.q_proj.bias+0+attention.v_proj.bias \
                                              attn.q_bias+0+attn.v_bias   attn.qkv.bias
 """
+_KEY_BIAS = """
+attention.qkv.q_bias+attention.qkv.k_bias+attention.qkv.v_bias \
+              attention.q_proj.bias+attention.k_proj.bias+attention.v_proj.bias  attn.qkv.bias  attn.qkv.bias
+"""
 _MLP = """
 ffn.up.*               mlp.up_proj.*          mlp.fc1.*        mlp.fc1.*
 ffn.down.*             mlp.down_proj.*        mlp.fc2.*        mlp.fc2.*
@@ -115,7 +119,8 @@ def _cells(config: Config) -> Iterator[list[str]]:
     if isinstance(config, ViTConfig):
         yield from _table(_VIT + (_LOCAL_NORM if config.separate_local_norm else ""))
         ffn = _SWIGLU if config.ffn == "swiglu" else _MLP
-        block = _prefixed(_VIT_BLOCK, _ATTENTION + (_QKV_BIAS if config.qkv_bias else "") + ffn)
+        bias = _KEY_BIAS if config.key_bias else _QKV_BIAS if config.qkv_bias else ""
+        block = _prefixed(_VIT_BLOCK, _ATTENTION + bias + ffn)
         for index in range(config.depth):
             yield from _numbered(block, index)
     else:

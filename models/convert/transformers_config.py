@@ -46,6 +46,7 @@ def transformers_config(config: Config) -> dict[str, Any]:
         "use_gated_mlp": config.ffn == "swiglu",
         "hidden_act": "silu" if config.ffn == "swiglu" else "gelu",
         "query_bias": config.qkv_bias,
+        "key_bias": config.key_bias,
         "value_bias": config.qkv_bias,
     }
     return {"model_type": kind} | shown | hidden

@@ -24,8 +24,8 @@ def block_masks(
 
     Exactly round(`probability`·`num_views`) views are masked, chosen at random. The masked views' ratios are
     spread over `ratio`: the range is cut into as many equal cells as there are masked views, and each view
-    draws its ratio uniformly from its own cell (DINOv3 recipe; iBOT, arXiv 2111.07832). The number of masked
-    patches is exact.
+    has the upper end of its own cell as its ratio (DINOv3 recipe; iBOT, arXiv 2111.07832). The number of masked
+    patches is exact, rounded down.
 
     Args:
         num_views: views in the block (globals × samples).
@@ -47,10 +47,10 @@ def block_masks(
         raise ValueError(f"a grid of {grid_h}×{grid_w} patches cannot be masked")
     masks = np.zeros((num_views, grid_h, grid_w), dtype=bool)
     num_masked = math.floor(num_views * probability + 0.5)
-    edges = np.linspace(low, high, num_masked + 1)
-    for cell, view in enumerate(rng.permutation(num_views)[:num_masked]):
-        share = rng.uniform(edges[cell], edges[cell + 1])
-        _fill(masks[view], max(1, int(share * grid_h * grid_w)), rng)
+    shares = np.linspace(low, high, num_masked + 1)[1:]
+    for share, view in zip(shares, rng.permutation(num_views)[:num_masked], strict=True):
+        # Half of 10 is 5 patches, also where the ends of cells are 4.999….
+        _fill(masks[view], max(1, int(share * grid_h * grid_w + 1e-9)), rng)
     return masks.reshape(num_views, grid_h * grid_w)
 
 

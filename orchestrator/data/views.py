@@ -32,7 +32,12 @@ class CropConfig(Strict):
     brightness: float = Field(0.4, ge=0, le=1)
     contrast: float = Field(0.4, ge=0, le=1)
     saturation: float = Field(0.2, ge=0, le=1)
-    hue: float = Field(0.1, ge=0, le=0.5, description="largest turn, as a share of the colour circle")
+    hue: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="The largest turn of the hue in HSV, either way, as a share of the circle.",
+    )
     gray_probability: Probability = 0.2
     blur_probability: tuple[Probability, Probability] = Field(
         (1.0, 0.1), description="first global, other globals"

@@ -70,7 +70,7 @@ class Engine:
             ):
                 _mark_whole(module, modules.whole)
         self._optimizer = torch.optim.AdamW(
-            _param_groups(modules, optimizer.weight_decay),
+            _param_groups(modules),
             lr=optimizer.lr.peak,
             betas=optimizer.betas,
         )
@@ -81,7 +81,7 @@ class Engine:
         modules.trainable = self._engine
         if exact:
             sum_exactly(self._engine.optimizer)
-        self._clipper = Clipper(self._engine.optimizer, self._params, optimizer.clip_norm)
+        self._clipper = Clipper(self._engine.optimizer, self._params, optimizer.clip_norm or math.inf)
         if ema_source is not None:
             modules.ema = self._freeze(ema_source, config)
         modules.copies = {name: self._freeze(module, config) for name, module in modules.copies.items()}
@@ -112,14 +112,20 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the block; the update is in `step`
 
-    def step(self, lr: float, step: int) -> dict[str, float]:
-        """Clip by submodule and update with learning rate `lr` (times each group's layer-wise factor).
+    def step(self, lr: float, step: int, weight_decay: float) -> dict[str, float]:
+        """Clip by submodule and update.
+
+        Args:
+            lr: learning rate; each group's is this times its layer-wise factor.
+            step: of the stage, which decides what is still frozen.
+            weight_decay: of matrices, at this step.
 
         Returns:
             Norms before clipping: `grad_norm` of the whole gradient, `grad_norm_backbone` and so on of its parts.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"] if step >= group["frozen_steps"] else 0.0
+            group["weight_decay"] = weight_decay if group["decayed"] else 0.0
         norms = self._clipper.clip(self._scale)
         self._engine.step()
         self.updates += 1
@@ -283,18 +289,18 @@ def _mark_whole(module: nn.Module | None, classes: tuple[type[nn.Module], ...]) 
         set_z3_leaf_modules(module, list(classes))
 
 
-def _param_groups(modules: Modules, weight_decay: float) -> list[dict[str, Any]]:
+def _param_groups(modules: Modules) -> list[dict[str, Any]]:
     """AdamW groups by submodule (for :class:`Clipper`), learning-rate factor, frozen steps and decay.
 
     Vectors and scalars are never decayed.
     """
-    groups: dict[tuple[str, float, int, float], dict[str, Any]] = {}
+    groups: dict[tuple[str, float, int, bool], dict[str, Any]] = {}
     for name, param in modules.trainable.named_parameters():
         if not param.requires_grad:
             continue
-        decay = weight_decay if param.ndim > 1 else 0.0
+        decayed = param.ndim > 1
         scale = modules.lr_scales.get(name, 1.0)
         frozen = modules.frozen_steps.get(name, 0)
-        settings = {"params": [], "weight_decay": decay, "lr_scale": scale, "frozen_steps": frozen}
-        groups.setdefault((submodule(name), scale, frozen, decay), settings)["params"].append(param)
+        settings = {"params": [], "decayed": decayed, "lr_scale": scale, "frozen_steps": frozen}
+        groups.setdefault((submodule(name), scale, frozen, decayed), settings)["params"].append(param)
     return list(groups.values())

@@ -127,9 +127,10 @@ class _Trainer:
             raise NonFiniteLossError(
                 f"{self.job.name}: {', '.join(bad)} not finite at step {step}; the update was not applied"
             )
-        lr = self.job.optimizer.lr.at(step, self.job.num_steps)
-        figures |= self.engine.step(lr, step)
-        figures["lr"] = lr
+        optimizer, num_steps = self.job.optimizer, self.job.num_steps
+        lr, weight_decay = optimizer.lr.at(step, num_steps), optimizer.weight_decay.at(step, num_steps)
+        figures |= self.engine.step(lr, step, weight_decay)
+        figures |= {"lr": lr, "weight_decay": weight_decay}
         self.task.after_step(step, self.engine, figures)
         return figures
 

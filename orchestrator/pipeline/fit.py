@@ -36,7 +36,7 @@ def check(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Non
             continue
         for where, crops in every:
             try:
-                check_crops(crops, model.model)
+                check_crops(crops, model.model, model.model_overrides)
             except ValueError as error:
                 what = str(error).removeprefix("crops.")
                 raise UserError(

@@ -214,12 +214,7 @@ def _recipe(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]], name
     origin = loaded.spec.stages.get(graph.origin(roles, name) or "")
     if not isinstance(origin, Pretrain):
         return None
-    return ModelRecipe(
-        model=origin.model,
-        drop_path=origin.drop_path,
-        heads=origin.heads,
-        global_size=origin.crops.global_size,
-    )
+    return origin.model_recipe()
 
 
 def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> Costs:

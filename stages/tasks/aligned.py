@@ -35,7 +35,9 @@ from orchestrator.stages.tasks.text import load_encoder, text_config
 
 Floats = NDArray[np.float32]
 
-_FORMAT = 2
+# Format 2 had one way to project, and biases always.
+_FORMAT = 3
+_FORMAT_2 = {"projection": "joint", "ffn_hidden": None, "qkv_bias": True}
 _BATCH = 32
 
 
@@ -64,6 +66,9 @@ def save_aligned(
         "output_dim": config.output_dim,
         "num_blocks": config.num_blocks,
         "pool": config.pool,
+        "projection": config.projection,
+        "ffn_hidden": config.ffn_hidden,
+        "qkv_bias": config.qkv_bias,
         "text": {"kind": kind, "shape": shape},
     }
     (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -80,6 +85,8 @@ class Aligned:
 
     def __init__(self, folder: Path) -> None:
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if record["format"] == 2:
+            record |= {**_FORMAT_2, "format": _FORMAT}
         if record["format"] != _FORMAT:
             raise ValueError(f"{folder} has format {record['format']!r}; this version reads {_FORMAT}")
         self.image_size, self.logit_scale = int(record["image_size"]), float(record["logit_scale"])
@@ -87,7 +94,13 @@ class Aligned:
         self._tower = load_pretrained(folder / "tower")
         self._tokenizer = load_tokenizer(folder / "tokenizer.json")
         self._aligner = TextAligner(
-            self._tower.dim, self.dim, record["num_blocks"], pool=record["pool"]
+            self._tower.dim,
+            self.dim,
+            record["num_blocks"],
+            pool=record["pool"],
+            projection=record["projection"],
+            hidden=record["ffn_hidden"],
+            qkv_bias=record["qkv_bias"],
         ).eval()
         self._aligner.load_state_dict(load_file(folder / "aligner.safetensors"))
         self._text = _text_tower(record["text"], self.dim).eval()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from orchestrator.elastic.export import load_export
 from orchestrator.models import save_pretrained
 
 
-def save_backbone(export: Path, model: str, folder: Path, image_size: int) -> None:
+def save_backbone(
+    export: Path,
+    model: str,
+    folder: Path,
+    image_size: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> None:
     """The backbone of an export as a folder that `orchestrator.models.load_pretrained` reads."""
     weights = load_export(export, "backbone.")
-    save_pretrained(folder, weights, model, {"image_size": image_size})
+    save_pretrained(folder, weights, model, {"image_size": image_size}, overrides)

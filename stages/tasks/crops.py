@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from orchestrator.data.blocks import Block, CropBlocks
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.views import CropConfig
-from orchestrator.models.presets import preset
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
 
@@ -40,7 +39,7 @@ def crop_blocks(
         index,
         config.sample_order(index, config.batch_size, seed),
         lambda step: crops or config.crops_at(step, seed),
-        patch_size=preset(recipe.model).patch_size if recipe is not None else None,
+        patch_size=recipe.tower.patch_size if recipe is not None else None,
         block_size=config.block_size,
         seed=seed,
         mask_ratio=config.mask_ratio,

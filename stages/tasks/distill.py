@@ -16,12 +16,11 @@ from orchestrator.data.blocks import Block
 from orchestrator.elastic.device import device_type
 from orchestrator.elastic.export import load_export
 from orchestrator.elastic.task import BlockTensors, Losses, Modules, Reduce, Weights
-from orchestrator.models import preset
 from orchestrator.objectives.chunked import SoftTargets, chunked_sinkhorn_scaling
-from orchestrator.objectives.koleo import koleo
 from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
 from orchestrator.sharing.bundle import TEACHER
 from orchestrator.stages.distill import Distill, Student
+from orchestrator.stages.operations import masked_share
 from orchestrator.stages.selfsup import ModelRecipe, last_snapshot
 from orchestrator.stages.tasks.crops import StepViews
 from orchestrator.stages.tasks.nets import (
@@ -32,6 +31,7 @@ from orchestrator.stages.tasks.nets import (
     masked_tokens,
     num_views,
     resize_masks,
+    spread_views,
     tune,
     whole_modules,
 )
@@ -154,8 +154,9 @@ class DistillTask:
 
     def build(self, device: str) -> Modules:
         """See `Task`."""
-        net = HeadedBackbone(self.student.model, self.student.drop_path, self.recipe.heads).to(device)
-        ema = HeadedBackbone(self.student.model, 0.0, self.recipe.heads).to(device)
+        student, heads = self.student, self.recipe.heads
+        net = HeadedBackbone(student.model, student.drop_path, heads, student.model_overrides).to(device)
+        ema = HeadedBackbone(student.model, 0.0, heads, student.model_overrides).to(device)
         ema.load_state_dict(net.state_dict())
         for each in (net, ema):
             tune(each, self.config)
@@ -163,7 +164,7 @@ class DistillTask:
         self.dino_KC = weights["dino_head.prototypes.weight"].to(device)
         self.ibot_KC = weights["ibot_head.prototypes.weight"].to(device)
         self.patch_size = net.patch_size
-        side = self.config.crops.global_size // preset(self.recipe.model).patch_size
+        side = self.config.crops.global_size // self.recipe.tower.patch_size
         self.grid = (side, side)
         optimizer = self.student.optimizer or self.config.optimizer
         self.modules = Modules(
@@ -223,17 +224,17 @@ class DistillTask:
             scores=distillation.scores(),
         )
         terms = distillation.terms(out)
-        first_BD = out["cls"].unflatten(0, (len(tensors["globals"]), -1))[0]
-        spread = config.koleo_weight * koleo(first_BD)
+        views_GBD = out["cls"].unflatten(0, (len(tensors["globals"]), -1))
+        spread = config.koleo_weight * spread_views(views_GBD, config.koleo_views, config.koleo_group)
         return Losses(torch.stack([*terms.parts, spread]).sum(), {**terms.figures, "koleo": spread})
 
     def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
         """The student's own EMA, which is what gets exported."""
-        weights.update_ema(self.config.ema.at(step, self.config.steps_of(self.student)))
+        weights.update_ema(self.config.ema_of(self.student).at(step, self.config.steps_of(self.student)))
 
 
 def _load_teacher(recipe: ModelRecipe, folder: Path) -> HeadedBackbone:
-    net = HeadedBackbone(recipe.model, 0.0, recipe.heads)
+    net = HeadedBackbone(recipe.model, 0.0, recipe.heads, recipe.model_overrides)
     net.load_state_dict(load_export(last_snapshot(folder)))
     return net.requires_grad_(False).eval()
 
@@ -246,10 +247,11 @@ def in_half(config: Distill, device: str) -> bool:
 
 
 def bytes_per_image(config: Distill, recipe: ModelRecipe, device: str = "cpu") -> float:
-    """Bytes of what the teacher says about one image: expected, as the number of masked patches is drawn."""
+    """Bytes of what the teacher says about one image, on average."""
     heads, crops = recipe.heads, config.crops
-    patches = (crops.global_size // preset(recipe.model).patch_size) ** 2
-    masked = config.mask_probability * sum(config.mask_ratio) / 2 * patches
+    patches = (crops.global_size // recipe.tower.patch_size) ** 2
+    num_views = config.block_size * crops.num_global
+    masked = masked_share(config.mask_probability, config.mask_ratio, num_views) * patches
     code = 2 if in_half(config, device) else 4
     codes = code * (heads.dino_bottleneck + masked * heads.ibot_bottleneck)
     scaling = 4 * (heads.dino_prototypes + heads.ibot_prototypes) / config.batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,15 @@ class ProjectedBackbone(nn.Module):
     """
 
     def __init__(
-        self, model: str, drop_path: float, objective: FeatureObjective, shapes: Mapping[str, TeacherShape]
+        self,
+        model: str,
+        drop_path: float,
+        objective: FeatureObjective,
+        shapes: Mapping[str, TeacherShape],
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = build(model, drop_path=drop_path)
+        self.backbone = build(model, **{**(overrides or {}), "drop_path": drop_path})
         has_cls = objective.cls_weight + objective.local_weight > 0
 
         def heads() -> nn.ModuleDict:
@@ -117,8 +123,9 @@ class FeatureTask:
     def build(self, device: str) -> Modules:
         """See `Task`."""
         student = self.student
-        net = ProjectedBackbone(student.model, student.drop_path, self.objective, self.shapes).to(device)
-        ema = ProjectedBackbone(student.model, 0.0, self.objective, self.shapes).to(device)
+        more = self.objective, self.shapes, student.model_overrides
+        net = ProjectedBackbone(student.model, student.drop_path, *more).to(device)
+        ema = ProjectedBackbone(student.model, 0.0, *more).to(device)
         ema.load_state_dict(net.state_dict())
         for each in (net, ema):
             tune(each, self.config)
@@ -167,7 +174,7 @@ class FeatureTask:
 
     def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
         """The student's own EMA, which is what gets exported."""
-        weights.update_ema(self.config.ema.at(step, self.config.steps_of(self.student)))
+        weights.update_ema(self.config.ema_of(self.student).at(step, self.config.steps_of(self.student)))
 
     def _terms(
         self, name: str, out: Mapping[str, Tensor], target: Mapping[str, Tensor], num_globals: int

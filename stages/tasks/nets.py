@@ -23,17 +23,26 @@ from orchestrator.models import (
 from orchestrator.models.blocks import Block
 from orchestrator.models.heads import Score
 from orchestrator.models.speed import compile_blocks, recompute_blocks
+from orchestrator.objectives.koleo import koleo
 from orchestrator.spec import Optimizer
 from orchestrator.stages.base import TrainStage
-from orchestrator.stages.selfsup import Heads
+from orchestrator.stages.selfsup import Heads, KoLeoViews
+
+_KOLEO_GROUP = 16
 
 
 class HeadedBackbone(nn.Module):
     """Backbone, DINO head and iBOT head as one module, so that one call is one forward for ZeRO-3."""
 
-    def __init__(self, model: str, drop_path: float, heads: Heads) -> None:
+    def __init__(
+        self,
+        model: str,
+        drop_path: float,
+        heads: Heads,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = build(model, drop_path=drop_path)
+        self.backbone = build(model, **{**(overrides or {}), "drop_path": drop_path})
         dim = self.backbone.dim
         self.dino_head = PrototypeHead(dim, heads.hidden, heads.dino_bottleneck, heads.dino_prototypes)
         self.ibot_head = PrototypeHead(dim, heads.hidden, heads.ibot_bottleneck, heads.ibot_prototypes)
@@ -105,13 +114,27 @@ def tune(net: nn.Module, stage: TrainStage) -> None:
         compile_blocks(net)
 
 
-def on_grid(features: Features, size: Sequence[int], patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """Patch features (B, P, D), resized bicubically (and antialiased) to `grid` where theirs differs."""
+def on_grid(
+    features: Features,
+    size: Sequence[int],
+    patch_size: int,
+    grid: tuple[int, int],
+    antialias: bool = True,
+) -> Tensor:
+    """Patch features (B, P, D), resized bicubically to `grid` where theirs differs.
+
+    Args:
+        features: of images of `size`.
+        size: height and width of those images, in pixels.
+        patch_size: of the features.
+        grid: rows and columns that are wanted.
+        antialias: smooth before a map is made smaller.
+    """
     own = (size[0] // patch_size, size[1] // patch_size)
     if own == grid:
         return features.patches
     maps_BDHW = features.patches.transpose(1, 2).unflatten(2, own)
-    resized = F.interpolate(maps_BDHW.float(), grid, mode="bicubic", align_corners=False, antialias=True)
+    resized = F.interpolate(maps_BDHW.float(), grid, mode="bicubic", align_corners=False, antialias=antialias)
     return resized.flatten(2).transpose(1, 2).to(features.patches.dtype)
 
 
@@ -121,6 +144,13 @@ def resize_masks(masks_NP: Tensor, grid: tuple[int, int], own: tuple[int, int]) 
         return masks_NP
     maps = masks_NP.unflatten(1, grid)[:, None].float()
     return F.interpolate(maps, own, mode="area")[:, 0].flatten(1) >= 0.5
+
+
+def spread_views(views_GBD: Tensor, which: KoLeoViews, group: int | None) -> Tensor:
+    """KoLeo of the CLS features of the first global crop, or the sum of both crops' (G, B, D)."""
+    chosen = views_GBD[:1] if which == "first" else views_GBD
+    group_size = group or _KOLEO_GROUP
+    return torch.stack([koleo(view_BD, group_size=group_size) for view_BD in chosen]).sum()
 
 
 def flat_views(views_VBX: Tensor) -> Tensor:

@@ -232,10 +232,12 @@ def _made_up_teacher(recipe: ModelRecipe, folder: Path) -> Path:
     (folder / "snapshots").mkdir(parents=True)
     (folder / "recipe.json").write_text(recipe.model_dump_json())
     torch.manual_seed(_SEED)
-    state: dict[str, Any] = HeadedBackbone(recipe.model, 0.0, recipe.heads).state_dict()
+    state: dict[str, Any] = HeadedBackbone(
+        recipe.model, 0.0, recipe.heads, recipe.model_overrides
+    ).state_dict()
     export = folder / "snapshots/step-0.safetensors"
     save_file({name: value.contiguous() for name, value in state.items()}, export)
-    save_backbone(export, recipe.model, folder / "model", recipe.global_size)
+    save_backbone(export, recipe.model, folder / "model", recipe.global_size, recipe.model_overrides)
     return folder
 
 

@@ -16,7 +16,6 @@ from orchestrator.elastic.task import BlockTensors, Losses, Modules, Reduce, Wei
 from orchestrator.models import build, normalise
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
 from orchestrator.objectives.gram import gram_loss
-from orchestrator.objectives.koleo import koleo
 from orchestrator.stages.lineage import Health
 from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
 from orchestrator.stages.tasks.anchor import Verdict, Watch
@@ -29,6 +28,7 @@ from orchestrator.stages.tasks.nets import (
     masked_tokens,
     num_views,
     on_grid,
+    spread_views,
     tune,
     whole_modules,
 )
@@ -71,12 +71,13 @@ class SelfSupervisedTask:
     def build(self, device: str) -> Modules:
         """See `Task`: student and EMA teacher start equal; the Gram teacher from its snapshot."""
         config, recipe = self.config, self.recipe
-        student = HeadedBackbone(recipe.model, recipe.drop_path, recipe.heads).to(device)
-        teacher = HeadedBackbone(recipe.model, 0.0, recipe.heads).to(device)
+        overrides = recipe.model_overrides
+        student = HeadedBackbone(recipe.model, recipe.drop_path, recipe.heads, overrides).to(device)
+        teacher = HeadedBackbone(recipe.model, 0.0, recipe.heads, overrides).to(device)
         teacher.load_state_dict(student.state_dict())
         copies: dict[str, nn.Module] = {}
         if self.gram_weights is not None:
-            gram = build(recipe.model).to(device)
+            gram = build(recipe.model, **overrides).to(device)
             gram.load_state_dict(load_export(self.gram_weights, "backbone."))
             copies["gram"] = gram
         for net in (student, teacher, *copies.values()):
@@ -148,8 +149,8 @@ class SelfSupervisedTask:
         )
         terms = distillation.terms(out)
         views_GBD = out["cls"].unflatten(0, (len(block.tensors["globals"]), -1))
-        views_GBD = views_GBD[:1] if config.koleo_views == "first" else views_GBD
-        more = {"koleo": config.koleo_weight * torch.stack([koleo(view_BD) for view_BD in views_GBD]).sum()}
+        spread = spread_views(views_GBD, config.koleo_views, config.koleo_group)
+        more = {"koleo": config.koleo_weight * spread}
         if target.gram_NPD is not None:
             more["gram"] = self._gram(out["patches"], target.gram_NPD)
         total = torch.stack([*terms.parts, *more.values()]).sum()
@@ -207,9 +208,16 @@ class SelfSupervisedTask:
     def _gram_features(self, block: BlockTensors) -> Tensor | None:
         if self.gram_weight is None:
             return None
+        assert self.config.gram is not None
         gram = self.modules.copies["gram"]
         views_NCHW = flat_views(block.tensors.get("gram", block.tensors["globals"]))
-        return on_grid(gram(normalise(views_NCHW)), views_NCHW.shape[-2:], self.patch_size, self._grid(block))
+        return on_grid(
+            gram(normalise(views_NCHW)),
+            views_NCHW.shape[-2:],
+            self.patch_size,
+            self._grid(block),
+            self.config.gram.antialias,
+        )
 
     def _health(self, block: BlockTensors, out: dict[str, Tensor]) -> dict[str, Tensor]:
         return {

@@ -174,9 +174,14 @@ class HeadTeaching(Teaching):
         student = self._config.students[name]
         size = self._config.crops_of(student).global_size
         own = self.recipe.model_copy(
-            update={"model": student.model, "drop_path": student.drop_path, "global_size": size}
+            update={
+                "model": student.model,
+                "model_overrides": student.model_overrides,
+                "drop_path": student.drop_path,
+                "global_size": size,
+            }
         )
-        save_backbone(export, own.model, folder / "model", size)
+        save_backbone(export, own.model, folder / "model", size, own.model_overrides)
         (folder / "recipe.json").write_text(own.model_dump_json(indent=1))
 
 
@@ -228,8 +233,13 @@ class FeatureTeaching(Teaching):
         """See `Teaching`; the projections are in the checkpoint only."""
         student = self._config.students[name]
         size = self._config.crops_of(student).global_size
-        save_backbone(export, student.model, folder / "model", size)
-        recipe = {"model": student.model, "drop_path": student.drop_path, "global_size": size}
+        save_backbone(export, student.model, folder / "model", size, student.model_overrides)
+        recipe = {
+            "model": student.model,
+            "model_overrides": student.model_overrides,
+            "drop_path": student.drop_path,
+            "global_size": size,
+        }
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
 
 

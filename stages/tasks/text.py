@@ -71,7 +71,14 @@ def align_net(config: AlignText, dim: int, vocab_size: int, encoder: BertEncoder
         encoder: the trained text encoder, if there is one.
     """
     aligner = TextAligner(
-        dim, config.output_dim, config.num_blocks, drop_path=config.drop_path, pool=config.pool
+        dim,
+        config.output_dim,
+        config.num_blocks,
+        drop_path=config.drop_path,
+        pool=config.pool,
+        projection=config.projection,
+        hidden=config.ffn_hidden,
+        qkv_bias=config.qkv_bias,
     )
     text: nn.Module
     if encoder is None:
@@ -87,7 +94,14 @@ def text_config(config: AlignText, vocab_size: int) -> TextConfig:
     """The shape of an `align_text` stage's text tower from scratch."""
     sizes = config.text
     return TextConfig(
-        vocab_size, config.context, sizes.dim, sizes.depth, sizes.num_heads, output_dim=config.output_dim
+        vocab_size,
+        config.context,
+        sizes.dim,
+        sizes.depth,
+        sizes.num_heads,
+        output_dim=config.output_dim,
+        qkv_bias=config.qkv_bias,
+        init=sizes.init,
     )
 
 

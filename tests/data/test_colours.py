@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import itertools
 import math
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
-from orchestrator.data.crops import _jitter, make_views
+from orchestrator.data.crops import _jitter, _turned, make_views
 from orchestrator.data.rng import generator
 from orchestrator.data.views import CropConfig
 
@@ -67,26 +68,82 @@ def test_default_colour_operations_come_with_the_papers_probabilities_and_indepe
 
 
 def test_default_jitter_factors_are_uniform_in_the_published_ranges() -> None:
-    """Each factor alone, from the affine map that it makes; hue as the angle of that rotation."""
+    """Each factor alone, from the affine map that it makes; hue as the turn that colorsys sees in the pixels."""
     strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     defaults = CropConfig()
     assert {name: getattr(defaults, name) for name in strengths} == strengths
     photo = np.array([[[120, 100, 80], [90, 100, 110]]], np.uint8)
+    vivid = np.array([[[230, 60, 40], [30, 200, 90], [60, 40, 220]]], np.uint8)
     flat, gray = photo[0].astype(float), (photo[0] @ np.array([0.299, 0.587, 0.114]))[:, None]
     fixed = {"brightness": 0.0, "contrast": gray.mean(), "saturation": gray}
     for name, strength in strengths.items():
         config = CropConfig(**{other: 0.0 for other in strengths if other != name})
         factors = []
         for seed in range(2000):
-            matrix, offset = _jitter(photo, config, generator(seed))
+            pixels, (matrix, offset) = _jitter(vivid if name == "hue" else photo, config, generator(seed))
             if name == "hue":
-                factors.append(np.abs(np.angle(np.linalg.eigvals(matrix))).max() / (2 * math.pi))
+                turns = [turn_between(*pair) for pair in zip(vivid[0], pixels[0], strict=True)]
+                assert np.ptp(turns) < 1 / 128
+                factors.append(np.mean(turns))
                 continue
             factor = (flat @ matrix.T + offset - fixed[name]) / (flat - fixed[name])
             assert np.ptp(factor) < 1e-6, name
             factors.append(factor.mean())
-        low, width = (0.0, strength) if name == "hue" else (1 - strength, 2 * strength)
+        centre = 0 if name == "hue" else 1
+        low, width = centre - strength, 2 * strength
+        assert min(factors) >= low - 1 / 512
+        assert max(factors) <= low + width + 1 / 512
         assert stats.kstest(factors, "uniform", (low, width)).pvalue > 1e-4, name
+
+
+def turn_between(before: np.ndarray, after: np.ndarray) -> float:
+    """Of the hue, as a share of the circle, in [-1/2, 1/2)."""
+    hues = [colorsys.rgb_to_hsv(*(colour.astype(float) / 255))[0] for colour in (before, after)]
+    return (hues[1] - hues[0] + 0.5) % 1 - 0.5
+
+
+def test_hue_turns_in_hsv_and_leaves_saturation_and_value() -> None:
+    """Every colour of a cube, against Python's own HSV; in YIQ, greens would turn up to 1.35 times as far."""
+    levels = np.arange(0, 256, 17, dtype=np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    for turn in (0.1, -0.1, 0.037):
+        got = _turned(cube, turn)[0].astype(float)
+        expected = [
+            colorsys.hsv_to_rgb((h + int(256 * turn) / 256) % 1, s, v)
+            for h, s, v in (colorsys.rgb_to_hsv(*colour) for colour in cube[0] / 255.0)
+        ]
+        # Hue has 256 values here and in Pillow, whose own colours are up to 12 levels off.
+        assert np.abs(got - 255 * np.array(expected)).max() <= 9
+        assert np.abs(got - 255 * np.array(expected)).mean() <= 1
+
+
+def test_hue_comes_between_the_operations_before_and_after_it() -> None:
+    """All orders, against the operations one by one on floats, clipped where ours are."""
+    photo = _photo(24, 24)
+    luma = np.array([0.299, 0.587, 0.114])
+    config = CropConfig()
+    hue_at = set()
+    for seed in range(40):
+        rng = generator(seed)
+        draws = rng.uniform(-1, 1, 4)
+        order = rng.permutation(4)
+        hue_at.add(int(np.flatnonzero(order == 3)[0]))
+        pixels = photo.astype(float)
+        for number in order:
+            if number == 0:
+                pixels = pixels * (1 + 0.4 * draws[0])
+            elif number == 1:
+                level = (pixels @ luma).mean()
+                pixels = level + (1 + 0.4 * draws[1]) * (pixels - level)
+            elif number == 2:
+                gray = (pixels @ luma)[..., None]
+                pixels = gray + (1 + 0.2 * draws[2]) * (pixels - gray)
+            else:
+                pixels = _turned(pixels.clip(0, 255).round().astype(np.uint8), 0.1 * draws[3]).astype(float)
+        turned, (matrix, offset) = _jitter(photo, config, generator(seed))
+        ours = turned.astype(float) @ matrix.T + offset
+        assert np.abs(ours.clip(0, 255) - pixels.clip(0, 255)).max() <= 4, (seed, order)
+    assert hue_at == {0, 1, 2, 3}
 
 
 # --- each operation against another library --------------------------------------------------------------------

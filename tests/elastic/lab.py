@@ -75,7 +75,7 @@ def train(engine: Engine, steps: int) -> None:
     for step in range(steps):
         torch.manual_seed(100 + step)
         engine.backward(engine.modules.trainable(torch.randn(4, 7)))
-        engine.step(1e-2, step)
+        engine.step(1e-2, step, 0.04)
         engine.update_ema(0.9)
 
 
@@ -176,7 +176,7 @@ def clip(spec: Spec) -> Any:
     for step in range(3):
         torch.manual_seed(100 * step + dist.get_rank())
         engine.backward(engine.modules.trainable(torch.randn(4, 7)))
-        norms.append(engine.step(1e-2, step))
+        norms.append(engine.step(1e-2, step, 0.04))
     whole = everything(engine)
     if dist.get_rank() == 0:
         save_file(whole, spec["truth"])

@@ -15,7 +15,7 @@ from .lab import Odd
 CLIP_NORM = 0.3
 
 
-def reference(world: int) -> tuple[list[dict[str, float]], Odd]:
+def reference(world: int, clip_norm: float = CLIP_NORM) -> tuple[list[dict[str, float]], Odd]:
     """Three steps on all workers' inputs, each child's gradient clipped on its own by torch's function."""
     net = Odd(0)
     vectors = [param for param in net.parameters() if param.ndim == 1]
@@ -34,7 +34,7 @@ def reference(world: int) -> tuple[list[dict[str, float]], Odd]:
         for rank in range(world):
             torch.manual_seed(100 * step + rank)
             (net(torch.randn(4, 7)) / world).backward()
-        found = {name: torch.nn.utils.clip_grad_norm_(part, CLIP_NORM) for name, part in children.items()}
+        found = {name: torch.nn.utils.clip_grad_norm_(part, clip_norm) for name, part in children.items()}
         norms.append({name: float(norm) for name, norm in found.items()})
         optimizer.step()
     return norms, net
@@ -59,3 +59,18 @@ def test_each_submodule_is_clipped_by_its_own_norm(
         torch.testing.assert_close(
             weights[f"master/{name}"].view(param.shape), param.detach(), rtol=1e-4, atol=1e-6
         )
+
+
+def test_null_clips_nothing(group: Group, tmp_path: Path) -> None:
+    truth = tmp_path / "truth.safetensors"
+    group("clip", 2, clip_norm=None, truth=truth)
+    (_, net), (_, clipped) = reference(2, math.inf), reference(2)
+    weights = load_file(truth)
+    for name, param in net.named_parameters():
+        torch.testing.assert_close(
+            weights[f"master/{name}"].view(param.shape), param.detach(), rtol=1e-4, atol=1e-6
+        )
+    assert any(
+        not torch.allclose(param, dict(clipped.named_parameters())[name], rtol=1e-3)
+        for name, param in net.named_parameters()
+    ), "a clip would show"

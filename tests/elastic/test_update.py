@@ -6,6 +6,7 @@ it by rate times decay: both can be read off the weights and the first moment of
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.models import ViTConfig, load_pretrained, preset
 from orchestrator.stages.selfsup import Heads
+from orchestrator.stages.tasks.backbone import save_backbone
 from orchestrator.stages.tasks.nets import HeadedBackbone
 
 from .conftest import HEADS, RunJob
+from .test_chunks import saved
 from .test_steps import load_master
 
 RATE, DECAY, LAYER_DECAY, PATCH_EMBED = 1e-2, 5.0, 0.8, 0.2
@@ -114,3 +118,63 @@ def test_prototypes_stay_for_exactly_so_many_steps_and_the_rest_moves_at_the_rat
             same = np.array_equal(after[f"master/{name}"], before.flatten().numpy())
             assert same == (name in prototypes and done == 3), (done, name)
     assert rates == pytest.approx([4e-3, 7e-3, 1e-2, 8e-3])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_weight_decay_follows_its_schedule_across_stops_and_workers(
+    run_job: RunJob, tmp_path: Path, exact: bool
+) -> None:
+    """Four steps, each by another number of workers: the decay that each update applied is read off the weights."""
+    decay = {"peak": 0.5, "end": 4.0, "shape": "cosine"}
+    wanted = [4.0 - 3.5 * 0.5 * (1 + np.cos(np.pi * step / 4)) for step in range(4)]
+    optimizer = {"lr": {"peak": RATE}, "weight_decay": decay, "layer_decay": 1.0, "patch_embed_scale": 1.0}
+    settings = config("vit_femto", steps=4, optimizer=optimizer)
+    before = {f"master/{name}": value.flatten().numpy() for name, value in initial("vit_femto").items()}
+    for done, world in enumerate((1, 2, 3, 1), 1):
+        (figures,) = [
+            figures
+            for _, figures in run_job(tmp_path, world, stop_after=1, exact=exact, **settings)["figures"]
+        ]
+        after = saved(tmp_path / "checkpoints" / f"step-{done:08d}")
+        assert figures["weight_decay"] == pytest.approx(wanted[done - 1])
+        for name in ("backbone.blocks.0.attention.qkv.weight", "dino_head.prototypes.weight"):
+            mean = after[f"exp_avg/{name}"].astype(float) / (1 - 0.9**done)
+            square = after[f"exp_avg_sq/{name}"].astype(float) / (1 - 0.99**done)
+            start = before[f"master/{name}"].astype(float)
+            shrunk = (start - after[f"master/{name}"]) / RATE - mean / (np.sqrt(square) + 1e-8)
+            # What is left of the update is decay · start; the best fit over all entries.
+            assert shrunk @ start / (start @ start) == pytest.approx(wanted[done - 1], rel=1e-2), (done, name)
+        bias = "backbone.blocks.0.ffn.up.bias"
+        moved = after[f"exp_avg/{bias}"].astype(float) / (1 - 0.9**done)
+        moved /= np.sqrt(after[f"exp_avg_sq/{bias}"].astype(float) / (1 - 0.99**done)) + 1e-8
+        np.testing.assert_allclose(
+            (before[f"master/{bias}"] - after[f"master/{bias}"]) / RATE, moved, atol=2e-3
+        )
+        before = after
+
+
+def test_a_model_with_overrides_is_trained_and_exported_as_it_is_described(
+    run_job: RunJob, tmp_path: Path
+) -> None:
+    """No storage tokens, no RoPE rescale, a key bias, another eps and another patch; two workers."""
+    overrides = {
+        "patch_size": 16,
+        "num_storage_tokens": 0,
+        "rope_rescale": None,
+        "norm_eps": 1e-6,
+        "key_bias": True,
+    }
+    settings = config("vit_femto", steps=2, model_overrides=overrides)
+    settings["recipe"] |= {"model_overrides": overrides}
+    result = run_job(tmp_path, 2, **settings)
+    assert result["complete"]
+    save_backbone(
+        tmp_path / "exports" / "step-00000002.safetensors", "vit_femto", tmp_path / "model", 32, overrides
+    )
+    model = load_pretrained(tmp_path / "model")
+    assert isinstance(model.config, ViTConfig)
+    assert model.config == replace(preset("vit_femto"), **overrides)
+    assert model.blocks[0].attention.qkv.k_bias.any(), "it learns"
+    assert model.blocks[0].norm1.eps == model.norm.eps == 1e-6
+    features = model(torch.zeros(1, 3, 32, 32))
+    assert (features.storage.shape, features.patches.shape) == ((1, 0, 48), (1, 4, 48))

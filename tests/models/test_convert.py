@@ -215,12 +215,25 @@ def test_a_masked_bias_is_as_its_mask_leaves_it() -> None:
     assert not read["blocks.1.attention.qkv.v_bias"].any()
 
 
-def test_a_bias_on_keys_is_refused() -> None:
+def test_a_bias_on_keys_is_seen_and_kept() -> None:
     state = hub_state()
+    assert not from_layout(state)[0].key_bias
     state["blocks.1.attn.qkv.bias_mask"][:] = 1
     state["blocks.1.attn.qkv.bias"][50] = 0.5
     with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv\.bias has a bias on keys"):
-        from_layout(state)
+        from_layout(state, key_bias=False)
+    config, read = from_layout(state)
+    assert config.key_bias
+    assert read["blocks.1.attention.qkv.k_bias"].nonzero().flatten().tolist() == [2]
+    for layout in ("hub", "transformers", "ours"):
+        written = to_layout(read, config, layout)
+        again, back = from_layout(written, num_heads=config.num_heads)
+        assert again.key_bias
+        assert not [name for name in written if "mask" in name and "token" not in name]
+        assert all(torch.equal(back[name], tensor) for name, tensor in read.items()), layout
+    assert transformers_config(config)["key_bias"]
+    with pytest.raises(ValueError, match="timm's towers have no bias on keys"):
+        to_layout(read, config, "timm")
 
 
 def test_periods_tell_heads_and_base_even_when_rounded() -> None:

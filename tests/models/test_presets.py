@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from orchestrator.models import ConvNeXt, build, count_params, layer_depths, preset
+from orchestrator.models.cost import num_params
 
 # Millions as the paper prints them (arXiv 2508.10104), and the precision of that print. test_parity compares
 # the transformers with an independent implementation, to the parameter.
@@ -117,3 +120,36 @@ def test_layer_depths_of_ten_or_more_blocks_do_not_mix_prefixes() -> None:
         depths = layer_depths(build("vit_s"))
     assert depths["blocks.1.norm1.weight"] == 2
     assert depths["blocks.11.norm1.weight"] == 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"storage_tokens": 0}, "no setting 'storage_tokens'; did you mean num_storage_tokens"),
+        ({"patch_size": "small"}, "patch_size is 'small'; it must be a"),
+        ({"num_storage_tokens": 1.5}, "num_storage_tokens is 1.5; it must be a"),
+        ({"norm_eps": 0}, "norm_eps"),
+        ({"key_bias": True, "qkv_bias": False}, "key_bias needs qkv_bias"),
+    ],
+)
+def test_overrides_that_make_no_model_are_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preset("vit_nano", **overrides)
+
+
+def test_a_key_bias_changes_what_rotated_keys_say() -> None:
+    """Softmax cancels it without RoPE; with it, it is a preference for distances."""
+    torch.manual_seed(0)
+    model = build("vit_femto", key_bias=True).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = model(images).patches
+        attention = model.blocks[0].attention
+        tokens = torch.randn(1, 5, 48)
+        plain = attention(tokens)
+        for block in model.blocks:
+            block.attention.qkv.k_bias.fill_(2.0)
+        torch.testing.assert_close(attention(tokens), plain, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(model(images).patches, before, rtol=1e-3, atol=1e-5)
+    assert "blocks.0.attention.qkv.k_bias" in dict(model.named_parameters())
+    assert count_params(model) == num_params(model.config)

@@ -241,6 +241,55 @@ def test_text_aligner_can_leave_the_patches_out() -> None:
         assert aligner.patches(features).shape == (2, features.patches.shape[1], 20)
 
 
+def test_text_aligner_may_share_one_projection_or_none() -> None:
+    """As published: [CLS, mean of patches] as it is where that is wide enough, else one matrix for both halves."""
+    features = build("vit_femto").eval()(images(2))
+    torch.manual_seed(0)
+    for width, shape in ((96, None), (20, (10, 48))):
+        aligner = TextAligner(48, width, num_blocks=0, projection="shared").eval()
+        assert (shape is None) == (not list(aligner.proj.parameters()))
+        cls, patches = aligner.norm(features.cls), aligner.norm(features.patches)
+        if shape is not None:
+            assert aligner.proj.weight.shape == shape
+            cls, patches = cls @ aligner.proj.weight.T, patches @ aligner.proj.weight.T
+        embedding = aligner(features)
+        torch.testing.assert_close(embedding, torch.cat([cls, patches.mean(1)], -1))
+        # A patch is compared in the half of the patches; the image is CLS's half and the mean of these.
+        own = aligner.patches(features)
+        assert not own[..., : width // 2].any()
+        torch.testing.assert_close(own.mean(1)[:, width // 2 :], embedding[:, width // 2 :])
+    alone = TextAligner(48, 48, num_blocks=0, projection="shared", pool="cls").eval()
+    torch.testing.assert_close(alone(features), alone.norm(features.cls))
+    assert alone.patches(features).shape == (2, features.patches.shape[1], 48)
+    with pytest.raises(ValueError, match="odd"):
+        TextAligner(48, 21, projection="shared")
+
+
+def test_text_aligner_takes_the_published_widths_without_biases() -> None:
+    with torch.device("meta"):
+        aligner = TextAligner(1024, 2048, hidden=2752, qkv_bias=False, projection="shared")
+    assert [block.ffn.gate.out_features for block in aligner.blocks] == [2752, 2752]
+    assert not [name for name, _ in aligner.named_parameters() if "q_bias" in name or name == "proj.weight"]
+
+
+def test_text_tower_starts_with_clips_deviations() -> None:
+    """At width 256 and depth 6: 0.063, 0.044 and 0.018 (recipe.md)."""
+    torch.manual_seed(0)
+    tower = TextTower(TextConfig(100, 12, dim=256, depth=6, num_heads=4, qkv_bias=False, init="by_width"))
+    wanted = {"attention.qkv.weight": 0.0625, "ffn.up.weight": 0.0442, "ffn.down.weight": 0.0180}
+    wanted["attention.proj.weight"] = 0.0180
+    seen = set()
+    for name, weight in tower.blocks.named_parameters():
+        for ending, std in wanted.items():
+            if name.endswith(ending):
+                assert weight.std().item() == pytest.approx(std, rel=0.02), name
+                seen.add(ending)
+        assert not name.endswith("q_bias")
+    assert seen == set(wanted)
+    plain = TextTower(TextConfig(100, 12, dim=256, depth=1, num_heads=4))
+    assert plain.blocks[0].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.02)
+
+
 def _scatter_parameters(module: nn.Module) -> None:
     """Empties every parameter except while the module that owns it runs, like ZeRO-3's gathering hooks."""
     for child in module.modules():

@@ -22,8 +22,9 @@ def test_every_schedule_of_the_recipe_is_found() -> None:
         RECIPE, ["stages.distill.students.vit-pico.optimizer.lr.peak=0.001"], needs_data=False
     ).spec.stages
     names = {name: sorted(key for key, _ in find(stage)) for name, stage in stages.items()}
-    assert names["gram"] == ["ema", "gram.weight", "local_weight", "optimizer.lr", "teacher_temperature"]
-    assert names["distill"] == ["ema", "optimizer.lr", "students.vit-pico.optimizer.lr"]
+    rates = ["optimizer.lr", "optimizer.weight_decay"]
+    assert names["gram"] == ["ema", "gram.weight", "local_weight", *rates, "teacher_temperature"]
+    assert names["distill"] == ["ema", *rates, *(f"students.vit-pico.{name}" for name in rates)]
     assert names["curate"] == []
 
 
@@ -47,7 +48,7 @@ def test_the_picture_is_drawn_without_data(tmp_path: Path, monkeypatch: pytest.M
     picture = tmp_path / "deep" / "schedules.png"
     result = CliRunner().invoke(app, ["plan", str(RECIPE), "--schedules", str(picture)])
     assert result.exit_code == 0, result.output
-    assert "17 schedules" in result.output
+    assert "22 schedules" in result.output
     assert min(Image.open(picture).size) > 500
 
 

@@ -104,30 +104,30 @@ def test_too_few_devices_say_how_many_are_needed() -> None:
 
 def test_other_machines_are_reckoned(measuring: list[tuple[Material, bool]]) -> None:
     """The family on 256 H100: a step is the bound or a little more, and its parts' operations are `plan`'s."""
-    loaded = load(FAMILY, ["stages.distill.chunk_rows=4096", "stages.distill_convnext.chunk_rows=4096"],
-                  needs_data=False)  # fmt: skip
-    vits, convnexts = splits(loaded, 256, refresh=False, say=print)
+    loaded = load(FAMILY, ["stages.distill.chunk_rows=4096"], needs_data=False)
+    (found,) = splits(loaded, 256, refresh=False, say=print)
     assert not measuring
-    split = vits.phases[0].split
+    split = found.phases[0].split
     assert split.teachers + sum(split.workers.values()) <= 256
     # 7.1 TFLOP an image and 4096 images (docs/paper-scale.md), at 0.4 of 989 TFLOP/s.
-    assert vits.costs.teacher.step_s == pytest.approx(4096 * 7.12e12 / (0.4 * 989e12), rel=0.01)
+    assert found.costs.teacher.step_s == pytest.approx(4096 * 7.12e12 / (0.4 * 989e12), rel=0.01)
     assert 0.9 < split.eta <= 1
     assert split.workers["vit-h-plus"] > split.workers["vit-l"] > split.workers["vit-b"]
-    assert vits.hours < 0.5 * vits.separate, "five students share one teacher"
-    assert "nothing was measured" in vits.costs.source
-    assert set(convnexts.phases[0].split.workers) == {"convnext-t", "convnext-s", "convnext-b", "convnext-l"}
+    assert found.hours < 0.5 * found.separate, "nine students share one teacher"
+    assert "nothing was measured" in found.costs.source
+    assert {name for name in split.workers if name.startswith("convnext")} == {
+        "convnext-t", "convnext-s", "convnext-b", "convnext-l"
+    }  # fmt: skip
 
 
 def test_the_table_fits_a_terminal_of_a_hundred_columns() -> None:
-    loaded = load(FAMILY, ["stages.distill.chunk_rows=4096", "stages.distill_convnext.chunk_rows=4096"],
-                  needs_data=False)  # fmt: skip
+    loaded = load(FAMILY, ["stages.distill.chunk_rows=4096"], needs_data=False)
     console = Console(width=100, record=True, file=io.StringIO())
     print_splits(console, splits(loaded, 256, refresh=False, say=print))
     tables = [
         line for line in console.export_text().splitlines() if line.startswith(("part", "teacher", "vit"))
     ]
-    assert len(tables) >= 8
+    assert len(tables) >= 6
     assert all(len(line) < 100 for line in tables)
 
 

@@ -453,6 +453,8 @@ def test_too_few_captions_are_refused(tmp_path: Path) -> None:
         ({"start_token": "<s>", "tokenizer": "x", "vocab_size": None}, "set end_token too"),
         ({"end_token": "</s>"}, "are for a given tokenizer"),
         ({"pool": "patches"}, "cls_and_patches"),
+        ({"projection": "shared", "output_dim": 13}, "output_dim 13 is odd"),
+        ({"text": {"from": "x", "init": "by_width"}, "vocab_size": None}, "leave out init"),
     ],
 )
 def test_config_that_cannot_work_is_refused(overrides: dict[str, Any], words: str) -> None:
@@ -465,7 +467,7 @@ def test_the_defaults_are_the_recipe_s() -> None:
     stage = AlignText(kind="align_text", steps=50_000, batch_size=65_536)
     rate = stage.optimizer.lr
     assert (rate.peak, rate.warmup_steps, rate.shape, rate.end) == (7e-4, 2000, "cosine", 0.0)
-    assert (stage.optimizer.weight_decay, stage.optimizer.layer_decay) == (1e-4, 1.0)
+    assert (stage.optimizer.weight_decay.peak, stage.optimizer.layer_decay) == (1e-4, 1.0)
     assert (stage.num_blocks, stage.drop_path, stage.pool, stage.context) == (2, 0.3, "cls_and_patches", 77)
     assert (stage.temperature, stage.max_scale) == (0.07, 100.0)
     with torch.device("meta"):
@@ -481,7 +483,7 @@ def test_the_defaults_are_the_recipe_s() -> None:
 
 def test_recipe_values_stay_when_only_the_rate_is_given() -> None:
     optimizer = config(optimizer={"lr": {"peak": 1e-3}}).optimizer
-    assert (optimizer.weight_decay, optimizer.layer_decay) == (1e-4, 1.0)
+    assert (optimizer.weight_decay.peak, optimizer.layer_decay) == (1e-4, 1.0)
 
 
 def pipeline_file(folder: Path, **align: Any) -> Path:
@@ -608,6 +610,38 @@ def test_aligned_towers_embed_as_they_were_trained(
     assert loaded.logit_scale == pytest.approx(1 / 0.07, rel=1e-5)
 
 
+def test_the_published_image_side_is_trained_and_loaded_again(
+    aligned: Callable[..., tuple[Path, AlignTask]], tokenizer: Path
+) -> None:
+    text = {"dim": 16, "depth": 1, "num_heads": 2, "init": "by_width"}
+    folder, task = aligned(output_dim=96, projection="shared", ffn_hidden=64, qkv_bias=False, text=text)
+    net = task.modules.trainable
+    assert not [
+        name for name, _ in net.named_parameters() if "q_bias" in name or name == "aligner.proj.weight"
+    ]
+    loaded = load_aligned(folder)
+    block = blocks_of_step(tokenizer)[0]
+    with torch.no_grad():
+        (target,) = task.targets([block], Threads(1).of(0))
+        out = net(target.features, target.texts)
+    photos = list(block.tensors["images"].permute(0, 2, 3, 1).numpy())
+    np.testing.assert_allclose(loaded.embed_images(photos), normalize(out.images), rtol=1e-4, atol=1e-6)
+    assert loaded.embed_texts(["rice"]).shape == (1, 96)
+
+
+def test_folders_of_the_format_before_are_read(aligned: Callable[..., tuple[Path, AlignTask]]) -> None:
+    folder, _ = aligned()
+    photo = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
+    now = load_aligned(folder).embed_images([photo])
+    record = json.loads((folder / "config.json").read_text())
+    for name in ("projection", "ffn_hidden", "qkv_bias"):
+        del record[name]
+    for name in ("qkv_bias", "init"):
+        del record["text"]["shape"][name]
+    (folder / "config.json").write_text(json.dumps({**record, "format": 2}))
+    np.testing.assert_array_equal(load_aligned(folder).embed_images([photo]), now)
+
+
 def test_names_are_the_mean_of_their_prompts(aligned: Callable[..., tuple[Path, AlignTask]]) -> None:
     loaded = load_aligned(aligned()[0])
     templates = ["a photo of {}", "{} on a plate", "{}"]
@@ -660,6 +694,6 @@ def test_unfinished_or_newer_folders_are_refused(
         load_aligned(tmp_path / "nothing")
     folder, _ = aligned()
     record = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**record, "format": 3}))
-    with pytest.raises(ValueError, match="format 3"):
+    (folder / "config.json").write_text(json.dumps({**record, "format": 4}))
+    with pytest.raises(ValueError, match="format 4"):
         load_aligned(folder)

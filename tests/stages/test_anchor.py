@@ -171,6 +171,24 @@ def gram_figure(task: SelfSupervisedTask, step: int, block: BlockTensors) -> flo
     return figures["gram"].item() if "gram" in figures else None
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+def test_the_map_of_a_larger_gram_teacher_is_resized_as_the_config_says(
+    anchor: Path, antialias: bool
+) -> None:
+    """Bicubic to the student's grid, smoothed first or not, against torch's own resizing of the features."""
+    task, block = make_task(anchor, gram={"antialias": antialias}), a_block(gram_size=64)
+    task.prepare_step(5)
+    got = task.targets([block], lambda tensor: tensor)[0].gram_NPD
+    assert got is not None
+    with torch.no_grad():
+        patches = task.modules.copies["gram"](normalise(block.tensors["gram"].flatten(0, 1))).patches
+    maps = patches.mT.reshape(8, -1, 8, 8)
+    wanted = F.interpolate(maps, (4, 4), mode="bicubic", align_corners=False, antialias=antialias)
+    torch.testing.assert_close(got, wanted.flatten(2).mT)
+    other = F.interpolate(maps, (4, 4), mode="bicubic", align_corners=False, antialias=not antialias)
+    assert not torch.allclose(got, other.flatten(2).mT, rtol=1e-2)
+
+
 def run(task: SelfSupervisedTask, figures: Mapping[int, tuple[float, float]]) -> dict[int, list[str]]:
     """What is copied after each step that copies anything; steps not named are healthy."""
     copied = {}

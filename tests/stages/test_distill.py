@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from orchestrator.data.views import CropConfig
 from orchestrator.elastic import cluster
 from orchestrator.elastic.job import Job
 from orchestrator.errors import UserError
-from orchestrator.models import normalise
+from orchestrator.models import load_pretrained, normalise, preset
 from orchestrator.sharing.account import Account
 from orchestrator.sharing.bundle import TEACHER, VIEWS
 from orchestrator.spec import Cluster, Elastic, Optimizer, Resources, Schedule
@@ -26,7 +26,7 @@ from orchestrator.stages.pupils import sharing_gpus, student_job
 from orchestrator.stages.selfsup import Heads, ModelRecipe
 from orchestrator.stages.tasks.distill import DistillTask, bytes_per_image
 from orchestrator.stages.tasks.nets import HeadedBackbone, resize_masks
-from orchestrator.stages.tasks.teaching import teaching
+from orchestrator.stages.tasks.teaching import HeadTeaching, teaching
 from orchestrator.store.artifact import Artifact, Manifest
 from orchestrator.tracking.runs import NullRun
 
@@ -91,6 +91,72 @@ def test_losses_of_both_architectures_are_finite_and_reach_every_parameter(
             if p.grad is None or not p.grad.isfinite().all()
         ]
         assert without == [], name
+
+
+def test_koleo_takes_the_views_and_groups_that_it_is_told(index: Path, teacher: Path) -> None:
+    """Against loops over the pairs of each group, on the CLS features that the student had."""
+    tensors = tensors_of(frozen_teacher(CONFIG, teacher, index)(0), 0, 0)
+    student = Student(model="vit_femto", mask_inputs=False)
+    figures = {}
+    for which, group in (("first", None), ("both", None), ("first", 2), ("both", 2)):
+        config = CONFIG.model_copy(update={"koleo_views": which, "koleo_group": group})
+        torch.manual_seed(0)
+        task = DistillTask(config, student, RECIPE, teacher, seed=1)
+        net = task.build("cpu").trainable.eval()
+        losses = task.losses(tensors, task.targets([tensors], lambda tensor: tensor)[0])
+        figures[which, group] = losses.figures["koleo"].item()
+        with torch.no_grad():
+            views = [net.backbone(normalise(pixels)).cls.double() for pixels in tensors.tensors["globals"]]
+        wanted = sum(naive_koleo(view, group or 4) for view in (views if which == "both" else views[:1]))
+        assert figures[which, group] == pytest.approx(0.1 * wanted, rel=1e-3), (which, group)
+    assert len({round(value, 6) for value in figures.values()}) == 4
+
+
+def naive_koleo(cls: torch.Tensor, group: int) -> float:
+    rows = (cls / cls.norm(dim=1, keepdim=True)).numpy()
+    distances = []
+    for first in range(0, len(rows), group):
+        part = rows[first : first + group]
+        for one, row in enumerate(part):
+            others = [np.linalg.norm(row - other) for two, other in enumerate(part) if two != one]
+            distances.append(min(others))
+    return float(-np.mean(np.log(distances)))
+
+
+def test_a_student_has_its_own_average_and_shape(index: Path, teacher: Path, tmp_path: Path) -> None:
+    """Its EMA by its own schedule; its overrides, not the teacher's, in what is built and left."""
+    overrides = {"num_storage_tokens": 0, "key_bias": True, "norm_eps": 1e-6}
+    student = Student.model_validate(
+        {
+            "model": "vit_femto",
+            "model_overrides": overrides,
+            "ema": {"peak": 0.9, "end": 1.0, "shape": "linear"},
+        }
+    )
+    config = CONFIG.model_copy(update={"students": {"own": student, **CONFIG.students}})
+    recipe = RECIPE.model_copy(update={"model_overrides": {"rope_rescale": 4.0}})
+    task = DistillTask(config, student, recipe, teacher, seed=1)
+    net = task.build("cpu").trainable
+    assert net.backbone.config == replace(preset("vit_femto"), **overrides)
+
+    momenta: list[float] = []
+
+    class Weights:
+        def update_ema(self, momentum: float) -> None:
+            momenta.append(momentum)
+
+    for step in range(3):
+        task.after_step(step, Weights(), {})  # type: ignore[arg-type]
+    assert momenta == pytest.approx([0.9, 0.9 + 0.1 / 3, 0.9 + 0.2 / 3])
+
+    save_file(net.state_dict(), tmp_path / "export.safetensors")
+    (tmp_path / "out").mkdir()
+    taught = HeadTeaching.__new__(HeadTeaching)
+    taught._config, taught.recipe = config, recipe
+    taught.save("own", tmp_path / "export.safetensors", tmp_path / "out")
+    kept = ModelRecipe.model_validate_json((tmp_path / "out" / "recipe.json").read_text())
+    assert kept.model_overrides == overrides
+    assert kept.tower == load_pretrained(tmp_path / "out" / "model").config == net.backbone.config
 
 
 def test_chunk_by_chunk_a_student_learns_the_same(index: Path, teacher: Path) -> None:
@@ -267,7 +333,7 @@ def test_at_the_papers_sizes_an_image_takes_less_than_70_kilobytes() -> None:
         hidden=8192, dino_bottleneck=512, dino_prototypes=262_144, ibot_bottleneck=384, ibot_prototypes=98_304
     )
     config = CONFIG.model_copy(
-        update={"precision": "bf16", "batch_size": 2048, "crops": CropConfig(), "mask_ratio": (0.1, 0.5)}
+        update={"precision": "bf16", "batch_size": 2048, "block_size": 16, "crops": CropConfig()}
     )
     recipe = ModelRecipe(model="vit_7b", drop_path=0.0, heads=heads, global_size=256)
     assert 50_000 < bytes_per_image(config, recipe) < 70_000

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from orchestrator.elastic.task import BlockTensors
-from orchestrator.spec import Schedule
+from orchestrator.spec import Optimizer, Schedule
 from orchestrator.stages.gram_anchor import GramAnchor
 from orchestrator.stages.pretrain import Pretrain
 from orchestrator.stages.selfsup import SelfSupervised
@@ -29,9 +30,10 @@ from .small import BASE, HEADS, PAPER, RECIPE
         ("pretrain", "ema", {0: 0.999, 999_999: 0.999}),
         ("gram", "optimizer.lr", {0: 2.4e-4, 199_999: 2.4e-4}),
         ("gram", "local_weight", {0: 1.0, 500: 0.75, 1000: 0.5, 199_999: 0.5}),
-        ("gram", "gram.weight", {0: 0.0, 250: 0.5, 1000: 2.0, 199_999: 2.0}),
-        ("high_res", "optimizer.lr", {0: 0.0, 5000: 3.55e-5, 9999: 7.1e-5 * 0.9999}),
-        ("high_res", "gram.weight", {0: 1.5, 9999: 1.5}),
+        # Half a cosine: 2 · (1 − cos(π/4)) / 2 at a quarter of the ramp, where a line would have 0.5.
+        ("gram", "gram.weight", {0: 0.0, 250: 1 - 0.5**0.5, 500: 1.0, 1000: 2.0, 199_999: 2.0}),
+        ("high_res", "optimizer.lr", {0: 0.0, 5000: 7.0711e-5 / 2, 10_000: 7.0711e-5, 29_999: 7.0711e-5}),
+        ("high_res", "gram.weight", {0: 1.5, 29_999: 1.5}),
     ],
 )
 def test_the_papers_schedules(stage: str, key: str, expected: dict[int, float]) -> None:
@@ -58,6 +60,39 @@ def test_shapes_equal_interpolation_and_torchs_cosine(start: float, warmup: int)
             "cosine": torch_cosine(peak, end, steps, warmup),
         }[shape]
         np.testing.assert_allclose(got, np.where(at < warmup, rising, falling), rtol=1e-9, err_msg=shape)
+
+
+def test_the_papers_high_resolution_rates_add_up_to_what_was_published() -> None:
+    """1.77 over 30k steps (recipe.md); with a ramp of 10k alone it would be 0.36."""
+    schedule = Schedule.model_validate(PAPER["high_res"]["optimizer"]["lr"])
+    steps = PAPER["high_res"]["steps"]
+    assert sum(schedule.at(step, steps) for step in range(steps)) == pytest.approx(1.77, abs=0.005)
+
+
+@pytest.mark.parametrize(("start", "peak"), [(0.0, 2.0), (1.0, 0.5)])
+def test_a_cosine_ramp_is_torchs_cosine(start: float, peak: float) -> None:
+    """From start to peak, either way, level at both ends; then as without it."""
+    ramp = Schedule(start=start, peak=peak, warmup_steps=9, warmup_shape="cosine", end=0.1, shape="linear")
+    line = ramp.model_copy(update={"warmup_shape": "linear"})
+    got = [ramp.at(step, 30) for step in range(30)]
+    np.testing.assert_allclose(got[:9], torch_cosine(start, peak, 9, 0), rtol=1e-9, atol=1e-12)
+    assert got[9] == peak
+    assert got[9:] == [line.at(step, 30) for step in range(9, 30)]
+
+
+def test_weight_decay_is_a_number_or_a_schedule() -> None:
+    """The published ones: 0.04, 0.04 to 0.4 by a cosine, 0.04 to 0.2 by a line."""
+    for given, wanted in (
+        (0.04, np.full(41, 0.04)),
+        ({"peak": 0.04, "end": 0.4, "shape": "cosine"}, np.append(torch_cosine(0.04, 0.4, 40, 0), 0.4)),
+        ({"peak": 0.04, "end": 0.2, "shape": "linear"}, np.linspace(0.04, 0.2, 41)),
+    ):
+        decay = Optimizer.model_validate({"lr": {"peak": 1e-3}, "weight_decay": given}).weight_decay
+        np.testing.assert_allclose([decay.at(step, 40) for step in range(41)], wanted, rtol=1e-9)
+    assert Optimizer(lr=Schedule(peak=1e-3)).weight_decay == Schedule(peak=0.04)
+    for wrong in (-0.1, {"peak": 0.1, "end": -0.1, "shape": "linear"}, {"peak": float("nan")}):
+        with pytest.raises(ValidationError, match="at least 0"):
+            Optimizer.model_validate({"lr": {"peak": 1e-3}, "weight_decay": wrong})
 
 
 def torch_cosine(peak: float, end: float, steps: int, warmup: int) -> np.ndarray[Any, Any]:

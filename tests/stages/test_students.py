@@ -119,6 +119,19 @@ def test_all_students_are_gathered_without_their_checkpoints(tmp_path: Path) -> 
             {"students": {"a": {"model": "vit_femto", "views": {"global_size": 64, "local_size": 20}}}},
             "use 16",
         ),
+        ({"koleo_group": 3}, "koleo_group 3 does not divide block_size .*; use [24]"),
+        (
+            {"students": {"a": {"model": "vit_femto", "model_overrides": {"patch": 4}}}},
+            "did you mean patch_size",
+        ),
+        (
+            {"students": {"a": {"model": "vit_femto", "model_overrides": {"drop_path": 0.1}}}},
+            "drop_path is a key beside model",
+        ),
+        (
+            {"students": {"a": {"model": "vit_femto", "model_overrides": {"patch_size": 12}}}},
+            "not a multiple of vit_femto's patch size 12",
+        ),
         ({"teachers": 0}, "at least 1 has to teach"),
         ({"teacher_shards": 2, "replay": True}, "do not go together"),
         ({"teacher_shards": 2, "features": {}}, "for teachers with heads"),
