@@ -13,11 +13,20 @@ from typing import Any
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.pipeline import graph, tracked
 from orchestrator.pipeline.attempt import Attempt, Outcome, merged_elastic
+from orchestrator.pipeline.code import digest_of
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
 from orchestrator.pipeline.lease import Lease, LostHoldError
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.plan import ResolvedStage, StagePlan, needs_attention, plan
+from orchestrator.pipeline.plan import (
+    EVERYTHING,
+    Choice,
+    ResolvedStage,
+    StagePlan,
+    is_awaited,
+    needs_attention,
+    plan,
+)
 from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import Cluster, Elastic
@@ -45,6 +54,7 @@ def execute(
     *,
     start_cluster: StartCluster | None = None,
     open_tracking: OpenTracking | None = None,
+    choice: Choice = EVERYTHING,
 ) -> int:
     """Run what has to run, and return the exit code: 0 done, 1 a stage failed or the pipeline was taken over,
     2 a mistake, 130 stopped.
@@ -55,9 +65,10 @@ def execute(
         reporter: tells the user.
         start_cluster: makes Ray available; called when the first stage that needs it is about to run.
         open_tracking: opens the pipeline's tracking run.
+        choice: which stages to look at, and which to make anew.
 
     Raises:
-        UserError: another driver runs this pipeline, or the store or cluster cannot be used.
+        UserError: another driver runs this pipeline, the store or cluster cannot be used, or the choice makes no sense.
     """
     workspace = Workspace(loaded.spec.store)
     try:
@@ -66,7 +77,7 @@ def execute(
             training = _training(loaded, stages)
             start = start_cluster or partial(_start_cluster, training, loaded.spec.elastic, reporter.note)
             tracking = open_tracking or tracked.open_tracking
-            return _Driver(loaded, stages, workspace, lease, reporter, start, tracking).execute()
+            return _Driver(loaded, stages, workspace, lease, reporter, start, tracking, choice).execute()
     except LostHoldError as error:
         reporter.lost(str(error))
         return FAILED
@@ -82,6 +93,7 @@ class _Driver:
         reporter: Reporter,
         start_cluster: StartCluster,
         open_tracking: OpenTracking,
+        choice: Choice,
     ) -> None:
         self._loaded = loaded
         self._workspace = workspace
@@ -90,7 +102,7 @@ class _Driver:
         self._start_cluster = start_cluster
         self._open_tracking = open_tracking
         self._ledger = workspace.ledger(loaded.name, lease)
-        self._plans = plan(stages, self._ledger.state, workspace.find)
+        self._plans = plan(stages, self._ledger.state, workspace.find, choice=choice)
         self._artifacts: dict[str, Artifact] = {}
         self._exit_code = DONE
         self._interrupt = Interrupt()
@@ -159,7 +171,8 @@ class _Driver:
 
     def _artifact_of(self, state: StageState) -> Artifact | None:
         """What a dead attempt may have published just before it died."""
-        return self._workspace.find(state.parts.kind, state.parts.key) if state.parts else None
+        found = self._workspace.find(state.parts.kind, state.parts.key) if state.parts else None
+        return None if found is None or is_awaited(state, found) else found
 
     def _run_all(self, root: Run, cluster: ExitStack) -> None:
         """Run stages in order. One that fails takes those that need it along, and no others."""
@@ -169,7 +182,11 @@ class _Driver:
                 self._exit_code = ABORTED
                 return
             lacking = [need for need in item.stage.roles.values() if need not in self._artifacts]
-            if item.artifact is not None:
+            if item.action == "left out":
+                if item.artifact is not None:
+                    self._artifacts[item.name] = item.artifact
+                self._reporter.left_out(item)
+            elif item.action == "cached" and item.artifact is not None:
                 self._artifacts[item.name] = item.artifact
                 self._note_cached(item)
                 root.tags({f"stage.{item.name}": f"cached {item.stage.key[:16]}"})
@@ -186,10 +203,18 @@ class _Driver:
                 self._exit_code = ABORTED
                 return
         known = self._ledger.state.stages.get(item.name)
-        goes_on = known is not None and known.key == item.stage.key and known.state != "done"
+        goes_on = (
+            known is not None and known.key == item.stage.key and known.state != "done" and not item.fresh
+        )
         run_id = (known.run_id if known is not None and goes_on else None) or uuid.uuid4().hex
         self._ledger.append(
-            "running", stage=item.name, parts=item.stage.parts, reasons=item.reasons, run_id=run_id
+            "running",
+            stage=item.name,
+            parts=item.stage.parts,
+            reasons=item.reasons,
+            run_id=run_id,
+            code=digest_of(item.stage.code),
+            anew=item.anew,
         )
         state = self._ledger.state.stages[item.name]
         run = root.child(item.name, resume_id=run_id)
@@ -197,10 +222,10 @@ class _Driver:
         self._describe(run, item)
         self._reporter.started(item, state.attempts)
         with self._reporter.working(item):
-            outcome = self._attempt(item, state, run).execute()
+            outcome = self._attempt(item, state, run, fresh=item.fresh).execute()
             while self._has_new_cluster(outcome, cluster):
                 before = outcome.seconds
-                outcome = self._attempt(item, state, run).execute()
+                outcome = self._attempt(item, state, run, fresh=False).execute()
                 outcome.seconds += before
         self._conclude(item, run, run_id, outcome)
 
@@ -246,7 +271,7 @@ class _Driver:
             outcome.state, outcome.error = "stopped", None
         return self._cluster_started and not self._interrupt.stop.is_set()
 
-    def _attempt(self, item: StagePlan, state: StageState, run: Run) -> Attempt:
+    def _attempt(self, item: StagePlan, state: StageState, run: Run, *, fresh: bool) -> Attempt:
         needs = {other.name: other.stage.needs for other in self._plans}
         keys = {other.name: other.stage.key for other in self._plans}
         return Attempt(
@@ -258,6 +283,8 @@ class _Driver:
             keys={name: keys[name] for name in graph.upstream(item.name, needs)},
             run=run,
             interrupt=self._interrupt,
+            anew=item.anew,
+            fresh=fresh,
         )
 
     def _conclude(self, item: StagePlan, run: Run, run_id: str, outcome: Outcome) -> None:
@@ -299,7 +326,8 @@ class _Driver:
                 "orchestrator.stage": item.name,
                 "orchestrator.kind": parts.kind,
                 "orchestrator.key": item.stage.key,
-                "orchestrator.code": parts.code,
+                "orchestrator.kind_version": str(parts.version),
+                "orchestrator.code": digest_of(item.stage.code),
                 "orchestrator.reasons": "; ".join(item.reasons),
                 **{f"orchestrator.input.{role}": key for role, key in parts.inputs.items()},
                 **{f"orchestrator.data.{name}": value for name, value in parts.data.items()},
@@ -315,7 +343,7 @@ class _Driver:
         """Put on record that a stage's newest key is one whose artifact was there already."""
         known = self._ledger.state.stages.get(item.name)
         on_record = known is not None and known.key == item.stage.key and known.state == "done"
-        if item.artifact is None or on_record:
+        if item.action != "cached" or item.artifact is None or on_record:
             return
         summary = item.artifact.manifest.summary
         self._ledger.append("done", stage=item.name, parts=item.stage.parts, summary=summary, reused=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.pipeline.gc import orphans, summary
 from orchestrator.pipeline.key import short
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
@@ -48,6 +49,9 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     console.print(table)
     _print_runs(console, spool, [state.stages[name] for name in loaded.spec.stages if name in state.stages])
+    if found := orphans(workspace):
+        text = f"There are {summary(found)}: `orchestrator gc {loaded.path}` lists them."
+        console.print(Text(text, style="yellow"), soft_wrap=True)
     if driver is not None:
         what = "It is being run by" if driven else "It was broken off: there is no sign of life from"
         console.print(Text(f"{what} {driver.who}."), soft_wrap=True)

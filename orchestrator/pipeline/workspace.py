@@ -117,11 +117,11 @@ class Workspace:
 
     def work(self, kind: str, key: str) -> Path:
         """The folder of unfinished work on one key: it outlives the attempt, and the driver."""
-        return self.root / "work" / f"{kind}-{key[:16]}"
+        return self.root / "work" / folder_name(kind, key)
 
     def remote_work(self, kind: str, key: str) -> tuple[Store, str] | None:
         """The store and the prefix there of what must outlive this machine too; None if `work` does already."""
-        return None if self._remote is None else (self._remote, f"work/{kind}-{key[:16]}/")
+        return None if self._remote is None else (self._remote, f"work/{folder_name(kind, key)}/")
 
     def drop_work(self, kind: str, key: str) -> None:
         """Remove the work on a key whose artifact is there.
@@ -138,6 +138,10 @@ class Workspace:
             store, prefix = remote
             for name in sorted(store.list(prefix), key=_depth):
                 store.delete(name)
+
+    def note_piece(self, kind: str, key: str, piece: str) -> None:
+        """Put on record, beside a stage's unfinished work, that it works on the piece of that name too."""
+        self.store().put_bytes(f"work/{folder_name(kind, key)}/pieces/{piece}", b"")
 
     def log_path(self, pipeline: str, stage: str) -> Path:
         """The log of a stage, all attempts; see also :meth:`kept_log`."""
@@ -182,6 +186,11 @@ class Workspace:
         return None if self._remote is None else f"{self._remote.uri}/mlartifacts"
 
 
+def folder_name(kind: str, key: str) -> str:
+    """What the folders of a key are called, below `artifacts/` and below `work/`."""
+    return f"{kind}-{key[:16]}"
+
+
 def pipeline_hold(pipeline: str) -> str:
     """The hold of the pipeline's driver."""
     return f"pipeline-{pipeline}"
@@ -189,7 +198,7 @@ def pipeline_hold(pipeline: str) -> str:
 
 def work_hold(kind: str, key: str) -> str:
     """The hold of whoever works on the key."""
-    return f"work-{kind}-{key[:16]}"
+    return f"work-{folder_name(kind, key)}"
 
 
 def _depth(name: str | Path) -> int:
