@@ -18,7 +18,7 @@ from orchestrator.pipeline.key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.reporter import stage_table
-from orchestrator.pipeline.workspace import Workspace, folder_name
+from orchestrator.pipeline.workspace import Workspace, folder_name, pipeline_hold
 from orchestrator.store.artifact import MANIFEST, ArtifactStore
 from orchestrator.store.local import Store
 
@@ -136,9 +136,9 @@ def _folders_by_key(store: Store) -> dict[str, str]:
 def _pipelines(store: Store) -> list[str]:
     """All pipelines that ever ran in the store, or are about to."""
     ran = {name.split("/")[1] for name in store.list("ledger/") if name.count("/") > 1}
-    prefix = "pipeline-"
-    holds = {name.split("/")[1] for name in store.list(f"holds/{prefix}")}
-    return sorted(ran | {name.removeprefix(prefix) for name in holds})
+    prefix = f"holds/{pipeline_hold('')}"
+    # What a hold's objects are called goes on after a dot, which no pipeline has in its name.
+    return sorted(ran | {name.removeprefix(prefix).partition(".")[0] for name in store.list(prefix)})
 
 
 def _on_this_machine(workspace: Workspace, place: str) -> Iterator[str]:

@@ -106,7 +106,9 @@ def test_parts_of_an_earlier_format_are_read_explained_and_never_taken_for_today
     """They had a hash of the package's code, and no number of their format."""
     for stage in stages(pipeline).values():
         record = stage.parts.model_dump(mode="json") | {"code": "0123456789abcdef"}
-        old = KeyParts.model_validate({name: record[name] for name in record if name not in ("format", "version")})
+        old = KeyParts.model_validate(
+            {name: record[name] for name in record if name not in ("format", "version")}
+        )
         assert old.key != stage.key
         assert diff(old, stage.parts) == ["keys are made in another way since an upgrade: format 1 → 2"]
 
@@ -174,7 +176,9 @@ def test_comments_docstrings_descriptions_and_layout_do_not_change_the_code_vers
     ).replace("what it is", "what it may be")
     assert versions(changed.replace("x: int = 1", "x: int = (\n        1)")) == before
     assert versions(SOURCE.replace("= 1", "= 2")) != before
-    assert versions(SOURCE.replace("= 1", "= 1 * 1")) != versions(SOURCE.replace("= 1", "= 1 + 1")), "operators"
+    assert versions(SOURCE.replace("= 1", "= 1 * 1")) != versions(SOURCE.replace("= 1", "= 1 + 1")), (
+        "operators"
+    )
     assert versions(SOURCE.replace("math.pi", "math.e")) != before
     assert versions(SOURCE.replace("x: int", "z: int")) != before
 
