@@ -1,7 +1,7 @@
 """Every stage kind gives the numbers that are committed beside this file, or its `version` has to be raised.
 
-Keys hold no hash of code (docs/adr/0007-keys.md), so this is what notices that a change of code changes results. Once the
-version is raised, `GOLDEN=write python -m pytest tests/golden` writes the new numbers.
+Keys hold no hash of code (docs/adr/0007-keys.md), so this is what notices that a change of code changes results.
+Once the version is raised, `GOLDEN=write python -m pytest tests/golden` writes the new numbers.
 """
 
 from __future__ import annotations

@@ -66,8 +66,10 @@ def test_an_artifact_made_anew_replaces_the_first_as_a_whole(artifacts: Artifact
 
 
 def test_a_digest_is_of_the_content_alone(tmp_path: Path) -> None:
-    made = [publish(ArtifactStore(LocalStore(tmp_path / name)), content, knn=knn).manifest.digest for name, content, knn in
-            (("a", "same", 1.0), ("b", "same", 2.0), ("c", "other", 1.0))]  # fmt: skip
+    made = []
+    for name, content, knn in (("a", "same", 1.0), ("b", "same", 2.0), ("c", "other", 1.0)):
+        artifacts = ArtifactStore(LocalStore(tmp_path / name))
+        made.append(publish(artifacts, content, knn=knn).manifest.digest)
     assert made[0] == made[1] != made[2]
 
 
