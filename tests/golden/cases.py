@@ -209,16 +209,25 @@ def _records(run: Any) -> Numbers:
 
 
 def _weights(folder: Path) -> Numbers:
-    """Of each file of weights: the norms of all weights and of all biases below each name's first part."""
-    sums: Numbers = {}
+    """Of each file of weights: the norms of all weights and of all biases below each name's first part.
+
+    Of weights also which way they point, along a fixed direction: a small move of all hardly changes a norm.
+    """
+    squares: Numbers = {}
+    along: Numbers = {}
     for path in sorted(folder.rglob("*.safetensors")):
         if "checkpoint" in path.parts or "lineage" in path.parts:
             continue
         for name, value in load_file(path).items():
-            kind = "biases" if value.ndim < 2 else "weights"
-            key = f"{path.relative_to(folder).as_posix()}/{name.partition('.')[0]}/{kind}"
-            sums[key] = sums.get(key, 0.0) + float(np.square(value.astype(np.float64)).sum())
-    return {key: value**0.5 for key, value in sums.items()}
+            flat = value.astype(np.float64).ravel()
+            key = f"{path.relative_to(folder).as_posix()}/{name.partition('.')[0]}"
+            if value.ndim > 1:
+                along[key] = along.get(key, 0.0) + float(flat @ np.cos(np.arange(flat.size)))
+            key += "/biases" if value.ndim < 2 else "/weights"
+            squares[key] = squares.get(key, 0.0) + float(flat @ flat)
+    norms = {key: value**0.5 for key, value in squares.items()}
+    turns = {f"{key}/direction": value / (norms[f"{key}/weights"] or 1.0) for key, value in along.items()}
+    return norms | turns
 
 
 def _curated(out: Path) -> Numbers:
