@@ -195,7 +195,7 @@ def test_gc_lists_and_deletes(folder: Path) -> None:
     command(folder, "run", "toy.yaml", "stages.pretrain.ticks=3")
     command(folder, "run", "toy.yaml")
     assert "1 artifact that no ledger needs" in command(folder, "gc", "toy.yaml")
-    assert "`orchestrator gc toy.yaml` lists them" in command(folder, "status", "toy.yaml")
+    assert "`orchestrator gc toy.yaml` lists and deletes them" in command(folder, "status", "toy.yaml")
     assert "Deleted" in command(folder, "gc", "toy.yaml", "--yes")
     assert "Everything in the store is needed" in command(folder, "gc", "toy.yaml")
     assert "Nothing to do" in command(folder, "run", "toy.yaml")

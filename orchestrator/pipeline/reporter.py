@@ -245,9 +245,9 @@ def _other_code(plans: Sequence[StagePlan]) -> str:
     names = [item.name for item in plans if item.action == "cached" and item.other_code]
     if not names:
         return ""
-    verb = "were" if len(names) > 1 else "was"
+    verb, them = ("were", "them") if len(names) > 1 else ("was", "it")
     return (
-        f"{', '.join(names)} {verb} made by other code, which is accepted: --rerun-on code makes them anew."
+        f"{', '.join(names)} {verb} made by other code, which is accepted: --rerun-on code makes {them} anew."
     )
 
 

@@ -76,7 +76,10 @@ def test_status_tells_of_orphans(pipeline: Path) -> None:
     run(pipeline, "stages.pretrain.ticks=4", "stages.pretrain.mode=fail")
     run(pipeline)
     assert "1 folder of unfinished work that no ledger needs (" in status()
-    assert "`orchestrator gc toy.yaml` lists them" in status()
+    assert "`orchestrator gc toy.yaml` lists and deletes them" in status()
+    (left,) = folders() - {f"artifacts/{path.name}" for path in Path("runs/artifacts").iterdir()}
+    assert f"  {left}\n" in status()
+    assert left.startswith("work/pretrain-")
 
 
 def test_unfinished_work_and_the_last_good_artifact_are_needed(pipeline: Path) -> None:
