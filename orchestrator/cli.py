@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.pipeline.load import LoadedPipeline
-    from orchestrator.pipeline.plan import ResolvedStage
+    from orchestrator.pipeline.plan import Choice, ResolvedStage
 
 app = typer.Typer(
     name="orchestrator",
@@ -37,13 +37,50 @@ Overrides = Annotated[
 ]
 
 
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="STAGE", help="Look at this stage alone; may be repeated."),
+]
+First = Annotated[
+    str | None, typer.Option("--from", metavar="STAGE", help="Only this stage and what depends on it.")
+]
+Last = Annotated[
+    str | None, typer.Option("--until", metavar="STAGE", help="Only this stage and what it depends on.")
+]
+Force = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--force",
+        metavar="STAGE",
+        help="Make this stage anew though it is there, and chosen stages that depend on it; may be repeated.",
+    ),
+]
+RerunOn = Annotated[
+    Literal["code"] | None,
+    typer.Option("--rerun-on", help="Also make anew what other code made.", show_default=False),
+]
+AcceptCode = Annotated[
+    bool, typer.Option("--accept-code", help="Keep what other code made; this is the default.")
+]
+
+
 @app.command()
-def run(file: File, overrides: Overrides = None) -> None:
+def run(
+    file: File,
+    overrides: Overrides = None,
+    only: Only = None,
+    first: First = None,
+    last: Last = None,
+    force: Force = None,
+    rerun_on: RerunOn = None,
+    accept_code: AcceptCode = False,
+) -> None:
     """Run what has to run and skip what is done. Ctrl-C stops cleanly; run again to go on.
 
     Relative paths in the file are relative to the current directory.
     """
-    _run(file, overrides or [], must_exist=False)
+    choice = _choice(only, first, last, force, rerun_on, accept_code=accept_code)
+    _run(file, overrides or [], must_exist=False, choice=choice)
 
 
 @app.command()
@@ -81,6 +118,12 @@ def plan(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print only the costs, or the split, as JSON.")
     ] = False,
+    only: Only = None,
+    first: First = None,
+    last: Last = None,
+    force: Force = None,
+    rerun_on: RerunOn = None,
+    accept_code: AcceptCode = False,
 ) -> None:
     """Show the stages, which would run, and why; with a `hardware` section also what it will cost. Changes nothing."""
     from orchestrator.pipeline.load import load
@@ -93,7 +136,7 @@ def plan(
     elif as_json:
         _print_costs(loaded, as_json=True)
     else:
-        _print_stages(loaded)
+        _print_stages(loaded, _choice(only, first, last, force, rerun_on, accept_code=accept_code))
         if loaded.spec.hardware is not None:
             _print_costs(loaded, as_json=False)
 
@@ -104,6 +147,26 @@ def status(file: File) -> None:
     from orchestrator.pipeline.status import print_status
 
     print_status(_console(), _loaded(file))
+
+
+@app.command()
+def gc(
+    file: File,
+    overrides: Overrides = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+) -> None:
+    """List artifacts and unfinished work in the pipeline's store that no pipeline needs; with --yes delete them.
+
+    What this file would use is needed too, as is all that any ledger in the store names. Nothing is deleted while a
+    pipeline of the store runs.
+    """
+    from orchestrator.pipeline.gc import collect
+    from orchestrator.pipeline.load import load
+    from orchestrator.pipeline.plan import resolve
+    from orchestrator.pipeline.workspace import Workspace
+
+    loaded = load(file, overrides or [])
+    collect(_console(), Workspace(loaded.spec.store), resolve(loaded), delete=yes)
 
 
 @app.command()
@@ -220,9 +283,25 @@ def doctor(
     raise typer.Exit(0 if examine(_console(), store) else 1)
 
 
-def _run(file: Path, overrides: Sequence[str], *, must_exist: bool) -> None:
+def _choice(
+    only: list[str] | None,
+    first: str | None,
+    last: str | None,
+    force: list[str] | None,
+    rerun_on: str | None,
+    *,
+    accept_code: bool,
+) -> Choice:
+    from orchestrator.pipeline.plan import Choice
+
+    if rerun_on and accept_code:
+        raise UserError("--rerun-on code and --accept-code are opposites", hint="leave one of them out")
+    return Choice(tuple(only or ()), first, last, tuple(force or ()), on_code=rerun_on is not None)
+
+
+def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choice | None = None) -> None:
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.plan import resolve
+    from orchestrator.pipeline.plan import EVERYTHING, resolve
     from orchestrator.pipeline.workspace import Workspace
 
     loaded = load(file, overrides)
@@ -233,24 +312,29 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool) -> None:
             where=f"store {loaded.spec.store}",
             hint=f"start it with: orchestrator run {file}",
         )
-    _execute(loaded, stages, "run", overrides)
+    choice = choice or EVERYTHING
+    # What was to be made anew is on record: asked for again, it would start over.
+    chosen = [f"--only {name}" for name in choice.only]
+    chosen += [f"--from {choice.first}"] if choice.first else []
+    chosen += [f"--until {choice.last}"] if choice.last else []
+    _execute(loaded, stages, "run", [*overrides, *chosen], choice)
 
 
 def _execute(
     loaded: LoadedPipeline,
     stages: list[ResolvedStage],
     command: str,
-    overrides: Sequence[str],
-    selected: Collection[str] | None = None,
+    arguments: Sequence[str],
+    choice: Choice,
 ) -> NoReturn:
     from orchestrator.pipeline.execute import execute
     from orchestrator.pipeline.reporter import Reporter
 
-    again = " ".join([f"orchestrator {command}", str(loaded.path), *overrides])
-    raise typer.Exit(execute(loaded, stages, Reporter(_console(), again), selected=selected))
+    again = " ".join([f"orchestrator {command}", str(loaded.path), *arguments])
+    raise typer.Exit(execute(loaded, stages, Reporter(_console(), again), choice=choice))
 
 
-def _print_stages(loaded: LoadedPipeline) -> None:
+def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
     from orchestrator.pipeline.plan import plan as make_plan
     from orchestrator.pipeline.plan import resolve
     from orchestrator.pipeline.reporter import print_plan, print_stages
@@ -265,7 +349,12 @@ def _print_stages(loaded: LoadedPipeline) -> None:
     driver = workspace.driver(loaded.name)
     driven = driver is not None and driver.alive
     plans = make_plan(
-        stages, workspace.state(loaded.name), workspace.find, driven=driven, reached=workspace.reached
+        stages,
+        workspace.state(loaded.name),
+        workspace.find,
+        driven=driven,
+        reached=workspace.reached,
+        choice=choice,
     )
     print_plan(_console(), loaded.name, plans)
 

@@ -94,7 +94,7 @@ class Context:
 
         Args:
             kind: of the piece's artifact.
-            identity: all that decides it besides the stage's inputs, data, code and seed; plain JSON.
+            identity: all that decides it besides the stage's version, inputs, data and seed; plain JSON.
         """
         return self.parts(kind, identity) if self.parts is not None else self._local_part(identity)
 
@@ -124,7 +124,13 @@ class Stage(StageSpec):
 
     Subclasses narrow `kind` to a Literal, add config fields, and set `inputs` and `outputs` (file or folder
     name → what it holds; the engine checks that each was written).
+
+    Attributes:
+        version: of what the kind computes, part of every key. Whoever changes results of unchanged settings raises
+            it, so that they are made anew; tests/golden says when. A change of code alone re-runs nothing.
     """
+
+    version: ClassVar[int] = 1
 
     inputs: ClassVar[tuple[Input, ...]] = ()
     outputs: ClassVar[Mapping[str, str]] = {}

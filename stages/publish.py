@@ -157,8 +157,8 @@ def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[s
     }
     if "index" in parts.get("inputs", {}):
         tags["orchestrator.index"] = parts["inputs"]["index"]
-    if parts.get("code"):
-        tags["orchestrator.code"] = parts["code"]
+    if code := distilled.manifest.provenance.get("code"):
+        tags["orchestrator.code"] = code["digest"]
     return tags | _evaluated(context, student)
 
 

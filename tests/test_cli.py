@@ -159,3 +159,43 @@ def test_doctor_looks_at_what_ray_needs(folder: Path) -> None:
     assert "cannot be used for Ray's sockets: /tmp is used for them" in said
     assert f"on {len(os.sched_getaffinity(0))} cores" in said
     assert "/dev/shm" in said
+
+
+def test_options_choose_stages_and_make_them_anew(folder: Path) -> None:
+    said = command(folder, "run", "toy.yaml", "--until", "curate")
+    assert "1 of 2" not in said
+    assert "left out" in said
+    assert "1 of 2 stages to run: pretrain" in command(folder, "plan", "toy.yaml")
+    command(folder, "run", "toy.yaml", "--from", "pretrain")
+    assert "Nothing to do: curate is up to date." in command(folder, "plan", "toy.yaml", "--only", "curate")
+    assert "made anew: --force" in command(folder, "plan", "toy.yaml", "--force", "curate")
+    said = command(folder, "run", "toy.yaml", "--force", "pretrain", "--accept-code")
+    assert "pretrain  started  made anew: --force" in said
+    assert "Nothing to do" in command(folder, "run", "toy.yaml", "--rerun-on", "code")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--force", "pretrian"], "did you mean 'pretrain'?"),
+        (["--only", "pretrain"], "run it first: --until curate"),
+        (["--rerun-on", "code", "--accept-code"], "are opposites"),
+        (["--rerun-on", "data"], "code"),
+    ],
+)
+def test_options_that_cannot_be_exit_with_two(folder: Path, options: list[str], expected: str) -> None:
+    for name in ("run", "plan"):
+        said = command(folder, name, "toy.yaml", *options, code=2)
+        assert expected in said
+        assert "Traceback" not in said
+
+
+def test_gc_lists_and_deletes(folder: Path) -> None:
+    assert "no store yet" in command(folder, "gc", "toy.yaml")
+    command(folder, "run", "toy.yaml", "stages.pretrain.ticks=3")
+    command(folder, "run", "toy.yaml")
+    assert "1 artifact that no ledger needs" in command(folder, "gc", "toy.yaml")
+    assert "`orchestrator gc toy.yaml` lists and deletes them" in command(folder, "status", "toy.yaml")
+    assert "Deleted" in command(folder, "gc", "toy.yaml", "--yes")
+    assert "Everything in the store is needed" in command(folder, "gc", "toy.yaml")
+    assert "Nothing to do" in command(folder, "run", "toy.yaml")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import shutil
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.errors import Stopped, UserError
+from orchestrator.pipeline.code import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread
 from orchestrator.pipeline.lease import Lease, LostHoldError
 from orchestrator.pipeline.load import LoadedPipeline
@@ -24,8 +24,6 @@ from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context, Part, Stage
 from orchestrator.store.artifact import Artifact
 from orchestrator.tracking.runs import Run
-
-_VERSIONED = ("torch", "deepspeed", "ray", "numpy")
 
 
 @dataclass
@@ -51,9 +49,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Everything one attempt needs. `inputs` are artifacts by role, `keys` those of all stages upstream.
+    """Everything one attempt needs.
 
-    `pieces` are kinds and keys of artifacts that are parts of the stage's result, filled as it runs.
+    Attributes:
+        inputs: artifacts by role.
+        keys: those of all stages upstream.
+        anew: its artifact replaces one of the same key.
+        fresh: it starts over; unfinished work of the key is dropped first.
+        pieces: kinds and keys of artifacts that are parts of the stage's result, filled as it runs.
     """
 
     loaded: LoadedPipeline
@@ -64,7 +67,9 @@ class Attempt:
     keys: Mapping[str, str]
     run: Run
     interrupt: Interrupt
-    pieces: list[tuple[str, str]] = field(default_factory=list)
+    anew: bool = False
+    fresh: bool = False
+    pieces: set[tuple[str, str]] = field(default_factory=set)
 
     def drift(self) -> list[str]:
         """See `Stage.drift`. What cannot be found out is a line too: running the stage then says why."""
@@ -92,6 +97,8 @@ class Attempt:
                 # Two pipelines in one store may want the same artifact: only one works on it.
                 with self.workspace.keeper.hold(hold, f"the work behind stage {self.stage.name!r}") as lease:
                     lease.on_lost = self.interrupt.stop.set
+                    if self.fresh:
+                        self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
                     work.mkdir(parents=True, exist_ok=True)
                     outcome = self._run_and_publish(work, lease)
             except LostHoldError:
@@ -130,7 +137,9 @@ class Attempt:
         lease.check()
         # Pieces are artifacts of their own: from here on they can be found by the stage's.
         provenance = {**self._provenance(), "pieces": sorted(self.pieces)}
-        artifact = artifacts.publish(self.stage.parts.kind, self.stage.key, out, provenance, summary)
+        artifact = artifacts.publish(
+            self.stage.parts.kind, self.stage.key, out, provenance, summary, anew=self.anew
+        )
         shutil.rmtree(out, ignore_errors=True)
         return Outcome("done", 0.0, summary, artifact)
 
@@ -155,30 +164,41 @@ class Attempt:
 
     @contextlib.contextmanager
     def _part(self, kind: str, identity: Mapping[str, Any]) -> Iterator[Part]:
-        """See `Part`. What it reads and its code are the stage's; its config is its own."""
+        """See `Part`. Its version and what it reads are the stage's; its config is its own."""
         parts = self.stage.parts.model_copy(update={"kind": kind, "config": json.loads(json.dumps(identity))})
         key = parts.key
         hold = work_hold(kind, key)
         artifacts = self.workspace.artifacts()
+        first = (kind, key) not in self.pieces
+        self.pieces.add((kind, key))
         with self.workspace.keeper.hold(hold, f"a {kind} of stage {self.stage.name!r}") as lease:
             lease.on_lost = self.interrupt.stop.set
             known = artifacts.find(kind, key)
+            # What an earlier attempt of this very run has made anew is not made again.
+            outdated = known if known is not None and self.anew and not self._made_here(known) else None
+            known = None if outdated is not None else known
+            if self.fresh and first and known is None:
+                self.workspace.drop_work(kind, key)
             work = self.workspace.work(kind, key)
+            name = str(identity.get("name", key[:8]))
+            self.workspace.note_piece(self.stage.parts.kind, self.stage.key, name, kind, key)
             if known is None:
                 work.mkdir(parents=True, exist_ok=True)
-                name = str(identity.get("name", key[:8]))
-                self.workspace.note_piece(self.stage.parts.kind, self.stage.key, name, kind, key)
 
             def publish(folder: Path, summary: Mapping[str, float]) -> Path:
                 lease.check()
                 provenance = {**self._provenance(), "parts": parts.model_dump(mode="json")}
-                artifact = artifacts.publish(kind, key, folder, provenance, summary)
+                artifact = artifacts.publish(
+                    kind, key, folder, provenance, summary, anew=outdated is not None
+                )
                 self.workspace.drop_work(kind, key)
                 return artifacts.fetch(artifact)
 
-            self.pieces.append((kind, key))
             there = artifacts.fetch(known) if known is not None else None
             yield Part(work, self.workspace.remote_work(kind, key), there, key, publish)
+
+    def _made_here(self, artifact: Artifact) -> bool:
+        return artifact.manifest.provenance.get("run_id") == self.run.run_id
 
     def _provenance(self) -> dict[str, Any]:
         return {
@@ -187,21 +207,12 @@ class Attempt:
             "parts": self.stage.parts.model_dump(mode="json"),
             "upstream": dict(self.keys),
             "run_id": self.run.run_id,
-            "versions": versions(_VERSIONED),
+            "versions": versions(PACKAGES),
+            "code": {"digest": digest_of(self.stage.code), "files": dict(self.stage.code)},
+            "inputs": {role: artifact.manifest.digest for role, artifact in self.inputs.items()},
         }
 
 
 def merged_elastic(default: Elastic, own: Elastic | None) -> Elastic:
     """The pipeline's `elastic` section with what the stage says itself laid over it."""
     return default.overlaid(own)
-
-
-def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions, without importing anything."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

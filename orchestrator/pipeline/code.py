@@ -1,5 +1,6 @@
-"""The version of the code behind a stage: a hash that comments, docstrings and layout do not change.
+"""The code behind a stage: a hash of each file, which comments, docstrings, descriptions and layout do not change.
 
+It is provenance, no part of a key: it says which files are not what they were when an artifact was made.
 A stage's code is its own module and every module of the package it imports, directly or not, at the top or
 inside a function. Packages' `__init__` files count only when something is imported from them, otherwise the
 union of all stages would tie every stage to every other.
@@ -10,13 +11,19 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import orchestrator
 
 _PACKAGE = "orchestrator"
+# Packages that figures depend on; which versions made an artifact is in its manifest.
+PACKAGES = (
+    "torch", "deepspeed", "ray", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "scikit-learn",
+    "tokenizers",
+)  # fmt: skip
 # Where results are kept and shown, never what they are.
 _IRRELEVANT = (
     "orchestrator.errors",
@@ -28,12 +35,44 @@ _IRRELEVANT = (
 )
 
 
-def code_version(module: str) -> str:
-    """Hash (16 hex digits) of the code of `module` and of all it imports from the package."""
+def code_of(module: str) -> dict[str, str]:
+    """The files of `module` and of all it imports from the package, with the hash (16 hex digits) of each.
+
+    A file is named by its place in the package, such as `elastic/loop.py`; one from elsewhere by its module.
+    """
+    return {_shown(name, path): _parsed(path)[0][:16] for name, path in sorted(_closure(module).items())}
+
+
+def digest_of(code: Mapping[str, str]) -> str:
+    """One hash (16 hex digits) of all files."""
     digest = hashlib.sha256()
-    for name, path in sorted(_closure(module).items()):
-        digest.update(f"{name}={_parsed(path)[0]};".encode())
+    for name, value in sorted(code.items()):
+        digest.update(f"{name}={value};".encode())
     return digest.hexdigest()[:16]
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """The files that differ between two records of :func:`code_of`, also those that only one of them has."""
+    return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Installed versions, without importing anything."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _shown(module: str, path: Path) -> str:
+    package, _, rest = module.partition(".")
+    if package != _PACKAGE:
+        return f"{module}.py"
+    inside = rest.replace(".", "/")
+    return f"{inside}/__init__.py" if path.name == "__init__.py" else f"{inside}.py"
 
 
 def _closure(module: str) -> dict[str, Path]:
@@ -91,7 +130,7 @@ def _parsed(path: Path) -> tuple[str, tuple[tuple[int, str, tuple[str, ...]], ..
 
 
 def _write(node: ast.AST, parts: list[str], imports: list[tuple[int, str, tuple[str, ...]]]) -> None:
-    """Append what `node` means: types and fields, without positions, docstrings and empty fields.
+    """Append what `node` means: types and fields, without positions, docstrings, descriptions and empty fields.
 
     Empty fields are left out because Python versions add new ones, which must not change the hash.
     """
@@ -99,6 +138,8 @@ def _write(node: ast.AST, parts: list[str], imports: list[tuple[int, str, tuple[
         imports.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
     elif isinstance(node, ast.Import):
         imports.extend((0, alias.name, ()) for alias in node.names)
+    elif isinstance(node, ast.keyword) and node.arg == "description":
+        return  # of a field of the schema: words for people
     parts.append(type(node).__name__)
     parts.append("(")
     for field, value in ast.iter_fields(node):

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from orchestrator.elastic.cluster_check import load, short_folder
 from orchestrator.errors import UserError
-from orchestrator.pipeline.attempt import versions
+from orchestrator.pipeline.code import versions
 from orchestrator.pipeline.reporter import stage_table
 from orchestrator.store.open import is_remote, open_store
 from orchestrator.store.s3 import S3Store

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,11 +16,20 @@ from typing import Any
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.pipeline import graph, record, system, tracked
 from orchestrator.pipeline.attempt import Attempt, Outcome, merged_elastic
+from orchestrator.pipeline.code import digest_of
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
 from orchestrator.pipeline.lease import Lease, LostHoldError
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.plan import ResolvedStage, StagePlan, needs_attention, plan
+from orchestrator.pipeline.plan import (
+    EVERYTHING,
+    Choice,
+    ResolvedStage,
+    StagePlan,
+    is_awaited,
+    needs_attention,
+    plan,
+)
 from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import Cluster, Elastic
@@ -50,7 +59,7 @@ def execute(
     *,
     start_cluster: StartCluster | None = None,
     open_tracking: OpenTracking | None = None,
-    selected: Collection[str] | None = None,
+    choice: Choice = EVERYTHING,
 ) -> int:
     """Run what has to run, and return the exit code: 0 done, 1 a stage failed or the pipeline was taken over,
     2 a mistake, 130 stopped.
@@ -61,10 +70,10 @@ def execute(
         reporter: tells the user.
         start_cluster: makes Ray available; called when the first stage that needs it is about to run.
         open_tracking: opens the pipeline's tracking run.
-        selected: the stages that may run; the others only lend what they have. Default: all.
+        choice: which stages to look at, and which to make anew.
 
     Raises:
-        UserError: another driver runs this pipeline, or the store or cluster cannot be used.
+        UserError: another driver runs this pipeline, the store or cluster cannot be used, or the choice makes no sense.
     """
     workspace = Workspace(loaded.spec.store)
     try:
@@ -73,7 +82,7 @@ def execute(
             training = _training(loaded, stages)
             start = start_cluster or partial(_start_cluster, training, loaded.spec.elastic, reporter.note)
             tracking = open_tracking or tracked.open_tracking
-            return _Driver(loaded, stages, workspace, lease, reporter, start, tracking, selected).execute()
+            return _Driver(loaded, stages, workspace, lease, reporter, start, tracking, choice).execute()
     except LostHoldError as error:
         reporter.lost(str(error))
         return FAILED
@@ -89,7 +98,7 @@ class _Driver:
         reporter: Reporter,
         start_cluster: StartCluster,
         open_tracking: OpenTracking,
-        selected: Collection[str] | None,
+        choice: Choice,
     ) -> None:
         self._loaded = loaded
         self._workspace = workspace
@@ -98,12 +107,9 @@ class _Driver:
         self._start_cluster = start_cluster
         self._open_tracking = open_tracking
         self._ledger = workspace.ledger(loaded.name, lease)
-        self._all = plan(stages, self._ledger.state, workspace.find, reached=workspace.reached)
-        self._plans = [
-            item
-            for item in self._all
-            if selected is None or item.name in selected or item.artifact is not None
-        ]
+        self._plans = plan(
+            stages, self._ledger.state, workspace.find, reached=workspace.reached, choice=choice
+        )
         self._artifacts: dict[str, Artifact] = {}
         self._exit_code = DONE
         self._interrupt = Interrupt()
@@ -140,7 +146,7 @@ class _Driver:
                 with ExitStack() as cluster:
                     self._run_all(root, cluster)
                 status = _STATUS.get(self._exit_code, "FAILED")
-                if status == "FINISHED" and len(self._plans) < len(self._all):
+                if status == "FINISHED" and any(self._missing(item) for item in self._plans):
                     # Some of the pipeline is missing still: it has not finished because a part of it has.
                     status = _NOT_FINISHED.get(before or "", "KILLED")
                 self._record_results(root)
@@ -188,7 +194,8 @@ class _Driver:
 
     def _artifact_of(self, state: StageState) -> Artifact | None:
         """What a dead attempt may have published just before it died."""
-        return self._workspace.find(state.parts.kind, state.parts.key) if state.parts else None
+        found = self._workspace.find(state.parts.kind, state.parts.key) if state.parts else None
+        return None if found is None or is_awaited(state, found) else found
 
     def _run_all(self, root: Run, cluster: ExitStack) -> None:
         """Run stages in order. One that fails takes those that need it along, and no others."""
@@ -198,8 +205,12 @@ class _Driver:
                 self._exit_code = ABORTED
                 return
             lacking = [need for need in item.stage.roles.values() if need not in self._artifacts]
-            drift = self._drift(item) if item.artifact is not None and not lacking else ()
-            if item.artifact is not None and not drift:
+            drift = self._drift(item) if item.action == "cached" and not lacking else ()
+            if item.action == "left out":
+                if item.artifact is not None:
+                    self._artifacts[item.name] = item.artifact
+                self._reporter.left_out(item)
+            elif item.action == "cached" and item.artifact is not None and not drift:
                 self._artifacts[item.name] = item.artifact
                 self._note_cached(item)
                 _sum_up(root, item.name, item.artifact.manifest.summary)
@@ -210,10 +221,14 @@ class _Driver:
             else:
                 self._run_one(replace(item, reasons=drift or item.reasons), root, cluster)
 
+    def _missing(self, item: StagePlan) -> bool:
+        """Whether a stage that was left out has not been made either."""
+        return item.action == "left out" and item.artifact is None
+
     def _drifted(self) -> bool:
         """Whether anything outside the store is not as a stage wants it, where all stages are done."""
         self._artifacts = {item.name: item.artifact for item in self._plans if item.artifact is not None}
-        drifts = [self._drift(item) for item in self._plans]
+        drifts = [self._drift(item) for item in self._plans if item.action == "cached"]
         return any(drifts)
 
     def _drift(self, item: StagePlan) -> tuple[str, ...]:
@@ -222,7 +237,9 @@ class _Driver:
             return ()
         if item.name not in self._drifts:
             run = NullRun()
-            self._drifts[item.name] = tuple(self._attempt(item, StageState(item.name), run).drift())
+            self._drifts[item.name] = tuple(
+                self._attempt(item, StageState(item.name), run, fresh=False).drift()
+            )
         return self._drifts[item.name]
 
     def _run_one(self, item: StagePlan, root: Run, cluster: ExitStack) -> None:
@@ -232,10 +249,18 @@ class _Driver:
                 self._exit_code = ABORTED
                 return
         known = self._ledger.state.stages.get(item.name)
-        goes_on = known is not None and known.key == item.stage.key and known.state != "done"
+        goes_on = (
+            known is not None and known.key == item.stage.key and known.state != "done" and not item.fresh
+        )
         run_id = (known.run_id if known is not None and goes_on else None) or uuid.uuid4().hex
         self._ledger.append(
-            "running", stage=item.name, parts=item.stage.parts, reasons=item.reasons, run_id=run_id
+            "running",
+            stage=item.name,
+            parts=item.stage.parts,
+            reasons=item.reasons,
+            run_id=run_id,
+            code=digest_of(item.stage.code),
+            anew=item.anew,
         )
         state = self._ledger.state.stages[item.name]
         run = root.child(item.name, resume_id=run_id)
@@ -243,10 +268,10 @@ class _Driver:
         self._describe(run, root, item)
         self._reporter.started(item, state.attempts)
         with self._reporter.working(item), system.watched(root, run, item.name):
-            outcome = self._attempt(item, state, run).execute()
+            outcome = self._attempt(item, state, run, fresh=item.fresh).execute()
             while self._has_new_cluster(outcome, cluster):
                 before = outcome.seconds
-                outcome = self._attempt(item, state, run).execute()
+                outcome = self._attempt(item, state, run, fresh=False).execute()
                 outcome.seconds += before
         _sum_up(root, item.name, outcome.summary)
         self._conclude(item, run, run_id, outcome)
@@ -293,9 +318,9 @@ class _Driver:
             outcome.state, outcome.error = "stopped", None
         return self._cluster_started and not self._interrupt.stop.is_set()
 
-    def _attempt(self, item: StagePlan, state: StageState, run: Run) -> Attempt:
-        needs = {other.name: other.stage.needs for other in self._all}
-        keys = {other.name: other.stage.key for other in self._all}
+    def _attempt(self, item: StagePlan, state: StageState, run: Run, *, fresh: bool) -> Attempt:
+        needs = {other.name: other.stage.needs for other in self._plans}
+        keys = {other.name: other.stage.key for other in self._plans}
         return Attempt(
             loaded=self._loaded,
             stage=item.stage,
@@ -305,6 +330,8 @@ class _Driver:
             keys={name: keys[name] for name in graph.upstream(item.name, needs)},
             run=run,
             interrupt=self._interrupt,
+            anew=item.anew,
+            fresh=fresh,
         )
 
     def _conclude(self, item: StagePlan, run: Run, run_id: str, outcome: Outcome) -> None:
@@ -365,7 +392,8 @@ class _Driver:
                 "orchestrator.stage": item.name,
                 "orchestrator.kind": parts.kind,
                 "orchestrator.key": item.stage.key,
-                "orchestrator.code": parts.code,
+                "orchestrator.kind_version": str(parts.version),
+                "orchestrator.code": digest_of(item.stage.code),
                 "orchestrator.reasons": "; ".join(item.reasons),
                 **{f"orchestrator.input.{role}": key for role, key in parts.inputs.items()},
                 **{f"orchestrator.data.{name}": value for name, value in parts.data.items()},
@@ -381,7 +409,7 @@ class _Driver:
         """Put on record that a stage's newest key is one whose artifact was there already."""
         known = self._ledger.state.stages.get(item.name)
         on_record = known is not None and known.key == item.stage.key and known.state == "done"
-        if item.artifact is None or on_record:
+        if item.action != "cached" or item.artifact is None or on_record:
             return
         summary = item.artifact.manifest.summary
         self._ledger.append("done", stage=item.name, parts=item.stage.parts, summary=summary, reused=True)
@@ -408,8 +436,8 @@ def _sum_up(root: Run, stage: str, summary: Mapping[str, float]) -> None:
         root.metrics(summary, len(known), channel)
 
 
-def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> list[str]:
-    """The stages that change something outside the store, once what they need is there.
+def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> Choice:
+    """The choice of the stages that change something outside the store, once what they need is there.
 
     Raises:
         UserError: there is no such stage, or a stage that one needs is not done.
@@ -430,7 +458,7 @@ def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> list[str]
                 where=loaded.where("stages", need),
                 hint=f"first run: orchestrator run {loaded.path}",
             )
-    return names
+    return Choice(only=tuple(names))
 
 
 def _training(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> dict[str, TrainStage]:

@@ -1,4 +1,7 @@
-"""Content keys: what decides a stage's result, as a hash and as a record that explains a change."""
+"""Content keys: what decides a stage's result, as a hash and as a record that explains a change.
+
+No hash of code is in a key: see docs/adr/0007-keys.md. Who changes what a kind computes raises its `version`.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from orchestrator.pipeline.code import code_version
 from orchestrator.pipeline.yamlfile import show
 from orchestrator.spec import Strict
 from orchestrator.stages.base import Stage
 
-# Part of every key: raise it when the layout of artifacts changes so that old ones cannot be read.
-FORMAT = 1
+# Part of every key: raise it when keys are made in another way, or when the layout of artifacts changes so that
+# old ones cannot be read. Keys of format 1 held a hash of the package's code.
+FORMAT = 2
 
 _ABSENT = object()
 
@@ -25,21 +28,29 @@ class KeyParts(Strict):
 
     Attributes:
         kind: the stage's kind.
+        version: of the results of that kind, see `Stage.version`.
         config: its fields that are not operational, without `kind` and `needs`.
         inputs: keys of the artifacts it reads, by role.
         data: fingerprints of the data sources it reads, by name.
-        code: version of the code behind the stage.
         seed: the pipeline's seed.
-        format: layout version of artifacts.
+        format: how keys and artifacts are made; records without it are of the first.
     """
 
     kind: str
+    version: int = 1
     config: dict[str, Any]
     inputs: dict[str, str] = Field(default_factory=dict)
     data: dict[str, str] = Field(default_factory=dict)
-    code: str = ""
     seed: int = 0
-    format: int = FORMAT
+    format: int = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_formats(cls, values: Any) -> Any:
+        """Parts in ledgers of earlier versions can be read and explained; none has the key of a stage of today."""
+        if not isinstance(values, Mapping) or "code" not in values:
+            return values
+        return {name: value for name, value in values.items() if name != "code"}
 
     @property
     def key(self) -> str:
@@ -60,28 +71,29 @@ def key_parts(stage: Stage, *, inputs: Mapping[str, str], data: Mapping[str, str
     config = {name: value for name, value in stage.identity().items() if name not in ("kind", "needs")}
     return KeyParts(
         kind=stage.kind,
+        version=stage.version,
         config=json.loads(json.dumps(config)),
         inputs=dict(inputs),
         data=dict(data),
-        code=code_version(type(stage).__module__),
         seed=seed,
+        format=FORMAT,
     )
 
 
 def diff(old: KeyParts, new: KeyParts) -> list[str]:
     """What changed between two keys, a line each: `config.lr: 0.001 → 0.002`."""
     lines = []
+    if old.format != new.format:
+        lines.append(f"keys are made in another way since an upgrade: format {old.format} → {new.format}")
     if old.kind != new.kind:
         lines.append(f"kind: {old.kind} → {new.kind}")
+    if old.version != new.version:
+        lines.append(f"version of {new.kind}'s results: {old.version} → {new.version}")
     lines += _changes("config.", _flat(old.config), _flat(new.config), show)
     lines += _changes("input ", old.inputs, new.inputs, short)
     lines += _changes("data ", old.data, new.data, short)
-    if old.code != new.code:
-        lines.append(f"code: {short(old.code)} → {short(new.code)}")
     if old.seed != new.seed:
         lines.append(f"seed: {old.seed} → {new.seed}")
-    if old.format != new.format:
-        lines.append(f"artifact format: {old.format} → {new.format}")
     return lines
 
 

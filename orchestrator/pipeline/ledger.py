@@ -37,6 +37,8 @@ class Event(Strict):
         error: why it failed, one line.
         reused: the artifact was already there.
         status: how the pipeline's run ended: FINISHED, FAILED or KILLED.
+        code: the hash of the code that the attempt runs with.
+        anew: the attempt is to replace an artifact that is there.
     """
 
     # JSON has no NaN and pydantic would write null, which is no float when read back.
@@ -53,11 +55,16 @@ class Event(Strict):
     error: str | None = None
     reused: bool = False
     status: str | None = None
+    code: str = ""
+    anew: bool = False
 
 
 @dataclass
 class StageState:
-    """What the ledger says about one stage: its newest key and what became of it."""
+    """What the ledger says about one stage: its newest key and what became of it.
+
+    `made` is the newest key whose artifact was made, or was found, whatever became of later ones.
+    """
 
     name: str
     state: StageStateName = "pending"
@@ -70,6 +77,9 @@ class StageState:
     summary: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     reused: bool = False
+    code: str = ""
+    anew: bool = False
+    made: KeyParts | None = None
 
     @property
     def key(self) -> str | None:
@@ -109,11 +119,13 @@ class PipelineState:
 def _apply_to_stage(stage: StageState, event: Event) -> None:
     same_key = stage.parts is not None and event.parts is not None and stage.key == event.parts.key
     if event.event == "running":
-        fresh = not same_key or stage.state == "done"
+        # A new tracking run is a new beginning, also of a key that failed before.
+        fresh = not same_key or stage.state == "done" or event.run_id != stage.run_id
         stage.attempts = 1 if fresh else stage.attempts + 1
         stage.seconds = 0.0 if fresh else stage.seconds
         stage.state, stage.started, stage.reasons = "running", event.time, event.reasons
         stage.summary, stage.error, stage.reused = {}, None, False
+        stage.code, stage.anew = event.code, event.anew
     elif event.event == "settled":
         stage.state = "stopped" if stage.state == "running" else stage.state
         return
@@ -123,6 +135,8 @@ def _apply_to_stage(stage: StageState, event: Event) -> None:
         stage.state = event.event
         stage.seconds += event.seconds or 0.0
         stage.summary, stage.error, stage.reused = dict(event.summary), event.error, event.reused
+        if event.event == "done":
+            stage.anew, stage.made = False, event.parts or stage.parts
     stage.parts = event.parts or stage.parts
     stage.run_id = event.run_id if event.run_id or not same_key else stage.run_id
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from orchestrator.errors import UserError
-from orchestrator.pipeline import fit, graph
+from orchestrator.errors import UserError, nearest
+from orchestrator.pipeline import code, fit, graph
 from orchestrator.pipeline.key import KeyParts, diff, key_parts, short
 from orchestrator.pipeline.ledger import PipelineState, StageState
 from orchestrator.pipeline.load import LoadedPipeline
@@ -20,6 +21,8 @@ from orchestrator.store.artifact import Artifact
 Fingerprint = Callable[[DataSource, str], str]
 # A kind and a key → how far the unfinished work on it is, such as `step 40`; nothing if that is not known.
 Reached = Callable[[str, str], str]
+# Files of other code that are named before the rest is counted.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,89 @@ class ResolvedStage:
     key: str
     roles: Mapping[str, str]
     needs: tuple[str, ...]
+    code: Mapping[str, str]
     effects: bool = False
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which stages a command is about, and what of theirs is made anew though it is there.
+
+    Attributes:
+        only: these; empty for all.
+        first: this one and all that depend on it.
+        last: this one and all that it depends on.
+        force: these, whatever is there of them, and what depends on them.
+        on_code: what other code made, and what depends on that.
+    """
+
+    only: tuple[str, ...] = ()
+    first: str | None = None
+    last: str | None = None
+    force: tuple[str, ...] = ()
+    on_code: bool = False
+
+    def of(self, stages: Sequence[ResolvedStage]) -> set[str]:
+        """The names of the chosen stages.
+
+        Raises:
+            UserError: there is no such stage, none is left, or a stage is to be made anew that is not chosen.
+        """
+        needs = {stage.name: stage.needs for stage in stages}
+        self._check(tuple(needs))
+        chosen = set(self.only or needs)
+        if self.first is not None:
+            chosen &= {
+                name for name in needs if name == self.first or self.first in graph.upstream(name, needs)
+            }
+        if self.last is not None:
+            chosen &= {self.last, *graph.upstream(self.last, needs)}
+        if not chosen:
+            raise UserError(
+                "no stage is left to run",
+                where="--only, --from and --until",
+                hint="a stage has to be among all three",
+            )
+        for name in self.force:
+            if name not in chosen:
+                raise UserError(
+                    f"stage {name!r} is to be made anew but is left out",
+                    where=f"--force {name}",
+                    hint="choose it with --only, --from or --until too",
+                )
+        return chosen
+
+    def _check(self, names: Sequence[str]) -> None:
+        given = [("--only", name) for name in self.only] + [("--force", name) for name in self.force]
+        given += [("--from", self.first)] if self.first is not None else []
+        given += [("--until", self.last)] if self.last is not None else []
+        for option, name in given:
+            if name not in names:
+                close = nearest(name, names)
+                hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(names)}"
+                raise UserError(f"there is no stage {name!r}", where=f"{option} {name}", hint=hint)
+
+
+EVERYTHING = Choice()
+
+
+@dataclass(frozen=True)
 class StagePlan:
-    """What happens to one stage, and why."""
+    """What happens to one stage, and why.
+
+    Attributes:
+        anew: it runs though there is an artifact of its key, which the new one will replace.
+        fresh: it starts over; unfinished work of its key is dropped.
+        other_code: files and packages that are not what they were when the artifact was made.
+    """
 
     stage: ResolvedStage
-    action: Literal["run", "cached"]
+    action: Literal["run", "cached", "left out"]
     reasons: tuple[str, ...]
     artifact: Artifact | None = None
+    anew: bool = False
+    fresh: bool = False
+    other_code: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -79,7 +154,8 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
             seed=loaded.spec.seed,
         )
         keys[name] = parts.key
-        resolved.append(ResolvedStage(name, parts, parts.key, roles[name], stage.needs, stage.effects))
+        found = code.code_of(type(stage).__module__)
+        resolved.append(ResolvedStage(name, parts, parts.key, roles[name], stage.needs, found, stage.effects))
     return resolved
 
 
@@ -90,6 +166,7 @@ def plan(
     *,
     driven: bool = False,
     reached: Reached = lambda kind, key: "",
+    choice: Choice = EVERYTHING,
 ) -> list[StagePlan]:
     """For every resolved stage: run it or not, and the reasons in words.
 
@@ -99,16 +176,103 @@ def plan(
         find: the artifact of a kind and a key, or None.
         driven: another process is running the pipeline now.
         reached: how far unfinished work is.
+        choice: which stages to look at, and which to make anew.
+
+    Raises:
+        UserError: the choice leaves nothing, or leaves out what a chosen stage reads and what is not there.
     """
-    plans: list[StagePlan] = []
+    chosen = choice.of(stages)
+    plans: dict[str, StagePlan] = {}
     for stage in stages:
         known = state.stages.get(stage.name)
         artifact = find(stage.parts.kind, stage.key)
-        if artifact is not None:
-            plans.append(StagePlan(stage, "cached", (_why_cached(known, stage),), artifact))
+        if stage.name not in chosen:
+            plans[stage.name] = StagePlan(stage, "left out", ("not chosen",), artifact)
         else:
-            plans.append(StagePlan(stage, "run", tuple(_why_run(known, stage, driven, reached))))
-    return plans
+            plans[stage.name] = _planned(stage, known, artifact, plans, driven, reached, choice)
+    _check_inputs(plans)
+    return list(plans.values())
+
+
+def _planned(
+    stage: ResolvedStage,
+    known: StageState | None,
+    artifact: Artifact | None,
+    before: Mapping[str, StagePlan],
+    driven: bool,
+    reached: Reached,
+    choice: Choice,
+) -> StagePlan:
+    going = known is not None and known.key == stage.key and known.state not in ("done", "pending")
+    other = tuple(_other_code(artifact, stage)) if artifact is not None else ()
+    begun_by_other = known is not None and going and known.code not in ("", code.digest_of(stage.code))
+    anew = [role for role, need in stage.roles.items() if before[need].anew]
+    there = artifact is not None
+    if stage.name in choice.force:
+        return StagePlan(stage, "run", ("made anew: --force",), artifact, anew=there, fresh=True)
+    if anew and (there or going):
+        reasons = tuple(f"{_input(role, stage.roles)} is made anew" for role in anew)
+        return StagePlan(stage, "run", reasons, artifact, anew=there, fresh=True)
+    if choice.on_code and other:
+        return StagePlan(stage, "run", (_by_other(other),), artifact, anew=True, fresh=True)
+    if artifact is not None and not (going and is_awaited(known, artifact)):
+        notes = [_by_other(other)] if other else []
+        notes += [f"made from an earlier {name}" for name in _other_inputs(artifact, stage, before)]
+        why = _why_cached(known, stage) + (f" ({'; '.join(notes)})" if notes else "")
+        return StagePlan(stage, "cached", (why,), artifact, other_code=other)
+    reasons = tuple(_why_run(known, stage, driven, reached))
+    if begun_by_other:
+        fresh = choice.on_code
+        note = "begun by other code, so it starts over: --rerun-on code" if fresh else "begun by other code"
+        return StagePlan(stage, "run", (*reasons, note), artifact, anew=there, fresh=fresh)
+    return StagePlan(stage, "run", reasons, artifact, anew=there)
+
+
+def is_awaited(known: StageState | None, artifact: Artifact) -> bool:
+    """Whether an attempt that was to replace the artifact has not done so yet."""
+    return known is not None and known.anew and artifact.manifest.provenance.get("run_id") != known.run_id
+
+
+def _check_inputs(plans: Mapping[str, StagePlan]) -> None:
+    for item in plans.values():
+        for need in item.stage.roles.values() if item.action == "run" else ():
+            if plans[need].action == "left out" and plans[need].artifact is None:
+                raise UserError(
+                    f"stage {item.name!r} reads what {need!r} makes, which is not there and is left out",
+                    where="--only, --from and --until",
+                    hint=f"run it first: --until {need}",
+                )
+
+
+def _other_code(artifact: Artifact, stage: ResolvedStage) -> list[str]:
+    """Files and packages that are not what they were when the artifact was made, as far as it says."""
+    provenance = artifact.manifest.provenance
+    record = provenance.get("code", {})
+    files = record.get("files", {}) if isinstance(record, dict) else {}
+    packages = provenance.get("versions", {})
+    found = code.changes(files, stage.code) if files else []
+    return found + [f"{name} {old}" for name, old in packages.items() if _packages().get(name) != old]
+
+
+def _other_inputs(artifact: Artifact, stage: ResolvedStage, before: Mapping[str, StagePlan]) -> list[str]:
+    """The needed stages that were made anew since, with other content."""
+    digests = artifact.manifest.provenance.get("inputs", {})
+    inputs = {role: before[need].artifact for role, need in stage.roles.items()}
+    return [
+        stage.roles[role]
+        for role, there in inputs.items()
+        if there is not None and role in digests and there.manifest.digest != digests[role]
+    ]
+
+
+@cache
+def _packages() -> dict[str, str]:
+    return code.versions(code.PACKAGES)
+
+
+def _by_other(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return f"made by other code: {', '.join(names[:_NAMED])}" + (f" and {more} more" if more > 0 else "")
 
 
 def needs_attention(plans: list[StagePlan], state: PipelineState) -> bool:
@@ -168,8 +332,12 @@ def _named(line: str, roles: Mapping[str, str]) -> str:
     if not line.startswith("input "):
         return line
     role, colon, rest = line.removeprefix("input ").partition(":")
+    return f"{_input(role, roles)}{colon}{rest}"
+
+
+def _input(role: str, roles: Mapping[str, str]) -> str:
     need = roles.get(role, role)
-    return f"input {role}{f' ({need})' if need != role else ''}{colon}{rest}"
+    return f"input {role}{f' ({need})' if need != role else ''}"
 
 
 def _fingerprints(loaded: LoadedPipeline, fingerprint: Fingerprint) -> dict[str, str]:

@@ -33,6 +33,7 @@ STYLES = {
     "interrupted": ("■", "yellow"),
     "failed": ("✗", "red"),
     "blocked": ("·", "bright_black"),
+    "left out": ("·", "bright_black"),
     "pending": ("·", "bright_black"),
 }
 
@@ -59,6 +60,8 @@ class Reporter:
         self._console.print(
             Text("✓", "green").append(f" {_up_to_date(plans)}{also}", "default"), soft_wrap=True
         )
+        if note := _other_code(plans):
+            self._console.print(Text(f"  {note}", style="bright_black"), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Something about the run as a whole that the user should know."""
@@ -83,6 +86,10 @@ class Reporter:
         """A stage is skipped."""
         self._results[item.name] = ("cached", 0.0, item.artifact.manifest.summary if item.artifact else {})
         self._line("cached", item.name, "cached", item.reasons[0], style="bright_black")
+
+    def left_out(self, item: StagePlan) -> None:
+        """A stage was not chosen."""
+        self._results[item.name] = ("left out", 0.0, {})
 
     def started(self, item: StagePlan, attempt: int) -> None:
         """A stage starts."""
@@ -213,6 +220,8 @@ def print_plan(console: Console, name: str, plans: Sequence[StagePlan]) -> None:
     running = [item.name for item in plans if item.action == "run"]
     to_run = f"{len(running)} of {len(plans)} stages to run: {', '.join(running)}"
     console.print(Text(to_run if running else _up_to_date(plans)), soft_wrap=True)
+    if note := _other_code(plans):
+        console.print(Text(note, style="bright_black"), soft_wrap=True)
 
 
 def print_stages(console: Console, loaded: LoadedPipeline) -> None:
@@ -229,8 +238,21 @@ def print_stages(console: Console, loaded: LoadedPipeline) -> None:
 
 
 def _up_to_date(plans: Sequence[StagePlan]) -> str:
-    number = f"all {len(plans)} stages are" if len(plans) > 1 else "the stage is"
+    chosen = [item for item in plans if item.action != "left out"]
+    number = f"all {len(chosen)} stages are" if len(chosen) > 1 else "the stage is"
+    if len(chosen) < len(plans):
+        number = f"{', '.join(item.name for item in chosen)} {'are' if len(chosen) > 1 else 'is'}"
     return f"Nothing to do: {number} up to date."
+
+
+def _other_code(plans: Sequence[StagePlan]) -> str:
+    names = [item.name for item in plans if item.action == "cached" and item.other_code]
+    if not names:
+        return ""
+    verb, them = ("were", "them") if len(names) > 1 else ("was", "it")
+    return (
+        f"{', '.join(names)} {verb} made by other code, which is accepted: --rerun-on code makes {them} anew."
+    )
 
 
 def stage_table(*columns: str) -> Table:

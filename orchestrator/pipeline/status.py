@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.pipeline.gc import orphans, summary
 from orchestrator.pipeline.key import short
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
@@ -19,6 +20,8 @@ from orchestrator.tracking.spool import Spool
 
 # Of the tags that elastic/run_state.py sets.
 _TAGS = "ray_train."
+# What is named of what was left behind.
+_ORPHANS = 5
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
 
 
@@ -48,6 +51,13 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     console.print(table)
     _print_runs(console, spool, [state.stages[name] for name in loaded.spec.stages if name in state.stages])
+    if found := orphans(workspace):
+        text = f"Left behind: {summary(found)}. `orchestrator gc {loaded.path}` lists and deletes them."
+        console.print(Text(text, style="yellow"), soft_wrap=True)
+        for orphan in found[:_ORPHANS]:
+            console.print(Text(f"  {orphan.name}", style="bright_black"), soft_wrap=True)
+        if len(found) > _ORPHANS:
+            console.print(Text(f"  and {len(found) - _ORPHANS} more", style="bright_black"))
     if driver is not None:
         what = "It is being run by" if driven else "It was broken off: there is no sign of life from"
         console.print(Text(f"{what} {driver.who}."), soft_wrap=True)

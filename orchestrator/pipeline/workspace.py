@@ -22,7 +22,7 @@ from orchestrator.store.s3 import S3Store
 _log = logging.getLogger(__name__)
 # Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
 _CHECKPOINTS = "checkpoints"
-_PIECES = "pieces.json"
+PIECES = "pieces.json"
 
 
 class Workspace:
@@ -122,11 +122,11 @@ class Workspace:
 
     def work(self, kind: str, key: str) -> Path:
         """The folder of unfinished work on one key: it outlives the attempt, and the driver."""
-        return self.root / "work" / f"{kind}-{key[:16]}"
+        return self.root / "work" / folder_name(kind, key)
 
     def remote_work(self, kind: str, key: str) -> tuple[Store, str] | None:
         """The store and the prefix there of what must outlive this machine too; None if `work` does already."""
-        return None if self._remote is None else (self._remote, f"work/{kind}-{key[:16]}/")
+        return None if self._remote is None else (self._remote, f"work/{folder_name(kind, key)}/")
 
     def reached(self, kind: str, key: str) -> str:
         """How far the unfinished work on a key is, by its newest checkpoint: `step 40`; of each piece if it has any.
@@ -151,19 +151,19 @@ class Workspace:
         data = json.dumps(pieces).encode()
         remote = self.remote_work(kind, key)
         if remote is not None:
-            remote[0].put_bytes(remote[1] + _PIECES, data)
+            remote[0].put_bytes(remote[1] + PIECES, data)
         else:
-            atomic = self.work(kind, key) / f".{_PIECES}"
+            atomic = self.work(kind, key) / f".{PIECES}"
             atomic.write_bytes(data)
-            atomic.replace(self.work(kind, key) / _PIECES)
+            atomic.replace(self.work(kind, key) / PIECES)
 
     def _pieces(self, kind: str, key: str) -> dict[str, tuple[str, str]]:
         remote = self.remote_work(kind, key)
         try:
             if remote is not None:
-                data = remote[0].get_bytes(remote[1] + _PIECES)
+                data = remote[0].get_bytes(remote[1] + PIECES)
             else:
-                data = (self.work(kind, key) / _PIECES).read_bytes()
+                data = (self.work(kind, key) / PIECES).read_bytes()
             return {str(name): (str(of[0]), str(of[1])) for name, of in json.loads(data).items()}
         except (FileNotFoundError, ValueError):
             return {}
@@ -233,6 +233,11 @@ class Workspace:
         return None if self._remote is None else f"{self._remote.uri}/mlartifacts"
 
 
+def folder_name(kind: str, key: str) -> str:
+    """What the folders of a key are called, below `artifacts/` and below `work/`."""
+    return f"{kind}-{key[:16]}"
+
+
 def pipeline_hold(pipeline: str) -> str:
     """The hold of the pipeline's driver."""
     return f"pipeline-{pipeline}"
@@ -240,7 +245,7 @@ def pipeline_hold(pipeline: str) -> str:
 
 def work_hold(kind: str, key: str) -> str:
     """The hold of whoever works on the key."""
-    return f"work-{kind}-{key[:16]}"
+    return f"work-{folder_name(kind, key)}"
 
 
 def _depth(name: str | Path) -> int:

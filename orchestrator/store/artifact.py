@@ -58,6 +58,14 @@ class Manifest(BaseModel):
     provenance: dict[str, Any]
     summary: dict[str, float]
 
+    @property
+    def digest(self) -> str:
+        """A hash of the content alone (16 hex digits): two artifacts of one key need not be equal to the last bit."""
+        whole = hashlib.sha256()
+        for name, entry in sorted(self.files.items()):
+            whole.update(f"{len(name)}:{name}={entry.sha256};".encode())
+        return whole.hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -125,16 +133,19 @@ class ArtifactStore:
         folder: Path,
         provenance: Mapping[str, Any] | None = None,
         summary: Mapping[str, float] | None = None,
+        *,
+        anew: bool = False,
     ) -> Artifact:
         """Makes the content of `folder` the artifact (kind, key) and empties `folder` of its files.
 
-        An intact artifact that is already there stays as it is and is returned: same key, same artifact.
+        An intact artifact that is already there stays as it is and is returned: same key, same artifact. With `anew`
+        it is replaced.
         What an attempt that died left behind without a manifest is removed first.
 
         Raises:
             ValueError: the folder holds a link, or a file called manifest.json at its top.
         """
-        existing = self.find(kind, key)
+        existing = None if anew else self.find(kind, key)
         if existing is not None:
             return existing
         prefix = _prefix(kind, key)
@@ -200,13 +211,19 @@ class ArtifactStore:
         temporary.write_text(artifact.manifest.model_dump_json(indent=1))
         _move(temporary, artifact.path / MANIFEST)
 
-    def _manifest(self, kind: str, key: str) -> Manifest | None:
+    def manifest_of(self, folder: str) -> Manifest | None:
+        """The manifest in a folder of `artifacts/`, or None if there is none that can be read."""
         try:
-            manifest = Manifest.model_validate_json(self.store.get_bytes(_prefix(kind, key) + MANIFEST))
+            return Manifest.model_validate_json(self.store.get_bytes(f"artifacts/{folder}/{MANIFEST}"))
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            _log.warning("unreadable manifest of %s: %s", _prefix(kind, key), error)
+            _log.warning("unreadable manifest of artifacts/%s/: %s", folder, error)
+            return None
+
+    def _manifest(self, kind: str, key: str) -> Manifest | None:
+        manifest = self.manifest_of(f"{kind}-{key[:16]}")
+        if manifest is None:
             return None
         # The folder's name holds only the first 16 digits of the key.
         return manifest if (manifest.kind, manifest.key) == (kind, key) else None

@@ -91,15 +91,41 @@ def test_a_change_is_explained_by_name(pipeline: Path) -> None:
 
 
 def test_fields_that_come_and_go_are_explained() -> None:
-    old = KeyParts(kind="a", config={"x": 1, "y": {"z": [1]}}, code="1")
-    new = KeyParts(kind="a", config={"x": None, "w": True}, inputs={"index": "f" * 64}, code="2")
+    old = KeyParts(kind="a", config={"x": 1, "y": {"z": [1]}})
+    new = KeyParts(kind="a", version=2, config={"x": None, "w": True}, inputs={"index": "f" * 64})
     assert diff(old, new) == [
+        "version of a's results: 1 → 2",
         "config.x: 1 → (empty)",
         "config.y.z: [1] → (absent)",
         "config.w: (absent) → true",
         "input index: (absent) → ffffffff",
-        "code: 1 → 2",
     ]
+
+
+def test_parts_of_an_earlier_format_are_read_explained_and_never_taken_for_todays(pipeline: Path) -> None:
+    """They had a hash of the package's code, and no number of their format."""
+    for stage in stages(pipeline).values():
+        record = stage.parts.model_dump(mode="json") | {"code": "0123456789abcdef"}
+        old = KeyParts.model_validate(
+            {name: record[name] for name in record if name not in ("format", "version")}
+        )
+        assert old.key != stage.key
+        assert diff(old, stage.parts) == ["keys are made in another way since an upgrade: format 1 → 2"]
+
+
+def test_a_kinds_version_is_in_its_key_and_reaches_what_depends_on_it(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(pipeline)
+    monkeypatch.setattr(toys.Pretrain, "version", 2)
+    after = keys(pipeline)
+    assert {name for name in before if before[name] != after[name]} == {"pretrain", "evaluate"}
+
+
+def test_code_is_in_no_key(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys(pipeline)
+    monkeypatch.setattr(code, "code_of", lambda module: {"elastic/loop.py": "0" * 16})
+    assert keys(pipeline) == before
 
 
 def test_parts_survive_the_ledger_with_the_same_key(pipeline: Path) -> None:
@@ -115,6 +141,7 @@ from orchestrator.spec import Strict
 class A(Strict):
     """A class."""
     x: int = 1  # a field
+    y: int = Field(1, description="what it is")
 
     def f(self):
         "A method."
@@ -135,22 +162,35 @@ def versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[n
         monkeypatch.setitem(sys.modules, "somestage", module)
         code._file_of.cache_clear()
         code._parsed.cache_clear()
-        return code.code_version("somestage")
+        return code.digest_of(code.code_of("somestage"))
 
     yield version
     code._file_of.cache_clear()
     code._parsed.cache_clear()
 
 
-def test_comments_docstrings_and_layout_do_not_change_the_code_version(versions) -> None:  # type: ignore[no-untyped-def]
+def test_comments_docstrings_descriptions_and_layout_do_not_change_the_code_version(versions) -> None:  # type: ignore[no-untyped-def]
     before = versions(SOURCE)
     changed = (
         SOURCE.replace("A class.", "Another.").replace("# a field", "").replace('"A method."', '"""Other."""')
-    )
+    ).replace("what it is", "what it may be")
     assert versions(changed.replace("x: int = 1", "x: int = (\n        1)")) == before
     assert versions(SOURCE.replace("= 1", "= 2")) != before
+    assert versions(SOURCE.replace("= 1", "= 1 * 1")) != versions(SOURCE.replace("= 1", "= 1 + 1")), (
+        "operators"
+    )
     assert versions(SOURCE.replace("math.pi", "math.e")) != before
-    assert versions(SOURCE.replace("x: int", "y: int")) != before
+    assert versions(SOURCE.replace("x: int", "z: int")) != before
+
+
+def test_files_are_named_by_their_place_and_compared_one_by_one() -> None:
+    found = code.code_of("orchestrator.stages.pretrain")
+    assert {"stages/pretrain.py", "elastic/loop.py", "spec.py", "models/__init__.py"} <= found.keys()
+    other = {name: value for name, value in found.items() if name != "spec.py"} | {
+        "elastic/loop.py": "0" * 16, "gone.py": "1" * 16,
+    }  # fmt: skip
+    assert code.changes(found, other) == ["elastic/loop.py", "gone.py", "spec.py"]
+    assert code.changes(found, found) == []
 
 
 def test_a_stage_is_tied_to_what_it_imports_and_not_to_other_stages() -> None:

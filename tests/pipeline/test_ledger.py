@@ -84,6 +84,34 @@ def test_a_reused_artifact_brings_its_own_key_and_no_run(tmp_path: Path) -> None
     assert (stage.key, stage.attempts, stage.run_id, stage.reused) == (TWO.key, 0, None, True)
 
 
+def test_attempts_begin_anew_after_done_and_with_a_new_run(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    for event in ("running", "failed", "running", "done"):
+        book.append(event, stage="a", parts=ONE, run_id="x")
+    stage = book.state.stages["a"]
+    assert (stage.attempts, stage.state) == (2, "done")
+    book.append("running", stage="a", parts=ONE, run_id="y", anew=True, code="c")
+    assert (stage.attempts, stage.anew, stage.code) == (1, True, "c")
+    book.append("failed", stage="a", parts=ONE, run_id="y")
+    book.append("running", stage="a", parts=ONE, run_id="y", anew=True)
+    assert (stage.attempts, stage.anew) == (2, True)
+    book.append("running", stage="a", parts=ONE, run_id="z", anew=True)
+    assert stage.attempts == 1, "it starts over"
+    book.append("done", stage="a", parts=ONE, run_id="z")
+    assert (stage.attempts, stage.anew) == (1, False)
+
+
+def test_the_newest_that_was_made_is_kept_beside_the_newest_key(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    book.append("running", stage="a", parts=ONE, run_id="x")
+    assert book.state.stages["a"].made is None
+    book.append("done", stage="a", parts=ONE, run_id="x")
+    book.append("running", stage="a", parts=TWO, run_id="y")
+    book.append("failed", stage="a", parts=TWO, run_id="y")
+    stage = ledger(tmp_path).state.stages["a"]
+    assert (stage.parts, stage.made) == (TWO, ONE)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "ledger" / "toy").iterdir())
 

@@ -28,7 +28,10 @@ from orchestrator.tracking.connect import connect
 from orchestrator.tracking.runs import NullRun, Run, Tracking
 
 KEYS = {"distill": "d" * 64, "pretrain": "b" * 64, "curate": "c" * 64}
-PROVENANCE = {"parts": {"inputs": {"index": "c" * 64, "teacher": "b" * 64}, "code": "0123456789abcdef"}}
+PROVENANCE = {
+    "parts": {"inputs": {"index": "c" * 64, "teacher": "b" * 64}},
+    "code": {"digest": "0123456789abcdef", "files": {}},
+}
 SUMMARY = {"femto_last_loss": 1.5, "tiny_last_loss": 2.5, "images_forwarded": 64.0}
 SIZE = 16
 

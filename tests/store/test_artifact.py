@@ -52,6 +52,27 @@ def test_same_key_keeps_the_first_artifact(artifacts: ArtifactStore) -> None:
     assert (second.path / "sub" / "model.safetensors").read_text() == "first"
 
 
+def test_an_artifact_made_anew_replaces_the_first_as_a_whole(artifacts: ArtifactStore) -> None:
+    first = publish(artifacts, "first")
+    folder = artifacts.staging("pretrain")
+    (folder / "other.json").write_text("{}")
+    second = artifacts.publish("pretrain", KEY, folder, anew=True)
+    found = artifacts.find("pretrain", KEY)
+    assert found is not None
+    assert found.manifest == second.manifest
+    assert {path.name for path in found.path.rglob("*") if path.is_file()} == {"other.json", "manifest.json"}
+    assert second.manifest.digest != first.manifest.digest
+    assert publish(artifacts, "third").manifest == second.manifest
+
+
+def test_a_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+    made = []
+    for name, content, knn in (("a", "same", 1.0), ("b", "same", 2.0), ("c", "other", 1.0)):
+        artifacts = ArtifactStore(LocalStore(tmp_path / name))
+        made.append(publish(artifacts, content, knn=knn).manifest.digest)
+    assert made[0] == made[1] != made[2]
+
+
 def test_missing_and_truncated_files_make_it_absent_until_made_again(artifacts: ArtifactStore) -> None:
     path = publish(artifacts).path / "sub" / "model.safetensors"
     path.write_text("weigh")

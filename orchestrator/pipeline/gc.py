@@ -1,0 +1,186 @@
+"""What no pipeline of a store needs any more: artifacts, and unfinished work.
+
+Needed is, of every stage in every ledger of the store, the newest key and the newest that was made, and what these
+were made from. Everything else was left behind by other settings, other data, or an earlier way of making keys.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from orchestrator.pipeline.key import KeyParts
+from orchestrator.pipeline.ledger import Ledger
+from orchestrator.pipeline.plan import ResolvedStage
+from orchestrator.pipeline.reporter import stage_table
+from orchestrator.pipeline.workspace import PIECES, Workspace, folder_name, pipeline_hold
+from orchestrator.store.artifact import MANIFEST, ArtifactStore
+from orchestrator.store.local import Store
+
+_PLACES = ("artifacts", "work")
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A folder of the store, such as `work/pretrain-0123456789abcdef`, and the bytes in it."""
+
+    name: str
+    size: int
+
+
+def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedStage], *, delete: bool) -> None:
+    """Print the orphans of a store, and delete them if asked to.
+
+    Args:
+        console: where to.
+        workspace: of the store.
+        stages: of a pipeline as it is now; what it would use is needed too.
+        delete: whether to.
+
+    Raises:
+        UserError: a pipeline of the store is running, so what it needs is not known.
+    """
+    if not workspace.exists():
+        console.print(Text("There is no store yet."))
+        return
+    current = [stage.parts for stage in stages]
+    if not delete:
+        found = orphans(workspace, current)
+        _print(console, found)
+        if found:
+            console.print(Text("Nothing was deleted: --yes does that."))
+        return
+    with ExitStack() as held:
+        # As long as they are held, no pipeline starts on what is about to be deleted.
+        for pipeline in _pipelines(workspace.store()):
+            held.enter_context(workspace.drive(pipeline))
+        found = orphans(workspace, current)
+        _print(console, found)
+        for orphan in found:
+            _delete(workspace, orphan)
+    if found:
+        console.print(Text("✓", "green").append(f" Deleted {_size(found)}.", "default"))
+
+
+def orphans(workspace: Workspace, current: Iterable[KeyParts] = ()) -> list[Orphan]:
+    """Folders that no ledger of the store needs, nor a stage with one of the `current` keys."""
+    store = workspace.store()
+    needed = _needed(store, current)
+    sizes: dict[str, int] = {}
+    for place in _PLACES:
+        for name in store.list(f"{place}/"):
+            folder = "/".join(name.split("/")[:2])
+            if folder != name and folder.partition("/")[2] not in needed:
+                status = store.stat(name)
+                sizes[folder] = sizes.get(folder, 0) + (status.size if status else 0)
+        for folder in _on_this_machine(workspace, place) if store.remote else ():
+            if folder.partition("/")[2] not in needed:
+                sizes.setdefault(folder, 0)
+    # Folders without files, such as work that had not begun.
+    for folder in () if store.remote else _on_this_machine(workspace, "work"):
+        if folder.partition("/")[2] not in needed:
+            sizes.setdefault(folder, 0)
+    return [Orphan(name, size) for name, size in sorted(sizes.items())]
+
+
+def summary(found: Sequence[Orphan]) -> str:
+    """`2 artifacts and 1 work folder that no ledger needs (1.2 GB)`."""
+    counts = {place: sum(orphan.name.startswith(f"{place}/") for orphan in found) for place in _PLACES}
+    words = {
+        "artifacts": ("artifact", "artifacts"),
+        "work": ("folder of unfinished work", "folders of unfinished work"),
+    }
+    listed = [f"{count} {words[place][count > 1]}" for place, count in counts.items() if count]
+    return f"{' and '.join(listed)} that no ledger needs ({_size(found)})"
+
+
+def _needed(store: Store, current: Iterable[KeyParts]) -> set[str]:
+    """Names of the folders of all keys that ledgers name, of their pieces, and of what they were made from."""
+    parts = list(current)
+    for pipeline in _pipelines(store):
+        for stage in Ledger(store, pipeline).state.stages.values():
+            parts += [one for one in (stage.parts, stage.made) if one is not None]
+    artifacts = ArtifactStore(store)
+    by_key = _folders_by_key(store)
+    needed: set[str] = set()
+    queue = [folder_name(one.kind, one.key) for one in parts]
+    queue += [by_key[key[:16]] for one in parts for key in one.inputs.values() if key[:16] in by_key]
+    while queue:
+        name = queue.pop()
+        if name in needed:
+            continue
+        needed.add(name)
+        queue += _unfinished_pieces(store, name)
+        manifest = artifacts.manifest_of(name)
+        if manifest is not None:
+            queue += [folder_name(kind, key) for kind, key in manifest.provenance.get("pieces", [])]
+            inputs = manifest.provenance.get("parts", {}).get("inputs", {})
+            queue += [by_key[key[:16]] for key in inputs.values() if key[:16] in by_key]
+    return needed
+
+
+def _unfinished_pieces(store: Store, name: str) -> list[str]:
+    """The folders of the artifacts that the unfinished work of that name works on, too."""
+    try:
+        pieces = json.loads(store.get_bytes(f"work/{name}/{PIECES}"))
+        return [folder_name(kind, key) for kind, key in pieces.values()]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def _folders_by_key(store: Store) -> dict[str, str]:
+    """The folder of an artifact by the digits of its key: a stage knows its inputs by key, not by kind."""
+    names = (name.split("/") for name in store.list("artifacts/"))
+    return {
+        parts[1].rpartition("-")[2]: parts[1] for parts in names if len(parts) == 3 and parts[2] == MANIFEST
+    }
+
+
+def _pipelines(store: Store) -> list[str]:
+    """All pipelines that ever ran in the store, or are about to."""
+    ran = {name.split("/")[1] for name in store.list("ledger/") if name.count("/") > 1}
+    prefix = f"holds/{pipeline_hold('')}"
+    # What a hold's objects are called goes on after a dot, which no pipeline has in its name.
+    return sorted(ran | {name.removeprefix(prefix).partition(".")[0] for name in store.list(prefix)})
+
+
+def _on_this_machine(workspace: Workspace, place: str) -> Iterator[str]:
+    folder = workspace.root / place
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir():
+            yield f"{place}/{path.name}"
+
+
+def _delete(workspace: Workspace, orphan: Orphan) -> None:
+    """The manifest goes first, so that whoever is cut off halfway leaves no artifact in part."""
+    store = workspace.store()
+    names = list(store.list(f"{orphan.name}/"))
+    for name in sorted(names, key=lambda name: (name.count("/"), not name.endswith(MANIFEST))):
+        store.delete(name)
+    shutil.rmtree(workspace.root / orphan.name, ignore_errors=True)
+
+
+def _print(console: Console, found: Sequence[Orphan]) -> None:
+    if not found:
+        console.print(Text("Everything in the store is needed."))
+        return
+    table = stage_table("folder", "size")
+    for orphan in found:
+        table.add_row(orphan.name, _bytes(orphan.size))
+    console.print(table)
+    console.print(Text(f"{summary(found)[:1].upper()}{summary(found)[1:]}."))
+
+
+def _size(found: Iterable[Orphan]) -> str:
+    return _bytes(sum(orphan.size for orphan in found))
+
+
+def _bytes(size: int) -> str:
+    return next((f"{size / unit:.1f} {name}" for unit, name in _UNITS if size >= unit), f"{size} B")

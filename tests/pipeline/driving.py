@@ -1,0 +1,40 @@
+"""Runs and plans a toy pipeline in this process, without a tracking server."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import recorded
+import toys
+from rich.console import Console
+
+from orchestrator.pipeline.execute import execute
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.plan import EVERYTHING, Choice, StagePlan, plan, resolve
+from orchestrator.pipeline.reporter import Reporter
+from orchestrator.pipeline.workspace import Workspace
+
+
+def run(path: Path, *overrides: str, choice: Choice = EVERYTHING) -> tuple[int, str]:
+    """Exit code and output."""
+    loaded = load(path, overrides, stage_type=toys.ToyStage)
+    output = io.StringIO()
+    reporter = Reporter(Console(file=output, width=200), "orchestrator run toy.yaml")
+    code = execute(
+        loaded, resolve(loaded, content), reporter, open_tracking=recorded.open_recorded, choice=choice
+    )
+    return code, output.getvalue()
+
+
+def planned(path: Path, *overrides: str, choice: Choice = EVERYTHING) -> dict[str, StagePlan]:
+    """What would happen, by stage."""
+    loaded = load(path, overrides, stage_type=toys.ToyStage)
+    workspace = Workspace(loaded.spec.store)
+    plans = plan(resolve(loaded, content), workspace.state(loaded.name), workspace.find, choice=choice)
+    return {item.name: item for item in plans}
+
+
+def content(source: object, name: str) -> str:
+    """A data source's fingerprint that can be read."""
+    return "".join(path.read_text() for path in sorted(Path("photos").iterdir()))

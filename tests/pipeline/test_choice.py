@@ -1,0 +1,258 @@
+"""Stages by choice, made anew on request, and what is said of other code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from driving import planned, run
+from toys import Pretrain
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline import code
+from orchestrator.pipeline.plan import Choice
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.stages.base import Context
+
+Traces = Callable[[], list[str]]
+
+
+@pytest.fixture
+def trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Traces:
+    """Stages that really ran since the last call, and the tick that each began at."""
+    path = folder / "trace"
+    monkeypatch.setenv("TOY_TRACE", str(path))
+
+    def ran() -> list[str]:
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [":".join(line.split()[:2]) for line in lines]
+
+    return ran
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The code of today, to be changed."""
+    found = {"elastic/loop.py": "a", "spec.py": "b", "stages/toy.py": "c", "data/rng.py": "d"}
+    monkeypatch.setattr(code, "code_of", lambda module: dict(found))
+    return found
+
+
+def actions(path: Path, *overrides: str, choice: Choice) -> list[str]:
+    return [item.action for item in planned(path, *overrides, choice=choice).values()]
+
+
+# --- code -------------------------------------------------------------------------------------------------------
+
+
+def test_other_code_re_runs_nothing_and_is_named(
+    pipeline: Path, trace: Traces, files: dict[str, str]
+) -> None:
+    run(pipeline)
+    assert len(trace()) == 3
+    files["elastic/loop.py"] = "2"
+    plans = planned(pipeline)
+    assert [item.action for item in plans.values()] == ["cached"] * 3
+    (why,) = plans["pretrain"].reasons
+    assert why.endswith("(made by other code: elastic/loop.py)")
+    exit_code, said = run(pipeline)
+    assert (exit_code, trace()) == (0, [])
+    assert "--rerun-on code makes them anew" in said
+    files |= {"spec.py": "2", "data/rng.py": "2", "more.py": "2"}
+    assert (
+        planned(pipeline)["pretrain"]
+        .reasons[0]
+        .endswith("(made by other code: data/rng.py, elastic/loop.py, more.py and 1 more)")
+    )
+
+
+def test_rerun_on_code_makes_it_anew_once(pipeline: Path, trace: Traces, files: dict[str, str]) -> None:
+    run(pipeline)
+    trace()
+    files["spec.py"] = "2"
+    _, said = run(pipeline, choice=Choice(on_code=True))
+    assert trace() == ["curate:0", "pretrain:0", "evaluate:0"]
+    assert "made by other code: spec.py" in said
+    assert run(pipeline, choice=Choice(on_code=True))[1].startswith("✓ Nothing to do")
+    assert planned(pipeline)["pretrain"].other_code == ()
+
+
+def test_unfinished_work_outlives_a_change_of_code(
+    pipeline: Path, trace: Traces, files: dict[str, str]
+) -> None:
+    """Three ticks are done and kept: an upgrade goes on from there, and starts over only if it is told to."""
+    overrides = ["stages.pretrain.ticks=3"]
+    for choice, begun, note in (
+        (Choice(), "pretrain:3", "begun by other code"),
+        (Choice(on_code=True, only=("pretrain",)), "pretrain:0", "so it starts over"),
+    ):
+        assert run(pipeline, *overrides, "stages.pretrain.mode=fail")[0] == 1
+        trace()
+        files["elastic/loop.py"] += "2"
+        exit_code, said = run(pipeline, *overrides, choice=choice)
+        assert (exit_code, begun in trace()) == (0, True)
+        assert note in said
+        overrides.append("seed=1")
+
+
+def test_what_made_an_artifact_is_in_its_manifest(pipeline: Path, files: dict[str, str]) -> None:
+    run(pipeline)
+    plans = planned(pipeline)
+    provenance = plans["pretrain"].artifact.manifest.provenance  # type: ignore[union-attr]
+    assert provenance["code"] == {"digest": code.digest_of(files), "files": files}
+    assert {"torch", "pillow", "opencv-python-headless"} <= provenance["versions"].keys()
+    assert provenance["inputs"] == {"index": plans["curate"].artifact.manifest.digest}  # type: ignore[union-attr]
+    assert "code" not in provenance["parts"]
+
+
+def test_another_version_of_a_package_is_other_code(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(pipeline)
+    (path,) = Path("runs/artifacts").glob("pretrain-*/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["provenance"]["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(manifest))
+    assert planned(pipeline)["pretrain"].other_code == ("torch 1.0",)
+
+
+# --- force ------------------------------------------------------------------------------------------------------
+
+
+def test_force_makes_a_stage_anew_and_what_depends_on_it(pipeline: Path, trace: Traces) -> None:
+    run(pipeline)
+    trace()
+    plans = planned(pipeline, choice=Choice(force=("pretrain",)))
+    assert plans["pretrain"].reasons == ("made anew: --force",)
+    assert plans["evaluate"].reasons == ("input model (pretrain) is made anew",)
+    assert run(pipeline, choice=Choice(force=("pretrain",)))[0] == 0
+    assert trace() == ["pretrain:0", "evaluate:0"]
+    assert len(list(Path("runs/artifacts").iterdir())) == 3
+    assert run(pipeline)[1].startswith("✓ Nothing to do")
+    state = Workspace("runs/").state("toy").stages["pretrain"]
+    assert (state.state, state.attempts) == ("done", 1)
+
+
+def test_a_forced_stage_alone_leaves_a_note_on_what_was_made_from_the_earlier_one(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(pipeline)
+    choice = Choice(only=("pretrain",), force=("pretrain",))
+    run(pipeline, choice=choice)
+    assert "earlier" not in planned(pipeline)["evaluate"].reasons[0], "the same content"
+    original = Pretrain.run
+
+    def other(self: Pretrain, context: Context) -> object:
+        found = original(self, context)
+        (context.out / "result.json").write_text("other")
+        return found
+
+    monkeypatch.setattr(Pretrain, "run", other)
+    assert run(pipeline, choice=choice)[0] == 0
+    (why,) = planned(pipeline)["evaluate"].reasons
+    assert why.endswith("(made from an earlier pretrain)")
+
+
+def test_a_forced_stage_that_fails_goes_on_without_force_and_the_old_artifact_stays_until_then(
+    pipeline: Path, trace: Traces
+) -> None:
+    overrides = ["stages.pretrain.ticks=3"]
+    run(pipeline, *overrides)
+    trace()
+    choice = Choice(force=("pretrain",))
+    assert run(pipeline, *overrides, "stages.pretrain.mode=fail", choice=choice)[0] == 1
+    assert trace() == ["pretrain:0"]
+    plans = planned(pipeline, *overrides)
+    assert plans["pretrain"].artifact is not None, "nobody loses what is there before the new one is"
+    assert plans["pretrain"].reasons == ("attempt 1 failed: RuntimeError: the toy broke",)
+    assert (plans["pretrain"].anew, plans["pretrain"].fresh) == (True, False)
+    assert run(pipeline, *overrides)[0] == 0
+    assert trace() == ["pretrain:3", "evaluate:0"]
+    assert run(pipeline, *overrides)[1].startswith("✓ Nothing to do")
+
+
+def test_force_starts_half_done_work_over(pipeline: Path, trace: Traces) -> None:
+    run(pipeline, "stages.pretrain.ticks=3", "stages.pretrain.mode=fail")
+    trace()
+    assert run(pipeline, "stages.pretrain.ticks=3", choice=Choice(force=("pretrain",)))[0] == 0
+    assert trace()[0] == "pretrain:0"
+    assert Workspace("runs/").state("toy").stages["pretrain"].attempts == 1
+
+
+def test_a_forced_stage_makes_its_pieces_anew_too(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    broken = {"b"}
+
+    def run_pieces(self: Pretrain, context: Context) -> dict[str, float]:
+        for name in "ab":
+            with context.part("piece", {"name": name}) as part:
+                if part.artifact is None:
+                    if name in broken:
+                        raise RuntimeError(f"{name} broke")
+                    made.append(name)
+                    draft = context.out.with_name(f"draft-{name}-{len(made)}")
+                    draft.mkdir()
+                    (draft / "number").write_text(str(len(made)))
+                    part.publish(draft, {})
+        (context.out / "result.json").write_text("{}")
+        return {}
+
+    monkeypatch.setattr(Pretrain, "run", run_pieces)
+    assert run(pipeline)[0] == 1
+    broken.clear()
+    assert run(pipeline)[0] == 0
+    assert made == ["a", "b"]
+    broken.add("b")
+    assert run(pipeline, choice=Choice(force=("pretrain",)))[0] == 1
+    broken.clear()
+    assert run(pipeline)[0] == 0
+    assert made == ["a", "b", "a", "b"], "a was made anew by the forced run's first attempt, and not again"
+    numbers = [path.read_text() for path in sorted(Path("runs/artifacts").glob("piece-*/number"))]
+    assert sorted(numbers) == ["3", "4"]
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (Choice(last="pretrain"), ["run", "run", "left out"]),
+        (Choice(only=("curate",)), ["run", "left out", "left out"]),
+        (Choice(first="curate", last="pretrain"), ["run", "run", "left out"]),
+    ],
+)
+def test_stages_are_chosen(pipeline: Path, choice: Choice, expected: list[str]) -> None:
+    assert actions(pipeline, choice=choice) == expected
+
+
+def test_what_is_left_out_is_read_if_it_is_there(pipeline: Path, trace: Traces) -> None:
+    assert run(pipeline, choice=Choice(last="curate"))[0] == 0
+    exit_code, said = run(pipeline, choice=Choice(only=("pretrain",)))
+    assert (exit_code, trace()) == (0, ["curate:0", "pretrain:0"])
+    assert "left out" in said
+    assert run(pipeline, choice=Choice(only=("pretrain",)))[1].strip() == (
+        "✓ Nothing to do: pretrain is up to date."
+    )
+    assert run(pipeline, choice=Choice(first="pretrain"))[0] == 0
+    assert trace() == ["evaluate:0"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (Choice(first="evaluate"), "reads what 'pretrain' makes"),
+        (Choice(only=("pretrian",)), "did you mean 'pretrain'?"),
+        (Choice(first="evaluate", last="curate"), "no stage is left to run"),
+        (Choice(only=("curate",), force=("pretrain",)), "made anew but is left out"),
+        (Choice(force=("nothing",)), "there are: curate, pretrain, evaluate"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused_before_anything_runs(
+    pipeline: Path, trace: Traces, choice: Choice, expected: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run(pipeline, choice=choice)
+    assert expected in str(caught.value)
+    assert trace() == []

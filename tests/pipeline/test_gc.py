@@ -1,0 +1,208 @@
+"""What no ledger needs is found and deleted, and nothing else, on disk and in a bucket."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import toys
+from driving import content, planned, run
+from rich.console import Console
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline.gc import collect, orphans
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.plan import resolve
+from orchestrator.pipeline.status import print_status
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.stages.base import Context
+
+
+def gc(path: Path, *overrides: str, delete: bool = False) -> str:
+    loaded = load(path, overrides, stage_type=toys.ToyStage)
+    output = io.StringIO()
+    console = Console(file=output, width=200)
+    collect(console, Workspace(loaded.spec.store), resolve(loaded, content), delete=delete)
+    return output.getvalue()
+
+
+def folders() -> set[str]:
+    return {
+        f"{place}/{path.name}" for place in ("artifacts", "work") for path in Path("runs", place).glob("*")
+    }
+
+
+def kinds(names: set[str]) -> list[str]:
+    return sorted(name.rpartition("-")[0] for name in names)
+
+
+def test_a_fresh_store_has_no_orphans(pipeline: Path) -> None:
+    assert "no store yet" in gc(pipeline)
+    run(pipeline)
+    assert "Everything in the store is needed." in gc(pipeline, delete=True)
+    assert kinds(folders()) == ["artifacts/curate", "artifacts/evaluate", "artifacts/pretrain"]
+
+
+def test_what_other_settings_left_behind_is_listed_and_deleted_only_when_asked(pipeline: Path) -> None:
+    run(pipeline)
+    kept = folders()
+    run(pipeline, "stages.pretrain.ticks=4", "stages.pretrain.mode=fail")
+    for ticks in (2, 3):
+        run(pipeline, f"stages.pretrain.ticks={ticks}")
+    run(pipeline)
+    before = folders()
+    said = gc(pipeline)
+    assert "4 artifacts and 1 folder of unfinished work that no ledger needs" in said
+    assert "Nothing was deleted" in said
+    assert folders() == before
+    said = gc(pipeline, "stages.pretrain.ticks=2", delete=True)
+    assert "2 artifacts and 1 folder" in said, "what the file would use is needed too"
+    assert len(folders() - kept) == 2
+    assert "Deleted" in gc(pipeline, delete=True)
+    assert folders() == kept
+    assert {item.action for item in planned(pipeline).values()} == {"cached"}
+
+
+def test_status_tells_of_orphans(pipeline: Path) -> None:
+    def status() -> str:
+        output = io.StringIO()
+        print_status(Console(file=output, width=200), load(pipeline, stage_type=toys.ToyStage))
+        return output.getvalue()
+
+    run(pipeline)
+    assert "gc" not in status()
+    run(pipeline, "stages.pretrain.ticks=4", "stages.pretrain.mode=fail")
+    run(pipeline)
+    assert "1 folder of unfinished work that no ledger needs (" in status()
+    assert "`orchestrator gc toy.yaml` lists and deletes them" in status()
+    (left,) = folders() - {f"artifacts/{path.name}" for path in Path("runs/artifacts").iterdir()}
+    assert f"  {left}\n" in status()
+    assert left.startswith("work/pretrain-")
+
+
+def test_unfinished_work_and_the_last_good_artifact_are_needed(pipeline: Path) -> None:
+    run(pipeline)
+    run(pipeline, "stages.pretrain.ticks=4", "stages.pretrain.mode=fail")
+    before = folders()
+    assert kinds(before)[-1] == "work/pretrain"
+    gc(pipeline, delete=True)
+    assert folders() == before
+
+
+def test_what_another_pipeline_of_the_store_needs_stays(pipeline: Path) -> None:
+    run(pipeline)
+    mine = folders()
+    run(pipeline, "name=other", "stages.pretrain.ticks=2")
+    run(pipeline, "name=other", "stages.pretrain.ticks=3", "stages.pretrain.mode=fail")
+    before = folders()
+    assert before > mine
+    gc(pipeline, delete=True)
+    assert folders() == before
+
+
+def test_nothing_is_deleted_while_a_pipeline_of_the_store_runs(pipeline: Path) -> None:
+    run(pipeline, "stages.pretrain.ticks=2")
+    run(pipeline)
+    before = folders()
+    for name in ("toy", "a-new-one"):
+        with Workspace("runs/").drive(name), pytest.raises(UserError) as caught:
+            gc(pipeline, delete=True)
+        assert name in str(caught.value)
+        assert folders() == before
+
+
+def test_pieces_are_needed_as_long_as_their_stage(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the stage is done, or was cut off; a piece that only has work counts, too."""
+    names = ["a", "b"]
+    broken = {"b"}
+
+    def run_pieces(self: toys.Pretrain, context: Context) -> dict[str, float]:
+        for name in names:
+            with context.part("piece", {"name": name}) as part:
+                if part.artifact is None:
+                    (part.work / "under-way").touch()
+                    if name in broken:
+                        raise RuntimeError(f"{name} broke")
+                    draft = context.out.with_name(f"draft-{name}")
+                    draft.mkdir()
+                    (draft / "name").write_text(name)
+                    part.publish(draft, {})
+        (context.out / "result.json").write_text("{}")
+        return {}
+
+    monkeypatch.setattr(toys.Pretrain, "run", run_pieces)
+    run(pipeline)
+    before = folders()
+    assert kinds(before) == ["artifacts/curate", "artifacts/piece", "work/piece", "work/pretrain"]
+    gc(pipeline, delete=True)
+    assert folders() == before
+    broken.clear()
+    run(pipeline)
+    gc(pipeline, delete=True)
+    assert kinds(folders()).count("artifacts/piece") == 2
+    names[:] = ["a", "c"]
+    run(pipeline, "stages.pretrain.ticks=2")
+    assert kinds(folders()).count("artifacts/piece") == 3
+    gc(pipeline, "stages.pretrain.ticks=2", delete=True)
+    pieces = {path.read_text() for path in Path("runs/artifacts").glob("piece-*/name")}
+    assert pieces == {"a", "c"}
+
+
+def test_a_store_of_the_earlier_way_of_making_keys_is_made_anew_once(pipeline: Path) -> None:
+    run(pipeline)
+    run(pipeline, "stages.pretrain.ticks=4", "stages.pretrain.mode=fail")
+    old = make_old(Path("runs"))
+    plans = planned(pipeline)
+    assert {item.action for item in plans.values()} == {"run"}
+    assert plans["curate"].reasons == ("keys are made in another way since an upgrade: format 1 → 2",)
+    assert run(pipeline)[0] == 0
+    found = {orphan.name for orphan in orphans(Workspace("runs/"))}
+    assert found == old
+    gc(pipeline, delete=True)
+    assert not old & folders()
+    assert {item.action for item in planned(pipeline).values()} == {"cached"}
+
+
+def make_old(store: Path) -> set[str]:
+    """Ledger, artifacts and work as format 1 had them: a hash of code in each key; the folders, renamed."""
+    for path in store.glob("ledger/toy/*.json"):
+        event = json.loads(path.read_text())
+        if "parts" in event:
+            del event["parts"]["format"]
+            event["parts"]["code"] = "0123456789abcdef"
+            path.write_text(json.dumps(event))
+    renamed = set()
+    for place in ("artifacts", "work"):
+        for path in (store / place).iterdir():
+            kind, _, key = path.name.rpartition("-")
+            path.rename(path.with_name(f"{kind}-{key[::-1]}"))
+            renamed.add(f"{place}/{kind}-{key[::-1]}")
+    for path in store.glob("artifacts/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        kind, _, start = path.parent.name.rpartition("-")
+        manifest["key"] = start + "0" * 48
+        del manifest["provenance"]["code"], manifest["provenance"]["inputs"]
+        path.write_text(json.dumps(manifest))
+    return renamed
+
+
+def test_in_a_bucket_the_same(pipeline: Path, s3_uri: str) -> None:
+    store = f"store={s3_uri}"
+    run(pipeline, store)
+    workspace = Workspace(s3_uri)
+    kept = set(workspace.store().list("artifacts/"))
+    run(pipeline, store, "stages.pretrain.ticks=4", "stages.pretrain.mode=fail")
+    run(pipeline, store, "stages.pretrain.ticks=2")
+    run(pipeline, store)
+    cached = {path.name for path in (workspace.root / "artifacts").iterdir()}
+    assert len(cached) == 5
+    assert "2 artifacts and 1 folder of unfinished work" in gc(pipeline, store, delete=True)
+    assert set(workspace.store().list("artifacts/")) == kept
+    assert list(workspace.store().list("work/")) == []
+    assert {path.name for path in (workspace.root / "artifacts").iterdir()} == {
+        name.split("/")[1] for name in kept
+    }
+    assert list((workspace.root / "work").iterdir()) == []
+    assert {item.action for item in planned(pipeline, store).values()} == {"cached"}
