@@ -155,7 +155,15 @@ class AlignText(TrainStage):
         return Job(
             name=context.name,
             task=partial(AlignTask, self, tower, tokenizer.get_vocab_size(), seed),
-            blocks=partial(caption_blocks, self, context.inputs["index"].path, tokenizer, image_size, seed),
+            blocks=partial(
+                caption_blocks,
+                self,
+                context.inputs["index"].path,
+                tokenizer,
+                image_size,
+                seed,
+                roots=context.roots,
+            ),
             num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
             optimizer=self.optimizer,
@@ -185,7 +193,7 @@ class AlignText(TrainStage):
 
         tower = pick_tower(context.inputs["tower"].path, self.student)
         image_size = pick_image_size(tower, self.image_size)
-        index = PhotoIndex.load(context.inputs["index"].path)
+        index = PhotoIndex.load(context.inputs["index"].path, context.roots)
         rows = [int(row) for rows in captioned(index, self.batch_size).values() for row in rows]
         if self.text.from_ is not None:
             load_encoder(self.text.from_, where=f"stages.{context.name}.text.from")

@@ -51,7 +51,8 @@ class Publish(Stage):
             )
             tags = lineage(context, student, json.loads((folder / "config.json").read_text()))
             (folder / "README.md").write_text(card(name, self.alias, folder, tags))
-            number = registry.publish(context.run, name, folder, tags, self.alias)
+            digests = _trained(context, student)
+            number = registry.publish(context.run, name, folder, tags, self.alias, digests=digests)
             published.append({"name": name, "version": number, "alias": self.alias, "tags": tags})
         (context.out / "published.json").write_text(json.dumps(published, indent=1) + "\n")
         return {"published": float(len(published))}
@@ -113,6 +114,13 @@ def _fresh_copy(model: Path, context: Context, student: str) -> Path:
     folder = context.work / student
     shutil.rmtree(folder, ignore_errors=True)
     return Path(shutil.copytree(model, folder))
+
+
+def _trained(context: Context, student: str) -> dict[str, str]:
+    """The sha256 of the model's files by name, from when the students were trained."""
+    top = f"students/{student}/model/"
+    files = context.inputs["students"].manifest.files
+    return {name.removeprefix(top): entry.sha256 for name, entry in files.items() if name.startswith(top)}
 
 
 def _evaluated(context: Context, student: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from orchestrator.elastic.resources import (
 )
 from orchestrator.elastic.saved import COMMIT, read, step_name
 from orchestrator.elastic.target import Target
+from orchestrator.names import inside
 from orchestrator.spec import Elastic, Optimizer, Resources
 from orchestrator.store.local import Store
 
@@ -166,7 +167,7 @@ class Job:
         self.target.whole(self.num_steps)
         store, prefix = self.remote
         for name in store.list(f"{prefix}exports/"):
-            path = self.work / "exports" / name.rpartition("/")[2]
+            path = inside(self.work / "exports", name.removeprefix(f"{prefix}exports/"))
             path.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(name, path)
 

@@ -144,7 +144,7 @@ class Attempt:
         artifacts = self.workspace.artifacts()
         with self.workspace.keeper.hold(hold, f"a {kind} of stage {self.stage.name!r}") as lease:
             lease.on_lost = self.interrupt.stop.set
-            known = artifacts.find(kind, key)
+            known = artifacts.intact(kind, key)
             work = self.workspace.work(kind, key)
             if known is None:
                 work.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ class Attempt:
                 self.workspace.drop_work(kind, key)
                 return artifacts.fetch(artifact)
 
-            there = artifacts.fetch(known) if known is not None else None
+            there = known.path if known is not None else None
             yield Part(work, self.workspace.remote_work(kind, key), there, key, publish)
 
     def _provenance(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.tracking import moved
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.runs import Run
 
@@ -22,7 +23,14 @@ _SUFFIXES = (".safetensors", ".json", ".md")
 
 
 def publish(
-    run: Run, name: str, folder: Path, tags: Mapping[str, str], alias: str, *, timeout: float = 60.0
+    run: Run,
+    name: str,
+    folder: Path,
+    tags: Mapping[str, str],
+    alias: str,
+    *,
+    digests: Mapping[str, str] | None = None,
+    timeout: float = 60.0,
 ) -> int:
     """Registers the files of `folder` as a version of the model `name` and points `alias` at it.
 
@@ -31,6 +39,8 @@ def publish(
     Args:
         run: the run that the version belongs to.
         folder: safetensors, JSON and Markdown files; at least `config.json` and one safetensors file.
+        digests: the sha256 of files by name, as they were recorded when the model was trained. The version is
+            marked with these, and `pull` compares with them.
         tags: lineage; set on the version, and on the registered model as that of its newest version.
         timeout: seconds to wait until MLflow knows the run.
 
@@ -38,10 +48,12 @@ def publish(
         The version number.
 
     Raises:
-        UserError: tracking is off, or MLflow cannot be reached.
+        UserError: tracking is off, MLflow cannot be reached, or a file is not the one that was trained.
         ValueError: the folder holds other files, or lacks the two.
     """
     _require_model(folder)
+    contents = _contents(folder)
+    _require_trained(name, contents, digests or {})
     if run.tracking_uri is None:
         raise UserError(
             "cannot publish a model: tracking is off", hint="set `tracking.uri` in the pipeline file"
@@ -55,7 +67,7 @@ def publish(
         )
     client = connect(run.tracking_uri)
     _ensure_model(client, name)
-    marked = {**tags, CONTENT_TAG: _digest(folder)}
+    marked = {**tags, CONTENT_TAG: _digest(contents | dict(digests or {}))}
     version = _existing(client, name, marked)
     if version is None:
         version = _create(client, run_id, name, folder, marked)
@@ -65,12 +77,18 @@ def publish(
     return version
 
 
-def pull(reference: str, out: Path, uri: str) -> Path:
+def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
     """Downloads `name@alias` or `name/version` into the folder `out`, which appears only when complete.
+
+    Args:
+        reference: the model.
+        out: must not exist, or be empty.
+        uri: of MLflow.
+        store: the address of the store that has the files now, if it is not the one that MLflow knows.
 
     Raises:
         UserError: no such model, alias or version; `out` is not empty; MLflow or the files cannot be reached;
-            the files are not those that were published.
+            the files are not those that were trained and published.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty", where=str(out), hint="name a folder that does not exist yet")
@@ -89,9 +107,12 @@ def pull(reference: str, out: Path, uri: str) -> Path:
     try:
         version = _resolve(client, reference)
         source = client.get_model_version_download_uri(version.name, version.version)
+        if store is not None:
+            source = moved.rebased(source, f"{_address(store)}/{moved.FOLDER}")
         # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
         folder = Path(download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri)))
-        if version.tags.get(CONTENT_TAG, "") != _digest(folder):
+        _require_plain(folder, staging, reference)
+        if version.tags.get(CONTENT_TAG, "") != _digest(_contents(folder)):
             raise UserError(f"the files of {reference} are not those that were published", where=source)
         folder.chmod(0o755)
         folder.replace(out)
@@ -102,14 +123,43 @@ def pull(reference: str, out: Path, uri: str) -> Path:
     return out
 
 
-def _digest(folder: Path) -> str:
-    """One sha256 over the names and contents of all files of `folder`."""
-    digest = hashlib.sha256()
+def _address(store: str) -> str:
+    return store.rstrip("/") if "://" in store else Path(store).expanduser().absolute().as_uri()
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """The sha256 of all files of `folder`, by name."""
+    contents = {}
     for path in _files(folder):
         with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{content}  {path.relative_to(folder).as_posix()}\n".encode())
-    return digest.hexdigest()
+            contents[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return contents
+
+
+def _digest(contents: Mapping[str, str]) -> str:
+    """One sha256 over names and contents."""
+    lines = (f"{contents[name]}  {name}\n" for name in sorted(contents, key=lambda name: name.split("/")))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _require_trained(name: str, contents: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    wrong = sorted(file for file, digest in digests.items() if contents.get(file) != digest)
+    if wrong:
+        raise UserError(
+            f"cannot publish {name}: {wrong[0]} is not the file that was trained, its sha256 differs",
+            hint="run the pipeline again: what is damaged is made anew",
+        )
+
+
+def _require_plain(folder: Path, staging: Path, reference: str) -> None:
+    """See that what came is in `staging`, and plain files of a model: the server chooses their names."""
+    strange = [
+        path for path in folder.rglob("*") if path.is_symlink() or not (path.is_dir() or path.is_file())
+    ]
+    strange += [path for path in _files(folder) if path.suffix not in _SUFFIXES]
+    if not folder.resolve().is_relative_to(staging.resolve()) or strange:
+        what = strange[0].relative_to(folder) if strange else folder
+        raise UserError(f"{reference} holds more than a model's files: {what}", where=reference)
 
 
 def _files(folder: Path) -> list[Path]:
