@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestrator.errors import UserError
-from orchestrator.names import inside
+from orchestrator.names import inside, is_name
 from orchestrator.pipeline.lease import LostHoldError
 from orchestrator.store.local import Store
 
@@ -115,7 +115,7 @@ class Mirror:
         pieces: dict[str, list[str]] = defaultdict(list)
         for name in self._store.list(self._prefix):
             found = _NAME.fullmatch(name.removeprefix(self._prefix))
-            if found is None:
+            if found is None or not is_name(found["file"]):
                 _log.warning("%s is no tracking record and is passed over", name)
             else:
                 pieces[found["file"]].append(name)

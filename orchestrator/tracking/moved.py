@@ -53,14 +53,17 @@ def mend_local(database: Path, root: Path) -> int:
     new = root.as_uri()
 
     def moved(addresses: Iterable[str]) -> set[str]:
-        found = set()
+        below: dict[str, list[str]] = {}
         for address in addresses:
             old = root_of(address)
-            if old is None or old == new or not address.startswith("file:///"):
-                continue
-            if Path(unquote(urlsplit(rebased(address, new)).path)).exists():
-                found.add(old)
-        return found
+            if old is not None and old != new and address.startswith("file:///"):
+                below.setdefault(old, []).append(address)
+        return {old for old, ones in below.items() if is_here(old, ones)}
+
+    def is_here(old: str, addresses: list[str]) -> bool:
+        files = [address for address in addresses if address != old]
+        # The old place is only looked at where nothing is here.
+        return any(_exists(rebased(address, new)) for address in files) or not any(map(_exists, files))
 
     return _mend(database, new, moved)
 
@@ -83,6 +86,10 @@ def mend_remote(database: Path, experiment: str, root: str, is_copy: Callable[[]
         return {old for old in roots if old is not None and is_copy()}
 
     return _mend(database, root, moved, experiment)
+
+
+def _exists(address: str) -> bool:
+    return Path(unquote(urlsplit(address).path)).exists()
 
 
 def _mend(

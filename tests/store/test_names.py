@@ -12,8 +12,8 @@ from orchestrator.errors import UserError
 from orchestrator.names import BadNameError, inside, is_name, parts_of
 
 HOSTILE = [
-    "", "/etc/passwd", "//host/share", "..", "../x", "a/../x", "a/..", "./a", "a/.", "a//b", "a/", "C:\\x", "C:/x", "c:x",
-    "a\\b", "\\\\host\\share", "a\0b", "a\nb", "\x7f", "\ud800", "x" * 256, "é" * 128, "/".join(["x" * 200] * 6),
+    "", "/etc/passwd", "//host/share", "..", "../x", "a/../x", "a/..", "./a", "a/.", "a//b", "a/", "C:\\x", "C:/x",
+    "c:x", "a\\b", "\\\\host\\share", "a\0b", "a\nb", "\x7f", "\ud800", "x" * 256, "é" * 128, "/".join(["x" * 200] * 6),
 ]  # fmt: skip
 
 
