@@ -97,6 +97,7 @@ def _mend(
 ) -> int:
     if not database.is_file():
         return 0
+    roots: set[str] = set()
     try:
         with contextlib.closing(sqlite3.connect(database, timeout=_WAIT_S)) as connection:
             columns = _known(connection)
@@ -104,8 +105,9 @@ def _mend(
             with connection:
                 count = sum(_replace(connection, columns, old, new) for old in roots)
     except sqlite3.Error as error:
-        # MLflow, which opens it next, says what is wrong with it.
-        _log.debug("the places of files in %s are not looked at: %s", database, error)
+        # Of a database that cannot be read MLflow, which opens it next, says what is wrong with it.
+        level = logging.WARNING if roots else logging.DEBUG
+        _log.log(level, "files of runs are looked for at their old place, by %s: %s", database, error)
         return 0
     if count:
         _log.warning("the store lies elsewhere now: in %s files of runs and models are in %s", database, new)
