@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -21,7 +22,7 @@ from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
 from orchestrator.stages.publish import Publish
-from orchestrator.store.artifact import Artifact, Manifest
+from orchestrator.store.artifact import Artifact, FileEntry, Manifest
 from orchestrator.tracking import registry
 from orchestrator.tracking.connect import connect
 from orchestrator.tracking.runs import NullRun, Run, Tracking
@@ -179,3 +180,23 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 def test_wrong_configs_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Publish.model_validate({"kind": "publish", **wrong})
+
+
+def test_a_student_that_is_not_what_was_trained_is_not_published(
+    tracked: tuple[str, Tracking], tmp_path: Path
+) -> None:
+    uri, tracking = tracked
+    now = context(tmp_path, "bits", tracking.run("publish"))
+    students = now.inputs["students"]
+    name = "students/femto/model/model.safetensors"
+    weights = students.path / name
+    entry = FileEntry(size=weights.stat().st_size, sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+    manifest = students.manifest.model_copy(update={"files": {name: entry}})
+    now = replace(now, inputs={**now.inputs, "students": replace(students, manifest=manifest)})
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors is not the file that was trained"):
+        Publish(kind="publish", names=("femto",)).run(now)
+    with pytest.raises(UserError, match="no model 'bits-femto'"):
+        registry.pull("bits-femto@champion", tmp_path / "out", uri)
