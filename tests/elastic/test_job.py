@@ -21,7 +21,9 @@ def test_what_another_group_left_beside_the_last_checkpoint_is_not_handed_on(tmp
         file.parent.mkdir(parents=True)
         file.write_bytes(name.encode())
     manifest = {"format": FORMAT, "step": 4, "updates": 4, "num_workers": 1, "token": "a0002", "keys": {}}
-    (job.final_checkpoint / COMMIT).write_text(json.dumps({**manifest, "files": {ours: {}}}))
+    (job.final_checkpoint / COMMIT).write_text(
+        json.dumps({**manifest, "files": {ours: {"size": len(ours), "sha256": ""}}})
+    )
     job.collect(tmp_path / "out")
     files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
     assert files == [ours, COMMIT]
