@@ -6,14 +6,19 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import toys
 
 from orchestrator.elastic.saved import COMMIT, FORMAT, shard_name
+from orchestrator.pipeline import tracked
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.workspace import Workspace
 from orchestrator.store.local import LocalStore, Store
 from orchestrator.store.s3 import S3Store
 
@@ -201,3 +206,25 @@ def test_a_store_in_another_bucket_works_and_leaves_the_old_one_alone(
     assert command("run", "toy.yaml", "stages.evaluate.ticks=2")[0] == 0
     assert ran() == ["evaluate"]
     assert list(old.list()) == []
+
+
+def test_mlflows_database_is_told_of_the_other_bucket(pipeline: Path, s3_uri: str) -> None:
+    pipeline.write_text(
+        pipeline.read_text().replace(
+            "store: runs/", f"store: {s3_uri}\ntracking: {{uri: 'sqlite:///mlflow.db'}}"
+        )
+    )
+    with sqlite3.connect("mlflow.db") as database:
+        database.execute("create table experiments (name text, artifact_location text)")
+        database.execute("insert into experiments values ('toy', 's3://old/place/mlartifacts')")
+    loaded = load(pipeline, stage_type=toys.ToyStage)
+
+    def location() -> str:
+        with sqlite3.connect("mlflow.db") as database:
+            return str(database.execute("select artifact_location from experiments").fetchone()[0])
+
+    tracked.send_leftovers(loaded, Workspace(s3_uri))
+    assert location() == "s3://old/place/mlartifacts", "a new, empty store is no copy"
+    S3Store(s3_uri).put_bytes("mlartifacts/run/artifacts/x", b"x")
+    tracked.send_leftovers(loaded, Workspace(s3_uri))
+    assert location() == f"{s3_uri}/mlartifacts"
