@@ -189,11 +189,15 @@ def pull(
     tracking: Annotated[
         str, typer.Option(help="The MLflow server or database.", envvar="MLFLOW_TRACKING_URI")
     ] = "sqlite:///runs/mlflow.db",
+    store: Annotated[
+        str | None,
+        typer.Option(help="The store that has the files now, if it was copied to another bucket."),
+    ] = None,
 ) -> None:
     """Fetch a finished model from the registry into a folder."""
     from orchestrator.tracking.registry import pull as fetch
 
-    folder = fetch(model, out, tracking)
+    folder = fetch(model, out, tracking, store)
     _console().print(f"[green]✓[/] {model} is in [bold]{folder}[/]", highlight=False, soft_wrap=True)
 
 
@@ -271,6 +275,19 @@ def inspect(
     from orchestrator.pipeline.checkpoints import print_checkpoints
 
     raise typer.Exit(0 if print_checkpoints(_console(), describe_all(folder)) else 1)
+
+
+@app.command()
+def verify(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="[FILE or STORE]", help="A pipeline file, a folder, or s3://…."),
+    ] = "runs",
+) -> None:
+    """Read everything in a store and compare it with its manifests; exit code 1 if anything is damaged."""
+    from orchestrator.pipeline.verify import verify as check
+
+    raise typer.Exit(0 if check(_console(), target) else 1)
 
 
 @app.command()

@@ -187,7 +187,15 @@ class AlignText(MixStage):
         return Job(
             name=context.name,
             task=partial(AlignTask, self, tower, tokenizer.get_vocab_size(), seed),
-            blocks=partial(caption_blocks, self, context.inputs["index"].path, tokenizer, image_size, seed),
+            blocks=partial(
+                caption_blocks,
+                self,
+                context.inputs["index"].path,
+                tokenizer,
+                image_size,
+                seed,
+                roots=context.roots,
+            ),
             num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
             optimizer=self.optimizer,

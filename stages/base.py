@@ -89,6 +89,11 @@ class Context:
     stop: threading.Event = field(default_factory=threading.Event)
     parts: MakePart | None = None
 
+    @property
+    def roots(self) -> dict[str, str]:
+        """Where the photographs of each data source are now: an index may have been made when they lay elsewhere."""
+        return {name: str(source.path.resolve()) for name, source in self.sources.items()}
+
     def part(self, kind: str, identity: Mapping[str, Any]) -> AbstractContextManager[Part]:
         """Hold a piece of this stage's result: for this process alone, as long as the `with` block lasts.
 

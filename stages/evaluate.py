@@ -116,7 +116,7 @@ class Evaluate(Stage):
                 where=f"stages.{context.name}.needs",
                 hint="add a stage of kind pretrain, gram_anchor or high_res",
             )
-        index = PhotoIndex.load(context.inputs["index"].path)
+        index = PhotoIndex.load(context.inputs["index"].path, context.roots)
         groups = largest_groups(index.labels, self.num_groups)
         scores, pictures = self._score(context, index, groups, backbones, check)
         results = Results(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.names import inside
 from orchestrator.spec import Strict
 
 _FILE = "lineage.json"
@@ -131,8 +132,9 @@ def health(history: Sequence[Mapping[str, Any]], *, after: int, upto: int) -> He
 
 def _carry(backbone: Path, snapshot: Snapshot, out: Path) -> Snapshot:
     file = f"{_FOLDER}/updates-{snapshot.updates:08d}.safetensors"
+    source = inside(backbone, snapshot.file)
     try:
-        (out / file).hardlink_to(backbone / snapshot.file)
+        (out / file).hardlink_to(source)
     except OSError:  # another file system, or one without links
-        shutil.copyfile(backbone / snapshot.file, out / file)
+        shutil.copyfile(source, out / file)
     return snapshot.model_copy(update={"file": file})

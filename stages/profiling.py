@@ -9,17 +9,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from orchestrator.elastic.device import assigned_gpus, environment
 from orchestrator.errors import UserError
 from orchestrator.sharing import profile as profiles
 from orchestrator.sharing.planner import StudentCost, TeacherCost
 from orchestrator.sharing.profile import Profile
-from orchestrator.spec import Strict
+from orchestrator.spec import DataSource, Strict
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.selfsup import ModelRecipe
 from orchestrator.stages.workload import Workload
@@ -47,6 +49,7 @@ class Spec(Strict):
         recipe: of the stage's teacher artifact; None if its teachers come from elsewhere.
         teacher: that artifact; None: made up with random weights.
         index: a folder with a photo index; None: made up.
+        sources: where its photographs are.
         blocks: numbers of blocks a step to try.
         rank, world: of the processes that train together; `meeting` is the file where they find each other.
         out: file for the answer.
@@ -56,6 +59,7 @@ class Spec(Strict):
     recipe: ModelRecipe | None
     teacher: Path | None
     index: Path | None
+    sources: dict[str, DataSource] = Field(default_factory=dict)
     with_teacher: bool
     students: tuple[str, ...]
     blocks: tuple[int, ...]
@@ -87,6 +91,7 @@ class Material:
     Attributes:
         recipe: of the teacher that a stage makes; None if all teachers come from elsewhere.
         index_key: of the photographs, if they are real.
+        sources: where those are.
         device: an `elastic.device`: `cpu` measures on cores even where there are GPUs.
     """
 
@@ -96,6 +101,7 @@ class Material:
     index: Path | None = None
     index_key: str = ""
     device: str = "auto"
+    sources: Mapping[str, DataSource] = field(default_factory=dict)
 
 
 def measured(
@@ -231,6 +237,7 @@ def _spec(
         recipe=material.recipe,
         teacher=material.teacher,
         index=material.index,
+        sources=dict(material.sources),
         with_teacher=with_teacher,
         students=students,
         blocks=blocks,

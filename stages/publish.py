@@ -90,7 +90,15 @@ class Publish(Stage):
                 params={name.removeprefix("orchestrator."): value for name, value in wanted.tags.items()},
                 metrics=_figures(context, student),
             )
-            number = registry.publish(context.run, wanted.name, folder, wanted.tags, self.alias, facts=facts)
+            number = registry.publish(
+                context.run,
+                wanted.name,
+                folder,
+                wanted.tags,
+                self.alias,
+                facts=facts,
+                digests=_trained(context, student),
+            )
             published.append(
                 {"name": wanted.name, "version": number, "alias": self.alias, "tags": wanted.tags}
             )
@@ -186,6 +194,13 @@ def _fresh_copy(model: Path, context: Context, student: str) -> Path:
     folder = context.work / student
     shutil.rmtree(folder, ignore_errors=True)
     return Path(shutil.copytree(model, folder))
+
+
+def _trained(context: Context, student: str) -> dict[str, str]:
+    """The sha256 of the model's files by name, from when the students were trained."""
+    top = f"students/{student}/model/"
+    files = context.inputs["students"].manifest.files
+    return {name.removeprefix(top): entry.sha256 for name, entry in files.items() if name.startswith(top)}
 
 
 def _evaluated(context: Context, student: str) -> dict[str, str]:

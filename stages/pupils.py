@@ -167,7 +167,7 @@ def _known(part: Part) -> dict[str, Any] | None:
             text = store.get_bytes(f"{prefix}{_STUDENT}").decode()
         else:
             text = (part.work / _STUDENT).read_text()
-        known: dict[str, Any] = json.loads(text)
-    except (FileNotFoundError, json.JSONDecodeError):
+        known: Any = json.loads(text)
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return known
+    return known if isinstance(known, dict) and isinstance(known.get("first_step"), int) else None

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from orchestrator.data.views import CropConfig
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
+from orchestrator.names import inside
 from orchestrator.spec import Optimizer, Schedule, Strict, operational
 from orchestrator.stages import lineage
 from orchestrator.stages.base import Context
@@ -199,7 +200,9 @@ class SelfSupervised(HomogeneousMixStage):
         return Job(
             name=context.name,
             task=partial(SelfSupervisedTask, self, recipe, seed, *self._gram_start(backbone)),
-            blocks=partial(crop_blocks, self, recipe, context.inputs["index"].path, seed),
+            blocks=partial(
+                crop_blocks, self, recipe, context.inputs["index"].path, seed, roots=context.roots
+            ),
             num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
             optimizer=self.optimizer,
@@ -228,7 +231,7 @@ class SelfSupervised(HomogeneousMixStage):
         if self.gram is None or backbone is None:
             return None, None
         snapshot = lineage.read(backbone.path).pick(self.gram.teacher)
-        return backbone.path / snapshot.file, snapshot.health
+        return inside(backbone.path, snapshot.file), snapshot.health
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Train and leave model, snapshots, checkpoint and history.

@@ -109,7 +109,9 @@ def _balance(config: Distill, context: Context, pupils: Mapping[str, Pupil]) -> 
     if teacher is not None:
         recipe = ModelRecipe.model_validate_json((teacher.path / "recipe.json").read_text())
     folder = teacher.path if teacher is not None else None
-    material = Material(config, recipe, folder, index.path, index.key, context.elastic.device)
+    material = Material(
+        config, recipe, folder, index.path, index.key, context.elastic.device, context.sources
+    )
     left = {name: pupil.job.num_steps - (pupil.next_step - pupil.offset) for name, pupil in pupils.items()}
     bounds = {
         name: _bounds(pupil.job.elastic) for name, pupil in pupils.items() if pupil.config.workers is not None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -60,8 +60,9 @@ class PhotoRow:
 class PhotoIndex:
     """Photographs by row number (the id that sample orders and blocks speak of).
 
-    Pictures are referenced, not copied: `root` is an absolute folder on this machine, and sha256 tells
-    whether a file is still the one that was indexed.
+    Pictures are referenced, not copied: `root` is the absolute folder they were in when the index was made, and
+    sha256 tells whether a file is still the one that was indexed. Where they are now is for the pipeline file to
+    say, see :meth:`load`.
     """
 
     def __init__(self, rows: Sequence[PhotoRow]) -> None:
@@ -127,19 +128,42 @@ class PhotoIndex:
         return path
 
     @classmethod
-    def load(cls, folder: Path) -> PhotoIndex:
+    def load(cls, folder: Path, roots: Mapping[str, str] | None = None) -> PhotoIndex:
         """Reads `index.parquet` of a folder.
 
+        Args:
+            folder: of the index.
+            roots: the absolute folders of data sources by name, in place of those that they had when the index was
+                made; sources that are not named stay where they were.
+
         Raises:
-            UserError: there is none, or it lacks columns.
+            UserError: there is none, it cannot be read, lacks columns, or names a file outside its folder.
         """
         path = folder / FILE
         if not path.is_file():
             raise UserError("there is no photo index here", where=str(path), hint="run a curate stage first")
-        columns = pq.read_table(path).to_pydict()
+        try:
+            columns = pq.read_table(path).to_pydict()
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"the photo index cannot be read: {str(error).splitlines()[0]}", where=str(path)
+            ) from error
         missing = [name for name in _SCHEMA.names if name not in columns]
         if missing:
             raise UserError(f"the photo index lacks the columns {', '.join(missing)}", where=str(path))
         names = [name for name in _SCHEMA.names if name != "id"]
         by_row = zip(*(columns[name] for name in names), strict=True)
-        return cls([PhotoRow(**dict(zip(names, values, strict=True))) for values in by_row])
+        rows = [PhotoRow(**dict(zip(names, values, strict=True))) for values in by_row]
+        # Names of photographs may hold anything that a file system takes, but no way out of the folder.
+        outside = next((row.path for row in rows if _leads_out(row.path)), None)
+        if outside is not None:
+            raise UserError(
+                f"the photo index names a file outside its folder: {outside!r:.80}", where=str(path)
+            )
+        if roots:
+            rows = [replace(row, root=roots.get(row.source, row.root)) for row in rows]
+        return cls(rows)
+
+
+def _leads_out(path: str) -> bool:
+    return path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+logger = logging.getLogger("orchestrator")
 
 State = Literal["startup", "training", "restart", "waiting"]
 
@@ -158,11 +161,14 @@ class Goodput:
         """The account kept at `path`; a new one if there is none or it is torn."""
         try:
             kept: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError):
+            kept["recoveries"] = [Recovery(**entry) for entry in kept["recoveries"]]
+            kept["_recent"] = {int(step): seconds for step, seconds in kept["_recent"].items()}
+            return Goodput(**kept)
+        except FileNotFoundError:
             return Goodput()
-        kept["recoveries"] = [Recovery(**entry) for entry in kept["recoveries"]]
-        kept["_recent"] = {int(step): seconds for step, seconds in kept["_recent"].items()}
-        return Goodput(**kept)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            logger.warning("the account of time in %s cannot be read and begins anew: %s", path, error)
+            return Goodput()
 
     def _book(self, now: float) -> None:
         elapsed = max(0.0, now - self._since)

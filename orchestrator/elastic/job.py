@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,14 +18,17 @@ from orchestrator.elastic.resources import (
     slot_shape,
     worker_range,
 )
-from orchestrator.elastic.saved import COMMIT, read, step_name
+from orchestrator.elastic.saved import COMMIT, CheckpointError, read, step_name, verified
 from orchestrator.elastic.target import Target
+from orchestrator.names import inside
 from orchestrator.spec import Elastic, Optimizer, Resources
 from orchestrator.store.local import Store
 
 if TYPE_CHECKING:
     from orchestrator.data.blocks import BlockSource
     from orchestrator.elastic.task import Task
+
+logger = logging.getLogger("orchestrator")
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,13 @@ class Job:
         return self.checkpoints / step_name(self.num_steps)
 
     def is_done(self) -> bool:
-        """Whether the last checkpoint and export are there, so that nothing is left to train."""
+        """Whether the last checkpoint and export are there, so that nothing is left to train.
+
+        A checkpoint on this machine that is damaged is not there: the steps since the one before are done again. One
+        in a store is compared when it is fetched.
+        """
         if self.remote is None:
-            return (self.final_checkpoint / COMMIT).exists() and self.export(self.num_steps).exists()
+            return self.export(self.num_steps).exists() and _is_whole(self.final_checkpoint)
         store, prefix = self.remote
         names = (
             f"checkpoints/{self.final_checkpoint.name}/{COMMIT}",
@@ -166,7 +174,7 @@ class Job:
         self.target.whole(self.num_steps)
         store, prefix = self.remote
         for name in store.list(f"{prefix}exports/"):
-            path = self.work / "exports" / name.rpartition("/")[2]
+            path = inside(self.work / "exports", name.removeprefix(f"{prefix}exports/"))
             path.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(name, path)
 
@@ -175,3 +183,14 @@ class Job:
         for name in (*read(self.final_checkpoint).files, COMMIT):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.final_checkpoint / name, folder / name)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if not (checkpoint / COMMIT).exists():
+        return False
+    try:
+        verified(checkpoint)
+    except CheckpointError as error:
+        logger.warning("the last checkpoint is made again: %s: %s", checkpoint, error)
+        return False
+    return True

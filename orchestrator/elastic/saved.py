@@ -101,7 +101,7 @@ def parse(text: str | bytes, path: Path) -> Saved:
     """
     try:
         meta = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{COMMIT} is not JSON: {error}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format", 1) if isinstance(meta, dict) else "none"
@@ -112,9 +112,28 @@ def parse(text: str | bytes, path: Path) -> Saved:
         raise CheckpointError(f"{COMMIT} has no valid {', '.join(wrong)}")
     saved = Saved(path, meta)
     # Names are made, not taken from the file: one that leads elsewhere must never be opened or fetched.
-    if not TOKEN.fullmatch(saved.token) or set(saved.files) != set(map(saved.shard, range(saved.world))):
+    if (
+        not TOKEN.fullmatch(saved.token)
+        or len(saved.files) != saved.world
+        or set(saved.files) != set(map(saved.shard, range(saved.world)))
+    ):
         raise CheckpointError(f"{COMMIT} lists other files than {saved.world} workers write")
+    entries = saved.files.items()
+    unusable = sorted(name for name, entry in entries if not _is_entry(entry)) + sorted(
+        key for key, numel in saved.keys.items() if not isinstance(numel, int) or numel < 0
+    )
+    if unusable:
+        raise CheckpointError(f"{COMMIT} has no valid entry for {unusable[0]}")
     return saved
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether it says the size and sha256 of a file."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("size"), int)
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def problem(file: Path, entry: Mapping[str, Any]) -> str | None:

@@ -35,11 +35,26 @@ class Target:
     # --- groups of workers ------------------------------------------------------------------------------------
 
     def owner(self) -> str | None:
-        """The token of the newest group that took these checkpoints over."""
+        """The token of the newest group that took these checkpoints over.
+
+        Where the record of it is damaged, that of the newest group that wrote anything.
+        """
         try:
-            return str(json.loads(self.read(_OWNER))["token"])
+            said = json.loads(self.read(_OWNER))
         except FileNotFoundError:
             return None
+        except (ValueError, RecursionError):
+            said = None
+        token = said.get("token") if isinstance(said, dict) else None
+        if isinstance(token, str) and form.TOKEN.fullmatch(token):
+            return token
+        logger.warning("%s is damaged: the newest group of workers is told by its files", self._owner_name())
+        folders = (name.split("/")[1] for name in self._names())
+        tokens = [folder for folder in folders if form.TOKEN.fullmatch(folder)]
+        return max(tokens, key=lambda one: (len(one), one), default=None)
+
+    def _owner_name(self) -> str:
+        return str(self.folder / _OWNER) if self.store is None else self._stored(_OWNER)
 
     def take(self) -> str:
         """Take these checkpoints over for a new group of workers; returns its token, `a0001` at first."""

@@ -173,7 +173,7 @@ class Attempt:
         self.pieces.add((kind, key))
         with self.workspace.keeper.hold(hold, f"a {kind} of stage {self.stage.name!r}") as lease:
             lease.on_lost = self.interrupt.stop.set
-            known = artifacts.find(kind, key)
+            known = artifacts.intact(kind, key)
             # What an earlier attempt of this very run has made anew is not made again.
             outdated = known if known is not None and self.anew and not self._made_here(known) else None
             known = None if outdated is not None else known
@@ -194,7 +194,7 @@ class Attempt:
                 self.workspace.drop_work(kind, key)
                 return artifacts.fetch(artifact)
 
-            there = artifacts.fetch(known) if known is not None else None
+            there = known.path if known is not None else None
             yield Part(work, self.workspace.remote_work(kind, key), there, key, publish)
 
     def _made_here(self, artifact: Artifact) -> bool:

@@ -16,10 +16,13 @@ taken for dead and had its place removed, which it notices before it enters.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import uuid
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from pydantic import ValidationError
 
 from orchestrator.pipeline.process import Who
 from orchestrator.store.local import Store
@@ -27,6 +30,7 @@ from orchestrator.store.local import Store
 _NAME = re.compile(
     r"(?P<door>[0-9a-f]{32})\.door|(?P<number>\d+)-(?P<id>[0-9a-f]{32})\.ticket|(?P<epoch>\d+)\.epoch"
 )
+_log = logging.getLogger(__name__)
 
 
 class TakenError(Exception):
@@ -115,10 +119,14 @@ class Queue:
         return view
 
     def who(self, place: Place) -> Who | None:
-        """Whose place it is; None once it has gone."""
+        """Whose place it is; None once it has gone, or if nobody can tell: then it counts as a dead one's."""
+        name = self.door(place)
         try:
-            return Who.model_validate_json(self._store.get_bytes(self.door(place)))
+            return Who.model_validate_json(self._store.get_bytes(name))
         except FileNotFoundError:
+            return None
+        except ValidationError:
+            _log.warning("%s does not say whose it is and counts as that of a dead process", name)
             return None
 
     def enter(

@@ -34,7 +34,7 @@ from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import Cluster, Elastic
 from orchestrator.stages.base import TrainStage
-from orchestrator.store.artifact import Artifact
+from orchestrator.store.artifact import Artifact, DamagedError
 from orchestrator.tracking.runs import NullRun, Run, Status
 from orchestrator.tracking.spool import clean_name
 
@@ -200,12 +200,14 @@ class _Driver:
     def _run_all(self, root: Run, cluster: ExitStack) -> None:
         """Run stages in order. One that fails takes those that need it along, and no others."""
         self._reporter.begin(self._plans)
-        for item in self._plans:
+        for item in list(self._plans):
             if self._interrupt.stop.is_set():
                 self._exit_code = ABORTED
                 return
-            lacking = [need for need in item.stage.roles.values() if need not in self._artifacts]
-            drift = self._drift(item) if item.action == "cached" and not lacking else ()
+            drift = self._drift(item) if item.action == "cached" and not self._lacking(item) else ()
+            if item.action == "run" or drift:
+                self._mend_inputs(item, root, cluster)
+            lacking = self._lacking(item)
             if item.action == "left out":
                 if item.artifact is not None:
                     self._artifacts[item.name] = item.artifact
@@ -241,6 +243,36 @@ class _Driver:
                 self._attempt(item, StageState(item.name), run, fresh=False).drift()
             )
         return self._drifts[item.name]
+
+    def _lacking(self, item: StagePlan) -> list[str]:
+        """What a stage needs that is not there, because it failed or was stopped."""
+        return [need for need in item.stage.roles.values() if need not in self._artifacts]
+
+    def _mend_inputs(self, item: StagePlan, root: Run, cluster: ExitStack) -> None:
+        """Compare what a stage is about to read with its manifests, and make anew what is damaged."""
+        for need in dict.fromkeys(item.stage.roles.values()):
+            artifact = self._artifacts.get(need)
+            if artifact is None or self._interrupt.stop.is_set():
+                continue
+            try:
+                self._workspace.artifacts().fetch(artifact)
+            except DamagedError as error:
+                del self._artifacts[need]
+                self._make_anew(need, error, root, cluster)
+
+    def _make_anew(self, name: str, damage: DamagedError, root: Run, cluster: ExitStack) -> None:
+        self._reporter.note(f"the artifact of {name} is damaged and is made anew: {damage.what}")
+        index = next(index for index, item in enumerate(self._plans) if item.name == name)
+        reasons = (f"its artifact is damaged: {damage.what}",)
+        item = replace(self._plans[index], action="run", reasons=reasons, artifact=None)
+        self._plans[index] = item
+        self._mend_inputs(item, root, cluster)
+        if lacking := self._lacking(item):
+            self._reporter.blocked(item, lacking)
+        elif self._interrupt.stop.is_set():
+            self._exit_code = ABORTED
+        else:
+            self._run_one(item, root, cluster)
 
     def _run_one(self, item: StagePlan, root: Run, cluster: ExitStack) -> None:
         if self._loaded.spec.stages[item.name].needs_ray and not self._cluster_started:

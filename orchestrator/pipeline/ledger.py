@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
+from orchestrator.names import parts_of
 from orchestrator.pipeline.key import KeyParts
 from orchestrator.spec import Strict
 from orchestrator.store.local import Store
@@ -20,12 +23,43 @@ Happening = Literal["opened", "running", "done", "failed", "stopped", "closed", 
 _EVENT = re.compile(r"(\d{8,})(?:-(\d{8,}))?\.json")
 # A read from an object store is a round trip; one at a time, a long ledger would take minutes.
 _READERS = 16
+FORMAT = 1
+_log = logging.getLogger(__name__)
+# Records that this process has said are set aside: a command reads a ledger more than once.
+_said: set[tuple[str, str]] = set()
+
+
+class _StoredParts(KeyParts):
+    """Parts of a key as a record has them. What a later version added counts for the key, as it does there."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+def _stored_parts(value: Any) -> Any:
+    """Checks what becomes part of a path; the parts of keys that were computed here are left as they are."""
+    parts = value if isinstance(value, KeyParts) else _StoredParts.model_validate(value)
+    if len(parts_of(parts.kind)) != 1:
+        raise ValueError(f"{parts.kind!r} is no kind of stage")
+    return parts
+
+
+class _Format(BaseModel):
+    """As much of a record as any version can read."""
+
+    format: int = 1
+
+
+class UnreadableRecordError(ValueError):
+    """A record that this version cannot use; says why, in a few words."""
 
 
 class Event(Strict):
     """One thing that happened. `opened` and `closed` concern the pipeline, the others one stage.
 
+    Fields of a later version are kept as they are.
+
     Attributes:
+        format: of the record; one with a higher format is of a later version.
         time: seconds since 1970.
         event: what happened. `settled` says that a dead attempt's tracking run was closed.
         stage: the stage's name.
@@ -42,14 +76,15 @@ class Event(Strict):
     """
 
     # JSON has no NaN and pydantic would write null, which is no float when read back.
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="constants")
 
+    format: int = FORMAT
     time: float
     event: Happening
-    stage: str | None = None
-    parts: KeyParts | None = None
+    stage: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_\-]*$")
+    parts: Annotated[SerializeAsAny[KeyParts], BeforeValidator(_stored_parts)] | None = None
     reasons: tuple[str, ...] = ()
-    run_id: str | None = None
+    run_id: str | None = Field(None, pattern=r"^[A-Za-z0-9_\-]+$")
     seconds: float | None = None
     summary: dict[str, float] = Field(default_factory=dict)
     error: str | None = None
@@ -157,6 +192,9 @@ class Ledger:
     epoch went on from the same events has no effect, and no two writers' events have the same name. Events of
     earlier versions have no epoch in their names: it is 0.
 
+    An event that cannot be read, or of a later format, is set aside with one line that names it: it has no effect
+    but that of its name. Nothing is done to it.
+
     Args:
         store: holds the events.
         pipeline: the pipeline's name.
@@ -167,7 +205,7 @@ class Ledger:
         self._store = store
         self._prefix = f"ledger/{pipeline}/"
         self._fence = fence
-        self._events: dict[_Name, Event] = {}
+        self._events: dict[_Name, Event | None] = {}
         self.state = PipelineState()
         self.refresh()
 
@@ -197,13 +235,45 @@ class Ledger:
         self._fence.check()
         written = Event(time=time.time(), event=event, **fields)
         name = _Name(max((name.number for name in self._events), default=-1) + 1, self._fence.epoch)
-        data = written.model_dump_json(exclude_defaults=True, indent=1).encode()
+        fields = {"format": written.format} | written.model_dump(mode="json", exclude_defaults=True)
+        data = json.dumps(fields, indent=1).encode()
         self._store.put_bytes(f"{self._prefix}{name}", data)
         self._events[name] = written
         self.state.apply(written)
 
-    def _read(self, name: _Name) -> Event:
-        return Event.model_validate_json(self._store.get_bytes(f"{self._prefix}{name}"))
+    def _read(self, name: _Name) -> Event | None:
+        full = f"{self._prefix}{name}"
+        try:
+            return parse(self._store.get_bytes(full))
+        except UnreadableRecordError as error:
+            if (self._store.uri, full) not in _said:
+                _said.add((self._store.uri, full))
+                _log.warning("%s in store %s is set aside: %s", full, self._store.uri, error)
+            return None
+
+
+def is_event(name: str) -> bool:
+    """Whether an object below `ledger/` is an event."""
+    return _Name.parse(name) is not None
+
+
+def parse(data: bytes) -> Event:
+    """The event that an object holds.
+
+    Raises:
+        UnreadableRecordError: it is damaged, or of a later version.
+    """
+    try:
+        found = _Format.model_validate_json(data).format
+        if found > FORMAT:
+            raise UnreadableRecordError(
+                f"it has format {found}, and this version reads formats up to {FORMAT}"
+            )
+        return Event.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UnreadableRecordError(f"{place}: {first['msg']}" if place else first["msg"]) from None
 
 
 class _Name(NamedTuple):
@@ -221,10 +291,12 @@ class _Name(NamedTuple):
         return cls(int(found[1]), int(found[2] or 0)) if found else None
 
 
-def _effective(events: Mapping[_Name, Event]) -> Iterator[Event]:
+def _effective(events: Mapping[_Name, Event | None]) -> Iterator[Event]:
     """Events in order, without those that a writer added after another had taken over."""
     epoch = 0
     for name in sorted(events, key=lambda name: (name.number, -name.epoch)):
         if name.epoch >= epoch:
             epoch = name.epoch
-            yield events[name]
+            event = events[name]
+            if event is not None:
+                yield event

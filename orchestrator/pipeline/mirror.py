@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestrator.errors import UserError
+from orchestrator.names import inside, is_name
 from orchestrator.pipeline.lease import LostHoldError
 from orchestrator.store.local import Store
 
 _EVERY_S = 30.0
 _PIECE = 4 * 2**20
+# `<file>/<piece number>`; a file is `<run>.jsonl`, `<run>.progress`, or below `<run>.files/`.
+_NAME = re.compile(r"(?P<file>[A-Za-z0-9_\-]+\.(?:jsonl|progress|files/.+))/(?P<piece>\d{6,})")
 _log = logging.getLogger(__name__)
 
 
@@ -92,13 +96,13 @@ class Mirror:
         for run in sorted({name.partition(".")[0] for name in kept}):
             log = f"{run}.jsonl"
             data = self._get(kept.get(log, []))
-            path = self._folder / log
+            path = inside(self._folder, log)
             mine = path.read_bytes() if path.exists() else None
             others = [name for name in kept if name.partition(".")[0] == run and name != log]
             if mine is None or not mine.startswith(data):
                 (self._folder / f"{run}.progress").unlink(missing_ok=True)
                 for name in others:
-                    _write(self._folder / name, self._get(kept[name]))
+                    _write(inside(self._folder, name), self._get(kept[name]))
                 # Last: until then the run counts as lacking.
                 _write(path, data)
                 brought.append(run)
@@ -107,10 +111,14 @@ class Mirror:
         return brought
 
     def _kept(self) -> dict[str, list[str]]:
-        """The pieces in the store, in order, by the name of the file."""
+        """The pieces in the store, in order, by the name of the file. What no mirror wrote is left alone."""
         pieces: dict[str, list[str]] = defaultdict(list)
         for name in self._store.list(self._prefix):
-            pieces[name.removeprefix(self._prefix).rpartition("/")[0]].append(name)
+            found = _NAME.fullmatch(name.removeprefix(self._prefix))
+            if found is None or not is_name(found["file"]):
+                _log.warning("%s is no tracking record and is passed over", name)
+            else:
+                pieces[found["file"]].append(name)
         return pieces
 
     def _get(self, pieces: list[str]) -> bytes:
@@ -163,7 +171,8 @@ class Mirror:
 
     def _drop(self, name: str, first: int) -> None:
         for piece in list(self._store.list(f"{self._prefix}{name}/")):
-            if int(piece.rpartition("/")[2]) >= first:
+            number = piece.rpartition("/")[2]
+            if number.isdecimal() and int(number) >= first:
                 self._store.delete(piece)
 
     def _piece(self, name: str, number: int) -> str:

@@ -198,7 +198,7 @@ def material(loaded: LoadedPipeline, name: str) -> Material:
     stages = {stage.name: stage for stage in resolve(loaded)}
     found: dict[str, Artifact] = {}
     for role, need in roles[name].items():
-        there = workspace.find(stages[need].parts.kind, stages[need].key)
+        there = workspace.intact(stages[need].parts.kind, stages[need].key)
         if there is not None:
             found[role] = there
     return replace(
@@ -206,6 +206,7 @@ def material(loaded: LoadedPipeline, name: str) -> Material:
         teacher=found["teacher"].path if "teacher" in found else None,
         index=found["index"].path if "index" in found else None,
         index_key=found["index"].key if "index" in found else "",
+        sources=loaded.spec.data,
     )
 
 

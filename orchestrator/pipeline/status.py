@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -20,6 +21,7 @@ from orchestrator.tracking.spool import Spool
 
 # Of the tags that elastic/run_state.py sets.
 _TAGS = "ray_train."
+_RUN_TAGS = {"name", "status", "workers", "num_attempts", "attempts"}
 # What is named of what was left behind.
 _ORPHANS = 5
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
@@ -72,7 +74,7 @@ def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageSta
         "Ray Train run", "state", "workers", "attempts", "newest attempt", "failed ranks, newest first"
     )
     for tags in runs:
-        attempts = json.loads(tags["attempts"])
+        attempts = _attempts(tags["attempts"])
         newest = f"{attempts[-1]['status']}, {attempts[-1]['workers']} workers" if attempts else ""
         failed = [
             f"{', '.join(map(str, one['failed_ranks']))}: {one.get('detail', '')}"
@@ -101,9 +103,26 @@ def _ray_train(spool: Spool | None, stage: StageState) -> list[dict[str, str]]:
             if record["op"] == "tags":
                 tags |= record["tags"]
         own = {name.removeprefix(_TAGS): value for name, value in tags.items() if name.startswith(_TAGS)}
-        if own:
+        if own.keys() >= _RUN_TAGS:
             found.append(own)
     return found
+
+
+def _attempts(text: str) -> list[dict[str, Any]]:
+    """The attempts of a run, oldest first; without those that another version describes otherwise."""
+    try:
+        attempts = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(attempts, list):
+        return []
+    return [
+        one
+        for one in attempts
+        if isinstance(one, dict)
+        and {"status", "workers"} <= one.keys()
+        and isinstance(one.get("failed_ranks"), list)
+    ]
 
 
 def read_log(loaded: LoadedPipeline, stage: str, last: int = 0) -> Iterator[str]:
@@ -146,9 +165,12 @@ def _goodput(spool: Spool | None, stage: StageState) -> str:
     """The share of time that trained, and the largest loss; of the worst student, where there are several."""
     if spool is None or stage.run_id is None:
         return f"{stage.summary['goodput']:.0%}" if "goodput" in stage.summary else ""
-    newest = []
+    newest, needed = [], {"goodput", *(f"seconds_{cause}" for cause in _CAUSES)}
     for run_id in (stage.run_id, *spool.children(stage.run_id)):
-        if history := spool.history(run_id, "goodput"):
+        history = [
+            record for record in spool.history(run_id, "goodput") if needed <= record["metrics"].keys()
+        ]
+        if history:
             newest.append(max(history, key=lambda record: int(record["step"]))["metrics"])
     if not newest:
         return ""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
+from orchestrator.tracking import moved
+from orchestrator.tracking.connect import database_path
 from orchestrator.tracking.flush import Flusher
 from orchestrator.tracking.runs import Run, Tracking
 from orchestrator.tracking.sink import MlflowSink
@@ -20,6 +22,7 @@ def open_tracking(loaded: LoadedPipeline, workspace: Workspace, run_id: str) -> 
     Raises:
         UserError: the tracking address is of an unknown kind.
     """
+    _mend_places(loaded, workspace)
     mirror = workspace.mirror(loaded.name)
     with _mirrored(loaded, workspace), _tracking(loaded, workspace) as tracking:
         if mirror is not None:
@@ -29,6 +32,7 @@ def open_tracking(loaded: LoadedPipeline, workspace: Workspace, run_id: str) -> 
 
 def send_leftovers(loaded: LoadedPipeline, workspace: Workspace) -> None:
     """Send what a dead driver left in the spool, if anything; MLflow is imported only then."""
+    _mend_places(loaded, workspace)
     with _mirrored(loaded, workspace):
         folder = workspace.spool(loaded.name)
         if not folder.is_dir():
@@ -37,6 +41,14 @@ def send_leftovers(loaded: LoadedPipeline, workspace: Workspace) -> None:
         sink = MlflowSink(tracking.uri, tracking.experiment or loaded.name)
         if Flusher(Spool(folder), sink).pending():
             _tracking(loaded, workspace).close()
+
+
+def _mend_places(loaded: LoadedPipeline, workspace: Workspace) -> None:
+    """Where the store is a copy in another bucket, have MLflow's database say so."""
+    database, files = database_path(loaded.spec.tracking.uri), workspace.tracked_files
+    if database is not None and files is not None:
+        experiment = loaded.spec.tracking.experiment or loaded.name
+        moved.mend_remote(database, experiment, files, workspace.has_tracked_files)
 
 
 def _mirrored(loaded: LoadedPipeline, workspace: Workspace) -> contextlib.AbstractContextManager[None]:

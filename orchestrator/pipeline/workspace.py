@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from orchestrator.elastic.target import Target
+from orchestrator.names import parts_of
 from orchestrator.pipeline.lease import Holder, Keeper, Lease
 from orchestrator.pipeline.ledger import Ledger, PipelineState
 from orchestrator.pipeline.mirror import Mirror
@@ -19,6 +20,7 @@ from orchestrator.store.local import Store
 from orchestrator.store.open import is_remote, open_store
 from orchestrator.store.s3 import S3Store
 
+TRACKED = "mlartifacts"
 _log = logging.getLogger(__name__)
 # Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
 _CHECKPOINTS = "checkpoints"
@@ -76,6 +78,10 @@ class Workspace:
         """The artifact, or None."""
         return self.artifacts().find(kind, key) if self.exists() else None
 
+    def intact(self, kind: str, key: str) -> Artifact | None:
+        """The artifact on this machine, to be read: its content is what its manifest says. None if it is not whole."""
+        return self.artifacts().intact(kind, key) if self.exists() else None
+
     def record(self, name: str, data: bytes) -> Path:
         """Keep a small object, and return a file on this machine that holds it."""
         store = self.store()
@@ -122,7 +128,7 @@ class Workspace:
 
     def work(self, kind: str, key: str) -> Path:
         """The folder of unfinished work on one key: it outlives the attempt, and the driver."""
-        return self.root / "work" / folder_name(kind, key)
+        return self._below(f"work/{folder_name(kind, key)}")
 
     def remote_work(self, kind: str, key: str) -> tuple[Store, str] | None:
         """The store and the prefix there of what must outlive this machine too; None if `work` does already."""
@@ -192,7 +198,7 @@ class Workspace:
 
     def log_path(self, pipeline: str, stage: str) -> Path:
         """The log of a stage, all attempts; see also :meth:`kept_log`."""
-        return self.root / "logs" / pipeline / f"{stage}.log"
+        return self._below(_log_name(pipeline, stage))
 
     @contextlib.contextmanager
     def kept_log(self, pipeline: str, stage: str) -> Iterator[Path]:
@@ -217,7 +223,7 @@ class Workspace:
 
     def spool(self, pipeline: str) -> Path:
         """Where the pipeline's tracking records wait for the server."""
-        return self.root / "spool" / pipeline
+        return self._below(f"spool/{pipeline}")
 
     def mirror(self, pipeline: str) -> Mirror | None:
         """What keeps the spool in the store too; None if it is there already."""
@@ -227,10 +233,18 @@ class Workspace:
             self._mirrors[pipeline] = Mirror(self._remote, f"spool/{pipeline}/", self.spool(pipeline))
         return self._mirrors[pipeline]
 
+    def _below(self, name: str) -> Path:
+        # Links below a store are its owner's; no name leads out of it.
+        return self.root.joinpath(*parts_of(name))
+
     @property
     def tracked_files(self) -> str | None:
         """Where MLflow is to keep the artifacts of new experiments; None leaves that to it."""
-        return None if self._remote is None else f"{self._remote.uri}/mlartifacts"
+        return None if self._remote is None else f"{self._remote.uri}/{TRACKED}"
+
+    def has_tracked_files(self) -> bool:
+        """Whether anything is there."""
+        return self._remote is not None and next(iter(self._remote.list(f"{TRACKED}/")), None) is not None
 
 
 def folder_name(kind: str, key: str) -> str:

@@ -1,4 +1,9 @@
-"""Immutable, content-addressed folders: an artifact is there once its manifest is, and never changes."""
+"""Immutable, content-addressed folders: an artifact is there once its manifest is, and never changes.
+
+A manifest has the sha256 of every file. :meth:`ArtifactStore.find` looks at names and sizes only;
+:meth:`ArtifactStore.fetch`, which everybody who reads an artifact calls, compares the content. A process reads a file
+for that once, as long as the file does not change (:mod:`orchestrator.store.digests`).
+"""
 
 from __future__ import annotations
 
@@ -6,20 +11,26 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.errors import UserError
+from orchestrator.names import inside, parts_of
+from orchestrator.store.digests import DIGESTS
 from orchestrator.store.local import Store
 
 MANIFEST = "manifest.json"
+FORMAT = 1
+_TOP = "artifacts/"
 _TURN_S = 600.0
 _TURN_POLL_S = 0.1
 _FETCH_TRIES = 3
@@ -30,16 +41,24 @@ _log = logging.getLogger(__name__)
 class FileEntry(BaseModel):
     """One file of an artifact: size in bytes and sha256 in hex."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="allow")
 
-    size: int
-    sha256: str
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def _file_name(name: str) -> str:
+    parts_of(name)
+    if name == MANIFEST:
+        raise ValueError(f"{MANIFEST} does not list itself")
+    return name
 
 
 class Manifest(BaseModel):
-    """What an artifact holds and where it came from.
+    """What an artifact holds and where it came from. Fields of a later version are kept as they are.
 
     Attributes:
+        format: of the manifest; one with a higher format is of a later version and is left alone.
         kind: the kind of stage that made it.
         key: the content key of the stage that made it.
         created: UTC, ISO 8601.
@@ -49,12 +68,13 @@ class Manifest(BaseModel):
     """
 
     # JSON has no NaN and pydantic would write null, which is no float when read back.
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants", extra="allow")
 
+    format: int = Field(FORMAT, ge=1, le=FORMAT)
     kind: str
     key: str
     created: str
-    files: dict[str, FileEntry]
+    files: dict[Annotated[str, AfterValidator(_file_name)], FileEntry]
     provenance: dict[str, Any]
     summary: dict[str, float]
 
@@ -65,6 +85,25 @@ class Manifest(BaseModel):
         for name, entry in sorted(self.files.items()):
             whole.update(f"{len(name)}:{name}={entry.sha256};".encode())
         return whole.hexdigest()[:16]
+
+
+class _Format(BaseModel):
+    """As much of a manifest as any version can read."""
+
+    format: int = 1
+
+
+class DamagedError(UserError):
+    """An artifact is not what its manifest says.
+
+    Attributes:
+        problems: a line for each file that is wrong.
+    """
+
+    def __init__(self, problems: list[str], *, where: str, hint: str) -> None:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        super().__init__(f"{problems[0]}{more}", where=where, hint=hint)
+        self.problems = problems
 
 
 @dataclass(frozen=True)
@@ -93,31 +132,70 @@ class ArtifactStore:
         return folder
 
     def find(self, kind: str, key: str) -> Artifact | None:
-        """The artifact, or None if there is none or a file of it is missing or has another size."""
+        """The artifact, or None if there is none or its files are not those of its manifest, by name and size.
+
+        Raises:
+            UserError: a later version of this program wrote it.
+        """
         manifest = self._manifest(kind, key)
         if manifest is None:
             return None
         problems = self._problems(manifest, deep=False)
         if problems:
-            _log.warning("artifact %s is damaged and will be made again: %s", _prefix(kind, key), problems[0])
+            self._note_damage(kind, key, problems)
             return None
         return Artifact(key, kind, self.store.local(_prefix(kind, key)), manifest)
 
-    def fetch(self, artifact: Artifact) -> Path:
-        """Sees that all of the artifact is in its folder on this machine; what is there already stays.
+    def intact(self, kind: str, key: str) -> Artifact | None:
+        """The artifact, its content compared with its manifest and on this machine; None if it is not whole."""
+        found = self.find(kind, key)
+        try:
+            if found is not None:
+                self.fetch(found)
+        except DamagedError as error:
+            self._note_damage(kind, key, error.problems)
+            return None
+        return found
 
-        A copy is checked against the manifest's sha256 before it gets its name. Any number of processes may
-        fetch one artifact at once: on one machine the first fetches and the others wait.
+    def fetch(self, artifact: Artifact) -> Path:
+        """Sees that all of the artifact is in its folder on this machine, and that it is what its manifest says.
+
+        Files that this process has compared before and that have not changed since are not read again. A copy of
+        a remote artifact is mended. Any number of processes may fetch one artifact at once: on one machine the
+        first fetches and the others wait.
 
         Raises:
-            UserError: the store's own copy is damaged.
+            DamagedError: the store's own copy is damaged.
         """
-        if self.store.remote and not _is_whole_copy(artifact):
+        if not self.store.remote:
+            problems = self._problems(artifact.manifest, deep=True)
+            if problems:
+                raise self._damaged(artifact, problems)
+        elif not _is_whole_copy(artifact):
             lock = self.store.root / ".turns" / f"{artifact.path.name}.lock"
             with _turn(lock):
                 if not _is_whole_copy(artifact):
                     self._fetch(artifact)
         return artifact.path
+
+    def prefixes(self) -> list[str]:
+        """The folders below `artifacts/` that have anything in them: what their objects' names begin with."""
+        names = (name.split("/") for name in self.store.list(_TOP))
+        return sorted({f"{_TOP}{parts[1]}/" for parts in names if len(parts) > 2})
+
+    def examine(self, prefix: str) -> list[str]:
+        """What is wrong with one of :meth:`prefixes`, a line each; every file is read.
+
+        Raises:
+            FileNotFoundError: it has no manifest: it was never finished, so it is no artifact.
+        """
+        try:
+            manifest = _parsed(self.store.get_bytes(prefix + MANIFEST))
+        except (ValueError, UserError) as error:
+            return [f"{prefix}{MANIFEST}: {_first_line(error)}"]
+        if _prefix(manifest.kind, manifest.key) != prefix:
+            return [f"{prefix}{MANIFEST}: is that of {_prefix(manifest.kind, manifest.key)}"]
+        return self._problems(manifest, deep=True)
 
     def verify(self, kind: str, key: str, *, deep: bool = False) -> list[str]:
         """What is wrong with the artifact, one line each; empty if nothing is. `deep` hashes all files."""
@@ -139,13 +217,15 @@ class ArtifactStore:
         """Makes the content of `folder` the artifact (kind, key) and empties `folder` of its files.
 
         An intact artifact that is already there stays as it is and is returned: same key, same artifact. With `anew`
-        it is replaced.
-        What an attempt that died left behind without a manifest is removed first.
+        it is replaced. What is damaged, and what an attempt that died left behind without a manifest, is removed
+        first.
 
         Raises:
-            ValueError: the folder holds a link, or a file called manifest.json at its top.
+            ValueError: the folder holds no file, a link, a file called manifest.json at its top, or a name that
+                :func:`~orchestrator.names.parts_of` refuses.
+            UserError: a later version of this program wrote what is there.
         """
-        existing = None if anew else self.find(kind, key)
+        existing = None if anew else self.intact(kind, key)
         if existing is not None:
             return existing
         prefix = _prefix(kind, key)
@@ -155,7 +235,7 @@ class ArtifactStore:
             key=key,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files={
-                name: FileEntry(size=path.stat().st_size, sha256=_sha256(path))
+                name: FileEntry(size=path.stat().st_size, sha256=DIGESTS.of(path))
                 for name, path in files.items()
             },
             provenance=dict(provenance or {}),
@@ -178,6 +258,7 @@ class ArtifactStore:
         return artifact
 
     def _fetch(self, artifact: Artifact) -> None:
+        _clear_surplus(artifact)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             fetched = [pool.submit(self._fetch_file, artifact, name) for name in artifact.manifest.files]
             for one in fetched:
@@ -185,24 +266,34 @@ class ArtifactStore:
         self._note_copy(artifact)
 
     def _fetch_file(self, artifact: Artifact, name: str) -> None:
-        target, expected = artifact.path / name, artifact.manifest.files[name].sha256
-        if target.is_file() and _sha256(target) == expected:
+        target, expected = inside(artifact.path, name), artifact.manifest.files[name].sha256
+        if target.is_file() and DIGESTS.of(target) == expected:
             return
         full = _prefix(artifact.kind, artifact.key) + name
         temporary = self.store.scratch("fetch")
         try:
             for _ in range(_FETCH_TRIES):
                 self.store.get_file(full, temporary)
-                if _sha256(temporary) == expected:
+                if DIGESTS.of(temporary) == expected:
                     _move(temporary, target)
                     return
                 _log.warning("%s came with another sha256 than it should have", full)
         finally:
             temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{full} in the store is damaged: its sha256 is not {expected}",
+        raise self._damaged(artifact, [f"{full} in the store is damaged: its sha256 is not {expected}"])
+
+    def _damaged(self, artifact: Artifact, problems: list[str]) -> DamagedError:
+        return DamagedError(
+            problems,
             where=f"store {self.store.uri}",
-            hint=f"remove {_prefix(artifact.kind, artifact.key)}{MANIFEST} there and run again to make it anew",
+            hint="run the pipeline again to make it anew; if that does not, remove "
+            f"{_prefix(artifact.kind, artifact.key)}{MANIFEST} first",
+        )
+
+    def _note_damage(self, kind: str, key: str, problems: list[str]) -> None:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        _log.warning(
+            "artifact %s is damaged and will be made again: %s%s", _prefix(kind, key), problems[0], more
         )
 
     def _note_copy(self, artifact: Artifact) -> None:
@@ -212,14 +303,21 @@ class ArtifactStore:
         _move(temporary, artifact.path / MANIFEST)
 
     def manifest_of(self, folder: str) -> Manifest | None:
-        """The manifest in a folder of `artifacts/`, or None if there is none that can be read."""
+        """The manifest in a folder of `artifacts/`, or None if there is none that can be read.
+
+        Raises:
+            UserError: a later version of this program wrote it.
+        """
+        name = f"{_TOP}{folder}/{MANIFEST}"
         try:
-            return Manifest.model_validate_json(self.store.get_bytes(f"artifacts/{folder}/{MANIFEST}"))
+            return _parsed(self.store.get_bytes(name))
         except FileNotFoundError:
             return None
-        except ValidationError as error:
-            _log.warning("unreadable manifest of artifacts/%s/: %s", folder, error)
+        except ValueError as error:
+            _log.warning("%s is damaged, the artifact will be made again: %s", name, _first_line(error))
             return None
+        except UserError as error:
+            raise UserError(error.what, where=f"{name} in store {self.store.uri}", hint=error.hint) from None
 
     def _manifest(self, kind: str, key: str) -> Manifest | None:
         manifest = self.manifest_of(f"{kind}-{key[:16]}")
@@ -229,12 +327,15 @@ class ArtifactStore:
         return manifest if (manifest.kind, manifest.key) == (kind, key) else None
 
     def _problems(self, manifest: Manifest, *, deep: bool) -> list[str]:
-        if not self.store.remote:
-            found = [self._problem(manifest, name, deep=deep) for name in manifest.files]
-        else:
-            # Each look is a request: side by side, a plan with many files stays quick.
-            with ThreadPoolExecutor(_AT_ONCE) as pool:
-                found = list(pool.map(lambda name: self._problem(manifest, name, deep=deep), manifest.files))
+        # Side by side: each look is a request or, deep, a file to be read.
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(lambda name: self._problem(manifest, name, deep=deep), manifest.files))
+        prefix = _prefix(manifest.kind, manifest.key)
+        surplus = {name.removeprefix(prefix) for name in self.store.list(prefix)} - {
+            MANIFEST,
+            *manifest.files,
+        }
+        found += [f"{prefix}{name}: is not in the manifest" for name in sorted(surplus)]
         return [problem for problem in found if problem is not None]
 
     def _problem(self, manifest: Manifest, name: str, *, deep: bool) -> str | None:
@@ -250,25 +351,85 @@ class ArtifactStore:
 
     def _hash(self, name: str) -> str:
         if not self.store.remote:
-            return _sha256(self.store.local(name))
+            return DIGESTS.of(self.store.local(name))
         temporary = self.store.scratch("verify")
         try:
             self.store.get_file(name, temporary)
-            return _sha256(temporary)
+            return DIGESTS.of(temporary)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _is_whole_copy(artifact: Artifact) -> bool:
-    """Whether the folder holds this very artifact: its manifest is noted, and no file is short."""
+def _parsed(text: bytes) -> Manifest:
+    """The manifest that reads `text`.
+
+    Raises:
+        ValueError: it is none.
+        UserError: it is one of a later version.
+    """
     try:
-        noted = Manifest.model_validate_json((artifact.path / MANIFEST).read_bytes())
-        sizes = {name: (artifact.path / name).stat().st_size for name in artifact.manifest.files}
-    except (OSError, ValidationError):
+        manifest_format = _Format.model_validate_json(text).format
+    except ValidationError as error:
+        raise ValueError(_first_line(error)) from None
+    if manifest_format > FORMAT:
+        raise UserError(
+            f"the artifact has format {manifest_format}, and this version reads formats up to {FORMAT}",
+            hint="use the version of orchestrator that wrote it, or a later one",
+        )
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(_first_line(error)) from None
+    if not manifest.files:
+        raise ValueError("it lists no files")
+    return manifest
+
+
+def _first_line(error: Exception) -> str:
+    """An error on one line; of a ValidationError its first complaint, with its place."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return f"{place}: {first['msg']}" if place else first["msg"]
+    return str(error).splitlines()[0]
+
+
+def _is_whole_copy(artifact: Artifact) -> bool:
+    """Whether the folder holds this very artifact: its manifest is noted, its files are right and no others there."""
+    files = artifact.manifest.files
+    try:
+        noted = _parsed((artifact.path / MANIFEST).read_bytes())
+        # As text: a figure may be NaN, which equals nothing.
+        if noted.model_dump_json() != artifact.manifest.model_dump_json() or _surplus(artifact):
+            return False
+        paths = {name: inside(artifact.path, name) for name in files}
+        if any(paths[name].stat().st_size != entry.size for name, entry in files.items()):
+            return False
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            digests = pool.map(DIGESTS.of, paths.values())
+            return all(one == entry.sha256 for one, entry in zip(digests, files.values(), strict=True))
+    except (OSError, ValueError, UserError):
         return False
-    # As text: a figure may be NaN, which equals nothing.
-    same = noted.model_dump_json() == artifact.manifest.model_dump_json()
-    return same and sizes == {name: entry.size for name, entry in artifact.manifest.files.items()}
+
+
+def _surplus(artifact: Artifact) -> list[Path]:
+    """What is in the copy and not in the manifest: files, and whatever else is no folder."""
+    found = []
+    for parent, folders, files in os.walk(artifact.path):
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        for path in (Path(parent) / name for name in (*files, *links)):
+            name = path.relative_to(artifact.path).as_posix()
+            if name != MANIFEST and (name not in artifact.manifest.files or path.is_symlink()):
+                found.append(path)
+    return found
+
+
+def _clear_surplus(artifact: Artifact) -> None:
+    for path in _surplus(artifact):
+        path.unlink(missing_ok=True)
+    for name in artifact.manifest.files:
+        if (path := artifact.path / name).is_dir():
+            shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -292,19 +453,17 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _prefix(kind: str, key: str) -> str:
-    return f"artifacts/{kind}-{key[:16]}/"
+    return f"{_TOP}{kind}-{key[:16]}/"
 
 
 def _files(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    if not paths:
+        raise ValueError(f"an artifact holds at least one file: {folder}")
     for path in paths:
+        parts_of(path.relative_to(folder).as_posix())
         if path.is_symlink() or not path.is_file():
             raise ValueError(f"an artifact holds plain files only: {path}")
     if folder / MANIFEST in paths:
         raise ValueError(f"{MANIFEST} is the artifact's own: {folder / MANIFEST}")
     return paths
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
+from orchestrator import names as stored
 from orchestrator.errors import UserError
+from orchestrator.names import BadNameError
 from orchestrator.store.scratch import Scratch
 
 SCRATCH = ".scratch"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Stat:
 
 
 class Store(Protocol):
-    """Objects by name. Names are relative POSIX paths.
+    """Objects by name. Names are relative POSIX paths, see :func:`orchestrator.names.parts_of`.
 
     A put is atomic: readers see the whole old object or the whole new one, also after a crash. Nothing is
     promised about several objects together: a group exists when the one that lists it, written last, does.
@@ -59,7 +63,7 @@ class Store(Protocol):
         """Writes the object to `target`, atomically; makes its folder. FileNotFoundError if there is none."""
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        """Names that start with `prefix`, sorted."""
+        """Names that start with `prefix`, sorted. Names that no store gives are left out, with a warning."""
 
     def delete(self, name: str) -> None:
         """Removes the object; fine if there is none."""
@@ -169,7 +173,7 @@ class LocalStore:
             if Path(parent) == self.root and SCRATCH in folders:
                 folders.remove(SCRATCH)
             names += [(Path(parent) / file).relative_to(self.root).as_posix() for file in files]
-        return iter(sorted(name for name in names if name.startswith(prefix)))
+        return iter(usable([name for name in names if name.startswith(prefix)], self.uri))
 
     def delete(self, name: str) -> None:
         """See :class:`Store`."""
@@ -199,12 +203,25 @@ def parts_of(name: str) -> tuple[str, ...]:
     """The parts of an object's name.
 
     Raises:
-        ValueError: it is none: empty, absolute, with a way up, or among the scratch folders.
+        BadNameError: it is none, see :func:`orchestrator.names.parts_of`, or among the scratch folders.
     """
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or parts[0] == SCRATCH:
-        raise ValueError(f"not an object name: {name!r}")
+    parts = stored.parts_of(name)
+    if parts[0] == SCRATCH:
+        raise BadNameError(name, "is among the scratch folders")
     return parts
+
+
+def usable(names: list[str], uri: str) -> list[str]:
+    """The names that are objects', sorted; of the others one line says how many were passed over in `uri`."""
+    bad = [name for name in names if not stored.is_name(name)]
+    if bad:
+        _log.warning(
+            "%d objects in %s have names that lead nowhere and are passed over, such as %.80r",
+            len(bad),
+            uri,
+            min(bad),
+        )
+    return sorted(set(names) - set(bad))
 
 
 @contextlib.contextmanager

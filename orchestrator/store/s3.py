@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import UserError
 from orchestrator.store.cache import cache_folder
-from orchestrator.store.local import SCRATCH, Stat, parts_of
+from orchestrator.store.local import SCRATCH, Stat, parts_of, usable
 from orchestrator.store.s3client import (
     Patience,
     StoreError,
@@ -140,7 +140,7 @@ class S3Store:
             for page in pages:
                 names += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ())]
         # Consoles make empty objects that end in a slash, and not every server lists in order.
-        return iter(sorted(name for name in names if name and not name.endswith("/")))
+        return iter(usable([name for name in names if name and not name.endswith("/")], self.uri))
 
     def delete(self, name: str) -> None:
         """See :class:`Store`. One at a time: servers differ in what they ask of bulk deletes."""
@@ -164,7 +164,7 @@ class S3Store:
 
     def local(self, prefix: str) -> Path:
         """See :class:`Store`: in the cache; `ArtifactStore.fetch` fills it."""
-        return self.root.joinpath(*parts_of(prefix))
+        return self.root.joinpath(*parts_of(prefix.rstrip("/")))
 
     def scratch(self, label: str) -> Path:
         """See :class:`Store`: in the cache."""

@@ -65,7 +65,7 @@ def _try_lock(path: Path) -> int | None:
     """An open descriptor that holds the lock on `path`, or None if it is held or the file has gone."""
     try:
         fd = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError
+from orchestrator.tracking import moved
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,6 +53,8 @@ def database_path(uri: str) -> Path | None:
 def connect(uri: str) -> MlflowClient:
     """A client of the tracking server and registry at `uri`; makes a SQLite database that is missing.
 
+    One that was moved with its store is mended first, see :mod:`orchestrator.tracking.moved`.
+
     The first connection of a process imports MLflow (2 s), the first to a new SQLite file builds its schema
     (4 s): call it from a background thread where one waits. A server that does not answer may block it for
     minutes.
@@ -71,6 +74,8 @@ def connect(uri: str) -> MlflowClient:
     database = database_path(uri)
     if database is not None and not database.exists():
         _create_database(database)
+    elif database is not None:
+        moved.mend_local(database, database.parent / moved.FOLDER)
     absolute = absolute_uri(uri)
     return MlflowClient(tracking_uri=absolute, registry_uri=absolute)
 
@@ -103,7 +108,7 @@ def _create_database(path: Path) -> None:
 
 
 def _artifacts(database: Path) -> str:
-    return (database.parent / "mlartifacts").as_uri()
+    return (database.parent / moved.FOLDER).as_uri()
 
 
 def ensure_experiment(client: MlflowClient, uri: str, name: str, files: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
@@ -10,8 +11,9 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 
+from orchestrator.names import BadNameError, inside
 from orchestrator.tracking.sink import MAX_METRICS, MlflowSink, RejectedError, RunGoneError
-from orchestrator.tracking.spool import Record, Spool
+from orchestrator.tracking.spool import Record, Spool, is_run_id
 
 _log = logging.getLogger(__name__)
 _MAX_WAIT_S = 30.0
@@ -28,9 +30,15 @@ class Progress:
 def progress(spool: Spool, run_id: str) -> Progress:
     """The noted progress of a run; none if there is no note or it is torn (sending twice does no harm)."""
     try:
-        return Progress(**json.loads(spool.path(run_id).with_suffix(".progress").read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+        noted = json.loads(spool.path(run_id).with_suffix(".progress").read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
         return Progress()
+    known, offset = (
+        (noted.get("mlflow_run_id"), noted.get("offset")) if isinstance(noted, dict) else (None, None)
+    )
+    if not isinstance(known, str | None) or not isinstance(offset, int) or offset < 0:
+        return Progress()
+    return Progress(known, offset)
 
 
 class Flusher:
@@ -112,7 +120,7 @@ class Flusher:
             return False
         # A record must be safe before it is sent: a power cut could leave an offset beyond the file's end.
         self._spool.sync(run_id)
-        records = self._spool.read(run_id, state.offset)
+        records, end = self._spool.read_all(run_id, state.offset)
         sent = False
         while records and not self._stopping:
             count = _batch(records)
@@ -130,9 +138,13 @@ class Flusher:
             self._note(run_id, state)
             for record, _ in records[:count]:
                 if record["op"] == "file":
-                    shutil.rmtree(self._spool.files(run_id) / record["copy"], ignore_errors=True)
+                    self._drop_copy(run_id, record["copy"])
             records = records[count:]
             sent = True
+        if not records and state.offset < end:
+            # Damaged lines at the end: there is nothing in them to send.
+            state.offset = end
+            self._note(run_id, state)
         return sent
 
     def _send(self, run_id: str, batch: list[Record], state: Progress) -> bool:
@@ -141,6 +153,8 @@ class Flusher:
         try:
             if first["op"] == "open":
                 parent = first.get("parent")
+                if parent is not None and not is_run_id(parent):
+                    raise RejectedError(f"not a run id: {parent!r:.80}")
                 parent_id = progress(self._spool, parent).mlflow_run_id if parent else None
                 if parent and parent_id is None and self._spool.size(parent):
                     return False
@@ -158,6 +172,10 @@ class Flusher:
                 return True
             _log.warning("MLflow refuses a %s record of run %s: %s", first["op"], run_id, error)
         return True
+
+    def _drop_copy(self, run_id: str, copy: str) -> None:
+        with contextlib.suppress(BadNameError):  # the record was refused for it
+            shutil.rmtree(inside(self._spool.files(run_id), copy), ignore_errors=True)
 
     def _note(self, run_id: str, state: Progress) -> None:
         path = self._spool.path(run_id).with_suffix(".progress")

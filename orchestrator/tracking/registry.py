@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.tracking import moved
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.runs import Run
 from orchestrator.tracking.sink import model_name
@@ -77,6 +78,7 @@ def publish(
     alias: str,
     *,
     facts: Facts | None = None,
+    digests: Mapping[str, str] | None = None,
     timeout: float = 60.0,
 ) -> int:
     """Registers the files of `folder` as a version of the model `name` and points `alias` at it.
@@ -86,6 +88,8 @@ def publish(
     Args:
         run: the run that the version belongs to.
         folder: safetensors, JSON and Markdown files; at least `config.json` and one safetensors file.
+        digests: the sha256 of files by name, as they were recorded when the model was trained. The version is
+            marked with these, and `pull` compares with them.
         tags: lineage; set on the version, and on the registered model as that of its newest version.
         facts: what the version's LoggedModel has besides.
         timeout: seconds to wait until MLflow knows the run.
@@ -94,10 +98,12 @@ def publish(
         The version number.
 
     Raises:
-        UserError: tracking is off, or MLflow cannot be reached.
+        UserError: tracking is off, MLflow cannot be reached, or a file is not the one that was trained.
         ValueError: the folder holds other files, or lacks the two.
     """
     _require_model(folder)
+    contents = _contents(folder)
+    _require_trained(name, contents, digests or {})
     if run.tracking_uri is None:
         raise UserError(
             "cannot publish a model: tracking is off", hint="set `tracking.uri` in the pipeline file"
@@ -111,7 +117,7 @@ def publish(
         )
     client = connect(run.tracking_uri)
     _ensure_model(client, name)
-    marked = {**tags, CONTENT_TAG: _digest(folder)}
+    marked = {**tags, CONTENT_TAG: content_digest(contents | dict(digests or {}))}
     known = _existing(client, name, marked)
     version = _create(client, run_id, name, folder, marked, facts or Facts()) if known is None else known
     try:
@@ -129,12 +135,18 @@ def publish(
     return version
 
 
-def pull(reference: str, out: Path, uri: str) -> Path:
+def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
     """Downloads `name@alias` or `name/version` into the folder `out`, which appears only when complete.
+
+    Args:
+        reference: the model.
+        out: must not exist, or be empty.
+        uri: of MLflow.
+        store: the address of the store that has the files now, if it is not the one that MLflow knows.
 
     Raises:
         UserError: no such model, alias or version; `out` is not empty; MLflow or the files cannot be reached;
-            the files are not those that were published.
+            the files are not those that were trained and published.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty", where=str(out), hint="name a folder that does not exist yet")
@@ -153,9 +165,12 @@ def pull(reference: str, out: Path, uri: str) -> Path:
     try:
         version = _resolve(client, reference)
         source = client.get_model_version_download_uri(version.name, version.version)
+        if store is not None:
+            source = moved.rebased(source, f"{_address(store)}/{moved.FOLDER}")
         # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
         folder = Path(download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri)))
-        if version.tags.get(CONTENT_TAG, "") != _digest(folder):
+        _require_plain(folder, staging, reference)
+        if version.tags.get(CONTENT_TAG, "") != content_digest(_contents(folder)):
             raise UserError(f"the files of {reference} are not those that were published", where=source)
         folder.chmod(0o755)
         folder.replace(out)
@@ -174,15 +189,39 @@ def content_digest(files: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _digest(folder: Path) -> str:
-    """One sha256 over the names and contents of all files of `folder`."""
-    return content_digest({path.relative_to(folder).as_posix(): sha256(path) for path in _files(folder)})
-
-
 def sha256(path: Path) -> str:
     """Of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _address(store: str) -> str:
+    return store.rstrip("/") if "://" in store else Path(store).expanduser().absolute().as_uri()
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """The sha256 of all files of `folder`, by name."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in _files(folder)}
+
+
+def _require_trained(name: str, contents: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    wrong = sorted(file for file, digest in digests.items() if contents.get(file) != digest)
+    if wrong:
+        raise UserError(
+            f"cannot publish {name}: {wrong[0]} is not the file that was trained, its sha256 differs",
+            hint="run the pipeline again: what is damaged is made anew",
+        )
+
+
+def _require_plain(folder: Path, staging: Path, reference: str) -> None:
+    """See that what came is in `staging`, and plain files of a model: the server chooses their names."""
+    strange = [
+        path for path in folder.rglob("*") if path.is_symlink() or not (path.is_dir() or path.is_file())
+    ]
+    strange += [path for path in _files(folder) if path.suffix not in _SUFFIXES]
+    if not folder.resolve().is_relative_to(staging.resolve()) or strange:
+        what = strange[0].relative_to(folder) if strange else folder
+        raise UserError(f"{reference} holds more than a model's files: {what}", where=reference)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.names import BadNameError, inside, parts_of
 from orchestrator.tracking.connect import connect, ensure_experiment
 from orchestrator.tracking.spool import Record
 
@@ -112,10 +113,10 @@ class MlflowSink:
                 case "finish":
                     client.set_terminated(mlflow_id, record["status"], end_time=record["time_ms"])
                 case "file":
-                    source = files / record["copy"] / record["name"]
+                    source, folder = _copy_of(record, files)
                     # Missing means uploaded: copies are removed only after that.
                     if source.exists():
-                        client.log_artifact(mlflow_id, str(source), record["folder"])
+                        client.log_artifact(mlflow_id, str(source), folder)
                 case "datasets":
                     self._datasets(client, mlflow_id, record)
                 case "model":
@@ -225,6 +226,17 @@ class MlflowSink:
 def model_name(name: str) -> str:
     """`name` with what MLflow refuses in the names of logged models replaced by dashes."""
     return _NOT_IN_A_MODEL.sub("-", name)
+
+
+def _copy_of(record: Record, files: Path) -> tuple[Path, str | None]:
+    """The copy to upload and the folder it goes to; records may come out of a store that others can write to."""
+    folder = record.get("folder")
+    try:
+        if folder is not None:
+            parts_of(str(folder))
+        return inside(files, f"{record['copy']}/{record['name']}"), folder
+    except BadNameError as error:
+        raise RejectedError(str(error)) from error
 
 
 class _Translated:

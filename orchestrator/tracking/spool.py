@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import threading
@@ -21,6 +22,16 @@ from typing import Any
 Record = dict[str, Any]
 _RUN_ID = re.compile(r"[A-Za-z0-9_\-]+")
 # MLflow 3 takes these in the names of metrics, params and tags; one bad name would hold up a whole batch.
+_log = logging.getLogger(__name__)
+# Of these kinds of records, what they must have besides `op` and `time_ms`, and of what type.
+_FIELDS: dict[str, dict[str, type]] = {
+    "open": {"name": str},
+    "params": {"params": dict},
+    "tags": {"tags": dict},
+    "metrics": {"channel": str, "step": int, "metrics": dict},
+    "file": {"name": str, "copy": str},
+    "finish": {"status": str},
+}
 _NOT_IN_A_NAME = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
@@ -44,6 +55,7 @@ class Spool:
         self.folder = folder.absolute()
         self.keep: Callable[[], bool] | None = None
         self._logs: dict[str, _Log] = {}
+        self._said: set[str] = set()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Spool], tuple[Path]]:
@@ -85,12 +97,17 @@ class Spool:
 
     def read(self, run_id: str, offset: int = 0) -> list[tuple[Record, int]]:
         """The records from byte `offset` on, each with the offset after it, without a line being written."""
+        return self.read_all(run_id, offset)[0]
+
+    def read_all(self, run_id: str, offset: int = 0) -> tuple[list[tuple[Record, int]], int]:
+        """As :meth:`read`, and the offset after the last whole line, which need not be a record."""
         try:
             with self.path(run_id).open("rb") as file:
                 file.seek(offset)
-                return list(_parse(file.read(), offset))
+                data = file.read()
         except FileNotFoundError:
-            return []
+            return [], offset
+        return list(_parse(data, offset, self._complain(run_id))), offset + data.rfind(b"\n") + 1
 
     def size(self, run_id: str) -> int:
         """Bytes recorded for the run; 0 if there is no such run."""
@@ -101,7 +118,7 @@ class Spool:
 
     def run_ids(self) -> list[str]:
         """Runs that have records."""
-        return sorted(path.stem for path in self.folder.glob("*.jsonl"))
+        return sorted(path.stem for path in self.folder.glob("*.jsonl") if is_run_id(path.stem))
 
     def open_children(self, run_id: str) -> list[str]:
         """Runs that were opened below `run_id` and have not ended since they were last opened."""
@@ -125,7 +142,9 @@ class Spool:
     def _first(self, run_id: str) -> Record | None:
         try:
             with self.path(run_id).open("rb") as file:
-                return next((record for record, _ in _parse(file.readline(), 0)), None)
+                return next(
+                    (record for record, _ in _parse(file.readline(), 0, self._complain(run_id))), None
+                )
         except FileNotFoundError:
             return None
 
@@ -143,13 +162,27 @@ class Spool:
 
     def path(self, run_id: str) -> Path:
         """The run's file."""
-        if not _RUN_ID.fullmatch(run_id):
+        if not is_run_id(run_id):
             raise ValueError(f"not a run id: {run_id!r}")
         return self.folder / f"{run_id}.jsonl"
 
     def files(self, run_id: str) -> Path:
         """Where copies of the run's files wait to be uploaded."""
         return self.path(run_id).with_suffix(".files")
+
+    def _complain(self, run_id: str) -> Callable[[int], None]:
+        """Says once a process that lines of a run's file are passed over."""
+
+        def complain(offset: int) -> None:
+            if run_id not in self._said:
+                self._said.add(run_id)
+                _log.warning(
+                    "%s is damaged before byte %d: lines that are no records are passed over",
+                    self.path(run_id),
+                    offset,
+                )
+
+        return complain
 
     @contextmanager
     def _locked(self, run_id: str) -> Iterator[tuple[int, _Log]]:
@@ -175,7 +208,7 @@ class Spool:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             os.ftruncate(fd, log.offset + whole)
-        for record, _ in _parse(data[:whole], 0):
+        for record, _ in _parse(data[:whole], 0, lambda offset: None):
             if record["op"] == "metrics":
                 log.seen.add((record["channel"], record["step"]))
         log.offset += whole
@@ -191,6 +224,11 @@ class Spool:
             log.seen.add((record["channel"], record["step"]))
 
 
+def is_run_id(text: object) -> bool:
+    """Whether it can be the id of one of our runs, and so part of a file's name."""
+    return isinstance(text, str) and _RUN_ID.fullmatch(text) is not None
+
+
 def now_ms() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
@@ -201,14 +239,27 @@ def clean_name(name: str) -> str:
     return _NOT_IN_A_NAME.sub("_", name)[:250]
 
 
-def _parse(data: bytes, offset: int) -> Iterator[tuple[Record, int]]:
-    for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            return
-        offset += len(line)
+def _parse(data: bytes, offset: int, complain: Callable[[int], None]) -> Iterator[tuple[Record, int]]:
+    # By newlines alone: other ends of lines may stand in a damaged one.
+    for line in data.split(b"\n")[:-1]:
+        offset += len(line) + 1
         try:
             record = json.loads(line)
-        except ValueError:  # a damaged sector costs its own lines, not the run's history
-            continue
-        if isinstance(record, dict) and "op" in record:
+        except (ValueError, RecursionError):  # a damaged sector costs its own lines, not the run's history
+            record = None
+        if _is_record(record):
             yield record, offset
+        else:
+            complain(offset)
+
+
+def _is_record(record: object) -> bool:
+    """Whether it can be used. Kinds and fields of later versions are no damage."""
+    if not isinstance(record, dict) or not isinstance(record.get("op"), str):
+        return False
+    fields = _FIELDS.get(record["op"], {}) | {"time_ms": int}
+    if not all(isinstance(record.get(name), kind) for name, kind in fields.items()):
+        return False
+    return record["op"] != "metrics" or all(
+        isinstance(one, int | float) for one in record["metrics"].values()
+    )

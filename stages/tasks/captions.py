@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,10 +176,19 @@ def _write(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def caption_blocks(
-    config: AlignText, index_folder: Path, tokenizer: Tokenizer, image_size: int, seed: int
+    config: AlignText,
+    index_folder: Path,
+    tokenizer: Tokenizer,
+    image_size: int,
+    seed: int,
+    *,
+    roots: Mapping[str, str] | None = None,
 ) -> BlockSource:
-    """The blocks of photos with their captions of an `align_text` stage, from a curated index."""
-    index = PhotoIndex.load(index_folder)
+    """The blocks of photos with their captions of an `align_text` stage, from a curated index.
+
+    `roots` says where the data sources are, see :meth:`PhotoIndex.load`.
+    """
+    index = PhotoIndex.load(index_folder, roots)
     return CaptionBlocks(
         index,
         caption_order(config, index, seed),

@@ -24,6 +24,8 @@ def crop_blocks(
     index_folder: Path,
     seed: int,
     crops: CropConfig | None = None,
+    *,
+    roots: Mapping[str, str] | None = None,
 ) -> CropBlocks:
     """Views, and masks on the grid of the recipe's model: the backbone, or the teacher that students learn from.
 
@@ -33,8 +35,9 @@ def crop_blocks(
         index_folder: the photographs.
         seed: of the stage.
         crops: other views than the stage's, of the same boxes.
+        roots: where the data sources are, see :meth:`PhotoIndex.load`.
     """
-    index = PhotoIndex.load(index_folder)
+    index = PhotoIndex.load(index_folder, roots)
     return CropBlocks(
         index,
         config.sample_order(index, config.batch_size, seed),
@@ -61,6 +64,7 @@ class StepViews:
         index_folder: the photographs.
         seed: of the stage.
         sets: views that students fetch, by part.
+        roots: where the data sources are, see :meth:`PhotoIndex.load`.
     """
 
     def __init__(
@@ -70,12 +74,14 @@ class StepViews:
         index_folder: Path,
         seed: int,
         sets: Mapping[str, CropConfig],
+        *,
+        roots: Mapping[str, str] | None = None,
     ) -> None:
-        self._teachers = crop_blocks(config, recipe, index_folder, seed)
+        self._teachers = crop_blocks(config, recipe, index_folder, seed, roots=roots)
         self.num_blocks = self._teachers.num_blocks
         self._shared = [part for part, crops in sets.items() if crops == config.crops]
         self._others = {
-            part: crop_blocks(config, None, index_folder, seed, crops)
+            part: crop_blocks(config, None, index_folder, seed, crops, roots=roots)
             for part, crops in sets.items()
             if crops != config.crops
         }
@@ -132,9 +138,16 @@ class _Begun:
         return [*self.teachers, *(future for futures in self.others.values() for future in futures)]
 
 
-def regenerated_views(config: Distill, index_folder: Path, seed: int, crops: CropConfig) -> CropBlocks:
+def regenerated_views(
+    config: Distill,
+    index_folder: Path,
+    seed: int,
+    crops: CropConfig,
+    *,
+    roots: Mapping[str, str] | None = None,
+) -> CropBlocks:
     """A `BlockSource` of a student's own views, without masks: those belong to the teacher's words."""
-    return crop_blocks(config, None, index_folder, seed, crops)
+    return crop_blocks(config, None, index_folder, seed, crops, roots=roots)
 
 
 def _joined(blocks: list[Block]) -> dict[str, NDArray[Any]]:

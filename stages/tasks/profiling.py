@@ -33,7 +33,7 @@ from orchestrator.elastic.job import Job
 from orchestrator.elastic.loop import train
 from orchestrator.elastic.zero import import_deepspeed
 from orchestrator.sharing.bundle import Parts, StepTeacher, block, blocks_per_chunk, chunks
-from orchestrator.spec import Elastic
+from orchestrator.spec import DataSource, Elastic
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill, Student
 from orchestrator.stages.profiling import Spec
@@ -86,7 +86,7 @@ def _measure(spec: Spec, scratch: Path) -> dict[str, dict[str, float]]:
     def sized(num_blocks: int) -> Teaching:
         # Replayed, a teacher would only read what it said the first time.
         own = {"batch_size": num_blocks * config.block_size, "replay": False}
-        return _teaching(config.model_copy(update=own), places, scratch)
+        return _teaching(config.model_copy(update=own), places, spec.sources, scratch)
 
     students = list(config.students.values())
     # Workers that train together write their checkpoint into one folder.
@@ -110,7 +110,9 @@ def _measure(spec: Spec, scratch: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _teaching(config: Distill, places: Mapping[str, Path], scratch: Path) -> Teaching:
+def _teaching(
+    config: Distill, places: Mapping[str, Path], sources: Mapping[str, DataSource], scratch: Path
+) -> Teaching:
     """The stage's own way of making a teacher and tasks, in an attempt that is none."""
     manifest = Manifest(kind="", key="", created="", files={}, provenance={}, summary={})
     context = Context(
@@ -120,7 +122,7 @@ def _teaching(config: Distill, places: Mapping[str, Path], scratch: Path) -> Tea
         key="",
         inputs={role: Artifact("", role, folder, manifest) for role, folder in places.items()},
         keys={},
-        sources={},
+        sources=sources,
         out=scratch / "out",
         work=scratch / "work",
         elastic=Elastic(),

@@ -56,7 +56,7 @@ class Teaching(ABC):
 
     def __init__(self, config: Distill, context: Context, seed: int) -> None:
         self._config, self._context, self._seed = config, context, seed
-        self._index = context.inputs["index"].path
+        self._index, self._roots = context.inputs["index"].path, context.roots
 
     @abstractmethod
     def task(self, name: str, seed: int) -> Callable[[], Any]:
@@ -94,7 +94,7 @@ class Teaching(ABC):
         if self._config.views == "shared":
             return None
         crops = self._config.crops_of(student)
-        made = partial(regenerated_views, self._config, self._index, self._seed, crops)
+        made = partial(regenerated_views, self._config, self._index, self._seed, crops, roots=self._roots)
         return partial(_with_inputs, self._context.needed, made)
 
     def bytes_per_step(self, students: Sequence[Student]) -> int:
@@ -107,7 +107,9 @@ class Teaching(ABC):
         return None
 
     def _views(self, sets: dict[str, CropConfig]) -> Callable[[], StepViews]:
-        return partial(StepViews, self._config, self._recipe, self._index, self._seed, sets)
+        return partial(
+            StepViews, self._config, self._recipe, self._index, self._seed, sets, roots=self._roots
+        )
 
     def _view_sets(self, students: Sequence[Student]) -> dict[str, CropConfig]:
         """The views to make, by part: those of students in play that do not make their own."""

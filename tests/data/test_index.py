@@ -50,3 +50,26 @@ def test_foreign_table(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [0], "path": ["a"]}), tmp_path / "index.parquet")
     with pytest.raises(UserError, match="lacks the columns source, root"):
         PhotoIndex.load(tmp_path)
+
+
+def test_photos_that_were_moved_are_where_the_pipeline_file_says(tmp_path: Path) -> None:
+    PhotoIndex([*_ROWS, PhotoRow("other", "x.jpg", "/other", "", 1, 1)]).save(tmp_path)
+    index = PhotoIndex.load(tmp_path, {"food": "/mnt/new", "unused": "/nowhere"})
+    assert index.path(0) == Path("/mnt/new/a/b.jpg")
+    assert index[0].root == "/mnt/new"
+    assert index.path(3) == Path("/other/x.jpg")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x.jpg", "a/../../x.jpg", "a\0.jpg"])
+def test_names_in_an_index_do_not_lead_out_of_the_folder(tmp_path: Path, path: str) -> None:
+    PhotoIndex([PhotoRow("food", path, "/photos", "", 1, 1)]).save(tmp_path)
+    with pytest.raises(UserError, match="names a file outside its folder"):
+        PhotoIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"PAR1garbagePAR1", b"\xff" * 100])
+def test_a_damaged_table_is_one_message(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "index.parquet").write_bytes(text)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        PhotoIndex.load(tmp_path)
+    assert "\n" not in caught.value.what

@@ -375,6 +375,42 @@ def test_manifest_names_are_not_paths() -> None:
         parse(json.dumps(meta), Path("/nowhere"))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_workers": 10**15}, "other files"),
+        ({"files": {"a0001/shard-00001-of-00001.safetensors": None}}, "no valid entry for a0001/shard"),
+        (
+            {"files": {"a0001/shard-00001-of-00001.safetensors": {"size": "1", "sha256": ""}}},
+            "no valid entry",
+        ),
+        ({"keys": {"master/w": "many"}}, "no valid entry for master/w"),
+        ({"format": 3}, "has format 3"),
+        ({"token": "../a1"}, "other files"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_named_at_once(change: dict[str, object], said: str) -> None:
+    meta = {
+        "format": 2, "step": 1, "updates": 1, "num_workers": 1, "token": "a0001", "keys": {"master/w": 3},
+        "files": {"a0001/shard-00001-of-00001.safetensors": {"size": 1, "sha256": ""}},
+    }  # fmt: skip
+    assert parse(json.dumps(meta), Path("/nowhere")).world == 1
+    with pytest.raises(CheckpointError, match=said):
+        parse(json.dumps(meta | change), Path("/nowhere"))
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"token": 7}', '{"token": "../x"}', "[" * 20_000])
+def test_a_damaged_owner_is_told_by_the_newest_groups_files(tmp_path: Path, text: str) -> None:
+    target = Target(tmp_path)
+    assert target.take() == "a0001"
+    (tmp_path / "step-00000001" / "a0007").mkdir(parents=True)
+    (tmp_path / "step-00000001" / "a0007" / "shard-00001-of-00001.safetensors").write_text("x")
+    (tmp_path / "owner.json").write_text(text)
+    assert target.owner() == "a0007"
+    assert target.take() == "a0008"
+    assert target.owner() == "a0008"
+
+
 # --- looking --------------------------------------------------------------------------------------------------
 
 

@@ -92,3 +92,16 @@ def test_seconds_by_cause_add_up_to_all_seconds(story: list[tuple[str, float]]) 
     assert sum(parts) == pytest.approx(now - 1000.0, abs=1e-6)
     assert min(parts) >= -1e-9
     assert 0.0 <= figures["goodput"] <= 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "garbage", "[]", "{}", '{"recoveries": 7, "_recent": {}}', '{"mood": 1}']
+)
+def test_a_damaged_account_begins_anew_and_says_so(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "goodput.json"
+    path.write_text(text)
+    assert Goodput.load(path) == Goodput()
+    assert str(path) in caplog.text
+    assert Goodput.load(tmp_path / "none") == Goodput()

@@ -15,7 +15,7 @@ from orchestrator.elastic.saved import COMMIT, step_name
 from orchestrator.errors import UserError
 from orchestrator.pipeline.execute import execute, publishing
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import plan, resolve
+from orchestrator.pipeline.plan import EVERYTHING, plan, resolve
 from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace
 
@@ -55,10 +55,10 @@ def run(path: Path, *overrides: str, only_publish: bool = False) -> tuple[int, s
     """Exit code and output."""
     loaded = load(path, overrides, stage_type=toys.ToyStage)
     stages = resolve(loaded, lambda source, name: name)
-    selected = publishing(loaded, stages) if only_publish else None
+    choice = publishing(loaded, stages) if only_publish else EVERYTHING
     output = io.StringIO()
     reporter = Reporter(Console(file=output, width=200), "orchestrator run toy.yaml")
-    code = execute(loaded, stages, reporter, open_tracking=recorded.open_recorded, selected=selected)
+    code = execute(loaded, stages, reporter, open_tracking=recorded.open_recorded, choice=choice)
     return code, output.getvalue()
 
 
@@ -119,7 +119,7 @@ def test_publish_alone(path: Path, ran: Callable[[], list[str]]) -> None:
     OUTSIDE.unlink()
     code, said = run(path, only_publish=True)
     assert (code, ran()) == (0, ["publish"]), said
-    assert "evaluate" not in said
+    assert "▶ evaluate" not in said
     (root,) = recorded.by_name("toy")
     assert root["status"] == "FAILED", "evaluate failed still"
     code, said = run(path, only_publish=True)

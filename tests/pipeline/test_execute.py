@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.spec import Cluster
 from orchestrator.stages.base import Context
+from orchestrator.store.digests import DIGESTS
 
 Traces = Callable[[], list[str]]
 
@@ -76,6 +78,65 @@ def test_a_second_run_does_nothing_and_says_so(pipeline: Path, trace: Traces) ->
     assert (code, trace()) == (0, [])
     assert "Nothing to do: all 3 stages are up to date." in said
     assert kept() == before
+
+
+def artifact(kind: str) -> Path:
+    return next(Path("runs/artifacts").glob(f"{kind}-*"))
+
+
+def flip(path: Path) -> None:
+    """One bit, and nothing else that shows."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_an_input_is_named_and_mended_before_it_is_read(
+    pipeline: Path, trace: Traces
+) -> None:
+    run(pipeline)
+    trace()
+    whole = (artifact("pretrain") / "result.json").read_bytes()
+    flip(artifact("pretrain") / "result.json")
+    code, said = run(pipeline, "stages.evaluate.ticks=2")
+    assert (code, trace()) == (0, ["pretrain", "evaluate"])
+    assert "the artifact of pretrain is damaged and is made anew: artifacts/pretrain-" in said
+    assert "result.json: content differs" in said
+    assert (artifact("pretrain") / "result.json").read_bytes() == whole
+    assert Workspace("runs").state("toy").stages["pretrain"].state == "done"
+
+
+def test_damage_to_what_a_damaged_input_is_made_of_is_mended_first(pipeline: Path, trace: Traces) -> None:
+    run(pipeline)
+    trace()
+    flip(artifact("pretrain") / "result.json")
+    flip(artifact("curate") / "result.json")
+    code, _ = run(pipeline, "stages.evaluate.ticks=2")
+    assert (code, trace()) == (0, ["curate", "pretrain", "evaluate"])
+
+
+def test_a_damaged_input_that_cannot_be_made_anew_stops_those_that_need_it(
+    pipeline: Path, trace: Traces
+) -> None:
+    run(pipeline)
+    trace()
+    flip(artifact("pretrain") / "result.json")
+    code, said = run(pipeline, "stages.evaluate.ticks=2", "stages.pretrain.mode=fail")
+    assert (code, trace()) == (1, ["pretrain"])
+    assert "lacks pretrain" in said
+
+
+def test_what_is_whole_is_read_once_a_driver(pipeline: Path) -> None:
+    run(pipeline)
+    for path in Path("runs/artifacts").rglob("*.json"):
+        os.utime(path, (1e9, 1e9))
+    size = sum(path.stat().st_size for path in Path("runs/artifacts").glob("*/result.json"))
+    before = DIGESTS.bytes_read
+    for ticks in (2, 3, 4):
+        run(pipeline, f"stages.evaluate.ticks={ticks}")
+    read = DIGESTS.bytes_read - before
+    made = sum(path.stat().st_size for path in Path("runs/artifacts").glob("evaluate-*/result.json"))
+    assert read <= size + made, "two inputs once, and what was made"
 
 
 def test_planning_writes_nothing(pipeline: Path) -> None:

@@ -346,3 +346,20 @@ def test_who_lives() -> None:
     assert lives(who) is False, "a zombie does nothing any more"
     sleeper.communicate()
     assert lives(who) is False
+
+
+@pytest.mark.parametrize("text", [b"", b"garbage", b"\xff\x00", b"[]", b'{"process": "x"}'])
+def test_garbage_in_a_door_counts_as_a_dead_holders(
+    tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore(tmp_path)
+    for suffix in ("door", "00000007.ticket"):
+        number, _, kind = suffix.rpartition(".")
+        stem = f"{number}-{'a' * 32}" if number else "a" * 32
+        store.put_bytes(f"holds/thing.{stem}.{kind}", text)
+    assert keeper(tmp_path, NEVER).holder("thing") is None
+    with keeper(tmp_path, NEVER).hold("thing", "the thing", above=0) as lease:
+        lease.check()
+        assert lease.epoch > 7
+    assert "holds/thing." + "a" * 32 in caplog.text
+    assert not [name for name in store.list("holds/") if "a" * 32 in name]

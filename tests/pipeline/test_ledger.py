@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from disk_faults import Crash, Disk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from orchestrator.pipeline.key import KeyParts
 from orchestrator.pipeline.lease import LostHoldError
-from orchestrator.pipeline.ledger import Event, Ledger
+from orchestrator.pipeline.ledger import Event, Happening, Ledger, UnreadableRecordError, parse
 from orchestrator.store.local import LocalStore
 
 ONE = KeyParts(kind="pretrain", config={"lr": 0.1})
@@ -169,6 +175,114 @@ def test_a_ledger_of_an_earlier_version_is_read_and_continued(tmp_path: Path) ->
     book.append("opened", run_id="r")
     assert names(tmp_path) == ["00000000.json", "00000001.json", "00000002-00000001.json", "driver.lock"]
     assert ledger(tmp_path).state.open
+
+
+def damage(folder: Path, number: int, text: bytes) -> str:
+    path = sorted((folder / "ledger" / "toy").iterdir())[number]
+    path.write_bytes(text)
+    return path.name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "EOF"),
+        (b'{"time": 1.0, "event": "runn', "EOF"),
+        (b"\xff\x00garbage", "Invalid JSON"),
+        (b"[" * 10_000, "Invalid JSON"),
+        (b"null", "should be an object"),
+        (b'{"time": 1.0, "event": "danced"}', "event: Input should be"),
+        (b'{"format": 7, "moment": 1.0}', "format 7, and this version reads formats up to 1"),
+        (b'{"time": 1.0, "event": "running", "stage": "../a"}', "stage: "),
+        (b'{"time": 1.0, "event": "opened", "run_id": "../a"}', "run_id: "),
+        (
+            b'{"time": 1.0, "event": "done", "stage": "a", "parts": {"kind": "../../x", "config": {}}}',
+            "not an object name",
+        ),
+    ],
+)
+def test_an_unreadable_event_is_set_aside_by_name(
+    tmp_path: Path, text: bytes, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    book = ledger(tmp_path)
+    book.append("opened", run_id="r")
+    book.append("running", stage="a", parts=ONE, run_id="x")
+    book.append("done", stage="a", parts=ONE, run_id="x", seconds=1.0)
+    name = damage(tmp_path, 1, text)
+    for _ in range(2):
+        later = ledger(tmp_path, Fence(2))
+        assert (later.state.run_id, later.state.stages["a"].state) == ("r", "done")
+    assert [line.getMessage() for line in caplog.records if name in line.getMessage()] == [
+        line.getMessage() for line in caplog.records
+    ]
+    assert len(caplog.records) == 1, "one line, however often it is read"
+    assert said in caplog.text
+    assert len(caplog.records[0].getMessage().splitlines()) == 1
+    later.append("closed", status="FINISHED")
+    assert names(tmp_path)[-1] == "00000003-00000002.json"
+    assert (tmp_path / "ledger" / "toy" / name).read_bytes() == text, "nothing is done to it"
+
+
+def test_a_damaged_last_event_is_neither_overwritten_nor_forgotten_as_a_number(tmp_path: Path) -> None:
+    book = ledger(tmp_path, Fence(3))
+    book.append("opened", run_id="r")
+    book.append("running", stage="a", parts=ONE, run_id="x")
+    damage(tmp_path, 1, b"{")
+    later = ledger(tmp_path, Fence(4))
+    assert later.epoch == 3
+    later.append("opened", run_id="s")
+    assert names(tmp_path) == ["00000000-00000003.json", "00000001-00000003.json", "00000002-00000004.json"]
+
+
+def test_fields_of_a_later_version_are_kept_and_count_for_its_keys(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    book.append("running", stage="a", parts=ONE, run_id="x")
+    path = next((tmp_path / "ledger" / "toy").iterdir())
+    record = json.loads(path.read_text())
+    assert record["format"] == 1
+    record |= {"mood": "fine", "parts": record["parts"] | {"salt": 7}}
+    path.write_text(json.dumps(record))
+    stage = ledger(tmp_path).state.stages["a"]
+    assert stage.state == "running"
+    assert stage.key not in (None, ONE.key)
+    assert parse(path.read_bytes()).model_dump()["mood"] == "fine"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_damage_to_an_event_is_more_than_that_event(tmp_path: Path, data: st.DataObject) -> None:
+    whole = Event(time=1.0, event="done", stage="a", parts=ONE, run_id="x").model_dump_json().encode()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    cut = data.draw(st.booleans())
+    text = whole[:at] if cut else whole[:at] + data.draw(st.binary(min_size=1, max_size=3)) + whole[at + 1 :]
+    with contextlib.suppress(UnreadableRecordError):
+        assert parse(text).event in get_args(Happening)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_an_append_happens_or_does_not_whichever_write_fails(tmp_path: Path, crash: bool) -> None:
+    number = 0
+    while True:
+        number += 1
+        folder, disk = tmp_path / str(number), Disk(number, crash=crash)
+        book = ledger(folder)
+        book.append("opened", run_id="r")
+        went = True
+        with pytest.MonkeyPatch.context() as patch:
+            disk.install(patch)
+            try:
+                book.append("running", stage="a", parts=ONE, run_id="x")
+            except (OSError, Crash):
+                went = False
+        read = ledger(folder, Fence(2)).state.stages
+        assert "a" in read or not went, f"what was appended is there, write {number}"
+        later = ledger(folder, Fence(2))
+        later.append("running", stage="b", parts=TWO, run_id="y")
+        assert ledger(folder).state.stages["b"].state == "running"
+        assert ("a" in ledger(folder).state.stages) == ("a" in read)
+        if not disk.failed:
+            break
+    assert number > 4
 
 
 def test_a_reader_gets_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,3 +253,35 @@ def test_a_piece_left_over_behind_the_last_is_not_read(store: Counting, tmp_path
     other, _ = machine(store, tmp_path / "b")
     other.restore()
     assert everything(tmp_path / "b") == everything(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../../outside.jsonl/000000",
+        "r1.files/../../../outside/000000",
+        "/etc/outside.jsonl/000000",
+        "r1.files/a\\b/000000",
+        "notes.txt",
+        "r1.jsonl/x",
+        "r1.files/000000",
+    ],
+)
+def test_hostile_names_in_the_store_lead_nowhere(
+    store: Counting, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, spool = machine(store, tmp_path / "one" / "spool")
+    record(spool, 0, 5)
+    assert first.flush()
+    real = list(store.list("spool/toy/"))
+    # A bucket may list anything; a folder cannot have most of these names.
+    listed = [*real, f"spool/toy/{name}"]
+    monkeypatch.setattr(store, "list", lambda prefix="": iter([n for n in listed if n.startswith(prefix)]))
+    get = store.get_bytes
+    monkeypatch.setattr(store, "get_bytes", lambda n: get(n) if n in real else b"evil")
+    folder = tmp_path / "two" / "spool"
+    second, restored = machine(store, folder)
+    second.restore()
+    assert len(restored.history("r1")) == 5
+    assert not any(path.read_bytes() == b"evil" for path in tmp_path.rglob("outside*") if path.is_file())
+    assert not Path("/etc/outside.jsonl").exists()

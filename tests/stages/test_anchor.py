@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -358,3 +359,14 @@ def test_the_stage_starts_from_the_snapshot_that_its_config_names(refined: Path)
         path, health = config._gram_start(Backbone())  # type: ignore[arg-type]
         known = lineage.read(refined).pick(updates)
         assert (path, health) == (refined / known.file, known.health)
+
+
+@pytest.mark.parametrize("file", ["/etc/hostname", "../secret", "snapshots/../../secret"])
+def test_a_lineage_names_files_of_its_own_artifact_only(tmp_path: Path, refined: Path, file: str) -> None:
+    (tmp_path / "secret").write_text("secret")
+    known = json.loads((refined / "lineage.json").read_text())
+    known["snapshots"][0]["file"] = file
+    (refined / "lineage.json").write_text(json.dumps(known))
+    with pytest.raises(UserError, match="not an object name"):
+        finish(tmp_path / "next", [1], {}, refined)
+    assert "secret" not in [path.read_text() for path in (tmp_path / "next").rglob("*.safetensors")]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -56,6 +58,26 @@ def test_a_tenth_of_the_batches_is_of_one_source(photos: Path) -> None:
     assert all(sum(kinds[start : start + 10]) == 1 for start in range(31))
     assert set(seen) >= set(range(12, 30)), "the mixed batches show all that was chosen"
     assert sum(seen[row] for row in special) == 4 * 8
+
+
+def test_blocks_are_made_of_photos_that_were_moved(photos: Path, tmp_path: Path) -> None:
+    config = Pretrain.model_validate(
+        {**BASE, "model": "vit_femto", "kind": "pretrain", "needs": "x"}
+        | {"crops": {"global_size": 8, "local_size": 8, "num_local": 0}}
+    )
+    before = crop_blocks(config, RECIPE, photos, 3).load(0, 0)
+    there = Path(PhotoIndex.load(photos)[0].root)
+    shutil.copytree(there, tmp_path / "new")
+    shutil.copytree(photos, tmp_path / "index")
+    index = PhotoIndex.load(photos)
+    rows = [replace(index[row], root="/nowhere") for row in range(len(index))]
+    PhotoIndex(rows).save(tmp_path / "index")
+    after = crop_blocks(config, RECIPE, tmp_path / "index", 3, roots={"photos": str(tmp_path / "new")}).load(
+        0, 0
+    )
+    assert (before.ids == after.ids).all()
+    for name, array in before.arrays.items():
+        assert (after.arrays[name] == array).all()
 
 
 TRIPLES = [

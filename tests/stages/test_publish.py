@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -22,7 +23,7 @@ from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
 from orchestrator.stages.publish import Publish
-from orchestrator.store.artifact import Artifact, Manifest
+from orchestrator.store.artifact import Artifact, FileEntry, Manifest
 from orchestrator.tracking import registry
 from orchestrator.tracking.connect import connect
 from orchestrator.tracking.runs import NullRun, Run, Tracking
@@ -296,3 +297,23 @@ def test_a_student_may_have_a_dot_in_its_name(tracked: tuple[str, Tracking], tmp
     (tmp_path / "distill" / "students" / "femto").rename(tmp_path / "distill" / "students" / "vit-s.16")
     assert Publish(kind="publish", names="vit-s.16").run(now) == {"published": 1.0}
     assert int(MlflowClient(uri, uri).get_model_version_by_alias("dotted-vit-s.16", "champion").version) == 1
+
+
+def test_a_student_that_is_not_what_was_trained_is_not_published(
+    tracked: tuple[str, Tracking], tmp_path: Path
+) -> None:
+    uri, tracking = tracked
+    now = context(tmp_path, "bits", tracking.run("publish"))
+    students = now.inputs["students"]
+    name = "students/femto/model/model.safetensors"
+    weights = students.path / name
+    entry = FileEntry(size=weights.stat().st_size, sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+    manifest = students.manifest.model_copy(update={"files": {name: entry}})
+    now = replace(now, inputs={**now.inputs, "students": replace(students, manifest=manifest)})
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors is not the file that was trained"):
+        Publish(kind="publish", names=("femto",)).run(now)
+    with pytest.raises(UserError, match="no model 'bits-femto'"):
+        registry.pull("bits-femto@champion", tmp_path / "out", uri)

@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from orchestrator.store.artifact import Artifact, ArtifactStore
+from orchestrator.errors import UserError
+from orchestrator.store.artifact import Artifact, ArtifactStore, DamagedError
+from orchestrator.store.digests import DIGESTS, Digests
 from orchestrator.store.local import LocalStore
 
 KEY = "0123456789abcdef" * 4
+ENTRY = {"size": 0, "sha256": "0" * 64}
 
 
 @pytest.fixture
@@ -90,6 +95,113 @@ def test_only_a_deep_check_sees_a_flipped_byte(artifacts: ArtifactStore) -> None
     path.write_text("weightz")
     assert artifacts.verify("pretrain", KEY) == []
     assert "sha256" in artifacts.verify("pretrain", KEY, deep=True)[0]
+
+
+def test_a_flipped_byte_is_seen_by_whoever_reads_and_mended_by_whoever_publishes(
+    artifacts: ArtifactStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = publish(artifacts)
+    assert artifacts.fetch(made) == made.path
+    (made.path / "sub" / "model.safetensors").write_text("weightz")
+    with pytest.raises(DamagedError, match=r"sub/model\.safetensors: content differs") as caught:
+        artifacts.fetch(made)
+    assert len(caught.value.problems) == 1
+    assert artifacts.intact("pretrain", KEY) is None
+    assert "is damaged and will be made again" in caplog.text
+    assert (publish(artifacts, "weights").path / "sub" / "model.safetensors").read_text() == "weights"
+    assert artifacts.intact("pretrain", KEY) is not None
+
+
+def test_a_file_is_read_once_as_long_as_it_does_not_change(artifacts: ArtifactStore) -> None:
+    made = publish(artifacts)
+    for path in made.path.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))
+    artifacts.fetch(made)
+    before = DIGESTS.bytes_read
+    for _ in range(3):
+        artifacts.fetch(made)
+        ArtifactStore(LocalStore(artifacts.store.root)).intact("pretrain", KEY)
+        publish(artifacts, "whatever else")
+    whatever_was_published = 3 * len("{}" + "whatever else")
+    assert DIGESTS.bytes_read - before <= whatever_was_published
+    (made.path / "config.json").write_text("[]")
+    with pytest.raises(DamagedError, match=r"config\.json"):
+        artifacts.fetch(made)
+
+
+def test_a_changed_file_is_read_again_though_it_looks_the_same(tmp_path: Path) -> None:
+    """Two writes within a tick of the file system's clock leave the same size, inode and time."""
+    digests, path = Digests(), tmp_path / "file"
+    now = time.time_ns() + 10**9
+    path.write_text("one")
+    os.utime(path, ns=(now, now))
+    first = digests.of(path)
+    path.write_text("two")
+    os.utime(path, ns=(now, now))
+    assert digests.of(path) != first
+
+
+def test_surplus_files_are_damage(artifacts: ArtifactStore) -> None:
+    made = publish(artifacts)
+    (made.path / "sub" / "extra").write_text("")
+    assert artifacts.find("pretrain", KEY) is None
+    assert artifacts.examine(f"artifacts/pretrain-{KEY[:16]}/") == [
+        f"artifacts/pretrain-{KEY[:16]}/sub/extra: is not in the manifest"
+    ]
+    publish(artifacts)
+    assert sorted(path.name for path in made.path.rglob("*.*")) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": {}}, "lists no files"),
+        ({"files": {"/etc/out": ENTRY}}, "not an object name"),
+        ({"files": {"../out": ENTRY}}, "not an object name"),
+        ({"files": {"manifest.json": ENTRY}}, "does not list itself"),
+        ({"files": {"config.json": {"size": -1, "sha256": "0" * 64}}}, "greater than or equal to 0"),
+        ({"files": {"config.json": {"size": 2, "sha256": "x"}}}, "match pattern"),
+        ({"key": "f" * 64}, "is that of"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_damage(
+    artifacts: ArtifactStore, change: dict[str, object], said: str
+) -> None:
+    manifest = publish(artifacts).path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    assert artifacts.find("pretrain", KEY) is None
+    [problem] = artifacts.examine(f"artifacts/pretrain-{KEY[:16]}/")
+    assert said in problem
+    assert "\n" not in problem
+    publish(artifacts)
+    assert artifacts.examine(f"artifacts/pretrain-{KEY[:16]}/") == []
+
+
+def test_a_later_versions_fields_are_kept_and_its_format_is_left_alone(artifacts: ArtifactStore) -> None:
+    manifest = publish(artifacts).path / "manifest.json"
+    written = json.loads(manifest.read_text())
+    assert written["format"] == 1
+    del written["format"]
+    manifest.write_text(json.dumps(written | {"signature": "abc"}))
+    found = artifacts.find("pretrain", KEY)
+    assert found is not None, "a manifest of an earlier version has no format"
+    assert json.loads(found.manifest.model_dump_json())["signature"] == "abc"
+
+    manifest.write_text(json.dumps(written | {"format": 2, "files": []}))
+    for use in (lambda: artifacts.find("pretrain", KEY), lambda: publish(artifacts)):
+        with pytest.raises(UserError, match="format 2, and this version reads formats up to 1") as caught:
+            use()
+        assert "manifest.json" in str(caught.value.where)
+    assert json.loads(manifest.read_text())["format"] == 2
+
+
+def test_an_empty_folder_is_no_artifact(artifacts: ArtifactStore) -> None:
+    with pytest.raises(ValueError, match="at least one file"):
+        artifacts.publish("pretrain", KEY, artifacts.staging("x"))
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"kind": "pretrain"}'])

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickletools
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from mlflow import MlflowClient
 from safetensors.numpy import load_file, save_file
 
 from orchestrator.errors import UserError
-from orchestrator.tracking import registry
+from orchestrator.tracking import moved, registry
 from orchestrator.tracking.runs import NullRun, SpooledRun, Tracking
 
 LINEAGE = {"dataset": "food", "key.pretrain": "ab12"}
@@ -124,6 +128,121 @@ def test_pull_overwrites_nothing_and_trusts_nothing(run: SpooledRun, uri: str, t
     with pytest.raises(UserError):
         registry.pull("food-vit@best", tmp_path / "out", uri)
     assert not (tmp_path / "out").exists()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_is_not_what_was_trained_is_not_published(
+    run: SpooledRun, client: MlflowClient, tmp_path: Path
+) -> None:
+    folder = model(tmp_path / "model")
+    digests = {path.name: sha256(path) for path in folder.iterdir()}
+    (folder / "README.md").write_text("a card is written later")
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"model\.safetensors is not the file that was trained"):
+        registry.publish(run, "food-vit", folder, {}, "best", digests=digests)
+    assert list(client.search_registered_models()) == []
+
+
+def test_a_file_that_changes_while_it_is_published_is_not_pulled(
+    run: SpooledRun, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model(tmp_path / "model")
+    digests = {path.name: sha256(path) for path in folder.iterdir()}
+    create = registry._create
+
+    def late(*args: Any) -> int:
+        (folder / "config.json").write_text("{}")
+        return create(*args)
+
+    monkeypatch.setattr(registry, "_create", late)
+    registry.publish(run, "food-vit", folder, {}, "best", digests=digests)
+    with pytest.raises(UserError, match="not those that were published"):
+        registry.pull("food-vit@best", tmp_path / "out", uri)
+
+
+@pytest.mark.parametrize("kind", ["link", "suffix", "elsewhere"])
+def test_a_registry_that_gives_more_than_a_model_is_refused(
+    run: SpooledRun, uri: str, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.artifacts
+
+    registry.publish(run, "food-vit", model(tmp_path / "model"), {}, "best")
+    (tmp_path / "precious").mkdir()
+    download = mlflow.artifacts.download_artifacts
+
+    def hostile(*args: Any, **options: Any) -> str:
+        folder = Path(download(*args, **options))
+        if kind == "link":
+            (folder / "README.md").symlink_to("/etc/hostname")
+        elif kind == "suffix":
+            (folder / "run.py").write_text("print()")
+        return str(tmp_path / "precious" if kind == "elsewhere" else folder)
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", hostile)
+    with pytest.raises(UserError, match="more than a model's files"):
+        registry.pull("food-vit@best", tmp_path / "out", uri)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "precious").is_dir()
+
+
+def test_a_registry_whose_folder_was_copied_reads_and_writes_there(
+    run: SpooledRun, uri: str, tmp_path: Path, start: Callable[[], Tracking]
+) -> None:
+    registry.publish(run, "food-vit", model(tmp_path / "model"), {}, "best")
+    run.file(tmp_path / "model" / "config.json", "things")
+    run.finish("FINISHED")
+    assert start().close()
+    shutil.copytree(tmp_path / "runs", tmp_path / "copy")
+    shutil.copytree(tmp_path / "spool", tmp_path / "spool-copy")
+    (tmp_path / "runs").rename(tmp_path / "gone")
+
+    there = f"sqlite:///{tmp_path}/copy/mlflow.db"
+    out = registry.pull("food-vit@best", tmp_path / "out", there)
+    assert sha256(out / "model.safetensors") == sha256(tmp_path / "model" / "model.safetensors")
+    with Tracking(there, "food", tmp_path / "spool-copy") as tracking:
+        later = tracking.run("later")
+        assert registry.publish(later, "food-vit", model(tmp_path / "other", 2.0), {}, "best") == 2
+        later.file(tmp_path / "other" / "config.json", "things")
+        later.finish("FINISHED")
+    assert not (tmp_path / "runs").exists(), "nothing is written to the old place"
+    assert len(list((tmp_path / "copy" / "mlartifacts").rglob("config.json"))) == 4
+    with sqlite3.connect(tmp_path / "copy" / "mlflow.db") as database:
+        for table, column in moved._COLUMNS:
+            rows = database.execute(f"SELECT {column} FROM {table} WHERE {column} IS NOT NULL").fetchall()
+            assert not [one for (one,) in rows if f"{tmp_path}/runs/" in one], (table, column)
+
+
+def test_files_that_are_not_beside_the_database_are_not_looked_for_there(
+    run: SpooledRun, uri: str, tmp_path: Path
+) -> None:
+    registry.publish(run, "food-vit", model(tmp_path / "model"), {}, "best")
+    (tmp_path / "other").mkdir()
+    shutil.copyfile(tmp_path / "runs" / "mlflow.db", tmp_path / "other" / "mlflow.db")
+    there = f"sqlite:///{tmp_path}/other/mlflow.db"
+    assert (registry.pull("food-vit@best", tmp_path / "a", there) / "config.json").is_file()
+    (tmp_path / "other" / "mlartifacts").mkdir()
+    assert (registry.pull("food-vit@best", tmp_path / "b", there) / "config.json").is_file()
+    out = registry.pull("food-vit@best", tmp_path / "c", there, str(tmp_path / "runs"))
+    assert (out / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("address", "root"),
+    [
+        ("file:///a/mlartifacts/1/x", "file:///a/mlartifacts"),
+        ("file:///a/mlartifacts", "file:///a/mlartifacts"),
+        ("s3://b/mlartifacts/p/mlartifacts/x", "s3://b/mlartifacts/p/mlartifacts"),
+        ("s3://b/mlartifacts-old/x", None),
+        ("mlflow-artifacts:/1/x", None),
+    ],
+)
+def test_roots_of_addresses(address: str, root: str | None) -> None:
+    assert moved.root_of(address) == root
 
 
 def test_only_models_without_pickles_are_published(run: SpooledRun, tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""`orchestrator verify`: every byte of a store, compared with what the store itself says about it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.text import Text
+
+from orchestrator.elastic import saved as form
+from orchestrator.elastic.saved import COMMIT, CheckpointError
+from orchestrator.errors import UserError
+from orchestrator.pipeline import ledger
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.process import Who
+from orchestrator.store.artifact import ArtifactStore
+from orchestrator.store.local import Store
+from orchestrator.store.open import is_remote, open_store
+
+_CHECKPOINT = re.compile(rf"work/(?:.+/)?checkpoints/step-\d{{8,}}/{re.escape(COMMIT)}")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: its name in the store, and what is wrong with it, a line each.
+
+    `finished` is False for what was never finished: it is no damage, and the next run clears it away.
+    """
+
+    name: str
+    problems: tuple[str, ...] = ()
+    finished: bool = True
+
+
+def verify(console: Console, target: str) -> bool:
+    """Print what is damaged in a store; True if nothing is.
+
+    Args:
+        target: a pipeline file, or the address of a store.
+
+    Raises:
+        UserError: there is no such file or store.
+    """
+    store = open_store(_uri(target))
+    checked, damaged = 0, 0
+    for finding in examine(store):
+        checked += finding.finished
+        damaged += bool(finding.problems)
+        for problem in finding.problems:
+            console.print(Text("✗", "red").append(f" {problem}", "default"), soft_wrap=True)
+        if not finding.finished:
+            text = f"! {finding.name} was never finished: it counts for nothing"
+            console.print(Text(text, style="yellow"), soft_wrap=True)
+    if damaged:
+        line = (
+            f" {damaged} of {checked} things in {store.uri} are damaged. The next run makes artifacts anew."
+        )
+        console.print(Text("✗", "red").append(line, "default"), soft_wrap=True)
+    else:
+        line = f" all {checked} artifacts, checkpoints and records in {store.uri} are whole"
+        console.print(Text("✓", "green").append(line, "default"), soft_wrap=True)
+    return damaged == 0
+
+
+def examine(store: Store) -> Iterator[Finding]:
+    """Everything in a store that says what it should be, in turn."""
+    artifacts = ArtifactStore(store)
+    for prefix in artifacts.prefixes():
+        try:
+            yield Finding(prefix, tuple(artifacts.examine(prefix)))
+        except FileNotFoundError:
+            yield Finding(prefix, finished=False)
+    for name in store.list("work/"):
+        if _CHECKPOINT.fullmatch(name):
+            yield Finding(name, tuple(_checkpoint(store, name)))
+    for name in store.list("ledger/"):
+        if ledger.is_event(name):
+            yield Finding(name, tuple(_event(store, name)))
+    for name in store.list("holds/"):
+        if name.endswith(".door"):
+            yield Finding(name, tuple(_door(store, name)))
+
+
+def _uri(target: str) -> str:
+    if is_remote(target):
+        return target
+    path = Path(target.removeprefix("file://")).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        uri = load(path, needs_data=False).spec.store
+        if is_remote(uri) or Path(uri.removeprefix("file://")).expanduser().is_dir():
+            return uri
+        raise UserError(f"there is no store at {uri}: the pipeline never ran", where=str(path))
+    raise UserError(
+        f"there is no pipeline file and no store at {target}",
+        where=str(path),
+        hint="name a pipeline file, the folder of a store, or s3://bucket/prefix",
+    )
+
+
+def _checkpoint(store: Store, name: str) -> Iterator[str]:
+    folder = name.removesuffix(COMMIT)
+    try:
+        saved = form.parse(store.get_bytes(name), Path(folder))
+    except FileNotFoundError:  # removed meanwhile, by a driver
+        return
+    except CheckpointError as error:
+        yield f"{name}: {error}"
+        return
+    for file, entry in sorted(saved.files.items()):
+        with _at_hand(store, f"{folder}{file}") as path:
+            wrong = form.problem(path, entry)
+        if wrong and store.stat(name) is not None:
+            yield f"{folder}{file}: {wrong}"
+
+
+@contextlib.contextmanager
+def _at_hand(store: Store, name: str) -> Iterator[Path]:
+    """The object as a file; one that does not exist if there is none."""
+    if not store.remote:
+        yield store.local(name)
+        return
+    temporary = store.scratch("verify")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            store.get_file(name, temporary)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _event(store: Store, name: str) -> Iterator[str]:
+    try:
+        ledger.parse(store.get_bytes(name))
+    except FileNotFoundError:
+        return
+    except ledger.UnreadableRecordError as error:
+        yield f"{name}: {error}"
+
+
+def _door(store: Store, name: str) -> Iterator[str]:
+    try:
+        Who.model_validate_json(store.get_bytes(name))
+    except FileNotFoundError:
+        return
+    except ValidationError:
+        yield f"{name}: does not say whose it is"

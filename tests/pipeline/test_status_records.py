@@ -1,0 +1,42 @@
+"""`status` and records that say less, or other things, than this version writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.pipeline.ledger import StageState
+from orchestrator.pipeline.status import _attempts, _goodput, _ray_train
+from orchestrator.tracking.spool import Spool
+
+WHOLE = {"name": "toy/a", "status": "RUNNING", "workers": "1-2", "num_attempts": 1, "attempts": "[]"}
+
+
+@pytest.mark.parametrize("lacking", [None, *WHOLE])
+def test_a_run_that_says_too_little_is_not_shown(tmp_path: Path, lacking: str | None) -> None:
+    spool = Spool(tmp_path)
+    spool.post("r", "open", name="a", parent=None)
+    tags = {f"ray_train.{name}": value for name, value in WHOLE.items() if name != lacking}
+    spool.post("r", "tags", tags=tags)
+    assert len(_ray_train(spool, StageState("a", run_id="r"))) == (lacking is None)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("garbage", 0),
+        ("{}", 0),
+        ("[7, {}]", 0),
+        ('[{"status": "x", "workers": 1, "failed_ranks": []}, {"status": "y", "failed_ranks": 7}]', 1),
+    ],
+)
+def test_attempts(text: str, count: int) -> None:
+    assert len(_attempts(text)) == count
+
+
+def test_goodput_without_all_causes(tmp_path: Path) -> None:
+    spool, metrics = Spool(tmp_path), dict[str, Any](goodput=0.5)
+    spool.append("r", 1, metrics, channel="goodput")
+    assert _goodput(spool, StageState("a", run_id="r")) == ""

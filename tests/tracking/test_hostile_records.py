@@ -1,0 +1,163 @@
+"""Records come back out of a store that others can write to: they lead nowhere, and cost at most themselves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from orchestrator.tracking.flush import Flusher, Progress, progress
+from orchestrator.tracking.sink import MlflowSink, RejectedError, _copy_of
+from orchestrator.tracking.spool import Spool
+
+
+class Sink(MlflowSink):
+    """Takes everything and keeps it, and looks at files' names as the real one does."""
+
+    def __init__(self) -> None:
+        super().__init__("sqlite:///none.db", "none")
+        self.taken: list[Any] = []
+
+    def open(self, run_id: str, record: Any, known: str | None, parent: str | None) -> str:
+        return "m"
+
+    def metrics(self, mlflow_id: str, records: Any) -> None:
+        self.taken += [record["step"] for record in records]
+
+    def apply(self, mlflow_id: str, record: Any, files: Path) -> None:
+        if record["op"] == "file":
+            self.taken.append(_copy_of(record, files)[0])
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    return Spool(tmp_path / "spool")
+
+
+def send(spool: Spool) -> list[Any]:
+    sink = Sink()
+    flusher = Flusher(spool, sink)
+    assert flusher.drain(5.0), "nothing holds up the rest"
+    flusher.stop(5.0)
+    return sink.taken
+
+
+@pytest.mark.parametrize(
+    ("copy", "name"),
+    [
+        ("..", "x"),
+        ("../..", "x"),
+        ("/", "etc/passwd"),
+        ("a", "/etc/passwd"),
+        ("a", "../../x"),
+        ("", "x"),
+        ("a", ""),
+    ],
+)
+def test_a_file_record_neither_uploads_nor_removes_anything_else(
+    spool: Spool, tmp_path: Path, copy: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x").write_text("precious")
+    spool.post("run", "open", name="run", parent=None)
+    spool.post("run", "file", copy=copy, name=name, folder=None)
+    spool.append("run", 1, {"loss": 1.0})
+    assert send(spool) == [1]
+    assert "not an object name" in caplog.text
+    assert (tmp_path / "x").read_text() == "precious"
+    assert spool.size("run") > 0
+
+
+def test_a_folder_in_mlflow_is_below_the_runs(tmp_path: Path) -> None:
+    with pytest.raises(RejectedError, match="not an object name"):
+        _copy_of({"copy": "a", "name": "b", "folder": "../../other-run"}, tmp_path)
+
+
+def test_a_parent_that_is_no_run_is_refused(spool: Spool) -> None:
+    spool.post("run", "open", name="run", parent="../../x")
+    spool.append("run", 1, {"loss": 1.0})
+    assert send(spool) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{", b"null", b"[]", b'{"op": 7}', b'{"op": "metrics", "time_ms": 1}', b'{"op": "finish", "time_ms": 1}',
+        b'{"op": "metrics", "channel": "train", "step": "x", "metrics": {}, "time_ms": 1}',
+        b'{"op": "metrics", "channel": "train", "step": 1, "metrics": {"a": []}, "time_ms": 1}',
+        b"\xff\xfe", b"[" * 20_000, b"a\rb", b"",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("last", [False, True])
+def test_a_line_that_is_no_record_costs_itself_and_is_said_once(
+    spool: Spool, line: bytes, last: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool.post("run", "open", name="run", parent=None)
+    for step in (1, 2):
+        spool.append("run", step, {"loss": 1.0})
+    path = spool.path("run")
+    lines = path.read_bytes().splitlines()
+    lines.insert(3 if last else 2, line)
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    later = Spool(spool.folder)
+    assert [record["step"] for record in later.history("run")] == [1, 2]
+    with caplog.at_level(logging.WARNING):
+        assert send(later) == [1, 2]
+    said = [record for record in caplog.records if "run.jsonl" in record.getMessage()]
+    assert len(said) == 1
+    assert later.append("run", 3, {"loss": 1.0})
+
+
+def test_kinds_and_fields_of_later_versions_are_no_damage(spool: Spool) -> None:
+    spool.post("run", "open", name="run", parent=None, mood="fine")
+    spool.post("run", "dance", steps=3)
+    assert [record["op"] for record, _ in spool.read("run")] == ["open", "dance"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"mlflow_run_id": "m", "offset": 7, "mood": "fine"}', Progress("m", 7)),
+        ('{"mlflow_run_id": "m", "offset": -7}', Progress()),
+        ('{"mlflow_run_id": 3, "offset": 7}', Progress()),
+        ("null", Progress()),
+        ("\x00", Progress()),
+    ],
+)
+def test_notes_of_progress(spool: Spool, text: str, found: Progress) -> None:
+    spool.folder.mkdir()
+    (spool.folder / "run.progress").write_text(text)
+    assert progress(spool, "run") == found
+
+
+def test_files_that_are_no_runs_are_left_alone(spool: Spool) -> None:
+    spool.append("run", 1, {"loss": 1.0})
+    (spool.folder / "not a run!.jsonl").write_text("{}\n")
+    assert spool.run_ids() == ["run"]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["op", "step", "metrics", "channel", "time_ms", "copy", "name"]),
+                inner,
+                max_size=6,
+            )
+        ),
+    )
+)
+def test_no_json_is_too_strange(tmp_path: Path, value: Any) -> None:
+    spool = Spool(tmp_path / "fuzz")
+    spool.folder.mkdir(exist_ok=True)
+    spool.path("run").write_text(json.dumps(value) + "\n")
+    spool.history("run")
+    spool.children("run")
+    spool.open_children("run")
