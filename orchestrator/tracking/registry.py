@@ -218,7 +218,7 @@ def _require_plain(folder: Path, staging: Path, reference: str) -> None:
     strange = [
         path for path in folder.rglob("*") if path.is_symlink() or not (path.is_dir() or path.is_file())
     ]
-    strange += [path for path in _files(folder) if path.suffix not in _SUFFIXES]
+    strange += _no_model_files(folder)
     if not folder.resolve().is_relative_to(staging.resolve()) or strange:
         what = strange[0].relative_to(folder) if strange else folder
         raise UserError(f"{reference} holds more than a model's files: {what}", where=reference)
@@ -228,10 +228,13 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if not path.is_dir())
 
 
+def _no_model_files(folder: Path) -> list[Path]:
+    return [path for path in _files(folder) if path.suffix not in _SUFFIXES and path != folder / _MLMODEL]
+
+
 def _require_model(folder: Path) -> None:
     files = _files(folder)
-    strange = [path for path in files if path.suffix not in _SUFFIXES and path != folder / _MLMODEL]
-    if strange:
+    if strange := _no_model_files(folder):
         raise ValueError(f"a published model holds {', '.join(_SUFFIXES)} files only, not {strange[0]}")
     if folder / "config.json" not in files or not any(path.suffix == ".safetensors" for path in files):
         raise ValueError(f"{folder} holds no model: config.json and a safetensors file are needed")

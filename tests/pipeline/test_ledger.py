@@ -115,7 +115,9 @@ def test_the_newest_that_was_made_is_kept_beside_the_newest_key(tmp_path: Path) 
     book.append("running", stage="a", parts=TWO, run_id="y")
     book.append("failed", stage="a", parts=TWO, run_id="y")
     stage = ledger(tmp_path).state.stages["a"]
-    assert (stage.parts, stage.made) == (TWO, ONE)
+    assert stage.parts is not None
+    assert stage.made is not None
+    assert (stage.parts.key, stage.made.key) == (TWO.key, ONE.key)
 
 
 def names(folder: Path) -> list[str]:

@@ -142,6 +142,12 @@ def check_datasets(root: MlflowRun, curate: MlflowRun, pretrain: MlflowRun) -> N
     assert {tag.key: tag.value for tag in given.tags} == {"mlflow.data.context": "training", "digest": key}
 
 
+@pytest.fixture(autouse=True)
+def own_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `mlflow.set_tracking_uri` leaves in the environment ends with the test."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+
+
 def check_model(client: MlflowClient, pretrain: MlflowRun) -> None:
     (output,) = pretrain.outputs.model_outputs
     model = client.get_logged_model(output.model_id)
