@@ -319,11 +319,22 @@ class Elastic(Strict):
         return self.model_copy(update=update)
 
 
+# 108-megapixel telephones and 102-megapixel cameras are below it.
+MAX_PIXELS = 120_000_000
+
+
 class DataSource(Strict):
     """A folder of images. `captions` is a CSV with a `file` column and, as there are, `caption` and `label`."""
 
     path: Path
     captions: Path | None = None
+    max_pixels: int = Field(
+        MAX_PIXELS,
+        ge=1,
+        le=2**31 - 1,
+        description="The largest width × height, in pixels, that a picture may have. Larger ones are left out: the "
+        "header says the size, before anything is decoded.",
+    )
 
 
 class Tracking(Strict):

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from orchestrator.errors import UserError
+from orchestrator.spec import MAX_PIXELS
 
 FILE = "index.parquet"
 
@@ -51,6 +52,11 @@ class PhotoRow:
     component: str = "pool"
     cluster: int = -1
     duplicate_of: str | None = None
+
+    @property
+    def max_pixels(self) -> int:
+        """The largest width × height at which the file can still be the picture that was indexed."""
+        return max(MAX_PIXELS, self.width * self.height)
 
 
 class PhotoIndex:
