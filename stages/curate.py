@@ -58,6 +58,7 @@ class Curate(Stage):
     near_duplicate: float = Field(
         3.0,
         ge=0,
+        le=255,
         description="grey levels by which 32×32 thumbnails of one photo may differ, root mean square",
     )
 
@@ -113,7 +114,9 @@ class Curate(Stage):
         draw_clusters(index, distances, context.out / "clusters.png")
         context.run.file(context.out / "clusters.png", "curation")
         if others:
-            reasons = "; ".join(f"{count} × {reason}" for reason, count in report["left_out_by_reason"].items())
+            reasons = "; ".join(
+                f"{count} × {reason}" for reason, count in report["left_out_by_reason"].items()
+            )
             logger.warning("%s: %d files are not taken for photos: %s", context.name, len(others), reasons)
         summary = ("images", "unique", "corrupt", "duplicates", "clusters")
         return {name: float(report[name]) for name in summary}

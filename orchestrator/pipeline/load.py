@@ -17,7 +17,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.errors import UserError, nearest
+from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.pipeline import yamlfile
 from orchestrator.pipeline.complaints import complaints
 from orchestrator.spec import RENAMED, Elastic, Pipeline
@@ -27,7 +27,9 @@ from orchestrator.tracking.connect import absolute_uri
 
 logger = logging.getLogger("orchestrator")
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,99}")
+# Mistakes that are shown at once.
+_COMPLAINTS = 20
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,20 @@ def load(
     Raises:
         UserError: anything wrong with the file, all complaints in one.
     """
+    try:
+        return _load(Path(path), overrides, needs_data, stage_type)
+    except UserError:
+        raise
+    except Exception as error:
+        # A value that no check expected, such as a path that the system refuses. The file is still the user's to mend.
+        logger.debug("while %s was read", path, exc_info=True)
+        what = f"the pipeline file cannot be used: {type(error).__name__}: {error}"
+        raise UserError(shortened(what, 500), where=str(path)) from error
+
+
+def _load(path: Path, overrides: Sequence[str], needs_data: bool, stage_type: Any) -> LoadedPipeline:
     stages: Any = _all_stages() if stage_type is None else stage_type
-    document = yamlfile.read(Path(path), overrides)
+    document = yamlfile.read(path, overrides)
     _rename_old_keys(document)
     model = Pipeline[stages]
     try:
@@ -117,7 +131,10 @@ def _all_stages() -> Any:
 def _joined(errors: list[UserError]) -> UserError:
     if len(errors) == 1:
         return errors[0]
-    return UserError("\n".join(str(error) for error in errors))
+    shown = [str(error) for error in errors[:_COMPLAINTS]]
+    if len(errors) > _COMPLAINTS:
+        shown.append(f"and {len(errors) - _COMPLAINTS} more mistakes")
+    return UserError("\n".join(shown))
 
 
 def _check(loaded: LoadedPipeline) -> list[UserError]:
@@ -131,8 +148,10 @@ def _check(loaded: LoadedPipeline) -> list[UserError]:
         if not _NAME.fullmatch(name):
             section = "stages" if name in spec.stages else "data"
             where = loaded.document.where((section, name), value=False)
-            hint = "use a-z, 0-9, - and _, starting with a letter or digit"
-            problems.append(UserError(f"{name!r} is not a usable name", where=where, hint=hint))
+            hint = "use up to 100 of a-z, 0-9, - and _, starting with a letter or digit"
+            problems.append(
+                UserError(f"{shortened(name, 80)!r} is not a usable name", where=where, hint=hint)
+            )
     for name, stage in spec.stages.items():
         for source_name in stage.data_sources():
             if source_name not in spec.data:
