@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -213,6 +214,7 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool) -> None:
     from orchestrator.pipeline.plan import resolve
     from orchestrator.pipeline.reporter import Reporter
     from orchestrator.pipeline.workspace import Workspace
+    from orchestrator.pipeline.yamlfile import without_secrets
 
     loaded = load(file, overrides)
     stages = resolve(loaded)
@@ -222,7 +224,7 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool) -> None:
             where=f"store {loaded.spec.store}",
             hint=f"start it with: orchestrator run {file}",
         )
-    again = " ".join(["orchestrator run", str(file), *overrides])
+    again = shlex.join(["orchestrator", "run", str(file), *map(without_secrets, overrides)])
     raise typer.Exit(execute(loaded, stages, Reporter(_console(), again)))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from orchestrator.redact import redacted
+
 # Of two names, by difflib's ratio: `pretrian` is pretrain, `init` is not kind.
 _LIKENESS = 0.6
 _LONGEST_NAME = 200
@@ -33,7 +35,7 @@ class UserError(Exception):
             lines.append(f"  at   {self.where}")
         if self.hint:
             lines.append(f"  hint {self.hint}")
-        return "\n".join(shortened(line) for line in "\n".join(lines).split("\n"))
+        return "\n".join(shortened(line) for line in redacted("\n".join(lines)).split("\n"))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process boundaries; the default would lose the keyword arguments.

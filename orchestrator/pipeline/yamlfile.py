@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.redact import redacted
 
 KeyPath = tuple[str | int, ...]
 
@@ -58,11 +59,11 @@ class Document:
             shown = f"{dotted} = {show(found)}"
         inside = [name for name in self.overrides if path and name[: len(path)] == path]
         if inside and path not in self.lines:
-            return f"command line `{_without_secrets(self.overrides[inside[0]])}`  {shown}"
+            return f"command line `{without_secrets(self.overrides[inside[0]])}`  {shown}"
         for length in range(len(path), -1, -1):
             prefix = path[:length]
             if prefix in self.overrides:
-                return f"command line `{_without_secrets(self.overrides[prefix])}`  {shown}"
+                return f"command line `{without_secrets(self.overrides[prefix])}`  {shown}"
             if prefix in self.lines:
                 file = self.files.get(prefix, self.path)
                 return f"{file}:{self.lines[prefix]}  {shown}".rstrip()
@@ -359,10 +360,10 @@ def is_private(path: KeyPath) -> bool:
     return _PRIVATE in path
 
 
-def _without_secrets(override: str) -> str:
-    """An override as a message may show it."""
+def without_secrets(override: str) -> str:
+    """An override as a message or a command may show it."""
     name, equals, _ = override.partition("=")
-    return f"{name}{equals}…" if _PRIVATE in override else override
+    return f"{name}{equals}…" if _PRIVATE in override else redacted(override)
 
 
 def _is_container(value: Any) -> bool:
@@ -372,7 +373,7 @@ def _is_container(value: Any) -> bool:
 def _apply(document: Document, override: str) -> None:
     """Apply one `key.path=value`; the value is YAML."""
     name, equals, text = override.partition("=")
-    where = f"command line `{_without_secrets(override)}`"
+    where = f"command line `{without_secrets(override)}`"
     parts = name.strip().split(".")
     if not equals or not all(parts):
         raise UserError(
