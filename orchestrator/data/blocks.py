@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,13 @@ class BlockSource(Protocol):
     num_blocks: int
 
     def load(self, step: int, index: int) -> Block: ...
+
+
+@runtime_checkable
+class TellsTroubles(Protocol):
+    """A source that met something which the user should hear of, and which does not stop the training."""
+
+    def take_troubles(self) -> list[str]: ...
 
 
 class CropBlocks:
@@ -134,6 +141,10 @@ class CropBlocks:
         if self._patch_size is not None:
             arrays["masks"] = self._masks(step, index, config, self._patch_size)
         return Block(step, index, np.array(ids, np.int64), arrays)
+
+    def take_troubles(self) -> list[str]:
+        """See :meth:`Pictures.take_troubles`."""
+        return self._pictures.take_troubles()
 
     def _masks(self, step: int, index: int, config: CropConfig, patch_size: int) -> NDArray[np.bool_]:
         grid = config.global_size // patch_size
@@ -219,6 +230,10 @@ class CaptionBlocks:
             tokens[sample, : len(encoded)] = encoded
             lengths[sample] = len(encoded)
         return Block(step, index, ids, {"images": images, "tokens": tokens, "lengths": lengths})
+
+    def take_troubles(self) -> list[str]:
+        """See :meth:`Pictures.take_troubles`."""
+        return self._pictures.take_troubles()
 
 
 def _num_blocks(order: SampleOrder, block_size: int) -> int:

@@ -14,6 +14,7 @@ from orchestrator.data.decode import UnreadableImage
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.order import SampleOrder, permute
 from orchestrator.data.rng import derive
+from orchestrator.data.source import shown
 from orchestrator.errors import UserError
 
 T = TypeVar("T")
@@ -44,6 +45,12 @@ class Pictures:
         self._index, self._order = index, order
         self._limit = max(1, int(max_unreadable * len(index)))
         self._unreadable: dict[int, str] = {}
+        self._troubles: list[str] = []
+
+    def take_troubles(self) -> list[str]:
+        """What was met since the last call, a line for each picture; for whoever tells the user."""
+        taken, self._troubles = self._troubles, []
+        return taken
 
     def read(
         self, step: int, ids: NDArray[np.int64], place: int, read: Callable[[Path, int], T]
@@ -94,9 +101,10 @@ class Pictures:
         if row in self._unreadable:
             return
         self._unreadable[row] = reason
-        logger.warning(
-            "a photo cannot be read, another one stands for it: %s: %s", self._index.path(row), reason
-        )
+        path = shown(str(self._index.path(row)))
+        what = f"a photo cannot be read, another one stands for it: {path}: {reason}"
+        logger.warning("%s", what)
+        self._troubles.append(what)
         if len(self._unreadable) > self._limit:
             what = f"{len(self._unreadable)} of {len(self._index)} photos cannot be read any more"
             raise self._too_many(list(self._unreadable), what)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.data.blocks import Block
+from orchestrator.data.blocks import Block, TellsTroubles
 from orchestrator.elastic import checkpoint
 from orchestrator.elastic.device import device
 from orchestrator.elastic.engine import Engine
@@ -153,6 +153,9 @@ class _Trainer:
                 loaded = (ahead or pool.submit(self._load, step)).result()
                 self.waited_s = time.monotonic() - asked
                 ahead = pool.submit(self._load, step + 1) if step + 1 < self.job.num_steps else None
+                if isinstance(self.blocks, TellsTroubles):
+                    for what in self.blocks.take_troubles():
+                        self.line.trouble(what)
                 own = [block for block in loaded if block.weight > 0]
                 self.seen[step] = sum(map(_order, own)), sum(block.num_replaced for block in own)
                 yield step, [_to_device(block, self.device) for block in loaded]

@@ -205,6 +205,7 @@ def test_another_photo_stands_for_one_that_cannot_be_read(
     source.load(step, number)
     (said,) = caplog.messages
     assert "07.png" in said
+    assert (source.take_troubles(), source.take_troubles()) == ([said], [])
 
 
 def test_the_stand_in_is_the_same_on_any_worker(index: PhotoIndex, tmp_path: Path) -> None:
