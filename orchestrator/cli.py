@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -331,9 +332,9 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choi
         )
     choice = choice or EVERYTHING
     # What was to be made anew is on record: asked for again, it would start over.
-    chosen = [f"--only {name}" for name in choice.only]
-    chosen += [f"--from {choice.first}"] if choice.first else []
-    chosen += [f"--until {choice.last}"] if choice.last else []
+    chosen = [part for name in choice.only for part in ("--only", name)]
+    chosen += ["--from", choice.first] if choice.first else []
+    chosen += ["--until", choice.last] if choice.last else []
     _execute(loaded, stages, "run", [*overrides, *chosen], choice)
 
 
@@ -346,8 +347,9 @@ def _execute(
 ) -> NoReturn:
     from orchestrator.pipeline.execute import execute
     from orchestrator.pipeline.reporter import Reporter
+    from orchestrator.pipeline.yamlfile import without_secrets
 
-    again = " ".join([f"orchestrator {command}", str(loaded.path), *arguments])
+    again = shlex.join(["orchestrator", command, str(loaded.path), *map(without_secrets, arguments)])
     raise typer.Exit(execute(loaded, stages, Reporter(_console(), again), choice=choice))
 
 

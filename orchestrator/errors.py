@@ -5,6 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from orchestrator.redact import redacted
+
+# Of two names, by difflib's ratio: `pretrian` is pretrain, `init` is not kind.
+_LIKENESS = 0.6
+_LONGEST_NAME = 200
+# Characters of one line of a message.
+_LINE = 1000
+
 
 class UserError(Exception):
     """A mistake the user can mend. The CLI prints it without a traceback and exits with code 2.
@@ -27,7 +35,7 @@ class UserError(Exception):
             lines.append(f"  at   {self.where}")
         if self.hint:
             lines.append(f"  hint {self.hint}")
-        return "\n".join(lines)
+        return "\n".join(shortened(line) for line in redacted("\n".join(lines)).split("\n"))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process boundaries; the default would lose the keyword arguments.
@@ -55,7 +63,24 @@ class ClusterLostError(Exception):
         self.own = own
 
 
+def shortened(text: str, limit: int = _LINE) -> str:
+    """Text for a terminal: control characters escaped, what is beyond the limit cut out of its middle."""
+    # Cut twice: escaping makes texts longer, and there may be much of it.
+    text = _cut(text, limit)
+    return _cut(
+        "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text), limit
+    )
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit * 2 // 3]} … {text[-limit // 4 :]}"
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` was probably meant to be, or None."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    if len(name) > _LONGEST_NAME:
+        return None
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=_LIKENESS)
     return matches[0] if matches else None

@@ -7,6 +7,7 @@ Fields made with :func:`operational` say *how* something runs (worker counts, ch
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,56 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     PlainSerializer,
     SerializationInfo,
     field_serializer,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema
+
+# Where a field of a config says no bounds of its own. Counts fit into 32 bits, other whole
+# numbers into 64, and fractions into float32.
+MAX_COUNT = 2**31 - 1
+MAX_WIDTH = 2**20
+MAX_DEPTH = 4096
+_INT_RANGE = (-(2**63), 2**63 - 1)
+_FLOAT_RANGE = (-1e30, 1e30)
+
+
+def _bound(schema: Any) -> None:
+    """Give every number below a core schema the bounds that it does not have, in place."""
+    if isinstance(schema, (list, tuple)):
+        for item in schema:
+            _bound(item)
+    if not isinstance(schema, dict):
+        return
+    if schema.get("type") in ("int", "float"):
+        if schema["type"] == "float":
+            schema["allow_inf_nan"] = False
+        low, high = _INT_RANGE if schema["type"] == "int" else _FLOAT_RANGE
+        lowest: Any = schema.get("ge", schema.get("gt", -1))
+        if schema["type"] == "int" and lowest >= 0:
+            high = MAX_COUNT
+        if "ge" not in schema and "gt" not in schema:
+            schema["ge"] = low
+        if "le" not in schema and "lt" not in schema:
+            schema["le"] = high
+    for name, inner in schema.items():
+        # What is in `metadata` or a default is no schema.
+        if name in (
+            "schema",
+            "fields",
+            "items_schema",
+            "choices",
+            "keys_schema",
+            "values_schema",
+            "definitions",
+        ):
+            _bound(
+                list(inner.values()) if name in ("fields", "choices") and isinstance(inner, dict) else inner
+            )
 
 
 class Strict(BaseModel):
@@ -35,6 +80,17 @@ class Strict(BaseModel):
         """What decides the result: every field that is not operational, as plain JSON types, recursively."""
         identity: dict[str, Any] = _identity(self)
         return identity
+
+
+class Settings(Strict):
+    """What users write: every number in it, at any depth, is finite and has bounds, its field's own or these here."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The model's schema, with bounds for every number in it."""
+        schema = handler(source)
+        _bound(schema)
+        return schema
 
 
 def operational(default: Any, **kwargs: Any) -> Any:
@@ -123,7 +179,7 @@ def _bytes(value: Any) -> Any:
     return int(float(number[1]) * _BYTES[number[2].upper()])
 
 
-class Resources(Strict):
+class Resources(Settings):
     """What the slot of one worker asks Ray for; all of it operational. What is left out has a default."""
 
     gpu: float | None = operational(
@@ -209,7 +265,7 @@ class Resources(Strict):
         return self.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
 
 
-class Elastic(Strict):
+class Elastic(Settings):
     """Defaults of every training stage; all of it operational."""
 
     workers: Workers = operational(
@@ -321,14 +377,37 @@ class Elastic(Strict):
         return self.model_copy(update=update)
 
 
-class DataSource(Strict):
+def _usable_path(path: Path) -> Path:
+    text = str(path)
+    if "\0" in text:
+        raise ValueError("must be a path without NUL characters")
+    if len(os.fsencode(text)) > 4096 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ValueError("must be a path of at most 4096 bytes, with names of at most 255")
+    return path
+
+
+# A path on this machine that a file system could have.
+LocalPath = Annotated[Path, AfterValidator(_usable_path)]
+
+# 108-megapixel telephones and 102-megapixel cameras are below it.
+MAX_PIXELS = 120_000_000
+
+
+class DataSource(Settings):
     """A folder of images. `captions` is a CSV with a `file` column and, as there are, `caption` and `label`."""
 
-    path: Path
-    captions: Path | None = None
+    path: LocalPath
+    captions: LocalPath | None = None
+    max_pixels: int = Field(
+        MAX_PIXELS,
+        ge=1,
+        le=2**31 - 1,
+        description="The largest width × height, in pixels, that a picture may have. Larger ones are left out: the "
+        "header says the size, before anything is decoded.",
+    )
 
 
-class Tracking(Strict):
+class Tracking(Settings):
     """Where MLflow keeps runs and the registry."""
 
     uri: str = "sqlite:///runs/mlflow.db"
@@ -338,7 +417,7 @@ class Tracking(Strict):
 PreemptionNotices = Literal["auto", "aws", "gce", "azure", "kubernetes", "off"]
 
 
-class Cluster(Strict):
+class Cluster(Settings):
     """Which Ray cluster: `local` starts an own one, `auto` joins the one on this machine, `host:port` that one."""
 
     address: str = Field(
@@ -370,7 +449,7 @@ class Cluster(Strict):
         return address
 
 
-class Hardware(Strict):
+class Hardware(Settings):
     """The machines that `orchestrator plan` reckons with; nothing runs differently for it."""
 
     devices: int = Field(ge=1, description="accelerators that train at once")
@@ -405,14 +484,14 @@ def _mix(value: Any) -> Any:
 Mix = Annotated[tuple[str, ...] | dict[str, float], BeforeValidator(_mix)]
 
 
-class StageSpec(Strict):
+class StageSpec(Settings):
     """What every stage has. Subclasses narrow `kind` to a Literal and add their own fields."""
 
     kind: str
     needs: Names = ()
 
 
-class Schedule(Strict):
+class Schedule(Settings):
     """A schedule as data: a ramp from `start` to `peak`, a hold, then constant or on to `end`.
 
     Values by step: for t < warmup_steps a line from `start` to `peak`, or half a cosine; `peak` for the `hold_steps`
@@ -420,9 +499,11 @@ class Schedule(Strict):
     to `end`, which may be higher, over the rest of the run.
     """
 
-    peak: float = Field(description="The value after the ramp.")
-    start: float = Field(0.0, description="The value at step 0, where there is a ramp.")
-    end: float = Field(0.0, description="The value at the end of the run, where the shape is not constant.")
+    peak: float = Field(ge=0, description="The value after the ramp.")
+    start: float = Field(0.0, ge=0, description="The value at step 0, where there is a ramp.")
+    end: float = Field(
+        0.0, ge=0, description="The value at the end of the run, where the shape is not constant."
+    )
     warmup_steps: int = Field(0, ge=0, description="The number of steps of the ramp from start to peak.")
     warmup_shape: Literal["linear", "cosine"] = Field(
         "linear", description="The form of the ramp from start to peak: a line, or half a cosine."
@@ -459,22 +540,56 @@ def _constant(value: Any) -> Any:
     return {"peak": value} if is_number else value
 
 
-def _never_negative(schedule: Schedule) -> Schedule:
+# A schedule; a number is one that stays.
+Decay = Annotated[Schedule, BeforeValidator(_constant)]
+
+
+def _at_most_one(schedule: Schedule) -> Schedule:
     for name in ("start", "peak", "end"):
-        if not getattr(schedule, name) >= 0:
-            raise ValueError(f"{name} is {getattr(schedule, name):g}: it has to be at least 0")
+        if getattr(schedule, name) > 1:
+            raise ValueError(
+                f"{name} is {getattr(schedule, name):g}: a share of the average that is kept is at most 1"
+            )
     return schedule
 
 
-# A schedule of values of at least 0; a number is one that stays.
-Decay = Annotated[Schedule, BeforeValidator(_constant), AfterValidator(_never_negative)]
+def _above_zero(schedule: Schedule) -> Schedule:
+    used = {"peak": True, "start": schedule.warmup_steps > 0, "end": schedule.shape != "constant"}
+    for name in [name for name, is_used in used.items() if is_used]:
+        if getattr(schedule, name) <= 0:
+            raise ValueError(f"{name} is 0, by which logits would be divided: give a number above 0")
+    return schedule
 
 
-class Optimizer(Strict):
+# A schedule of an exponential moving average's momentum, from 0 to 1.
+Momentum = Annotated[Schedule, AfterValidator(_at_most_one)]
+# A schedule of a temperature: above 0 at every step.
+Temperature = Annotated[Schedule, AfterValidator(_above_zero)]
+# An exponential moving average's factor of the optimiser.
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def check_warmup(name: str, schedule: Schedule, steps: int) -> None:
+    """Raises ValueError if a schedule would never reach its peak."""
+    if schedule.warmup_steps > steps:
+        raise ValueError(
+            f"{name}.warmup_steps is {schedule.warmup_steps}, more than the {steps} steps there are: the peak is never "
+            "reached"
+        )
+
+
+def check_ratio(name: str, ratio: tuple[float, float]) -> None:
+    """Raises ValueError unless the smaller one is first."""
+    if ratio[0] > ratio[1]:
+        raise ValueError(f"{name} is {ratio[0]:g} to {ratio[1]:g}: give the smaller first")
+
+
+class Optimizer(Settings):
     """AdamW and its schedules. `lr.peak` is the effective rate; nothing is rescaled behind the user's back."""
 
     lr: Schedule
-    betas: tuple[float, float] = Field(
+    betas: tuple[Beta, Beta] = Field(
         (0.9, 0.99), description="AdamW's decay rates of the mean of gradients and of their squares."
     )
     weight_decay: Decay = Field(
@@ -494,10 +609,10 @@ class Optimizer(Strict):
 S = TypeVar("S", bound=StageSpec)
 
 
-class Pipeline(Strict, Generic[S]):
+class Pipeline(Settings, Generic[S]):
     """A whole pipeline file, parametrised by the union of stage configs."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9\-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9\-]*$", max_length=100)
     seed: int = 0
     store: str = operational("runs/")
     tracking: Tracking = operational(Tracking())

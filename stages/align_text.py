@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from orchestrator.data.views import Side
 from orchestrator.errors import UserError, nearest
-from orchestrator.spec import Decay, Optimizer, Schedule, Strict, operational
+from orchestrator.spec import (
+    MAX_DEPTH,
+    MAX_WIDTH,
+    Decay,
+    LocalPath,
+    Optimizer,
+    Schedule,
+    Settings,
+    check_warmup,
+    operational,
+)
 from orchestrator.stages.base import Context, Input
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, MixStage, draws_of
 from orchestrator.stages.selfsup import INDEX_KINDS, stage_seed, summary
@@ -36,21 +47,21 @@ class AlignOptimizer(Optimizer):
     patch_embed_scale: float = Field(1.0, ge=1, le=1)
 
 
-class TextSettings(Strict):
+class TextSettings(Settings):
     """The text tower: causal, from scratch (the paper's is 24 x 1280 x 20 heads), or a trained encoder."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    dim: int = Field(192, ge=1)
-    depth: int = Field(4, ge=1)
-    num_heads: int = Field(3, ge=1)
+    dim: int = Field(192, ge=1, le=MAX_WIDTH)
+    depth: int = Field(4, ge=1, le=MAX_DEPTH)
+    num_heads: int = Field(3, ge=1, le=MAX_WIDTH)
     init: Literal["fixed", "by_width"] = Field(
         "fixed",
         description="The standard deviations that the matrices of the text tower's blocks start with. fixed: 0.02. "
         "by_width: CLIP's, which follow from dim and depth, as in the published code.",
     )
     # The key of the stage has the hash of what is in it instead of its place.
-    from_: Path | None = operational(
+    from_: LocalPath | None = operational(
         None, alias="from", description="folder of a BERT encoder such as MiniLM; it brings its own tokenizer"
     )
     lock: bool = Field(False, description="the encoder stays as it is, only the projection after it learns")
@@ -80,16 +91,15 @@ class AlignText(MixStage):
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=2, description="pairs a step, over all workers")
     block_size: int = Field(16, ge=1, description="pairs a block; divides batch_size")
-    image_size: int | None = Field(
-        None, ge=1, description="pixels a side; default: what the tower was trained at"
-    )
+    image_size: Side | None = Field(None, description="pixels a side; default: what the tower was trained at")
     optimizer: AlignOptimizer = AlignOptimizer()
     text: TextSettings = TextSettings()
-    num_blocks: int = Field(2, ge=0, description="trainable blocks on the tower's tokens")
+    num_blocks: int = Field(2, ge=0, le=MAX_DEPTH, description="trainable blocks on the tower's tokens")
     drop_path: float = Field(0.3, ge=0, lt=1, description="of those blocks")
     ffn_hidden: int | None = Field(
         None,
         ge=1,
+        le=MAX_WIDTH,
         description="The hidden width of the feed-forward layers (SwiGLU) of those blocks. Default: 8/3 of the tower's "
         "width, rounded up to a multiple of 8. The published code rounds up to a multiple of 64.",
     )
@@ -98,7 +108,9 @@ class AlignText(MixStage):
         description="Whether queries and values have biases, in those blocks and in a text tower from scratch. In the "
         "published code they have none.",
     )
-    output_dim: int = Field(256, ge=1, description="width of the space that photos and texts share")
+    output_dim: int = Field(
+        256, ge=1, le=MAX_WIDTH, description="width of the space that photos and texts share"
+    )
     projection: Literal["joint", "shared"] = Field(
         "joint",
         description="How a photo's CLS token and the mean of its patches become an embedding. joint: one matrix "
@@ -108,7 +120,7 @@ class AlignText(MixStage):
     pool: Literal["cls_and_patches", "cls"] = Field(
         "cls_and_patches", description="what of the photo is compared with a text; `cls` for comparison"
     )
-    tokenizer: Path | None = operational(
+    tokenizer: LocalPath | None = operational(
         None, description="a tokenizer.json; default: byte-level BPE trained on the captions"
     )
     start_token: str | None = Field(None, description="what the given tokenizer puts before a text")
@@ -118,7 +130,9 @@ class AlignText(MixStage):
     vocab_size: int = Field(
         4096, ge=SMALLEST_VOCABULARY, description="most tokens of the vocabulary that is trained"
     )
-    context: int = Field(77, ge=3, description="tokens of the longest text; longer ones are cut")
+    context: int = Field(
+        77, ge=3, le=MAX_WIDTH, description="tokens of the longest text; longer ones are cut"
+    )
     temperature: float = Field(0.07, gt=0, description="at the start; it is learnt")
     max_scale: float = Field(100.0, gt=0, description="largest 1/temperature")
     zero_stage: Literal[1, 2, 3] = operational(3)
@@ -145,6 +159,9 @@ class AlignText(MixStage):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
             )
+        # The recipe's own warm-up, which nobody wrote, is no mistake of a short trial.
+        if "optimizer" in self.model_fields_set:
+            check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
         given = self.tokenizer or self.text.from_
         if given and "vocab_size" in self.model_fields_set:
             raise ValueError("a given tokenizer has its own vocabulary: leave out vocab_size")

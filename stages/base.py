@@ -218,4 +218,13 @@ class TrainStage(Stage):
     activation_checkpointing: bool = operational(
         False, description="compute blocks again in the backward pass instead of keeping what is in them"
     )
+    max_unreadable: float = operational(
+        0.01,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="The share of the photos that may become unreadable while the stage runs. Another photo stands for "
+        "each of them, and `replaced_photos` counts the samples; above the share the stage ends with their names. One "
+        "photo may always be.",
+    )
     compile: bool = operational(False, description="compile the towers' blocks with torch.compile")

@@ -8,6 +8,7 @@ given.
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
 
     from orchestrator.data.curation import Fate
     from orchestrator.data.index import PhotoIndex
-    from orchestrator.data.source import Photo
+    from orchestrator.data.source import LeftOut, Photo
+
+logger = logging.getLogger("orchestrator")
+
+# Names in the report; `provenance.parquet` has all.
+_LISTED = 1000
 
 
 def _names(value: Any) -> Any:
@@ -54,6 +60,7 @@ class Curate(Stage):
     near_duplicate: float = Field(
         3.0,
         ge=0,
+        le=255,
         description="grey levels by which 32×32 thumbnails of one photo may differ, root mean square",
     )
 
@@ -91,10 +98,11 @@ class Curate(Stage):
             if context.stop.is_set():
                 raise Stopped
 
-        photos = self._scan(context)
+        photos, left_out = self._scan(context)
         stop()
         roots = {name: context.sources[name].path.resolve() for name in self.data}
-        fates, embeddings = curation.sift(photos, roots, self.near_duplicate, stop)
+        limits = {name: context.sources[name].max_pixels for name in self.data}
+        fates, embeddings = curation.sift(photos, roots, self.near_duplicate, stop, limits)
         target = self._target(len(embeddings), context.name)
         clusters, distances = curation.cluster(embeddings, self.clusters, context.seed)
         stop()
@@ -102,18 +110,26 @@ class Curate(Stage):
         index = PhotoIndex(curation.index_rows(fates, clusters, balanced))
         index.save(context.out)
         np.save(context.out / "embeddings.npy", embeddings)
-        _write_provenance(context.out / "provenance.parquet", fates, index)
-        report = _report(self, fates, index, embeddings)
+        others = [curation.left_out(name, item, roots[name]) for name, item in left_out]
+        _write_provenance(context.out / "provenance.parquet", [*fates, *others], index)
+        report = _report(self, fates, others, index, embeddings)
         (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         draw_clusters(index, distances, context.out / "clusters.png")
         context.run.file(context.out / "clusters.png", "curation")
+        if others:
+            reasons = "; ".join(
+                f"{count} × {reason}" for reason, count in report["left_out_by_reason"].items()
+            )
+            logger.warning("%s: %d files are not taken for photos: %s", context.name, len(others), reasons)
         summary = ("images", "unique", "corrupt", "duplicates", "clusters")
         return {name: float(report[name]) for name in summary}
 
-    def _scan(self, context: Context) -> list[Photo]:
-        from orchestrator.data.source import scan
+    def _scan(self, context: Context) -> tuple[list[Photo], list[tuple[str, LeftOut]]]:
+        """The photos of all sources, and what else is there."""
+        from orchestrator.data.source import list_images, scan
 
         photos: list[Photo] = []
+        left_out: list[tuple[str, LeftOut]] = []
         for name in self.data:
             if name not in context.sources:
                 near = nearest(name, context.sources)
@@ -122,14 +138,16 @@ class Curate(Stage):
                     where=f"stages.{context.name}.data",
                     hint=f"did you mean {near!r}?" if near else f"name one of {sorted(context.sources)}",
                 )
-            photos += scan(context.sources[name], name)
+            listing = list_images(context.sources[name], name)
+            photos += scan(context.sources[name], name, listing)
+            left_out += [(name, item) for item in listing.left_out]
         if all(photo.error for photo in photos):
             raise UserError(
                 f"none of the {len(photos)} images can be read; {photos[0].path}: {photos[0].error}",
                 where=str(context.sources[photos[0].source].path),
                 hint="check that the files were copied whole",
             )
-        return photos
+        return photos, left_out
 
     def _target(self, num_unique: int, stage: str) -> int:
         """Photos of the balanced component."""
@@ -180,7 +198,11 @@ def _write_provenance(path: Path, fates: Sequence[Fate], index: PhotoIndex) -> N
 
 
 def _report(
-    config: Curate, fates: Sequence[Fate], index: PhotoIndex, embeddings_ND: NDArray[np.float32]
+    config: Curate,
+    fates: Sequence[Fate],
+    left_out: Sequence[Fate],
+    index: PhotoIndex,
+    embeddings_ND: NDArray[np.float32],
 ) -> dict[str, Any]:
     """Counts and lists, without absolute paths, so that reports compare across machines."""
     by_status = Counter(fate.status for fate in fates)
@@ -202,6 +224,9 @@ def _report(
         "components": dict(sorted(Counter(components).items())),
         "embedding": {"name": config.embedding, "dim": int(embeddings_ND.shape[1])},
         "corrupt_files": {fate.name: fate.reason for fate in fates if fate.status == "corrupt"},
+        "left_out": len(left_out),
+        "left_out_by_reason": dict(Counter(fate.reason for fate in left_out).most_common()),
+        "left_out_files": {fate.name: fate.reason for fate in left_out[:_LISTED]},
         "duplicate_groups": _duplicate_groups(fates),
         "cluster_sizes": {
             str(number): {"photos": sizes[number], "taken": taken[number]} for number in sorted(sizes)

@@ -8,11 +8,22 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from orchestrator.data.views import CropConfig
+from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
 from orchestrator.errors import UserError
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
-from orchestrator.spec import Optimizer, Resources, Schedule, Strict, Workers, operational
+from orchestrator.spec import (
+    Momentum,
+    Optimizer,
+    Resources,
+    Schedule,
+    Settings,
+    Share,
+    Workers,
+    check_ratio,
+    check_warmup,
+    operational,
+)
 from orchestrator.stages.base import Context, Input
 from orchestrator.stages.features import FeatureObjective
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, HomogeneousMixStage
@@ -30,20 +41,20 @@ from orchestrator.stages.selfsup import (
 )
 
 # Names folders, runs and models.
-StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 _STAGE_ONLY = ("kind", "needs", "students")
 
 
-class Views(Strict):
+class Views(Settings):
     """A student's own sizes of the views: cut from the same boxes as the stage's, with the same colours."""
 
-    global_size: int = Field(ge=1)
-    local_size: int | None = Field(None, ge=1, description="default: the stage's")
-    num_local: int | None = Field(None, ge=0, description="default: the stage's")
+    global_size: Side
+    local_size: Side | None = Field(None, description="default: the stage's")
+    num_local: int | None = Field(None, ge=0, le=MAX_VIEWS, description="default: the stage's")
 
 
-class Student(Strict):
+class Student(Settings):
     """One student. Its heads have the teacher's prototypes and the sizes of the teacher's heads."""
 
     model: ModelName
@@ -92,7 +103,7 @@ class Distill(HomogeneousMixStage):
         description="learn the features of headless teachers; default: the heads of the teacher's artifact",
     )
     optimizer: Optimizer
-    ema: Schedule = Schedule(peak=0.994, end=1.0, shape="cosine")
+    ema: Momentum = Schedule(peak=0.994, end=1.0, shape="cosine")
     student_temperature: float = Field(0.1, gt=0)
     teacher_temperature: float = Field(0.07, gt=0)
     local_weight: float = Field(1.0, ge=0)
@@ -100,7 +111,7 @@ class Distill(HomogeneousMixStage):
     koleo_weight: float = Field(0.1, ge=0)
     koleo_views: KoLeoViews = KOLEO_VIEWS
     koleo_group: int | None = KOLEO_GROUP
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_ratio: tuple[Share, Share] = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     chunk_rows: int | None = operational(
@@ -159,8 +170,16 @@ class Distill(HomogeneousMixStage):
         if self.teacher_shards > 1 and self.replay:
             raise ValueError("replay and teacher_shards do not go together: leave one of them out")
         check_group(self.koleo_group, self.block_size)
-        for student in self.students.values():
+        check_ratio("mask_ratio", self.mask_ratio)
+        for name, student in self.students.items():
             check_crops(self.crops_of(student), student.model, student.model_overrides)
+            own = student.optimizer is not None
+            optimizer = student.optimizer or self.optimizer
+            check_warmup(
+                f"students.{name}.optimizer.lr" if own else "optimizer.lr",
+                optimizer.lr,
+                self.steps_of(student),
+            )
         return self
 
     def crops_at(self, step: int, seed: int) -> CropConfig:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
+from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError
 from orchestrator.spec import operational
 from orchestrator.stages.base import Context, Input, Stage
@@ -59,7 +60,7 @@ class Evaluate(Stage):
     kind: Literal["evaluate"]
     k: int = Field(5, ge=1, description="neighbours that vote")
     num_groups: int = Field(10, ge=2, description="the largest labels take part, the others' photos do not")
-    image_size: int | None = Field(None, ge=1, description="pixels a side; default: each model's own")
+    image_size: Side | None = Field(None, description="pixels a side; default: each model's own")
     num_snapshots: int = Field(
         2, ge=1, description="snapshots scored of each backbone stage, its last included"
     )

@@ -15,9 +15,9 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from orchestrator.data.views import CropConfig
+from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError, nearest
-from orchestrator.spec import Strict, operational
+from orchestrator.spec import LocalPath, Settings, Strict, operational
 
 OWN = "self"
 """The name of the stage's own teacher artifact, where no other teacher is named."""
@@ -39,7 +39,7 @@ class TeacherShape(Strict):
     grid: tuple[int, int]
 
 
-class TeacherSource(Strict):
+class TeacherSource(Settings):
     """A headless teacher, from one of four places, and what it takes.
 
     `from`: a `model/` folder of ours, or weights in any layout known here: safetensors, or what torch.save wrote.
@@ -50,14 +50,14 @@ class TeacherSource(Strict):
     model_config = ConfigDict(serialize_by_alias=True)
 
     # The key of the stage has the hash of what is in the files instead of their place.
-    from_: Path | None = operational(None, alias="from")
+    from_: LocalPath | None = operational(None, alias="from")
     timm: str | None = Field(None, min_length=1)
     transformers: str | None = Field(None, min_length=1)
     module: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    weights: Path | None = operational(None, description="state dict for `module`")
+    weights: LocalPath | None = operational(None, description="state dict for `module`")
     weight: float = Field(1.0, gt=0, description="of this teacher's loss beside other teachers'")
-    size: int | None = Field(
-        None, ge=1, description="pixels a side that it sees the global crops at; default: their own"
+    size: Side | None = Field(
+        None, description="pixels a side that it sees the global crops at; default: their own"
     )
     mean: tuple[float, float, float] = _MEAN
     std: tuple[
@@ -111,7 +111,7 @@ class TeacherSource(Strict):
                 _check_weights(self.weights)
 
 
-class FeatureObjective(Strict):
+class FeatureObjective(Settings):
     """What students learn of headless teachers: cosine and smooth-L1 of image and patch features.
 
     Each teacher has two projections of its own in a student, of CLS and of patches. Maps of unlike grids are compared

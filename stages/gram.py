@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from orchestrator.spec import Schedule, Strict
+from orchestrator.spec import Schedule, Settings
 
 
-class DenseHealth(Strict):
+class DenseHealth(Settings):
     """Start anchoring once dense features have decayed, as the paper's authors did by eye (section 4.1).
 
     Steps are cut into windows. A window's dense health is the mean of `cls_patch_cosine` (low is good) and of
@@ -38,7 +38,7 @@ def _by_name(value: Any) -> Any:
     return {"on": value} if isinstance(value, str) else value
 
 
-class Gram(Strict):
+class Gram(Settings):
     """Gram anchoring (arXiv 2508.10104, section 4).
 
     With a trigger everything about anchoring, the DINO-local weight included, counts its steps from the step at

@@ -11,11 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from orchestrator.data.views import CropConfig
+from orchestrator.data.views import CropConfig, Side
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
 from orchestrator.names import inside
-from orchestrator.spec import Optimizer, Schedule, Strict, operational
+from orchestrator.spec import (
+    MAX_WIDTH,
+    Momentum,
+    Optimizer,
+    Schedule,
+    Settings,
+    Share,
+    Strict,
+    Temperature,
+    check_ratio,
+    check_warmup,
+    operational,
+)
 from orchestrator.stages import lineage
 from orchestrator.stages.base import Context
 from orchestrator.stages.gram import Gram
@@ -65,14 +77,14 @@ KOLEO_GROUP: int | None = Field(
 )
 
 
-class Heads(Strict):
+class Heads(Settings):
     """Sizes of the DINO and iBOT heads (arXiv 2508.10104, appendix C; paper scale in `conf/paper`)."""
 
-    hidden: int = Field(256, ge=1)
-    dino_bottleneck: int = Field(64, ge=1)
-    dino_prototypes: int = Field(1024, ge=2)
-    ibot_bottleneck: int = Field(64, ge=1)
-    ibot_prototypes: int = Field(1024, ge=2)
+    hidden: int = Field(256, ge=1, le=MAX_WIDTH)
+    dino_bottleneck: int = Field(64, ge=1, le=MAX_WIDTH)
+    dino_prototypes: int = Field(1024, ge=2, le=2**24)
+    ibot_bottleneck: int = Field(64, ge=1, le=MAX_WIDTH)
+    ibot_prototypes: int = Field(1024, ge=2, le=2**24)
     prototype_std: float = Field(
         0.02,
         gt=0,
@@ -80,12 +92,12 @@ class Heads(Strict):
     )
 
 
-class Resolution(Strict):
+class Resolution(Settings):
     """One triple of sizes in mixed-resolution training, drawn for a whole step with probability `p`."""
 
-    global_size: int
-    local_size: int
-    gram_size: int | None = None
+    global_size: Side
+    local_size: Side
+    gram_size: Side | None = None
     p: float = Field(gt=0, le=1)
 
 
@@ -112,15 +124,15 @@ class SelfSupervised(HomogeneousMixStage):
     block_size: int = Field(16, ge=2, description="images a block; divides batch_size")
     crops: CropConfig = CropConfig()
     optimizer: Optimizer
-    ema: Schedule = Schedule(peak=0.999)
+    ema: Momentum = Schedule(peak=0.999)
     student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: Schedule = Schedule(peak=0.07)
+    teacher_temperature: Temperature = Schedule(peak=0.07)
     local_weight: Schedule = Schedule(peak=1.0)
     ibot_weight: float = Field(1.0, ge=0)
     koleo_weight: float = Field(0.1, ge=0)
     koleo_views: KoLeoViews = KOLEO_VIEWS
     koleo_group: int | None = KOLEO_GROUP
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_ratio: tuple[Share, Share] = (0.1, 0.5)
     mask_probability: float = Field(0.5, ge=0, le=1)
     frozen_prototype_steps: int = Field(0, ge=0, description="steps before the prototype layers move")
     gram: Gram | None = None
@@ -156,6 +168,8 @@ class SelfSupervised(HomogeneousMixStage):
                 f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
             )
         check_group(self.koleo_group, self.block_size)
+        check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
+        check_ratio("mask_ratio", self.mask_ratio)
         return self
 
     def models(self) -> Mapping[str, str]:

@@ -37,12 +37,15 @@ SIZE = ground.SIZE
 TEACHER_SIZE = 128
 _BATCH = 32
 _PART = f"{bundle.VIEWS}/{SIZE}"
-_OPTIMIZER: Mapping[str, Any] = {
-    "lr": {"peak": 2e-3, "warmup_steps": 20, "shape": "cosine"},
-    "weight_decay": 0.04,
-    "layer_decay": 1.0,
-    "patch_embed_scale": 1.0,
-}
+
+
+def _optimizer(steps: int) -> Mapping[str, Any]:
+    return {
+        "lr": {"peak": 2e-3, "warmup_steps": min(20, steps), "shape": "cosine"},
+        "weight_decay": 0.04,
+        "layer_decay": 1.0,
+        "patch_embed_scale": 1.0,
+    }
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def distill_config(plan: Plan) -> Distill:
                 "flip": True,
             },
             "mask_probability": 0.0,
-            "optimizer": _OPTIMIZER,
+            "optimizer": _optimizer(plan.steps),
             "ema": {"peak": 0.99},
         }
     )
@@ -122,7 +125,7 @@ def alone_config(model: str, plan: Plan) -> Pretrain:
             **ground.COMMON,
             "heads": ground.HEADS,
             "frozen_prototype_steps": 5,
-            "optimizer": _OPTIMIZER,
+            "optimizer": _optimizer(plan.alone_steps),
             "ema": {"start": 0.9, "peak": 0.97, "warmup_steps": plan.alone_steps * 2 // 3},
         }
     )

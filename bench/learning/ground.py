@@ -80,13 +80,14 @@ class Ground:
 
     def from_nothing(self, model: str, steps: int, quick_steps: int) -> Pretrain:
         """Pretraining whose EMA is quick at first, when there is nothing yet worth keeping."""
+        warmup = min(20, quick_steps) if self.lab.quick else 20
         fields = self.settings(
             steps,
             quick_steps,
             kind="pretrain",
             model=model,
             heads=HEADS,
-            optimizer={"lr": {"peak": 2e-3, "end": 1e-5, "warmup_steps": 20, "shape": "cosine"}},
+            optimizer={"lr": {"peak": 2e-3, "end": 1e-5, "warmup_steps": warmup, "shape": "cosine"}},
             frozen_prototype_steps=5,
         )
         ema = {"start": 0.9, "peak": 0.97, "warmup_steps": fields["steps"] * 2 // 3}

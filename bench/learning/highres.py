@@ -58,7 +58,7 @@ def high_res_stage(ground: Ground, way: str) -> HighRes:
         32,
         4,
         kind="high_res",
-        optimizer={"lr": {"peak": 5e-4, "warmup_steps": 10}},
+        optimizer={"lr": {"peak": 5e-4, "warmup_steps": 4 if ground.lab.quick else 10}},
         resolutions=[dict(zip(names, triple, strict=True)) for triple in triples],
         gram={"weight": {"peak": 1.5}, "teacher": "latest"},
         local_weight={"peak": 0.5},

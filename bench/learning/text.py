@@ -53,7 +53,10 @@ def text_stage(ground: Ground, pool: str) -> AlignText:
             "context": 32,
             "vocab_size": 2048,
             "drop_path": 0.1,
-            "optimizer": {"lr": {"peak": 1e-3, "warmup_steps": 20, "shape": "cosine"}, "weight_decay": 1e-4},
+            "optimizer": {
+                "lr": {"peak": 1e-3, "warmup_steps": 10 if ground.lab.quick else 20, "shape": "cosine"},
+                "weight_decay": 1e-4,
+            },
             "zero_stage": 1,
         }
     )

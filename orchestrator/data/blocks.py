@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.crops import cut, draw_box, make_views
-from orchestrator.data.decode import read_rgb
+from orchestrator.data.decode import Pixels, use_rgb
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.masks import block_masks
 from orchestrator.data.order import SampleOrder
+from orchestrator.data.pictures import MAX_UNREADABLE, Pictures
 from orchestrator.data.rng import generator
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
@@ -27,13 +29,21 @@ _ASPECT = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a step: rows `ids` (S,); `weight` is 0 for padding that evens out collectives."""
+    """One block of a step: rows `ids` (S,); `weight` is 0 for padding that evens out collectives.
+
+    A row that stands for one whose file could not be read is written as its complement, -1 - row.
+    """
 
     step: int
     index: int
     ids: NDArray[np.int64]
     arrays: dict[str, NDArray[Any]]
     weight: float = 1.0
+
+    @property
+    def num_replaced(self) -> int:
+        """Samples whose own files could not be read."""
+        return int((self.ids < 0).sum())
 
 
 class BlockSource(Protocol):
@@ -42,6 +52,13 @@ class BlockSource(Protocol):
     num_blocks: int
 
     def load(self, step: int, index: int) -> Block: ...
+
+
+@runtime_checkable
+class TellsTroubles(Protocol):
+    """A source that met something which the user should hear of, and which does not stop the training."""
+
+    def take_troubles(self) -> list[str]: ...
 
 
 class CropBlocks:
@@ -60,6 +77,7 @@ class CropBlocks:
         mask_ratio: smallest and largest masked share of a masked view.
         mask_probability: share of the block's global views that are masked.
         like: other views of the same photographs, whose boxes these are to share.
+        max_unreadable: see :class:`Pictures`.
 
     Raises:
         UserError: sizes that do not divide.
@@ -77,10 +95,12 @@ class CropBlocks:
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_probability: float = 0.5,
         like: CropConfig | None = None,
+        max_unreadable: float = MAX_UNREADABLE,
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
         self._like = like
-        self._index, self._order, self._crops = index, order, crops
+        self._pictures = Pictures(index, order, max_unreadable)
+        self._order, self._crops = order, crops
         self._patch_size, self._block_size, self._seed = patch_size, block_size, seed
         self._mask_ratio, self._mask_probability = mask_ratio, mask_probability
         _check_patches(crops(0), patch_size)
@@ -89,31 +109,42 @@ class CropBlocks:
         """The block `index` of `step`.
 
         Raises:
-            UnreadableImage: a file changed or vanished since it was indexed.
-            UserError: this step's crop size is not a multiple of the patch size.
+            UserError: this step's crop size is not a multiple of the patch size, or too many files cannot be read.
         """
         assert 0 <= index < self.num_blocks, f"block {index} of {self.num_blocks}"
         config = self._crops(step)
         _check_patches(config, self._patch_size)
-        ids = self._order.ids(step)[index * self._block_size : (index + 1) * self._block_size]
-        samples = []
-        for sample, row in enumerate(ids):
+        drawn, ids, samples = self._order.ids(step), [], []
+        for sample in range(self._block_size):
 
             def rng_for_view(view: int, sample: int = sample) -> np.random.Generator:
                 return generator(self._seed, "crop", step, index, view, sample)
 
-            path = self._index.path(int(row))
-            image, drawn_in = read_rgb(path, config.min_side), None
-            if self._like is not None and self._like.min_side != config.min_side:
-                # Both are decoded as they are without each other, so that neither changes with the other.
-                drawn_in = read_rgb(path, self._like.min_side).shape[:2]
-            samples.append(make_views(image, config, rng_for_view, drawn_in))
+            def views(path: Path, limit: int) -> dict[str, NDArray[Any]]:
+                drawn_in: tuple[int, int] | None = None
+                if self._like is not None and self._like.min_side != config.min_side:
+                    # Both are decoded as they are without each other, so that neither changes with the other.
+                    drawn_in = use_rgb(path, lambda image: image.shape[:2], self._like.min_side, limit)
+                return use_rgb(
+                    path,
+                    lambda image: make_views(image, config, rng_for_view, drawn_in),
+                    config.min_side,
+                    limit,
+                )
+
+            row, made = self._pictures.read(step, drawn, index * self._block_size + sample, views)
+            ids.append(row)
+            samples.append(made)
         arrays: dict[str, NDArray[Any]] = {
             name: np.stack([views[name] for views in samples], axis=1) for name in samples[0]
         }
         if self._patch_size is not None:
             arrays["masks"] = self._masks(step, index, config, self._patch_size)
-        return Block(step, index, ids, arrays)
+        return Block(step, index, np.array(ids, np.int64), arrays)
+
+    def take_troubles(self) -> list[str]:
+        """See :meth:`Pictures.take_troubles`."""
+        return self._pictures.take_troubles()
 
     def _masks(self, step: int, index: int, config: CropConfig, patch_size: int) -> NDArray[np.bool_]:
         grid = config.global_size // patch_size
@@ -138,6 +169,7 @@ class CaptionBlocks:
         encode: caption → token ids, the last of which is the end-of-text token.
         context: most tokens of a caption; longer ones lose their middle and keep the end-of-text token.
         scale: smallest and largest share of the photograph's area that a crop takes.
+        max_unreadable: see :class:`Pictures`.
 
     Raises:
         UserError: rows without captions, or sizes that do not divide.
@@ -154,6 +186,7 @@ class CaptionBlocks:
         encode: Callable[[str], list[int]],
         context: int = 77,
         scale: tuple[float, float] = (0.5, 1.0),
+        max_unreadable: float = MAX_UNREADABLE,
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
         captions = index.captions
@@ -165,28 +198,42 @@ class CaptionBlocks:
                 hint="give the data source a `captions` file with a `caption` column, or drop those photos",
             )
         self._index, self._order = index, order
+        self._pictures = Pictures(index, order, max_unreadable)
         self._size, self._block_size, self._seed = size, block_size, seed
         self._encode, self._context, self._scale = encode, context, scale
 
     def load(self, step: int, index: int) -> Block:
-        """The block `index` of `step`; raises UnreadableImage if a file changed or vanished."""
+        """The block `index` of `step`; raises UserError if too many files cannot be read."""
         assert 0 <= index < self.num_blocks, f"block {index} of {self.num_blocks}"
-        ids = self._order.ids(step)[index * self._block_size : (index + 1) * self._block_size]
+        drawn, ids = self._order.ids(step), np.empty(self._block_size, np.int64)
         images = np.empty((len(ids), 3, self._size, self._size), np.uint8)
         tokens = np.zeros((len(ids), self._context), np.int64)
         lengths = np.empty(len(ids), np.int64)
         min_side = int(np.ceil(self._size / np.sqrt(self._scale[0])))
-        for sample, row in enumerate(ids):
-            image = read_rgb(self._index.path(int(row)), min_side)
-            rng = generator(self._seed, "caption", step, index, sample)
-            box = draw_box(image.shape[0], image.shape[1], self._scale, _ASPECT, rng)
-            images[sample] = cut(image, box, self._size).transpose(2, 0, 1)
+        for sample in range(self._block_size):
+
+            def crop(image: Pixels, sample: int = sample) -> Pixels:
+                rng = generator(self._seed, "caption", step, index, sample)
+                box = draw_box(image.shape[0], image.shape[1], self._scale, _ASPECT, rng)
+                return cut(image, box, self._size).transpose(2, 0, 1)
+
+            ids[sample], images[sample] = self._pictures.read(
+                step,
+                drawn,
+                index * self._block_size + sample,
+                lambda path, limit: use_rgb(path, crop, min_side, limit),
+            )
+            row = ids[sample] if ids[sample] >= 0 else ~ids[sample]
             encoded = self._encode(self._index[int(row)].caption or "")
             if len(encoded) > self._context:
                 encoded = [*encoded[: self._context - 1], encoded[-1]]
             tokens[sample, : len(encoded)] = encoded
             lengths[sample] = len(encoded)
         return Block(step, index, ids, {"images": images, "tokens": tokens, "lengths": lengths})
+
+    def take_troubles(self) -> list[str]:
+        """See :meth:`Pictures.take_troubles`."""
+        return self._pictures.take_troubles()
 
 
 def _num_blocks(order: SampleOrder, block_size: int) -> int:

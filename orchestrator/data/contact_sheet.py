@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.decode import read_rgb
+from orchestrator.data.decode import UnreadableImage, read_rgb
 from orchestrator.data.index import CHOSEN, PhotoIndex
 
 _SIDE = 88
@@ -42,7 +43,10 @@ def draw_clusters(
         _write(sheet, f"{taken} taken", top + 72, _FAINT)
         for column, row in enumerate(rows[np.argsort(distances_N[rows], kind="stable")][:columns]):
             left = _CAPTION + column * (_SIDE + _GAP)
-            sheet[top : top + _SIDE, left : left + _SIDE] = _square(read_rgb(index.path(int(row)), _SIDE))
+            # A file that went in the meantime leaves its place white.
+            with contextlib.suppress(UnreadableImage):
+                picture = _square(read_rgb(index.path(int(row)), _SIDE, index[int(row)].max_pixels))
+                sheet[top : top + _SIDE, left : left + _SIDE] = picture
     written, data = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
     assert written, "OpenCV could not encode a PNG"
     path.write_bytes(data.tobytes())

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from orchestrator.data.balance import fill, near_duplicates
-from orchestrator.data.decode import read_rgb
+from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
 from orchestrator.data.descriptor import describe, thumbnail
 from orchestrator.data.index import CHOSEN, LEFT_OUT, PhotoRow
 from orchestrator.data.rng import derive, generator
-from orchestrator.data.source import Photo
+from orchestrator.data.source import LeftOut, Photo
+from orchestrator.spec import MAX_PIXELS
 
 THUMBNAIL_SIDE = 32
 _INITS = 4
@@ -31,7 +32,7 @@ class Fate:
     Attributes:
         photo: the file.
         root: absolute folder of its source.
-        status: "unique", "duplicate" or "corrupt".
+        status: "unique", "duplicate", "corrupt", or "left out" for what is not taken for a picture.
         reason: why, in words.
         duplicate_of: "source/path" of the file that stands for it.
     """
@@ -57,7 +58,11 @@ class Look:
 
 
 def sift(
-    photos: Sequence[Photo], roots: Mapping[str, Path], near_rms: float, stop: Callable[[], None]
+    photos: Sequence[Photo],
+    roots: Mapping[str, Path],
+    near_rms: float,
+    stop: Callable[[], None],
+    max_pixels: Mapping[str, int] | None = None,
 ) -> tuple[list[Fate], NDArray[np.float32]]:
     """Decides which files are corrupt, which repeat an earlier one, and which are kept.
 
@@ -70,6 +75,7 @@ def sift(
         roots: absolute folder of each source.
         near_rms: root mean square difference in grey levels; 0 finds equal thumbnails only.
         stop: called often; raises to stop.
+        max_pixels: the largest width × height of each source; default: `MAX_PIXELS`.
 
     Returns:
         What became of each file, in the order of `photos`, and the descriptors (N, 336) of the unique ones.
@@ -80,7 +86,7 @@ def sift(
         for fate in fates
     ]
     _drop_repeats(fates, {i: fate.photo.sha256 for i, fate in enumerate(fates)}, "the same bytes")
-    looks = _look_at(fates, stop)
+    looks = _look_at(fates, max_pixels or {}, stop)
     _drop_repeats(fates, {i: look.pixels for i, look in looks.items()}, "the same pixels")
     rows = _unique(fates)
     thumbnails = np.array([looks[i].thumbnail for i in rows], dtype=np.float32)
@@ -89,6 +95,12 @@ def sift(
         fates[rows[row]] = _repeat(fates[rows[row]], fates[rows[other]], "nearly the same pixels")
     rows = _unique(fates)
     return fates, np.array([looks[i].descriptor for i in rows], dtype=np.float32)
+
+
+def left_out(source: str, item: LeftOut, root: Path) -> Fate:
+    """What became of a file that is not taken for a picture."""
+    photo = Photo(source, item.path, "", 0, 0, 0)
+    return Fate(photo, str(root), "left out", item.reason)
 
 
 def _unique(fates: Sequence[Fate]) -> list[int]:
@@ -109,16 +121,31 @@ def _drop_repeats(fates: list[Fate], contents: Mapping[int, str], reason: str) -
             fates[i] = _repeat(fates[i], fates[original], reason)
 
 
-def _look_at(fates: Sequence[Fate], stop: Callable[[], None]) -> dict[int, Look]:
-    def look(i: int) -> Look:
-        stop()
-        pixels = read_rgb(Path(fates[i].root) / fates[i].photo.path)
+def _look_at(fates: list[Fate], max_pixels: Mapping[str, int], stop: Callable[[], None]) -> dict[int, Look]:
+    """What the unique pictures look like; one whose file went or changed since it was scanned becomes corrupt."""
+
+    def look(pixels: Pixels) -> Look:
         digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
         return Look(digest, thumbnail(pixels, THUMBNAIL_SIDE).reshape(-1), describe(pixels))
 
+    def look_or_reason(i: int) -> Look | str:
+        stop()
+        photo = fates[i].photo
+        limit = max_pixels.get(photo.source, MAX_PIXELS)
+        try:
+            return use_rgb(Path(fates[i].root) / photo.path, look, max_pixels=limit)
+        except UnreadableImage as error:
+            return error.reason
+
     rows = _unique(fates)
+    looks = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(rows, pool.map(look, rows), strict=True))
+        for i, found in zip(rows, pool.map(look_or_reason, rows), strict=True):
+            if isinstance(found, Look):
+                looks[i] = found
+            else:
+                fates[i] = replace(fates[i], status="corrupt", reason=found)
+    return looks
 
 
 def cluster(

@@ -1,18 +1,53 @@
-"""Image files to RGB pixels: upright, eight bits, three channels, whatever the file is."""
+"""Image files to RGB pixels: upright, eight bits, three channels, whatever the file is.
+
+Files come from anywhere. So only the formats of :data:`FORMATS` are decoded, whatever a name ends in; the size that a
+file claims is compared with a limit before any pixel is; and threads share a bounded amount of memory.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import re
+import stat
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from orchestrator.spec import MAX_PIXELS
+
+T = TypeVar("T")
+Pixels = NDArray[np.uint8]
+
+# Pillow's name of each format that is decoded, and how its files begin.
+FORMATS = {
+    "JPEG": re.compile(rb"\xff\xd8"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "BMP": re.compile(rb"BM"),
+    "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
+}
+
 _EXIF_ORIENTATION = 0x0112
+_TIFF_TILE = (0x0142, 0x0143)  # width and length
+# The memory that one pixel takes while a picture is decoded, in bytes: Pillow's four, as many for compositing
+# transparency, and the result; libjpeg keeps the coefficients of a progressive JPEG.
+_BYTES_PER_PIXEL = 16
+# A file of this size is read before its header is known. A larger one counts as the largest picture that may be.
+_SMALL_FILE = 16 << 20
+# What a file may hold besides four bytes a pixel: metadata, thumbnails.
+_EXTRA_BYTES = 64 << 20
+# What threads share: a quarter of the machine's memory, within bounds.
+_SHARED_BYTES = min(max(512 << 20, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4), 16 << 30)
 _BENIGN_JPEG = re.compile(r"extraneous bytes|unsupported|colorspace", re.IGNORECASE)
 
 
@@ -28,7 +63,32 @@ class UnreadableImage(Exception):  # noqa: N818 (it names a state of a file)
         return type(self), (self.path, self.reason)
 
 
-def read_rgb(path: Path | str, min_side: int | None = None) -> NDArray[np.uint8]:
+class _Memory:
+    """Bytes that threads of this process share, first come first served. What is more than all of them goes alone."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity, self._used = capacity, 0
+        self._changed, self._door = threading.Condition(), threading.Lock()
+
+    @contextlib.contextmanager
+    def hold(self, num_bytes: int) -> Iterator[None]:
+        """Have `num_bytes` for the `with` block; waits for them. Not to be nested in a thread."""
+        # Who waits keeps the door, so that small pictures do not overtake a large one for ever.
+        with self._door, self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + num_bytes <= self._capacity)
+            self._used += num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= num_bytes
+                self._changed.notify_all()
+
+
+_memory = _Memory(_SHARED_BYTES)
+
+
+def read_rgb(path: Path | str, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
     """The pixels of an image file.
 
     Transparency is composited on white, 16-bit values keep their high byte, EXIF orientation is applied and
@@ -38,32 +98,132 @@ def read_rgb(path: Path | str, min_side: int | None = None) -> NDArray[np.uint8]
         path: the file.
         min_side: large JPEGs may be decoded at 1/2, 1/4 or 1/8 as long as both sides stay at least this many
             pixels (several times faster); other formats ignore it.
+        max_pixels: the largest width × height that the file may have.
 
     Returns:
         (H, W, 3) uint8, RGB, contiguous.
 
     Raises:
-        UnreadableImage: missing, not an image, truncated or corrupt.
+        UnreadableImage: missing, not a regular file, not an image of one of :data:`FORMATS`, too large, truncated or
+            corrupt.
+    """
+    return use_rgb(path, lambda pixels: pixels, min_side, max_pixels)
+
+
+def use_rgb(
+    path: Path | str,
+    use: Callable[[Pixels], T],
+    min_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    on_bytes: Callable[[bytes], None] = lambda data: None,
+) -> T:
+    """What `use` makes of the pixels of an image file; as :func:`read_rgb` otherwise.
+
+    The picture's memory counts among what threads share until `use` returns; `use` must not read another picture.
+    `on_bytes` gets the file's content before it is looked at.
     """
     try:
-        data = Path(path).read_bytes()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > 4 * max_pixels + _EXTRA_BYTES:
+                raise UnreadableImage(path, f"{size:,} bytes are more than {max_pixels:,} pixels take")
+            if size > _SMALL_FILE:
+                with _memory.hold(size + _BYTES_PER_PIXEL * max_pixels):
+                    data = file.read(size)
+                    on_bytes(data)
+                    return use(decode_rgb(data, path, min_side, max_pixels))
+            data = file.read(_SMALL_FILE)
     except OSError as error:
-        raise UnreadableImage(path, error.strerror or str(error)) from error
-    return decode_rgb(data, path, min_side)
+        raise UnreadableImage(path, why(error)) from error
+    on_bytes(data)
+    with _memory.hold(_BYTES_PER_PIXEL * _num_pixels(data, path, max_pixels)):
+        return use(_decode(data, path, min_side, max_pixels))
 
 
-def decode_rgb(data: bytes, path: Path | str, min_side: int | None = None) -> NDArray[np.uint8]:
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """A regular file, open for reading. A pipe, a socket or a device is an OSError, and never waits for a writer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a regular file")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def why(error: OSError) -> str:
+    """The reason of an OSError, without the path."""
+    return error.strerror or str(error)
+
+
+def decode_rgb(
+    data: bytes, path: Path | str, min_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Pixels:
     """Like :func:`read_rgb` for the bytes of a file; `path` is for the error message."""
-    if not data:
-        raise UnreadableImage(path, "the file is empty")
-    if data[:2] == b"\xff\xd8":
+    _num_pixels(data, path, max_pixels)
+    return _decode(data, path, min_side, max_pixels)
+
+
+def _decode(data: bytes, path: Path | str, min_side: int | None, max_pixels: int) -> Pixels:
+    """The pixels of a file whose claimed size was found small enough."""
+    if _format_of(data, path) == "JPEG":
         pixels = _decode_jpeg(data, path, min_side)
         if pixels is not None:
             return pixels
-    return _decode_any(data, path)
+    return _decode_any(data, path, max_pixels)
 
 
-def _decode_jpeg(data: bytes, path: Path | str, min_side: int | None) -> NDArray[np.uint8] | None:
+def _format_of(data: bytes, path: Path | str) -> str:
+    """The format that the file begins as."""
+    if not data:
+        raise UnreadableImage(path, "the file is empty")
+    for name, begins in FORMATS.items():
+        if begins.match(data):
+            return name
+    raise UnreadableImage(path, f"not an image of a known format ({', '.join(FORMATS)})")
+
+
+def _num_pixels(data: bytes, path: Path | str, max_pixels: int) -> int:
+    """Width × height by the file's header, at most `max_pixels`; nothing is decoded."""
+    kind = _format_of(data, path)
+    if kind == "JPEG":
+        try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        except ValueError as error:
+            if not _BENIGN_JPEG.search(str(error)):
+                raise UnreadableImage(path, f"corrupt JPEG: {error}") from error
+            width, height = _pillow_size(data, path, kind, max_pixels)
+    else:
+        # Pillow's WebP decoder makes room for the whole canvas as soon as it opens a file.
+        width, height = _webp_size(data) if kind == "WEBP" else _pillow_size(data, path, kind, max_pixels)
+    if width * height > max_pixels:
+        raise UnreadableImage(
+            path, f"{width:,} × {height:,} pixels are more than the limit of {max_pixels:,}"
+        )
+    return int(width * height)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the canvas (RFC 9649, sections 2.5 to 2.7); (0, 0) where it is not to be found."""
+    kind = data[12:16]
+    if kind == b"VP8X" and len(data) >= 30:
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L" and len(data) >= 25:
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 " and len(data) >= 30:
+        width, height = int.from_bytes(data[26:28], "little"), int.from_bytes(data[28:30], "little")
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+def _pillow_size(data: bytes, path: Path | str, kind: str, max_pixels: int) -> tuple[int, int]:
+    with _opened(data, path, kind, max_pixels) as image:
+        return image.size
+
+
+def _decode_jpeg(data: bytes, path: Path | str, min_side: int | None) -> Pixels | None:
     """The pixels, or None where Pillow has to do it (CMYK, harmless stray bytes)."""
     try:
         # A DCT scale below 1 is chosen only if the result still reaches both minima.
@@ -72,7 +232,7 @@ def _decode_jpeg(data: bytes, path: Path | str, min_side: int | None) -> NDArray
             return None
         fits = min_side is not None and min(height, width) >= min_side
         side = min_side if fits and min_side is not None else 0
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+        pixels: Pixels = simplejpeg.decode_jpeg(
             data, "RGB", min_height=side or height, min_width=side or width
         )
     except ValueError as error:
@@ -86,13 +246,13 @@ def _orientation(data: bytes) -> int:
     if b"Exif\0" not in data[:65536]:
         return 1
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # malformed metadata must not cost a good picture
         return 1
 
 
-def _upright(pixels_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+def _upright(pixels_HWC: Pixels, orientation: int) -> Pixels:
     """EXIF 2.32, tag 274: what the 0th row and column show."""
     if orientation in (5, 6, 7, 8):
         pixels_HWC = pixels_HWC.transpose(1, 0, 2)
@@ -103,23 +263,45 @@ def _upright(pixels_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint
     return np.ascontiguousarray(pixels_HWC)
 
 
-def _decode_any(data: bytes, path: Path | str) -> NDArray[np.uint8]:
+@contextlib.contextmanager
+def _opened(data: bytes, path: Path | str, kind: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The file as Pillow's image of one format, with its header read."""
+    # Pillow's own limit is one number for the whole process, and may only be in the way of a higher one.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
             # Pictures between one and two times Pillow's bomb limit are legal; beyond, it raises.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image), path)
+            with Image.open(io.BytesIO(data), formats=[kind]) as image:
+                if kind == "TIFF":
+                    _check_tiles(image, path, max_pixels)
+                yield image
     except UnreadableImage:
         raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(path, f"more pixels than the limit of {max_pixels:,}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(path, "not an image of a known format") from error
+        raise UnreadableImage(path, f"begins like a {kind} and is none") from error
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error
-        raise UnreadableImage(path, str(error) or type(error).__name__) from error
+        raise UnreadableImage(path, str(error)[:200] or type(error).__name__) from error
 
 
-def _to_rgb(image: Image.Image, path: Path | str) -> NDArray[np.uint8]:
+def _check_tiles(image: Image.Image, path: Path | str, max_pixels: int) -> None:
+    """A tile is decoded whole, however small the picture is."""
+    tags = getattr(image, "tag_v2", {})
+    width, length = (int(tags.get(tag, 0)) for tag in _TIFF_TILE)
+    if width * length > max_pixels:
+        raise UnreadableImage(path, f"tiles of {width:,} × {length:,} pixels are more than {max_pixels:,}")
+
+
+def _decode_any(data: bytes, path: Path | str, max_pixels: int) -> Pixels:
+    with _opened(data, path, _format_of(data, path), max_pixels) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), path)
+
+
+def _to_rgb(image: Image.Image, path: Path | str) -> Pixels:
     if image.mode == "F":
         raise UnreadableImage(path, "floating-point pixels have no defined range")
     if image.mode.startswith("I"):

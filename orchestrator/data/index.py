@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from orchestrator.errors import UserError
+from orchestrator.spec import MAX_PIXELS
 
 FILE = "index.parquet"
 # The components that a curation makes: what it chose, and what it left out. Rows that no curation has seen are
@@ -55,6 +56,11 @@ class PhotoRow:
     component: str = UNCURATED
     cluster: int = -1
     duplicate_of: str | None = None
+
+    @property
+    def max_pixels(self) -> int:
+        """The largest width × height at which the file can still be the picture that was indexed."""
+        return max(MAX_PIXELS, self.width * self.height)
 
 
 class PhotoIndex:

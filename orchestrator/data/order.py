@@ -133,6 +133,12 @@ class SampleOrder:
             return _draw(self._homogeneous, key, before * self.batch_size + places)
         return self._mix((step - before) * self.batch_size + places)
 
+    def drawn_from(self, step: int, row: int) -> NDArray[np.int64]:
+        """The rows among which `step` drew `row`."""
+        if self.is_homogeneous(step):
+            return self._homogeneous
+        return next(rows for rows in self._parts.values() if np.any(rows == row))
+
     def _num_homogeneous(self, step: int) -> int:
         """Homogeneous steps before `step`: integers only, so that no rounding drifts over a long run."""
         return (step * self._num + self._phase) // self._den - self._phase // self._den

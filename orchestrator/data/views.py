@@ -7,23 +7,29 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from orchestrator.spec import Strict
+from orchestrator.spec import Settings
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+_Factor = Annotated[float, Field(gt=0, le=1000)]
+Range = tuple[_Factor, _Factor]
 
 
-class CropConfig(Strict):
+# Pixels of a view's side.
+Side = Annotated[int, Field(ge=1, le=16384)]
+MAX_VIEWS = 1024
+
+
+class CropConfig(Settings):
     """The views (DINOv3, arXiv 2508.10104; colour as in SimCLR, arXiv 2002.05709).
 
     Sizes are in pixels, scales are shares of the photograph's area. Blur of the first global is certain and
     of the others rare, as in the papers; `blur_probability: [0.0, 0.9]` is what DINOv3's published code does.
     """
 
-    global_size: int = Field(256, ge=1)
-    local_size: int = Field(112, ge=1)
-    num_global: int = Field(2, ge=1)
-    num_local: int = Field(8, ge=0)
+    global_size: Side = 256
+    local_size: Side = 112
+    num_global: int = Field(2, ge=1, le=MAX_VIEWS)
+    num_local: int = Field(8, ge=0, le=MAX_VIEWS)
     global_scale: Range = (0.32, 1.0)
     local_scale: Range = (0.05, 0.32)
     aspect: Range = (3 / 4, 4 / 3)
@@ -45,7 +51,7 @@ class CropConfig(Strict):
     local_blur_probability: Probability = 0.5
     blur_sigma: Range = Field((0.1, 2.0), description="pixels of the finished view")
     solarize_probability: Probability = Field(0.2, description="second global only")
-    gram_size: int | None = Field(None, ge=1, description="size of the undistorted views for a Gram teacher")
+    gram_size: Side | None = Field(None, description="size of the undistorted views for a Gram teacher")
 
     @model_validator(mode="after")
     def _ordered(self) -> CropConfig:

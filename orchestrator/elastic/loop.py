@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.data.blocks import Block
+from orchestrator.data.blocks import Block, TellsTroubles
 from orchestrator.elastic import checkpoint
 from orchestrator.elastic.device import device
 from orchestrator.elastic.engine import Engine
@@ -122,7 +122,7 @@ class _Trainer:
             losses = self.task.losses(block, target)
             self.engine.backward(losses.total * block.weight)
             _accumulate(sums, losses, block.weight / self.num_blocks)
-        figures = self._sum_figures(sums, self.orders.pop(step))
+        figures = self._sum_figures(sums, *self.seen.pop(step))
         if bad := [name for name, value in figures.items() if not _finite(value)]:
             raise NonFiniteLossError(
                 f"{self.job.name}: {', '.join(bad)} not finite at step {step}; the update was not applied"
@@ -134,17 +134,18 @@ class _Trainer:
         self.task.after_step(step, self.engine, figures)
         return figures
 
-    def _sum_figures(self, sums: dict[str, Tensor], order: int) -> dict[str, float]:
+    def _sum_figures(self, sums: dict[str, Tensor], order: int, num_replaced: int) -> dict[str, float]:
         """Figures over all workers, and which samples the step saw: a hash that no worker count changes."""
         names = sorted(sums)
-        own = torch.tensor([order], dtype=torch.float64, device=self.device)
+        own = torch.tensor([order, num_replaced], dtype=torch.float64, device=self.device)
         packed = torch.cat([torch.stack([sums[name] for name in names]), own])
-        *values, total = self.workers(packed).tolist()
-        return {**dict(zip(names, values, strict=True)), "sample_order": total % _ORDER_RANGE}
+        *values, total, replaced = self.workers(packed).tolist()
+        figures = {**dict(zip(names, values, strict=True)), "sample_order": total % _ORDER_RANGE}
+        return {**figures, "replaced_photos": replaced} if replaced else figures
 
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:
         """Each step's own blocks on the device, the next step's loaded behind the current one's back."""
-        self.orders: dict[int, int] = {}
+        self.seen: dict[int, tuple[int, int]] = {}
         self.waited_s = 0.0
         with ThreadPoolExecutor(1, thread_name_prefix="blocks") as pool:
             ahead: Future[list[Block]] | None = None
@@ -153,7 +154,11 @@ class _Trainer:
                 loaded = (ahead or pool.submit(self._load, step)).result()
                 self.waited_s = time.monotonic() - asked
                 ahead = pool.submit(self._load, step + 1) if step + 1 < self.job.num_steps else None
-                self.orders[step] = sum(_order(block) for block in loaded if block.weight > 0)
+                if isinstance(self.blocks, TellsTroubles):
+                    for what in self.blocks.take_troubles():
+                        self.line.trouble(what)
+                own = [block for block in loaded if block.weight > 0]
+                self.seen[step] = sum(map(_order, own)), sum(block.num_replaced for block in own)
                 yield step, [_to_device(block, self.device) for block in loaded]
 
     def _load(self, step: int) -> list[Block]:

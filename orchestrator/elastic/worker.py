@@ -313,6 +313,9 @@ class SlotBlocks:
         from orchestrator.data.blocks import Block
 
         message = self._client.load(step, index)
+        if "mistake" in message.body:
+            what, where, hint = message.body["mistake"]
+            raise UserError(what, where=where, hint=hint)
         if "error" in message.body:
             raise RuntimeError(f"block {index} of step {step} did not come: {message.body['error']}")
         assert message.fd is not None

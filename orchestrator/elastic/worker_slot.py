@@ -30,6 +30,7 @@ from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
 from orchestrator.elastic.device import assigned_gpus, environment
 from orchestrator.elastic.wire import Message, Wire, pack
+from orchestrator.errors import UserError
 
 logger = logging.getLogger("orchestrator")
 
@@ -356,7 +357,9 @@ class WorkerSlot(Worker):
             block = source.load(request["step"], request["index"])
             fd, layout = pack({"ids": block.ids, **block.arrays})
         except Exception as error:
-            answer = {"op": "block", "error": f"{type(error).__name__}: {error}"}
+            answer: dict[str, Any] = {"op": "block", "error": f"{type(error).__name__}: {error}"}
+            if isinstance(error, UserError):
+                answer["mistake"] = [error.what, error.where, error.hint]
             with suppress(OSError):
                 wire.send({**answer, "step": request["step"], "index": request["index"]})
             return

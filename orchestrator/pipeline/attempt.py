@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.errors import Stopped, UserError
+from orchestrator.errors import Stopped, UserError, shortened
 from orchestrator.pipeline.code import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread
 from orchestrator.pipeline.lease import Lease, LostHoldError
@@ -20,6 +20,7 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.stagelog import stage_log
 from orchestrator.pipeline.workspace import Workspace, work_hold
+from orchestrator.redact import redacted
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context, Part, Stage
 from orchestrator.store.artifact import Artifact
@@ -38,11 +39,11 @@ class Outcome:
 
     @property
     def message(self) -> str | None:
-        """The error on one line."""
+        """The error on one line, without what may be a secret."""
         if self.error is None:
             return None
         text = self.error.what if isinstance(self.error, UserError) else str(self.error)
-        first = next(iter(text.strip().splitlines()), "")
+        first = shortened(redacted(next(iter(text.strip().splitlines()), "")))
         name = type(self.error).__name__
         return first if isinstance(self.error, UserError) else f"{name}: {first}" if first else name
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from orchestrator.errors import UserError, nearest
+from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.pipeline.yamlfile import Document, KeyPath, is_private, lookup, show
 
 _PREFIXES = {
@@ -71,7 +71,7 @@ def _complaint(
     path: KeyPath, group: list[ErrorDetails], document: Document, model: type[BaseModel]
 ) -> UserError:
     first = group[0]
-    name = str(path[-1]) if path else ""
+    name = shortened(str(path[-1]), 80) if path else ""
     owner = _owner(path)
     candidates = _field_names(model, path[:-1], document.data)
     if first["type"] == "extra_forbidden":
@@ -94,7 +94,7 @@ def _bad_kind(path: KeyPath, details: ErrorDetails, document: Document, model: t
     if details["type"] == "union_tag_not_found":
         where = document.where(path, value=False)
         return UserError(f"{owner} lacks the key {field!r}", where=where, hint=_hint_kind(path, field, kinds))
-    given = str(context.get("tag", ""))
+    given = shortened(str(context.get("tag", "")), 80)
     close = nearest(given, kinds)
     hint = f"did you mean {close!r}?" if close else f"one of: {', '.join(kinds)}"
     what = f"{owner} has the unknown {field} {given!r}"
@@ -118,7 +118,7 @@ def _bad_value(path: KeyPath, group: list[ErrorDetails], document: Document) -> 
         if message not in messages:
             messages.append(message)
     close = nearest(str(value), allowed) if known and isinstance(value, str) else None
-    name = ".".join(str(part) for part in path) or "the pipeline"
+    name = shortened(".".join(str(part) for part in path), 200) or "the pipeline"
     what = f"{name}: {'; or '.join(messages)}"
     if known and not is_private(path) and group[0]["type"] not in ("value_error", "assertion_error"):
         what += f", not {show(value)}"
@@ -128,7 +128,7 @@ def _bad_value(path: KeyPath, group: list[ErrorDetails], document: Document) -> 
 
 def _message(details: ErrorDetails) -> str:
     """Pydantic's message in the words of the file: what the value must be."""
-    message = details["msg"]
+    message = shortened(details["msg"], 300)
     for prefix, instead in _PREFIXES.items():
         if message.startswith(prefix):
             message = instead + message.removeprefix(prefix)

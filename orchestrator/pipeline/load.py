@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +17,10 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.errors import UserError, nearest
+from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.pipeline import yamlfile
 from orchestrator.pipeline.complaints import complaints
+from orchestrator.redact import redacted, redacted_values, secret_in
 from orchestrator.spec import RENAMED, Elastic, Pipeline
 from orchestrator.stages.base import Stage
 from orchestrator.store.open import is_remote, open_store
@@ -27,7 +28,9 @@ from orchestrator.tracking.connect import absolute_uri
 
 logger = logging.getLogger("orchestrator")
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_\-]*")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,99}")
+# Mistakes that are shown at once.
+_COMPLAINTS = 20
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,9 @@ class LoadedPipeline:
         return self.document.where(path)
 
     def resolved(self) -> str:
-        """The whole pipeline as YAML with every default and override written out."""
+        """The whole pipeline as YAML with every default and override written out, and without secrets."""
         data = self.spec.model_dump(mode="json")
-        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        return redacted(yaml.safe_dump(redacted_values(data), sort_keys=False, allow_unicode=True))
 
 
 def load(
@@ -77,8 +80,22 @@ def load(
     Raises:
         UserError: anything wrong with the file, all complaints in one.
     """
+    try:
+        return _load(Path(path), overrides, needs_data, stage_type)
+    except UserError:
+        raise
+    except Exception as error:
+        # A value that no check expected, such as a path that the system refuses. The file is still the user's to mend.
+        logger.debug("while %s was read", path, exc_info=True)
+        what = f"the pipeline file cannot be used: {type(error).__name__}: {error}"
+        raise UserError(shortened(what, 500), where=str(path)) from error
+
+
+def _load(path: Path, overrides: Sequence[str], needs_data: bool, stage_type: Any) -> LoadedPipeline:
     stages: Any = _all_stages() if stage_type is None else stage_type
-    document = yamlfile.read(Path(path), overrides)
+    document = yamlfile.read(path, overrides)
+    if secrets := list(_secrets(document, document.data, ())):
+        raise _joined(secrets)
     _rename_old_keys(document)
     model = Pipeline[stages]
     try:
@@ -90,6 +107,45 @@ def load(
     if problems or (missing and needs_data):
         raise _joined([*missing, *problems])
     return replace(loaded, missing=tuple(missing))
+
+
+def _secrets(document: yamlfile.Document, value: Any, path: yamlfile.KeyPath) -> Iterator[UserError]:
+    """A complaint for each value that holds a secret, without the value: the file is copied into store and MLflow.
+
+    The runtime environment of workers is left out: it is where secrets for them belong, and is written down without.
+    """
+    if yamlfile.is_private(path):
+        return
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _secrets(document, item, (*path, name))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _secrets(document, item, (*path, number))
+    elif isinstance(value, str) and (kind := secret_in(value)):
+        dotted = ".".join(str(part) for part in path)
+        where = document.where(path, value=False)
+        yield UserError(f"{dotted} holds {kind}", where=where, hint=_where_secrets_belong(path, value))
+
+
+def _where_secrets_belong(path: yamlfile.KeyPath, value: str) -> str:
+    """The right way, by what the value is for."""
+    if path[0] == "tracking" and value.startswith("http"):
+        return (
+            "leave it out of the address: MLflow takes MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN, from the environment"
+        )
+    if path[0] == "tracking":
+        return (
+            "leave the password out of the address: PostgreSQL takes PGPASSWORD from the environment or ~/.pgpass, "
+            "MySQL an option file (?read_default_file=~/.my.cnf)"
+        )
+    if path[0] == "store" or value.startswith("s3:"):
+        return (
+            "leave it out of the address: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or "
+            "AWS_PROFILE, are taken from the environment. Write s3://bucket/prefix"
+        )
+    return "put it into the environment: this file is copied into the store and into MLflow"
 
 
 def _rename_old_keys(document: yamlfile.Document) -> None:
@@ -117,7 +173,10 @@ def _all_stages() -> Any:
 def _joined(errors: list[UserError]) -> UserError:
     if len(errors) == 1:
         return errors[0]
-    return UserError("\n".join(str(error) for error in errors))
+    shown = [str(error) for error in errors[:_COMPLAINTS]]
+    if len(errors) > _COMPLAINTS:
+        shown.append(f"and {len(errors) - _COMPLAINTS} more mistakes")
+    return UserError("\n".join(shown))
 
 
 def _check(loaded: LoadedPipeline) -> list[UserError]:
@@ -131,8 +190,10 @@ def _check(loaded: LoadedPipeline) -> list[UserError]:
         if not _NAME.fullmatch(name):
             section = "stages" if name in spec.stages else "data"
             where = loaded.document.where((section, name), value=False)
-            hint = "use a-z, 0-9, - and _, starting with a letter or digit"
-            problems.append(UserError(f"{name!r} is not a usable name", where=where, hint=hint))
+            hint = "use up to 100 of a-z, 0-9, - and _, starting with a letter or digit"
+            problems.append(
+                UserError(f"{shortened(name, 80)!r} is not a usable name", where=where, hint=hint)
+            )
     for name, stage in spec.stages.items():
         for source_name in stage.data_sources():
             if source_name not in spec.data:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from orchestrator.pipeline.graph import order
 from orchestrator.pipeline.key import short
+from orchestrator.redact import redacted
 
 if TYPE_CHECKING:
     from orchestrator.pipeline.attempt import Outcome
@@ -116,7 +117,7 @@ class Reporter:
         where, hint = getattr(outcome.error, "where", None), getattr(outcome.error, "hint", None)
         for label, text in (("at  ", where), ("hint", hint), ("log ", str(log))):
             if text:
-                self._console.print(Text(f"{indent}{label} {text}"), soft_wrap=True)
+                self._console.print(Text(f"{indent}{label} {redacted(text)}"), soft_wrap=True)
 
     def blocked(self, item: StagePlan, lacking: Sequence[str]) -> None:
         """A stage cannot run because one that it needs did not succeed."""
@@ -201,7 +202,7 @@ class _ToConsole(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """The newest message goes to the ticker, or a line of its own where there is none; warnings stay."""
-        first = next(iter(record.getMessage().splitlines()), "")
+        first = redacted(next(iter(record.getMessage().splitlines()), ""))
         self._ticker.message = first
         if record.levelno == logging.INFO and not self._console.is_terminal:
             self._console.print(Text(f"  · {first}", style="bright_black"), soft_wrap=True)

@@ -8,7 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from orchestrator.redact import redacted
+
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+
+
+class _Formatter(logging.Formatter):
+    """Lines without what may be a secret, in tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 @contextlib.contextmanager
@@ -17,7 +26,7 @@ def stage_log(path: Path, title: str) -> Iterator[logging.Logger]:
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("orchestrator")
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(_Formatter(_FORMAT))
     handler.setLevel(logging.INFO)
     level = logger.level
     logger.addHandler(handler)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from orchestrator.errors import UserError, nearest
+from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.redact import redacted
 
 KeyPath = tuple[str | int, ...]
 
@@ -18,6 +19,14 @@ KeyPath = tuple[str | int, ...]
 _NAMED = ("stages", "data")
 
 _EXTENDS = "extends"
+
+# A pipeline file of hundreds of stages stays far below these; what is above would cost memory, or the stack.
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 50
+_MAX_NODES = 100_000
+_MAX_FILES = 20
+# Digits that a number may have; 10³⁰ is read, and refused by its field.
+_MAX_NUMBER = 50
 
 # A worker's environment, which may hold tokens and passwords.
 _PRIVATE = "runtime_env"
@@ -50,11 +59,11 @@ class Document:
             shown = f"{dotted} = {show(found)}"
         inside = [name for name in self.overrides if path and name[: len(path)] == path]
         if inside and path not in self.lines:
-            return f"command line `{_without_secrets(self.overrides[inside[0]])}`  {shown}"
+            return f"command line `{without_secrets(self.overrides[inside[0]])}`  {shown}"
         for length in range(len(path), -1, -1):
             prefix = path[:length]
             if prefix in self.overrides:
-                return f"command line `{_without_secrets(self.overrides[prefix])}`  {shown}"
+                return f"command line `{without_secrets(self.overrides[prefix])}`  {shown}"
             if prefix in self.lines:
                 file = self.files.get(prefix, self.path)
                 return f"{file}:{self.lines[prefix]}  {shown}".rstrip()
@@ -117,6 +126,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
 
 
 def _extended(path: Path, inside: tuple[Path, ...]) -> Document:
+    if len(inside) >= _MAX_FILES:
+        raise UserError(f"more than {_MAX_FILES} files extend each other", where=str(path))
     document = _parse(path)
     base = document.data.pop(_EXTENDS, None)
     if base is None:
@@ -162,9 +173,9 @@ def _merged(below: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(path: Path) -> Document:
     text = _read_text(path)
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
+        _check_size(text, str(path))
+        node = yaml.compose(text, yaml.SafeLoader)
         if node is None:
             raise UserError(
                 "the pipeline file is empty", where=str(path), hint="start with `name: my-pipeline`"
@@ -177,19 +188,109 @@ def _parse(path: Path) -> Document:
             )
         document = Document(path, {}, {(): node.start_mark.line + 1})
         _record(node, (), document, active=())
-        document.data = _plain(loader.construct_document(node))
+        document.data = _constructed(node, str(path))
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(path, error) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"not readable as YAML: {error}", where=str(path)) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"not readable as YAML: {shortened(str(error), 200)}", where=str(path)) from None
+    return document
+
+
+def _check_size(text: str, where: str) -> None:
+    """See that YAML stays within bounds once its aliases are written out; nothing is built for it.
+
+    Raises:
+        UserError: too many values, too deep a nesting, or a number of too many digits, with its line.
+        yaml.YAMLError: it is no YAML.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []
+    total = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        mark = event.start_mark
+        here = f"{where}:{mark.line + 1}" if mark else where
+        if isinstance(event, yaml.AliasEvent):
+            # An alias of a node that is still open contains itself: the next reading says so.
+            total += sizes.get(event.anchor or "", 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+            _check_number(event, here)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            total += 1
+            open_nodes.append((event.anchor, total))
+            if len(open_nodes) > _MAX_DEPTH:
+                raise UserError(f"nested deeper than {_MAX_DEPTH} levels", where=here)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = total - before + 1
+        if total > _MAX_NODES:
+            raise UserError(
+                f"more than {_MAX_NODES:,} values, those that aliases repeat counted each time", where=here
+            )
+
+
+def _check_number(event: yaml.ScalarEvent, where: str) -> None:
+    """Python takes long to read a number of many digits, or does not."""
+    if event.style is None and len(event.value) > _MAX_NUMBER and event.value[:1] in "+-0123456789":
+        loader: Any = yaml.SafeLoader("")
+        kind = loader.resolve(yaml.ScalarNode, event.value, (True, False))
+        if kind in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+            raise UserError(
+                f"a number of {len(event.value):,} digits: {shortened(event.value, 40)}",
+                where=where,
+                hint="put it in quotes if it is a text",
+            )
+
+
+def _constructed(node: yaml.Node, where: str) -> Any:
+    """The node's value; what a constructor raises besides YAML's own errors is one UserError with the node's line."""
+    loader = yaml.SafeLoader("")
+    try:
+        return _plain(loader.construct_document(node))
+    except (ValueError, TypeError, OverflowError, AttributeError, KeyError, RecursionError) as error:
+        what = f"a value cannot be read: {shortened(str(error), 200) or type(error).__name__}"
+        raise UserError(
+            what, where=f"{where}:{_culprit(node)}", hint="put it in quotes if it is a text"
+        ) from None
     finally:
         loader.dispose()
-    return document
+
+
+def _culprit(node: yaml.Node) -> int:
+    """The line of the first scalar below `node` that cannot be built."""
+    for scalar in _scalars(node):
+        loader = yaml.SafeLoader("")
+        try:
+            _plain(loader.construct_document(scalar))
+        except Exception:  # whatever it is, this is the one
+            return int(scalar.start_mark.line + 1)
+        finally:
+            loader.dispose()
+    return int(node.start_mark.line + 1)
+
+
+def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _scalars(item)
+    elif isinstance(node, yaml.MappingNode):
+        for key, item in node.value:
+            yield from _scalars(key)
+            yield from _scalars(item)
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise UserError(f"the pipeline file is larger than {_MAX_BYTES:,} bytes", where=str(path))
+        return data.decode("utf-8")
     except FileNotFoundError:
         beside = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         close = nearest(path.name, beside)
@@ -199,6 +300,8 @@ def _read_text(path: Path) -> str:
         raise UserError("the pipeline file is not UTF-8 text", where=f"{path}, byte {error.start}") from None
     except OSError as error:
         raise UserError(f"cannot read the pipeline file: {error.strerror}", where=str(path)) from None
+    except ValueError:  # a NUL in its name
+        raise UserError("no such pipeline file", where=str(path), hint="check the path") from None
 
 
 def _syntax_error(path: Path, error: yaml.MarkedYAMLError) -> UserError:
@@ -239,6 +342,10 @@ def _record(node: yaml.Node, path: KeyPath, document: Document, active: tuple[in
 
 def _plain(value: Any) -> Any:
     """JSON types only: keys become strings (YAML reads `on:` as true), dates their ISO form."""
+    if isinstance(value, bytes):
+        raise ValueError("`!!binary` is not supported")
+    if isinstance(value, str) and not value.isascii():
+        value.encode()  # half of a surrogate pair, which no file takes
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
@@ -253,10 +360,10 @@ def is_private(path: KeyPath) -> bool:
     return _PRIVATE in path
 
 
-def _without_secrets(override: str) -> str:
-    """An override as a message may show it."""
+def without_secrets(override: str) -> str:
+    """An override as a message or a command may show it."""
     name, equals, _ = override.partition("=")
-    return f"{name}{equals}…" if _PRIVATE in override else override
+    return f"{name}{equals}…" if _PRIVATE in override else redacted(override)
 
 
 def _is_container(value: Any) -> bool:
@@ -266,16 +373,19 @@ def _is_container(value: Any) -> bool:
 def _apply(document: Document, override: str) -> None:
     """Apply one `key.path=value`; the value is YAML."""
     name, equals, text = override.partition("=")
-    where = f"command line `{_without_secrets(override)}`"
+    where = f"command line `{without_secrets(override)}`"
     parts = name.strip().split(".")
     if not equals or not all(parts):
         raise UserError(
             f"not an override: {override!r}", where="command line", hint="write key.path=value, e.g. seed=1"
         )
     try:
-        value = _plain(yaml.safe_load(text))
+        _check_size(text, where)
+        node = yaml.compose(text, yaml.SafeLoader)
+        value = None if node is None else _constructed(node, where)
     except yaml.YAMLError:
-        raise UserError(f"the value {text!r} is not valid YAML", where=where, hint="quote it") from None
+        shown = "…" if is_private(tuple(parts)) else repr(text)
+        raise UserError(f"the value {shown} is not valid YAML", where=where, hint="quote it") from None
     target: Any = document.data
     for depth, part in enumerate(parts[:-1]):
         if target.get(part) is None:

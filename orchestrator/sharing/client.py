@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.data.blocks import Block, BlockSource
+from orchestrator.errors import UserError
 from orchestrator.sharing.bundle import TEACHER, Bundle, block
 from orchestrator.sharing.desk import Delivered
 from orchestrator.sharing.line import Line
@@ -52,6 +53,7 @@ class SharedBlocks:
         """The block `index` of `step`; waits for a teacher. Its arrays are read-only and keep the step in memory.
 
         Raises:
+            UserError: the teacher met something that the user has to mend.
             RuntimeError: the teacher failed, the service was away for too long, or this source was closed.
         """
         ids = None
@@ -102,6 +104,9 @@ class SharedBlocks:
                 answer = self._line.call("step", self._student, step, lost)
             except RuntimeError as error:
                 raise RuntimeError(f"step {step} cannot be had: {error}") from error
+            if answer.get("mistake") is not None:
+                what, where, hint = answer["mistake"]
+                raise UserError(what, where=where, hint=hint)
             if "error" in answer:
                 raise RuntimeError(answer["error"])
             if "there" in answer:

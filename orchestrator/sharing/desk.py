@@ -24,6 +24,9 @@ logger = logging.getLogger("orchestrator")
 _ANSWER_S = 2.0
 _LOOK_S = 1.0
 
+# What, where and hint of a `UserError`.
+Mistake = tuple[str, str | None, str | None]
+
 
 @dataclass(frozen=True)
 class Delivered:
@@ -94,6 +97,7 @@ class Desk:
         self._account = account
         self._steps: dict[int, Delivered] = {}
         self._failed: dict[int, str] = {}
+        self._mistakes: dict[int, Mistake] = {}
         self._teachers: dict[str, _Teacher] = {}
         self._held_s: dict[str, float] = {}
         self._trouble = self._broken = ""
@@ -111,6 +115,7 @@ class Desk:
         if not self._window.ask(student, step, time.monotonic()):
             return {"error": f"{student} is not one of the students any more"}
         self._failed.pop(step, None)
+        self._mistakes.pop(step, None)
         if lost is not None and step in self._steps and self._steps[step].has(lost):
             del self._steps[step]
         self._tell()
@@ -118,7 +123,7 @@ class Desk:
             if step in self._steps:
                 return {"there": self._steps[step]}
             if why := self._failed.get(step, self._broken):
-                return {"error": why}
+                return {"error": why, "mistake": self._mistakes.get(step)}
             await self._wait_for(student, until)
         return {}
 
@@ -168,10 +173,14 @@ class Desk:
         self._account.computed(step, images, size)
         self._tell()
 
-    async def fail(self, teacher: str, step: int, why: str, trace: str) -> None:
-        """The teacher could not compute `step`."""
+    async def fail(
+        self, teacher: str, step: int, why: str, trace: str, mistake: Mistake | None = None
+    ) -> None:
+        """The teacher could not compute `step`; `mistake` has what, where and hint if the user has to mend it."""
         self._free(teacher)
         self._failed[step], self._trouble = why, trace
+        if mistake is not None:
+            self._mistakes[step] = mistake
         self._tell()
 
     # --- what the driver asks -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.errors import UserError
 from orchestrator.sharing.bundle import (
     Foresees,
     Parts,
@@ -110,7 +111,8 @@ class TeacherActor:
             logger.exception("the teacher failed at step %d", step)
             why = f"the teacher failed at step {step}: {type(error).__name__}: {error}"
             trace = "".join(traceback.format_exception(error))
-            self._desk.call("fail", self._name, step, why, trace)
+            mistake = (error.what, error.where, error.hint) if isinstance(error, UserError) else None
+            self._desk.call("fail", self._name, step, why, trace, mistake)
             return
         there = put(parts, self._num_blocks)
         size = sum(num_bytes(bundle) for bundle in parts.values())

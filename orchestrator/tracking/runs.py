@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from orchestrator.redact import redacted
 from orchestrator.tracking.connect import absolute_uri
 from orchestrator.tracking.flush import Flusher, progress
 from orchestrator.tracking.sink import MlflowSink
@@ -329,7 +330,9 @@ class Tracking:
         """Drains and stops. What could not be sent stays in the spool and goes out next time."""
         done = self._flusher.drain(timeout)
         if not done:
-            _log.warning("MLflow at %s lags behind: the rest will be sent by the next run", self.uri)
+            _log.warning(
+                "MLflow at %s lags behind: the rest will be sent by the next run", redacted(self.uri)
+            )
         self._flusher.stop()
         return done
 

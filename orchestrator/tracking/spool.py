@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.redact import redacted_values
+
 Record = dict[str, Any]
 _RUN_ID = re.compile(r"[A-Za-z0-9_\-]+")
 # MLflow 3 takes these in the names of metrics, params and tags; one bad name would hold up a whole batch.
@@ -83,9 +85,12 @@ class Spool:
         return True
 
     def post(self, run_id: str, op: str, **payload: Any) -> None:
-        """Records anything else about a run: `open`, `params`, `tags`, `file`, `datasets`, `model`, `finish`."""
+        """Records anything else about a run: `open`, `params`, `tags`, `file`, `datasets`, `model`, `finish`.
+
+        Secrets are left out (`redact`).
+        """
         with self._locked(run_id) as (fd, log):
-            self._write(fd, log, {"op": op, **payload, "time_ms": now_ms()})
+            self._write(fd, log, {"op": op, **redacted_values(payload), "time_ms": now_ms()})
 
     def history(self, run_id: str, channel: str | None = None) -> list[Record]:
         """The run's metrics in the order of recording: dicts of step, time_ms, channel and metrics."""

@@ -197,4 +197,5 @@ def caption_blocks(
         seed=seed,
         encode=lambda caption: list(tokenizer.encode(caption).ids),
         context=config.context,
+        max_unreadable=config.max_unreadable,
     )

@@ -48,6 +48,7 @@ def crop_blocks(
         mask_ratio=config.mask_ratio,
         mask_probability=config.mask_probability,
         like=config.crops if crops is not None else None,
+        max_unreadable=config.max_unreadable,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +34,19 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> PhotoIndex:
     return PhotoIndex(rows)
 
 
-def _blocks(index: PhotoIndex, seed: int = 0, block_size: int = 4) -> CropBlocks:
+def _blocks(
+    index: PhotoIndex, seed: int = 0, block_size: int = 4, max_unreadable: float = 0.01
+) -> CropBlocks:
     order = SampleOrder({"all": np.arange(24)}, batch_size=12, seed=seed)
-    return CropBlocks(index, order, lambda step: _CROPS, patch_size=8, block_size=block_size, seed=seed)
+    return CropBlocks(
+        index,
+        order,
+        lambda step: _CROPS,
+        patch_size=8,
+        block_size=block_size,
+        seed=seed,
+        max_unreadable=max_unreadable,
+    )
 
 
 def test_arrays_of_a_block(index: PhotoIndex) -> None:
@@ -146,3 +158,122 @@ def _package() -> Path:
     import orchestrator.data
 
     return Path(orchestrator.data.__path__[0])
+
+
+# --- pictures that cannot be read -----------------------------------------------------------------------------------
+
+
+def _losing(index: PhotoIndex, folder: Path, *lost: int) -> PhotoIndex:
+    """The same pictures, some of them damaged since they were indexed."""
+    rows = []
+    for number in range(len(index)):
+        shutil.copy(index.path(number), folder / index[number].path)
+        if number in lost:
+            (folder / index[number].path).write_bytes(index.path(number).read_bytes()[:60])
+        rows.append(replace(index[number], root=str(folder)))
+    return PhotoIndex(rows)
+
+
+def _place(source: CropBlocks, row: int) -> tuple[int, int, int]:
+    """The step, block and sample where a row comes first."""
+    for step in range(4):
+        for number in range(source.num_blocks):
+            for sample, known in enumerate(source.load(step, number).ids):
+                if known == row:
+                    return step, number, sample
+    raise AssertionError
+
+
+def test_another_photo_stands_for_one_that_cannot_be_read(
+    index: PhotoIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = _blocks(index)
+    step, number, sample = _place(whole, 7)
+    source = _blocks(_losing(index, tmp_path, 7))
+    expected, block = whole.load(step, number), source.load(step, number)
+    stand_in = -1 - block.ids[sample]
+    assert block.num_replaced == 1
+    assert 0 <= stand_in != 7
+    drawn = [row for i in range(3) for row in whole.load(step, i).ids]
+    assert stand_in not in drawn, "a photo twice in a step"
+    others = [place for place in range(4) if place != sample]
+    assert np.array_equal(block.ids[others], expected.ids[others])
+    for name in ("globals", "locals", "gram"):
+        assert np.array_equal(block.arrays[name][:, others], expected.arrays[name][:, others])
+        assert not np.array_equal(block.arrays[name][:, sample], expected.arrays[name][:, sample])
+    assert np.array_equal(block.arrays["masks"], expected.arrays["masks"])
+    source.load(step, number)
+    (said,) = caplog.messages
+    assert "07.png" in said
+    assert (source.take_troubles(), source.take_troubles()) == ([said], [])
+
+
+def test_the_stand_in_is_the_same_on_any_worker(index: PhotoIndex, tmp_path: Path) -> None:
+    """Blocks are loaded in every order, by sources that met other pictures before."""
+    damaged = _losing(index, tmp_path, 2, 11)
+    places = [(step, number) for step in range(6) for number in range(3)]
+    one = _blocks(damaged, max_unreadable=0.1)
+    forwards = {place: one.load(*place) for place in places}
+    assert sum(block.num_replaced for block in forwards.values()) == 6
+    for worker in range(3):
+        own = _blocks(damaged, max_unreadable=0.1)
+        for place in places[::-1][worker::3]:
+            block = own.load(*place)
+            assert np.array_equal(block.ids, forwards[place].ids)
+            for name, array in block.arrays.items():
+                assert np.array_equal(array, forwards[place].arrays[name])
+
+
+def test_stand_ins_come_from_the_same_component(index: PhotoIndex, tmp_path: Path) -> None:
+    damaged = _losing(index, tmp_path, 0)
+    components = {"few": np.arange(4), "many": np.arange(4, 24)}
+    order = SampleOrder(components, batch_size=12, seed=0)
+    source = CropBlocks(damaged, order, lambda step: _CROPS, patch_size=8, block_size=12, seed=0)
+    replaced = [-1 - row for step in range(12) for row in source.load(step, 0).ids if row < 0]
+    assert replaced
+    assert set(replaced) <= {1, 2, 3}
+
+
+def test_too_many_unreadable_photos_end_the_stage_with_their_names(index: PhotoIndex, tmp_path: Path) -> None:
+    source = _blocks(_losing(index, tmp_path, 3, 5, 8), max_unreadable=2 / 24)
+    with pytest.raises(UserError) as raised:
+        _ = [source.load(step, number) for step in range(8) for number in range(3)]
+    said = str(raised.value)
+    assert "3 of 24 photos cannot be read any more" in said
+    assert all(f"{number:02}.png" in said for number in (3, 5, 8))
+    assert "max_unreadable" in said
+
+
+def test_a_folder_that_is_gone_is_one_message(index: PhotoIndex, tmp_path: Path) -> None:
+    gone = PhotoIndex([replace(index[i], root=str(tmp_path / "gone")) for i in range(24)])
+    with pytest.raises(UserError, match=r"8 photos in a row cannot be read.*No such file") as raised:
+        _blocks(gone, max_unreadable=1.0).load(0, 0)
+    assert raised.value.where == str(tmp_path / "gone")
+
+
+def test_a_stand_in_brings_its_own_caption(index: PhotoIndex, tmp_path: Path) -> None:
+    damaged = _losing(index, tmp_path, 7)
+    order = SampleOrder({"all": np.arange(20)}, batch_size=10, seed=1)
+    source = CaptionBlocks(
+        damaged, order, size=16, block_size=10, seed=3, encode=lambda text: [int(text.split()[-1]), 99]
+    )
+    replaced = 0
+    for step in range(2):
+        block = source.load(step, 0)
+        rows = np.where(block.ids < 0, -1 - block.ids, block.ids)
+        assert block.arrays["tokens"][:, 0].tolist() == rows.tolist()
+        assert 7 not in rows
+        replaced += block.num_replaced
+    assert replaced == 1
+
+
+def test_replaced_photos_are_counted_over_all_workers() -> None:
+    from torch import tensor
+
+    from orchestrator.elastic.loop import _Trainer
+
+    trainer = _Trainer.__new__(_Trainer)
+    trainer.device, trainer.workers = "cpu", lambda packed: 2 * packed  # type: ignore[assignment]
+    counted = trainer._sum_figures({"loss": tensor(0.5)}, 3, 1)
+    assert counted == {"loss": 1.0, "sample_order": 6.0, "replaced_photos": 2.0}
+    assert "replaced_photos" not in trainer._sum_figures({"loss": tensor(0.5)}, 3, 0)

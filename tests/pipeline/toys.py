@@ -33,7 +33,7 @@ class Toy(Stage):
 
     ticks: int = Field(1, ge=0)
     optim: Optim = Optim()
-    mode: Literal["fine", "fail", "mistake", "forget", "stubborn"] = operational("fine")
+    mode: Literal["fine", "fail", "mistake", "forget", "stubborn", "leak"] = operational("fine")
     checkpoint_every: int = operational(1, ge=1)
 
     def run(self, context: Context) -> Mapping[str, float]:
@@ -62,6 +62,12 @@ class Toy(Stage):
                 store.put_file(prefix + "ticks", ticked)
         if self.mode == "fail":
             raise RuntimeError("the toy broke")
+        if self.mode == "leak":
+            leak = os.environ["TOY_LEAK"]
+            log.warning("told the log: %s", leak)
+            context.run.tags({"told.tag": leak})
+            context.run.params({"told": {"param": [leak]}})
+            raise RuntimeError(f"told the error: {leak}")
         if self.mode == "mistake":
             raise UserError("the toy does not fit", where="toy box", hint="use another box")
         if self.mode != "forget":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,41 @@ def test_report(photos: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in (context.out / "report.json").read_text()
     sheet = np.asarray(Image.open(context.out / "clusters.png"))
     assert sheet.std() > 20
+
+
+def test_what_is_no_photo_is_in_the_report_with_its_reason(photos: Path, tmp_path: Path) -> None:
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "scan.dcm").write_bytes(b"DICM")
+    context = _context(tmp_path, photos=_source(photos))
+    Curate(kind="curate", data="photos", clusters=4).run(context)
+    report = json.loads((context.out / "report.json").read_text())
+    assert report["left_out_files"] == {
+        "photos/pipe.jpg": "not a file but a pipe",
+        "photos/scan.dcm": "its name ends in .dcm",
+    }
+    assert report["left_out"] == 2
+    assert report["images"] == 36
+    rows = pq.read_table(context.out / "provenance.parquet").to_pylist()
+    left_out = [row["path"] for row in rows if row["status"] == "left out"]
+    assert left_out == ["pipe.jpg", "scan.dcm"]
+
+
+def test_a_photo_that_goes_while_curation_runs_is_corrupt(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Curate._scan
+
+    def scan_and_lose(self: Curate, context: Context) -> object:
+        found = plain(self, context)
+        (photos / "0-05.jpg").unlink()
+        return found
+
+    monkeypatch.setattr(Curate, "_scan", scan_and_lose)
+    context = _context(tmp_path, photos=_source(photos))
+    summary = Curate(kind="curate", data="photos", clusters=4).run(context)
+    assert (summary["unique"], summary["corrupt"]) == (29, 3)
+    report = json.loads((context.out / "report.json").read_text())
+    assert report["corrupt_files"]["photos/0-05.jpg"] == "No such file or directory"
 
 
 def test_same_seed_same_files_and_other_seed_other_sample(photos: Path, tmp_path: Path) -> None:

@@ -1,0 +1,405 @@
+"""A folder from anywhere: nothing in it hangs, crashes, fills the memory or reaches a decoder that nobody named."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orchestrator.data import decode
+from orchestrator.data.decode import UnreadableImage, read_rgb
+from orchestrator.data.source import fingerprint, list_images, scan
+from orchestrator.errors import UserError
+from orchestrator.spec import DataSource
+
+
+def _picture(height: int = 24, width: int = 32, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def _bytes(kind: str, image: Image.Image | None = None, **options: object) -> bytes:
+    file = io.BytesIO()
+    (image or _picture()).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    _picture(seed=1).save(photos / "a.jpg")
+    _picture(seed=2).save(photos / "b.png")
+    return photos
+
+
+def _left_out(folder: Path) -> dict[str, str]:
+    return {item.path: item.reason for item in list_images(DataSource(path=folder), "photos").left_out}
+
+
+# --- the listing ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_readable_picture_is_left_out_with_its_reason(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.jpeg")
+    listener = socket.socket(socket.AF_UNIX)
+    here = os.open(folder, os.O_RDONLY)
+    listener.bind(f"/proc/self/fd/{here}/socket.jpeg")
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    (folder / "null.png").symlink_to("/dev/null")
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jpeg")).write_bytes(_bytes("JPEG"))
+    (folder / "x.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "noending").write_bytes(_bytes("JPEG"))
+    (folder / ".hidden.jpg").write_bytes(_bytes("JPEG"))
+    (folder / "linked.jpg").symlink_to(folder / "a.jpg")
+    (folder / "line\nfeed.jpeg").write_bytes(_bytes("JPEG"))
+    source = DataSource(path=folder)
+    listing = list_images(source, "photos")
+    assert listing.files == ("a.jpg", "b.png", "line\nfeed.jpeg", "linked.jpg")
+    assert _left_out(folder) == {
+        "pipe.jpeg": "not a file but a pipe",
+        "socket.jpeg": "not a file but a socket",
+        "dangling.jpg": "a link that leads nowhere",
+        "loop.jpg": "Too many levels of symbolic links",
+        "null.png": "not a file but a character device",
+        r"caf\xe9.jpeg": "its name is not UTF-8",
+        "x.heic": "its name ends in .heic",
+        "noending": "its name has no ending",
+        ".hidden.jpg": "hidden",
+    }
+    assert all(photo.error is None for photo in scan(source, "photos"))
+    assert len(fingerprint(source)) == 64
+    listener.close()
+    os.close(here)
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_walked_once(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / "rice"
+    elsewhere.mkdir(parents=True)
+    _picture(seed=3).save(elsewhere / "c.jpg")
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "again").symlink_to(elsewhere)
+    (folder / "rice").symlink_to(elsewhere)
+    (folder / "self").symlink_to(folder)
+    listing = list_images(DataSource(path=folder), "photos")
+    assert listing.files == ("a.jpg", "again/c.jpg", "b.png")
+    assert _left_out(folder) == {
+        "again/back": "the same folder as the source itself",
+        "rice": "the same folder as again",
+        "self": "the same folder as the source itself",
+    }
+
+
+def test_a_folder_of_nothing_but_odd_files_says_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    for number in range(3):
+        (tmp_path / "x" / f"{number}.heic").write_bytes(b"x")
+    os.mkfifo(tmp_path / "x" / "p.jpg")
+    with pytest.raises(UserError, match=r"only: 3 × its name ends in \.heic; 1 × not a file but a pipe"):
+        list_images(DataSource(path=tmp_path / "x"), "photos")
+
+
+def test_files_that_may_not_be_read_are_reported(folder: Path, tmp_path: Path) -> None:
+    (folder / "secret.jpg").write_bytes(_bytes("JPEG"))
+    (folder / "secret.jpg").chmod(0)
+    (folder / "locked").mkdir()
+    (folder / "locked").chmod(0)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(parent.stat().st_mode | 0o055)
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from orchestrator.data.source import list_images, fingerprint, scan\n"
+        "from orchestrator.spec import DataSource\n"
+        "if os.getuid() == 0:\n    os.setgid(65534); os.setuid(65534)\n"
+        "source = DataSource(path=Path(sys.argv[1]))\n"
+        "print({item.path: item.reason for item in list_images(source, 'x').left_out})\n"
+        "print([photo.path for photo in scan(source, 'x')], len(fingerprint(source)))\n"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    (folder / "locked").chmod(0o700)
+    assert "'locked': 'folder: Permission denied'" in said
+    assert "'secret.jpg': 'no permission to read it'" in said
+    assert "['a.jpg', 'b.png'] 64" in said
+
+
+def test_a_file_that_goes_or_becomes_a_pipe_after_the_listing_is_one_corrupt_photo(folder: Path) -> None:
+    source = DataSource(path=folder)
+    listing = list_images(source, "photos")
+    (folder / "a.jpg").unlink()
+    (folder / "b.png").unlink()
+    os.mkfifo(folder / "b.png")
+    assert [photo.error for photo in scan(source, "photos", listing)] == [
+        "No such file or directory",
+        "not a regular file",
+    ]
+
+
+def test_a_folder_whose_own_name_is_not_utf8_is_one_message(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff"))
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(_bytes("JPEG"))
+    with pytest.raises(UserError, match=r"f\\xff is not UTF-8"):
+        list_images(DataSource(path=folder), "photos")
+
+
+def test_another_pixel_limit_is_another_fingerprint(folder: Path) -> None:
+    prints = {fingerprint(DataSource(path=folder, **limit)) for limit in ({}, {"max_pixels": 100})}
+    assert len(prints) == 2
+
+
+# --- a corpus of damaged pictures -----------------------------------------------------------------------------------
+
+
+def _jpeg_claiming(width: int, height: int) -> bytes:
+    data = bytearray(_bytes("JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def _png_claiming(width: int, height: int) -> bytes:
+    data = bytearray(_bytes("PNG"))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def _gif_claiming(width: int, height: int) -> bytes:
+    data = bytearray(_bytes("GIF"))
+    data[6:10] = struct.pack("<HH", width, height)
+    return bytes(data)
+
+
+def _bmp_claiming(width: int, height: int) -> bytes:
+    data = bytearray(_bytes("BMP"))
+    data[18:26] = struct.pack("<ii", width, height)
+    return bytes(data)
+
+
+def _webp_claiming(width: int, height: int) -> bytes:
+    canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    chunks = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + canvas + _bytes("WEBP")[12:]
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WEBP" + chunks
+
+
+def _tiff_claiming(width: int, height: int) -> bytes:
+    data = bytearray(_bytes("TIFF"))
+    start = struct.unpack("<I", data[4:8])[0]
+    for entry in range(struct.unpack("<H", data[start : start + 2])[0]):
+        at = start + 2 + 12 * entry
+        tag = struct.unpack("<H", data[at : at + 2])[0]
+        if tag in (256, 257):
+            data[at + 2 : at + 12] = struct.pack("<HII", 4, 1, width if tag == 256 else height)
+    return bytes(data)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+CLAIMS: dict[str, Callable[[int, int], bytes]] = {
+    "jpg": _jpeg_claiming,
+    "png": _png_claiming,
+    "gif": _gif_claiming,
+    "bmp": _bmp_claiming,
+    "webp": _webp_claiming,
+    "tif": _tiff_claiming,
+}
+
+
+@pytest.mark.parametrize("ending", CLAIMS)
+def test_a_claimed_size_over_the_limit_is_refused_before_anything_is_decoded(
+    ending: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"bomb.{ending}").write_bytes(CLAIMS[ending](16000, 16000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UnreadableImage, match=r"more (pixels )?than the limit of 120,000,000"):
+        read_rgb(tmp_path / f"bomb.{ending}")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+@pytest.mark.parametrize("ending", CLAIMS)
+def test_the_limit_is_the_same_for_every_format(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"p.{ending}"
+    _picture(20, 30).save(path)
+    assert read_rgb(path, max_pixels=600).shape == (20, 30, 3)
+    with pytest.raises(UnreadableImage, match="30 × 20 pixels are more than the limit of 599"):
+        read_rgb(path, max_pixels=599)
+
+
+def test_a_higher_limit_than_pillows_own_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    _picture(20, 30).save(tmp_path / "p.png")
+    assert read_rgb(tmp_path / "p.png", max_pixels=600).shape == (20, 30, 3)
+
+
+def test_a_large_tile_of_a_small_tiff_is_refused(tmp_path: Path) -> None:
+    data = zlib.compress(bytes(256))
+    tags = {
+        256: 16,
+        257: 16,
+        258: 8,
+        259: 8,
+        262: 1,
+        277: 1,
+        322: 60000,
+        323: 60000,
+        324: 200,
+        325: len(data),
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "t.tif").write_bytes(head.ljust(200, b"\0") + data)
+    with pytest.raises(UnreadableImage, match="tiles of 60,000 × 60,000 pixels"):
+        read_rgb(tmp_path / "t.tif")
+
+
+def test_only_the_named_formats_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS would start Ghostscript, a PPM or ICO another of Pillow's seventy decoders."""
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *command, **options: started.append(command))
+    monkeypatch.setattr(subprocess, "check_call", lambda *command, **options: started.append(command))
+    shapes = {
+        "eps.jpg": EPS,
+        "ppm.png": _bytes("PPM"),
+        "ico.gif": _bytes("ICO"),
+        "jp2.jpg": _bytes("JPEG2000"),
+    }
+    for name, data in shapes.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UnreadableImage, match="not an image of a known format"):
+            read_rgb(tmp_path / name)
+    assert not started
+
+
+def test_an_ending_that_lies_costs_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "really.jpg").write_bytes(_bytes("PNG"))
+    assert np.array_equal(read_rgb(tmp_path / "really.jpg"), np.asarray(_picture()))
+
+
+def _outcome(path: Path) -> np.ndarray | str:
+    """The pixels, or the reason why there are none."""
+    try:
+        return read_rgb(path, max_pixels=10**6)
+    except UnreadableImage as error:
+        return error.reason[:250] or "no reason"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_no_damage_is_anything_but_a_picture_or_one_reason(kind: str, tmp_path: Path) -> None:
+    """Cut anywhere, flipped anywhere, zeroed, repeated: never another exception, and the same bytes each time."""
+    whole = _bytes(kind)
+    rng = np.random.default_rng(list(kind.encode()))
+    outcomes = {"whole": 0, "refused": 0}
+    for number in range(60):
+        data = bytearray(whole)
+        at = int(rng.integers(0, len(data)))
+        match number % 4:
+            case 0:
+                del data[at:]
+            case 1:
+                data[at] ^= 1 << int(rng.integers(0, 8))
+            case 2:
+                data[at : at + 40] = bytes(len(data[at : at + 40]))
+            case _:
+                data[at:at] = data[: at // 2]
+        path = tmp_path / f"{number}.{kind.lower()}"
+        path.write_bytes(data)
+        first, second = (_outcome(path) for _ in range(2))
+        assert np.array_equal(first, second)
+        outcomes["refused" if isinstance(first, str) else "whole"] += 1
+    assert outcomes["refused"] > 5, outcomes
+
+
+def test_the_corpus_is_reported_file_by_file(folder: Path) -> None:
+    corpus = {
+        "bomb.jpg": _jpeg_claiming(65500, 65500),
+        "cut.png": _bytes("PNG")[:200],
+        "empty.gif": b"",
+        "eps.jpg": EPS,
+        "text.webp": b"no picture",
+        "begins.tif": b"II*\0 and nothing more",
+    }
+    for name, data in corpus.items():
+        (folder / name).write_bytes(data)
+    reasons = {photo.path: photo.error for photo in scan(DataSource(path=folder), "photos")}
+    assert reasons.pop("a.jpg") is None
+    assert reasons.pop("b.png") is None
+    assert set(reasons) == set(corpus)
+    assert "65,500 × 65,500 pixels are more than the limit" in str(reasons["bomb.jpg"])
+    assert reasons["empty.gif"] == "the file is empty"
+    assert reasons["eps.jpg"] == "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP, TIFF)"
+    assert all(reasons.values())
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_threads_share_memory_and_what_is_too_large_goes_alone() -> None:
+    memory = decode._Memory(100)
+    running: list[int] = []
+    most = 0
+    alone = []
+    lock = threading.Lock()
+
+    def work(size: int) -> None:
+        nonlocal most
+        with memory.hold(size):
+            with lock:
+                running.append(size)
+                most = max(most, sum(running))
+                if size > 100:
+                    alone.append(len(running) == 1)
+            time.sleep(0.005)
+            with lock:
+                running.remove(size)
+
+    threads = [
+        threading.Thread(target=work, args=(size,)) for size in [30, 30, 60, 250, 10, 90, 30, 250, 40] * 3
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert alone == [True] * 6
+    assert most == 250
+
+
+def test_large_pictures_do_not_pile_up_over_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of what eight threads decode at once stays in the shared amount."""
+    pixels = 300 * 400
+    for number in range(12):
+        _picture(300, 400, number).save(folder / f"{number}.png")
+    monkeypatch.setattr(decode, "_memory", decode._Memory(2 * 16 * pixels))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    inside, most, lock = 0, 0, threading.Lock()
+    plain = decode._decode
+
+    def counted(*arguments: object) -> np.ndarray:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        time.sleep(0.01)
+        try:
+            return plain(*arguments)  # type: ignore[arg-type]
+        finally:
+            with lock:
+                inside -= 1
+
+    monkeypatch.setattr(decode, "_decode", counted)
+    photos = scan(DataSource(path=folder), "photos")
+    assert all(photo.error is None for photo in photos)
+    assert most <= 4, "the two small ones may run beside two large ones"
