@@ -227,7 +227,7 @@ def test_the_stand_in_is_the_same_on_any_worker(index: PhotoIndex, tmp_path: Pat
 def test_stand_ins_come_from_the_same_component(index: PhotoIndex, tmp_path: Path) -> None:
     damaged = _losing(index, tmp_path, 0)
     components = {"few": np.arange(4), "many": np.arange(4, 24)}
-    order = SampleOrder(components, batch_size=12, seed=0)
+    order = SampleOrder(components, {"few": 1.0, "many": 1.0}, batch_size=12, seed=0)
     source = CropBlocks(damaged, order, lambda step: _CROPS, patch_size=8, block_size=12, seed=0)
     replaced = [-1 - row for step in range(12) for row in source.load(step, 0).ids if row < 0]
     assert replaced

@@ -117,7 +117,10 @@ def test_files_that_may_not_be_read_are_reported(folder: Path, tmp_path: Path) -
     (folder / "secret.jpg").chmod(0)
     (folder / "locked").mkdir()
     (folder / "locked").chmod(0)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
+    for parent in (
+        tmp_path,
+        *(one for one in tmp_path.parents if one.name.startswith(("pytest-", "popen-"))),
+    ):
         parent.chmod(parent.stat().st_mode | 0o055)
     code = (
         "import os, sys\nfrom pathlib import Path\n"
