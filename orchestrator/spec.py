@@ -371,11 +371,35 @@ class Cluster(Strict):
 class Hardware(Strict):
     """The machines that `orchestrator plan` reckons with; nothing runs differently for it."""
 
-    devices: int = Field(ge=1, description="accelerators that train at once")
-    name: str = Field("H100 SXM", description="for people")
-    peak_tflops: float = Field(989.0, gt=0, description="dense bf16 operations a second of one, in 10¹²")
-    memory_gib: float = Field(80.0, gt=0, description="of one")
-    mfu: float = Field(0.4, gt=0, le=1, description="share of the peak that training reaches")
+    devices: int = Field(ge=1, description="The number of accelerators that train at once.")
+    name: str = Field("H100 SXM", description="The name of the accelerator, for people to read.")
+    peak_tflops: float = Field(
+        989.0, gt=0, description="The dense bf16 operations a second of one accelerator, in 10¹²."
+    )
+    memory_gib: float = Field(80.0, gt=0, description="The memory of one accelerator, in GiB.")
+    mfu: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="The share of the peak that training reaches while it computes, from 0 to 1.",
+    )
+    mfu_source: Literal["assumed", "measured", "fitted"] = Field(
+        "assumed",
+        description="Where `mfu` comes from. fitted: chosen so that the hours come out as published; `plan` then says "
+        "that its hours predict nothing.",
+    )
+    collective_gb_s: float | None = Field(
+        None,
+        gt=0,
+        description="The speed, in 10⁹ bytes a second, at which one accelerator gathers weights or gives its gradients "
+        "away while all of them do. Default: communication is not counted.",
+    )
+    input_images_s: float | None = Field(
+        None,
+        gt=0,
+        description="The images a second that the processors beside one accelerator decode and crop. Default: input is "
+        "not counted.",
+    )
 
 
 def _one_or_many(value: Any) -> Any:
