@@ -322,15 +322,21 @@ class Elastic(Strict):
 class DataSource(Strict):
     """A folder of images. `captions` is a CSV with a `file` column and, as there are, `caption` and `label`."""
 
-    path: Path
-    captions: Path | None = None
+    path: Path = Field(description="The folder of images; subfolders are searched.")
+    captions: Path | None = Field(
+        None,
+        description="A CSV with a `file` column and, as there are, `caption` and `label`. Default: no image has a "
+        "caption or a label.",
+    )
 
 
 class Tracking(Strict):
     """Where MLflow keeps runs and the registry."""
 
-    uri: str = "sqlite:///runs/mlflow.db"
-    experiment: str | None = Field(None, description="default: the pipeline's name")
+    uri: str = Field("sqlite:///runs/mlflow.db", description="The address of the MLflow server or database.")
+    experiment: str | None = Field(
+        None, description="The MLflow experiment of the runs. Default: the pipeline's name."
+    )
 
 
 PreemptionNotices = Literal["auto", "aws", "gce", "azure", "kubernetes", "off"]
@@ -340,7 +346,9 @@ class Cluster(Strict):
     """Which Ray cluster: `local` starts an own one, `auto` joins the one on this machine, `host:port` that one."""
 
     address: str = Field(
-        "local", description="local, auto, or host:port of a cluster with a node on this machine"
+        "local",
+        description="Which Ray cluster runs the pipeline: `local` starts one of its own, `auto` joins the one that "
+        "has a node on this machine, `host:port` joins the one whose head is there.",
     )
     preemption_notices: PreemptionNotices = operational(
         "auto",
@@ -412,8 +420,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 class StageSpec(Strict):
     """What every stage has. Subclasses narrow `kind` to a Literal and add their own fields."""
 
-    kind: str
-    needs: Names = ()
+    kind: str = Field(description="What the stage does: the name of one of the stage kinds.")
+    needs: Names = Field((), description="The stages whose artifacts this one reads, as one name or a list.")
 
 
 class Schedule(Strict):
@@ -424,12 +432,23 @@ class Schedule(Strict):
     `end` over the rest of the run.
     """
 
-    peak: float
-    start: float = 0.0
-    end: float = 0.0
-    warmup_steps: int = Field(0, ge=0)
-    hold_steps: int = Field(0, ge=0, description="at the peak, before it falls")
-    shape: Literal["constant", "cosine", "linear"] = "constant"
+    peak: float = Field(description="The value after the warmup.")
+    start: float = Field(0.0, description="The value at step 0, if there is a warmup.")
+    end: float = Field(0.0, description="The value after the last step; not used by the shape `constant`.")
+    warmup_steps: int = Field(
+        0, ge=0, description="The number of steps in which the value goes in a line from `start` to `peak`."
+    )
+    hold_steps: int = Field(
+        0,
+        ge=0,
+        description="The number of steps after the warmup in which the value stays at `peak`, before it moves to "
+        "`end`.",
+    )
+    shape: Literal["constant", "cosine", "linear"] = Field(
+        "constant",
+        description="How the value goes from `peak` to `end` over the rest of the run: not at all, by half a "
+        "cosine, or in a line.",
+    )
 
     def at(self, step: int, num_steps: int) -> float:
         """The value at `step` (0-based) of a run of `num_steps`."""
@@ -449,14 +468,28 @@ class Schedule(Strict):
 class Optimizer(Strict):
     """AdamW and its schedule. `lr.peak` is the effective rate; nothing is rescaled behind the user's back."""
 
-    lr: Schedule
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.04, ge=0)
-    clip_norm: float = Field(
-        30.0, gt=0, description="largest norm of each submodule's gradient: backbone, heads"
+    lr: Schedule = Field(
+        description="The learning rate by step, as it is applied: nothing rescales it by the batch size."
     )
-    layer_decay: float = Field(0.98, gt=0, le=1, description="factor on the rate for each layer further down")
-    patch_embed_scale: float = Field(0.2, gt=0, description="extra factor on the patch embedding's rate")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="The decay rates of AdamW's two moments.")
+    weight_decay: float = Field(
+        0.04, ge=0, description="AdamW's decoupled weight decay; vectors and scalars are not decayed."
+    )
+    clip_norm: float = Field(
+        30.0,
+        gt=0,
+        description="The largest norm of the gradient of each submodule (the backbone, each head); a larger one is "
+        "scaled down to it.",
+    )
+    layer_decay: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="The factor on the learning rate for each layer further from the output.",
+    )
+    patch_embed_scale: float = Field(
+        0.2, gt=0, description="The extra factor on the learning rate of the patch embedding."
+    )
 
 
 S = TypeVar("S", bound=StageSpec)
@@ -465,12 +498,23 @@ S = TypeVar("S", bound=StageSpec)
 class Pipeline(Strict, Generic[S]):
     """A whole pipeline file, parametrised by the union of stage configs."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9\-]*$")
-    seed: int = 0
-    store: str = operational("runs/")
-    tracking: Tracking = operational(Tracking())
-    cluster: Cluster = operational(Cluster())
-    elastic: Elastic = operational(Elastic())
-    hardware: Hardware | None = operational(None)
-    data: dict[str, DataSource] = {}
-    stages: dict[str, S]
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9\-]*$",
+        description="The name of the pipeline, in the ledger, in MLflow and in the names of published models.",
+    )
+    seed: int = Field(0, description="The seed from which every random number of every stage follows.")
+    store: str = operational(
+        "runs/",
+        description="Where artifacts, checkpoints and the ledger are kept: a folder, or `s3://bucket/prefix`.",
+    )
+    tracking: Tracking = operational(Tracking(), description="Where MLflow keeps runs and the registry.")
+    cluster: Cluster = operational(Cluster(), description="Which Ray cluster the pipeline runs on.")
+    elastic: Elastic = operational(
+        Elastic(),
+        description="How every training stage uses machines that come and go; a stage may override it.",
+    )
+    hardware: Hardware | None = operational(
+        None, description="The machines that `orchestrator plan` reckons with. Default: no costs are printed."
+    )
+    data: dict[str, DataSource] = Field({}, description="The data sources by name.")
+    stages: dict[str, S] = Field(description="The stages by name; their order in the file does not matter.")

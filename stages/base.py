@@ -169,8 +169,14 @@ class TrainStage(Stage):
 
     preload: ClassVar[tuple[str, ...]] = ()
 
-    elastic: Elastic | None = operational(None, description="overrides the pipeline's `elastic` section")
-    activation_checkpointing: bool = operational(
-        False, description="compute blocks again in the backward pass instead of keeping what is in them"
+    elastic: Elastic | None = operational(
+        None, description="Overrides the pipeline's `elastic` section for this stage, key by key."
     )
-    compile: bool = operational(False, description="compile the towers' blocks with torch.compile")
+    activation_checkpointing: bool = operational(
+        False,
+        description="Whether blocks are computed again in the backward pass, which takes time, instead of keeping "
+        "what is in them, which takes memory.",
+    )
+    compile: bool = operational(
+        False, description="Whether the towers' blocks are compiled with torch.compile."
+    )

@@ -20,8 +20,12 @@ class Publish(Stage):
     """Registers each student as `<pipeline>-<student>`; publishing the same again makes no second version."""
 
     kind: Literal["publish"]
-    alias: str = Field("champion", pattern=r"^[A-Za-z][\w\-]*$", description="points at the new version")
-    names: Names = Field((), description="which students; default: all")
+    alias: str = Field(
+        "champion",
+        pattern=r"^[A-Za-z][\w\-]*$",
+        description="The alias in the registry that points at the new version.",
+    )
+    names: Names = Field((), description="The students to publish, as one name or a list. Default: all.")
 
     needs_ray: ClassVar[bool] = False
     inputs: ClassVar[tuple[Input, ...]] = (
