@@ -23,6 +23,17 @@ _EXTENDS = "extends"
 _PRIVATE = "runtime_env"
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe, and with the booleans of YAML 1.2: `on` and `off`, a key and a value of pipeline files, are texts."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 @dataclass
 class Document:
     """Plain values, and for every key path the line or the override that wrote it.
@@ -162,7 +173,7 @@ def _merged(below: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(path: Path) -> Document:
     text = _read_text(path)
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -273,7 +284,7 @@ def _apply(document: Document, override: str) -> None:
             f"not an override: {override!r}", where="command line", hint="write key.path=value, e.g. seed=1"
         )
     try:
-        value = _plain(yaml.safe_load(text))
+        value = _plain(_Loader(text).get_single_data())
     except yaml.YAMLError:
         raise UserError(f"the value {text!r} is not valid YAML", where=where, hint="quote it") from None
     target: Any = document.data
