@@ -15,13 +15,16 @@ import pytest
 import typer
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.pipeline import yamlfile
 from orchestrator.pipeline.load import load
+from orchestrator.pipeline.modeltable import model_rows
 from orchestrator.pipeline.reference import keys, reference, sections
-from orchestrator.spec import Pipeline, StageSpec
+from orchestrator.spec import Elastic, Pipeline, StageSpec
 from orchestrator.stages import AnyStage
+from orchestrator.stages.align_text import AlignText
 from orchestrator.stages.base import TrainStage
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +120,7 @@ def blocks() -> Iterator[Any]:
             yield pytest.param(text, id=f"{page.relative_to(ROOT)}-{number}")
 
 
-@pytest.mark.parametrize("text", blocks())
+@pytest.mark.parametrize("text", list(blocks()))
 def test_every_yaml_block_is_taken_by_the_schema(text: str, tmp_path: Path) -> None:
     path = tmp_path / "pipeline.yaml"
     path.write_text(text)
@@ -321,3 +324,56 @@ def test_tests_that_are_named_exist(page: Path) -> None:
     for text in quoted(page):
         for name in re.findall(r"::(test_\w+)", text):
             assert name in defined, f"{page.name}: {name}"
+
+
+# --- figures that code gives ------------------------------------------------------------------------------------
+
+
+def test_the_table_of_models_is_that_of_the_code() -> None:
+    text = (ROOT / "docs" / "models.md").read_text()
+    for row in model_rows():
+        wanted = f"| {row['params']:,} | {row['gflops_256']:,.2f} | {row['gflops_512']:,.2f} |"
+        line = next(line for line in text.split("\n") if line.startswith(f"| `{row['name']}` |"))
+        assert wanted in line, row["name"]
+
+
+def test_the_lines_of_the_elastic_layer_are_about_as_many_as_its_page_says() -> None:
+    page = ROOT / "docs" / "elastic.md"
+    rows = re.findall(r"^\|.*\| ((?:`[a-z_]+`(?:, )?)+) \| ([\d,]+) \|$", page.read_text(), flags=re.M)
+    assert len(rows) == 7
+    for files, said in rows:
+        paths = [
+            ROOT / "orchestrator" / "elastic" / f"{name}.py" for name in re.findall(r"`([a-z_]+)`", files)
+        ]
+        lines = sum(len(path.read_text().split("\n")) for path in paths)
+        assert lines == pytest.approx(int(said.replace(",", "")), rel=0.15), files
+
+
+def test_the_plan_at_paper_scale_is_what_plan_prints() -> None:
+    """Every line of the block in docs/paper-scale.md, but for blanks at its end."""
+    text = (ROOT / "docs" / "paper-scale.md").read_text()
+    part = text.partition("## The plan of the 7B")[2].partition("![")[0]
+    said = CliRunner().invoke(app, ["plan", str(ROOT / "conf" / "paper" / "dinov3_7b.yaml")]).output
+    printed = {line.rstrip() for line in said.split("\n")}
+    lines = [line.strip() for line in part.strip().split("\n") if line.strip()]
+    assert len(lines) > 20
+    for line in lines:
+        assert line in printed, line
+
+
+@pytest.mark.parametrize(
+    ("name", "heading", "model"), [("elastic", "Settings", Elastic), ("text", "Options", AlignText)]
+)
+def test_defaults_in_tables_are_those_of_the_schema(name: str, heading: str, model: type[BaseModel]) -> None:
+    """A default in words, such as "none", is one that the schema leaves open."""
+    part = (ROOT / "docs" / f"{name}.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \| (.*?) \| ", part, flags=re.M)
+    assert len(rows) >= 6
+    for keys_, said in rows:
+        for key in re.findall(r"`([a-z_]+)`", keys_):
+            default = model.model_fields[key].get_default(call_default_factory=True, validated_data={})
+            if default is None or default == () or isinstance(default, BaseModel):
+                assert not re.search(r"[\d`]", said), f"{key}: {said}, and the schema leaves it open"
+            else:
+                value = yaml.safe_load(said.strip("`"))
+                assert value == (list(default) if isinstance(default, tuple) else default), f"{key}: {said}"
