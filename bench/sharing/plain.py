@@ -249,7 +249,8 @@ def _started(order: Order) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True)
     path = folder / "order.json"
     path.write_text(json.dumps(asdict(order)))
-    return subprocess.Popen([sys.executable, "-m", "bench.sharing.plain", str(path)], stdout=sys.stderr)
+    command = [sys.executable, "-m", "bench.sharing.plain", str(path)]
+    return subprocess.Popen(command, stdout=sys.stderr, cwd=Path(__file__).parents[2])
 
 
 def _until_all(file: str, orders: Sequence[Order], processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -89,15 +90,19 @@ def test_arms_that_learned_something_else_are_not_compared(tmp_path: Path) -> No
         sharing._require_same(sharing.Repetition(Measured(1, 1, 1, {}, other, losses), loops, 1.0, prices))
 
 
-def test_a_plain_loop_trains_its_student_and_the_ema_follows(tmp_path: Path) -> None:
+def a_stand(folder: Path) -> arms.Stand:
     rng = np.random.default_rng(0)
     rows = []
     for number in range(40):
-        cv2.imwrite(str(tmp_path / f"{number}.png"), rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
-        rows.append(PhotoRow("photos", f"{number}.png", str(tmp_path), "", 40, 40))
-    (tmp_path / "index").mkdir()
-    PhotoIndex(rows).save(tmp_path / "index")
-    stand = arms.Stand(tmp_path, tmp_path / "index", arms._a_teacher(tmp_path))
+        cv2.imwrite(str(folder / f"{number}.png"), rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        rows.append(PhotoRow("photos", f"{number}.png", str(folder), "", 40, 40))
+    (folder / "index").mkdir()
+    PhotoIndex(rows).save(folder / "index")
+    return arms.Stand(folder, folder / "index", arms._a_teacher(folder))
+
+
+def test_a_plain_loop_trains_its_student_and_the_ema_follows(tmp_path: Path) -> None:
+    stand = a_stand(tmp_path)
     loop = plain.PlainLoop(stand._order("a", sharing.STUDENTS, 2, 1, inline=True))
     modules = loop.modules
     assert modules.ema is not None
@@ -114,3 +119,26 @@ def test_a_plain_loop_trains_its_student_and_the_ema_follows(tmp_path: Path) -> 
         assert moved <= 2e-4 * 1.2, name
         torch.testing.assert_close(ema, momentum * before[name] + (1 - momentum) * now)
     assert any(not torch.equal(before[name], param) for name, param in modules.trainable.named_parameters())
+
+
+def test_loops_run_in_processes_and_are_the_same_with_views_made_beside_the_step(tmp_path: Path) -> None:
+    stand = a_stand(tmp_path)
+    steps = plain.WARM_UP + 2
+    (beside,) = plain.train([stand._order("a", {"a": "vit_femto"}, steps, 1, inline=False)])
+    (inline,) = plain.train([stand._order("a", {"a": "vit_femto"}, steps, 1, inline=True)])
+    assert len(beside.wall) == steps
+    assert beside.losses == inline.losses
+    for name, weights in plain.weights_of(beside).items():
+        assert torch.equal(weights, plain.weights_of(inline)[name]), name
+    found = plain.price(inline)
+    assert found.teacher_s > 0
+    assert found.student_s > 0
+
+
+def test_a_loop_that_fails_is_said(tmp_path: Path) -> None:
+    stand = a_stand(tmp_path)
+    order = replace(
+        stand._order("a", {"a": "vit_femto"}, 6, 1, inline=False), recipe=str(tmp_path / "none.json")
+    )
+    with pytest.raises(UnfairError, match="a plain loop failed"):
+        plain.train([order])
