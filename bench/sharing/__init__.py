@@ -2,7 +2,7 @@
 
 Three students. In one arm the `distill` stage trains them on one teacher. The peer is what a user would write
 instead: a plain loop with the teacher inside, once per student, without Ray, DeepSpeed or the service
-(`plain.py`). It is measured all three at once and one after another, and the faster way counts. No cluster is up
+(`bench/_plain.py`). It is measured all three at once and one after another, and the faster way counts. No cluster is up
 while plain loops run. A round is one step of every student.
 
 The bound is what arithmetic allows, (n·C_T + ΣC_S) / (C_T + ΣC_S). C_T is all that the service does once, views
@@ -24,8 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import _plain as plain
 from bench.harness import Arm, Claim, UnfairError, require_same_losses, summarize
-from bench.sharing import plain
 from bench.sharing.arms import Stand, standing
 from bench.sharing.linear import Line, line_of, plot
 from bench.sharing.transport import transport_share

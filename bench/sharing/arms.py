@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 from PIL import Image
 
+from bench import _plain as plain
 from bench.harness import UnfairError
-from bench.sharing import plain
 from bench.sharing.gate import WARM_UP, GatedTeacher
 from bench.sharing.watching import Measured, Watched, measured, outcome, snapshot, steps_of
 from orchestrator.sharing.bundle import VIEWS, StepTeacher

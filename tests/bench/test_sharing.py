@@ -15,9 +15,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import bench.sharing as sharing
+from bench import _plain as plain
+from bench._plain import Done, Price
 from bench.harness import UnfairError
-from bench.sharing import arms, plain
-from bench.sharing.plain import Done, Price
+from bench.sharing import arms
 from bench.sharing.watching import Measured
 from orchestrator.data.index import PhotoIndex, PhotoRow
 

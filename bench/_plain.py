@@ -4,7 +4,7 @@ The recipe's own teacher, views, losses and modules, one process, torch's fused 
 DeepSpeed, no checkpoints and no tracking, so it pays for nothing but the work. Views are made in a thread beside
 the step, as in the service.
 
-`python -m bench.sharing.plain ORDER.json` is one such process; :func:`train` starts and reads them.
+`python -m bench._plain ORDER.json` is one such process; :func:`train` starts and reads them.
 """
 
 from __future__ import annotations
@@ -249,8 +249,8 @@ def _started(order: Order) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True)
     path = folder / "order.json"
     path.write_text(json.dumps(asdict(order)))
-    command = [sys.executable, "-m", "bench.sharing.plain", str(path)]
-    return subprocess.Popen(command, stdout=sys.stderr, cwd=Path(__file__).parents[2])
+    command = [sys.executable, "-m", "bench._plain", str(path)]
+    return subprocess.Popen(command, stdout=sys.stderr, cwd=Path(__file__).parents[1])
 
 
 def _until_all(file: str, orders: Sequence[Order], processes: Sequence[subprocess.Popen[bytes]]) -> None:
