@@ -396,8 +396,12 @@ MAX_PIXELS = 120_000_000
 class DataSource(Settings):
     """A folder of images. `captions` is a CSV with a `file` column and, as there are, `caption` and `label`."""
 
-    path: LocalPath
-    captions: LocalPath | None = None
+    path: LocalPath = Field(description="The folder of images; subfolders are searched.")
+    captions: LocalPath | None = Field(
+        None,
+        description="A CSV with a `file` column and, as there are, `caption` and `label`. Default: no image has a "
+        "caption or a label.",
+    )
     max_pixels: int = Field(
         MAX_PIXELS,
         ge=1,
@@ -410,8 +414,10 @@ class DataSource(Settings):
 class Tracking(Settings):
     """Where MLflow keeps runs and the registry."""
 
-    uri: str = "sqlite:///runs/mlflow.db"
-    experiment: str | None = Field(None, description="default: the pipeline's name")
+    uri: str = Field("sqlite:///runs/mlflow.db", description="The address of the MLflow server or database.")
+    experiment: str | None = Field(
+        None, description="The MLflow experiment of the runs. Default: the pipeline's name."
+    )
 
 
 PreemptionNotices = Literal["auto", "aws", "gce", "azure", "kubernetes", "off"]
@@ -421,7 +427,9 @@ class Cluster(Settings):
     """Which Ray cluster: `local` starts an own one, `auto` joins the one on this machine, `host:port` that one."""
 
     address: str = Field(
-        "local", description="local, auto, or host:port of a cluster with a node on this machine"
+        "local",
+        description="Which Ray cluster runs the pipeline: `local` starts one of its own, `auto` joins the one that "
+        "has a node on this machine, `host:port` joins the one whose head is there.",
     )
     preemption_notices: PreemptionNotices = operational(
         "auto",
@@ -452,11 +460,35 @@ class Cluster(Settings):
 class Hardware(Settings):
     """The machines that `orchestrator plan` reckons with; nothing runs differently for it."""
 
-    devices: int = Field(ge=1, description="accelerators that train at once")
-    name: str = Field("H100 SXM", description="for people")
-    peak_tflops: float = Field(989.0, gt=0, description="dense bf16 operations a second of one, in 10¹²")
-    memory_gib: float = Field(80.0, gt=0, description="of one")
-    mfu: float = Field(0.4, gt=0, le=1, description="share of the peak that training reaches")
+    devices: int = Field(ge=1, description="The number of accelerators that train at once.")
+    name: str = Field("H100 SXM", description="The name of the accelerator, for people to read.")
+    peak_tflops: float = Field(
+        989.0, gt=0, description="The dense bf16 operations a second of one accelerator, in 10¹²."
+    )
+    memory_gib: float = Field(80.0, gt=0, description="The memory of one accelerator, in GiB.")
+    mfu: float = Field(
+        0.4,
+        gt=0,
+        le=1,
+        description="The share of the peak that training reaches while it computes, from 0 to 1.",
+    )
+    mfu_source: Literal["assumed", "measured", "fitted"] = Field(
+        "assumed",
+        description="Where `mfu` comes from. fitted: chosen so that the hours come out as published; `plan` then says "
+        "that its hours predict nothing.",
+    )
+    collective_gb_s: float | None = Field(
+        None,
+        gt=0,
+        description="The speed, in 10⁹ bytes a second, at which one accelerator gathers weights or gives its gradients "
+        "away while all of them do. Default: communication is not counted.",
+    )
+    input_images_s: float | None = Field(
+        None,
+        gt=0,
+        description="The images a second that the processors beside one accelerator decode and crop. Default: input is "
+        "not counted.",
+    )
 
 
 def _one_or_many(value: Any) -> Any:
@@ -487,8 +519,8 @@ Mix = Annotated[tuple[str, ...] | dict[str, float], BeforeValidator(_mix)]
 class StageSpec(Settings):
     """What every stage has. Subclasses narrow `kind` to a Literal and add their own fields."""
 
-    kind: str
-    needs: Names = ()
+    kind: str = Field(description="What the stage does: the name of one of the stage kinds.")
+    needs: Names = Field((), description="The stages whose artifacts this one reads, as one name or a list.")
 
 
 class Schedule(Settings):
@@ -499,20 +531,27 @@ class Schedule(Settings):
     to `end`, which may be higher, over the rest of the run.
     """
 
-    peak: float = Field(ge=0, description="The value after the ramp.")
-    start: float = Field(0.0, ge=0, description="The value at step 0, where there is a ramp.")
+    peak: float = Field(ge=0, description="The value after the warmup.")
+    start: float = Field(0.0, ge=0, description="The value at step 0, if there is a warmup.")
     end: float = Field(
-        0.0, ge=0, description="The value at the end of the run, where the shape is not constant."
+        0.0, ge=0, description="The value after the last step; not used by the shape `constant`."
     )
-    warmup_steps: int = Field(0, ge=0, description="The number of steps of the ramp from start to peak.")
+    warmup_steps: int = Field(
+        0, ge=0, description="The number of steps in which the value goes in a line from `start` to `peak`."
+    )
     warmup_shape: Literal["linear", "cosine"] = Field(
         "linear", description="The form of the ramp from start to peak: a line, or half a cosine."
     )
     hold_steps: int = Field(
-        0, ge=0, description="The number of steps at the peak before the value moves to end."
+        0,
+        ge=0,
+        description="The number of steps after the warmup in which the value stays at `peak`, before it moves to "
+        "`end`.",
     )
     shape: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="How the value goes on from the peak: it stays, or moves to end in this form."
+        "constant",
+        description="How the value goes from `peak` to `end` over the rest of the run: not at all, by half a "
+        "cosine, or in a line.",
     )
 
     def at(self, step: int, num_steps: int) -> float:
@@ -588,22 +627,29 @@ def check_ratio(name: str, ratio: tuple[float, float]) -> None:
 class Optimizer(Settings):
     """AdamW and its schedules. `lr.peak` is the effective rate; nothing is rescaled behind the user's back."""
 
-    lr: Schedule
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.99), description="AdamW's decay rates of the mean of gradients and of their squares."
+    lr: Schedule = Field(
+        description="The learning rate by step, as it is applied: nothing rescales it by the batch size."
     )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="The decay rates of AdamW's two moments.")
     weight_decay: Decay = Field(
         Schedule(peak=0.04),
-        description="AdamW's weight decay, as a number or as a schedule; with shape cosine or linear it moves from "
-        "peak to end. Only matrices are decayed.",
+        description="AdamW's decoupled weight decay; vectors and scalars are not decayed.",
     )
     clip_norm: float | None = Field(
         30.0,
         gt=0,
-        description="The largest norm of the gradient of each submodule (backbone, heads); null clips nothing.",
+        description="The largest norm of the gradient of each submodule (the backbone, each head); a larger one is "
+        "scaled down to it.",
     )
-    layer_decay: float = Field(0.98, gt=0, le=1, description="factor on the rate for each layer further down")
-    patch_embed_scale: float = Field(0.2, gt=0, description="extra factor on the patch embedding's rate")
+    layer_decay: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="The factor on the learning rate for each layer further from the output.",
+    )
+    patch_embed_scale: float = Field(
+        0.2, gt=0, description="The extra factor on the learning rate of the patch embedding."
+    )
 
 
 S = TypeVar("S", bound=StageSpec)
@@ -612,12 +658,24 @@ S = TypeVar("S", bound=StageSpec)
 class Pipeline(Settings, Generic[S]):
     """A whole pipeline file, parametrised by the union of stage configs."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9\-]*$", max_length=100)
-    seed: int = 0
-    store: str = operational("runs/")
-    tracking: Tracking = operational(Tracking())
-    cluster: Cluster = operational(Cluster())
-    elastic: Elastic = operational(Elastic())
-    hardware: Hardware | None = operational(None)
-    data: dict[str, DataSource] = {}
-    stages: dict[str, S]
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9\-]*$",
+        max_length=100,
+        description="The name of the pipeline, in the ledger, in MLflow and in the names of published models.",
+    )
+    seed: int = Field(0, description="The seed from which every random number of every stage follows.")
+    store: str = operational(
+        "runs/",
+        description="Where artifacts, checkpoints and the ledger are kept: a folder, or `s3://bucket/prefix`.",
+    )
+    tracking: Tracking = operational(Tracking(), description="Where MLflow keeps runs and the registry.")
+    cluster: Cluster = operational(Cluster(), description="Which Ray cluster the pipeline runs on.")
+    elastic: Elastic = operational(
+        Elastic(),
+        description="How every training stage uses machines that come and go; a stage may override it.",
+    )
+    hardware: Hardware | None = operational(
+        None, description="The machines that `orchestrator plan` reckons with. Default: no costs are printed."
+    )
+    data: dict[str, DataSource] = Field({}, description="The data sources by name.")
+    stages: dict[str, S] = Field(description="The stages by name; their order in the file does not matter.")

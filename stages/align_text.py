@@ -41,10 +41,23 @@ SMALLEST_VOCABULARY = 259
 class AlignOptimizer(Optimizer):
     """AdamW with the recipe's values. No layer-wise rates: the layers they would slow down are locked."""
 
-    lr: Schedule = Schedule(peak=7e-4, warmup_steps=2000, shape="cosine")
-    weight_decay: Decay = Schedule(peak=1e-4)
-    layer_decay: float = Field(1.0, ge=1, le=1)
-    patch_embed_scale: float = Field(1.0, ge=1, le=1)
+    lr: Schedule = Field(
+        Schedule(peak=7e-4, warmup_steps=2000, shape="cosine"),
+        description="The learning rate by step, as it is applied: nothing rescales it by the batch size.",
+    )
+    weight_decay: Decay = Field(
+        Schedule(peak=1e-4),
+        description="AdamW's decoupled weight decay; vectors and scalars are not decayed.",
+    )
+    layer_decay: float = Field(
+        1.0,
+        ge=1,
+        le=1,
+        description="Layers have no rates of their own here: the ones that they would slow down are locked.",
+    )
+    patch_embed_scale: float = Field(
+        1.0, ge=1, le=1, description="The patch embedding is locked here, so this is 1."
+    )
 
 
 class TextSettings(Settings):
@@ -52,9 +65,11 @@ class TextSettings(Settings):
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    dim: int = Field(192, ge=1, le=MAX_WIDTH)
-    depth: int = Field(4, ge=1, le=MAX_DEPTH)
-    num_heads: int = Field(3, ge=1, le=MAX_WIDTH)
+    dim: int = Field(192, ge=1, le=MAX_WIDTH, description="The width of the text tower.")
+    depth: int = Field(4, ge=1, le=MAX_DEPTH, description="The number of blocks of the text tower.")
+    num_heads: int = Field(
+        3, ge=1, le=MAX_WIDTH, description="The number of attention heads of the text tower."
+    )
     init: Literal["fixed", "by_width"] = Field(
         "fixed",
         description="The standard deviations that the matrices of the text tower's blocks start with. fixed: 0.02. "
@@ -62,9 +77,15 @@ class TextSettings(Settings):
     )
     # The key of the stage has the hash of what is in it instead of its place.
     from_: LocalPath | None = operational(
-        None, alias="from", description="folder of a BERT encoder such as MiniLM; it brings its own tokenizer"
+        None,
+        alias="from",
+        description="The folder of a trained BERT encoder such as MiniLM; it brings its own tokenizer. Default: "
+        "the text tower is trained from scratch.",
     )
-    lock: bool = Field(False, description="the encoder stays as it is, only the projection after it learns")
+    lock: bool = Field(
+        False,
+        description="Whether the trained encoder stays as it is, so that only the projection after it learns.",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> TextSettings:
@@ -87,15 +108,33 @@ class AlignText(MixStage):
     """
 
     kind: Literal["align_text"]
-    student: str | None = Field(None, description="which student of a `distill` stage")
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=2, description="pairs a step, over all workers")
-    block_size: int = Field(16, ge=1, description="pairs a block; divides batch_size")
-    image_size: Side | None = Field(None, description="pixels a side; default: what the tower was trained at")
-    optimizer: AlignOptimizer = AlignOptimizer()
-    text: TextSettings = TextSettings()
-    num_blocks: int = Field(2, ge=0, le=MAX_DEPTH, description="trainable blocks on the tower's tokens")
-    drop_path: float = Field(0.3, ge=0, lt=1, description="of those blocks")
+    student: str | None = Field(
+        None,
+        description="The student of a `distill` stage whose tower is aligned; it may be left out where there is "
+        "only one.",
+    )
+    steps: int = Field(ge=1, description="The number of updates.")
+    batch_size: int = Field(ge=2, description="The number of pairs of a step, over all workers.")
+    block_size: int = Field(
+        16,
+        ge=1,
+        description="The number of pairs of a block, which is never divided between workers; it divides "
+        "`batch_size`.",
+    )
+    image_size: Side | None = Field(
+        None, description="The side of an image, in pixels. Default: the one that the tower was trained at."
+    )
+    optimizer: AlignOptimizer = Field(AlignOptimizer(), description="AdamW and its learning rate.")
+    text: TextSettings = Field(TextSettings(), description="The text tower.")
+    num_blocks: int = Field(
+        2, ge=0, le=MAX_DEPTH, description="The number of trainable blocks on the vision tower's tokens."
+    )
+    drop_path: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="The share of a batch's rows that each residual branch of those blocks leaves out.",
+    )
     ffn_hidden: int | None = Field(
         None,
         ge=1,
@@ -109,7 +148,7 @@ class AlignText(MixStage):
         "published code they have none.",
     )
     output_dim: int = Field(
-        256, ge=1, le=MAX_WIDTH, description="width of the space that photos and texts share"
+        256, ge=1, le=MAX_WIDTH, description="The width of the space that images and texts share."
     )
     projection: Literal["joint", "shared"] = Field(
         "joint",
@@ -118,25 +157,34 @@ class AlignText(MixStage):
         "none where twice the tower's width is output_dim, as in the published code.",
     )
     pool: Literal["cls_and_patches", "cls"] = Field(
-        "cls_and_patches", description="what of the photo is compared with a text; `cls` for comparison"
+        "cls_and_patches",
+        description="What of an image is compared with a text: CLS and the mean of its patches, or CLS alone.",
     )
     tokenizer: LocalPath | None = operational(
-        None, description="a tokenizer.json; default: byte-level BPE trained on the captions"
+        None, description="A `tokenizer.json` file. Default: byte-level BPE that is trained on the captions."
     )
-    start_token: str | None = Field(None, description="what the given tokenizer puts before a text")
+    start_token: str | None = Field(
+        None,
+        description="The token that is put before a text. Default: what the given tokenizer does of itself.",
+    )
     end_token: str | None = Field(
-        None, description="and after it; default: what the tokenizer does of itself"
+        None,
+        description="The token that is put after a text. Default: what the given tokenizer does of itself.",
     )
     vocab_size: int = Field(
-        4096, ge=SMALLEST_VOCABULARY, description="most tokens of the vocabulary that is trained"
+        4096,
+        ge=SMALLEST_VOCABULARY,
+        description="The largest number of tokens of the vocabulary that is trained.",
     )
     context: int = Field(
-        77, ge=3, le=MAX_WIDTH, description="tokens of the longest text; longer ones are cut"
+        77, ge=3, le=MAX_WIDTH, description="The number of tokens of the longest text; longer texts are cut."
     )
-    temperature: float = Field(0.07, gt=0, description="at the start; it is learnt")
-    max_scale: float = Field(100.0, gt=0, description="largest 1/temperature")
-    zero_stage: Literal[1, 2, 3] = operational(3)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    temperature: float = Field(0.07, gt=0, description="The temperature at the start; it is learnt.")
+    max_scale: float = Field(100.0, gt=0, description="The largest value of 1/temperature that is learnt.")
+    zero_stage: Literal[1, 2, 3] = operational(3, description="The ZeRO stage that DeepSpeed trains with.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
+    )
 
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.tasks.captions",

@@ -214,9 +214,13 @@ class TrainStage(Stage):
 
     preload: ClassVar[tuple[str, ...]] = ()
 
-    elastic: Elastic | None = operational(None, description="overrides the pipeline's `elastic` section")
+    elastic: Elastic | None = operational(
+        None, description="Overrides the pipeline's `elastic` section for this stage, key by key."
+    )
     activation_checkpointing: bool = operational(
-        False, description="compute blocks again in the backward pass instead of keeping what is in them"
+        False,
+        description="Whether blocks are computed again in the backward pass, which takes time, instead of keeping "
+        "what is in them, which takes memory.",
     )
     max_unreadable: float = operational(
         0.01,
@@ -227,4 +231,6 @@ class TrainStage(Stage):
         "each of them, and `replaced_photos` counts the samples; above the share the stage ends with their names. One "
         "photo may always be.",
     )
-    compile: bool = operational(False, description="compile the towers' blocks with torch.compile")
+    compile: bool = operational(
+        False, description="Whether the towers' blocks are compiled with torch.compile."
+    )

@@ -48,20 +48,25 @@ class Curate(Stage):
 
     kind: Literal["curate"]
     data: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        min_length=1, description="names of data sources; of equal photos, the first source's is kept"
+        min_length=1,
+        description="The names of the data sources; of equal images, the first source's is kept.",
     )
-    clusters: int = Field(16, ge=1, description="k-means clusters")
+    clusters: int = Field(16, ge=1, description="The number of k-means clusters.")
     sample: int | float = Field(
         0.5,
-        description="photos of the component `balanced`, which training draws from unless `mix` says otherwise: a "
-        "number, or a share of the unique ones (0 to 1]; the others are the component `pool`",
+        description="The size of the balanced component: a number of images, or a share of the unique ones (0 to "
+        "1].",
     )
-    embedding: Literal["thumbnail"] = "thumbnail"
+    embedding: Literal["thumbnail"] = Field(
+        "thumbnail",
+        description="What images are compared by; there is one choice, colours and edges of a thumbnail.",
+    )
     near_duplicate: float = Field(
         3.0,
         ge=0,
         le=255,
-        description="grey levels by which 32×32 thumbnails of one photo may differ, root mean square",
+        description="The root mean square difference, in grey levels of 32×32 thumbnails, up to which two images "
+        "are one.",
     )
 
     needs_ray: ClassVar[bool] = False

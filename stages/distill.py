@@ -49,31 +49,49 @@ _STAGE_ONLY = ("kind", "needs", "students")
 class Views(Settings):
     """A student's own sizes of the views: cut from the same boxes as the stage's, with the same colours."""
 
-    global_size: Side
-    local_size: Side | None = Field(None, description="default: the stage's")
-    num_local: int | None = Field(None, ge=0, le=MAX_VIEWS, description="default: the stage's")
+    global_size: Side = Field(description="The side of this student's global crops, in pixels.")
+    local_size: Side | None = Field(
+        None, description="The side of its local crops, in pixels. Default: the stage's."
+    )
+    num_local: int | None = Field(
+        None, ge=0, le=MAX_VIEWS, description="The number of its local crops. Default: the stage's."
+    )
 
 
 class Student(Settings):
     """One student. Its heads have the teacher's prototypes and the sizes of the teacher's heads."""
 
-    model: ModelName
+    model: ModelName = Field(description="The student's backbone, by its name in `orchestrator models`.")
     model_overrides: Overrides = Field({}, description=OVERRIDES)
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="The share of a batch's rows that each residual branch leaves out."
+    )
     optimizer: Optimizer | None = Field(
-        None, description="The student's own optimizer. Default: the stage's."
+        None, description="The student's own AdamW and learning rate. Default: the stage's."
     )
     ema: Schedule | None = Field(None, description="The student's own ema. Default: the stage's.")
-    mask_inputs: bool = Field(True, description="students see masked crops (paper); false: published code")
-    views: Views | None = Field(None, description="default: the stage's crops")
-    steps: int | None = Field(None, ge=1, description="default: the stage's; another number ends on its own")
+    mask_inputs: bool = Field(
+        True,
+        description="Whether the student sees masked crops, as in the paper, or whole ones, as in the published "
+        "code.",
+    )
+    views: Views | None = Field(
+        None, description="The student's own sizes of the views. Default: the stage's crops."
+    )
+    steps: int | None = Field(
+        None, ge=1, description="The student's own number of updates. Default: the stage's."
+    )
     joins: Literal["start", "now"] = Field(
         "start",
-        description="start: from the teacher's first step, computed again if need be; now: from the step at "
-        "which the other students are when it first starts",
+        description="Where the student begins: at the teacher's first step, computed again if need be (`start`), "
+        "or at the step at which the other students are when it first starts (`now`).",
     )
-    precision: Literal["auto", "fp32", "bf16"] | None = Field(None, description="default: the stage's")
-    zero_stage: Literal[1, 2, 3] = operational(3)
+    precision: Literal["auto", "fp32", "bf16"] | None = Field(
+        None, description="The student's own precision of training. Default: the stage's."
+    )
+    zero_stage: Literal[1, 2, 3] = operational(
+        3, description="The ZeRO stage that DeepSpeed trains the student with."
+    )
     workers: Workers | None = operational(
         None, description="The student's own `elastic.workers`. Default: the stage's."
     )
@@ -93,47 +111,74 @@ class Distill(HomogeneousMixStage):
     """
 
     kind: Literal["distill"]
-    students: dict[StudentName, Student] = Field(min_length=1)
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1, description="images a step, the same for all students")
-    block_size: int = Field(16, ge=2)
-    crops: CropConfig = CropConfig()
+    students: dict[StudentName, Student] = Field(min_length=1, description="The students by name.")
+    steps: int = Field(ge=1, description="The number of updates of a student that does not say its own.")
+    batch_size: int = Field(ge=1, description="The number of images of a step, the same for all students.")
+    block_size: int = Field(
+        16,
+        ge=2,
+        description="The number of images of a block, which is never divided between workers; it divides "
+        "`batch_size`.",
+    )
+    crops: CropConfig = Field(CropConfig(), description="The views of an image.")
     features: FeatureObjective | None = Field(
         None,
-        description="learn the features of headless teachers; default: the heads of the teacher's artifact",
+        description="What students learn of headless teachers. Default: they learn the heads of the teacher's "
+        "artifact.",
     )
-    optimizer: Optimizer
-    ema: Momentum = Schedule(peak=0.994, end=1.0, shape="cosine")
-    student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: float = Field(0.07, gt=0)
-    local_weight: float = Field(1.0, ge=0)
-    ibot_weight: float = Field(1.0, ge=0)
-    koleo_weight: float = Field(0.1, ge=0)
+    optimizer: Optimizer = Field(
+        description="AdamW and its learning rate, of students that do not say their own."
+    )
+    ema: Momentum = Field(
+        Schedule(peak=0.994, end=1.0, shape="cosine"),
+        description="The momentum of a student's EMA by step; the EMA is what is exported.",
+    )
+    student_temperature: float = Field(0.1, gt=0, description="The temperature of the student's softmax.")
+    teacher_temperature: float = Field(0.07, gt=0, description="The temperature of the teacher's targets.")
+    local_weight: float = Field(1.0, ge=0, description="The weight of the DINO loss of local crops.")
+    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss.")
+    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss.")
     koleo_views: KoLeoViews = KOLEO_VIEWS
     koleo_group: int | None = KOLEO_GROUP
-    mask_ratio: tuple[Share, Share] = (0.1, 0.5)
-    mask_probability: float = Field(0.5, ge=0, le=1)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    chunk_rows: int | None = operational(
-        None, ge=1, description="rows whose logits are held at once; null: of all rows of a block"
+    mask_ratio: tuple[Share, Share] = Field(
+        (0.1, 0.5),
+        description="The smallest and the largest share of masked patches in a crop that is masked.",
     )
-    window: int = operational(4, ge=2, description="teacher steps held for the slowest student")
+    mask_probability: float = Field(
+        0.5, ge=0, le=1, description="The share of the global crops that are masked."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
+    )
+    chunk_rows: int | None = operational(
+        None,
+        ge=1,
+        description="The number of rows whose logits are held in memory at once. Default: all rows of a block.",
+    )
+    window: int = operational(
+        4, ge=2, description="The number of teacher steps that are held for the slowest student."
+    )
     workers: Literal["auto"] | None = operational(
         None,
-        description="auto: split the devices between teachers and students so that all finish together, from costs "
-        "measured on them, and again whenever the cluster changes",
+        description="How devices are split: auto splits them between teachers and students so that all finish "
+        "together, from costs measured on them, and again whenever the cluster changes. Default: each "
+        "student has its own range.",
     )
     teachers: int | Literal["auto"] = operational(
         "auto",
-        description="teacher actors, each of which computes whole steps; auto: 1, or by `workers: auto`",
+        description="The number of teacher actors, each of which computes whole steps. auto is 1, or what "
+        "`workers: auto` finds.",
     )
     teacher_shards: int = operational(
         1,
         ge=1,
-        description="processes on one machine, each with `teacher_gpus`, that one teacher is sharded over",
+        description="The number of processes on one machine, each with `teacher_gpus`, that one teacher is sharded "
+        "over.",
     )
     teacher_threads: int = operational(
-        1, ge=1, description="threads of a teacher actor that make the next step's views beside its forward"
+        1,
+        ge=1,
+        description="The number of threads of a teacher actor that make the next step's views beside its forward.",
     )
     teacher_gpus: float = operational(
         0.1,
@@ -142,10 +187,13 @@ class Distill(HomogeneousMixStage):
         description="The share or number of GPUs that each process of a teacher takes, where there are any.",
     )
     views: Literal["shared", "regenerated"] = operational(
-        "shared", description="made once by the teachers for all, or by each student's workers from the seed"
+        "shared",
+        description="Who makes the views: `shared`, the teachers once for all students, or `regenerated`, each "
+        "student's workers from the seed.",
     )
     replay: bool = operational(
-        False, description="keep what the teacher says in the store, for students that are trained later"
+        False,
+        description="Whether the teacher's outputs are kept in the store, for students that are trained later.",
     )
 
     preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.tasks.distill",)

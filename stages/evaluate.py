@@ -58,20 +58,32 @@ class Evaluate(Stage):
     """
 
     kind: Literal["evaluate"]
-    k: int = Field(5, ge=1, description="neighbours that vote")
-    num_groups: int = Field(10, ge=2, description="the largest labels take part, the others' photos do not")
-    image_size: Side | None = Field(None, description="pixels a side; default: each model's own")
-    num_snapshots: int = Field(
-        2, ge=1, description="snapshots scored of each backbone stage, its last included"
+    k: int = Field(5, ge=1, description="The number of neighbours that vote.")
+    num_groups: int = Field(
+        10,
+        ge=2,
+        description="The number of labels that take part, the most frequent ones; images with other labels do not.",
     )
-    num_pictures: int = Field(6, ge=1, description="photos in the PCA maps and the maps of texts")
+    image_size: Side | None = Field(
+        None, description="The side of an image, in pixels. Default: each model's own."
+    )
+    num_snapshots: int = Field(
+        2,
+        ge=1,
+        description="The number of snapshots of each backbone stage that are scored, its last included.",
+    )
+    num_pictures: int = Field(
+        6, ge=1, description="The number of images in the PCA maps and in the maps of texts."
+    )
     templates: tuple[Template, ...] = Field(
-        ("{}", "a photo of {}"), min_length=1, description="texts of a class in zero-shot; {} is its label"
+        ("{}", "a photo of {}"),
+        min_length=1,
+        description="The texts of a class in zero-shot classification; {} is its label.",
     )
     prompts: tuple[str, ...] = Field(
-        (), description="texts to look for in photos; default: the photos' own captions"
+        (), description="The texts to look for in images. Default: the images' own captions."
     )
-    batch: int = operational(64, ge=1, description="photos in one forward pass")
+    batch: int = operational(64, ge=1, description="The number of images in one forward pass.")
 
     needs_ray: ClassVar[bool] = False
     inputs: ClassVar[tuple[Input, ...]] = (

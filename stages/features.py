@@ -50,19 +50,38 @@ class TeacherSource(Settings):
     model_config = ConfigDict(serialize_by_alias=True)
 
     # The key of the stage has the hash of what is in the files instead of their place.
-    from_: LocalPath | None = operational(None, alias="from")
-    timm: str | None = Field(None, min_length=1)
-    transformers: str | None = Field(None, min_length=1)
-    module: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    weights: LocalPath | None = operational(None, description="state dict for `module`")
-    weight: float = Field(1.0, gt=0, description="of this teacher's loss beside other teachers'")
-    size: Side | None = Field(
-        None, description="pixels a side that it sees the global crops at; default: their own"
+    from_: LocalPath | None = operational(
+        None, alias="from", description="A `model/` folder of ours, or a file of weights in any known layout."
     )
-    mean: tuple[float, float, float] = _MEAN
+    timm: str | None = Field(
+        None, min_length=1, description="The name of a timm model, where timm is installed."
+    )
+    transformers: str | None = Field(
+        None,
+        min_length=1,
+        description="The name of a transformers model or a local folder of one, where transformers is installed.",
+    )
+    module: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="A callable that makes any nn.Module, as package.module:callable.",
+    )
+    weights: LocalPath | None = operational(None, description="The state dict for `module`.")
+    weight: float = Field(1.0, gt=0, description="The weight of this teacher's loss beside other teachers'.")
+    size: Side | None = Field(
+        None,
+        description="The side at which the teacher sees the global crops, in pixels. Default: their own.",
+    )
+    mean: tuple[float, float, float] = Field(
+        _MEAN,
+        description="The mean of each colour channel that the teacher's input is normalised with, from 0 to 1.",
+    )
     std: tuple[
         Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
-    ] = _STD
+    ] = Field(
+        _STD,
+        description="The standard deviation of each colour channel that the teacher's input is normalised with.",
+    )
 
     @model_validator(mode="after")
     def _one(self) -> TeacherSource:
@@ -119,20 +138,35 @@ class FeatureObjective(Settings):
     """
 
     teachers: dict[TeacherName, TeacherSource] = Field(
-        default_factory=dict, description="none: the stage's own teacher artifact, its backbone only"
+        default_factory=dict,
+        description="The teachers by name. Default: the backbone of the stage's own teacher artifact.",
     )
-    cosine_weight: float = Field(0.9, ge=0, le=1, description="the rest is smooth-L1 (AM-RADIO)")
-    cls_weight: float = Field(1.0, ge=0)
-    patch_weight: float = Field(1.0, ge=0)
+    cosine_weight: float = Field(
+        0.9, ge=0, le=1, description="The share of the cosine loss; the rest is smooth-L1, as in AM-RADIO."
+    )
+    cls_weight: float = Field(1.0, ge=0, description="The weight of the loss of the image's feature.")
+    patch_weight: float = Field(1.0, ge=0, description="The weight of the loss of patch features.")
     local_weight: float = Field(
-        0.0, ge=0, description="CLS of local crops against the mean of the teacher's over the global ones"
+        0.0,
+        ge=0,
+        description="The weight of the loss of local crops' CLS against the mean of what the teacher says of the "
+        "global ones.",
     )
     hidden: int | None = Field(
-        None, ge=1, description="hidden width of the projections (GELU); null: linear, so features stay alike"
+        None,
+        ge=1,
+        description="The hidden width of the projections, with a GELU. Default: they are linear, so that features "
+        "stay alike.",
     )
-    whiten: bool = Field(False, description="teachers' features on one scale by PHI-S (arXiv 2410.01680)")
-    whiten_images: int = Field(512, ge=2, description="training images that the scale is measured on")
-    dtype: Literal["fp32", "fp16"] = Field("fp32", description="in which features travel to students")
+    whiten: bool = Field(
+        False, description="Whether the teachers' features are put on one scale by PHI-S (arXiv 2410.01680)."
+    )
+    whiten_images: int = Field(
+        512, ge=2, description="The number of training images that the scale is measured on."
+    )
+    dtype: Literal["fp32", "fp16"] = Field(
+        "fp32", description="The precision in which features travel to students."
+    )
 
     @model_validator(mode="after")
     def _learns(self) -> FeatureObjective:

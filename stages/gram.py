@@ -18,13 +18,19 @@ class DenseHealth(Settings):
     window that is worse than the best by every amount that is set, anchoring starts.
     """
 
-    on: Literal["dense_health"]
-    window: int = Field(100, ge=1, description="steps whose figures are averaged")
+    on: Literal["dense_health"] = Field(description="What is watched; there is one choice.")
+    window: int = Field(100, ge=1, description="The number of steps whose figures are averaged.")
     cosine_rise: float | None = Field(
-        0.05, gt=0, description="of the CLS–patch cosine over the best window's; null leaves it out"
+        0.05,
+        gt=0,
+        description="How far the CLS–patch cosine has to rise over the best window's before anchoring starts; null "
+        "leaves it out.",
     )
     locality_drop: float | None = Field(
-        0.05, gt=0, description="of the patch locality below the best window's; null leaves it out"
+        0.05,
+        gt=0,
+        description="How far the patch locality has to fall below the best window's before anchoring starts; null "
+        "leaves it out.",
     )
 
     @model_validator(mode="after")
@@ -45,26 +51,37 @@ class Gram(Settings):
     which it starts.
     """
 
-    weight: Schedule = Schedule(peak=2.0)
+    weight: Schedule = Field(Schedule(peak=2.0), description="The weight of the Gram loss by step.")
     teacher: int | Literal["earliest", "latest", "best"] = Field(
         "earliest",
-        description="snapshot to anchor to, of any stage that led here: by the updates since the weights were made, "
-        "the first or last of all, or the one with the best dense health",
+        description="The snapshot to anchor to, of any stage that led here: by its number of updates, the first or "
+        "last of all, or the one with the best dense health.",
     )
     trigger: Annotated[DenseHealth | None, BeforeValidator(_by_name)] = Field(
-        None, description="what starts it; null: it is on from the stage's first step"
+        None, description="What starts anchoring. Default: it is on from the stage's first step."
     )
-    first_update: int | None = Field(None, ge=1, description="step at which the teacher first takes the EMA")
-    update_every: int = Field(10_000, ge=1, description="steps between later updates")
-    max_updates: int = Field(3, ge=0)
-    form: Literal["auto", "patches", "features"] = "auto"
+    first_update: int | None = Field(
+        None,
+        ge=1,
+        description="The step at which the Gram teacher first takes the EMA. Default: it never does.",
+    )
+    update_every: int = Field(
+        10_000, ge=1, description="The number of steps from one update of the Gram teacher to the next."
+    )
+    max_updates: int = Field(3, ge=0, description="The largest number of updates of the Gram teacher.")
+    form: Literal["auto", "patches", "features"] = Field(
+        "auto",
+        description="How the loss is computed, with the same result: from P×P matrices of patches, from D×D "
+        "matrices of features, or whichever is faster.",
+    )
     antialias: bool = Field(
         True,
         description="Whether the feature map of a Gram teacher with larger crops is smoothed before it is made as "
         "small as the student's. The published code does not smooth.",
     )
     clip_negatives: bool = Field(
-        False, description="take negative similarities of both for 0; needs the P×P matrices"
+        False,
+        description="Whether negative similarities of student and teacher count as 0; needs the P×P matrices.",
     )
 
     @model_validator(mode="after")
@@ -84,6 +101,9 @@ class Gram(Settings):
 class RefinementGram(Gram):
     """Gram anchoring of the high-resolution refinement (section 5.1): to what the stage starts from, from step 0."""
 
-    weight: Schedule = Schedule(peak=1.5)
-    teacher: int | Literal["earliest", "latest", "best"] = "latest"
-    trigger: None = None
+    weight: Schedule = Field(Schedule(peak=1.5), description="The weight of the Gram loss by step.")
+    teacher: int | Literal["earliest", "latest", "best"] = Field(
+        "latest",
+        description="The snapshot to anchor to, of any stage that led here; latest is what the stage starts from.",
+    )
+    trigger: None = Field(None, description="Refinement is anchored from its first step.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from orchestrator.stages.base import Input
 from orchestrator.stages.gram import Gram
 from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, SelfSupervised
@@ -13,7 +15,7 @@ class GramAnchor(SelfSupervised):
     """Gram anchoring (arXiv 2508.10104, section 4): goes on from a backbone's final checkpoint, moments included."""
 
     kind: Literal["gram_anchor"]
-    gram: Gram = Gram()
-    resolutions: tuple[()] = ()
+    gram: Gram = Field(Gram(), description="Gram anchoring: to whom, how strongly, and from when on.")
+    resolutions: tuple[()] = Field((), description="Gram anchoring has one size of crops.")
 
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("backbone", BACKBONE_KINDS))

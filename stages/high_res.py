@@ -15,7 +15,9 @@ class HighRes(SelfSupervised):
     """High-resolution refinement (arXiv 2508.10104, section 5.1): one size triple a step, Gram anchoring on."""
 
     kind: Literal["high_res"]
-    gram: RefinementGram = RefinementGram()
-    resolutions: tuple[Resolution, ...] = Field(min_length=1)
+    gram: RefinementGram = Field(RefinementGram(), description="Gram anchoring: to whom and how strongly.")
+    resolutions: tuple[Resolution, ...] = Field(
+        min_length=1, description="The size triples of mixed-resolution training; each step draws one."
+    )
 
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("backbone", BACKBONE_KINDS))

@@ -25,12 +25,14 @@ class Pretrain(SelfSupervised):
     """Self-supervised pretraining (arXiv 2508.10104, section 3)."""
 
     kind: Literal["pretrain"]
-    model: ModelName
+    model: ModelName = Field(description="The backbone, by its name in `orchestrator models`.")
     model_overrides: Overrides = Field({}, description=OVERRIDES)
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    heads: Heads = Heads()
-    gram: None = None
-    resolutions: tuple[()] = ()
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="The share of a batch's rows that each residual branch leaves out."
+    )
+    heads: Heads = Field(Heads(), description="The sizes of the DINO and iBOT heads.")
+    gram: None = Field(None, description="Pretraining has no Gram anchoring.")
+    resolutions: tuple[()] = Field((), description="Pretraining has one size of crops.")
 
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS),)
 

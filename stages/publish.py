@@ -48,8 +48,12 @@ class Publish(Stage):
     """Sees that the registry has each student as `<pipeline>-<student>`; a second run changes nothing."""
 
     kind: Literal["publish"]
-    alias: str = Field("champion", pattern=r"^[A-Za-z][\w\-]*$", description="points at the new version")
-    names: Names = Field((), description="which students; default: all")
+    alias: str = Field(
+        "champion",
+        pattern=r"^[A-Za-z][\w\-]*$",
+        description="The alias in the registry that points at the new version.",
+    )
+    names: Names = Field((), description="The students to publish, as one name or a list. Default: all.")
 
     needs_ray: ClassVar[bool] = False
     effects: ClassVar[bool] = True

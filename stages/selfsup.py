@@ -80,25 +80,42 @@ KOLEO_GROUP: int | None = Field(
 class Heads(Settings):
     """Sizes of the DINO and iBOT heads (arXiv 2508.10104, appendix C; paper scale in `conf/paper`)."""
 
-    hidden: int = Field(256, ge=1, le=MAX_WIDTH)
-    dino_bottleneck: int = Field(64, ge=1, le=MAX_WIDTH)
-    dino_prototypes: int = Field(1024, ge=2, le=2**24)
-    ibot_bottleneck: int = Field(64, ge=1, le=MAX_WIDTH)
-    ibot_prototypes: int = Field(1024, ge=2, le=2**24)
+    hidden: int = Field(256, ge=1, le=MAX_WIDTH, description="The width of the hidden layers of both heads.")
+    dino_bottleneck: int = Field(
+        64, ge=1, le=MAX_WIDTH, description="The width of the DINO head's bottleneck."
+    )
+    dino_prototypes: int = Field(
+        1024, ge=2, le=2**24, description="The number of prototypes of the DINO head."
+    )
+    ibot_bottleneck: int = Field(
+        64, ge=1, le=MAX_WIDTH, description="The width of the iBOT head's bottleneck."
+    )
+    ibot_prototypes: int = Field(
+        1024, ge=2, le=2**24, description="The number of prototypes of the iBOT head."
+    )
     prototype_std: float = Field(
         0.02,
         gt=0,
-        description="of the initial prototypes; 1/√bottleneck makes them about unit vectors, as in DINO",
+        description="The standard deviation of the initial prototypes; 1/√bottleneck makes them about unit "
+        "vectors, as in DINO.",
     )
 
 
 class Resolution(Settings):
     """One triple of sizes in mixed-resolution training, drawn for a whole step with probability `p`."""
 
-    global_size: Side
-    local_size: Side
-    gram_size: Side | None = None
-    p: float = Field(gt=0, le=1)
+    global_size: Side = Field(description="The side of the global crops of such a step, in pixels.")
+    local_size: Side = Field(description="The side of its local crops, in pixels.")
+    gram_size: Side | None = Field(
+        None,
+        description="The side of its views for the Gram teacher, in pixels. Default: the Gram teacher sees the "
+        "global crops.",
+    )
+    p: float = Field(
+        gt=0,
+        le=1,
+        description="The weight of this triple: steps draw one with probability `p` over the sum of all.",
+    )
 
 
 class ModelRecipe(Strict):
@@ -119,32 +136,60 @@ class ModelRecipe(Strict):
 class SelfSupervised(HomogeneousMixStage):
     """DINO with Sinkhorn-Knopp centring, iBOT and KoLeo over multi-crop views (arXiv 2508.10104, section 3.2)."""
 
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1, description="images a step, over all workers")
-    block_size: int = Field(16, ge=2, description="images a block; divides batch_size")
-    crops: CropConfig = CropConfig()
-    optimizer: Optimizer
-    ema: Momentum = Schedule(peak=0.999)
-    student_temperature: float = Field(0.1, gt=0)
-    teacher_temperature: Temperature = Schedule(peak=0.07)
-    local_weight: Schedule = Schedule(peak=1.0)
-    ibot_weight: float = Field(1.0, ge=0)
-    koleo_weight: float = Field(0.1, ge=0)
-    koleo_views: KoLeoViews = KOLEO_VIEWS
+    steps: int = Field(ge=1, description="The number of updates.")
+    batch_size: int = Field(ge=1, description="The number of images of a step, over all workers.")
+    block_size: int = Field(
+        16,
+        ge=2,
+        description="The number of images of a block, which is never divided between workers; it divides "
+        "`batch_size`.",
+    )
+    crops: CropConfig = Field(CropConfig(), description="The views of an image.")
+    optimizer: Optimizer = Field(description="AdamW and its learning rate.")
+    ema: Momentum = Field(Schedule(peak=0.999), description="The momentum of the EMA teacher by step.")
+    student_temperature: float = Field(0.1, gt=0, description="The temperature of the student's softmax.")
+    teacher_temperature: Temperature = Field(
+        Schedule(peak=0.07), description="The temperature of the teacher's targets by step."
+    )
+    local_weight: Schedule = Field(
+        Schedule(peak=1.0), description="The weight of the DINO loss of local crops by step."
+    )
+    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss.")
+    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss.")
+    koleo_views: KoLeoViews = Field(
+        KOLEO_VIEWS,
+        description="The global crops whose CLS the KoLeo loss spreads: the first, as in the paper, or both, as in "
+        "the published code.",
+    )
     koleo_group: int | None = KOLEO_GROUP
-    mask_ratio: tuple[Share, Share] = (0.1, 0.5)
-    mask_probability: float = Field(0.5, ge=0, le=1)
-    frozen_prototype_steps: int = Field(0, ge=0, description="steps before the prototype layers move")
-    gram: Gram | None = None
-    resolutions: tuple[Resolution, ...] = ()
+    mask_ratio: tuple[Share, Share] = Field(
+        (0.1, 0.5),
+        description="The smallest and the largest share of masked patches in a crop that is masked.",
+    )
+    mask_probability: float = Field(
+        0.5, ge=0, le=1, description="The share of the global crops that are masked."
+    )
+    frozen_prototype_steps: int = Field(
+        0, ge=0, description="The number of first steps in which the heads' prototype layers do not move."
+    )
+    gram: Gram | None = Field(None, description="Gram anchoring: to whom, how strongly, and from when on.")
+    resolutions: tuple[Resolution, ...] = Field(
+        (), description="The size triples of mixed-resolution training; each step draws one."
+    )
     snapshot_every: int = Field(
-        0, ge=0, description="steps between kept snapshots of the EMA; 0 keeps the last"
+        0,
+        ge=0,
+        description="The number of steps from one kept snapshot of the EMA to the next; 0 keeps only the last.",
     )
     chunk_rows: int | None = operational(
-        None, ge=1, description="rows whose logits are held at once; null: of all rows of a block"
+        None,
+        ge=1,
+        description="The number of rows whose logits are held in memory at once. Default: all rows of a block.",
     )
-    zero_stage: Literal[1, 2, 3] = operational(3)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    zero_stage: Literal[1, 2, 3] = operational(3, description="The ZeRO stage that DeepSpeed trains with.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
+    )
 
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.tasks.crops",

@@ -1,7 +1,8 @@
-"""Real distillation stages on a local Ray cluster, watched from outside while all their students train."""
+"""The arms: a real distillation stage on a local Ray cluster, watched from outside, and plain loops without any."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -15,6 +16,7 @@ from unittest.mock import patch
 
 from PIL import Image
 
+from bench import _plain as plain
 from bench.harness import UnfairError
 from bench.sharing.gate import WARM_UP, GatedTeacher
 from bench.sharing.watching import Measured, Watched, measured, outcome, snapshot, steps_of
@@ -46,7 +48,7 @@ _STAGE: Mapping[str, Any] = {
 
 @dataclass
 class Stand:
-    """Photographs, a teacher, and a cluster to train on."""
+    """Photographs and a teacher. A cluster is there only while an arm that needs one is measured."""
 
     folder: Path
     index: Path
@@ -75,33 +77,74 @@ class Stand:
         views = partial(StepViews, config, recipe, self.index, 0, {VIEWS: config.crops})
         return FrozenTeacher(config, recipe, self.teacher_folder, views)
 
-    def measure(self, students: Mapping[str, str], steps: int, together: bool) -> Measured:
-        """Train all students at once: on one teacher, or each on its own.
+    def measure(self, students: Mapping[str, str], steps: int) -> Measured:
+        """Train all students at once on one teacher, within `cluster()`.
 
         Measured from when all have done their first steps to when the first one is done, so that all processes
         are at work all the time.
         """
-        groups = [dict(students)] if together else [{name: model} for name, model in students.items()]
         self.num_runs += 1
-        contexts = [self._context(f"{self.num_runs}-{number}") for number in range(len(groups))]
-        threads = [
-            threading.Thread(target=self._train, args=(_stage(group, steps), context))
-            for group, context in zip(groups, contexts, strict=True)
-        ]
+        context = self._context(str(self.num_runs))
+        thread = threading.Thread(target=self._train, args=(_stage(students, steps), context))
         go = self.folder / f"{self.num_runs}.go"
         with patch("orchestrator.stages.tasks.teaching.FrozenTeacher", partial(GatedTeacher, go)):
-            for thread in threads:
-                thread.start()
-            self._until(lambda: min(steps_of(contexts, students).values()) >= WARM_UP, threads)
-            first = snapshot(contexts, students)
+            thread.start()
+            self._until(lambda: min(steps_of(context, students).values()) >= WARM_UP, thread)
+            first = snapshot(context, students)
             go.touch()
-            self._until(lambda: max(steps_of(contexts, students).values()) >= steps - 1, threads)
-            last = snapshot(contexts, students)
-            for thread in threads:
-                thread.join(_PATIENCE_S)
+            self._until(lambda: max(steps_of(context, students).values()) >= steps - 1, thread)
+            last = snapshot(context, students)
+            thread.join(_PATIENCE_S)
         if self.errors:
             raise UnfairError(f"an arm failed: {self.errors[0]}") from self.errors[0]
-        return measured(first, last, self.images_per_step, together, *outcome(contexts))
+        return measured(first, last, self.images_per_step, *outcome(context))
+
+    def loops_at_once(self, students: Mapping[str, str], steps: int) -> list[plain.Done]:
+        """Plain loops of all students at once, of one thread each."""
+        return plain.train([self._order(name, students, steps, 1, inline=False) for name in students])
+
+    def loops_in_turn(self, students: Mapping[str, str], steps: int) -> list[plain.Done]:
+        """The same one after another, each with all cores."""
+        cores = len(os.sched_getaffinity(0))
+        return [
+            plain.train([self._order(name, students, steps, cores, inline=False)])[0] for name in students
+        ]
+
+    def prices(self, students: Mapping[str, str], steps: int) -> dict[str, plain.Price]:
+        """What a step costs the teacher and the student in a plain loop that has the machine to itself, by model."""
+        one_of = {model: name for name, model in students.items()}
+        return {
+            model: plain.price(plain.train([self._order(name, students, steps, 1, inline=True)])[0])
+            for model, name in one_of.items()
+        }
+
+    @contextmanager
+    def cluster(self) -> Iterator[None]:
+        """A cluster with warm slots; plain loops are to be measured outside it, with the machine to themselves."""
+        from orchestrator.elastic import cluster
+        from orchestrator.spec import Cluster
+
+        # Room for all that an arm has, so that nobody waits for a place that another one keeps.
+        with (
+            SpotMarket(head_slots=_PLACES) as market,
+            cluster.start(Cluster(address=market.address), preload=Distill.preload, prestart=3),
+        ):
+            yield
+
+    def _order(
+        self, name: str, students: Mapping[str, str], steps: int, threads: int, *, inline: bool
+    ) -> plain.Order:
+        self.num_runs += 1
+        return plain.Order(
+            stage=_stage(students, steps).model_dump(mode="json", exclude_unset=True),
+            student=name,
+            recipe=str(self.teacher_folder / "recipe.json"),
+            teacher=str(self.teacher_folder),
+            index=str(self.index),
+            threads=threads,
+            inline=inline,
+            folder=str(self.folder / f"plain-{self.num_runs}"),
+        )
 
     def _train(self, stage: Distill, context: Context) -> None:
         try:
@@ -109,10 +152,10 @@ class Stand:
         except BaseException as error:
             self.errors.append(error)
 
-    def _until(self, condition: Any, threads: list[threading.Thread]) -> None:
+    def _until(self, condition: Any, thread: threading.Thread) -> None:
         deadline = time.monotonic() + _PATIENCE_S
         while not condition():
-            if self.errors or time.monotonic() > deadline or not any(thread.is_alive() for thread in threads):
+            if self.errors or time.monotonic() > deadline or not thread.is_alive():
                 raise UnfairError(f"an arm ended too early: {self.errors or 'too slow'}")
             time.sleep(_LOOK_S)
 
@@ -142,18 +185,9 @@ class Stand:
 @contextmanager
 def standing() -> Iterator[Stand]:
     """Everything that arms share; made once."""
-    from orchestrator.elastic import cluster
-    from orchestrator.spec import Cluster
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        stand = Stand(folder, _photographs(folder), _a_teacher(folder))
-        # Room for all that an arm has, so that nobody waits for a place that another one keeps.
-        with (
-            SpotMarket(head_slots=_PLACES) as market,
-            cluster.start(Cluster(address=market.address), preload=Distill.preload, prestart=3),
-        ):
-            yield stand
+        yield Stand(folder, _photographs(folder), _a_teacher(folder))
 
 
 def _photographs(folder: Path) -> Path:

@@ -28,7 +28,7 @@ def line_of(seconds: Mapping[int, float]) -> Line:
 
 
 def plot(seconds: Mapping[int, float], line: Line, student_s: Mapping[int, float], path: Path) -> None:
-    """The points, the line, and what as many separate runs would take.
+    """The points, the line, and what as many services with one student each would take.
 
     Args:
         seconds: of a round by number of students.
@@ -41,7 +41,7 @@ def plot(seconds: Mapping[int, float], line: Line, student_s: Mapping[int, float
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     sizes = np.array(sorted(seconds))
-    axes.plot(sizes, sizes * seconds[1], "--", color="0.6", label="as many separate runs")
+    axes.plot(sizes, sizes * seconds[1], "--", color="0.6", label="as many services of one student")
     axes.plot(
         sizes,
         line.intercept + line.slope * sizes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Measured:
         teacher_s: processor time of a teacher's process for a step.
         student_s: of each student's worker for a step.
         weights: of each student at the end.
-        last_losses: of each student.
+        losses: of each student, by step.
     """
 
     wall_s: float
@@ -33,7 +34,7 @@ class Measured:
     teacher_s: float
     student_s: dict[str, float]
     weights: dict[str, dict[str, Any]]
-    last_losses: dict[str, float]
+    losses: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -64,24 +65,21 @@ class Watched(NullRun):
         return {name: len(run.history()) for name, run in self.students.items()}
 
 
-def steps_of(contexts: list[Context], students: Mapping[str, str]) -> dict[str, int]:
+def steps_of(context: Context, students: Mapping[str, str]) -> dict[str, int]:
     """Steps done by each student; 0 for one whose run has not begun."""
-    found = dict.fromkeys(students, 0)
-    for context in contexts:
-        assert isinstance(context.run, Watched)
-        found |= context.run.steps()
-    return found
+    assert isinstance(context.run, Watched)
+    return dict.fromkeys(students, 0) | context.run.steps()
 
 
-def snapshot(contexts: list[Context], students: Mapping[str, str]) -> Snapshot:
+def snapshot(context: Context, students: Mapping[str, str]) -> Snapshot:
     """All of it, now."""
     times = psutil.cpu_times()
-    # What runs at a low priority is not of this bench.
-    others = ("idle", "nice", "iowait", "steal")
+    # What runs at a low priority is not of this bench, unless the bench itself does.
+    others = ("idle", "iowait", "steal", *(() if os.nice(0) > 0 else ("nice",)))
     busy = sum(times) - sum(getattr(times, name, 0.0) for name in others)
     teachers = sum(_cpu(process) for process in _processes("ray::TeacherActor"))
     return Snapshot(
-        time.monotonic(), busy, teachers, _worker_times(), steps_of(contexts, students), _forwarded()
+        time.monotonic(), busy, teachers, _worker_times(), steps_of(context, students), _forwarded()
     )
 
 
@@ -129,16 +127,16 @@ def _cpu(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def outcome(contexts: list[Context]) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """Weights and last losses of all students."""
+def outcome(context: Context) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """Weights and losses of all students."""
     from safetensors.torch import load_file
 
     weights, losses = {}, {}
-    for context in contexts:
-        for folder in sorted((context.out / "students").iterdir()):
-            weights[folder.name] = dict(load_file(folder / "model" / "model.safetensors"))
-            history = json.loads((folder / "history.json").read_text())
-            losses[folder.name] = max(history, key=lambda record: int(record["step"]))["metrics"]["loss"]
+    for folder in sorted((context.out / "students").iterdir()):
+        weights[folder.name] = dict(load_file(folder / "model" / "model.safetensors"))
+        history = json.loads((folder / "history.json").read_text())
+        history.sort(key=lambda record: int(record["step"]))
+        losses[folder.name] = [record["metrics"]["loss"] for record in history]
     return weights, losses
 
 
@@ -146,17 +144,16 @@ def measured(
     first: Snapshot,
     last: Snapshot,
     images_per_step: int,
-    together: bool,
     weights: dict[str, dict[str, Any]],
-    losses: dict[str, float],
+    losses: dict[str, list[float]],
 ) -> Measured:
+    """What lies between the two moments."""
     done = {name: last.steps[name] - first.steps[name] for name in last.steps}
     student_s = {name: (last.workers[name] - first.workers[name]) / done[name] for name in done}
     taught = (last.forwarded - first.forwarded) / images_per_step
     teacher_s = (last.teachers - first.teachers) / taught
-    teachers = 1 if together else len(done)
     # Students may be at different speeds: their steps count by what they cost.
-    whole = teachers * teacher_s + sum(student_s.values())
+    whole = teacher_s + sum(student_s.values())
     work = teacher_s * taught + sum(student_s[name] * done[name] for name in done)
     rounds = work / whole
     return Measured(
@@ -165,5 +162,5 @@ def measured(
         teacher_s=teacher_s,
         student_s=student_s,
         weights=weights,
-        last_losses=losses,
+        losses=losses,
     )

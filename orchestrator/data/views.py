@@ -26,32 +26,56 @@ class CropConfig(Settings):
     of the others rare, as in the papers; `blur_probability: [0.0, 0.9]` is what DINOv3's published code does.
     """
 
-    global_size: Side = 256
-    local_size: Side = 112
-    num_global: int = Field(2, ge=1, le=MAX_VIEWS)
-    num_local: int = Field(8, ge=0, le=MAX_VIEWS)
-    global_scale: Range = (0.32, 1.0)
-    local_scale: Range = (0.05, 0.32)
-    aspect: Range = (3 / 4, 4 / 3)
-    flip: bool = False
-    jitter_probability: Probability = 0.8
-    brightness: float = Field(0.4, ge=0, le=1)
-    contrast: float = Field(0.4, ge=0, le=1)
-    saturation: float = Field(0.2, ge=0, le=1)
+    global_size: Side = Field(256, description="The side of a global crop, in pixels.")
+    local_size: Side = Field(112, description="The side of a local crop, in pixels.")
+    num_global: int = Field(2, ge=1, le=MAX_VIEWS, description="The number of global crops of an image.")
+    num_local: int = Field(8, ge=0, le=MAX_VIEWS, description="The number of local crops of an image.")
+    global_scale: Range = Field(
+        (0.32, 1.0),
+        description="The smallest and the largest share of the image's area that a global crop covers.",
+    )
+    local_scale: Range = Field(
+        (0.05, 0.32),
+        description="The smallest and the largest share of the image's area that a local crop covers.",
+    )
+    aspect: Range = Field(
+        (3 / 4, 4 / 3),
+        description="The smallest and the largest width over height of what a crop cuts out; drawn evenly in its "
+        "logarithm.",
+    )
+    flip: bool = Field(False, description="Whether a view is mirrored left to right with probability 1/2.")
+    jitter_probability: Probability = Field(
+        0.8,
+        description="The probability that brightness, contrast, saturation and hue of a view are changed.",
+    )
+    brightness: float = Field(0.4, ge=0, le=1, description="The largest relative change of brightness.")
+    contrast: float = Field(0.4, ge=0, le=1, description="The largest relative change of contrast.")
+    saturation: float = Field(0.2, ge=0, le=1, description="The largest relative change of saturation.")
     hue: float = Field(
         0.1,
         ge=0,
         le=0.5,
-        description="The largest turn of the hue in HSV, either way, as a share of the circle.",
+        description="The largest turn of the hue, as a share of the colour circle.",
     )
-    gray_probability: Probability = 0.2
+    gray_probability: Probability = Field(0.2, description="The probability that a view loses its colours.")
     blur_probability: tuple[Probability, Probability] = Field(
-        (1.0, 0.1), description="first global, other globals"
+        (1.0, 0.1), description="The probabilities that the first global crop, and any other one, is blurred."
     )
-    local_blur_probability: Probability = 0.5
-    blur_sigma: Range = Field((0.1, 2.0), description="pixels of the finished view")
-    solarize_probability: Probability = Field(0.2, description="second global only")
-    gram_size: Side | None = Field(None, description="size of the undistorted views for a Gram teacher")
+    local_blur_probability: Probability = Field(
+        0.5, description="The probability that a local crop is blurred."
+    )
+    blur_sigma: Range = Field(
+        (0.1, 2.0),
+        description="The smallest and the largest standard deviation of the blur, in pixels of the finished view.",
+    )
+    solarize_probability: Probability = Field(
+        0.2, description="The probability that the second global crop is solarized; no other view ever is."
+    )
+    gram_size: Side | None = Field(
+        None,
+        description="The side of the undistorted views for a Gram teacher, in pixels. Default: the Gram teacher "
+        "sees the global crops.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> CropConfig:

@@ -23,6 +23,9 @@ _STUDENT_LOGIT_BYTES, _TEACHER_LOGIT_BYTES = 8, 6
 # Of the tensors that a block's backward needs, per token and channel: in bf16, with attention that does not keep
 # its scores; 18 of norms, queries, keys, values and sums, and 4 for each channel of the hidden layer over `dim`.
 _BLOCK_BYTES, _HIDDEN_BYTES = 18.0, 4.0
+# Bytes a parameter that ZeRO-3 moves for each block: bf16 weights for the forward pass, again for the backward one, and
+# fp32 gradients; of a network that only computes, its weights.
+_TRAINED_TRAFFIC, _FROZEN_TRAFFIC = 2 + 2 + 4, 2
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,31 @@ class Costing:
     """One job on stated machines.
 
     Attributes:
-        hours: of all devices together, at the stated share of the peak.
+        hours: of all devices together, at the stated share of the peak, computing alone.
         memory_gib: on each device, by part.
+        step_s: seconds of a step by cause: computing, and what else the hardware says the speed of.
     """
 
     work: Workload
     devices: int
     hours: float
     memory_gib: dict[str, float]
+    step_s: dict[str, float]
 
     @property
     def days(self) -> float:
         """On the clock, with all devices at it."""
         return self.hours / self.devices / 24
+
+    @property
+    def hours_overlapped(self) -> float:
+        """As `hours`, if whatever is shorter hides behind the longest cause."""
+        return max(self.step_s.values()) * self.work.steps * self.devices / 3600
+
+    @property
+    def hours_apart(self) -> float:
+        """As `hours`, if nothing hides behind anything."""
+        return sum(self.step_s.values()) * self.work.steps * self.devices / 3600
 
 
 def costings(loaded: LoadedPipeline, hardware: Hardware) -> Iterator[Costing]:
@@ -96,7 +111,30 @@ def costing(
         teacher = min(teacher, chunk_rows * work.largest_row)
     add("logits", _STUDENT_LOGIT_BYTES * student + _TEACHER_LOGIT_BYTES * teacher)
     flops_per_hour = hardware.peak_tflops * 1e12 * hardware.mfu * 3600
-    return Costing(work, hardware.devices, work.total_flops / flops_per_hour, memory)
+    hours = work.total_flops / flops_per_hour
+    return Costing(work, hardware.devices, hours, memory, _step_s(work, hardware, hours))
+
+
+def _step_s(work: Workload, hardware: Hardware, hours: float) -> dict[str, float]:
+    per_device = -(-work.batch_size // hardware.devices)
+    found = {"computing": hours * 3600 / hardware.devices / work.steps}
+    if hardware.collective_gb_s is not None:
+        blocks = -(-per_device // work.block_size)
+        bytes_moved = blocks * sum(_traffic(net) * net.params for net in work.nets if _computes(net, work))
+        found["weights and gradients"] = bytes_moved / (hardware.collective_gb_s * 1e9)
+    # Students get their views from the teacher.
+    if hardware.input_images_s is not None and work.name.partition("/")[2] in ("", "teacher"):
+        found["input"] = per_device / hardware.input_images_s
+    return found
+
+
+def _traffic(net: Net) -> int:
+    return _TRAINED_TRAFFIC if net.kept == "trained" else _FROZEN_TRAFFIC
+
+
+def _computes(net: Net, work: Workload) -> bool:
+    """Whether the network runs in a step; a student's EMA does not."""
+    return any(part == net.name or part.startswith(f"{net.name} ") for part in work.flops)
 
 
 def _activations(net: Net, checkpointing: bool) -> float:

@@ -18,7 +18,7 @@ _MEMORY_PARTS = (
 
 
 def print_costs(console: Console, hardware: Hardware, costings: Sequence[Costing]) -> None:
-    """Three tables: what is computed and how long it takes, where the operations go, and memory on a device."""
+    """What is computed and how long it takes, what else a step waits for, where operations go, memory on a device."""
     console.print()
     console.print(Text(_headline(hardware), style="bold"), soft_wrap=True)
     table = stage_table("job", "parameters", "steps", "batch", "TFLOP/image", "FLOP", "GPU-hours", "days")
@@ -37,6 +37,8 @@ def print_costs(console: Console, hardware: Hardware, costings: Sequence[Costing
     total = sum(item.hours for item in costings)
     table.add_row("all", "", "", "", "", "", f"{total:,.0f}", f"{total / hardware.devices / 24:.1f}")
     console.print(table)
+    if any(len(item.step_s) > 1 for item in costings):
+        _print_steps(console, costings)
     _print_parts(console, costings)
     _print_memory(console, hardware, costings)
 
@@ -54,6 +56,9 @@ def as_dict(hardware: Hardware, costings: Sequence[Costing]) -> dict[str, Any]:
                 "gpu_hours": item.hours,
                 "days": item.days,
                 "memory_gib": item.memory_gib,
+                "step_s": item.step_s,
+                "gpu_hours_overlapped": item.hours_overlapped,
+                "gpu_hours_apart": item.hours_apart,
             }
             for item in costings
         ],
@@ -69,10 +74,30 @@ def count(number: float) -> str:
 
 
 def _headline(hardware: Hardware) -> str:
+    source = {
+        "assumed": "assumed",
+        "measured": "measured",
+        "fitted": "fitted to published hours: the hours below predict nothing",
+    }[hardware.mfu_source]
     return (
         f"{hardware.devices} × {hardware.name}, {hardware.peak_tflops:,.0f} TFLOP/s bf16 and "
-        f"{hardware.memory_gib:g} GiB each, at {hardware.mfu:.0%} of the peak"
+        f"{hardware.memory_gib:g} GiB each, at {hardware.mfu:.0%} of the peak ({source})"
     )
+
+
+def _print_steps(console: Console, costings: Sequence[Costing]) -> None:
+    """With communication and input: hours if they hide behind the longest of them, and if they do not."""
+    console.print()
+    causes = list(dict.fromkeys(cause for item in costings for cause in item.step_s))
+    table = stage_table("seconds of a step", *causes, "GPU-hours, all at once", "one after another")
+    for item in costings:
+        cells = [f"{item.step_s[cause]:.3g}" if cause in item.step_s else "" for cause in causes]
+        table.add_row(item.work.name, *cells, f"{item.hours_overlapped:,.0f}", f"{item.hours_apart:,.0f}")
+    overlapped, apart = (
+        sum(getattr(item, name) for item in costings) for name in ("hours_overlapped", "hours_apart")
+    )
+    table.add_row("all", *("" for _ in causes), f"{overlapped:,.0f}", f"{apart:,.0f}")
+    console.print(table)
 
 
 def _print_parts(console: Console, costings: Sequence[Costing]) -> None:

@@ -32,6 +32,17 @@ _MAX_NUMBER = 50
 _PRIVATE = "runtime_env"
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe, and with the booleans of YAML 1.2: `on` and `off`, a key and a value of pipeline files, are texts."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 @dataclass
 class Document:
     """Plain values, and for every key path the line or the override that wrote it.
@@ -175,7 +186,7 @@ def _parse(path: Path) -> Document:
     text = _read_text(path)
     try:
         _check_size(text, str(path))
-        node = yaml.compose(text, yaml.SafeLoader)
+        node = yaml.compose(text, _Loader)
         if node is None:
             raise UserError(
                 "the pipeline file is empty", where=str(path), hint="start with `name: my-pipeline`"
@@ -206,7 +217,7 @@ def _check_size(text: str, where: str) -> None:
     sizes: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []
     total = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
+    for event in yaml.parse(text, _Loader):
         mark = event.start_mark
         here = f"{where}:{mark.line + 1}" if mark else where
         if isinstance(event, yaml.AliasEvent):
@@ -235,7 +246,7 @@ def _check_size(text: str, where: str) -> None:
 def _check_number(event: yaml.ScalarEvent, where: str) -> None:
     """Python takes long to read a number of many digits, or does not."""
     if event.style is None and len(event.value) > _MAX_NUMBER and event.value[:1] in "+-0123456789":
-        loader: Any = yaml.SafeLoader("")
+        loader: Any = _Loader("")
         kind = loader.resolve(yaml.ScalarNode, event.value, (True, False))
         if kind in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
             raise UserError(
@@ -247,7 +258,7 @@ def _check_number(event: yaml.ScalarEvent, where: str) -> None:
 
 def _constructed(node: yaml.Node, where: str) -> Any:
     """The node's value; what a constructor raises besides YAML's own errors is one UserError with the node's line."""
-    loader = yaml.SafeLoader("")
+    loader = _Loader("")
     try:
         return _plain(loader.construct_document(node))
     except (ValueError, TypeError, OverflowError, AttributeError, KeyError, RecursionError) as error:
@@ -262,7 +273,7 @@ def _constructed(node: yaml.Node, where: str) -> Any:
 def _culprit(node: yaml.Node) -> int:
     """The line of the first scalar below `node` that cannot be built."""
     for scalar in _scalars(node):
-        loader = yaml.SafeLoader("")
+        loader = _Loader("")
         try:
             _plain(loader.construct_document(scalar))
         except Exception:  # whatever it is, this is the one
@@ -381,7 +392,7 @@ def _apply(document: Document, override: str) -> None:
         )
     try:
         _check_size(text, where)
-        node = yaml.compose(text, yaml.SafeLoader)
+        node = yaml.compose(text, _Loader)
         value = None if node is None else _constructed(node, where)
     except yaml.YAMLError:
         shown = "…" if is_private(tuple(parts)) else repr(text)

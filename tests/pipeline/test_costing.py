@@ -113,6 +113,43 @@ def test_hours_follow_from_the_share_of_the_peak() -> None:
     assert found.days == pytest.approx(found.hours / 240)
 
 
+def test_a_step_waits_for_weights_and_input_too() -> None:
+    """4 blocks a device: 8 bytes a trained parameter, 2 of a network that only computes, none of one that does not."""
+    nets = (
+        Net("student", "trained", 10**9, 1),
+        Net("EMA", "ema", 10**9, 1),
+        Net("teacher", "frozen", 10**8, 1),
+    )
+    work = Workload("x", 1000, 640, 16, nets, {"student": 3e12, "student heads": 1e12, "teacher": 1e12})
+    silent = Hardware(devices=10, peak_tflops=100, mfu=0.5)
+    assert costing(work, silent).step_s == pytest.approx({"computing": 5e12 * 64 / 50e12})
+    hardware = Hardware(devices=10, peak_tflops=100, mfu=0.5, collective_gb_s=100, input_images_s=32)
+    found = costing(work, hardware)
+    assert found.step_s == pytest.approx(
+        {"computing": 6.4, "weights and gradients": 4 * (8 * 1e9 + 2 * 1e8) / 100e9, "input": 2.0}
+    )
+    assert found.hours_overlapped == pytest.approx(found.hours)
+    assert found.hours_apart == pytest.approx((6.4 + 0.328 + 2.0) * 1000 * 10 / 3600)
+    student = Workload("x/student", 1000, 640, 16, nets, {"student": 1e9})
+    waits = costing(student, hardware)
+    assert "input" not in waits.step_s
+    assert waits.hours_overlapped == pytest.approx(0.32 * 1000 * 10 / 3600), (
+        "the network is what takes longest"
+    )
+
+
+def test_hours_at_a_fitted_share_of_the_peak_say_that_they_predict_nothing() -> None:
+    def said(*overrides: str) -> str:
+        command = ["plan", str(CONF / "paper" / "dinov3_7b.yaml"), *overrides]
+        return CliRunner().invoke(app, command).output
+
+    assert "40% of the peak (assumed)" in said()
+    assert "118,143" in said(), "hours with communication and input counted are beside those without"
+    fitted = said("hardware.mfu=0.57", "hardware.mfu_source=fitted")
+    assert "57% of the peak (fitted to published hours: the hours below predict nothing)" in fitted
+    assert "61,452" in fitted
+
+
 @pytest.mark.parametrize("file", PAPER, ids=lambda path: path.stem)
 def test_every_paper_file_can_be_planned_without_its_data(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

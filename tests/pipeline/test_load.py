@@ -178,6 +178,16 @@ def test_overrides_are_yaml_and_reach_new_sections(write: Callable[[str], Path])
     assert spec.seed == 7
 
 
+def test_on_and_off_are_words_and_yes_and_no_still_answer(write: Callable[[str], Path]) -> None:
+    """YAML 1.1 makes booleans of all four, so `preemption_notices: off` and `trigger: {on: …}` could not be said."""
+    path = write(HEAD + CURATE + "cluster: {preemption_notices: off, dashboard: yes}\n")
+    cluster = resolved(path).spec.cluster
+    assert (cluster.preemption_notices, cluster.dashboard) == ("off", True)
+    changed = resolved(path, "cluster.dashboard=no", "cluster.preemption_notices=aws").spec.cluster
+    assert (changed.preemption_notices, changed.dashboard) == ("aws", False)
+    assert resolved(path, "cluster.preemption_notices=off").spec.cluster.preemption_notices == "off"
+
+
 def test_the_resolved_file_loads_to_the_same_pipeline(pipeline: Path, write: Callable[[str], Path]) -> None:
     loaded = resolved(pipeline, "stages.pretrain.ticks=9")
     again = resolved(write(loaded.resolved()))

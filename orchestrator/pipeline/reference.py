@@ -1,0 +1,205 @@
+"""Every key of a pipeline file, from the schema: `python -m orchestrator.pipeline.reference > docs/reference.md`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from orchestrator.spec import EVERY_DEVICE, Pipeline, StageSpec, Strict
+from orchestrator.stages import AnyStage
+from orchestrator.stages.base import Stage, TrainStage
+
+_HEAD = """# Every key of a pipeline file
+
+Made from the schema by `python -m orchestrator.pipeline.reference > docs/reference.md`; a test says when it is out of
+date. "again" says whether stages run again when the key changes: **yes** where it decides what comes out, **no** where
+it decides how they run.
+"""
+_NAMES = {
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    Path: "path",
+    type(None): "null",
+}
+_SHARED = (StageSpec, TrainStage)
+# Of the file itself, and in no stage's key.
+_NAMED = {(Pipeline[AnyStage], "name")}
+
+
+def reference() -> str:
+    """The document, in Markdown."""
+    pipeline, stages = Pipeline[AnyStage], get_args(get_args(AnyStage)[0])
+    parts = [_HEAD, "## The file", _table(pipeline, pipeline.model_fields)]
+    parts += ["## Every stage", _table(StageSpec, StageSpec.model_fields)]
+    own = {
+        name: field for name, field in TrainStage.model_fields.items() if name not in StageSpec.model_fields
+    }
+    parts += ["## Every stage that trains", _table(TrainStage, own)]
+    for stage in stages:
+        shared = TrainStage if issubclass(stage, TrainStage) else StageSpec
+        own = {name: field for name, field in stage.model_fields.items() if name not in shared.model_fields}
+        parts += [f"## `kind: {_kind(stage)}`", _prose(stage), _table(stage, own)]
+    parts += ["## Sections", "What the tables above link to."]
+    for model in sorted(sections(), key=lambda each: each.__name__):
+        parts += [f"### {model.__name__}", _prose(model), _table(model, model.model_fields)]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def sections() -> list[type[BaseModel]]:
+    """Every model that a key of a pipeline file may hold, but for the file itself and the stages."""
+    found = [model for model in _reached(operational=True) if not issubclass(model, Stage)]
+    return sorted(found, key=lambda model: model.__name__)
+
+
+def _reached(*, operational: bool) -> set[type[BaseModel]]:
+    """The models that keys hold; without those that only operational keys do, if so asked."""
+    found: set[type[BaseModel]] = set()
+    waiting: list[type[BaseModel]] = [Pipeline[AnyStage]]
+    while waiting:
+        for field in waiting.pop().model_fields.values():
+            new = set(_models(field.annotation)) - found
+            if operational or not _operational(field):
+                found |= new
+                waiting += new
+    return found
+
+
+def keys() -> dict[str, set[str]]:
+    """The keys of every section, by what it is called here: a stage by its kind, the file as `pipeline`."""
+    found = {"pipeline": _keys(Pipeline[AnyStage])}
+    found |= {_kind(stage): _keys(stage) for stage in get_args(get_args(AnyStage)[0])}
+    return found | {model.__name__: _keys(model) for model in sections()}
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def _kind(stage: type[BaseModel]) -> str:
+    return str(get_args(stage.model_fields["kind"].annotation)[0])
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
+
+
+def _prose(model: type[BaseModel]) -> str:
+    """What the class says of itself, but for its attributes and for what a base class says."""
+    text = inspect.cleandoc(model.__dict__.get("__doc__") or "")
+    return text.partition("\n\nAttributes:")[0].replace("``", "`")
+
+
+def _table(model: type[BaseModel], fields: dict[str, FieldInfo]) -> str:
+    rows = ["| key | type | default | again | meaning |", "|---|---|---|---|---|"]
+    decides = {Pipeline[AnyStage], *_SHARED, *_reached(operational=False)}
+    for name, field in fields.items():
+        if _fixed(field):
+            continue
+        cells = (
+            f"`{field.alias or name}`",
+            _type(field.annotation, field.metadata),
+            _default(model, name, field),
+            "yes" if model in decides and not _operational(field) and (model, name) not in _NAMED else "no",
+            field.description or "",
+        )
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def _fixed(field: FieldInfo) -> bool:
+    """A key of a base class that this one has no use for: it takes nothing but its default."""
+    return field.annotation in (type(None), tuple[()])
+
+
+def _operational(field: FieldInfo) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("operational"))
+
+
+def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if value is PydanticUndefined or value is None:
+        return "–"
+    if isinstance(value, Strict):
+        said = value.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+        return f"`{_yaml(said)}`" if value.model_fields_set else "see there"
+    if value in ((), {}):
+        return "none"
+    return f"`{_yaml(value)}`"
+
+
+def _yaml(value: Any) -> str:
+    """Short, in YAML's flow style."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (bool, int)):
+        return json.dumps(value)
+    return str(value)
+
+
+def _type(annotation: Any, metadata: list[Any]) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    limits = _limits(metadata)
+    if origin is Annotated:
+        return _type(parts[0], [*parts[1:], *metadata])
+    if isinstance(annotation, FieldInfo):
+        return limits
+    if origin in (Union, types.UnionType):
+        given = [part for part in parts if part is not type(None)]
+        return " or ".join(_type(part, []) for part in given) + limits
+    if origin is Literal:
+        return ", ".join(f"`{_yaml(part)}`" for part in parts)
+    if origin is tuple:
+        if len(parts) == 2 and parts[1] is Ellipsis:
+            return f"list of {_type(parts[0], [])}"
+        return f"list of {len(parts)}: {', '.join(dict.fromkeys(_type(part, []) for part in parts))}" + limits
+    if origin is dict:
+        return f"{_type(parts[1], [])}, by name"
+    if inspect.isclass(annotation) and issubclass(annotation, Stage):
+        return f"`{_kind(annotation)}`"
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    return _NAMES.get(annotation, "mapping" if annotation is Any else str(annotation)) + limits
+
+
+def _limits(metadata: list[Any]) -> str:
+    """Bounds in symbols, those of nested fields too."""
+    flat = [part for each in metadata for part in (each.metadata if isinstance(each, FieldInfo) else [each])]
+    said = []
+    for bound in flat:
+        for kind, symbol, name in (
+            (annotated_types.Ge, "≥", "ge"),
+            (annotated_types.Gt, ">", "gt"),
+            (annotated_types.Le, "≤", "le"),
+            (annotated_types.Lt, "<", "lt"),
+        ):
+            if isinstance(bound, kind):
+                value = getattr(bound, name)
+                said.append("" if value == EVERY_DEVICE else f"{symbol} {_yaml(value)}")
+    text = ", ".join(filter(None, said))
+    return f" {text}" if text else ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

@@ -1,0 +1,379 @@
+"""The documents say what the code does: keys, commands, options, paths, anchors and tests that they name exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import typer
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+from typer.testing import CliRunner
+
+from orchestrator.cli import app
+from orchestrator.pipeline import yamlfile
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.modeltable import model_rows
+from orchestrator.pipeline.reference import keys, reference, sections
+from orchestrator.spec import Elastic, Pipeline, StageSpec
+from orchestrator.stages import AnyStage
+from orchestrator.stages.align_text import AlignText
+from orchestrator.stages.base import TrainStage
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+# What is superseded speaks of files that are gone, on purpose.
+LIVING = [page for page in PAGES if page.name != "0003-elastic-job.md"]
+# Other things have keys, too: spot traces and costs.
+_OTHER_KEYS = {"traces.md"}
+# Files that a run, a cloud or another project makes.
+_MADE = {
+    "artifact.json", "config.json", "curves.png", "lineage.json", "manifest.json", "pointer.json", "tokenizer.json",
+    "model.safetensors", "text.lock", "text_maps.png", "chaos.md", "pipeline.yaml",
+    "us-west-2a_v100_8.json", "other.yaml",
+}  # fmt: skip
+_STAGES = get_args(get_args(AnyStage)[0])
+_STAGE = TypeAdapter(AnyStage)
+_KEYS = keys()
+_ALL_KEYS = set().union(*_KEYS.values())
+
+
+def each_page(pages: list[Path] = PAGES) -> Any:
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M)
+
+
+def quoted(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+@cache
+def tree() -> frozenset[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return frozenset(listed.stdout.split("\n")) - {""}
+
+
+# --- the reference ----------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "reference.md").read_text() == reference(), (
+        "run: python -m orchestrator.pipeline.reference > docs/reference.md"
+    )
+
+
+def test_the_reference_has_every_key_of_the_schema() -> None:
+    """Asked of the models themselves, not of what made the document."""
+    text = (ROOT / "docs" / "reference.md").read_text()
+    parts = {part.partition("\n")[0]: part for part in re.split(r"^##+ ", text, flags=re.M)}
+    shared = parts["Every stage"] + parts["Every stage that trains"]
+    for stage in _STAGES:
+        kind = get_args(stage.model_fields["kind"].annotation)[0]
+        for name, field in stage.model_fields.items():
+            fixed = field.annotation in (type(None), tuple[()])
+            if not fixed:
+                assert f"| `{field.alias or name}` |" in shared + parts[f"`kind: {kind}`"], (kind, name)
+    for model in sections():
+        for name, field in model.model_fields.items():
+            if field.annotation is not type(None):
+                assert f"| `{field.alias or name}` |" in parts[model.__name__], (model, name)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Pipeline[AnyStage], StageSpec, TrainStage, *_STAGES, *sections()],
+    ids=lambda model: model.__name__[:20],
+)
+def test_every_key_has_a_description_that_stands_alone(model: type[BaseModel]) -> None:
+    for name, field in model.model_fields.items():
+        if name == "kind" and model is not StageSpec:
+            continue  # narrowed to one word
+        said = field.description or ""
+        assert len(said.split()) >= 3, f"{name} has no description"
+        assert said[0].isupper() or said[0] in "`∞", f"{name}: {said!r} is no sentence"
+        assert said.endswith("."), f"{name}: {said!r} is no sentence"
+
+
+# --- keys -------------------------------------------------------------------------------------------------------
+
+
+def blocks() -> Iterator[Any]:
+    for page in PAGES:
+        found = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), flags=re.S | re.M)
+        for number, text in enumerate(found):
+            yield pytest.param(text, id=f"{page.relative_to(ROOT)}-{number}")
+
+
+@pytest.mark.parametrize("text", list(blocks()))
+def test_every_yaml_block_is_taken_by_the_schema(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(text)
+    data = yamlfile.read(path, []).data
+    if "stages" in data:
+        load(path, needs_data=False)
+        return
+    for key, value in data.items():
+        if isinstance(value, dict) and "kind" in value:
+            _STAGE.validate_python(value)
+        else:
+            assert taken(key, value), f"no section takes {key}: {value}"
+
+
+def taken(key: str, value: Any) -> bool:
+    """Whether a section of the schema has such a key, and it takes such a value."""
+    for model in (Pipeline[AnyStage], *_STAGES, *sections()):
+        for name, field in model.model_fields.items():
+            if key in (name, field.alias):
+                try:
+                    # The key alone: what it has to do with others is no matter here.
+                    create_model("One", **{name: (field.annotation, field)}).model_validate({key: value})  # type: ignore[call-overload]
+                except ValidationError:
+                    continue
+                return True
+    return False
+
+
+@each_page(LIVING)
+def test_settings_that_are_quoted_with_a_value_are_taken(page: Path) -> None:
+    """`window: 4`, `elastic: {exact: true}`: in the schema, with that value."""
+    for text in quoted(page):
+        said = re.fullmatch(r"([a-z_]+): (\S.*)", text)
+        if not said or said[1] not in _ALL_KEYS:
+            continue
+        value = yaml.safe_load(said[2].replace("…", "x"))
+        if page.name == "reference.md" and said[1] == "kind":
+            continue
+        assert taken(said[1], value), f"{page.name}: `{text}`"
+
+
+@each_page(LIVING)
+def test_tables_of_settings_have_keys_of_the_schema(page: Path) -> None:
+    if page.name in _OTHER_KEYS:
+        return
+    for table in re.findall(
+        r"^\| *(?:setting|option|key) *\|.*\n\|[-| :]+\n((?:\|.*\n)+)", prose(page), flags=re.M
+    ):
+        for row in table.strip().split("\n"):
+            for text in re.findall(r"`([^`]+)`", row.split("|")[1]):
+                key = text.partition(":")[0].split(".")[-1]
+                assert key in _ALL_KEYS, f"{page.name}: {text}"
+
+
+@each_page(LIVING)
+def test_keys_with_their_section_exist(page: Path) -> None:
+    """`elastic.workers`, `stages.NAME.steps`, `gram.teacher`."""
+    for text in quoted(page):
+        head = text.partition(".")[0]
+        if not re.fullmatch(r"[a-z_]+(\.[A-Za-z_]+)+", text) or head not in _ALL_KEYS | {"stages"}:
+            continue
+        # Modules, files, and the attributes of what a stage is given.
+        if (
+            (ROOT / head).is_dir()
+            or head in ("context", "ray", "torch")
+            or text in _MADE
+            or (ROOT / text).exists()
+        ):
+            continue
+        assert text.split(".")[-1] in _ALL_KEYS, f"{page.name}: `{text}`"
+
+
+@each_page(LIVING)
+def test_every_name_that_is_quoted_occurs_somewhere(page: Path) -> None:
+    """A name that code, config and tests do not have any more is a name of what is gone."""
+    known = words()
+    for text in quoted(page):
+        if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+", text):
+            assert text in known, f"{page.name}: `{text}` is nowhere in the code"
+
+
+@cache
+def words() -> frozenset[str]:
+    kinds = (".py", ".yaml", ".toml", ".service", "Makefile", "setup", "Dockerfile")
+    found: set[str] = set()
+    for name in tree():
+        if name.endswith(kinds) and (ROOT / name).is_file():
+            found |= set(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", (ROOT / name).read_text(errors="ignore")))
+    return frozenset(found)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path, start: str) -> list[list[str]]:
+    """The command lines of a page that begin so, without comments and with continuation lines joined."""
+    text = page.read_text().replace("\\\n", " ")
+    quoted_ones = re.findall(rf"`({start}[^`\n]*)`", text)
+    whole = re.findall(rf"^(?: {{4,}}|\S*\$ +)(?:.*-- +)?(?:\S*/)?({start}.*)$", text, flags=re.M)
+    found = []
+    for line in {*quoted_ones, *whole}:
+        line = line.partition(" #")[0].partition(" > ")[0].partition("`")[0]
+        found.append([word for word in shlex.split(line.replace("'", "")) if word not in ("…", "\\")])
+    return found
+
+
+@each_page(LIVING)
+def test_commands_exist_with_their_options(page: Path) -> None:
+    root = typer.main.get_command(app)
+    for words_ in commands(page, "orchestrator "):
+        command: Any = root
+        rest = words_[1:]
+        while hasattr(command, "commands") and rest:
+            named = command.commands.get(rest[0])
+            assert named is not None, f"{page.name}: orchestrator has no {rest[0]}: {' '.join(words_)}"
+            command, rest = named, rest[1:]
+        options = {
+            name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        for word in rest:
+            option = word.strip("[]").partition("=")[0]
+            if option.startswith("-"):
+                assert option in options, f"{page.name}: {' '.join(words_)}"
+        check_overrides(page, rest)
+
+
+def check_overrides(page: Path, rest: list[str]) -> None:
+    """That what is overridden can be: by loading the file where there is one, else by name."""
+    overrides = [word for word in rest if re.fullmatch(r"[a-z_.\-]+=\S+", word) and not word.startswith("-")]
+    file = next((word for word in rest if word.endswith(".yaml")), None)
+    if file is not None and (ROOT / file).is_file():
+        load(ROOT / file, [one for one in overrides if "://" not in one], needs_data=False)
+    for one in overrides:
+        path = one.partition("=")[0].split(".")
+        assert path[0] in _KEYS["pipeline"], f"{page.name}: {one}"
+        assert path[-1] in _ALL_KEYS, f"{page.name}: {one}"
+
+
+@each_page(LIVING)
+def test_modules_that_are_run_and_targets_of_make_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z\-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for line in commands(page, "make [a-z]"):
+        assert line[1] in targets, f"{page.name}: {' '.join(line)}"
+    for line in commands(page, r"python -m (?:bench|orchestrator|tests)"):
+        if line[2] == "bench":
+            names = line[3:4]
+            assert all((ROOT / "bench" / name).is_dir() or (ROOT / "bench" / f"{name}.py").is_file() for name in names
+                       if name.islower()), f"{page.name}: {' '.join(line)}"  # fmt: skip
+        else:
+            assert importlib.util.find_spec(line[2]) is not None, f"{page.name}: {line[2]}"
+
+
+# --- paths, anchors, tests --------------------------------------------------------------------------------------
+
+
+@each_page(LIVING)
+def test_paths_exist(page: Path) -> None:
+    files = tree()
+    names = {part for file in files for part in (file, Path(file).name)}
+    for text in quoted(page):
+        if not re.fullmatch(r"[\w./\-]+\.(py|md|yaml|json|svg|png|toml|lock|service)", text):
+            continue
+        if Path(text).name in _MADE or text in names:
+            continue
+        assert any(file.endswith(f"/{text}") for file in files), f"{page.name}: {text}"
+    for text in quoted(page):
+        folder = text.rstrip("/")
+        if re.fullmatch(
+            r"(docs|conf|bench|tests|orchestrator|stages|models|objectives|scripts)(/[\w.\-]+)*/?", text
+        ):
+            assert (ROOT / folder).exists() or any(file.startswith(f"{folder}.") for file in files), (
+                f"{page.name}: {text}"
+            )
+
+
+@each_page()
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", prose(page)):
+        if "://" in target:
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.M)
+            assert anchor in {slug(heading) for heading in headings}, f"{page.name}: {target}#{anchor}"
+
+
+def slug(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@each_page(LIVING)
+def test_tests_that_are_named_exist(page: Path) -> None:
+    defined = frozenset(
+        name
+        for file in tree()
+        if file.startswith("tests/") and file.endswith(".py") and (ROOT / file).is_file()
+        for name in re.findall(r"def (test_\w+)", (ROOT / file).read_text())
+    )
+    for text in quoted(page):
+        for name in re.findall(r"::(test_\w+)", text):
+            assert name in defined, f"{page.name}: {name}"
+
+
+# --- figures that code gives ------------------------------------------------------------------------------------
+
+
+def test_the_table_of_models_is_that_of_the_code() -> None:
+    text = (ROOT / "docs" / "models.md").read_text()
+    for row in model_rows():
+        wanted = f"| {row['params']:,} | {row['gflops_256']:,.2f} | {row['gflops_512']:,.2f} |"
+        line = next(line for line in text.split("\n") if line.startswith(f"| `{row['name']}` |"))
+        assert wanted in line, row["name"]
+
+
+def test_the_lines_of_the_elastic_layer_are_about_as_many_as_its_page_says() -> None:
+    page = ROOT / "docs" / "elastic.md"
+    rows = re.findall(r"^\|.*\| ((?:`[a-z_]+`(?:, )?)+) \| ([\d,]+) \|$", page.read_text(), flags=re.M)
+    assert len(rows) == 7
+    for files, said in rows:
+        paths = [
+            ROOT / "orchestrator" / "elastic" / f"{name}.py" for name in re.findall(r"`([a-z_]+)`", files)
+        ]
+        lines = sum(len(path.read_text().split("\n")) for path in paths)
+        assert lines == pytest.approx(int(said.replace(",", "")), rel=0.15), files
+
+
+def test_the_plan_at_paper_scale_is_what_plan_prints() -> None:
+    """Every line of the block in docs/paper-scale.md, but for blanks at its end."""
+    text = (ROOT / "docs" / "paper-scale.md").read_text()
+    part = text.partition("## The plan of the 7B")[2].partition("![")[0]
+    said = CliRunner().invoke(app, ["plan", str(ROOT / "conf" / "paper" / "dinov3_7b.yaml")]).output
+    printed = {line.rstrip() for line in said.split("\n")}
+    lines = [line.strip() for line in part.strip().split("\n") if line.strip()]
+    assert len(lines) > 20
+    for line in lines:
+        assert line in printed, line
+
+
+@pytest.mark.parametrize(
+    ("name", "heading", "model"), [("elastic", "Settings", Elastic), ("text", "Options", AlignText)]
+)
+def test_defaults_in_tables_are_those_of_the_schema(name: str, heading: str, model: type[BaseModel]) -> None:
+    """A default in words, such as "none", is one that the schema leaves open."""
+    part = (ROOT / "docs" / f"{name}.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \| (.*?) \| ", part, flags=re.M)
+    assert len(rows) >= 6
+    for keys_, said in rows:
+        for key in re.findall(r"`([a-z_]+)`", keys_):
+            default = model.model_fields[key].get_default(call_default_factory=True, validated_data={})
+            if default is None or default == () or isinstance(default, BaseModel):
+                assert not re.search(r"[\d`]", said), f"{key}: {said}, and the schema leaves it open"
+            else:
+                value = yaml.safe_load(said.strip("`"))
+                assert value == (list(default) if isinstance(default, tuple) else default), f"{key}: {said}"
