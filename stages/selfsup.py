@@ -156,11 +156,7 @@ class SelfSupervised(HomogeneousMixStage):
     )
     ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss.")
     koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss.")
-    koleo_views: KoLeoViews = Field(
-        KOLEO_VIEWS,
-        description="The global crops whose CLS the KoLeo loss spreads: the first, as in the paper, or both, as in "
-        "the published code.",
-    )
+    koleo_views: KoLeoViews = KOLEO_VIEWS
     koleo_group: int | None = KOLEO_GROUP
     mask_ratio: tuple[Share, Share] = Field(
         (0.1, 0.5),
