@@ -37,7 +37,7 @@ _TRAIN: dict[str, Any] = {
     "optimizer": {"lr": {"peak": 1e-3, "warmup_steps": 2}, "layer_decay": 0.8},
 }  # fmt: skip
 _SSL = {
-    **_TRAIN, "ema": {"peak": 0.8}, "koleo_views": "both", "homogeneous": "balanced", "homogeneous_ratio": 0.3,
+    **_TRAIN, "ema": {"peak": 0.8}, "koleo_views": "both", "homogeneous": "photos", "homogeneous_ratio": 0.3,
 }  # fmt: skip
 _TEXT = {
     "kind": "align_text", "steps": 3, "batch_size": 8, "block_size": 4, "image_size": 32, "precision": "fp32",
@@ -195,7 +195,7 @@ def _student(stage: Distill, context: Context, name: str) -> Numbers:
 def _without_registry() -> None:
     from orchestrator.tracking import registry
 
-    registry.publish = lambda *arguments: 1
+    registry.publish = lambda *arguments, **named: 1
 
 
 def _records(run: Any) -> Numbers:
@@ -246,8 +246,13 @@ def _evaluated(out: Path) -> Numbers:
 
 def _published(out: Path) -> Numbers:
     """Texts as numbers: which of them there are."""
-    entries = json.loads((out / "published.json").read_text())
-    found = {f"{entry['name']}@{entry['alias']}": 1.0 for entry in entries}
+    entries = json.loads((out.parent / "work" / "published.json").read_text())
+    found = {
+        f"{name}/{part}": 1.0
+        for name, parts in json.loads((out / "models.json").read_text()).items()
+        for part in parts
+    }
+    found |= {f"{entry['name']}@{entry['alias']}": 1.0 for entry in entries}
     return found | {f"{entry['name']}/{tag}": 1.0 for entry in entries for tag in entry["tags"]}
 
 
