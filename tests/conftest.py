@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from s3_server import S3Server, juicefs
+
+_ROOT = Path(__file__).parents[1]
+_remove_tree = shutil.rmtree
+
+
+def _remove_tree_of_tests(path: Any, *arguments: Any, **named: Any) -> None:
+    """Some tests give hostile names to code that removes folders: were its guard broken, a machine would be lost."""
+    folder = Path(os.fsdecode(path)).resolve() if not isinstance(path, int) else _ROOT / "fd"
+    roots = [Path(tempfile.gettempdir()).resolve(), _ROOT, Path("/dev/shm"), Path.home() / ".cache"]
+    inside = any(folder.is_relative_to(root) and folder != root for root in roots)
+    if not inside:
+        pytest.fail(f"a test was about to remove {folder}")
+    _remove_tree(path, *arguments, **named)
+
+
+shutil.rmtree = _remove_tree_of_tests  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

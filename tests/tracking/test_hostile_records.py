@@ -52,8 +52,8 @@ def send(spool: Spool) -> list[Any]:
     [
         ("..", "x"),
         ("../..", "x"),
-        ("/", "etc/passwd"),
-        ("a", "/etc/passwd"),
+        ("{tmp}", "x"),
+        ("a", "{tmp}/x"),
         ("a", "../../x"),
         ("", "x"),
         ("a", ""),
@@ -62,6 +62,7 @@ def send(spool: Spool) -> list[Any]:
 def test_a_file_record_neither_uploads_nor_removes_anything_else(
     spool: Spool, tmp_path: Path, copy: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    copy, name = copy.format(tmp=tmp_path), name.format(tmp=tmp_path)
     (tmp_path / "x").write_text("precious")
     spool.post("run", "open", name="run", parent=None)
     spool.post("run", "file", copy=copy, name=name, folder=None)
