@@ -41,7 +41,7 @@ _STAGE: Mapping[str, Any] = {
     "kind": "distill",
     "batch_size": 32,
     "block_size": 16,
-    "optimizer": {"lr": {"peak": 1e-3, "warmup_steps": 5}},
+    "optimizer": {"lr": {"peak": 1e-3, "warmup_steps": 2}},
     "crops": {"global_size": 64, "local_size": 32, "num_local": 2},
 }
 

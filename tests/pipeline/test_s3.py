@@ -221,5 +221,5 @@ def test_a_password_in_the_address_is_refused_and_not_repeated(pipeline: Path, s
     driver = start("plan", "toy.yaml", "store=s3://me:never-to-be-seen@bucket/prefix")
     said = driver.communicate(timeout=60)[0]
     assert driver.returncode == 2
-    assert "holds no credentials" in said
+    assert "store holds user information" in said
     assert "never-to-be-seen" not in said
