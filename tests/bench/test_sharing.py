@@ -117,7 +117,7 @@ def test_a_plain_loop_trains_its_student_and_the_ema_follows(tmp_path: Path) -> 
     for name, ema in modules.ema.named_parameters():
         now = dict(modules.trainable.named_parameters())[name].detach()
         moved = (now - before[name]).abs().max()
-        assert moved <= 2e-4 * 1.2, name
+        assert moved <= 5e-4 * 1.2, name
         torch.testing.assert_close(ema, momentum * before[name] + (1 - momentum) * now)
     assert any(not torch.equal(before[name], param) for name, param in modules.trainable.named_parameters())
 
