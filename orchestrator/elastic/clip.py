@@ -57,11 +57,16 @@ class Clipper:
                     gradient.mul_(self.max_norm / norms[slot])
         return dict(zip(self.names, norms, strict=True))
 
-    def spoil(self) -> None:
-        """Make the whole gradient NaN, which DeepSpeed never applies, whatever the precision and ZeRO stage."""
-        for index in range(len(self.slots)):
-            for gradient in self.zero.averaged_gradients[index]:
-                gradient.fill_(math.nan)
+    def spoil(self) -> list[Tensor]:
+        """Make the whole gradient NaN, which DeepSpeed never applies, whatever the precision and ZeRO stage.
+
+        Returns:
+            What is NaN now. ZeRO-3 uses that memory again and never writes to its padding, so it is to be zeroed.
+        """
+        spoilt = [one for index in range(len(self.slots)) for one in self.zero.averaged_gradients[index]]
+        for gradient in spoilt:
+            gradient.fill_(math.nan)
+        return spoilt
 
 
 def submodule(name: str) -> str:

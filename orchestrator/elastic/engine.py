@@ -146,9 +146,11 @@ class Engine:
 
     def discard(self) -> None:
         """Forget the gradient of all blocks so far, in place of `step`; weights and moments stay as they are."""
-        self._clipper.spoil()
+        spoilt = self._clipper.spoil()
         self._engine.step()
         assert not self.applied, "DeepSpeed applied a gradient of NaN"
+        for gradient in spoilt:
+            gradient.zero_()
 
     def backward_is_finite(self, loss: Tensor) -> bool:
         """`backward`, to find out whether this one block's gradient is finite; `discard` is to follow."""

@@ -27,7 +27,7 @@ _HINT = (
     "set `activation_checkpointing: true` and, in stages that have it, a smaller `chunk_rows`: both leave the results "
     "as they are, to rounding. A smaller `block_size` (with the same `batch_size`) needs less, too, but changes "
     "results, since masks, dropped rows, KoLeo's groups and random numbers go by block. So do smaller `crops`. More "
-    "workers change nothing, and with `zero_stage: 3` each holds less of the weights, but a block needs as much as before"
+    "workers change nothing, and with `zero_stage: 3` each holds less of the weights; a block needs as much as before"
 )
 
 

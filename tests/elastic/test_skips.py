@@ -73,12 +73,14 @@ def test_a_skipped_update_leaves_everything_as_it_was(
     assert np.isfinite(figures[3]["loss"])
 
 
-def test_training_goes_on_after_it(run_job: RunJob, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_training_goes_on_after_it(run_job: RunJob, tmp_path: Path, zero: int) -> None:
     """Checkpoints from before the first update load, and later updates move the weights."""
-    first = run_job(tmp_path, 2, stop_after=1, spikes=SPIKES)
+    first = run_job(tmp_path, 2, stop_after=1, spikes=SPIKES, zero_stage=zero)
     assert manifest(tmp_path, 1)["updates"] == 0
     assert not any(value.any() for name, value in saved(checkpoint(tmp_path, 1)).items() if "exp_avg" in name)
-    second = run_job(tmp_path, 1, spikes=SPIKES)
+    # Three workers: shards have padding, which a gradient that is not finite must not spoil for later ones.
+    second = run_job(tmp_path, 3, spikes=SPIKES, zero_stage=zero)
     assert second["complete"]
     counts = [figures["skipped_updates"] for _, figures in first["figures"] + second["figures"]]
     assert counts == [1, 1, 2, 2, 2, 2]
