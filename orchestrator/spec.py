@@ -320,6 +320,14 @@ class Elastic(Settings):
         ge=0,
         description="The number of failures of the user's code after which a stage ends. Lost machines do not count.",
     )
+    max_skipped_updates: int = operational(
+        10,
+        ge=0,
+        le=1000,
+        description="The number of updates that may be skipped, because a gradient is not finite, within 100 times as "
+        "many steps. After one more the stage ends, with the steps and the samples. 10: it ends after 11 in a row, or "
+        "when more than 1 % of the newest 1,000 updates were skipped.",
+    )
     wait_for_workers_s: float | None = operational(
         None,
         gt=0,

@@ -5,6 +5,7 @@ DeepSpeed clips by the norm of the whole gradient: a spike in one head would the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,10 @@ class Clipper:
         self.slots = [self.names.index(home.pop()) for home in homes]
 
     def clip(self, scale: float) -> dict[str, float]:
-        """Multiply by `scale`, then clip; returns each submodule's norm between the two. Collective."""
+        """Multiply by `scale`, then clip; returns each submodule's norm between the two, equal on all workers.
+
+        Nothing is clipped if a norm is not finite. Collective.
+        """
         squares: Tensor | None = None
         for index, slot in enumerate(self.slots):
             for gradient in self.zero.averaged_gradients[index]:
@@ -46,11 +50,23 @@ class Clipper:
         if dist.get_world_size() > 1:
             dist.all_reduce(squares)
         norms = squares.sqrt().tolist()
+        finite = all(map(math.isfinite, norms))
         for index, slot in enumerate(self.slots):
-            if norms[slot] > self.max_norm:
+            if finite and norms[slot] > self.max_norm:
                 for gradient in self.zero.averaged_gradients[index]:
                     gradient.mul_(self.max_norm / norms[slot])
         return dict(zip(self.names, norms, strict=True))
+
+    def spoil(self) -> list[Tensor]:
+        """Make the whole gradient NaN, which DeepSpeed never applies, whatever the precision and ZeRO stage.
+
+        Returns:
+            What is NaN now. ZeRO-3 uses that memory again and never writes to its padding, so it is to be zeroed.
+        """
+        spoilt = [one for index in range(len(self.slots)) for one in self.zero.averaged_gradients[index]]
+        for gradient in spoilt:
+            gradient.fill_(math.nan)
+        return spoilt
 
 
 def submodule(name: str) -> str:

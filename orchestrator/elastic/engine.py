@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from orchestrator.elastic.clip import Clipper, submodule
 from orchestrator.elastic.shards import Shard, cut, cut_whole, gather
+from orchestrator.elastic.skips import Skips
 from orchestrator.elastic.task import Modules
 from orchestrator.elastic.zero import sum_exactly, zero_config
 from orchestrator.spec import Optimizer
@@ -86,7 +87,9 @@ class Engine:
             modules.ema = self._freeze(ema_source, config)
         modules.copies = {name: self._freeze(module, config) for name, module in modules.copies.items()}
         modules.frozen = {name: self._freeze(module, config) for name, module in modules.frozen.items()}
+        # Of AdamW, by which its bias correction goes: those that changed the weights.
         self.updates = 0
+        self.skips = Skips()
         self.ema: dict[str, Tensor] = {}
         if modules.ema is not None:
             self.ema = {shard.name: shard.data.clone() for shard in self.master()}
@@ -113,7 +116,7 @@ class Engine:
             self._engine.step()  # only counts the block; the update is in `step`
 
     def step(self, lr: float, step: int, weight_decay: float) -> dict[str, float]:
-        """Clip by submodule and update.
+        """Clip by submodule and update, if the whole gradient is finite; the same on all workers.
 
         Args:
             lr: learning rate; each group's is this times its layer-wise factor.
@@ -122,15 +125,47 @@ class Engine:
 
         Returns:
             Norms before clipping: `grad_norm` of the whole gradient, `grad_norm_backbone` and so on of its parts.
+            `applied` says whether there was an update.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"] if step >= group["frozen_steps"] else 0.0
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
         norms = self._clipper.clip(self._scale)
-        self._engine.step()
-        self.updates += 1
+        if all(map(math.isfinite, norms.values())):
+            self._engine.step()
+        else:
+            self.discard()
+        self.updates += self.applied
         parts = {f"grad_norm_{name}": norm for name, norm in norms.items()} if len(norms) > 1 else {}
         return {"grad_norm": math.hypot(*norms.values()), **parts}
+
+    @property
+    def applied(self) -> bool:
+        """Whether the newest `step` changed the weights."""
+        return bool(self._engine.was_step_applied())
+
+    def discard(self) -> None:
+        """Forget the gradient of all blocks so far, in place of `step`; weights and moments stay as they are."""
+        spoilt = self._clipper.spoil()
+        self._engine.step()
+        assert not self.applied, "DeepSpeed applied a gradient of NaN"
+        for gradient in spoilt:
+            gradient.zero_()
+
+    def backward_is_finite(self, loss: Tensor) -> bool:
+        """`backward`, to find out whether this one block's gradient is finite; `discard` is to follow."""
+        finite: list[Tensor] = []
+        hooks = [
+            param.register_hook(lambda gradient: finite.append(gradient.isfinite().all()))
+            for param in self._params.values()
+            if param.requires_grad
+        ]
+        try:
+            self.backward(loss)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return all(map(bool, finite))
 
     # --- sharded weights ----------------------------------------------------------------------------------
 
@@ -139,7 +174,9 @@ class Engine:
         yield from self._hp(None)
 
     def moments(self, key: str) -> Iterator[Shard]:
-        """`exp_avg` or `exp_avg_sq`."""
+        """`exp_avg` or `exp_avg_sq`; zeros before the first update."""
+        if self.updates == 0:
+            self._fill_optimizer_state(0)
         if self.zero_stage < 3:
             # ZeRO 1 and 2 step one parameter group at a time and link the state of the first one only.
             self._engine.optimizer._hp_optimizer_states_linked = False

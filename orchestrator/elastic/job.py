@@ -93,6 +93,12 @@ class Job:
         return f"{self.pipeline}/{self.name}" if self.pipeline else self.name
 
     @property
+    def where(self) -> str:
+        """The part of the pipeline file that describes it."""
+        stage, _, student = self.name.partition("/")
+        return f"stages.{stage}.students.{student}" if student else f"stages.{stage}"
+
+    @property
     def checkpoint_uri(self) -> str:
         """Where its elastic checkpoints are, as an address."""
         if self.remote is None:
@@ -108,9 +114,8 @@ class Job:
         """
         nodes = cluster_nodes()
         shape = slot_shape(self.elastic, 1.0, has_gpus(self.elastic, nodes))
-        stage, _, student = self.name.partition("/")
-        section = f"stages.{stage}.elastic"
-        where = f"stages.{stage}.students.{student}" if student else section
+        section = f"stages.{self.name.partition('/')[0]}.elastic"
+        where = self.where if "/" in self.name else section
         check_resources(self.elastic, shape, nodes, where, growing=can_grow(), section=section)
         return shape
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.data.blocks import Block, TellsTroubles
@@ -26,8 +28,10 @@ from orchestrator.elastic.engine import Engine
 from orchestrator.elastic.export import export_ema
 from orchestrator.elastic.failure_rules import PRIOR_MTBF_S
 from orchestrator.elastic.job import Job
+from orchestrator.elastic.memory import out_of_memory_explained
 from orchestrator.elastic.saved import CheckpointError
 from orchestrator.elastic.saving import Line, Saving
+from orchestrator.elastic.skips import STEPS_PER_SKIP, named
 from orchestrator.elastic.task import BlockTensors, Losses
 from orchestrator.elastic.workers import AllWorkers
 from orchestrator.errors import UserError
@@ -35,6 +39,7 @@ from orchestrator.errors import UserError
 logger = logging.getLogger("orchestrator")
 
 _ORDER_RANGE = 2.0**32
+_Ids = Mapping[int, NDArray[np.int64]]  # of a worker's own blocks, by block
 
 
 class NonFiniteLossError(RuntimeError):
@@ -54,10 +59,13 @@ def train(job: Job, line: Line, mtbf_s: float = PRIOR_MTBF_S) -> bool:
         True when all steps are done, False after yielding on request; both with a checkpoint.
 
     Raises:
-        NonFiniteLossError: before the update that would have spoilt the weights.
+        NonFiniteLossError: before the update that would have spoilt the weights; names the samples.
+        UserError: too many updates were skipped since a gradient was not finite, or memory did not suffice.
         CheckpointError: no checkpoint could be written several times in a row, or at the end.
     """
-    return _Trainer(job, line, mtbf_s).run()
+    with out_of_memory_explained(job, "while the model was built"):
+        trainer = _Trainer(job, line, mtbf_s)
+    return trainer.run()
 
 
 class _Trainer:
@@ -89,7 +97,8 @@ class _Trainer:
     def run(self) -> bool:
         for step, blocks in self._feed():
             began = time.monotonic()
-            figures = self._step(step, blocks)
+            with out_of_memory_explained(self.job, f"in step {step + 1}", blocks):
+                figures = self._step(step, blocks)
             done = step + 1
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
@@ -118,21 +127,88 @@ class _Trainer:
         self.task.prepare_step(step)
         targets = self.task.targets(blocks, self.workers)
         sums: dict[str, Tensor] = {}
+        own: dict[int, dict[str, Tensor]] = {}
         for block, target in zip(blocks, targets, strict=True):
             losses = self.task.losses(block, target)
             self.engine.backward(losses.total * block.weight)
-            _accumulate(sums, losses, block.weight / self.num_blocks)
-        figures = self._sum_figures(sums, *self.seen.pop(step))
+            own[block.index] = _accumulate(sums, losses, block.weight / self.num_blocks)
+        order, num_replaced, ids = self.seen.pop(step)
+        figures = self._sum_figures(sums, order, num_replaced)
         if bad := [name for name, value in figures.items() if not _finite(value)]:
+            guilty = [i for i in ids if not all(own[i][name].isfinite() for name in bad if name in own[i])]
             raise NonFiniteLossError(
-                f"{self.job.name}: {', '.join(bad)} not finite at step {step}; the update was not applied"
+                f"{self.job.name}: {', '.join(bad)} not finite at step {step + 1}, in "
+                f"{named(self._ids(guilty, ids))}; the update was not applied"
             )
         optimizer, num_steps = self.job.optimizer, self.job.num_steps
         lr, weight_decay = optimizer.lr.at(step, num_steps), optimizer.weight_decay.at(step, num_steps)
         figures |= self.engine.step(lr, step, weight_decay)
         figures |= {"lr": lr, "weight_decay": weight_decay}
-        self.task.after_step(step, self.engine, figures)
+        if self.engine.applied:
+            self.task.after_step(step, self.engine, figures)
+        else:
+            bad = [name for name, value in figures.items() if not _finite(value)]
+            self._skipped(step, bad, self._guilty(blocks, targets, ids))
+            figures = {name: value for name, value in figures.items() if name not in bad}
+        if self.engine.skips.total:
+            figures["skipped_updates"] = float(self.engine.skips.total)
         return figures
+
+    # --- what is not finite -------------------------------------------------------------------------------------
+
+    def _guilty(self, blocks: list[BlockTensors], targets: list[Any], ids: _Ids) -> dict[int, list[int]]:
+        """Which blocks of all workers have gradients that are not finite, and their samples; collective.
+
+        Only the sum of all gradients is at hand, so they are computed once more, and looked at block by block.
+        """
+        found = []
+        for block, target in zip(blocks, targets, strict=True):
+            loss = self.task.losses(block, target).total * block.weight
+            if not self.engine.backward_is_finite(loss) and block.index in ids:
+                found.append(block.index)
+        self.engine.discard()
+        return self._ids(found, ids)
+
+    def _skipped(self, step: int, bad: list[str], guilty: dict[int, list[int]]) -> None:
+        """Write down that the update of `step` was skipped.
+
+        Raises:
+            UserError: too many were.
+        """
+        what, limit = named(guilty), self.job.elastic.max_skipped_updates
+        too_many = self.engine.skips.add(step + 1, what, limit)
+        if self.rank == 0:
+            norms = ", ".join(bad) or "grad_norm"
+            self.line.trouble(
+                f"step {step + 1}: the update was skipped, because {norms} is not finite: {what}"
+            )
+        if too_many:
+            within = f"within {limit * STEPS_PER_SKIP:,} steps" if limit else "in all"
+            raise UserError(
+                f"{self.job.name}: {len(self.engine.skips.recent)} updates were skipped {within}, because gradients "
+                f"were not finite, and max_skipped_updates is {limit}\n  {self.engine.skips.listed()}",
+                where=self.job.where,
+                hint="look at these samples (rows of the photos' index), lower `optimizer.lr.peak`, or raise "
+                "`elastic.max_skipped_updates`, which goes on from the newest checkpoint",
+            )
+
+    def _ids(self, indices: list[int], ids: _Ids) -> dict[int, list[int]]:
+        """The samples of those blocks that any worker names, on all workers; collective.
+
+        If none is named, of all blocks: each one's figures are finite then, and only their sum is not.
+        """
+        lengths = torch.zeros(self.num_blocks, dtype=torch.int64, device=self.device)
+        for index in indices:
+            lengths[index] = len(ids[index])
+        counts = self.workers(lengths).tolist()
+        if not any(counts):
+            return self._ids(list(ids), ids)
+        starts = [sum(counts[:index]) for index in range(self.num_blocks)]
+        rows = torch.zeros(sum(counts), dtype=torch.int64, device=self.device)
+        for index in indices:
+            rows[starts[index] : starts[index] + counts[index]] = torch.as_tensor(ids[index])
+        listed = self.workers(rows).tolist()
+        return {i: listed[starts[i] : starts[i] + counts[i]] for i in range(self.num_blocks) if counts[i]}
 
     def _sum_figures(self, sums: dict[str, Tensor], order: int, num_replaced: int) -> dict[str, float]:
         """Figures over all workers, and which samples the step saw: a hash that no worker count changes."""
@@ -145,21 +221,25 @@ class _Trainer:
 
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:
         """Each step's own blocks on the device, the next step's loaded behind the current one's back."""
-        self.seen: dict[int, tuple[int, int]] = {}
+        self.seen: dict[int, tuple[int, int, _Ids]] = {}
         self.waited_s = 0.0
         with ThreadPoolExecutor(1, thread_name_prefix="blocks") as pool:
             ahead: Future[list[Block]] | None = None
             for step in range(self.start, self.job.num_steps):
                 asked = time.monotonic()
-                loaded = (ahead or pool.submit(self._load, step)).result()
+                with out_of_memory_explained(self.job, f"while blocks of step {step + 1} were loaded"):
+                    loaded = (ahead or pool.submit(self._load, step)).result()
                 self.waited_s = time.monotonic() - asked
                 ahead = pool.submit(self._load, step + 1) if step + 1 < self.job.num_steps else None
                 if isinstance(self.blocks, TellsTroubles):
                     for what in self.blocks.take_troubles():
                         self.line.trouble(what)
                 own = [block for block in loaded if block.weight > 0]
-                self.seen[step] = sum(map(_order, own)), sum(block.num_replaced for block in own)
-                yield step, [_to_device(block, self.device) for block in loaded]
+                ids = {block.index: block.ids for block in own}
+                self.seen[step] = sum(map(_order, own)), sum(block.num_replaced for block in own), ids
+                with out_of_memory_explained(self.job, f"while blocks of step {step + 1} were moved"):
+                    moved = [_to_device(block, self.device) for block in loaded]
+                yield step, moved
 
     def _load(self, step: int) -> list[Block]:
         blocks = [self.blocks.load(step, index) for index in range(self.rank, self.num_blocks, self.world)]
@@ -181,6 +261,7 @@ class _Trainer:
         if saved is not None:
             self.engine.modules.state.clear()
             self.engine.modules.state.update(saved.state)
+            self.engine.skips = saved.skips
             return checkpoint.restore(saved, self.engine)
         if self.job.start_from is not None:
             # An earlier stage's weights and moments; the count of this stage's steps starts anew.
@@ -212,13 +293,16 @@ def _to_device(block: Block, device: str) -> BlockTensors:
     tensors = {
         name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in block.arrays.items()
     }
-    return BlockTensors(block.step, block.index, block.weight, tensors)
+    return BlockTensors(block.step, block.index, block.weight, tensors, len(block.ids))
 
 
-def _accumulate(sums: dict[str, Tensor], losses: Losses, weight: float) -> None:
-    for name, value in {"loss": losses.total, **losses.figures}.items():
-        term = value.detach().double() * weight
+def _accumulate(sums: dict[str, Tensor], losses: Losses, weight: float) -> dict[str, Tensor]:
+    """Add a block's figures to `sums`; returns what was added."""
+    values = {"loss": losses.total, **losses.figures}
+    terms = {name: value.detach().double() * weight for name, value in values.items()}
+    for name, term in terms.items():
         sums[name] = sums[name] + term if name in sums else term
+    return terms
 
 
 def _finite(value: float) -> bool:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.elastic.skips import Skips
+
 logger = logging.getLogger("orchestrator")
 
 FORMAT = 2
@@ -39,7 +41,7 @@ class Saved:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
+        """Steps of the stage done, skipped updates included."""
         return int(self.meta["step"])
 
     @property
@@ -61,6 +63,11 @@ class Saved:
     def state(self) -> dict[str, float]:
         """The task's own numbers."""
         return {str(name): float(value) for name, value in self.meta.get("state", {}).items()}
+
+    @property
+    def skips(self) -> Skips:
+        """Updates that were skipped in its stage."""
+        return Skips.of(self.meta.get("skipped"))
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:

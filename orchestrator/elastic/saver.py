@@ -71,7 +71,7 @@ class Saver:
         self.stall_s = self.last_stall_s = self.last_write_s = 0.0
         self.last_bytes = 0
         self._updates = 0
-        self._state: dict[str, float] = {}
+        self._state: dict[str, Any] = {}
         self._slots: dict[str, Slot] = {}
         self._header = b""
         self._host = torch.empty(0)
@@ -97,7 +97,9 @@ class Saver:
         if self._written is not None:
             self._written.exception()  # its buffer is used again; whether it failed, `written` tells
         self._copy(engine)
-        self.pending, self._updates, self._state = step, engine.updates, dict(engine.modules.state)
+        self.pending, self._updates = step, engine.updates
+        # What the manifest says besides, as it is now: training goes on before that is written.
+        self._state = {"state": dict(engine.modules.state), "skipped": engine.skips.saved()}
         self._written = self._thread.submit(lambda: self._write(step))
         self.last_stall_s = time.monotonic() - started
         self.stall_s += self.last_stall_s
@@ -183,7 +185,7 @@ class Saver:
             self.target.put(f"{folder}/{part_name(self.token, self.rank, self.world)}", part)
         self.last_write_s, self.last_bytes = time.monotonic() - started, needed
 
-    def _commit(self, step: int, updates: int, state: Mapping[str, float]) -> None:
+    def _commit(self, step: int, updates: int, state: Mapping[str, Any]) -> None:
         try:
             with _explained(self.target, f"{step_name(step)}/{COMMIT}"):
                 # First of all: a newer group removes what an older one left, and that would look like damage.
@@ -198,7 +200,7 @@ class Saver:
         except Exception as error:
             logger.warning("old checkpoints in %s could not be pruned: %s", self.target.folder, error)
 
-    def _manifest(self, step: int, updates: int, state: Mapping[str, float]) -> bytes:
+    def _manifest(self, step: int, updates: int, state: Mapping[str, Any]) -> bytes:
         files = {
             shard_name(self.token, rank, self.world): json.loads(
                 self.target.read(f"{step_name(step)}/{part_name(self.token, rank, self.world)}")
@@ -211,7 +213,7 @@ class Saver:
             # Updates outlive a stage, steps do not: AdamW's bias correction goes by all updates ever made.
             "updates": updates,
             "num_workers": self.world,
-            "state": dict(state),
+            **state,
             "token": self.token,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "meta": self.meta,

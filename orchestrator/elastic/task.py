@@ -51,6 +51,7 @@ class BlockTensors:
     index: int
     weight: float
     tensors: Mapping[str, Tensor]
+    num_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,4 +108,7 @@ class Task(Protocol):
         """Set what depends on the step (loss weights, frozen parts) before its first forward."""
 
     def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
-        """What follows an update: EMA, refresh of a Gram teacher. `figures` are the step's, over all workers."""
+        """What follows an update: EMA, refresh of a Gram teacher. `figures` are the step's, over all workers.
+
+        Not called where the update was skipped, since a gradient was not finite.
+        """

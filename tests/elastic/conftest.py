@@ -70,7 +70,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_job(forge: subprocess.Popen[str], index: Path, tmp_path: Path) -> RunJob:
-    """Runs a job on `world` worker processes to its end or a stop; returns {complete, losses, figures}."""
+    """Runs a job on `world` worker processes to its end or a stop; returns {complete, losses, figures}, or {error}."""
 
     def run(work: Path, world: int, **spec: Any) -> dict[str, Any]:
         scratch = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
@@ -83,6 +83,8 @@ def run_job(forge: subprocess.Popen[str], index: Path, tmp_path: Path) -> RunJob
             run_group(forge, scratch, "job", world, dies=True, **full)
             return {}
         result: dict[str, Any] = run_group(forge, scratch, "job", world, **full)[0]
+        if "error" in result:
+            return result
         result["losses"] = {step: figures["loss"] for step, figures in result["figures"]}
         return result
 

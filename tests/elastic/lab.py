@@ -30,6 +30,7 @@ from orchestrator.elastic.saver import Saver
 from orchestrator.elastic.shards import gather
 from orchestrator.elastic.task import Modules
 from orchestrator.elastic.zero import import_deepspeed
+from orchestrator.errors import UserError
 from orchestrator.spec import Optimizer
 from orchestrator.store.local import LocalStore
 
@@ -164,9 +165,14 @@ def load(spec: Spec) -> Any:
 
 def job(spec: Spec) -> Any:
     """A whole job to its end or a stop, by the loop itself."""
-    recorder = Recorder(spec.get("stop_after"), spec.get("die_at"))
-    complete = loop.train(make_job(spec), recorder)
-    return {"complete": complete, "figures": recorder.figures}
+    recorder = Recorder(spec.get("stop_after"), spec.get("die_at"), "spikes" in spec)
+    try:
+        complete = loop.train(make_job(spec), recorder)
+    except (UserError, loop.NonFiniteLossError) as error:
+        if "spikes" not in spec:
+            raise
+        return {"error": str(error), "figures": recorder.figures}
+    return {"complete": complete, "figures": recorder.figures, "troubles": recorder.troubles}
 
 
 def clip(spec: Spec) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orchestrator.data.blocks import Block
 from orchestrator.elastic.job import Job
-from orchestrator.elastic.task import BlockTensors
+from orchestrator.elastic.task import BlockTensors, Losses
 from orchestrator.sharing import bundle
 from orchestrator.spec import Elastic
 from orchestrator.stages.gram_anchor import GramAnchor
@@ -27,8 +27,9 @@ from orchestrator.stages.tasks.ssl import SelfSupervisedTask
 class Recorder:
     """A line that keeps the figures and asks the group to yield after a number of steps, or dies at a step."""
 
-    def __init__(self, stop_after: int | None, die_at: int | None = None) -> None:
-        self.stop_after, self.die_at = stop_after, die_at
+    def __init__(self, stop_after: int | None, die_at: int | None = None, troubles: bool = False) -> None:
+        self.stop_after, self.die_at, self.may_have_troubles = stop_after, die_at, troubles
+        self.troubles: list[str] = []
         self.figures: list[tuple[int, dict[str, float]]] = []
         self.done = 0
 
@@ -45,7 +46,8 @@ class Recorder:
     def saved(self, step: int, figures: dict[str, float]) -> None: ...
 
     def trouble(self, what: str) -> None:
-        raise AssertionError(what)
+        assert self.may_have_troubles, what
+        self.troubles.append(what)
 
     def yield_requested(self) -> bool:
         self.done += 1
@@ -62,6 +64,31 @@ class Ailing(SelfSupervisedTask):
     def _health(self, block: BlockTensors, out: dict[str, Tensor]) -> dict[str, Tensor]:
         cosine, locality = self.script[block.step]
         return {"cls_patch_cosine": torch.tensor(cosine), "patch_locality": torch.tensor(locality)}
+
+
+class Spiky(SelfSupervisedTask):
+    """Some blocks, `[step, block]`, have a finite loss and a gradient that is not; some a loss that is not."""
+
+    def __init__(
+        self,
+        *args: Any,
+        gradients: Sequence[Any] = (),
+        losses: Sequence[Any] = (),
+        memory: Sequence[Any] = (),
+    ) -> None:
+        super().__init__(*args)
+        self.bad_gradients, self.bad_losses, self.no_memory = gradients, losses, memory
+
+    def losses(self, block: BlockTensors, target: Any) -> Losses:
+        found, place = super().losses(block, target), [block.step, block.index]
+        total = found.total
+        if place in self.no_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        if place in self.bad_gradients:
+            total = total + (total - total.detach()).sqrt()  # sqrt'(0) is infinite
+        if place in self.bad_losses:
+            total = total + torch.inf
+        return Losses(total, found.figures)
 
 
 class TaughtBlocks:
@@ -124,6 +151,8 @@ def make_job(spec: dict[str, Any]) -> Job:
     task = partial(SelfSupervisedTask, config, recipe, 7, gram)
     if spec.get("health"):
         task = partial(Ailing, config, recipe, 7, gram, script=spec["health"])
+    if spec.get("spikes"):
+        task = partial(Spiky, config, recipe, 7, gram, **spec["spikes"])
     return Job(
         name="test",
         task=task,
@@ -132,11 +161,13 @@ def make_job(spec: dict[str, Any]) -> Job:
         num_steps=config.steps,
         optimizer=config.optimizer,
         zero_stage=spec.get("zero_stage", 3),
-        precision="fp32",
+        precision=spec.get("precision", "fp32"),
         work=Path(spec["work"]),
         seed=0,
         elastic=Elastic(
-            checkpoint_every_s=spec.get("checkpoint_every_s", 1e9), exact=spec.get("exact", False)
+            checkpoint_every_s=spec.get("checkpoint_every_s", 1e9),
+            exact=spec.get("exact", False),
+            max_skipped_updates=spec.get("max_skipped_updates", 10),
         ),
         start_from=Path(spec["start_from"]) if spec.get("start_from") else None,
         export_steps=tuple(spec.get("export_steps", ())),

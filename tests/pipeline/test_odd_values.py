@@ -46,6 +46,7 @@ BAD = {
     "elastic.checkpoint_every_s": [".nan", ".inf", "-1", "0", "1" + "0" * 40],
     "elastic.keep_checkpoints": ["0", "1" + "0" * 30, ".inf"],
     "elastic.resize_share": [".nan", "2", "-0.1"],
+    "elastic.max_skipped_updates": ["-1", "1.5", ".nan", "1" + "0" * 30],
     "seed": ["1" + "0" * 30, ".nan", "0.5"],
     "stages.curate.clusters": ["0", ".nan", "1" + "0" * 30],
     "stages.curate.near_duplicate": [".nan", ".inf", "-1", "1000"],
