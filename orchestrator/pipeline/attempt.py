@@ -23,7 +23,7 @@ from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.redact import redacted
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context, Part, Stage
-from orchestrator.store.artifact import Artifact
+from orchestrator.store.artifact import Artifact, folder_name
 from orchestrator.tracking.runs import Run
 
 
@@ -119,7 +119,7 @@ class Attempt:
 
     def _run_and_publish(self, work: Path, lease: Lease) -> Outcome:
         artifacts = self.workspace.artifacts()
-        out = artifacts.staging(f"{self.stage.parts.kind}-{self.stage.key[:16]}")
+        out = artifacts.staging(folder_name(self.stage.parts.kind, self.stage.key))
         stage = self.loaded.spec.stages[self.stage.name]
         context = self._context(stage, out, work)
         for artifact in self.inputs.values():

@@ -6,7 +6,6 @@ were made from. Everything else was left behind by other settings, other data, o
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -19,8 +18,8 @@ from orchestrator.pipeline.key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.reporter import stage_table
-from orchestrator.pipeline.workspace import PIECES, Workspace, folder_name, pipeline_hold
-from orchestrator.store.artifact import MANIFEST, ArtifactStore
+from orchestrator.pipeline.workspace import Workspace, pipeline_hold
+from orchestrator.store.artifact import MANIFEST, ArtifactStore, folder_name
 from orchestrator.store.local import Store
 
 _PLACES = ("artifacts", "work")
@@ -72,7 +71,7 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
 def orphans(workspace: Workspace, current: Iterable[KeyParts] = ()) -> list[Orphan]:
     """Folders that no ledger of the store needs, nor a stage with one of the `current` keys."""
     store = workspace.store()
-    needed = _needed(store, current)
+    needed = _needed(workspace, current)
     sizes: dict[str, int] = {}
     for place in _PLACES:
         for name in store.list(f"{place}/"):
@@ -101,9 +100,9 @@ def summary(found: Sequence[Orphan]) -> str:
     return f"{' and '.join(listed)} that no ledger needs ({_size(found)})"
 
 
-def _needed(store: Store, current: Iterable[KeyParts]) -> set[str]:
+def _needed(workspace: Workspace, current: Iterable[KeyParts]) -> set[str]:
     """Names of the folders of all keys that ledgers name, of their pieces, and of what they were made from."""
-    parts = list(current)
+    store, parts = workspace.store(), list(current)
     for pipeline in _pipelines(store):
         for stage in Ledger(store, pipeline).state.stages.values():
             parts += [one for one in (stage.parts, stage.made) if one is not None]
@@ -117,22 +116,13 @@ def _needed(store: Store, current: Iterable[KeyParts]) -> set[str]:
         if name in needed:
             continue
         needed.add(name)
-        queue += _unfinished_pieces(store, name)
+        queue += [folder_name(kind, key) for kind, key in workspace.pieces(name).values()]
         manifest = artifacts.manifest_of(name)
         if manifest is not None:
             queue += [folder_name(kind, key) for kind, key in manifest.provenance.get("pieces", [])]
             inputs = manifest.provenance.get("parts", {}).get("inputs", {})
             queue += [by_key[key[:16]] for key in inputs.values() if key[:16] in by_key]
     return needed
-
-
-def _unfinished_pieces(store: Store, name: str) -> list[str]:
-    """The folders of the artifacts that the unfinished work of that name works on, too."""
-    try:
-        pieces = json.loads(store.get_bytes(f"work/{name}/{PIECES}"))
-        return [folder_name(kind, key) for kind, key in pieces.values()]
-    except (FileNotFoundError, ValueError):
-        return []
 
 
 def _folders_by_key(store: Store) -> dict[str, str]:
