@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.errors import UserError
 from orchestrator.pipeline.key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.plan import ResolvedStage
@@ -44,7 +45,7 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
         delete: whether to.
 
     Raises:
-        UserError: a pipeline of the store is running, so what it needs is not known.
+        UserError: what is needed is not known: a pipeline of the store is running, or see :func:`orphans`.
     """
     if not workspace.exists():
         console.print(Text("There is no store yet."))
@@ -69,7 +70,12 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
 
 
 def orphans(workspace: Workspace, current: Iterable[KeyParts] = ()) -> list[Orphan]:
-    """Folders that no ledger of the store needs, nor a stage with one of the `current` keys."""
+    """Folders that no ledger of the store needs, nor a stage with one of the `current` keys.
+
+    Raises:
+        UserError: what is needed is not known: a record of a ledger cannot be read, or a manifest is of a later
+            version.
+    """
     store = workspace.store()
     needed = _needed(workspace, current)
     sizes: dict[str, int] = {}
@@ -86,6 +92,10 @@ def orphans(workspace: Workspace, current: Iterable[KeyParts] = ()) -> list[Orph
     for folder in () if store.remote else _on_this_machine(workspace, "work"):
         if folder.partition("/")[2] not in needed:
             sizes.setdefault(folder, 0)
+    for folder in sizes:
+        if folder.startswith("artifacts/"):
+            # One of a later version is that version's to judge.
+            ArtifactStore(store).manifest_of(folder.partition("/")[2])
     return [Orphan(name, size) for name, size in sorted(sizes.items())]
 
 
@@ -104,7 +114,10 @@ def _needed(workspace: Workspace, current: Iterable[KeyParts]) -> set[str]:
     """Names of the folders of all keys that ledgers name, of their pieces, and of what they were made from."""
     store, parts = workspace.store(), list(current)
     for pipeline in _pipelines(store):
-        for stage in Ledger(store, pipeline).state.stages.values():
+        ledger = Ledger(store, pipeline)
+        if ledger.unreadable:
+            raise _unknown(store, pipeline, len(ledger.unreadable))
+        for stage in ledger.state.stages.values():
             parts += [one for one in (stage.parts, stage.made) if one is not None]
     artifacts = ArtifactStore(store)
     by_key = _folders_by_key(store)
@@ -123,6 +136,15 @@ def _needed(workspace: Workspace, current: Iterable[KeyParts]) -> set[str]:
             inputs = manifest.provenance.get("parts", {}).get("inputs", {})
             queue += [by_key[key[:16]] for key in inputs.values() if key[:16] in by_key]
     return needed
+
+
+def _unknown(store: Store, pipeline: str, count: int) -> UserError:
+    return UserError(
+        f"{count} record{'s' * (count > 1)} cannot be read, so what is needed is not known",
+        where=f"ledger/{pipeline}/ in store {store.uri}",
+        hint="use the version of orchestrator that wrote them. If they are damaged, `orchestrator verify` names them: "
+        "once they are moved elsewhere, what they alone name counts as not needed",
+    )
 
 
 def _folders_by_key(store: Store) -> dict[str, str]:
