@@ -219,9 +219,13 @@ class _Driver:
                 root.tags({f"stage.{item.name}": f"cached {item.stage.key[:16]}"})
                 self._reporter.cached(item)
             elif lacking:
-                self._reporter.blocked(item, lacking)
+                self._blocked(item, lacking)
             else:
                 self._run_one(replace(item, reasons=drift or item.reasons), root, cluster)
+
+    def _blocked(self, item: StagePlan, lacking: list[str]) -> None:
+        self._exit_code = self._exit_code or FAILED
+        self._reporter.blocked(item, lacking)
 
     def _missing(self, item: StagePlan) -> bool:
         """Whether a stage that was left out has not been made either."""
@@ -268,7 +272,7 @@ class _Driver:
         self._plans[index] = item
         self._mend_inputs(item, root, cluster)
         if lacking := self._lacking(item):
-            self._reporter.blocked(item, lacking)
+            self._blocked(item, lacking)
         elif self._interrupt.stop.is_set():
             self._exit_code = ABORTED
         else:
