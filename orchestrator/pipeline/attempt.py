@@ -102,6 +102,7 @@ class Attempt:
                         self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
                     work.mkdir(parents=True, exist_ok=True)
                     outcome = self._run_and_publish(work, lease)
+                    self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
             except LostHoldError:
                 # Whatever there is to put on record is for the one who took over.
                 raise
@@ -113,8 +114,6 @@ class Attempt:
                 logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
             outcome.seconds = time.monotonic() - started
             logger.info("%s after %.1f s", outcome.state, outcome.seconds)
-        if outcome.state == "done":
-            self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
         return outcome
 
     def _run_and_publish(self, work: Path, lease: Lease) -> Outcome:

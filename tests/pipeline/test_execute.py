@@ -290,6 +290,20 @@ def test_two_pipelines_do_not_work_on_one_key_at_once(pipeline: Path) -> None:
     assert run(pipeline)[0] == 0
 
 
+def test_work_is_removed_by_who_holds_it(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another pipeline may have begun on it by then."""
+    held = []
+    drop_work = Workspace.drop_work
+
+    def drop(self: Workspace, kind: str, key: str) -> None:
+        held.append(Workspace("runs/").keeper.holder(work_hold(kind, key)) is not None)
+        drop_work(self, kind, key)
+
+    monkeypatch.setattr(Workspace, "drop_work", drop)
+    assert run(pipeline)[0] == 0
+    assert held == [True] * 3
+
+
 class Rayish(toys.Curate):
     needs_ray: ClassVar[bool] = True
 
