@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from orchestrator.pipeline.key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.reporter import stage_table
-from orchestrator.pipeline.workspace import Workspace, pipeline_hold
+from orchestrator.pipeline.workspace import Workspace
 from orchestrator.store.artifact import MANIFEST, ArtifactStore, folder_name
 from orchestrator.store.local import Store
 
@@ -57,10 +56,7 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
         if found:
             console.print(Text("Nothing was deleted: --yes does that."))
         return
-    with ExitStack() as held:
-        # As long as they are held, no pipeline starts on what is about to be deleted.
-        for pipeline in _pipelines(workspace.store()):
-            held.enter_context(workspace.drive(pipeline))
+    with workspace.idle():
         found = orphans(workspace, current)
         _print(console, found)
         for orphan in found:
@@ -113,7 +109,7 @@ def summary(found: Sequence[Orphan]) -> str:
 def _needed(workspace: Workspace, current: Iterable[KeyParts]) -> set[str]:
     """Names of the folders of all keys that ledgers name, of their pieces, and of what they were made from."""
     store, parts = workspace.store(), list(current)
-    for pipeline in _pipelines(store):
+    for pipeline in workspace.pipelines():
         ledger = Ledger(store, pipeline)
         if ledger.unreadable:
             raise _unknown(store, pipeline, len(ledger.unreadable))
@@ -153,14 +149,6 @@ def _folders_by_key(store: Store) -> dict[str, str]:
     return {
         parts[1].rpartition("-")[2]: parts[1] for parts in names if len(parts) == 3 and parts[2] == MANIFEST
     }
-
-
-def _pipelines(store: Store) -> list[str]:
-    """All pipelines that ever ran in the store, or are about to."""
-    ran = {name.split("/")[1] for name in store.list("ledger/") if name.count("/") > 1}
-    prefix = f"holds/{pipeline_hold('')}"
-    # What a hold's objects are called goes on after a dot, which no pipeline has in its name.
-    return sorted(ran | {name.removeprefix(prefix).partition(".")[0] for name in store.list(prefix)})
 
 
 def _on_this_machine(workspace: Workspace, place: str) -> Iterator[str]:

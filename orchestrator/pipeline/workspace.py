@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 # Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
 _CHECKPOINTS = "checkpoints"
 _PIECES = "pieces.json"
+# The hold of who deletes what no pipeline needs, and what it does in words.
+_DELETING, _DELETER = "gc", "`orchestrator gc`"
 
 
 class Workspace:
@@ -108,8 +111,36 @@ class Workspace:
         """Hold the pipeline for this process alone, so as to run it.
 
         Raises:
-            UserError: a living driver has it, or the store cannot be used.
+            UserError: a living driver has it, somebody deletes from the store, or the store cannot be used.
         """
+        with self._held(pipeline, say) as lease:
+            # Who deletes takes that hold first and looks for pipelines then: one of the two sees the other.
+            self.keeper.insist_on_free(_DELETING, _DELETER)
+            yield lease
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """While the `with` block runs, no pipeline of the store does, so that what none needs can be deleted.
+
+        Raises:
+            UserError: one runs, or another process deletes.
+        """
+        with ExitStack() as held:
+            held.enter_context(self.keeper.hold(_DELETING, _DELETER))
+            for pipeline in self.pipelines():
+                held.enter_context(self._held(pipeline))
+            yield
+
+    def pipelines(self) -> list[str]:
+        """All pipelines that ever ran in the store, or are about to."""
+        store = self.store()
+        ran = {name.split("/")[1] for name in store.list("ledger/") if name.count("/") > 1}
+        prefix = f"holds/{pipeline_hold('')}"
+        # What a hold's objects are called goes on after a dot, which no pipeline has in its name.
+        return sorted(ran | {name.removeprefix(prefix).partition(".")[0] for name in store.list(prefix)})
+
+    @contextlib.contextmanager
+    def _held(self, pipeline: str, say: Callable[[str], None] | None = None) -> Iterator[Lease]:
         highest = Ledger(self.store(), pipeline).epoch
         name = pipeline_hold(pipeline)
         with self.keeper.hold(name, f"pipeline {pipeline!r}", above=highest, say=say) as lease:

@@ -18,6 +18,7 @@ from orchestrator.pipeline.plan import resolve
 from orchestrator.pipeline.status import print_status
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Context
+from orchestrator.store.local import LocalStore
 
 
 def gc(path: Path, *overrides: str, delete: bool = False) -> str:
@@ -152,6 +153,32 @@ def test_nothing_is_deleted_while_a_pipeline_of_the_store_runs(pipeline: Path) -
             gc(pipeline, delete=True)
         assert name in str(caught.value)
         assert folders() == before
+
+
+def test_no_pipeline_starts_while_orphans_are_deleted(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that the store has not heard of."""
+    run(pipeline, "stages.pretrain.ticks=2")
+    run(pipeline)
+    refused = []
+    delete = LocalStore.delete
+
+    def start_and_delete(self: LocalStore, name: str) -> None:
+        if name.startswith("artifacts/"):
+            for pipeline_name in ("toy", "a-new-one"):
+                with pytest.raises(UserError) as caught, Workspace("runs/").drive(pipeline_name):
+                    pass
+                refused.append(caught.value.what)
+        delete(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "delete", start_and_delete)
+        assert "Deleted" in gc(pipeline, delete=True)
+    assert refused[0].startswith("pipeline 'toy' is already being run by process")
+    assert refused[1].startswith("`orchestrator gc` is already being run by process")
+    with Workspace("runs/").drive("a-new-one"):
+        pass
 
 
 def test_pieces_are_needed_as_long_as_their_stage(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
