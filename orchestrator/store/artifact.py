@@ -202,13 +202,6 @@ class ArtifactStore:
             return [f"{prefix}{MANIFEST}: is that of {_prefix(manifest.kind, manifest.key)}"]
         return self._problems(manifest, deep=True)
 
-    def verify(self, kind: str, key: str, *, deep: bool = False) -> list[str]:
-        """What is wrong with the artifact, one line each; empty if nothing is. `deep` hashes all files."""
-        manifest = self._manifest(kind, key)
-        if manifest is None:
-            return [f"{_prefix(kind, key)}{MANIFEST}: missing or unreadable"]
-        return self._problems(manifest, deep=deep)
-
     def publish(
         self,
         kind: str,
