@@ -54,7 +54,7 @@ class Evaluate(Stage):
     """Leave-one-out k-NN on the photos' labels, retrieval and classes by name, dense health, maps and a report.
 
     All of it is training-free, so a figure says what the features are worth as they are. It runs in the
-    driver's process, which is enough for thousands of photos; it becomes Ray tasks when it is sharded.
+    driver's process, which is enough for thousands of photos.
     """
 
     kind: Literal["evaluate"]

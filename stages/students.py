@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.errors import Stopped
+from orchestrator.errors import Stopped, UserError
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
 from orchestrator.stages.mixing import draws_of
@@ -54,7 +54,15 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
     figures = _gather({**folders, **made}, list(config.students), context.out)
     # What a reader of the summary line wants to see first.
     first = {name: value for name, value in figures.items() if name.endswith("_last_loss")}
-    return first | stats | figures | draws.write(config.steps, context.out)
+    return first | stats | figures | draws.write(_last_step(config, figures), context.out)
+
+
+def _last_step(config: Distill, figures: Mapping[str, float]) -> int:
+    """The teachers' step at which the last student has ended: what was drawn up to there was drawn for one of them."""
+    return max(
+        int(figures.get(f"{name}_first_step", 0.0)) + config.steps_of(student)
+        for name, student in config.students.items()
+    )
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -212,7 +220,10 @@ def _track(run: Run, figures: Mapping[str, float]) -> None:
 
 
 def _raise_first(futures: Mapping[str, Future[Any]]) -> None:
-    """Raise what went wrong, after all have ended: a stop before a failure, a failure with all names."""
+    """Raise what went wrong, after all have ended: a stop before a failure, a failure with all names.
+
+    Mistakes alone are a mistake: the same one if all found the same.
+    """
     errors = {name: error for name, future in futures.items() if (error := future.exception()) is not None}
     if not errors:
         return
@@ -220,9 +231,21 @@ def _raise_first(futures: Mapping[str, Future[Any]]) -> None:
         if isinstance(error, Stopped):
             raise error
     first = next(iter(errors.values()))
-    if len(futures) == 1:
+    mistakes = [error for error in errors.values() if isinstance(error, UserError)]
+    all_mistakes = len(mistakes) == len(errors)
+    if len(futures) == 1 or (all_mistakes and len({error.what for error in mistakes}) == 1):
         raise first
     done = [name for name in futures if name not in errors]
     kept = f"; {', '.join(done)} finished and {'is' if len(done) == 1 else 'are'} kept" if done else ""
-    failed = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    failed = "; ".join(
+        f"{name}: {error.what if isinstance(error, UserError) else error}" for name, error in errors.items()
+    )
+    if all_mistakes:
+        where, hint = (_common([getattr(error, field) for error in mistakes]) for field in ("where", "hint"))
+        raise UserError(f"{failed}{kept}", where=where, hint=hint) from first
     raise RuntimeError(f"{failed}{kept}") from first
+
+
+def _common(texts: Sequence[str | None]) -> str | None:
+    """What all say, or None."""
+    return texts[0] if len(set(texts)) == 1 else None

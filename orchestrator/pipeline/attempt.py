@@ -23,7 +23,7 @@ from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.redact import redacted
 from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context, Part, Stage
-from orchestrator.store.artifact import Artifact
+from orchestrator.store.artifact import Artifact, folder_name
 from orchestrator.tracking.runs import Run
 
 
@@ -102,6 +102,7 @@ class Attempt:
                         self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
                     work.mkdir(parents=True, exist_ok=True)
                     outcome = self._run_and_publish(work, lease)
+                    self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
             except LostHoldError:
                 # Whatever there is to put on record is for the one who took over.
                 raise
@@ -113,13 +114,11 @@ class Attempt:
                 logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
             outcome.seconds = time.monotonic() - started
             logger.info("%s after %.1f s", outcome.state, outcome.seconds)
-        if outcome.state == "done":
-            self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
         return outcome
 
     def _run_and_publish(self, work: Path, lease: Lease) -> Outcome:
         artifacts = self.workspace.artifacts()
-        out = artifacts.staging(f"{self.stage.parts.kind}-{self.stage.key[:16]}")
+        out = artifacts.staging(folder_name(self.stage.parts.kind, self.stage.key))
         stage = self.loaded.spec.stages[self.stage.name]
         context = self._context(stage, out, work)
         for artifact in self.inputs.values():

@@ -126,8 +126,11 @@ class _Driver:
         if not needs_attention(self._plans, self._ledger.state) and not self._drifted():
             for item in self._plans:
                 self._note_cached(item)
+                if item.action == "cached" and item.stage.effects and (lacking := self._lacking(item)):
+                    text = f"what {item.name} publishes was not compared: it lacks {', '.join(lacking)}"
+                    self._reporter.note(text)
             tracked.send_leftovers(self._loaded, self._workspace)
-            self._reporter.nothing_to_do(self._plans)
+            self._reporter.nothing_to_do(self._plans, list(self._drifts))
             return DONE
         state = self._ledger.state
         before = state.status
@@ -219,9 +222,15 @@ class _Driver:
                 root.tags({f"stage.{item.name}": f"cached {item.stage.key[:16]}"})
                 self._reporter.cached(item)
             elif lacking:
-                self._reporter.blocked(item, lacking)
+                self._blocked(item, lacking)
             else:
-                self._run_one(replace(item, reasons=drift or item.reasons), root, cluster)
+                # What was put outside now is what the artifact is to say, whatever it said before.
+                anew = item.anew or bool(drift)
+                self._run_one(replace(item, reasons=drift or item.reasons, anew=anew), root, cluster)
+
+    def _blocked(self, item: StagePlan, lacking: list[str]) -> None:
+        self._exit_code = self._exit_code or FAILED
+        self._reporter.blocked(item, lacking)
 
     def _missing(self, item: StagePlan) -> bool:
         """Whether a stage that was left out has not been made either."""
@@ -230,7 +239,9 @@ class _Driver:
     def _drifted(self) -> bool:
         """Whether anything outside the store is not as a stage wants it, where all stages are done."""
         self._artifacts = {item.name: item.artifact for item in self._plans if item.artifact is not None}
-        drifts = [self._drift(item) for item in self._plans if item.action == "cached"]
+        drifts = [
+            self._drift(item) for item in self._plans if item.action == "cached" and not self._lacking(item)
+        ]
         return any(drifts)
 
     def _drift(self, item: StagePlan) -> tuple[str, ...]:
@@ -268,7 +279,7 @@ class _Driver:
         self._plans[index] = item
         self._mend_inputs(item, root, cluster)
         if lacking := self._lacking(item):
-            self._reporter.blocked(item, lacking)
+            self._blocked(item, lacking)
         elif self._interrupt.stop.is_set():
             self._exit_code = ABORTED
         else:

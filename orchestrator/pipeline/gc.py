@@ -6,21 +6,20 @@ were made from. Everything else was left behind by other settings, other data, o
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.errors import UserError
 from orchestrator.pipeline.key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.reporter import stage_table
-from orchestrator.pipeline.workspace import PIECES, Workspace, folder_name, pipeline_hold
-from orchestrator.store.artifact import MANIFEST, ArtifactStore
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.store.artifact import MANIFEST, ArtifactStore, folder_name
 from orchestrator.store.local import Store
 
 _PLACES = ("artifacts", "work")
@@ -45,7 +44,7 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
         delete: whether to.
 
     Raises:
-        UserError: a pipeline of the store is running, so what it needs is not known.
+        UserError: what is needed is not known: a pipeline of the store is running, or see :func:`orphans`.
     """
     if not workspace.exists():
         console.print(Text("There is no store yet."))
@@ -57,10 +56,7 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
         if found:
             console.print(Text("Nothing was deleted: --yes does that."))
         return
-    with ExitStack() as held:
-        # As long as they are held, no pipeline starts on what is about to be deleted.
-        for pipeline in _pipelines(workspace.store()):
-            held.enter_context(workspace.drive(pipeline))
+    with workspace.idle():
         found = orphans(workspace, current)
         _print(console, found)
         for orphan in found:
@@ -70,9 +66,14 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
 
 
 def orphans(workspace: Workspace, current: Iterable[KeyParts] = ()) -> list[Orphan]:
-    """Folders that no ledger of the store needs, nor a stage with one of the `current` keys."""
+    """Folders that no ledger of the store needs, nor a stage with one of the `current` keys.
+
+    Raises:
+        UserError: what is needed is not known: a record of a ledger cannot be read, or a manifest is of a later
+            version.
+    """
     store = workspace.store()
-    needed = _needed(store, current)
+    needed = _needed(workspace, current)
     sizes: dict[str, int] = {}
     for place in _PLACES:
         for name in store.list(f"{place}/"):
@@ -87,6 +88,10 @@ def orphans(workspace: Workspace, current: Iterable[KeyParts] = ()) -> list[Orph
     for folder in () if store.remote else _on_this_machine(workspace, "work"):
         if folder.partition("/")[2] not in needed:
             sizes.setdefault(folder, 0)
+    for folder in sizes:
+        if folder.startswith("artifacts/"):
+            # One of a later version is that version's to judge.
+            ArtifactStore(store).manifest_of(folder.partition("/")[2])
     return [Orphan(name, size) for name, size in sorted(sizes.items())]
 
 
@@ -101,11 +106,14 @@ def summary(found: Sequence[Orphan]) -> str:
     return f"{' and '.join(listed)} that no ledger needs ({_size(found)})"
 
 
-def _needed(store: Store, current: Iterable[KeyParts]) -> set[str]:
+def _needed(workspace: Workspace, current: Iterable[KeyParts]) -> set[str]:
     """Names of the folders of all keys that ledgers name, of their pieces, and of what they were made from."""
-    parts = list(current)
-    for pipeline in _pipelines(store):
-        for stage in Ledger(store, pipeline).state.stages.values():
+    store, parts = workspace.store(), list(current)
+    for pipeline in workspace.pipelines():
+        ledger = Ledger(store, pipeline)
+        if ledger.unreadable:
+            raise _unknown(store, pipeline, len(ledger.unreadable))
+        for stage in ledger.state.stages.values():
             parts += [one for one in (stage.parts, stage.made) if one is not None]
     artifacts = ArtifactStore(store)
     by_key = _folders_by_key(store)
@@ -117,7 +125,7 @@ def _needed(store: Store, current: Iterable[KeyParts]) -> set[str]:
         if name in needed:
             continue
         needed.add(name)
-        queue += _unfinished_pieces(store, name)
+        queue += [folder_name(kind, key) for kind, key in workspace.pieces(name).values()]
         manifest = artifacts.manifest_of(name)
         if manifest is not None:
             queue += [folder_name(kind, key) for kind, key in manifest.provenance.get("pieces", [])]
@@ -126,13 +134,13 @@ def _needed(store: Store, current: Iterable[KeyParts]) -> set[str]:
     return needed
 
 
-def _unfinished_pieces(store: Store, name: str) -> list[str]:
-    """The folders of the artifacts that the unfinished work of that name works on, too."""
-    try:
-        pieces = json.loads(store.get_bytes(f"work/{name}/{PIECES}"))
-        return [folder_name(kind, key) for kind, key in pieces.values()]
-    except (FileNotFoundError, ValueError):
-        return []
+def _unknown(store: Store, pipeline: str, count: int) -> UserError:
+    return UserError(
+        f"{count} record{'s' * (count > 1)} cannot be read, so what is needed is not known",
+        where=f"ledger/{pipeline}/ in store {store.uri}",
+        hint="use the version of orchestrator that wrote them. If they are damaged, `orchestrator verify` names them: "
+        "once they are moved elsewhere, what they alone name counts as not needed",
+    )
 
 
 def _folders_by_key(store: Store) -> dict[str, str]:
@@ -141,14 +149,6 @@ def _folders_by_key(store: Store) -> dict[str, str]:
     return {
         parts[1].rpartition("-")[2]: parts[1] for parts in names if len(parts) == 3 and parts[2] == MANIFEST
     }
-
-
-def _pipelines(store: Store) -> list[str]:
-    """All pipelines that ever ran in the store, or are about to."""
-    ran = {name.split("/")[1] for name in store.list("ledger/") if name.count("/") > 1}
-    prefix = f"holds/{pipeline_hold('')}"
-    # What a hold's objects are called goes on after a dot, which no pipeline has in its name.
-    return sorted(ran | {name.removeprefix(prefix).partition(".")[0] for name in store.list(prefix)})
 
 
 def _on_this_machine(workspace: Workspace, place: str) -> Iterator[str]:

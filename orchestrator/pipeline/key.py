@@ -16,8 +16,8 @@ from orchestrator.pipeline.yamlfile import show
 from orchestrator.spec import Strict
 from orchestrator.stages.base import Stage
 
-# Part of every key: raise it when keys are made in another way, or when the layout of artifacts changes so that
-# old ones cannot be read. Keys of format 1 held a hash of the package's code.
+# Part of every key. It says how keys are made and how artifacts are laid out: with another number, none that is there
+# is found.
 FORMAT = 2
 
 _ABSENT = object()

@@ -199,6 +199,12 @@ class Keeper:
             return Holder(alive, alive=True)
         return Holder(found[0], alive=False) if found else None
 
+    def insist_on_free(self, name: str, what: str) -> None:
+        """Raises UserError if a living process holds `name`; the message names it and `what` it holds."""
+        holder = self.holder(name)
+        if holder is not None and holder.alive:
+            raise _taken(holder.who, what, f"holds/{name}")
+
     def beat(self) -> float:
         """Give a sign of life; returns the time just before it, by this module's clock."""
         with self._lock:

@@ -214,6 +214,11 @@ class Ledger:
         """The highest epoch of an event."""
         return max((name.epoch for name in self._events), default=0)
 
+    @property
+    def unreadable(self) -> list[str]:
+        """The objects in the store that are set aside. What they say of stages and artifacts is not known."""
+        return [f"{self._prefix}{name}" for name, event in sorted(self._events.items()) if event is None]
+
     def refresh(self) -> PipelineState:
         """Read what other processes added."""
         listed = (_Name.parse(name) for name in self._store.list(self._prefix))

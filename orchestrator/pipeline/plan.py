@@ -105,7 +105,7 @@ class StagePlan:
     """What happens to one stage, and why.
 
     Attributes:
-        anew: it runs though there is an artifact of its key, which the new one will replace.
+        anew: what it makes replaces what is there already: the artifact of its key, and pieces of it.
         fresh: it starts over; unfinished work of its key is dropped.
         other_code: files and packages that are not what they were when the artifact was made.
     """
@@ -207,12 +207,13 @@ def _planned(
     other = tuple(_other_code(artifact, stage)) if artifact is not None else ()
     begun_by_other = known is not None and going and known.code not in ("", code.digest_of(stage.code))
     anew = [role for role, need in stage.roles.items() if before[need].anew]
-    there = artifact is not None
     if stage.name in choice.force:
-        return StagePlan(stage, "run", ("made anew: --force",), artifact, anew=there, fresh=True)
-    if anew and (there or going):
-        reasons = tuple(f"{_input(role, stage.roles)} is made anew" for role in anew)
-        return StagePlan(stage, "run", reasons, artifact, anew=there, fresh=True)
+        return StagePlan(stage, "run", ("made anew: --force",), artifact, anew=True, fresh=True)
+    if anew:
+        # Pieces may be there where the artifact is not, also from another key of the stage.
+        inputs = [f"{_input(role, stage.roles)} is made anew" for role in anew]
+        reasons = inputs if artifact is not None or going else _why_run(known, stage, driven, reached)
+        return StagePlan(stage, "run", tuple(reasons), artifact, anew=True, fresh=True)
     if choice.on_code and other:
         return StagePlan(stage, "run", (_by_other(other),), artifact, anew=True, fresh=True)
     if artifact is not None and not (going and is_awaited(known, artifact)):
@@ -220,12 +221,13 @@ def _planned(
         notes += [f"made from an earlier {name}" for name in _other_inputs(artifact, stage, before)]
         why = _why_cached(known, stage) + (f" ({'; '.join(notes)})" if notes else "")
         return StagePlan(stage, "cached", (why,), artifact, other_code=other)
-    reasons = tuple(_why_run(known, stage, driven, reached))
+    reasons = _why_run(known, stage, driven, reached)
+    fresh = begun_by_other and choice.on_code
     if begun_by_other:
-        fresh = choice.on_code
-        note = "begun by other code, so it starts over: --rerun-on code" if fresh else "begun by other code"
-        return StagePlan(stage, "run", (*reasons, note), artifact, anew=there, fresh=fresh)
-    return StagePlan(stage, "run", reasons, artifact, anew=there)
+        reasons.append("begun by other code" + (", so it starts over: --rerun-on code" if fresh else ""))
+    # What was to replace something when it began still is.
+    replaces = fresh or (known is not None and going and known.anew)
+    return StagePlan(stage, "run", tuple(reasons), artifact, anew=replaces, fresh=fresh)
 
 
 def is_awaited(known: StageState | None, artifact: Artifact) -> bool:

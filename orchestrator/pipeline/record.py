@@ -21,7 +21,7 @@ from orchestrator.pipeline.plan import ResolvedStage, StagePlan
 from orchestrator.pipeline.reporter import figures
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.mlmodel import mlmodel
-from orchestrator.store.artifact import MANIFEST, Artifact
+from orchestrator.store.artifact import MANIFEST, Artifact, folder_name
 from orchestrator.tracking.runs import Dataset, Model, Run
 
 NOTE = "mlflow.note.content"
@@ -36,13 +36,13 @@ _GIT_S = 5.0
 def address(workspace: Workspace, artifact: Artifact) -> str:
     """Where an artifact is: `file:///…` or `s3://…`."""
     store = workspace.store()
-    name = f"artifacts/{artifact.kind}-{artifact.key[:16]}"
+    name = f"artifacts/{folder_name(artifact.kind, artifact.key)}"
     return f"{store.uri.rstrip('/')}/{name}" if store.remote else store.local(name).absolute().as_uri()
 
 
 def reference(workspace: Workspace, artifact: Artifact) -> dict[str, Any]:
     """An artifact by address and digest: the digest is that of its manifest, which has those of all its files."""
-    name = f"artifacts/{artifact.kind}-{artifact.key[:16]}/{MANIFEST}"
+    name = f"artifacts/{folder_name(artifact.kind, artifact.key)}/{MANIFEST}"
     manifest = workspace.store().get_bytes(name)
     files = artifact.manifest.files.values()
     return {

@@ -54,10 +54,9 @@ class Reporter:
         self._started = time.monotonic()
         self._results: dict[str, tuple[str, float, Mapping[str, float]]] = {}
 
-    def nothing_to_do(self, plans: Sequence[StagePlan]) -> None:
-        """Everything is there already, in the store and outside."""
-        compared = [item.name for item in plans if item.stage.effects]
-        also = f" The registry has what {', '.join(compared)} wants." if compared else ""
+    def nothing_to_do(self, plans: Sequence[StagePlan], compared: Sequence[str]) -> None:
+        """Everything is there already, in the store and outside, where what the `compared` stages did is."""
+        also = "".join(f" What {name} publishes is in place." for name in compared)
         self._console.print(
             Text("✓", "green").append(f" {_up_to_date(plans)}{also}", "default"), soft_wrap=True
         )

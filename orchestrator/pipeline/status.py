@@ -53,16 +53,27 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     console.print(table)
     _print_runs(console, spool, [state.stages[name] for name in loaded.spec.stages if name in state.stages])
-    if found := orphans(workspace):
-        text = f"Left behind: {summary(found)}. `orchestrator gc {loaded.path}` lists and deletes them."
-        console.print(Text(text, style="yellow"), soft_wrap=True)
-        for orphan in found[:_ORPHANS]:
-            console.print(Text(f"  {orphan.name}", style="bright_black"), soft_wrap=True)
-        if len(found) > _ORPHANS:
-            console.print(Text(f"  and {len(found) - _ORPHANS} more", style="bright_black"))
+    _print_orphans(console, loaded, workspace)
     if driver is not None:
         what = "It is being run by" if driven else "It was broken off: there is no sign of life from"
         console.print(Text(f"{what} {driver.who}."), soft_wrap=True)
+
+
+def _print_orphans(console: Console, loaded: LoadedPipeline, workspace: Workspace) -> None:
+    """What no ledger needs any more, or why that is not known."""
+    try:
+        found = orphans(workspace)
+    except UserError as error:
+        console.print(Text(f"! {error.what} ({error.where})", style="yellow"), soft_wrap=True)
+        return
+    if not found:
+        return
+    text = f"Left behind: {summary(found)}. `orchestrator gc {loaded.path}` lists and deletes them."
+    console.print(Text(text, style="yellow"), soft_wrap=True)
+    for orphan in found[:_ORPHANS]:
+        console.print(Text(f"  {orphan.name}", style="bright_black"), soft_wrap=True)
+    if len(found) > _ORPHANS:
+        console.print(Text(f"  and {len(found) - _ORPHANS} more", style="bright_black"))
 
 
 def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageState]) -> None:

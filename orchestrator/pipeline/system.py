@@ -137,12 +137,14 @@ def _thinned(losses: dict[int, float]) -> dict[int, float]:
 def watched(root: Run, stage: Run, name: str, every_s: float = EVERY_S) -> Iterator[None]:
     """While the `with` block runs: figures of this machine on the stage's run, its losses on the pipeline's.
 
-    Trouble with either is logged once and never reaches the stage.
+    Trouble with either is logged and never reaches the stage.
     """
     follower = Follower(root, stage, name)
     stop = threading.Event()
-    # A stage that goes on counts on: a step that is there already would be refused.
-    first = 1 + max((int(record["step"]) for record in stage.history("system")), default=-1)
+    first = 0
+    with _untroubled(f"system metrics of stage {name} count from 0"):
+        # A stage that goes on counts on: a step that is there already is refused.
+        first = 1 + max((int(record["step"]) for record in stage.history("system")), default=-1)
 
     def watch() -> None:
         psutil.cpu_percent()  # measures since the last call: the first has nothing to measure from
@@ -153,10 +155,8 @@ def watched(root: Run, stage: Run, name: str, every_s: float = EVERY_S) -> Itera
             follower.newest()
 
     def guarded() -> None:
-        try:
+        with _untroubled(f"system metrics of stage {name} end here"):
             watch()
-        except Exception as error:  # whatever a driver of a GPU or a file system can throw
-            _log.warning("system metrics of stage %s end here: %s", name, error)
 
     thread = threading.Thread(target=guarded, name="system-metrics", daemon=True)
     thread.start()
@@ -165,5 +165,16 @@ def watched(root: Run, stage: Run, name: str, every_s: float = EVERY_S) -> Itera
     finally:
         stop.set()
         thread.join(every_s)
-        with contextlib.suppress(OSError):
+        with _untroubled(f"the pipeline's run lacks losses of stage {name}"):
+            if thread.is_alive():
+                raise TimeoutError("the figures of this machine are still being read")
             follower.rest()
+
+
+@contextlib.contextmanager
+def _untroubled(consequence: str) -> Iterator[None]:
+    """Trouble in the `with` block is logged with its consequence, and goes no further."""
+    try:
+        yield
+    except Exception as error:  # whatever a driver of a GPU or a file system can throw
+        _log.warning("%s: %s", consequence, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from orchestrator.store.local import Store
 from orchestrator.store.open import is_remote, open_store
 
 _CHECKPOINT = re.compile(rf"work/(?:.+/)?checkpoints/step-\d{{8,}}/{re.escape(COMMIT)}")
+
+# What is looked at, by the folder of the store that it is in.
+_SORTS = {"artifacts": "artifacts", "work": "checkpoints", "ledger": "ledger records", "holds": "holds"}
 
 
 @dataclass(frozen=True)
@@ -47,24 +51,25 @@ def verify(console: Console, target: str) -> bool:
         UserError: there is no such file or store.
     """
     store = open_store(_uri(target))
-    checked, damaged = 0, 0
+    checked, damaged = Counter[str](), Counter[str]()
     for finding in examine(store):
-        checked += finding.finished
-        damaged += bool(finding.problems)
+        top = finding.name.partition("/")[0]
+        checked[top] += finding.finished
+        damaged[top] += bool(finding.problems)
         for problem in finding.problems:
             console.print(Text("✗", "red").append(f" {problem}", "default"), soft_wrap=True)
         if not finding.finished:
             text = f"! {finding.name} was never finished: it counts for nothing"
             console.print(Text(text, style="yellow"), soft_wrap=True)
-    if damaged:
-        line = (
-            f" {damaged} of {checked} things in {store.uri} are damaged. The next run makes artifacts anew."
-        )
+    if damaged.total():
+        counts = [f"{damaged[top]} of {checked[top]} {what}" for top, what in _SORTS.items() if damaged[top]]
+        line = f" damaged in {store.uri}: {', '.join(counts)}."
+        line += " A run that needs a damaged artifact makes it anew." if damaged["artifacts"] else ""
         console.print(Text("✗", "red").append(line, "default"), soft_wrap=True)
     else:
-        line = f" all {checked} artifacts, checkpoints and records in {store.uri} are whole"
+        line = f" all {checked.total()} artifacts, checkpoints and records in {store.uri} are whole"
         console.print(Text("✓", "green").append(line, "default"), soft_wrap=True)
-    return damaged == 0
+    return not damaged.total()
 
 
 def examine(store: Store) -> Iterator[Finding]:

@@ -7,15 +7,17 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from orchestrator.elastic.target import Target
 from orchestrator.names import parts_of
 from orchestrator.pipeline.lease import Holder, Keeper, Lease
 from orchestrator.pipeline.ledger import Ledger, PipelineState
 from orchestrator.pipeline.mirror import Mirror
-from orchestrator.store.artifact import Artifact, ArtifactStore
+from orchestrator.store.artifact import Artifact, ArtifactStore, folder_name
 from orchestrator.store.local import Store
 from orchestrator.store.open import is_remote, open_store
 from orchestrator.store.s3 import S3Store
@@ -24,7 +26,9 @@ TRACKED = "mlartifacts"
 _log = logging.getLogger(__name__)
 # Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
 _CHECKPOINTS = "checkpoints"
-PIECES = "pieces.json"
+_PIECES = "pieces.json"
+# The hold of who deletes what no pipeline needs, and what it does in words.
+_DELETING, _DELETER = "gc", "`orchestrator gc`"
 
 
 class Workspace:
@@ -107,8 +111,36 @@ class Workspace:
         """Hold the pipeline for this process alone, so as to run it.
 
         Raises:
-            UserError: a living driver has it, or the store cannot be used.
+            UserError: a living driver has it, somebody deletes from the store, or the store cannot be used.
         """
+        with self._held(pipeline, say) as lease:
+            # Who deletes takes that hold first and looks for pipelines then: one of the two sees the other.
+            self.keeper.insist_on_free(_DELETING, _DELETER)
+            yield lease
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """While the `with` block runs, no pipeline of the store does, so that what none needs can be deleted.
+
+        Raises:
+            UserError: one runs, or another process deletes.
+        """
+        with ExitStack() as held:
+            held.enter_context(self.keeper.hold(_DELETING, _DELETER))
+            for pipeline in self.pipelines():
+                held.enter_context(self._held(pipeline))
+            yield
+
+    def pipelines(self) -> list[str]:
+        """All pipelines that ever ran in the store, or are about to."""
+        store = self.store()
+        ran = {name.split("/")[1] for name in store.list("ledger/") if name.count("/") > 1}
+        prefix = f"holds/{pipeline_hold('')}"
+        # What a hold's objects are called goes on after a dot, which no pipeline has in its name.
+        return sorted(ran | {name.removeprefix(prefix).partition(".")[0] for name in store.list(prefix)})
+
+    @contextlib.contextmanager
+    def _held(self, pipeline: str, say: Callable[[str], None] | None = None) -> Iterator[Lease]:
         highest = Ledger(self.store(), pipeline).epoch
         name = pipeline_hold(pipeline)
         with self.keeper.hold(name, f"pipeline {pipeline!r}", above=highest, say=say) as lease:
@@ -145,7 +177,7 @@ class Workspace:
         if step is not None:
             return f"step {step}"
         found = []
-        for name, (piece_kind, piece_key) in sorted(self._pieces(kind, key).items()):
+        for name, (piece_kind, piece_key) in sorted(self.pieces(folder_name(kind, key)).items()):
             step = self._newest_step(piece_kind, piece_key)
             if step is not None:
                 found.append(f"step {step} ({name})")
@@ -153,25 +185,16 @@ class Workspace:
 
     def note_piece(self, kind: str, key: str, name: str, piece_kind: str, piece_key: str) -> None:
         """Put down whose piece of work the unfinished work on (`piece_kind`, `piece_key`) is."""
-        pieces = {**self._pieces(kind, key), name: (piece_kind, piece_key)}
-        data = json.dumps(pieces).encode()
-        remote = self.remote_work(kind, key)
-        if remote is not None:
-            remote[0].put_bytes(remote[1] + PIECES, data)
-        else:
-            atomic = self.work(kind, key) / f".{PIECES}"
-            atomic.write_bytes(data)
-            atomic.replace(self.work(kind, key) / PIECES)
+        folder = folder_name(kind, key)
+        pieces = {**self.pieces(folder), name: (piece_kind, piece_key)}
+        self.store().put_bytes(f"work/{folder}/{_PIECES}", json.dumps(pieces).encode())
 
-    def _pieces(self, kind: str, key: str) -> dict[str, tuple[str, str]]:
-        remote = self.remote_work(kind, key)
+    def pieces(self, folder: str) -> dict[str, tuple[str, str]]:
+        """Kinds and keys of the pieces that the unfinished work in a folder of `work/` is on, by name."""
         try:
-            if remote is not None:
-                data = remote[0].get_bytes(remote[1] + PIECES)
-            else:
-                data = (self.work(kind, key) / PIECES).read_bytes()
-            return {str(name): (str(of[0]), str(of[1])) for name, of in json.loads(data).items()}
-        except (FileNotFoundError, ValueError):
+            found: Any = json.loads(self.store().get_bytes(f"work/{folder}/{_PIECES}"))
+            return {str(name): (str(kind), str(key)) for name, (kind, key) in found.items()}
+        except (FileNotFoundError, ValueError, TypeError, AttributeError, RecursionError):
             return {}
 
     def _newest_step(self, kind: str, key: str) -> int | None:
@@ -245,11 +268,6 @@ class Workspace:
     def has_tracked_files(self) -> bool:
         """Whether anything is there."""
         return self._remote is not None and next(iter(self._remote.list(f"{TRACKED}/")), None) is not None
-
-
-def folder_name(kind: str, key: str) -> str:
-    """What the folders of a key are called, below `artifacts/` and below `work/`."""
-    return f"{kind}-{key[:16]}"
 
 
 def pipeline_hold(pipeline: str) -> str:

@@ -119,6 +119,11 @@ class Artifact:
     manifest: Manifest
 
 
+def folder_name(kind: str, key: str) -> str:
+    """What the folders of a key are called, below `artifacts/` and below `work/`."""
+    return f"{kind}-{key[:16]}"
+
+
 class ArtifactStore:
     """Artifacts below `artifacts/` of a store."""
 
@@ -196,13 +201,6 @@ class ArtifactStore:
         if _prefix(manifest.kind, manifest.key) != prefix:
             return [f"{prefix}{MANIFEST}: is that of {_prefix(manifest.kind, manifest.key)}"]
         return self._problems(manifest, deep=True)
-
-    def verify(self, kind: str, key: str, *, deep: bool = False) -> list[str]:
-        """What is wrong with the artifact, one line each; empty if nothing is. `deep` hashes all files."""
-        manifest = self._manifest(kind, key)
-        if manifest is None:
-            return [f"{_prefix(kind, key)}{MANIFEST}: missing or unreadable"]
-        return self._problems(manifest, deep=deep)
 
     def publish(
         self,
@@ -320,7 +318,7 @@ class ArtifactStore:
             raise UserError(error.what, where=f"{name} in store {self.store.uri}", hint=error.hint) from None
 
     def _manifest(self, kind: str, key: str) -> Manifest | None:
-        manifest = self.manifest_of(f"{kind}-{key[:16]}")
+        manifest = self.manifest_of(folder_name(kind, key))
         if manifest is None:
             return None
         # The folder's name holds only the first 16 digits of the key.
@@ -453,7 +451,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _prefix(kind: str, key: str) -> str:
-    return f"{_TOP}{kind}-{key[:16]}/"
+    return f"{_TOP}{folder_name(kind, key)}/"
 
 
 def _files(folder: Path) -> list[Path]:

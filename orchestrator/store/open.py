@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.errors import UserError
-from orchestrator.store.artifact import ArtifactStore
+from orchestrator.store.artifact import ArtifactStore, folder_name
 from orchestrator.store.local import LocalStore, Store
 from orchestrator.store.s3 import S3Store
 
@@ -52,5 +52,5 @@ def fetch(uri: str, kind: str, key: str) -> Path:
     artifacts = ArtifactStore(open_store(uri))
     found = artifacts.find(kind, key)
     if found is None:
-        raise FileNotFoundError(f"there is no artifact {kind}-{key[:16]} in {uri}")
+        raise FileNotFoundError(f"there is no artifact {folder_name(kind, key)} in {uri}")
     return artifacts.fetch(found)

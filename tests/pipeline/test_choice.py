@@ -180,36 +180,98 @@ def test_force_starts_half_done_work_over(pipeline: Path, trace: Traces) -> None
     assert Workspace("runs/").state("toy").stages["pretrain"].attempts == 1
 
 
-def test_a_forced_stage_makes_its_pieces_anew_too(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    broken = {"b"}
+class Pieces:
+    """`pretrain` makes two, as `distill` makes students. `broken` ones fail; those that were `made` are counted."""
 
-    def run_pieces(self: Pretrain, context: Context) -> dict[str, float]:
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.broken: set[str] = set()
+
+    def run(self, context: Context) -> dict[str, float]:
         for name in "ab":
             with context.part("piece", {"name": name}) as part:
                 if part.artifact is None:
-                    if name in broken:
+                    if name in self.broken:
                         raise RuntimeError(f"{name} broke")
-                    made.append(name)
-                    draft = context.out.with_name(f"draft-{name}-{len(made)}")
+                    self.made.append(name)
+                    draft = context.out.with_name(f"draft-{name}-{len(self.made)}")
                     draft.mkdir()
-                    (draft / "number").write_text(str(len(made)))
+                    (draft / "number").write_text(str(len(self.made)))
                     part.publish(draft, {})
         (context.out / "result.json").write_text("{}")
         return {}
 
-    monkeypatch.setattr(Pretrain, "run", run_pieces)
+    @staticmethod
+    def numbers() -> list[str]:
+        """Of those in the store, when they were made."""
+        return sorted(path.read_text() for path in Path("runs/artifacts").glob("piece-*/number"))
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> Pieces:
+    found = Pieces()
+    monkeypatch.setattr(Pretrain, "run", lambda stage, context: found.run(context))
+    return found
+
+
+def test_a_forced_stage_makes_its_pieces_anew_too(pipeline: Path, pieces: Pieces) -> None:
+    pieces.broken.add("b")
     assert run(pipeline)[0] == 1
-    broken.clear()
+    pieces.broken.clear()
     assert run(pipeline)[0] == 0
-    assert made == ["a", "b"]
-    broken.add("b")
+    assert pieces.made == ["a", "b"]
+    pieces.broken.add("b")
     assert run(pipeline, choice=Choice(force=("pretrain",)))[0] == 1
-    broken.clear()
+    pieces.broken.clear()
     assert run(pipeline)[0] == 0
-    assert made == ["a", "b", "a", "b"], "a was made anew by the forced run's first attempt, and not again"
-    numbers = [path.read_text() for path in sorted(Path("runs/artifacts").glob("piece-*/number"))]
-    assert sorted(numbers) == ["3", "4"]
+    assert pieces.made == ["a", "b", "a", "b"], (
+        "a was made anew by the forced run's first attempt, and not again"
+    )
+    assert pieces.numbers() == ["3", "4"]
+
+
+@pytest.mark.parametrize("forced", ["pretrain", "curate"])
+def test_pieces_of_an_unfinished_stage_are_made_anew_with_it(
+    pipeline: Path, pieces: Pieces, forced: str
+) -> None:
+    """Also where what it reads is: else it would gather pieces of the earlier input and of the new one."""
+    pieces.broken.add("b")
+    assert run(pipeline)[0] == 1
+    assert pieces.made == ["a"]
+    choice = Choice(force=(forced,))
+    plan = planned(pipeline, choice=choice)["pretrain"]
+    assert (plan.artifact, plan.anew, plan.fresh) == (None, True, True)
+    assert run(pipeline, choice=choice)[0] == 1
+    assert pieces.made == ["a", "a"]
+    plan = planned(pipeline)["pretrain"]
+    assert (plan.anew, plan.fresh) == (True, False), "it goes on, and replaces what is left of before"
+    pieces.broken.clear()
+    assert run(pipeline)[0] == 0
+    assert pieces.made == ["a", "a", "b"], "what this run has made is not made again"
+    assert pieces.numbers() == ["2", "3"]
+    assert run(pipeline)[1].startswith("✓ Nothing to do")
+
+
+def test_pieces_that_another_key_of_the_stage_made_are_made_anew_with_what_it_reads(
+    pipeline: Path, pieces: Pieces
+) -> None:
+    assert run(pipeline)[0] == 0
+    choice = Choice(force=("curate",))
+    (why,) = planned(pipeline, "stages.pretrain.ticks=2", choice=choice)["pretrain"].reasons
+    assert why == "config.ticks: 1 → 2"
+    assert run(pipeline, "stages.pretrain.ticks=2", choice=choice)[0] == 0
+    assert pieces.made == ["a", "b", "a", "b"]
+
+
+def test_pieces_that_other_code_made_of_an_unfinished_stage_are_made_anew_on_request(
+    pipeline: Path, pieces: Pieces, files: dict[str, str]
+) -> None:
+    pieces.broken.add("b")
+    assert run(pipeline)[0] == 1
+    files["spec.py"] = "2"
+    pieces.broken.clear()
+    assert run(pipeline, choice=Choice(on_code=True))[0] == 0
+    assert pieces.made == ["a", "a", "b"]
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +18,10 @@ from orchestrator.elastic.saved import COMMIT, step_name
 from orchestrator.errors import UserError
 from orchestrator.pipeline.execute import execute, publishing
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import EVERYTHING, plan, resolve
+from orchestrator.pipeline.plan import EVERYTHING, Choice, plan, resolve
 from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace
+from orchestrator.stages.base import Context
 
 PIPELINE = """\
 name: toy
@@ -51,11 +55,13 @@ def ran(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]
     return names
 
 
-def run(path: Path, *overrides: str, only_publish: bool = False) -> tuple[int, str]:
+def run(
+    path: Path, *overrides: str, only_publish: bool = False, choice: Choice = EVERYTHING
+) -> tuple[int, str]:
     """Exit code and output."""
     loaded = load(path, overrides, stage_type=toys.ToyStage)
     stages = resolve(loaded, lambda source, name: name)
-    choice = publishing(loaded, stages) if only_publish else EVERYTHING
+    choice = publishing(loaded, stages) if only_publish else choice
     output = io.StringIO()
     reporter = Reporter(Console(file=output, width=200), "orchestrator run toy.yaml")
     code = execute(loaded, stages, reporter, open_tracking=recorded.open_recorded, choice=choice)
@@ -68,7 +74,7 @@ def test_a_second_run_changes_nothing_and_says_so(path: Path, ran: Callable[[], 
     wrote = OUTSIDE.stat().st_mtime_ns
     code, said = run(path)
     assert (code, ran()) == (0, [])
-    assert "Nothing to do: all 4 stages are up to date. The registry has what publish wants." in said
+    assert "Nothing to do: all 4 stages are up to date. What publish publishes is in place." in said
     assert OUTSIDE.stat().st_mtime_ns == wrote
     assert len(recorded.by_name("toy")) == 1, "a look opens no tracking run"
 
@@ -96,6 +102,47 @@ def test_what_was_changed_outside_is_put_right(path: Path, ran: Callable[[], lis
     assert (code, ran()) == (0, ["evaluate", "publish"])
     assert "somebody else was here" in said
     assert OUTSIDE.read_text().startswith("toy ")
+
+
+def test_what_is_published_again_is_what_the_artifact_says(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its input was made anew, with other content: the key is as it was, and what is outside is not."""
+    original = toys.Publish.run
+
+    def publish(self: toys.Publish, context: Context) -> object:
+        figures = original(self, context)
+        (context.out / "result.json").write_text((context.inputs["model"].path / "result.json").read_text())
+        return figures
+
+    monkeypatch.setattr(toys.Publish, "run", publish)
+    run(path)
+    (model,) = Path("runs/artifacts").glob("pretrain-*")
+    put(model, "result.json", "made anew")
+    OUTSIDE.write_text("has the old one")
+    assert run(path)[0] == 0
+    (published,) = Path("runs/artifacts").glob("publish-*")
+    assert (published / "result.json").read_text() == "made anew"
+    assert "Nothing to do" in run(path)[1]
+
+
+def put(artifact: Path, name: str, text: str) -> None:
+    """Other content in an artifact that is whole."""
+    (artifact / name).write_text(text)
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["files"][name] = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_what_lacks_its_input_is_not_compared_and_says_so(path: Path, ran: Callable[[], list[str]]) -> None:
+    run(path)
+    ran()
+    (model,) = Path("runs/artifacts").glob("pretrain-*")
+    shutil.rmtree(model)
+    code, said = run(path, choice=Choice(only=("publish",)))
+    assert (code, ran()) == (0, [])
+    assert "! what publish publishes was not compared: it lacks pretrain" in said
+    assert said.endswith("Nothing to do: publish is up to date.\n")
 
 
 def test_what_cannot_be_compared_is_run_and_says_why(path: Path) -> None:

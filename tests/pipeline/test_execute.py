@@ -20,7 +20,7 @@ from rich.console import Console
 from orchestrator.errors import UserError
 from orchestrator.pipeline.execute import execute
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import StagePlan, plan, resolve
+from orchestrator.pipeline.plan import EVERYTHING, Choice, StagePlan, plan, resolve
 from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.spec import Cluster
@@ -44,12 +44,14 @@ def trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Traces:
     return ran
 
 
-def run(path: Path, *overrides: str) -> tuple[int, str]:
+def run(path: Path, *overrides: str, choice: Choice = EVERYTHING) -> tuple[int, str]:
     """Exit code and output."""
     loaded = load(path, overrides, stage_type=toys.ToyStage)
     output = io.StringIO()
     reporter = Reporter(Console(file=output, width=200), "orchestrator run toy.yaml")
-    code = execute(loaded, resolve(loaded, _content), reporter, open_tracking=recorded.open_recorded)
+    code = execute(
+        loaded, resolve(loaded, _content), reporter, open_tracking=recorded.open_recorded, choice=choice
+    )
     return code, output.getvalue()
 
 
@@ -124,6 +126,24 @@ def test_a_damaged_input_that_cannot_be_made_anew_stops_those_that_need_it(
     code, said = run(pipeline, "stages.evaluate.ticks=2", "stages.pretrain.mode=fail")
     assert (code, trace()) == (1, ["pretrain"])
     assert "lacks pretrain" in said
+
+
+def test_a_damaged_input_whose_own_input_is_gone_is_a_failure(
+    write: Callable[[str], Path], trace: Traces
+) -> None:
+    path = write(
+        "name: toy\nstages:\n  a: {kind: curate}\n  b: {kind: pretrain, needs: a}\n"
+        "  c: {kind: evaluate, needs: b}\n"
+    )
+    run(path)
+    trace()
+    flip(artifact("pretrain") / "result.json")
+    shutil.rmtree(artifact("curate"))
+    code, said = run(path, "stages.c.ticks=2", choice=Choice(first="c"))
+    assert (code, trace()) == (1, [])
+    assert "lacks a" in said
+    assert "lacks b" in said
+    assert [one["status"] for one in recorded.by_name("toy")] == ["FINISHED", "FAILED"]
 
 
 def test_what_is_whole_is_read_once_a_driver(pipeline: Path) -> None:
@@ -268,6 +288,20 @@ def test_two_pipelines_do_not_work_on_one_key_at_once(pipeline: Path) -> None:
     assert code == 2
     assert "already being run by process" in said
     assert run(pipeline)[0] == 0
+
+
+def test_work_is_removed_by_who_holds_it(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another pipeline may have begun on it by then."""
+    held = []
+    drop_work = Workspace.drop_work
+
+    def drop(self: Workspace, kind: str, key: str) -> None:
+        held.append(Workspace("runs/").keeper.holder(work_hold(kind, key)) is not None)
+        drop_work(self, kind, key)
+
+    monkeypatch.setattr(Workspace, "drop_work", drop)
+    assert run(pipeline)[0] == 0
+    assert held == [True] * 3
 
 
 class Rayish(toys.Curate):

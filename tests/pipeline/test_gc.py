@@ -18,6 +18,7 @@ from orchestrator.pipeline.plan import resolve
 from orchestrator.pipeline.status import print_status
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Context
+from orchestrator.store.local import LocalStore
 
 
 def gc(path: Path, *overrides: str, delete: bool = False) -> str:
@@ -65,20 +66,61 @@ def test_what_other_settings_left_behind_is_listed_and_deleted_only_when_asked(p
     assert {item.action for item in planned(pipeline).values()} == {"cached"}
 
 
-def test_status_tells_of_orphans(pipeline: Path) -> None:
-    def status() -> str:
-        output = io.StringIO()
-        print_status(Console(file=output, width=200), load(pipeline, stage_type=toys.ToyStage))
-        return output.getvalue()
+def status(path: Path) -> str:
+    output = io.StringIO()
+    print_status(Console(file=output, width=200), load(path, stage_type=toys.ToyStage))
+    return output.getvalue()
 
+
+@pytest.mark.parametrize("text", ['{"format": 9}', '{"time": 1.0, "eve'], ids=["later", "damaged"])
+def test_nothing_is_deleted_while_a_record_cannot_be_read(pipeline: Path, text: str) -> None:
+    """Such as the one that says what another pipeline, or a later version, has made."""
+    run(pipeline, "name=other", "stages.pretrain.ticks=2")
     run(pipeline)
-    assert "gc" not in status()
+    before = folders()
+    for path in Path("runs/ledger/other").glob("*.json"):
+        if "pretrain" in path.read_text():
+            path.write_text(text)
+    for delete in (False, True):
+        with pytest.raises(
+            UserError, match="2 records cannot be read, so what is needed is not known"
+        ) as caught:
+            gc(pipeline, delete=delete)
+        assert "ledger/other/" in str(caught.value.where)
+        assert folders() == before
+    assert "! 2 records cannot be read, so what is needed is not known (ledger/other/" in status(pipeline)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_nothing_is_deleted_while_a_manifest_is_of_a_later_version(pipeline: Path, needed: bool) -> None:
+    run(pipeline, "stages.pretrain.ticks=2")
+    left = artifacts("pretrain")
+    run(pipeline)
+    before = folders()
+    (folder,) = artifacts("pretrain") - left if needed else left
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 9}))
+    with pytest.raises(UserError, match="format 9, and this version reads"):
+        gc(pipeline, "stages.pretrain.ticks=3", delete=True)
+    assert folders() == before
+    (line,) = [line for line in status(pipeline).splitlines() if line.startswith("!")]
+    assert "format 9" in line
+    assert folder.name in line
+
+
+def artifacts(kind: str) -> set[Path]:
+    return set(Path("runs/artifacts").glob(f"{kind}-*"))
+
+
+def test_status_tells_of_orphans(pipeline: Path) -> None:
+    run(pipeline)
+    assert "gc" not in status(pipeline)
     run(pipeline, "stages.pretrain.ticks=4", "stages.pretrain.mode=fail")
     run(pipeline)
-    assert "1 folder of unfinished work that no ledger needs (" in status()
-    assert "`orchestrator gc toy.yaml` lists and deletes them" in status()
+    assert "1 folder of unfinished work that no ledger needs (" in status(pipeline)
+    assert "`orchestrator gc toy.yaml` lists and deletes them" in status(pipeline)
     (left,) = folders() - {f"artifacts/{path.name}" for path in Path("runs/artifacts").iterdir()}
-    assert f"  {left}\n" in status()
+    assert f"  {left}\n" in status(pipeline)
     assert left.startswith("work/pretrain-")
 
 
@@ -111,6 +153,32 @@ def test_nothing_is_deleted_while_a_pipeline_of_the_store_runs(pipeline: Path) -
             gc(pipeline, delete=True)
         assert name in str(caught.value)
         assert folders() == before
+
+
+def test_no_pipeline_starts_while_orphans_are_deleted(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one that the store has not heard of."""
+    run(pipeline, "stages.pretrain.ticks=2")
+    run(pipeline)
+    refused = []
+    delete = LocalStore.delete
+
+    def start_and_delete(self: LocalStore, name: str) -> None:
+        if name.startswith("artifacts/"):
+            for pipeline_name in ("toy", "a-new-one"):
+                with pytest.raises(UserError) as caught, Workspace("runs/").drive(pipeline_name):
+                    pass
+                refused.append(caught.value.what)
+        delete(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "delete", start_and_delete)
+        assert "Deleted" in gc(pipeline, delete=True)
+    assert refused[0].startswith("pipeline 'toy' is already being run by process")
+    assert refused[1].startswith("`orchestrator gc` is already being run by process")
+    with Workspace("runs/").drive("a-new-one"):
+        pass
 
 
 def test_pieces_are_needed_as_long_as_their_stage(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

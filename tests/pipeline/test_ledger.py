@@ -218,6 +218,7 @@ def test_an_unreadable_event_is_set_aside_by_name(
         line.getMessage() for line in caplog.records
     ]
     assert len(caplog.records) == 1, "one line, however often it is read"
+    assert later.unreadable == [f"ledger/toy/{name}"]
     assert said in caplog.text
     assert len(caplog.records[0].getMessage().splitlines()) == 1
     later.append("closed", status="FINISHED")

@@ -8,6 +8,7 @@ import itertools
 import json
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ from orchestrator.pipeline.reporter import Reporter
 from orchestrator.stages.base import Context
 from orchestrator.tracking.connect import connect
 from orchestrator.tracking.runs import NullRun, open_run
-from orchestrator.tracking.spool import Spool
+from orchestrator.tracking.spool import Record, Spool
 
 
 class Trained(toys.Pretrain):
@@ -236,6 +237,65 @@ def test_trouble_with_system_metrics_does_not_reach_the_stage(
     assert [one["metrics"] for one in root.history("pretrain")] == [{"loss": 1.0}]
     with system.watched(NullRun(), NullRun(), "untracked", every_s=0.01):
         time.sleep(0.05)
+
+
+class Troubled(NullRun):
+    """Fails at what it is told to."""
+
+    trouble: ClassVar[set[str]] = set()
+
+    def history(self, channel: str = "train") -> list[Record]:
+        return self._or_fail("history", super().history(channel))
+
+    def since(self, position: int) -> tuple[list[Record], int]:
+        return self._or_fail("since", super().since(position))
+
+    def _or_fail(self, what: str, value: Any) -> Any:
+        if what in self.trouble:
+            raise RuntimeError(f"no {what}")
+        return value
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("history", "system metrics of stage pretrain count from 0: no history"),
+        ("since", "the pipeline's run lacks losses of stage pretrain: no since"),
+    ],
+)
+def test_trouble_before_and_after_a_stage_does_not_cost_its_outcome(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str, said: str
+) -> None:
+    monkeypatch.setattr(Troubled, "trouble", {what})
+    outcome = None
+    with system.watched(NullRun(), Troubled(), "pretrain", every_s=60):
+        outcome = "done"
+    assert outcome == "done"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_losses_are_not_copied_by_two_threads_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One is still asking nvidia-smi when the stage is over, and then copies the newest losses."""
+    asked, over = threading.Event(), threading.Event()
+
+    def slow() -> dict[str, float]:
+        asked.set()
+        over.wait(30)
+        return {"x": 1.0}
+
+    copied_by: list[threading.Thread] = []
+    monkeypatch.setattr(system, "figures", slow)
+    for name in ("newest", "rest"):
+        monkeypatch.setattr(
+            system.Follower, name, lambda follower: copied_by.append(threading.current_thread())
+        )
+    with system.watched(NullRun(), NullRun(), "pretrain", every_s=0.01):
+        asked.wait(30)
+    over.set()
+    assert threading.current_thread() not in copied_by
+    assert "the pipeline's run lacks losses of stage pretrain" in caplog.text
 
 
 def test_gpus_are_read_from_nvidia_smi() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import toys
+from rich.console import Console
 
 from orchestrator.elastic.saved import COMMIT, FORMAT, shard_name
 from orchestrator.pipeline import tracked
 from orchestrator.pipeline.load import load
+from orchestrator.pipeline.verify import verify
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.store.local import LocalStore, Store
 from orchestrator.store.s3 import S3Store
@@ -99,7 +102,20 @@ def test_a_whole_store_and_every_kind_of_damage(store: Store, command: Command, 
         ):
             assert [line for line in said.splitlines() if "✗" in line and name in line and what in line], said
         assert "! artifacts/pretrain-0123456789abcdef/ was never finished" in said
-        assert "6 of" in said.splitlines()[-1]
+        assert re.search(
+            r"✗ damaged in .*: 3 of 3 artifacts, 1 of 1 checkpoints, 1 of \d+ ledger records, 1 of \d+ holds\. "
+            "A run that needs a damaged artifact makes it anew",
+            said.splitlines()[-1],
+        )
+
+
+def test_a_run_is_no_cure_for_a_damaged_record(folder: Path) -> None:
+    LocalStore("runs").put_bytes("ledger/toy/00000000.json", b"{")
+    output = io.StringIO()
+    assert not verify(Console(file=output, width=200), "runs")
+    last = output.getvalue().splitlines()[-1]
+    assert last.startswith("✗ damaged in ")
+    assert last.endswith("/runs: 1 of 1 ledger records.")
 
 
 def put_checkpoint(store: Store, prefix: str) -> str:

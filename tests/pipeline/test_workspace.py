@@ -80,3 +80,26 @@ def test_a_removal_from_a_bucket_shows_no_checkpoint_in_part(
     assert len(seen) == len(FILES)
     assert seen[-1] == set()
     assert [torn(names) for names in seen] == [set()] * len(FILES)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{", b"null", b'{"a": 1}', b'{"a": ["student"]}', b"[" * 10_000]
+)
+def test_pieces_that_cannot_be_read_are_none(tmp_path: Path, text: bytes) -> None:
+    workspace = Workspace(str(tmp_path))
+    workspace.note_piece("distill", "0" * 64, "nano", "student", "a" * 64)
+    (folder,) = (tmp_path / "work").iterdir()
+    assert workspace.pieces(folder.name) == {"nano": ("student", "a" * 64)}
+    (folder / "pieces.json").write_bytes(text)
+    assert workspace.pieces(folder.name) == {}
+    assert workspace.reached("distill", "0" * 64) == ""
+
+
+def test_pieces_are_noted_in_a_bucket_too(tmp_path: Path, s3_uri: str) -> None:
+    workspace = Workspace(s3_uri)
+    workspace.note_piece("distill", "0" * 64, "nano", "student", "a" * 64)
+    workspace.note_piece("distill", "0" * 64, "pico", "student", "b" * 64)
+    assert Workspace(s3_uri).pieces("distill-" + "0" * 16) == {
+        "nano": ("student", "a" * 64),
+        "pico": ("student", "b" * 64),
+    }

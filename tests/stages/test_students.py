@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from orchestrator.errors import UserError
+from orchestrator.errors import Stopped, UserError
 from orchestrator.stages import pupils, students
 from orchestrator.stages.base import Part
 from orchestrator.stages.distill import Distill
@@ -149,3 +150,55 @@ def test_teachers_from_elsewhere_need_no_stage_that_made_them() -> None:
     assert [wanted.role for wanted in foreign.wants()] == ["index"]
     own = Distill.model_validate({**STAGE, "features": {"whiten": True}})
     assert [wanted.role for wanted in own.wants()] == ["index", "teacher"]
+
+
+def failed(**errors: Exception | None) -> dict[str, Future[None]]:
+    """Students that have ended, with what went wrong."""
+    futures: dict[str, Future[None]] = {}
+    for name, error in errors.items():
+        futures[name] = Future()
+        if error is None:
+            futures[name].set_result(None)
+        else:
+            futures[name].set_exception(error)
+    return futures
+
+
+def mistake(what: str = "the photos are gone") -> UserError:
+    return UserError(what, where="data.photos", hint="bring them back")
+
+
+def test_a_mistake_that_all_students_find_is_told_once() -> None:
+    with pytest.raises(UserError) as caught:
+        students._raise_first(failed(a=mistake(), b=mistake(), c=None))
+    assert (caught.value.what, caught.value.where, caught.value.hint) == (
+        "the photos are gone", "data.photos", "bring them back",
+    )  # fmt: skip
+
+
+def test_different_mistakes_are_one_mistake_on_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        students._raise_first(failed(a=mistake(), b=mistake("too few"), c=None))
+    assert caught.value.what == "a: the photos are gone; b: too few; c finished and is kept"
+    assert (caught.value.where, caught.value.hint) == ("data.photos", "bring them back")
+    with pytest.raises(UserError) as caught:
+        students._raise_first(failed(a=UserError("x", where="here"), b=UserError("y", where="there")))
+    assert (caught.value.where, caught.value.hint) == (None, None)
+
+
+def test_a_mistake_beside_a_failure_is_a_failure_on_one_line() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        students._raise_first(failed(a=mistake(), b=ValueError("NaN")))
+    assert str(caught.value) == "a: the photos are gone; b: NaN"
+    with pytest.raises(Stopped):
+        students._raise_first(failed(a=mistake(), b=Stopped()))
+
+
+def test_draws_are_counted_to_the_end_of_the_last_student() -> None:
+    config = Distill.model_validate(
+        {**STAGE, "students": {"a": {"model": "vit_femto", "steps": 120}, "late": LATE}}
+    )
+    figures = {"a_first_step": 0.0, "late_first_step": 30.0}
+    assert students._last_step(config, figures) == 120
+    assert students._last_step(config, figures | {"late_first_step": 110.0}) == 130
+    assert students._last_step(config, {}) == 120, "figures of earlier versions do not say where it began"

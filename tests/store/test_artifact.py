@@ -17,6 +17,7 @@ from orchestrator.store.digests import DIGESTS, Digests
 from orchestrator.store.local import LocalStore
 
 KEY = "0123456789abcdef" * 4
+PREFIX = "artifacts/pretrain-0123456789abcdef/"
 ENTRY = {"size": 0, "sha256": "0" * 64}
 
 
@@ -45,7 +46,7 @@ def test_published_artifact_is_found_with_everything_it_came_with(artifacts: Art
     assert found.manifest.summary["knn"] == 0.5
     assert math.isnan(found.manifest.summary["loss"])
     assert sorted(found.manifest.files) == ["config.json", "sub/model.safetensors"]
-    assert artifacts.verify("pretrain", KEY, deep=True) == []
+    assert artifacts.examine(PREFIX) == []
     assert artifacts.find("distill", KEY) is None
     assert artifacts.find("pretrain", KEY[:16] + "f" * 48) is None
 
@@ -84,17 +85,17 @@ def test_missing_and_truncated_files_make_it_absent_until_made_again(artifacts: 
     assert artifacts.find("pretrain", KEY) is None
     path.unlink()
     assert artifacts.find("pretrain", KEY) is None
-    assert artifacts.verify("pretrain", KEY)[0].endswith("model.safetensors: missing")
+    assert artifacts.examine(PREFIX)[0].endswith("model.safetensors: missing")
     publish(artifacts, "again")
     assert path.read_text() == "again"
-    assert artifacts.verify("pretrain", KEY, deep=True) == []
+    assert artifacts.examine(PREFIX) == []
 
 
 def test_only_a_deep_check_sees_a_flipped_byte(artifacts: ArtifactStore) -> None:
     path = publish(artifacts).path / "sub" / "model.safetensors"
     path.write_text("weightz")
-    assert artifacts.verify("pretrain", KEY) == []
-    assert "sha256" in artifacts.verify("pretrain", KEY, deep=True)[0]
+    assert artifacts.find("pretrain", KEY) is not None
+    assert "sha256" in artifacts.examine(PREFIX)[0]
 
 
 def test_a_flipped_byte_is_seen_by_whoever_reads_and_mended_by_whoever_publishes(

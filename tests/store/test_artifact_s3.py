@@ -21,6 +21,7 @@ from orchestrator.store.open import fetch
 from orchestrator.store.s3 import S3Store
 
 KEY = "0123456789abcdef" * 4
+PREFIX = "artifacts/pretrain-0123456789abcdef/"
 
 
 @pytest.fixture
@@ -120,8 +121,8 @@ def test_a_file_that_is_damaged_in_the_store_is_named(artifacts: ArtifactStore) 
     assert "manifest.json" in str(caught.value.hint)
     assert "sub/model.safetensors" not in contents(made.path)
     assert not (made.path / "manifest.json").exists()
-    assert artifacts.verify("pretrain", KEY) == []
-    assert "sha256" in artifacts.verify("pretrain", KEY, deep=True)[0]
+    assert artifacts.find("pretrain", KEY) is not None
+    assert "sha256" in artifacts.examine(PREFIX)[0]
 
 
 def test_missing_and_truncated_objects_make_it_absent_until_made_again(artifacts: ArtifactStore) -> None:
@@ -130,10 +131,10 @@ def test_missing_and_truncated_objects_make_it_absent_until_made_again(artifacts
     artifacts.store.put_bytes(name, b"weigh")
     assert artifacts.find("pretrain", KEY) is None
     artifacts.store.delete(name)
-    assert artifacts.verify("pretrain", KEY) == [f"{name}: missing"]
+    assert artifacts.examine(PREFIX) == [f"{name}: missing"]
     made = publish(artifacts, "again")
     assert contents(artifacts.fetch(made))["sub/model.safetensors"] == "again"
-    assert artifacts.verify("pretrain", KEY, deep=True) == []
+    assert artifacts.examine(PREFIX) == []
 
 
 def test_a_copy_of_an_earlier_artifact_of_the_same_key_is_replaced(artifacts: ArtifactStore) -> None:
