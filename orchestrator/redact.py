@@ -19,9 +19,10 @@ HIDDEN = "***"
 _USER = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/?#@'\"]*@|[^\s/@'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"]*@)"
 )
-_WORD = r"(?:token|secret|passw(?:or)?d|passwd|pwd|signature|credential|api[_\-]?key|access[_\-]?key)"
+_WORD = r"(?:token|secret|pass(?:w(?:or)?d)?|pwd|jwt|signature|credential|api[_\-]?key|access[_\-]?key)"
 _PARAMETER = re.compile(
-    rf"(?P<name>[?&;](?:[\w.\-]*{_WORD}[\w.\-]*|sig|auth|key|code)=)(?P<value>[^&;#\s'\"]+)", re.IGNORECASE
+    rf"(?P<name>(?:[?&;#]|%3B)(?:[\w.\-]*{_WORD}[\w.\-]*|sig|auth|key|code)=)(?P<value>[^&;#\s'\"]+)",
+    re.IGNORECASE,
 )
 _FORMS = re.compile(
     r"\b(?:(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w\-]{20,}|hf_[A-Za-z0-9]{30,}"
@@ -41,8 +42,9 @@ def redacted(text: str) -> str:
         text = _PARAMETER.sub(rf"\g<name>{HIDDEN}", text)
     text = _FORMS.sub(HIDDEN, text)
     for name, value in os.environ.items():
-        # A path to a file with a secret is none.
-        if len(value) >= _SHORTEST and not value.startswith("/") and value in text and _VARIABLE.search(name):
+        # The path of a file with a secret is none.
+        is_path = name.upper().endswith(("_FILE", "_PATH", "_DIR", "_CREDENTIALS"))
+        if len(value) >= _SHORTEST and not is_path and value in text and _VARIABLE.search(name):
             text = text.replace(value, HIDDEN)
     return text
 

@@ -506,6 +506,14 @@ def _one_or_many(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 
 
+def _number(value: Any) -> Any:
+    """YAML reads 1e-3 as a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _mix(value: Any) -> Any:
     """One name, a list of names, or weights by name; a list without repeats, in one order."""
     names = (value,) if isinstance(value, str) else value
@@ -513,6 +521,7 @@ def _mix(value: Any) -> Any:
         return tuple(sorted(set(names)))
     if not isinstance(names, Mapping) or not names:
         raise ValueError("mix must be a name, a list of names, or a mapping of names to weights")
+    names = {name: _number(weight) for name, weight in names.items()}
     for name, weight in names.items():
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not isinstance(name, str) or not number or not 0 < weight < math.inf:

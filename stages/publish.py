@@ -134,7 +134,7 @@ class Publish(Stage):
         model = students.path / "students" / student / "model"
         name = f"{context.pipeline}-{student}"
         tags = lineage(context, student, json.loads((model / "config.json").read_text()))
-        texts = {"README.md": card(name, self.alias, model, tags), "MLmodel": mlmodel(model)}
+        texts = {"README.md": card(name, model, tags), "MLmodel": mlmodel(model)}
         digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
         for path in sorted(path for path in model.rglob("*") if path.is_file()):
             known = students.manifest.files.get(path.relative_to(students.path).as_posix())
@@ -174,8 +174,11 @@ def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[s
     return tags | _evaluated(context, student)
 
 
-def card(name: str, alias: str, folder: Path, tags: Mapping[str, str]) -> str:
-    """The model card, Markdown; `folder` holds config.json and the weights."""
+def card(name: str, folder: Path, tags: Mapping[str, str]) -> str:
+    """The model card, Markdown; `folder` holds config.json and the weights.
+
+    It names no alias: that moves from version to version, and the card is part of a version's content.
+    """
     config = json.loads((folder / "config.json").read_text())
     size = config["extra"]["image_size"]
     megabytes = (folder / "model.safetensors").stat().st_size / 1e6
@@ -184,7 +187,6 @@ def card(name: str, alias: str, folder: Path, tags: Mapping[str, str]) -> str:
     )
     return _CARD.format(
         name=name,
-        alias=alias,
         size=size,
         preset=config["preset"],
         architecture=config["architecture"],
@@ -244,7 +246,7 @@ _CARD = """# {name}
 A vision backbone distilled from a self-supervised teacher (the DINOv3 recipe, arXiv 2508.10104):
 `{preset}`, {megabytes} MB of safetensors. It turns a photo into one vector (CLS) and a map of patch features.
 
-    orchestrator pull {name}@{alias} --out {name}
+    orchestrator pull {name}@ALIAS --out {name}
 
 ```python
 from PIL import Image

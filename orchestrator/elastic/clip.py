@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -53,8 +54,10 @@ class Clipper:
         finite = all(map(math.isfinite, norms))
         for index, slot in enumerate(self.slots):
             if finite and norms[slot] > self.max_norm:
+                # Norms are sums, whose last bits depend on the number of workers; this factor's do not, once rounded.
+                factor = float(np.float32(self.max_norm / norms[slot]))
                 for gradient in self.zero.averaged_gradients[index]:
-                    gradient.mul_(self.max_norm / norms[slot])
+                    gradient.mul_(factor)
         return dict(zip(self.names, norms, strict=True))
 
     def spoil(self) -> list[Tensor]:

@@ -220,6 +220,11 @@ def print_plan(console: Console, name: str, plans: Sequence[StagePlan]) -> None:
     running = [item.name for item in plans if item.action == "run"]
     to_run = f"{len(running)} of {len(plans)} stages to run: {', '.join(running)}"
     console.print(Text(to_run if running else _up_to_date(plans)), soft_wrap=True)
+    compared = [item.name for item in plans if item.action == "cached" and item.stage.effects]
+    if compared:
+        console.print(
+            Text(f"A run compares what {', '.join(compared)} publishes with the registry."), soft_wrap=True
+        )
     if note := _other_code(plans):
         console.print(Text(note, style="bright_black"), soft_wrap=True)
 

@@ -17,6 +17,7 @@ STEPS = 8
 CONFIGS: dict[str, dict[str, Any]] = {
     "whole": {},
     "chunked": {"chunk_rows": 5},
+    "clipped": {"optimizer": {"lr": {"peak": 5e-3, "warmup_steps": 1}, "clip_norm": 0.5}},
 }
 COMMON = {
     "steps": STEPS,

@@ -96,12 +96,16 @@ def test_addresses_without_secrets_are_fine(uri: str) -> None:
 def test_what_may_be_a_secret_is_taken_out_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "only-in-the-environment")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/begins/with+a/slash")
     told = {
         "see https://me:hush@host/x and s3://bucket/y": "see https://***@host/x and s3://bucket/y",
         "GET /a?X-Amz-Signature=hush&part=3": "GET /a?X-Amz-Signature=***&part=3",
         f"key {AWS_KEY}.": "key ***.",
         "it was only-in-the-environment": "it was ***",
         "read /home/me/key.json": "read /home/me/key.json",
+        "key /begins/with+a/slash": "key ***",
+        "http://h/#token=hush and http://h/?jwt=hush": "http://h/#token=*** and http://h/?jwt=***",
+        "mssql:///?odbc_connect=a%3BPWD=hush": "mssql:///?odbc_connect=a%3BPWD=***",
         "sample_order=3 and tokens=4": "sample_order=3 and tokens=4",
     }
     assert {text: redacted(text) for text in told} == told

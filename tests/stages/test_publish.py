@@ -145,7 +145,7 @@ def test_the_cards_snippet_runs_as_it_stands(
     Publish(kind="publish", names="femto").run(now)
     folder = registry.pull("snippet-femto@champion", tmp_path / "snippet-femto", uri)
     readme = (folder / "README.md").read_text()
-    assert "orchestrator pull snippet-femto@champion --out snippet-femto" in readme
+    assert "orchestrator pull snippet-femto@ALIAS --out snippet-femto" in readme
     assert f"| index | {'c' * 64} |" in readme
     assert "Licence" in readme
 
@@ -184,6 +184,8 @@ def test_only_the_named_students_under_another_alias(tracked: tuple[str, Trackin
     names = [model.name for model in client.search_registered_models(max_results=100)]
     assert [name for name in names if name.startswith("some-")] == ["some-tiny"]
     assert int(client.get_model_version_by_alias("some-tiny", "candidate").version) == 1
+    assert Publish(kind="publish", names="tiny", alias="prod").run(now) == {"published": 1.0}
+    assert int(client.get_model_version_by_alias("some-tiny", "prod").version) == 1, "the same weights"
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
