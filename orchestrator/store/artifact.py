@@ -2,7 +2,7 @@
 
 A manifest has the sha256 of every file. :meth:`ArtifactStore.find` looks at names and sizes only;
 :meth:`ArtifactStore.fetch`, which everybody who reads an artifact calls, compares the content. A process reads a file
-for that once, as long as the file does not change (:mod:`orchestrator.store.digests`).
+for that once, as long as the file does not change (:mod:`orchestrator.digests`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from orchestrator.digests import DIGESTS
 from orchestrator.errors import UserError
 from orchestrator.names import inside, parts_of
-from orchestrator.store.digests import DIGESTS
 from orchestrator.store.local import Store
 
 MANIFEST = "manifest.json"
