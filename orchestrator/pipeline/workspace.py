@@ -19,8 +19,8 @@ from orchestrator.store.artifact import Artifact, ArtifactStore
 from orchestrator.store.local import Store
 from orchestrator.store.open import is_remote, open_store
 from orchestrator.store.s3 import S3Store
+from orchestrator.tracking import moved
 
-TRACKED = "mlartifacts"
 _log = logging.getLogger(__name__)
 # Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
 _CHECKPOINTS = "checkpoints"
@@ -240,11 +240,11 @@ class Workspace:
     @property
     def tracked_files(self) -> str | None:
         """Where MLflow is to keep the artifacts of new experiments; None leaves that to it."""
-        return None if self._remote is None else f"{self._remote.uri}/{TRACKED}"
+        return None if self._remote is None else f"{self._remote.uri}/{moved.FOLDER}"
 
     def has_tracked_files(self) -> bool:
         """Whether anything is there."""
-        return self._remote is not None and next(iter(self._remote.list(f"{TRACKED}/")), None) is not None
+        return self._remote is not None and next(iter(self._remote.list(f"{moved.FOLDER}/")), None) is not None
 
 
 def folder_name(kind: str, key: str) -> str:
