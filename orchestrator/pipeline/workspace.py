@@ -74,6 +74,11 @@ class Workspace:
         """The store's artifacts; the store is made if it is missing."""
         return ArtifactStore(self.store())
 
+    @property
+    def artifacts_folder(self) -> Path:
+        """Where artifacts are on this machine; may be missing."""
+        return self._below("artifacts")
+
     def find(self, kind: str, key: str) -> Artifact | None:
         """The artifact, or None."""
         return self.artifacts().find(kind, key) if self.exists() else None
@@ -244,7 +249,9 @@ class Workspace:
 
     def has_tracked_files(self) -> bool:
         """Whether anything is there."""
-        return self._remote is not None and next(iter(self._remote.list(f"{moved.FOLDER}/")), None) is not None
+        return (
+            self._remote is not None and next(iter(self._remote.list(f"{moved.FOLDER}/")), None) is not None
+        )
 
 
 def folder_name(kind: str, key: str) -> str:

@@ -53,7 +53,7 @@ def backbone(tmp_path: Path) -> Path:
 
 def told(uri: str, spool: Path, backbone: Path, resume: tuple[str, str] | None = None) -> tuple[Run, Run]:
     """A pipeline's run and a stage's that have everything; all of it is sent when this returns."""
-    with Tracking(uri, "food", spool) as tracking:
+    with Tracking(uri, "food", spool, artifacts=backbone.parent) as tracking:
         root = tracking.run("food", resume_id=resume[0] if resume else None)
         stage = root.child("pretrain", resume_id=resume[1] if resume else None)
         for step in range(20):
