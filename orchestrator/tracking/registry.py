@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.redact import redacted
 from orchestrator.tracking import moved
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.runs import Run
@@ -45,21 +46,17 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
         content: `content_digest` of the files.
 
     Raises:
-        UserError: the registry cannot be reached.
+        UserError: the registry cannot be reached, or is damaged.
     """
     database = database_path(uri)
     if database is not None and not database.exists():
         return f"{name} is not in the registry: there is no database at {database}"
-    from mlflow.exceptions import MlflowException
-
-    client = connect(uri)
-    try:
+    with _answering(uri):
+        client = connect(uri)
         known = client.search_registered_models(f"name = '{name}'")
         if not known:
-            return f"{name} is not in the registry at {uri}"
+            return f"{name} is not in the registry at {redacted(uri)}"
         version = _existing(client, name, {**tags, CONTENT_TAG: content})
-    except MlflowException as error:
-        raise UserError(f"the registry at {uri} does not answer: {error}", where="tracking.uri") from error
     if version is None:
         return f"{name} has no version with this content and lineage"
     points_at = known[0].aliases.get(alias)
@@ -115,8 +112,9 @@ def publish(
             where="tracking.uri",
             hint="start the server, then run the pipeline again: it goes on here",
         )
-    client = connect(run.tracking_uri)
-    _ensure_model(client, name)
+    with _answering(run.tracking_uri):
+        client = connect(run.tracking_uri)
+        _ensure_model(client, name)
     marked = {**tags, CONTENT_TAG: content_digest(contents | dict(digests or {}))}
     known = _existing(client, name, marked)
     version = _create(client, run_id, name, folder, marked, facts or Facts()) if known is None else known
@@ -155,9 +153,9 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
         raise UserError(
             f"there is no MLflow database at {database}", where=uri, hint="give the pipeline's tracking.uri"
         )
-    client = connect(uri)
+    with _answering(uri, where=uri):
+        client = connect(uri)
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +172,9 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
             raise UserError(f"the files of {reference} are not those that were published", where=source)
         folder.chmod(0o755)
         folder.replace(out)
-    except (MlflowException, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of MLflow, of the database under it, or of the store of the files
         raise UserError(f"cannot pull {reference} from {uri}: {error}", where=uri) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -193,6 +193,31 @@ def sha256(path: Path) -> str:
     """Of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
+    """Makes a UserError that names the address of whatever MLflow, SQLAlchemy or a driver raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        what = redacted(f"the registry at {uri} does not answer: {why}")
+        raise UserError(what, where=where, hint=_cure(uri, error)) from error
+
+
+def _cure(uri: str, error: Exception) -> str | None:
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"install the database's driver, {error.name}, or name the one you have: postgresql+psycopg2://…"
+        )
+    if "mlflow db upgrade" in str(error):
+        return redacted(f"copy the database, then: mlflow db upgrade {uri}")
+    if database_path(uri) is not None:
+        return "put back a copy of the database, or move it away to begin with an empty one"
+    return None
 
 
 def _address(store: str) -> str:

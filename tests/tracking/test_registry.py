@@ -256,6 +256,49 @@ def test_only_models_without_pickles_are_published(run: SpooledRun, tmp_path: Pa
         registry.publish(run, "food-vit", folder, {}, "best")
 
 
+def damage(uri: str, how: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///"))
+    if how == "garbage":
+        path.write_bytes(b"garbage" * 1000)
+        return
+    with sqlite3.connect(path) as change:
+        if how == "old":
+            change.execute("update alembic_version set version_num = '451aebb31d03'")
+        else:
+            change.execute("drop table registered_models")
+
+
+@pytest.mark.parametrize(
+    ("how", "hint"), [("garbage", "put back"), ("old", "mlflow db upgrade sqlite:///"), ("half", "put back")]
+)
+def test_a_database_that_cannot_be_used_is_named(uri: str, tmp_path: Path, how: str, hint: str) -> None:
+    damage(uri, how)
+    with pytest.raises(UserError) as caught:
+        registry.difference(uri, "food-vit", "", {}, "best")
+    assert uri in caught.value.what
+    assert hint in (caught.value.hint or "")
+    assert len(caught.value.what.splitlines()) == 1
+    with pytest.raises(UserError) as caught:
+        registry.pull("food-vit@best", tmp_path / "out", uri)
+    assert uri in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no route to {}"), ModuleNotFoundError("no {}"), KeyError("{}")]
+)
+def test_an_address_is_named_without_its_secrets(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "postgresql://me:hush-hush@db.example/mlflow"
+
+    def refuse(uri: str) -> MlflowClient:
+        raise type(error)(str(error.args[0]).format(uri))
+
+    monkeypatch.setattr(registry, "connect", refuse)
+    with pytest.raises(UserError) as caught:
+        registry.difference(address, "food-vit", "", {}, "best")
+    assert "db.example/mlflow" in caught.value.what
+    assert "hush" not in caught.value.what + str(caught.value)
+
+
 def test_publishing_needs_tracking(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tracking is off"):
         registry.publish(NullRun(), "food-vit", model(tmp_path / "model"), {}, "best")
