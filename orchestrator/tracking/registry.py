@@ -56,7 +56,7 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
         known = client.search_registered_models(f"name = '{name}'")
         if not known:
             return f"{name} is not in the registry at {redacted(uri)}"
-        version = _existing(client, name, {**tags, CONTENT_TAG: content})
+        version, is_newest = _existing(client, name, {**tags, CONTENT_TAG: content})
     if version is None:
         return f"{name} has no version with this content and lineage"
     points_at = known[0].aliases.get(alias)
@@ -64,6 +64,8 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
         return f"{name} version {version} lacks the alias {alias}"
     if int(points_at) != version:
         return f"{name}@{alias} is version {points_at}, should be {version}"
+    if is_newest and not tags.items() <= known[0].tags.items():
+        return f"{name} has other tags than its version {version}"
     return None
 
 
@@ -87,7 +89,8 @@ def publish(
         folder: safetensors, JSON and Markdown files; at least `config.json` and one safetensors file.
         digests: the sha256 of files by name, as they were recorded when the model was trained. The version is
             marked with these, and `pull` compares with them.
-        tags: lineage; set on the version, and on the registered model as that of its newest version.
+        tags: lineage; set on the version, and on the registered model if that is its newest version: of two stages
+            that publish under one name with an alias each, one has the say.
         facts: what the version's LoggedModel has besides.
         timeout: seconds to wait until MLflow knows the run.
 
@@ -116,10 +119,10 @@ def publish(
         client = connect(run.tracking_uri)
         _ensure_model(client, name)
     marked = {**tags, CONTENT_TAG: content_digest(contents | dict(digests or {}))}
-    known = _existing(client, name, marked)
+    known, is_newest = _existing(client, name, marked)
     version = _create(client, run_id, name, folder, marked, facts or Facts()) if known is None else known
     try:
-        for key, value in tags.items():
+        for key, value in tags.items() if is_newest or known is None else ():
             client.set_registered_model_tag(name, key, value)
         # The alias comes last: a version that has none was not published to the end, and the next run finds it.
         client.set_registered_model_alias(name, alias, str(version))
@@ -275,11 +278,15 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> int | None:
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if version.status == "READY" and tags.items() <= version.tags.items():
-            return int(version.version)
-    return None
+def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> tuple[int | None, bool]:
+    """The newest version that has these tags, or None, and whether it is the newest of all."""
+    versions = {int(one.version): one for one in client.search_model_versions(f"name = '{name}'")}
+    found = [
+        number
+        for number, one in versions.items()
+        if one.status == "READY" and tags.items() <= one.tags.items()
+    ]
+    return (max(found), max(found) == max(versions)) if found else (None, False)
 
 
 def _create(

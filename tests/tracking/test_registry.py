@@ -256,6 +256,31 @@ def test_only_models_without_pickles_are_published(run: SpooledRun, tmp_path: Pa
         registry.publish(run, "food-vit", folder, {}, "best")
 
 
+def test_tags_of_the_model_are_those_of_its_newest_version(
+    run: SpooledRun, client: MlflowClient, uri: str, tmp_path: Path
+) -> None:
+    folder = model(tmp_path / "model")
+    content = registry.content_digest({path.name: sha256(path) for path in folder.iterdir()})
+    other = {**LINEAGE, "dataset": "stamps"}
+
+    def found(tags: dict[str, str], alias: str) -> str | None:
+        return registry.difference(uri, "food-vit", content, tags, alias)
+
+    registry.publish(run, "food-vit", folder, LINEAGE, "best")
+    client.set_registered_model_tag("food-vit", "dataset", "plants")
+    assert found(LINEAGE, "best") == "food-vit has other tags than its version 1"
+    client.delete_registered_model_tag("food-vit", "dataset")
+    assert found(LINEAGE, "best") == "food-vit has other tags than its version 1"
+    assert registry.publish(run, "food-vit", folder, LINEAGE, "best") == 1
+    assert found(LINEAGE, "best") is None
+
+    # Two stages that publish under one name have nothing to mend in turn.
+    registry.publish(run, "food-vit", folder, other, "candidate")
+    assert registry.publish(run, "food-vit", folder, LINEAGE, "best") == 1
+    assert (found(LINEAGE, "best"), found(other, "candidate")) == (None, None)
+    assert client.get_registered_model("food-vit").tags == other
+
+
 def damage(uri: str, how: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     if how == "garbage":
