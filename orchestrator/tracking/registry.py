@@ -21,6 +21,7 @@ from orchestrator.tracking.spool import now_ms
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
 CONTENT_TAG = "orchestrator.sha256"
@@ -294,30 +295,45 @@ def _create(
 ) -> int:
     from mlflow.entities import LoggedModelOutput, Metric
 
-    experiment_id = client.get_run(run_id).info.experiment_id
-    model = client.create_logged_model(
-        experiment_id,
-        name=model_name(name),
-        source_run_id=run_id,
-        tags=dict(tags),
-        params=dict(facts.params),
-        model_type=facts.kind,
-    )
+    run = client.get_run(run_id)
+    model = _begun(client, run.info.experiment_id, name, tags)
+    if model is None:
+        model = client.create_logged_model(
+            run.info.experiment_id,
+            name=model_name(name),
+            source_run_id=run_id,
+            tags=dict(tags),
+            params=dict(facts.params),
+            model_type=facts.kind,
+        )
     client.log_model_artifacts(model.model_id, str(folder))
-    client.finalize_logged_model(model.model_id, "READY")
+    if str(model.status) != "READY":
+        client.finalize_logged_model(model.model_id, "READY")
+    known = {metric.key for metric in model.metrics or [] if metric.run_id == run_id}
     # With the model's name: several are published in one run.
     figures = [
         Metric(f"{model_name(name)}/{figure}", value, now_ms(), facts.step, model_id=model.model_id)
         for figure, value in facts.metrics.items()
+        if f"{model_name(name)}/{figure}" not in known
     ]
     if figures:
         client.log_batch(run_id, metrics=figures)
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, facts.step)])
+    if model.model_id not in [one.model_id for one in (run.outputs.model_outputs if run.outputs else [])]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, facts.step)])
     # Not models:/<id>: the SQL registry would look that up in the process-wide tracking store, not in ours.
     version = client.create_model_version(
         name, model.artifact_location, run_id=run_id, tags=dict(tags), model_id=model.model_id
     )
     return int(version.version)
+
+
+def _begun(
+    client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]
+) -> LoggedModel | None:
+    """The logged model that an earlier try at the same version began, if any: with these tags, so of this content."""
+    found = client.search_logged_models([experiment_id], f"tags.`{CONTENT_TAG}` = '{tags[CONTENT_TAG]}'")
+    same = [one for one in found if one.name == model_name(name) and tags.items() <= one.tags.items()]
+    return same[0] if same else None
 
 
 def _resolve(client: MlflowClient, reference: str) -> ModelVersion:

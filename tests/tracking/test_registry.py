@@ -256,6 +256,47 @@ def test_only_models_without_pickles_are_published(run: SpooledRun, tmp_path: Pa
         registry.publish(run, "food-vit", folder, {}, "best")
 
 
+@pytest.mark.parametrize(
+    "dies_at",
+    ["log_model_artifacts", "finalize_logged_model", "log_batch", "log_outputs", "create_model_version"],
+)
+def test_tries_that_die_halfway_leave_one_logged_model(
+    run: SpooledRun,
+    client: MlflowClient,
+    uri: str,
+    tmp_path: Path,
+    dies_at: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class DiedError(Exception):
+        pass
+
+    def die(*args: Any, **options: Any) -> None:
+        raise DiedError
+
+    folder, facts = model(tmp_path / "model"), registry.Facts(kind="vit", metrics={"accuracy": 0.5})
+    registry.publish(run, "other-vit", model(tmp_path / "other"), LINEAGE, "best", facts=facts)
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, dies_at, die)
+        for _ in range(2):
+            with pytest.raises(DiedError):
+                registry.publish(run, "food-vit", folder, LINEAGE, "best", facts=facts)
+    assert registry.publish(run, "food-vit", folder, LINEAGE, "best", facts=facts) == 1
+
+    experiment = client.get_experiment_by_name("food")
+    assert experiment is not None
+    models = client.search_logged_models([experiment.experiment_id])
+    assert sorted((one.name, str(one.status)) for one in models) == [
+        ("food-vit", "READY"),
+        ("other-vit", "READY"),
+    ]
+    known = client.get_run(run.mlflow_run_id() or "")
+    assert len(known.outputs.model_outputs) == 2
+    assert len(client.get_metric_history(known.info.run_id, "food-vit/accuracy")) == 1
+    out = registry.pull("food-vit@best", tmp_path / "out", uri)
+    assert sha256(out / "model.safetensors") == sha256(folder / "model.safetensors")
+
+
 def test_tags_of_the_model_are_those_of_its_newest_version(
     run: SpooledRun, client: MlflowClient, uri: str, tmp_path: Path
 ) -> None:
