@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from orchestrator.digests import DIGESTS
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.spec import Names
 from orchestrator.stages.base import Context, Input, Stage
@@ -32,7 +33,7 @@ class Wanted:
         name: of the registered model.
         model: the student's weights and config, a folder of the artifact.
         texts: files that are laid beside them, by name.
-        content: sha256 of all these files, as the registry knows it.
+        digests: sha256 of all these files by name; of the model's from when it was trained.
         tags: lineage.
     """
 
@@ -40,7 +41,7 @@ class Wanted:
     name: str
     model: Path
     texts: Mapping[str, str]
-    content: str
+    digests: Mapping[str, str]
     tags: Mapping[str, str]
 
 
@@ -101,14 +102,14 @@ class Publish(Stage):
                 wanted.tags,
                 self.alias,
                 facts=facts,
-                digests=_trained(context, student),
+                digests=wanted.digests,
             )
             published.append(
                 {"name": wanted.name, "version": number, "alias": self.alias, "tags": wanted.tags}
             )
             models[student] = {
                 "model": wanted.tags["orchestrator.model"],
-                "sha256": registry.sha256(wanted.model / "model.safetensors"),
+                "sha256": wanted.digests["model.safetensors"],
             }
         # Where they went is the run's to say: the artifact holds for any registry and any name of the pipeline.
         (context.out / "models.json").write_text(json.dumps(models, indent=1) + "\n")
@@ -121,15 +122,13 @@ class Publish(Stage):
         """See :meth:`Stage.drift`: what the registry lacks, a line a student."""
         from orchestrator.tracking import registry
 
-        wanted = [self._wanted(context, student) for student in self._chosen(context)]
-        found = [
-            registry.difference(tracking_uri, one.name, one.content, one.tags, self.alias) for one in wanted
-        ]
+        found = []
+        for one in (self._wanted(context, student) for student in self._chosen(context)):
+            content = registry.content_digest(one.digests)
+            found.append(registry.difference(tracking_uri, one.name, content, one.tags, self.alias))
         return [line for line in found if line is not None]
 
     def _wanted(self, context: Context, student: str) -> Wanted:
-        from orchestrator.tracking import registry
-
         students = context.inputs["students"]
         model = students.path / "students" / student / "model"
         name = f"{context.pipeline}-{student}"
@@ -138,8 +137,8 @@ class Publish(Stage):
         digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
         for path in sorted(path for path in model.rglob("*") if path.is_file()):
             known = students.manifest.files.get(path.relative_to(students.path).as_posix())
-            digests[path.relative_to(model).as_posix()] = known.sha256 if known else registry.sha256(path)
-        return Wanted(student, name, model, texts, registry.content_digest(digests), tags)
+            digests[path.relative_to(model).as_posix()] = known.sha256 if known else DIGESTS.of(path)
+        return Wanted(student, name, model, texts, digests, tags)
 
     def _chosen(self, context: Context) -> list[str]:
         folders = (context.inputs["students"].path / "students").iterdir()
@@ -198,13 +197,6 @@ def _fresh_copy(model: Path, context: Context, student: str) -> Path:
     folder = context.work / student
     shutil.rmtree(folder, ignore_errors=True)
     return Path(shutil.copytree(model, folder))
-
-
-def _trained(context: Context, student: str) -> dict[str, str]:
-    """The sha256 of the model's files by name, from when the students were trained."""
-    top = f"students/{student}/model/"
-    files = context.inputs["students"].manifest.files
-    return {name.removeprefix(top): entry.sha256 for name, entry in files.items() if name.startswith(top)}
 
 
 def _evaluated(context: Context, student: str) -> dict[str, str]:

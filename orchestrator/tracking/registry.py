@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.digests import DIGESTS
 from orchestrator.errors import UserError, nearest
 from orchestrator.redact import redacted
 from orchestrator.tracking import moved
@@ -193,12 +194,6 @@ def content_digest(files: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def _answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
     """Makes a UserError that names the address of whatever MLflow, SQLAlchemy or a driver raises."""
@@ -230,7 +225,7 @@ def _address(store: str) -> str:
 
 def _contents(folder: Path) -> dict[str, str]:
     """The sha256 of all files of `folder`, by name."""
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in _files(folder)}
+    return {path.relative_to(folder).as_posix(): DIGESTS.of(path) for path in _files(folder)}
 
 
 def _require_trained(name: str, contents: Mapping[str, str], digests: Mapping[str, str]) -> None:

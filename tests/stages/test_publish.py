@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -297,6 +298,44 @@ def test_a_student_may_have_a_dot_in_its_name(tracked: tuple[str, Tracking], tmp
     (tmp_path / "distill" / "students" / "femto").rename(tmp_path / "distill" / "students" / "vit-s.16")
     assert Publish(kind="publish", names="vit-s.16").run(now) == {"published": 1.0}
     assert int(MlflowClient(uri, uri).get_model_version_by_alias("dotted-vit-s.16", "champion").version) == 1
+
+
+def as_published(now: Context) -> Context:
+    """The same with the digests of all files of the students in the manifest, as `ArtifactStore.publish` has them."""
+    students = now.inputs["students"]
+    files = {
+        one.relative_to(students.path).as_posix(): FileEntry(
+            size=one.stat().st_size, sha256=hashlib.sha256(one.read_bytes()).hexdigest()
+        )
+        for one in students.path.rglob("*")
+        if one.is_file()
+    }
+    manifest = students.manifest.model_copy(update={"files": files})
+    return replace(now, inputs={**now.inputs, "students": replace(students, manifest=manifest)})
+
+
+def test_weights_are_read_once_to_be_published(
+    tracked: tuple[str, Tracking], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes to the registry is compared with what was trained; nothing else has to know digests anew."""
+    uri, tracking = tracked
+    now = as_published(context(tmp_path, "once", tracking.run("publish")))
+    hashed: list[str] = []
+    digest_of = hashlib.file_digest
+
+    def count(file: Any, *args: Any) -> Any:
+        hashed.append(Path(file.name).name)
+        return digest_of(file, *args)
+
+    monkeypatch.setattr(hashlib, "file_digest", count)
+    Publish(kind="publish", names="femto").run(now)
+    assert hashed.count("model.safetensors") == 1
+    known = json.loads((now.out / "models.json").read_text())["femto"]["sha256"]
+    weights = now.inputs["students"].path / "students" / "femto" / "model" / "model.safetensors"
+    assert known == hashlib.sha256(weights.read_bytes()).hexdigest()
+    hashed.clear()
+    assert Publish(kind="publish", names="femto").drift(now, uri) == []
+    assert hashed == []
 
 
 def test_a_student_that_is_not_what_was_trained_is_not_published(

@@ -17,6 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from orchestrator.digests import DIGESTS
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
 from orchestrator.stages.mlmodel import mlmodel
 from orchestrator.store.s3 import S3Store
@@ -109,9 +110,7 @@ def test_what_is_published_is_loaded_from_the_server(
     server: str, s3_uri: str, tmp_path: Path, backbone: Path
 ) -> None:
     (backbone / "MLmodel").write_text(mlmodel(backbone))
-    content = registry.content_digest(
-        {path.name: registry.sha256(path) for path in sorted(backbone.iterdir())}
-    )
+    content = registry.content_digest({path.name: DIGESTS.of(path) for path in sorted(backbone.iterdir())})
     with Tracking(server, "food", tmp_path / "spool") as tracking:
         run = tracking.run("publish")
         assert registry.difference(server, "food-vit", content, TAGS, "champion") is not None
