@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from orchestrator.digests import DIGESTS
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.spec import Names
-from orchestrator.stages.base import Context, Input, Stage
+from orchestrator.stages.base import Context, Input, Stage, figures_of
 from orchestrator.stages.mlmodel import mlmodel
 
 # What MLflow keeps for itself: `latest` however written, and versions.
@@ -141,8 +141,7 @@ class Publish(Stage):
         return Wanted(student, name, model, texts, digests, tags)
 
     def _chosen(self, context: Context) -> list[str]:
-        folders = (context.inputs["students"].path / "students").iterdir()
-        students = sorted(path.name for path in folders if path.is_dir())
+        students = _students(context)
         for name in self.names:
             if name not in students:
                 near = nearest(name, students)
@@ -152,6 +151,12 @@ class Publish(Stage):
                     hint=f"did you mean {near!r}?" if near else f"there are: {', '.join(students)}",
                 )
         return list(dict.fromkeys(self.names)) or students
+
+
+def _students(context: Context) -> list[str]:
+    """All that there are to publish."""
+    folders = (context.inputs["students"].path / "students").iterdir()
+    return sorted(path.name for path in folders if path.is_dir())
 
 
 def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[str, str]:
@@ -215,11 +220,7 @@ def _evaluated(context: Context, student: str) -> dict[str, str]:
 
 def _figures(context: Context, student: str) -> dict[str, float]:
     """The student's own figures among its stage's, and its k-NN accuracy if it was evaluated."""
-    own = {
-        name.removeprefix(f"{student}_"): value
-        for name, value in context.inputs["students"].manifest.summary.items()
-        if name.startswith(f"{student}_")
-    }
+    own = figures_of(student, _students(context), context.inputs["students"].manifest.summary)
     accuracy = _evaluated(context, student).get("orchestrator.knn_accuracy")
     return own if accuracy is None else {**own, "knn_accuracy": float(accuracy)}
 

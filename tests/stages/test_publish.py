@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.spec import Elastic
-from orchestrator.stages.base import Context
+from orchestrator.stages.base import Context, figures_of
 from orchestrator.stages.publish import Publish
 from orchestrator.store.artifact import Artifact, FileEntry, Manifest
 from orchestrator.tracking import registry
@@ -298,6 +298,38 @@ def test_a_student_may_have_a_dot_in_its_name(tracked: tuple[str, Tracking], tmp
     (tmp_path / "distill" / "students" / "femto").rename(tmp_path / "distill" / "students" / "vit-s.16")
     assert Publish(kind="publish", names="vit-s.16").run(now) == {"published": 1.0}
     assert int(MlflowClient(uri, uri).get_model_version_by_alias("dotted-vit-s.16", "champion").version) == 1
+
+
+def test_figures_go_to_the_student_of_the_whole_name(tracked: tuple[str, Tracking], tmp_path: Path) -> None:
+    uri, tracking = tracked
+    now = context(tmp_path, "names", tracking.run("publish"))
+    folder = tmp_path / "distill" / "students"
+    (folder / "femto").rename(folder / "vit")
+    (folder / "tiny").rename(folder / "vit_hr")
+    students = now.inputs["students"]
+    summary = {"vit_last_loss": 1.0, "vit_hr_last_loss": 2.0, "goodput": 0.5}
+    manifest = students.manifest.model_copy(update={"summary": summary})
+    inputs = {"students": replace(students, manifest=manifest)}
+    run = tracking.run("publish")
+    Publish(kind="publish", names="vit").run(replace(now, inputs=inputs, run=run))
+    metrics = MlflowClient(uri, uri).get_run(run.mlflow_run_id() or "").data.metrics
+    assert metrics == {"names-vit/last_loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("vit", {"loss": 1.0}),
+        ("vit_hr", {"loss": 2.0}),
+        ("vit_hr_x", {"loss": 3.0}),
+        ("vi", {}),
+        ("", {"vit_loss": 1.0, "vit_hr_loss": 2.0, "vit_hr_x_loss": 3.0, "goodput": 0.5}),
+    ],
+)
+def test_figures_of_models_whose_names_begin_alike(name: str, own: dict[str, float]) -> None:
+    summary = {"vit_loss": 1.0, "vit_hr_loss": 2.0, "vit_hr_x_loss": 3.0, "goodput": 0.5}
+    names = ["vit", "vit_hr", "vit_hr_x", "vi"] if name else [""]
+    assert figures_of(name, names, summary) == own
 
 
 def as_published(now: Context) -> Context:
