@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +16,7 @@ from pydantic import Field, field_validator
 from orchestrator.digests import DIGESTS
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.spec import Names
-from orchestrator.stages.base import Context, Input, Stage, figures_of
+from orchestrator.stages.base import PACKAGE, Context, Input, Stage, figures_of, made_by
 from orchestrator.stages.mlmodel import mlmodel
 
 # What MLflow keeps for itself: `latest` however written, and versions.
@@ -131,9 +130,10 @@ class Publish(Stage):
     def _wanted(self, context: Context, student: str) -> Wanted:
         students = context.inputs["students"]
         model = students.path / "students" / student / "model"
+        python = made_by(students).get("python")
         name = f"{context.pipeline}-{student}"
         tags = lineage(context, student, json.loads((model / "config.json").read_text()))
-        texts = {"README.md": card(name, self.alias, model, tags), "MLmodel": mlmodel(model)}
+        texts = {"README.md": card(name, self.alias, model, tags), "MLmodel": mlmodel(model, python)}
         digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
         for path in sorted(path for path in model.rglob("*") if path.is_file()):
             known = students.manifest.files.get(path.relative_to(students.path).as_posix())
@@ -167,7 +167,6 @@ def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[s
         "orchestrator.pipeline": context.pipeline,
         "orchestrator.student": student,
         "orchestrator.model": str(config["preset"]),
-        "orchestrator.version": _package_version(),
         "orchestrator.students": distilled.key,
         **{f"orchestrator.key.{name}": key for name, key in context.keys.items()},
     }
@@ -175,6 +174,9 @@ def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[s
         tags["orchestrator.index"] = parts["inputs"]["index"]
     if code := distilled.manifest.provenance.get("code"):
         tags["orchestrator.code"] = code["digest"]
+    # Not that of whoever publishes: an upgrade would register the same weights once more.
+    if version := made_by(distilled).get(PACKAGE):
+        tags["orchestrator.version"] = version
     return tags | _evaluated(context, student)
 
 
@@ -223,13 +225,6 @@ def _figures(context: Context, student: str) -> dict[str, float]:
     own = figures_of(student, _students(context), context.inputs["students"].manifest.summary)
     accuracy = _evaluated(context, student).get("orchestrator.knn_accuracy")
     return own if accuracy is None else {**own, "knn_accuracy": float(accuracy)}
-
-
-def _package_version() -> str:
-    try:
-        return version("dinov3-orchestrator")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
 
 
 _CARD = """# {name}

@@ -20,7 +20,7 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import ResolvedStage, StagePlan
 from orchestrator.pipeline.reporter import figures
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.stages.base import figures_of
+from orchestrator.stages.base import figures_of, made_by
 from orchestrator.stages.mlmodel import mlmodel
 from orchestrator.store.artifact import MANIFEST, Artifact
 from orchestrator.tracking.runs import Dataset, Model, Run
@@ -108,7 +108,7 @@ def models(
                 name=f"{stage.name}-{name}" if name else stage.name,
                 kind=str(config.get("preset", stage.parts.kind)),
                 folder=folder if is_small else None,
-                texts={"MLmodel": mlmodel(folder)} if is_small else {},
+                texts={"MLmodel": mlmodel(folder, made_by(artifact).get("python"))} if is_small else {},
                 params={**_params(stage, name), "model": config.get("config", config)},
                 tags={
                     "orchestrator.stage": stage.name,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import platform
 import re
 import threading
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ KEYS = {"distill": "d" * 64, "pretrain": "b" * 64, "curate": "c" * 64}
 PROVENANCE = {
     "parts": {"inputs": {"index": "c" * 64, "teacher": "b" * 64}},
     "code": {"digest": "0123456789abcdef", "files": {}},
+    "made_by": {"dinov3-orchestrator": "0.0.1", "python": "3.9"},
 }
 SUMMARY = {"femto_last_loss": 1.5, "tiny_last_loss": 2.5, "images_forwarded": 64.0}
 SIZE = 16
@@ -107,13 +110,13 @@ def test_students_are_published_with_lineage_and_pulled(
         "orchestrator.students": "d" * 64,
         "orchestrator.index": "c" * 64,
         "orchestrator.code": "0123456789abcdef",
+        "orchestrator.version": "0.0.1",
         "orchestrator.key.pretrain": "b" * 64,
         "orchestrator.key.curate": "c" * 64,
         "orchestrator.knn_accuracy": "0.5123",
         "orchestrator.knn": "leave-one-out, k=5, n=406",
     }
     assert expected.items() <= version.tags.items()
-    assert "orchestrator.version" in version.tags
     other = MlflowClient(uri, uri).get_model_version_by_alias("food-tiny", "champion")
     assert "orchestrator.knn_accuracy" not in other.tags
 
@@ -344,6 +347,25 @@ def as_published(now: Context) -> Context:
     }
     manifest = students.manifest.model_copy(update={"files": files})
     return replace(now, inputs={**now.inputs, "students": replace(students, manifest=manifest)})
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_an_upgrade_publishes_nothing_anew(
+    tracked: tuple[str, Tracking], tmp_path: Path, says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of students whose artifact is from before artifacts said what made them."""
+    uri, tracking = tracked
+    now = context(tmp_path, f"upgrade-{says}", tracking.run("publish"))
+    if not says:
+        now = replace(now, inputs={"students": artifact("distill", "d" * 64, tmp_path / "distill", {})})
+    stage = Publish(kind="publish", names="femto")
+    stage.run(now)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.9")
+    monkeypatch.setattr(platform, "python_version_tuple", lambda: ("3", "99", "0"))
+    assert stage.drift(now, uri) == []
+    pulled = registry.pull(f"upgrade-{says}-femto@champion", tmp_path / "pulled", uri)
+    assert ("python_version: '3.9'" in (pulled / "MLmodel").read_text()) == says
+    assert ("| version | 0.0.1 |" in (pulled / "README.md").read_text()) == says
 
 
 def test_weights_are_read_once_to_be_published(
