@@ -67,9 +67,8 @@ class HomogeneousMixStage(MixStage):
         """The order in which this stage draws rows; see :func:`orchestrator.data.mix.sample_order`."""
         from orchestrator.data.mix import sample_order
 
-        return sample_order(
-            index, self.mix, self.homogeneous, self.homogeneous_ratio, batch_size=batch_size, seed=seed
-        )
+        homogeneous = None if self.homogeneous is None else (self.homogeneous, self.homogeneous_ratio)
+        return sample_order(index, self.mix, homogeneous, batch_size=batch_size, seed=seed)
 
     def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
         """See :class:`Stage`."""
