@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from bench.harness import Claim, summarize
 from orchestrator.data import curation
-from orchestrator.data.index import CHOSEN, LEFT_OUT, PhotoIndex
+from orchestrator.data.components import CHOSEN, LEFT_OUT
+from orchestrator.data.index import PhotoIndex
 from orchestrator.data.mix import by_cluster, count_draws, effective_number
 from orchestrator.data.order import SampleOrder
 from orchestrator.data.source import Photo

@@ -104,7 +104,7 @@ class Draws:
 
         `draws` are counted by cluster; `left_out` is the share of them that the curation had left out.
         """
-        from orchestrator.data.index import LEFT_OUT
+        from orchestrator.data.components import LEFT_OUT
         from orchestrator.data.mix import by_cluster, count_draws, effective_number
 
         drawn_N = count_draws(self.index, self.order, num_steps)

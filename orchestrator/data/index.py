@@ -11,13 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from orchestrator.data.components import LEFT_OUT, UNCURATED
 from orchestrator.errors import UserError
 from orchestrator.spec import MAX_PIXELS
 
 FILE = "index.parquet"
-# The components that a curation makes: what it chose, and what it left out. Rows that no curation has seen are
-# in a component of their own.
-CHOSEN, LEFT_OUT, UNCURATED = "balanced", "pool", "all"
 
 _SCHEMA = pa.schema(
     [

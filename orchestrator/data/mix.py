@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.index import LEFT_OUT, PhotoIndex
+from orchestrator.data.components import LEFT_OUT
+from orchestrator.data.index import PhotoIndex
 from orchestrator.data.order import SampleOrder
 from orchestrator.errors import UserError, nearest
 
