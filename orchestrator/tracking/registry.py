@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.digests import DIGESTS
-from orchestrator.errors import UserError, nearest
+from orchestrator.errors import UserError, first_line, nearest
 from orchestrator.redact import redacted
 from orchestrator.tracking import moved
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
@@ -202,8 +202,7 @@ def _answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        why = str(error).partition("\n")[0] or type(error).__name__
-        what = redacted(f"the registry at {uri} does not answer: {why}")
+        what = redacted(f"the registry at {uri} does not answer: {first_line(error)}")
         raise UserError(what, where=where, hint=_cure(uri, error)) from error
 
 
