@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from bench.harness import Claim, UnfairError, as_json, calibrate, cpu_seconds, print_claim
-from orchestrator.errors import UserError, nearest
+from orchestrator.errors import UserError, first_line, nearest
 
 
 def claims(folder: Path) -> dict[str, str]:
@@ -86,8 +86,7 @@ def options(run: Callable[..., Claim], arguments: Sequence[str]) -> dict[str, An
         try:
             given[name] = TypeAdapter(known[name]).validate_python(value)
         except ValidationError as error:
-            what = error.errors()[0]["msg"]
-            raise UserError(f"{option} {value}: {what}", where="python -m bench") from None
+            raise UserError(f"{option} {value}: {first_line(error)}", where="python -m bench") from None
     return given
 
 

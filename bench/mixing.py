@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from bench.harness import Claim, summarize
 from orchestrator.data import curation
-from orchestrator.data.index import CHOSEN, LEFT_OUT, PhotoIndex
+from orchestrator.data.components import CHOSEN, LEFT_OUT
+from orchestrator.data.index import PhotoIndex
 from orchestrator.data.mix import by_cluster, count_draws, effective_number
 from orchestrator.data.order import SampleOrder
 from orchestrator.data.source import Photo
@@ -94,7 +95,7 @@ def _draw(file: Path, seed: int, num_photos: int) -> dict[str, list[int]]:
     curate, stage = cast("Curate", stages["curate"]), cast("Pretrain", stages["pretrain"])
     index = zipf_index(Path(), float(curate.sample), curate.data_sources(), num_photos, seed)
     chosen, left_out = index.rows_of(CHOSEN), index.rows_of(LEFT_OUT)
-    before = SampleOrder({LEFT_OUT: left_out}, None, chosen, 0.1, batch_size=_BATCH, seed=seed)
+    before = SampleOrder({LEFT_OUT: left_out}, None, (chosen, 0.1), batch_size=_BATCH, seed=seed)
     rows = {
         "raw": np.ones(len(index), dtype=np.int64),
         "chosen": np.bincount(chosen, minlength=len(index)),

@@ -72,6 +72,18 @@ def shortened(text: str, limit: int = _LINE) -> str:
     )
 
 
+def first_line(error: Exception) -> str:
+    """An error on one line; of a ValidationError its first complaint, with its place and without the value."""
+    # The command line is there before pydantic is.
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return f"{place}: {first['msg']}" if place else first["msg"]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def _cut(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text

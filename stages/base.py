@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,9 @@ from orchestrator.spec import DataSource, Elastic, StageSpec, operational
 from orchestrator.store.artifact import Artifact
 from orchestrator.store.local import Store
 from orchestrator.tracking.runs import Run
+
+# The name of this package among the installed ones.
+PACKAGE = "dinov3-orchestrator"
 
 
 @dataclass(frozen=True)
@@ -234,3 +237,26 @@ class TrainStage(Stage):
     compile: bool = operational(
         False, description="Whether the towers' blocks are compiled with torch.compile."
     )
+
+
+def figures_of(name: str, names: Iterable[str], summary: Mapping[str, float]) -> dict[str, float]:
+    """The figures of one of a stage's models: `last_loss` for what the summary has as `vit_last_loss`.
+
+    Args:
+        name: of the model; empty for the only one of its stage, which has all figures.
+        names: of all models of the stage. `vit_hr_last_loss` is not a figure of `vit` where there is a `vit_hr`.
+        summary: the stage's.
+    """
+    prefix = f"{name}_" if name else ""
+    longer = tuple(f"{other}_" for other in names if other.startswith(prefix) and other != name)
+    return {
+        figure.removeprefix(prefix): value
+        for figure, value in summary.items()
+        if figure.startswith(prefix) and not figure.startswith(longer)
+    }
+
+
+def made_by(artifact: Artifact) -> Mapping[str, str]:
+    """The versions of `python` and :data:`PACKAGE` that made an artifact, as far as it says."""
+    found = artifact.manifest.provenance.get("made_by")
+    return {str(name): str(version) for name, version in found.items()} if isinstance(found, dict) else {}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from orchestrator.data.components import CHOSEN, LEFT_OUT
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.stages.base import Context, Stage
 
@@ -70,7 +71,7 @@ class Curate(Stage):
     )
 
     needs_ray: ClassVar[bool] = False
-    components: ClassVar[tuple[str, ...]] = ("balanced", "pool")
+    components: ClassVar[tuple[str, ...]] = (CHOSEN, LEFT_OUT)
     outputs: ClassVar[Mapping[str, str]] = {
         "index.parquet": "one row a unique photo: where it is, caption, label, cluster, component",
         "embeddings.npy": "float32, one row a row of the index",
@@ -215,9 +216,7 @@ def _report(
     sizes, taken = (
         Counter(index.clusters.tolist()),
         Counter(
-            number
-            for number, name in zip(index.clusters.tolist(), components, strict=True)
-            if name == "balanced"
+            number for number, name in zip(index.clusters.tolist(), components, strict=True) if name == CHOSEN
         ),
     )
     return {

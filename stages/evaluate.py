@@ -315,7 +315,7 @@ def _pool(index: PhotoIndex) -> list[Draws]:
     """The photos of the index, and those of them that the curation chose, by cluster."""
     import numpy as np
 
-    from orchestrator.data.index import LEFT_OUT
+    from orchestrator.data.components import LEFT_OUT
     from orchestrator.data.mix import by_cluster, effective_number
     from orchestrator.stages.tasks.evaluation_results import Draws
 

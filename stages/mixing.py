@@ -67,9 +67,8 @@ class HomogeneousMixStage(MixStage):
         """The order in which this stage draws rows; see :func:`orchestrator.data.mix.sample_order`."""
         from orchestrator.data.mix import sample_order
 
-        return sample_order(
-            index, self.mix, self.homogeneous, self.homogeneous_ratio, batch_size=batch_size, seed=seed
-        )
+        homogeneous = None if self.homogeneous is None else (self.homogeneous, self.homogeneous_ratio)
+        return sample_order(index, self.mix, homogeneous, batch_size=batch_size, seed=seed)
 
     def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
         """See :class:`Stage`."""
@@ -105,7 +104,7 @@ class Draws:
 
         `draws` are counted by cluster; `left_out` is the share of them that the curation had left out.
         """
-        from orchestrator.data.index import LEFT_OUT
+        from orchestrator.data.components import LEFT_OUT
         from orchestrator.data.mix import by_cluster, count_draws, effective_number
 
         drawn_N = count_draws(self.index, self.order, num_steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,22 @@ LOADER = "orchestrator.stages.serving"
 _IMAGE = {"type": "binary", "name": "image", "required": True}
 
 
-def mlmodel(folder: Path) -> str:
-    """The text of `MLmodel` for a folder that `save_pretrained` or `save_aligned` wrote; the same for the same folder.
+def mlmodel(folder: Path, python: str | None = None) -> str:
+    """The text of `MLmodel` for a folder that `save_pretrained` or `save_aligned` wrote; the same for the same model.
+
+    `python` is the version that made the model, such as 3.11. Without it MLflow warns that it does not know, and loads
+    the model all the same.
 
     MLflow's python_function flavour: one column `image` with the bytes of a JPEG, PNG or WebP file a row → float32
     (rows, D), unit length.
     """
     return yaml.safe_dump(
         {
-            # No versions of packages: they would make another model of the same weights. They are tags of the run.
+            # No versions of what runs now: they would make another model of the same weights. They are tags of the run.
             "flavors": {
                 "python_function": {
                     "loader_module": LOADER,
-                    "python_version": ".".join(platform.python_version_tuple()[:2]),
+                    **({"python_version": python} if python is not None else {}),
                 }
             },
             "signature": {

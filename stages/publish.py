@@ -8,15 +8,15 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from orchestrator.digests import DIGESTS
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.spec import Names
-from orchestrator.stages.base import Context, Input, Stage
+from orchestrator.stages.base import PACKAGE, Context, Input, Stage, figures_of, made_by
 from orchestrator.stages.mlmodel import mlmodel
 
 # What MLflow keeps for itself: `latest` however written, and versions.
@@ -32,7 +32,7 @@ class Wanted:
         name: of the registered model.
         model: the student's weights and config, a folder of the artifact.
         texts: files that are laid beside them, by name.
-        content: sha256 of all these files, as the registry knows it.
+        digests: sha256 of all these files by name; of the model's from when it was trained.
         tags: lineage.
     """
 
@@ -40,7 +40,7 @@ class Wanted:
     name: str
     model: Path
     texts: Mapping[str, str]
-    content: str
+    digests: Mapping[str, str]
     tags: Mapping[str, str]
 
 
@@ -101,14 +101,14 @@ class Publish(Stage):
                 wanted.tags,
                 self.alias,
                 facts=facts,
-                digests=_trained(context, student),
+                digests=wanted.digests,
             )
             published.append(
                 {"name": wanted.name, "version": number, "alias": self.alias, "tags": wanted.tags}
             )
             models[student] = {
                 "model": wanted.tags["orchestrator.model"],
-                "sha256": registry.sha256(wanted.model / "model.safetensors"),
+                "sha256": wanted.digests["model.safetensors"],
             }
         # Where they went is the run's to say: the artifact holds for any registry and any name of the pipeline.
         (context.out / "models.json").write_text(json.dumps(models, indent=1) + "\n")
@@ -121,29 +121,27 @@ class Publish(Stage):
         """See :meth:`Stage.drift`: what the registry lacks, a line a student."""
         from orchestrator.tracking import registry
 
-        wanted = [self._wanted(context, student) for student in self._chosen(context)]
-        found = [
-            registry.difference(tracking_uri, one.name, one.content, one.tags, self.alias) for one in wanted
-        ]
+        found = []
+        for one in (self._wanted(context, student) for student in self._chosen(context)):
+            content = registry.content_digest(one.digests)
+            found.append(registry.difference(tracking_uri, one.name, content, one.tags, self.alias))
         return [line for line in found if line is not None]
 
     def _wanted(self, context: Context, student: str) -> Wanted:
-        from orchestrator.tracking import registry
-
         students = context.inputs["students"]
         model = students.path / "students" / student / "model"
+        python = made_by(students).get("python")
         name = f"{context.pipeline}-{student}"
         tags = lineage(context, student, json.loads((model / "config.json").read_text()))
-        texts = {"README.md": card(name, model, tags), "MLmodel": mlmodel(model)}
+        texts = {"README.md": card(name, model, tags), "MLmodel": mlmodel(model, python)}
         digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
         for path in sorted(path for path in model.rglob("*") if path.is_file()):
             known = students.manifest.files.get(path.relative_to(students.path).as_posix())
-            digests[path.relative_to(model).as_posix()] = known.sha256 if known else registry.sha256(path)
-        return Wanted(student, name, model, texts, registry.content_digest(digests), tags)
+            digests[path.relative_to(model).as_posix()] = known.sha256 if known else DIGESTS.of(path)
+        return Wanted(student, name, model, texts, digests, tags)
 
     def _chosen(self, context: Context) -> list[str]:
-        folders = (context.inputs["students"].path / "students").iterdir()
-        students = sorted(path.name for path in folders if path.is_dir())
+        students = _students(context)
         for name in self.names:
             if name not in students:
                 near = nearest(name, students)
@@ -155,6 +153,12 @@ class Publish(Stage):
         return list(dict.fromkeys(self.names)) or students
 
 
+def _students(context: Context) -> list[str]:
+    """All that there are to publish."""
+    folders = (context.inputs["students"].path / "students").iterdir()
+    return sorted(path.name for path in folders if path.is_dir())
+
+
 def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[str, str]:
     """Tags that say what a student is and came from; the same artifacts always have the same tags."""
     distilled = context.inputs["students"]
@@ -163,7 +167,6 @@ def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[s
         "orchestrator.pipeline": context.pipeline,
         "orchestrator.student": student,
         "orchestrator.model": str(config["preset"]),
-        "orchestrator.version": _package_version(),
         "orchestrator.students": distilled.key,
         **{f"orchestrator.key.{name}": key for name, key in context.keys.items()},
     }
@@ -171,6 +174,9 @@ def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[s
         tags["orchestrator.index"] = parts["inputs"]["index"]
     if code := distilled.manifest.provenance.get("code"):
         tags["orchestrator.code"] = code["digest"]
+    # Not that of whoever publishes: an upgrade would register the same weights once more.
+    if version := made_by(distilled).get(PACKAGE):
+        tags["orchestrator.version"] = version
     return tags | _evaluated(context, student)
 
 
@@ -202,13 +208,6 @@ def _fresh_copy(model: Path, context: Context, student: str) -> Path:
     return Path(shutil.copytree(model, folder))
 
 
-def _trained(context: Context, student: str) -> dict[str, str]:
-    """The sha256 of the model's files by name, from when the students were trained."""
-    top = f"students/{student}/model/"
-    files = context.inputs["students"].manifest.files
-    return {name.removeprefix(top): entry.sha256 for name, entry in files.items() if name.startswith(top)}
-
-
 def _evaluated(context: Context, student: str) -> dict[str, str]:
     """The student's k-NN figure, if there is an evaluation that has one."""
     if "evaluation" not in context.inputs:
@@ -225,20 +224,9 @@ def _evaluated(context: Context, student: str) -> dict[str, str]:
 
 def _figures(context: Context, student: str) -> dict[str, float]:
     """The student's own figures among its stage's, and its k-NN accuracy if it was evaluated."""
-    own = {
-        name.removeprefix(f"{student}_"): value
-        for name, value in context.inputs["students"].manifest.summary.items()
-        if name.startswith(f"{student}_")
-    }
+    own = figures_of(student, _students(context), context.inputs["students"].manifest.summary)
     accuracy = _evaluated(context, student).get("orchestrator.knn_accuracy")
     return own if accuracy is None else {**own, "knn_accuracy": float(accuracy)}
-
-
-def _package_version() -> str:
-    try:
-        return version("dinov3-orchestrator")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
 
 
 _CARD = """# {name}

@@ -94,7 +94,7 @@ def postgres(folder: Path) -> Iterator[str]:
             assert process.poll() is None, (folder / "postgres.log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+        yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(30)

@@ -19,7 +19,7 @@ from orchestrator.data.decode import Pixels, use_rgb
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.masks import block_masks
 from orchestrator.data.order import SampleOrder
-from orchestrator.data.pictures import MAX_UNREADABLE, Pictures
+from orchestrator.data.pictures import Pictures
 from orchestrator.data.rng import generator
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
@@ -92,10 +92,10 @@ class CropBlocks:
         patch_size: int | None,
         block_size: int,
         seed: int,
+        max_unreadable: float,
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_probability: float = 0.5,
         like: CropConfig | None = None,
-        max_unreadable: float = MAX_UNREADABLE,
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
         self._like = like
@@ -183,10 +183,10 @@ class CaptionBlocks:
         size: int,
         block_size: int,
         seed: int,
+        max_unreadable: float,
         encode: Callable[[str], list[int]],
         context: int = 77,
         scale: tuple[float, float] = (0.5, 1.0),
-        max_unreadable: float = MAX_UNREADABLE,
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
         captions = index.captions

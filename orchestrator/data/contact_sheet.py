@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.components import CHOSEN
 from orchestrator.data.decode import UnreadableImage, read_rgb
-from orchestrator.data.index import CHOSEN, PhotoIndex
+from orchestrator.data.index import PhotoIndex
 
 _SIDE = 88
 _GAP = 6

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from orchestrator.data.balance import fill, near_duplicates
+from orchestrator.data.components import CHOSEN, LEFT_OUT
 from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
 from orchestrator.data.descriptor import describe, thumbnail
-from orchestrator.data.index import CHOSEN, LEFT_OUT, PhotoRow
+from orchestrator.data.index import PhotoRow
 from orchestrator.data.rng import derive, generator
 from orchestrator.data.source import LeftOut, Photo
 from orchestrator.spec import MAX_PIXELS

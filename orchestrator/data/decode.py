@@ -122,22 +122,33 @@ def use_rgb(
     The picture's memory counts among what threads share until `use` returns; `use` must not read another picture.
     `on_bytes` gets the file's content before it is looked at.
     """
-    try:
-        with open_regular(path) as file:
+    with _reading(path):
+        file = open_regular(path)
+    with file:
+        with _reading(path):
             size = os.fstat(file.fileno()).st_size
-            if size > 4 * max_pixels + _EXTRA_BYTES:
-                raise UnreadableImage(path, f"{size:,} bytes are more than {max_pixels:,} pixels take")
-            if size > _SMALL_FILE:
-                with _memory.hold(size + _BYTES_PER_PIXEL * max_pixels):
+        if size > 4 * max_pixels + _EXTRA_BYTES:
+            raise UnreadableImage(path, f"{size:,} bytes are more than {max_pixels:,} pixels take")
+        if size > _SMALL_FILE:
+            with _memory.hold(size + _BYTES_PER_PIXEL * max_pixels):
+                with _reading(path):
                     data = file.read(size)
-                    on_bytes(data)
-                    return use(decode_rgb(data, path, min_side, max_pixels))
+                on_bytes(data)
+                return use(decode_rgb(data, path, min_side, max_pixels))
+        with _reading(path):
             data = file.read(_SMALL_FILE)
-    except OSError as error:
-        raise UnreadableImage(path, why(error)) from error
     on_bytes(data)
     with _memory.hold(_BYTES_PER_PIXEL * _num_pixels(data, path, max_pixels)):
         return use(_decode(data, path, min_side, max_pixels))
+
+
+@contextlib.contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """What the system says of a file as `UnreadableImage`. Around nothing else: `use` may meet a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableImage(path, why(error)) from error
 
 
 def open_regular(path: Path | str) -> io.BufferedReader:

@@ -11,13 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestrator.errors import UserError
+from orchestrator.data.components import LEFT_OUT, UNCURATED
+from orchestrator.errors import UserError, first_line
 from orchestrator.spec import MAX_PIXELS
 
 FILE = "index.parquet"
-# The components that a curation makes: what it chose, and what it left out. Rows that no curation has seen are
-# in a component of their own.
-CHOSEN, LEFT_OUT, UNCURATED = "balanced", "pool", "all"
 
 _SCHEMA = pa.schema(
     [
@@ -152,7 +150,7 @@ class PhotoIndex:
             columns = pq.read_table(path).to_pydict()
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"the photo index cannot be read: {str(error).splitlines()[0]}", where=str(path)
+                f"the photo index cannot be read: {first_line(error)}", where=str(path)
             ) from error
         missing = [name for name in _SCHEMA.names if name not in columns]
         if missing:

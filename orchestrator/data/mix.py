@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.index import LEFT_OUT, PhotoIndex
+from orchestrator.data.components import LEFT_OUT
+from orchestrator.data.index import PhotoIndex
 from orchestrator.data.order import SampleOrder
 from orchestrator.errors import UserError, nearest
 
@@ -19,8 +20,7 @@ _MAX_STEPS = 2000
 def sample_order(
     index: PhotoIndex,
     mix: Sequence[str] | Mapping[str, float] | None,
-    homogeneous: str | None = None,
-    homogeneous_ratio: float = 0.0,
+    homogeneous: tuple[str, float] | None = None,
     *,
     batch_size: int,
     seed: int,
@@ -32,8 +32,8 @@ def sample_order(
         index: the photographs.
         mix: names of components and data sources that mixed batches are drawn from, or their weights. None: what
             the curation chose.
-        homogeneous: the data source of homogeneous batches; None: there are none.
-        homogeneous_ratio: share of the batches that are homogeneous.
+        homogeneous: the data source of homogeneous batches, and the share of the batches that are; None: there are
+            none.
         batch_size: samples a step.
         seed: of the order.
         keep_N: which rows take part at all; default: all.
@@ -55,16 +55,16 @@ def sample_order(
         empty = next((name for name, rows in parts.items() if not len(rows)), None)
         if empty is not None:
             raise _empty(empty, "mix", [*index.components, *index.sources])
-    source_rows = None
+    own = None
     if homogeneous is not None:
-        source_rows = _kept(index.rows_from(homogeneous), keep_N)
-        if not len(source_rows):
-            raise _empty(homogeneous, "homogeneous", index.sources)
+        source, share = homogeneous
+        own = _kept(index.rows_from(source), keep_N), share
+        if not len(own[0]):
+            raise _empty(source, "homogeneous", index.sources)
     return SampleOrder(
         parts,
         dict(mix) if isinstance(mix, Mapping) else None,
-        source_rows,
-        homogeneous_ratio,
+        own,
         batch_size=batch_size,
         seed=seed,
     )

@@ -83,9 +83,8 @@ class SampleOrder:
             both.
         weights: shares of the mixed batches by part, exact over a cycle of slots. None: all parts are one, and
             each of its rows comes once an epoch, also one that is in two parts.
-        homogeneous: row ids that homogeneous batches are drawn from; None: there are none.
-        homogeneous_ratio: share of the batches that are homogeneous; exact in every run of steps up to
-            rounding.
+        homogeneous: row ids that homogeneous batches are drawn from, and the share of the batches that are
+            homogeneous, exact in every run of steps up to rounding. None: there are none.
         batch_size: samples a step.
         seed: another seed is another order.
 
@@ -97,19 +96,19 @@ class SampleOrder:
         self,
         parts: Mapping[str, NDArray[np.int64]],
         weights: Mapping[str, float] | None = None,
-        homogeneous: NDArray[np.int64] | None = None,
-        homogeneous_ratio: float = 0.1,
+        homogeneous: tuple[NDArray[np.int64], float] | None = None,
         *,
         batch_size: int,
         seed: int,
     ) -> None:
         self.batch_size = batch_size
         self.seed = seed
-        _check(parts, weights, homogeneous, homogeneous_ratio, batch_size)
-        ratio = Fraction(0 if homogeneous is None else homogeneous_ratio).limit_denominator(10**6)
+        rows, share = homogeneous if homogeneous is not None else (np.empty(0, np.int64), 0.0)
+        _check(parts, weights, homogeneous, batch_size)
+        ratio = Fraction(share).limit_denominator(10**6)
         self._num, self._den = ratio.numerator, ratio.denominator
         self._phase = derive("phase", seed) % self._den
-        self._homogeneous = np.asarray([] if homogeneous is None else homogeneous, dtype=np.int64)
+        self._homogeneous = np.asarray(rows, dtype=np.int64)
         self._parts = _parts(parts, weights)
         self._slots = _slots([1.0 if weights is None else weights[name] for name in self._parts])
         self._ends = np.cumsum(self._slots)
@@ -178,17 +177,16 @@ def _parts(
 def _check(
     parts: Mapping[str, NDArray[np.int64]],
     weights: Mapping[str, float] | None,
-    homogeneous: NDArray[np.int64] | None,
-    ratio: float,
+    homogeneous: tuple[NDArray[np.int64], float] | None,
     batch_size: int,
 ) -> None:
     if batch_size < 1:
         raise UserError(f"a batch of {batch_size} samples is too small", hint="use at least 1")
-    if not 0 <= ratio <= 1:
-        raise UserError(f"homogeneous_ratio is {ratio}", hint="use a share from 0 to 1")
+    if homogeneous is not None and not 0 <= homogeneous[1] <= 1:
+        raise UserError(f"homogeneous_ratio is {homogeneous[1]}", hint="use a share from 0 to 1")
     if not any(len(rows) for rows in parts.values()):
         raise UserError("there are no photos to train on: the mix is empty")
-    if homogeneous is not None and not len(homogeneous):
+    if homogeneous is not None and not len(homogeneous[0]):
         raise UserError("there are no photos for homogeneous batches", hint="leave out `homogeneous`")
     if weights is None:
         return

@@ -21,8 +21,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger("orchestrator")
 
-# Share of the index's pictures that may be unreadable before a stage gives up.
-MAX_UNREADABLE = 0.01
 # So many pictures in a row that cannot be read are no accident, but a folder that is gone.
 _TRIES = 8
 _NAMED = 5
@@ -41,7 +39,7 @@ class Pictures:
         max_unreadable: share of the index's pictures (at least one picture) that may turn out unreadable.
     """
 
-    def __init__(self, index: PhotoIndex, order: SampleOrder, max_unreadable: float = MAX_UNREADABLE) -> None:
+    def __init__(self, index: PhotoIndex, order: SampleOrder, max_unreadable: float) -> None:
         self._index, self._order = index, order
         self._limit = max(1, int(max_unreadable * len(index)))
         self._unreadable: dict[int, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import shutil
 import time
 import traceback
@@ -22,7 +23,7 @@ from orchestrator.pipeline.stagelog import stage_log
 from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.redact import redacted
 from orchestrator.spec import Elastic
-from orchestrator.stages.base import Context, Part, Stage
+from orchestrator.stages.base import PACKAGE, Context, Part, Stage
 from orchestrator.store.artifact import Artifact, folder_name
 from orchestrator.tracking.runs import Run
 
@@ -208,6 +209,8 @@ class Attempt:
             "upstream": dict(self.keys),
             "run_id": self.run.run_id,
             "versions": versions(PACKAGES),
+            # No reason to make anything anew, unlike those: what is published says it, whoever publishes it.
+            "made_by": {"python": ".".join(platform.python_version_tuple()[:2]), **versions((PACKAGE,))},
             "code": {"digest": digest_of(self.stage.code), "files": dict(self.stage.code)},
             "inputs": {role: artifact.manifest.digest for role, artifact in self.inputs.items()},
         }

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
+from orchestrator.errors import first_line
 from orchestrator.names import parts_of
 from orchestrator.pipeline.key import KeyParts
 from orchestrator.spec import Strict
@@ -276,9 +277,7 @@ def parse(data: bytes) -> Event:
             )
         return Event.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UnreadableRecordError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+        raise UnreadableRecordError(first_line(error)) from None
 
 
 class _Name(NamedTuple):

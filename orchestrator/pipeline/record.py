@@ -20,6 +20,7 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import ResolvedStage, StagePlan
 from orchestrator.pipeline.reporter import figures
 from orchestrator.pipeline.workspace import Workspace
+from orchestrator.stages.base import figures_of, made_by
 from orchestrator.stages.mlmodel import mlmodel
 from orchestrator.store.artifact import MANIFEST, Artifact, folder_name
 from orchestrator.tracking.runs import Dataset, Model, Run
@@ -102,14 +103,12 @@ def models(
             path: entry for path, entry in artifact.manifest.files.items() if path.startswith(f"{place}/")
         }
         is_small = sum(entry.size for entry in files.values()) <= MOST_BYTES
-        # A stage of several says whose figure it is in front.
-        prefix = f"{name}_" if name else ""
         found.append(
             Model(
                 name=f"{stage.name}-{name}" if name else stage.name,
                 kind=str(config.get("preset", stage.parts.kind)),
                 folder=folder if is_small else None,
-                texts={"MLmodel": mlmodel(folder)} if is_small else {},
+                texts={"MLmodel": mlmodel(folder, made_by(artifact).get("python"))} if is_small else {},
                 params={**_params(stage, name), "model": config.get("config", config)},
                 tags={
                     "orchestrator.stage": stage.name,
@@ -117,11 +116,7 @@ def models(
                     "orchestrator.uri": f"{where}/{place}",
                     "orchestrator.files": json.dumps({path: entry.sha256 for path, entry in files.items()}),
                 },
-                metrics={
-                    figure.removeprefix(prefix): value
-                    for figure, value in artifact.manifest.summary.items()
-                    if figure.startswith(prefix)
-                },
+                metrics=figures_of(name, spec.models(), artifact.manifest.summary),
                 step=int(getattr(spec, "steps", 0)),
             )
         )

@@ -59,4 +59,10 @@ def _mirrored(loaded: LoadedPipeline, workspace: Workspace) -> contextlib.Abstra
 def _tracking(loaded: LoadedPipeline, workspace: Workspace) -> Tracking:
     tracking = loaded.spec.tracking
     experiment = tracking.experiment or loaded.name
-    return Tracking(tracking.uri, experiment, workspace.spool(loaded.name), workspace.tracked_files)
+    return Tracking(
+        tracking.uri,
+        experiment,
+        workspace.spool(loaded.name),
+        workspace.tracked_files,
+        workspace.artifacts_folder,
+    )

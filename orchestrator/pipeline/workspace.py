@@ -21,8 +21,8 @@ from orchestrator.store.artifact import Artifact, ArtifactStore, folder_name
 from orchestrator.store.local import Store
 from orchestrator.store.open import is_remote, open_store
 from orchestrator.store.s3 import S3Store
+from orchestrator.tracking import moved
 
-TRACKED = "mlartifacts"
 _log = logging.getLogger(__name__)
 # Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
 _CHECKPOINTS = "checkpoints"
@@ -77,6 +77,11 @@ class Workspace:
     def artifacts(self) -> ArtifactStore:
         """The store's artifacts; the store is made if it is missing."""
         return ArtifactStore(self.store())
+
+    @property
+    def artifacts_folder(self) -> Path:
+        """Where artifacts are on this machine; may be missing."""
+        return self._below("artifacts")
 
     def find(self, kind: str, key: str) -> Artifact | None:
         """The artifact, or None."""
@@ -263,11 +268,13 @@ class Workspace:
     @property
     def tracked_files(self) -> str | None:
         """Where MLflow is to keep the artifacts of new experiments; None leaves that to it."""
-        return None if self._remote is None else f"{self._remote.uri}/{TRACKED}"
+        return None if self._remote is None else f"{self._remote.uri}/{moved.FOLDER}"
 
     def has_tracked_files(self) -> bool:
         """Whether anything is there."""
-        return self._remote is not None and next(iter(self._remote.list(f"{TRACKED}/")), None) is not None
+        return (
+            self._remote is not None and next(iter(self._remote.list(f"{moved.FOLDER}/")), None) is not None
+        )
 
 
 def pipeline_hold(pipeline: str) -> str:

@@ -2,7 +2,7 @@
 
 A manifest has the sha256 of every file. :meth:`ArtifactStore.find` looks at names and sizes only;
 :meth:`ArtifactStore.fetch`, which everybody who reads an artifact calls, compares the content. A process reads a file
-for that once, as long as the file does not change (:mod:`orchestrator.store.digests`).
+for that once, as long as the file does not change (:mod:`orchestrator.digests`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from orchestrator.errors import UserError
+from orchestrator.digests import DIGESTS
+from orchestrator.errors import UserError, first_line
 from orchestrator.names import inside, parts_of
-from orchestrator.store.digests import DIGESTS
 from orchestrator.store.local import Store
 
 MANIFEST = "manifest.json"
@@ -197,7 +197,7 @@ class ArtifactStore:
         try:
             manifest = _parsed(self.store.get_bytes(prefix + MANIFEST))
         except (ValueError, UserError) as error:
-            return [f"{prefix}{MANIFEST}: {_first_line(error)}"]
+            return [f"{prefix}{MANIFEST}: {first_line(error)}"]
         if _prefix(manifest.kind, manifest.key) != prefix:
             return [f"{prefix}{MANIFEST}: is that of {_prefix(manifest.kind, manifest.key)}"]
         return self._problems(manifest, deep=True)
@@ -312,7 +312,7 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            _log.warning("%s is damaged, the artifact will be made again: %s", name, _first_line(error))
+            _log.warning("%s is damaged, the artifact will be made again: %s", name, first_line(error))
             return None
         except UserError as error:
             raise UserError(error.what, where=f"{name} in store {self.store.uri}", hint=error.hint) from None
@@ -368,7 +368,7 @@ def _parsed(text: bytes) -> Manifest:
     try:
         manifest_format = _Format.model_validate_json(text).format
     except ValidationError as error:
-        raise ValueError(_first_line(error)) from None
+        raise ValueError(first_line(error)) from None
     if manifest_format > FORMAT:
         raise UserError(
             f"the artifact has format {manifest_format}, and this version reads formats up to {FORMAT}",
@@ -377,19 +377,10 @@ def _parsed(text: bytes) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(_first_line(error)) from None
+        raise ValueError(first_line(error)) from None
     if not manifest.files:
         raise ValueError("it lists no files")
     return manifest
-
-
-def _first_line(error: Exception) -> str:
-    """An error on one line; of a ValidationError its first complaint, with its place."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return f"{place}: {first['msg']}" if place else first["msg"]
-    return str(error).splitlines()[0]
 
 
 def _is_whole_copy(artifact: Artifact) -> bool:

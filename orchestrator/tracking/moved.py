@@ -62,8 +62,8 @@ def mend_local(database: Path, root: Path) -> int:
 
     def is_here(old: str, addresses: list[str]) -> bool:
         files = [address for address in addresses if address != old]
-        # The old place is only looked at where nothing is here.
-        return any(_exists(rebased(address, new)) for address in files) or not any(map(_exists, files))
+        # Where nothing is in either place, the old one may be a disk that is away: what is changed stays changed.
+        return not files or any(_exists(rebased(address, new)) for address in files)
 
     return _mend(database, new, moved)
 

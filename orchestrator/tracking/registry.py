@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import UserError, nearest
+from orchestrator.digests import DIGESTS
+from orchestrator.errors import UserError, first_line, nearest
+from orchestrator.redact import redacted
 from orchestrator.tracking import moved
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.runs import Run
@@ -20,6 +22,7 @@ from orchestrator.tracking.spool import now_ms
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
 CONTENT_TAG = "orchestrator.sha256"
@@ -45,21 +48,17 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
         content: `content_digest` of the files.
 
     Raises:
-        UserError: the registry cannot be reached.
+        UserError: the registry cannot be reached, or is damaged.
     """
     database = database_path(uri)
     if database is not None and not database.exists():
         return f"{name} is not in the registry: there is no database at {database}"
-    from mlflow.exceptions import MlflowException
-
-    client = connect(uri)
-    try:
+    with _answering(uri):
+        client = connect(uri)
         known = client.search_registered_models(f"name = '{name}'")
         if not known:
-            return f"{name} is not in the registry at {uri}"
-        version = _existing(client, name, {**tags, CONTENT_TAG: content})
-    except MlflowException as error:
-        raise UserError(f"the registry at {uri} does not answer: {error}", where="tracking.uri") from error
+            return f"{name} is not in the registry at {redacted(uri)}"
+        version, is_newest = _existing(client, name, {**tags, CONTENT_TAG: content})
     if version is None:
         return f"{name} has no version with this content and lineage"
     points_at = known[0].aliases.get(alias)
@@ -67,6 +66,8 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
         return f"{name} version {version} lacks the alias {alias}"
     if int(points_at) != version:
         return f"{name}@{alias} is version {points_at}, should be {version}"
+    if is_newest and not tags.items() <= known[0].tags.items():
+        return f"{name} has other tags than its version {version}"
     return None
 
 
@@ -90,7 +91,8 @@ def publish(
         folder: safetensors, JSON and Markdown files; at least `config.json` and one safetensors file.
         digests: the sha256 of files by name, as they were recorded when the model was trained. The version is
             marked with these, and `pull` compares with them.
-        tags: lineage; set on the version, and on the registered model as that of its newest version.
+        tags: lineage; set on the version, and on the registered model if that is its newest version: of two stages
+            that publish under one name with an alias each, one has the say.
         facts: what the version's LoggedModel has besides.
         timeout: seconds to wait until MLflow knows the run.
 
@@ -115,13 +117,14 @@ def publish(
             where="tracking.uri",
             hint="start the server, then run the pipeline again: it goes on here",
         )
-    client = connect(run.tracking_uri)
-    _ensure_model(client, name)
+    with _answering(run.tracking_uri):
+        client = connect(run.tracking_uri)
+        _ensure_model(client, name)
     marked = {**tags, CONTENT_TAG: content_digest(contents | dict(digests or {}))}
-    known = _existing(client, name, marked)
+    known, is_newest = _existing(client, name, marked)
     version = _create(client, run_id, name, folder, marked, facts or Facts()) if known is None else known
     try:
-        for key, value in tags.items():
+        for key, value in tags.items() if is_newest or known is None else ():
             client.set_registered_model_tag(name, key, value)
         # The alias comes last: a version that has none was not published to the end, and the next run finds it.
         client.set_registered_model_alias(name, alias, str(version))
@@ -155,9 +158,9 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
         raise UserError(
             f"there is no MLflow database at {database}", where=uri, hint="give the pipeline's tracking.uri"
         )
-    client = connect(uri)
+    with _answering(uri, where=uri):
+        client = connect(uri)
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,9 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
             raise UserError(f"the files of {reference} are not those that were published", where=source)
         folder.chmod(0o755)
         folder.replace(out)
-    except (MlflowException, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of MLflow, of the database under it, or of the store of the files
         raise UserError(f"cannot pull {reference} from {uri}: {error}", where=uri) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -189,10 +194,28 @@ def content_digest(files: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def _answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
+    """Makes a UserError that names the address of whatever MLflow, SQLAlchemy or a driver raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = redacted(f"the registry at {uri} does not answer: {first_line(error)}")
+        raise UserError(what, where=where, hint=_cure(uri, error)) from error
+
+
+def _cure(uri: str, error: Exception) -> str | None:
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"install the database's driver, {error.name}, or name the one you have: postgresql+psycopg2://…"
+        )
+    if "mlflow db upgrade" in str(error):
+        return redacted(f"copy the database, then: mlflow db upgrade {uri}")
+    if database_path(uri) is not None:
+        return "put back a copy of the database, or move it away to begin with an empty one"
+    return None
 
 
 def _address(store: str) -> str:
@@ -201,7 +224,7 @@ def _address(store: str) -> str:
 
 def _contents(folder: Path) -> dict[str, str]:
     """The sha256 of all files of `folder`, by name."""
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in _files(folder)}
+    return {path.relative_to(folder).as_posix(): DIGESTS.of(path) for path in _files(folder)}
 
 
 def _require_trained(name: str, contents: Mapping[str, str], digests: Mapping[str, str]) -> None:
@@ -250,11 +273,15 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> int | None:
-    for version in client.search_model_versions(f"name = '{name}'"):
-        if version.status == "READY" and tags.items() <= version.tags.items():
-            return int(version.version)
-    return None
+def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> tuple[int | None, bool]:
+    """The newest version that has these tags, or None, and whether it is the newest of all."""
+    versions = {int(one.version): one for one in client.search_model_versions(f"name = '{name}'")}
+    found = [
+        number
+        for number, one in versions.items()
+        if one.status == "READY" and tags.items() <= one.tags.items()
+    ]
+    return (max(found), max(found) == max(versions)) if found else (None, False)
 
 
 def _create(
@@ -262,30 +289,45 @@ def _create(
 ) -> int:
     from mlflow.entities import LoggedModelOutput, Metric
 
-    experiment_id = client.get_run(run_id).info.experiment_id
-    model = client.create_logged_model(
-        experiment_id,
-        name=model_name(name),
-        source_run_id=run_id,
-        tags=dict(tags),
-        params=dict(facts.params),
-        model_type=facts.kind,
-    )
+    run = client.get_run(run_id)
+    model = _begun(client, run.info.experiment_id, name, tags)
+    if model is None:
+        model = client.create_logged_model(
+            run.info.experiment_id,
+            name=model_name(name),
+            source_run_id=run_id,
+            tags=dict(tags),
+            params=dict(facts.params),
+            model_type=facts.kind,
+        )
     client.log_model_artifacts(model.model_id, str(folder))
-    client.finalize_logged_model(model.model_id, "READY")
+    if str(model.status) != "READY":
+        client.finalize_logged_model(model.model_id, "READY")
+    known = {metric.key for metric in model.metrics or [] if metric.run_id == run_id}
     # With the model's name: several are published in one run.
     figures = [
         Metric(f"{model_name(name)}/{figure}", value, now_ms(), facts.step, model_id=model.model_id)
         for figure, value in facts.metrics.items()
+        if f"{model_name(name)}/{figure}" not in known
     ]
     if figures:
         client.log_batch(run_id, metrics=figures)
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, facts.step)])
+    if model.model_id not in [one.model_id for one in (run.outputs.model_outputs if run.outputs else [])]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, facts.step)])
     # Not models:/<id>: the SQL registry would look that up in the process-wide tracking store, not in ours.
     version = client.create_model_version(
         name, model.artifact_location, run_id=run_id, tags=dict(tags), model_id=model.model_id
     )
     return int(version.version)
+
+
+def _begun(
+    client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]
+) -> LoggedModel | None:
+    """The logged model that an earlier try at the same version began, if any: with these tags, so of this content."""
+    found = client.search_logged_models([experiment_id], f"tags.`{CONTENT_TAG}` = '{tags[CONTENT_TAG]}'")
+    same = [one for one in found if one.name == model_name(name) and tags.items() <= one.tags.items()]
+    return same[0] if same else None
 
 
 def _resolve(client: MlflowClient, reference: str) -> ModelVersion:

@@ -52,7 +52,8 @@ class Model:
     Attributes:
         name: for people.
         kind: such as `vit_nano`.
-        folder: its files, which nobody changes any more; None leaves them where `tags` says.
+        folder: its files, which nobody changes any more, in an artifact of the store; None leaves them where `tags`
+            says.
         texts: further small files, by name.
         params: dotted names or nested.
         tags: likewise.
@@ -303,15 +304,23 @@ class Tracking:
         folder: of the spool.
         files: where the files of a new experiment go, such as `s3://bucket/folder`; default: see
             :func:`~orchestrator.tracking.connect.ensure_experiment`.
+        artifacts: the folder of the store's artifacts on this machine, below which the files of models are.
 
     Raises:
         UserError: the address is of an unknown kind.
     """
 
-    def __init__(self, uri: str, experiment: str, folder: Path, files: str | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        folder: Path,
+        files: str | None = None,
+        artifacts: Path | None = None,
+    ) -> None:
         self.uri = absolute_uri(uri)
         self._spool = Spool(folder)
-        self._flusher = Flusher(self._spool, MlflowSink(self.uri, experiment, files))
+        self._flusher = Flusher(self._spool, MlflowSink(self.uri, experiment, files, artifacts))
         self._flusher.start()
 
     def kept_by(self, keep: Callable[[], bool]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -53,12 +54,17 @@ class MlflowSink:
         uri: MLflow's address.
         experiment: made if there is none.
         files: where the files of a new experiment go, see `ensure_experiment`.
+        artifacts: the folder of the store's artifacts on this machine. A model's files are taken from below it only;
+            None: from nowhere.
     """
 
-    def __init__(self, uri: str, experiment: str, files: str | None = None) -> None:
+    def __init__(
+        self, uri: str, experiment: str, files: str | None = None, artifacts: Path | None = None
+    ) -> None:
         self.uri = uri
         self.experiment = experiment
         self._files = files
+        self._artifacts = artifacts
         self._connection: tuple[MlflowClient, str] | None = None
 
     def open(self, run_id: str, record: Record, known: str | None, parent: str | None) -> str:
@@ -76,7 +82,7 @@ class MlflowSink:
             if mlflow_id is not None:
                 client.update_run(mlflow_id, status="RUNNING")
                 return mlflow_id
-            tags = {**_texts(record.get("tags", {})), RUN_TAG: run_id}
+            tags = {**_texts(record.get("tags") or {}), RUN_TAG: run_id}
             if parent is not None:
                 tags["mlflow.parentRunId"] = parent
             run = client.create_run(
@@ -165,6 +171,8 @@ class MlflowSink:
         from mlflow.entities import LoggedModelOutput, Metric
 
         _, experiment_id = self._connected()
+        folder = _model_folder(record, self._artifacts)
+        _check_texts(record)
         mark = f"{mlflow_id}-{record['name']}"
         found = client.search_logged_models([experiment_id], f"tags.`{MODEL_TAG}` = '{mark}'", max_results=1)
         if found:
@@ -179,7 +187,7 @@ class MlflowSink:
                 model_type=record["kind"],
             )
         if str(model.status) != "READY":
-            self._upload(client, model.model_id, record)
+            self._upload(client, model.model_id, record, folder)
             client.finalize_logged_model(model.model_id, "READY")
         # Under a name of their own: the run has the figures of its stage already. A driver that concludes a stage
         # again, since the last one died doing so, says the same at another time.
@@ -195,17 +203,17 @@ class MlflowSink:
         if model.model_id not in [one.model_id for one in (outputs.model_outputs if outputs else [])]:
             client.log_outputs(mlflow_id, [LoggedModelOutput(model.model_id, record["step"])])
 
-    def _upload(self, client: MlflowClient, model_id: str, record: Record) -> None:
-        if record["folder"] is not None and Path(record["folder"]).is_dir():
-            client.log_model_artifacts(model_id, record["folder"])
-        elif record["folder"] is not None:
+    def _upload(self, client: MlflowClient, model_id: str, record: Record, folder: Path | None) -> None:
+        if folder is not None:
+            client.log_model_artifacts(model_id, str(folder))
+        elif record.get("folder") is not None:
             # Its driver ran on another machine, or the store was cleared: the tags say where the files were.
             _log.warning("the files of model %s are not here any more: %s", record["name"], record["folder"])
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as texts:
             for name, text in record["texts"].items():
-                (Path(folder) / name).write_text(text, encoding="utf-8")
+                inside(Path(texts), name).write_text(text, encoding="utf-8")
             if record["texts"]:
-                client.log_model_artifacts(model_id, folder)
+                client.log_model_artifacts(model_id, texts)
 
     def _search(self, run_id: str) -> str | None:
         client, experiment_id = self._connected()
@@ -237,6 +245,35 @@ def _copy_of(record: Record, files: Path) -> tuple[Path, str | None]:
         return inside(files, f"{record['copy']}/{record['name']}"), folder
     except BadNameError as error:
         raise RejectedError(str(error)) from error
+
+
+def _model_folder(record: Record, artifacts: Path | None) -> Path | None:
+    """The folder of a model's files, or None if none are here; see :func:`_copy_of`.
+
+    Raises:
+        RejectedError: it is not one of the store's artifacts.
+    """
+    if record.get("folder") is None:
+        return None
+    if not os.path.isdir(record["folder"]):  # noqa: PTH112 (Path.is_dir raises for names that are too long)
+        return None
+    # With links resolved: `..` and links would lead out of a folder that only looks like one of the store's.
+    folder = Path(record["folder"]).resolve()
+    if artifacts is None or not folder.is_relative_to(artifacts.resolve()):
+        raise RejectedError(
+            f"the files of a model are not in the store's artifacts: {record['folder']!r:.80}"
+        )
+    return folder
+
+
+def _check_texts(record: Record) -> None:
+    for name, text in record["texts"].items():
+        try:
+            parts = parts_of(name)
+        except BadNameError as error:
+            raise RejectedError(str(error)) from error
+        if len(parts) > 1 or not isinstance(text, str):
+            raise RejectedError(f"not the name or not the text of a file: {name!r:.80}")
 
 
 class _Translated:

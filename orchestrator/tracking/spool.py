@@ -17,23 +17,36 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from orchestrator.redact import redacted_values
 
 Record = dict[str, Any]
 _RUN_ID = re.compile(r"[A-Za-z0-9_\-]+")
-# MLflow 3 takes these in the names of metrics, params and tags; one bad name would hold up a whole batch.
 _log = logging.getLogger(__name__)
 # Of these kinds of records, what they must have besides `op` and `time_ms`, and of what type.
-_FIELDS: dict[str, dict[str, type]] = {
-    "open": {"name": str},
+_FIELDS: dict[str, dict[str, type | UnionType]] = {
+    "open": {"name": str, "tags": dict | None},
     "params": {"params": dict},
     "tags": {"tags": dict},
     "metrics": {"channel": str, "step": int, "metrics": dict},
     "file": {"name": str, "copy": str},
+    "datasets": {"datasets": list},
+    "model": {
+        "name": str,
+        "kind": str,
+        "folder": str | None,
+        "texts": dict,
+        "params": dict,
+        "tags": dict,
+        "metrics": dict,
+        "step": int,
+    },
     "finish": {"status": str},
 }
+_OF_A_DATASET = {"name": str, "digest": str, "uri": str, "profile": dict, "used_for": str}
+# MLflow 3 takes these in the names of metrics, params and tags; one bad name would hold up a whole batch.
 _NOT_IN_A_NAME = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
@@ -262,9 +275,17 @@ def _is_record(record: object) -> bool:
     """Whether it can be used. Kinds and fields of later versions are no damage."""
     if not isinstance(record, dict) or not isinstance(record.get("op"), str):
         return False
-    fields = _FIELDS.get(record["op"], {}) | {"time_ms": int}
-    if not all(isinstance(record.get(name), kind) for name, kind in fields.items()):
+    if not _has(record, _FIELDS.get(record["op"], {}) | {"time_ms": int}):
         return False
-    return record["op"] != "metrics" or all(
-        isinstance(one, int | float) for one in record["metrics"].values()
+    match record["op"]:
+        case "metrics" | "model":
+            return all(isinstance(one, int | float) for one in record["metrics"].values())
+        case "datasets":
+            return all(_has(one, _OF_A_DATASET) for one in record["datasets"])
+    return True
+
+
+def _has(record: object, fields: Mapping[str, type | UnionType]) -> bool:
+    return isinstance(record, dict) and all(
+        isinstance(record.get(name), kind) for name, kind in fields.items()
     )

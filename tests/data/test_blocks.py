@@ -88,7 +88,9 @@ def test_steps_blocks_seeds_and_samples_all_draw_anew(index: PhotoIndex) -> None
     assert len(set(masks)) == 4
     # One photo in a dozen steps: as many different crops, although the file is the same.
     order = SampleOrder({"one": np.array([3])}, batch_size=4, seed=0)
-    blocks = CropBlocks(index, order, lambda step: _CROPS, patch_size=8, block_size=4, seed=0)
+    blocks = CropBlocks(
+        index, order, lambda step: _CROPS, patch_size=8, block_size=4, seed=0, max_unreadable=0.01
+    )
     views = {view.tobytes() for step in range(3) for view in blocks.load(step, 0).arrays["gram"][0]}
     assert len(views) == 12
 
@@ -103,6 +105,7 @@ def test_resolution_may_change_by_step(index: PhotoIndex) -> None:
         patch_size=8,
         block_size=4,
         seed=0,
+        max_unreadable=0.01,
     )
     assert blocks.load(0, 0).arrays["masks"].shape == (2, 4, 16)
     assert blocks.load(1, 0).arrays["masks"].shape == (2, 4, 64)
@@ -111,9 +114,9 @@ def test_resolution_may_change_by_step(index: PhotoIndex) -> None:
 def test_sizes_that_do_not_divide(index: PhotoIndex) -> None:
     order = SampleOrder({"all": np.arange(24)}, batch_size=12, seed=0)
     with pytest.raises(UserError, match="12 samples does not divide into blocks of 5"):
-        CropBlocks(index, order, lambda step: _CROPS, patch_size=8, block_size=5, seed=0)
+        CropBlocks(index, order, lambda step: _CROPS, patch_size=8, block_size=5, seed=0, max_unreadable=0.01)
     with pytest.raises(UserError, match="global_size 32 is not a multiple of the patch size 7"):
-        CropBlocks(index, order, lambda step: _CROPS, patch_size=7, block_size=4, seed=0)
+        CropBlocks(index, order, lambda step: _CROPS, patch_size=7, block_size=4, seed=0, max_unreadable=0.01)
 
 
 def _encode(caption: str) -> list[int]:
@@ -122,19 +125,25 @@ def _encode(caption: str) -> list[int]:
 
 def test_caption_blocks(index: PhotoIndex) -> None:
     order = SampleOrder({"captioned": np.arange(20)}, batch_size=8, seed=0)
-    blocks = CaptionBlocks(index, order, size=32, block_size=4, seed=0, encode=_encode, context=7)
+    blocks = CaptionBlocks(
+        index, order, size=32, block_size=4, seed=0, max_unreadable=0.01, encode=_encode, context=7
+    )
     block = blocks.load(3, 1)
     assert block.arrays["images"].shape == (4, 3, 32, 32)
     assert block.arrays["lengths"].tolist() == [5] * 4
     for row, tokens in zip(block.ids, block.arrays["tokens"], strict=True):
         assert tokens.tolist() == [1, 15, 16, 10 + len(str(row)), 2, 0, 0]
-    again = CaptionBlocks(index, order, size=32, block_size=4, seed=0, encode=_encode, context=7).load(3, 1)
+    again = CaptionBlocks(
+        index, order, size=32, block_size=4, seed=0, max_unreadable=0.01, encode=_encode, context=7
+    ).load(3, 1)
     assert all(np.array_equal(block.arrays[name], again.arrays[name]) for name in block.arrays)
 
 
 def test_long_captions_keep_their_end_of_text(index: PhotoIndex) -> None:
     order = SampleOrder({"captioned": np.arange(20)}, batch_size=4, seed=0)
-    blocks = CaptionBlocks(index, order, size=16, block_size=4, seed=0, encode=_encode, context=3)
+    blocks = CaptionBlocks(
+        index, order, size=16, block_size=4, seed=0, max_unreadable=0.01, encode=_encode, context=3
+    )
     assert blocks.load(0, 0).arrays["tokens"].tolist() == [[1, 15, 2]] * 4
     assert blocks.load(0, 0).arrays["lengths"].tolist() == [3] * 4
 
@@ -142,7 +151,7 @@ def test_long_captions_keep_their_end_of_text(index: PhotoIndex) -> None:
 def test_photos_without_captions_are_named(index: PhotoIndex) -> None:
     order = SampleOrder({"all": np.arange(24)}, batch_size=4, seed=0)
     with pytest.raises(UserError, match=r"4 photos have no caption, the first is 20\.png"):
-        CaptionBlocks(index, order, size=16, block_size=4, seed=0, encode=_encode)
+        CaptionBlocks(index, order, size=16, block_size=4, seed=0, max_unreadable=0.01, encode=_encode)
 
 
 def test_the_data_package_does_not_import_torch() -> None:
@@ -228,7 +237,9 @@ def test_stand_ins_come_from_the_same_component(index: PhotoIndex, tmp_path: Pat
     damaged = _losing(index, tmp_path, 0)
     components = {"few": np.arange(4), "many": np.arange(4, 24)}
     order = SampleOrder(components, {"few": 1.0, "many": 1.0}, batch_size=12, seed=0)
-    source = CropBlocks(damaged, order, lambda step: _CROPS, patch_size=8, block_size=12, seed=0)
+    source = CropBlocks(
+        damaged, order, lambda step: _CROPS, patch_size=8, block_size=12, seed=0, max_unreadable=0.01
+    )
     replaced = [-1 - row for step in range(12) for row in source.load(step, 0).ids if row < 0]
     assert replaced
     assert set(replaced) <= {1, 2, 3}
@@ -255,7 +266,13 @@ def test_a_stand_in_brings_its_own_caption(index: PhotoIndex, tmp_path: Path) ->
     damaged = _losing(index, tmp_path, 7)
     order = SampleOrder({"all": np.arange(20)}, batch_size=10, seed=1)
     source = CaptionBlocks(
-        damaged, order, size=16, block_size=10, seed=3, encode=lambda text: [int(text.split()[-1]), 99]
+        damaged,
+        order,
+        size=16,
+        block_size=10,
+        seed=3,
+        max_unreadable=0.01,
+        encode=lambda text: [int(text.split()[-1]), 99],
     )
     replaced = 0
     for step in range(2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from orchestrator.data.decode import UnreadableImage, read_rgb
+from orchestrator.data import decode
+from orchestrator.data.decode import UnreadableImage, read_rgb, use_rgb
 
 
 def _smooth(height: int, width: int) -> np.ndarray:
@@ -113,6 +115,23 @@ def test_unreadable_files(tmp_path: Path) -> None:
             read_rgb(tmp_path / name)
         assert reason in raised.value.reason
         assert raised.value.path == tmp_path / name
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_trouble_of_whoever_uses_a_picture_is_not_the_pictures(
+    tmp_path: Path, is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_large:
+        monkeypatch.setattr(decode, "_SMALL_FILE", 10)
+    Image.fromarray(_smooth(8, 8)).save(tmp_path / "a.png")
+
+    def use(pixels: np.ndarray) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        use_rgb(tmp_path / "a.png", use)
+    with pytest.raises(OSError, match="no space left"):
+        use_rgb(tmp_path / "a.png", lambda pixels: pixels, on_bytes=use)  # type: ignore[arg-type]
 
 
 def test_the_error_survives_a_process_boundary() -> None:

@@ -60,19 +60,19 @@ def test_steps_do_not_depend_on_earlier_steps() -> None:
         {"a": 0.4, "b": 0.6},
         np.arange(25, 50),
     )
-    one = SampleOrder(parts, weights, source, batch_size=16, seed=4)
-    two = SampleOrder(parts, weights, source, batch_size=16, seed=4)
+    one = SampleOrder(parts, weights, (source, 0.1), batch_size=16, seed=4)
+    two = SampleOrder(parts, weights, (source, 0.1), batch_size=16, seed=4)
     forwards = [one.ids(step) for step in range(40)]
     backwards = [two.ids(step) for step in reversed(range(40))][::-1]
     assert np.array_equal(forwards, backwards)
     assert one.ids(10**12).shape == (16,)
-    other = SampleOrder(parts, weights, source, batch_size=16, seed=5)
+    other = SampleOrder(parts, weights, (source, 0.1), batch_size=16, seed=5)
     assert not np.array_equal(forwards, [other.ids(step) for step in range(40)])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 1.0])
 def test_share_of_homogeneous_batches_is_exact_everywhere(ratio: float) -> None:
-    order = SampleOrder({"rest": np.arange(20, 120)}, None, np.arange(20), ratio, batch_size=8, seed=9)
+    order = SampleOrder({"rest": np.arange(20, 120)}, None, (np.arange(20), ratio), batch_size=8, seed=9)
     kinds = [order.is_homogeneous(step) for step in range(400)]
     for start in (0, 7, 133):
         assert abs(sum(kinds[start : start + 200]) - 200 * ratio) <= 1
@@ -83,14 +83,14 @@ def test_share_of_homogeneous_batches_is_exact_everywhere(ratio: float) -> None:
 
 
 def test_homogeneous_batches_run_through_their_source() -> None:
-    order = SampleOrder({"rest": np.arange(24, 99)}, None, np.arange(24), 0.25, batch_size=8, seed=2)
+    order = SampleOrder({"rest": np.arange(24, 99)}, None, (np.arange(24), 0.25), batch_size=8, seed=2)
     homogeneous = [order.ids(step) for step in range(12) if order.is_homogeneous(step)]
     assert sorted(np.concatenate(homogeneous)) == list(range(24))
 
 
 def test_one_set_of_rows_serves_both_kinds_of_batches() -> None:
     order = SampleOrder(
-        {"only": np.arange(10), "empty": np.arange(0)}, None, np.arange(10), 0.5, batch_size=5, seed=0
+        {"only": np.arange(10), "empty": np.arange(0)}, None, (np.arange(10), 0.5), batch_size=5, seed=0
     )
     for kind in (True, False):
         drawn = [order.ids(step) for step in range(8) if order.is_homogeneous(step) == kind]
@@ -155,10 +155,10 @@ def test_awkward_weights_silence_nobody() -> None:
     [
         ({"parts": {"a": np.arange(0)}}, "the mix is empty"),
         ({"weights": {"poool": 1.0}}, "no photos of 'poool'.*\n.*hint use 'pool'"),
-        ({"homogeneous": np.arange(0)}, "no photos for homogeneous batches"),
+        ({"homogeneous": (np.arange(0), 0.1)}, "no photos for homogeneous batches"),
         ({"weights": {"balanced": 0.0}}, "leave nothing to draw from"),
         ({"weights": {"balanced": 2.0, "pool": -1.0}}, "the weight of 'pool' is -1.0"),
-        ({"homogeneous_ratio": 1.5}, "homogeneous_ratio is 1.5"),
+        ({"homogeneous": (np.arange(3), 1.5)}, "homogeneous_ratio is 1.5"),
         ({"batch_size": 0}, "batch of 0 samples"),
     ],
 )

@@ -135,8 +135,11 @@ def _context(case: str, folder: Path, scratch: Path) -> Context:
     )
 
 
+_PROVENANCE = {"made_by": {"dinov3-orchestrator": "0.1.0", "python": "3.11"}}
+
+
 def _artifact(kind: str, path: Path) -> Artifact:
-    manifest = Manifest(kind=kind, key="1" * 64, created="", files={}, provenance={}, summary={})
+    manifest = Manifest(kind=kind, key="1" * 64, created="", files={}, provenance=_PROVENANCE, summary={})
     return Artifact("1" * 64, kind, path, manifest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def test_what_made_an_artifact_is_in_its_manifest(pipeline: Path, files: dict[st
     provenance = plans["pretrain"].artifact.manifest.provenance  # type: ignore[union-attr]
     assert provenance["code"] == {"digest": code.digest_of(files), "files": files}
     assert {"torch", "pillow", "opencv-python-headless"} <= provenance["versions"].keys()
+    assert provenance["made_by"]["python"] == ".".join(str(one) for one in sys.version_info[:2])
     assert provenance["inputs"] == {"index": plans["curate"].artifact.manifest.digest}  # type: ignore[union-attr]
     assert "code" not in provenance["parts"]
 

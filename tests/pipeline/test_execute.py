@@ -17,6 +17,7 @@ import recorded
 import toys
 from rich.console import Console
 
+from orchestrator.digests import DIGESTS
 from orchestrator.errors import UserError
 from orchestrator.pipeline.execute import execute
 from orchestrator.pipeline.load import load
@@ -25,7 +26,6 @@ from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.spec import Cluster
 from orchestrator.stages.base import Context
-from orchestrator.store.digests import DIGESTS
 
 Traces = Callable[[], list[str]]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
+import platform
 import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from pydantic import ValidationError
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.spec import Elastic
-from orchestrator.stages.base import Context
+from orchestrator.stages.base import Context, figures_of
 from orchestrator.stages.publish import Publish
 from orchestrator.store.artifact import Artifact, FileEntry, Manifest
 from orchestrator.tracking import registry
@@ -32,6 +35,7 @@ KEYS = {"distill": "d" * 64, "pretrain": "b" * 64, "curate": "c" * 64}
 PROVENANCE = {
     "parts": {"inputs": {"index": "c" * 64, "teacher": "b" * 64}},
     "code": {"digest": "0123456789abcdef", "files": {}},
+    "made_by": {"dinov3-orchestrator": "0.0.1", "python": "3.9"},
 }
 SUMMARY = {"femto_last_loss": 1.5, "tiny_last_loss": 2.5, "images_forwarded": 64.0}
 SIZE = 16
@@ -106,13 +110,13 @@ def test_students_are_published_with_lineage_and_pulled(
         "orchestrator.students": "d" * 64,
         "orchestrator.index": "c" * 64,
         "orchestrator.code": "0123456789abcdef",
+        "orchestrator.version": "0.0.1",
         "orchestrator.key.pretrain": "b" * 64,
         "orchestrator.key.curate": "c" * 64,
         "orchestrator.knn_accuracy": "0.5123",
         "orchestrator.knn": "leave-one-out, k=5, n=406",
     }
     assert expected.items() <= version.tags.items()
-    assert "orchestrator.version" in version.tags
     other = MlflowClient(uri, uri).get_model_version_by_alias("food-tiny", "champion")
     assert "orchestrator.knn_accuracy" not in other.tags
 
@@ -299,6 +303,95 @@ def test_a_student_may_have_a_dot_in_its_name(tracked: tuple[str, Tracking], tmp
     (tmp_path / "distill" / "students" / "femto").rename(tmp_path / "distill" / "students" / "vit-s.16")
     assert Publish(kind="publish", names="vit-s.16").run(now) == {"published": 1.0}
     assert int(MlflowClient(uri, uri).get_model_version_by_alias("dotted-vit-s.16", "champion").version) == 1
+
+
+def test_figures_go_to_the_student_of_the_whole_name(tracked: tuple[str, Tracking], tmp_path: Path) -> None:
+    uri, tracking = tracked
+    now = context(tmp_path, "names", tracking.run("publish"))
+    folder = tmp_path / "distill" / "students"
+    (folder / "femto").rename(folder / "vit")
+    (folder / "tiny").rename(folder / "vit_hr")
+    students = now.inputs["students"]
+    summary = {"vit_last_loss": 1.0, "vit_hr_last_loss": 2.0, "goodput": 0.5}
+    manifest = students.manifest.model_copy(update={"summary": summary})
+    inputs = {"students": replace(students, manifest=manifest)}
+    run = tracking.run("publish")
+    Publish(kind="publish", names="vit").run(replace(now, inputs=inputs, run=run))
+    metrics = MlflowClient(uri, uri).get_run(run.mlflow_run_id() or "").data.metrics
+    assert metrics == {"names-vit/last_loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("vit", {"loss": 1.0}),
+        ("vit_hr", {"loss": 2.0}),
+        ("vit_hr_x", {"loss": 3.0}),
+        ("vi", {}),
+        ("", {"vit_loss": 1.0, "vit_hr_loss": 2.0, "vit_hr_x_loss": 3.0, "goodput": 0.5}),
+    ],
+)
+def test_figures_of_models_whose_names_begin_alike(name: str, own: dict[str, float]) -> None:
+    summary = {"vit_loss": 1.0, "vit_hr_loss": 2.0, "vit_hr_x_loss": 3.0, "goodput": 0.5}
+    names = ["vit", "vit_hr", "vit_hr_x", "vi"] if name else [""]
+    assert figures_of(name, names, summary) == own
+
+
+def as_published(now: Context) -> Context:
+    """The same with the digests of all files of the students in the manifest, as `ArtifactStore.publish` has them."""
+    students = now.inputs["students"]
+    files = {
+        one.relative_to(students.path).as_posix(): FileEntry(
+            size=one.stat().st_size, sha256=hashlib.sha256(one.read_bytes()).hexdigest()
+        )
+        for one in students.path.rglob("*")
+        if one.is_file()
+    }
+    manifest = students.manifest.model_copy(update={"files": files})
+    return replace(now, inputs={**now.inputs, "students": replace(students, manifest=manifest)})
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_an_upgrade_publishes_nothing_anew(
+    tracked: tuple[str, Tracking], tmp_path: Path, says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of students whose artifact is from before artifacts said what made them."""
+    uri, tracking = tracked
+    now = context(tmp_path, f"upgrade-{says}", tracking.run("publish"))
+    if not says:
+        now = replace(now, inputs={"students": artifact("distill", "d" * 64, tmp_path / "distill", {})})
+    stage = Publish(kind="publish", names="femto")
+    stage.run(now)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.9")
+    monkeypatch.setattr(platform, "python_version_tuple", lambda: ("3", "99", "0"))
+    assert stage.drift(now, uri) == []
+    pulled = registry.pull(f"upgrade-{says}-femto@champion", tmp_path / "pulled", uri)
+    assert ("python_version: '3.9'" in (pulled / "MLmodel").read_text()) == says
+    assert ("| version | 0.0.1 |" in (pulled / "README.md").read_text()) == says
+
+
+def test_weights_are_read_once_to_be_published(
+    tracked: tuple[str, Tracking], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes to the registry is compared with what was trained; nothing else has to know digests anew."""
+    uri, tracking = tracked
+    now = as_published(context(tmp_path, "once", tracking.run("publish")))
+    hashed: list[str] = []
+    digest_of = hashlib.file_digest
+
+    def count(file: Any, *args: Any) -> Any:
+        hashed.append(Path(file.name).name)
+        return digest_of(file, *args)
+
+    monkeypatch.setattr(hashlib, "file_digest", count)
+    Publish(kind="publish", names="femto").run(now)
+    assert hashed.count("model.safetensors") == 1
+    known = json.loads((now.out / "models.json").read_text())["femto"]["sha256"]
+    weights = now.inputs["students"].path / "students" / "femto" / "model" / "model.safetensors"
+    assert known == hashlib.sha256(weights.read_bytes()).hexdigest()
+    hashed.clear()
+    assert Publish(kind="publish", names="femto").drift(now, uri) == []
+    assert hashed == []
 
 
 def test_a_student_that_is_not_what_was_trained_is_not_published(

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.digests import DIGESTS, Digests
 from orchestrator.errors import UserError
 from orchestrator.store.artifact import Artifact, ArtifactStore, DamagedError
-from orchestrator.store.digests import DIGESTS, Digests
 from orchestrator.store.local import LocalStore
 
 KEY = "0123456789abcdef" * 4

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 
 from orchestrator.tracking.flush import Flusher, Progress, progress
 from orchestrator.tracking.sink import MlflowSink, RejectedError, _copy_of
@@ -117,6 +118,86 @@ def test_kinds_and_fields_of_later_versions_are_no_damage(spool: Spool) -> None:
     spool.post("run", "open", name="run", parent=None, mood="fine")
     spool.post("run", "dance", steps=3)
     assert [record["op"] for record, _ in spool.read("run")] == ["open", "dance"]
+
+
+MODEL = {
+    "name": "m", "kind": "vit", "folder": None, "texts": {}, "params": {}, "tags": {}, "metrics": {}, "step": 1,
+}  # fmt: skip
+DATASET = {"name": "photos", "digest": "ab", "uri": "file:///photos", "profile": {}, "used_for": "training"}
+
+
+@pytest.mark.parametrize("lacking", [*(set(MODEL) - {"folder"})])
+def test_a_model_without_all_its_fields_is_no_record(spool: Spool, lacking: str) -> None:
+    spool.post("run", "model", **MODEL)
+    spool.post("run", "model", **{name: value for name, value in MODEL.items() if name != lacking})
+    spool.post("run", "model", **{**MODEL, lacking: [None]})
+    spool.post("run", "model", **{**MODEL, "metrics": {"loss": "low"}})
+    spool.post("run", "model", **{**MODEL, "folder": 7})
+    assert [record["op"] for record, _ in spool.read("run")] == ["model"]
+
+
+@pytest.mark.parametrize("lacking", [*DATASET])
+def test_data_sets_without_all_their_fields_are_no_record(spool: Spool, lacking: str) -> None:
+    spool.post("run", "datasets", datasets=[DATASET])
+    spool.post("run", "datasets")
+    spool.post("run", "datasets", datasets={"photos": DATASET})
+    spool.post("run", "datasets", datasets=[DATASET, "photos"])
+    spool.post("run", "datasets", datasets=[{name: DATASET[name] for name in DATASET if name != lacking}])
+    spool.post("run", "datasets", datasets=[DATASET, {**DATASET, lacking: None}])
+    assert [record["op"] for record, _ in spool.read("run")] == ["datasets"]
+
+
+def test_a_run_that_is_opened_with_odd_tags_is_not_opened(spool: Spool) -> None:
+    spool.post("run", "open", name="run", parent=None, tags=["a"])
+    assert spool.read("run") == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "texts"),
+    [
+        ("{tmp}/precious", {}),
+        ("{tmp}/store/artifacts/../../precious", {}),
+        ("{tmp}/store/artifacts/link", {}),
+        ("{tmp}", {}),
+        (None, {"../escaped": "x"}),
+        (None, {"{tmp}/escaped": "x"}),
+        (None, {"a/b": "x"}),
+        (None, {"..": "x"}),
+        (None, {"": "x"}),
+        (None, {"a": 7}),
+    ],
+)
+def test_a_model_record_neither_uploads_nor_writes_anything_else(
+    uri: str, spool: Spool, tmp_path: Path, folder: str | None, texts: dict[str, Any],
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary" / "deeper"))
+    for name in ("precious", "store/artifacts/a", "temporary/deeper"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "precious" / "key").write_text("precious")
+    (tmp_path / "store" / "artifacts" / "link").symlink_to(tmp_path / "precious")
+    (tmp_path / "store" / "artifacts" / "a" / "config.json").write_text("{}")
+    folder = folder and folder.format(tmp=tmp_path)
+    texts = {name.format(tmp=tmp_path): text for name, text in texts.items()}
+    spool.post("run", "open", name="run", parent=None)
+    spool.post("run", "model", **{**MODEL, "name": "hostile", "folder": folder, "texts": texts})
+    good = {"folder": f"{tmp_path}/store/artifacts/a", "texts": {"MLmodel": "flavors: {}"}}
+    spool.post("run", "model", **{**MODEL, "name": "good", **good})
+    spool.post("run", "model", **{**MODEL, "name": "elsewhere", "folder": f"{tmp_path}/{'gone' * 100}"})
+    sink = MlflowSink(uri, "food", artifacts=tmp_path / "store" / "artifacts")
+    flusher = Flusher(spool, sink)
+    assert flusher.drain(60.0), "nothing holds up the rest"
+    flusher.stop(5.0)
+
+    assert "refuses a model record" in caplog.text
+    kept = sorted(path.name for path in (tmp_path / "runs" / "mlartifacts").rglob("*") if path.is_file())
+    assert kept == ["MLmodel", "config.json"]
+    assert not list(tmp_path.rglob("escaped"))
+    client = MlflowClient(uri, uri)
+    experiment = client.get_experiment_by_name("food")
+    assert experiment is not None
+    models = client.search_logged_models([experiment.experiment_id])
+    assert {model.name: str(model.status) for model in models} == {"good": "READY", "elsewhere": "READY"}
 
 
 @pytest.mark.parametrize(

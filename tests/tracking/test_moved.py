@@ -58,6 +58,30 @@ def test_local_databases_leave_buckets_alone(database: Path, tmp_path: Path) -> 
     assert texts(database) == before
 
 
+def local(database: Path, place: Path, *, runs: bool) -> None:
+    """Have the database know a store at `place`, with a run in it or not."""
+    with sqlite3.connect(database) as change:
+        change.execute("update experiments set artifact_location = ?", (place.as_uri(),))
+        change.execute("delete from runs")
+        if runs:
+            change.execute("insert into runs values (?)", (f"{place.as_uri()}/r1/artifacts",))
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_local_database_follows_files_only(database: Path, tmp_path: Path, runs: bool) -> None:
+    """The old place may be a disk that is away, and addresses that were changed stay changed."""
+    here = tmp_path / "mlartifacts"
+    here.mkdir()
+    local(database, tmp_path / "away" / "mlartifacts", runs=runs)
+    before = texts(database)
+    if runs:
+        assert moved.mend_local(database, here) == 0
+        assert texts(database) == before
+        (here / "r1" / "artifacts").mkdir(parents=True)
+    assert moved.mend_local(database, here) == (3 if runs else 2)
+    assert moved.mend_local(database, here) == 0
+
+
 def test_all_or_none(database: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = texts(database)
     with sqlite3.connect(database) as change:

@@ -256,6 +256,115 @@ def test_only_models_without_pickles_are_published(run: SpooledRun, tmp_path: Pa
         registry.publish(run, "food-vit", folder, {}, "best")
 
 
+@pytest.mark.parametrize(
+    "dies_at",
+    ["log_model_artifacts", "finalize_logged_model", "log_batch", "log_outputs", "create_model_version"],
+)
+def test_tries_that_die_halfway_leave_one_logged_model(
+    run: SpooledRun,
+    client: MlflowClient,
+    uri: str,
+    tmp_path: Path,
+    dies_at: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class DiedError(Exception):
+        pass
+
+    def die(*args: Any, **options: Any) -> None:
+        raise DiedError
+
+    folder, facts = model(tmp_path / "model"), registry.Facts(kind="vit", metrics={"accuracy": 0.5})
+    registry.publish(run, "other-vit", model(tmp_path / "other"), LINEAGE, "best", facts=facts)
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, dies_at, die)
+        for _ in range(2):
+            with pytest.raises(DiedError):
+                registry.publish(run, "food-vit", folder, LINEAGE, "best", facts=facts)
+    assert registry.publish(run, "food-vit", folder, LINEAGE, "best", facts=facts) == 1
+
+    experiment = client.get_experiment_by_name("food")
+    assert experiment is not None
+    models = client.search_logged_models([experiment.experiment_id])
+    assert sorted((one.name, str(one.status)) for one in models) == [
+        ("food-vit", "READY"),
+        ("other-vit", "READY"),
+    ]
+    known = client.get_run(run.mlflow_run_id() or "")
+    assert len(known.outputs.model_outputs) == 2
+    assert len(client.get_metric_history(known.info.run_id, "food-vit/accuracy")) == 1
+    out = registry.pull("food-vit@best", tmp_path / "out", uri)
+    assert sha256(out / "model.safetensors") == sha256(folder / "model.safetensors")
+
+
+def test_tags_of_the_model_are_those_of_its_newest_version(
+    run: SpooledRun, client: MlflowClient, uri: str, tmp_path: Path
+) -> None:
+    folder = model(tmp_path / "model")
+    content = registry.content_digest({path.name: sha256(path) for path in folder.iterdir()})
+    other = {**LINEAGE, "dataset": "stamps"}
+
+    def found(tags: dict[str, str], alias: str) -> str | None:
+        return registry.difference(uri, "food-vit", content, tags, alias)
+
+    registry.publish(run, "food-vit", folder, LINEAGE, "best")
+    client.set_registered_model_tag("food-vit", "dataset", "plants")
+    assert found(LINEAGE, "best") == "food-vit has other tags than its version 1"
+    client.delete_registered_model_tag("food-vit", "dataset")
+    assert found(LINEAGE, "best") == "food-vit has other tags than its version 1"
+    assert registry.publish(run, "food-vit", folder, LINEAGE, "best") == 1
+    assert found(LINEAGE, "best") is None
+
+    # Two stages that publish under one name have nothing to mend in turn.
+    registry.publish(run, "food-vit", folder, other, "candidate")
+    assert registry.publish(run, "food-vit", folder, LINEAGE, "best") == 1
+    assert (found(LINEAGE, "best"), found(other, "candidate")) == (None, None)
+    assert client.get_registered_model("food-vit").tags == other
+
+
+def damage(uri: str, how: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///"))
+    if how == "garbage":
+        path.write_bytes(b"garbage" * 1000)
+        return
+    with sqlite3.connect(path) as change:
+        if how == "old":
+            change.execute("update alembic_version set version_num = '451aebb31d03'")
+        else:
+            change.execute("drop table registered_models")
+
+
+@pytest.mark.parametrize(
+    ("how", "hint"), [("garbage", "put back"), ("old", "mlflow db upgrade sqlite:///"), ("half", "put back")]
+)
+def test_a_database_that_cannot_be_used_is_named(uri: str, tmp_path: Path, how: str, hint: str) -> None:
+    damage(uri, how)
+    with pytest.raises(UserError) as caught:
+        registry.difference(uri, "food-vit", "", {}, "best")
+    assert uri in caught.value.what
+    assert hint in (caught.value.hint or "")
+    assert len(caught.value.what.splitlines()) == 1
+    with pytest.raises(UserError) as caught:
+        registry.pull("food-vit@best", tmp_path / "out", uri)
+    assert uri in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no route to {}"), ModuleNotFoundError("no {}"), KeyError("{}")]
+)
+def test_an_address_is_named_without_its_secrets(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "postgresql://me:hush-hush@db.example/mlflow"
+
+    def refuse(uri: str) -> MlflowClient:
+        raise type(error)(str(error.args[0]).format(uri))
+
+    monkeypatch.setattr(registry, "connect", refuse)
+    with pytest.raises(UserError) as caught:
+        registry.difference(address, "food-vit", "", {}, "best")
+    assert "db.example/mlflow" in caught.value.what
+    assert "hush" not in caught.value.what + str(caught.value)
+
+
 def test_publishing_needs_tracking(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tracking is off"):
         registry.publish(NullRun(), "food-vit", model(tmp_path / "model"), {}, "best")

@@ -17,6 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from orchestrator.digests import DIGESTS
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
 from orchestrator.stages.mlmodel import mlmodel
 from orchestrator.store.s3 import S3Store
@@ -53,7 +54,7 @@ def backbone(tmp_path: Path) -> Path:
 
 def told(uri: str, spool: Path, backbone: Path, resume: tuple[str, str] | None = None) -> tuple[Run, Run]:
     """A pipeline's run and a stage's that have everything; all of it is sent when this returns."""
-    with Tracking(uri, "food", spool) as tracking:
+    with Tracking(uri, "food", spool, artifacts=backbone.parent) as tracking:
         root = tracking.run("food", resume_id=resume[0] if resume else None)
         stage = root.child("pretrain", resume_id=resume[1] if resume else None)
         for step in range(20):
@@ -109,9 +110,7 @@ def test_what_is_published_is_loaded_from_the_server(
     server: str, s3_uri: str, tmp_path: Path, backbone: Path
 ) -> None:
     (backbone / "MLmodel").write_text(mlmodel(backbone))
-    content = registry.content_digest(
-        {path.name: registry.sha256(path) for path in sorted(backbone.iterdir())}
-    )
+    content = registry.content_digest({path.name: DIGESTS.of(path) for path in sorted(backbone.iterdir())})
     with Tracking(server, "food", tmp_path / "spool") as tracking:
         run = tracking.run("publish")
         assert registry.difference(server, "food-vit", content, TAGS, "champion") is not None

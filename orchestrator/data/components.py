@@ -1,0 +1,6 @@
+"""The components that a curation makes; apart from the index, whose libraries take long to import."""
+
+from __future__ import annotations
+
+# What it chose, and what it left out. Rows that no curation has seen are in a component of their own.
+CHOSEN, LEFT_OUT, UNCURATED = "balanced", "pool", "all"
