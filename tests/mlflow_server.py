@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,8 @@ def why_no_postgres() -> str | None:
         return "PostgreSQL's server is not installed"
     if importlib.util.find_spec("psycopg2") is None:
         return "PostgreSQL's driver is not installed: pip install psycopg2-binary"
+    if os.geteuid() == 0 and "postgres" not in {user.pw_name for user in pwd.getpwall()}:
+        return "PostgreSQL does not run as root, and there is no user postgres"
     return None
 
 
