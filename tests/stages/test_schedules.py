@@ -91,7 +91,7 @@ def test_weight_decay_is_a_number_or_a_schedule() -> None:
         np.testing.assert_allclose([decay.at(step, 40) for step in range(41)], wanted, rtol=1e-9)
     assert Optimizer(lr=Schedule(peak=1e-3)).weight_decay == Schedule(peak=0.04)
     for wrong in (-0.1, {"peak": 0.1, "end": -0.1, "shape": "linear"}, {"peak": float("nan")}):
-        with pytest.raises(ValidationError, match="greater than or equal to 0|finite number"):
+        with pytest.raises(ValidationError, match=r"greater than or equal to 0|finite number"):
             Optimizer.model_validate({"lr": {"peak": 1e-3}, "weight_decay": wrong})
 
 
