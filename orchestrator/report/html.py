@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+
+_CODE = re.compile(r"`([^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
+    """A paragraph; what stands between backticks is set as code."""
 
     text: str
 
@@ -124,7 +127,7 @@ def _section(section: Section) -> str:
 
 def _block(block: Block) -> str:
     if isinstance(block, Text):
-        return f"<p>{escape(block.text)}</p>"
+        return "<p>" + _CODE.sub(r"<code>\1</code>", escape(block.text)) + "</p>"
     if isinstance(block, Table):
         return _table(block)
     return _picture(block)
@@ -177,13 +180,14 @@ header p { margin: 6px 0 24px; color: var(--soft); }
 section { margin-top: 20px; padding: 22px 26px 24px; }
 section h2 { margin: 0 0 10px; font-size: 19px; }
 section p { max-width: 74ch; margin: 0 0 14px; color: var(--soft); }
+code { font-family: ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; font-size: 0.92em; }
 .wide { overflow-x: auto; margin-bottom: 16px; }
 .wide:last-child { margin-bottom: 0; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 14px 6px 0; text-align: left; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }
+  min-width: 13ch; overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 600; font-size: 12.5px; white-space: nowrap; }
-th.n, td.n { text-align: right; padding: 6px 0 6px 14px; white-space: nowrap; }
+th.n, td.n { text-align: right; padding: 6px 0 6px 14px; white-space: nowrap; min-width: 0; }
 tbody tr:last-child td { border-bottom: 0; }
 tr.strong td { font-weight: 650; background: #f0f7fb; }
 figure { margin: 0 0 26px; }

@@ -109,3 +109,8 @@ def test_markdown_table() -> None:
     assert markdown_table(table) == (
         "| name      |      n |\n| --------- | -----: |\n| a\\|b      |      1 |\n| **plain** | **22** |\n"
     )
+
+
+def test_a_paragraph_sets_what_stands_between_backticks_as_code() -> None:
+    text = page("t", "s", [], [Section("One", [Text("Set `a<b` and `mix`, or a ` alone.")])])
+    assert "<p>Set <code>a&lt;b</code> and <code>mix</code>, or a ` alone.</p>" in text
