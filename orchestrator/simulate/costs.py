@@ -142,7 +142,10 @@ def _nearest_of(name: str, known: Sequence[str]) -> str:
 
 
 def measured(step_s: Mapping[int, Sequence[float]], figures: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """One stage's section of a costs file from what a run measured: medians.
+    """One stage's section of a costs file from what a run measured.
+
+    A step is its mean, as a stage's time is the sum of its steps: a median leaves out the slow ones, which come
+    again in the next run. The other costs are few, and medians.
 
     Args:
         step_s: seconds of steps by number of workers, without groups' first ones.
@@ -150,6 +153,6 @@ def measured(step_s: Mapping[int, Sequence[float]], figures: Mapping[str, Sequen
     """
     section: dict[str, Any] = {name: statistics.median(values) for name, values in figures.items() if values}
     section["measured_step_s"] = {
-        count: statistics.median(values) for count, values in step_s.items() if values
+        count: statistics.fmean(values) for count, values in step_s.items() if values
     }
     return StageCosts.model_validate(section).model_dump(exclude_unset=True)

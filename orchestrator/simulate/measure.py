@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from orchestrator.simulate.costs import measured
@@ -89,7 +90,7 @@ def stage_costs(
         found.setdefault("start_s", []).append(marks["built"] - recovery["decided"])
         found.setdefault("restore_s", []).append(marks["restored"] - marks["built"])
         if usual := steps.get(recovery["workers"]):
-            longer = recovery["first_step"] - marks["restored"] - _median(usual)
+            longer = recovery["first_step"] - marks["restored"] - fmean(usual)
             found.setdefault("first_step_s", []).append(max(0.0, longer))
         before = [at for at in losses if at <= recovery["detected"]]
         if not recovery["planned"] and before:
@@ -100,7 +101,7 @@ def stage_costs(
     if run.steps and "warm_s" not in found:
         until_step = run.steps[0][0] - began
         start = _median(found.get("start_s", [])) + _median(found.get("first_step_s", []))
-        first = _median(next(iter(steps.values()))) if steps else 0.0
+        first = fmean(next(iter(steps.values()))) if steps else 0.0
         found["warm_s"] = [max(0.0, until_step - start - first)]
     return measured(steps, found)
 
