@@ -144,8 +144,9 @@ def _nearest_of(name: str, known: Sequence[str]) -> str:
 def measured(step_s: Mapping[int, Sequence[float]], figures: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """One stage's section of a costs file from what a run measured.
 
-    A step is its mean, as a stage's time is the sum of its steps: a median leaves out the slow ones, which come
-    again in the next run. The other costs are few, and medians.
+    A step is its mean, as a stage's time is the sum of its steps. A median would be wrong: a step is seen when the
+    controller polls, so that the times between two steps are whole polls, and their median is one poll or two. The
+    other costs are few, and medians.
 
     Args:
         step_s: seconds of steps by number of workers, without groups' first ones.
