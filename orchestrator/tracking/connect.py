@@ -111,6 +111,10 @@ def _artifacts(database: Path) -> str:
     return (database.parent / moved.FOLDER).as_uri()
 
 
+# What MLflow's pages call an experiment that trains models; without it they guess.
+_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+
+
 def ensure_experiment(client: MlflowClient, uri: str, name: str, files: str | None = None) -> str:
     """The id of the experiment `name`, made if there is none.
 
@@ -124,7 +128,7 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str, files: str | No
         database = database_path(uri)
         location = (files or _artifacts(database)) if database else None
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=_TRAINING))
         except MlflowException:
             # Somebody else may have made it in between.
             found = client.get_experiment_by_name(name)

@@ -20,6 +20,7 @@ def test_only_a_new_experiment_takes_the_place(uri: str) -> None:
     assert again == beside
     assert client.get_experiment(beside).artifact_location.startswith("file://")
     assert client.get_experiment(new).artifact_location == "s3://bucket/p/mlartifacts"
+    assert client.get_experiment(new).tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 @pytest.mark.parametrize(
