@@ -218,6 +218,31 @@ def models(
 
 
 @app.command()
+def explain(
+    key: Annotated[
+        str,
+        typer.Argument(
+            metavar="[KEY]", help="Such as stages.pretrain.mix, or lr; without it, the whole file."
+        ),
+    ] = "",
+) -> None:
+    """Say what a key of a pipeline file means, what it may hold and what its default is."""
+    from orchestrator.pipeline.explain import explain as find
+    from orchestrator.pipeline.explain import text
+
+    width = min(_console().width, 100)
+    typer.echo("\n\n".join(text(each, width) for each in find(key)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a pipeline file, with which editors complete keys and mark mistakes."""
+    from orchestrator.pipeline.schema import schema_text
+
+    typer.echo(schema_text(), nl=False)
+
+
+@app.command()
 def simulate(
     trace: Annotated[
         Path, typer.Argument(metavar="TRACE.json", help="The machines (docs/traces.md).", show_default=False)

@@ -159,7 +159,9 @@ def _worker_text(value: tuple[int, int]) -> Any:
 # min_workers and max_workers. `auto`, or `[2, auto]`, has EVERY_DEVICE as its upper end.
 Workers = Annotated[
     tuple[Annotated[int, Field(ge=1, le=EVERY_DEVICE)], Annotated[int, Field(ge=1, le=EVERY_DEVICE)]],
-    BeforeValidator(_worker_range),
+    BeforeValidator(
+        _worker_range, json_schema_input_type=int | Literal["auto"] | tuple[int, int | Literal["auto"]]
+    ),
     PlainSerializer(_worker_text),
 ]
 
@@ -196,7 +198,10 @@ class Resources(Settings):
         description="The number of logical CPUs that each worker reserves: a whole number, or a share below 1. "
         "Default: 1 for a worker on a CPU, none for a worker on a GPU.",
     )
-    memory: Annotated[int, BeforeValidator(_bytes), Field(gt=0, le=2**50)] | None = operational(
+    memory: (
+        Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(gt=0, le=2**50)]
+        | None
+    ) = operational(
         None,
         description="The main memory that each worker reserves, in bytes or as a text such as 8GiB. Ray counts it "
         "when it places workers and does not enforce it. Default: none is reserved.",
@@ -466,7 +471,7 @@ class Cluster(Settings):
 
 
 class Hardware(Settings):
-    """The machines that `orchestrator plan` reckons with; nothing runs differently for it."""
+    """The machines for which `orchestrator plan` computes costs; nothing runs differently for it."""
 
     devices: int = Field(ge=1, description="The number of accelerators that train at once.")
     name: str = Field("H100 SXM", description="The name of the accelerator, for people to read.")
@@ -503,7 +508,9 @@ def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(_one_or_many, json_schema_input_type=str | tuple[str, ...])
+]
 
 
 def _number(value: Any) -> Any:
@@ -530,7 +537,10 @@ def _mix(value: Any) -> Any:
 
 
 # Names of components and data sources, or their weights.
-Mix = Annotated[tuple[str, ...] | dict[str, float], BeforeValidator(_mix)]
+Mix = Annotated[
+    tuple[str, ...] | dict[str, float],
+    BeforeValidator(_mix, json_schema_input_type=str | tuple[str, ...] | dict[str, float]),
+]
 
 
 class StageSpec(Settings):
@@ -597,7 +607,7 @@ def _constant(value: Any) -> Any:
 
 
 # A schedule; a number is one that stays.
-Decay = Annotated[Schedule, BeforeValidator(_constant)]
+Decay = Annotated[Schedule, BeforeValidator(_constant, json_schema_input_type=float | Schedule)]
 
 
 def _at_most_one(schedule: Schedule) -> Schedule:
@@ -692,7 +702,8 @@ class Pipeline(Settings, Generic[S]):
         description="How every training stage uses machines that come and go; a stage may override it.",
     )
     hardware: Hardware | None = operational(
-        None, description="The machines that `orchestrator plan` reckons with. Default: no costs are printed."
+        None,
+        description="The machines for which `orchestrator plan` computes costs. Default: no costs are printed.",
     )
     data: dict[str, DataSource] = Field({}, description="The data sources by name.")
     stages: dict[str, S] = Field(description="The stages by name; their order in the file does not matter.")

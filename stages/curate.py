@@ -12,12 +12,13 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from orchestrator.data.components import CHOSEN, LEFT_OUT
 from orchestrator.errors import Stopped, UserError, nearest
+from orchestrator.spec import Names
 from orchestrator.stages.base import Context, Stage
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ logger = logging.getLogger("orchestrator")
 _LISTED = 1000
 
 
-def _names(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
 class Curate(Stage):
     """Files of one or more data sources → the index of photographs that training reads.
 
@@ -48,7 +45,7 @@ class Curate(Stage):
     """
 
     kind: Literal["curate"]
-    data: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+    data: Names = Field(
         min_length=1,
         description="The names of the data sources; of equal images, the first source's is kept.",
     )

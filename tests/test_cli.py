@@ -102,7 +102,7 @@ def test_a_pipeline_from_plan_to_logs(folder: Path) -> None:
         (["logs", "toy.yaml", "pretrian"], "did you mean 'pretrain'?"),
         (["logs", "toy.yaml", "pretrain"], "has no log"),
         (["pull", "food-dinov3@champion", "--out", "model"], "no MLflow database"),
-        (["plann", "toy.yaml"], "Did you mean 'plan'?"),
+        (["plna", "toy.yaml"], "Did you mean 'plan'?"),
     ],
 )
 def test_a_mistake_exits_with_two_and_leaves_nothing(

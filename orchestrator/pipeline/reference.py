@@ -6,7 +6,9 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -34,6 +36,27 @@ _NAMES = {
     type(None): "null",
 }
 _SHARED = (StageSpec, TrainStage)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What there is to say of one key.
+
+    Attributes:
+        name: as it stands in a file.
+        type: what it may hold, in Markdown.
+        default: in YAML between backticks, or a word.
+        again: whether stages run again when it changes.
+        meaning: its description.
+    """
+
+    name: str
+    type: str
+    default: str
+    again: bool
+    meaning: str
+
+
 # Of the file itself, and in no stage's key.
 _NAMED = {(Pipeline[AnyStage], "name")}
 
@@ -50,10 +73,10 @@ def reference() -> str:
     for stage in stages:
         shared = TrainStage if issubclass(stage, TrainStage) else StageSpec
         own = {name: field for name, field in stage.model_fields.items() if name not in shared.model_fields}
-        parts += [f"## `kind: {_kind(stage)}`", _prose(stage), _table(stage, own)]
+        parts += [f"## `kind: {kind_of(stage)}`", prose(stage), _table(stage, own)]
     parts += ["## Sections", "What the tables above link to."]
     for model in sorted(sections(), key=lambda each: each.__name__):
-        parts += [f"### {model.__name__}", _prose(model), _table(model, model.model_fields)]
+        parts += [f"### {model.__name__}", prose(model), _table(model, model.model_fields)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
@@ -63,23 +86,24 @@ def sections() -> list[type[BaseModel]]:
     return sorted(found, key=lambda model: model.__name__)
 
 
-def _reached(*, operational: bool) -> set[type[BaseModel]]:
+@cache
+def _reached(*, operational: bool) -> frozenset[type[BaseModel]]:
     """The models that keys hold; without those that only operational keys do, if so asked."""
     found: set[type[BaseModel]] = set()
     waiting: list[type[BaseModel]] = [Pipeline[AnyStage]]
     while waiting:
         for field in waiting.pop().model_fields.values():
-            new = set(_models(field.annotation)) - found
+            new = set(models_in(field.annotation)) - found
             if operational or not _operational(field):
                 found |= new
                 waiting += new
-    return found
+    return frozenset(found)
 
 
 def keys() -> dict[str, set[str]]:
     """The keys of every section, by what it is called here: a stage by its kind, the file as `pipeline`."""
     found = {"pipeline": _keys(Pipeline[AnyStage])}
-    found |= {_kind(stage): _keys(stage) for stage in get_args(get_args(AnyStage)[0])}
+    found |= {kind_of(stage): _keys(stage) for stage in get_args(get_args(AnyStage)[0])}
     return found | {model.__name__: _keys(model) for model in sections()}
 
 
@@ -87,18 +111,20 @@ def _keys(model: type[BaseModel]) -> set[str]:
     return {field.alias or name for name, field in model.model_fields.items()}
 
 
-def _kind(stage: type[BaseModel]) -> str:
+def kind_of(stage: type[BaseModel]) -> str:
+    """The name of a stage's kind."""
     return str(get_args(stage.model_fields["kind"].annotation)[0])
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that an annotation is made of."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
-        yield from _models(part)
+        yield from models_in(part)
 
 
-def _prose(model: type[BaseModel]) -> str:
+def prose(model: type[BaseModel]) -> str:
     """What the class says of itself, but for its attributes and for what a base class says."""
     text = inspect.cleandoc(model.__dict__.get("__doc__") or "")
     return text.partition("\n\nAttributes:")[0].replace("``", "`")
@@ -106,19 +132,29 @@ def _prose(model: type[BaseModel]) -> str:
 
 def _table(model: type[BaseModel], fields: dict[str, FieldInfo]) -> str:
     rows = ["| key | type | default | again | meaning |", "|---|---|---|---|---|"]
-    decides = {Pipeline[AnyStage], *_SHARED, *_reached(operational=False)}
-    for name, field in fields.items():
-        if _fixed(field):
+    for key in described(model):
+        if not any(key.name == (field.alias or name) for name, field in fields.items()):
             continue
-        cells = (
-            f"`{field.alias or name}`",
-            _type(field.annotation, field.metadata),
-            _default(model, name, field),
-            "yes" if model in decides and not _operational(field) and (model, name) not in _NAMED else "no",
-            field.description or "",
-        )
+        cells = (f"`{key.name}`", key.type, key.default, "yes" if key.again else "no", key.meaning)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
+
+
+@cache
+def described(model: type[BaseModel]) -> Sequence[Key]:
+    """The keys of a section, in the schema's order."""
+    decides = {Pipeline[AnyStage], *_SHARED, *_reached(operational=False)}
+    return [
+        Key(
+            field.alias or name,
+            _type(field.annotation, field.metadata),
+            _default(model, name, field),
+            model in decides and not _operational(field) and (model, name) not in _NAMED,
+            field.description or "",
+        )
+        for name, field in model.model_fields.items()
+        if not _fixed(field)
+    ]
 
 
 def _fixed(field: FieldInfo) -> bool:
@@ -177,7 +213,7 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
     if origin is dict:
         return f"{_type(parts[1], [])}, by name"
     if inspect.isclass(annotation) and issubclass(annotation, Stage):
-        return f"`{_kind(annotation)}`"
+        return f"`{kind_of(annotation)}`"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
     return _NAMES.get(annotation, "mapping" if annotation is Any else str(annotation)) + limits

@@ -1,0 +1,221 @@
+"""What one key of a pipeline file means: `orchestrator explain stages.pretrain.homogeneous`."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+from orchestrator.errors import UserError, nearest
+from orchestrator.pipeline.reference import Key, described, kind_of, models_in, prose
+from orchestrator.spec import Pipeline
+from orchestrator.stages import AnyStage
+from orchestrator.stages.base import Stage
+
+_STAGES = "stages"
+# What stands for a name that the user gives.
+_NAME = "NAME"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A key, and what can stand below it.
+
+    Attributes:
+        paths: of the key, from the top of the file: several if it means the same in each; empty for the file itself.
+        key: what there is to say of it; None for the file, for a stage of a kind, and for a section below a name.
+        prose: what its section says of itself, if it is one.
+        below: the keys of its section, or the names that may follow.
+    """
+
+    paths: Sequence[str]
+    key: Key | None
+    prose: str
+    below: Sequence[Key]
+
+
+def explain(path: str) -> list[Explanation]:
+    """What is at a dotted path; a stage is named by its kind, and any name will do for a student or a data source.
+
+    A path that starts at a stage kind, or that is the end of others, is found, too: `lr` gives each place that has
+    one.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    parts = [part for part in path.split(".") if part]
+    if not parts:
+        return [_section((), Pipeline[AnyStage])]
+    if parts[0] not in _names(Pipeline[AnyStage]):
+        if parts[0] in _kinds():
+            parts = [_STAGES, *parts]
+        elif found := [where for where in _everywhere() if where[-len(parts) :] == tuple(parts)]:
+            return _together([_at(where) for where in found])
+    return [_at(parts)]
+
+
+def _together(explanations: Sequence[Explanation]) -> list[Explanation]:
+    """Those that say the same as one."""
+    groups: list[Explanation] = []
+    for each in explanations:
+        for number, group in enumerate(groups):
+            if replace(group, paths=()) == replace(each, paths=()):
+                groups[number] = replace(group, paths=[*group.paths, *each.paths])
+                break
+        else:
+            groups.append(each)
+    return groups
+
+
+def text(explanation: Explanation, width: int = 100) -> str:
+    """The explanation as it is printed, on lines of up to `width` characters."""
+    lines = list(explanation.paths) or ["A pipeline file"]
+    if key := explanation.key:
+        again = "stages run again" if key.again else "no stage runs again"
+        said = (_plain(key.type), _told_default(key.default), f"when it changes, {again}")
+        lines += [*_wrapped("; ".join(filter(None, said)), width), "", *_wrapped(_plain(key.meaning), width)]
+    if explanation.prose:
+        lines += ["", *_wrapped(_plain(explanation.prose), width)]
+    if explanation.below:
+        lines += ["", "  keys:"]
+        longest = max(len(key.name) for key in explanation.below)
+        for key in explanation.below:
+            lines += textwrap.wrap(
+                _plain(_first_sentence(key.meaning)),
+                width,
+                initial_indent=f"    {key.name.ljust(longest)}  ",
+                subsequent_indent=" " * (longest + 6),
+            )
+    return "\n".join(lines)
+
+
+def _told_default(default: str) -> str:
+    if default == "**required**":
+        return "required"
+    if default == "see there":
+        return ""
+    return "no default" if default == "–" else f"default {_plain(default)}"
+
+
+def _wrapped(prose: str, width: int) -> list[str]:
+    lines: list[str] = []
+    for paragraph in prose.split("\n\n"):
+        lines += ["", *textwrap.wrap(paragraph, width, initial_indent="  ", subsequent_indent="  ")]
+    return lines[1:]
+
+
+def _first_sentence(meaning: str) -> str:
+    return re.split(r"(?<=[.;:])\s", meaning, maxsplit=1)[0].rstrip(".;:")
+
+
+def _plain(markdown: str) -> str:
+    """Without links, which a terminal does not follow, and without the backticks of single values."""
+    return re.sub(r"\[([^\]]+)\]\(#[^)]*\)", r"\1", markdown).replace("**", "").replace("`", "")
+
+
+# --- the walk -----------------------------------------------------------------------------------------------------
+
+
+def _at(parts: Sequence[str]) -> Explanation:
+    model: type[BaseModel] = Pipeline[AnyStage]
+    waiting = list(parts)
+    done: list[str] = []
+    while waiting:
+        name = waiting.pop(0)
+        key = _key(model, name, done)
+        done.append(name)
+        below = _below(model, name)
+        if _by_name(model, name) and waiting:
+            # A name of the user's own; of a stage it is the kind.
+            given = waiting.pop(0)
+            done.append(given)
+            if below and issubclass(below[0], Stage):
+                below = [_stage(given, done)]
+            if not waiting:
+                return _section(done, below[0]) if below else Explanation([".".join(done)], key, "", ())
+        if not waiting:
+            return _explained(done, key, below, named=_by_name(model, name))
+        below = [each for each in below if waiting[0] in _names(each)] or below
+        if not below:
+            raise UserError(f"{'.'.join(done)} has no keys below it", hint=f"it is {_plain(key.type)}")
+        model = below[0]
+    raise AssertionError(parts)
+
+
+def _explained(
+    path: Sequence[str], key: Key, below: Sequence[type[BaseModel]], *, named: bool
+) -> Explanation:
+    dotted = [".".join(path)]
+    if named and below and issubclass(below[0], Stage):
+        kinds = [Key(kind, "", "", True, prose(stage)) for kind, stage in _kinds().items()]
+        return Explanation(dotted, key, "A stage of any name; its kind is one of these:", kinds)
+    if not below:
+        return Explanation(dotted, key, "", ())
+    return Explanation(dotted, key, prose(below[0]), described(below[0]))
+
+
+def _section(path: Sequence[str], model: type[BaseModel]) -> Explanation:
+    return Explanation([".".join(path)] if path else [], None, prose(model), described(model))
+
+
+def _key(model: type[BaseModel], name: str, above: Sequence[str]) -> Key:
+    for key in described(model):
+        if key.name == name:
+            return key
+    known = _names(model)
+    close = nearest(name, known)
+    hint = f"did you mean {'.'.join([*above, close])!r}?" if close else f"there are: {', '.join(known)}"
+    where = ".".join(above) or "a pipeline file"
+    raise UserError(f"{where} has no key {name!r}", hint=hint)
+
+
+def _stage(kind: str, path: Sequence[str]) -> type[BaseModel]:
+    kinds = _kinds()
+    if kind in kinds:
+        return kinds[kind]
+    close = nearest(kind, kinds)
+    hint = f"did you mean {'.'.join([*path[:-1], close])!r}?" if close else f"there are: {', '.join(kinds)}"
+    raise UserError(f"there is no stage kind {kind!r}", hint=hint)
+
+
+def _kinds() -> dict[str, type[BaseModel]]:
+    return {kind_of(stage): stage for stage in get_args(get_args(AnyStage)[0])}
+
+
+def _names(model: type[BaseModel]) -> list[str]:
+    return [key.name for key in described(model)]
+
+
+def _annotation(model: type[BaseModel], name: str) -> Any:
+    return next(field.annotation for own, field in model.model_fields.items() if (field.alias or own) == name)
+
+
+def _below(model: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    return list(dict.fromkeys(models_in(_annotation(model, name))))
+
+
+def _by_name(model: type[BaseModel], name: str) -> bool:
+    """Whether names of the user's own come below the key."""
+    annotation = _annotation(model, name)
+    options = (annotation, *get_args(annotation))
+    return any(get_origin(option) is dict for option in options) and bool(_below(model, name))
+
+
+def _everywhere() -> Iterator[tuple[str, ...]]:
+    """The path of every key, a student or a data source standing as NAME."""
+
+    def walk(model: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for name in _names(model):
+            path = (*above, name)
+            yield path
+            for below in _below(model, name):
+                if issubclass(below, Stage):
+                    yield from walk(below, (*path, kind_of(below)))
+                elif below is not model:
+                    yield from walk(below, (*path, _NAME) if _by_name(model, name) else path)
+
+    yield from walk(Pipeline[AnyStage], ())

@@ -1,0 +1,44 @@
+"""The JSON Schema of a pipeline file, with which editors complete keys and mark mistakes: `orchestrator schema`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from orchestrator.spec import Pipeline
+from orchestrator.stages import AnyStage
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_EXTENDS = {
+    "type": "string",
+    "description": "The path of a pipeline file, relative to this one's folder, over which this one is laid.",
+}
+
+
+def schema() -> dict[str, Any]:
+    """The schema. A file that extends another need not have what the other one has."""
+    found = Pipeline[AnyStage].model_json_schema(by_alias=True)
+    required = found.pop("required")
+    stages = found["properties"]["stages"]["additionalProperties"]
+    # A stage that is laid over another's need not repeat its kind.
+    found["properties"]["stages"]["additionalProperties"] = {
+        "if": {"type": "object", "required": ["kind"]},
+        "then": stages,
+        "else": {"type": ["object", "null"]},
+    }
+    found["properties"]["extends"] = _EXTENDS
+    found |= {
+        "$schema": _DIALECT,
+        "title": "A pipeline file of orchestrator",
+        "if": {"required": ["extends"]},
+        "else": {
+            "required": required,
+            "properties": {"stages": {"additionalProperties": {"required": ["kind"]}}},
+        },
+    }
+    return found
+
+
+def schema_text() -> str:
+    """The schema as the file that is shipped."""
+    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
