@@ -1,0 +1,373 @@
+"""What can be known of a pipeline before its first step: one look for `plan` and `run`, which tells everything at once.
+
+A kind of stage says in :meth:`Stage.foresee` what would end it. Here is what belongs to no kind: the graph, data
+sources and their captions, the store, disk and memory, and who has to answer. Nothing is changed, but that a run puts
+an object into a remote store and deletes it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline import fit, graph, room
+from orchestrator.pipeline.attempt import merged_elastic
+from orchestrator.pipeline.load import LoadedPipeline, joined
+from orchestrator.pipeline.plan import EVERYTHING, Choice, Fingerprint, ResolvedStage, resolve
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.stages.base import Outlook, PhotoCount, Stage, TrainStage
+from orchestrator.store.open import is_remote
+from orchestrator.store.s3 import S3Store
+from orchestrator.store.s3client import Patience
+from orchestrator.tracking import reach
+
+if TYPE_CHECKING:
+    from orchestrator.data.captions import Captions
+
+# A server in the same building answers within milliseconds, one across the world within a second.
+_ANSWER_S = 3.0
+_STORE_PATIENCE = Patience(connect_s=3.0, read_s=5.0, attempts=1)
+_STORE_ANSWER_S = 12.0
+
+T = TypeVar("T")
+
+
+@dataclass
+class Checked:
+    """What was found.
+
+    Attributes:
+        stages: with their keys; empty where a mistake, or data that is not there, leaves them unknown.
+        errors: what would end a run.
+        warnings: what may be meant, or pass.
+        facts: of each data source with captions, how many photos have some; with whether all that have any do.
+    """
+
+    stages: list[ResolvedStage] = field(default_factory=list)
+    errors: list[UserError] = field(default_factory=list)
+    warnings: list[UserError] = field(default_factory=list)
+    facts: list[tuple[str, bool]] = field(default_factory=list)
+
+    def insist(self) -> None:
+        """Go on only if no error was found.
+
+        Raises:
+            UserError: all of them.
+        """
+        if self.errors:
+            raise joined(self.errors)
+
+
+def check(
+    loaded: LoadedPipeline,
+    *,
+    runs: bool,
+    choice: Choice = EVERYTHING,
+    fingerprint: Fingerprint | None = None,
+) -> Checked:
+    """Look at everything.
+
+    Args:
+        loaded: the pipeline, with its mistakes gathered.
+        runs: whether it is about to run here: then data must be there, and all that a run needs has to answer.
+        choice: which stages are looked at, and which are made anew.
+        fingerprint: the content hash of a data source; default: the package's.
+    """
+    found = Checked(errors=[*(loaded.missing if runs else ()), *loaded.mistakes])
+    # What a pipeline takes, and who answers it, is asked on machines without its data, too: of other machines.
+    is_here = runs or not (loaded.missing or loaded.spec.hardware)
+    probes = _Probes(loaded, runs) if is_here else None
+    graph_errors = graph.complaints(loaded)
+    found.errors += graph_errors
+    counts = _count_photos(loaded, found)
+    if not graph_errors:
+        roles = graph.roles(loaded)
+        fit_errors = list(fit.complaints(loaded, roles))
+        found.errors += fit_errors
+        found.errors += _foresee(loaded, roles, counts)
+        blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
+        if not blocked:
+            _resolve(loaded, found, fingerprint)
+    found.errors += _callbacks(loaded, deep=runs)
+    if probes is not None:
+        _conclude(loaded, found, probes, choice, runs)
+    return found
+
+
+def _resolve(loaded: LoadedPipeline, found: Checked, fingerprint: Fingerprint | None) -> None:
+    try:
+        found.stages = resolve(loaded, fingerprint)
+    except UserError as error:
+        found.errors.append(error)
+
+
+def _conclude(loaded: LoadedPipeline, found: Checked, probes: _Probes, choice: Choice, runs: bool) -> None:
+    """What needs the store: whether it answers, what of the pipeline is in it, and so what is to be made."""
+    if trouble := probes.store.result():
+        found.errors.append(trouble)
+        to_run = None
+    else:
+        to_run = _to_run(loaded, found, choice)
+    if trouble := probes.tracking.result():
+        found.warnings.append(trouble)
+    if trouble := probes.cluster.result():
+        uses_it = to_run is None or any(loaded.spec.stages[name].needs_ray for name in to_run)
+        if uses_it:
+            (found.errors if runs else found.warnings).append(trouble)
+    if to_run:
+        needs = room.needs(loaded, to_run)
+        too_much, tight = room.disk(loaded, needs)
+        found.errors += too_much
+        found.warnings += tight
+        if loaded.spec.cluster.address == "local":
+            found.warnings += room.here(loaded, needs)
+
+
+def _to_run(loaded: LoadedPipeline, found: Checked, choice: Choice) -> list[str] | None:
+    """The names of the stages that are not there; None where that is not known."""
+    if not found.stages:
+        return None
+    workspace = Workspace(loaded.spec.store)
+    try:
+        chosen = choice.of(found.stages)
+        return [
+            stage.name
+            for stage in found.stages
+            if stage.name in chosen
+            and (stage.name in choice.force or workspace.find(stage.parts.kind, stage.key) is None)
+        ]
+    except UserError as error:
+        found.errors.append(error)
+        return None
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, PhotoCount | None]:
+    """What each data source that is read has; None of one that is not there or has no photos."""
+    used = dict.fromkeys(name for stage in loaded.spec.stages.values() for name in stage.data_sources())
+    counts: dict[str, PhotoCount | None] = {}
+    for name in used:
+        source = loaded.spec.data.get(name)
+        if source is None or not source.path.is_dir():
+            counts[name] = None
+            continue
+        from orchestrator.data.source import captions_of, list_images
+
+        try:
+            files = list_images(source, name).files
+        except UserError as error:
+            counts[name] = None
+            found.errors.append(
+                UserError(error.what, where=loaded.where("data", name, "path"), hint=error.hint)
+            )
+            continue
+        counts[name] = PhotoCount(len(files))
+        if source.captions is None:
+            continue
+        try:
+            captions = captions_of(source, name, files)
+        except UserError as error:
+            if (error.where or "").startswith("data."):
+                continue  # no such file, which was told
+            # What captions there are is not known: stages that want some are told nothing that may be wrong.
+            counts[name] = PhotoCount(len(files), len(files), len(files))
+            found.errors.append(error)
+            continue
+        counts[name] = PhotoCount(len(files), captions.num_captions, captions.num_labels)
+        found.warnings += captions.warnings
+        found.facts.append(_fact(name, len(files), captions))
+    return counts
+
+
+def _fact(name: str, photos: int, captions: Captions) -> tuple[str, bool]:
+    texts, labels = captions.num_captions, captions.num_labels
+    complete = texts in (0, photos) and labels in (0, photos) and texts + labels > 0
+    return f"{name}: {texts} of {photos} photos have a caption, {labels} a label", complete
+
+
+# --- stages -----------------------------------------------------------------------------------------------------
+
+
+def _foresee(
+    loaded: LoadedPipeline,
+    roles: Mapping[str, Mapping[str, str]],
+    counts: Mapping[str, PhotoCount | None],
+) -> Iterator[UserError]:
+    """What each stage says of itself."""
+    for name, stage in loaded.spec.stages.items():
+        for error in stage.foresee(_outlook(loaded, roles, counts, name)):
+            path = (error.where or "").split(".") if error.where else []
+            yield UserError(error.what, where=loaded.where("stages", name, *path), hint=error.hint)
+
+
+def _outlook(
+    loaded: LoadedPipeline,
+    roles: Mapping[str, Mapping[str, str]],
+    counts: Mapping[str, PhotoCount | None],
+    name: str,
+) -> Outlook:
+    stages = loaded.spec.stages
+    upstream = {role: stages[need] for role, need in roles[name].items()}
+    lineage = tuple(stages[one] for one in graph.lineage(roles, name))
+    if lineage:
+        upstream["origin"] = lineage[0]
+    return Outlook(upstream, lineage, _photos(stages[name], upstream, counts))
+
+
+def _photos(
+    stage: Stage, upstream: Mapping[str, Stage], counts: Mapping[str, PhotoCount | None]
+) -> PhotoCount | None:
+    """What the sources have that a stage reads, itself or by way of its index."""
+    sources = stage.data_sources() or (upstream["index"].data_sources() if "index" in upstream else ())
+    total = PhotoCount()
+    for source in sources:
+        count = counts.get(source)
+        if count is None:
+            return None
+        total += count
+    return total if sources else None
+
+
+def _callbacks(loaded: LoadedPipeline, *, deep: bool) -> Iterator[UserError]:
+    """Ray Train callbacks that cannot be found; imported only where they are about to be used."""
+    told: set[str] = set()
+    for name, stage in loaded.spec.stages.items():
+        if not isinstance(stage, TrainStage):
+            continue
+        own = stage.elastic is not None and "ray_train_callbacks" in stage.elastic.model_fields_set
+        section = ("stages", name, "elastic") if own else ("elastic",)
+        for path in merged_elastic(loaded.spec.elastic, stage.elastic).ray_train_callbacks:
+            if path in told or (why := _import_trouble(path, deep=deep)) is None:
+                continue
+            told.add(path)
+            yield UserError(
+                f"the Ray Train callback {path!r} cannot be used: {why}",
+                where=loaded.where(*section, "ray_train_callbacks"),
+                hint="name a class that needs no arguments, as package.module:Class",
+            )
+
+
+def _import_trouble(path: str, *, deep: bool) -> str | None:
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        return "it has no colon between module and class"
+    try:
+        if importlib.util.find_spec(module) is None:
+            return f"there is no module {module}"
+        if deep and not hasattr(importlib.import_module(module), name):
+            return f"{module} has no {name}"
+    except Exception as error:  # whatever importing it runs
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+# --- who has to answer ------------------------------------------------------------------------------------------
+
+
+class _Probe(Generic[T]):
+    """A question that a server is asked in a thread of its own, which nobody waits for longer than is said.
+
+    Args:
+        ask: the question.
+        late: the answer if there is none in time.
+        patience_s: how long to wait, from the start.
+    """
+
+    def __init__(self, ask: Callable[[], T], late: T, patience_s: float) -> None:
+        self._ask = ask
+        self._answer = late
+        self._until = time.monotonic() + patience_s
+        # A daemon: a name server that hangs must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def result(self) -> T:
+        """The answer."""
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        return self._answer
+
+    def _run(self) -> None:
+        self._answer = self._ask()
+
+
+class _Probes:
+    """All that is asked, side by side, while photos are looked at."""
+
+    def __init__(self, loaded: LoadedPipeline, runs: bool) -> None:
+        def mapped(error: UserError | None, *path: str) -> UserError | None:
+            if error is None:
+                return None
+            # The value may hold what is secret in it.
+            where = loaded.document.where(path, value=False)
+            return UserError(error.what, where=where, hint=error.hint)
+
+        spec = loaded.spec
+        is_mistaken = any("tracking.uri" in (error.where or "") for error in loaded.mistakes)
+        uri, place = spec.tracking.uri, ("tracking", "uri")
+        late = UserError(f"MLflow did not answer within {_ANSWER_S:.0f} s", hint="start the server")
+        self.tracking = _Probe(
+            lambda: None if is_mistaken else mapped(reach.trouble(uri, _ANSWER_S), *place),
+            mapped(late, *place),
+            _ANSWER_S + 0.5,
+        )
+        late = UserError(f"the store did not answer within {_STORE_ANSWER_S:.0f} s")
+        self.store = _Probe(
+            lambda: mapped(_store_trouble(spec.store, writes=runs), "store"),
+            mapped(late, "store"),
+            _STORE_ANSWER_S,
+        )
+        address, place = spec.cluster.address, ("cluster", "address")
+        late = UserError(f"no Ray cluster answers at {address!r} within {_ANSWER_S:.0f} s")
+        self.cluster = _Probe(
+            lambda: mapped(_cluster_trouble(address), *place), mapped(late, *place), _ANSWER_S + 0.5
+        )
+
+
+def _store_trouble(uri: str, *, writes: bool) -> UserError | None:
+    """Whether a remote store can be used; of a folder that was asked when the file was read."""
+    if not (is_remote(uri) and uri.startswith("s3://")):
+        return None
+    try:
+        store = S3Store(uri, _STORE_PATIENCE)
+        store.check()
+        if writes:
+            name = f"doctor/{uuid.uuid4().hex}"
+            store.put_bytes(name, b"well")
+            store.delete(name)
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(f"the store {uri} cannot be written: {error}")
+    return None
+
+
+def _cluster_trouble(address: str) -> UserError | None:
+    """Whether somebody listens at `host:port`. Which cluster is on this machine is found when it is joined."""
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return None
+    try:
+        with socket.create_connection((host, int(port)), timeout=_ANSWER_S):
+            return None
+    except (OSError, OverflowError) as error:
+        return UserError(
+            f"no Ray cluster answers at {address!r}: {error}",
+            hint="start one with `ray start --head`, or set cluster.address to local",
+        )
+
+
+def sources_read(loaded: LoadedPipeline, names: Sequence[str]) -> list[str]:
+    """The data sources that these stages read, themselves or by way of what they need."""
+    needs = {name: stage.needs for name, stage in loaded.spec.stages.items()}
+    all_names = {one for name in names for one in (name, *graph.upstream(name, needs))}
+    return sorted({source for name in all_names for source in loaded.spec.stages[name].data_sources()})
