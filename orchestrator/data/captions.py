@@ -226,10 +226,11 @@ def _unknown(
     first, line = next(iter(unknown.items()))
     shown = ", ".join(shortened(name, 100) for name in sorted(unknown)[:_SHOWN])
     near = names.near(first)
+    count = "1 file" if len(unknown) == 1 else f"{len(unknown)} files"
     if not found_any:
-        what = f"none of the {len(unknown)} files that the captions file names is an image in {root}: {shown}"
+        what = f"none of the names in the captions file, {count}, is an image in {root}: {shown}"
     else:
-        what = f"the captions file names {len(unknown)} files that are not images in {root}: {shown}"
+        what = f"the captions file names {count} that are not images in {root}: {shown}"
     meant = f"{shortened(first, 100)!r} on line {line}: did you mean {near!r}? " if near else ""
     rule = "`file` is the path from the source's folder, with forward slashes"
     return UserError(what, where=f"{path}:{line}", hint=f"{meant}{rule}")

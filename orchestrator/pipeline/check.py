@@ -85,6 +85,7 @@ def check(
     # What a pipeline takes, and who answers it, is asked on machines without its data, too: of other machines.
     is_here = runs or not (loaded.missing or loaded.spec.hardware)
     probes = _Probes(loaded, runs) if is_here else None
+    foreseen: dict[str, list[UserError]] = {}
     graph_errors = graph.complaints(loaded)
     found.errors += graph_errors
     counts = _count_photos(loaded, found)
@@ -92,13 +93,16 @@ def check(
         roles = graph.roles(loaded)
         fit_errors = list(fit.complaints(loaded, roles))
         found.errors += fit_errors
-        found.errors += _foresee(loaded, roles, counts)
+        foreseen = dict(_foresee(loaded, roles, counts))
+        found.errors += [error for errors in foreseen.values() for error in errors]
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
         if not blocked:
             _resolve(loaded, found, fingerprint)
     found.errors += _callbacks(loaded, deep=runs)
     if probes is not None:
-        _conclude(loaded, found, probes, choice, runs)
+        to_run = _conclude(loaded, found, probes, choice, runs)
+        # What a stage that cannot work takes is nobody's guess.
+        _measure(loaded, found, [name for name in to_run if not foreseen.get(name)])
     return found
 
 
@@ -109,8 +113,10 @@ def _resolve(loaded: LoadedPipeline, found: Checked, fingerprint: Fingerprint | 
         found.errors.append(error)
 
 
-def _conclude(loaded: LoadedPipeline, found: Checked, probes: _Probes, choice: Choice, runs: bool) -> None:
-    """What needs the store: whether it answers, what of the pipeline is in it, and so what is to be made."""
+def _conclude(
+    loaded: LoadedPipeline, found: Checked, probes: _Probes, choice: Choice, runs: bool
+) -> list[str]:
+    """Who answered; returns the names of the stages that are not in the store, as far as that is known."""
     if trouble := probes.store.result():
         found.errors.append(trouble)
         to_run = None
@@ -122,13 +128,17 @@ def _conclude(loaded: LoadedPipeline, found: Checked, probes: _Probes, choice: C
         uses_it = to_run is None or any(loaded.spec.stages[name].needs_ray for name in to_run)
         if uses_it:
             (found.errors if runs else found.warnings).append(trouble)
-    if to_run:
-        needs = room.needs(loaded, to_run)
-        too_much, tight = room.disk(loaded, needs)
-        found.errors += too_much
-        found.warnings += tight
-        if loaded.spec.cluster.address == "local":
-            found.warnings += room.here(loaded, needs)
+    return to_run or []
+
+
+def _measure(loaded: LoadedPipeline, found: Checked, to_run: Sequence[str]) -> None:
+    """Whether what these stages take is there."""
+    needs = room.needs(loaded, to_run) if to_run else []
+    too_much, tight = room.disk(loaded, needs)
+    found.errors += too_much
+    found.warnings += tight
+    if needs and loaded.spec.cluster.address == "local":
+        found.warnings += room.here(loaded, needs)
 
 
 def _to_run(loaded: LoadedPipeline, found: Checked, choice: Choice) -> list[str] | None:
@@ -202,12 +212,16 @@ def _foresee(
     loaded: LoadedPipeline,
     roles: Mapping[str, Mapping[str, str]],
     counts: Mapping[str, PhotoCount | None],
-) -> Iterator[UserError]:
+) -> Iterator[tuple[str, list[UserError]]]:
     """What each stage says of itself."""
+
+    def placed(name: str, error: UserError) -> UserError:
+        path = error.where.split(".") if error.where else []
+        return UserError(error.what, where=loaded.where("stages", name, *path), hint=error.hint)
+
     for name, stage in loaded.spec.stages.items():
-        for error in stage.foresee(_outlook(loaded, roles, counts, name)):
-            path = (error.where or "").split(".") if error.where else []
-            yield UserError(error.what, where=loaded.where("stages", name, *path), hint=error.hint)
+        errors = stage.foresee(_outlook(loaded, roles, counts, name))
+        yield name, [placed(name, error) for error in errors]
 
 
 def _outlook(

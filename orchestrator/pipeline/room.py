@@ -84,7 +84,7 @@ def _need(
         checkpoint += sum(_GRAM_TEACHER * net.params for net in one.nets if net.name == "Gram teacher")
         if one.name.endswith("/teacher"):
             checkpoint = 0
-        export = _EXPORT * max((net.params for net in one.nets if net.kept == "trained"), default=0)
+        export = _EXPORT * _exported(one)
         copies = elastic.keep_checkpoints + 1  # one is written before the oldest goes
         copies += one.steps // elastic.keep_every if elastic.keep_every else 0
         exports = stage.num_exports() * export
@@ -96,6 +96,13 @@ def _need(
         shared = (stage.window_of(stage.num_teachers) + 1) * stage.view_bytes(stage.students.values())
         artifact += _replayed(stage, origin) if stage.replay else 0
     return Need(name, artifact, work, memory, shared)
+
+
+def _exported(work: Workload) -> int:
+    """Parameters of a job's result: the EMA's, or where there is none all that works together."""
+    averaged = [net.params for net in work.nets if net.kept == "ema"]
+    trains = any(net.kept == "trained" for net in work.nets)
+    return max(averaged) if averaged else sum(net.params for net in work.nets) if trains else 0
 
 
 def _most_workers(stage: TrainStage, work: Workload, workers: tuple[int, int]) -> int:
