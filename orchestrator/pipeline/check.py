@@ -9,35 +9,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import socket
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline import fit, graph, room
 from orchestrator.pipeline.attempt import merged_elastic
 from orchestrator.pipeline.load import LoadedPipeline, joined
 from orchestrator.pipeline.plan import EVERYTHING, Choice, Fingerprint, ResolvedStage, resolve
+from orchestrator.pipeline.probes import Probes
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Outlook, PhotoCount, Stage, TrainStage
-from orchestrator.store.open import is_remote
-from orchestrator.store.s3 import S3Store
-from orchestrator.store.s3client import Patience
-from orchestrator.tracking import reach
 
 if TYPE_CHECKING:
     from orchestrator.data.captions import Captions
 
-# A server in the same building answers within milliseconds, one across the world within a second.
-_ANSWER_S = 3.0
-_STORE_PATIENCE = Patience(connect_s=3.0, read_s=5.0, attempts=1)
-_STORE_ANSWER_S = 12.0
-
-T = TypeVar("T")
+# Machines that are named.
+_NAMED = 3
 
 
 @dataclass
@@ -84,7 +73,7 @@ def check(
     found = Checked(errors=[*(loaded.missing if runs else ()), *loaded.mistakes])
     # What a pipeline takes, and who answers it, is asked on machines without its data, too: of other machines.
     is_here = runs or not (loaded.missing or loaded.spec.hardware)
-    probes = _Probes(loaded, runs) if is_here else None
+    probes = Probes(loaded, runs) if is_here else None
     foreseen: dict[str, list[UserError]] = {}
     graph_errors = graph.complaints(loaded)
     found.errors += graph_errors
@@ -114,7 +103,7 @@ def _resolve(loaded: LoadedPipeline, found: Checked, fingerprint: Fingerprint | 
 
 
 def _conclude(
-    loaded: LoadedPipeline, found: Checked, probes: _Probes, choice: Choice, runs: bool
+    loaded: LoadedPipeline, found: Checked, probes: Probes, choice: Choice, runs: bool
 ) -> list[str]:
     """Who answered; returns the names of the stages that are not in the store, as far as that is known."""
     if trouble := probes.store.result():
@@ -285,103 +274,59 @@ def _import_trouble(path: str, *, deep: bool) -> str | None:
     return None
 
 
-# --- who has to answer ------------------------------------------------------------------------------------------
+# --- a cluster that was joined ----------------------------------------------------------------------------------
 
 
-class _Probe(Generic[T]):
-    """A question that a server is asked in a thread of its own, which nobody waits for longer than is said.
+def check_cluster(loaded: LoadedPipeline, names: Sequence[str], workspace: Workspace) -> Checked:
+    """Look at the cluster that was just joined: what its machines see, and have. Nothing is asked of this machine.
 
     Args:
-        ask: the question.
-        late: the answer if there is none in time.
-        patience_s: how long to wait, from the start.
+        loaded: the pipeline.
+        names: the stages that are to run.
+        workspace: the pipeline's; where it is a folder, the resolved file is in it.
     """
+    import ray
 
-    def __init__(self, ask: Callable[[], T], late: T, patience_s: float) -> None:
-        self._ask = ask
-        self._answer = late
-        self._until = time.monotonic() + patience_s
-        # A daemon: a name server that hangs must not keep the process alive.
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+    from orchestrator.elastic import visible
 
-    def result(self) -> T:
-        """The answer."""
-        self._thread.join(max(0.0, self._until - time.monotonic()))
-        return self._answer
-
-    def _run(self) -> None:
-        self._answer = self._ask()
-
-
-class _Probes:
-    """All that is asked, side by side, while photos are looked at."""
-
-    def __init__(self, loaded: LoadedPipeline, runs: bool) -> None:
-        def mapped(error: UserError | None, *path: str) -> UserError | None:
-            if error is None:
-                return None
-            # The value may hold what is secret in it.
-            where = loaded.document.where(path, value=False)
-            return UserError(error.what, where=where, hint=error.hint)
-
-        spec = loaded.spec
-        is_mistaken = any("tracking.uri" in (error.where or "") for error in loaded.mistakes)
-        uri, place = spec.tracking.uri, ("tracking", "uri")
-        late = UserError(f"MLflow did not answer within {_ANSWER_S:.0f} s", hint="start the server")
-        self.tracking = _Probe(
-            lambda: None if is_mistaken else mapped(reach.trouble(uri, _ANSWER_S), *place),
-            mapped(late, *place),
-            _ANSWER_S + 0.5,
+    found = Checked()
+    found.warnings += room.of_cluster(loaded, room.needs(loaded, names), ray.cluster_resources())
+    machines = visible.other_machines()
+    files = _shared_files(loaded, names, workspace)
+    sightless = visible.unseen(
+        {path: size for sizes in files.values() for path, size in sizes.items()}, machines
+    )
+    for place, sizes in files.items():
+        lacking = {host: unseen for host, names in sightless.items() if (unseen := sizes.keys() & set(names))}
+        if not lacking:
+            continue
+        unseen = next(iter(lacking.values()))
+        error = UserError(
+            f"{len(lacking)} of the cluster's {len(machines)} other machines cannot read {min(unseen)}: "
+            f"{', '.join(list(lacking)[:_NAMED])}",
+            where=loaded.where(*place.split(".")),
+            hint="mount the folder there at the same place, or keep workers off these machines "
+            "(elastic.resources.labels)",
         )
-        late = UserError(f"the store did not answer within {_STORE_ANSWER_S:.0f} s")
-        self.store = _Probe(
-            lambda: mapped(_store_trouble(spec.store, writes=runs), "store"),
-            mapped(late, "store"),
-            _STORE_ANSWER_S,
-        )
-        address, place = spec.cluster.address, ("cluster", "address")
-        late = UserError(f"no Ray cluster answers at {address!r} within {_ANSWER_S:.0f} s")
-        self.cluster = _Probe(
-            lambda: mapped(_cluster_trouble(address), *place), mapped(late, *place), _ANSWER_S + 0.5
-        )
+        (found.errors if len(lacking) == len(machines) else found.warnings).append(error)
+    return found
 
 
-def _store_trouble(uri: str, *, writes: bool) -> UserError | None:
-    """Whether a remote store can be used; of a folder that was asked when the file was read."""
-    if not (is_remote(uri) and uri.startswith("s3://")):
-        return None
-    try:
-        store = S3Store(uri, _STORE_PATIENCE)
-        store.check()
-        if writes:
-            name = f"doctor/{uuid.uuid4().hex}"
-            store.put_bytes(name, b"well")
-            store.delete(name)
-    except UserError as error:
-        return error
-    except OSError as error:
-        return UserError(f"the store {uri} cannot be written: {error}")
-    return None
+def _shared_files(
+    loaded: LoadedPipeline, names: Sequence[str], workspace: Workspace
+) -> dict[str, dict[str, int]]:
+    """Files that workers read at the place where they are here, with their sizes, by the key that names the place."""
+    from orchestrator.data.source import list_images
+    from orchestrator.elastic import visible
 
-
-def _cluster_trouble(address: str) -> UserError | None:
-    """Whether somebody listens at `host:port`. Which cluster is on this machine is found when it is joined."""
-    host, colon, port = address.rpartition(":")
-    if not colon:
-        return None
-    try:
-        with socket.create_connection((host, int(port)), timeout=_ANSWER_S):
-            return None
-    except (OSError, OverflowError) as error:
-        return UserError(
-            f"no Ray cluster answers at {address!r}: {error}",
-            hint="start one with `ray start --head`, or set cluster.address to local",
-        )
-
-
-def sources_read(loaded: LoadedPipeline, names: Sequence[str]) -> list[str]:
-    """The data sources that these stages read, themselves or by way of what they need."""
     needs = {name: stage.needs for name, stage in loaded.spec.stages.items()}
-    all_names = {one for name in names for one in (name, *graph.upstream(name, needs))}
-    return sorted({source for name in all_names for source in loaded.spec.stages[name].data_sources()})
+    behind = {one for name in names for one in (name, *graph.upstream(name, needs))}
+    sources = sorted({source for name in behind for source in loaded.spec.stages[name].data_sources()})
+    found = {}
+    for name in sources:
+        source = loaded.spec.data[name]
+        found[f"data.{name}.path"] = visible.samples(source.path, list_images(source, name).files)
+    record = f"pipelines/{loaded.name}/pipeline.yaml"
+    if not workspace.store().remote and (workspace.root / record).is_file():
+        found["store"] = visible.samples(workspace.root, [record])
+    return found

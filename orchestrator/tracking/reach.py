@@ -14,6 +14,7 @@ from orchestrator.errors import UserError
 from orchestrator.redact import redacted
 from orchestrator.tracking.connect import absolute_uri, database_path
 
+WAITS = "start the server, or mend the address; until it answers, records wait in the store"
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # What SQLAlchemy takes for a database if the address does not say it.
@@ -91,5 +92,5 @@ def _database_trouble(uri: str, timeout_s: float) -> UserError | None:
 def _away(uri: str, why: str) -> UserError:
     return UserError(
         redacted(f"MLflow at {uri} does not answer: {why}"),
-        hint="start the server, or mend the address; until it answers, records wait in the store",
+        hint=WAITS,
     )

@@ -19,10 +19,13 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.elastic import cluster, visible
 from orchestrator.errors import UserError
 from orchestrator.pipeline import room
-from orchestrator.pipeline.check import Checked, check
+from orchestrator.pipeline.check import Checked, check, check_cluster
 from orchestrator.pipeline.load import load
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.spec import Cluster
 from orchestrator.tracking import reach
 
 PHOTOS = 12
@@ -311,6 +314,71 @@ def test_a_remote_store_that_is_away(folder: Path, closed_port: int, monkeypatch
     said = told(checked("store=s3://bucket/prefix", "stages.publish.names=[smal]").errors)
     assert "does not answer" in said
     assert "'smal'" in said
+
+
+# --- a cluster that was joined ----------------------------------------------------------------------------------
+
+
+def looked_at(
+    monkeypatch: pytest.MonkeyPatch, machines: dict[str, str], sees: dict[str, list[str]]
+) -> tuple[Checked, dict[str, int]]:
+    """What is found at a cluster with such machines, and the files that they were asked for."""
+    import ray
+
+    asked: dict[str, int] = {}
+
+    def unseen(files: dict[str, int], nodes: dict[str, str]) -> dict[str, list[str]]:
+        asked.update(files)
+        return {host: [name for name in files if name not in sees[host]] for host in nodes.values()}
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 2**40, "object_store_memory": 2**40})
+    monkeypatch.setattr(visible, "other_machines", lambda: machines)
+    monkeypatch.setattr(visible, "unseen", unseen)
+    loaded = load("pipeline.yaml")
+    Path("runs/pipelines/known").mkdir(parents=True)
+    Path("runs/pipelines/known/pipeline.yaml").write_text("a record")
+    return check_cluster(loaded, ["pretrain", "gram"], Workspace("runs")), asked
+
+
+def test_machines_that_see_no_photos_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, asked = looked_at(monkeypatch, {"n": "10.0.0.7"}, {"10.0.0.7": []})
+    assert [Path(name).name for name in asked] == ["00.jpg", "06.jpg", "11.jpg", "pipeline.yaml"]
+    said = told(found.errors)
+    assert "1 of the cluster's 1 other machines cannot read" in said
+    assert all(part in said for part in ("00.jpg: 10.0.0.7", "data.photos.path", "  store"))
+    assert found.warnings == []
+
+
+def test_some_machines_that_see_no_photos_are_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = [
+        str(path) for path in (*folder.rglob("*.jpg"), folder / "runs/pipelines/known/pipeline.yaml")
+    ]
+    sees = {"10.0.0.7": [], "10.0.0.8": everything}
+    found, _ = looked_at(monkeypatch, {"m": "10.0.0.7", "n": "10.0.0.8"}, sees)
+    assert found.errors == []
+    assert told(found.warnings).count("1 of the cluster's 2 other machines cannot read") == 2
+
+
+def test_a_file_of_another_size_is_not_the_same(folder: Path) -> None:
+    files = visible.samples(folder / "photos", ["00.jpg", "01.jpg"])
+    assert visible.lacking(files) == []
+    (folder / "photos" / "01.jpg").write_bytes(b"another")
+    (folder / "photos" / "00.jpg").unlink()
+    assert [Path(name).name for name in visible.lacking(files)] == ["00.jpg", "01.jpg"]
+
+
+def test_a_node_is_asked_by_ray(folder: Path) -> None:
+    import ray
+
+    with cluster.start(Cluster()):
+        assert visible.other_machines() == {}, "an own cluster is this machine"
+        node = {ray.get_runtime_context().get_node_id(): "here", "ab" * 28: "gone"}
+        there = str(folder / "photos" / "00.jpg")
+        assert visible.unseen({there: 1, str(folder / "none.jpg"): 1}, node) == {
+            "here": [str(folder / "none.jpg")]
+        }
 
 
 # --- the command line -------------------------------------------------------------------------------------------
