@@ -112,7 +112,9 @@ def _conclude(
     else:
         to_run = _to_run(loaded, found, choice)
     if trouble := probes.tracking.result():
-        found.warnings.append(trouble)
+        publishers = [name for name, stage in loaded.spec.stages.items() if stage.effects]
+        also = f"; {', '.join(publishers)} cannot do without the registry there" if publishers else ""
+        found.warnings.append(UserError(f"{trouble.what}{also}", where=trouble.where, hint=trouble.hint))
     if trouble := probes.cluster.result():
         uses_it = to_run is None or any(loaded.spec.stages[name].needs_ray for name in to_run)
         if uses_it:

@@ -26,6 +26,7 @@ from orchestrator.pipeline.check import Checked, check, check_cluster
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import Cluster
+from orchestrator.store.open import open_store
 from orchestrator.tracking import reach
 
 PHOTOS = 12
@@ -254,6 +255,7 @@ def test_a_tracking_server_that_is_away_stops_nothing_and_is_told_at_once(
     assert found.errors == []
     assert "does not answer" in told(found.warnings)
     assert "tracking.uri" in told(found.warnings)
+    assert "publish cannot do without the registry" in told(found.warnings)
 
 
 def test_a_tracking_server_that_hangs_costs_seconds(folder: Path) -> None:
@@ -314,6 +316,12 @@ def test_a_remote_store_that_is_away(folder: Path, closed_port: int, monkeypatch
     said = told(checked("store=s3://bucket/prefix", "stages.publish.names=[smal]").errors)
     assert "does not answer" in said
     assert "'smal'" in said
+
+
+def test_a_remote_store_is_written_to_and_left_as_it_was(folder: Path, s3_uri: str) -> None:
+    found = checked(f"store={s3_uri}")
+    assert (told(found.errors), told(found.warnings)) == ("", "")
+    assert list(open_store(s3_uri).list()) == []
 
 
 # --- a cluster that was joined ----------------------------------------------------------------------------------
