@@ -331,6 +331,7 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choi
     loaded = load(file, overrides, needs_data=False, gather=True)
     choice = choice or EVERYTHING
     found = check(loaded, runs=True, choice=choice)
+    print_findings(_console(), found, incomplete_only=True)
     found.insist()
     if must_exist and not Workspace(loaded.spec.store).state(loaded.name).started:
         raise UserError(
@@ -338,7 +339,6 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choi
             where=f"store {loaded.spec.store}",
             hint=f"start it with: orchestrator run {file}",
         )
-    print_findings(_console(), found, incomplete_only=True)
     # What was to be made anew is on record: asked for again, it would start over.
     chosen = [part for name in choice.only for part in ("--only", name)]
     chosen += ["--from", choice.first] if choice.first else []
@@ -368,7 +368,9 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
     from orchestrator.pipeline.workspace import Workspace
 
     found = check(loaded, runs=False, choice=choice)
-    found.insist()
+    if found.errors:
+        print_findings(_console(), found)
+        found.insist()
     if loaded.missing:
         # Keys depend on the data's content, so nobody can say what is cached.
         print_stages(_console(), loaded)

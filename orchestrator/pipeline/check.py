@@ -125,7 +125,9 @@ def _conclude(
 def _measure(loaded: LoadedPipeline, found: Checked, to_run: Sequence[str]) -> None:
     """Whether what these stages take is there."""
     needs = room.needs(loaded, to_run) if to_run else []
-    too_much, tight = room.disk(loaded, needs)
+    stages = [stage for stage in found.stages if stage.name in to_run]
+    there = room.begun(Workspace(loaded.spec.store), stages) if needs else 0
+    too_much, tight = room.disk(loaded, needs, there)
     found.errors += too_much
     found.warnings += tight
     if needs and loaded.spec.cluster.address == "local":

@@ -16,12 +16,15 @@ from orchestrator.pipeline import graph
 from orchestrator.pipeline.attempt import merged_elastic
 from orchestrator.pipeline.costing import costing
 from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.plan import ResolvedStage
+from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import EVERY_DEVICE, Hardware
 from orchestrator.stages.base import Stage, TrainStage
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.operations import feature_dim, masked_share
 from orchestrator.stages.pretrain import Pretrain
 from orchestrator.stages.workload import Workload, workloads
+from orchestrator.store.artifact import folder_name
 from orchestrator.store.cache import cache_folder
 from orchestrator.store.open import is_remote
 
@@ -82,8 +85,6 @@ def _need(
     for one in works:
         checkpoint = sum(_CHECKPOINT[net.kept] * net.params for net in one.nets)
         checkpoint += sum(_GRAM_TEACHER * net.params for net in one.nets if net.name == "Gram teacher")
-        if one.name.endswith("/teacher"):
-            checkpoint = 0
         export = _EXPORT * _exported(one)
         copies = elastic.keep_checkpoints + 1  # one is written before the oldest goes
         copies += one.steps // elastic.keep_every if elastic.keep_every else 0
@@ -148,16 +149,23 @@ def _replayed(stage: Distill, origin: Stage | None) -> float:
 # --- what there is ----------------------------------------------------------------------------------------------
 
 
-def disk(loaded: LoadedPipeline, found: Sequence[Need]) -> tuple[list[UserError], list[UserError]]:
+def disk(
+    loaded: LoadedPipeline, found: Sequence[Need], there: int = 0
+) -> tuple[list[UserError], list[UserError]]:
     """Mistakes and warnings: whether all artifacts, and the largest work beside them, fit on the disk.
 
     With a store in S3 its room is its owner's to know; what is in the making has to fit on this machine's disk.
+
+    Args:
+        loaded: the pipeline.
+        found: what stages take.
+        there: bytes of it that are on the disk already, from an earlier attempt.
     """
     if not found:
         return [], []
     remote = is_remote(loaded.spec.store)
     # Artifacts go to S3 one by one, but their copies stay in the cache for the stages that read them.
-    needed = sum(need.artifact for need in found) + max(need.work for need in found)
+    needed = sum(need.artifact for need in found) + max(need.work for need in found) - there
     folder = cache_folder() if remote else Path(loaded.spec.store.removeprefix("file://")).expanduser()
     free = shutil.disk_usage(_existing(folder.absolute())).free
     if needed <= _TIGHT * free:
@@ -165,8 +173,8 @@ def disk(loaded: LoadedPipeline, found: Sequence[Need]) -> tuple[list[UserError]
     largest = max(found, key=lambda need: need.artifact + need.work)
     place = "the cache of the store on this machine" if remote else "the store"
     what = (
-        f"the stages to run take about {_gib(needed)} of the disk, {_gib(largest.artifact + largest.work)} of it "
-        f"{largest.stage}, and {place} {folder} has {_gib(free)} free"
+        f"the stages to run take about {_gib(needed)} more of the disk, most of it {largest.stage}, and {place} "
+        f"{folder} has {_gib(free)} free"
     )
     hint = "free some of it (`orchestrator gc` lists what no pipeline needs), set fewer "
     hint += "elastic.keep_checkpoints or snapshots, or use " + (
@@ -174,6 +182,18 @@ def disk(loaded: LoadedPipeline, found: Sequence[Need]) -> tuple[list[UserError]
     )
     error = UserError(what, where=loaded.where("store"), hint=hint)
     return ([error], []) if needed > free else ([], [error])
+
+
+def begun(workspace: Workspace, stages: Sequence[ResolvedStage]) -> int:
+    """Bytes on this machine's disk that unfinished stages have left: their work, and pieces that are done."""
+    if not workspace.exists():
+        return 0
+    names = set()
+    for stage in stages:
+        own = folder_name(stage.parts.kind, stage.key)
+        names |= {own, *(folder_name(*piece) for piece in workspace.pieces(own).values())}
+    places = [workspace.root / top / name for name in names for top in ("work", "artifacts")]
+    return sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
 
 
 def memory(

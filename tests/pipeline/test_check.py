@@ -209,6 +209,23 @@ def test_a_store_that_is_too_small_is_an_error_and_a_tight_one_a_warning(
     assert checked().warnings == []
 
 
+def test_what_an_earlier_attempt_left_is_not_counted_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load("pipeline.yaml")
+    needs = room.needs(loaded, list(loaded.spec.stages))
+    whole = sum(need.artifact for need in needs) + max(need.work for need in needs)
+    machine(monkeypatch, disk=0.9 * whole)
+    stage = next(stage for stage in checked().stages if stage.name == "distill")
+    workspace = Workspace("runs")
+    piece = workspace.work("student", "ab" * 32)
+    piece.mkdir(parents=True)
+    workspace.note_piece("distill", stage.key, "small", "student", "ab" * 32)
+    with (piece / "shard").open("wb") as file:
+        file.truncate(int(0.5 * whole))
+    assert checked().errors == []
+
+
 def test_what_is_predicted_is_what_a_run_leaves() -> None:
     """The artifacts of the laptop's pipeline had 49.3 and 74.6 MB (three students, with their stage) in a store."""
     conf = Path(__file__).parents[2] / "conf" / "full_pipeline.yaml"
