@@ -126,10 +126,14 @@ def plan(
     rerun_on: RerunOn = None,
     accept_code: AcceptCode = False,
 ) -> None:
-    """Show the stages, which would run, and why; with a `hardware` section also what it will cost. Changes nothing."""
+    """Show the stages, which would run, and why, and all that would stand in the way of a run. Changes nothing.
+
+    With a `hardware` section also what it will cost.
+    """
     from orchestrator.pipeline.load import load
 
-    loaded = load(file, overrides or [], needs_data=False)
+    shows_stages = devices is None and schedules is None and not as_json
+    loaded = load(file, overrides or [], needs_data=False, gather=shows_stages)
     if devices is not None:
         _print_splits(loaded, devices, refresh=refresh, as_json=as_json)
     elif schedules is not None:
@@ -343,24 +347,28 @@ def _choice(
 
 
 def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choice | None = None) -> None:
+    from orchestrator.pipeline.check import check
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.plan import EVERYTHING, resolve
+    from orchestrator.pipeline.plan import EVERYTHING
+    from orchestrator.pipeline.reporter import print_findings
     from orchestrator.pipeline.workspace import Workspace
 
-    loaded = load(file, overrides)
-    stages = resolve(loaded)
+    loaded = load(file, overrides, needs_data=False, gather=True)
+    choice = choice or EVERYTHING
+    found = check(loaded, runs=True, choice=choice)
+    print_findings(_console(), found, incomplete_only=True)
+    found.insist()
     if must_exist and not Workspace(loaded.spec.store).state(loaded.name).started:
         raise UserError(
             f"pipeline {loaded.name!r} was never started",
             where=f"store {loaded.spec.store}",
             hint=f"start it with: orchestrator run {file}",
         )
-    choice = choice or EVERYTHING
     # What was to be made anew is on record: asked for again, it would start over.
     chosen = [part for name in choice.only for part in ("--only", name)]
     chosen += ["--from", choice.first] if choice.first else []
     chosen += ["--until", choice.last] if choice.last else []
-    _execute(loaded, stages, "run", [*overrides, *chosen], choice)
+    _execute(loaded, found.stages, "run", [*overrides, *chosen], choice)
 
 
 def _execute(
@@ -379,21 +387,25 @@ def _execute(
 
 
 def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
+    from orchestrator.pipeline.check import check
     from orchestrator.pipeline.plan import plan as make_plan
-    from orchestrator.pipeline.plan import resolve
-    from orchestrator.pipeline.reporter import print_plan, print_stages
+    from orchestrator.pipeline.reporter import print_findings, print_plan, print_stages
     from orchestrator.pipeline.workspace import Workspace
 
+    found = check(loaded, runs=False, choice=choice)
+    if found.errors:
+        print_findings(_console(), found)
+        found.insist()
     if loaded.missing:
         # Keys depend on the data's content, so nobody can say what is cached.
         print_stages(_console(), loaded)
+        print_findings(_console(), found)
         return
-    stages = resolve(loaded)
     workspace = Workspace(loaded.spec.store)
     driver = workspace.driver(loaded.name)
     driven = driver is not None and driver.alive
     plans = make_plan(
-        stages,
+        found.stages,
         workspace.state(loaded.name),
         workspace.find,
         driven=driven,
@@ -401,6 +413,7 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
         choice=choice,
     )
     print_plan(_console(), loaded.name, plans)
+    print_findings(_console(), found)
 
 
 def _print_costs(loaded: LoadedPipeline, *, as_json: bool) -> None:

@@ -23,8 +23,10 @@ from orchestrator.spec import (
     check_warmup,
     operational,
 )
-from orchestrator.stages.base import Context, Input
+from orchestrator.stages.base import Context, Input, Outlook
+from orchestrator.stages.distill import Distill
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, MixStage, draws_of
+from orchestrator.stages.pretrain import Pretrain
 from orchestrator.stages.selfsup import INDEX_KINDS, stage_seed, summary
 
 if TYPE_CHECKING:
@@ -233,6 +235,45 @@ class AlignText(MixStage):
             return {"text.from": tuple(self.text.from_ / name for name in ENCODER_FILES)}
         return {} if self.tokenizer is None else {"tokenizer": (self.tokenizer,)}
 
+    def foresee(self, outlook: Outlook) -> list[UserError]:
+        """See :class:`Stage`: a student that is not there, a size that its tower cannot take, too few captions."""
+        found = self._foresee_tower(outlook)
+        if outlook.photos is None:
+            return found
+        if not outlook.photos.captions:
+            found.append(
+                UserError(
+                    f"none of the {outlook.photos.photos} photos has a caption to align with",
+                    where="needs",
+                    hint="give the data source of the curate stage a `captions` file with a `caption` column",
+                )
+            )
+        elif outlook.photos.captions < self.batch_size:
+            found.append(
+                UserError(
+                    f"a batch of {self.batch_size} pairs is more than the {outlook.photos.captions} photos that "
+                    "have a caption",
+                    where="batch_size",
+                    hint=f"use a batch_size of at most {outlook.photos.captions}",
+                )
+            )
+        return found
+
+    def _foresee_tower(self, outlook: Outlook) -> list[UserError]:
+        stage = outlook.upstream.get("tower")
+        students = stage.students if isinstance(stage, Distill) else {}
+        if mistake := student_mistake(sorted(students), self.student):
+            return [UserError(mistake.what, where="student", hint=mistake.hint)]
+        origin = outlook.lineage[0] if outlook.lineage else None
+        if students:
+            patch = students[self.student or next(iter(students))].tower.patch_size
+        elif isinstance(origin, Pretrain):
+            patch = origin.tower.patch_size
+        else:
+            return []
+        mistake = size_mistake(self.image_size, patch)
+        return [] if mistake is None else [UserError(mistake.what, where="image_size", hint=mistake.hint)]
+
     def check(self) -> None:
         """Whether the given tokenizer and the trained encoder can be used, without loading weights."""
         if self.text.from_ is not None:
@@ -356,30 +397,26 @@ def pick_tower(artifact: Path, student: str | None) -> Path:
         UserError: there is no such student, it is not said which of several, or there are none.
     """
     folder = artifact / "students"
-    if not folder.is_dir():
-        if student is not None:
-            raise UserError(
-                f"there is no student {student!r}: this tower was not distilled into students",
-                where=str(artifact),
-                hint="leave out `student`, or put the `distill` stage in `needs`",
-            )
-        return artifact / "model"
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if student is None and len(names) == 1:
-        return folder / names[0] / "model"
-    if student not in names:
-        what = (
-            "`student` does not say which one to align"
-            if student is None
-            else f"there is no student {student!r}"
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if mistake := student_mistake(names, student):
+        raise UserError(mistake.what, where=str(artifact), hint=mistake.hint)
+    return folder / (student or names[0]) / "model" if names else artifact / "model"
+
+
+def student_mistake(names: Sequence[str], student: str | None) -> UserError | None:
+    """What is wrong with `student` where a tower's stage has students of these names; none if it is a backbone."""
+    if not names and student is not None:
+        return UserError(
+            f"there is no student {student!r}: this tower was not distilled into students",
+            hint="leave out `student`, or put the `distill` stage in `needs`",
         )
-        guess = nearest(student or "", names)
-        raise UserError(
-            what,
-            where=str(artifact),
-            hint=f"use student: {guess}" if guess else f"use one of {', '.join(names)}",
-        )
-    return folder / student / "model"
+    if student in names or not names or (student is None and len(names) == 1):
+        return None
+    what = (
+        "`student` does not say which one to align" if student is None else f"there is no student {student!r}"
+    )
+    guess = nearest(student or "", names)
+    return UserError(what, hint=f"use student: {guess}" if guess else f"use one of {', '.join(names)}")
 
 
 def pick_image_size(tower: Path, wanted: int | None) -> int:
@@ -396,10 +433,16 @@ def pick_image_size(tower: Path, wanted: int | None) -> int:
         )
     fields = record["config"]
     patch = fields["patch_size"] if "patch_size" in fields else 8 * fields["stem_stride"]
-    if size % patch:
-        raise UserError(
-            f"image_size {size} is not a multiple of the tower's patch size {patch}",
-            where=str(tower),
-            hint=f"use {max(1, round(size / patch)) * patch}",
-        )
+    if mistake := size_mistake(size, patch):
+        raise UserError(mistake.what, where=str(tower), hint=mistake.hint)
     return int(size)
+
+
+def size_mistake(size: int | None, patch: int) -> UserError | None:
+    """What is wrong with a size of images, in pixels, for a tower with such patches."""
+    if size is None or not size % patch:
+        return None
+    return UserError(
+        f"image_size {size} is not a multiple of the tower's patch size {patch}",
+        hint=f"use {max(1, round(size / patch)) * patch}",
+    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from orchestrator.errors import UserError
 from orchestrator.spec import DataSource, Elastic, StageSpec, operational
 from orchestrator.store.artifact import Artifact
 from orchestrator.store.local import Store
@@ -127,6 +128,36 @@ class Context:
         return tuple((self.remote[0].uri, artifact.kind, artifact.key) for artifact in self.inputs.values())
 
 
+@dataclass(frozen=True)
+class PhotoCount:
+    """How many photos some data sources have, as far as their names say: which can be read is known later."""
+
+    photos: int = 0
+    captions: int = 0
+    labels: int = 0
+
+    def __add__(self, other: PhotoCount) -> PhotoCount:
+        return PhotoCount(
+            self.photos + other.photos, self.captions + other.captions, self.labels + other.labels
+        )
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known around a stage before anything runs.
+
+    Attributes:
+        upstream: the stages that fill its inputs, by role; as `origin` the one where its lineage of backbones began.
+        lineage: the backbone stages that led to it, the first one first.
+        photos: what the data sources have that it reads, or that the index it reads is made of; None where that is
+            not known, because they are not there.
+    """
+
+    upstream: Mapping[str, Stage]
+    lineage: tuple[Stage, ...] = ()
+    photos: PhotoCount | None = None
+
+
 class Stage(StageSpec):
     """Base of every stage kind.
 
@@ -178,6 +209,17 @@ class Stage(StageSpec):
         Raises:
             UserError: `where` is the dotted field that is wrong.
         """
+
+    def foresee(self, outlook: Outlook) -> list[UserError]:
+        """Look, before anything runs, at all that would end this stage once the ones before it are done.
+
+        Args:
+            outlook: what is around this stage.
+
+        Returns:
+            Every mistake, none if there is none; `where` is the dotted field that is wrong.
+        """
+        return []
 
     def models(self) -> Mapping[str, str]:
         """The trained models in this stage's artifact: folders of `save_pretrained` or `save_aligned`, by name.
@@ -237,6 +279,10 @@ class TrainStage(Stage):
     compile: bool = operational(
         False, description="Whether the towers' blocks are compiled with torch.compile."
     )
+
+    def num_exports(self) -> int:
+        """How many times a model's exported weights are in the artifact."""
+        return 1
 
 
 def figures_of(name: str, names: Iterable[str], summary: Mapping[str, float]) -> dict[str, float]:

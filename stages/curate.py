@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from orchestrator.data.components import CHOSEN, LEFT_OUT
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.spec import Names
-from orchestrator.stages.base import Context, Stage
+from orchestrator.stages.base import Context, Outlook, Stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +83,21 @@ class Curate(Stage):
         if value <= 0 or (isinstance(value, float) and value > 1):
             raise ValueError("give a whole number of photos, or a share above 0 and at most 1.0")
         return value
+
+    def foresee(self, outlook: Outlook) -> list[UserError]:
+        """See :class:`Stage`: more clusters, or a larger sample, than there are photos."""
+        if outlook.photos is None:
+            return []
+        most = outlook.photos.photos
+        found = []
+        if self.clusters > most:
+            what = f"{self.clusters} clusters cannot be made of {most} photos"
+            found.append(UserError(what, where="clusters", hint=f"use at most {most}"))
+        if isinstance(self.sample, int) and self.sample > most:
+            what = f"a sample of {self.sample} cannot be taken from {most} photos"
+            hint = f"use at most {most}, or a share such as 0.5"
+            found.append(UserError(what, where="sample", hint=hint))
+        return found
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Scans, removes repeats, embeds, clusters and samples; deterministic in the files, config and seed.

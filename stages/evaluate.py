@@ -15,8 +15,10 @@ from pydantic import AfterValidator, Field
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError
 from orchestrator.spec import operational
-from orchestrator.stages.base import Context, Input, Stage
+from orchestrator.stages.base import Context, Input, Outlook, Stage
+from orchestrator.stages.distill import Distill
 from orchestrator.stages.mixing import DRAWN
+from orchestrator.stages.pretrain import Pretrain
 
 if TYPE_CHECKING:
     from orchestrator.data.index import PhotoIndex
@@ -103,6 +105,25 @@ class Evaluate(Stage):
         "pca_teacher.png": "PCA of the teacher's patch features; likewise pca_<student>.png",
     }
 
+    def foresee(self, outlook: Outlook) -> list[UserError]:
+        """See :class:`Stage`: no backbone, or a size that a model cannot take."""
+        if not any(role in outlook.upstream for role in TEACHER_ROLES):
+            return [_no_backbone("there is no backbone to evaluate", "needs")]
+        distill = outlook.upstream.get("students")
+        towers = {stage.model: stage.tower for stage in outlook.lineage if isinstance(stage, Pretrain)}
+        if isinstance(distill, Distill):
+            towers |= {f"student {name}": student.tower for name, student in distill.students.items()}
+        size = self.image_size or 0
+        return [
+            UserError(
+                f"{name} looks at patches of {tower.patch_size} pixels, which do not fill {size} pixels",
+                where="image_size",
+                hint=f"use {max(1, size // tower.patch_size) * tower.patch_size}, or leave it out",
+            )
+            for name, tower in towers.items()
+            if size % tower.patch_size
+        ]
+
     def run(self, context: Context) -> Mapping[str, float]:
         """Scores everything that is upstream and writes the report.
 
@@ -124,11 +145,8 @@ class Evaluate(Stage):
             if role in context.inputs
         }
         if not backbones:
-            raise UserError(
-                f"stage {context.name!r} has no backbone to evaluate",
-                where=f"stages.{context.name}.needs",
-                hint="add a stage of kind pretrain, gram_anchor or high_res",
-            )
+            what = f"stage {context.name!r} has no backbone to evaluate"
+            raise _no_backbone(what, f"stages.{context.name}.needs")
         index = PhotoIndex.load(context.inputs["index"].path, context.roots)
         groups = largest_groups(index.labels, self.num_groups)
         scores, pictures = self._score(context, index, groups, backbones, check)
@@ -250,6 +268,10 @@ class Evaluate(Stage):
         context.run.metrics(results.metrics(), 0, "eval")
         for path in sorted(context.out.iterdir()):
             context.run.file(path, "evaluation")
+
+
+def _no_backbone(what: str, where: str) -> UserError:
+    return UserError(what, where=where, hint="add a stage of kind pretrain, gram_anchor or high_res")
 
 
 def largest_groups(labels: Sequence[str | None], num_groups: int) -> dict[str, int]:

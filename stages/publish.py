@@ -16,7 +16,8 @@ from pydantic import Field, field_validator
 from orchestrator.digests import DIGESTS
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.spec import Names
-from orchestrator.stages.base import PACKAGE, Context, Input, Stage, figures_of, made_by
+from orchestrator.stages.base import PACKAGE, Context, Input, Outlook, Stage, figures_of, made_by
+from orchestrator.stages.distill import Distill
 from orchestrator.stages.mlmodel import mlmodel
 
 # What MLflow keeps for itself: `latest` however written, and versions.
@@ -71,6 +72,14 @@ class Publish(Stage):
         if _RESERVED.fullmatch(alias):
             raise ValueError(f"MLflow reserves {alias!r}; use another alias, such as champion")
         return alias
+
+    def foresee(self, outlook: Outlook) -> list[UserError]:
+        """See :class:`Stage`: names that no student has."""
+        stage = outlook.upstream.get("students")
+        if not isinstance(stage, Distill):
+            return []
+        unknown = [name for name in dict.fromkeys(self.names) if name not in stage.students]
+        return [_no_student(name, sorted(stage.students), "names") for name in unknown]
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Publishes; goes on after a crash where it was.
@@ -144,13 +153,17 @@ class Publish(Stage):
         students = _students(context)
         for name in self.names:
             if name not in students:
-                near = nearest(name, students)
-                raise UserError(
-                    f"there is no student {name!r} to publish",
-                    where=f"stages.{context.name}.names",
-                    hint=f"did you mean {near!r}?" if near else f"there are: {', '.join(students)}",
-                )
+                raise _no_student(name, students, f"stages.{context.name}.names")
         return list(dict.fromkeys(self.names)) or students
+
+
+def _no_student(name: str, students: list[str], where: str) -> UserError:
+    near = nearest(name, students)
+    return UserError(
+        f"there is no student {name!r} to publish",
+        where=where,
+        hint=f"did you mean {near!r}?" if near else f"there are: {', '.join(students)}",
+    )
 
 
 def _students(context: Context) -> list[str]:

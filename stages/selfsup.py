@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.data.views import CropConfig, Side
+from orchestrator.errors import UserError
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
 from orchestrator.names import inside
@@ -29,7 +30,7 @@ from orchestrator.spec import (
     operational,
 )
 from orchestrator.stages import lineage
-from orchestrator.stages.base import Context
+from orchestrator.stages.base import Context, Outlook
 from orchestrator.stages.gram import Gram
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, Draws, HomogeneousMixStage, draws_of
 
@@ -216,6 +217,32 @@ class SelfSupervised(HomogeneousMixStage):
     def models(self) -> Mapping[str, str]:
         """See :meth:`Stage.models`."""
         return {"": "model"}
+
+    def snapshot_steps(self) -> tuple[int, ...]:
+        """The steps after which a snapshot is kept; the last one is always among them."""
+        every = self.snapshot_every or self.steps
+        return (*range(every, self.steps, every), self.steps)
+
+    def num_exports(self) -> int:
+        """See :class:`TrainStage`: the model, and each snapshot."""
+        return 1 + len(self.snapshot_steps())
+
+    def foresee(self, outlook: Outlook) -> list[UserError]:
+        """See :class:`Stage`: a Gram teacher that no stage before this one leaves behind."""
+        backbones = [stage for stage in outlook.lineage if isinstance(stage, SelfSupervised)]
+        if self.gram is None or not backbones:
+            return []
+        known: list[lineage.Snapshot] = []
+        for stage in backbones:
+            before = known[-1].updates if known else 0
+            known += [lineage.Snapshot(updates=before + step, file="") for step in stage.snapshot_steps()]
+        try:
+            # Which is the healthiest shows once they are there.
+            if self.gram.teacher != "best":
+                lineage.Lineage(snapshots=tuple(known)).pick(self.gram.teacher)
+        except UserError as error:
+            return [error]
+        return []
 
     def views(self) -> tuple[tuple[float, CropConfig], ...]:
         """The views that steps may have, with their shares of the steps."""

@@ -12,9 +12,10 @@ from functools import singledispatch
 from typing import Literal, cast
 
 from orchestrator.data.views import CropConfig
+from orchestrator.errors import UserError
 from orchestrator.models.configs import Config, ViTConfig, swiglu_hidden
 from orchestrator.models.cost import head_params, num_params
-from orchestrator.stages.align_text import AlignText
+from orchestrator.stages.align_text import AlignText, student_mistake
 from orchestrator.stages.base import Stage, TrainStage
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.operations import (
@@ -214,6 +215,8 @@ def _align(stage: AlignText, name: str, upstream: Upstream) -> list[Workload]:
     tower_stage = upstream["tower"]
     origin = cast("Pretrain", upstream["origin"])
     if isinstance(tower_stage, Distill):
+        if mistake := student_mistake(sorted(tower_stage.students), stage.student):
+            raise UserError(mistake.what, where=f"stages.{name}.student", hint=mistake.hint)
         chosen = stage.student or next(iter(tower_stage.students))
         config, trained_at = tower_stage.students[chosen].tower, tower_stage.crops.global_size
     else:

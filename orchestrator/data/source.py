@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import stat
@@ -12,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.data.captions import Captions, captions_path, reads_as_before
+from orchestrator.data.captions import read as read_captions
 from orchestrator.data.decode import UnreadableImage, open_regular, use_rgb, why
-from orchestrator.errors import UserError, nearest
+from orchestrator.errors import UserError
 from orchestrator.spec import MAX_PIXELS, DataSource
 
 # Endings of the formats that `decode` knows.
@@ -79,7 +80,7 @@ def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[
             or names files that do not exist.
     """
     files = (listing or list_images(source, name)).files
-    notes = _captions(source, name, files)
+    notes = captions_of(source, name, files).notes
 
     def look(relative: str) -> Photo:
         path = source.path / relative
@@ -268,6 +269,9 @@ def fingerprint(source: DataSource, name: str = "data") -> str:
         if digest is not None:
             whole.update(f"{len(file)}:{file}={digest};".encode())
     whole.update(f"captions={_digest_or_none(captions) if captions else None}".encode())
+    if captions is not None and not _reads_as_before(captions):
+        # Versions that did not know such a header made something else of it.
+        whole.update(b"captions with a loose header")
     if source.max_pixels != MAX_PIXELS:
         whole.update(f"max_pixels={source.max_pixels}".encode())
     return whole.hexdigest()
@@ -281,53 +285,38 @@ def _digest_or_none(path: Path) -> str | None:
         return None
 
 
+def captions_of(source: DataSource, name: str, files: Sequence[str]) -> Captions:
+    """What the source's captions file says of its photos; nothing if it has none.
+
+    Args:
+        source: the folder.
+        name: the source's name, for messages.
+        files: of :func:`list_images`.
+
+    Raises:
+        UserError: as :func:`orchestrator.data.captions.read`, and if there is no such file.
+    """
+    path = _captions_path(source, name)
+    return Captions({}) if path is None else read_captions(path, source.path, files)
+
+
 def _captions_path(source: DataSource, name: str) -> Path | None:
     """The captions file as given, or else inside the source's folder."""
     if source.captions is None:
         return None
-    for path in (source.captions, source.path / source.captions):
-        if path.is_file():
-            return path
-    raise UserError(
-        f"the captions file {source.captions} of data source {name!r} does not exist",
-        where=f"data.{name}.captions",
-        hint="give its path from here or from the source's folder",
-    )
-
-
-def _captions(
-    source: DataSource, name: str, files: Sequence[str]
-) -> dict[str, tuple[str | None, str | None]]:
-    """Caption and label by relative path."""
-    path = _captions_path(source, name)
+    path = captions_path(source.captions, source.path)
     if path is None:
-        return {}
-    notes: dict[str, tuple[str | None, str | None]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if "file" not in columns:
-                near = nearest("file", columns)
-                raise UserError(
-                    f"the captions file has no `file` column, only {', '.join(columns) or 'nothing'}",
-                    where=str(path),
-                    hint=f"rename the column {near!r} to `file`"
-                    if near
-                    else "its first line names the columns",
-                )
-            for row in reader:
-                notes[row["file"] or ""] = (row.get("caption") or None, row.get("label") or None)
-    except (OSError, csv.Error) as error:
-        raise UserError(f"the captions file cannot be read: {error}", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the captions file is not UTF-8: {error}", where=str(path)) from error
-    missing = sorted(set(notes) - set(files))
-    if missing:
         raise UserError(
-            f"the captions file names {len(missing)} files that are not images in {source.path}: "
-            + ", ".join(missing[:3]),
-            where=str(path),
-            hint="`file` is the path from the source's folder, with forward slashes",
+            f"the captions file {source.captions} of data source {name!r} does not exist",
+            where=f"data.{name}.captions",
+            hint="give its path from here or from the source's folder",
         )
-    return notes
+    return path
+
+
+def _reads_as_before(captions: Path) -> bool:
+    """Whether the captions file says what it always did; so does one that cannot be read, which says nothing."""
+    try:
+        return reads_as_before(captions)
+    except UserError:
+        return True

@@ -13,9 +13,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from orchestrator.elastic.cluster import JoinedCluster
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.pipeline import graph, record, system, tracked
 from orchestrator.pipeline.attempt import Attempt, Outcome, merged_elastic
+from orchestrator.pipeline.check import check_cluster
 from orchestrator.pipeline.code import digest_of
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
 from orchestrator.pipeline.lease import Lease, LostHoldError
@@ -330,9 +332,24 @@ class _Driver:
             where = None if address == "local" else self._loaded.where("cluster", "address")
             raise UserError(error.what, where=error.where or where, hint=error.hint) from error
         self._interrupt.watch = getattr(running, "check", self._interrupt.watch)
+        if isinstance(running, JoinedCluster):
+            # Of an own one, which is this machine, all was known before.
+            self._look_around()
         if url := getattr(running, "dashboard_url", ""):
             self._reporter.note(f"Ray's dashboard is at {url}; it asks for the token in {running.token_file}")
         self._cluster_started = True
+
+    def _look_around(self) -> None:
+        """Tell what the machines of the cluster lack.
+
+        Raises:
+            UserError: none of them sees the photos, or the store.
+        """
+        names = [item.name for item in self._plans if item.action == "run"]
+        found = check_cluster(self._loaded, names, self._workspace)
+        for warning in found.warnings:
+            self._reporter.warning(warning)
+        found.insist()
 
     def _has_new_cluster(self, outcome: Outcome, cluster: ExitStack) -> bool:
         """Whether an attempt ended only because its cluster was lost, and there is a new one to go on with."""

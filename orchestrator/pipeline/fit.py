@@ -4,7 +4,7 @@ machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from orchestrator.elastic.cluster import most_object_store
 from orchestrator.errors import UserError
@@ -16,12 +16,20 @@ from orchestrator.stages.selfsup import SelfSupervised, check_crops
 
 
 def check(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> None:
-    """Look at every stage that goes on from, or learns from, a backbone that the file describes.
+    """Raise the first of :func:`complaints`.
 
     Raises:
-        UserError: its patch does not divide a crop, or a distillation holds more views than this machine can.
+        UserError: as there.
     """
-    _check_windows(loaded)
+    for error in complaints(loaded, roles):
+        raise error
+
+
+def complaints(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Iterator[UserError]:
+    """Look at every stage that goes on from, or learns from, a backbone that the file describes: whether its patch
+    divides the crops, and whether a distillation holds more views than this machine can.
+    """
+    yield from _windows(loaded)
     for name, stage in loaded.spec.stages.items():
         origin = graph.origin(roles, name)
         model = loaded.spec.stages.get(origin or name)
@@ -39,14 +47,14 @@ def check(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Non
                 check_crops(crops, model.model, model.model_overrides)
             except ValueError as error:
                 what = str(error).removeprefix("crops.")
-                raise UserError(
+                yield UserError(
                     f"stage {name!r}: {what.split('; use ')[0]}, the backbone of {origin or name!r}",
                     where=loaded.where("stages", name, *where),
                     hint=f"use {what.split('; use ')[1]}",
-                ) from None
+                )
 
 
-def _check_windows(loaded: LoadedPipeline) -> None:
+def _windows(loaded: LoadedPipeline) -> Iterator[UserError]:
     """Only of an own cluster is known what it will have before it is there; the stage itself looks again."""
     if loaded.spec.cluster.address != "local" or loaded.spec.hardware is not None:
         return
@@ -56,4 +64,9 @@ def _check_windows(loaded: LoadedPipeline) -> None:
                 stage.window_of(stage.num_teachers),
                 stage.view_bytes(stage.students.values()),
             )
-            stage.check_room(window, step_bytes, most_object_store(), loaded.where("stages", name, "window"))
+            try:
+                stage.check_room(
+                    window, step_bytes, most_object_store(), loaded.where("stages", name, "window")
+                )
+            except UserError as error:
+                yield error

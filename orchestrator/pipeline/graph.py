@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.load import LoadedPipeline
 
+# Roles of inputs that a stage goes on from, learns from or looks at; of several, the one that comes last in the recipe.
+_BACKBONE_ROLES = ("backbone", "teacher", "tower", "high_res", "gram", "pretrain")
+
 
 def order(loaded: LoadedPipeline) -> list[str]:
     """Stage names so that each comes after all it needs; otherwise in the order of the file.
@@ -52,6 +55,41 @@ def roles(loaded: LoadedPipeline) -> dict[str, dict[str, str]]:
     return {name: _roles_of(loaded, name) for name in loaded.spec.stages}
 
 
+def complaints(loaded: LoadedPipeline) -> list[UserError]:
+    """Everything that is wrong with the graph: what :func:`order` or :func:`roles` would raise, for every stage."""
+    stages = loaded.spec.stages
+    unknown = [
+        _unknown_need(loaded, name, position, need)
+        for name, stage in stages.items()
+        for position, need in enumerate(stage.needs)
+        if need not in stages
+    ]
+    if unknown:
+        # Whether the others make a graph cannot be said without them.
+        return unknown
+    found = []
+    try:
+        order(loaded)
+    except UserError as error:
+        found.append(error)
+    for name in stages:
+        try:
+            _roles_of(loaded, name)
+        except UserError as error:
+            found.append(error)
+    return found
+
+
+def lineage(roles: Mapping[str, Mapping[str, str]], name: str) -> list[str]:
+    """The stages whose backbones led to `name`, the first one first, without itself."""
+    found: list[str] = []
+    following = _lineage(roles[name])
+    while following is not None:
+        found.insert(0, following)
+        following = _lineage(roles[following])
+    return found
+
+
 def upstream(name: str, needs: Mapping[str, tuple[str, ...]]) -> list[str]:
     """Every stage that `name` depends on, nearest first, each once."""
     found: list[str] = []
@@ -66,14 +104,11 @@ def upstream(name: str, needs: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 def origin(roles: Mapping[str, Mapping[str, str]], name: str) -> str | None:
     """The stage where the lineage of backbones began that `name` goes on from or learns from; None if there is none."""
-    found = None
-    while (following := _lineage(roles[found or name])) is not None:
-        found = following
-    return found
+    return next(iter(lineage(roles, name)), None)
 
 
 def _lineage(of: Mapping[str, str]) -> str | None:
-    return next((of[role] for role in ("backbone", "teacher", "tower") if role in of), None)
+    return next((of[role] for role in _BACKBONE_ROLES if role in of), None)
 
 
 def _roles_of(loaded: LoadedPipeline, name: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
+from orchestrator.data.captions import captions_path
 from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.pipeline import yamlfile
 from orchestrator.pipeline.complaints import complaints
@@ -39,11 +40,13 @@ class LoadedPipeline:
 
     Attributes:
         missing: complaints about data that is not there, where it was read without needing them.
+        mistakes: the other complaints about a file that the schema takes, where they were to be gathered.
     """
 
     spec: Pipeline[Stage]
     document: yamlfile.Document
     missing: tuple[UserError, ...] = ()
+    mistakes: tuple[UserError, ...] = ()
 
     @property
     def name(self) -> str:
@@ -66,7 +69,12 @@ class LoadedPipeline:
 
 
 def load(
-    path: str | Path, overrides: Sequence[str] = (), *, needs_data: bool = True, stage_type: Any = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    needs_data: bool = True,
+    gather: bool = False,
+    stage_type: Any = None,
 ) -> LoadedPipeline:
     """Read and check a pipeline file.
 
@@ -75,13 +83,15 @@ def load(
         overrides: `key.path=value`, applied before checking; values are YAML.
         needs_data: whether data that is not there is a mistake, or only noted in `missing`: what a pipeline will
             cost is asked on machines without its data.
+        gather: whether mistakes that the schema does not see are noted in `missing` and `mistakes`, to be told with
+            those that :mod:`orchestrator.pipeline.check` finds, instead of raised.
         stage_type: the union of stage configs; default: every kind the package has.
 
     Raises:
         UserError: anything wrong with the file, all complaints in one.
     """
     try:
-        return _load(Path(path), overrides, needs_data, stage_type)
+        return _load(Path(path), overrides, needs_data, gather, stage_type)
     except UserError:
         raise
     except Exception as error:
@@ -91,22 +101,24 @@ def load(
         raise UserError(shortened(what, 500), where=str(path)) from error
 
 
-def _load(path: Path, overrides: Sequence[str], needs_data: bool, stage_type: Any) -> LoadedPipeline:
+def _load(
+    path: Path, overrides: Sequence[str], needs_data: bool, gather: bool, stage_type: Any
+) -> LoadedPipeline:
     stages: Any = _all_stages() if stage_type is None else stage_type
     document = yamlfile.read(path, overrides)
     if secrets := list(_secrets(document, document.data, ())):
-        raise _joined(secrets)
+        raise joined(secrets)
     _rename_old_keys(document)
     model = Pipeline[stages]
     try:
         spec = model.model_validate(document.data)
     except ValidationError as error:
-        raise _joined(complaints(error, document, model)) from None
+        raise joined(complaints(error, document, model)) from None
     loaded = LoadedPipeline(cast("Pipeline[Stage]", spec), document)
     problems, missing = _check(loaded), _missing_data(loaded)
-    if problems or (missing and needs_data):
-        raise _joined([*missing, *problems])
-    return replace(loaded, missing=tuple(missing))
+    if not gather and (problems or (missing and needs_data)):
+        raise joined([*missing, *problems])
+    return replace(loaded, missing=tuple(missing), mistakes=tuple(problems))
 
 
 def _secrets(document: yamlfile.Document, value: Any, path: yamlfile.KeyPath) -> Iterator[UserError]:
@@ -170,7 +182,8 @@ def _all_stages() -> Any:
     return AnyStage
 
 
-def _joined(errors: list[UserError]) -> UserError:
+def joined(errors: Sequence[UserError]) -> UserError:
+    """Several mistakes as one, which names each."""
     if len(errors) == 1:
         return errors[0]
     shown = [str(error) for error in errors[:_COMPLAINTS]]
@@ -215,7 +228,7 @@ def _missing_data(loaded: LoadedPipeline) -> list[UserError]:
         if not source.path.is_dir():
             what = "no such folder" if not source.path.exists() else "not a folder"
             problems.append(_missing(loaded, what, ("data", name, "path"), source.path))
-        if source.captions is not None and not source.captions.is_file():
+        if source.captions is not None and captions_path(source.captions, source.path) is None:
             problems.append(_missing(loaded, "no such file", ("data", name, "captions"), source.captions))
     for name, stage in loaded.spec.stages.items():
         for field, paths in stage.files().items():

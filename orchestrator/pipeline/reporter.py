@@ -20,7 +20,9 @@ from orchestrator.pipeline.key import short
 from orchestrator.redact import redacted
 
 if TYPE_CHECKING:
+    from orchestrator.errors import UserError
     from orchestrator.pipeline.attempt import Outcome
+    from orchestrator.pipeline.check import Checked
     from orchestrator.pipeline.ledger import PipelineState
     from orchestrator.pipeline.load import LoadedPipeline
     from orchestrator.pipeline.plan import StagePlan
@@ -66,6 +68,10 @@ class Reporter:
     def note(self, text: str) -> None:
         """Something about the run as a whole that the user should know."""
         self._console.print(Text(f"! {text}", style="yellow"), soft_wrap=True)
+
+    def warning(self, warning: UserError) -> None:
+        """Something that may be wrong, with its place and the nearest right thing."""
+        _print_warning(self._console, warning)
 
     def lost(self, why: str) -> None:
         """Another driver may have the pipeline by now, so this one ends."""
@@ -240,6 +246,27 @@ def print_stages(console: Console, loaded: LoadedPipeline) -> None:
     for missing in loaded.missing:
         note = f"! {missing.what} ({missing.where}): what would run is known once it is there"
         console.print(Text(note, style="yellow"), soft_wrap=True)
+
+
+def print_findings(console: Console, found: Checked, *, incomplete_only: bool = False) -> None:
+    """What was found before the first step and does not stand in the way: captions, and warnings.
+
+    Args:
+        console: where to.
+        found: all of it.
+        incomplete_only: whether sources all of whose photos have captions are passed over.
+    """
+    for text, complete in found.facts:
+        if not (complete and incomplete_only):
+            console.print(Text(f"  {text}", style="bright_black"), soft_wrap=True)
+    for warning in found.warnings:
+        _print_warning(console, warning)
+
+
+def _print_warning(console: Console, warning: UserError) -> None:
+    for number, line in enumerate(str(warning).splitlines()):
+        text = f"! {line}" if number == 0 else line
+        console.print(Text(text, style="yellow" if number == 0 else "bright_black"), soft_wrap=True)
 
 
 def _up_to_date(plans: Sequence[StagePlan]) -> str:

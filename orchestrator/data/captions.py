@@ -1,0 +1,260 @@
+"""The captions file of a data source: a table with a `file` column and, as there are, `caption` and `label`.
+
+It is read as people write it: with or without a byte order mark, with commas, semicolons or tabs, with spaces and
+capitals in its header, and with names of files that are absolute, begin with `./`, or are in another Unicode form
+than the file system's.
+"""
+
+from __future__ import annotations
+
+import csv
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from orchestrator.errors import UserError, nearest, shortened
+
+FILE, CAPTION, LABEL = "file", "caption", "label"
+_COLUMNS = (FILE, CAPTION, LABEL)
+_DELIMITERS = (",", ";", "\t")
+# Names of a folder that are looked through for the nearest one.
+_LOOKED_THROUGH = 2000
+_SHOWN = 3
+
+Note = tuple[str | None, str | None]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What a captions file says.
+
+    Attributes:
+        notes: caption and label by the photo's path from the source's folder; None where there is none.
+        warnings: what is read, but probably not as it was meant; each with file and line.
+    """
+
+    notes: Mapping[str, Note]
+    warnings: tuple[UserError, ...] = ()
+
+    @property
+    def num_captions(self) -> int:
+        """Photos with a caption."""
+        return sum(bool((caption or "").strip()) for caption, _ in self.notes.values())
+
+    @property
+    def num_labels(self) -> int:
+        """Photos with a label."""
+        return sum(bool((label or "").strip()) for _, label in self.notes.values())
+
+
+def read(path: Path, root: Path, files: Sequence[str]) -> Captions:
+    """Read a captions file. Of two rows for one photo, the later one counts.
+
+    Args:
+        path: the file.
+        root: the source's folder.
+        files: paths of the source's photos from `root`, posix.
+
+    Raises:
+        UserError: it cannot be read, lacks a `file` column, or names files that are not among `files`.
+    """
+    table = _Table(path)
+    names = _Names(root, files)
+    warnings = table.odd_columns()
+    notes: dict[str, Note] = {}
+    unknown: dict[str, int] = {}
+    clashes: dict[str, int] = {}
+    longer: list[int] = []
+    for line, row in table.rows():
+        if len(row) > len(table.columns):
+            longer.append(line)
+        written, note = table.read(row)
+        if not written and note == (None, None):
+            continue
+        file = names.find(written)
+        if file is None:
+            unknown.setdefault(written, line)
+            continue
+        if notes.get(file, note) != note:
+            clashes.setdefault(file, line)
+        notes[file] = note
+    if unknown:
+        raise _unknown(path, unknown, names, root, found_any=bool(notes))
+    if clashes:
+        warnings.append(_clashing(path, clashes))
+    if longer:
+        warnings.append(_too_long(path, longer, len(table.columns)))
+    return Captions(notes, tuple(warnings))
+
+
+def reads_as_before(path: Path) -> bool:
+    """Whether the header is one that was always read as it is now: with commas, and without spaces or capitals.
+
+    A file with another header was once read without its captions, or refused.
+
+    Raises:
+        UserError: it cannot be read, or lacks a `file` column.
+    """
+    return not _Table(path).is_loose
+
+
+class _Table:
+    """The header and the rows of a file of comma-separated values, or ones with another delimiter."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        header = next(self._lines(","), (0, []))[1]
+        self.delimiter = ","
+        for delimiter in _DELIMITERS:
+            row = next(self._lines(delimiter), (0, []))[1]
+            if FILE in map(_bare, row):
+                self.delimiter, header = delimiter, row
+                break
+        self.columns = [_bare(name) for name in header]
+        self.is_loose = self._skips_spaces(self.delimiter) or any(
+            bare != name for name, bare in zip(header, self.columns, strict=True) if bare in _COLUMNS
+        )
+        if FILE not in self.columns:
+            raise self._no_file(header)
+        self._at = {name: self.columns.index(name) for name in _COLUMNS if name in self.columns}
+
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Every row below the header, with the line that it ends on."""
+        lines = self._lines(self.delimiter)
+        next(lines, None)
+        yield from (found for found in lines if found[1])
+
+    def read(self, row: Sequence[str]) -> tuple[str, Note]:
+        """The name of a row's file as it was written, and what is noted of it."""
+
+        def value(name: str) -> str:
+            at = self._at.get(name)
+            found = row[at] if at is not None and at < len(row) else ""
+            return found.strip() if self.is_loose else found
+
+        return value(FILE), (value(CAPTION) or None, value(LABEL) or None)
+
+    def odd_columns(self) -> list[UserError]:
+        """Columns that are not read and whose names come close to ones that are."""
+        found = []
+        for name in self.columns:
+            close = nearest(name, [other for other in (CAPTION, LABEL) if other not in self.columns])
+            if name not in _COLUMNS and close is not None:
+                what = f"the column {name!r} of the captions file is not read"
+                hint = f"rename it to {close!r}, if that is what it holds"
+                found.append(UserError(what, where=f"{self._path}:1", hint=hint))
+        return found
+
+    def _lines(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+        try:
+            with self._path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.reader(file, delimiter=delimiter, skipinitialspace=self._skips_spaces(delimiter))
+                for row in reader:
+                    yield reader.line_num, row
+        except (OSError, csv.Error) as error:
+            raise UserError(f"the captions file cannot be read: {error}", where=str(self._path)) from error
+        except UnicodeDecodeError as error:
+            hint = "save it as UTF-8"
+            what = f"the captions file is not UTF-8: {error}"
+            raise UserError(what, where=str(self._path), hint=hint) from error
+
+    def _skips_spaces(self, delimiter: str) -> bool:
+        """Whether a value, or the quote that it is in, begins after the spaces: where the header has them, rows do."""
+        if delimiter != ",":
+            return True
+        with self._path.open(encoding="utf-8-sig") as file:
+            return ", " in file.readline(1 << 16)
+
+    def _no_file(self, header: Sequence[str]) -> UserError:
+        near = nearest(FILE, self.columns)
+        return UserError(
+            f"the captions file has no `file` column, only {shortened(', '.join(header), 300) or 'nothing'}",
+            where=str(self._path),
+            hint=f"rename the column {near!r} to `file`" if near else "its first line names the columns",
+        )
+
+
+class _Names:
+    """The photos of a source by the names that a captions file may give them."""
+
+    def __init__(self, root: Path, files: Sequence[str]) -> None:
+        self._files = files
+        self._exact = frozenset(files)
+        self._by_form: dict[str, str] = {}
+        # Of two files whose names differ in their Unicode form alone, a name in a third form means the first.
+        for file in files:
+            self._by_form.setdefault(_form(file), file)
+        self._roots = [_form(str(folder)).rstrip("/") + "/" for folder in (root.absolute(), root.resolve())]
+        self._by_last: dict[str, str] = {}
+
+    def find(self, written: str) -> str | None:
+        """The photo that a name means, or None."""
+        if written in self._exact:
+            return written
+        name = _form(written.strip())
+        for root in self._roots:
+            name = name.removeprefix(root)
+        # Absolute names keep their slash, and `..` stays: it leads out of the folder, or is no name of a listing.
+        return self._by_form.get(PurePosixPath(name).as_posix())
+
+    def near(self, written: str) -> str | None:
+        """The photo that a name that means none was probably to mean: of the same last part, or a like one."""
+        if not self._by_last:
+            for file in self._files:
+                self._by_last.setdefault(_form(PurePosixPath(file).name).casefold(), file)
+        last = PurePosixPath(_form(written.strip()).replace("\\", "/")).name.casefold()
+        if last in self._by_last:
+            return self._by_last[last]
+        close = nearest(last, list(self._by_last)[:_LOOKED_THROUGH])
+        return None if close is None else self._by_last[close]
+
+
+def _bare(name: str) -> str:
+    """A column's name without spaces around it and capitals."""
+    return name.strip().casefold()
+
+
+def _form(name: str) -> str:
+    """A name in one Unicode form: some systems write é as one character, others as two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _unknown(
+    path: Path, unknown: Mapping[str, int], names: _Names, root: Path, *, found_any: bool
+) -> UserError:
+    first, line = next(iter(unknown.items()))
+    shown = ", ".join(shortened(name, 100) for name in sorted(unknown)[:_SHOWN])
+    near = names.near(first)
+    count = "1 file" if len(unknown) == 1 else f"{len(unknown)} files"
+    if not found_any:
+        what = f"none of the names in the captions file, {count}, is an image in {root}: {shown}"
+    else:
+        what = f"the captions file names {count} that are not images in {root}: {shown}"
+    meant = f"{shortened(first, 100)!r} on line {line}: did you mean {near!r}? " if near else ""
+    rule = "`file` is the path from the source's folder, with forward slashes"
+    return UserError(what, where=f"{path}:{line}", hint=f"{meant}{rule}")
+
+
+def _clashing(path: Path, clashes: Mapping[str, int]) -> UserError:
+    first, line = next(iter(clashes.items()))
+    photos = "1 photo has" if len(clashes) == 1 else f"{len(clashes)} photos have"
+    return UserError(
+        f"{photos} rows in the captions file that differ, {shortened(first, 100)} for one; the last row counts",
+        where=f"{path}:{line}",
+        hint="leave one row for each photo",
+    )
+
+
+def _too_long(path: Path, lines: Sequence[int], width: int) -> UserError:
+    rows = "1 row" if len(lines) == 1 else f"{len(lines)} rows"
+    return UserError(
+        f"{rows} of the captions file have more values than the {width} columns; what is beyond them is not read",
+        where=f"{path}:{lines[0]}",
+        hint="put a text with the delimiter in it into double quotes",
+    )
+
+
+def captions_path(captions: Path, root: Path) -> Path | None:
+    """A captions file as it is given, or else inside the source's folder; None if it is in neither place."""
+    return next((path for path in (captions, root / captions) if path.is_file()), None)

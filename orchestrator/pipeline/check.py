@@ -1,0 +1,336 @@
+"""What can be known of a pipeline before its first step: one look for `plan` and `run`, which tells everything at once.
+
+A kind of stage says in :meth:`Stage.foresee` what would end it. Here is what belongs to no kind: the graph, data
+sources and their captions, the store, disk and memory, and who has to answer. Nothing is changed, but that a run puts
+an object into a remote store and deletes it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline import fit, graph, room
+from orchestrator.pipeline.attempt import merged_elastic
+from orchestrator.pipeline.load import LoadedPipeline, joined
+from orchestrator.pipeline.plan import EVERYTHING, Choice, Fingerprint, ResolvedStage, resolve
+from orchestrator.pipeline.probes import Probes
+from orchestrator.pipeline.workspace import Workspace
+from orchestrator.stages.base import Outlook, PhotoCount, Stage, TrainStage
+
+if TYPE_CHECKING:
+    from orchestrator.data.captions import Captions
+
+# Machines that are named.
+_NAMED = 3
+
+
+@dataclass
+class Checked:
+    """What was found.
+
+    Attributes:
+        stages: with their keys; empty where a mistake, or data that is not there, leaves them unknown.
+        errors: what would end a run.
+        warnings: what may be meant, or pass.
+        facts: of each data source with captions, how many photos have some; with whether all that have any do.
+    """
+
+    stages: list[ResolvedStage] = field(default_factory=list)
+    errors: list[UserError] = field(default_factory=list)
+    warnings: list[UserError] = field(default_factory=list)
+    facts: list[tuple[str, bool]] = field(default_factory=list)
+
+    def insist(self) -> None:
+        """Go on only if no error was found.
+
+        Raises:
+            UserError: all of them.
+        """
+        if self.errors:
+            raise joined(self.errors)
+
+
+def check(
+    loaded: LoadedPipeline,
+    *,
+    runs: bool,
+    choice: Choice = EVERYTHING,
+    fingerprint: Fingerprint | None = None,
+) -> Checked:
+    """Look at everything.
+
+    Args:
+        loaded: the pipeline, with its mistakes gathered.
+        runs: whether it is about to run here: then data must be there, and all that a run needs has to answer.
+        choice: which stages are looked at, and which are made anew.
+        fingerprint: the content hash of a data source; default: the package's.
+    """
+    found = Checked(errors=[*(loaded.missing if runs else ()), *loaded.mistakes])
+    # What a pipeline takes, and who answers it, is asked on machines without its data, too: of other machines.
+    is_here = runs or not (loaded.missing or loaded.spec.hardware)
+    probes = Probes(loaded, runs) if is_here else None
+    foreseen: dict[str, list[UserError]] = {}
+    graph_errors = graph.complaints(loaded)
+    found.errors += graph_errors
+    counts = _count_photos(loaded, found)
+    if not graph_errors:
+        roles = graph.roles(loaded)
+        fit_errors = list(fit.complaints(loaded, roles))
+        found.errors += fit_errors
+        foreseen = dict(_foresee(loaded, roles, counts))
+        found.errors += [error for errors in foreseen.values() for error in errors]
+        blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
+        if not blocked:
+            _resolve(loaded, found, fingerprint)
+    found.errors += _callbacks(loaded, deep=runs)
+    if probes is not None:
+        to_run = _conclude(loaded, found, probes, choice, runs)
+        # What a stage that cannot work takes is nobody's guess.
+        _measure(loaded, found, [name for name in to_run if not foreseen.get(name)])
+    return found
+
+
+def _resolve(loaded: LoadedPipeline, found: Checked, fingerprint: Fingerprint | None) -> None:
+    try:
+        found.stages = resolve(loaded, fingerprint)
+    except UserError as error:
+        found.errors.append(error)
+
+
+def _conclude(
+    loaded: LoadedPipeline, found: Checked, probes: Probes, choice: Choice, runs: bool
+) -> list[str]:
+    """Who answered; returns the names of the stages that are not in the store, as far as that is known."""
+    if trouble := probes.store.result():
+        found.errors.append(trouble)
+        to_run = None
+    else:
+        to_run = _to_run(loaded, found, choice)
+    if trouble := probes.tracking.result():
+        publishers = [name for name, stage in loaded.spec.stages.items() if stage.effects]
+        also = f"; {', '.join(publishers)} cannot do without the registry there" if publishers else ""
+        found.warnings.append(UserError(f"{trouble.what}{also}", where=trouble.where, hint=trouble.hint))
+    if trouble := probes.cluster.result():
+        uses_it = to_run is None or any(loaded.spec.stages[name].needs_ray for name in to_run)
+        if uses_it:
+            (found.errors if runs else found.warnings).append(trouble)
+    return to_run or []
+
+
+def _measure(loaded: LoadedPipeline, found: Checked, to_run: Sequence[str]) -> None:
+    """Whether what these stages take is there."""
+    needs = room.needs(loaded, to_run) if to_run else []
+    stages = [stage for stage in found.stages if stage.name in to_run]
+    there = room.begun(Workspace(loaded.spec.store), stages) if needs else 0
+    too_much, tight = room.disk(loaded, needs, there)
+    found.errors += too_much
+    found.warnings += tight
+    if needs and loaded.spec.cluster.address == "local":
+        found.warnings += room.here(loaded, needs)
+
+
+def _to_run(loaded: LoadedPipeline, found: Checked, choice: Choice) -> list[str] | None:
+    """The names of the stages that are not there; None where that is not known."""
+    if not found.stages:
+        return None
+    workspace = Workspace(loaded.spec.store)
+    try:
+        chosen = choice.of(found.stages)
+        return [
+            stage.name
+            for stage in found.stages
+            if stage.name in chosen
+            and (stage.name in choice.force or workspace.find(stage.parts.kind, stage.key) is None)
+        ]
+    except UserError as error:
+        found.errors.append(error)
+        return None
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, PhotoCount | None]:
+    """What each data source that is read has; None of one that is not there or has no photos."""
+    used = dict.fromkeys(name for stage in loaded.spec.stages.values() for name in stage.data_sources())
+    counts: dict[str, PhotoCount | None] = {}
+    for name in used:
+        source = loaded.spec.data.get(name)
+        if source is None or not source.path.is_dir():
+            counts[name] = None
+            continue
+        from orchestrator.data.source import captions_of, list_images
+
+        try:
+            files = list_images(source, name).files
+        except UserError as error:
+            counts[name] = None
+            found.errors.append(
+                UserError(error.what, where=loaded.where("data", name, "path"), hint=error.hint)
+            )
+            continue
+        counts[name] = PhotoCount(len(files))
+        if source.captions is None:
+            continue
+        try:
+            captions = captions_of(source, name, files)
+        except UserError as error:
+            if (error.where or "").startswith("data."):
+                continue  # no such file, which was told
+            # What captions there are is not known: stages that want some are told nothing that may be wrong.
+            counts[name] = PhotoCount(len(files), len(files), len(files))
+            found.errors.append(error)
+            continue
+        counts[name] = PhotoCount(len(files), captions.num_captions, captions.num_labels)
+        found.warnings += captions.warnings
+        found.facts.append(_fact(name, len(files), captions))
+    return counts
+
+
+def _fact(name: str, photos: int, captions: Captions) -> tuple[str, bool]:
+    texts, labels = captions.num_captions, captions.num_labels
+    complete = texts in (0, photos) and labels in (0, photos) and texts + labels > 0
+    return f"{name}: {texts} of {photos} photos have a caption, {labels} a label", complete
+
+
+# --- stages -----------------------------------------------------------------------------------------------------
+
+
+def _foresee(
+    loaded: LoadedPipeline,
+    roles: Mapping[str, Mapping[str, str]],
+    counts: Mapping[str, PhotoCount | None],
+) -> Iterator[tuple[str, list[UserError]]]:
+    """What each stage says of itself."""
+
+    def placed(name: str, error: UserError) -> UserError:
+        path = error.where.split(".") if error.where else []
+        return UserError(error.what, where=loaded.where("stages", name, *path), hint=error.hint)
+
+    for name, stage in loaded.spec.stages.items():
+        errors = stage.foresee(_outlook(loaded, roles, counts, name))
+        yield name, [placed(name, error) for error in errors]
+
+
+def _outlook(
+    loaded: LoadedPipeline,
+    roles: Mapping[str, Mapping[str, str]],
+    counts: Mapping[str, PhotoCount | None],
+    name: str,
+) -> Outlook:
+    stages = loaded.spec.stages
+    upstream = {role: stages[need] for role, need in roles[name].items()}
+    lineage = tuple(stages[one] for one in graph.lineage(roles, name))
+    if lineage:
+        upstream["origin"] = lineage[0]
+    return Outlook(upstream, lineage, _photos(stages[name], upstream, counts))
+
+
+def _photos(
+    stage: Stage, upstream: Mapping[str, Stage], counts: Mapping[str, PhotoCount | None]
+) -> PhotoCount | None:
+    """What the sources have that a stage reads, itself or by way of its index."""
+    sources = stage.data_sources() or (upstream["index"].data_sources() if "index" in upstream else ())
+    total = PhotoCount()
+    for source in sources:
+        count = counts.get(source)
+        if count is None:
+            return None
+        total += count
+    return total if sources else None
+
+
+def _callbacks(loaded: LoadedPipeline, *, deep: bool) -> Iterator[UserError]:
+    """Ray Train callbacks that cannot be found; imported only where they are about to be used."""
+    told: set[str] = set()
+    for name, stage in loaded.spec.stages.items():
+        if not isinstance(stage, TrainStage):
+            continue
+        own = stage.elastic is not None and "ray_train_callbacks" in stage.elastic.model_fields_set
+        section = ("stages", name, "elastic") if own else ("elastic",)
+        for path in merged_elastic(loaded.spec.elastic, stage.elastic).ray_train_callbacks:
+            if path in told or (why := _import_trouble(path, deep=deep)) is None:
+                continue
+            told.add(path)
+            yield UserError(
+                f"the Ray Train callback {path!r} cannot be used: {why}",
+                where=loaded.where(*section, "ray_train_callbacks"),
+                hint="name a class that needs no arguments, as package.module:Class",
+            )
+
+
+def _import_trouble(path: str, *, deep: bool) -> str | None:
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        return "it has no colon between module and class"
+    try:
+        if importlib.util.find_spec(module) is None:
+            return f"there is no module {module}"
+        if deep and not hasattr(importlib.import_module(module), name):
+            return f"{module} has no {name}"
+    except Exception as error:  # whatever importing it runs
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+# --- a cluster that was joined ----------------------------------------------------------------------------------
+
+
+def check_cluster(loaded: LoadedPipeline, names: Sequence[str], workspace: Workspace) -> Checked:
+    """Look at the cluster that was just joined: what its machines see, and have. Nothing is asked of this machine.
+
+    Args:
+        loaded: the pipeline.
+        names: the stages that are to run.
+        workspace: the pipeline's; where it is a folder, the resolved file is in it.
+    """
+    import ray
+
+    from orchestrator.elastic import visible
+
+    found = Checked()
+    found.warnings += room.of_cluster(loaded, room.needs(loaded, names), ray.cluster_resources())
+    machines = visible.other_machines()
+    files = _shared_files(loaded, names, workspace)
+    sightless = visible.unseen(
+        {path: size for sizes in files.values() for path, size in sizes.items()}, machines
+    )
+    for place, sizes in files.items():
+        lacking = {host: unseen for host, names in sightless.items() if (unseen := sizes.keys() & set(names))}
+        if not lacking:
+            continue
+        unseen = next(iter(lacking.values()))
+        error = UserError(
+            f"{len(lacking)} of the cluster's {len(machines)} other machines cannot read {min(unseen)}: "
+            f"{', '.join(list(lacking)[:_NAMED])}",
+            where=loaded.where(*place.split(".")),
+            hint="mount the folder there at the same place, or keep workers off these machines "
+            "(elastic.resources.labels)",
+        )
+        (found.errors if len(lacking) == len(machines) else found.warnings).append(error)
+    return found
+
+
+def _shared_files(
+    loaded: LoadedPipeline, names: Sequence[str], workspace: Workspace
+) -> dict[str, dict[str, int]]:
+    """Files that workers read at the place where they are here, with their sizes, by the key that names the place."""
+    from orchestrator.data.source import list_images
+    from orchestrator.elastic import visible
+
+    needs = {name: stage.needs for name, stage in loaded.spec.stages.items()}
+    behind = {one for name in names for one in (name, *graph.upstream(name, needs))}
+    sources = sorted({source for name in behind for source in loaded.spec.stages[name].data_sources()})
+    found = {}
+    for name in sources:
+        source = loaded.spec.data[name]
+        found[f"data.{name}.path"] = visible.samples(source.path, list_images(source, name).files)
+    record = f"pipelines/{loaded.name}/pipeline.yaml"
+    if not workspace.store().remote and (workspace.root / record).is_file():
+        found["store"] = visible.samples(workspace.root, [record])
+    return found

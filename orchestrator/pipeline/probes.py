@@ -1,0 +1,143 @@
+"""Who has to answer a pipeline: MLflow, a remote store, a cluster's head. They are asked side by side, for seconds."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.store.open import is_remote
+from orchestrator.store.s3 import S3Store
+from orchestrator.store.s3client import Patience
+from orchestrator.tracking import reach
+
+# A server in the same building answers within milliseconds, one across the world within a second.
+_ANSWER_S = 3.0
+# A bucket answers within a second, or is asked again: one lost request is no reason not to begin.
+_STORE_PATIENCE = Patience(connect_s=5.0, read_s=10.0, attempts=3)
+_STORE_ANSWER_S = 30.0
+
+_LOOPBACK = ("localhost", "127.0.0.1")
+
+T = TypeVar("T")
+
+
+class Probe(Generic[T]):
+    """A question that a server is asked in a thread of its own, which nobody waits for longer than is said.
+
+    Args:
+        ask: the question.
+        late: the answer if there is none in time.
+        patience_s: how long to wait, from the start.
+    """
+
+    def __init__(self, ask: Callable[[], T], late: T, patience_s: float) -> None:
+        self._ask = ask
+        self._answer = late
+        self._until = time.monotonic() + patience_s
+        # A daemon: a name server that hangs must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def result(self) -> T:
+        """The answer."""
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        return self._answer
+
+    def _run(self) -> None:
+        self._answer = self._ask()
+
+
+class Probes:
+    """All that is asked, side by side; each answer is what is wrong, with its place in the file, or None."""
+
+    def __init__(self, loaded: LoadedPipeline, runs: bool) -> None:
+        self._loaded = loaded
+        spec = loaded.spec
+        usable = not any("tracking.uri" in (error.where or "") for error in loaded.mistakes)
+        self.tracking = self._probe(
+            ("tracking", "uri"),
+            lambda: reach.trouble(spec.tracking.uri, _ANSWER_S) if usable else None,
+            UserError(f"MLflow did not answer within {_ANSWER_S:.0f} s", hint=reach.WAITS),
+            _ANSWER_S,
+        )
+        self.store = self._probe(
+            ("store",),
+            lambda: _store_trouble(spec.store, writes=runs),
+            UserError(f"the store did not answer within {_STORE_ANSWER_S:.0f} s"),
+            _STORE_ANSWER_S,
+        )
+        self.cluster = self._probe(
+            ("cluster", "address"),
+            lambda: _cluster_trouble(spec.cluster.address),
+            UserError(f"no Ray cluster answered at {spec.cluster.address!r} within {_ANSWER_S:.0f} s"),
+            _ANSWER_S,
+        )
+
+    def _probe(
+        self, place: tuple[str, ...], ask: Callable[[], UserError | None], late: UserError, patience_s: float
+    ) -> Probe[UserError | None]:
+        # The value may hold what is secret in it.
+        where = self._loaded.document.where(place, value=False)
+
+        def placed(error: UserError) -> UserError:
+            return UserError(error.what, where=where, hint=error.hint)
+
+        def answer() -> UserError | None:
+            error = ask()
+            return None if error is None else placed(error)
+
+        # A moment more than the question itself takes, which has the better words.
+        return Probe(answer, placed(late), patience_s + 0.5)
+
+
+def _store_trouble(uri: str, *, writes: bool) -> UserError | None:
+    """Whether a remote store can be used; of a folder that was asked when the file was read."""
+    if not (is_remote(uri) and uri.startswith("s3://")):
+        return None
+    try:
+        store = S3Store(uri, _STORE_PATIENCE)
+        store.check()
+        if writes:
+            name = f"doctor/{uuid.uuid4().hex}"
+            store.put_bytes(name, b"well")
+            store.delete(name)
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(f"the store {uri} cannot be written: {error}")
+    return None
+
+
+def _cluster_trouble(address: str) -> UserError | None:
+    """Whether somebody listens at `host:port`. Which cluster is on this machine is found when it is joined."""
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return None
+    why = ""
+    for name in (host, _own_address()) if host in _LOOPBACK else (host,):
+        try:
+            with socket.create_connection((name, int(port)), timeout=_ANSWER_S):
+                return None
+        except (OSError, OverflowError) as error:
+            why = str(error)
+    return UserError(
+        f"no Ray cluster answers at {address!r}: {why}",
+        hint="start one with `ray start --head`, or set cluster.address to local",
+    )
+
+
+def _own_address() -> str:
+    """The address under which others see this machine: Ray listens there and takes it for localhost."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            # Nothing is sent: this only asks which way it would go.
+            one.connect(("8.8.8.8", 1))
+            return str(one.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
