@@ -318,6 +318,7 @@ class Distill(HomogeneousMixStage):
 
     def check(self) -> None:
         """See :class:`Stage`."""
+        super().check()
         if self.features is None:
             return
         try:

@@ -60,8 +60,21 @@ class HomogeneousMixStage(MixStage):
         "Default: all batches are mixed.",
     )
     homogeneous_ratio: float = Field(
-        0.1, ge=0, le=1, description="The share of homogeneous batches among all, where there are any."
+        0.1,
+        ge=0,
+        le=1,
+        description="The share of homogeneous batches among all; it is refused without `homogeneous`.",
     )
+
+    def check(self) -> None:
+        """See :class:`Stage`."""
+        # `homogeneous: null` says that there are none, as the file with all defaults written out does.
+        if "homogeneous_ratio" in self.model_fields_set and "homogeneous" not in self.model_fields_set:
+            raise UserError(
+                "homogeneous_ratio is the share of homogeneous batches, and nothing says what they are drawn from",
+                where="homogeneous_ratio",
+                hint="name the data source, `homogeneous: …`, or leave `homogeneous_ratio` out",
+            )
 
     def sample_order(self, index: PhotoIndex, batch_size: int, seed: int) -> SampleOrder:
         """The order in which this stage draws rows; see :func:`orchestrator.data.mix.sample_order`."""

@@ -156,6 +156,11 @@ MISTAKES = {
     ],
     "homogeneous: image": ["'image', which is no data source of the index", "did you mean 'imagenet'?"],
     "homogeneous: x": ["'x', which is no data source of the index", "there are: imagenet, web"],
+    "homogeneous_ratio: 0.2": [
+        "nothing says what they are drawn from",
+        "toy.yaml:12  stages.train.homogeneous_ratio = 0.2",
+        "`homogeneous: …`, or leave `homogeneous_ratio` out",
+    ],
 }
 
 
@@ -167,6 +172,14 @@ def test_mistakes_are_named_before_anything_runs(line: str, tmp_path: Path) -> N
         load(file)
     for text in MISTAKES[line]:
         assert text in str(caught.value)
+
+
+def test_a_file_with_all_defaults_written_out_loads(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(PIPELINE)
+    written = tmp_path / "resolved.yaml"
+    written.write_text(load(tmp_path / "toy.yaml").resolved())
+    assert "homogeneous_ratio" in written.read_text()
+    load(written)
 
 
 def test_a_source_called_as_a_component_is_refused(tmp_path: Path) -> None:
