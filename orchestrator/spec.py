@@ -33,6 +33,8 @@ from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 MAX_COUNT = 2**31 - 1
 MAX_WIDTH = 2**20
 MAX_DEPTH = 4096
+# Of draws, or of steps: shares are exact over cycles of up to a million.
+MIN_SHARE = 1e-6
 _INT_RANGE = (-(2**63), 2**63 - 1)
 _FLOAT_RANGE = (-1e30, 1e30)
 
@@ -561,6 +563,14 @@ def _mix(value: Any) -> Any:
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not isinstance(name, str) or not number or not 0 < weight < math.inf:
             raise ValueError(f"the weight of {name!r} must be a number above 0, not {weight!r}")
+    total = sum(names.values())
+    for name, weight in names.items():
+        # A sum that is infinite has weights that are out of bounds, which is said elsewhere.
+        if weight / total < MIN_SHARE and total < math.inf:
+            raise ValueError(
+                f"the weight of {name!r} is {weight / total:.3g} of all weights: give it {MIN_SHARE * total:.3g} or "
+                "more, one draw in a million, or leave it out"
+            )
     return names
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.spec import Mix
+from orchestrator.spec import MIN_SHARE, Mix
 from orchestrator.stages.base import TrainStage
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class MixStage(TrainStage):
     mix: Mix | None = Field(
         None,
         description="The components of the index and the data sources that mixed batches are drawn from: a name, a "
-        "list of names, or a weight for each name, which is its share of these batches. Without weights, each photo "
-        "comes once an epoch. Default: what the curation chose.",
+        "list of names, or a weight for each name, which is its share of these batches, at least one draw in a "
+        "million. Without weights, each photo comes once an epoch. Default: what the curation chose.",
     )
 
     def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
@@ -65,6 +65,15 @@ class HomogeneousMixStage(MixStage):
         le=1,
         description="The share of homogeneous batches among all; it is refused without `homogeneous`.",
     )
+
+    @field_validator("homogeneous_ratio")
+    @classmethod
+    def _some(cls, ratio: float) -> float:
+        if 0 < ratio < MIN_SHARE:
+            raise ValueError(
+                f"{ratio:g} is less than one batch in a million: give 0, or {MIN_SHARE:g} and more"
+            )
+        return ratio
 
     def check(self) -> None:
         """See :class:`Stage`."""

@@ -147,6 +147,10 @@ MISTAKES = {
     "mix: {pool: 0}": ["the weight of 'pool' must be a number above 0, not 0", "stages.train.mix"],
     "mix: {pool: .nan}": ["the weight of 'pool' must be a number above 0, not nan"],
     "mix: {pool: true}": ["must be a number above 0, not True"],
+    "mix: {balanced: 1, pool: 1.0e-9}": [
+        "the weight of 'pool' is 1e-09 of all weights: give it 1e-06 or more",
+        "toy.yaml:12  stages.train.mix",
+    ],
     "mix: 3": ["mix must be a name, a list of names, or a mapping of names to weights"],
     "mix: []": ["mix must be a name, a list of names, or a mapping of names to weights"],
     "homogeneous: balanced": [
@@ -156,6 +160,7 @@ MISTAKES = {
     ],
     "homogeneous: image": ["'image', which is no data source of the index", "did you mean 'imagenet'?"],
     "homogeneous: x": ["'x', which is no data source of the index", "there are: imagenet, web"],
+    "homogeneous_ratio: 1.0e-7": ["1e-07 is less than one batch in a million: give 0, or 1e-06 and more"],
     "homogeneous_ratio: 0.2": [
         "nothing says what they are drawn from",
         "toy.yaml:12  stages.train.homogeneous_ratio = 0.2",
