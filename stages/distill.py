@@ -153,7 +153,8 @@ class Distill(HomogeneousMixStage):
     chunk_rows: int | None = operational(
         None,
         ge=1,
-        description="The number of rows whose logits are held in memory at once. Default: all rows of a block.",
+        description="The number of rows whose logits are held in memory at once. Another number changes results in "
+        "their last bits, also with `elastic.exact`, and re-runs nothing all the same. Default: all rows of a block.",
     )
     window: int = operational(
         4, ge=2, description="The number of teacher steps that are held for the slowest student."

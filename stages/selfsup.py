@@ -180,7 +180,8 @@ class SelfSupervised(HomogeneousMixStage):
     chunk_rows: int | None = operational(
         None,
         ge=1,
-        description="The number of rows whose logits are held in memory at once. Default: all rows of a block.",
+        description="The number of rows whose logits are held in memory at once. Another number changes results in "
+        "their last bits, also with `elastic.exact`, and re-runs nothing all the same. Default: all rows of a block.",
     )
     zero_stage: Literal[1, 2, 3] = operational(3, description="The ZeRO stage that DeepSpeed trains with.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
