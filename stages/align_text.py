@@ -181,7 +181,9 @@ class AlignText(MixStage):
     )
     temperature: float = Field(0.07, gt=0, description="The temperature at the start; it is learnt.")
     max_scale: float = Field(100.0, gt=0, description="The largest value of 1/temperature that is learnt.")
-    zero_stage: Literal[1, 2, 3] = operational(3, description="The ZeRO stage that DeepSpeed trains with.")
+    zero_stage: Literal[1, 2, 3] = operational(
+        3, description="The ZeRO stage that DeepSpeed trains with. In bf16, 1 is 2."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
     )

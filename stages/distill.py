@@ -90,7 +90,7 @@ class Student(Settings):
         None, description="The student's own precision of training. Default: the stage's."
     )
     zero_stage: Literal[1, 2, 3] = operational(
-        3, description="The ZeRO stage that DeepSpeed trains the student with."
+        3, description="The ZeRO stage that DeepSpeed trains the student with. In bf16, 1 is 2."
     )
     workers: Workers | None = operational(
         None, description="The student's own `elastic.workers`. Default: the stage's."

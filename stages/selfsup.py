@@ -183,7 +183,9 @@ class SelfSupervised(HomogeneousMixStage):
         description="The number of rows whose logits are held in memory at once. Another number changes results in "
         "their last bits, also with `elastic.exact`, and re-runs nothing all the same. Default: all rows of a block.",
     )
-    zero_stage: Literal[1, 2, 3] = operational(3, description="The ZeRO stage that DeepSpeed trains with.")
+    zero_stage: Literal[1, 2, 3] = operational(
+        3, description="The ZeRO stage that DeepSpeed trains with. In bf16, 1 is 2."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
     )
