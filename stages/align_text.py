@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -298,7 +299,10 @@ class AlignText(MixStage):
             load_encoder(self.text.from_, where=f"stages.{context.name}.text.from")
         tokenizer = context.work / "tokenizer.json"
         self._settle_tokenizer(captions, tokenizer)
-        job = self.job(context, tower, image_size, load_tokenizer(tokenizer))
+        job = replace(
+            self.job(context, tower, image_size, load_tokenizer(tokenizer)),
+            max_unreadable=draws.most_unreadable(self.max_unreadable),
+        )
         account = trainer.run(job, tracker=context.run, stop=context.stop)
         save_aligned(
             job.export(job.num_steps), context.out / "aligned", self, tower, tokenizer, image_size=image_size

@@ -121,6 +121,12 @@ class Draws:
     index: PhotoIndex
     order: SampleOrder
 
+    def most_unreadable(self, share: float) -> int:
+        """How many photographs that is; see :func:`orchestrator.data.pictures.most_unreadable`."""
+        from orchestrator.data.pictures import most_unreadable
+
+        return most_unreadable(share, len(self.index))
+
     def write(self, num_steps: int, folder: Path) -> dict[str, float]:
         """What a run of so many steps drew, as `drawn.json`; returns the figure for the summary.
 

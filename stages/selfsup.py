@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -303,7 +304,7 @@ class SelfSupervised(HomogeneousMixStage):
 
         draws = self.draws(context)
         recipe = self.recipe(context)
-        job = self.job(context, recipe)
+        job = replace(self.job(context, recipe), max_unreadable=draws.most_unreadable(self.max_unreadable))
         account = trainer.run(job, tracker=context.run, stop=context.stop)
         snapshots = context.out / "snapshots"
         shutil.copytree(job.work / "exports", snapshots)

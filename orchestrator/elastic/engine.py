@@ -90,6 +90,8 @@ class Engine:
         # Of AdamW, by which its bias correction goes: those that changed the weights.
         self.updates = 0
         self.skips = Skips()
+        # Rows of photos that some worker could not read since the stage began: equal on all, and saved in checkpoints.
+        self.unreadable: set[int] = set()
         self.ema: dict[str, Tensor] = {}
         if modules.ema is not None:
             self.ema = {shard.name: shard.data.clone() for shard in self.master()}

@@ -57,6 +57,7 @@ class Job:
         limit: min_workers and max_workers just now, in place of `elastic.workers`; the controller asks it again
             and again, and the group follows at the end of a step.
         pipeline: the pipeline's name.
+        max_unreadable: number of photos that its workers, all attempts together, may find unreadable; None is any.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Job:
     inputs: tuple[tuple[str, str, str], ...] = ()
     limit: Callable[[], tuple[int, int]] | None = None
     pipeline: str = ""
+    max_unreadable: int | None = None
 
     def for_workers(self) -> Job:
         """The job as workers get it: what lives in slots, or in the driver, stays there."""

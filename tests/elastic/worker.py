@@ -170,5 +170,6 @@ def make_job(spec: dict[str, Any]) -> Job:
             max_skipped_updates=spec.get("max_skipped_updates", 10),
         ),
         start_from=Path(spec["start_from"]) if spec.get("start_from") else None,
+        max_unreadable=spec.get("max_unreadable"),
         export_steps=tuple(spec.get("export_steps", ())),
     )
