@@ -26,6 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 # Where a field of a config says no bounds of its own. Counts fit into 32 bits, other whole
@@ -135,12 +136,17 @@ def operational(default: Any, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **kwargs)
 
 
+def in_key_if_set(default: Any, **kwargs: Any) -> Any:
+    """A pydantic field that came later: with its default, results and keys are those from before it was there."""
+    return Field(default, json_schema_extra={"in_key_if_set": True}, **kwargs)
+
+
 def _identity(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return {
             name: _identity(getattr(value, name))
             for name, field in type(value).model_fields.items()
-            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"))
+            if _decides(field, getattr(value, name))
         }
     if isinstance(value, dict):
         return {str(key): _identity(item) for key, item in value.items()}
@@ -149,6 +155,12 @@ def _identity(value: Any) -> Any:
     if isinstance(value, Path):
         return value.as_posix()
     return value
+
+
+def _decides(field: FieldInfo, value: Any) -> bool:
+    """Whether a field with this value has a part in what comes out."""
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    return not extra.get("operational") and not (extra.get("in_key_if_set") and value == field.default)
 
 
 # The upper end of a worker range that has none: as many workers as the cluster has devices.

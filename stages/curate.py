@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from orchestrator.data.components import CHOSEN, LEFT_OUT
 from orchestrator.errors import Stopped, UserError, nearest
+from orchestrator.spec import in_key_if_set
 from orchestrator.stages.base import Context, Stage
 
 if TYPE_CHECKING:
@@ -70,6 +71,14 @@ class Curate(Stage):
         "are one.",
     )
 
+    holdout: float = in_key_if_set(
+        0.0,
+        ge=0,
+        lt=1,
+        description="The share of the unique images that no stage trains on: the component `held_out`, whose loss "
+        "`validate_every` of a stage shows. An image is in it by its bytes, whatever else is there.",
+    )
+
     needs_ray: ClassVar[bool] = False
     components: ClassVar[tuple[str, ...]] = (CHOSEN, LEFT_OUT)
     outputs: ClassVar[Mapping[str, str]] = {
@@ -113,7 +122,7 @@ class Curate(Stage):
         clusters, distances = curation.cluster(embeddings, self.clusters, context.seed)
         stop()
         balanced = curation.draw_balanced(clusters, target, context.seed)
-        index = PhotoIndex(curation.index_rows(fates, clusters, balanced))
+        index = PhotoIndex(curation.index_rows(fates, clusters, balanced, self.holdout))
         index.save(context.out)
         np.save(context.out / "embeddings.npy", embeddings)
         others = [curation.left_out(name, item, roots[name]) for name, item in left_out]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,8 @@ from orchestrator.stages.gram import Gram
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, Draws, HomogeneousMixStage, draws_of
 
 if TYPE_CHECKING:
+    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.order import SampleOrder
     from orchestrator.elastic.job import Job
     from orchestrator.store.artifact import Artifact
 
@@ -178,6 +180,13 @@ class SelfSupervised(HomogeneousMixStage):
         ge=0,
         description="The number of steps from one kept snapshot of the EMA to the next; 0 keeps only the last.",
     )
+    validate_every: int = operational(
+        0,
+        ge=0,
+        description="The number of steps from one look at held-out photos to the next, and one after the last step; 0: "
+        "never. Their figures are `val/loss` and so on: of one batch, always the same photos and crops, without "
+        "drop-path. `holdout` of `curate` holds them out.",
+    )
     chunk_rows: int | None = operational(
         None,
         ge=1,
@@ -274,6 +283,18 @@ class SelfSupervised(HomogeneousMixStage):
             inputs=context.needed,
             pipeline=context.pipeline,
             start_from=backbone.path / "checkpoint" if backbone else None,
+            validation=partial(
+                crop_blocks,
+                self,
+                recipe,
+                context.inputs["index"].path,
+                seed,
+                roots=context.roots,
+                held_out=True,
+            )
+            if self.validate_every
+            else None,
+            validate_every=self.validate_every,
             export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every))
             if self.snapshot_every
             else (),
@@ -283,7 +304,15 @@ class SelfSupervised(HomogeneousMixStage):
         """What the blocks of this stage are drawn from."""
         seed = stage_seed(context, self.kind)
         order = partial(self.sample_order, batch_size=self.batch_size, seed=seed)
-        return draws_of(context.name, order, context.inputs["index"].path)
+        return draws_of(context.name, partial(self._checked, order), context.inputs["index"].path)
+
+    def _checked(self, order: Callable[[PhotoIndex], SampleOrder], index: PhotoIndex) -> SampleOrder:
+        """The order of draws from an index that has what this stage looks at."""
+        from orchestrator.data.mix import held_out_order
+
+        if self.validate_every:
+            held_out_order(index, batch_size=self.batch_size, seed=0)
+        return order(index)
 
     def _gram_start(self, backbone: Artifact | None) -> tuple[Path | None, lineage.Health | None]:
         """The snapshot to anchor to at first, and how healthy it was."""

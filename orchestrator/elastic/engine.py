@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -153,6 +154,15 @@ class Engine:
         assert not self.applied, "DeepSpeed applied a gradient of NaN"
         for gradient in spoilt:
             gradient.zero_()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The trainable module without what it does in training only, such as drop-path; for forwards alone."""
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
 
     def backward_is_finite(self, loss: Tensor) -> bool:
         """`backward`, to find out whether this one block's gradient is finite; `discard` is to follow."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.data.blocks import Block, TellsTroubles
+from orchestrator.data.blocks import Block, BlockSource, TellsTroubles
 from orchestrator.elastic import checkpoint
 from orchestrator.elastic.device import device
 from orchestrator.elastic.engine import Engine
@@ -81,6 +81,7 @@ class _Trainer:
         modules = self.task.build(self.device)
         assert job.blocks is not None, "a source that lives in the slot is put in its place by the worker"
         self.blocks = job.blocks()
+        self.held_out = job.validation() if job.validation is not None else None
         self.num_blocks = job.num_blocks
         self.slots = -(-self.num_blocks // self.world)
         self.engine = Engine(
@@ -101,6 +102,8 @@ class _Trainer:
             began = time.monotonic()
             with out_of_memory_explained(self.job, f"in step {step + 1}", blocks):
                 figures = self._step(step, blocks)
+                if self._is_looked_at(step + 1):
+                    figures |= self._validated()
             done = step + 1
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
@@ -157,6 +160,30 @@ class _Trainer:
         if self.engine.skips.total:
             figures["skipped_updates"] = float(self.engine.skips.total)
         return figures
+
+    # --- held-out photos ----------------------------------------------------------------------------------------
+
+    def _is_looked_at(self, done: int) -> bool:
+        """Whether held-out photos are looked at after so many steps."""
+        every = self.job.validate_every
+        return self.held_out is not None and every > 0 and (done % every == 0 or done == self.job.num_steps)
+
+    def _validated(self) -> dict[str, float]:
+        """Figures of the held-out blocks by `val/NAME`, with the weights as they are now; collective.
+
+        They are the blocks of step 0 of their own source each time, shared out as a step's blocks are.
+        """
+        assert self.held_out is not None
+        blocks = [_to_device(block, self.device) for block in self._load(0, self.held_out)]
+        sums: dict[str, Tensor] = {}
+        with torch.no_grad(), self.engine.evaluating():
+            targets = self.task.targets(blocks, self.workers)
+            for block, target in zip(blocks, targets, strict=True):
+                _accumulate(sums, self.task.losses(block, target), block.weight / self.num_blocks)
+        names = sorted(sums)
+        values = self.workers(torch.stack([sums[name] for name in names])).tolist()
+        # As with norms: what is not finite is a gap in its curve.
+        return {f"val/{name}": value for name, value in zip(names, values, strict=True) if _finite(value)}
 
     # --- what is not finite -------------------------------------------------------------------------------------
 
@@ -279,10 +306,11 @@ class _Trainer:
                     moved = [_to_device(block, self.device) for block in loaded]
                 yield step, moved
 
-    def _load(self, step: int) -> list[Block]:
-        blocks = [self.blocks.load(step, index) for index in range(self.rank, self.num_blocks, self.world)]
+    def _load(self, step: int, source: BlockSource | None = None) -> list[Block]:
+        source = source or self.blocks
+        blocks = [source.load(step, index) for index in range(self.rank, self.num_blocks, self.world)]
         while len(blocks) < self.slots:
-            filler = blocks[0] if blocks else self.blocks.load(step, 0)
+            filler = blocks[0] if blocks else source.load(step, 0)
             blocks.append(replace(filler, weight=0.0))
         return blocks
 
