@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.data.index import PhotoIndex
 
-from .conftest import RunJob
+from .conftest import RECIPE, RunJob
 from .test_chunks import saved
 
 STEPS = 4
@@ -74,3 +74,14 @@ def test_their_loss_does_not_depend_on_workers_or_stops(run_job: RunJob, split: 
             assert three[step][name] == pytest.approx(figures[name], rel=1e-12), (step, name)
             if step in rest:
                 assert rest[step][name] == pytest.approx(figures[name], rel=1e-12), (step, name)
+
+
+def test_they_are_looked_at_without_drop_path(run_job: RunJob, split: Path, tmp_path: Path) -> None:
+    """At the first step's learning rate of 0 all weights are as they began, however many rows were dropped."""
+    config, found = {**CONFIG, "steps": 2, "validate_every": 1}, []
+    for drop_path in (0.0, 0.3):
+        recipe = {**RECIPE, "drop_path": drop_path}
+        work = tmp_path / f"drop-{drop_path}"
+        found.append(dict(run_job(work, 1, config=config, recipe=recipe, index=split)["figures"])[1])
+    assert found[0]["loss"] != found[1]["loss"]
+    assert found[0]["val/loss"] == found[1]["val/loss"]
