@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from orchestrator.data.index import PhotoIndex
+from orchestrator.elastic.run_monitor import RunMonitor
 
 from .conftest import RECIPE, RunJob
 from .test_chunks import saved
@@ -85,3 +87,20 @@ def test_they_are_looked_at_without_drop_path(run_job: RunJob, split: Path, tmp_
         found.append(dict(run_job(work, 1, config=config, recipe=recipe, index=split)["figures"])[1])
     assert found[0]["loss"] != found[1]["loss"]
     assert found[0]["val/loss"] == found[1]["val/loss"]
+
+
+def test_their_figures_are_curves_of_their_own(tmp_path: Path) -> None:
+    """In MLflow `val/loss` beside `train/loss`."""
+    events: list[dict[str, Any]] = []
+    monitor = RunMonitor("pretrain", 10, tmp_path / "goodput.json", events.append)
+    monitor.begin()
+    monitor.group_started(1)
+    for step, more in ((1, {}), (2, {"val/loss": 7.0, "val/ibot": 3.0})):
+        figures = {"loss": 6.0, "step_seconds": 0.1, **more}
+        monitor.stepped({"step": step, "figures": figures, "stall": 0.0})
+    found = [
+        (event["channel"], event["step"], event["values"]) for event in events if event["kind"] == "metrics"
+    ]
+    trained = {"loss": 6.0, "step_seconds": 0.1}
+    assert [one for one in found if one[0] == "train"] == [("train", 1, trained), ("train", 2, trained)]
+    assert [one for one in found if one[0] == "val"] == [("val", 2, {"loss": 7.0, "ibot": 3.0})]
