@@ -410,6 +410,7 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
         workspace.find,
         driven=driven,
         reached=workspace.reached,
+        begun_from=workspace.begun_from,
         choice=choice,
     )
     print_plan(_console(), loaded.name, plans)

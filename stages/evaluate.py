@@ -337,13 +337,13 @@ def _pool(index: PhotoIndex) -> list[Draws]:
     """The photos of the index, and those of them that the curation chose, by cluster."""
     import numpy as np
 
-    from orchestrator.data.components import LEFT_OUT
+    from orchestrator.data.components import HELD_OUT, LEFT_OUT
     from orchestrator.data.mix import by_cluster, effective_number
     from orchestrator.stages.tasks.evaluation_results import Draws
 
     raw_N = np.ones(len(index), dtype=np.int64)
     chosen_N = raw_N.copy()
-    chosen_N[index.rows_of(LEFT_OUT)] = 0
+    chosen_N[index.rows_of(LEFT_OUT)] = chosen_N[index.rows_of(HELD_OUT)] = 0
     left_out = 1 - float(chosen_N.mean())
     return [
         Draws(name, counts, effective_number(list(counts.values())), share)

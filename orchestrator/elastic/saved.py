@@ -70,6 +70,12 @@ class Saved:
         return Skips.of(self.meta.get("skipped"))
 
     @property
+    def unreadable(self) -> set[int]:
+        """Rows of photos that could not be read in its stage; none if it was written by an earlier version."""
+        rows = self.meta.get("unreadable")
+        return {row for row in rows if isinstance(row, int)} if isinstance(rows, list) else set()
+
+    @property
     def files(self) -> dict[str, dict[str, Any]]:
         """Relative name → size in bytes and sha256."""
         return dict(self.meta["files"])

@@ -28,8 +28,10 @@ from orchestrator.pipeline.plan import (
     Choice,
     ResolvedStage,
     StagePlan,
+    begun_with,
     is_awaited,
     needs_attention,
+    other_inputs,
     plan,
 )
 from orchestrator.pipeline.reporter import Reporter
@@ -110,7 +112,12 @@ class _Driver:
         self._open_tracking = open_tracking
         self._ledger = workspace.ledger(loaded.name, lease)
         self._plans = plan(
-            stages, self._ledger.state, workspace.find, reached=workspace.reached, choice=choice
+            stages,
+            self._ledger.state,
+            workspace.find,
+            reached=workspace.reached,
+            begun_from=workspace.begun_from,
+            choice=choice,
         )
         self._artifacts: dict[str, Artifact] = {}
         self._exit_code = DONE
@@ -293,6 +300,7 @@ class _Driver:
             if self._interrupt.stop.is_set():
                 self._exit_code = ABORTED
                 return
+        item = self._over_if_outdated(item)
         known = self._ledger.state.stages.get(item.name)
         goes_on = (
             known is not None and known.key == item.stage.key and known.state != "done" and not item.fresh
@@ -320,6 +328,14 @@ class _Driver:
                 outcome.seconds += before
         _sum_up(root, item.name, outcome.summary)
         self._conclude(item, run, run_id, outcome)
+
+    def _over_if_outdated(self, item: StagePlan) -> StagePlan:
+        """Let a stage start over whose unfinished work read what this very run has made anew."""
+        begun = self._workspace.begun_from(item.kind, item.stage.key)
+        earlier = other_inputs(begun or {}, item.stage, self._artifacts)
+        if item.fresh or not earlier:
+            return item
+        return replace(item, fresh=True, reasons=(*item.reasons, begun_with(earlier)))
 
     def _enter_cluster(self, cluster: ExitStack) -> None:
         address = self._loaded.spec.cluster.address

@@ -11,13 +11,13 @@ from pydantic import Field, ValidationError
 
 from orchestrator.errors import UserError, nearest
 from orchestrator.simulate.jsonfile import JsonFile
-from orchestrator.spec import Strict
+from orchestrator.spec import Settings
 
 FORMAT = "orchestrator-costs"
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class StageCosts(Strict):
+class StageCosts(Settings):
     """Costs of one stage, in seconds. The defaults are guesses for a small model on CPUs; measure yours."""
 
     block_s: _Seconds = Field(0.5, description="computing one block")
@@ -49,7 +49,7 @@ class StageCosts(Strict):
         return fixed + (seconds - fixed) * slots / -(-num_blocks // near)
 
 
-class Costs(Strict):
+class Costs(Settings):
     """A costs file: `default` for every stage, and what single stages (or `stage/student`) have otherwise."""
 
     format: Literal["orchestrator-costs"] = "orchestrator-costs"

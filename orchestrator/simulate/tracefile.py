@@ -13,7 +13,7 @@ from orchestrator.errors import UserError, nearest
 from orchestrator.simulate import skypilot
 from orchestrator.simulate.jsonfile import JsonFile, Keys
 from orchestrator.simulate.trace import Event, Kind, Machine, Trace, in_order
-from orchestrator.spec import Strict
+from orchestrator.spec import Settings
 
 FORMAT = "orchestrator-trace"
 
@@ -21,7 +21,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class MachineSpec(Strict):
+class MachineSpec(Settings):
     """A machine: what it is, workers it has room for, price an hour (or steps of `[time, price]`)."""
 
     type: str = "machine"
@@ -43,7 +43,7 @@ class PoolSpec(MachineSpec):
     count: int = Field(ge=1)
 
 
-class EventSpec(Strict):
+class EventSpec(Settings):
     """Something that happens to a machine, or to `count` machines of a pool."""
 
     at: Seconds
@@ -64,7 +64,7 @@ class EventSpec(Strict):
         return self
 
 
-class TraceSpec(Strict):
+class TraceSpec(Settings):
     """A trace file of version 1."""
 
     format: Literal["orchestrator-trace"]
