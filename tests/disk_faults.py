@@ -49,11 +49,13 @@ class Disk:
     def point(self, half: Callable[[], object] = lambda: None, *, removes: bool = False) -> None:
         """A write is about to happen; of the one that fails `half` does happen."""
         self.count += 1
+        if not self.failed or (self.kind == "full" and removes):
+            return
         if self.count == self.fail_at:
             half()
-        lasts = self.kind == "crash" or (self.kind == "full" and not removes)
-        if self.count == self.fail_at or (lasts and self.failed):
-            raise Crash if self.kind == "crash" else OSError(errno.ENOSPC, "No space left on device")
+        elif self.kind == "once":
+            return
+        raise Crash if self.kind == "crash" else OSError(errno.ENOSPC, "No space left on device")
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Put it under everything that this process writes."""
