@@ -177,6 +177,8 @@ class Keeper:
                 place = queue.enter(self._me, newcomer, above=above or 0)
             except TakenError as error:
                 raise _taken(error.who, what, queue.name) from None
+            except OSError as error:
+                raise _unwritable(error) from error
             finally:
                 self._note_unleft(queue)
             with contextlib.suppress(OSError):  # at the latest the next one does it
@@ -247,7 +249,7 @@ class Keeper:
             try:
                 self.beat()
             except OSError as error:
-                raise UserError(f"cannot write to the store: {error}", where="store") from None
+                raise _unwritable(error) from error
             self._stop = threading.Event()
             threading.Thread(target=self._keep_beating, args=(self._stop,), name="holds", daemon=True).start()
         self._users += 1
@@ -278,6 +280,10 @@ class Keeper:
                 except Exception as error:
                     _log.warning("a sign of life did not reach the store: %s", error)
             self._leave_again()
+
+
+def _unwritable(error: OSError) -> UserError:
+    return UserError(f"cannot write to the store: {error}", where="store")
 
 
 def _taken(who: Who, what: str, where: str) -> UserError:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import multiprocessing
 import os
@@ -58,8 +59,11 @@ def drive(fail_at: int, kind: Kind) -> None:
         reporter = Reporter(Console(file=io.StringIO()))
         stages = resolve(loaded, lambda source, name: "same")
         code = execute(loaded, stages, reporter, open_tracking=recorded.open_recorded)
-    except UserError:  # what the command line makes a message of
+    except UserError:
         code = _SAID
+    except OSError as error:
+        # The command line makes a message of it (test_cli.py).
+        code = _SAID if error.errno == errno.ENOSPC else _BROKEN
     except BaseException:
         code = _BROKEN
         with real_open("traceback", "w") as file:
