@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from collections.abc import Sequence
@@ -474,8 +475,11 @@ def _console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr) if stream.isatty() else Console(stderr=stderr, width=200)
 
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
 def main() -> NoReturn:
-    """Entry point: a UserError is printed without a traceback and exits with 2."""
+    """Entry point: a UserError, and what a disk or a store refuses, is printed without a traceback and exits with 2."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -491,6 +495,15 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        # A store says itself what it did not do. Anything else may be a mistake of ours, and shows where.
+        if error.errno is not None and error.errno not in _OF_THE_DISK:
+            raise
+        what = (
+            str(error) if error.errno is None else ": ".join(filter(None, [error.strerror, error.filename]))
+        )
+        _complain(UserError(what, hint="once that is mended, the same command goes on"))
+        sys.exit(2)
     sys.exit(0)
 
 

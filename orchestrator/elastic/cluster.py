@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from orchestrator.elastic import cluster_check
 from orchestrator.elastic.hosts import hosts
-from orchestrator.elastic.nodes import minimal_agents
+from orchestrator.elastic.nodes import minimal_agents, on_loopback
 from orchestrator.elastic.preemption_agent import watch_for_preemption
 from orchestrator.elastic.reaper import Reaper, members
 from orchestrator.elastic.resources import cluster_nodes, has_gpus, slot_shape
@@ -140,7 +140,7 @@ class OwnCluster(RunningCluster):
             settings = {**_start_waits(), **self._token(), **self._storage()}
             self._environment.enter_context(_environment(settings))
             agents = contextlib.nullcontext() if dashboard else minimal_agents()
-            with self._reaper.marking(), agents:
+            with self._reaper.marking(), agents, on_loopback():
                 context = _init(
                     address="local",
                     num_cpus=_slots(),

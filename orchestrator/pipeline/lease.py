@@ -142,6 +142,8 @@ class Keeper:
         self._me = me or this_process()
         self._watch = Watch(store, self.timing)
         self._leases: list[Lease] = []
+        # Queues with places that were given up and are still there.
+        self._unleft: list[Queue] = []
         self._count = 0
         self._lock = threading.Lock()
         self._users = 0
@@ -169,11 +171,16 @@ class Keeper:
         """
         queue = Queue(self._store, f"holds/{name}", fenced=above is not None)
         with self._beating():
+            self._leave_again()
             newcomer = Newcomer(self._watch, self.timing, what, say or _log.warning)
             try:
                 place = queue.enter(self._me, newcomer, above=above or 0)
             except TakenError as error:
                 raise _taken(error.who, what, queue.name) from None
+            except OSError as error:
+                raise _unwritable(error) from error
+            finally:
+                self._note_unleft(queue)
             with contextlib.suppress(OSError):  # at the latest the next one does it
                 self._watch.bury()
             lease = Lease(self, queue, place, what, newcomer.notes)
@@ -218,8 +225,22 @@ class Keeper:
         try:
             queue.leave(place)
         except Exception as error:
-            # It is given up all the same: once this process ends, others see that it did.
-            _log.warning("could not give up %s: %s", queue.name, error)
+            # It is given up all the same: with the next beat, or when this process ends.
+            _log.warning("could not give up %s yet: %s", queue.name, error)
+        finally:
+            self._note_unleft(queue)
+
+    def _note_unleft(self, queue: Queue) -> None:
+        if queue.unleft and queue not in self._unleft:
+            self._unleft.append(queue)
+
+    def _leave_again(self) -> None:
+        """Give up what the store did not let go of before; what it still does not is left for the next time."""
+        for queue in list(self._unleft):
+            with contextlib.suppress(Exception):
+                for place in list(queue.unleft):
+                    queue.leave(place)
+                self._unleft.remove(queue)
 
     @contextlib.contextmanager
     def _beating(self) -> Iterator[None]:
@@ -228,7 +249,7 @@ class Keeper:
             try:
                 self.beat()
             except OSError as error:
-                raise UserError(f"cannot write to the store: {error}", where="store") from None
+                raise _unwritable(error) from error
             self._stop = threading.Event()
             threading.Thread(target=self._keep_beating, args=(self._stop,), name="holds", daemon=True).start()
         self._users += 1
@@ -238,6 +259,7 @@ class Keeper:
             self._users -= 1
             if self._users == 0:
                 self._stop.set()
+                self._leave_again()
                 with contextlib.suppress(Exception):
                     self._watch.bury()
                     self._silence()
@@ -257,6 +279,11 @@ class Keeper:
                     renew()
                 except Exception as error:
                     _log.warning("a sign of life did not reach the store: %s", error)
+            self._leave_again()
+
+
+def _unwritable(error: OSError) -> UserError:
+    return UserError(f"cannot write to the store: {error}", where="store")
 
 
 def _taken(who: Who, what: str, where: str) -> UserError:

@@ -129,7 +129,11 @@ def publish(
         # The alias comes last: a version that has none was not published to the end, and the next run finds it.
         client.set_registered_model_alias(name, alias, str(version))
     except Exception as error:
-        if known is None:
+        held = _version_at(client, name, alias) if known is None else None
+        if held == version:
+            return version  # only the reply was lost
+        if held is not None:
+            # Not where there is no telling: an alias that did move here would go with the version.
             with contextlib.suppress(Exception):
                 client.delete_model_version(name, str(version))
         raise UserError(
@@ -282,6 +286,15 @@ def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> tuple
         if one.status == "READY" and tags.items() <= one.tags.items()
     ]
     return (max(found), max(found) == max(versions)) if found else (None, False)
+
+
+def _version_at(client: MlflowClient, name: str, alias: str) -> int | None:
+    """The version that has the alias, 0 if none has; None if MLflow does not say."""
+    try:
+        model = client.get_registered_model(name)
+    except Exception:
+        return None
+    return int(model.aliases.get(alias, 0))
 
 
 def _create(
