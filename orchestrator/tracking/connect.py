@@ -59,9 +59,23 @@ def connect(uri: str) -> MlflowClient:
     (4 s): call it from a background thread where one waits. A server that does not answer may block it for
     minutes.
     """
+    load_mlflow()
+    from mlflow import MlflowClient
+
+    database = database_path(uri)
+    if database is not None and not database.exists():
+        _create_database(database)
+    elif database is not None:
+        moved.mend_local(database, database.parent / moved.FOLDER)
+    absolute = absolute_uri(uri)
+    return MlflowClient(tracking_uri=absolute, registry_uri=absolute)
+
+
+def load_mlflow() -> None:
+    """Imports MLflow, if that was not done yet, with this project's settings and without its noise."""
     for name, value in _environment().items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    import mlflow  # noqa: F401
 
     # MLflow sets its own level on import, and schema building alone logs a hundred lines. urllib3 warns of
     # every single retry; the flusher warns once.
@@ -71,13 +85,6 @@ def connect(uri: str) -> MlflowClient:
         ("urllib3", logging.ERROR),
     ):
         logging.getLogger(logger).setLevel(level)
-    database = database_path(uri)
-    if database is not None and not database.exists():
-        _create_database(database)
-    elif database is not None:
-        moved.mend_local(database, database.parent / moved.FOLDER)
-    absolute = absolute_uri(uri)
-    return MlflowClient(tracking_uri=absolute, registry_uri=absolute)
 
 
 def _environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ sends it. Several processes may write and read one spool on one file system.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from orchestrator.disk import described, is_full
 from orchestrator.redact import redacted_values
 
 Record = dict[str, Any]
@@ -71,6 +73,7 @@ class Spool:
         self.keep: Callable[[], bool] | None = None
         self._logs: dict[str, _Log] = {}
         self._said: set[str] = set()
+        self._lost = 0
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Spool], tuple[Path]]:
@@ -104,6 +107,26 @@ class Spool:
         """
         with self._locked(run_id) as (fd, log):
             self._write(fd, log, {"op": op, **redacted_values(payload), "time_ms": now_ms()})
+
+    @contextmanager
+    def losses_told(self) -> Iterator[None]:
+        """A disk that takes no records costs these, not the training. The first one is told, and how many it were."""
+        try:
+            yield
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1:
+                why = described(error, [self.folder]) if is_full(error) else str(error)
+                _log.warning(
+                    "tracking records are lost from %s on, until %s takes them again: %s; the run goes on",
+                    time.strftime("%H:%M:%S"),
+                    self.folder,
+                    why,
+                )
+        else:
+            if self._lost:
+                _log.warning("tracking records are kept again; lost: %d", self._lost)
+                self._lost = 0
 
     def history(self, run_id: str, channel: str | None = None) -> list[Record]:
         """The run's metrics in the order of recording: dicts of step, time_ms, channel and metrics."""
@@ -236,7 +259,7 @@ class Spool:
         written = os.write(fd, line)
         if written < len(line):
             os.ftruncate(fd, log.offset)
-            raise OSError(f"no room for a record in {self.folder}")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path("run")))
         log.offset += written
         if record["op"] == "metrics":
             log.seen.add((record["channel"], record["step"]))
