@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from orchestrator import disk
 from orchestrator.errors import UserError
 from orchestrator.pipeline.bakery import Place, Queue, TakenError
 from orchestrator.pipeline.process import Who, is_suspended, lives, this_process
@@ -228,6 +229,11 @@ class Keeper:
             try:
                 self.beat()
             except OSError as error:
+                if disk.is_full(error):
+                    what = disk.described(error, [self._store.root])
+                    raise UserError(
+                        what, where="store", hint="make room on it; nothing was changed"
+                    ) from None
                 raise UserError(f"cannot write to the store: {error}", where="store") from None
             self._stop = threading.Event()
             threading.Thread(target=self._keep_beating, args=(self._stop,), name="holds", daemon=True).start()
@@ -248,6 +254,7 @@ class Keeper:
             self._store.delete(beat_name(self._me))
 
     def _keep_beating(self, stop: threading.Event) -> None:
+        failing = False
         while not stop.wait(self.timing.beat_s):
             renewals: list[Callable[[], object]] = [lease.renew for lease in self._leases] or [self.beat]
             for renew in renewals:
@@ -255,8 +262,22 @@ class Keeper:
                     return
                 try:
                     renew()
+                    failing = False
                 except Exception as error:
-                    _log.warning("a sign of life did not reach the store: %s", error)
+                    if not failing:
+                        self._complain(error)
+                    failing = True
+
+    def _complain(self, error: Exception) -> None:
+        root = self._store.root
+        _log.warning(
+            "no sign of life reaches the store since %s: %s; tried again every %.0f s, and after %.0f s the run ends, "
+            "since another driver may take over then",
+            time.strftime("%H:%M:%S"),
+            disk.described(error, [root]) if disk.is_full(error) else error,
+            self.timing.beat_s,
+            self.timing.lapse_s,
+        )
 
 
 def _taken(who: Who, what: str, where: str) -> UserError:

@@ -196,9 +196,9 @@ class Flusher:
                 return True
             if not done:
                 return sent
-            self._answered()
             state.offset = records[count - 1][1]
             self._note(run_id, state)
+            self._answered()
             for record, _ in records[:count]:
                 if record["op"] == "file":
                     self._drop_copy(run_id, record["copy"])
@@ -250,8 +250,12 @@ class Flusher:
     def _note(self, run_id: str, state: Progress) -> None:
         path = self._spool.path(run_id).with_suffix(".progress")
         temporary = path.with_suffix(".progress.tmp")
-        temporary.write_text(json.dumps(asdict(state)))
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(asdict(state)))
+            temporary.replace(path)
+        except OSError as error:
+            # The name tells this disk from that of a database.
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _batch(records: list[tuple[Record, int]]) -> int:

@@ -27,6 +27,7 @@ from orchestrator.redact import redacted_values
 Record = dict[str, Any]
 _RUN_ID = re.compile(r"[A-Za-z0-9_\-]+")
 _log = logging.getLogger(__name__)
+_TELL_EVERY_S = 60.0
 # Of these kinds of records, what they must have besides `op` and `time_ms`, and of what type.
 _FIELDS: dict[str, dict[str, type | UnionType]] = {
     "open": {"name": str, "tags": dict | None},
@@ -73,7 +74,7 @@ class Spool:
         self.keep: Callable[[], bool] | None = None
         self._logs: dict[str, _Log] = {}
         self._said: set[str] = set()
-        self._lost = 0
+        self._lost, self._tell_at = 0, 0.0
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Spool], tuple[Path]]:
@@ -110,21 +111,24 @@ class Spool:
 
     @contextmanager
     def losses_told(self) -> Iterator[None]:
-        """A disk that takes no records costs these, not the training. The first one is told, and how many it were."""
+        """A disk that takes no records costs these, not the training. That is told once a minute, with their number."""
         try:
             yield
         except OSError as error:
             self._lost += 1
-            if self._lost == 1:
+            if time.monotonic() >= self._tell_at:
+                self._tell_at = time.monotonic() + _TELL_EVERY_S
                 why = described(error, [self.folder]) if is_full(error) else str(error)
                 _log.warning(
-                    "tracking records are lost from %s on, until %s takes them again: %s; the run goes on",
-                    time.strftime("%H:%M:%S"),
+                    "tracking records are lost until %s takes them again, %d by %s: %s; the run goes on",
                     self.folder,
+                    self._lost,
+                    time.strftime("%H:%M:%S"),
                     why,
                 )
         else:
-            if self._lost:
+            # Of a full disk a small record may find room now and then.
+            if self._lost and time.monotonic() >= self._tell_at:
                 _log.warning("tracking records are kept again; lost: %d", self._lost)
                 self._lost = 0
 

@@ -50,9 +50,11 @@ def trouble(uri: str, error: BaseException) -> Trouble:
         uri: of MLflow.
         error: which came of talking to it.
     """
+    if isinstance(error, OSError) and error.filename and disk.is_full(error):
+        return Trouble(disk.described(error, []), "there is room", "make room on it")
     if isinstance(error, ModuleNotFoundError):
         return Trouble(
-            f"the driver {error.name} of the tracking database is not installed",
+            redacted(f"the driver {error.name} of the tracking database at {uri} is not installed"),
             "it is installed",
             f"install the database's driver, {error.name}, or name the one you have: postgresql+psycopg2://…",
         )
@@ -99,19 +101,18 @@ def _of_a_file(uri: str, error: BaseException) -> Trouble:
 
 def _of_a_server(uri: str, error: BaseException) -> Trouble:
     shown = redacted(uri)
+    who = f"{'MLflow' if uri.startswith('http') else 'the tracking database'} at {shown}"
     why = _why_silent(error)
     if why is not None:
-        return Trouble(f"MLflow at {shown} does not answer ({why})", "it answers", _start(shown))
+        return Trouble(f"{who} does not answer ({why})", "it answers", _start(shown))
     code = getattr(error, "error_code", None)
     if code in _DENIED:
         return Trouble(
-            f"MLflow at {shown} refuses access ({_short(error)})",
+            f"{who} refuses access ({_short(error)})",
             "it grants access",
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
         )
-    return Trouble(
-        f"MLflow at {shown} answers with an error ({_short(error)})", "it works", "look into its log"
-    )
+    return Trouble(f"{who} answers with an error ({_short(error)})", "it works", "look into its log")
 
 
 def _why_silent(error: BaseException) -> str | None:

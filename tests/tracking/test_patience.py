@@ -255,6 +255,26 @@ def test_messages_on_a_server_name_it(error: Exception, what: str) -> None:
     assert "hunter2" not in found.what + found.cure
 
 
+def test_a_spool_without_room_is_not_the_databases_trouble(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow takes the records, again and again, since how far it is cannot be noted."""
+    real = Path.write_text
+
+    def full(path: Path, *args: Any, **options: Any) -> int:
+        if path.name.endswith(".progress.tmp"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    done, took = drained(spool, Server(lambda: None), patience=0.5)
+    assert not done
+    assert took < 2
+    outage = noted_outage(spool)
+    assert outage is not None
+    assert outage.trouble.what.startswith(f"the disk of {spool.folder} is full (")
+
+
 def test_lost_records_are_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +289,10 @@ def test_lost_records_are_one_line(
         for step in range(50):
             run.metrics({"loss": 1.0}, step)
     run.metrics({"loss": 1.0}, 50)
+    assert len(caplog.records) == 1
+    now = time.monotonic()
+    monkeypatch.setattr("orchestrator.tracking.spool.time.monotonic", lambda: now + 61)
+    run.metrics({"loss": 1.0}, 51)
     said = [record.message for record in caplog.records]
     assert len(said) == 2
     assert "the disk of " in said[0]
