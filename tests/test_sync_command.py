@@ -82,7 +82,7 @@ def test_what_waits_is_said_and_sent_later(folder: Path, port: int, tmp_path: Pa
     assert "`orchestrator sync toy.yaml`" in said
 
     said = command(folder, "sync", "toy.yaml", code=1)
-    assert f"✗ Sent 0 of {waits:,} tracking records: " in said
+    assert f"✗ Sent 0; {waits:,} tracking records of 3 runs wait for {server} since " in said
     assert "does not answer (connection refused) since " in said
 
     with mlflow_server.mlflow_server(

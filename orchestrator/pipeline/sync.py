@@ -47,7 +47,7 @@ def sync(console: Console, loaded: LoadedPipeline, patience: float = PATIENCE_S)
         text = f" Sent {counted(done)} to {tracked.where(loaded)}; nothing waits." if done else _NOTHING
         console.print(Text("✓", "green").append(text, "default"), soft_wrap=True)
         return True
-    text = f" Sent {done:,} of {counted(most)}: {after}"
+    text = f" Sent {done:,}; {after}"
     console.print(Text("✗", "red").append(text, "default"), soft_wrap=True)
     if after.outage is not None:
         console.print(Text(f"  hint {after.outage.trouble.cure}", "bright_black"), soft_wrap=True)

@@ -83,6 +83,8 @@ def load_mlflow() -> None:
         ("mlflow", logging.WARNING),
         ("alembic", logging.WARNING),
         ("urllib3", logging.ERROR),
+        # The whole traceback of whatever a database says, which comes to us as an error besides.
+        ("mlflow.store", logging.CRITICAL),
     ):
         logging.getLogger(logger).setLevel(level)
 

@@ -149,7 +149,7 @@ class Flusher:
         # What an error says may be another thing each time.
         if known is None or known.trouble.until != found.until:
             _log.warning(
-                "%s since %s: what is tracked is kept in %s and sent as soon as %s; the run goes on",
+                "%s since %s: what is tracked is kept in %s and sent as soon as %s",
                 found.what,
                 clock(since),
                 self._spool.folder,
