@@ -199,3 +199,10 @@ def test_gc_lists_and_deletes(folder: Path) -> None:
     assert "Deleted" in command(folder, "gc", "toy.yaml", "--yes")
     assert "Everything in the store is needed" in command(folder, "gc", "toy.yaml")
     assert "Nothing to do" in command(folder, "run", "toy.yaml")
+
+
+def test_status_and_logs_take_overrides_as_run_does(folder: Path) -> None:
+    command(folder, "run", "toy.yaml", "store=elsewhere")
+    assert "was never run" in command(folder, "status", "toy.yaml")
+    assert "done" in command(folder, "status", "toy.yaml", "store=elsewhere")
+    assert "tick 2 of 2" in command(folder, "logs", "toy.yaml", "pretrain", "store=elsewhere")

@@ -176,8 +176,10 @@ class _Driver:
     def _tell_rest(self) -> None:
         """Where the reports are, and what MLflow has not taken yet."""
         for name, artifact in self._artifacts.items():
-            if REPORT in artifact.manifest.files:
-                self._reporter.report(name, artifact.path / REPORT)
+            path = artifact.path / REPORT
+            # One that another machine made is in the remote store only.
+            if REPORT in artifact.manifest.files and path.is_file():
+                self._reporter.report(name, path)
         if waiting := tracked.waiting(self._loaded, self._workspace):
             self._reporter.note(str(waiting))
 

@@ -167,6 +167,8 @@ class Reporter:
 
     def report(self, name: str, path: Path) -> None:
         """A stage made a page to be looked at."""
+        here = Path.cwd()
+        path = path.relative_to(here) if path.is_relative_to(here) else path
         self._console.print(Text(f"  report of {name}: {path}", style="default"), soft_wrap=True)
 
     def _table(self, plans: Sequence[StagePlan]) -> None:
