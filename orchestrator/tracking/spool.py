@@ -263,7 +263,7 @@ class Spool:
         written = os.write(fd, line)
         if written < len(line):
             os.ftruncate(fd, log.offset)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path("run")))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         log.offset += written
         if record["op"] == "metrics":
             log.seen.add((record["channel"], record["step"]))
