@@ -148,11 +148,24 @@ def plan(
 
 
 @app.command()
-def status(file: File) -> None:
-    """Show every stage's state, attempts, time and newest metrics."""
+def status(file: File, overrides: Overrides = None) -> None:
+    """Show every stage's state, attempts, time and newest metrics, and what MLflow has not taken yet."""
+    from orchestrator.pipeline.load import load
     from orchestrator.pipeline.status import print_status
 
-    print_status(_console(), _loaded(file))
+    print_status(_console(), load(file, overrides or []))
+
+
+@app.command()
+def sync(file: File, overrides: Overrides = None) -> None:
+    """Send MLflow what it has not taken yet, such as after a run while the server was away. Runs no stage.
+
+    Exit code 0 if nothing waits any more, 1 if MLflow takes nothing.
+    """
+    from orchestrator.pipeline.load import load
+    from orchestrator.pipeline.sync import sync as send
+
+    raise typer.Exit(0 if send(_console(), load(file, overrides or [], needs_data=False)) else 1)
 
 
 @app.command()
@@ -179,12 +192,14 @@ def gc(
 def logs(
     file: File,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="The stage's name.", show_default=False)],
+    overrides: Overrides = None,
     lines: Annotated[int, typer.Option("--lines", "-n", help="Only the last lines; 0 for all.", min=0)] = 0,
 ) -> None:
     """Print a stage's log, all attempts."""
+    from orchestrator.pipeline.load import load
     from orchestrator.pipeline.status import read_log
 
-    for line in read_log(_loaded(file), stage, lines):
+    for line in read_log(load(file, overrides or []), stage, lines):
         typer.echo(line)
 
 
@@ -459,12 +474,6 @@ def _draw_schedules(loaded: LoadedPipeline, picture: Path) -> None:
     _console().print(
         f"[green]✓[/] {number} schedules are in [bold]{picture}[/]", highlight=False, soft_wrap=True
     )
-
-
-def _loaded(file: Path) -> LoadedPipeline:
-    from orchestrator.pipeline.load import load
-
-    return load(file)
 
 
 def _console(*, stderr: bool = False) -> Console:

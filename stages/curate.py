@@ -146,7 +146,8 @@ class Curate(Stage):
             reasons = "; ".join(
                 f"{count} × {reason}" for reason, count in report["left_out_by_reason"].items()
             )
-            logger.warning("%s: %d files are not taken for photos: %s", context.name, len(others), reasons)
+            number = "1 file is" if len(others) == 1 else f"{len(others)} files are"
+            logger.warning("%s: %s not taken for photos: %s", context.name, number, reasons)
         summary = ("images", "unique", "corrupt", "duplicates", "clusters")
         return {name: float(report[name]) for name in summary}
 

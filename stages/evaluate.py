@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from orchestrator.stages.tasks.evaluation import Check, Crops, Tower
     from orchestrator.stages.tasks.evaluation_results import Draws, Results, Score
     from orchestrator.store.artifact import Artifact
+
+logger = logging.getLogger("orchestrator")
 
 # In the order of the recipe: the last one there is gives the teacher.
 TEACHER_ROLES = ("pretrain", "gram", "high_res")
@@ -192,8 +195,15 @@ class Evaluate(Stage):
             scores.append(Score("majority group", "baseline", max(groups.values()) / len(crops.rows)))
             scores.append(Score("raw pixels", "baseline", accuracy(raw_ND), "", RAW_SIDE, dim))
         pictures: dict[str, Path] = {}
-        for candidate in self._candidates(context, backbones):
+        candidates = list(self._candidates(context, backbones))
+        for number, candidate in enumerate(candidates, 1):
             name, tower = candidate.name, candidate.load()
+            what = (
+                f"{len(crops.rows):,} photos at {tower.size} px"
+                if groups
+                else "its maps, as no photo has a label"
+            )
+            logger.info("%s: %s of %d, %s: %s", context.name, number, len(candidates), name, what)
             if candidate.picture:
                 pictures[name] = context.out / f"pca_{candidate.picture}.png"
                 _draw_maps(tower, shown, index, pictures[name])
@@ -254,6 +264,7 @@ class Evaluate(Stage):
         from orchestrator.stages.tasks.aligned import load_aligned
         from orchestrator.stages.tasks.evaluation_text import TextEvaluation
 
+        logger.info("%s: texts, on %s photos", context.name, f"{len(index):,}")
         aligned = load_aligned(context.inputs["text"].path / "aligned")
         texts = TextEvaluation(aligned, index, self.batch, check)
         path = context.out / "text_maps.png"

@@ -229,3 +229,10 @@ def test_what_a_disk_or_a_store_refuses_is_one_message(
             capsys.readouterr().err
             == f"error: {said}\n  hint once that is mended, the same command goes on\n"
         )
+
+
+def test_status_and_logs_take_overrides_as_run_does(folder: Path) -> None:
+    command(folder, "run", "toy.yaml", "store=elsewhere")
+    assert "was never run" in command(folder, "status", "toy.yaml")
+    assert "done" in command(folder, "status", "toy.yaml", "store=elsewhere")
+    assert "tick 2 of 2" in command(folder, "logs", "toy.yaml", "pretrain", "store=elsewhere")

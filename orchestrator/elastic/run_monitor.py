@@ -54,6 +54,7 @@ class RunMonitor:
         self._recovery: Recovery | None = None
         self._group_stepped = False
         self._line_at = self._metrics_at = time.monotonic()
+        self._unkept = False
 
     # --- what others ask --------------------------------------------------------------------------------------
 
@@ -162,7 +163,15 @@ class RunMonitor:
             self.goodput.save(self._file)
         except OSError as error:
             # A full disk costs the account, and the checkpoints, which say so themselves.
-            self.log(logging.WARNING, f"the account of its time is not kept: {error}")
+            if not self._unkept:
+                self.log(
+                    logging.WARNING,
+                    f"the account of its time is not kept since {time.strftime('%H:%M:%S')}: {error}; training goes "
+                    "on, and it is tried again",
+                )
+            self._unkept = True
+        else:
+            self._unkept = False
         if last:
             text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             self.log(logging.INFO, text)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator import disk
 from orchestrator.errors import Stopped, UserError, shortened
 from orchestrator.pipeline.code import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread
@@ -111,7 +113,10 @@ class Attempt:
                 outcome = Outcome("stopped", 0.0)
             except Exception as error:
                 # A worker that got the same Ctrl-C may die before the stage can stop: that is no failure.
-                outcome = Outcome("stopped" if self.interrupt.stop.is_set() else "failed", 0.0, error=error)
+                shown = error
+                if disk.is_full(error) and not isinstance(error, UserError):
+                    shown = full_disk(error, self.workspace)
+                outcome = Outcome("stopped" if self.interrupt.stop.is_set() else "failed", 0.0, error=shown)
                 logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
             outcome.seconds = time.monotonic() - started
             logger.info("%s after %.1f s", outcome.state, outcome.seconds)
@@ -234,6 +239,17 @@ class Attempt:
             "code": {"digest": digest_of(self.stage.code), "files": dict(self.stage.code)},
             "inputs": self._digests,
         }
+
+
+def full_disk(error: BaseException, workspace: Workspace) -> UserError:
+    """What to say of a disk without room, in place of the error that came of it."""
+    # Ray's own files, and what is in the making, are in the system's folder for such things.
+    what = disk.described(error, [workspace.root, Path(tempfile.gettempdir())])
+    return UserError(
+        what,
+        hint="make room on it and run the same command: what is done and every whole checkpoint are kept, and it "
+        "goes on from there",
+    )
 
 
 def merged_elastic(default: Elastic, own: Elastic | None) -> Elastic:

@@ -18,7 +18,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from orchestrator import disk
 from orchestrator.errors import UserError
 from orchestrator.pipeline.bakery import Place, Queue, TakenError
 from orchestrator.pipeline.process import Who, is_suspended, lives, this_process
@@ -178,7 +180,7 @@ class Keeper:
             except TakenError as error:
                 raise _taken(error.who, what, queue.name) from None
             except OSError as error:
-                raise _unwritable(error) from error
+                raise _unwritable(error, self._store.root) from None
             finally:
                 self._note_unleft(queue)
             with contextlib.suppress(OSError):  # at the latest the next one does it
@@ -249,7 +251,7 @@ class Keeper:
             try:
                 self.beat()
             except OSError as error:
-                raise _unwritable(error) from error
+                raise _unwritable(error, self._store.root) from None
             self._stop = threading.Event()
             threading.Thread(target=self._keep_beating, args=(self._stop,), name="holds", daemon=True).start()
         self._users += 1
@@ -270,6 +272,7 @@ class Keeper:
             self._store.delete(beat_name(self._me))
 
     def _keep_beating(self, stop: threading.Event) -> None:
+        failing = False
         while not stop.wait(self.timing.beat_s):
             renewals: list[Callable[[], object]] = [lease.renew for lease in self._leases] or [self.beat]
             for renew in renewals:
@@ -277,12 +280,30 @@ class Keeper:
                     return
                 try:
                     renew()
+                    failing = False
                 except Exception as error:
-                    _log.warning("a sign of life did not reach the store: %s", error)
+                    if not failing:
+                        self._complain(error)
+                    failing = True
             self._leave_again()
 
+    def _complain(self, error: Exception) -> None:
+        root = self._store.root
+        _log.warning(
+            "no sign of life reaches the store since %s: %s; tried again every %.0f s, and after %.0f s the run ends, "
+            "since another driver may take over then",
+            time.strftime("%H:%M:%S"),
+            disk.described(error, [root]) if disk.is_full(error) else error,
+            self.timing.beat_s,
+            self.timing.lapse_s,
+        )
 
-def _unwritable(error: OSError) -> UserError:
+
+def _unwritable(error: OSError, root: Path) -> UserError:
+    if disk.is_full(error):
+        return UserError(
+            disk.described(error, [root]), where="store", hint="make room on it; nothing was changed"
+        )
     return UserError(f"cannot write to the store: {error}", where="store")
 
 
