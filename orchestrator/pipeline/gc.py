@@ -18,7 +18,7 @@ from orchestrator.pipeline.key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.reporter import stage_table
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.workspace import Workspace, removal_order
 from orchestrator.store.artifact import MANIFEST, ArtifactStore, folder_name
 from orchestrator.store.local import Store
 
@@ -159,10 +159,10 @@ def _on_this_machine(workspace: Workspace, place: str) -> Iterator[str]:
 
 
 def _delete(workspace: Workspace, orphan: Orphan) -> None:
-    """The manifest goes first, so that whoever is cut off halfway leaves no artifact in part."""
+    """The manifest goes first, so that whoever is cut off halfway leaves no artifact in part; see also `drop_work`."""
     store = workspace.store()
     names = list(store.list(f"{orphan.name}/"))
-    for name in sorted(names, key=lambda name: (name.count("/"), not name.endswith(MANIFEST))):
+    for name in sorted(names, key=lambda name: (*removal_order(name), not name.endswith(MANIFEST))):
         store.delete(name)
     shutil.rmtree(workspace.root / orphan.name, ignore_errors=True)
 

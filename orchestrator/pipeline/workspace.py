@@ -229,16 +229,17 @@ class Workspace:
         """Remove the work on a key whose artifact is there.
 
         The files nearest the top go first: a manifest lies above what it lists, so whoever looks meanwhile, or
-        after a kill halfway, never sees one whose files are gone.
+        after a kill halfway, never sees one whose files are gone. What the work was begun from goes last: without
+        it, checkpoints that are still there would be taken for those of the present inputs.
         """
         folder = self.work(kind, key)
-        for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=_depth):
+        for path in sorted((path for path in folder.rglob("*") if path.is_file()), key=removal_order):
             path.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         remote = self.remote_work(kind, key)
         if remote is not None:
             store, prefix = remote
-            for name in sorted(store.list(prefix), key=_depth):
+            for name in sorted(store.list(prefix), key=removal_order):
                 store.delete(name)
 
     def log_path(self, pipeline: str, stage: str) -> Path:
@@ -304,8 +305,9 @@ def work_hold(kind: str, key: str) -> str:
     return f"work-{folder_name(kind, key)}"
 
 
-def _depth(name: str | Path) -> int:
-    return str(name).count("/")
+def removal_order(name: str | Path) -> tuple[bool, int]:
+    """The order in which files of a folder of the store are removed, see :meth:`Workspace.drop_work`."""
+    return Path(name).name == _BEGUN_FROM, str(name).count("/")
 
 
 def _log_name(pipeline: str, stage: str) -> str:

@@ -19,6 +19,7 @@ FILES = [
         "a0002/shard-00002-of-00002.safetensors",
     )
 ]
+BEGUN = "begun_from.json"
 
 
 class Killed(BaseException):
@@ -31,7 +32,7 @@ def torn(names: set[str]) -> set[str]:
     return {step for step in steps if {f for f in FILES if f.startswith(step)} - names}
 
 
-@pytest.mark.parametrize("survived", range(len(FILES) + 1))
+@pytest.mark.parametrize("survived", range(len(FILES) + 2))
 def test_a_removal_cut_short_leaves_no_checkpoint_in_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
 ) -> None:
@@ -40,6 +41,7 @@ def test_a_removal_cut_short_leaves_no_checkpoint_in_part(
     for name in FILES:
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(name)
+    workspace.note_begun("pretrain", "0" * 64, {"teacher": "old"})
     left, unlink = iter(range(survived)), Path.unlink
 
     def unlink_some(path: Path, missing_ok: bool = False) -> None:
@@ -52,7 +54,8 @@ def test_a_removal_cut_short_leaves_no_checkpoint_in_part(
         with contextlib.suppress(Killed):
             workspace.drop_work("pretrain", "0" * 64)
     there = {path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file()}
-    assert len(there) == len(FILES) - survived
+    assert len(there) == len(FILES) + 1 - survived
+    assert BEGUN in there or not there, "else these checkpoints are taken for those of other inputs"
     assert torn(there) == set()
     workspace.drop_work("pretrain", "0" * 64)
     assert not top.exists()
@@ -68,6 +71,7 @@ def test_a_removal_from_a_bucket_shows_no_checkpoint_in_part(
     store, prefix = remote
     for name in FILES:
         store.put_bytes(prefix + name, name.encode())
+    workspace.note_begun("pretrain", "0" * 64, {"teacher": "old"})
     seen: list[set[str]] = []
     delete = S3Store.delete
 
@@ -77,9 +81,10 @@ def test_a_removal_from_a_bucket_shows_no_checkpoint_in_part(
 
     monkeypatch.setattr(S3Store, "delete", delete_and_look)
     workspace.drop_work("pretrain", "0" * 64)
-    assert len(seen) == len(FILES)
+    assert len(seen) == len(FILES) + 1
     assert seen[-1] == set()
-    assert [torn(names) for names in seen] == [set()] * len(FILES)
+    assert all(BEGUN in names for names in seen[:-1])
+    assert [torn(names) for names in seen] == [set()] * len(seen)
 
 
 @pytest.mark.parametrize(
