@@ -127,7 +127,7 @@ class Flusher:
                 pause = self._interval_s
             except Exception as error:  # whatever a server or a driver can throw: training goes on
                 self._failed(error)
-                pause = min(_MAX_WAIT_S, 0.5 * 2**self._failures) * random.uniform(0.5, 1.0)
+                pause = _pause(self._failures) * random.uniform(0.5, 1.0)
             self._wake.wait(min(pause, _HURRIED_S) if self._hurried else pause)
             self._wake.clear()
 
@@ -256,6 +256,12 @@ class Flusher:
         except OSError as error:
             # The name tells this disk from that of a database.
             raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _pause(failures: int) -> float:
+    """Seconds between the last of so many failures in a row and the next try."""
+    # After 1,024 failures, a night without the server, the power is too large for a float.
+    return min(_MAX_WAIT_S, 0.5 * 2.0 ** min(failures, 6))
 
 
 def _batch(records: list[tuple[Record, int]]) -> int:

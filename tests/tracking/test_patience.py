@@ -150,6 +150,20 @@ def test_one_that_has_been_away_for_long_is_asked_once_more(
     flusher.stop()
 
 
+def test_a_night_of_failures_does_not_end_the_sending(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flush, "_MAX_WAIT_S", 0.02)
+    refusals = iter(range(2))
+
+    def answer() -> None:
+        if next(refusals, None) is not None:
+            raise ConnectionRefusedError
+
+    flusher = Flusher(spool, Server(answer))
+    flusher._failures = 1100
+    assert flusher.drain(5)
+    flusher.stop()
+
+
 def test_the_waiting_can_be_ended(spool: Spool) -> None:
     hangs, looks = threading.Event(), iter(range(10))
     done, took = drained(spool, Server(hangs.wait), patience=60, watch=lambda: next(looks) < 5)
