@@ -275,16 +275,18 @@ class Keeper:
         failing = False
         while not stop.wait(self.timing.beat_s):
             renewals: list[Callable[[], object]] = [lease.renew for lease in self._leases] or [self.beat]
+            failed = False
             for renew in renewals:
                 if stop.is_set():
                     return
                 try:
                     renew()
-                    failing = False
                 except Exception as error:
-                    if not failing:
+                    if not (failing or failed):
                         self._complain(error)
-                    failing = True
+                    failed = True
+            # Of several leases one may fail with every beat, and the others not.
+            failing = failed
             self._leave_again()
 
     def _complain(self, error: Exception) -> None:

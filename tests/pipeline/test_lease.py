@@ -248,6 +248,27 @@ def test_a_store_that_stays_away_ends_the_hold(tmp_path: Path) -> None:
             lease.check()
 
 
+def test_of_two_holds_one_that_cannot_be_renewed_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries: list[str] = []
+
+    def refused() -> None:
+        tries.append("again")
+        raise OSError("no route to host")
+
+    one = keeper(tmp_path, Timing(0.05, 10_000.0))
+    with one.hold("it", "thing it") as lease, one.hold("its", "thing its"):
+        monkeypatch.setattr(lease, "renew", refused)
+        deadline = time.monotonic() + 10
+        while len(tries) < 5 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert len(tries) >= 5
+    said = [record.message for record in caplog.records if "no sign of life" in record.message]
+    assert len(said) == 1
+    assert "no route to host" in said[0]
+
+
 def test_a_place_that_was_removed_is_noticed_without_asking(tmp_path: Path) -> None:
     lost = threading.Event()
     with keeper(tmp_path, Timing(0.1, 20.0)).hold("it", "thing it") as lease:
