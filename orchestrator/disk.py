@@ -3,59 +3,87 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
+from orchestrator.errors import causes, shortened
+from orchestrator.redact import redacted
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_QUOTA = "Disk quota exceeded"
 # As the system, SQLite and Ray put it in errors that have lost their number on the way from another process.
 _SAID = (
     "No space left on device",
-    "Disk quota exceeded",
+    _QUOTA,
     "database or disk is full",
     "Out of disk",
     "OutOfDisk",
 )
 # SQLite says of a disk without room for its journal that it failed, not that it is full.
 _SAID_PERHAPS = ("disk I/O error", "unable to open database file")
-_NEARLY_FULL = 64 * 1024
+# Bytes free below which a disk is called full: whoever was refused may have removed its draft since.
+NEARLY_FULL = 2**20
 
 
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or one that brought it about, says that a disk or a quota is full."""
-    return any(_says_full(one) for one in _chain(error))
+    return any(_says_full(one) for one in causes(error))
 
 
 def is_full_at(error: BaseException | None, folder: Path) -> bool:
     """As :func:`is_full`, and whether an error that does not say why comes from a folder without room."""
     if is_full(error):
         return True
-    unsaid = any(text in str(one) for one in _chain(error) for text in _SAID_PERHAPS)
-    return unsaid and space(folder)[0] < _NEARLY_FULL
+    unsaid = any(text in str(one) for one in causes(error) for text in _SAID_PERHAPS)
+    return unsaid and space(folder)[0] < NEARLY_FULL
 
 
-def described(error: BaseException | None, folders: Iterable[Path]) -> str:
-    """`the disk of /data/runs is full (0.0 of 40.0 MB free)`.
+def described(error: BaseException, folders: Iterable[Path] = ()) -> str:
+    """`the disk of /data/runs is full (0.0 of 40.0 MB free)`, if that can be seen; else what the error says.
+
+    It cannot be seen where a quota is full, or the disk of another machine, or one that has no more inodes.
 
     Args:
-        error: the file that it names tells the disk.
-        folders: where the process writes. Without a file the fullest of these is meant.
+        error: says that a disk is full; the file that it names tells which.
+        folders: where the process writes. Without a file the fullest of these is looked at.
     """
-    named = next((path for one in _chain(error) if (path := _file_of(one)) is not None), None)
-    folder = named if named is not None else min(folders, key=lambda one: space(one)[0])
+    full = [one for one in causes(error) if _says_full(one)]
+    told = next((one for one in full if file_of(one) is not None), next(iter(full), error))
+    if _is_quota(told):
+        return f"a disk quota is used up: {_sentence(told)}"
+    file = file_of(told) if full else None
+    looked = [file.parent] if file is not None else list(folders)
+    folder = min(looked, key=lambda one: space(one)[0], default=None)
+    if folder is None or space(folder)[0] >= NEARLY_FULL:
+        return f"a disk or a quota is full: {_sentence(told)}"
+    return f"the disk of {folder} is full ({room(folder)})"
+
+
+def room(folder: Path, needed: int | None = None) -> str:
+    """`0.0 of 40.0 MB free`, of the disk of a folder; and how many of `needed` bytes there should be."""
     free, total = space(folder)
-    return f"the disk of {folder} is full ({free / 1e6:,.1f} of {total / 1e6:,.1f} MB free)"
+    found = f"{free / 1e6:,.1f} of {total / 1e6:,.1f} MB free"
+    return found if needed is None else f"{found}, {needed / 1e6:,.1f} MB needed"
 
 
 def space(path: Path) -> tuple[int, int]:
     """Bytes free and in all of the disk that a path is on, or will be."""
-    while True:
-        try:
-            usage = shutil.disk_usage(path)
-        except (FileNotFoundError, NotADirectoryError):
-            path = path.parent
-        else:
-            return usage.free, usage.total
+    usage = shutil.disk_usage(existing(path))
+    return usage.free, usage.total
+
+
+def existing(path: Path) -> Path:
+    """A path, or the nearest folder above it that is there."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
+def file_of(error: BaseException) -> Path | None:
+    """The file that an error of the system names; of a copy, the one that was to be written."""
+    names = (error.filename2, error.filename) if isinstance(error, OSError) else ()
+    name = next((name for name in names if isinstance(name, str | os.PathLike)), None)
+    return None if name is None else Path(name).absolute()
 
 
 def _says_full(error: BaseException) -> bool:
@@ -64,15 +92,17 @@ def _says_full(error: BaseException) -> bool:
     return any(text in str(error) for text in _SAID)
 
 
-def _file_of(error: BaseException) -> Path | None:
-    if not isinstance(error, OSError) or error.errno not in _FULL or not isinstance(error.filename, str):
-        return None
-    return Path(error.filename).absolute().parent
+def _is_quota(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno == errno.EDQUOT) or _QUOTA in str(error)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+def _sentence(error: BaseException) -> str:
+    """What an error says, on one line: of several that which speaks of the disk."""
+    file = file_of(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if file is None else f"{error.strerror}: {file}"
+    else:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = (line for line in lines if any(words in line for words in _SAID))
+        text = next(said, next(iter(lines), type(error).__name__))
+    return shortened(redacted(text))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from orchestrator.redact import redacted
 
@@ -70,6 +70,15 @@ def shortened(text: str, limit: int = _LINE) -> str:
     return _cut(
         "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text), limit
     )
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what brought it about, what brought that about, and so on; without what was hidden by `from None`."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def first_line(error: Exception) -> str:

@@ -26,8 +26,6 @@ _IMPORT_S = 120
 _LONGEST_TMPDIR = 107 - len(f"/{OWN_PREFIX}XXXXXXXX/r") - 43 - len("/sockets/plasma_store")
 _LOGS = ("gcs_server.err", "gcs_server.out", "raylet.err", "raylet.out")
 _LOG_LINES = 3
-# Bytes for the files of a cluster that only starts.
-_LEAST_ROOM = 2**20
 
 
 # --- an own cluster ---------------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ def _places() -> list[Path]:
 
 def insist_on_room(error: Exception, place: Path) -> None:
     """Raises UserError if Ray did not start because the disk of its folder, in `place`, is full."""
-    if disk.is_full(error) or disk.space(place)[0] < _LEAST_ROOM:
+    if disk.is_full(error) or disk.space(place)[0] < disk.NEARLY_FULL:
         raise UserError(
             f"Ray cannot start: {disk.described(error, [place])}",
             where=str(place),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from orchestrator import disk
-from orchestrator.errors import first_line, shortened
+from orchestrator.errors import causes, first_line, shortened
 from orchestrator.redact import redacted
 from orchestrator.tracking.connect import database_path
 
@@ -50,8 +49,8 @@ def trouble(uri: str, error: BaseException) -> Trouble:
         uri: of MLflow.
         error: which came of talking to it.
     """
-    if isinstance(error, OSError) and error.filename and disk.is_full(error):
-        return Trouble(disk.described(error, []), "there is room", "make room on it")
+    if disk.file_of(error) is not None and disk.is_full(error):
+        return Trouble(disk.described(error), "there is room", "make room on it")
     if isinstance(error, ModuleNotFoundError):
         return Trouble(
             redacted(f"the driver {error.name} of the tracking database at {uri} is not installed"),
@@ -70,9 +69,12 @@ def trouble(uri: str, error: BaseException) -> Trouble:
 def _of_a_file(uri: str, error: BaseException) -> Trouble:
     path = database_path(uri)
     assert path is not None
-    said = " ".join(str(one) for one in _causes(error))
+    said = " ".join(str(one) for one in causes(error))
     if disk.is_full_at(error, path.parent):
-        return Trouble(disk.described(None, [path.parent]), "there is room", "make room on it")
+        why = disk.described(error, [path.parent])
+        return Trouble(
+            f"the tracking database {path} cannot be written: {why}", "there is room", "make room on it"
+        )
     if "is locked" in said:
         return Trouble(
             f"the tracking database {path} is locked by another program",
@@ -117,14 +119,14 @@ def _of_a_server(uri: str, error: BaseException) -> Trouble:
 
 def _why_silent(error: BaseException) -> str | None:
     """Why nothing came back; None if something did."""
-    said = [f"{type(one).__name__} {one}" for one in _causes(error)]
-    if any(isinstance(one, ConnectionRefusedError) for one in _causes(error)) or _has(said, "refused"):
+    said = [f"{type(one).__name__} {one}" for one in causes(error)]
+    if any(isinstance(one, ConnectionRefusedError) for one in causes(error)) or _has(said, "refused"):
         return "connection refused"
-    if any(isinstance(one, socket.gaierror) for one in _causes(error)) or _has(said, "NameResolution"):
+    if any(isinstance(one, socket.gaierror) for one in causes(error)) or _has(said, "NameResolution"):
         return "its name is not known"
-    if any(isinstance(one, TimeoutError) for one in _causes(error)) or _has(said, "timed out", "Timeout"):
+    if any(isinstance(one, TimeoutError) for one in causes(error)) or _has(said, "timed out", "Timeout"):
         return "no answer in time"
-    if any(isinstance(one, ConnectionError) for one in _causes(error)) or _has(
+    if any(isinstance(one, ConnectionError) for one in causes(error)) or _has(
         said, "ConnectionError", "Connection aborted", "RemoteDisconnected", "too many 50", "error code 50"
     ):
         return _short(_causes_last(error))
@@ -135,16 +137,8 @@ def _has(said: list[str], *texts: str) -> bool:
     return any(text in one for one in said for text in texts)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _causes_last(error: BaseException) -> BaseException:
-    return list(_causes(error))[-1]
+    return list(causes(error))[-1]
 
 
 def _short(error: BaseException) -> str:

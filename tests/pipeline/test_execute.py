@@ -19,6 +19,7 @@ import recorded
 import toys
 from rich.console import Console
 
+from orchestrator import disk
 from orchestrator.digests import DIGESTS
 from orchestrator.errors import UserError
 from orchestrator.pipeline.execute import execute
@@ -437,6 +438,7 @@ def test_a_full_disk_under_the_store_is_one_sentence(pipeline: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(toys.Toy, "run", fails)
+        patch.setattr(disk, "space", lambda path: (0, 40_000_000))
         code, said = run(pipeline)
         assert code == 2
         assert re.search(r"the disk of .*runs/work is full \([\d.,]+ of [\d.,]+ MB free\)", said)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import disk
 from orchestrator.tracking import flush
 from orchestrator.tracking.backlog import backlog, noted_outage
 from orchestrator.tracking.flush import Flusher
@@ -59,6 +60,12 @@ def spool(tmp_path: Path) -> Spool:
     for number in range(7):
         run.tags({"number": number})
     return spool
+
+
+@pytest.fixture
+def full_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All disks are full, for those who look."""
+    monkeypatch.setattr(disk, "space", lambda path: (0, 40_000_000))
 
 
 def drained(spool: Spool, sink: MlflowSink, patience: float, watch: Any = lambda: True) -> tuple[bool, float]:
@@ -239,6 +246,7 @@ def test_a_locked_database_is_no_server(uri: str, tmp_path: Path, caplog: pytest
         ),
     ],
 )
+@pytest.mark.usefixtures("full_disks")
 def test_messages_on_sqlite_speak_of_the_file(tmp_path: Path, error: Exception, what: str, cure: str) -> None:
     wrapped = RuntimeError(f"(sqlite3) {error}\n[SQL: INSERT INTO runs]")
     wrapped.__cause__ = error
@@ -269,6 +277,7 @@ def test_messages_on_a_server_name_it(error: Exception, what: str) -> None:
     assert "hunter2" not in found.what + found.cure
 
 
+@pytest.mark.usefixtures("full_disks")
 def test_a_spool_without_room_is_not_the_databases_trouble(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +298,7 @@ def test_a_spool_without_room_is_not_the_databases_trouble(
     assert outage.trouble.what.startswith(f"the disk of {spool.folder} is full (")
 
 
+@pytest.mark.usefixtures("full_disks")
 def test_lost_records_are_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
