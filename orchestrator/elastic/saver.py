@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import importlib.metadata
 import json
 import logging
 import queue
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +21,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from orchestrator import disk
 from orchestrator.elastic import checkpoint, shardfile
 from orchestrator.elastic.device import assigned_gpus
 from orchestrator.elastic.engine import Engine
@@ -246,13 +245,10 @@ def _explained(target: Target, name: str, needed: int | None = None) -> Iterator
     except CheckpointError:
         raise
     except Exception as error:
-        room = ""
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(target.folder).free
-            room = f" ({free:,} bytes free" + (f", {needed:,} needed)" if needed is not None else ")")
+        lacking = f" ({disk.room(target.folder, needed)})" if disk.is_full(error) else ""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CheckpointError(
-            f"{target.folder / name} cannot be written: {reason or type(error).__name__}{room}"
+            f"{target.folder / name} cannot be written: {reason or type(error).__name__}{lacking}"
         ) from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator import disk
 from orchestrator.elastic.cluster_check import load, short_folder
 from orchestrator.errors import UserError
 from orchestrator.pipeline.code import versions
@@ -117,10 +118,10 @@ def _store(uri: str) -> Row:
     if is_remote(uri):
         return _remote_store(uri)
     folder = Path(uri.removeprefix("file://")).expanduser().absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = disk.existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return False, "store", f"{folder} cannot be written"
-    free = shutil.disk_usage(existing).free
+    free = disk.space(existing)[0]
     return free >= _LOW_DISK, "store", f"{folder} can be written, {free / _GIB:.0f} GiB free"
 
 

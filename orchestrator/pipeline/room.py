@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.disk import space
 from orchestrator.errors import UserError
 from orchestrator.pipeline import graph
 from orchestrator.pipeline.attempt import merged_elastic
@@ -167,7 +168,7 @@ def disk(
     # Artifacts go to S3 one by one, but their copies stay in the cache for the stages that read them.
     needed = sum(need.artifact for need in found) + max(need.work for need in found) - there
     folder = cache_folder() if remote else Path(loaded.spec.store.removeprefix("file://")).expanduser()
-    free = shutil.disk_usage(_existing(folder.absolute())).free
+    free = space(folder.absolute())[0]
     if needed <= _TIGHT * free:
         return [], []
     largest = max(found, key=lambda need: need.artifact + need.work)
@@ -258,10 +259,6 @@ def of_cluster(
     looked = [Need(need.stage, shared=need.shared) if has_gpus else need for need in found]
     has, shared = resources.get("memory", 0), resources.get("object_store_memory", 0)
     yield from memory(loaded, looked, has, shared, "the cluster")
-
-
-def _existing(folder: Path) -> Path:
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def _gib(size: float) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from orchestrator import disk
 from orchestrator.data.blocks import BlockSource
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
@@ -137,7 +137,7 @@ class Teaching(ABC):
             return remote
         work.mkdir(parents=True, exist_ok=True)
         known = sum(path.stat().st_size for path in work.glob("step-*"))
-        if size - known > shutil.disk_usage(work).free:
+        if size - known > disk.space(work)[0]:
             raise UserError(
                 f"replay needs {size / 1e9:.1f} GB, more than there is on the disk of {work}",
                 where=f"stages.{self._context.name}.replay",

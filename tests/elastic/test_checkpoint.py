@@ -282,7 +282,7 @@ def test_full_disk(group: Group, tmp_path: Path) -> None:
         (found,) = group("full", 1, folder=tmp_path / "disk", inject=not mounted)
     assert found["cause"] == "OSError"
     assert "shard-00001-of-00001.safetensors cannot be written: No space left on device" in found["said"]
-    assert "bytes free, " in found["said"]
+    assert "MB free, " in found["said"]
     assert found["left"] == []
     assert found["committed"] == [2]
 

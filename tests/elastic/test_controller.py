@@ -236,7 +236,7 @@ def test_a_full_disk_is_told_and_waited_out_for_a_while(
     running.wait(lambda: running.step() >= 8)
     ballast = small_disk / "ballast"
     fill(ballast)
-    running.wait(lambda: any("bytes free" in line for line in running.lines))
+    running.wait(lambda: any("MB free" in line for line in running.lines))
     ballast.unlink()
     running.finish()
     assert_same(running, undisturbed)
