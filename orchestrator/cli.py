@@ -505,15 +505,28 @@ def main() -> NoReturn:
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
-        # A store says itself what it did not do. Anything else may be a mistake of ours, and shows where.
-        if error.errno is not None and error.errno not in _OF_THE_DISK:
+        refusal = _refusal(error)
+        if refusal is None:
             raise
-        what = (
-            str(error) if error.errno is None else ": ".join(filter(None, [error.strerror, error.filename]))
-        )
-        _complain(UserError(what, hint="once that is mended, the same command goes on"))
+        _complain(refusal)
         sys.exit(2)
     sys.exit(0)
+
+
+def _refusal(error: OSError) -> UserError | None:
+    """What a store or a disk did not do; None of anything else, which may be a mistake of ours and shows where."""
+    from orchestrator import disk
+    from orchestrator.store.s3client import StoreError
+
+    if isinstance(error, StoreError):
+        what = str(error)
+    elif error.errno not in _OF_THE_DISK:
+        return None
+    elif disk.is_full(error):
+        what = disk.described(error, [Path.cwd(), disk.temporary()])
+    else:
+        what = ": ".join(str(part) for part in (error.strerror, disk.file_of(error)) if part)
+    return UserError(what, hint="once that is mended, the same command goes on")
 
 
 def _complain(error: UserError) -> None:

@@ -79,6 +79,11 @@ def existing(path: Path) -> Path:
     return next(one for one in (path, *path.absolute().parents) if one.exists())
 
 
+def temporary() -> Path:
+    """The folder for files that do not stay. Unlike `tempfile.gettempdir` it is not tried, which needs room."""
+    return Path(os.environ.get("TMPDIR") or "/tmp")
+
+
 def file_of(error: BaseException) -> Path | None:
     """The file that an error of the system names; of a copy, the one that was to be written."""
     names = (error.filename2, error.filename) if isinstance(error, OSError) else ()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import cli
+from orchestrator import cli, disk
 from orchestrator.store.s3client import StoreError
 
 ROOT = Path(__file__).parents[1]
@@ -208,10 +208,20 @@ def test_gc_lists_and_deletes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "No space left on device: runs/x"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            "a disk or a quota is full: No space left on device: /x/y",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/x/y"),
+            "Read-only file system: /x/y",
+        ),
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
         (StoreError("the bucket 'b' does not answer"), "the bucket 'b' does not answer"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), None),
+        # As of PIL, urllib and requests: they may be mistakes of ours.
+        (OSError("cannot identify image file"), None),
+        (TimeoutError(), None),
     ],
 )
 def test_what_a_disk_or_a_store_refuses_is_one_message(
@@ -221,6 +231,7 @@ def test_what_a_disk_or_a_store_refuses_is_one_message(
         raise error
 
     monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(disk, "space", lambda path: (10**12, 10**12))
     with pytest.raises(OSError if said is None else SystemExit) as raised:
         cli.main()
     if said is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import disk
-from orchestrator.disk import described, existing, file_of, is_full, is_full_at
+from orchestrator.disk import described, existing, file_of, is_full, is_full_at, temporary
 
 ROOMS = {"store": (10, 40_000_000), "tmp": (200, 40_000_000), "large": (4 * 10**12, 5 * 10**12)}
 
@@ -100,3 +100,13 @@ def test_an_error_may_name_its_file_as_a_path_or_not_at_all() -> None:
     assert file_of(OSError(errno.EIO, "x", Path("/data/x"))) == Path("/data/x")
     assert file_of(OSError(errno.EIO, "x", 7)) is None
     assert file_of(ValueError("x")) is None
+
+
+def test_the_folder_for_what_does_not_stay_is_named_without_writing_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/data/tmp")
+    monkeypatch.setattr(os, "open", None)
+    assert temporary() == Path("/data/tmp")
+    monkeypatch.delenv("TMPDIR")
+    assert temporary() == Path("/tmp")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import platform
 import shutil
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -244,7 +243,7 @@ class Attempt:
 def full_disk(error: BaseException, workspace: Workspace) -> UserError:
     """What to say of a disk without room, in place of the error that came of it."""
     # Ray's own files, and what is in the making, are in the system's folder for such things.
-    what = disk.described(error, [workspace.root, Path(tempfile.gettempdir())])
+    what = disk.described(error, [workspace.root, disk.temporary()])
     return UserError(
         what,
         hint="make room on it and run the same command: what is done and every whole checkpoint are kept, and it "
