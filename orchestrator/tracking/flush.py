@@ -140,7 +140,7 @@ class Flusher:
     def _failed(self, error: Exception) -> None:
         self._failures += 1
         self._extra_s = 0.0
-        found = trouble(self._sink.uri, error)
+        found = trouble(self._sink.uri, error, self._spool.folder)
         known = self._outage
         since = time.time() if known is None else known.since
         self._outage = Outage(found, since)
@@ -254,7 +254,7 @@ class Flusher:
             temporary.write_text(json.dumps(asdict(state)))
             temporary.replace(path)
         except OSError as error:
-            # The name tells this disk from that of a database.
+            # The name tells this folder from that of a database.
             raise OSError(error.errno, error.strerror, str(path)) from error
 
 

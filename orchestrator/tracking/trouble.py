@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from orchestrator import disk
 from orchestrator.errors import causes, first_line, shortened
@@ -42,15 +43,23 @@ def silent(uri: str, seconds: float) -> Trouble:
     return Trouble(f"MLflow at {shown} has not answered for {seconds:.0f} s", "it answers", _start(shown))
 
 
-def trouble(uri: str, error: BaseException) -> Trouble:
+def trouble(uri: str, error: BaseException, spool: Path | None = None) -> Trouble:
     """What an error of MLflow, of a driver or of the system under it says.
 
     Args:
         uri: of MLflow.
         error: which came of talking to it.
+        spool: where records wait. Trouble with a file in it is not MLflow's.
     """
-    if disk.file_of(error) is not None and disk.is_full(error):
+    file = disk.file_of(error)
+    if file is not None and disk.is_full(error):
         return Trouble(disk.described(error), "there is room", "make room on it")
+    if file is not None and spool is not None and file.is_relative_to(spool):
+        return Trouble(
+            f"the folder of tracking records {spool} cannot be used ({_reason(error)})",
+            "it can be used",
+            f"make {spool} and all that is in it readable and writable for you",
+        )
     if isinstance(error, ModuleNotFoundError):
         return Trouble(
             redacted(f"the driver {error.name} of the tracking database at {uri} is not installed"),
@@ -144,6 +153,10 @@ def _causes_last(error: BaseException) -> BaseException:
 def _short(error: BaseException) -> str:
     text = first_line(error) if isinstance(error, Exception) else type(error).__name__
     return redacted(shortened(text, _LONGEST))
+
+
+def _reason(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or _short(error)
 
 
 def _start(shown: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -277,25 +278,46 @@ def test_messages_on_a_server_name_it(error: Exception, what: str) -> None:
     assert "hunter2" not in found.what + found.cure
 
 
+def no_progress_noted(number: int) -> Callable[..., int]:
+    """In place of `Path.write_text`: how far MLflow is cannot be noted, with such an error."""
+    real = Path.write_text
+
+    def write_text(path: Path, *args: Any, **options: Any) -> int:
+        if path.name.endswith(".progress.tmp"):
+            raise OSError(number, os.strerror(number))
+        return real(path, *args, **options)
+
+    return write_text
+
+
 @pytest.mark.usefixtures("full_disks")
 def test_a_spool_without_room_is_not_the_databases_trouble(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow takes the records, again and again, since how far it is cannot be noted."""
-    real = Path.write_text
-
-    def full(path: Path, *args: Any, **options: Any) -> int:
-        if path.name.endswith(".progress.tmp"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(path, *args, **options)
-
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_text", no_progress_noted(errno.ENOSPC))
     done, took = drained(spool, Server(lambda: None), patience=0.5)
     assert not done
     assert took < 2
     outage = noted_outage(spool)
     assert outage is not None
     assert outage.trouble.what.startswith(f"the disk of {spool.folder} is full (")
+
+
+@pytest.mark.parametrize("where", ["sqlite:///{}/mlflow.db", SERVER])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_spool_that_cannot_be_written_is_not_mlflows_trouble(
+    spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
+) -> None:
+    monkeypatch.setattr(Path, "write_text", no_progress_noted(number))
+    sink = Server(lambda: None)
+    sink.uri = where.format(tmp_path)
+    assert not drained(spool, sink, patience=0.5)[0]
+    outage = noted_outage(spool)
+    assert outage is not None
+    why = os.strerror(number)
+    assert outage.trouble.what == f"the folder of tracking records {spool.folder} cannot be used ({why})"
+    assert str(spool.folder) in outage.trouble.cure
 
 
 @pytest.mark.usefixtures("full_disks")
