@@ -22,6 +22,7 @@ _ANSWER_S = 3.0
 _STORE_PATIENCE = Patience(connect_s=5.0, read_s=10.0, attempts=3)
 _STORE_ANSWER_S = 30.0
 
+_WAITS = "until it answers, records wait in the store"
 _LOOPBACK = ("localhost", "127.0.0.1")
 
 T = TypeVar("T")
@@ -62,8 +63,8 @@ class Probes:
         usable = not any("tracking.uri" in (error.where or "") for error in loaded.mistakes)
         self.tracking = self._probe(
             ("tracking", "uri"),
-            lambda: reach.trouble(spec.tracking.uri, _ANSWER_S) if usable else None,
-            UserError(f"MLflow did not answer within {_ANSWER_S:.0f} s", hint=reach.WAITS),
+            lambda: _tracking_trouble(spec.tracking.uri) if usable else None,
+            UserError(f"MLflow did not answer within {_ANSWER_S:.0f} s", hint=_WAITS),
             _ANSWER_S,
         )
         self.store = self._probe(
@@ -94,6 +95,14 @@ class Probes:
 
         # A moment more than the question itself takes, which has the better words.
         return Probe(answer, placed(late), patience_s + 0.5)
+
+
+def _tracking_trouble(uri: str) -> UserError | None:
+    """Whether MLflow takes records now."""
+    found = reach.trouble(uri, _ANSWER_S)
+    if found is None:
+        return None
+    return UserError(found.what, hint=f"{found.cure}; until {found.until}, records wait in the store")
 
 
 def _store_trouble(uri: str, *, writes: bool) -> UserError | None:

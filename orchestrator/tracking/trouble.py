@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from orchestrator.redact import redacted
 from orchestrator.tracking.connect import database_path
 
 _LONGEST = 200
+_UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
 _DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
@@ -61,10 +63,13 @@ def trouble(uri: str, error: BaseException, spool: Path | None = None) -> Troubl
             f"make {spool} and all that is in it readable and writable for you",
         )
     if isinstance(error, ModuleNotFoundError):
+        scheme = uri.partition(":")[0].partition("+")[0]
         return Trouble(
-            redacted(f"the driver {error.name} of the tracking database at {uri} is not installed"),
+            redacted(
+                f"the tracking database at {uri} cannot be used: its driver {error.name} is not installed"
+            ),
             "it is installed",
-            f"install the database's driver, {error.name}, or name the one you have: postgresql+psycopg2://…",
+            f"install {error.name}, or name the driver that you have, as in {scheme}+DRIVER://…",
         )
     if "mlflow db upgrade" in str(error):
         return Trouble(
@@ -83,6 +88,18 @@ def _of_a_file(uri: str, error: BaseException) -> Trouble:
         why = disk.described(error, [path.parent])
         return Trouble(
             f"the tracking database {path} cannot be written: {why}", "there is room", "make room on it"
+        )
+    if isinstance(error, IsADirectoryError):
+        return Trouble(
+            f"the tracking database {path} is a folder",
+            "it is a file",
+            "name a file in it, such as mlflow.db",
+        )
+    if "file is not a database" in said:
+        return Trouble(
+            f"the tracking database {path} is no SQLite database",
+            "it is one",
+            "put back a copy of the database, or name another file",
         )
     if "is locked" in said:
         return Trouble(
@@ -135,11 +152,15 @@ def _why_silent(error: BaseException) -> str | None:
         return "its name is not known"
     if any(isinstance(one, TimeoutError) for one in causes(error)) or _has(said, "timed out", "Timeout"):
         return "no answer in time"
-    if any(isinstance(one, ConnectionError) for one in causes(error)) or _has(
+    if any(isinstance(one, ConnectionError) or _is_unreachable(one) for one in causes(error)) or _has(
         said, "ConnectionError", "Connection aborted", "RemoteDisconnected", "too many 50", "error code 50"
     ):
-        return _short(_causes_last(error))
+        return _reason(_causes_last(error))
     return None
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _UNREACHABLE
 
 
 def _has(said: list[str], *texts: str) -> bool:

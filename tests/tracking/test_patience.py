@@ -242,7 +242,7 @@ def test_a_locked_database_is_no_server(uri: str, tmp_path: Path, caplog: pytest
         ),
         (
             sqlite3.DatabaseError("file is not a database"),
-            "cannot be used (file is not a database)",
+            "is no SQLite database",
             "a copy",
         ),
     ],
