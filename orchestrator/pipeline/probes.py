@@ -7,9 +7,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Generic, TypeVar
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, first_line
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.store.open import is_remote
 from orchestrator.store.s3 import S3Store
@@ -25,76 +24,81 @@ _STORE_ANSWER_S = 30.0
 _WAITS = "until it answers, records wait in the store"
 _LOOPBACK = ("localhost", "127.0.0.1")
 
-T = TypeVar("T")
 
-
-class Probe(Generic[T]):
+class Probe:
     """A question that a server is asked in a thread of its own, which nobody waits for longer than is said.
 
     Args:
-        ask: the question.
-        late: the answer if there is none in time.
-        patience_s: how long to wait, from the start.
+        who: is asked, for where that gives no answer.
+        where: its place in the pipeline file.
+        ask: what is wrong; None if nothing is.
+        patience_s: how long the question itself waits.
+        hint: what to do where there is no answer in time.
     """
 
-    def __init__(self, ask: Callable[[], T], late: T, patience_s: float) -> None:
-        self._ask = ask
-        self._answer = late
-        self._until = time.monotonic() + patience_s
+    def __init__(
+        self,
+        who: str,
+        where: str,
+        ask: Callable[[], UserError | None],
+        patience_s: float,
+        hint: str | None = None,
+    ) -> None:
+        self._who, self._where, self._ask = who, where, ask
+        self._answer: UserError | None = UserError(
+            f"{who} did not answer within {patience_s:.0f} s", hint=hint
+        )
+        # A moment more than the question itself takes, which has the better words.
+        self._until = time.monotonic() + patience_s + 0.5
         # A daemon: a name server that hangs must not keep the process alive.
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def result(self) -> T:
-        """The answer."""
+    def result(self) -> UserError | None:
+        """What is wrong, with its place; None if nothing is."""
         self._thread.join(max(0.0, self._until - time.monotonic()))
-        return self._answer
+        answer = self._answer
+        return None if answer is None else UserError(answer.what, where=self._where, hint=answer.hint)
 
     def _run(self) -> None:
-        self._answer = self._ask()
+        try:
+            self._answer = self._ask()
+        except UserError as error:
+            self._answer = error
+        except Exception as error:
+            # The thread's traceback would stand in what a command says, and that there is no answer would be untrue.
+            self._answer = UserError(
+                f"{self._who} could not be asked: {type(error).__name__}: {first_line(error)}"
+            )
 
 
 class Probes:
     """All that is asked, side by side; each answer is what is wrong, with its place in the file, or None."""
 
     def __init__(self, loaded: LoadedPipeline, runs: bool) -> None:
-        self._loaded = loaded
         spec = loaded.spec
         usable = not any("tracking.uri" in (error.where or "") for error in loaded.mistakes)
-        self.tracking = self._probe(
-            ("tracking", "uri"),
+
+        def where(*place: str) -> str:
+            # The value may hold what is secret in it.
+            return loaded.document.where(place, value=False)
+
+        self.tracking = Probe(
+            "MLflow",
+            where("tracking", "uri"),
             lambda: _tracking_trouble(spec.tracking.uri) if usable else None,
-            UserError(f"MLflow did not answer within {_ANSWER_S:.0f} s", hint=_WAITS),
             _ANSWER_S,
+            hint=_WAITS,
         )
-        self.store = self._probe(
-            ("store",),
-            lambda: _store_trouble(spec.store, writes=runs),
-            UserError(f"the store did not answer within {_STORE_ANSWER_S:.0f} s"),
-            _STORE_ANSWER_S,
+        self.store = Probe(
+            "the store", where("store"), lambda: _store_trouble(spec.store, writes=runs), _STORE_ANSWER_S
         )
-        self.cluster = self._probe(
-            ("cluster", "address"),
+        self.cluster = Probe(
+            f"the Ray cluster at {spec.cluster.address!r}",
+            where("cluster", "address"),
             lambda: _cluster_trouble(spec.cluster.address),
-            UserError(f"no Ray cluster answered at {spec.cluster.address!r} within {_ANSWER_S:.0f} s"),
             _ANSWER_S,
         )
-
-    def _probe(
-        self, place: tuple[str, ...], ask: Callable[[], UserError | None], late: UserError, patience_s: float
-    ) -> Probe[UserError | None]:
-        # The value may hold what is secret in it.
-        where = self._loaded.document.where(place, value=False)
-
-        def placed(error: UserError) -> UserError:
-            return UserError(error.what, where=where, hint=error.hint)
-
-        def answer() -> UserError | None:
-            error = ask()
-            return None if error is None else placed(error)
-
-        # A moment more than the question itself takes, which has the better words.
-        return Probe(answer, placed(late), patience_s + 0.5)
 
 
 def _tracking_trouble(uri: str) -> UserError | None:

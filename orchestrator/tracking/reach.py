@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import urllib.error
 import urllib.request
+from http.client import BadStatusLine, HTTPException, LineTooLong
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -39,9 +40,9 @@ def trouble(uri: str, timeout_s: float) -> Trouble | None:
             _ask_server(absolute, timeout_s)
         else:
             _ask_database(absolute, timeout_s)
-    except (OSError, ImportError, sqlite3.Error) as error:
+    except (OSError, ImportError, sqlite3.Error, BadStatusLine, LineTooLong) as error:
         return found_in(absolute, error)
-    except ValueError as error:
+    except (HTTPException, ValueError) as error:
         # No host and no port can be made of it.
         return found_in(absolute, ConnectionError(str(error)))
     return None

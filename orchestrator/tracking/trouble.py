@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass
+from http.client import BadStatusLine, LineTooLong
 from pathlib import Path
 
 from orchestrator import disk
@@ -14,6 +15,8 @@ from orchestrator.tracking.connect import database_path
 
 _LONGEST = 200
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
+# Of bytes that are no HTTP. `RemoteDisconnected` is one of them too, and a ConnectionError besides.
+_NO_HTTP = (BadStatusLine, LineTooLong)
 _DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
@@ -130,6 +133,12 @@ def _of_a_file(uri: str, error: BaseException) -> Trouble:
 def _of_a_server(uri: str, error: BaseException) -> Trouble:
     shown = redacted(uri)
     who = f"{'MLflow' if uri.startswith('http') else 'the tracking database'} at {shown}"
+    if any(isinstance(one, _NO_HTTP) and not isinstance(one, ConnectionError) for one in causes(error)):
+        return Trouble(
+            f"what answers at {shown} is no HTTP server",
+            "MLflow answers there",
+            "set `tracking.uri` to MLflow's address",
+        )
     why = _why_silent(error)
     if why is not None:
         return Trouble(f"{who} does not answer ({why})", "it answers", _start(shown))

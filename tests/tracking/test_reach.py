@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import BadStatusLine, RemoteDisconnected
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,8 +72,42 @@ def test_a_host_that_no_way_leads_to_does_not_answer(monkeypatch: pytest.MonkeyP
     assert said("http://mlflow:5000") == "MLflow at http://mlflow:5000 does not answer (No route to host)"
 
 
-def test_an_address_that_is_none_does_not_answer() -> None:
-    assert "does not answer (" in said(f"http://{'a' * 70}.example:5000")
+@pytest.mark.parametrize("uri", [f"http://{'a' * 70}.example:5000", "http://mlflow:port"])
+def test_an_address_that_is_none_does_not_answer(uri: str) -> None:
+    assert "does not answer (" in said(uri)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "start"),
+    [
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "what answers at {} is no HTTP server"),
+        (b"", "MLflow at {} does not answer ("),
+    ],
+)
+def test_another_kind_of_server_is_told_from_one_that_is_away(greeting: bytes, start: str) -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        one.listen()
+        uri = f"http://127.0.0.1:{one.getsockname()[1]}"
+
+        def greet() -> None:
+            other, _ = one.accept()
+            other.recv(4096)
+            other.sendall(greeting)
+            other.close()
+
+        threading.Thread(target=greet, daemon=True).start()
+        found = reach.trouble(uri, 5.0)
+    assert found is not None
+    assert found.what.startswith(start.format(uri))
+
+
+def test_what_is_no_http_server_is_told_the_same_way_in_a_run() -> None:
+    lost = RuntimeError("API request failed with exception ('Connection aborted.', BadStatusLine('SSH-2.0'))")
+    lost.__cause__ = BadStatusLine("SSH-2.0")
+    assert "is no HTTP server" in trouble.trouble("http://mlflow:22", lost).what
+    lost.__cause__ = RemoteDisconnected("Remote end closed connection without response")
+    assert "does not answer" in trouble.trouble("http://mlflow:22", lost).what
 
 
 def test_a_database_that_can_be_made_or_used_is_fine(tmp_path: Path) -> None:
