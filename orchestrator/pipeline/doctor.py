@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import uuid
 from pathlib import Path
 
 from rich.console import Console
@@ -15,9 +14,9 @@ from orchestrator import disk
 from orchestrator.elastic.cluster_check import load, short_folder
 from orchestrator.errors import UserError
 from orchestrator.pipeline.code import versions
+from orchestrator.pipeline.probes import store_trouble
 from orchestrator.pipeline.reporter import stage_table
-from orchestrator.store.open import is_remote, open_store
-from orchestrator.store.s3 import S3Store
+from orchestrator.store.open import is_remote
 
 _REQUIRED = ("dinov3-orchestrator", "torch", "ray", "deepspeed", "mlflow", "pydantic", "pyarrow", "numpy")
 _GIB = 2**30
@@ -116,25 +115,12 @@ def _shared_memory() -> Row:
 def _store(uri: str) -> Row:
     """Whether the store, or the nearest folder above it that exists, can be written and has room."""
     if is_remote(uri):
-        return _remote_store(uri)
+        error = store_trouble(uri, writes=True)
+        found = f"{uri} can be written, listed and read" if error is None else error.what
+        return error is None, "store", found
     folder = Path(uri.removeprefix("file://")).expanduser().absolute()
     existing = disk.existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return False, "store", f"{folder} cannot be written"
     free = disk.space(existing)[0]
     return free >= _LOW_DISK, "store", f"{folder} can be written, {free / _GIB:.0f} GiB free"
-
-
-def _remote_store(uri: str) -> Row:
-    """Whether an object can be put, listed, got and deleted."""
-    name = f"doctor/{uuid.uuid4().hex}"
-    try:
-        store = open_store(uri)
-        if isinstance(store, S3Store):
-            store.check()
-        store.put_bytes(name, b"well")
-        well = store.get_bytes(name) == b"well" and name in store.list("doctor/")
-        store.delete(name)
-    except (UserError, OSError) as error:
-        return False, "store", f"{uri}: {error.what if isinstance(error, UserError) else error}"
-    return well, "store", f"{uri} can be written, listed and read"

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from orchestrator.errors import UserError, first_line
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.store.open import is_remote
+from orchestrator.store.local import Store
+from orchestrator.store.open import open_store
 from orchestrator.store.s3 import S3Store
 from orchestrator.store.s3client import Patience
 from orchestrator.tracking import reach
@@ -91,7 +92,11 @@ class Probes:
             hint=_WAITS,
         )
         self.store = Probe(
-            "the store", where("store"), lambda: _store_trouble(spec.store, writes=runs), _STORE_ANSWER_S
+            "the store",
+            where("store"),
+            # A folder, and a kind of store that there is not, was looked at when the file was read.
+            lambda: store_trouble(spec.store, writes=runs) if spec.store.startswith("s3://") else None,
+            _STORE_ANSWER_S,
         )
         self.cluster = Probe(
             f"the Ray cluster at {spec.cluster.address!r}",
@@ -109,22 +114,28 @@ def _tracking_trouble(uri: str) -> UserError | None:
     return UserError(found.what, hint=f"{found.cure}; until {found.until}, records wait in the store")
 
 
-def _store_trouble(uri: str, *, writes: bool) -> UserError | None:
-    """Whether a remote store can be used; of a folder that was asked when the file was read."""
-    if not (is_remote(uri) and uri.startswith("s3://")):
-        return None
+def store_trouble(uri: str, *, writes: bool) -> UserError | None:
+    """Whether a store elsewhere can be listed. With `writes` also whether it takes an object and gives it back."""
     try:
-        store = S3Store(uri, _STORE_PATIENCE)
-        store.check()
-        if writes:
-            name = f"doctor/{uuid.uuid4().hex}"
-            store.put_bytes(name, b"well")
-            store.delete(name)
+        store = open_store(uri, _STORE_PATIENCE)
+        if isinstance(store, S3Store):
+            store.check()
+        if writes and not _gives_back(store):
+            return UserError(f"the store {uri} does not give back what it took")
     except UserError as error:
         return error
     except OSError as error:
-        return UserError(f"the store {uri} cannot be written: {error}")
+        return UserError(f"the store {uri} cannot be used: {error}")
     return None
+
+
+def _gives_back(store: Store) -> bool:
+    name = f"doctor/{uuid.uuid4().hex}"
+    store.put_bytes(name, b"well")
+    try:
+        return name in store.list("doctor/") and store.get_bytes(name) == b"well"
+    finally:
+        store.delete(name)
 
 
 def _cluster_trouble(address: str) -> UserError | None:

@@ -8,6 +8,7 @@ from orchestrator.errors import UserError
 from orchestrator.store.artifact import ArtifactStore, folder_name
 from orchestrator.store.local import LocalStore, Store
 from orchestrator.store.s3 import S3Store
+from orchestrator.store.s3client import Patience
 
 
 def is_remote(uri: str) -> bool:
@@ -15,10 +16,14 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str, patience: Patience | None = None) -> Store:
     """The store at `uri`: a folder, `file://` and an absolute path, or `s3://bucket/prefix`.
 
     A folder is made if it is missing. S3 is not connected to: its first use is.
+
+    Args:
+        uri: its address.
+        patience: how long to put up with the server of S3.
 
     Raises:
         UserError: the scheme is not supported, or the folder cannot be written.
@@ -29,7 +34,7 @@ def open_store(uri: str) -> Store:
     if scheme == "file":
         return LocalStore(rest)
     if scheme == "s3":
-        return S3Store(uri)
+        return S3Store(uri, patience)
     raise UserError(
         f"a store of kind {scheme}:// is not supported",
         where="store",

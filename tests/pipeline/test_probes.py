@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 from http.client import BadStatusLine
+from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import UserError
+from orchestrator.pipeline import probes
 from orchestrator.pipeline.probes import Probe
+from orchestrator.store.local import LocalStore
+from orchestrator.store.s3client import StoreError
 
 
 def test_an_answer_has_its_place_in_the_file() -> None:
@@ -51,3 +55,34 @@ def test_silence_is_told_with_its_seconds() -> None:
     hangs.set()
     assert answer is not None
     assert (answer.what, answer.hint) == ("the store did not answer within 0 s", "look")
+
+
+class Odd(LocalStore):
+    """Gives back something else, or takes nothing."""
+
+    takes = True
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        if not self.takes:
+            raise StoreError("access is denied")
+        super().put_bytes(name, data)
+
+    def get_bytes(self, name: str) -> bytes:
+        return b"another"
+
+
+def test_a_store_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store: LocalStore = LocalStore(tmp_path)
+    monkeypatch.setattr(probes, "open_store", lambda uri, patience: store)
+
+    def said(*, writes: bool = True) -> str | None:
+        found = probes.store_trouble("s3://bucket", writes=writes)
+        assert list(store.list()) == []
+        return None if found is None else found.what
+
+    assert said() is None
+    store = Odd(tmp_path)
+    assert said() == "the store s3://bucket does not give back what it took"
+    store.takes = False
+    assert said() == "the store s3://bucket cannot be used: access is denied"
+    assert said(writes=False) is None, "a plan writes nothing"
