@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from orchestrator.pipeline import tracked
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.tracking.backlog import Backlog, backlog, clock, counted
+from orchestrator.tracking.backlog import backlog, clock, counted, pending
 from orchestrator.tracking.runs import PATIENCE_S
 from orchestrator.tracking.spool import Spool
 
@@ -36,13 +36,12 @@ def sync(console: Console, loaded: LoadedPipeline, patience: float = PATIENCE_S)
     if not workspace.exists():
         console.print(Text("✓", "green").append(_NOTHING, "default"), soft_wrap=True)
         return True
-    with workspace.drive(loaded.name, console.print):
-        # With a remote store, what other machines left is known once the sending has begun.
-        before = tracked.waiting(loaded, workspace)
-        with _Shown(console, Spool(workspace.spool(loaded.name))) as shown:
-            after = tracked.send(loaded, workspace, shown.watch, patience)
-    most = max(shown.most, *(found.backlog.records if found else 0 for found in (before, after)))
-    done = most - (after.backlog.records if after else 0)
+    with (
+        workspace.drive(loaded.name, console.print),
+        _Shown(console, Spool(workspace.spool(loaded.name))) as shown,
+    ):
+        after = tracked.send(loaded, workspace, shown.watch, patience, shown.begin)
+    done = max(0, shown.records - (after.backlog.records if after else 0))
     if after is None:
         text = f" Sent {counted(done)} to {tracked.where(loaded)}; nothing waits." if done else _NOTHING
         console.print(Text("✓", "green").append(text, "default"), soft_wrap=True)
@@ -55,22 +54,27 @@ def sync(console: Console, loaded: LoadedPipeline, patience: float = PATIENCE_S)
 
 
 class _Shown:
-    """How far the sending is: a bar on a terminal, lines elsewhere."""
+    """How far the sending is: a bar on a terminal, lines elsewhere.
+
+    Attributes:
+        records: that waited.
+    """
 
     def __init__(self, console: Console, spool: Spool) -> None:
         self._console, self._spool = console, spool
         self._bar = Progress(
             TextColumn("  sending tracking records"),
             BarColumn(),
-            MofNCompleteColumn(),
+            DownloadColumn(),
             TimeElapsedColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task: TaskID | None = None
+        self._task = self._bar.add_task("", total=None, visible=False)
         self._looked = self._line = time.monotonic()
-        self.most = 0
+        self._bytes, self._what = 0, ""
+        self.records = 0
 
     def __enter__(self) -> _Shown:
         self._bar.start()
@@ -79,21 +83,25 @@ class _Shown:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
+    def begin(self) -> None:
+        """The sending is about to begin. Records are counted now and not again: all of them have to be read for it."""
+        self._bytes = pending(self._spool)
+        if found := backlog(self._spool):
+            self.records = found.records
+            self._what = f"{counted(found.records)}, the oldest of {clock(found.since)}"
+        self._bar.update(self._task, total=self._bytes, visible=True)
+
     def watch(self) -> bool:
         """Called all the while; see :meth:`Flusher.drain`."""
         now = time.monotonic()
-        if now - self._looked >= _LOOK_S or not self.most:
+        if now - self._looked >= _LOOK_S:
             self._looked = now
-            if found := backlog(self._spool):
-                self._show(found, now)
+            self._show(self._bytes - pending(self._spool), now)
         return True
 
-    def _show(self, found: Backlog, now: float) -> None:
-        self.most = max(self.most, found.records)
-        if self._task is None:
-            self._task = self._bar.add_task("", total=self.most)
-        self._bar.update(self._task, total=self.most, completed=self.most - found.records)
+    def _show(self, sent: int, now: float) -> None:
+        self._bar.update(self._task, completed=sent)
         if not self._console.is_terminal and now - self._line >= _LINE_S:
             self._line = now
-            text = f"  sent {self.most - found.records:,} of {counted(self.most)}, the oldest of {clock(found.since)}"
+            text = f"  sent {sent / 1e6:,.1f} of {self._bytes / 1e6:,.1f} MB: {self._what}"
             self._console.print(Text(text), soft_wrap=True)

@@ -84,12 +84,14 @@ def send(
     workspace: Workspace,
     watch: Callable[[], bool] = lambda: True,
     patience: float = PATIENCE_S,
+    begin: Callable[[], None] = lambda: None,
 ) -> Waiting | None:
     """Send what earlier drivers left in the spool, if anything; MLflow is imported only then.
 
     Args:
         watch: called all the while; False ends the waiting.
         patience: seconds without an answer after which it gives up.
+        begin: called before anything is sent, with everything that waits on this machine; not if nothing does.
 
     Returns:
         What still waits; None if nothing does.
@@ -97,6 +99,7 @@ def send(
     _mend_places(loaded, workspace)
     with _mirrored(loaded, workspace):
         if workspace.spool(loaded.name).is_dir() and pending(_spool(loaded, workspace)):
+            begin()
             _tracking(loaded, workspace).close(patience, watch)
     return waiting(loaded, workspace)
 
