@@ -127,7 +127,6 @@ class _Driver:
         self._artifacts: dict[str, Artifact] = {}
         self._exit_code = DONE
         self._interrupt = Interrupt()
-        # Looked up late: tests put another one in its place.
         self._open_tracking = open_tracking or partial(
             tracked.open_tracking, say=reporter.note, stop=self._interrupt.stop
         )
