@@ -1,6 +1,7 @@
 """Compares the locked packages with the known vulnerabilities of https://osv.dev; `make audit` runs it.
 
-Exit status 0: there are none but those that .ci/audit.toml allows, or the service cannot be reached, which is one line.
+Exit status 0: there are none but those that .ci/audit.toml allows; or the service cannot be reached, or has an error of
+its own (5xx), which is one line. Packages that pip-audit does not look at are named.
 Exit status 1: there are others, or the audit itself is broken.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -23,7 +25,7 @@ ALLOWED = ROOT / ".ci" / "audit.toml"
 LOCK = ROOT / "requirements-dev.lock"
 _ANSWER_S = 5
 _ALL_S = 180
-# What pip-audit ends with when it does not get an answer.
+# What pip-audit ends with when it gets no connection or no answer, and what it says of a connection that is too slow.
 _AWAY = (
     "ConnectionError",
     "ConnectTimeout",
@@ -31,9 +33,10 @@ _AWAY = (
     "Timeout",
     "ProxyError",
     "SSLError",
-    "ServiceError",
-    "HTTPError",
+    "ChunkedEncodingError",
 )
+_TOO_SLOW = "Could not connect to OSV's vulnerability feed"
+_REPLY = re.compile(r"HTTPError: (\d{3} .*)")
 
 
 class NotAuditedError(Exception):
@@ -108,10 +111,19 @@ def ask(lock: Path, service: str | None = None) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(done.stdout)
         return report
     except ValueError:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
-    if any(name in last for name in _AWAY):
-        raise NotAuditedError(last[:200])
-    raise BrokenError(f"pip-audit failed: {last[:500]}")
+        raise _failure(done.stderr) from None
+
+
+def _failure(said: str) -> Exception:
+    """What an end of pip-audit without a report is, by its traceback: an answer like "no such page" is our mistake."""
+    last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+    kind = last.partition(":")[0].rpartition(".")[2]
+    if kind in _AWAY or _TOO_SLOW in said:
+        return NotAuditedError((_TOO_SLOW if _TOO_SLOW in said else last)[:200])
+    reply = _REPLY.search(said) if kind == "ServiceError" else None
+    if reply is not None and reply[1].startswith("5"):
+        return NotAuditedError(reply[1][:200])
+    return BrokenError(f"pip-audit failed: {(last if reply is None else reply[1])[:500]}")
 
 
 def known(report: dict[str, Any]) -> Iterator[Known]:
@@ -122,19 +134,25 @@ def known(report: dict[str, Any]) -> Iterator[Known]:
             yield Known(package["name"], package["version"], ids, tuple(one["fix_versions"]))
 
 
+def skipped(report: dict[str, Any]) -> dict[str, str]:
+    """The packages that pip-audit did not look at, with its reasons."""
+    return {one["name"]: one["skip_reason"] for one in report["dependencies"] if "skip_reason" in one}
+
+
 def main(arguments: Sequence[str] = (), today: datetime.date | None = None) -> int:
     """Audit the lock file, or the one named first in `arguments`; returns the exit status."""
     lock = Path(arguments[0]) if arguments else LOCK
     day = today or datetime.datetime.now(datetime.UTC).date()
     try:
         passes = allowed(ALLOWED.read_text(encoding="utf-8"))
-        found = list(known(ask(lock, os.environ.get("AUDIT_OSV_URL"))))
+        report = ask(lock, os.environ.get("AUDIT_OSV_URL"))
     except NotAuditedError as error:
         _say(f"not audited: {error}")
         return 0
     except (BrokenError, OSError) as error:
         _say(f"audit: {error}")
         return 1
+    found = list(known(report))
     reasons = {one.id: one.reason for one in passes if one.until >= day}
     bad = 0
     for one in found:
@@ -145,6 +163,8 @@ def main(arguments: Sequence[str] = (), today: datetime.date | None = None) -> i
     for entry in passes:
         if entry.id not in seen:
             _say(f"{entry.id} in {ALLOWED.name} is not needed any more")
+    for name, why in skipped(report).items():
+        _say(f"{name} was not audited: {why}")
     _say(f"audited {lock.name}: {len(found)} known vulnerabilities, {bad} of them not allowed")
     return 1 if bad else 0
 

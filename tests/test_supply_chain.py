@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from s3_server import free_port
@@ -46,10 +46,12 @@ audit, sbom = script("audit"), script("sbom")
 
 
 class _Osv(BaseHTTPRequestHandler):
+    code: ClassVar[int] = 200
+
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answer = json.dumps({"vulns": [FLAW]} if asked["package"]["name"] == "holey" else {}).encode()
-        self.send_response(200)
+        self.send_response(self.code)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
@@ -114,6 +116,53 @@ def test_no_network_is_one_line_and_no_failure(
     assert status == 0
     assert out.startswith("not audited: ")
     assert out.count("\n") == 1
+
+
+@pytest.mark.usefixtures("service")
+@pytest.mark.parametrize(
+    ("code", "status", "line"),
+    [
+        (400, 1, "audit: pip-audit failed: 400 Client Error"),
+        (404, 1, "audit: pip-audit failed: 404 Client Error"),
+        (503, 0, "not audited: 503 Server Error"),
+    ],
+)
+def test_an_answer_that_says_we_ask_wrongly_is_a_failure_and_the_services_own_trouble_is_none(
+    lock: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    status: int,
+    line: str,
+) -> None:
+    monkeypatch.setattr(_Osv, "code", code)
+    found, out = said(lock, capsys)
+    assert (found, out.startswith(line), out.count("\n")) == (status, True, 1), out
+
+
+@pytest.mark.parametrize(
+    ("last", "away"),
+    [
+        ("requests.exceptions.ConnectionError: HTTPSConnectionPool(host='x'): NameResolutionError", True),
+        ("requests.exceptions.ReadTimeout: HTTPSConnectionPool(host='x'): Read timed out.", True),
+        ("ERROR: Could not connect to OSV's vulnerability feed\nERROR: Tip: try another service", True),
+        ("pip_audit._service.interface.ServiceError: Failed to query the pip cache", False),
+        ("ValueError: not a ConnectionError", False),
+        ("", False),
+    ],
+)
+def test_what_counts_as_no_network(last: str, away: bool) -> None:
+    expected = audit.NotAuditedError if away else audit.BrokenError
+    assert type(audit._failure(f"Traceback (most recent call last):\n{last}\n" if last else "")) is expected
+
+
+def test_what_is_not_looked_at_is_named(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = {"dependencies": [{"name": "odd", "skip_reason": "it has no version"}]}
+    monkeypatch.setattr(audit, "ask", lambda lock, service: report)
+    status, out = said(lock, capsys)
+    assert (status, "odd was not audited: it has no version" in out) == (0, True), out
 
 
 @pytest.mark.usefixtures("service")
