@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from orchestrator import __version__
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +64,22 @@ RerunOn = Annotated[
 AcceptCode = Annotated[
     bool, typer.Option("--accept-code", help="Keep what other code made; this is the default.")
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"orchestrator {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """What can stand before a command."""
 
 
 @app.command()
