@@ -394,6 +394,7 @@ def test_a_file_of_another_size_is_not_the_same(folder: Path) -> None:
     assert [Path(name).name for name in visible.lacking(files)] == ["00.jpg", "01.jpg"]
 
 
+@pytest.mark.cluster
 def test_a_node_is_asked_by_ray(folder: Path) -> None:
     import ray
 
@@ -409,6 +410,7 @@ def test_a_node_is_asked_by_ray(folder: Path) -> None:
 # --- the command line -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_a_command_refuses_with_all_of_it_and_starts_nothing(folder: Path, command: str) -> None:
     overrides = ["stages.publish.names=[smal]", "stages.align.student=tin", "stages.curate.clusters=100"]

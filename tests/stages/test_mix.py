@@ -61,6 +61,7 @@ def effective(index: PhotoIndex, counts_N: np.ndarray) -> float:
     return effective_number(list(by_cluster(index.clusters, counts_N).values()))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("file", ["paper/dinov3_7b.yaml", "full_pipeline.yaml"])
 def test_training_draws_what_curation_chose(file: str, tmp_path: Path) -> None:
     """As many clusters in effect as the curation chose, not as the raw pool or what was left of it has."""
