@@ -40,7 +40,13 @@ CLUSTER_FILES = (
 )
 
 # Files, relative to tests/, whose tests compute for seconds, or make MLflow's databases again and again.
-HEAVY_FILES = ("stages/test_evaluate.py", "tracking/test_registry.py", "tracking/test_runs.py")
+HEAVY_FILES = (
+    "pipeline/test_record.py",
+    "stages/test_evaluate.py",
+    "stages/test_publish.py",
+    "tracking/test_registry.py",
+    "tracking/test_runs.py",
+)
 
 # Programs that only tests marked `cluster` may start, by what their command lines contain.
 SERVERS = (
