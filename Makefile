@@ -2,7 +2,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast proofs chaos lint format lock clean
+.PHONY: help setup setup-dev run test test-fast proofs chaos fuzz lint format audit sbom lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ SEED := 1
 chaos: setup-dev ## half an hour of faults on a real pipeline (MINUTES=28 SEED=1); summary in runs/chaos.md
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) --seed $(SEED) --out runs/chaos.md
 
+fuzz: setup-dev ## long runs of the hypothesis targets in tests/fuzz (MINUTES=28)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
 lint: setup-dev ## style, format, types, direction of imports, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +45,12 @@ lint: setup-dev ## style, format, types, direction of imports, Dockerfile
 format: setup-dev ## let ruff rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit: setup-dev ## compare the locked packages with known vulnerabilities, if osv.dev can be reached
+	$(BIN)/python scripts/audit.py
+
+sbom: setup-dev ## write what a run needs, with versions and licences, to dist/sbom.cdx.json (CycloneDX)
+	$(BIN)/python scripts/sbom.py dist/sbom.cdx.json
 
 lock: setup ## write the lock files anew from pyproject.toml
 	scripts/lock

@@ -59,6 +59,12 @@ def preset(name: str, **overrides: Any) -> Config:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4) or known
             raise ValueError(f"model {name!r} has no setting {key!r}; did you mean {', '.join(nearest)}?")
+    for key, value in overrides.items():
+        # Python's booleans are integers, which pydantic goes by.
+        of_numbers = not isinstance(getattr(config, key), (bool, str))
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if of_numbers and any(isinstance(item, bool) for item in items):
+            raise ValueError(f"{key} is {value!r}; it must be a number, not true or false")
     if not overrides:
         return config
     values = {field: getattr(config, field) for field in known} | overrides

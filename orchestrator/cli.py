@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from collections.abc import Sequence
@@ -164,11 +165,24 @@ def plan(
 
 
 @app.command()
-def status(file: File) -> None:
-    """Show every stage's state, attempts, time and newest metrics."""
+def status(file: File, overrides: Overrides = None) -> None:
+    """Show every stage's state, attempts, time and newest metrics, and what MLflow has not taken yet."""
+    from orchestrator.pipeline.load import load
     from orchestrator.pipeline.status import print_status
 
-    print_status(_console(), _loaded(file))
+    print_status(_console(), load(file, overrides or []))
+
+
+@app.command()
+def sync(file: File, overrides: Overrides = None) -> None:
+    """Send MLflow what it has not taken yet, such as after a run while the server was away. Runs no stage.
+
+    Exit code 0 if nothing waits any more, 1 if MLflow takes nothing.
+    """
+    from orchestrator.pipeline.load import load
+    from orchestrator.pipeline.sync import sync as send
+
+    raise typer.Exit(0 if send(_console(), load(file, overrides or [], needs_data=False)) else 1)
 
 
 @app.command()
@@ -195,12 +209,14 @@ def gc(
 def logs(
     file: File,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="The stage's name.", show_default=False)],
+    overrides: Overrides = None,
     lines: Annotated[int, typer.Option("--lines", "-n", help="Only the last lines; 0 for all.", min=0)] = 0,
 ) -> None:
     """Print a stage's log, all attempts."""
+    from orchestrator.pipeline.load import load
     from orchestrator.pipeline.status import read_log
 
-    for line in read_log(_loaded(file), stage, lines):
+    for line in read_log(load(file, overrides or []), stage, lines):
         typer.echo(line)
 
 
@@ -427,6 +443,7 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
         workspace.find,
         driven=driven,
         reached=workspace.reached,
+        begun_from=workspace.begun_from,
         choice=choice,
     )
     print_plan(_console(), loaded.name, plans)
@@ -476,12 +493,6 @@ def _draw_schedules(loaded: LoadedPipeline, picture: Path) -> None:
     )
 
 
-def _loaded(file: Path) -> LoadedPipeline:
-    from orchestrator.pipeline.load import load
-
-    return load(file)
-
-
 def _console(*, stderr: bool = False) -> Console:
     """A terminal as wide as it is; in a pipe wide enough that nothing is folded."""
     from rich.console import Console
@@ -490,8 +501,11 @@ def _console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr) if stream.isatty() else Console(stderr=stderr, width=200)
 
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
 def main() -> NoReturn:
-    """Entry point: a UserError is printed without a traceback and exits with 2."""
+    """Entry point: a UserError, and what a disk or a store refuses, is printed without a traceback and exits with 2."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -507,6 +521,15 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        # A store says itself what it did not do. Anything else may be a mistake of ours, and shows where.
+        if error.errno is not None and error.errno not in _OF_THE_DISK:
+            raise
+        what = (
+            str(error) if error.errno is None else ": ".join(filter(None, [error.strerror, error.filename]))
+        )
+        _complain(UserError(what, hint="once that is mended, the same command goes on"))
+        sys.exit(2)
     sys.exit(0)
 
 

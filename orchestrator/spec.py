@@ -26,24 +26,54 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 # Where a field of a config says no bounds of its own. Counts fit into 32 bits, other whole
 # numbers into 64, and fractions into float32.
 MAX_COUNT = 2**31 - 1
 MAX_WIDTH = 2**20
 MAX_DEPTH = 4096
+# Of draws, or of steps: shares are exact over cycles of up to a million.
+MIN_SHARE = 1e-6
 _INT_RANGE = (-(2**63), 2**63 - 1)
 _FLOAT_RANGE = (-1e30, 1e30)
 
 
+class _NoBoolean:
+    """Refuses booleans where numbers belong: Python's are integers, so pydantic takes them for 0 and 1."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self._schema = schema
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, bool):
+            return value
+        match self._schema["type"]:
+            case "int":
+                raise PydanticKnownError("int_type")
+            case "float":
+                raise PydanticKnownError("float_type")
+        expected = " or ".join(map(str, self._schema["expected"]))
+        raise PydanticKnownError("literal_error", {"expected": expected})
+
+
+def _takes_numbers(schema: Mapping[str, Any]) -> bool:
+    if schema.get("type") == "literal":
+        kinds = set(map(type, schema["expected"]))
+        return bool(kinds & {int, float}) and bool not in kinds
+    return schema.get("type") in ("int", "float")
+
+
 def _bound(schema: Any) -> None:
-    """Give every number below a core schema the bounds that it does not have, in place."""
+    """Give every number below a core schema the bounds that it does not have, and refuse booleans; in place."""
     if isinstance(schema, (list, tuple)):
         for item in schema:
             _bound(item)
     if not isinstance(schema, dict):
         return
+    if schema.get("type") == "function-before" and isinstance(schema["function"]["function"], _NoBoolean):
+        return  # in a section that had its turn
     if schema.get("type") in ("int", "float"):
         if schema["type"] == "float":
             schema["allow_inf_nan"] = False
@@ -55,6 +85,11 @@ def _bound(schema: Any) -> None:
             schema["ge"] = low
         if "le" not in schema and "lt" not in schema:
             schema["le"] = high
+    if _takes_numbers(schema):
+        inside: Any = dict(schema)
+        schema.clear()
+        schema.update(core_schema.no_info_before_validator_function(_NoBoolean(inside), inside))
+        return
     for name, inner in schema.items():
         # What is in `metadata` or a default is no schema.
         if name in (
@@ -83,11 +118,14 @@ class Strict(BaseModel):
 
 
 class Settings(Strict):
-    """What users write: every number in it, at any depth, is finite and has bounds, its field's own or these here."""
+    """What users write: every number in it, at any depth, is finite and has bounds, its field's own or these here.
+
+    `true` and `false` are no numbers.
+    """
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """The model's schema, with bounds for every number in it."""
+        """The model's schema, with bounds for every number in it, and without booleans for numbers."""
         schema = handler(source)
         _bound(schema)
         return schema
@@ -98,12 +136,17 @@ def operational(default: Any, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **kwargs)
 
 
+def in_key_if_set(default: Any, **kwargs: Any) -> Any:
+    """A pydantic field that came later: with its default, results and keys are those from before it was there."""
+    return Field(default, json_schema_extra={"in_key_if_set": True}, **kwargs)
+
+
 def _identity(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return {
             name: _identity(getattr(value, name))
             for name, field in type(value).model_fields.items()
-            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("operational"))
+            if _decides(field, getattr(value, name))
         }
     if isinstance(value, dict):
         return {str(key): _identity(item) for key, item in value.items()}
@@ -112,6 +155,12 @@ def _identity(value: Any) -> Any:
     if isinstance(value, Path):
         return value.as_posix()
     return value
+
+
+def _decides(field: FieldInfo, value: Any) -> bool:
+    """Whether a field with this value has a part in what comes out."""
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    return not extra.get("operational") and not (extra.get("in_key_if_set") and value == field.default)
 
 
 # The upper end of a worker range that has none: as many workers as the cluster has devices.
@@ -143,11 +192,11 @@ RENAMED = {"silence_s": "heartbeat_timeout_s", "hang_s": "stall_timeout_s"}
 def _worker_range(value: Any) -> Any:
     if value == _AUTO:
         return (1, EVERY_DEVICE)
-    if isinstance(value, str):
+    if isinstance(value, (str, bool)):
         raise ValueError(f"must be a number, two numbers such as [1, 4], or auto, not {value!r}")
     if isinstance(value, (list, tuple)) and len(value) == 2 and value[1] == _AUTO:
         return (value[0], EVERY_DEVICE)
-    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return (value, value) if isinstance(value, int) else value
 
 
 def _worker_text(value: tuple[int, int]) -> Any:
@@ -533,6 +582,14 @@ def _mix(value: Any) -> Any:
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not isinstance(name, str) or not number or not 0 < weight < math.inf:
             raise ValueError(f"the weight of {name!r} must be a number above 0, not {weight!r}")
+    total = sum(names.values())
+    for name, weight in names.items():
+        # A sum that is infinite has weights that are out of bounds, which is said elsewhere.
+        if weight / total < MIN_SHARE and total < math.inf:
+            raise ValueError(
+                f"the weight of {name!r} is {weight / total:.3g} of all weights: give it {MIN_SHARE * total:.3g} or "
+                "more, one draw in a million, or leave it out"
+            )
     return names
 
 
@@ -602,8 +659,7 @@ def _half_cosine(first: float, last: float, done: float) -> float:
 
 
 def _constant(value: Any) -> Any:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return {"peak": value} if is_number else value
+    return {"peak": value} if isinstance(value, (int, float)) else value
 
 
 # A schedule; a number is one that stays.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -183,7 +184,9 @@ class AlignText(MixStage):
     )
     temperature: float = Field(0.07, gt=0, description="The temperature at the start; it is learnt.")
     max_scale: float = Field(100.0, gt=0, description="The largest value of 1/temperature that is learnt.")
-    zero_stage: Literal[1, 2, 3] = operational(3, description="The ZeRO stage that DeepSpeed trains with.")
+    zero_stage: Literal[1, 2, 3] = operational(
+        3, description="The ZeRO stage that DeepSpeed trains with. In bf16, 1 is 2."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
     )
@@ -337,7 +340,10 @@ class AlignText(MixStage):
             load_encoder(self.text.from_, where=f"stages.{context.name}.text.from")
         tokenizer = context.work / "tokenizer.json"
         self._settle_tokenizer(captions, tokenizer)
-        job = self.job(context, tower, image_size, load_tokenizer(tokenizer))
+        job = replace(
+            self.job(context, tower, image_size, load_tokenizer(tokenizer)),
+            max_unreadable=draws.most_unreadable(self.max_unreadable),
+        )
         account = trainer.run(job, tracker=context.run, stop=context.stop)
         save_aligned(
             job.export(job.num_steps), context.out / "aligned", self, tower, tokenizer, image_size=image_size

@@ -272,9 +272,9 @@ class TrainStage(Stage):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="The share of the photos that may become unreadable while the stage runs. Another photo stands for "
-        "each of them, and `replaced_photos` counts the samples; above the share the stage ends with their names. One "
-        "photo may always be.",
+        description="The share of the photos that may become unreadable while the stage runs, by all its workers and "
+        "attempts together. Another photo stands for each of them, and `replaced_photos` counts the samples; above the "
+        "share the stage ends with their names. One photo may always be.",
     )
     compile: bool = operational(
         False, description="Whether the towers' blocks are compiled with torch.compile."

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 
 from orchestrator.data.components import CHOSEN, LEFT_OUT
 from orchestrator.errors import Stopped, UserError, nearest
-from orchestrator.spec import Names
+from orchestrator.spec import Names, in_key_if_set
 from orchestrator.stages.base import Context, Outlook, Stage
 
 if TYPE_CHECKING:
@@ -65,6 +65,14 @@ class Curate(Stage):
         le=255,
         description="The root mean square difference, in grey levels of 32×32 thumbnails, up to which two images "
         "are one.",
+    )
+
+    holdout: float = in_key_if_set(
+        0.0,
+        ge=0,
+        lt=1,
+        description="The share of the unique images that no stage trains on: the component `held_out`, whose loss "
+        "`validate_every` of a stage shows. An image is in it by its bytes, whatever else is there.",
     )
 
     needs_ray: ClassVar[bool] = False
@@ -125,7 +133,7 @@ class Curate(Stage):
         clusters, distances = curation.cluster(embeddings, self.clusters, context.seed)
         stop()
         balanced = curation.draw_balanced(clusters, target, context.seed)
-        index = PhotoIndex(curation.index_rows(fates, clusters, balanced))
+        index = PhotoIndex(curation.index_rows(fates, clusters, balanced, self.holdout))
         index.save(context.out)
         np.save(context.out / "embeddings.npy", embeddings)
         others = [curation.left_out(name, item, roots[name]) for name, item in left_out]
@@ -138,7 +146,8 @@ class Curate(Stage):
             reasons = "; ".join(
                 f"{count} × {reason}" for reason, count in report["left_out_by_reason"].items()
             )
-            logger.warning("%s: %d files are not taken for photos: %s", context.name, len(others), reasons)
+            number = "1 file is" if len(others) == 1 else f"{len(others)} files are"
+            logger.warning("%s: %s not taken for photos: %s", context.name, number, reasons)
         summary = ("images", "unique", "corrupt", "duplicates", "clusters")
         return {name: float(report[name]) for name in summary}
 

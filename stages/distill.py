@@ -90,7 +90,7 @@ class Student(Settings):
         None, description="The student's own precision of training. Default: the stage's."
     )
     zero_stage: Literal[1, 2, 3] = operational(
-        3, description="The ZeRO stage that DeepSpeed trains the student with."
+        3, description="The ZeRO stage that DeepSpeed trains the student with. In bf16, 1 is 2."
     )
     workers: Workers | None = operational(
         None, description="The student's own `elastic.workers`. Default: the stage's."
@@ -153,7 +153,8 @@ class Distill(HomogeneousMixStage):
     chunk_rows: int | None = operational(
         None,
         ge=1,
-        description="The number of rows whose logits are held in memory at once. Default: all rows of a block.",
+        description="The number of rows whose logits are held in memory at once. Another number changes results in "
+        "their last bits, also with `elastic.exact`, and re-runs nothing all the same. Default: all rows of a block.",
     )
     window: int = operational(
         4, ge=2, description="The number of teacher steps that are held for the slowest student."
@@ -318,6 +319,7 @@ class Distill(HomogeneousMixStage):
 
     def check(self) -> None:
         """See :class:`Stage`."""
+        super().check()
         if self.features is None:
             return
         try:

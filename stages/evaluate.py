@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from orchestrator.stages.tasks.evaluation import Check, Crops, Tower
     from orchestrator.stages.tasks.evaluation_results import Draws, Results, Score
     from orchestrator.store.artifact import Artifact
+
+logger = logging.getLogger("orchestrator")
 
 # In the order of the recipe: the last one there is gives the teacher.
 TEACHER_ROLES = ("pretrain", "gram", "high_res")
@@ -192,8 +195,15 @@ class Evaluate(Stage):
             scores.append(Score("majority group", "baseline", max(groups.values()) / len(crops.rows)))
             scores.append(Score("raw pixels", "baseline", accuracy(raw_ND), "", RAW_SIDE, dim))
         pictures: dict[str, Path] = {}
-        for candidate in self._candidates(context, backbones):
+        candidates = list(self._candidates(context, backbones))
+        for number, candidate in enumerate(candidates, 1):
             name, tower = candidate.name, candidate.load()
+            what = (
+                f"{len(crops.rows):,} photos at {tower.size} px"
+                if groups
+                else "its maps, as no photo has a label"
+            )
+            logger.info("%s: %s of %d, %s: %s", context.name, number, len(candidates), name, what)
             if candidate.picture:
                 pictures[name] = context.out / f"pca_{candidate.picture}.png"
                 _draw_maps(tower, shown, index, pictures[name])
@@ -254,6 +264,7 @@ class Evaluate(Stage):
         from orchestrator.stages.tasks.aligned import load_aligned
         from orchestrator.stages.tasks.evaluation_text import TextEvaluation
 
+        logger.info("%s: texts, on %s photos", context.name, f"{len(index):,}")
         aligned = load_aligned(context.inputs["text"].path / "aligned")
         texts = TextEvaluation(aligned, index, self.batch, check)
         path = context.out / "text_maps.png"
@@ -337,13 +348,13 @@ def _pool(index: PhotoIndex) -> list[Draws]:
     """The photos of the index, and those of them that the curation chose, by cluster."""
     import numpy as np
 
-    from orchestrator.data.components import LEFT_OUT
+    from orchestrator.data.components import HELD_OUT, LEFT_OUT
     from orchestrator.data.mix import by_cluster, effective_number
     from orchestrator.stages.tasks.evaluation_results import Draws
 
     raw_N = np.ones(len(index), dtype=np.int64)
     chosen_N = raw_N.copy()
-    chosen_N[index.rows_of(LEFT_OUT)] = 0
+    chosen_N[index.rows_of(LEFT_OUT)] = chosen_N[index.rows_of(HELD_OUT)] = 0
     left_out = 1 - float(chosen_N.mean())
     return [
         Draws(name, counts, effective_number(list(counts.values())), share)

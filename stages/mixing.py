@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.spec import Mix
+from orchestrator.spec import MIN_SHARE, Mix
 from orchestrator.stages.base import TrainStage
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class MixStage(TrainStage):
     mix: Mix | None = Field(
         None,
         description="The components of the index and the data sources that mixed batches are drawn from: a name, a "
-        "list of names, or a weight for each name, which is its share of these batches. Without weights, each photo "
-        "comes once an epoch. Default: what the curation chose.",
+        "list of names, or a weight for each name, which is its share of these batches, at least one draw in a "
+        "million. Without weights, each photo comes once an epoch. Default: what the curation chose.",
     )
 
     def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
@@ -60,8 +60,30 @@ class HomogeneousMixStage(MixStage):
         "Default: all batches are mixed.",
     )
     homogeneous_ratio: float = Field(
-        0.1, ge=0, le=1, description="The share of homogeneous batches among all, where there are any."
+        0.1,
+        ge=0,
+        le=1,
+        description="The share of homogeneous batches among all; it is refused without `homogeneous`.",
     )
+
+    @field_validator("homogeneous_ratio")
+    @classmethod
+    def _some(cls, ratio: float) -> float:
+        if 0 < ratio < MIN_SHARE:
+            raise ValueError(
+                f"{ratio:g} is less than one batch in a million: give 0, or {MIN_SHARE:g} and more"
+            )
+        return ratio
+
+    def check(self) -> None:
+        """See :class:`Stage`."""
+        # `homogeneous: null` says that there are none, as the file with all defaults written out does.
+        if "homogeneous_ratio" in self.model_fields_set and "homogeneous" not in self.model_fields_set:
+            raise UserError(
+                "homogeneous_ratio is the share of homogeneous batches, and nothing says what they are drawn from",
+                where="homogeneous_ratio",
+                hint="name the data source, `homogeneous: …`, or leave `homogeneous_ratio` out",
+            )
 
     def sample_order(self, index: PhotoIndex, batch_size: int, seed: int) -> SampleOrder:
         """The order in which this stage draws rows; see :func:`orchestrator.data.mix.sample_order`."""
@@ -98,6 +120,12 @@ class Draws:
 
     index: PhotoIndex
     order: SampleOrder
+
+    def most_unreadable(self, share: float) -> int:
+        """How many photographs that is; see :func:`orchestrator.data.pictures.most_unreadable`."""
+        from orchestrator.data.pictures import most_unreadable
+
+        return most_unreadable(share, len(self.index))
 
     def write(self, num_steps: int, folder: Path) -> dict[str, float]:
         """What a run of so many steps drew, as `drawn.json`; returns the figure for the summary.

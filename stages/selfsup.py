@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -35,6 +36,8 @@ from orchestrator.stages.gram import Gram
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, Draws, HomogeneousMixStage, draws_of
 
 if TYPE_CHECKING:
+    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.order import SampleOrder
     from orchestrator.elastic.job import Job
     from orchestrator.store.artifact import Artifact
 
@@ -178,12 +181,22 @@ class SelfSupervised(HomogeneousMixStage):
         ge=0,
         description="The number of steps from one kept snapshot of the EMA to the next; 0 keeps only the last.",
     )
+    validate_every: int = operational(
+        0,
+        ge=0,
+        description="The number of steps from one look at held-out photos to the next, and one after the last step; 0: "
+        "never. Their figures are `val/loss` and so on: of one batch, always the same photos and crops, without "
+        "drop-path. `holdout` of `curate` holds them out.",
+    )
     chunk_rows: int | None = operational(
         None,
         ge=1,
-        description="The number of rows whose logits are held in memory at once. Default: all rows of a block.",
+        description="The number of rows whose logits are held in memory at once. Another number changes results in "
+        "their last bits, also with `elastic.exact`, and re-runs nothing all the same. Default: all rows of a block.",
     )
-    zero_stage: Literal[1, 2, 3] = operational(3, description="The ZeRO stage that DeepSpeed trains with.")
+    zero_stage: Literal[1, 2, 3] = operational(
+        3, description="The ZeRO stage that DeepSpeed trains with. In bf16, 1 is 2."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
     )
@@ -297,6 +310,18 @@ class SelfSupervised(HomogeneousMixStage):
             inputs=context.needed,
             pipeline=context.pipeline,
             start_from=backbone.path / "checkpoint" if backbone else None,
+            validation=partial(
+                crop_blocks,
+                self,
+                recipe,
+                context.inputs["index"].path,
+                seed,
+                roots=context.roots,
+                held_out=True,
+            )
+            if self.validate_every
+            else None,
+            validate_every=self.validate_every,
             export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every))
             if self.snapshot_every
             else (),
@@ -306,7 +331,15 @@ class SelfSupervised(HomogeneousMixStage):
         """What the blocks of this stage are drawn from."""
         seed = stage_seed(context, self.kind)
         order = partial(self.sample_order, batch_size=self.batch_size, seed=seed)
-        return draws_of(context.name, order, context.inputs["index"].path)
+        return draws_of(context.name, partial(self._checked, order), context.inputs["index"].path)
+
+    def _checked(self, order: Callable[[PhotoIndex], SampleOrder], index: PhotoIndex) -> SampleOrder:
+        """The order of draws from an index that has what this stage looks at."""
+        from orchestrator.data.mix import held_out_order
+
+        if self.validate_every:
+            held_out_order(index, batch_size=self.batch_size, seed=0)
+        return order(index)
 
     def _gram_start(self, backbone: Artifact | None) -> tuple[Path | None, lineage.Health | None]:
         """The snapshot to anchor to at first, and how healthy it was."""
@@ -327,7 +360,7 @@ class SelfSupervised(HomogeneousMixStage):
 
         draws = self.draws(context)
         recipe = self.recipe(context)
-        job = self.job(context, recipe)
+        job = replace(self.job(context, recipe), max_unreadable=draws.most_unreadable(self.max_unreadable))
         account = trainer.run(job, tracker=context.run, stop=context.stop)
         snapshots = context.out / "snapshots"
         shutil.copytree(job.work / "exports", snapshots)

@@ -46,7 +46,11 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
             for name in config.students
         }
         teach = teaching(config, context, seed)
-        pupils = pupils_of(config, context, teach, parts)
+        limit = draws.most_unreadable(config.max_unreadable)
+        pupils = {
+            name: replace(pupil, job=replace(pupil.job, max_unreadable=limit))
+            for name, pupil in pupils_of(config, context, teach, parts).items()
+        }
         context.work.mkdir(parents=True, exist_ok=True)
         folders = {name: part.artifact for name, part in parts.items() if part.artifact is not None}
         stats, made = _train_all(config, context, teach, pupils)

@@ -16,7 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.models.configs import Config, ViTConfig, swiglu_hidden
 from orchestrator.models.cost import head_params, num_params
 from orchestrator.stages.align_text import AlignText, student_mistake
-from orchestrator.stages.base import Stage, TrainStage
+from orchestrator.stages.base import Stage
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.operations import (
     Views,
@@ -100,14 +100,13 @@ Upstream = Mapping[str, Stage]
 
 @singledispatch
 def workloads(stage: Stage, name: str, upstream: Upstream) -> list[Workload]:
-    """The jobs of a stage; none for one that does not train.
+    """The jobs of a stage; none for one that does not train, and for a kind from elsewhere that does not say.
 
     Args:
         stage: its config.
         name: its name in the pipeline.
         upstream: see :data:`Upstream`.
     """
-    assert not isinstance(stage, TrainStage), f"{type(stage).__name__} trains, but nobody said what it costs"
     return []
 
 

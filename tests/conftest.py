@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Test processes run side by side and start more of them; threads of torch that wait for each other would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import suite
 from s3_server import S3Server, juicefs
+
+# The same examples every time, so that a change is what turns a test red; `make fuzz` looks for new ones. A busy
+# machine is slow without being wrong, so there are no deadlines: what must not take long says so itself.
+settings.register_profile(
+    "short", derandomize=True, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("fuzz", settings.get_profile("short"), derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 _ROOT = Path(__file__).parents[1]
 _remove_tree = shutil.rmtree

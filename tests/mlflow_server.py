@@ -22,15 +22,16 @@ _UP_S = 120.0
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, backend: str, artifacts: str) -> Iterator[str]:
+def mlflow_server(folder: Path, backend: str, artifacts: str, port: int | None = None) -> Iterator[str]:
     """The address of a server that answers, until the `with` block ends.
 
     Args:
         folder: for its log.
         backend: the database's address.
         artifacts: a folder or `s3://…`, which the server alone reads and writes.
+        port: where it listens; default: a free one.
     """
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     places = ["--backend-store-uri", backend, "--artifacts-destination", artifacts]
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

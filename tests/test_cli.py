@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from orchestrator import cli
+from orchestrator.store.s3client import StoreError
 
 ROOT = Path(__file__).parents[1]
 TOYS = ROOT / "tests" / "pipeline" / "toy_main.py"
@@ -199,3 +203,36 @@ def test_gc_lists_and_deletes(folder: Path) -> None:
     assert "Deleted" in command(folder, "gc", "toy.yaml", "--yes")
     assert "Everything in the store is needed" in command(folder, "gc", "toy.yaml")
     assert "Nothing to do" in command(folder, "run", "toy.yaml")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "No space left on device: runs/x"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (StoreError("the bucket 'b' does not answer"), "the bucket 'b' does not answer"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), None),
+    ],
+)
+def test_what_a_disk_or_a_store_refuses_is_one_message(
+    error: OSError, said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(OSError if said is None else SystemExit) as raised:
+        cli.main()
+    if said is not None:
+        assert raised.value.code == 2
+        assert (
+            capsys.readouterr().err
+            == f"error: {said}\n  hint once that is mended, the same command goes on\n"
+        )
+
+
+def test_status_and_logs_take_overrides_as_run_does(folder: Path) -> None:
+    command(folder, "run", "toy.yaml", "store=elsewhere")
+    assert "was never run" in command(folder, "status", "toy.yaml")
+    assert "done" in command(folder, "status", "toy.yaml", "store=elsewhere")
+    assert "tick 2 of 2" in command(folder, "logs", "toy.yaml", "pretrain", "store=elsewhere")

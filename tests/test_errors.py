@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from orchestrator.errors import first_line
 
@@ -34,4 +34,12 @@ def test_of_several_complaints_the_first_has_its_place_and_no_value() -> None:
         Outer.model_validate({"parts": [{"rate": "hush-hush"}, {}]})
     assert first_line(caught.value) == (
         "parts.0.rate: Input should be a valid number, unable to parse string as a number"
+    )
+
+
+def test_a_complaint_about_the_whole_has_no_place() -> None:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(int).validate_python("x")
+    assert first_line(caught.value) == (
+        "Input should be a valid integer, unable to parse string as an integer"
     )

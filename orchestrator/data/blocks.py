@@ -6,8 +6,8 @@ A step is `num_blocks` blocks whoever computes them; everything random in a bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,7 +31,8 @@ _ASPECT = (3 / 4, 4 / 3)
 class Block:
     """One block of a step: rows `ids` (S,); `weight` is 0 for padding that evens out collectives.
 
-    A row that stands for one whose file could not be read is written as its complement, -1 - row.
+    A row that stands for one whose file could not be read is written as its complement, -1 - row. `unreadable` (R,)
+    are the rows whose files could not be read; it may have those of other blocks of the step, too.
     """
 
     step: int
@@ -39,11 +40,19 @@ class Block:
     ids: NDArray[np.int64]
     arrays: dict[str, NDArray[Any]]
     weight: float = 1.0
+    unreadable: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     @property
     def num_replaced(self) -> int:
         """Samples whose own files could not be read."""
         return int((self.ids < 0).sum())
+
+
+def with_unreadable(block: Block, rows: NDArray[np.int64] | None) -> Block:
+    """The block, with more rows whose files could not be read; None are none."""
+    if rows is None or not len(rows):
+        return block
+    return replace(block, unreadable=np.concatenate([block.unreadable, rows]))
 
 
 class BlockSource(Protocol):
@@ -59,6 +68,8 @@ class TellsTroubles(Protocol):
     """A source that met something which the user should hear of, and which does not stop the training."""
 
     def take_troubles(self) -> list[str]: ...
+
+    def paths(self, rows: Iterable[int]) -> list[str]: ...
 
 
 class CropBlocks:
@@ -115,6 +126,7 @@ class CropBlocks:
         config = self._crops(step)
         _check_patches(config, self._patch_size)
         drawn, ids, samples = self._order.ids(step), [], []
+        unreadable: list[int] = []
         for sample in range(self._block_size):
 
             def rng_for_view(view: int, sample: int = sample) -> np.random.Generator:
@@ -132,19 +144,25 @@ class CropBlocks:
                     limit,
                 )
 
-            row, made = self._pictures.read(step, drawn, index * self._block_size + sample, views)
+            row, made, met = self._pictures.read(step, drawn, index * self._block_size + sample, views)
             ids.append(row)
+            unreadable += met
             samples.append(made)
         arrays: dict[str, NDArray[Any]] = {
             name: np.stack([views[name] for views in samples], axis=1) for name in samples[0]
         }
         if self._patch_size is not None:
             arrays["masks"] = self._masks(step, index, config, self._patch_size)
-        return Block(step, index, np.array(ids, np.int64), arrays)
+        rows = np.array(ids, np.int64)
+        return Block(step, index, rows, arrays, unreadable=np.array(unreadable, np.int64))
 
     def take_troubles(self) -> list[str]:
         """See :meth:`Pictures.take_troubles`."""
         return self._pictures.take_troubles()
+
+    def paths(self, rows: Iterable[int]) -> list[str]:
+        """See :meth:`Pictures.paths`."""
+        return self._pictures.paths(rows)
 
     def _masks(self, step: int, index: int, config: CropConfig, patch_size: int) -> NDArray[np.bool_]:
         grid = config.global_size // patch_size
@@ -209,6 +227,7 @@ class CaptionBlocks:
         images = np.empty((len(ids), 3, self._size, self._size), np.uint8)
         tokens = np.zeros((len(ids), self._context), np.int64)
         lengths = np.empty(len(ids), np.int64)
+        unreadable: list[int] = []
         min_side = int(np.ceil(self._size / np.sqrt(self._scale[0])))
         for sample in range(self._block_size):
 
@@ -217,23 +236,29 @@ class CaptionBlocks:
                 box = draw_box(image.shape[0], image.shape[1], self._scale, _ASPECT, rng)
                 return cut(image, box, self._size).transpose(2, 0, 1)
 
-            ids[sample], images[sample] = self._pictures.read(
+            ids[sample], images[sample], met = self._pictures.read(
                 step,
                 drawn,
                 index * self._block_size + sample,
                 lambda path, limit: use_rgb(path, crop, min_side, limit),
             )
+            unreadable += met
             row = ids[sample] if ids[sample] >= 0 else ~ids[sample]
             encoded = self._encode(self._index[int(row)].caption or "")
             if len(encoded) > self._context:
                 encoded = [*encoded[: self._context - 1], encoded[-1]]
             tokens[sample, : len(encoded)] = encoded
             lengths[sample] = len(encoded)
-        return Block(step, index, ids, {"images": images, "tokens": tokens, "lengths": lengths})
+        arrays: dict[str, NDArray[Any]] = {"images": images, "tokens": tokens, "lengths": lengths}
+        return Block(step, index, ids, arrays, unreadable=np.array(unreadable, np.int64))
 
     def take_troubles(self) -> list[str]:
         """See :meth:`Pictures.take_troubles`."""
         return self._pictures.take_troubles()
+
+    def paths(self, rows: Iterable[int]) -> list[str]:
+        """See :meth:`Pictures.paths`."""
+        return self._pictures.paths(rows)
 
 
 def _num_blocks(order: SampleOrder, block_size: int) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from orchestrator.data.balance import fill, near_duplicates
-from orchestrator.data.components import CHOSEN, LEFT_OUT
+from orchestrator.data.components import CHOSEN, HELD_OUT, LEFT_OUT
 from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
 from orchestrator.data.descriptor import describe, thumbnail
 from orchestrator.data.index import PhotoRow
@@ -183,10 +183,18 @@ def draw_balanced(clusters_N: NDArray[np.int64], target: int, seed: int) -> NDAr
     return chosen
 
 
+def is_held_out(sha256: str, share: float) -> bool:
+    """Whether a picture is one of this share: by its bytes alone, whatever else there is. A larger share has it too."""
+    return derive("holdout", sha256) / 2**64 < share
+
+
 def index_rows(
-    fates: Sequence[Fate], clusters_N: NDArray[np.int64], balanced_N: NDArray[np.bool_]
+    fates: Sequence[Fate],
+    clusters_N: NDArray[np.int64],
+    balanced_N: NDArray[np.bool_],
+    holdout: float = 0.0,
 ) -> list[PhotoRow]:
-    """The rows of the training index: unique pictures, component "balanced" or "pool"."""
+    """The rows of the training index: unique pictures, component "balanced", "pool" or, a share of them, "held_out"."""
     kept = [fate for fate in fates if fate.status == "unique"]
     return [
         PhotoRow(
@@ -198,7 +206,11 @@ def index_rows(
             height=fate.photo.height,
             caption=fate.photo.caption,
             label=fate.photo.label,
-            component=CHOSEN if balanced else LEFT_OUT,
+            component=HELD_OUT
+            if is_held_out(fate.photo.sha256, holdout)
+            else CHOSEN
+            if balanced
+            else LEFT_OUT,
             cluster=int(number),
         )
         for fate, number, balanced in zip(kept, clusters_N, balanced_N, strict=True)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestrator.data.components import LEFT_OUT, UNCURATED
+from orchestrator.data.components import HELD_OUT, LEFT_OUT, UNCURATED
 from orchestrator.errors import UserError, first_line
 from orchestrator.spec import MAX_PIXELS
 
@@ -40,7 +40,7 @@ class PhotoRow:
     """One picture: where it is, what is known of it, and which part of the training mix it belongs to.
 
     `path` is relative (posix) to the absolute folder `root`; `cluster` is -1 where there was no clustering.
-    Training leaves the component "pool" out unless it is told to draw from it.
+    Training leaves the component "pool" out unless it is told to draw from it, and never draws from "held_out".
     """
 
     source: str
@@ -116,7 +116,7 @@ class PhotoIndex:
     @property
     def chosen(self) -> list[str]:
         """The names of the components that training draws from unless it is told otherwise, sorted."""
-        return [name for name in self.components if name != LEFT_OUT]
+        return [name for name in self.components if name not in (LEFT_OUT, HELD_OUT)]
 
     def save(self, folder: Path) -> Path:
         """Writes `index.parquet` into an existing folder."""

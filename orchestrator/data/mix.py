@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.components import LEFT_OUT
+from orchestrator.data.components import HELD_OUT, LEFT_OUT
 from orchestrator.data.index import PhotoIndex
 from orchestrator.data.order import SampleOrder
 from orchestrator.errors import UserError, nearest
@@ -26,7 +26,7 @@ def sample_order(
     seed: int,
     keep_N: NDArray[np.bool_] | None = None,
 ) -> SampleOrder:
-    """The order in which a stage draws rows.
+    """The order in which a stage draws rows: never those that were held out.
 
     Args:
         index: the photographs.
@@ -42,6 +42,9 @@ def sample_order(
         UserError: a name without rows, or the curation chose nothing. `where` is the field, "mix" or
             "homogeneous".
     """
+    if len(held_out := index.rows_of(HELD_OUT)):
+        keep_N = np.ones(len(index), dtype=np.bool_) if keep_N is None else keep_N.copy()
+        keep_N[held_out] = False
     if mix is None and not index.chosen:
         raise UserError(
             f"the index has no photos but those that the curation left out, component {LEFT_OUT!r}",
@@ -68,6 +71,22 @@ def sample_order(
         batch_size=batch_size,
         seed=seed,
     )
+
+
+def held_out_order(index: PhotoIndex, *, batch_size: int, seed: int) -> SampleOrder:
+    """The order in which held-out rows are looked at.
+
+    Raises:
+        UserError: there are none. `where` is the field, "validate_every".
+    """
+    rows = index.rows_of(HELD_OUT)
+    if not len(rows):
+        raise UserError(
+            "the index has no held-out photos to look at",
+            where="validate_every",
+            hint="set `holdout` of the stage that made it, such as 0.02, or leave `validate_every` out",
+        )
+    return SampleOrder({HELD_OUT: rows}, batch_size=batch_size, seed=seed)
 
 
 def count_draws(index: PhotoIndex, order: SampleOrder, num_steps: int) -> NDArray[np.int64]:

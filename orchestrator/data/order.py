@@ -204,7 +204,9 @@ def _check(
 
 def _slots(shares: list[float]) -> NDArray[np.int64]:
     """Whole numbers in the ratio of `shares`: the shortest exact cycle, else the nearest of a million slots."""
-    parts = [Fraction(share).limit_denominator(10**6) or Fraction(share) for share in shares]
+    # Only the ratio matters. Below one in a million `limit_denominator` would round it away.
+    unit = Fraction(max(shares)) if min(shares) < 1e-6 else Fraction(1)
+    parts = [(Fraction(share) / unit).limit_denominator(10**6) or Fraction(share) / unit for share in shares]
     exact = [part / sum(parts) for part in parts]
     length = min(_MAX_CYCLE, lcm(*(share.denominator for share in exact)))
     counts = [floor(share * length) for share in exact]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,12 +26,17 @@ _TRIES = 8
 _NAMED = 5
 
 
+def most_unreadable(share: float, num_pictures: int) -> int:
+    """How many pictures a stage may find unreadable: this share of its index, or one."""
+    return max(1, int(share * num_pictures))
+
+
 class Pictures:
     """Reads what a sample order draws. What stands for an unreadable picture is a function of (seed, step, place).
 
     A stand-in is of the same component, drawn by the order's own keyed permutation, and none of the step's samples if
-    there are others. So it is the same for any number of workers. Only the limit is this process's own: each process
-    counts the pictures that it met.
+    there are others. So it is the same for any number of workers. The limit here is on what this process met: the
+    training loop counts what all of them met.
 
     Args:
         index: the photographs.
@@ -41,7 +46,7 @@ class Pictures:
 
     def __init__(self, index: PhotoIndex, order: SampleOrder, max_unreadable: float) -> None:
         self._index, self._order = index, order
-        self._limit = max(1, int(max_unreadable * len(index)))
+        self._limit = most_unreadable(max_unreadable, len(index))
         self._unreadable: dict[int, str] = {}
         self._troubles: list[str] = []
 
@@ -50,9 +55,13 @@ class Pictures:
         taken, self._troubles = self._troubles, []
         return taken
 
+    def paths(self, rows: Iterable[int]) -> list[str]:
+        """Where these rows' files are."""
+        return [shown(str(self._index.path(row))) for row in rows]
+
     def read(
         self, step: int, ids: NDArray[np.int64], place: int, read: Callable[[Path, int], T]
-    ) -> tuple[int, T]:
+    ) -> tuple[int, T, list[int]]:
         """One sample of a step.
 
         Args:
@@ -62,7 +71,8 @@ class Pictures:
             read: makes something of a file; its arguments are the path and the largest width × height.
 
         Returns:
-            The row, or its complement where it stands for another one; and what `read` made of it.
+            The row, or its complement where it stands for another one; what `read` made of it; and the rows that could
+            not be read.
 
         Raises:
             UserError: too many pictures cannot be read.
@@ -78,7 +88,7 @@ class Pictures:
                 if len(met) == _TRIES:
                     break
             else:
-                return (row if row == drawn else ~row), made
+                return (row if row == drawn else ~row), made, met
         raise self._too_many(met, f"{len(met)} photos in a row cannot be read")
 
     def _candidates(self, step: int, ids: NDArray[np.int64], place: int) -> Iterator[int]:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from orchestrator.elastic import cluster_check
 from orchestrator.elastic.hosts import hosts
-from orchestrator.elastic.nodes import minimal_agents
+from orchestrator.elastic.nodes import minimal_agents, on_loopback
 from orchestrator.elastic.preemption_agent import watch_for_preemption
 from orchestrator.elastic.reaper import Reaper, members
 from orchestrator.elastic.resources import cluster_nodes, has_gpus, slot_shape
@@ -118,12 +118,13 @@ def start(
 
 
 class _NotUpError(Exception):
-    """Ray did not start: its error on one line, and the last lines of its logs, which are gone by now."""
+    """Ray did not start: its error on one line, the last lines of its logs, which are gone by now, and their place."""
 
-    def __init__(self, error: Exception, log: list[str]) -> None:
+    def __init__(self, error: Exception, log: list[str], place: Path) -> None:
         first = next(iter(str(error).strip().splitlines()), "")
         super().__init__(f"{type(error).__name__}: {first}")
         self.log = log
+        self.place = place
 
 
 class OwnCluster(RunningCluster):
@@ -140,7 +141,7 @@ class OwnCluster(RunningCluster):
             settings = {**_start_waits(), **self._token(), **self._storage()}
             self._environment.enter_context(_environment(settings))
             agents = contextlib.nullcontext() if dashboard else minimal_agents()
-            with self._reaper.marking(), agents:
+            with self._reaper.marking(), agents, on_loopback():
                 context = _init(
                     address="local",
                     num_cpus=_slots(),
@@ -157,7 +158,7 @@ class OwnCluster(RunningCluster):
             self.close()
             if isinstance(error, Stopped) or not isinstance(error, Exception):
                 raise
-            raise _NotUpError(error, log) from error
+            raise _NotUpError(error, log, self._folder.parent) from error
 
     @property
     def logs(self) -> Path:
@@ -305,10 +306,12 @@ def _start_own(dashboard: bool, say: Callable[[str], None]) -> OwnCluster:
     try:
         return OwnCluster(dashboard)
     except _NotUpError as error:
+        cluster_check.insist_on_room(error, error.place)
         say(f"Ray did not start: {error} (load {cluster_check.load()}); trying once more")
     try:
         return OwnCluster(dashboard)
     except _NotUpError as error:
+        cluster_check.insist_on_room(error, error.place)
         raise cluster_check.did_not_start(str(error), error.log, START_S) from error
 
 

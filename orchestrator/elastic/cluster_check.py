@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from orchestrator import disk
 from orchestrator.errors import UserError
 
 # The folder of a pipeline's own cluster starts like this; nobody else joins a cluster that lives in one.
@@ -25,6 +26,8 @@ _IMPORT_S = 120
 _LONGEST_TMPDIR = 107 - len(f"/{OWN_PREFIX}XXXXXXXX/r") - 43 - len("/sockets/plasma_store")
 _LOGS = ("gcs_server.err", "gcs_server.out", "raylet.err", "raylet.out")
 _LOG_LINES = 3
+# Bytes for the files of a cluster that only starts.
+_LEAST_ROOM = 2**20
 
 
 # --- an own cluster ---------------------------------------------------------------------------------------------
@@ -76,6 +79,17 @@ def _places() -> list[Path]:
     """Where a cluster's folder may go, the user's own choice first; XDG_RUNTIME_DIR is in memory, so it comes last."""
     named = [os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.environ.get("XDG_RUNTIME_DIR")]
     return list(dict.fromkeys(Path(name).absolute() for name in named if name))
+
+
+def insist_on_room(error: Exception, place: Path) -> None:
+    """Raises UserError if Ray did not start because the disk of its folder, in `place`, is full."""
+    if disk.is_full(error) or disk.space(place)[0] < _LEAST_ROOM:
+        raise UserError(
+            f"Ray cannot start: {disk.described(error, [place])}",
+            where=str(place),
+            hint="make room on it, or set TMPDIR to a folder on another disk, and run the same command: what is done "
+            "and every whole checkpoint are kept",
+        ) from error
 
 
 def did_not_start(error: str, log: list[str], seconds: int) -> UserError:

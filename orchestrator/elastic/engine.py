@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ class Engine:
         # Of AdamW, by which its bias correction goes: those that changed the weights.
         self.updates = 0
         self.skips = Skips()
+        # Rows of photos that some worker could not read since the stage began: equal on all, and saved in checkpoints.
+        self.unreadable: set[int] = set()
         self.ema: dict[str, Tensor] = {}
         if modules.ema is not None:
             self.ema = {shard.name: shard.data.clone() for shard in self.master()}
@@ -151,6 +154,15 @@ class Engine:
         assert not self.applied, "DeepSpeed applied a gradient of NaN"
         for gradient in spoilt:
             gradient.zero_()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The trainable module without what it does in training only, such as drop-path; for forwards alone."""
+        self._engine.eval()
+        try:
+            yield
+        finally:
+            self._engine.train()
 
     def backward_is_finite(self, loss: Tensor) -> bool:
         """`backward`, to find out whether this one block's gradient is finite; `discard` is to follow."""

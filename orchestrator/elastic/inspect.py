@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.elastic import saved as form
 from orchestrator.elastic.saved import COMMIT, CheckpointError, step_of
+from orchestrator.elastic.skips import Skips
 from orchestrator.errors import UserError
 
 
@@ -37,8 +38,9 @@ class Description:
 
     Attributes:
         problem: why it cannot be used, None if it can.
-        step: updates of its stage.
+        step: steps of its stage that were done, those with a skipped update included.
         updates: all updates since the weights were made, earlier stages' included.
+        skips: updates that were skipped in its stage.
         token: of the group of workers that wrote it.
         created: when, in ISO 8601, UTC.
         meta: what else the manifest says (job, seed, number of steps).
@@ -48,6 +50,7 @@ class Description:
     problem: str | None
     step: int | None = None
     updates: int = 0
+    skips: Skips = field(default_factory=Skips)
     workers: int = 0
     token: str = ""
     created: str = ""
@@ -83,6 +86,7 @@ def describe(path: Path) -> Description:
         f"{bad[0].name} {bad[0].problem}" if bad else None,
         saved.step,
         updates=int(saved.meta["updates"]),
+        skips=saved.skips,
         workers=saved.world,
         token=saved.token,
         created=str(saved.meta.get("created", "")),

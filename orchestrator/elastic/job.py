@@ -56,7 +56,10 @@ class Job:
         inputs: artifacts that workers need a copy of on their own machine: the store's address, kind and key.
         limit: min_workers and max_workers just now, in place of `elastic.workers`; the controller asks it again
             and again, and the group follows at the end of a step.
+        validation: makes the source of held-out blocks; called in every worker. As many as in a step are looked at.
+        validate_every: steps from one look at them to the next; 0: never.
         pipeline: the pipeline's name.
+        max_unreadable: number of photos that its workers, all attempts together, may find unreadable; None is any.
     """
 
     name: str
@@ -76,7 +79,10 @@ class Job:
     remote: tuple[Store, str] | None = None
     inputs: tuple[tuple[str, str, str], ...] = ()
     limit: Callable[[], tuple[int, int]] | None = None
+    validation: Callable[[], BlockSource] | None = None
+    validate_every: int = 0
     pipeline: str = ""
+    max_unreadable: int | None = None
 
     def for_workers(self) -> Job:
         """The job as workers get it: what lives in slots, or in the driver, stays there."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.data.blocks import Block, TellsTroubles
+from orchestrator.data.blocks import Block, BlockSource, TellsTroubles
 from orchestrator.elastic import checkpoint
 from orchestrator.elastic.device import device
 from orchestrator.elastic.engine import Engine
@@ -39,6 +39,8 @@ from orchestrator.errors import UserError
 logger = logging.getLogger("orchestrator")
 
 _ORDER_RANGE = 2.0**32
+# Unreadable photos that a message names.
+_NAMED = 5
 _Ids = Mapping[int, NDArray[np.int64]]  # of a worker's own blocks, by block
 
 
@@ -79,6 +81,7 @@ class _Trainer:
         modules = self.task.build(self.device)
         assert job.blocks is not None, "a source that lives in the slot is put in its place by the worker"
         self.blocks = job.blocks()
+        self.held_out = job.validation() if job.validation is not None else None
         self.num_blocks = job.num_blocks
         self.slots = -(-self.num_blocks // self.world)
         self.engine = Engine(
@@ -99,6 +102,8 @@ class _Trainer:
             began = time.monotonic()
             with out_of_memory_explained(self.job, f"in step {step + 1}", blocks):
                 figures = self._step(step, blocks)
+                if self._is_looked_at(step + 1):
+                    figures |= self._validated()
             done = step + 1
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
@@ -132,8 +137,10 @@ class _Trainer:
             losses = self.task.losses(block, target)
             self.engine.backward(losses.total * block.weight)
             own[block.index] = _accumulate(sums, losses, block.weight / self.num_blocks)
-        order, num_replaced, ids = self.seen.pop(step)
+        order, num_replaced, ids, unreadable = self.seen.pop(step)
         figures = self._sum_figures(sums, order, num_replaced)
+        if "replaced_photos" in figures:
+            self._note_unreadable(unreadable)
         if bad := [name for name, value in figures.items() if not _finite(value)]:
             guilty = [i for i in ids if not all(own[i][name].isfinite() for name in bad if name in own[i])]
             raise NonFiniteLossError(
@@ -153,6 +160,30 @@ class _Trainer:
         if self.engine.skips.total:
             figures["skipped_updates"] = float(self.engine.skips.total)
         return figures
+
+    # --- held-out photos ----------------------------------------------------------------------------------------
+
+    def _is_looked_at(self, done: int) -> bool:
+        """Whether held-out photos are looked at after so many steps."""
+        every = self.job.validate_every
+        return self.held_out is not None and every > 0 and (done % every == 0 or done == self.job.num_steps)
+
+    def _validated(self) -> dict[str, float]:
+        """Figures of the held-out blocks by `val/NAME`, with the weights as they are now; collective.
+
+        They are the blocks of step 0 of their own source each time, shared out as a step's blocks are.
+        """
+        assert self.held_out is not None
+        blocks = [_to_device(block, self.device) for block in self._load(0, self.held_out)]
+        sums: dict[str, Tensor] = {}
+        with torch.no_grad(), self.engine.evaluating():
+            targets = self.task.targets(blocks, self.workers)
+            for block, target in zip(blocks, targets, strict=True):
+                _accumulate(sums, self.task.losses(block, target), block.weight / self.num_blocks)
+        names = sorted(sums)
+        values = self.workers(torch.stack([sums[name] for name in names])).tolist()
+        # As with norms: what is not finite is a gap in its curve.
+        return {f"val/{name}": value for name, value in zip(names, values, strict=True) if _finite(value)}
 
     # --- what is not finite -------------------------------------------------------------------------------------
 
@@ -219,9 +250,41 @@ class _Trainer:
         figures = {**dict(zip(names, values, strict=True)), "sample_order": total % _ORDER_RANGE}
         return {**figures, "replaced_photos": replaced} if replaced else figures
 
+    def _note_unreadable(self, rows: list[int]) -> None:
+        """Count the photos that any worker could not read in a step; collective.
+
+        Args:
+            rows: those that this worker could not read.
+
+        Raises:
+            UserError: with those of earlier steps they are more than the stage may find.
+        """
+        lengths = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        lengths[self.rank] = len(rows)
+        counts = self.workers(lengths).tolist()
+        found = torch.zeros(sum(counts), dtype=torch.int64, device=self.device)
+        start = sum(counts[: self.rank])
+        found[start : start + len(rows)] = torch.as_tensor(rows, dtype=torch.int64)
+        self.engine.unreadable |= set(self.workers(found).tolist())
+        every, limit = sorted(self.engine.unreadable), self.job.max_unreadable
+        if limit is None or len(every) <= limit:
+            return
+        shown = every[:_NAMED]
+        # Where another process reads, its log has the names.
+        names = [f"row {row} of the photos' index" for row in shown]
+        if isinstance(self.blocks, TellsTroubles):
+            names = self.blocks.paths(shown)
+        more = f"; and {len(every) - len(shown)} more" if len(every) > len(shown) else ""
+        raise UserError(
+            f"{self.job.name}: {len(every)} photos could not be read since the stage began, and max_unreadable allows "
+            f"{limit}: {'; '.join(names)}{more}",
+            where=self.job.where,
+            hint="put the files back, or raise `max_unreadable` of the stage. The log says why each could not be read",
+        )
+
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:
         """Each step's own blocks on the device, the next step's loaded behind the current one's back."""
-        self.seen: dict[int, tuple[int, int, _Ids]] = {}
+        self.seen: dict[int, tuple[int, int, _Ids, list[int]]] = {}
         self.waited_s = 0.0
         with ThreadPoolExecutor(1, thread_name_prefix="blocks") as pool:
             ahead: Future[list[Block]] | None = None
@@ -236,15 +299,18 @@ class _Trainer:
                         self.line.trouble(what)
                 own = [block for block in loaded if block.weight > 0]
                 ids = {block.index: block.ids for block in own}
-                self.seen[step] = sum(map(_order, own)), sum(block.num_replaced for block in own), ids
+                num_replaced = sum(block.num_replaced for block in own)
+                unreadable = sorted({int(row) for block in own for row in block.unreadable})
+                self.seen[step] = sum(map(_order, own)), num_replaced, ids, unreadable
                 with out_of_memory_explained(self.job, f"while blocks of step {step + 1} were moved"):
                     moved = [_to_device(block, self.device) for block in loaded]
                 yield step, moved
 
-    def _load(self, step: int) -> list[Block]:
-        blocks = [self.blocks.load(step, index) for index in range(self.rank, self.num_blocks, self.world)]
+    def _load(self, step: int, source: BlockSource | None = None) -> list[Block]:
+        source = source or self.blocks
+        blocks = [source.load(step, index) for index in range(self.rank, self.num_blocks, self.world)]
         while len(blocks) < self.slots:
-            filler = blocks[0] if blocks else self.blocks.load(step, 0)
+            filler = blocks[0] if blocks else source.load(step, 0)
             blocks.append(replace(filler, weight=0.0))
         return blocks
 
@@ -262,6 +328,7 @@ class _Trainer:
             self.engine.modules.state.clear()
             self.engine.modules.state.update(saved.state)
             self.engine.skips = saved.skips
+            self.engine.unreadable = saved.unreadable
             return checkpoint.restore(saved, self.engine)
         if self.job.start_from is not None:
             # An earlier stage's weights and moments; the count of this stage's steps starts anew.

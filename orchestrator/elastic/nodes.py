@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,3 +28,25 @@ def minimal_agents() -> Iterator[None]:
         yield
     finally:
         utils.get_dashboard_dependency_error = known
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """A cluster that this process starts meanwhile listens on loopback alone, whichever part of Ray it is.
+
+    It is what Ray does by itself where it supports single machines only; `ray.init` takes no such address elsewhere.
+    """
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    known, before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = known
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -187,7 +187,8 @@ class NoticeWatcher:
         except MetadataError as error:
             self._failures += 1
             if self._failures == 3:
-                self._report(f"the metadata service of {self._client.cloud} does not answer: {error}")
+                what = f"the metadata service of {self._client.cloud} does not answer"
+                self._report(f"{what}: {error}; it is asked again")
             return
         if self._failures >= 3:
             self._report(f"the metadata service of {self._client.cloud} answers again")

@@ -76,6 +76,7 @@ class RayWorkerPool:
         self._actors: dict[str, SlotActor] = {}
         self._draining: dict[str, int] = {}
         self._drains_polled = 0.0
+        self._drains_unknown = False
         self._waiting: list[Slot[SlotShape]] = []
         self._paused_until = 0.0
         self._failed_starts = 0
@@ -233,8 +234,18 @@ class RayWorkerPool:
         try:
             self._draining = draining_nodes()
         except Exception as error:  # Ray's state client raises what its RPC library does
-            logger.warning("the cluster does not say which nodes are draining: %s", error)
+            if not self._drains_unknown:
+                logger.warning(
+                    "the cluster does not say which nodes are draining since %s: %s; it is asked again every %.0f s, "
+                    "and workers stay where they are",
+                    time.strftime("%H:%M:%S"),
+                    error,
+                    _BACKOFF_S,
+                )
+            self._drains_unknown = True
             self._drains_polled = now + _BACKOFF_S
+        else:
+            self._drains_unknown = False
 
     def _find_silent(self) -> None:
         now = time.monotonic()

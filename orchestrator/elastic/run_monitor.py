@@ -32,6 +32,10 @@ class _Progress:
     step_s: float | None = None
 
 
+# What the names of held-out photos' figures begin with, see `loop.py`.
+_HELD_OUT = "val/"
+
+
 class RunMonitor:
     """The account of one run.
 
@@ -50,6 +54,7 @@ class RunMonitor:
         self._recovery: Recovery | None = None
         self._group_stepped = False
         self._line_at = self._metrics_at = time.monotonic()
+        self._unkept = False
 
     # --- what others ask --------------------------------------------------------------------------------------
 
@@ -101,8 +106,14 @@ class RunMonitor:
     def stepped(self, event: Event) -> None:
         """A step is done."""
         now, step = time.time(), int(event["step"])
-        metrics: dict[str, float] = event["figures"]
+        figures: dict[str, float] = event["figures"]
+        metrics = {name: value for name, value in figures.items() if not name.startswith(_HELD_OUT)}
         self._emit({"kind": "metrics", "values": metrics, "step": step, "channel": "train"})
+        if len(metrics) < len(figures):
+            held_out = {
+                name.removeprefix(_HELD_OUT): figures[name] for name in figures.keys() - metrics.keys()
+            }
+            self._emit({"kind": "metrics", "values": held_out, "step": step, "channel": "val"})
         first, self._group_stepped = not self._group_stepped, True
         if first:
             self.goodput.resumed(step - 1)
@@ -152,7 +163,15 @@ class RunMonitor:
             self.goodput.save(self._file)
         except OSError as error:
             # A full disk costs the account, and the checkpoints, which say so themselves.
-            self.log(logging.WARNING, f"the account of its time is not kept: {error}")
+            if not self._unkept:
+                self.log(
+                    logging.WARNING,
+                    f"the account of its time is not kept since {time.strftime('%H:%M:%S')}: {error}; training goes "
+                    "on, and it is tried again",
+                )
+            self._unkept = True
+        else:
+            self._unkept = False
         if last:
             text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             self.log(logging.INFO, text)

@@ -24,6 +24,8 @@ logger = logging.getLogger("orchestrator")
 
 FORMAT = 2
 COMMIT = "checkpoint.json"
+# Above any count of steps or workers, and still exact as a float.
+_MOST = 2**53
 TOKEN = re.compile(r"[a-z]\d+")
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -68,6 +70,12 @@ class Saved:
     def skips(self) -> Skips:
         """Updates that were skipped in its stage."""
         return Skips.of(self.meta.get("skipped"))
+
+    @property
+    def unreadable(self) -> set[int]:
+        """Rows of photos that could not be read in its stage; none if it was written by an earlier version."""
+        rows = self.meta.get("unreadable")
+        return {row for row in rows if isinstance(row, int)} if isinstance(rows, list) else set()
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -117,6 +125,11 @@ def parse(text: str | bytes, path: Path) -> Saved:
     wrong = [name for name, kind in expected.items() if not isinstance(meta.get(name), kind)]
     if wrong:
         raise CheckpointError(f"{COMMIT} has no valid {', '.join(wrong)}")
+    # bool is an int, and JSON has true.
+    counts = {"step": 0, "updates": 0, "num_workers": 1}
+    wrong = [name for name, least in counts.items() if not least <= meta[name] <= _MOST or meta[name] is True]
+    if wrong:
+        raise CheckpointError(f"{COMMIT} has no valid {', '.join(wrong)}")
     saved = Saved(path, meta)
     # Names are made, not taken from the file: one that leads elsewhere must never be opened or fetched.
     if (
@@ -125,6 +138,9 @@ def parse(text: str | bytes, path: Path) -> Saved:
         or set(saved.files) != set(map(saved.shard, range(saved.world)))
     ):
         raise CheckpointError(f"{COMMIT} lists other files than {saved.world} workers write")
+    state = meta.get("state", {})
+    if not isinstance(state, dict) or not all(isinstance(value, int | float) for value in state.values()):
+        raise CheckpointError(f"{COMMIT} has no valid state")
     entries = saved.files.items()
     unusable = sorted(name for name, entry in entries if not _is_entry(entry)) + sorted(
         key for key, numel in saved.keys.items() if not isinstance(numel, int) or numel < 0

@@ -99,7 +99,11 @@ class Saver:
         self._copy(engine)
         self.pending, self._updates = step, engine.updates
         # What the manifest says besides, as it is now: training goes on before that is written.
-        self._state = {"state": dict(engine.modules.state), "skipped": engine.skips.saved()}
+        self._state = {
+            "state": dict(engine.modules.state),
+            "skipped": engine.skips.saved(),
+            "unreadable": sorted(engine.unreadable),
+        }
         self._written = self._thread.submit(lambda: self._write(step))
         self.last_stall_s = time.monotonic() - started
         self.stall_s += self.last_stall_s

@@ -310,7 +310,7 @@ class SlotBlocks:
 
     def load(self, step: int, index: int) -> Block:
         """See :class:`orchestrator.data.blocks.BlockSource`."""
-        from orchestrator.data.blocks import Block
+        from orchestrator.data.blocks import Block, with_unreadable
 
         message = self._client.load(step, index)
         if "mistake" in message.body:
@@ -320,4 +320,5 @@ class SlotBlocks:
             raise RuntimeError(f"block {index} of step {step} did not come: {message.body['error']}")
         assert message.fd is not None
         arrays = unpack(message.fd, message.body["layout"])
-        return Block(step, index, arrays.pop("ids"), arrays)
+        ids, unreadable = arrays.pop("ids"), arrays.pop("unreadable", None)
+        return with_unreadable(Block(step, index, ids, arrays), unreadable)

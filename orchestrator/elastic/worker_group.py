@@ -75,7 +75,10 @@ class _BoundedRay:
         except ray.exceptions.GetTimeoutError:
             if not self._forgiving:
                 raise
-            logger.warning("no answer within %.0f s; Ray Train's state of a run may lag", limit_s)
+            logger.warning(
+                "no answer of Ray's head within %.0f s; Ray Train's state of a run lags until then, training goes on",
+                limit_s,
+            )
             return None
 
 

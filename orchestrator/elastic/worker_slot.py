@@ -355,7 +355,8 @@ class WorkerSlot(Worker):
         request = message.body
         try:
             block = source.load(request["step"], request["index"])
-            fd, layout = pack({"ids": block.ids, **block.arrays})
+            unreadable = {"unreadable": block.unreadable} if len(block.unreadable) else {}
+            fd, layout = pack({"ids": block.ids, **unreadable, **block.arrays})
         except Exception as error:
             answer: dict[str, Any] = {"op": "block", "error": f"{type(error).__name__}: {error}"}
             if isinstance(error, UserError):

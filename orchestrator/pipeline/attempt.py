@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator import disk
 from orchestrator.errors import Stopped, UserError, shortened
 from orchestrator.pipeline.code import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread
@@ -101,7 +103,7 @@ class Attempt:
                     lease.on_lost = self.interrupt.stop.set
                     if self.fresh:
                         self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
-                    work.mkdir(parents=True, exist_ok=True)
+                    self._begin(self.stage.parts.kind, self.stage.key)
                     outcome = self._run_and_publish(work, lease)
                     self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
             except LostHoldError:
@@ -111,11 +113,26 @@ class Attempt:
                 outcome = Outcome("stopped", 0.0)
             except Exception as error:
                 # A worker that got the same Ctrl-C may die before the stage can stop: that is no failure.
-                outcome = Outcome("stopped" if self.interrupt.stop.is_set() else "failed", 0.0, error=error)
+                shown = error
+                if disk.is_full(error) and not isinstance(error, UserError):
+                    shown = full_disk(error, self.workspace)
+                outcome = Outcome("stopped" if self.interrupt.stop.is_set() else "failed", 0.0, error=shown)
                 logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
             outcome.seconds = time.monotonic() - started
             logger.info("%s after %.1f s", outcome.state, outcome.seconds)
         return outcome
+
+    @property
+    def _digests(self) -> dict[str, str]:
+        """The content of what is read, by role: two artifacts of one key may differ."""
+        return {role: artifact.manifest.digest for role, artifact in self.inputs.items()}
+
+    def _begin(self, kind: str, key: str) -> None:
+        """Make the folder of unfinished work, without what was begun with other inputs."""
+        if self.workspace.begun_from(kind, key) not in (None, self._digests):
+            self.workspace.drop_work(kind, key)
+        self.workspace.work(kind, key).mkdir(parents=True, exist_ok=True)
+        self.workspace.note_begun(kind, key, self._digests)
 
     def _run_and_publish(self, work: Path, lease: Lease) -> Outcome:
         artifacts = self.workspace.artifacts()
@@ -175,8 +192,7 @@ class Attempt:
         with self.workspace.keeper.hold(hold, f"a {kind} of stage {self.stage.name!r}") as lease:
             lease.on_lost = self.interrupt.stop.set
             known = artifacts.intact(kind, key)
-            # What an earlier attempt of this very run has made anew is not made again.
-            outdated = known if known is not None and self.anew and not self._made_here(known) else None
+            outdated = known if known is not None and self._is_outdated(known) else None
             known = None if outdated is not None else known
             if self.fresh and first and known is None:
                 self.workspace.drop_work(kind, key)
@@ -184,7 +200,7 @@ class Attempt:
             name = str(identity.get("name", key[:8]))
             self.workspace.note_piece(self.stage.parts.kind, self.stage.key, name, kind, key)
             if known is None:
-                work.mkdir(parents=True, exist_ok=True)
+                self._begin(kind, key)
 
             def publish(folder: Path, summary: Mapping[str, float]) -> Path:
                 lease.check()
@@ -198,8 +214,17 @@ class Attempt:
             there = known.path if known is not None else None
             yield Part(work, self.workspace.remote_work(kind, key), there, key, publish)
 
-    def _made_here(self, artifact: Artifact) -> bool:
-        return artifact.manifest.provenance.get("run_id") == self.run.run_id
+    def _is_outdated(self, piece: Artifact) -> bool:
+        """Whether a piece that is there has to be made anew.
+
+        Its key has the keys of what it was made from, whose content may be another since: students of an earlier
+        teacher do not go with those of the present one.
+        """
+        made = piece.manifest.provenance
+        if self.anew and made.get("run_id") != self.run.run_id:
+            # What an earlier attempt of this very run has made anew is not made again.
+            return True
+        return "inputs" in made and made["inputs"] != self._digests
 
     def _provenance(self) -> dict[str, Any]:
         return {
@@ -212,8 +237,19 @@ class Attempt:
             # No reason to make anything anew, unlike those: what is published says it, whoever publishes it.
             "made_by": {"python": ".".join(platform.python_version_tuple()[:2]), **versions((PACKAGE,))},
             "code": {"digest": digest_of(self.stage.code), "files": dict(self.stage.code)},
-            "inputs": {role: artifact.manifest.digest for role, artifact in self.inputs.items()},
+            "inputs": self._digests,
         }
+
+
+def full_disk(error: BaseException, workspace: Workspace) -> UserError:
+    """What to say of a disk without room, in place of the error that came of it."""
+    # Ray's own files, and what is in the making, are in the system's folder for such things.
+    what = disk.described(error, [workspace.root, Path(tempfile.gettempdir())])
+    return UserError(
+        what,
+        hint="make room on it and run the same command: what is done and every whole checkpoint are kept, and it "
+        "goes on from there",
+    )
 
 
 def merged_elastic(default: Elastic, own: Elastic | None) -> Elastic:

@@ -95,12 +95,16 @@ class Queue:
         store: holds it.
         name: the start of its objects' names; no other thing's is the same.
         fenced: keep epochs: numbers of those who entered rise for ever.
+
+    Attributes:
+        unleft: places that were given up, while the store did not take that: they are still in the way.
     """
 
     def __init__(self, store: Store, name: str, *, fenced: bool = True) -> None:
         self._store = store
         self.name = name
         self._fenced = fenced
+        self.unleft: list[Place] = []
 
     def look(self) -> View:
         """The queue now."""
@@ -153,7 +157,7 @@ class Queue:
                 if self._is_served(place, usher):
                     return place
             except BaseException:
-                # The first error is the one to tell; a place that stays behind dies with its process.
+                # The first error is the one to tell; a place that stays behind is in `unleft`.
                 with contextlib.suppress(Exception):
                     self.leave(place)
                 raise
@@ -161,9 +165,12 @@ class Queue:
 
     def leave(self, place: Place) -> None:
         """Give the place up, or remove a dead one's. The door first: from then on the ticket is void."""
+        if place not in self.unleft:
+            self.unleft.append(place)
         self._store.delete(self.door(place))
         if place.number is not None:
             self._store.delete(self._ticket(place))
+        self.unleft.remove(place)
 
     def has(self, place: Place) -> bool:
         """Whether nobody removed the place; two look-ups."""

@@ -18,10 +18,11 @@ def print_checkpoints(console: Console, descriptions: Sequence[Description]) -> 
     if len(descriptions) == 1:
         print_description(console, descriptions[0])
     else:
-        table = stage_table("step", "updates", "workers", "group", "written", "size", "state")
+        table = stage_table("step", "updates", "skipped", "workers", "group", "written", "size", "state")
         for one in descriptions:
-            known = (f"{one.updates:,}", str(one.workers), one.token, one.created, size(one.size))
-            table.add_row(_step(one), *(known if one.files else ("",) * 5), _state(one.problem))
+            counts = (f"{one.updates:,}", f"{one.skips.total:,}", str(one.workers))
+            known = (*counts, one.token, one.created, size(one.size))
+            table.add_row(_step(one), *(known if one.files else ("",) * len(known)), _state(one.problem))
         console.print(table)
     return all(one.problem is None for one in descriptions)
 
@@ -36,6 +37,7 @@ def print_description(console: Console, description: Description) -> None:
     facts = {
         "step": _step(description),
         "updates": f"{description.updates:,}",
+        "skipped": f"{description.skips.total:,}",
         "workers": f"{description.workers} (group {description.token})",
         "written": description.created,
         **{name: str(value) for name, value in description.meta.items()},
@@ -47,6 +49,8 @@ def print_description(console: Console, description: Description) -> None:
         table.add_row(Text(name, style="bright_black"), value)
     console.print(table)
     console.print()
+    if description.skips.recent:
+        console.print(Text(f"skipped updates\n  {description.skips.listed()}\n"), soft_wrap=True)
     holds = stage_table("holds", "tensors", "elements")
     for kind in description.kinds:
         holds.add_row(kind.name, f"{kind.tensors:,}", f"{kind.elements:,}")

@@ -123,6 +123,8 @@ def _bad_value(path: KeyPath, group: list[ErrorDetails], document: Document) -> 
     if known and not is_private(path) and group[0]["type"] not in ("value_error", "assertion_error"):
         what += f", not {show(value)}"
     hint = f"did you mean {close!r}?" if close else None
+    if isinstance(value, bool) and any(details["type"] in ("int_type", "float_type") for details in group):
+        hint = f"write {int(value)} if you mean that number"
     return UserError(what, where=document.where(path), hint=hint)
 
 

@@ -13,10 +13,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from orchestrator import disk
 from orchestrator.elastic.cluster import JoinedCluster
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.pipeline import graph, record, system, tracked
-from orchestrator.pipeline.attempt import Attempt, Outcome, merged_elastic
+from orchestrator.pipeline.attempt import Attempt, Outcome, full_disk, merged_elastic
 from orchestrator.pipeline.check import check_cluster
 from orchestrator.pipeline.code import digest_of
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
@@ -28,8 +29,10 @@ from orchestrator.pipeline.plan import (
     Choice,
     ResolvedStage,
     StagePlan,
+    begun_with,
     is_awaited,
     needs_attention,
+    other_inputs,
     plan,
 )
 from orchestrator.pipeline.reporter import Reporter
@@ -43,6 +46,8 @@ from orchestrator.tracking.spool import clean_name
 logger = logging.getLogger("orchestrator")
 
 DONE, FAILED, MISTAKE = 0, 1, 2
+# A page that a stage makes to be looked at.
+REPORT = "report.html"
 # A cluster that is lost more often than that is not lost by chance.
 _MOST_LOSSES, _WITHIN_S = 3, 3600.0
 _STATUS: dict[int, Status] = {DONE: "FINISHED", ABORTED: "KILLED"}
@@ -83,11 +88,14 @@ def execute(
             workspace.tidy()
             training = _training(loaded, stages)
             start = start_cluster or partial(_start_cluster, training, loaded.spec.elastic, reporter.note)
-            tracking = open_tracking or tracked.open_tracking
-            return _Driver(loaded, stages, workspace, lease, reporter, start, tracking, choice).execute()
+            return _Driver(loaded, stages, workspace, lease, reporter, start, open_tracking, choice).execute()
     except LostHoldError as error:
         reporter.lost(str(error))
         return FAILED
+    except Exception as error:
+        if isinstance(error, UserError) or not disk.is_full(error):
+            raise
+        raise full_disk(error, workspace) from error
 
 
 class _Driver:
@@ -99,7 +107,7 @@ class _Driver:
         lease: Lease,
         reporter: Reporter,
         start_cluster: StartCluster,
-        open_tracking: OpenTracking,
+        open_tracking: OpenTracking | None,
         choice: Choice,
     ) -> None:
         self._loaded = loaded
@@ -107,14 +115,22 @@ class _Driver:
         self._lease = lease
         self._reporter = reporter
         self._start_cluster = start_cluster
-        self._open_tracking = open_tracking
         self._ledger = workspace.ledger(loaded.name, lease)
         self._plans = plan(
-            stages, self._ledger.state, workspace.find, reached=workspace.reached, choice=choice
+            stages,
+            self._ledger.state,
+            workspace.find,
+            reached=workspace.reached,
+            begun_from=workspace.begun_from,
+            choice=choice,
         )
         self._artifacts: dict[str, Artifact] = {}
         self._exit_code = DONE
         self._interrupt = Interrupt()
+        # Looked up late: tests put another one in its place.
+        self._open_tracking = open_tracking or partial(
+            tracked.open_tracking, say=reporter.note, stop=self._interrupt.stop
+        )
         lease.on_lost = self._interrupt.stop.set
         self._mirror = workspace.mirror(loaded.name)
         if self._mirror is not None:
@@ -131,8 +147,9 @@ class _Driver:
                 if item.action == "cached" and item.stage.effects and (lacking := self._lacking(item)):
                     text = f"what {item.name} publishes was not compared: it lacks {', '.join(lacking)}"
                     self._reporter.note(text)
-            tracked.send_leftovers(self._loaded, self._workspace)
+            tracked.send_leftovers(self._loaded, self._workspace, self._reporter.note)
             self._reporter.nothing_to_do(self._plans, list(self._drifts))
+            self._tell_rest()
             return DONE
         state = self._ledger.state
         before = state.status
@@ -162,7 +179,18 @@ class _Driver:
                 root.finish(status)
                 self._ledger.append("closed", status=status)
         self._reporter.finished(self._plans, self._ledger.state, self._exit_code)
+        self._tell_rest()
         return self._exit_code
+
+    def _tell_rest(self) -> None:
+        """Where the reports are, and what MLflow has not taken yet."""
+        for name, artifact in self._artifacts.items():
+            path = artifact.path / REPORT
+            # One that another machine made is in the remote store only.
+            if REPORT in artifact.manifest.files and path.is_file():
+                self._reporter.report(name, path)
+        if waiting := tracked.waiting(self._loaded, self._workspace):
+            self._reporter.note(str(waiting))
 
     def _record_pipeline(self, root: Run) -> None:
         """Keep the resolved file in the store and in the pipeline's run."""
@@ -293,6 +321,7 @@ class _Driver:
             if self._interrupt.stop.is_set():
                 self._exit_code = ABORTED
                 return
+        item = self._over_if_outdated(item)
         known = self._ledger.state.stages.get(item.name)
         goes_on = (
             known is not None and known.key == item.stage.key and known.state != "done" and not item.fresh
@@ -320,6 +349,14 @@ class _Driver:
                 outcome.seconds += before
         _sum_up(root, item.name, outcome.summary)
         self._conclude(item, run, run_id, outcome)
+
+    def _over_if_outdated(self, item: StagePlan) -> StagePlan:
+        """Let a stage start over whose unfinished work read what this very run has made anew."""
+        begun = self._workspace.begun_from(item.kind, item.stage.key)
+        earlier = other_inputs(begun or {}, item.stage, self._artifacts)
+        if item.fresh or not earlier:
+            return item
+        return replace(item, fresh=True, reasons=(*item.reasons, begun_with(earlier)))
 
     def _enter_cluster(self, cluster: ExitStack) -> None:
         address = self._loaded.spec.cluster.address
@@ -462,6 +499,7 @@ class _Driver:
 
     def _abort(self) -> None:
         """Best effort: the ledger keeps `running`, so the next driver resumes or closes the runs anyway."""
+        self._reporter.aborted(self._plans)
         for run in reversed(self._open_runs if self._lease.lost is None else []):
             run.finish("KILLED")
 

@@ -18,7 +18,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from orchestrator import disk
 from orchestrator.errors import UserError
 from orchestrator.pipeline.bakery import Place, Queue, TakenError
 from orchestrator.pipeline.process import Who, is_suspended, lives, this_process
@@ -142,6 +144,8 @@ class Keeper:
         self._me = me or this_process()
         self._watch = Watch(store, self.timing)
         self._leases: list[Lease] = []
+        # Queues with places that were given up and are still there.
+        self._unleft: list[Queue] = []
         self._count = 0
         self._lock = threading.Lock()
         self._users = 0
@@ -169,11 +173,16 @@ class Keeper:
         """
         queue = Queue(self._store, f"holds/{name}", fenced=above is not None)
         with self._beating():
+            self._leave_again()
             newcomer = Newcomer(self._watch, self.timing, what, say or _log.warning)
             try:
                 place = queue.enter(self._me, newcomer, above=above or 0)
             except TakenError as error:
                 raise _taken(error.who, what, queue.name) from None
+            except OSError as error:
+                raise _unwritable(error, self._store.root) from None
+            finally:
+                self._note_unleft(queue)
             with contextlib.suppress(OSError):  # at the latest the next one does it
                 self._watch.bury()
             lease = Lease(self, queue, place, what, newcomer.notes)
@@ -218,8 +227,22 @@ class Keeper:
         try:
             queue.leave(place)
         except Exception as error:
-            # It is given up all the same: once this process ends, others see that it did.
-            _log.warning("could not give up %s: %s", queue.name, error)
+            # It is given up all the same: with the next beat, or when this process ends.
+            _log.warning("could not give up %s yet: %s", queue.name, error)
+        finally:
+            self._note_unleft(queue)
+
+    def _note_unleft(self, queue: Queue) -> None:
+        if queue.unleft and queue not in self._unleft:
+            self._unleft.append(queue)
+
+    def _leave_again(self) -> None:
+        """Give up what the store did not let go of before; what it still does not is left for the next time."""
+        for queue in list(self._unleft):
+            with contextlib.suppress(Exception):
+                for place in list(queue.unleft):
+                    queue.leave(place)
+                self._unleft.remove(queue)
 
     @contextlib.contextmanager
     def _beating(self) -> Iterator[None]:
@@ -228,7 +251,7 @@ class Keeper:
             try:
                 self.beat()
             except OSError as error:
-                raise UserError(f"cannot write to the store: {error}", where="store") from None
+                raise _unwritable(error, self._store.root) from None
             self._stop = threading.Event()
             threading.Thread(target=self._keep_beating, args=(self._stop,), name="holds", daemon=True).start()
         self._users += 1
@@ -238,6 +261,7 @@ class Keeper:
             self._users -= 1
             if self._users == 0:
                 self._stop.set()
+                self._leave_again()
                 with contextlib.suppress(Exception):
                     self._watch.bury()
                     self._silence()
@@ -248,6 +272,7 @@ class Keeper:
             self._store.delete(beat_name(self._me))
 
     def _keep_beating(self, stop: threading.Event) -> None:
+        failing = False
         while not stop.wait(self.timing.beat_s):
             renewals: list[Callable[[], object]] = [lease.renew for lease in self._leases] or [self.beat]
             for renew in renewals:
@@ -255,8 +280,31 @@ class Keeper:
                     return
                 try:
                     renew()
+                    failing = False
                 except Exception as error:
-                    _log.warning("a sign of life did not reach the store: %s", error)
+                    if not failing:
+                        self._complain(error)
+                    failing = True
+            self._leave_again()
+
+    def _complain(self, error: Exception) -> None:
+        root = self._store.root
+        _log.warning(
+            "no sign of life reaches the store since %s: %s; tried again every %.0f s, and after %.0f s the run ends, "
+            "since another driver may take over then",
+            time.strftime("%H:%M:%S"),
+            disk.described(error, [root]) if disk.is_full(error) else error,
+            self.timing.beat_s,
+            self.timing.lapse_s,
+        )
+
+
+def _unwritable(error: OSError, root: Path) -> UserError:
+    if disk.is_full(error):
+        return UserError(
+            disk.described(error, [root]), where="store", hint="make room on it; nothing was changed"
+        )
+    return UserError(f"cannot write to the store: {error}", where="store")
 
 
 def _taken(who: Who, what: str, where: str) -> UserError:

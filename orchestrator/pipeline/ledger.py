@@ -207,6 +207,8 @@ class Ledger:
         self._prefix = f"ledger/{pipeline}/"
         self._fence = fence
         self._events: dict[_Name, Event | None] = {}
+        # The highest number that was tried: what failed may be there all the same, and is never overwritten.
+        self._tried = -1
         self.state = PipelineState()
         self.refresh()
 
@@ -234,13 +236,16 @@ class Ledger:
     def append(self, event: Happening, **fields: Any) -> None:
         """Write one event durably, then count it in.
 
+        Where the store fails, the event may or may not be on record; readers see it whole or not at all.
+
         Raises:
             LostHoldError: another driver may have the pipeline by now; nothing was written.
         """
         assert self._fence is not None, "only the driver that holds the pipeline appends"
         self._fence.check()
         written = Event(time=time.time(), event=event, **fields)
-        name = _Name(max((name.number for name in self._events), default=-1) + 1, self._fence.epoch)
+        self._tried = 1 + max(self._tried, *(name.number for name in self._events), -1)
+        name = _Name(self._tried, self._fence.epoch)
         fields = {"format": written.format} | written.model_dump(mode="json", exclude_defaults=True)
         data = json.dumps(fields, indent=1).encode()
         self._store.put_bytes(f"{self._prefix}{name}", data)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,7 +79,11 @@ class Mirror:
             except (OSError, UserError) as error:
                 if not self._failing:
                     _log.warning(
-                        "tracking records are on this machine only until the store answers: %s", error
+                        "tracking records are on this machine only since %s, until the store answers; tried again "
+                        "every %.0f s: %s",
+                        time.strftime("%H:%M:%S"),
+                        self._every_s,
+                        error,
                     )
                 self._failing = True
                 return False

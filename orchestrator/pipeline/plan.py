@@ -21,6 +21,8 @@ from orchestrator.store.artifact import Artifact
 Fingerprint = Callable[[DataSource, str], str]
 # A kind and a key → how far the unfinished work on it is, such as `step 40`; nothing if that is not known.
 Reached = Callable[[str, str], str]
+# A kind and a key → the content that the unfinished work on it reads, by role; None if that is not known.
+BegunFrom = Callable[[str, str], Mapping[str, str] | None]
 # Files of other code that are named before the rest is counted.
 _NAMED = 3
 
@@ -166,6 +168,7 @@ def plan(
     *,
     driven: bool = False,
     reached: Reached = lambda kind, key: "",
+    begun_from: BegunFrom = lambda kind, key: None,
     choice: Choice = EVERYTHING,
 ) -> list[StagePlan]:
     """For every resolved stage: run it or not, and the reasons in words.
@@ -176,6 +179,7 @@ def plan(
         find: the artifact of a kind and a key, or None.
         driven: another process is running the pipeline now.
         reached: how far unfinished work is.
+        begun_from: what unfinished work reads.
         choice: which stages to look at, and which to make anew.
 
     Raises:
@@ -189,7 +193,8 @@ def plan(
         if stage.name not in chosen:
             plans[stage.name] = StagePlan(stage, "left out", ("not chosen",), artifact)
         else:
-            plans[stage.name] = _planned(stage, known, artifact, plans, driven, reached, choice)
+            begun = begun_from(stage.parts.kind, stage.key)
+            plans[stage.name] = _planned(stage, known, artifact, plans, driven, reached, begun, choice)
     _check_inputs(plans)
     return list(plans.values())
 
@@ -201,6 +206,7 @@ def _planned(
     before: Mapping[str, StagePlan],
     driven: bool,
     reached: Reached,
+    begun: Mapping[str, str] | None,
     choice: Choice,
 ) -> StagePlan:
     going = known is not None and known.key == stage.key and known.state not in ("done", "pending")
@@ -218,12 +224,16 @@ def _planned(
         return StagePlan(stage, "run", (_by_other(other),), artifact, anew=True, fresh=True)
     if artifact is not None and not (going and is_awaited(known, artifact)):
         notes = [_by_other(other)] if other else []
-        notes += [f"made from an earlier {name}" for name in _other_inputs(artifact, stage, before)]
+        made_from = artifact.manifest.provenance.get("inputs", {})
+        notes += [f"made from an earlier {name}" for name in other_inputs(made_from, stage, _made(before))]
         why = _why_cached(known, stage) + (f" ({'; '.join(notes)})" if notes else "")
         return StagePlan(stage, "cached", (why,), artifact, other_code=other)
-    reasons = _why_run(known, stage, driven, reached)
-    fresh = begun_by_other and choice.on_code
-    if begun_by_other:
+    earlier = other_inputs(begun or {}, stage, _made(before))
+    # What was begun with another input is not gone on with.
+    reasons = [] if earlier and going else _why_run(known, stage, driven, reached)
+    reasons += [begun_with(earlier)] if earlier else []
+    fresh = bool(earlier) or (begun_by_other and choice.on_code)
+    if begun_by_other and not earlier:
         reasons.append("begun by other code" + (", so it starts over: --rerun-on code" if fresh else ""))
     # What was to replace something when it began still is.
     replaces = fresh or (known is not None and going and known.anew)
@@ -256,15 +266,30 @@ def _other_code(artifact: Artifact, stage: ResolvedStage) -> list[str]:
     return found + [f"{name} {old}" for name, old in packages.items() if _packages().get(name) != old]
 
 
-def _other_inputs(artifact: Artifact, stage: ResolvedStage, before: Mapping[str, StagePlan]) -> list[str]:
-    """The needed stages that were made anew since, with other content."""
-    digests = artifact.manifest.provenance.get("inputs", {})
-    inputs = {role: before[need].artifact for role, need in stage.roles.items()}
+def other_inputs(
+    digests: Mapping[str, str], stage: ResolvedStage, artifacts: Mapping[str, Artifact]
+) -> list[str]:
+    """The needed stages whose artifacts have other content than what was read of them, as far as that is known.
+
+    Args:
+        digests: of the content that was read, by role.
+        stage: who read it.
+        artifacts: what there is now, by stage.
+    """
     return [
-        stage.roles[role]
-        for role, there in inputs.items()
-        if there is not None and role in digests and there.manifest.digest != digests[role]
+        need
+        for role, need in stage.roles.items()
+        if need in artifacts and role in digests and artifacts[need].manifest.digest != digests[role]
     ]
+
+
+def begun_with(earlier: Sequence[str]) -> str:
+    """Why a stage whose unfinished work read what has been made anew since starts over."""
+    return f"begun with an earlier {' and '.join(earlier)}, so it starts over"
+
+
+def _made(plans: Mapping[str, StagePlan]) -> dict[str, Artifact]:
+    return {name: item.artifact for name, item in plans.items() if item.artifact is not None}
 
 
 @cache

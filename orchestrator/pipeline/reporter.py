@@ -55,6 +55,8 @@ class Reporter:
         self._width = 0
         self._started = time.monotonic()
         self._results: dict[str, tuple[str, float, Mapping[str, float]]] = {}
+        # The stage that runs, and since when.
+        self._current: tuple[str, float] | None = None
 
     def nothing_to_do(self, plans: Sequence[StagePlan], compared: Sequence[str]) -> None:
         """Everything is there already, in the store and outside, where what the `compared` stages did is."""
@@ -99,6 +101,7 @@ class Reporter:
 
     def started(self, item: StagePlan, attempt: int) -> None:
         """A stage starts."""
+        self._current = item.name, time.monotonic()
         number = f"attempt {attempt}, " if attempt > 1 else ""
         self._line("run", item.name, "started", number + item.reasons[0])
         for reason in item.reasons[1:]:
@@ -106,16 +109,19 @@ class Reporter:
 
     def done(self, item: StagePlan, outcome: Outcome) -> None:
         """A stage is done."""
+        self._current = None
         self._results[item.name] = ("done", outcome.seconds, outcome.summary)
         self._line("done", item.name, f"done in {duration(outcome.seconds)}", figures(outcome.summary))
 
     def stopped(self, item: StagePlan, outcome: Outcome) -> None:
         """A stage stopped because it was asked to."""
+        self._current = None
         self._results[item.name] = ("stopped", outcome.seconds, {})
         self._line("stopped", item.name, f"stopped after {duration(outcome.seconds)}", outcome.message or "")
 
     def failed(self, item: StagePlan, outcome: Outcome, log: Path) -> None:
         """A stage failed; the traceback is in its log."""
+        self._current = None
         self._results[item.name] = ("failed", outcome.seconds, {})
         self._line("failed", item.name, f"failed after {duration(outcome.seconds)}", outcome.message or "")
         indent = " " * (self._width + 4)
@@ -136,13 +142,7 @@ class Reporter:
 
     def finished(self, plans: Sequence[StagePlan], state: PipelineState, exit_code: int) -> None:
         """The run is over: the table, and how to go on if it is not complete."""
-        table = stage_table("stage", "result", "time", "key", "figures")
-        for item in plans:
-            result, seconds, summary = self._results.get(item.name, ("pending", 0.0, {}))
-            spent = duration(seconds) if seconds else ""
-            table.add_row(item.name, mark(result), spent, short(item.stage.key), figures(summary))
-        self._console.print()
-        self._console.print(table)
+        self._table(plans)
         took = duration(time.monotonic() - self._started)
         line = Text()
         if exit_code == 0:
@@ -156,6 +156,35 @@ class Reporter:
             )
             line.append(f"\n  {self._again}", "bold")
         self._console.print(line, soft_wrap=True)
+
+    def aborted(self, plans: Sequence[StagePlan]) -> None:
+        """The second Ctrl-C came, and the process is about to end."""
+        if self._current is not None:
+            name, since = self._current
+            self._results[name] = ("interrupted", time.monotonic() - since, {})
+        self._table(plans)
+        took = duration(time.monotonic() - self._started)
+        line = Text("■", "yellow").append(
+            f" Aborted after {took}. What is done and every whole checkpoint are kept; go on with:", "default"
+        )
+        self._console.print(line.append(f"\n  {self._again}", "bold"), soft_wrap=True)
+        # The line that changes had hidden it.
+        self._console.show_cursor()
+
+    def report(self, name: str, path: Path) -> None:
+        """A stage made a page to be looked at."""
+        here = Path.cwd()
+        path = path.relative_to(here) if path.is_relative_to(here) else path
+        self._console.print(Text(f"  report of {name}: {path}", style="default"), soft_wrap=True)
+
+    def _table(self, plans: Sequence[StagePlan]) -> None:
+        table = stage_table("stage", "result", "time", "key", "figures")
+        for item in plans:
+            result, seconds, summary = self._results.get(item.name, ("pending", 0.0, {}))
+            spent = duration(seconds) if seconds else ""
+            table.add_row(item.name, mark(result), spent, short(item.stage.key), figures(summary))
+        self._console.print()
+        self._console.print(table)
 
     @contextlib.contextmanager
     def working(self, item: StagePlan) -> Iterator[None]:

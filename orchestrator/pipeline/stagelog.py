@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +21,33 @@ class _Formatter(logging.Formatter):
         return redacted(super().format(record))
 
 
+class _File(logging.FileHandler):
+    """The log file. A disk without room costs lines of it, not the stage, nor a traceback a line on the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """See :class:`logging.Handler`."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """See :class:`logging.Handler`. What is in its buffer may find no room."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def stage_log(path: Path, title: str) -> Iterator[logging.Logger]:
     """Append the records of logger `orchestrator` (INFO and up) to `path`, below a line with `title`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("orchestrator")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _File(path, encoding="utf-8")
     handler.setFormatter(_Formatter(_FORMAT))
     handler.setLevel(logging.INFO)
     level = logger.level
     logger.addHandler(handler)
     if logger.getEffectiveLevel() > logging.INFO:
         logger.setLevel(logging.INFO)
-    with path.open("a", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
         file.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n")
     try:
         yield logger

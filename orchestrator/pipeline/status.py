@@ -16,7 +16,9 @@ from orchestrator.pipeline.key import short
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.reporter import duration, figures, mark, stage_table
+from orchestrator.pipeline.tracked import waiting
 from orchestrator.pipeline.workspace import Workspace
+from orchestrator.tracking.backlog import counted
 from orchestrator.tracking.spool import Spool
 
 # Of the tags that elastic/run_state.py sets.
@@ -54,6 +56,11 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
     console.print(table)
     _print_runs(console, spool, [state.stages[name] for name in loaded.spec.stages if name in state.stages])
     _print_orphans(console, loaded, workspace)
+    if (waits := waiting(loaded, workspace)) is not None:
+        # Those of a run that goes on are about to be sent.
+        text = f"{counted(waits.backlog.records)} on the way to MLflow."
+        calm = driven and waits.outage is None
+        console.print(Text(text if calm else f"{waits}.", style="" if calm else "yellow"), soft_wrap=True)
     if driver is not None:
         what = "It is being run by" if driven else "It was broken off: there is no sign of life from"
         console.print(Text(f"{what} {driver.who}."), soft_wrap=True)
@@ -86,7 +93,7 @@ def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageSta
     )
     for tags in runs:
         attempts = _attempts(tags["attempts"])
-        newest = f"{attempts[-1]['status']}, {attempts[-1]['workers']} workers" if attempts else ""
+        newest = f"{attempts[-1]['status']}, {_workers(attempts[-1]['workers'])}" if attempts else ""
         failed = [
             f"{', '.join(map(str, one['failed_ranks']))}: {one.get('detail', '')}"
             for one in reversed(attempts)
@@ -101,6 +108,10 @@ def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageSta
             "; ".join(failed[:2]),
         )
     console.print(table)
+
+
+def _workers(count: object) -> str:
+    return f"{count} worker{'' if str(count) == '1' else 's'}"
 
 
 def _ray_train(spool: Spool | None, stage: StageState) -> list[dict[str, str]]:

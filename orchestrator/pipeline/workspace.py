@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 # Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
 _CHECKPOINTS = "checkpoints"
 _PIECES = "pieces.json"
+# Beside the checkpoints of unfinished work: what it reads.
+_BEGUN_FROM = "begun_from.json"
 # The hold of who deletes what no pipeline needs, and what it does in words.
 _DELETING, _DELETER = "gc", "`orchestrator gc`"
 
@@ -201,6 +203,21 @@ class Workspace:
             return {str(name): (str(kind), str(key)) for name, (kind, key) in found.items()}
         except (FileNotFoundError, ValueError, TypeError, AttributeError, RecursionError):
             return {}
+
+    def note_begun(self, kind: str, key: str, digests: Mapping[str, str]) -> None:
+        """Put down of which content, by role, the unfinished work on a key is made."""
+        text = json.dumps(dict(sorted(digests.items())))
+        self.store().put_bytes(f"work/{folder_name(kind, key)}/{_BEGUN_FROM}", text.encode())
+
+    def begun_from(self, kind: str, key: str) -> dict[str, str] | None:
+        """What :meth:`note_begun` put down; None if there is no such work, or an earlier version began it."""
+        if not self.exists():
+            return None
+        try:
+            found: Any = json.loads(self.store().get_bytes(f"work/{folder_name(kind, key)}/{_BEGUN_FROM}"))
+            return {str(role): str(digest) for role, digest in found.items()}
+        except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+            return None
 
     def _newest_step(self, kind: str, key: str) -> int | None:
         remote = self.remote_work(kind, key)

@@ -412,7 +412,11 @@ def _apply(document: Document, override: str) -> None:
         target = target[part]
     _check_named(target, parts, where)
     target[parts[-1]] = value
-    document.overrides[tuple(parts)] = override
+    written = tuple(parts)
+    document.overrides[written] = override
+    # What the file wrote inside is gone, and so are its lines.
+    for path in [path for path in document.lines if path[: len(parts)] == written and path != written]:
+        del document.lines[path]
 
 
 def _check_named(parent: Mapping[str, Any], parts: Sequence[str], where: str) -> None:

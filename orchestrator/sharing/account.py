@@ -79,5 +79,5 @@ class Account:
         """The account kept at `path`; a new one if there is none or it is torn."""
         try:
             return Account(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return Account()

@@ -2,16 +2,19 @@
 
 An array's name says how it is cut: `step/NAME` belongs to the whole step and goes to every block as NAME;
 `ragged/NAME` are rows of all blocks on end, cut at `offsets/NAME` (num_blocks + 1,); `ids` (batch,) are the samples;
-every other array has its batch on axis 1 and is cut into equal parts.
+every other array has its batch on axis 1 and is cut into equal parts. `step/unreadable` (R,), if it is there, are the
+rows of the step whose files could not be read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from orchestrator.data.blocks import Block
 
 Bundle = Mapping[str, NDArray[Any]]
 Parts = Mapping[str, Bundle]
@@ -22,6 +25,13 @@ VIEWS = "views"
 
 # Ray moves large objects well and many small ones badly.
 CHUNK_BYTES = 16 * 2**20
+
+
+def samples(blocks: Sequence[Block]) -> dict[str, NDArray[np.int64]]:
+    """What a bundle says of the samples of a step's blocks."""
+    said = {"ids": np.concatenate([block.ids for block in blocks])}
+    unreadable = np.concatenate([block.unreadable for block in blocks])
+    return {**said, "step/unreadable": unreadable} if len(unreadable) else said
 
 
 class StepTeacher(Protocol):

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.data.blocks import Block, BlockSource
+from orchestrator.data.blocks import Block, BlockSource, with_unreadable
 from orchestrator.errors import UserError
 from orchestrator.sharing.bundle import TEACHER, Bundle, block
 from orchestrator.sharing.desk import Delivered
@@ -64,9 +64,12 @@ class SharedBlocks:
             ids = samples if ids is None else ids
             arrays |= found
         assert ids is not None, f"none of {self._parts} says which samples they are"
+        made = with_unreadable(Block(step, index, ids, arrays), arrays.pop("unreadable", None))
         if self._own is not None:
-            arrays |= self._own.load(step + self._offset, index).arrays
-        return Block(step, index, ids, arrays)
+            own = self._own.load(step + self._offset, index)
+            arrays |= own.arrays
+            made = with_unreadable(made, own.unreadable)
+        return made
 
     def close(self) -> None:
         """Nobody wants these blocks any more: a thread that waits for one comes back with an error."""

@@ -74,7 +74,12 @@ class Line:
         what = f"{type(error).__name__}: {lines[0]}"
         if away_s > self._patience_s:
             raise RuntimeError(f"the share service has been away for {away_s:.0f} s: {what}") from error
-        logger.info("the share service is away: %s", what)
+        logger.info(
+            "the share service has been away for %.0f s (%s): it is asked again, for %.0f s in all",
+            away_s,
+            what,
+            self._patience_s,
+        )
         self._actor = None
 
     def _find(self) -> Any:

@@ -233,7 +233,7 @@ class Post:
     def _say(self, what: str) -> None:
         if what != self._said:
             self._said = what
-            logger.warning("%s", what)
+            logger.warning("%s since %s; every look tries again", what, time.strftime("%H:%M:%S"))
 
 
 def _last_line(error: Exception) -> str:

@@ -96,8 +96,11 @@ def save(profile: Profile, identity: Mapping[str, Any]) -> Path:
     path = _path(profile.hardware, identity)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-    draft.write_text(profile.model_dump_json(indent=1))
-    draft.replace(path)
+    try:
+        draft.write_text(profile.model_dump_json(indent=1))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     path.with_suffix(".of").write_text(json.dumps(identity, indent=1, sort_keys=True))
     return path
 

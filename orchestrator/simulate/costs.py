@@ -11,18 +11,19 @@ from pydantic import Field, ValidationError
 
 from orchestrator.errors import UserError, nearest
 from orchestrator.simulate.jsonfile import JsonFile
-from orchestrator.spec import Strict
+from orchestrator.simulate.trace import MAX_SECONDS
+from orchestrator.spec import Settings
 
 FORMAT = "orchestrator-costs"
-_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 
-class StageCosts(Strict):
+class StageCosts(Settings):
     """Costs of one stage, in seconds. The defaults are guesses for a small model on CPUs; measure yours."""
 
     block_s: _Seconds = Field(0.5, description="computing one block")
     step_s: _Seconds = Field(0.05, description="a step besides its blocks: optimizer, communication")
-    measured_step_s: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(
+    measured_step_s: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0, le=MAX_SECONDS)]] = Field(
         {}, description="whole step by number of workers; goes before block_s and step_s"
     )
     stall_s: _Seconds = Field(0.05, description="training stands still for a checkpoint")
@@ -49,7 +50,7 @@ class StageCosts(Strict):
         return fixed + (seconds - fixed) * slots / -(-num_blocks // near)
 
 
-class Costs(Strict):
+class Costs(Settings):
     """A costs file: `default` for every stage, and what single stages (or `stage/student`) have otherwise."""
 
     format: Literal["orchestrator-costs"] = "orchestrator-costs"
@@ -128,11 +129,11 @@ def read_costs(path: Path, stages: Sequence[str]) -> Costs:
             StageCosts.model_validate(section)
         except ValidationError as error:
             first = error.errors()[0]
-            key = str(first["loc"][0])
+            key = str(first["loc"][0]) if first["loc"] else ""
             unknown = first["type"] == "extra_forbidden"
-            what = f"unknown cost {key!r}" if unknown else f"{key}: {first['msg'].lower()}"
+            what = f"unknown cost {key!r}" if unknown else f"{key}: {first['msg'].lower()}".removeprefix(": ")
             hint = _nearest_of(key, list(StageCosts.model_fields)) if unknown else None
-            raise UserError(what, where=file.where((*keys, key)), hint=hint) from None
+            raise UserError(what, where=file.where((*keys, *first["loc"][:1])), hint=hint) from None
     return costs
 
 

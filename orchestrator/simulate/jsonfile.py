@@ -12,6 +12,9 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import UserError, nearest
 
+# Years of spot prices are a few megabytes.
+_MAX_BYTES = 16 << 20
+
 M = TypeVar("M", bound=BaseModel)
 Keys = Sequence[str | int]
 
@@ -24,7 +27,7 @@ class JsonFile:
         what: it is, for messages: `trace`, `costs file`.
 
     Raises:
-        UserError: no such file, not UTF-8, or not JSON; names the line.
+        UserError: no such file, too large, not UTF-8, or not JSON; names the line.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -37,6 +40,10 @@ class JsonFile:
             raise UserError(f"the {what} is not JSON: {error.msg.lower()}", where=where) from None
         except ValueError as error:
             raise UserError(f"the {what} is not JSON: {error}", where=str(path)) from None
+        except RecursionError:
+            raise UserError(f"the {what} is nested too deeply", where=str(path)) from None
+        if "\\ud" in self._text.lower() and not _is_text(self.data):
+            raise UserError(f"the {what} holds half a character, such as \\ud800", where=str(path))
 
     def where(self, keys: Keys = ()) -> str:
         """`file:line  a.b[3]` of the value at `keys`, or of the nearest value around it."""
@@ -63,7 +70,11 @@ class JsonFile:
 
     def _read(self) -> str:
         try:
-            return self.path.read_text(encoding="utf-8")
+            with self.path.open("rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+            if len(data) > _MAX_BYTES:
+                raise UserError(f"the {self.what} is larger than {_MAX_BYTES:,} bytes", where=str(self.path))
+            return data.decode("utf-8")
         except FileNotFoundError:
             folder = self.path.parent
             close = nearest(self.path.name, [item.name for item in folder.glob("*.json")])
@@ -77,7 +88,11 @@ class JsonFile:
 
     def _line(self, keys: Keys) -> int:
         # Lines are looked up only to complain: JSON is YAML, and the YAML parser knows them but is slow.
-        node = yaml.compose(self._text, Loader=yaml.CSafeLoader)
+        try:
+            node = yaml.compose(self._text, Loader=yaml.CSafeLoader)
+        except (yaml.YAMLError, RecursionError, ValueError):
+            # But for some control characters and depths, which YAML has no place for.
+            return 1
         line = 1
         for key in keys:
             child: yaml.Node | None = None
@@ -98,10 +113,11 @@ class JsonFile:
         keys: list[str | int] = []
         value = self.data
         for key in loc:
-            known = isinstance(value, dict) and key in value
-            if known or (isinstance(value, list) and isinstance(key, int)):
-                value = value[key]
-            elif not isinstance(value, dict):
+            if isinstance(value, list) and isinstance(key, int):
+                value = value[key] if key < len(value) else None
+            elif isinstance(value, dict):
+                value = value.get(key, value)
+            else:
                 continue
             keys.append(key)
         return tuple(keys)
@@ -119,6 +135,15 @@ class JsonFile:
             joined = message if item["type"] == "value_error" else f"must be {message}"
             what = f"{name}: {joined}, not {str(item['input'])[:60]}"
         return UserError(what, where=self.where(keys), hint=hint)
+
+
+def _is_text(data: Any) -> bool:
+    """Whether all texts in it are whole characters; JSON can write halves of them."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse(constant: str) -> float:

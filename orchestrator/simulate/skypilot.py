@@ -6,13 +6,20 @@ Their form (README of github.com/skypilot-org/spot-traces; Wu et al., NSDI 2024)
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
 from orchestrator.errors import UserError
 from orchestrator.simulate.jsonfile import JsonFile
-from orchestrator.simulate.trace import Event, Machine, Trace, in_order
+from orchestrator.simulate.trace import (
+    MAX_EVENTS,
+    MAX_MACHINES,
+    MAX_SECONDS,
+    Event,
+    Machine,
+    Trace,
+    in_order,
+)
 
 # us-west-2a_v100_1.json: zone, accelerator, how many a machine has
 _NAME = re.compile(r"(?P<zone>[^_]+)_(?P<type>[^_]+)_(?P<slots>\d+)")
@@ -48,15 +55,23 @@ def convert(file: JsonFile) -> Trace:
 def _checked(file: JsonFile) -> tuple[float, list[int]]:
     metadata, counts = file.data["metadata"], file.data["data"]
     gap = metadata.get("gap_seconds") if isinstance(metadata, dict) else None
-    if isinstance(gap, bool) or not isinstance(gap, (int, float)) or not (0 < gap < math.inf):
+    if isinstance(gap, bool) or not isinstance(gap, (int, float)) or not (0 < gap <= MAX_SECONDS):
         raise UserError(
-            f"metadata.gap_seconds must be a number of seconds, not {gap!r}", where=file.where(("metadata",))
+            f"metadata.gap_seconds must be a number of seconds, not {gap!r:.60}",
+            where=file.where(("metadata",)),
         )
     if not isinstance(counts, list) or not counts:
         raise UserError("data must be a list of how many machines there were", where=file.where(("data",)))
+    changes = before = 0
     for tick, count in enumerate(counts):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_MACHINES:
             raise UserError(
-                f"data[{tick}] must be a number of machines, not {count!r}", where=file.where(("data", tick))
+                f"data[{tick}] must be a number of machines, up to {MAX_MACHINES:,}, not {count!r:.60}",
+                where=file.where(("data", tick)),
+            )
+        changes, before = changes + abs(count - before), count
+        if changes > MAX_EVENTS:
+            raise UserError(
+                f"more than {MAX_EVENTS:,} machines come and go", where=file.where(("data", tick))
             )
     return float(gap), counts

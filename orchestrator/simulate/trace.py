@@ -11,6 +11,10 @@ from typing import Literal
 from orchestrator.errors import UserError
 
 Kind = Literal["up", "notice", "down"]
+# Far above any record: what is beyond would cost memory, or make infinities of sums.
+MAX_MACHINES = 20_000
+MAX_EVENTS = 1_000_000
+MAX_SECONDS = 1e10
 # What happens first of what happens at the same time.
 _ORDER: dict[str, int] = {"down": 0, "up": 1, "notice": 2}
 

@@ -12,20 +12,29 @@ from pydantic import Field, model_validator
 from orchestrator.errors import UserError, nearest
 from orchestrator.simulate import skypilot
 from orchestrator.simulate.jsonfile import JsonFile, Keys
-from orchestrator.simulate.trace import Event, Kind, Machine, Trace, in_order
-from orchestrator.spec import Strict
+from orchestrator.simulate.trace import (
+    MAX_EVENTS,
+    MAX_MACHINES,
+    MAX_SECONDS,
+    Event,
+    Kind,
+    Machine,
+    Trace,
+    in_order,
+)
+from orchestrator.spec import Settings
 
 FORMAT = "orchestrator-trace"
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+Price = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
-class MachineSpec(Strict):
+class MachineSpec(Settings):
     """A machine: what it is, workers it has room for, price an hour (or steps of `[time, price]`)."""
 
     type: str = "machine"
-    slots: int = Field(1, ge=1)
+    slots: int = Field(1, ge=1, le=4096)
     price: Price | list[tuple[Seconds, Price]] = 0.0
 
     @model_validator(mode="after")
@@ -40,17 +49,17 @@ class MachineSpec(Strict):
 class PoolSpec(MachineSpec):
     """`count` machines alike; events name the pool and how many."""
 
-    count: int = Field(ge=1)
+    count: int = Field(ge=1, le=MAX_MACHINES)
 
 
-class EventSpec(Strict):
+class EventSpec(Settings):
     """Something that happens to a machine, or to `count` machines of a pool."""
 
     at: Seconds
     event: Kind
     node: str | None = None
     pool: str | None = None
-    count: int = Field(1, ge=1)
+    count: int = Field(1, ge=1, le=MAX_MACHINES)
     deadline: Seconds | None = None
 
     @model_validator(mode="after")
@@ -64,7 +73,7 @@ class EventSpec(Strict):
         return self
 
 
-class TraceSpec(Strict):
+class TraceSpec(Settings):
     """A trace file of version 1."""
 
     format: Literal["orchestrator-trace"]
@@ -72,7 +81,7 @@ class TraceSpec(Strict):
     name: str
     zone: str = ""
     notes: str = ""
-    unit_s: float = Field(1.0, gt=0, allow_inf_nan=False, description="seconds of one unit of time")
+    unit_s: float = Field(1.0, gt=0, le=1e6, allow_inf_nan=False, description="seconds of one unit of time")
     duration: Seconds | None = Field(None, description="where the record ends; the last state lasts without")
     nodes: dict[str, MachineSpec] = Field({})
     pools: dict[str, PoolSpec] = Field({})
@@ -111,6 +120,12 @@ class _Compiler:
 
     def trace(self) -> Trace:
         spec = self.spec
+        machines = len(spec.nodes) + sum(pool.count for pool in spec.pools.values())
+        if machines > MAX_MACHINES:
+            raise UserError(
+                f"the trace has {machines:,} machines, and may have {MAX_MACHINES:,}",
+                where=self.file.where(("pools",)),
+            )
         for name, node in spec.nodes.items():
             self._add(("nodes", name), node, [name])
         for name, pool in spec.pools.items():
@@ -124,6 +139,8 @@ class _Compiler:
             before = event.at
             self._expire(event.at * spec.unit_s)
             self._apply(index, event)
+            if len(self.events) > MAX_EVENTS:
+                self._refuse(index, f"more than {MAX_EVENTS:,} machines come and go", "at")
         if spec.duration is not None and spec.duration < before:
             raise UserError(
                 f"the last event, at {before:g}, comes after the duration {spec.duration:g}",

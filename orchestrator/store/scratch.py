@@ -37,7 +37,9 @@ class Scratch:
                 continue
             try:
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-                lock.unlink(missing_ok=True)
+                # What could not be removed is found by its lock the next time.
+                if not lock.with_suffix("").exists():
+                    lock.unlink(missing_ok=True)
             finally:
                 os.close(fd)
 

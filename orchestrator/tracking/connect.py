@@ -59,18 +59,9 @@ def connect(uri: str) -> MlflowClient:
     (4 s): call it from a background thread where one waits. A server that does not answer may block it for
     minutes.
     """
-    for name, value in _environment().items():
-        os.environ.setdefault(name, value)
+    load_mlflow()
     from mlflow import MlflowClient
 
-    # MLflow sets its own level on import, and schema building alone logs a hundred lines. urllib3 warns of
-    # every single retry; the flusher warns once.
-    for logger, level in (
-        ("mlflow", logging.WARNING),
-        ("alembic", logging.WARNING),
-        ("urllib3", logging.ERROR),
-    ):
-        logging.getLogger(logger).setLevel(level)
     database = database_path(uri)
     if database is not None and not database.exists():
         _create_database(database)
@@ -78,6 +69,24 @@ def connect(uri: str) -> MlflowClient:
         moved.mend_local(database, database.parent / moved.FOLDER)
     absolute = absolute_uri(uri)
     return MlflowClient(tracking_uri=absolute, registry_uri=absolute)
+
+
+def load_mlflow() -> None:
+    """Imports MLflow, if that was not done yet, with this project's settings and without its noise."""
+    for name, value in _environment().items():
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401
+
+    # MLflow sets its own level on import, and schema building alone logs a hundred lines. urllib3 warns of
+    # every single retry; the flusher warns once.
+    for logger, level in (
+        ("mlflow", logging.WARNING),
+        ("alembic", logging.WARNING),
+        ("urllib3", logging.ERROR),
+        # The whole traceback of whatever a database says, which comes to us as an error besides.
+        ("mlflow.store", logging.CRITICAL),
+    ):
+        logging.getLogger(logger).setLevel(level)
 
 
 def _environment() -> dict[str, str]:

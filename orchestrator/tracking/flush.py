@@ -9,36 +9,23 @@ import random
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 
 from orchestrator.names import BadNameError, inside
+from orchestrator.tracking.backlog import Outage, Progress, clock, note_outage, pending, progress
 from orchestrator.tracking.sink import MAX_METRICS, MlflowSink, RejectedError, RunGoneError
 from orchestrator.tracking.spool import Record, Spool, is_run_id
+from orchestrator.tracking.trouble import silent, trouble
 
 _log = logging.getLogger(__name__)
 _MAX_WAIT_S = 30.0
-
-
-@dataclass
-class Progress:
-    """What MLflow has of a run: its id there, and the bytes of the spool file that were sent."""
-
-    mlflow_run_id: str | None = None
-    offset: int = 0
-
-
-def progress(spool: Spool, run_id: str) -> Progress:
-    """The noted progress of a run; none if there is no note or it is torn (sending twice does no harm)."""
-    try:
-        noted = json.loads(spool.path(run_id).with_suffix(".progress").read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return Progress()
-    known, offset = (
-        (noted.get("mlflow_run_id"), noted.get("offset")) if isinstance(noted, dict) else (None, None)
-    )
-    if not isinstance(known, str | None) or not isinstance(offset, int) or offset < 0:
-        return Progress()
-    return Progress(known, offset)
+# While somebody waits for the rest to go out: a server that comes back is to be noticed within their patience.
+_HURRIED_S = 1.0
+# MLflow's import takes seconds, on a busy machine many; and so does making a database.
+_LOCAL_WORK_S = 120.0
+# One request may carry a file of any size. What is slower than this counts as standing still.
+_SLOWEST = 2**20
 
 
 class Flusher:
@@ -56,8 +43,17 @@ class Flusher:
         self._interval_s = interval_s
         self._wake = threading.Event()
         self._stopping = False
+        self._hurried = False
         self._thread: threading.Thread | None = None
         self._failures = 0
+        self._outage: Outage | None = None
+        self._prepared = False
+        # A process before this one may have left a note.
+        self._noted = True
+        self._refused: set[tuple[str, str]] = set()
+        # When the newest answer came, and how long what was begun then may take beyond anybody's patience.
+        self._heard = time.monotonic()
+        self._extra_s = _LOCAL_WORK_S
 
     def start(self) -> None:
         """Starts the thread, which first imports MLflow and connects. Starting twice is fine."""
@@ -68,18 +64,36 @@ class Flusher:
 
     def pending(self) -> int:
         """Bytes in the spool that MLflow does not have yet."""
-        spool = self._spool
-        return sum(max(0, spool.size(run) - progress(spool, run).offset) for run in spool.run_ids())
+        return pending(self._spool)
 
-    def drain(self, timeout: float) -> bool:
-        """Waits at most `timeout` seconds until everything is sent; True if it is."""
-        deadline = time.monotonic() + timeout
+    def drain(self, patience: float, watch: Callable[[], bool] = lambda: True) -> bool:
+        """Waits until everything is sent; True if it is.
+
+        Args:
+            patience: seconds without an answer after which it gives up. They count from the newest answer, not from
+                the start: a server that takes a long time is waited for as long as it takes records. What this
+                process does itself, such as importing MLflow, does not count, nor does a request that carries a
+                large file, at a MiB a second. 0 waits for nothing.
+            watch: called all the while; False ends the waiting.
+        """
+        begun, failures = time.monotonic(), self._failures
+        # Who has been away for longer than that is asked once more, and not waited for again.
+        known = self._outage is not None and time.time() - self._outage.since > patience
         self.start()
+        self._hurried = True
         self._wake.set()
-        while self.pending():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.02)
+        try:
+            while self.pending():
+                # The first of two failures may be of what was begun before.
+                asked = known and self._failures > failures + 1
+                if asked or time.monotonic() >= self._deadline(begun, patience):
+                    self._note_silence(patience)
+                    return False
+                if not watch():
+                    return False
+                time.sleep(0.02)
+        finally:
+            self._hurried = False
         return True
 
     def stop(self, timeout: float = 1.0) -> None:
@@ -89,23 +103,70 @@ class Flusher:
         if self._thread is not None:
             self._thread.join(timeout)
 
+    def _deadline(self, begun: float, patience: float) -> float:
+        return max(begun, self._heard) + patience + self._extra_s if patience > 0 else begun
+
+    def _note_silence(self, patience: float) -> None:
+        """A server that says nothing at all causes no error for a long time."""
+        if patience > 0 and self._outage is None:
+            self._outage = Outage(silent(self._sink.uri, patience), time.time() - patience)
+            note_outage(self._spool, self._outage)
+            self._noted = True
+
+    def _answered(self, extra_s: float = 0.0) -> None:
+        """Something was done just now; what comes next may take so many seconds more than a small request."""
+        self._heard, self._extra_s = time.monotonic(), extra_s
+
     def _loop(self) -> None:
         while not self._stopping:
             try:
+                self._prepare()
                 while self._flush_all() and not self._stopping:
                     pass
-                if self._failures:
-                    _log.warning("tracking works again")
-                self._failures = 0
+                self._recovered()
                 pause = self._interval_s
             except Exception as error:  # whatever a server or a driver can throw: training goes on
-                self._failures += 1
-                if self._failures == 1:
-                    _log.warning("tracking is down, records wait in %s: %s", self._spool.folder, error)
-                self._sink.reconnect()
+                self._failed(error)
                 pause = min(_MAX_WAIT_S, 0.5 * 2**self._failures) * random.uniform(0.5, 1.0)
-            self._wake.wait(pause)
+            self._wake.wait(min(pause, _HURRIED_S) if self._hurried else pause)
             self._wake.clear()
+
+    def _prepare(self) -> None:
+        if not self._prepared:
+            self._sink.prepare()
+            self._prepared = True
+            self._answered(_LOCAL_WORK_S if self._sink.makes_database else 0.0)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._extra_s = 0.0
+        found = trouble(self._sink.uri, error)
+        known = self._outage
+        since = time.time() if known is None else known.since
+        self._outage = Outage(found, since)
+        note_outage(self._spool, self._outage)
+        self._noted = True
+        # What an error says may be another thing each time.
+        if known is None or known.trouble.until != found.until:
+            _log.warning(
+                "%s since %s: what is tracked is kept in %s and sent as soon as %s",
+                found.what,
+                clock(since),
+                self._spool.folder,
+                found.until,
+            )
+        self._sink.reconnect()
+
+    def _recovered(self) -> None:
+        if self._outage is not None:
+            _log.warning(
+                "tracking works again, after %.0f s: what was kept is sent", time.time() - self._outage.since
+            )
+            self._outage = None
+            self._failures = 0
+        if self._noted:
+            note_outage(self._spool, None)
+            self._noted = False
 
     def _flush_all(self) -> bool:
         """One round over all runs; True if anything was sent. A run waits until its parent is there."""
@@ -125,6 +186,7 @@ class Flusher:
         while records and not self._stopping:
             count = _batch(records)
             try:
+                self._begin(records[0][0], run_id)
                 done = self._send(run_id, [record for record, _ in records[:count]], state)
             except RunGoneError as error:
                 if state.mlflow_run_id is None:
@@ -136,6 +198,7 @@ class Flusher:
                 return sent
             state.offset = records[count - 1][1]
             self._note(run_id, state)
+            self._answered()
             for record, _ in records[:count]:
                 if record["op"] == "file":
                     self._drop_copy(run_id, record["copy"])
@@ -170,8 +233,15 @@ class Flusher:
                 for record in batch:
                     self._send(run_id, [record], state)
                 return True
-            _log.warning("MLflow refuses a %s record of run %s: %s", first["op"], run_id, error)
+            if (run_id, first["op"]) not in self._refused:
+                self._refused.add((run_id, first["op"]))
+                _log.warning("MLflow refuses a %s record of run %s: %s", first["op"], run_id, error)
         return True
+
+    def _begin(self, record: Record, run_id: str) -> None:
+        """A request is about to be sent."""
+        size = self._sink.upload_size(record, self._spool.files(run_id))
+        self._extra_s = max(self._extra_s, size / _SLOWEST)
 
     def _drop_copy(self, run_id: str, copy: str) -> None:
         with contextlib.suppress(BadNameError):  # the record was refused for it
@@ -180,8 +250,12 @@ class Flusher:
     def _note(self, run_id: str, state: Progress) -> None:
         path = self._spool.path(run_id).with_suffix(".progress")
         temporary = path.with_suffix(".progress.tmp")
-        temporary.write_text(json.dumps(asdict(state)))
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(asdict(state)))
+            temporary.replace(path)
+        except OSError as error:
+            # The name tells this disk from that of a database.
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _batch(records: list[tuple[Record, int]]) -> int:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.digests import DIGESTS
-from orchestrator.errors import UserError, first_line, nearest
+from orchestrator.errors import UserError, nearest
 from orchestrator.redact import redacted
 from orchestrator.tracking import moved
+from orchestrator.tracking.backlog import clock
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.runs import Run
 from orchestrator.tracking.sink import model_name
 from orchestrator.tracking.spool import now_ms
+from orchestrator.tracking.trouble import silent, trouble
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -112,10 +114,13 @@ def publish(
         )
     run_id = run.mlflow_run_id(timeout)
     if run_id is None:
+        outage = run.outage()
+        wrong = silent(run.tracking_uri, timeout) if outage is None else outage.trouble
+        since = "" if outage is None else f" since {clock(outage.since)}"
         raise UserError(
-            f"cannot publish {name}: MLflow at {run.tracking_uri} did not answer within {timeout:.0f} s",
+            f"cannot publish {name}: {wrong.what}{since}",
             where="tracking.uri",
-            hint="start the server, then run the pipeline again: it goes on here",
+            hint=f"{wrong.cure}; then run the pipeline again: it goes on here",
         )
     with _answering(run.tracking_uri):
         client = connect(run.tracking_uri)
@@ -129,7 +134,11 @@ def publish(
         # The alias comes last: a version that has none was not published to the end, and the next run finds it.
         client.set_registered_model_alias(name, alias, str(version))
     except Exception as error:
-        if known is None:
+        held = _version_at(client, name, alias) if known is None else None
+        if held == version:
+            return version  # only the reply was lost
+        if held is not None:
+            # Not where there is no telling: an alias that did move here would go with the version.
             with contextlib.suppress(Exception):
                 client.delete_model_version(name, str(version))
         raise UserError(
@@ -202,20 +211,10 @@ def _answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        what = redacted(f"the registry at {uri} does not answer: {first_line(error)}")
-        raise UserError(what, where=where, hint=_cure(uri, error)) from error
-
-
-def _cure(uri: str, error: Exception) -> str | None:
-    if isinstance(error, ModuleNotFoundError):
-        return (
-            f"install the database's driver, {error.name}, or name the one you have: postgresql+psycopg2://…"
-        )
-    if "mlflow db upgrade" in str(error):
-        return redacted(f"copy the database, then: mlflow db upgrade {uri}")
-    if database_path(uri) is not None:
-        return "put back a copy of the database, or move it away to begin with an empty one"
-    return None
+        wrong = trouble(uri, error)
+        raise UserError(
+            f"the registry cannot be asked: {wrong.what}", where=where, hint=wrong.cure
+        ) from error
 
 
 def _address(store: str) -> str:
@@ -282,6 +281,15 @@ def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> tuple
         if one.status == "READY" and tags.items() <= one.tags.items()
     ]
     return (max(found), max(found) == max(versions)) if found else (None, False)
+
+
+def _version_at(client: MlflowClient, name: str, alias: str) -> int | None:
+    """The version that has the alias, 0 if none has; None if MLflow does not say."""
+    try:
+        model = client.get_registered_model(name)
+    except Exception:
+        return None
+    return int(model.aliases.get(alias, 0))
 
 
 def _create(

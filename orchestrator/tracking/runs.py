@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from orchestrator.redact import redacted
+from orchestrator.tracking.backlog import Outage, noted_outage, progress, sent
 from orchestrator.tracking.connect import absolute_uri
-from orchestrator.tracking.flush import Flusher, progress
+from orchestrator.tracking.flush import Flusher
 from orchestrator.tracking.sink import MlflowSink
 from orchestrator.tracking.spool import Record, Spool, clean_name
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-_log = logging.getLogger(__name__)
+# Seconds without an answer after which nobody waits for MLflow any more.
+PATIENCE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,11 @@ class Run(ABC):
 
     @abstractmethod
     def mlflow_run_id(self, timeout: float = 0.0) -> str | None:
-        """MLflow's id of this run, waiting at most `timeout` seconds until there is one."""
+        """MLflow's id of this run. Waits for it until MLflow has taken nothing for `timeout` seconds."""
+
+    def outage(self) -> Outage | None:
+        """Why MLflow takes nothing now, and since when; None if that is not known, or it does."""
+        return None
 
 
 class SpooledRun(Run):
@@ -169,7 +172,7 @@ class SpooledRun(Run):
     def metrics(self, values: Mapping[str, float], step: int, channel: str = "train") -> bool:
         """See :class:`Run`."""
         numbers = {name: float(value) for name, value in values.items()}
-        with _disk_trouble_logged():
+        with self._spool.losses_told():
             return self._spool.append(self.run_id, step, numbers, channel=channel)
         return False
 
@@ -177,7 +180,7 @@ class SpooledRun(Run):
         """See :class:`Run`."""
         if not path.is_file():
             raise FileNotFoundError(path)
-        with _disk_trouble_logged():
+        with self._spool.losses_told():
             # The caller may change or remove the file long before it can be uploaded.
             copy = uuid.uuid4().hex
             target = self._spool.files(self.run_id) / copy / path.name
@@ -219,7 +222,7 @@ class SpooledRun(Run):
 
     def finish(self, status: Status) -> None:
         """See :class:`Run`."""
-        with _disk_trouble_logged():
+        with self._spool.losses_told():
             for child in self._spool.open_children(self.run_id):
                 SpooledRun(self._spool, child, self.tracking_uri or "").finish(status)
         self._post("finish", status=status)
@@ -234,15 +237,22 @@ class SpooledRun(Run):
 
     def mlflow_run_id(self, timeout: float = 0.0) -> str | None:
         """See :class:`Run`."""
-        deadline = time.monotonic() + timeout
+        deadline, before = time.monotonic() + timeout, -1
         while True:
             found = progress(self._spool, self.run_id).mlflow_run_id
             if found is not None or time.monotonic() >= deadline:
                 return found
-            time.sleep(0.02)
+            # Records of other runs may come first.
+            if (now := sent(self._spool)) != before:
+                deadline, before = time.monotonic() + timeout, now
+            time.sleep(0.05)
+
+    def outage(self) -> Outage | None:
+        """See :class:`Run`."""
+        return noted_outage(self._spool)
 
     def _post(self, op: str, **payload: Any) -> None:
-        with _disk_trouble_logged():
+        with self._spool.losses_told():
             self._spool.post(self.run_id, op, **payload)
 
 
@@ -331,17 +341,13 @@ class Tracking:
         """A run at the top; with `resume_id` that very run, RUNNING again."""
         return open_run(self._spool, self.uri, name, resume_id, parent=None)
 
-    def drain(self, timeout: float) -> bool:
-        """Waits at most `timeout` seconds until MLflow has everything; True if it does."""
-        return self._flusher.drain(timeout)
+    def drain(self, timeout: float, watch: Callable[[], bool] = lambda: True) -> bool:
+        """Waits until MLflow has everything; True if it does. See :meth:`Flusher.drain`."""
+        return self._flusher.drain(timeout, watch)
 
-    def close(self, timeout: float = 15.0) -> bool:
+    def close(self, timeout: float = PATIENCE_S, watch: Callable[[], bool] = lambda: True) -> bool:
         """Drains and stops. What could not be sent stays in the spool and goes out next time."""
-        done = self._flusher.drain(timeout)
-        if not done:
-            _log.warning(
-                "MLflow at %s lags behind: the rest will be sent by the next run", redacted(self.uri)
-            )
+        done = self._flusher.drain(timeout, watch)
         self._flusher.stop()
         return done
 
@@ -358,7 +364,7 @@ def open_run(spool: Spool, uri: str, name: str, resume_id: str | None, parent: s
     """A run of `spool`, new or resumed."""
     run_id = resume_id or uuid.uuid4().hex
     run = SpooledRun(spool, run_id, uri)
-    with _disk_trouble_logged():
+    with spool.losses_told():
         spool.post(run_id, "open", name=name, parent=parent)
     return run
 
@@ -375,12 +381,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[clean_name(full)] = str(value)
     return flat
-
-
-@contextmanager
-def _disk_trouble_logged() -> Iterator[None]:
-    """A full disk under the spool costs records, not the training."""
-    try:
-        yield
-    except OSError as error:
-        _log.warning("a tracking record was lost: %s", error)

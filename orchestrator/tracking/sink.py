@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.names import BadNameError, inside, parts_of
-from orchestrator.tracking.connect import connect, ensure_experiment
+from orchestrator.tracking.connect import connect, database_path, ensure_experiment, load_mlflow
 from orchestrator.tracking.spool import Record
 
 if TYPE_CHECKING:
@@ -66,6 +66,27 @@ class MlflowSink:
         self._files = files
         self._artifacts = artifacts
         self._connection: tuple[MlflowClient, str] | None = None
+
+    def prepare(self) -> None:
+        """Imports MLflow, which takes seconds. Asks the server nothing."""
+        load_mlflow()
+
+    @property
+    def makes_database(self) -> bool:
+        """Whether the first use will make a SQLite database, which takes seconds too."""
+        path = database_path(self.uri)
+        return path is not None and not path.exists()
+
+    def upload_size(self, record: Record, files: Path) -> int:
+        """Bytes of the files that sending a record uploads. `files` holds the copies of files to upload."""
+        try:
+            if record["op"] == "file":
+                return _copy_of(record, files)[0].stat().st_size
+            if record["op"] == "model" and (folder := _model_folder(record, self._artifacts)) is not None:
+                return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        except (OSError, RejectedError):  # sending it says so
+            pass
+        return 0
 
     def open(self, run_id: str, record: Record, known: str | None, parent: str | None) -> str:
         """Creates the MLflow run of our `run_id`, or sets it back to RUNNING if there is one. Returns its id.

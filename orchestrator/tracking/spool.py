@@ -6,6 +6,7 @@ sends it. Several processes may write and read one spool on one file system.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -20,11 +21,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from orchestrator.disk import described, is_full
 from orchestrator.redact import redacted_values
 
 Record = dict[str, Any]
 _RUN_ID = re.compile(r"[A-Za-z0-9_\-]+")
 _log = logging.getLogger(__name__)
+_TELL_EVERY_S = 60.0
 # Of these kinds of records, what they must have besides `op` and `time_ms`, and of what type.
 _FIELDS: dict[str, dict[str, type | UnionType]] = {
     "open": {"name": str, "tags": dict | None},
@@ -71,6 +74,7 @@ class Spool:
         self.keep: Callable[[], bool] | None = None
         self._logs: dict[str, _Log] = {}
         self._said: set[str] = set()
+        self._lost, self._tell_at = 0, 0.0
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Spool], tuple[Path]]:
@@ -104,6 +108,29 @@ class Spool:
         """
         with self._locked(run_id) as (fd, log):
             self._write(fd, log, {"op": op, **redacted_values(payload), "time_ms": now_ms()})
+
+    @contextmanager
+    def losses_told(self) -> Iterator[None]:
+        """A disk that takes no records costs these, not the training. That is told once a minute, with their number."""
+        try:
+            yield
+        except OSError as error:
+            self._lost += 1
+            if time.monotonic() >= self._tell_at:
+                self._tell_at = time.monotonic() + _TELL_EVERY_S
+                why = described(error, [self.folder]) if is_full(error) else str(error)
+                _log.warning(
+                    "tracking records are lost until %s takes them again, %d by %s: %s; the run goes on",
+                    self.folder,
+                    self._lost,
+                    time.strftime("%H:%M:%S"),
+                    why,
+                )
+        else:
+            # Of a full disk a small record may find room now and then.
+            if self._lost and time.monotonic() >= self._tell_at:
+                _log.warning("tracking records are kept again; lost: %d", self._lost)
+                self._lost = 0
 
     def history(self, run_id: str, channel: str | None = None) -> list[Record]:
         """The run's metrics in the order of recording: dicts of step, time_ms, channel and metrics."""
@@ -236,7 +263,7 @@ class Spool:
         written = os.write(fd, line)
         if written < len(line):
             os.ftruncate(fd, log.offset)
-            raise OSError(f"no room for a record in {self.folder}")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         log.offset += written
         if record["op"] == "metrics":
             log.seen.add((record["channel"], record["step"]))

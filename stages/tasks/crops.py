@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from orchestrator.data.blocks import Block, CropBlocks
 from orchestrator.data.index import PhotoIndex
+from orchestrator.data.mix import held_out_order
 from orchestrator.data.views import CropConfig
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
@@ -26,6 +27,7 @@ def crop_blocks(
     crops: CropConfig | None = None,
     *,
     roots: Mapping[str, str] | None = None,
+    held_out: bool = False,
 ) -> CropBlocks:
     """Views, and masks on the grid of the recipe's model: the backbone, or the teacher that students learn from.
 
@@ -36,11 +38,17 @@ def crop_blocks(
         seed: of the stage.
         crops: other views than the stage's, of the same boxes.
         roots: where the data sources are, see :meth:`PhotoIndex.load`.
+        held_out: of the photographs that nobody trains on, instead of those that the stage draws.
     """
     index = PhotoIndex.load(index_folder, roots)
+    order = (
+        held_out_order(index, batch_size=config.batch_size, seed=seed)
+        if held_out
+        else config.sample_order(index, config.batch_size, seed)
+    )
     return CropBlocks(
         index,
-        config.sample_order(index, config.batch_size, seed),
+        order,
         lambda step: crops or config.crops_at(step, seed),
         patch_size=recipe.tower.patch_size if recipe is not None else None,
         block_size=config.block_size,

@@ -18,7 +18,7 @@ from orchestrator.elastic.export import load_export
 from orchestrator.elastic.task import BlockTensors, Losses, Modules, Reduce, Weights
 from orchestrator.objectives.chunked import SoftTargets, chunked_sinkhorn_scaling
 from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
-from orchestrator.sharing.bundle import TEACHER
+from orchestrator.sharing.bundle import TEACHER, samples
 from orchestrator.stages.distill import Distill, Student
 from orchestrator.stages.operations import masked_share
 from orchestrator.stages.selfsup import ModelRecipe, last_snapshot
@@ -89,7 +89,7 @@ class FrozenTeacher:
         dino = self._rounded(torch.cat([out["dino"].unflatten(0, (views, -1)) for out in outs], dim=1))
         ibot = self._rounded(torch.cat([out["ibot"] for out in outs]))
         said = {
-            "ids": np.concatenate([block.ids for block in blocks]),
+            **samples(blocks),
             "masks": np.concatenate([block.arrays["masks"] for block in blocks], axis=1),
             "dino": dino.cpu().numpy(),
             "ragged/ibot": ibot.cpu().numpy(),

@@ -27,7 +27,7 @@ from orchestrator.models.foreign import (
     open_transformers,
 )
 from orchestrator.objectives.whitening import Moments, Whitening
-from orchestrator.sharing.bundle import TEACHER
+from orchestrator.sharing.bundle import TEACHER, samples
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.features import OWN, FeatureObjective, TeacherShape, TeacherSource
 from orchestrator.stages.tasks.crops import StepViews
@@ -97,8 +97,7 @@ class FeatureTeacher:
             self._views.expect(self._expected)
         features = [self._features(block) for block in blocks]
         said = {name: np.concatenate([one[name] for one in features], axis=1) for name in features[0]}
-        said["ids"] = np.concatenate([block.ids for block in blocks])
-        return {TEACHER: said, **parts}
+        return {TEACHER: {**said, **samples(blocks)}, **parts}
 
     def _features(self, block: Block) -> dict[str, NDArray[Any]]:
         globals_GBCHW = torch.from_numpy(block.arrays["globals"])

@@ -136,6 +136,19 @@ def test_weights_are_exact_over_every_cycle(counts: list[int], seed: int) -> Non
     assert (by_part.max(1) - by_part.min(1)).max() <= 1
 
 
+@pytest.mark.parametrize("weights", [(3e-7, 6e-7), (1e-9, 2e-9), (2e-7, 4e-7), (5e-20, 1e-19)])
+def test_small_weights_keep_their_ratio(weights: tuple[float, float]) -> None:
+    parts = {"a": np.arange(5), "b": np.arange(5, 10)}
+    order = SampleOrder(parts, dict(zip("ab", weights, strict=True)), batch_size=3, seed=0)
+    assert [np.count_nonzero(order.ids(step) < 5) for step in range(4)] == [1] * 4
+
+
+def test_the_smallest_share_comes_once_in_a_million() -> None:
+    parts = {"a": np.arange(5), "b": np.arange(5, 10)}
+    order = SampleOrder(parts, {"a": 1e-6, "b": 1 - 1e-6}, batch_size=10**6, seed=0)
+    assert [np.count_nonzero(order.ids(step) < 5) for step in range(2)] == [1, 1]
+
+
 def test_a_row_of_two_parts_is_drawn_for_both() -> None:
     parts = {"few": np.arange(4), "all": np.arange(16)}
     order = SampleOrder(parts, {"few": 1.0, "all": 1.0}, batch_size=32, seed=3)

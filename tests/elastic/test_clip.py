@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
+
+from orchestrator.elastic.clip import Clipper
 
 from .conftest import Group
 from .lab import Odd
@@ -59,6 +63,36 @@ def test_each_submodule_is_clipped_by_its_own_norm(
         torch.testing.assert_close(
             weights[f"master/{name}"].view(param.shape), param.detach(), rtol=1e-4, atol=1e-6
         )
+
+
+class Partitioned:
+    """A ZeRO optimiser with one parameter, whose gradient is the same whoever asks."""
+
+    def __init__(self) -> None:
+        self.param = torch.zeros(50)
+        self.fp16_groups = [[self.param]]
+        torch.manual_seed(0)
+        self.averaged_gradients = {0: [torch.randn(50, dtype=torch.float64)]}
+
+
+def test_last_bits_of_a_norm_do_not_move_what_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are sums over workers: their last bits depend on how many there are."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    found, norms = [], []
+    for bits in range(0, 64, 16):
+        zero = Partitioned()
+
+        def all_reduce(squares: Tensor, bits: int = bits) -> None:
+            for _ in range(bits):
+                squares.copy_(torch.nextafter(squares, torch.full_like(squares, math.inf)))
+
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        norms.append(Clipper(zero, {"net.weight": zero.param}, 0.5).clip(1.0)["net"])
+        found.append(zero.averaged_gradients[0][0])
+    assert len(set(norms)) > 1, "else nothing is shown"
+    assert min(norms) > 0.5
+    for gradient in found:
+        assert torch.equal(gradient, found[0])
 
 
 def test_null_clips_nothing(group: Group, tmp_path: Path) -> None:

@@ -248,6 +248,8 @@ def test_a_head_that_refuses_is_told_from_one_that_is_not_there(own: OwnCluster)
     address = ray.get_runtime_context().gcs_address
     path = os.environ["RAY_AUTH_TOKEN_PATH"]
     bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # An own cluster is on loopback, which Ray takes for the machine's own address in processes without this.
+    bare["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     assert asked(address, bare | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path}) == ""
     without = asked(address, bare)
     assert "answers, and refuses" in without

@@ -14,10 +14,11 @@ from .test_chunks import saved
 # Seven blocks: neither two nor three workers divide them, and 1/7 is no power of two. The learning rate is high,
 # so that a bit that differs somewhere moves others.
 STEPS = 8
+CLIP_NORM = 0.5
 CONFIGS: dict[str, dict[str, Any]] = {
     "whole": {},
     "chunked": {"chunk_rows": 5},
-    "clipped": {"optimizer": {"lr": {"peak": 5e-3, "warmup_steps": 1}, "clip_norm": 0.5}},
+    "clipped": {"optimizer": {"lr": {"peak": 5e-3, "warmup_steps": 1}, "clip_norm": CLIP_NORM}},
 }
 COMMON = {
     "steps": STEPS,
@@ -41,6 +42,12 @@ def test_weights_moments_and_ema_are_bit_for_bit_the_same(run_job: RunJob, tmp_p
         assert ours.keys() == theirs.keys()
         for tensor, value in theirs.items():
             np.testing.assert_array_equal(ours[tensor], value, err_msg=f"{world} {tensor}")
+
+    if name == "clipped":
+        assert any(figures["grad_norm_backbone"] > CLIP_NORM for _, figures in alone["figures"])
+        # A mean of gradients is not longer than the longest of them.
+        mean = [value for tensor, value in theirs.items() if tensor.startswith("exp_avg/backbone.")]
+        assert 0 < np.linalg.norm(np.concatenate(mean)) <= CLIP_NORM, "nothing was clipped"
 
 
 def test_without_it_they_differ_in_their_last_bits(run_job: RunJob, tmp_path: Path) -> None:

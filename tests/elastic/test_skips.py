@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 
 from orchestrator.data.index import PhotoIndex
+from orchestrator.elastic.inspect import describe_all
 from orchestrator.elastic.memory import is_out_of_memory
 from orchestrator.elastic.skips import Skips, named
+from orchestrator.pipeline.checkpoints import print_checkpoints
 from orchestrator.stages.pretrain import Pretrain
 from orchestrator.stages.selfsup import ModelRecipe
 from orchestrator.stages.tasks.crops import crop_blocks
@@ -86,6 +89,20 @@ def test_training_goes_on_after_it(run_job: RunJob, tmp_path: Path, zero: int) -
     assert counts == [1, 1, 2, 2, 2, 2]
     assert manifest(tmp_path, 6)["updates"] == 4
     assert len(second["troubles"]) == 1
+
+
+def test_inspect_shows_them(run_job: RunJob, index: Path, tmp_path: Path) -> None:
+    for steps in (2, 1):
+        run_job(tmp_path, 2, stop_after=steps, spikes={"gradients": [[2, 1]]})
+    console = Console(record=True, width=200)
+    assert print_checkpoints(console, describe_all(tmp_path / "checkpoints"))
+    header, *lines = (line.split() for line in console.export_text().splitlines() if line.strip())
+    assert header[:4] == ["step", "updates", "skipped", "workers"]
+    assert [line[:4] for line in lines] == [["2", "2", "0", "2"], ["3", "2", "1", "2"]]
+    assert print_checkpoints(console, describe_all(checkpoint(tmp_path, 3)))
+    words = " ".join(console.export_text().split())
+    assert "step 3 updates 2 skipped 1 workers 2" in words
+    assert f"skipped updates step 3: {named({1: samples(index, 2, 1)})}" in words
 
 
 def test_exact_sums_are_the_same_at_any_number_of_workers_and_after_a_stop(

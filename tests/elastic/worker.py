@@ -170,5 +170,10 @@ def make_job(spec: dict[str, Any]) -> Job:
             max_skipped_updates=spec.get("max_skipped_updates", 10),
         ),
         start_from=Path(spec["start_from"]) if spec.get("start_from") else None,
+        max_unreadable=spec.get("max_unreadable"),
+        validation=partial(crop_blocks, config, recipe, Path(spec["index"]), 7, held_out=True)
+        if config.validate_every
+        else None,
+        validate_every=config.validate_every,
         export_steps=tuple(spec.get("export_steps", ())),
     )

@@ -64,6 +64,8 @@ def test_unknown_setting_lists_the_nearest() -> None:
         ({"drop_path": 1.0}, "drop_path is 1.0"),
         ({"rope_rescale": 0.5}, "at least 1"),
         ({"ffn": "relu"}, "'mlp' or 'swiglu'"),
+        ({"patch_size": True}, "patch_size is True; it must be a number, not true or false"),
+        ({"rope_rescale": False}, "rope_rescale is False; it must be a number"),
     ],
 )
 def test_impossible_settings_are_refused(overrides: dict[str, object], message: str) -> None:

@@ -31,7 +31,13 @@ def planned(path: Path, *overrides: str, choice: Choice = EVERYTHING) -> dict[st
     """What would happen, by stage."""
     loaded = load(path, overrides, stage_type=toys.ToyStage)
     workspace = Workspace(loaded.spec.store)
-    plans = plan(resolve(loaded, content), workspace.state(loaded.name), workspace.find, choice=choice)
+    plans = plan(
+        resolve(loaded, content),
+        workspace.state(loaded.name),
+        workspace.find,
+        begun_from=workspace.begun_from,
+        choice=choice,
+    )
     return {item.name: item for item in plans}
 
 

@@ -44,7 +44,9 @@ class RecordedRun(NullRun):
 
 
 @contextlib.contextmanager
-def open_recorded(loaded: LoadedPipeline, workspace: Workspace, run_id: str) -> Iterator[RecordedRun]:
+def open_recorded(
+    loaded: LoadedPipeline, workspace: Workspace, run_id: str, **_: object
+) -> Iterator[RecordedRun]:
     RecordedRun.uri = loaded.spec.tracking.uri
     yield RecordedRun(loaded.name, run_id, None)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from driving import planned, run
-from toys import Pretrain
+from toys import Curate, Pretrain
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline import code
@@ -274,6 +274,78 @@ def test_pieces_that_other_code_made_of_an_unfinished_stage_are_made_anew_on_req
     pieces.broken.clear()
     assert run(pipeline, choice=Choice(on_code=True))[0] == 0
     assert pieces.made == ["a", "a", "b"]
+
+
+def _with_other_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on `curate` makes other bytes under its key."""
+    original = Curate.run
+
+    def other(self: Curate, context: Context) -> object:
+        found = original(self, context)
+        (context.out / "result.json").write_text(json.dumps({"other": "content"}))
+        return found
+
+    monkeypatch.setattr(Curate, "run", other)
+
+
+CURATE_ALONE = Choice(only=("curate",), force=("curate",))
+
+
+def test_pieces_of_an_earlier_input_are_made_anew_by_a_later_run(
+    pipeline: Path, pieces: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As students of a teacher that was made anew alone, while the stage of the students was not finished."""
+    pieces.broken.add("b")
+    assert run(pipeline)[0] == 1
+    assert run(pipeline, choice=CURATE_ALONE)[0] == 0
+    assert planned(pipeline)["pretrain"].fresh is False, "the same content"
+    _with_other_content(monkeypatch)
+    assert run(pipeline, choice=CURATE_ALONE)[0] == 0
+    plan = planned(pipeline)["pretrain"]
+    assert (plan.reasons, plan.fresh) == (("begun with an earlier curate, so it starts over",), True)
+    assert run(pipeline)[0] == 1
+    assert pieces.made == ["a", "a"]
+    pieces.broken.clear()
+    assert run(pipeline)[0] == 0
+    assert pieces.made == ["a", "a", "b"], "what the new input gave is kept"
+    assert pieces.numbers() == ["2", "3"]
+
+
+def test_pieces_that_another_key_of_the_stage_made_of_an_earlier_input_are_made_anew(
+    pipeline: Path, pieces: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(pipeline)[0] == 0
+    _with_other_content(monkeypatch)
+    assert run(pipeline, choice=CURATE_ALONE)[0] == 0
+    assert run(pipeline)[1].startswith("✓ Nothing to do"), "what is finished stays, with a note in `plan`"
+    assert run(pipeline, "stages.pretrain.ticks=2")[0] == 0
+    assert pieces.made == ["a", "b", "a", "b"]
+
+
+def test_work_begun_with_an_earlier_input_starts_over(
+    pipeline: Path, trace: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = "stages.pretrain.ticks=3"
+    assert run(pipeline, ticks, "stages.pretrain.mode=fail")[0] == 1
+    _with_other_content(monkeypatch)
+    assert run(pipeline, ticks, choice=CURATE_ALONE)[0] == 0
+    trace()
+    assert run(pipeline, ticks)[0] == 0
+    assert trace() == ["pretrain:0", "evaluate:0"]
+
+
+def test_work_begun_with_an_input_that_is_mended_meanwhile_starts_over(
+    pipeline: Path, trace: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The damage shows when the input is read: the plan cannot know it."""
+    ticks = "stages.pretrain.ticks=3"
+    assert run(pipeline, ticks, "stages.pretrain.mode=fail")[0] == 1
+    trace()
+    _with_other_content(monkeypatch)
+    (damaged,) = Path("runs/artifacts").glob("curate-*/result.json")
+    damaged.write_text("##")
+    assert run(pipeline, ticks)[0] == 0
+    assert trace() == ["curate:0", "pretrain:0", "evaluate:0"]
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------

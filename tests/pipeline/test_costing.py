@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -15,7 +16,9 @@ from orchestrator.pipeline import fit, graph
 from orchestrator.pipeline.costing import Costing, costing, costings
 from orchestrator.pipeline.load import load
 from orchestrator.spec import Hardware
-from orchestrator.stages.workload import Net, Workload
+from orchestrator.stages import AnyStage
+from orchestrator.stages.base import TrainStage
+from orchestrator.stages.workload import Net, Workload, workloads
 
 CONF = Path(__file__).parents[2] / "conf"
 PAPER = sorted((CONF / "paper").glob("*.yaml"))
@@ -37,6 +40,16 @@ def test_the_published_vit_l_took_14_hours() -> None:
     """On 32 H100 at 18 % of the peak."""
     pretrain = costs("vitl_imagenet.yaml")["pretrain"]
     assert pretrain.days * 24 == pytest.approx(14, rel=0.1)
+
+
+def test_every_kind_that_trains_says_what_it_costs_and_one_from_elsewhere_need_not() -> None:
+    class Foreign(TrainStage):
+        kind: Literal["foreign"]
+
+    assert workloads(Foreign(kind="foreign"), "mine", {}) == []
+    silent = workloads.dispatch(Foreign)
+    kinds = [kind for kind in get_args(get_args(AnyStage)[0]) if issubclass(kind, TrainStage)]
+    assert [kind.__name__ for kind in kinds if workloads.dispatch(kind) is silent] == []
 
 
 def test_operations_of_a_step_are_those_of_its_parts() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +28,7 @@ from orchestrator.pipeline.reporter import Reporter
 from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.spec import Cluster
 from orchestrator.stages.base import Context
+from orchestrator.store.local import LocalStore
 
 Traces = Callable[[], list[str]]
 
@@ -411,3 +414,35 @@ def test_a_piece_of_a_result_is_an_artifact_that_outlives_changes_of_the_others(
     assert all(one["provenance"]["stage"] == "pretrain" for one in manifests)
     code, _ = run(pipeline, "stages.pretrain.ticks=9", "seed=5")
     assert sorted(made) == ["a", "b", "c", "c"], "the seed decides all of them"
+
+
+def test_the_end_names_what_is_to_be_looked_at(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.pipeline.execute.REPORT", "result.json")
+    for _ in range(2):
+        said = run(pipeline)[1]
+        assert re.search(r"report of evaluate: runs/artifacts/evaluate-[0-9a-f]+/result.json", said)
+
+
+def test_a_full_disk_under_the_store_is_one_sentence(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage meets it first, and then whatever would put that on record."""
+    real = LocalStore.put_bytes
+
+    def full(store: LocalStore, name: str, data: bytes) -> None:
+        if name.startswith("ledger/") and b'"failed"' in data:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(store, name, data)
+
+    def fails(*_: object) -> Mapping[str, float]:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/work/ticks")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toys.Toy, "run", fails)
+        code, said = run(pipeline)
+        assert code == 2
+        assert re.search(r"the disk of .*runs/work is full \([\d.,]+ of [\d.,]+ MB free\)", said)
+        assert "make room on it and run the same command" in said
+        patch.setattr(LocalStore, "put_bytes", full)
+        with pytest.raises(UserError, match=r"the disk of .* is full") as caught:
+            run(pipeline)
+        assert "are kept" in (caught.value.hint or "")
+    assert run(pipeline)[0] == 0

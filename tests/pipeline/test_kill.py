@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -244,8 +245,11 @@ def test_the_second_interrupt_aborts_at_once(start: Callable[..., subprocess.Pop
     time.sleep(0.5)
     assert driver.poll() is None, "the stage does not heed the first one"
     driver.send_signal(signal.SIGINT)
-    driver.communicate(timeout=30)
+    said, _ = driver.communicate(timeout=30)
     assert driver.returncode == 130
+    assert re.search(r"pretrain +■ interrupted", said), said
+    assert "■ Aborted after " in said
+    assert f"orchestrator run toy.yaml {SLOW}" in said
     assert recorded.by_name("pretrain")[0]["status"] == "KILLED"
     driver = start("run", "toy.yaml", "stages.pretrain.ticks=2")
     assert driver.wait(60) == 0

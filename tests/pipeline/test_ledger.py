@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from disk_faults import Crash, Disk
+from disk_faults import KINDS, Kind, every_fault, goes_through
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -262,30 +262,24 @@ def test_no_damage_to_an_event_is_more_than_that_event(tmp_path: Path, data: st.
         assert parse(text).event in get_args(Happening)
 
 
-@pytest.mark.parametrize("crash", [False, True])
-def test_an_append_happens_or_does_not_whichever_write_fails(tmp_path: Path, crash: bool) -> None:
-    number = 0
-    while True:
-        number += 1
-        folder, disk = tmp_path / str(number), Disk(number, crash=crash)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_append_happens_or_does_not_whichever_write_fails(tmp_path: Path, kind: Kind) -> None:
+    for disk in every_fault(kind, at_least=5):
+        folder = tmp_path / str(disk.fail_at)
         book = ledger(folder)
         book.append("opened", run_id="r")
-        went = True
-        with pytest.MonkeyPatch.context() as patch:
-            disk.install(patch)
-            try:
-                book.append("running", stage="a", parts=ONE, run_id="x")
-            except (OSError, Crash):
-                went = False
+        went = goes_through(disk, lambda: book.append("running", stage="a", parts=ONE, run_id="x"))  # noqa: B023
         read = ledger(folder, Fence(2)).state.stages
-        assert "a" in read or not went, f"what was appended is there, write {number}"
+        assert "a" in read or not went, f"what was appended is there, write {disk.fail_at}"
+        if kind != "crash":
+            # Whoever goes on in the same process sees what is there.
+            book.append("running", stage="c", parts=TWO, run_id="z")
+            assert ledger(folder).state.stages["c"].state == "running"
+            assert ("a" in ledger(folder).state.stages) == ("a" in read)
         later = ledger(folder, Fence(2))
         later.append("running", stage="b", parts=TWO, run_id="y")
         assert ledger(folder).state.stages["b"].state == "running"
         assert ("a" in ledger(folder).state.stages) == ("a" in read)
-        if not disk.failed:
-            break
-    assert number > 4
 
 
 def test_a_reader_gets_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.load import load
-from orchestrator.spec import Pipeline
+from orchestrator.spec import Pipeline, _NoBoolean
 from orchestrator.stages import AnyStage
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +85,83 @@ def test_numbers_that_cannot_work_are_refused_with_file_and_line(
     assert f"at   {path}:" in message
     assert section.split(".")[0] in message
     assert max(len(line) for line in message.splitlines()) < 1200
+
+
+BOOLEANS = {
+    "seed": "seed: must be an integer, not true",
+    "stages.pretrain.steps": "stages.pretrain.steps: must be an integer, not true",
+    "stages.pretrain.optimizer.lr.peak": "must be a number, not true",
+    "stages.pretrain.optimizer.weight_decay": "weight_decay: must be a number, not true",
+    "stages.pretrain.optimizer.clip_norm": "must be a number, not true",
+    "stages.curate.sample": "must be an integer; or must be a number, not true",
+    "stages.distill.teachers": "must be an integer; or must be 'auto', not true",
+    "elastic.wait_for_workers_s": "must be a number, not true",
+    "elastic.resources.memory": "must be an integer, not true",
+}
+
+
+@pytest.mark.parametrize("where", BOOLEANS)
+def test_booleans_are_no_numbers(where: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(_changed(where, "true"))
+    message = said(path)
+    assert BOOLEANS[where] in message
+    assert f"at   {path}:" in message
+    assert "hint write 1 if you mean that number" in message
+    path.write_text(_changed("name", "odd"))
+    message = said(path, f"{where}=false")
+    assert f"at   command line `{where}=false`" in message
+    assert "hint write 0 if you mean that number" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("elastic.workers=true", "must be a number, two numbers such as [1, 4], or auto, not True"),
+        ("elastic.workers=[true, 2]", "elastic.workers.0: must be an integer, not true"),
+        ("stages.pretrain.optimizer.betas=[0.9, true]", "betas.1: must be a number, not true"),
+        ("stages.distill.students.vit-nano.zero_stage=true", "zero_stage: must be 1 or 2 or 3, not true"),
+        ("stages.pretrain.model_overrides={patch_size: true}", "patch_size is True; it must be a number"),
+        ("stages.pretrain.model_overrides={ffn: true}", "ffn is True; it must be 'mlp' or 'swiglu'"),
+    ],
+)
+def test_booleans_are_no_numbers_of_lists_and_choices(override: str, expected: str) -> None:
+    assert expected in said(ROOT / "conf" / "full_pipeline.yaml", override)
+
+
+def test_a_mistake_inside_an_overridden_list_is_where_it_was_written() -> None:
+    message = said(ROOT / "conf" / "full_pipeline.yaml", "elastic.workers=[0, 2]")
+    assert "at   command line `elastic.workers=[0, 2]`  elastic.workers.0 = 0" in message
+
+
+def test_booleans_are_booleans() -> None:
+    switches = ["elastic.exact=false", "stages.distill.replay=true", "cluster.dashboard=true"]
+    overrides = [*switches, "stages.pretrain.model_overrides={key_bias: true}"]
+    loaded = load(ROOT / "conf" / "full_pipeline.yaml", overrides, needs_data=False)
+    assert loaded.spec.cluster.dashboard is True
+
+
+def test_every_number_of_the_schema_refuses_booleans() -> None:
+    schema = Pipeline[AnyStage].__pydantic_core_schema__
+    numbers = {path for path, _ in _numbers(schema, ())}
+    refused = {(*path, "schema") for path in _refusing(schema, ())}
+    assert numbers
+    assert numbers == refused
+
+
+def _refusing(schema: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Where a number is behind the check that refuses booleans."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "function-before" and isinstance(schema["function"]["function"], _NoBoolean):
+            if schema["schema"]["type"] != "literal":
+                yield path
+            return
+        for name, inner in schema.items():
+            if name != "metadata":
+                yield from _refusing(inner, (*path, name))
+    elif isinstance(schema, (list, tuple)):
+        for number, inner in enumerate(schema):
+            yield from _refusing(inner, (*path, number))
 
 
 def test_every_number_of_the_schema_has_bounds() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.pipeline import status
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.status import _attempts, _goodput, _ray_train
 from orchestrator.tracking.spool import Spool
@@ -40,3 +41,7 @@ def test_goodput_without_all_causes(tmp_path: Path) -> None:
     spool, metrics = Spool(tmp_path), dict[str, Any](goodput=0.5)
     spool.append("r", 1, metrics, channel="goodput")
     assert _goodput(spool, StageState("a", run_id="r")) == ""
+
+
+def test_one_worker_is_singular() -> None:
+    assert [status._workers(count) for count in (1, "1", 2)] == ["1 worker", "1 worker", "2 workers"]

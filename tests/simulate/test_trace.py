@@ -108,6 +108,7 @@ def test_an_announced_machine_may_go_early(tmp_path: Path) -> None:
             "at",
         ),
         ({"nodes": {"node": {"price": -1}}}, "price: must be greater than or equal to 0, not -1", "price"),
+        ({"nodes": {"node": {"slots": True}}}, "slots: must be a valid integer, not True", "slots"),
         ({"nodes": {"node": {"price": [[5, 1.0]]}}}, "start at 0 and ascend", "node"),
         ({"nodes": {"node": {"slot": 1}}}, "unknown key 'slot'.*mean 'slots'", "slot"),
         (

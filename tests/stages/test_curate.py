@@ -188,6 +188,39 @@ def test_same_seed_same_files_and_other_seed_other_sample(photos: Path, tmp_path
     assert indices[0].rows_of("balanced").tolist() != indices[1].rows_of("balanced").tolist()
 
 
+def test_photos_are_held_out_by_their_bytes(photos: Path, tmp_path: Path) -> None:
+    """Whatever the seed, the names and the other photos; what is chosen of the others stays as it was."""
+
+    def held_out(share: float, seed: int = 0, source: Path = photos) -> tuple[set[str], PhotoIndex]:
+        context = _context(tmp_path, seed, photos=DataSource(path=source))
+        Curate(kind="curate", data="photos", clusters=4, sample=0.4, holdout=share).run(context)
+        index = PhotoIndex.load(context.out)
+        return {index[int(row)].sha256 for row in index.rows_of("held_out")}, index
+
+    (none, plain), (third, index) = held_out(0.0), held_out(0.3)
+    assert not none
+    assert 3 <= len(third) <= 16
+    assert held_out(0.3, seed=1)[0] == third
+    assert third < held_out(0.6)[0]
+    for row in range(len(index)):
+        if index[row].sha256 not in third:
+            assert index[row].component == plain[row].component
+    assert "held_out" not in index.chosen
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    for number, file in enumerate(sorted(photos.glob("[01]-*.jpg"))):
+        shutil.copy(file, fewer / f"renamed-{number}.jpg")
+    mine, smaller = held_out(0.3, source=fewer)
+    assert mine == third & {smaller[row].sha256 for row in range(len(smaller))}
+
+
+def test_only_a_holdout_that_is_set_is_part_of_the_key() -> None:
+    plain = Curate(kind="curate", data="photos")
+    assert "holdout" not in plain.identity()
+    assert Curate(kind="curate", data="photos", holdout=0.0).identity() == plain.identity()
+    assert Curate(kind="curate", data="photos", holdout=0.1).identity()["holdout"] == 0.1
+
+
 def test_of_equal_photos_the_first_sources_is_kept(photos: Path, tmp_path: Path) -> None:
     more = tmp_path / "more"
     more.mkdir()

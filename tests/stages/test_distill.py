@@ -22,6 +22,7 @@ from orchestrator.sharing.bundle import TEACHER, VIEWS
 from orchestrator.spec import Cluster, Elastic, Optimizer, Resources, Schedule
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill, Student
+from orchestrator.stages.pretrain import Pretrain
 from orchestrator.stages.pupils import sharing_gpus, student_job
 from orchestrator.stages.selfsup import Heads, ModelRecipe
 from orchestrator.stages.tasks.distill import DistillTask, bytes_per_image
@@ -182,6 +183,12 @@ def test_chunk_by_chunk_a_student_learns_the_same(index: Path, teacher: Path) ->
         torch.testing.assert_close(ours.figures[name], value, rtol=1e-5, atol=0)
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    assert any((gradients[name] != gradient).any() for name, gradient in expected.items()), (
+        "the gradients of one block have other last bits, before anything is summed exactly: the field says so"
+    )
+    said = Distill.model_fields["chunk_rows"].description or ""
+    assert "changes results in their last bits, also with `elastic.exact`" in said
+    assert Pretrain.model_fields["chunk_rows"].description == said
 
 
 def test_masks_on_a_coarser_grid_cover_at_least_half() -> None:

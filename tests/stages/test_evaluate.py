@@ -343,7 +343,8 @@ def test_same_inputs_same_files(small: Context) -> None:
         assert path.read_bytes() == (again.out / path.name).read_bytes(), path.name
 
 
-def test_photos_without_labels_still_give_a_report(small: Context) -> None:
+def test_photos_without_labels_still_give_a_report(small: Context, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="orchestrator")
     folder = small.inputs["index"].path
     index = PhotoIndex.load(folder)
     PhotoIndex([replace(index[row], label=None, caption=None) for row in range(len(index))]).save(folder)
@@ -351,6 +352,10 @@ def test_photos_without_labels_still_give_a_report(small: Context) -> None:
     assert set(Evaluate.outputs) <= {path.name for path in small.out.iterdir()}
     assert not (small.out / "knn.png").exists()
     assert "no labels to vote with" in (small.out / "report.html").read_text()
+    said = [record.message for record in caplog.records if record.name == "orchestrator"]
+    towers = [line for line in said if " of " in line]
+    assert len(towers) > 2, "a line for each tower says how far it is"
+    assert f"{len(towers)} of {len(towers)}, " in towers[-1]
 
 
 def test_histories_without_records_cost_only_their_curves(small: Context) -> None:

@@ -148,6 +148,10 @@ MISTAKES = {
     "mix: {pool: 0}": ["the weight of 'pool' must be a number above 0, not 0", "stages.train.mix"],
     "mix: {pool: .nan}": ["the weight of 'pool' must be a number above 0, not nan"],
     "mix: {pool: true}": ["must be a number above 0, not True"],
+    "mix: {balanced: 1, pool: 1.0e-9}": [
+        "the weight of 'pool' is 1e-09 of all weights: give it 1e-06 or more",
+        "toy.yaml:12  stages.train.mix",
+    ],
     "mix: 3": ["mix must be a name, a list of names, or a mapping of names to weights"],
     "mix: []": ["mix must be a name, a list of names, or a mapping of names to weights"],
     "homogeneous: balanced": [
@@ -157,6 +161,12 @@ MISTAKES = {
     ],
     "homogeneous: image": ["'image', which is no data source of the index", "did you mean 'imagenet'?"],
     "homogeneous: x": ["'x', which is no data source of the index", "there are: imagenet, web"],
+    "homogeneous_ratio: 1.0e-7": ["1e-07 is less than one batch in a million: give 0, or 1e-06 and more"],
+    "homogeneous_ratio: 0.2": [
+        "nothing says what they are drawn from",
+        "toy.yaml:12  stages.train.homogeneous_ratio = 0.2",
+        "`homogeneous: …`, or leave `homogeneous_ratio` out",
+    ],
 }
 
 
@@ -168,6 +178,49 @@ def test_mistakes_are_named_before_anything_runs(line: str, tmp_path: Path) -> N
         load(file)
     for text in MISTAKES[line]:
         assert text in str(caught.value)
+
+
+def test_nobody_draws_what_is_held_out(tmp_path: Path) -> None:
+    """By default, by a data source's name, with weights, or in homogeneous batches."""
+    components = ["balanced", "pool", "held_out"]
+    rows = [
+        PhotoRow("ab"[number % 2], f"{number}.png", "", "", 8, 8, component=components[number % 3])
+        for number in range(30)
+    ]
+    index = PhotoIndex(rows)
+    held_out = set(index.rows_of("held_out").tolist())
+    for mix, homogeneous in (
+        (None, None),
+        (("a", "pool"), None),
+        ({"a": 1.0, "b": 3.0}, None),
+        (None, ("b", 0.5)),
+    ):
+        order = sample_order(index, mix, homogeneous, batch_size=7, seed=0)
+        drawn = {int(row) for step in range(30) for row in order.ids(step)}
+        assert drawn == set(order.rows.tolist())
+        assert not drawn & held_out, (mix, homogeneous)
+    keep_N = np.arange(30) < 15
+    kept = sample_order(index, ("a", "b"), batch_size=7, seed=0, keep_N=keep_N)
+    assert set(kept.rows.tolist()) == set(range(15)) - held_out
+    assert keep_N.sum() == 15, "the caller's own is as it was"
+    with pytest.raises(UserError, match="no photo of 'held_out' can be used"):
+        sample_order(index, ("held_out",), batch_size=7, seed=0)
+
+
+def test_looking_at_what_is_not_there_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    zipf_index(tmp_path, 0.3, ("photos",))
+    with pytest.raises(UserError, match="no held-out photos") as caught:
+        pretrain(validate_every=5).run(context(tmp_path, tmp_path))
+    assert caught.value.where == "stages.train.validate_every"
+    assert "set `holdout`" in (caught.value.hint or "")
+
+
+def test_a_file_with_all_defaults_written_out_loads(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text(PIPELINE)
+    written = tmp_path / "resolved.yaml"
+    written.write_text(load(tmp_path / "toy.yaml").resolved())
+    assert "homogeneous_ratio" in written.read_text()
+    load(written)
 
 
 def test_a_source_called_as_a_component_is_refused(tmp_path: Path) -> None:

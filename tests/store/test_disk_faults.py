@@ -1,12 +1,13 @@
-"""A commit that fails at any of its writes leaves the artifact absent or whole, and is simply done again."""
+"""Whatever fails at any of its writes happened or did not, leaves nothing behind, and is simply done again."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
-from disk_faults import Crash, Disk
+from disk_faults import KINDS, Kind, every_fault, goes_through
 
 from orchestrator.store.artifact import ArtifactStore
 from orchestrator.store.local import LocalStore
@@ -23,22 +24,6 @@ def staged(artifacts: ArtifactStore, files: dict[str, bytes] = FILES) -> Path:
     return folder
 
 
-def commit(root: Path, disk: Disk, *, over_damage: bool) -> bool:
-    """Whether it went through."""
-    artifacts = ArtifactStore(LocalStore(root))
-    if over_damage:
-        made = artifacts.publish("pretrain", KEY, staged(artifacts, FILES | {"old": b"old"}))
-        (made.path / "config.json").write_bytes(b"[]")
-    folder = staged(artifacts)
-    with pytest.MonkeyPatch.context() as patch:
-        disk.install(patch)
-        try:
-            artifacts.publish("pretrain", KEY, folder)
-        except (OSError, Crash):
-            return False
-    return True
-
-
 def contents(artifacts: ArtifactStore) -> dict[str, bytes] | None:
     found = artifacts.intact("pretrain", KEY)
     if found is None:
@@ -48,21 +33,81 @@ def contents(artifacts: ArtifactStore) -> dict[str, bytes] | None:
     return {name: (found.path / name).read_bytes() for name in found.manifest.files}
 
 
+def end_of_process(store: LocalStore) -> None:
+    """What the kernel does then: it drops the lock on the scratch folder."""
+    fd = store._scratch._fd
+    if fd is not None:
+        os.close(fd)
+        store._scratch._fd = store._scratch._folder = None
+
+
+def litter(root: Path) -> list[str]:
+    """Files in the store that are no objects, after whoever comes next has opened it."""
+    store = LocalStore(root)
+    scratch = [path.relative_to(root).as_posix() for path in (root / ".scratch").rglob("*")]
+    return scratch + [
+        name for name in store.list() if "partial" in name or name.rpartition("/")[2].startswith(".")
+    ]
+
+
 @pytest.mark.parametrize("over_damage", [False, True])
-@pytest.mark.parametrize("crash", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_artifact_is_absent_or_whole_whichever_write_fails(
-    tmp_path: Path, crash: bool, over_damage: bool
+    tmp_path: Path, kind: Kind, over_damage: bool
 ) -> None:
-    number = 0
-    while True:
-        number += 1
-        root, disk = tmp_path / str(number), Disk(number, crash=crash)
-        went = commit(root, disk, over_damage=over_damage)
+    for disk in every_fault(kind, at_least=12):
+        root = tmp_path / str(disk.fail_at)
         artifacts = ArtifactStore(LocalStore(root))
-        assert contents(artifacts) in ([FILES] if went else [None, FILES]), f"after write {number}"
+        if over_damage:
+            made = artifacts.publish("pretrain", KEY, staged(artifacts, FILES | {"old": b"old"}))
+            (made.path / "config.json").write_bytes(b"[]")
+        folder = staged(artifacts)
+        went = goes_through(disk, lambda: artifacts.publish("pretrain", KEY, folder))  # noqa: B023
+        end_of_process(artifacts.store)
+        assert litter(root) == []
+        artifacts = ArtifactStore(LocalStore(root))
+        assert contents(artifacts) in ([FILES] if went else [None, FILES]), f"after write {disk.fail_at}"
         artifacts.publish("pretrain", KEY, staged(artifacts))
-        assert contents(artifacts) == FILES, f"done again after write {number}"
+        assert contents(artifacts) == FILES, f"done again after write {disk.fail_at}"
         assert artifacts.examine(f"artifacts/pretrain-{KEY[:16]}/") == []
-        if not disk.failed:
-            break
-    assert number > 10, "the faults must have been where things are written"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_object_is_the_old_or_the_new_one(tmp_path: Path, kind: Kind) -> None:
+    for disk in every_fault(kind, at_least=6):
+        root = tmp_path / str(disk.fail_at)
+        store = LocalStore(root)
+        store.put_bytes("a/one", b"old")
+        (tmp_path / "source").write_bytes(b"new")
+
+        def puts(store: LocalStore = store) -> None:
+            store.put_bytes("a/one", b"new")
+            store.put_file("b/two", tmp_path / "source")
+            store.get_file("a/one", tmp_path / "out" / "copy")
+
+        went = goes_through(disk, puts)
+        if kind != "crash":
+            assert [
+                path for path in (root / ".scratch").rglob("*") if path.is_file() and path.suffix != ".lock"
+            ] == []
+            assert list(tmp_path.glob("out/.*")) == []
+        end_of_process(store)
+        assert litter(root) == []
+        assert store.get_bytes("a/one") in ([b"new"] if went else [b"old", b"new"])
+        assert not store.stat("b/two") or store.get_bytes("b/two") == b"new"
+        puts(LocalStore(root))
+        assert LocalStore(root).get_bytes("b/two") == b"new"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_dead_left_goes_though_the_first_try_fails(tmp_path: Path, kind: Kind) -> None:
+    for disk in every_fault(kind, at_least=4):
+        root = tmp_path / str(disk.fail_at)
+        dead = LocalStore(root)
+        (dead.scratch("work") / "deep").mkdir(parents=True)
+        (dead.scratch("half")).write_bytes(b"x")
+        end_of_process(dead)
+        opened: list[LocalStore] = []
+        if goes_through(disk, lambda: opened.append(LocalStore(root))):  # noqa: B023
+            end_of_process(opened[0])
+        assert litter(root) == [], f"after write {disk.fail_at}"

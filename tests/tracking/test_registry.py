@@ -341,12 +341,12 @@ def test_a_database_that_cannot_be_used_is_named(uri: str, tmp_path: Path, how: 
     damage(uri, how)
     with pytest.raises(UserError) as caught:
         registry.difference(uri, "food-vit", "", {}, "best")
-    assert uri in caught.value.what
+    assert uri.removeprefix("sqlite:///") in caught.value.what
     assert hint in (caught.value.hint or "")
     assert len(caught.value.what.splitlines()) == 1
     with pytest.raises(UserError) as caught:
         registry.pull("food-vit@best", tmp_path / "out", uri)
-    assert uri in caught.value.what
+    assert uri.removeprefix("sqlite:///") in caught.value.what
 
 
 @pytest.mark.parametrize(
@@ -369,5 +369,5 @@ def test_publishing_needs_tracking(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tracking is off"):
         registry.publish(NullRun(), "food-vit", model(tmp_path / "model"), {}, "best")
     unreachable = Tracking("http://127.0.0.1:9", "food", tmp_path / "spool")
-    with pytest.raises(UserError, match="did not answer"):
+    with pytest.raises(UserError, match="has not answered for"):
         registry.publish(unreachable.run("x"), "food-vit", tmp_path / "model", {}, "best", timeout=0.1)

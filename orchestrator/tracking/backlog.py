@@ -1,0 +1,117 @@
+"""What a spool has that MLflow has not, since when, and why: what `status`, `sync` and the end of a run say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import asdict, dataclass
+
+from orchestrator.tracking.spool import Spool
+from orchestrator.tracking.trouble import Trouble
+
+# A hidden file: the copy of the spool in the store leaves those out.
+_OUTAGE = ".outage.json"
+
+
+@dataclass
+class Progress:
+    """What MLflow has of a run: its id there, and the bytes of the spool file that were sent."""
+
+    mlflow_run_id: str | None = None
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """Records that wait to be sent.
+
+    Attributes:
+        records: how many.
+        runs: of how many runs.
+        since: when the oldest was made, in seconds since 1970.
+    """
+
+    records: int
+    runs: int
+    since: float
+
+
+@dataclass(frozen=True)
+class Outage:
+    """Why nothing goes to MLflow, and since when, in seconds since 1970."""
+
+    trouble: Trouble
+    since: float
+
+
+def progress(spool: Spool, run_id: str) -> Progress:
+    """The noted progress of a run; none if there is no note or it is torn (sending twice does no harm)."""
+    try:
+        noted = json.loads(spool.path(run_id).with_suffix(".progress").read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return Progress()
+    known, offset = (
+        (noted.get("mlflow_run_id"), noted.get("offset")) if isinstance(noted, dict) else (None, None)
+    )
+    if not isinstance(known, str | None) or not isinstance(offset, int) or offset < 0:
+        return Progress()
+    return Progress(known, offset)
+
+
+def pending(spool: Spool) -> int:
+    """Bytes in the spool that MLflow does not have yet."""
+    return sum(max(0, spool.size(run) - progress(spool, run).offset) for run in spool.run_ids())
+
+
+def sent(spool: Spool) -> int:
+    """Bytes of the spool that MLflow has."""
+    return sum(progress(spool, run).offset for run in spool.run_ids())
+
+
+def backlog(spool: Spool) -> Backlog | None:
+    """What waits; None if nothing does."""
+    records = runs = 0
+    oldest: int | None = None
+    for run in spool.run_ids():
+        start = progress(spool, run).offset
+        waiting = spool.read(run, start) if spool.size(run) > start else []
+        if waiting:
+            records, runs = records + len(waiting), runs + 1
+            first = int(waiting[0][0]["time_ms"])
+            oldest = first if oldest is None else min(oldest, first)
+    return None if oldest is None else Backlog(records, runs, oldest / 1000)
+
+
+def note_outage(spool: Spool, outage: Outage | None) -> None:
+    """Keep for other processes why nothing is taken; None: all is well. No more than a note: it may get lost."""
+    path = spool.folder / _OUTAGE
+    with contextlib.suppress(OSError):
+        if outage is None:
+            path.unlink(missing_ok=True)
+        else:
+            draft = path.with_name(f"{_OUTAGE}.tmp")
+            draft.write_text(json.dumps({"since": outage.since, **asdict(outage.trouble)}))
+            draft.replace(path)
+
+
+def noted_outage(spool: Spool) -> Outage | None:
+    """Why nothing is taken, as far as a process has noted it."""
+    try:
+        noted = json.loads((spool.folder / _OUTAGE).read_text())
+        return Outage(
+            Trouble(*(str(noted[name]) for name in ("what", "until", "cure"))), float(noted["since"])
+        )
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def clock(at: float) -> str:
+    """A time of day, with its date where that is another day's: `14:02:11`, `2026-11-20 14:02`."""
+    then, now = time.localtime(at), time.localtime()
+    return time.strftime("%H:%M:%S" if then[:3] == now[:3] else "%Y-%m-%d %H:%M", then)
+
+
+def counted(records: int) -> str:
+    """`1 tracking record`, `1,204 tracking records`."""
+    return f"{records:,} tracking record{'' if records == 1 else 's'}"

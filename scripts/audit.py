@@ -1,0 +1,157 @@
+"""Compares the locked packages with the known vulnerabilities of https://osv.dev; `make audit` runs it.
+
+Exit status 0: there are none but those that .ci/audit.toml allows, or the service cannot be reached, which is one line.
+Exit status 1: there are others, or the audit itself is broken.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ALLOWED = ROOT / ".ci" / "audit.toml"
+# It holds all packages of requirements.lock, in the same versions.
+LOCK = ROOT / "requirements-dev.lock"
+_ANSWER_S = 5
+_ALL_S = 180
+# What pip-audit ends with when it does not get an answer.
+_AWAY = (
+    "ConnectionError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "Timeout",
+    "ProxyError",
+    "SSLError",
+    "ServiceError",
+    "HTTPError",
+)
+
+
+class NotAuditedError(Exception):
+    """The service gave no answer; says why."""
+
+
+class BrokenError(Exception):
+    """The audit cannot be made, and that is not the network's fault; says why."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A known vulnerability of a locked package: all its names, and the versions that mend it."""
+
+    package: str
+    version: str
+    ids: tuple[str, ...]
+    fixed_in: tuple[str, ...]
+
+    def __str__(self) -> str:
+        others = f" ({', '.join(self.ids[1:])})" if len(self.ids) > 1 else ""
+        mended = f"mended in {', '.join(self.fixed_in)}" if self.fixed_in else "not mended yet"
+        return f"{self.package} {self.version}: {self.ids[0]}{others}, {mended}"
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """An entry of .ci/audit.toml."""
+
+    id: str
+    reason: str
+    until: datetime.date
+
+
+def allowed(text: str) -> list[Allowed]:
+    """The entries of the file's `text`.
+
+    Raises:
+        BrokenError: it is no TOML, or an entry lacks its id, reason or date.
+    """
+    try:
+        entries = tomllib.loads(text).get("allow", [])
+        found = [Allowed(entry["id"], entry["reason"], entry["until"]) for entry in entries]
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenError(f"{ALLOWED.name}: each [[allow]] has id, reason and until: {error}") from None
+    for one in found:
+        if not one.id or not str(one.reason).strip() or type(one.until) is not datetime.date:
+            raise BrokenError(f"{ALLOWED.name}: {one.id or 'an entry'} has no reason, or `until` is no date")
+    return found
+
+
+def ask(lock: Path, service: str | None = None) -> dict[str, Any]:
+    """What pip-audit reports of the packages in `lock`, as its JSON.
+
+    Args:
+        lock: a file of requirements with exact versions. Nothing in it is installed or resolved.
+        service: the address of another service that speaks OSV's protocol.
+
+    Raises:
+        NotAuditedError: the service gave no answer.
+        BrokenError: pip-audit failed otherwise.
+    """
+    command = [sys.executable, "-m", "pip_audit", "--requirement", str(lock), "--no-deps", "--disable-pip"]
+    command += ["--vulnerability-service", "osv", "--timeout", str(_ANSWER_S)]
+    command += ["--progress-spinner", "off", "--format", "json", "--aliases", "on", "--desc", "off"]
+    command += ["--osv-url", service] if service else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ALL_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise NotAuditedError(f"no complete answer within {_ALL_S} s") from None
+    try:
+        report: dict[str, Any] = json.loads(done.stdout)
+        return report
+    except ValueError:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
+    if any(name in last for name in _AWAY):
+        raise NotAuditedError(last[:200])
+    raise BrokenError(f"pip-audit failed: {last[:500]}")
+
+
+def known(report: dict[str, Any]) -> Iterator[Known]:
+    """The vulnerabilities in a report of pip-audit."""
+    for package in report["dependencies"]:
+        for one in package.get("vulns", ()):
+            ids = (one["id"], *one.get("aliases", ()))
+            yield Known(package["name"], package["version"], ids, tuple(one["fix_versions"]))
+
+
+def main(arguments: Sequence[str] = (), today: datetime.date | None = None) -> int:
+    """Audit the lock file, or the one named first in `arguments`; returns the exit status."""
+    lock = Path(arguments[0]) if arguments else LOCK
+    day = today or datetime.datetime.now(datetime.UTC).date()
+    try:
+        passes = allowed(ALLOWED.read_text(encoding="utf-8"))
+        found = list(known(ask(lock, os.environ.get("AUDIT_OSV_URL"))))
+    except NotAuditedError as error:
+        _say(f"not audited: {error}")
+        return 0
+    except (BrokenError, OSError) as error:
+        _say(f"audit: {error}")
+        return 1
+    reasons = {one.id: one.reason for one in passes if one.until >= day}
+    bad = 0
+    for one in found:
+        reason = next((reasons[name] for name in one.ids if name in reasons), None)
+        bad += reason is None
+        _say(f"{one}: {'NOT ALLOWED' if reason is None else f'allowed, {reason}'}")
+    seen = {name for one in found for name in one.ids}
+    for entry in passes:
+        if entry.id not in seen:
+            _say(f"{entry.id} in {ALLOWED.name} is not needed any more")
+    _say(f"audited {lock.name}: {len(found)} known vulnerabilities, {bad} of them not allowed")
+    return 1 if bad else 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

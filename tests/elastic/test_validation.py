@@ -1,0 +1,106 @@
+"""Held-out photos: nobody trains on them, and their loss is the same at any number of workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.data.index import PhotoIndex
+from orchestrator.elastic.run_monitor import RunMonitor
+
+from .conftest import RECIPE, RunJob
+from .test_chunks import saved
+
+STEPS = 4
+CONFIG = {
+    "steps": STEPS,
+    "frozen_prototype_steps": 0,
+    "homogeneous": None,
+    "homogeneous_ratio": None,
+    "mix": None,
+}
+# Last of each kind, so that the others are drawn as if they were all.
+HELD_OUT = range(34, 40)
+
+
+@pytest.fixture
+def split(index: Path, tmp_path: Path) -> Path:
+    """The index with six photos held out."""
+    whole, folder = PhotoIndex.load(index), tmp_path / "split"
+    folder.mkdir()
+    PhotoIndex(
+        [
+            replace(whole[row], component="held_out" if row in HELD_OUT else "balanced")
+            for row in range(len(whole))
+        ]
+    ).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_looking_at_them_changes_no_weight(
+    run_job: RunJob, split: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    common = {"index": split, "zero_stage": zero_stage}
+    plain = run_job(tmp_path / "plain", 2, config=CONFIG, **common)
+    looked = run_job(tmp_path / "looked", 2, config={**CONFIG, "validate_every": 3}, **common)
+    assert looked["losses"] == plain["losses"]
+    last = f"checkpoints/step-{STEPS:08d}"
+    theirs = saved(tmp_path / "plain" / last)
+    for name, value in saved(tmp_path / "looked" / last).items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    figures = dict(looked["figures"])
+    with_loss = [step for step in figures if "val/loss" in figures[step]]
+    assert with_loss == [3, 4], "every third step, and the last"
+    assert {"val/dino_global", "val/ibot", "val/koleo"} <= set(figures[3])
+    assert figures[3]["val/loss"] != figures[4]["val/loss"], "the weights moved"
+    assert not any(name.startswith("val/") for _, found in plain["figures"] for name in found)
+
+
+def test_their_loss_does_not_depend_on_workers_or_stops(run_job: RunJob, split: Path, tmp_path: Path) -> None:
+    config = {**CONFIG, "validate_every": 1}
+    common = {"index": split, "config": config, "exact": True}
+    alone = dict(run_job(tmp_path / "alone", 1, **common)["figures"])
+    three = dict(run_job(tmp_path / "three", 3, **common)["figures"])
+    run_job(tmp_path / "stopped", 2, stop_after=2, **common)
+    rest = dict(run_job(tmp_path / "stopped", 3, **common)["figures"])
+    assert sorted(rest) == [3, 4]
+    for step, figures in alone.items():
+        names = [name for name in figures if name.startswith("val/")]
+        assert "val/loss" in names
+        for name in names:
+            assert three[step][name] == pytest.approx(figures[name], rel=1e-12), (step, name)
+            if step in rest:
+                assert rest[step][name] == pytest.approx(figures[name], rel=1e-12), (step, name)
+
+
+def test_they_are_looked_at_without_drop_path(run_job: RunJob, split: Path, tmp_path: Path) -> None:
+    """At the first step's learning rate of 0 all weights are as they began, however many rows were dropped."""
+    config, found = {**CONFIG, "steps": 2, "validate_every": 1}, []
+    for drop_path in (0.0, 0.3):
+        recipe = {**RECIPE, "drop_path": drop_path}
+        work = tmp_path / f"drop-{drop_path}"
+        found.append(dict(run_job(work, 1, config=config, recipe=recipe, index=split)["figures"])[1])
+    assert found[0]["loss"] != found[1]["loss"]
+    assert found[0]["val/loss"] == found[1]["val/loss"]
+
+
+def test_their_figures_are_curves_of_their_own(tmp_path: Path) -> None:
+    """In MLflow `val/loss` beside `train/loss`."""
+    events: list[dict[str, Any]] = []
+    monitor = RunMonitor("pretrain", 10, tmp_path / "goodput.json", events.append)
+    monitor.begin()
+    monitor.group_started(1)
+    for step, more in ((1, {}), (2, {"val/loss": 7.0, "val/ibot": 3.0})):
+        figures = {"loss": 6.0, "step_seconds": 0.1, **more}
+        monitor.stepped({"step": step, "figures": figures, "stall": 0.0})
+    found = [
+        (event["channel"], event["step"], event["values"]) for event in events if event["kind"] == "metrics"
+    ]
+    trained = {"loss": 6.0, "step_seconds": 0.1}
+    assert [one for one in found if one[0] == "train"] == [("train", 1, trained), ("train", 2, trained)]
+    assert [one for one in found if one[0] == "val"] == [("val", 2, {"loss": 7.0, "ibot": 3.0})]
