@@ -36,14 +36,17 @@ CLUSTER_FILES = (
     "test_pipeline.py",
     "test_ray_troubles.py",
     "test_submitted_job.py",
+    "test_sync_command.py",
     "tracking/test_server.py",
 )
 
 # Files, relative to tests/, whose tests compute for seconds, or make MLflow's databases again and again.
 HEAVY_FILES = (
+    "fuzz/*",
     "pipeline/test_record.py",
     "stages/test_evaluate.py",
     "stages/test_publish.py",
+    "tracking/test_publish_faults.py",
     "tracking/test_registry.py",
     "tracking/test_runs.py",
 )
