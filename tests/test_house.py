@@ -235,6 +235,21 @@ def test_a_unit_test_cannot_start_a_server() -> None:
         subprocess.Popen(["no-such-program"])
 
 
+def ours(pytester: pytest.Pytester) -> None:
+    """Give the tests of an inner pytest the conftest of these."""
+    for name in ("conftest.py", "suite.py", "s3_server.py"):
+        (pytester.path / name).write_text((suite.TESTS / name).read_text())
+
+
+def test_marks_are_set_before_tests_are_selected(pytester: pytest.Pytester) -> None:
+    ours(pytester)
+    pytester.makepyfile(test_whole_proof="def test_one(): pass", test_small="def test_two(): pass")
+    for marks, chosen in (("cluster", "test_whole_proof"), ("not cluster", "test_small")):
+        result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-v", "-m", marks)
+        assert {"passed": 1, "deselected": 1}.items() <= result.parseoutcomes().items()
+        result.stdout.fnmatch_lines([f"{chosen}.py::*PASSED*"])
+
+
 SKIPPING = """
 import pytest
 
@@ -262,9 +277,7 @@ def test_only_expected_skips_pass_in_ci(
 ) -> None:
     """Two tests and a whole file are skipped for reasons that nobody expects."""
     monkeypatch.setenv("CI", ci)
-    pytester.makeconftest((suite.TESTS / "conftest.py").read_text())
-    for name in ("suite.py", "s3_server.py"):
-        (pytester.path / name).write_text((suite.TESTS / name).read_text())
+    ours(pytester)
     pytester.makepyfile(test_some=SKIPPING, test_file='import pytest\npytest.importorskip("no_such_package")')
     result = pytester.runpytest_subprocess(
         "-p", "no:cacheprovider", "--continue-on-collection-errors", *options
