@@ -296,23 +296,27 @@ def check_cluster(loaded: LoadedPipeline, names: Sequence[str], workspace: Works
     found = Checked()
     found.warnings += room.of_cluster(loaded, room.needs(loaded, names), ray.cluster_resources())
     machines = visible.other_machines()
+    # Several nodes may be on one machine.
+    addresses = set(machines.values())
     files = _shared_files(loaded, names, workspace)
-    sightless = visible.unseen(
+    unseen = visible.unseen(
         {path: size for sizes in files.values() for path, size in sizes.items()}, machines
     )
     for place, sizes in files.items():
-        lacking = {host: unseen for host, names in sightless.items() if (unseen := sizes.keys() & set(names))}
+        lacking = {
+            address: missed for address, paths in unseen.items() if (missed := sizes.keys() & set(paths))
+        }
         if not lacking:
             continue
-        unseen = next(iter(lacking.values()))
+        first = next(iter(lacking.values()))
         error = UserError(
-            f"{len(lacking)} of the cluster's {len(machines)} other machines cannot read {min(unseen)}: "
+            f"{len(lacking)} of the cluster's {len(addresses)} other machines cannot read {min(first)}: "
             f"{', '.join(list(lacking)[:_NAMED])}",
             where=loaded.where(*place.split(".")),
             hint="mount the folder there at the same place, or keep workers off these machines "
             "(elastic.resources.labels)",
         )
-        (found.errors if len(lacking) == len(machines) else found.warnings).append(error)
+        (found.errors if len(lacking) == len(addresses) else found.warnings).append(error)
     return found
 
 

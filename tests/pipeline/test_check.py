@@ -374,6 +374,13 @@ def test_machines_that_see_no_photos_are_named(folder: Path, monkeypatch: pytest
     assert found.warnings == []
 
 
+def test_two_nodes_on_one_machine_are_one_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = looked_at(monkeypatch, {"m": "10.0.0.7", "n": "10.0.0.7"}, {"10.0.0.7": []})
+    assert found.warnings == [], "no machine is left that could work"
+    assert told(found.errors).count("1 of the cluster's 1 other machines cannot read") == 2
+    assert len(found.errors) == 2
+
+
 def test_some_machines_that_see_no_photos_are_a_warning(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
