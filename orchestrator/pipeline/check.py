@@ -180,11 +180,11 @@ def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, PhotoCoun
         try:
             captions = captions_of(source, name, files)
         except UserError as error:
-            if (error.where or "").startswith("data."):
-                continue  # no such file, which was told
             # What captions there are is not known: stages that want some are told nothing that may be wrong.
             counts[name] = PhotoCount(len(files), len(files), len(files))
-            found.errors.append(error)
+            # That there is no such file was found when the pipeline file was read.
+            if not (error.where or "").startswith("data."):
+                found.errors.append(error)
             continue
         counts[name] = PhotoCount(len(files), captions.num_captions, captions.num_labels)
         found.warnings += captions.warnings

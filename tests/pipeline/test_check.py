@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.elastic import cluster, visible
 from orchestrator.errors import UserError
 from orchestrator.pipeline import room
@@ -178,6 +180,16 @@ def test_of_missing_data_the_rest_is_told_too(folder: Path) -> None:
     assert "'smal'" in said
     assert "no such folder" not in told(checked(runs=False).errors), "a plan needs no data"
     assert "'smal'" in told(checked("stages.publish.names=[smal]", runs=False).errors)
+
+
+def test_of_missing_captions_nothing_is_said_but_that_they_are_missing(folder: Path) -> None:
+    (folder / "captions.csv").unlink()
+    said = told(checked().errors)
+    assert "captions.csv" in said
+    assert said.count("  at   ") == 1, "what the photos would have is not known"
+    planned = CliRunner().invoke(app, ["plan", "pipeline.yaml"])
+    assert (planned.exit_code, "has a caption" in planned.output) == (0, False), planned.output
+    assert "captions.csv" in planned.output
 
 
 # --- disk and memory --------------------------------------------------------------------------------------------
@@ -436,9 +448,6 @@ def test_a_command_refuses_with_all_of_it_and_starts_nothing(folder: Path, comma
 
 
 def test_a_plan_prints_what_it_found(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from typer.testing import CliRunner
-
-    from orchestrator.cli import app
 
     caplog.set_level(logging.ERROR)
     said = CliRunner().invoke(app, ["plan", "pipeline.yaml"]).output
