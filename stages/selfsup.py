@@ -322,9 +322,7 @@ class SelfSupervised(HomogeneousMixStage):
             if self.validate_every
             else None,
             validate_every=self.validate_every,
-            export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every))
-            if self.snapshot_every
-            else (),
+            export_steps=self.snapshot_steps()[:-1],
         )
 
     def draws(self, context: Context) -> Draws:
