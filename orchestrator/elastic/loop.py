@@ -100,10 +100,11 @@ class _Trainer:
     def run(self) -> bool:
         for step, blocks in self._feed():
             began = time.monotonic()
+            held_out: dict[str, float] = {}
             with out_of_memory_explained(self.job, f"in step {step + 1}", blocks):
                 figures = self._step(step, blocks)
                 if self._is_looked_at(step + 1):
-                    figures |= self._validated()
+                    held_out = self._validated()
             done = step + 1
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
@@ -116,7 +117,7 @@ class _Trainer:
             if agreed.save and not (agreed.stop or last):
                 self.saving.begin(done)
             if self.rank == 0:
-                self.line.report(done, figures, self.saving.stall_s - stalled)
+                self.line.report(done, figures, self.saving.stall_s - stalled, held_out)
                 self.saving.tell()
             if done in self.job.export_steps:
                 self._export(done)
@@ -169,7 +170,7 @@ class _Trainer:
         return self.held_out is not None and every > 0 and (done % every == 0 or done == self.job.num_steps)
 
     def _validated(self) -> dict[str, float]:
-        """Figures of the held-out blocks by `val/NAME`, with the weights as they are now; collective.
+        """Figures of the held-out blocks, with the weights as they are now; collective.
 
         They are the blocks of step 0 of their own source each time, shared out as a step's blocks are.
         """
@@ -183,7 +184,7 @@ class _Trainer:
         names = sorted(sums)
         values = self.workers(torch.stack([sums[name] for name in names])).tolist()
         # As with norms: what is not finite is a gap in its curve.
-        return {f"val/{name}": value for name, value in zip(names, values, strict=True) if _finite(value)}
+        return {name: value for name, value in zip(names, values, strict=True) if _finite(value)}
 
     # --- what is not finite -------------------------------------------------------------------------------------
 

@@ -172,7 +172,12 @@ def job(spec: Spec) -> Any:
         if "spikes" not in spec:
             raise
         return {"error": str(error), "figures": recorder.figures}
-    return {"complete": complete, "figures": recorder.figures, "troubles": recorder.troubles}
+    return {
+        "complete": complete,
+        "figures": recorder.figures,
+        "held_out": recorder.held_out,
+        "troubles": recorder.troubles,
+    }
 
 
 def clip(spec: Spec) -> Any:

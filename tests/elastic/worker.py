@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,17 @@ class Recorder:
         self.stop_after, self.die_at, self.may_have_troubles = stop_after, die_at, troubles
         self.troubles: list[str] = []
         self.figures: list[tuple[int, dict[str, float]]] = []
+        self.held_out: dict[int, dict[str, float]] = {}
         self.done = 0
 
     def phase(self, name: str) -> None: ...
 
-    def report(self, step: int, figures: dict[str, float], stall_s: float) -> None:
+    def report(
+        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+    ) -> None:
         self.figures.append((step, figures))
+        if held_out:
+            self.held_out[step] = dict(held_out)
         if step == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
