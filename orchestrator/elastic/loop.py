@@ -100,15 +100,16 @@ class _Trainer:
     def run(self) -> bool:
         for step, blocks in self._feed():
             began = time.monotonic()
-            held_out: dict[str, float] = {}
             with out_of_memory_explained(self.job, f"in step {step + 1}", blocks):
                 figures = self._step(step, blocks)
-                if self._is_looked_at(step + 1):
-                    held_out = self._validated()
             done = step + 1
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
                 figures["data_wait_seconds"] = self.waited_s
+            held_out: dict[str, float] = {}
+            if self._is_looked_at(done):
+                with out_of_memory_explained(self.job, f"with held-out photos after step {done}"):
+                    held_out = self._validated()
             stalled = self.saving.stall_s
             agreed = self.saving.agree()
             last = done == self.job.num_steps
@@ -170,11 +171,12 @@ class _Trainer:
         return self.held_out is not None and every > 0 and (done % every == 0 or done == self.job.num_steps)
 
     def _validated(self) -> dict[str, float]:
-        """Figures of the held-out blocks, with the weights as they are now; collective.
+        """Figures of the held-out blocks, with the weights as they are now, and its own `seconds`; collective.
 
         They are the blocks of step 0 of their own source each time, shared out as a step's blocks are.
         """
         assert self.held_out is not None
+        began = time.monotonic()
         blocks = [_to_device(block, self.device) for block in self._load(0, self.held_out)]
         sums: dict[str, Tensor] = {}
         with torch.no_grad(), self.engine.evaluating():
@@ -184,7 +186,8 @@ class _Trainer:
         names = sorted(sums)
         values = self.workers(torch.stack([sums[name] for name in names])).tolist()
         # As with norms: what is not finite is a gap in its curve.
-        return {name: value for name, value in zip(names, values, strict=True) if _finite(value)}
+        figures = {name: value for name, value in zip(names, values, strict=True) if _finite(value)}
+        return {**figures, "seconds": time.monotonic() - began}
 
     # --- what is not finite -------------------------------------------------------------------------------------
 

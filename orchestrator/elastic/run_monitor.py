@@ -112,7 +112,8 @@ class RunMonitor:
             self.goodput.resumed(step - 1)
             self._recovered(step, now)
         seconds = metrics["step_seconds"]
-        self.goodput.stepped(step, seconds, event["stall"], now)
+        # The look at held-out photos is between this step and the next: its time is booked with this one's.
+        self.goodput.stepped(step, seconds + held_out.get("seconds", 0.0), event["stall"], now)
         known = self._progress.step_s
         smooth = seconds if known is None else 0.7 * known + 0.3 * seconds
         self._progress = _Progress(step, metrics, time.monotonic(), smooth)

@@ -14,6 +14,7 @@ from orchestrator.elastic.run_monitor import RunMonitor
 
 from .conftest import RECIPE, RunJob
 from .test_chunks import saved
+from .worker import LOOK_S
 
 STEPS = 4
 CONFIG = {
@@ -69,8 +70,9 @@ def test_their_loss_does_not_depend_on_workers_or_stops(run_job: RunJob, split: 
     rest = run_job(tmp_path / "stopped", 3, **common)["held_out"]
     assert sorted(rest) == [3, 4]
     for step, figures in alone.items():
-        assert "loss" in figures
-        for name, value in figures.items():
+        assert {"loss", "seconds"} <= figures.keys()
+        for name in figures.keys() - {"seconds"}:
+            value = figures[name]
             assert three[step][name] == pytest.approx(value, rel=1e-12), (step, name)
             if step in rest:
                 assert rest[step][name] == pytest.approx(value, rel=1e-12), (step, name)
@@ -86,6 +88,13 @@ def test_they_are_looked_at_without_drop_path(run_job: RunJob, split: Path, tmp_
         found.append((done["losses"][1], done["held_out"][1]["loss"]))
     assert found[0][0] != found[1][0]
     assert found[0][1] == found[1][1]
+
+
+def test_the_seconds_of_a_look_are_not_those_of_a_step(run_job: RunJob, split: Path, tmp_path: Path) -> None:
+    config = {**CONFIG, "steps": 2, "validate_every": 2}
+    done = run_job(tmp_path, 1, config=config, index=split, slow_look=True)
+    assert [figures["step_seconds"] for _, figures in done["figures"]] == [0.0, 0.0]
+    assert [figures["seconds"] for figures in done["held_out"].values()] == [4 * LOOK_S], "of four blocks"
 
 
 def test_their_figures_are_curves_of_their_own(tmp_path: Path) -> None:

@@ -115,6 +115,32 @@ class TaughtBlocks:
         return Block(step, index, ids, arrays)
 
 
+class Clock:
+    """What stands in the place of `time`: it moves when told to alone."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+LOOK_S = 100.0
+
+
+class SlowBlocks:
+    """Blocks that take `LOOK_S` by `CLOCK` each, and nothing else takes any time."""
+
+    def __init__(self, blocks: Any) -> None:
+        self.num_blocks, self._blocks = blocks.num_blocks, blocks
+
+    def load(self, step: int, index: int) -> Block:
+        CLOCK.now += LOOK_S
+        block: Block = self._blocks.load(step, index)
+        return block
+
+
 def make_feature_job(spec: dict[str, Any]) -> Job:
     """The student of `spec`'s first name, taught by the headless teachers of its objective."""
     from orchestrator.stages.distill import Distill
@@ -158,6 +184,8 @@ def make_job(spec: dict[str, Any]) -> Job:
         task = partial(Ailing, config, recipe, 7, gram, script=spec["health"])
     if spec.get("spikes"):
         task = partial(Spiky, config, recipe, 7, gram, **spec["spikes"])
+    held_out = partial(crop_blocks, config, recipe, Path(spec["index"]), 7, held_out=True)
+    validation = (lambda: SlowBlocks(held_out())) if spec.get("slow_look") else held_out
     return Job(
         name="test",
         task=task,
@@ -176,9 +204,7 @@ def make_job(spec: dict[str, Any]) -> Job:
         ),
         start_from=Path(spec["start_from"]) if spec.get("start_from") else None,
         max_unreadable=spec.get("max_unreadable"),
-        validation=partial(crop_blocks, config, recipe, Path(spec["index"]), 7, held_out=True)
-        if config.validate_every
-        else None,
+        validation=validation if config.validate_every else None,
         validate_every=config.validate_every,
         export_steps=tuple(spec.get("export_steps", ())),
     )
