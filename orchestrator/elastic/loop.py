@@ -177,16 +177,21 @@ class _Trainer:
         """
         assert self.held_out is not None
         began = time.monotonic()
-        blocks = [_to_device(block, self.device) for block in self._load(0, self.held_out)]
+        loaded = self._load(0, self.held_out)
+        self._tell_troubles(self.held_out)
+        own = [block for block in loaded if block.weight > 0]
+        blocks = [_to_device(block, self.device) for block in loaded]
         sums: dict[str, Tensor] = {}
         with torch.no_grad(), self.engine.evaluating():
             targets = self.task.targets(blocks, self.workers)
             for block, target in zip(blocks, targets, strict=True):
                 _accumulate(sums, self.task.losses(block, target), block.weight / self.num_blocks)
-        names = sorted(sums)
-        values = self.workers(torch.stack([sums[name] for name in names])).tolist()
+        figures = self._sum_figures(sums, 0, sum(block.num_replaced for block in own))
+        del figures["sample_order"]  # the same each time
+        if "replaced_photos" in figures:
+            self._note_unreadable(_unreadable(own))
         # As with norms: what is not finite is a gap in its curve.
-        figures = {name: value for name, value in zip(names, values, strict=True) if _finite(value)}
+        figures = {name: value for name, value in figures.items() if _finite(value)}
         return {**figures, "seconds": time.monotonic() - began}
 
     # --- what is not finite -------------------------------------------------------------------------------------
@@ -298,17 +303,20 @@ class _Trainer:
                     loaded = (ahead or pool.submit(self._load, step)).result()
                 self.waited_s = time.monotonic() - asked
                 ahead = pool.submit(self._load, step + 1) if step + 1 < self.job.num_steps else None
-                if isinstance(self.blocks, TellsTroubles):
-                    for what in self.blocks.take_troubles():
-                        self.line.trouble(what)
+                self._tell_troubles(self.blocks)
                 own = [block for block in loaded if block.weight > 0]
                 ids = {block.index: block.ids for block in own}
                 num_replaced = sum(block.num_replaced for block in own)
-                unreadable = sorted({int(row) for block in own for row in block.unreadable})
-                self.seen[step] = sum(map(_order, own)), num_replaced, ids, unreadable
+                self.seen[step] = sum(map(_order, own)), num_replaced, ids, _unreadable(own)
                 with out_of_memory_explained(self.job, f"while blocks of step {step + 1} were moved"):
                     moved = [_to_device(block, self.device) for block in loaded]
                 yield step, moved
+
+    def _tell_troubles(self, source: BlockSource) -> None:
+        """Hand over what a source met since it was last asked."""
+        if isinstance(source, TellsTroubles):
+            for what in source.take_troubles():
+                self.line.trouble(what)
 
     def _load(self, step: int, source: BlockSource | None = None) -> list[Block]:
         source = source or self.blocks
@@ -352,6 +360,11 @@ def _order(block: Block) -> int:
     """A hash of which samples a block holds, in which order; sums of a million of them are exact in float64."""
     text = f"{block.step}/{block.index}:".encode() + np.ascontiguousarray(block.ids, np.int64).tobytes()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
+
+
+def _unreadable(blocks: list[Block]) -> list[int]:
+    """The rows whose files could not be read, sorted."""
+    return sorted({int(row) for block in blocks for row in block.unreadable})
 
 
 def _precision(wanted: str, device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,31 @@ def test_they_are_looked_at_without_drop_path(run_job: RunJob, split: Path, tmp_
         found.append((done["losses"][1], done["held_out"][1]["loss"]))
     assert found[0][0] != found[1][0]
     assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_one_that_cannot_be_read_is_told_and_counts(
+    run_job: RunJob, split: Path, tmp_path: Path, world: int
+) -> None:
+    whole, folder = PhotoIndex.load(split), tmp_path / "lost"
+    folder.mkdir()
+    lost = HELD_OUT[2]
+    rows = [whole[number] for number in range(len(whole))]
+    rows[lost] = replace(rows[lost], path="gone.png")
+    PhotoIndex(rows).save(folder)
+    config = {**CONFIG, "validate_every": 2, "max_unreadable": 1.0}
+    common = {"config": config, "index": folder, "spikes": {}}
+    done = run_job(tmp_path / "one", world, max_unreadable=1, **common)
+    assert all(figures["replaced_photos"] > 0 for figures in done["held_out"].values())
+    assert not any("replaced_photos" in figures for _, figures in done["figures"])
+    text = (tmp_path / "one" / f"checkpoints/step-{STEPS:08d}/checkpoint.json").read_text()
+    assert json.loads(text)["unreadable"] == [lost]
+    if world == 1:
+        (trouble,) = done["troubles"]
+        assert "gone.png" in trouble
+    ended = run_job(tmp_path / "none", world, max_unreadable=0, **common)
+    assert "1 photos could not be read since the stage began" in ended["error"]
+    assert [step for step, _ in ended["figures"]] == [1], "the first look is after step 2"
 
 
 def test_the_seconds_of_a_look_are_not_those_of_a_step(run_job: RunJob, split: Path, tmp_path: Path) -> None:
