@@ -16,7 +16,7 @@ from orchestrator.pipeline import graph
 from orchestrator.pipeline.attempt import merged_elastic
 from orchestrator.pipeline.costing import costing
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.plan import ResolvedStage
+from orchestrator.pipeline.plan import StagePlan
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import EVERY_DEVICE, Hardware
 from orchestrator.stages.base import Stage, TrainStage
@@ -184,15 +184,19 @@ def disk(
     return ([error], []) if needed > free else ([], [error])
 
 
-def begun(workspace: Workspace, stages: Sequence[ResolvedStage]) -> int:
-    """Bytes on this machine's disk that unfinished stages have left: their work, and pieces that are done."""
+def begun(workspace: Workspace, plans: Sequence[StagePlan]) -> int:
+    """Bytes on this machine's disk that unfinished stages have left: their work, and pieces that are done.
+
+    What is there and is made anew does not count: it goes when the new is there.
+    """
     if not workspace.exists():
         return 0
-    names = set()
-    for stage in stages:
-        own = folder_name(stage.parts.kind, stage.key)
-        names |= {own, *(folder_name(*piece) for piece in workspace.pieces(own).values())}
-    places = [workspace.root / top / name for name in names for top in ("work", "artifacts")]
+    places = set()
+    for item in plans:
+        own = folder_name(item.kind, item.stage.key)
+        names = {own, *(folder_name(*piece) for piece in workspace.pieces(own).values())}
+        tops = ("work",) if item.anew else ("work", "artifacts")
+        places |= {workspace.root / top / name for name in names for top in tops}
     return sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
 
 

@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ from orchestrator.elastic import cluster, visible
 from orchestrator.errors import UserError
 from orchestrator.pipeline import room
 from orchestrator.pipeline.check import Checked, check, check_cluster
-from orchestrator.pipeline.load import load
+from orchestrator.pipeline.load import LoadedPipeline, load
+from orchestrator.pipeline.plan import EVERYTHING, Choice
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import Cluster
 from orchestrator.store.open import open_store
@@ -70,8 +72,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def checked(*overrides: str, runs: bool = True) -> Checked:
-    return check(load("pipeline.yaml", overrides, needs_data=False, gather=True), runs=runs)
+def checked(*overrides: str, runs: bool = True, choice: Choice = EVERYTHING) -> Checked:
+    return check(load("pipeline.yaml", overrides, needs_data=False, gather=True), runs=runs, choice=choice)
 
 
 def told(errors: list[UserError]) -> str:
@@ -236,6 +238,33 @@ def test_what_an_earlier_attempt_left_is_not_counted_twice(
     with (piece / "shard").open("wb") as file:
         file.truncate(int(0.5 * whole))
     assert checked().errors == []
+
+
+@pytest.mark.parametrize(
+    ("choice", "stages"),
+    [
+        (EVERYTHING, []),
+        (Choice(force=("curate",)), ["pretrain", "gram", "distill", "align"]),
+        (Choice(force=("gram",)), ["gram", "distill", "align"]),
+        (Choice(on_code=True), ["pretrain", "gram", "distill", "align"]),
+    ],
+    ids=["all there", "force", "force in the middle", "other code"],
+)
+def test_what_is_made_anew_takes_room_and_needs_the_cluster(
+    folder: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch, choice: Choice, stages: list[str]
+) -> None:
+    made = SimpleNamespace(digest="d", provenance={"versions": {"torch": "another"}})
+    monkeypatch.setattr(Workspace, "find", lambda *_: SimpleNamespace(manifest=made))
+    measured: list[str] = []
+
+    def needs(loaded: LoadedPipeline, names: Sequence[str]) -> list[room.Need]:
+        measured.extend(names)
+        return []
+
+    monkeypatch.setattr(room, "needs", needs)
+    said = told(checked(f"cluster.address=127.0.0.1:{closed_port}", choice=choice).errors)
+    assert [name for name in measured if name not in ("curate", "evaluate", "publish")] == stages
+    assert ("no Ray cluster answers" in said) == bool(stages)
 
 
 def test_what_is_predicted_is_what_a_run_leaves() -> None:
