@@ -152,9 +152,11 @@ def _replayed(stage: Distill, origin: Stage | None) -> float:
 def disk(
     loaded: LoadedPipeline, found: Sequence[Need], there: int = 0
 ) -> tuple[list[UserError], list[UserError]]:
-    """Mistakes and warnings: whether all artifacts, and the largest work beside them, fit on the disk.
+    """Mistakes and warnings: whether what is to be made fits on the disk.
 
-    With a store in S3 its room is its owner's to know; what is in the making has to fit on this machine's disk.
+    It is a mistake where not even the artifacts do. Where the largest work beside them does not, or only just, it is a
+    warning: the figures are on the safe side. With a store in S3 its room is its owner's to know; what is in the making
+    has to fit on this machine's disk.
 
     Args:
         loaded: the pipeline.
@@ -165,23 +167,28 @@ def disk(
         return [], []
     remote = is_remote(loaded.spec.store)
     # Artifacts go to S3 one by one, but their copies stay in the cache for the stages that read them.
-    needed = sum(need.artifact for need in found) + max(need.work for need in found) - there
+    kept = sum(need.artifact for need in found) - there
+    needed = kept + max(need.work for need in found)
     folder = cache_folder() if remote else Path(loaded.spec.store.removeprefix("file://")).expanduser()
     free = shutil.disk_usage(_existing(folder.absolute())).free
     if needed <= _TIGHT * free:
         return [], []
-    largest = max(found, key=lambda need: need.artifact + need.work)
+    is_mistake = kept > free
     place = "the cache of the store on this machine" if remote else "the store"
-    what = (
-        f"the stages to run take about {_gib(needed)} more of the disk, most of it {largest.stage}, and {place} "
-        f"{folder} has {_gib(free)} free"
-    )
+    if is_mistake:
+        takes, largest = f"leave about {_gib(kept)} more on", max(found, key=lambda need: need.artifact)
+    else:
+        takes, largest = (
+            f"take about {_gib(needed)} more of",
+            max(found, key=lambda need: need.artifact + need.work),
+        )
+    what = f"the stages to run {takes} the disk, most of it {largest.stage}, and {place} {folder} has {_gib(free)} free"
     hint = "free some of it (`orchestrator gc` lists what no pipeline needs), set fewer "
     hint += "elastic.keep_checkpoints or snapshots, or use " + (
         "another ORCHESTRATOR_CACHE" if remote else "another store"
     )
     error = UserError(what, where=loaded.where("store"), hint=hint)
-    return ([error], []) if needed > free else ([], [error])
+    return ([error], []) if is_mistake else ([], [error])
 
 
 def begun(workspace: Workspace, plans: Sequence[StagePlan]) -> int:
