@@ -170,7 +170,7 @@ def disk(
     kept = sum(need.artifact for need in found) - there
     needed = kept + max(need.work for need in found)
     folder = cache_folder() if remote else Path(loaded.spec.store.removeprefix("file://")).expanduser()
-    free = shutil.disk_usage(_existing(folder.absolute())).free
+    free = _free_disk(folder)
     if needed <= _TIGHT * free:
         return [], []
     is_mistake = kept > free
@@ -238,16 +238,13 @@ def memory(
 
 def here(loaded: LoadedPipeline, found: Sequence[Need]) -> Iterator[UserError]:
     """Warnings about this machine, for a pipeline whose cluster is its own."""
-    import psutil
-
     from orchestrator.elastic.cluster import most_object_store
 
-    free = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else 0
+    free = _free_disk(_SHARED) if _SHARED.is_dir() else 0
     # On GPUs the networks are in their memory, which `plan` looks at if there is a `hardware` section.
     on_gpu = [need.stage for need in found if _may_use_gpu(loaded, loaded.spec.stages[need.stage])]
-    looked = [Need(need.stage, shared=need.shared) if need.stage in on_gpu else need for need in found]
-    available = psutil.virtual_memory().available
-    yield from memory(loaded, looked, available, min(free, most_object_store()), "this machine")
+    counted = [Need(need.stage, shared=need.shared) if need.stage in on_gpu else need for need in found]
+    yield from memory(loaded, counted, _free_memory(), min(free, most_object_store()), "this machine")
 
 
 def _may_use_gpu(loaded: LoadedPipeline, stage: Stage) -> bool:
@@ -266,9 +263,20 @@ def of_cluster(
         resources: what `ray.cluster_resources()` says.
     """
     has_gpus = resources.get("GPU", 0) > 0
-    looked = [Need(need.stage, shared=need.shared) if has_gpus else need for need in found]
+    counted = [Need(need.stage, shared=need.shared) if has_gpus else need for need in found]
     has, shared = resources.get("memory", 0), resources.get("object_store_memory", 0)
-    yield from memory(loaded, looked, has, shared, "the cluster")
+    yield from memory(loaded, counted, has, shared, "the cluster")
+
+
+def _free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    return shutil.disk_usage(_existing(folder.absolute())).free
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _existing(folder: Path) -> Path:

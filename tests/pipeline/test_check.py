@@ -10,8 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +22,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.elastic import cluster, visible
 from orchestrator.errors import UserError
-from orchestrator.pipeline import room
+from orchestrator.pipeline import probes, room
 from orchestrator.pipeline.check import Checked, check, check_cluster
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.plan import EVERYTHING, Choice
@@ -61,8 +59,9 @@ PIPELINE = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder with photos, all with a caption, and a pipeline."""
+    """A user's folder with photos, all with a caption, and a pipeline, on a machine with room for it."""
     monkeypatch.chdir(tmp_path)
+    machine(monkeypatch)
     (tmp_path / "photos").mkdir()
     for number in range(PHOTOS):
         (tmp_path / "photos" / f"{number:02}.jpg").write_bytes(b"%d" % number)
@@ -198,11 +197,9 @@ def test_of_missing_captions_nothing_is_said_but_that_they_are_missing(folder: P
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, disk: float = 1e12, memory: float = 1e12) -> None:
-    usage = namedtuple("usage", "total used free")(10**13, 0, int(disk))  # type: ignore[call-arg]
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
-    import psutil
-
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("memory", "available")(int(memory)))
+    monkeypatch.setattr(room, "_free_disk", lambda folder: int(disk))
+    monkeypatch.setattr(room, "_free_memory", lambda: int(memory))
+    monkeypatch.setattr(room, "_SHARED", Path("/"))
 
 
 def test_a_store_that_is_too_small_for_artifacts_is_an_error_and_a_tight_one_a_warning(
@@ -321,13 +318,14 @@ def test_a_tracking_server_that_is_away_stops_nothing_and_is_told_at_once(
     assert "publish cannot do without the registry" in told(found.warnings)
 
 
-def test_a_tracking_server_that_hangs_costs_seconds(folder: Path) -> None:
+def test_a_tracking_server_that_hangs_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "_ANSWER_S", 0.2)
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         one.listen()
-        began = time.monotonic()
         found = checked(f"tracking.uri=http://127.0.0.1:{one.getsockname()[1]}")
-        assert time.monotonic() - began < 6
     assert "answer" in told(found.warnings)
 
 
