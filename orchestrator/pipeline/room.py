@@ -21,8 +21,6 @@ from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import EVERY_DEVICE, Hardware
 from orchestrator.stages.base import Stage, TrainStage
 from orchestrator.stages.distill import Distill
-from orchestrator.stages.operations import feature_dim, masked_share
-from orchestrator.stages.pretrain import Pretrain
 from orchestrator.stages.workload import Workload, workloads
 from orchestrator.store.artifact import folder_name
 from orchestrator.store.cache import cache_folder
@@ -33,8 +31,6 @@ _CHECKPOINT = {"trained": 12, "ema": 4, "frozen": 0}
 _GRAM_TEACHER = 4
 # An export is in fp32.
 _EXPORT = 4
-# One number of what a teacher says, in fp32.
-_CODE = 4
 _TIGHT = 0.8
 _GIB = 2**30
 # A worker, or a teacher, with torch and DeepSpeed imported and nothing loaded.
@@ -81,22 +77,17 @@ def _need(
     loaded: LoadedPipeline, name: str, stage: TrainStage, works: Sequence[Workload], origin: Stage | None
 ) -> Need:
     elastic = merged_elastic(loaded.spec.elastic, stage.elastic)
-    artifact = work = memory = shared = 0.0
+    artifact, work, memory = stage.kept_bytes(origin), 0.0, 0.0
     for one in works:
         checkpoint = sum(_CHECKPOINT[net.kept] * net.params for net in one.nets)
         checkpoint += sum(_GRAM_TEACHER * net.params for net in one.nets if net.name == "Gram teacher")
-        export = _EXPORT * _exported(one)
+        exports = stage.num_exports() * _EXPORT * _exported(one)
         copies = elastic.keep_checkpoints + 1  # one is written before the oldest goes
         copies += one.steps // elastic.keep_every if elastic.keep_every else 0
-        exports = stage.num_exports() * export
-        # A student's model is in its own artifact and in its stage's.
-        artifact += checkpoint + exports + (export if isinstance(stage, Distill) else 0)
+        artifact += checkpoint + exports
         work += copies * checkpoint + exports
         memory += _memory(stage, one, _most_workers(stage, one, elastic.workers))
-    if isinstance(stage, Distill):
-        shared = (stage.window_of(stage.num_teachers) + 1) * stage.view_bytes(stage.students.values())
-        artifact += _replayed(stage, origin) if stage.replay else 0
-    return Need(name, artifact, work, memory, shared)
+    return Need(name, artifact, work, memory, stage.held_bytes())
 
 
 def _exported(work: Workload) -> int:
@@ -126,24 +117,6 @@ def _memory(stage: TrainStage, work: Workload, max_workers: int) -> float:
     doubled = ("weights", "frozen weights", "gathered", "activations")
     each = sum(gib * (2 if part in doubled else 1) for part, gib in one.memory_gib.items()) * _GIB
     return max_workers * (each + _PROCESS_BYTES)
-
-
-def _replayed(stage: Distill, origin: Stage | None) -> float:
-    """What the teacher says in all steps, in fp32: as the stage itself counts it, but for what is small in it.
-
-    Of teachers from elsewhere it is not known before they are opened.
-    """
-    if not isinstance(origin, Pretrain):
-        return 0.0
-    crops, tower, heads = stage.crops, origin.tower, origin.heads
-    patches = (crops.global_size // tower.patch_size) ** 2
-    if stage.features is not None:
-        width = feature_dim(tower) * (1 + patches) if stage.features.uses_own else 0
-    else:
-        masked = masked_share(stage.mask_probability, stage.mask_ratio, stage.block_size * crops.num_global)
-        width = heads.dino_bottleneck + round(masked * patches) * heads.ibot_bottleneck
-    steps = max(stage.steps_of(student) for student in stage.students.values())
-    return float(_CODE * steps * stage.batch_size * crops.num_global * width)
 
 
 # --- what there is ----------------------------------------------------------------------------------------------

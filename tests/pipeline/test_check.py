@@ -28,6 +28,7 @@ from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.plan import EVERYTHING, Choice
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import Cluster
+from orchestrator.stages.pretrain import Pretrain
 from orchestrator.store.open import open_store
 from orchestrator.tracking import reach
 
@@ -277,6 +278,23 @@ def test_what_is_predicted_is_what_a_run_leaves() -> None:
     assert pretrain.artifact == pytest.approx(49.3e6, rel=0.15)
     assert distill.artifact == pytest.approx(74.6e6, rel=0.15)
     assert pretrain.work > 3 * 25.4e6, "two checkpoints are kept, and one is written"
+
+
+def test_a_kind_says_what_it_takes_beside_its_checkpoints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load("pipeline.yaml")
+    (plain,) = room.needs(loaded, ["pretrain"])
+    monkeypatch.setattr(Pretrain, "kept_bytes", lambda stage, origin: 7.0)
+    monkeypatch.setattr(Pretrain, "held_bytes", lambda stage: 5.0)
+    (found,) = room.needs(loaded, ["pretrain"])
+    assert (found.artifact - plain.artifact, found.shared) == (7.0, 5.0)
+    taught, kept = (
+        room.needs(load("pipeline.yaml", [f"stages.distill.replay={one}"]), ["distill"])[0]
+        for one in ("false", "true")
+    )
+    # 20 steps of 4 photos with two crops: a number of 4 bytes for each of the DINO head's 64, and more for iBOT's.
+    assert kept.artifact - taught.artifact > 20 * 4 * 2 * 64 * 4
 
 
 def test_more_memory_than_there_is_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
