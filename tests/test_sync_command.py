@@ -72,7 +72,7 @@ def test_what_waits_is_said_and_sent_later(folder: Path, port: int, tmp_path: Pa
     waits = number(rf"! ([\d,]+) tracking records of 3 runs wait for {server} since ", said)
     assert waits > 43
     assert "the next run sends them, and so does `orchestrator sync toy.yaml`" in said
-    assert said.count("does not answer") == 2, "when it is noticed, and at the end"
+    assert said.count("does not answer") == 3, "before it begins, when it is noticed, and at the end"
 
     said = command(folder, "status", "toy.yaml")
     assert f"{waits:,} tracking records of 3 runs wait for {server} since " in said
