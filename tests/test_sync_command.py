@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow_server
@@ -67,15 +66,13 @@ def steps(port: int) -> list[int]:
 
 
 def test_what_waits_is_said_and_sent_later(folder: Path, port: int, tmp_path: Path) -> None:
-    begun = time.monotonic()
     said = command(folder, "run", "toy.yaml")
-    assert time.monotonic() - begun < 60
     server = f"MLflow at http://127.0.0.1:{port}"
     assert f"{server} does not answer (connection refused) since " in said
     waits = number(rf"! ([\d,]+) tracking records of 3 runs wait for {server} since ", said)
     assert waits > 43
     assert "the next run sends them, and so does `orchestrator sync toy.yaml`" in said
-    assert said.count("does not answer") == 2, "when it is noticed, and at the end"
+    assert said.count("does not answer") == 3, "before it begins, when it is noticed, and at the end"
 
     said = command(folder, "status", "toy.yaml")
     assert f"{waits:,} tracking records of 3 runs wait for {server} since " in said
