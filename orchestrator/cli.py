@@ -390,7 +390,7 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choi
     choice = choice or EVERYTHING
     found = check(loaded, runs=True, choice=choice)
     print_findings(_console(), found, incomplete_only=True)
-    found.insist()
+    found.raise_if_any()
     if must_exist and not Workspace(loaded.spec.store).state(loaded.name).started:
         raise UserError(
             f"pipeline {loaded.name!r} was never started",
@@ -428,7 +428,7 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
     found = check(loaded, runs=False, choice=choice)
     if found.errors:
         print_findings(_console(), found)
-        found.insist()
+        found.raise_if_any()
     if loaded.missing:
         # Keys depend on the data's content, so nobody can say what is cached.
         print_stages(_console(), loaded)

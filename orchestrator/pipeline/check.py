@@ -53,7 +53,7 @@ class Checked:
     warnings: list[UserError] = field(default_factory=list)
     facts: list[tuple[str, bool]] = field(default_factory=list)
 
-    def insist(self) -> None:
+    def raise_if_any(self) -> None:
         """Go on only if no error was found.
 
         Raises:

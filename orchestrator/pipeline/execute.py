@@ -399,7 +399,7 @@ class _Driver:
         found = check_cluster(self._loaded, names, self._workspace)
         for warning in found.warnings:
             self._reporter.warning(warning)
-        found.insist()
+        found.raise_if_any()
 
     def _has_new_cluster(self, outcome: Outcome, cluster: ExitStack) -> bool:
         """Whether an attempt ended only because its cluster was lost, and there is a new one to go on with."""
