@@ -91,16 +91,27 @@ def check(
         fit_errors = list(fit.complaints(loaded, roles))
         found.errors += fit_errors
         foreseen = dict(_foresee(loaded, roles, counts))
-        found.errors += [error for errors in foreseen.values() for error in errors]
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
         if not blocked:
             _resolve(loaded, found, fingerprint)
+        chosen = _chosen(found.stages, choice)
+        for name, errors in foreseen.items():
+            # What is left out now ends nothing now.
+            (found.errors if chosen is None or name in chosen else found.warnings).extend(errors)
     found.errors += _callbacks(loaded, deep=runs)
     if probes is not None:
         to_run = _conclude(loaded, found, probes, choice, runs)
         # What a stage that cannot work takes is nobody's guess.
         _measure(loaded, found, [item for item in to_run if not foreseen.get(item.name)])
     return found
+
+
+def _chosen(stages: Sequence[ResolvedStage], choice: Choice) -> set[str] | None:
+    """The names of the chosen stages; None if that is not known, or the choice is none."""
+    try:
+        return choice.of(stages) if stages else None
+    except UserError:
+        return None
 
 
 def _resolve(loaded: LoadedPipeline, found: Checked, fingerprint: Fingerprint | None) -> None:

@@ -95,6 +95,14 @@ def test_a_good_file_has_no_complaint(folder: Path, runs: bool) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["captions.csv", "photos", "pipeline.yaml"]
 
 
+def test_a_mistake_in_a_stage_that_is_left_out_is_a_warning(folder: Path) -> None:
+    loaded = load("pipeline.yaml", ["stages.gram.gram.teacher=17"], needs_data=False, gather=True)
+    until = check(loaded, runs=True, choice=Choice(last="pretrain"))
+    assert told(until.errors) == ""
+    assert "no snapshot after 17" in told(until.warnings)
+    assert "no snapshot after 17" in told(check(loaded, runs=True, choice=Choice(last="gram")).errors)
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
