@@ -2,7 +2,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test proofs chaos fuzz lint format audit sbom lock clean
+.PHONY: help setup setup-dev run test test-fast proofs chaos fuzz lint format audit sbom lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,8 +17,11 @@ run: setup ## fetch the sample photographs and run conf/full_pipeline.yaml
 	$(BIN)/python -m orchestrator.data.samples food data/food
 	$(BIN)/orchestrator run conf/full_pipeline.yaml
 
-test: setup-dev ## run the tests
+test: setup-dev ## run the tests; with CI=1 an unexpected skip is a failure
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+
+test-fast: setup-dev ## run the unit tests only (under two minutes)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (slow or cluster or heavy)"
 
 proofs: setup-dev ## run the slow proofs (minutes each)
 	$(BIN)/python -m pytest -m slow
@@ -32,11 +35,12 @@ chaos: setup-dev ## half an hour of faults on a real pipeline (MINUTES=28 SEED=1
 fuzz: setup-dev ## long runs of the hypothesis targets in tests/fuzz (MINUTES=28)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
-lint: setup-dev ## style, format, types, direction of imports
+lint: setup-dev ## style, format, types, direction of imports, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: setup-dev ## let ruff rewrite the code in the house style
 	$(BIN)/ruff check --fix .

@@ -204,7 +204,9 @@ class _UntouchedLine:
 
     def phase(self, name: str) -> None: ...
 
-    def report(self, step: int, figures: dict[str, float], stall_s: float) -> None:
+    def report(
+        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+    ) -> None:
         import torch.distributed as dist
 
         self._note(step, dist.get_world_size())

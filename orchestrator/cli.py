@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from orchestrator import __version__
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,6 +65,22 @@ RerunOn = Annotated[
 AcceptCode = Annotated[
     bool, typer.Option("--accept-code", help="Keep what other code made; this is the default.")
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"orchestrator {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """What can stand before a command."""
 
 
 @app.command()
@@ -373,7 +390,7 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choi
     choice = choice or EVERYTHING
     found = check(loaded, runs=True, choice=choice)
     print_findings(_console(), found, incomplete_only=True)
-    found.insist()
+    found.raise_if_any()
     if must_exist and not Workspace(loaded.spec.store).state(loaded.name).started:
         raise UserError(
             f"pipeline {loaded.name!r} was never started",
@@ -411,7 +428,7 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
     found = check(loaded, runs=False, choice=choice)
     if found.errors:
         print_findings(_console(), found)
-        found.insist()
+        found.raise_if_any()
     if loaded.missing:
         # Keys depend on the data's content, so nobody can say what is cached.
         print_stages(_console(), loaded)

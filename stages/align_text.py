@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -286,8 +285,18 @@ class AlignText(MixStage):
 
             check_tokenizer(self.tokenizer, start=self.start_token, end=self.end_token, needs_end=True)
 
-    def job(self, context: Context, tower: Path, image_size: int, tokenizer: Tokenizer) -> Job:
-        """The elastic job of this stage. All but the tower and the encoder's weights goes along in it."""
+    def job(
+        self,
+        context: Context,
+        tower: Path,
+        image_size: int,
+        tokenizer: Tokenizer,
+        max_unreadable: int | None = None,
+    ) -> Job:
+        """The elastic job of this stage; so many photos may become unreadable, or any number.
+
+        All but the tower and the encoder's weights goes along in it.
+        """
         from orchestrator.elastic.job import Job
         from orchestrator.stages.tasks.captions import caption_blocks
         from orchestrator.stages.tasks.text import AlignTask
@@ -316,6 +325,7 @@ class AlignText(MixStage):
             remote=context.remote,
             inputs=context.needed,
             pipeline=context.pipeline,
+            max_unreadable=max_unreadable,
         )
 
     def run(self, context: Context) -> Mapping[str, float]:
@@ -340,10 +350,8 @@ class AlignText(MixStage):
             load_encoder(self.text.from_, where=f"stages.{context.name}.text.from")
         tokenizer = context.work / "tokenizer.json"
         self._settle_tokenizer(captions, tokenizer)
-        job = replace(
-            self.job(context, tower, image_size, load_tokenizer(tokenizer)),
-            max_unreadable=draws.most_unreadable(self.max_unreadable),
-        )
+        limit = draws.most_unreadable(self.max_unreadable)
+        job = self.job(context, tower, image_size, load_tokenizer(tokenizer), limit)
         account = trainer.run(job, tracker=context.run, stop=context.stop)
         save_aligned(
             job.export(job.num_steps), context.out / "aligned", self, tower, tokenizer, image_size=image_size

@@ -284,6 +284,18 @@ class TrainStage(Stage):
         """How many times a model's exported weights are in the artifact."""
         return 1
 
+    def kept_bytes(self, origin: Stage | None) -> float:
+        """Bytes in the artifact beside checkpoints and exported weights, as far as they count.
+
+        Args:
+            origin: the stage that its lineage of backbones began with.
+        """
+        return 0.0
+
+    def held_bytes(self) -> float:
+        """Bytes that are held at once in Ray's object store while the stage runs."""
+        return 0.0
+
 
 def figures_of(name: str, names: Iterable[str], summary: Mapping[str, float]) -> dict[str, float]:
     """The figures of one of a stage's models: `last_loss` for what the summary has as `vit_last_loss`.

@@ -24,7 +24,7 @@ from orchestrator.spec import (
     check_warmup,
     operational,
 )
-from orchestrator.stages.base import Context, Input
+from orchestrator.stages.base import Context, Input, Stage
 from orchestrator.stages.features import FeatureObjective
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, HomogeneousMixStage
 from orchestrator.stages.selfsup import (
@@ -44,6 +44,8 @@ from orchestrator.stages.selfsup import (
 StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 _STAGE_ONLY = ("kind", "needs", "students")
+# Of what a teacher says, in fp32.
+_NUMBER_BYTES = 4
 
 
 class Views(Settings):
@@ -257,6 +259,34 @@ class Distill(HomogeneousMixStage):
             crops.model_dump_json(): crops.num_bytes for crops in (self.crops_of(one) for one in students)
         }
         return self.batch_size * sum(sizes.values())
+
+    def num_exports(self) -> int:
+        """See :class:`TrainStage`: a student's model is in its own artifact and in its stage's."""
+        return 2
+
+    def held_bytes(self) -> float:
+        """See :class:`TrainStage`: the views of a window; a worker may be a step behind the others."""
+        return float((self.window_of(self.num_teachers) + 1) * self.view_bytes(self.students.values()))
+
+    def kept_bytes(self, origin: Stage | None) -> float:
+        """See :class:`TrainStage`: with `replay` what the teacher says in all steps, but for what is small in it.
+
+        Of teachers from elsewhere it is not known before they are opened.
+        """
+        from orchestrator.stages.operations import feature_dim, masked_share
+        from orchestrator.stages.pretrain import Pretrain
+
+        if not (self.replay and isinstance(origin, Pretrain)):
+            return 0.0
+        crops, tower, heads = self.crops, origin.tower, origin.heads
+        patches = (crops.global_size // tower.patch_size) ** 2
+        if self.features is not None:
+            width = feature_dim(tower) * (1 + patches) if self.features.uses_own else 0
+        else:
+            masked = masked_share(self.mask_probability, self.mask_ratio, self.block_size * crops.num_global)
+            width = heads.dino_bottleneck + round(masked * patches) * heads.ibot_bottleneck
+        steps = max(self.steps_of(student) for student in self.students.values())
+        return float(_NUMBER_BYTES * steps * self.batch_size * crops.num_global * width)
 
     def check_room(self, window: int, step_bytes: int, room: float, where: str) -> None:
         """See that a window of such steps fits into an object store of `room` bytes.

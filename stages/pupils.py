@@ -37,13 +37,17 @@ class Pupil:
 
 
 def pupils_of(
-    config: Distill, context: Context, teach: Teaching, parts: Mapping[str, Part]
+    config: Distill,
+    context: Context,
+    teach: Teaching,
+    parts: Mapping[str, Part],
+    max_unreadable: int | None = None,
 ) -> dict[str, Pupil]:
     import ray
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
     missing = [name for name, part in parts.items() if part.artifact is None]
-    jobs = {name: student_job(config, context, teach, name, parts[name]) for name in missing}
+    jobs = {name: student_job(config, context, teach, name, parts[name], max_unreadable) for name in missing}
     jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
     front = _front(config, jobs, parts)
     return {
@@ -58,8 +62,18 @@ def pupils_of(
     }
 
 
-def student_job(config: Distill, context: Context, teach: Teaching, name: str, part: Part) -> Job:
-    """A student's job, but for its blocks, which need the share service."""
+def student_job(
+    config: Distill,
+    context: Context,
+    teach: Teaching,
+    name: str,
+    part: Part,
+    max_unreadable: int | None = None,
+) -> Job:
+    """A student's job, but for its blocks, which need the share service.
+
+    So many photos may become unreadable, or any number.
+    """
     from orchestrator.data.rng import derive
     from orchestrator.elastic.job import Job
 
@@ -84,6 +98,7 @@ def student_job(config: Distill, context: Context, teach: Teaching, name: str, p
         remote=part.remote,
         inputs=context.needed,
         pipeline=context.pipeline,
+        max_unreadable=max_unreadable,
     )
 
 

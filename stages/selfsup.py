@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -284,8 +283,8 @@ class SelfSupervised(HomogeneousMixStage):
         """The model to train: from this config, or as the backbone artifact was made."""
         return ModelRecipe.model_validate_json((context.inputs["backbone"].path / "recipe.json").read_text())
 
-    def job(self, context: Context, recipe: ModelRecipe) -> Job:
-        """The elastic job of this stage."""
+    def job(self, context: Context, recipe: ModelRecipe, max_unreadable: int | None = None) -> Job:
+        """The elastic job of this stage; so many photos may become unreadable, or any number."""
         from orchestrator.elastic.job import Job
         from orchestrator.stages.tasks.crops import crop_blocks
         from orchestrator.stages.tasks.ssl import SelfSupervisedTask
@@ -322,9 +321,8 @@ class SelfSupervised(HomogeneousMixStage):
             if self.validate_every
             else None,
             validate_every=self.validate_every,
-            export_steps=tuple(range(self.snapshot_every, self.steps, self.snapshot_every))
-            if self.snapshot_every
-            else (),
+            export_steps=self.snapshot_steps()[:-1],
+            max_unreadable=max_unreadable,
         )
 
     def draws(self, context: Context) -> Draws:
@@ -360,7 +358,7 @@ class SelfSupervised(HomogeneousMixStage):
 
         draws = self.draws(context)
         recipe = self.recipe(context)
-        job = replace(self.job(context, recipe), max_unreadable=draws.most_unreadable(self.max_unreadable))
+        job = self.job(context, recipe, draws.most_unreadable(self.max_unreadable))
         account = trainer.run(job, tracker=context.run, stop=context.stop)
         snapshots = context.out / "snapshots"
         shutil.copytree(job.work / "exports", snapshots)

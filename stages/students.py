@@ -47,10 +47,7 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
         }
         teach = teaching(config, context, seed)
         limit = draws.most_unreadable(config.max_unreadable)
-        pupils = {
-            name: replace(pupil, job=replace(pupil.job, max_unreadable=limit))
-            for name, pupil in pupils_of(config, context, teach, parts).items()
-        }
+        pupils = pupils_of(config, context, teach, parts, limit)
         context.work.mkdir(parents=True, exist_ok=True)
         folders = {name: part.artifact for name, part in parts.items() if part.artifact is not None}
         stats, made = _train_all(config, context, teach, pupils)

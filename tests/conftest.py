@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import suite
 from s3_server import S3Server, juicefs
 
 # The same examples every time, so that a change is what turns a test red; `make fuzz` looks for new ones. A busy
@@ -46,11 +47,73 @@ def _remove_tree_of_tests(path: Any, *arguments: Any, **named: Any) -> None:
 shutil.rmtree = _remove_tree_of_tests  # type: ignore[assignment]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--strict-skips",
+        action="store_true",
+        default=os.environ.get("CI", "") not in ("", "0", "false"),
+        help="a skip whose reason is not in tests/suite.py is a failure (the default where CI is set)",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a test marked `own_process` needs is made in its own process only."""
+    """Set the marks of tests/suite.py. What a test marked `own_process` needs is made in its own process only."""
     for item in items:
+        for mark in suite.marks_of(item.path, getattr(item, "fixturenames", ())):
+            item.add_marker(mark)
         if _wants_own_process(item):
             item.fixturenames.clear()  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.config.getoption("strict_skips") and not hasattr(report, "wasxfail"):
+        _fail_unexpected_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A file may skip itself while it is imported."""
+    report = yield
+    if collector.config.getoption("strict_skips"):
+        _fail_unexpected_skip(report)
+    return report
+
+
+def _fail_unexpected_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or not isinstance(report.longrepr, tuple):
+        return
+    path, line, reason = report.longrepr
+    if not suite.is_expected_skip(reason):
+        report.outcome = "failed"
+        report.longrepr = f"{path}:{line}: unexpected skip (tests/suite.py lists the expected ones): {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    global _unit_test
+    _unit_test = None if item.get_closest_marker("cluster") else item.nodeid
+    try:
+        return (yield)
+    finally:
+        _unit_test = None
+
+
+_unit_test: str | None = None
+
+
+def _refuse_servers(event: str, arguments: tuple[Any, ...]) -> None:
+    """Keeps the marks true: a test without the mark `cluster` cannot start what the mark stands for."""
+    if event == "subprocess.Popen" and _unit_test is not None and (server := suite.server_in(arguments[1])):
+        raise RuntimeError(f"{_unit_test} starts {server}: mark it `cluster` (tests/suite.py)")
+
+
+sys.addaudithook(_refuse_servers)
 
 
 def _wants_own_process(item: pytest.Item) -> bool:

@@ -163,6 +163,13 @@ def test_settings_that_are_quoted_with_a_value_are_taken(page: Path) -> None:
         assert taken(said[1], value), f"{page.name}: `{text}`"
 
 
+@each_page()
+def test_every_table_begins_with_its_head(page: Path) -> None:
+    """A blank line ends a table: rows below it are none."""
+    for table in re.findall(r"(?:^\|.*\n)+", prose(page), flags=re.M):
+        assert re.match(r"\|.*\n\|[-:| ]+\|\n", table), f"{page.name}: {table}"
+
+
 @each_page(LIVING)
 def test_tables_of_settings_have_keys_of_the_schema(page: Path) -> None:
     if page.name in _OTHER_KEYS:

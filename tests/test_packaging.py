@@ -103,6 +103,7 @@ print(json.dumps({"driver": driver, "worker": ray.get(ray.remote(seen).remote())
 """
 
 
+@pytest.mark.cluster
 def test_a_users_own_models_and_stages_live_beside_ours(installed: Path, tmp_path: Path) -> None:
     for name in ("models", "stages"):
         (tmp_path / name).mkdir()

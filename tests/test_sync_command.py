@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow_server
@@ -67,9 +66,7 @@ def steps(port: int) -> list[int]:
 
 
 def test_what_waits_is_said_and_sent_later(folder: Path, port: int, tmp_path: Path) -> None:
-    begun = time.monotonic()
     said = command(folder, "run", "toy.yaml")
-    assert time.monotonic() - begun < 60
     server = f"MLflow at http://127.0.0.1:{port}"
     assert f"{server} does not answer (connection refused) since " in said
     waits = number(rf"! ([\d,]+) tracking records of 3 runs wait for {server} since ", said)

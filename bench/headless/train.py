@@ -193,7 +193,9 @@ class _Line:
 
     def phase(self, name: str) -> None: ...
 
-    def report(self, step: int, figures: dict[str, float], stall_s: float) -> None: ...
+    def report(
+        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+    ) -> None: ...
 
     def recorded(self, step: int) -> bool:
         return True

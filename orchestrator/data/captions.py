@@ -57,7 +57,8 @@ def read(path: Path, root: Path, files: Sequence[str]) -> Captions:
         files: paths of the source's photos from `root`, posix.
 
     Raises:
-        UserError: it cannot be read, lacks a `file` column, or names files that are not among `files`.
+        UserError: it cannot be read, has no `file` column or one of the three twice, or names files that are not among
+            `files`.
     """
     table = _Table(path)
     names = _Names(root, files)
@@ -94,7 +95,7 @@ def reads_as_before(path: Path) -> bool:
     A file with another header was once read without its captions, or refused.
 
     Raises:
-        UserError: it cannot be read, or lacks a `file` column.
+        UserError: it cannot be read, has no `file` column, or one of the three twice.
     """
     return not _Table(path).is_loose
 
@@ -117,6 +118,10 @@ class _Table:
         )
         if FILE not in self.columns:
             raise self._no_file(header)
+        if twice := [name for name in _COLUMNS if self.columns.count(name) > 1]:
+            what = f"the captions file has more than one `{twice[0]}` column"
+            hint = "rename or remove all but one of them"
+            raise UserError(what, where=f"{path}:1", hint=hint)
         self._at = {name: self.columns.index(name) for name in _COLUMNS if name in self.columns}
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:

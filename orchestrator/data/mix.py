@@ -46,11 +46,7 @@ def sample_order(
         keep_N = np.ones(len(index), dtype=np.bool_) if keep_N is None else keep_N.copy()
         keep_N[held_out] = False
     if mix is None and not index.chosen:
-        raise UserError(
-            f"the index has no photos but those that the curation left out, component {LEFT_OUT!r}",
-            where="mix",
-            hint=f"write `mix: {LEFT_OUT}` to train on these",
-        )
+        raise _none_chosen(index)
     if mix is None:
         parts = {name: _kept(index.rows_of(name), keep_N) for name in index.chosen}
     else:
@@ -126,6 +122,20 @@ def _rows(index: PhotoIndex, name: str) -> NDArray[np.int64]:
 
 def _kept(rows: NDArray[np.int64], keep_N: NDArray[np.bool_] | None) -> NDArray[np.int64]:
     return rows if keep_N is None else rows[keep_N[rows]]
+
+
+def _none_chosen(index: PhotoIndex) -> UserError:
+    """That nothing is left which training draws from unless it is told otherwise."""
+    held_out, left_out = HELD_OUT in index.components, LEFT_OUT in index.components
+    those = [f"are held out, component {HELD_OUT!r}"] if held_out else []
+    those += [f"the curation left out, component {LEFT_OUT!r}"] if left_out else []
+    hints = [f"write `mix: {LEFT_OUT}` to train on these"] if left_out else []
+    hints += ["set a smaller `holdout` of the stage that made it"] if held_out else []
+    return UserError(
+        f"the index has no photos but those that {', or that '.join(those)}",
+        where="mix",
+        hint=", or ".join(hints),
+    )
 
 
 def _empty(name: str, field: str, known: Sequence[str]) -> UserError:

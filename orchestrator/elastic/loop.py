@@ -102,12 +102,14 @@ class _Trainer:
             began = time.monotonic()
             with out_of_memory_explained(self.job, f"in step {step + 1}", blocks):
                 figures = self._step(step, blocks)
-                if self._is_looked_at(step + 1):
-                    figures |= self._validated()
             done = step + 1
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
                 figures["data_wait_seconds"] = self.waited_s
+            held_out: dict[str, float] = {}
+            if self._is_looked_at(done):
+                with out_of_memory_explained(self.job, f"with held-out photos after step {done}"):
+                    held_out = self._validated()
             stalled = self.saving.stall_s
             agreed = self.saving.agree()
             last = done == self.job.num_steps
@@ -116,7 +118,7 @@ class _Trainer:
             if agreed.save and not (agreed.stop or last):
                 self.saving.begin(done)
             if self.rank == 0:
-                self.line.report(done, figures, self.saving.stall_s - stalled)
+                self.line.report(done, figures, self.saving.stall_s - stalled, held_out)
                 self.saving.tell()
             if done in self.job.export_steps:
                 self._export(done)
@@ -169,21 +171,28 @@ class _Trainer:
         return self.held_out is not None and every > 0 and (done % every == 0 or done == self.job.num_steps)
 
     def _validated(self) -> dict[str, float]:
-        """Figures of the held-out blocks by `val/NAME`, with the weights as they are now; collective.
+        """Figures of the held-out blocks, with the weights as they are now, and its own `seconds`; collective.
 
         They are the blocks of step 0 of their own source each time, shared out as a step's blocks are.
         """
         assert self.held_out is not None
-        blocks = [_to_device(block, self.device) for block in self._load(0, self.held_out)]
+        began = time.monotonic()
+        loaded = self._load(0, self.held_out)
+        self._tell_troubles(self.held_out)
+        own = [block for block in loaded if block.weight > 0]
+        blocks = [_to_device(block, self.device) for block in loaded]
         sums: dict[str, Tensor] = {}
         with torch.no_grad(), self.engine.evaluating():
             targets = self.task.targets(blocks, self.workers)
             for block, target in zip(blocks, targets, strict=True):
                 _accumulate(sums, self.task.losses(block, target), block.weight / self.num_blocks)
-        names = sorted(sums)
-        values = self.workers(torch.stack([sums[name] for name in names])).tolist()
+        figures = self._sum_figures(sums, 0, sum(block.num_replaced for block in own))
+        del figures["sample_order"]  # the same each time
+        if "replaced_photos" in figures:
+            self._note_unreadable(_unreadable(own))
         # As with norms: what is not finite is a gap in its curve.
-        return {f"val/{name}": value for name, value in zip(names, values, strict=True) if _finite(value)}
+        figures = {name: value for name, value in figures.items() if _finite(value)}
+        return {**figures, "seconds": time.monotonic() - began}
 
     # --- what is not finite -------------------------------------------------------------------------------------
 
@@ -294,17 +303,20 @@ class _Trainer:
                     loaded = (ahead or pool.submit(self._load, step)).result()
                 self.waited_s = time.monotonic() - asked
                 ahead = pool.submit(self._load, step + 1) if step + 1 < self.job.num_steps else None
-                if isinstance(self.blocks, TellsTroubles):
-                    for what in self.blocks.take_troubles():
-                        self.line.trouble(what)
+                self._tell_troubles(self.blocks)
                 own = [block for block in loaded if block.weight > 0]
                 ids = {block.index: block.ids for block in own}
                 num_replaced = sum(block.num_replaced for block in own)
-                unreadable = sorted({int(row) for block in own for row in block.unreadable})
-                self.seen[step] = sum(map(_order, own)), num_replaced, ids, unreadable
+                self.seen[step] = sum(map(_order, own)), num_replaced, ids, _unreadable(own)
                 with out_of_memory_explained(self.job, f"while blocks of step {step + 1} were moved"):
                     moved = [_to_device(block, self.device) for block in loaded]
                 yield step, moved
+
+    def _tell_troubles(self, source: BlockSource) -> None:
+        """Hand over what a source met since it was last asked."""
+        if isinstance(source, TellsTroubles):
+            for what in source.take_troubles():
+                self.line.trouble(what)
 
     def _load(self, step: int, source: BlockSource | None = None) -> list[Block]:
         source = source or self.blocks
@@ -348,6 +360,11 @@ def _order(block: Block) -> int:
     """A hash of which samples a block holds, in which order; sums of a million of them are exact in float64."""
     text = f"{block.step}/{block.index}:".encode() + np.ascontiguousarray(block.ids, np.int64).tobytes()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big")
+
+
+def _unreadable(blocks: list[Block]) -> list[int]:
+    """The rows whose files could not be read, sorted."""
+    return sorted({int(row) for block in blocks for row in block.unreadable})
 
 
 def _precision(wanted: str, device: str) -> str:

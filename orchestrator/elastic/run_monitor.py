@@ -32,10 +32,6 @@ class _Progress:
     step_s: float | None = None
 
 
-# What the names of held-out photos' figures begin with, see `loop.py`.
-_HELD_OUT = "val/"
-
-
 class RunMonitor:
     """The account of one run.
 
@@ -106,20 +102,18 @@ class RunMonitor:
     def stepped(self, event: Event) -> None:
         """A step is done."""
         now, step = time.time(), int(event["step"])
-        figures: dict[str, float] = event["figures"]
-        metrics = {name: value for name, value in figures.items() if not name.startswith(_HELD_OUT)}
+        metrics: dict[str, float] = event["figures"]
+        held_out: dict[str, float] = event["held_out"]
         self._emit({"kind": "metrics", "values": metrics, "step": step, "channel": "train"})
-        if len(metrics) < len(figures):
-            held_out = {
-                name.removeprefix(_HELD_OUT): figures[name] for name in figures.keys() - metrics.keys()
-            }
+        if held_out:
             self._emit({"kind": "metrics", "values": held_out, "step": step, "channel": "val"})
         first, self._group_stepped = not self._group_stepped, True
         if first:
             self.goodput.resumed(step - 1)
             self._recovered(step, now)
         seconds = metrics["step_seconds"]
-        self.goodput.stepped(step, seconds, event["stall"], now)
+        # The look at held-out photos is between this step and the next: its time is booked with this one's.
+        self.goodput.stepped(step, seconds + held_out.get("seconds", 0.0), event["stall"], now)
         known = self._progress.step_s
         smooth = seconds if known is None else 0.7 * known + 0.3 * seconds
         self._progress = _Progress(step, metrics, time.monotonic(), smooth)

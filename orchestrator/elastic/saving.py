@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,8 +30,13 @@ class Line(Protocol):
     def phase(self, name: str) -> None:
         """A part of the start is done."""
 
-    def report(self, step: int, figures: dict[str, float], stall_s: float) -> None:
-        """Hand over the figures of the step that took the count to `step`, and what a checkpoint held it up."""
+    def report(
+        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+    ) -> None:
+        """Hand over the figures of the step that took the count to `step`, and what a checkpoint held it up.
+
+        `held_out` are figures of held-out photos by name; there are none after a step at which nobody looked at them.
+        """
 
     def recorded(self, step: int) -> bool:
         """Whether the driver has written down the figures of all steps up to `step`."""

@@ -225,10 +225,20 @@ class ControllerClient(ABC):
         """A part of the start is done: a sign of life, and a line in the account of a restart."""
         self.send({"kind": "phase", "name": name, "time": time.time()})
 
-    def report(self, step: int, figures: dict[str, float], stall_s: float) -> None:
-        """Hand over the figures of the step that took the count to `step` (worker 0)."""
+    def report(
+        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+    ) -> None:
+        """See :class:`~orchestrator.elastic.saving.Line` (worker 0)."""
         self.step = step
-        self.send({"kind": "step", "step": step, "figures": figures, "stall": stall_s})
+        self.send(
+            {
+                "kind": "step",
+                "step": step,
+                "figures": figures,
+                "stall": stall_s,
+                "held_out": dict(held_out),
+            }
+        )
 
     def saved(self, step: int, figures: dict[str, float]) -> None:
         """The checkpoint after `step` is committed (worker 0)."""

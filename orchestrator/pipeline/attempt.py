@@ -141,7 +141,7 @@ class Attempt:
         for artifact in self.inputs.values():
             artifacts.fetch(artifact)
         try:
-            watch = self.interrupt.watch if stage.needs_ray else lambda: None
+            watch = self.interrupt.watch if stage.needs_ray else self.interrupt.meanwhile
             returned = in_thread(lambda: stage.run(context), watch)
         finally:
             lease.insist()

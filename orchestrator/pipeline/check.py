@@ -17,7 +17,15 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline import fit, graph, room
 from orchestrator.pipeline.attempt import merged_elastic
 from orchestrator.pipeline.load import LoadedPipeline, joined
-from orchestrator.pipeline.plan import EVERYTHING, Choice, Fingerprint, ResolvedStage, resolve
+from orchestrator.pipeline.plan import (
+    EVERYTHING,
+    Choice,
+    Fingerprint,
+    ResolvedStage,
+    StagePlan,
+    plan,
+    resolve,
+)
 from orchestrator.pipeline.probes import Probes
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Outlook, PhotoCount, Stage, TrainStage
@@ -45,7 +53,7 @@ class Checked:
     warnings: list[UserError] = field(default_factory=list)
     facts: list[tuple[str, bool]] = field(default_factory=list)
 
-    def insist(self) -> None:
+    def raise_if_any(self) -> None:
         """Go on only if no error was found.
 
         Raises:
@@ -83,16 +91,27 @@ def check(
         fit_errors = list(fit.complaints(loaded, roles))
         found.errors += fit_errors
         foreseen = dict(_foresee(loaded, roles, counts))
-        found.errors += [error for errors in foreseen.values() for error in errors]
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
         if not blocked:
             _resolve(loaded, found, fingerprint)
+        chosen = _chosen(found.stages, choice)
+        for name, errors in foreseen.items():
+            # What is left out now ends nothing now.
+            (found.errors if chosen is None or name in chosen else found.warnings).extend(errors)
     found.errors += _callbacks(loaded, deep=runs)
     if probes is not None:
         to_run = _conclude(loaded, found, probes, choice, runs)
         # What a stage that cannot work takes is nobody's guess.
-        _measure(loaded, found, [name for name in to_run if not foreseen.get(name)])
+        _measure(loaded, found, [item for item in to_run if not foreseen.get(item.name)])
     return found
+
+
+def _chosen(stages: Sequence[ResolvedStage], choice: Choice) -> set[str] | None:
+    """The names of the chosen stages; None if that is not known, or the choice is none."""
+    try:
+        return choice.of(stages) if stages else None
+    except UserError:
+        return None
 
 
 def _resolve(loaded: LoadedPipeline, found: Checked, fingerprint: Fingerprint | None) -> None:
@@ -104,8 +123,8 @@ def _resolve(loaded: LoadedPipeline, found: Checked, fingerprint: Fingerprint | 
 
 def _conclude(
     loaded: LoadedPipeline, found: Checked, probes: Probes, choice: Choice, runs: bool
-) -> list[str]:
-    """Who answered; returns the names of the stages that are not in the store, as far as that is known."""
+) -> list[StagePlan]:
+    """Who answered; returns the stages to run, as far as they are known."""
     if trouble := probes.store.result():
         found.errors.append(trouble)
         to_run = None
@@ -116,17 +135,16 @@ def _conclude(
         also = f"; {', '.join(publishers)} cannot do without the registry there" if publishers else ""
         found.warnings.append(UserError(f"{trouble.what}{also}", where=trouble.where, hint=trouble.hint))
     if trouble := probes.cluster.result():
-        uses_it = to_run is None or any(loaded.spec.stages[name].needs_ray for name in to_run)
+        uses_it = to_run is None or any(loaded.spec.stages[item.name].needs_ray for item in to_run)
         if uses_it:
             (found.errors if runs else found.warnings).append(trouble)
     return to_run or []
 
 
-def _measure(loaded: LoadedPipeline, found: Checked, to_run: Sequence[str]) -> None:
+def _measure(loaded: LoadedPipeline, found: Checked, to_run: Sequence[StagePlan]) -> None:
     """Whether what these stages take is there."""
-    needs = room.needs(loaded, to_run) if to_run else []
-    stages = [stage for stage in found.stages if stage.name in to_run]
-    there = room.begun(Workspace(loaded.spec.store), stages) if needs else 0
+    needs = room.needs(loaded, [item.name for item in to_run]) if to_run else []
+    there = room.begun(Workspace(loaded.spec.store), to_run) if needs else 0
     too_much, tight = room.disk(loaded, needs, there)
     found.errors += too_much
     found.warnings += tight
@@ -134,22 +152,23 @@ def _measure(loaded: LoadedPipeline, found: Checked, to_run: Sequence[str]) -> N
         found.warnings += room.here(loaded, needs)
 
 
-def _to_run(loaded: LoadedPipeline, found: Checked, choice: Choice) -> list[str] | None:
-    """The names of the stages that are not there; None where that is not known."""
+def _to_run(loaded: LoadedPipeline, found: Checked, choice: Choice) -> list[StagePlan] | None:
+    """The stages that a run would run; None where that is not known."""
     if not found.stages:
         return None
     workspace = Workspace(loaded.spec.store)
     try:
-        chosen = choice.of(found.stages)
-        return [
-            stage.name
-            for stage in found.stages
-            if stage.name in chosen
-            and (stage.name in choice.force or workspace.find(stage.parts.kind, stage.key) is None)
-        ]
+        plans = plan(
+            found.stages,
+            workspace.state(loaded.name),
+            workspace.find,
+            begun_from=workspace.begun_from,
+            choice=choice,
+        )
     except UserError as error:
         found.errors.append(error)
         return None
+    return [item for item in plans if item.action == "run"]
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -180,11 +199,11 @@ def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, PhotoCoun
         try:
             captions = captions_of(source, name, files)
         except UserError as error:
-            if (error.where or "").startswith("data."):
-                continue  # no such file, which was told
             # What captions there are is not known: stages that want some are told nothing that may be wrong.
             counts[name] = PhotoCount(len(files), len(files), len(files))
-            found.errors.append(error)
+            # That there is no such file was found when the pipeline file was read.
+            if not (error.where or "").startswith("data."):
+                found.errors.append(error)
             continue
         counts[name] = PhotoCount(len(files), captions.num_captions, captions.num_labels)
         found.warnings += captions.warnings
@@ -296,23 +315,27 @@ def check_cluster(loaded: LoadedPipeline, names: Sequence[str], workspace: Works
     found = Checked()
     found.warnings += room.of_cluster(loaded, room.needs(loaded, names), ray.cluster_resources())
     machines = visible.other_machines()
+    # Several nodes may be on one machine.
+    addresses = set(machines.values())
     files = _shared_files(loaded, names, workspace)
-    sightless = visible.unseen(
+    unseen = visible.unseen(
         {path: size for sizes in files.values() for path, size in sizes.items()}, machines
     )
     for place, sizes in files.items():
-        lacking = {host: unseen for host, names in sightless.items() if (unseen := sizes.keys() & set(names))}
+        lacking = {
+            address: missed for address, paths in unseen.items() if (missed := sizes.keys() & set(paths))
+        }
         if not lacking:
             continue
-        unseen = next(iter(lacking.values()))
+        first = next(iter(lacking.values()))
         error = UserError(
-            f"{len(lacking)} of the cluster's {len(machines)} other machines cannot read {min(unseen)}: "
+            f"{len(lacking)} of the cluster's {len(addresses)} other machines cannot read {min(first)}: "
             f"{', '.join(list(lacking)[:_NAMED])}",
             where=loaded.where(*place.split(".")),
             hint="mount the folder there at the same place, or keep workers off these machines "
             "(elastic.resources.labels)",
         )
-        (found.errors if len(lacking) == len(machines) else found.warnings).append(error)
+        (found.errors if len(lacking) == len(addresses) else found.warnings).append(error)
     return found
 
 

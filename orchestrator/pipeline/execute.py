@@ -20,7 +20,7 @@ from orchestrator.pipeline import graph, record, system, tracked
 from orchestrator.pipeline.attempt import Attempt, Outcome, full_disk, merged_elastic
 from orchestrator.pipeline.check import check_cluster
 from orchestrator.pipeline.code import digest_of
-from orchestrator.pipeline.interrupt import ABORTED, Interrupt
+from orchestrator.pipeline.interrupt import ABORTED, Interrupt, nothing
 from orchestrator.pipeline.lease import Lease, LostHoldError
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
@@ -165,6 +165,7 @@ class _Driver:
                 self._record_pipeline(root)
                 self._settle(root)
                 with ExitStack() as cluster:
+                    self._interrupt.meanwhile = partial(self._start_ahead, cluster)
                     self._run_all(root, cluster)
                 status = _STATUS.get(self._exit_code, "FAILED")
                 if status == "FINISHED" and any(self._missing(item) for item in self._plans):
@@ -375,6 +376,18 @@ class _Driver:
             self._reporter.note(f"Ray's dashboard is at {url}; it asks for the token in {running.token_file}")
         self._cluster_started = True
 
+    def _start_ahead(self, cluster: ExitStack) -> None:
+        """Start an own cluster beside a stage that does without: Ray, and what workers import, take ten seconds.
+
+        It is tried once. What is wrong is told when a stage needs the cluster, which tries again.
+        """
+        self._interrupt.meanwhile = nothing
+        to_come = [item for item in self._plans if item.action == "run" and item.name not in self._artifacts]
+        needed = any(self._loaded.spec.stages[item.name].needs_ray for item in to_come)
+        if needed and not self._cluster_started and self._loaded.spec.cluster.address == "local":
+            with contextlib.suppress(UserError):
+                self._enter_cluster(cluster)
+
     def _look_around(self) -> None:
         """Tell what the machines of the cluster lack.
 
@@ -385,7 +398,7 @@ class _Driver:
         found = check_cluster(self._loaded, names, self._workspace)
         for warning in found.warnings:
             self._reporter.warning(warning)
-        found.insist()
+        found.raise_if_any()
 
     def _has_new_cluster(self, outcome: Outcome, cluster: ExitStack) -> bool:
         """Whether an attempt ended only because its cluster was lost, and there is a new one to go on with."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.reference import Key, described, kind_of, models_in, prose
+from orchestrator.pipeline.schema import EXTENDS
 from orchestrator.spec import Pipeline
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage
@@ -19,6 +20,8 @@ from orchestrator.stages.base import Stage
 _STAGES = "stages"
 # What stands for a name that the user gives.
 _NAME = "NAME"
+# In no model: it is gone once its file is laid over the other one.
+_EXTENDS = Key("extends", "path", "–", True, EXTENDS)
 
 
 @dataclass(frozen=True)
@@ -155,15 +158,15 @@ def _explained(
         return Explanation(dotted, key, "A stage of any name; its kind is one of these:", kinds)
     if not below:
         return Explanation(dotted, key, "", ())
-    return Explanation(dotted, key, prose(below[0]), described(below[0]))
+    return Explanation(dotted, key, prose(below[0]), _keys(below[0]))
 
 
 def _section(path: Sequence[str], model: type[BaseModel]) -> Explanation:
-    return Explanation([".".join(path)] if path else [], None, prose(model), described(model))
+    return Explanation([".".join(path)] if path else [], None, prose(model), _keys(model))
 
 
 def _key(model: type[BaseModel], name: str, above: Sequence[str]) -> Key:
-    for key in described(model):
+    for key in _keys(model):
         if key.name == name:
             return key
     known = _names(model)
@@ -186,12 +189,18 @@ def _kinds() -> dict[str, type[BaseModel]]:
     return {kind_of(stage): stage for stage in get_args(get_args(AnyStage)[0])}
 
 
+def _keys(model: type[BaseModel]) -> Sequence[Key]:
+    """The keys of a section."""
+    return (*described(model), _EXTENDS) if model is Pipeline[AnyStage] else described(model)
+
+
 def _names(model: type[BaseModel]) -> list[str]:
-    return [key.name for key in described(model)]
+    return [key.name for key in _keys(model)]
 
 
 def _annotation(model: type[BaseModel], name: str) -> Any:
-    return next(field.annotation for own, field in model.model_fields.items() if (field.alias or own) == name)
+    fields = model.model_fields.items()
+    return next((field.annotation for own, field in fields if (field.alias or own) == name), None)
 
 
 def _below(model: type[BaseModel], name: str) -> list[type[BaseModel]]:

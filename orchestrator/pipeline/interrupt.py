@@ -23,8 +23,8 @@ _ENDING_S = 30.0
 Result = TypeVar("Result")
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """What is called where there is nothing to do."""
 
 
 class Interrupt:
@@ -33,15 +33,17 @@ class Interrupt:
     Attributes:
         stop: set by the first signal.
         watch: called several times a second while a stage runs that needs the cluster; raises ClusterLostError.
+        meanwhile: the same, while a stage runs that does without the cluster; raises nothing.
         on_stop: called by the first signal.
         on_abort: the best effort before the process ends at the second signal; gets two seconds.
     """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
-        self.watch: Callable[[], None] = _nothing
-        self.on_stop: Callable[[], None] = _nothing
-        self.on_abort: Callable[[], None] = _nothing
+        self.watch: Callable[[], None] = nothing
+        self.meanwhile: Callable[[], None] = nothing
+        self.on_stop: Callable[[], None] = nothing
+        self.on_abort: Callable[[], None] = nothing
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -68,7 +70,7 @@ class Interrupt:
         os._exit(ABORTED)
 
 
-def in_thread(call: Callable[[], Result], watch: Callable[[], None] = _nothing) -> Result:
+def in_thread(call: Callable[[], Result], watch: Callable[[], None] = nothing) -> Result:
     """Run `call` in another thread and wait.
 
     Signals reach Python only between bytecodes of the main thread, so it must not be the one that is deep in

@@ -150,11 +150,17 @@ def described(model: type[BaseModel]) -> Sequence[Key]:
             _type(field.annotation, field.metadata),
             _default(model, name, field),
             model in decides and not _operational(field) and (model, name) not in _NAMED,
-            field.description or "",
+            _meaning(model, name),
         )
         for name, field in model.model_fields.items()
         if not _fixed(field)
     ]
+
+
+def _meaning(model: type[BaseModel], name: str) -> str:
+    """A field's description, or that of the base class's field that it narrows, as kinds of stages do with `kind`."""
+    fields = (base.model_fields.get(name) for base in model.__mro__ if issubclass(base, BaseModel))
+    return next((field.description for field in fields if field is not None and field.description), "")
 
 
 def _fixed(field: FieldInfo) -> bool:

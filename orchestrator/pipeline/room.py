@@ -6,7 +6,6 @@ The figures are estimates on the safe side: each network counts with its heads, 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,11 @@ from orchestrator.pipeline import graph
 from orchestrator.pipeline.attempt import merged_elastic
 from orchestrator.pipeline.costing import costing
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.plan import ResolvedStage
+from orchestrator.pipeline.plan import StagePlan
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.spec import EVERY_DEVICE, Hardware
 from orchestrator.stages.base import Stage, TrainStage
 from orchestrator.stages.distill import Distill
-from orchestrator.stages.operations import feature_dim, masked_share
-from orchestrator.stages.pretrain import Pretrain
 from orchestrator.stages.workload import Workload, workloads
 from orchestrator.store.artifact import folder_name
 from orchestrator.store.cache import cache_folder
@@ -34,8 +31,6 @@ _CHECKPOINT = {"trained": 12, "ema": 4, "frozen": 0}
 _GRAM_TEACHER = 4
 # An export is in fp32.
 _EXPORT = 4
-# One number of what a teacher says, in fp32.
-_CODE = 4
 _TIGHT = 0.8
 _GIB = 2**30
 # A worker, or a teacher, with torch and DeepSpeed imported and nothing loaded.
@@ -82,22 +77,17 @@ def _need(
     loaded: LoadedPipeline, name: str, stage: TrainStage, works: Sequence[Workload], origin: Stage | None
 ) -> Need:
     elastic = merged_elastic(loaded.spec.elastic, stage.elastic)
-    artifact = work = memory = shared = 0.0
+    artifact, work, memory = stage.kept_bytes(origin), 0.0, 0.0
     for one in works:
         checkpoint = sum(_CHECKPOINT[net.kept] * net.params for net in one.nets)
         checkpoint += sum(_GRAM_TEACHER * net.params for net in one.nets if net.name == "Gram teacher")
-        export = _EXPORT * _exported(one)
+        exports = stage.num_exports() * _EXPORT * _exported(one)
         copies = elastic.keep_checkpoints + 1  # one is written before the oldest goes
         copies += one.steps // elastic.keep_every if elastic.keep_every else 0
-        exports = stage.num_exports() * export
-        # A student's model is in its own artifact and in its stage's.
-        artifact += checkpoint + exports + (export if isinstance(stage, Distill) else 0)
+        artifact += checkpoint + exports
         work += copies * checkpoint + exports
         memory += _memory(stage, one, _most_workers(stage, one, elastic.workers))
-    if isinstance(stage, Distill):
-        shared = (stage.window_of(stage.num_teachers) + 1) * stage.view_bytes(stage.students.values())
-        artifact += _replayed(stage, origin) if stage.replay else 0
-    return Need(name, artifact, work, memory, shared)
+    return Need(name, artifact, work, memory, stage.held_bytes())
 
 
 def _exported(work: Workload) -> int:
@@ -129,33 +119,17 @@ def _memory(stage: TrainStage, work: Workload, max_workers: int) -> float:
     return max_workers * (each + _PROCESS_BYTES)
 
 
-def _replayed(stage: Distill, origin: Stage | None) -> float:
-    """What the teacher says in all steps, in fp32: as the stage itself counts it, but for what is small in it.
-
-    Of teachers from elsewhere it is not known before they are opened.
-    """
-    if not isinstance(origin, Pretrain):
-        return 0.0
-    crops, tower, heads = stage.crops, origin.tower, origin.heads
-    patches = (crops.global_size // tower.patch_size) ** 2
-    if stage.features is not None:
-        width = feature_dim(tower) * (1 + patches) if stage.features.uses_own else 0
-    else:
-        masked = masked_share(stage.mask_probability, stage.mask_ratio, stage.block_size * crops.num_global)
-        width = heads.dino_bottleneck + round(masked * patches) * heads.ibot_bottleneck
-    steps = max(stage.steps_of(student) for student in stage.students.values())
-    return float(_CODE * steps * stage.batch_size * crops.num_global * width)
-
-
 # --- what there is ----------------------------------------------------------------------------------------------
 
 
 def disk(
     loaded: LoadedPipeline, found: Sequence[Need], there: int = 0
 ) -> tuple[list[UserError], list[UserError]]:
-    """Mistakes and warnings: whether all artifacts, and the largest work beside them, fit on the disk.
+    """Mistakes and warnings: whether what is to be made fits on the disk.
 
-    With a store in S3 its room is its owner's to know; what is in the making has to fit on this machine's disk.
+    It is a mistake where not even the artifacts do. Where the largest work beside them does not, or only just, it is a
+    warning: the figures are on the safe side. With a store in S3 its room is its owner's to know; what is in the making
+    has to fit on this machine's disk.
 
     Args:
         loaded: the pipeline.
@@ -166,34 +140,43 @@ def disk(
         return [], []
     remote = is_remote(loaded.spec.store)
     # Artifacts go to S3 one by one, but their copies stay in the cache for the stages that read them.
-    needed = sum(need.artifact for need in found) + max(need.work for need in found) - there
+    kept = sum(need.artifact for need in found) - there
+    needed = kept + max(need.work for need in found)
     folder = cache_folder() if remote else Path(loaded.spec.store.removeprefix("file://")).expanduser()
-    free = space(folder.absolute())[0]
+    free = _free_disk(folder)
     if needed <= _TIGHT * free:
         return [], []
-    largest = max(found, key=lambda need: need.artifact + need.work)
+    is_mistake = kept > free
     place = "the cache of the store on this machine" if remote else "the store"
-    what = (
-        f"the stages to run take about {_gib(needed)} more of the disk, most of it {largest.stage}, and {place} "
-        f"{folder} has {_gib(free)} free"
-    )
+    if is_mistake:
+        takes, largest = f"leave about {_gib(kept)} more on", max(found, key=lambda need: need.artifact)
+    else:
+        takes, largest = (
+            f"take about {_gib(needed)} more of",
+            max(found, key=lambda need: need.artifact + need.work),
+        )
+    what = f"the stages to run {takes} the disk, most of it {largest.stage}, and {place} {folder} has {_gib(free)} free"
     hint = "free some of it (`orchestrator gc` lists what no pipeline needs), set fewer "
     hint += "elastic.keep_checkpoints or snapshots, or use " + (
         "another ORCHESTRATOR_CACHE" if remote else "another store"
     )
     error = UserError(what, where=loaded.where("store"), hint=hint)
-    return ([error], []) if needed > free else ([], [error])
+    return ([error], []) if is_mistake else ([], [error])
 
 
-def begun(workspace: Workspace, stages: Sequence[ResolvedStage]) -> int:
-    """Bytes on this machine's disk that unfinished stages have left: their work, and pieces that are done."""
+def begun(workspace: Workspace, plans: Sequence[StagePlan]) -> int:
+    """Bytes on this machine's disk that unfinished stages have left: their work, and pieces that are done.
+
+    What is there and is made anew does not count: it goes when the new is there.
+    """
     if not workspace.exists():
         return 0
-    names = set()
-    for stage in stages:
-        own = folder_name(stage.parts.kind, stage.key)
-        names |= {own, *(folder_name(*piece) for piece in workspace.pieces(own).values())}
-    places = [workspace.root / top / name for name in names for top in ("work", "artifacts")]
+    places = set()
+    for item in plans:
+        own = folder_name(item.kind, item.stage.key)
+        names = {own, *(folder_name(*piece) for piece in workspace.pieces(own).values())}
+        tops = ("work",) if item.anew else ("work", "artifacts")
+        places |= {workspace.root / top / name for name in names for top in tops}
     return sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
 
 
@@ -228,16 +211,13 @@ def memory(
 
 def here(loaded: LoadedPipeline, found: Sequence[Need]) -> Iterator[UserError]:
     """Warnings about this machine, for a pipeline whose cluster is its own."""
-    import psutil
-
     from orchestrator.elastic.cluster import most_object_store
 
-    free = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else 0
+    free = _free_disk(_SHARED) if _SHARED.is_dir() else 0
     # On GPUs the networks are in their memory, which `plan` looks at if there is a `hardware` section.
     on_gpu = [need.stage for need in found if _may_use_gpu(loaded, loaded.spec.stages[need.stage])]
-    looked = [Need(need.stage, shared=need.shared) if need.stage in on_gpu else need for need in found]
-    available = psutil.virtual_memory().available
-    yield from memory(loaded, looked, available, min(free, most_object_store()), "this machine")
+    counted = [Need(need.stage, shared=need.shared) if need.stage in on_gpu else need for need in found]
+    yield from memory(loaded, counted, _free_memory(), min(free, most_object_store()), "this machine")
 
 
 def _may_use_gpu(loaded: LoadedPipeline, stage: Stage) -> bool:
@@ -256,9 +236,20 @@ def of_cluster(
         resources: what `ray.cluster_resources()` says.
     """
     has_gpus = resources.get("GPU", 0) > 0
-    looked = [Need(need.stage, shared=need.shared) if has_gpus else need for need in found]
+    counted = [Need(need.stage, shared=need.shared) if has_gpus else need for need in found]
     has, shared = resources.get("memory", 0), resources.get("object_store_memory", 0)
-    yield from memory(loaded, looked, has, shared, "the cluster")
+    yield from memory(loaded, counted, has, shared, "the cluster")
+
+
+def _free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    return space(folder.absolute())[0]
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _gib(size: float) -> str:

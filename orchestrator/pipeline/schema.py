@@ -9,10 +9,7 @@ from orchestrator.spec import Pipeline
 from orchestrator.stages import AnyStage
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_EXTENDS = {
-    "type": "string",
-    "description": "The path of a pipeline file, relative to this one's folder, over which this one is laid.",
-}
+EXTENDS = "The path of a pipeline file, relative to this one's folder, over which this one is laid."
 
 
 def schema() -> dict[str, Any]:
@@ -26,7 +23,7 @@ def schema() -> dict[str, Any]:
         "then": stages,
         "else": {"type": ["object", "null"]},
     }
-    found["properties"]["extends"] = _EXTENDS
+    found["properties"]["extends"] = {"type": "string", "description": EXTENDS}
     found |= {
         "$schema": _DIALECT,
         "title": "A pipeline file of orchestrator",

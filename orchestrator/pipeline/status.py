@@ -27,6 +27,8 @@ _RUN_TAGS = {"name", "status", "workers", "num_attempts", "attempts"}
 # What is named of what was left behind.
 _ORPHANS = 5
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
+# Channels of metrics that are not the figures of training.
+_OTHER_CHANNELS = ("goodput", "checkpoint", "system", "val")
 
 
 def print_status(console: Console, loaded: LoadedPipeline) -> None:
@@ -176,7 +178,7 @@ def _seconds(stage: StageState, *, running: bool) -> float:
 def _newest(spool: Spool | None, run_id: str | None) -> str:
     """The newest metrics of a run, from the spool: nothing has to reach MLflow first."""
     history = spool.history(run_id) if spool is not None and run_id is not None else []
-    history = [record for record in history if record["channel"] not in ("goodput", "checkpoint", "system")]
+    history = [record for record in history if record["channel"] not in _OTHER_CHANNELS]
     if not history:
         return ""
     newest = max(history, key=lambda record: record["time_ms"])

@@ -191,7 +191,9 @@ class _Stopwatch:
     def phase(self, name: str) -> None:
         self._at = _clock()
 
-    def report(self, step: int, figures: dict[str, float], stall_s: float) -> None:
+    def report(
+        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+    ) -> None:
         """From one report to the next: with the wait for blocks, should making them take longer than a step."""
         before, self._at = self._at, _clock()
         self.seconds.append(self._at - before)

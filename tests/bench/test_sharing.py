@@ -122,6 +122,7 @@ def test_a_plain_loop_trains_its_student_and_the_ema_follows(tmp_path: Path) -> 
     assert any(not torch.equal(before[name], param) for name, param in modules.trainable.named_parameters())
 
 
+@pytest.mark.cluster
 def test_loops_run_in_processes_and_are_the_same_with_views_made_beside_the_step(tmp_path: Path) -> None:
     stand = a_stand(tmp_path)
     steps = plain.WARM_UP + 2
@@ -136,6 +137,7 @@ def test_loops_run_in_processes_and_are_the_same_with_views_made_beside_the_step
     assert found.student_s > 0
 
 
+@pytest.mark.cluster
 def test_a_loop_that_fails_is_said(tmp_path: Path) -> None:
     stand = a_stand(tmp_path)
     order = replace(

@@ -93,8 +93,10 @@ def test_of_two_captions_the_last_counts(tmp_path: Path) -> None:
         ("file,caption\na.jpeg,x\n", ["did you mean 'a.jpg'"]),
         ("file,caption\n../a.jpg,x\n", ["none of the names"]),
         ("fil;caption\na.jpg;x\n", ["no `file` column"]),
+        ("file,caption,caption\na.jpg,x,y\n", ["more than one `caption` column", "c.csv:1", "all but one"]),
+        ("File;file\na.jpg;a.jpg\n", ["more than one `file` column"]),
     ],
-    ids=["none", "one", "ending", "outside", "column"],
+    ids=["none", "one", "ending", "outside", "column", "column twice", "capital twice"],
 )
 def test_names_without_a_photo_get_the_nearest(tmp_path: Path, text: str, parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:

@@ -86,6 +86,7 @@ def run_job(forge: subprocess.Popen[str], index: Path, tmp_path: Path) -> RunJob
         if "error" in result:
             return result
         result["losses"] = {step: figures["loss"] for step, figures in result["figures"]}
+        result["held_out"] = {int(step): figures for step, figures in result["held_out"].items()}
         return result
 
     return run

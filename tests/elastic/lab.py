@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -36,9 +37,9 @@ from orchestrator.store.local import LocalStore
 
 # Run as a script, its own folder is on the path; imported by a test, it is part of a package.
 if __package__:
-    from .worker import Recorder, make_job
+    from .worker import CLOCK, Recorder, make_job
 else:
-    from worker import Recorder, make_job
+    from worker import CLOCK, Recorder, make_job
 
 Spec = dict[str, Any]
 
@@ -167,12 +168,18 @@ def job(spec: Spec) -> Any:
     """A whole job to its end or a stop, by the loop itself."""
     recorder = Recorder(spec.get("stop_after"), spec.get("die_at"), "spikes" in spec)
     try:
-        complete = loop.train(make_job(spec), recorder)
+        with patch.object(loop, "time", CLOCK if spec.get("slow_look") else time):
+            complete = loop.train(make_job(spec), recorder)
     except (UserError, loop.NonFiniteLossError) as error:
         if "spikes" not in spec:
             raise
         return {"error": str(error), "figures": recorder.figures}
-    return {"complete": complete, "figures": recorder.figures, "troubles": recorder.troubles}
+    return {
+        "complete": complete,
+        "figures": recorder.figures,
+        "held_out": recorder.held_out,
+        "troubles": recorder.troubles,
+    }
 
 
 def clip(spec: Spec) -> Any:

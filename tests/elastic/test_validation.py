@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from orchestrator.elastic.run_monitor import RunMonitor
 
 from .conftest import RECIPE, RunJob
 from .test_chunks import saved
+from .worker import LOOK_S
 
 STEPS = 4
 CONFIG = {
@@ -53,29 +55,28 @@ def test_looking_at_them_changes_no_weight(
     theirs = saved(tmp_path / "plain" / last)
     for name, value in saved(tmp_path / "looked" / last).items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
-    figures = dict(looked["figures"])
-    with_loss = [step for step in figures if "val/loss" in figures[step]]
-    assert with_loss == [3, 4], "every third step, and the last"
-    assert {"val/dino_global", "val/ibot", "val/koleo"} <= set(figures[3])
-    assert figures[3]["val/loss"] != figures[4]["val/loss"], "the weights moved"
-    assert not any(name.startswith("val/") for _, found in plain["figures"] for name in found)
+    found = looked["held_out"]
+    assert list(found) == [3, 4], "every third step, and the last"
+    assert {"loss", "dino_global", "ibot", "koleo"} <= set(found[3])
+    assert found[3]["loss"] != found[4]["loss"], "the weights moved"
+    assert plain["held_out"] == {}
 
 
 def test_their_loss_does_not_depend_on_workers_or_stops(run_job: RunJob, split: Path, tmp_path: Path) -> None:
     config = {**CONFIG, "validate_every": 1}
     common = {"index": split, "config": config, "exact": True}
-    alone = dict(run_job(tmp_path / "alone", 1, **common)["figures"])
-    three = dict(run_job(tmp_path / "three", 3, **common)["figures"])
+    alone = run_job(tmp_path / "alone", 1, **common)["held_out"]
+    three = run_job(tmp_path / "three", 3, **common)["held_out"]
     run_job(tmp_path / "stopped", 2, stop_after=2, **common)
-    rest = dict(run_job(tmp_path / "stopped", 3, **common)["figures"])
+    rest = run_job(tmp_path / "stopped", 3, **common)["held_out"]
     assert sorted(rest) == [3, 4]
     for step, figures in alone.items():
-        names = [name for name in figures if name.startswith("val/")]
-        assert "val/loss" in names
-        for name in names:
-            assert three[step][name] == pytest.approx(figures[name], rel=1e-12), (step, name)
+        assert {"loss", "seconds"} <= figures.keys()
+        for name in figures.keys() - {"seconds"}:
+            value = figures[name]
+            assert three[step][name] == pytest.approx(value, rel=1e-12), (step, name)
             if step in rest:
-                assert rest[step][name] == pytest.approx(figures[name], rel=1e-12), (step, name)
+                assert rest[step][name] == pytest.approx(value, rel=1e-12), (step, name)
 
 
 def test_they_are_looked_at_without_drop_path(run_job: RunJob, split: Path, tmp_path: Path) -> None:
@@ -84,9 +85,42 @@ def test_they_are_looked_at_without_drop_path(run_job: RunJob, split: Path, tmp_
     for drop_path in (0.0, 0.3):
         recipe = {**RECIPE, "drop_path": drop_path}
         work = tmp_path / f"drop-{drop_path}"
-        found.append(dict(run_job(work, 1, config=config, recipe=recipe, index=split)["figures"])[1])
-    assert found[0]["loss"] != found[1]["loss"]
-    assert found[0]["val/loss"] == found[1]["val/loss"]
+        done = run_job(work, 1, config=config, recipe=recipe, index=split)
+        found.append((done["losses"][1], done["held_out"][1]["loss"]))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_one_that_cannot_be_read_is_told_and_counts(
+    run_job: RunJob, split: Path, tmp_path: Path, world: int
+) -> None:
+    whole, folder = PhotoIndex.load(split), tmp_path / "lost"
+    folder.mkdir()
+    lost = HELD_OUT[2]
+    rows = [whole[number] for number in range(len(whole))]
+    rows[lost] = replace(rows[lost], path="gone.png")
+    PhotoIndex(rows).save(folder)
+    config = {**CONFIG, "validate_every": 2, "max_unreadable": 1.0}
+    common = {"config": config, "index": folder, "spikes": {}}
+    done = run_job(tmp_path / "one", world, max_unreadable=1, **common)
+    assert all(figures["replaced_photos"] > 0 for figures in done["held_out"].values())
+    assert not any("replaced_photos" in figures for _, figures in done["figures"])
+    text = (tmp_path / "one" / f"checkpoints/step-{STEPS:08d}/checkpoint.json").read_text()
+    assert json.loads(text)["unreadable"] == [lost]
+    if world == 1:
+        (trouble,) = done["troubles"]
+        assert "gone.png" in trouble
+    ended = run_job(tmp_path / "none", world, max_unreadable=0, **common)
+    assert "1 photos could not be read since the stage began" in ended["error"]
+    assert [step for step, _ in ended["figures"]] == [1], "the first look is after step 2"
+
+
+def test_the_seconds_of_a_look_are_not_those_of_a_step(run_job: RunJob, split: Path, tmp_path: Path) -> None:
+    config = {**CONFIG, "steps": 2, "validate_every": 2}
+    done = run_job(tmp_path, 1, config=config, index=split, slow_look=True)
+    assert [figures["step_seconds"] for _, figures in done["figures"]] == [0.0, 0.0]
+    assert [figures["seconds"] for figures in done["held_out"].values()] == [4 * LOOK_S], "of four blocks"
 
 
 def test_their_figures_are_curves_of_their_own(tmp_path: Path) -> None:
@@ -95,12 +129,10 @@ def test_their_figures_are_curves_of_their_own(tmp_path: Path) -> None:
     monitor = RunMonitor("pretrain", 10, tmp_path / "goodput.json", events.append)
     monitor.begin()
     monitor.group_started(1)
-    for step, more in ((1, {}), (2, {"val/loss": 7.0, "val/ibot": 3.0})):
-        figures = {"loss": 6.0, "step_seconds": 0.1, **more}
-        monitor.stepped({"step": step, "figures": figures, "stall": 0.0})
+    trained, held_out = {"loss": 6.0, "step_seconds": 0.1}, {"loss": 7.0, "ibot": 3.0}
+    for step, looked in ((1, {}), (2, held_out)):
+        monitor.stepped({"step": step, "figures": trained, "stall": 0.0, "held_out": looked})
     found = [
         (event["channel"], event["step"], event["values"]) for event in events if event["kind"] == "metrics"
     ]
-    trained = {"loss": 6.0, "step_seconds": 0.1}
     assert [one for one in found if one[0] == "train"] == [("train", 1, trained), ("train", 2, trained)]
-    assert [one for one in found if one[0] == "val"] == [("val", 2, {"loss": 7.0, "ibot": 3.0})]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,17 @@ class Recorder:
         self.stop_after, self.die_at, self.may_have_troubles = stop_after, die_at, troubles
         self.troubles: list[str] = []
         self.figures: list[tuple[int, dict[str, float]]] = []
+        self.held_out: dict[int, dict[str, float]] = {}
         self.done = 0
 
     def phase(self, name: str) -> None: ...
 
-    def report(self, step: int, figures: dict[str, float], stall_s: float) -> None:
+    def report(
+        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+    ) -> None:
         self.figures.append((step, figures))
+        if held_out:
+            self.held_out[step] = dict(held_out)
         if step == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -110,6 +115,32 @@ class TaughtBlocks:
         return Block(step, index, ids, arrays)
 
 
+class Clock:
+    """What stands in the place of `time`: it moves when told to alone."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+LOOK_S = 100.0
+
+
+class SlowBlocks:
+    """Blocks that take `LOOK_S` by `CLOCK` each, and nothing else takes any time."""
+
+    def __init__(self, blocks: Any) -> None:
+        self.num_blocks, self._blocks = blocks.num_blocks, blocks
+
+    def load(self, step: int, index: int) -> Block:
+        CLOCK.now += LOOK_S
+        block: Block = self._blocks.load(step, index)
+        return block
+
+
 def make_feature_job(spec: dict[str, Any]) -> Job:
     """The student of `spec`'s first name, taught by the headless teachers of its objective."""
     from orchestrator.stages.distill import Distill
@@ -153,6 +184,8 @@ def make_job(spec: dict[str, Any]) -> Job:
         task = partial(Ailing, config, recipe, 7, gram, script=spec["health"])
     if spec.get("spikes"):
         task = partial(Spiky, config, recipe, 7, gram, **spec["spikes"])
+    held_out = partial(crop_blocks, config, recipe, Path(spec["index"]), 7, held_out=True)
+    validation = (lambda: SlowBlocks(held_out())) if spec.get("slow_look") else held_out
     return Job(
         name="test",
         task=task,
@@ -171,9 +204,7 @@ def make_job(spec: dict[str, Any]) -> Job:
         ),
         start_from=Path(spec["start_from"]) if spec.get("start_from") else None,
         max_unreadable=spec.get("max_unreadable"),
-        validation=partial(crop_blocks, config, recipe, Path(spec["index"]), 7, held_out=True)
-        if config.validate_every
-        else None,
+        validation=validation if config.validate_every else None,
         validate_every=config.validate_every,
         export_steps=tuple(spec.get("export_steps", ())),
     )

@@ -151,7 +151,9 @@ class _Reports:
 
     def phase(self, name: str) -> None: ...
 
-    def report(self, step: int, figures: Mapping[str, float], stall_s: float) -> None:
+    def report(
+        self, step: int, figures: Mapping[str, float], stall_s: float, held_out: Mapping[str, float]
+    ) -> None:
         self._run.metrics(figures, step)
 
     def recorded(self, step: int) -> bool:

@@ -32,6 +32,7 @@ def compiled(tower: nn.Module) -> None:
     compile_blocks(tower, "aot_eager")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("prepare", "name", "drop_path"),
     [

@@ -118,6 +118,7 @@ class Anew(torch.autograd.Function):
             return (None, *torch.autograd.grad(ctx.run(*leaves), leaves, grad))
 
 
+@pytest.mark.heavy
 def test_gradients_by_finite_differences() -> None:
     codes, weight, teacher = dino_setting(torch.float64)
     weights = torch.rand(5, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)

@@ -179,6 +179,7 @@ def test_memory_is_linear_in_the_local_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert alone <= 64 * 32
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.timeout(120)
 def test_gloo_workers_agree_with_the_formula(world: int, tmp_path: Path) -> None:

@@ -45,6 +45,18 @@ def test_a_section_lists_its_keys() -> None:
     assert "    curate       Files of one or more data sources" in said("stages")
 
 
+def test_keys_that_no_model_says_itself_are_explained() -> None:
+    assert said("extends") == (
+        "extends\n"
+        "  path; no default; when it changes, stages run again\n"
+        "\n"
+        "  The path of a pipeline file, relative to this one's folder, over which this one is laid."
+    )
+    assert "\n    extends " in said("")
+    assert "pretrain; required; " in said("stages.pretrain.kind")
+    assert "  What the stage does: the name of one of the stage kinds." in said("stages.pretrain.kind")
+
+
 def test_the_start_of_a_path_may_be_left_out() -> None:
     assert said("pretrain.heads.hidden") == said("stages.pretrain.heads.hidden")
     first, *rest = said("homogeneous").splitlines()
@@ -68,6 +80,7 @@ def test_every_key_can_be_asked_for() -> None:
         ("stages.pretrain.homogenous", r"no key 'homogenous'.*mean 'stages\.pretrain\.homogeneous'"),
         ("nothing-like-it", "a pipeline file has no key 'nothing-like-it'.*there are: name, seed"),
         ("name.x", "name has no keys below it.*it is text"),
+        ("extends.x", "extends has no keys below it.*it is path"),
         ("stages.distill.students.a.modle", r"mean 'stages\.distill\.students\.a\.model'"),
     ],
 )

@@ -157,7 +157,7 @@ def _refusing(schema: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
                 yield path
             return
         for name, inner in schema.items():
-            if name != "metadata":
+            if name not in _NOT_CHECKED:
                 yield from _refusing(inner, (*path, name))
     elif isinstance(schema, (list, tuple)):
         for number, inner in enumerate(schema):
@@ -173,12 +173,16 @@ def test_every_number_of_the_schema_has_bounds() -> None:
     assert not unbounded
 
 
+# What is for the JSON Schema alone: the value is checked by what the validator is put before.
+_NOT_CHECKED = ("metadata", "json_schema_input_schema")
+
+
 def _numbers(schema: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     if isinstance(schema, dict):
         if schema.get("type") in ("int", "float"):
             yield path, schema
         for name, inner in schema.items():
-            if name != "metadata":
+            if name not in _NOT_CHECKED:
                 yield from _numbers(inner, (*path, name))
     elif isinstance(schema, (list, tuple)):
         for number, inner in enumerate(schema):

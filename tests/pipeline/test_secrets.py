@@ -178,6 +178,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, said
 
 
+@pytest.mark.cluster
 def test_a_run_says_no_secret(ran: tuple[Path, str]) -> None:
     _, said = ran
     assert "told the error: https://***@host" in said

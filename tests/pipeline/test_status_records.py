@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.pipeline import status
 from orchestrator.pipeline.ledger import StageState
-from orchestrator.pipeline.status import _attempts, _goodput, _ray_train
+from orchestrator.pipeline.status import _attempts, _goodput, _newest, _ray_train
 from orchestrator.tracking.spool import Spool
 
 WHOLE = {"name": "toy/a", "status": "RUNNING", "workers": "1-2", "num_attempts": 1, "attempts": "[]"}
@@ -41,6 +41,13 @@ def test_goodput_without_all_causes(tmp_path: Path) -> None:
     spool, metrics = Spool(tmp_path), dict[str, Any](goodput=0.5)
     spool.append("r", 1, metrics, channel="goodput")
     assert _goodput(spool, StageState("a", run_id="r")) == ""
+
+
+def test_the_newest_loss_is_that_of_training(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append("r", 20, {"loss": 6.0}, 1, channel="train")
+    spool.append("r", 20, {"loss": 7.5}, 2, channel="val")
+    assert _newest(spool, "r") == "step 20: loss 6"
 
 
 def test_one_worker_is_singular() -> None:

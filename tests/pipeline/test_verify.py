@@ -49,7 +49,7 @@ def command(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     return run
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.cluster)])
 def store(request: pytest.FixtureRequest, pipeline: Path, command: Command) -> Store:
     """A store in which the toy pipeline ran."""
     if request.param == "local":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from safetensors.torch import save_file
 from orchestrator.stages.tasks.nets import HeadedBackbone
 
 from .distilling import HEADS, photographs
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from bench.parity import mend_torchvision
+
+mend_torchvision()  # before a test module imports transformers, which imports a torchvision if there is one
 
 
 @pytest.fixture

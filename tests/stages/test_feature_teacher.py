@@ -92,6 +92,7 @@ def test_a_step_follows_from_its_number_alone(views: partial[StepViews], folders
         assert array.dtype == (np.int64 if name == "ids" else np.float16)
 
 
+@pytest.mark.heavy
 def test_whitened_features_are_on_one_scale(views: partial[StepViews], folders: dict[str, Path]) -> None:
     raw, white = (
         make_teacher(objective(folders, whiten=on, **({"whiten_images": 24} if on else {})), views)

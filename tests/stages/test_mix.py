@@ -61,6 +61,7 @@ def effective(index: PhotoIndex, counts_N: np.ndarray) -> float:
     return effective_number(list(by_cluster(index.clusters, counts_N).values()))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("file", ["paper/dinov3_7b.yaml", "full_pipeline.yaml"])
 def test_training_draws_what_curation_chose(file: str, tmp_path: Path) -> None:
     """As many clusters in effect as the curation chose, not as the raw pool or what was left of it has."""
@@ -284,6 +285,26 @@ def test_names_without_photographs_are_refused_before_the_first_step(tmp_path: P
     with pytest.raises(UserError, match="no photos but those that the curation left out") as caught:
         pretrain().run(context(tmp_path, tmp_path))
     assert caught.value.hint == "write `mix: pool` to train on these"
+
+
+@pytest.mark.parametrize(
+    ("components", "what", "hint"),
+    [
+        (["held_out"], "that are held out, component 'held_out'$", "set a smaller `holdout`"),
+        (
+            ["held_out", "pool"],
+            "that are held out, component 'held_out', or that the curation left out, component 'pool'$",
+            "write `mix: pool` to train on these, or set a smaller `holdout`",
+        ),
+    ],
+)
+def test_where_all_that_was_chosen_is_held_out_it_says_so(
+    components: list[str], what: str, hint: str
+) -> None:
+    rows = [PhotoRow("web", f"{name}.png", "", "", 8, 8, component=name) for name in components]
+    with pytest.raises(UserError, match=f"(?m){what}") as caught:
+        sample_order(PhotoIndex(rows), None, batch_size=1, seed=0)
+    assert hint in (caught.value.hint or "")
 
 
 # --- the record ---------------------------------------------------------------------------------------------

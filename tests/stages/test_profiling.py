@@ -63,6 +63,7 @@ def material(**changes: Any) -> Material:
     return Material(Distill.model_validate({**STAGE, **changes}), RECIPE)
 
 
+@pytest.mark.heavy
 def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real teacher and the real task in a process of their own, on made-up weights and photographs."""
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
@@ -81,6 +82,7 @@ def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert measured(material(students={"a": {"model": "vit_femto"}})) == costs, "not measured again"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("own", [False, True], ids=["from elsewhere", "the stage's own"])
 def test_a_teacher_without_heads_is_measured_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: bool
