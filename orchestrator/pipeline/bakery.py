@@ -97,14 +97,14 @@ class Queue:
         fenced: keep epochs: numbers of those who entered rise for ever.
 
     Attributes:
-        unleft: places that were given up, while the store did not take that: they are still in the way.
+        not_given_up: places that were given up, while the store did not take that: they are still in the way.
     """
 
     def __init__(self, store: Store, name: str, *, fenced: bool = True) -> None:
         self._store = store
         self.name = name
         self._fenced = fenced
-        self.unleft: list[Place] = []
+        self.not_given_up: list[Place] = []
 
     def look(self) -> View:
         """The queue now."""
@@ -157,7 +157,7 @@ class Queue:
                 if self._is_served(place, usher):
                     return place
             except BaseException:
-                # The first error is the one to tell; a place that stays behind is in `unleft`.
+                # The first error is the one to tell; a place that stays behind is in `not_given_up`.
                 with contextlib.suppress(Exception):
                     self.leave(place)
                 raise
@@ -165,12 +165,12 @@ class Queue:
 
     def leave(self, place: Place) -> None:
         """Give the place up, or remove a dead one's. The door first: from then on the ticket is void."""
-        if place not in self.unleft:
-            self.unleft.append(place)
+        if place not in self.not_given_up:
+            self.not_given_up.append(place)
         self._store.delete(self.door(place))
         if place.number is not None:
             self._store.delete(self._ticket(place))
-        self.unleft.remove(place)
+        self.not_given_up.remove(place)
 
     def has(self, place: Place) -> bool:
         """Whether nobody removed the place; two look-ups."""

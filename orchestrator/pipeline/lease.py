@@ -145,7 +145,7 @@ class Keeper:
         self._watch = Watch(store, self.timing)
         self._leases: list[Lease] = []
         # Queues with places that were given up and are still there.
-        self._unleft: list[Queue] = []
+        self._not_given_up: list[Queue] = []
         self._count = 0
         self._lock = threading.Lock()
         self._users = 0
@@ -182,7 +182,7 @@ class Keeper:
             except OSError as error:
                 raise _unwritable(error, self._store.root) from None
             finally:
-                self._note_unleft(queue)
+                self._note_not_given_up(queue)
             with contextlib.suppress(OSError):  # at the latest the next one does it
                 self._watch.bury()
             lease = Lease(self, queue, place, what, newcomer.notes)
@@ -230,19 +230,19 @@ class Keeper:
             # It is given up all the same: with the next beat, or when this process ends.
             _log.warning("could not give up %s yet: %s", queue.name, error)
         finally:
-            self._note_unleft(queue)
+            self._note_not_given_up(queue)
 
-    def _note_unleft(self, queue: Queue) -> None:
-        if queue.unleft and queue not in self._unleft:
-            self._unleft.append(queue)
+    def _note_not_given_up(self, queue: Queue) -> None:
+        if queue.not_given_up and queue not in self._not_given_up:
+            self._not_given_up.append(queue)
 
     def _leave_again(self) -> None:
         """Give up what the store did not let go of before; what it still does not is left for the next time."""
-        for queue in list(self._unleft):
+        for queue in list(self._not_given_up):
             with contextlib.suppress(Exception):
-                for place in list(queue.unleft):
+                for place in list(queue.not_given_up):
                     queue.leave(place)
-                self._unleft.remove(queue)
+                self._not_given_up.remove(queue)
 
     @contextlib.contextmanager
     def _beating(self) -> Iterator[None]:
