@@ -22,6 +22,7 @@ CLUSTER_FILES = (
     "elastic/test_dashboard.py",
     "elastic/test_device.py",
     "elastic/test_limit.py",
+    "elastic/test_listening.py",
     "elastic/test_preemption_agent.py",
     "elastic/test_ray_train.py",
     "elastic/test_worker_slot.py",
