@@ -20,7 +20,7 @@ run: setup ## fetch the sample photographs and run conf/full_pipeline.yaml
 test: setup-dev ## run the tests; with CI=1 an unexpected skip is a failure
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
-test-fast: setup-dev ## run the unit tests only (under two minutes)
+test-fast: setup-dev ## run the unit tests only
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (slow or cluster or heavy)"
 
 proofs: setup-dev ## run the slow proofs (minutes each)
