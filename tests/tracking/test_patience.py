@@ -90,10 +90,11 @@ def test_a_slow_server_is_waited_for_while_it_takes_records(spool: Spool) -> Non
 def test_one_that_never_answers_costs_the_patience_once(spool: Spool) -> None:
     hangs = threading.Event()
     done, by_itself = drained(spool, Server(hangs.wait), patience=0.5)
+    outage = noted_outage(spool)
+    # Only now: the record that hangs would be taken, and the outage over.
     hangs.set()
     assert not done
     assert by_itself
-    outage = noted_outage(spool)
     assert outage is not None
     assert outage.trouble.what == f"MLflow at {SERVER} has not answered for 0 s"
 
@@ -124,7 +125,7 @@ def test_one_that_stops_answering_costs_it_once_too(spool: Spool) -> None:
 
     done, by_itself = drained(spool, Server(answer), patience=1.5)
     waits = backlog(spool)
-    # Only now: the record that hangs would be taken.
+    # Only now, as above.
     hangs.set()
     assert not done
     assert by_itself
