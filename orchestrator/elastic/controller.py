@@ -8,6 +8,7 @@ finds the process there, with everything imported, and so do the students of a d
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 from ray.train import FailureConfig, Result, ScalingConfig
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller import controller as train_controller
 from ray.train.v2._internal.execution.controller.controller import TrainControllerLoopIterationResult
 from ray.train.v2._internal.execution.controller.state import (
     AbortedState,
@@ -44,6 +46,7 @@ from orchestrator.elastic.run_monitor import ACCOUNT, RunMonitor
 from orchestrator.elastic.scaling_policy import ElasticScalingPolicy
 from orchestrator.elastic.scaling_rules import JobScaling
 from orchestrator.elastic.stock_pool import StockPool
+from orchestrator.elastic.train_logging import ControllerLogging, logs_of_run
 from orchestrator.elastic.worker_group import ElasticWorkerGroup, group_class, prepare_process
 from orchestrator.spec import Elastic
 
@@ -55,6 +58,8 @@ POLL_S = 0.25
 # One poll a quarter second for so many workers; with more of them polls get rarer.
 _WORKERS_POLLED = 64
 _WATCH_S = 0.5
+# No step of a controller takes that long: each of its calls to others has a limit, and cold workers have two minutes.
+STUCK_S = 300.0
 _WITHOUT_GROUP = (InitializingState, RestartingState, ReschedulingState, ResizingState)
 
 
@@ -87,6 +92,10 @@ class RunSpec:
         return f"{self.checkpoints.rstrip('/')}/step-{step:08d}"
 
 
+class ControllerStuckError(RuntimeError):
+    """A run's controller does not move any more."""
+
+
 class ElasticRun:
     """What the parts of one run share: its slots, its worker group, its monitor, what the driver asks of it.
 
@@ -98,6 +107,7 @@ class ElasticRun:
         slots: acquired for the group that runs or starts.
         stop: the user asked it to checkpoint and end.
         error: why it was given up.
+        moved: when its controller last began or ended something, on the monotonic clock.
     """
 
     def __init__(self, spec: RunSpec, pool: RayWorkerPool | StockPool, context: TrainRunContext) -> None:
@@ -119,6 +129,7 @@ class ElasticRun:
         self.slots: list[SlotActor] = []
         self.stop = False
         self.error: Exception | None = None
+        self.moved = time.monotonic()
         self.failure_policy = ElasticFailurePolicy(self)
         self.controller: ElasticController | None = None
         self._ended = True  # the group's end is accounted for
@@ -246,7 +257,14 @@ class ElasticRun:
             self._news.notify_all()
 
     def take_news(self, timeout: float) -> list[Event]:
-        """What there is for the driver; waits at most `timeout` seconds for something."""
+        """What there is for the driver; waits at most `timeout` seconds for something.
+
+        Raises:
+            ControllerStuckError: nothing more will come.
+        """
+        if not self._closed and (still_s := time.monotonic() - self.moved) > STUCK_S:
+            faulthandler.dump_traceback()
+            raise ControllerStuckError(f"its controller has not moved for {still_s:.0f} s")
         with self._news:
             self._news.wait_for(lambda: bool(self._outbox), timeout)
             events = list(self._outbox)
@@ -293,6 +311,7 @@ class ElasticController(TrainController):  # type: ignore[misc]
 
     async def _step(self) -> TrainControllerLoopIterationResult:
         run, state = self._run, self.get_state()
+        run.moved = time.monotonic()
         if self._worker_group is not None and isinstance(state, (RestartingState, ReschedulingState)):
             # Ray Train keeps a failed group until the next one starts; its slots may have other work by then.
             self._shutdown_worker_group()
@@ -353,6 +372,7 @@ class ControllerHost:
         self._runs: dict[str, ElasticRun] = {}
         self._lock = threading.Lock()
         prepare_process(heartbeat_timeout_s)
+        train_controller.LoggingManager = ControllerLogging
         # Slots are placed, warmed and given back also while no run asks.
         threading.Thread(target=self._watch, name="pool", daemon=True).start()
 
@@ -380,8 +400,9 @@ class ControllerHost:
             run.monitor.begin()
             pool.request(spec.name, *spec.workers, spec.shape)
             named = {**arguments, "callbacks": [RunState(run.emit), *arguments["callbacks"]]}
-            controller = ElasticController(run, **named)
-            asyncio.run(controller.run())
+            with logs_of_run(arguments["train_run_context"].run_config.name):
+                controller = ElasticController(run, **named)
+                asyncio.run(controller.run())
             result = controller.get_result()
         finally:
             run.close()

@@ -27,7 +27,7 @@ from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from orchestrator.elastic.controller import RunSpec
+from orchestrator.elastic.controller import ControllerStuckError, RunSpec
 from orchestrator.elastic.goodput import Goodput, report_figures
 from orchestrator.elastic.hosts import hosts
 from orchestrator.elastic.run_monitor import ACCOUNT
@@ -83,13 +83,15 @@ def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str],
         host = hosts.current(cluster)
         try:
             outcome = ElasticTrainer(job, host, tracker, stop, on_line).outcome()
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ControllerStuckError) as error:
             if "creation task" in str(error):
                 raise RuntimeError(f"{job.name}: the controller cannot start: {error}") from error
             lost = 0 if max(job.target.committed(), default=0) > before else lost + 1
             if lost >= _MAX_LOST_CONTROLLERS:
                 raise RuntimeError(f"{job.name} gets nowhere: its controller died {lost} times") from error
-            on_line(f"{job.name}: its controller is gone ({type(error).__name__}); a new one starts")
+            stuck = isinstance(error, ControllerStuckError)
+            what = "does not move any more" if stuck else f"is gone ({type(error).__name__})"
+            on_line(f"{job.name}: its controller {what}; a new one starts")
             hosts.replace(host, cluster)
             continue
         if outcome["error"] is not None:

@@ -29,6 +29,7 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
 from orchestrator.elastic.device import assigned_gpus, environment
+from orchestrator.elastic.train_logging import open_log_files
 from orchestrator.elastic.wire import Message, Wire, pack
 from orchestrator.errors import UserError
 
@@ -110,6 +111,12 @@ class Worker(RayTrainWorker):  # type: ignore[misc]
     @abstractmethod
     def is_alive(self) -> bool:
         """Whether there is a process that should send heartbeats."""
+
+    def init_train_context(self, *arguments: Any, **named: Any) -> Any:
+        """Ray Train's, which configures this process' logs anew."""
+        found = super().init_train_context(*arguments, **named)
+        open_log_files()
+        return found
 
     def poll_status(self) -> SlotStatus:
         """Ray Train's poll, with what the worker reported since the last one."""

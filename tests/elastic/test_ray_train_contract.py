@@ -64,6 +64,11 @@ SIGNATURES = {
     f"{GROUP}._clear_state": ("self", "worker_group.py"),
     f"{WORKER}.__init__": ("self", "worker_slot.py"),
     f"{WORKER}.poll_status": ("self", "worker_slot.py: events travel with it"),
+    f"{WORKER}.init_train_context": (
+        "self train_run_context distributed_context synchronization_actor storage_context worker_callbacks "
+        "controller_actor dataset_shard_provider checkpoint has_validation_fn current_report_index",
+        "worker_slot.py: log files are opened at once",
+    ),
     f"{WORKER}.shutdown": ("self", "worker_group.py"),
     f"{WORKER}.get_metadata": ("self", "ray_pool.py"),
     f"{WORKER}.run_train_fn": ("self train_fn_ref", "worker_slot.py: train_fn"),
@@ -82,6 +87,14 @@ SIGNATURES = {
     f"{EXECUTION}.failure_handling:FailurePolicy.make_decision": (
         "self training_failed_error",
         "failure_policy.py",
+    ),
+    "ray.train.v2._internal.logging:LoggingManager.configure_controller_logger": (
+        "context",
+        "train_logging.py: once for all controllers of a process",
+    ),
+    "ray.train.v2._internal.logging.logging:SessionFileHandler.get_log_file_path": (
+        "self",
+        "train_logging.py: opens the file",
     ),
     "ray.train.backend:Backend.on_start": ("self worker_group backend_config", "worker_group.py"),
     "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._create_default_callbacks": (
@@ -157,7 +170,8 @@ def test_what_stock_workers_need_is_less() -> None:
 
 
 def test_the_modules_whose_names_are_replaced_have_them() -> None:
-    """`prepare_process` puts a `ray` with time limits, and a barrier of no use, in their place."""
+    """`prepare_process` puts a `ray` with time limits, and a barrier of no use, in their place; logs are ours, too."""
+    from ray.train.v2._internal.execution.controller import controller
     from ray.train.v2._internal.execution.worker_group import execution_group, worker_group
 
     assert worker_group.ray is not None
@@ -166,6 +180,8 @@ def test_the_modules_whose_names_are_replaced_have_them() -> None:
     assert "SynchronizationActor.options(" in source
     assert ".remote(" in source
     assert hasattr(worker_group, "SynchronizationActor")
+    made = inspect.getsource(controller.TrainController.__init__)
+    assert "LoggingManager.configure_controller_logger(self._train_run_context)" in made
 
 
 @pytest.mark.parametrize(
