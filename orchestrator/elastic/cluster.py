@@ -103,6 +103,10 @@ def start(
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     own = cluster.address == "local"
+    # Ray Train takes seconds to import: beside Ray's start, not after it.
+    threading.Thread(
+        target=importlib.import_module, args=("orchestrator.elastic.trainer",), daemon=True
+    ).start()
     if cluster.dashboard:
         cluster_check.can_have_dashboard(own)
         # Ray Train's metrics, and Ray's, are there for Prometheus only where Ray collects them.
@@ -351,10 +355,6 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
 def _open_pool(preload: Sequence[str], prestart: int, elastic: Elastic, reconciles: bool) -> None:
     """The controllers and the pool of warm workers of the cluster that this driver has just connected to."""
     hosts.begin(preload, elastic.heartbeat_timeout_s, reconciles=reconciles)
-    # Beside the start of the slots, not before the first step of the first stage.
-    threading.Thread(
-        target=importlib.import_module, args=("orchestrator.elastic.trainer",), daemon=True
-    ).start()
     if prestart:
         hosts.prestart(prestart, slot_shape(elastic, 1.0, has_gpus(elastic, cluster_nodes())))
 
