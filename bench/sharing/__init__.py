@@ -28,7 +28,7 @@ from bench import _plain as plain
 from bench.harness import Arm, Claim, UnfairError, require_same_losses, summarize
 from bench.sharing.arms import Stand, standing
 from bench.sharing.linear import Line, line_of, plot
-from bench.sharing.transport import transport_share
+from bench.sharing.transport import transport_s
 from bench.sharing.watching import Measured
 
 STUDENTS = {"a": "vit_femto", "b": "vit_pico", "c": "vit_femto"}
@@ -78,15 +78,16 @@ def run(quick: bool, repetitions: int = 5, steps: int = 40) -> Claim:
     steps = 12 if quick else steps
     crowds: dict[int, Measured] = {}
     with standing() as stand:
+        with stand.cluster():
+            transport = transport_s(stand)
         found = [_repetition(stand, steps, number) for number in range(1 if quick else repetitions)]
         with stand.cluster():
             for size in CROWDS[:2] if quick else CROWDS:
                 crowd = {f"s{number}": "vit_femto" for number in range(size)}
                 crowds[size] = _shared(stand, crowd, 12 if quick else 24)
-            share = transport_share(stand, median(one.shared.wall_s for one in found))
         for one in found:
             _require_same(one)
-    return _claim(quick, found, crowds, share)
+    return _claim(quick, found, crowds, transport / median(one.shared.wall_s for one in found))
 
 
 def bound(prices: Sequence[plain.Price]) -> float:

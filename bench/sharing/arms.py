@@ -72,7 +72,7 @@ class Stand:
         from orchestrator.stages.tasks.crops import StepViews
         from orchestrator.stages.tasks.distill import FrozenTeacher
 
-        config = _stage({"a": "vit_femto"}, 1)
+        config = _stage({"a": "vit_femto"}, WARM_UP)
         recipe = ModelRecipe.model_validate_json((self.teacher_folder / "recipe.json").read_text())
         views = partial(StepViews, config, recipe, self.index, 0, {VIEWS: config.crops})
         return FrozenTeacher(config, recipe, self.teacher_folder, views)
