@@ -85,8 +85,6 @@ def run(quick: bool, repetitions: int = 5, steps: int = 40) -> Claim:
             for size in CROWDS[:2] if quick else CROWDS:
                 crowd = {f"s{number}": "vit_femto" for number in range(size)}
                 crowds[size] = _shared(stand, crowd, 12 if quick else 24)
-        for one in found:
-            _require_same(one)
     return _claim(quick, found, crowds, transport / median(one.shared.wall_s for one in found))
 
 
@@ -106,7 +104,9 @@ def _repetition(stand: Stand, steps: int, number: int) -> Repetition:
         shared = _shared(stand, STUDENTS, steps)
     if not number % 2:
         prices, at_once, in_turn_s = _plain(stand, steps)
-    return Repetition(shared, at_once, in_turn_s, prices)
+    one = Repetition(shared, at_once, in_turn_s, prices)
+    _require_same(one)
+    return one
 
 
 def _plain(stand: Stand, steps: int) -> tuple[dict[str, plain.Price], list[plain.Done], float]:
