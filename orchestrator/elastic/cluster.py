@@ -34,6 +34,9 @@ _DEFAULTS = {
     "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
+    # A process for each CPU that a cluster has, at once, before anybody asks for one: on a busy laptop Ray may then not
+    # come up at all. Slots and controllers start their own.
+    "RAY_prestart_worker_first_driver": "0",
     # Ray's own answer to SIGTERM is an abort 3 s later, and to a head that is gone the end of the driver after
     # 60 s without a word; both are ours to see and to report.
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
@@ -103,6 +106,7 @@ def start(
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     own = cluster.address == "local"
+    importlib.import_module("ray")
     # Ray Train takes seconds to import: beside Ray's start, not after it.
     threading.Thread(
         target=importlib.import_module, args=("orchestrator.elastic.trainer",), daemon=True

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +59,8 @@ class Crops:
     def at(self, size: int) -> Pixels:
         """Uint8 (N, size, size, 3): what `orchestrator.models.embed` sees, but for JPEGs decoded smaller."""
         if size not in self._kept:
-            self._kept[size] = np.stack([self._square(row, size) for row in self.rows])
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                self._kept[size] = np.stack(list(pool.map(partial(self._square, size=size), self.rows)))
         return self._kept[size]
 
     def _square(self, row: int, size: int) -> Pixels:
