@@ -147,7 +147,9 @@ class PhotoIndex:
         if not path.is_file():
             raise UserError("there is no photo index here", where=str(path), hint="run a curate stage first")
         try:
-            columns = pq.read_table(path).to_pydict()
+            # `read_table` would import `pyarrow.dataset` and pandas for it, in every worker.
+            with pq.ParquetFile(path) as file:
+                columns = file.read().to_pydict()
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"the photo index cannot be read: {first_line(error)}", where=str(path)

@@ -42,8 +42,6 @@ _IMPORTED_LATE = (
     "torch.distributed.tensor",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.superoffload.superoffload_stage3",
-    "pyarrow.dataset",
-    "pandas",
 )
 # What torch's backends say when a peer is gone; their exceptions are plain RuntimeErrors.
 _BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket timeout")
