@@ -159,9 +159,7 @@ def test_whole_pipeline_killed_once(folder: Path, other_cluster: list[psutil.Pro
     assert "attempt 1 was interrupted" in said
     check_tracking(folder)
     check_artifacts(folder)
-    again = time.monotonic()
     assert "othing to do" in orchestrate(folder, "run", "pipeline.yaml")
-    assert time.monotonic() - again < 20  # a guard against doing anything; the figure itself is benched
 
     check_replan(folder)
     orchestrate(folder, "pull", "small-vit-femto@champion", "--out", "pulled")
