@@ -2,7 +2,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast proofs chaos fuzz lint format audit sbom lock clean
+.PHONY: help setup setup-dev run test test-fast proofs chaos fuzz lint format docs reference audit sbom lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,14 @@ format: setup-dev ## let ruff rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup-dev ## build the documentation site into site/; a broken link is a failure
+	$(BIN)/mkdocs build --strict
+
+reference: setup-dev ## write docs/reference.md, docs/commands.md and conf/schema.json anew from the code
+	$(BIN)/python -m orchestrator.pipeline.reference > docs/reference.md
+	COLUMNS=1000 $(BIN)/python -m typer orchestrator.cli utils docs --name orchestrator --title Commands --output docs/commands.md
+	$(BIN)/orchestrator schema > conf/schema.json
+
 audit: setup-dev ## compare the locked packages with known vulnerabilities, if osv.dev can be reached
 	$(BIN)/python scripts/audit.py
 
@@ -56,5 +64,5 @@ lock: setup ## write the lock files anew from pyproject.toml
 	scripts/lock
 
 clean: ## remove .venv and caches; keeps runs/ and data/
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

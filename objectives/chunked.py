@@ -65,7 +65,7 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropies of R student rows of each of N items against mixes of T target rows.
 
-    Row (r, n) learns from Σ_t shares[r][t] · targets[t, n]. DINO's rows are views, of which each learns from the
+    Row (r, n) learns from Σ_t shares[r, t] · targets[t, n]. DINO's rows are views, of which each learns from the
     teacher's views but its own; iBOT's items are masked tokens, with one row each.
 
     Args:

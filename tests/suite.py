@@ -47,6 +47,7 @@ HEAVY_FILES = (
     "pipeline/test_record.py",
     "stages/test_evaluate.py",
     "stages/test_publish.py",
+    "test_site.py",
     "tracking/test_publish_faults.py",
     "tracking/test_registry.py",
     "tracking/test_runs.py",

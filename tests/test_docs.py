@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import typer
+import typer.cli
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+from PIL import Image
+from pydantic import BaseModel, ValidationError, create_model
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.errors import UserError
 from orchestrator.pipeline import yamlfile
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.modeltable import model_rows
@@ -31,6 +36,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 # What is superseded speaks of files that are gone, on purpose.
 LIVING = [page for page in PAGES if page.name != "0003-elastic-job.md"]
+# What the command line itself prints.
+_GENERATED = ROOT / "docs" / "commands.md"
+_SAMPLE = "conf/full_pipeline.yaml"
 # Other things have keys, too: spot traces and costs.
 _OTHER_KEYS = {"traces.md"}
 # Files that a run, a cloud or another project makes.
@@ -41,7 +49,6 @@ _MADE = {
     "published.json", "artifacts.json", "sbom.cdx.json",
 }  # fmt: skip
 _STAGES = get_args(get_args(AnyStage)[0])
-_STAGE = TypeAdapter(AnyStage)
 _KEYS = keys()
 _ALL_KEYS = set().union(*_KEYS.values())
 
@@ -122,7 +129,8 @@ def blocks() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("text", list(blocks()))
-def test_every_yaml_block_is_taken_by_the_schema(text: str, tmp_path: Path) -> None:
+def test_every_yaml_block_is_loaded(text: str, tmp_path: Path) -> None:
+    """A whole pipeline file as it is; a part of one within the sample file."""
     path = tmp_path / "pipeline.yaml"
     path.write_text(text)
     data = yamlfile.read(path, []).data
@@ -130,10 +138,39 @@ def test_every_yaml_block_is_taken_by_the_schema(text: str, tmp_path: Path) -> N
         load(path, needs_data=False)
         return
     for key, value in data.items():
-        if isinstance(value, dict) and "kind" in value:
-            _STAGE.validate_python(value)
+        refusals = []
+        for whole in completed(key, value):
+            path.write_text(yaml.safe_dump(whole))
+            try:
+                load(path, needs_data=False)
+                break
+            except UserError as error:
+                refusals.append(str(error))
         else:
-            assert taken(key, value), f"no section takes {key}: {value}"
+            pytest.fail(f"no pipeline takes {key}: {value}\n" + "\n".join(refusals))
+
+
+def completed(key: str, value: Any) -> Iterator[dict[str, Any]]:
+    """Pipelines that have this part of a file in them; the rest is the sample file's, as far as it is needed."""
+    whole = yaml.safe_load((ROOT / _SAMPLE).read_text())
+    stages = whole["stages"]
+    if isinstance(value, dict) and "kind" in value:
+        yield whole | {"stages": upstream(stages | {key: value}, key)}
+    elif key in _KEYS["pipeline"]:
+        yield whole | {key: value}
+    else:
+        for name, stage in stages.items():
+            if key in _KEYS[stage["kind"]]:
+                yield whole | {"stages": upstream(stages | {name: stage | {key: value}}, name)}
+
+
+def upstream(stages: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The stages that a stage needs, directly or not, and itself."""
+    needs = stages[name].get("needs", [])
+    found: dict[str, Any] = {}
+    for need in [needs] if isinstance(needs, str) else needs:
+        found |= upstream(stages, need)
+    return found | {name: stages[name]}
 
 
 def taken(key: str, value: Any) -> bool:
@@ -224,35 +261,173 @@ def words() -> frozenset[str]:
 
 
 def commands(page: Path, start: str) -> list[list[str]]:
-    """The command lines of a page that begin so, without comments and with continuation lines joined."""
-    text = page.read_text().replace("\\\n", " ")
-    quoted_ones = re.findall(rf"`({start}[^`\n]*)`", text)
-    whole = re.findall(rf"^(?: {{4,}}|\S*\$ +)(?:.*-- +)?(?:\S*/)?({start}.*)$", text, flags=re.M)
-    found = []
-    for line in {*quoted_ones, *whole}:
-        line = line.partition(" #")[0].partition(" > ")[0].partition("`")[0]
-        found.append([word for word in shlex.split(line.replace("'", "")) if word not in ("…", "\\")])
-    return found
+    """The command lines of a page that begin so, in its blocks and in its prose, a part of one too."""
+    return typed(page, start) + [
+        split(line) for line in sorted({*re.findall(rf"`({start}[^`\n]*)`", joined(page))})
+    ]
 
 
-@each_page(LIVING)
+def typed(page: Path, start: str) -> list[list[str]]:
+    """The command lines of a page's blocks that begin so: indented, after a prompt, or in a block for a shell."""
+    text = joined(page)
+    shell = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```$", text, flags=re.S | re.M)
+    lines = re.findall(rf"^(?: {{4,}}|\S*\$ +)(?:.*-- +)?(?:\S*/)?({start}.*)$", text, flags=re.M)
+    for block in shell:
+        lines += re.findall(rf"^(?:\S*/)?({start}.*)$", block, flags=re.M)
+    return [split(line) for line in dict.fromkeys(lines)]
+
+
+def joined(page: Path) -> str:
+    """A page with continued lines as one."""
+    return page.read_text().replace("\\\n", " ")
+
+
+def split(line: str) -> list[str]:
+    """The words of a command line, without comment, redirection and what stands for more."""
+    line = line.partition(" #")[0].partition(" > ")[0].partition("`")[0]
+    return [word for word in shlex.split(line.replace("'", "")) if word not in ("…", "\\")]
+
+
+def command_of(words_: list[str], page: Path) -> tuple[Any, list[str]]:
+    """The command that a line names, and its arguments."""
+    command: Any = typer.main.get_command(app)
+    rest = words_[1:]
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+        named = command.commands.get(rest[0])
+        assert named is not None, f"{page.name}: orchestrator has no {rest[0]}: {' '.join(words_)}"
+        command, rest = named, rest[1:]
+    return command, rest
+
+
+HAND_WRITTEN = [page for page in LIVING if page != _GENERATED]
+
+
+def test_the_page_of_commands_is_up_to_date() -> None:
+    """What Typer itself writes; wide, since it folds lines at the width of the terminal."""
+    arguments = ["orchestrator.cli", "utils", "docs", "--name", "orchestrator", "--title", "Commands"]
+    said = CliRunner().invoke(typer.cli.app, arguments, env={"COLUMNS": "1000"})
+    assert said.exit_code == 0, said.output
+    assert _GENERATED.read_text().strip() == said.output.strip(), "run: make reference"
+
+
+@each_page(HAND_WRITTEN)
 def test_commands_exist_with_their_options(page: Path) -> None:
-    root = typer.main.get_command(app)
     for words_ in commands(page, "orchestrator "):
-        command: Any = root
-        rest = words_[1:]
-        while hasattr(command, "commands") and rest:
-            named = command.commands.get(rest[0])
-            assert named is not None, f"{page.name}: orchestrator has no {rest[0]}: {' '.join(words_)}"
-            command, rest = named, rest[1:]
+        command, rest = command_of(words_, page)
         options = {
             name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
         }
         for word in rest:
             option = word.strip("[]").partition("=")[0]
             if option.startswith("-"):
-                assert option in options, f"{page.name}: {' '.join(words_)}"
+                assert option in {*options, "--help"}, f"{page.name}: {' '.join(words_)}"
         check_overrides(page, rest)
+
+
+@each_page(HAND_WRITTEN)
+def test_command_lines_of_blocks_are_taken_as_they_stand(page: Path) -> None:
+    """Parsed by the command line itself: arguments that are there, options with values of their type."""
+    for words_ in typed(page, "orchestrator "):
+        command, rest = command_of(words_, page)
+        if "--help" not in rest and "--version" not in rest:
+            command.make_context(command.name, [word.strip("[]") for word in rest])
+
+
+# --- commands that are run ----------------------------------------------------------------------------------------
+
+# They take a second, and change nothing but the folder that they run in.
+_CHEAP = ("explain", "models", "plan", "schema", "status")
+
+
+def cheap() -> Iterator[Any]:
+    """Each line of the pages that is run: its words, and what the page shows below it."""
+    seen: dict[tuple[str, ...], list[str]] = {}
+    for page in HAND_WRITTEN:
+        for words_ in typed(page, "orchestrator "):
+            # How devices are best split is measured, which takes minutes.
+            if len(words_) > 1 and words_[1] in _CHEAP and "--devices" not in words_:
+                seen.setdefault(tuple(words_), []).extend(shown(page, words_))
+    for line, below in seen.items():
+        yield pytest.param(list(line), below, id=" ".join(line[1:]))
+
+
+def shown(page: Path, words_: list[str]) -> list[str]:
+    """What a console block shows as the output of a command."""
+    found: list[str] = []
+    for block in re.findall(r"^```console\n(.*?)^```$", joined(page), flags=re.S | re.M):
+        for part in re.split(r"^\$ ", block, flags=re.M)[1:]:
+            line, _, output = part.partition("\n")
+            if split(line) == words_:
+                found += [each.rstrip() for each in output.split("\n") if each.strip()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages speak of: conf/, the tutorial's pipeline.yaml, photos with captions."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "conf").symlink_to(ROOT / "conf")
+    (folder / "docs").mkdir()
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text()
+    [whole] = re.findall(r"^```yaml\n(name: .*?)^```$", tutorial, flags=re.S | re.M)
+    (folder / "pipeline.yaml").write_text(whole)
+    photos = folder / "data" / "food"
+    photos.mkdir(parents=True)
+    rows = ["file,caption,label"]
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.jpg")
+        rows.append(f"{number}.jpg,noise {number},{number % 4}")
+    (photos / "captions.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(("words_", "below"), list(cheap()))
+def test_cheap_commands_run_and_print_what_the_pages_show(
+    words_: list[str], below: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`FILE` stands for the sample file; a … in the output that a page shows stands for anything."""
+    monkeypatch.chdir(workplace)
+    said = CliRunner().invoke(app, [_SAMPLE if word == "FILE" else word for word in words_[1:]])
+    assert said.exit_code == 0, f"{said.output}\n{said.exception}"
+    printed = [line.rstrip() for line in said.output.split("\n")]
+    for line in below:
+        pattern = ".*".join(map(re.escape, line.split("…")))
+        assert any(re.fullmatch(pattern, each) for each in printed), f"{line!r} is not in\n{said.output}"
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+_BETWEEN = "\0"
+
+
+def messages() -> str:
+    """Every text in the code, one after the other; … stands for what is put into it when it runs."""
+    found: list[str] = []
+    for name in sorted(tree()):
+        if re.match(r"(orchestrator|stages|models)/.*\.py$", name) and (ROOT / name).is_file():
+            for node in ast.walk(ast.parse((ROOT / name).read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    found.append("".join(map(_literal, node.values)))
+                else:
+                    found.append(_literal(node))
+    return _BETWEEN.join(found)
+
+
+def _literal(node: ast.AST) -> str:
+    return str(node.value) if isinstance(node, ast.Constant) else "…"
+
+
+def test_messages_that_are_explained_are_still_in_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    headings = re.findall(r"^### `(.*)`$", page, flags=re.M)
+    assert len(headings) >= 30
+    assert len(headings) == len(re.findall(r"^### ", page, flags=re.M)), "a heading is no message"
+    said = messages()
+    for heading in headings:
+        pattern = f"[^{_BETWEEN}]+?".join(map(re.escape, heading.strip("…").split("…")))
+        assert re.search(pattern, said), f"no code says: {heading}"
 
 
 def check_overrides(page: Path, rest: list[str]) -> None:
