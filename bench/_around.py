@@ -39,7 +39,7 @@ def ray_figures(quick: bool) -> tuple[float, float]:
     """Calls a second that the desk answers, and Gbit a second from one raylet's memory to another's, both here."""
     import ray
 
-    from orchestrator.simulate.market import SpotMarket
+    from tools.market import SpotMarket
 
     with SpotMarket() as market:
         nodes = [market.add(name) for name in ("a", "b")]

@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 
+from bench._measure import from_mlflow
 from bench.harness import Arm, Claim, cpu_seconds, summarize
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.splitting import StageSplit, splits
 from orchestrator.sharing.planner import predicted
-from orchestrator.simulate.measure import from_mlflow
 
 GOAL = 0.15
 _LOOK_S = 0.5

@@ -72,7 +72,7 @@ class Measured:
 
 def run(quick: bool) -> Claim:
     """Interleave the arms on one market of machines; several kills each."""
-    from orchestrator.simulate.market import SpotMarket
+    from tools.market import SpotMarket
 
     checkouts = {"warm": _ROOT, "stock group": _ROOT, "untouched": _ROOT}
     if os.environ.get("BENCH_BASELINE"):

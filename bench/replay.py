@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bench._measure import Measured, from_mlflow, stage_costs
 from bench._paced import PIPELINE, Paced
+from bench._replay import Replayed, replay
 from bench.harness import Arm, Claim, summarize
 from orchestrator.pipeline.graph import order
 from orchestrator.pipeline.load import load
 from orchestrator.simulate.costs import Costs
-from orchestrator.simulate.market import SpotMarket
-from orchestrator.simulate.measure import Measured, from_mlflow, stage_costs
 from orchestrator.simulate.predict import JobResult, plan_stages, predict
-from orchestrator.simulate.replay import Replayed, replay
-from orchestrator.simulate.synthetic import synthetic
 from orchestrator.simulate.trace import Event, Machine, Trace, in_order
+from tools.market import SpotMarket
+from tools.synthetic import synthetic
 
 GOAL = 0.15
 MACHINES = 4

@@ -1,6 +1,6 @@
 """From 8 to 4,096 devices, what limits a distillation with one shared teacher: its computing, or what is around it.
 
-Simulated in the steady state (`orchestrator.simulate.sharing`) with what is measured here: processor seconds of an
+Simulated in the steady state (`bench._saturation`) with what is measured here: processor seconds of an
 image's crops, calls a second that the desk answers, bytes a second that Ray moves between two machines. Steps of
 models that do not fit here are reckoned from their operations, at the share of the peak that `plan` takes.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench._around import crop_seconds, ray_figures
+from bench._saturation import RESOURCES, Design, Node, Saturation, Work, sweep
 from bench.harness import Arm, Claim, summarize
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.splitting import material, splits
-from orchestrator.simulate.sharing import RESOURCES, Design, Node, Saturation, Work, sweep
 from orchestrator.stages.distill import Distill
 
 _ROOT = Path(__file__).parents[1]

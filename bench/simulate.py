@@ -6,7 +6,7 @@ from bench.harness import Claim, interleave, timed
 from orchestrator.simulate.costs import StageCosts
 from orchestrator.simulate.job import JobPlan
 from orchestrator.simulate.predict import Prediction, StagePlan, predict
-from orchestrator.simulate.synthetic import synthetic
+from tools.synthetic import synthetic
 
 _DAY_S = 86_400.0
 GOAL_S = 60.0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from orchestrator.errors import UserError
+from orchestrator.fsio import move
 from orchestrator.spec import DataSource, Elastic, StageSpec, operational
 from orchestrator.store.artifact import Artifact
 from orchestrator.store.local import Store
@@ -115,7 +116,7 @@ class Context:
         done = folder / "done"
 
         def publish(made: Path, summary: Mapping[str, float]) -> Path:
-            made.rename(done)
+            move(made, done)
             return done
 
         yield Part(folder / "work", None, done if done.is_dir() else None, key, publish)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from orchestrator.digests import DIGESTS
 from orchestrator.errors import Stopped, UserError, nearest
+from orchestrator.fsio import DIGESTS
 from orchestrator.spec import Names
 from orchestrator.stages.base import PACKAGE, Context, Input, Outlook, Stage, figures_of, made_by
 from orchestrator.stages.distill import Distill

@@ -25,8 +25,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.tracking.spool import Spool
+from tools.market import SpotMarket
 
 # A student's steps are the shortest: a machine that is added takes some 50 of them to warm up.
 STEPS = {"pretrain": 80, "gram": 80, "high_res": 80, "distill/vit": 240, "align_text": 80}

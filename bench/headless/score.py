@@ -18,7 +18,7 @@ from bench.learning import measure, sets
 from orchestrator.data.index import PhotoRow
 from orchestrator.models import Backbone, normalise
 from orchestrator.models.foreign import open_module
-from orchestrator.report.neighbours import knn_leave_one_out
+from orchestrator.report.neighbours import knn_leave_one_out, knn_vote
 
 SETS = ("food", "stamps")
 OWN_SIZE = 224
@@ -112,9 +112,6 @@ def _listed(scores: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
 def _vote(
     features: NDArray[np.float32], labels: Sequence[str], bank: NDArray[np.intp], queries: NDArray[np.intp]
 ) -> float:
-    from sklearn.neighbors import KNeighborsClassifier
-
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
     named = np.asarray(labels)
-    voters = KNeighborsClassifier(measure.NEIGHBOURS).fit(unit[bank], named[bank])
-    return float(voters.score(unit[queries], named[queries]))
+    votes = knn_vote(features[bank], named[bank], features[queries], measure.NEIGHBOURS)
+    return float((votes == named[queries]).mean())

@@ -20,6 +20,7 @@ from orchestrator.data.index import PhotoRow
 from orchestrator.elastic.export import load_export
 from orchestrator.models import Backbone, build, normalise
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
+from orchestrator.report.neighbours import knn_vote
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -129,7 +130,7 @@ def patch_knn(bank: Scenes, queries: Scenes, net: Backbone, seed: int = 0) -> fl
     """Balanced accuracy of foreground or background by the 5 nearest training patches, by cosine."""
     first, first_is = _labelled_patches(bank, net, seed)
     second, second_is = _labelled_patches(queries, net, seed + 1)
-    votes = KNeighborsClassifier(NEIGHBOURS).fit(_unit(first), first_is).predict(_unit(second))
+    votes = knn_vote(first, first_is, second, NEIGHBOURS)
     return float(balanced_accuracy_score(second_is, votes))
 
 
@@ -196,8 +197,7 @@ def _lay(image: Pixels, cut_out: Pixels, alpha: Pixels, rng: np.random.Generator
 
 
 def _vote(bank_ND: Floats, labels: Sequence[str], queries_MD: Floats, wanted: Sequence[str]) -> float:
-    voters = KNeighborsClassifier(NEIGHBOURS).fit(_unit(bank_ND), labels)
-    return float(voters.score(_unit(queries_MD), wanted))
+    return float((knn_vote(bank_ND, labels, queries_MD, NEIGHBOURS) == np.asarray(wanted)).mean())
 
 
 def _raw(pictures: Pictures) -> Floats:

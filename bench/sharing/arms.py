@@ -21,10 +21,10 @@ from bench.harness import UnfairError
 from bench.sharing.gate import WARM_UP, GatedTeacher
 from bench.sharing.watching import Measured, Watched, measured, outcome, snapshot, steps_of
 from orchestrator.sharing.bundle import VIEWS, StepTeacher
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill
 from orchestrator.store.artifact import Artifact, Manifest
+from tools.market import SpotMarket
 
 _LOOK_S = 0.05
 _PATIENCE_S = 1200.0

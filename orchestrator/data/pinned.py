@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.errors import UserError
+from orchestrator.fsio import folder_beside, move, sha256_of
 from orchestrator.store.cache import cache_folder
 
 
@@ -29,9 +28,9 @@ def pinned(file: str, sha256: str, what: str, client: str, fetch: Callable[[Path
     if target.is_file() and sha256_of(target) == sha256:
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        fetch(Path(temporary))
-        fetched = Path(temporary) / file
+    with folder_beside(target) as temporary:
+        fetch(temporary)
+        fetched = temporary / file
         found = sha256_of(fetched) if fetched.is_file() else "no file"
         if found != sha256:
             raise UserError(
@@ -39,11 +38,5 @@ def pinned(file: str, sha256: str, what: str, client: str, fetch: Callable[[Path
                 where=f"expected {sha256}",
                 hint=f"check the registry that {client} is configured to use",
             )
-        fetched.replace(target)
+        move(fetched, target)
     return target
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from orchestrator.data.pinned import pinned
 from orchestrator.errors import UserError
+from orchestrator.fsio import folder_beside, move
 
 CAPTIONS = "captions.csv"
 _TIMEOUT_S = 600
@@ -65,15 +65,15 @@ def fetch_food(out: Path) -> int:
     photos = _members(cached(PICTURES), ".jpeg")
     table = _members(cached(COMPOSITIONS), "index.csv")["index.csv"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        staged = Path(temporary) / "photos"
+    with folder_beside(out) as temporary:
+        staged = temporary / "photos"
         staged.mkdir()
         for name, data in photos.items():
             (staged / name).write_bytes(data)
         _write_captions(staged / CAPTIONS, sorted(photos), table)
         if out.exists():
             out.rmdir()
-        staged.rename(out)
+        move(staged, out)
     return len(photos)
 
 

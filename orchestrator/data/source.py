@@ -15,6 +15,7 @@ from orchestrator.data.captions import Captions, captions_path, reads_as_before
 from orchestrator.data.captions import read as read_captions
 from orchestrator.data.decode import UnreadableImage, open_regular, use_rgb, why
 from orchestrator.errors import UserError
+from orchestrator.fsio import sha256_of
 from orchestrator.spec import MAX_PIXELS, DataSource
 
 # Endings of the formats that `decode` knows.
@@ -280,7 +281,7 @@ def fingerprint(source: DataSource, name: str = "data") -> str:
 def _digest_or_none(path: Path) -> str | None:
     try:
         with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256_of(file)
     except OSError:
         return None
 

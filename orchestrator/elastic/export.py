@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.elastic.engine import Engine
+from orchestrator.fsio import make_folder, replacing
 
 
 def export_ema(engine: Engine, path: Path, step: int) -> None:
@@ -17,10 +18,11 @@ def export_ema(engine: Engine, path: Path, step: int) -> None:
 
     state = engine.full_ema()
     if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in state.items()}, draft, {"step": str(step)})
-        draft.replace(path)
+        whole = {name: value.contiguous() for name, value in state.items()}
+        # Durable: `Job.is_done` takes a file of this name for a whole one.
+        make_folder(path.parent)
+        with replacing(path, only_writer=True) as draft:
+            save_file(whole, draft, {"step": str(step)})
     dist.barrier()
 
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.fsio import atomic_write
+
 logger = logging.getLogger("orchestrator")
 
 State = Literal["startup", "training", "restart", "waiting"]
@@ -152,9 +154,9 @@ class Goodput:
 
     def save(self, path: Path) -> None:
         """Keep the account for a later driver."""
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps(asdict(self)))
-        draft.replace(path)
+        # Every few seconds, by the thread that watches over the workers: it must not wait for a disk that is busy
+        # with a checkpoint. What a power cut spoils begins anew.
+        atomic_write(path, json.dumps(asdict(self)), durable=False, only_writer=True)
 
     @staticmethod
     def load(path: Path) -> Goodput:

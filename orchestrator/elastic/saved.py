@@ -9,7 +9,6 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.elastic.skips import Skips
+from orchestrator.fsio import sha256_of
 
 logger = logging.getLogger("orchestrator")
 
@@ -165,8 +165,7 @@ def problem(file: Path, entry: Mapping[str, Any]) -> str | None:
         size = file.stat().st_size
         if size != entry["size"]:
             return f"has {size} bytes instead of {entry['size']}"
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = sha256_of(file)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

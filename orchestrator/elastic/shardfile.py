@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.elastic.target import make_folder, sync_folder
+from orchestrator.fsio import make_folder, replacing
 
 _PIECE = 8 * 2**20
 
@@ -60,18 +60,10 @@ def write_file(path: Path, header: bytes, data: memoryview) -> str:
     if shutil.disk_usage(path.parent).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     digest = hashlib.sha256()
-    draft = path.with_name(f".{path.name}.partial")
-    try:
-        with draft.open("wb") as file:
-            for piece in _pieces(header, data):
-                file.write(piece)
-                digest.update(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with replacing(path, only_writer=True) as draft, draft.open("wb") as file:
+        for piece in _pieces(header, data):
+            file.write(piece)
+            digest.update(piece)
     return digest.hexdigest()
 
 

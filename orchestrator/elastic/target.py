@@ -7,7 +7,6 @@ fetch what they need and trust a local copy only if its size and sha256 are righ
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from orchestrator.elastic import saved as form
 from orchestrator.elastic.saved import COMMIT, CheckpointError, Saved, step_name, step_of
+from orchestrator.fsio import atomic_create, atomic_write, make_folder, sync_folder
 from orchestrator.store.local import Store
 
 logger = logging.getLogger("orchestrator")
@@ -80,9 +80,8 @@ class Target:
         if self.store is not None:
             self.store.put_bytes(self._stored(name), data)
             return
-        draft = self._draft(name, data)
-        draft.replace(self.folder / name)
-        sync_folder(draft.parent)
+        make_folder((self.folder / name).parent)
+        atomic_write(self.folder / name, data)
 
     def publish(self, name: str) -> None:
         """Make the finished local file `name` readable by every worker."""
@@ -103,8 +102,12 @@ class Target:
         """
         self.check_owner(token)
         name = f"{step_name(step)}/{COMMIT}"
-        if self.store is None and self._link(name, manifest):
-            return
+        if self.store is None:
+            make_folder((self.folder / name).parent)
+            # What is there is not replaced: even a worker stopped right before this line and woken much later must
+            # not replace what a newer group committed meanwhile.
+            if atomic_create(self.folder / name, manifest):
+                return
         try:
             present = form.parse(self.read(name), self.folder).token
         except (FileNotFoundError, CheckpointError):
@@ -112,35 +115,6 @@ class Target:
         if is_newer(present, token):
             raise CheckpointError(f"group {token} may not commit step {step}: group {present} has")
         self.put(name, manifest)
-
-    def _link(self, name: str, manifest: bytes) -> bool:
-        # A link fails where something is: even a worker stopped right before this line and woken much later
-        # cannot replace what a newer group committed meanwhile.
-        draft = self._draft(name, manifest)
-        try:
-            os.link(draft, self.folder / name)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.EPERM, errno.ENOTSUP):
-                return False
-            raise
-        finally:
-            draft.unlink()
-        sync_folder(draft.parent)
-        return True
-
-    def _draft(self, name: str, data: bytes) -> Path:
-        final = self.folder / name
-        make_folder(final.parent)
-        draft = final.with_name(f".{final.name}.partial-{os.getpid()}")
-        try:
-            with draft.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-        return draft
 
     def _stored(self, name: str) -> str:
         return f"{self.prefix.rstrip('/')}/{name}" if self.prefix else name
@@ -281,21 +255,3 @@ def _remove_empty(folder: Path) -> None:
 def is_newer(token: str, than: str) -> bool:
     """Whether group `token` was formed after group `than`; tokens are a letter and a count."""
     return (len(token), token) > (len(than), than)
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder` so that it is there after a power cut too."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from orchestrator.errors import UserError
+from orchestrator.fsio import atomic_write, make_folder
 from orchestrator.names import inside, is_name
 from orchestrator.pipeline.lease import LostHoldError
 from orchestrator.store.local import Store
@@ -189,11 +190,10 @@ class Mirror:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.restored")
-    draft.write_bytes(data)
-    draft.replace(path)
+    make_folder(path.parent)
+    atomic_write(path, data, only_writer=True)
 
 
 def _is_draft(path: Path) -> bool:
+    # Earlier versions wrote a progress file by way of `<run>.progress.tmp`.
     return path.name.startswith(".") or path.suffix == ".tmp"

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Literal
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.fsio import sha256_of
 from orchestrator.pipeline import code, fit, graph
 from orchestrator.pipeline.key import KeyParts, diff, key_parts, short
 from orchestrator.pipeline.ledger import PipelineState, StageState
@@ -315,8 +316,7 @@ def contents(stage: Stage) -> dict[str, str]:
     for field, paths in stage.files().items():
         digest = hashlib.sha256()
         for path in paths:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_of(path)))
         contents[field] = digest.hexdigest()
     return contents
 

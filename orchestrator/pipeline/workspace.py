@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.elastic.target import Target
+from orchestrator.fsio import atomic_write
 from orchestrator.names import parts_of
 from orchestrator.pipeline.lease import Holder, Keeper, Lease
 from orchestrator.pipeline.ledger import Ledger, PipelineState
@@ -100,7 +101,8 @@ class Workspace:
         path = store.local(name)
         if store.remote:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            # A copy: the store has it.
+            atomic_write(path, data, durable=False)
         return path
 
     def tidy(self) -> None:

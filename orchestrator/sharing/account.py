@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from orchestrator.fsio import atomic_write
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -70,9 +72,9 @@ class Account:
 
     def save(self, path: Path) -> None:
         """Keep the account for a later driver."""
-        draft = path.with_name(f".{path.name}")
-        draft.write_text(json.dumps(asdict(self)))
-        draft.replace(path)
+        # Every few seconds, by the thread that watches over the teachers: it must not wait for a disk that is busy
+        # with a checkpoint. What a power cut spoils begins anew.
+        atomic_write(path, json.dumps(asdict(self)), durable=False, only_writer=True)
 
     @staticmethod
     def load(path: Path) -> Account:

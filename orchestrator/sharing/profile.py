@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from orchestrator.fsio import atomic_write
 from orchestrator.sharing.planner import StudentCost, TeacherCost
 from orchestrator.spec import Strict
 from orchestrator.store.cache import cache_folder
@@ -95,13 +95,8 @@ def save(profile: Profile, identity: Mapping[str, Any]) -> Path:
     """Keep a measurement; the file says in clear what it is of."""
     path = _path(profile.hardware, identity)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-    try:
-        draft.write_text(profile.model_dump_json(indent=1))
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    path.with_suffix(".of").write_text(json.dumps(identity, indent=1, sort_keys=True))
+    atomic_write(path, profile.model_dump_json(indent=1))
+    atomic_write(path.with_suffix(".of"), json.dumps(identity, indent=1, sort_keys=True))
     return path
 
 

@@ -2,7 +2,7 @@
 
 A manifest has the sha256 of every file. :meth:`ArtifactStore.find` looks at names and sizes only;
 :meth:`ArtifactStore.fetch`, which everybody who reads an artifact calls, compares the content. A process reads a file
-for that once, as long as the file does not change (:mod:`orchestrator.digests`).
+for that once, as long as the file does not change (:class:`orchestrator.fsio.Digests`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from orchestrator.digests import DIGESTS
 from orchestrator.errors import UserError, first_line
+from orchestrator.fsio import DIGESTS, move
 from orchestrator.names import inside, parts_of
 from orchestrator.store.local import Store
 
@@ -438,7 +438,8 @@ def _turn(lock: Path) -> Iterator[None]:
 
 def _move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    source.replace(target)
+    # Of a copy: it is compared with its manifest when it is read, and fetched again.
+    move(source, target, durable=False)
 
 
 def _prefix(kind: str, key: str) -> str:

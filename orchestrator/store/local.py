@@ -14,6 +14,7 @@ from typing import Protocol
 
 from orchestrator import names as stored
 from orchestrator.errors import UserError
+from orchestrator.fsio import make_folder, move, replacing
 from orchestrator.names import BadNameError
 from orchestrator.store.scratch import Scratch
 
@@ -121,9 +122,7 @@ class LocalStore:
         target = self._path(name)
         temporary = self.scratch("put")
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                _sync(file.fileno())
+            temporary.write_bytes(data)
             _commit(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -132,15 +131,11 @@ class LocalStore:
         """See :class:`Store`."""
         target = self._path(name)
         if consume and source.stat().st_dev == self.root.stat().st_dev and not source.is_symlink():
-            with source.open("rb") as file:
-                _sync(file.fileno())
             _commit(source, target)
             return
         temporary = self.scratch("put")
         try:
             shutil.copyfile(source, temporary)
-            with temporary.open("rb") as file:
-                _sync(file.fileno())
             _commit(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -156,13 +151,9 @@ class LocalStore:
         """See :class:`Store`."""
         source = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            with _absent_is_absent():
-                shutil.copyfile(source, temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # A copy: who reads it compares it with what it should be, or fetches it again.
+        with replacing(target, durable=False) as draft, _absent_is_absent():
+            shutil.copyfile(source, draft)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See :class:`Store`."""
@@ -233,16 +224,7 @@ def _absent_is_absent() -> Iterator[None]:
         raise FileNotFoundError(error.errno, "no such object", error.filename) from None
 
 
-def _sync(fd: int) -> None:
-    os.fsync(fd)
-
-
 def _commit(temporary: Path, target: Path) -> None:
-    """Gives a finished, synced file its name, so that it is there after a power cut too."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary.replace(target)
-    fd = os.open(target.parent, os.O_RDONLY)
-    try:
-        _sync(fd)
-    finally:
-        os.close(fd)
+    """Gives a finished file its name, so that it is there after a power cut too."""
+    make_folder(target.parent)
+    move(temporary, target)

@@ -6,12 +6,12 @@ import contextlib
 import os
 import random
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator.fsio import replacing
 from orchestrator.store.s3client import Patience, StoreError, code_of
 
 PART = 16 * 2**20
@@ -63,18 +63,15 @@ class Download:
         from botocore.exceptions import ClientError
 
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:12]}")
-        try:
+        # A copy: who reads it compares it with what it should be, or fetches it again.
+        with replacing(target, durable=False) as draft:
             for last in (False,) * (_AGAIN - 1) + (True,):
                 try:
-                    self._write_parts(temporary)
+                    self._write_parts(draft)
                     break
                 except ClientError as error:
                     if last or code_of(error) not in ("PreconditionFailed", "412"):
                         raise
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _write_parts(self, path: Path) -> None:
         head = self._client.head_object(**self._what)

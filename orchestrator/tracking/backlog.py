@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 
+from orchestrator.fsio import atomic_write
 from orchestrator.tracking.spool import Spool
 from orchestrator.tracking.trouble import Trouble
 
@@ -90,9 +91,9 @@ def note_outage(spool: Spool, outage: Outage | None) -> None:
         if outage is None:
             path.unlink(missing_ok=True)
         else:
-            draft = path.with_name(f"{_OUTAGE}.tmp")
-            draft.write_text(json.dumps({"since": outage.since, **asdict(outage.trouble)}))
-            draft.replace(path)
+            noted = json.dumps({"since": outage.since, **asdict(outage.trouble)})
+            # It is of use to processes of now only.
+            atomic_write(path, noted, durable=False, only_writer=True)
 
 
 def noted_outage(spool: Spool) -> Outage | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError
+from orchestrator.fsio import folder_beside, link, move
 from orchestrator.tracking import moved
 
 if TYPE_CHECKING:
@@ -103,17 +103,14 @@ def _create_database(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.new-", dir=path.parent) as folder:
-        new = Path(folder) / path.name
+    with folder_beside(path) as folder:
+        new = folder / path.name
         store = SqlAlchemyStore(_SQLITE + str(new), _artifacts(path))
         store.engine.dispose()
-        try:
-            # Unlike a rename, a link fails if another process has made the database in between.
-            path.hardlink_to(new)
-        except OSError:
-            # That, or a file system without links.
-            if not path.exists():
-                new.replace(path)
+        # Unlike a rename, a link fails if another process has made the database in between. Some file systems have
+        # no links.
+        if not link(new, path) and not path.exists():
+            move(new, path)
 
 
 def _artifacts(database: Path) -> str:

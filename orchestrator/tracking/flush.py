@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
+from orchestrator.fsio import atomic_write
 from orchestrator.names import BadNameError, inside
 from orchestrator.tracking.backlog import Outage, Progress, clock, note_outage, pending, progress
 from orchestrator.tracking.sink import MAX_METRICS, MlflowSink, RejectedError, RunGoneError
@@ -249,10 +250,9 @@ class Flusher:
 
     def _note(self, run_id: str, state: Progress) -> None:
         path = self._spool.path(run_id).with_suffix(".progress")
-        temporary = path.with_suffix(".progress.tmp")
         try:
-            temporary.write_text(json.dumps(asdict(state)))
-            temporary.replace(path)
+            # After every batch, and what a power cut spoils costs no more than to send records twice.
+            atomic_write(path, json.dumps(asdict(state)), durable=False, only_writer=True)
         except OSError as error:
             # The name tells this folder from that of a database.
             raise OSError(error.errno, error.strerror, str(path)) from error

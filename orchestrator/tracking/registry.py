@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.digests import DIGESTS
 from orchestrator.errors import UserError, nearest
+from orchestrator.fsio import DIGESTS, folder_beside, move
 from orchestrator.redact import redacted
 from orchestrator.tracking import moved
 from orchestrator.tracking.backlog import clock
@@ -173,25 +171,23 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
 
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        version = _resolve(client, reference)
-        source = client.get_model_version_download_uri(version.name, version.version)
-        if store is not None:
-            source = moved.rebased(source, f"{_address(store)}/{moved.FOLDER}")
-        # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
-        folder = Path(download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri)))
-        _require_plain(folder, staging, reference)
-        if version.tags.get(CONTENT_TAG, "") != content_digest(_contents(folder)):
-            raise UserError(f"the files of {reference} are not those that were published", where=source)
-        folder.chmod(0o755)
-        folder.replace(out)
-    except UserError:
-        raise
-    except Exception as error:  # of MLflow, of the database under it, or of the store of the files
-        raise UserError(f"cannot pull {reference} from {uri}: {error}", where=uri) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with folder_beside(out) as staging:
+        try:
+            version = _resolve(client, reference)
+            source = client.get_model_version_download_uri(version.name, version.version)
+            if store is not None:
+                source = moved.rebased(source, f"{_address(store)}/{moved.FOLDER}")
+            # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
+            folder = Path(download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri)))
+            _require_plain(folder, staging, reference)
+            if version.tags.get(CONTENT_TAG, "") != content_digest(_contents(folder)):
+                raise UserError(f"the files of {reference} are not those that were published", where=source)
+            folder.chmod(0o755)
+            move(folder, out)
+        except UserError:
+            raise
+        except Exception as error:  # of MLflow, of the database under it, or of the store of the files
+            raise UserError(f"cannot pull {reference} from {uri}: {error}", where=uri) from error
     return out
 
 

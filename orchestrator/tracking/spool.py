@@ -21,6 +21,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from orchestrator import fsio
 from orchestrator.disk import described, is_full
 from orchestrator.redact import redacted_values
 
@@ -199,11 +200,7 @@ class Spool:
 
     def sync(self, run_id: str) -> None:
         """Makes what is recorded for the run survive a power cut."""
-        fd = os.open(self.path(run_id), os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        fsio.sync(self.path(run_id))
 
     def path(self, run_id: str) -> Path:
         """The run's file."""

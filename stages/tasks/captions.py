@@ -13,6 +13,7 @@ from orchestrator.data.index import PhotoIndex
 from orchestrator.data.mix import sample_order
 from orchestrator.data.order import SampleOrder
 from orchestrator.errors import UserError, nearest
+from orchestrator.fsio import replacing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -170,9 +171,8 @@ def _ends_texts(tokenizer: Tokenizer) -> bool:
 
 
 def _write(tokenizer: Tokenizer, path: Path) -> None:
-    draft = path.with_suffix(".partial")
-    tokenizer.save(str(draft))
-    draft.replace(path)
+    with replacing(path) as draft:
+        tokenizer.save(str(draft))
 
 
 def caption_blocks(

@@ -18,6 +18,7 @@ from torch import Tensor
 from orchestrator.data.blocks import Block
 from orchestrator.elastic.device import device_type
 from orchestrator.errors import UserError
+from orchestrator.fsio import atomic_write, replacing
 from orchestrator.models.foreign import (
     ForeignNet,
     Tokens,
@@ -257,10 +258,9 @@ def _save(prepared: Prepared, folder: Path) -> None:
         for name, whitening in prepared.whitening.items()
         for part, tensor in whitening._asdict().items()
     }
-    save_file(tensors, folder / _WHITENING)
-    draft = folder / f"{_SHAPES}.partial"
-    draft.write_bytes(_JSON.dump_json(dict(prepared.shapes), indent=1))
-    draft.replace(folder / _SHAPES)
+    with replacing(folder / _WHITENING) as draft:
+        save_file(tensors, draft)
+    atomic_write(folder / _SHAPES, _JSON.dump_json(dict(prepared.shapes), indent=1))
 
 
 def _load(folder: Path) -> Prepared:

@@ -24,7 +24,7 @@ import psutil
 from faulty_proxy import FaultyProxy, _Handler
 from s3_server import _FOREIGN, S3Server, free_port
 
-from orchestrator.simulate.market import SpotMarket
+from tools.market import SpotMarket
 
 MARK = "ORCHESTRATOR_CHAOS"
 BUCKET = "storm"

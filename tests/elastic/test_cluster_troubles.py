@@ -21,8 +21,8 @@ from orchestrator.elastic import cluster, cluster_check
 from orchestrator.elastic.cluster import JoinedCluster, OwnCluster, RunningCluster
 from orchestrator.elastic.reaper import MARK, Reaper, members
 from orchestrator.errors import ClusterLostError, Stopped, UserError
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
+from tools.market import SpotMarket
 
 REACH = "import sys; from orchestrator.elastic.cluster_check import reach; reach(sys.argv[1])"
 

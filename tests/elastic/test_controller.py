@@ -22,8 +22,8 @@ from orchestrator.elastic import cluster
 from orchestrator.elastic.goodput import Goodput
 from orchestrator.elastic.hosts import hosts
 from orchestrator.errors import Stopped, UserError
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
+from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))
 from running import PATIENCE_S, Running, assert_same

@@ -26,8 +26,8 @@ from orchestrator.errors import UserError
 from orchestrator.sharing import profile
 from orchestrator.sharing.bundle import TEACHER, Parts
 from orchestrator.sharing.keeper import Keeper
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
+from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))
 from running import PATIENCE_S, Running

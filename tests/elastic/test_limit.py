@@ -15,8 +15,8 @@ from orchestrator.elastic import cluster
 from orchestrator.elastic.hosts import hosts
 from orchestrator.sharing.balancer import Balancer, cluster_devices
 from orchestrator.sharing.planner import StudentCost, TeacherCost
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
+from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))
 from paced import paced_job

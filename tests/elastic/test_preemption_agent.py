@@ -22,8 +22,8 @@ from s3_server import free_port
 
 from orchestrator.elastic.cloud_metadata import Notice
 from orchestrator.elastic.preemption_agent import NodeDrainer, PreemptionAgents, watch_for_preemption
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import PreemptionNotices
+from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))
 from metadata_servers import AwsServer, AzureServer, GceServer, MetadataServer

@@ -20,9 +20,9 @@ import ray
 from orchestrator.elastic import cluster, trainer
 from orchestrator.elastic.hosts import hosts
 from orchestrator.errors import Stopped, UserError
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster
 from orchestrator.tracking.runs import NullRun
+from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))
 from running import PATIENCE_S, Running, assert_same

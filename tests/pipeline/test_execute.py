@@ -21,8 +21,8 @@ import toys
 from rich.console import Console
 
 from orchestrator import disk
-from orchestrator.digests import DIGESTS
 from orchestrator.errors import UserError
+from orchestrator.fsio import DIGESTS
 from orchestrator.pipeline.execute import execute
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import EVERYTHING, Choice, StagePlan, plan, resolve

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.report import neighbours
-from orchestrator.report.neighbours import knn_leave_one_out, retrieval_recall
+from orchestrator.report.neighbours import knn_leave_one_out, knn_vote, retrieval_recall
 
 
 def naive_knn(features: np.ndarray, labels: list[str], k: int) -> float:
@@ -35,6 +35,38 @@ def test_knn_equals_the_naive_vote(k: int) -> None:
     score = knn_leave_one_out(features, labels, k)
     assert score == pytest.approx(naive_knn(features, labels, k))
     assert 0.2 < score < 0.95
+
+
+def exact_vote(bank: np.ndarray, labels: list[str], queries: np.ndarray, k: int) -> list[str]:
+    """In float64, one pair at a time."""
+    unit, asked = (
+        rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+        for rows in (bank, queries)
+    )
+    won = []
+    for query in asked:
+        near = sorted(range(len(labels)), key=lambda j: -float(query @ unit[j]))[:k]
+        votes: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for j in near:
+            votes[labels[j]][0] += 1
+            votes[labels[j]][1] += float(query @ unit[j])
+        won.append(max(votes, key=lambda name: votes[name]))
+    return won
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 80])
+def test_queries_get_the_label_that_a_float64_vote_gives(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "_CHUNK", 7)
+    features, labels = clusters(80, 6, 1.0)
+    bank, queries = features[:60].astype(np.float32), features[60:].astype(np.float32)
+    votes = knn_vote(bank, labels[:60], queries, k)
+    assert votes.tolist() == exact_vote(bank, labels[:60], queries, k)
+    assert len(set(votes.tolist())) > 1 or k == 80
+
+
+def test_a_query_that_is_in_the_bank_is_its_own_neighbour() -> None:
+    assert knn_vote(np.eye(3), ["a", "b", "c"], np.eye(3), k=1).tolist() == ["a", "b", "c"]
+    assert knn_vote(np.eye(2), np.array([True, False]), np.eye(2)[::-1], k=1).tolist() == [False, True]
 
 
 def test_knn_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

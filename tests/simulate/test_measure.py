@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from bench._measure import Measured, stage_costs
 from orchestrator.simulate.costs import StageCosts
-from orchestrator.simulate.measure import Measured, stage_costs
 
 # Two workers step every 2 s from second 110 on; one is killed at 125; one worker goes on, every 4 s.
 STEPS = [(110.0 + 2 * i, 1 + i) for i in range(8)] + [(132.0 + 4 * i, 7 + i) for i in range(5)]

@@ -17,8 +17,8 @@ from orchestrator.simulate import job as job_module
 from orchestrator.simulate.costs import StageCosts
 from orchestrator.simulate.job import JobPlan
 from orchestrator.simulate.predict import CAUSES, Prediction, StagePlan, on_demand, predict
-from orchestrator.simulate.synthetic import synthetic
 from orchestrator.simulate.trace import Trace
+from tools.synthetic import synthetic
 
 from .conftest import EXACT, machines, stage, steady
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.simulate.replay import Replayed, replay
+from bench._replay import Replayed, replay
 
 from .conftest import machines
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench._saturation import RESOURCES, Design, Node, Work, copies, saturate, sweep
 from orchestrator.sharing.planner import StudentCost, TeacherCost
-from orchestrator.simulate.sharing import RESOURCES, Design, Node, Work, copies, saturate, sweep
 
 MIB = 2**20
 # 64 images in 16 blocks; a block is 4 MiB of views and 1 MiB of the teacher's.

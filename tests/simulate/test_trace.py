@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import UserError
-from orchestrator.simulate import synthetic
 from orchestrator.simulate.trace import Machine
 from orchestrator.simulate.tracefile import as_dict, read_trace
+from tools import synthetic
 
 from .conftest import machines
 

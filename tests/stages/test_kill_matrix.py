@@ -29,7 +29,6 @@ from orchestrator.data.samples import fetch_food
 from orchestrator.elastic import cluster
 from orchestrator.elastic.hosts import hosts
 from orchestrator.sharing.account import Account
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.spec import Cluster, Elastic, Optimizer, Schedule
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill import Distill, Student
@@ -37,6 +36,7 @@ from orchestrator.stages.selfsup import Heads, ModelRecipe
 from orchestrator.stages.tasks.nets import HeadedBackbone
 from orchestrator.store.artifact import Artifact, Manifest
 from orchestrator.tracking.runs import NullRun
+from tools.market import SpotMarket
 
 STEPS, AT = 40, 12
 PATIENCE_S = 240.0

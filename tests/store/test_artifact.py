@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.digests import DIGESTS, Digests
 from orchestrator.errors import UserError
+from orchestrator.fsio import DIGESTS, Digests
 from orchestrator.store.artifact import Artifact, ArtifactStore, DamagedError
 from orchestrator.store.local import LocalStore
 

@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from orchestrator.digests import DIGESTS
+from orchestrator.fsio import DIGESTS
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
 from orchestrator.stages.mlmodel import mlmodel
 from orchestrator.store.s3 import S3Store

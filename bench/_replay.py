@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.simulate.market import SpotMarket
 from orchestrator.simulate.trace import Event, Trace
+from tools.market import SpotMarket
 
 logger = logging.getLogger("orchestrator")
 

@@ -1,6 +1,6 @@
 """Made-up traces for examples, tests and benchmarks: machines that fail at random, drawn from a seed.
 
-`python -m orchestrator.simulate.synthetic FOLDER` writes the examples of `conf/traces`.
+`python -m tools.synthetic FOLDER` writes the examples of `conf/traces`.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def write_examples(folder: Path) -> None:
     """Write the examples, and one of them in SkyPilot's form, sampled every five minutes."""
     folder.mkdir(parents=True, exist_ok=True)
     for file, (trace, how) in examples().items():
-        notes = (
-            f"synthetic, no record of any cloud: {how}; written by python -m orchestrator.simulate.synthetic"
-        )
+        notes = f"synthetic, no record of any cloud: {how}; written by python -m tools.synthetic"
         (folder / file).write_text(_one_event_a_line(as_dict(trace, notes)))
     stormy = examples()["stormy.json"][0]
     counts, there, gap, pending = [], set[int](), 300.0, list(stormy.events)

@@ -1,0 +1,221 @@
+"""Files and folders that appear whole, and hashes of files: the one way to write them and the one way to read them.
+
+Whoever reads, at any moment and after a power cut, finds the old content or the new one, and nothing in between. What
+is not finished has a hidden name in the same folder, `.<name>.partial…`, which no listing takes for a real file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+# Of a name; what is added to a longer one could exceed the 255 bytes that file systems allow.
+_SHOWN = 40
+_NO_LINK = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+# Device, inode, size and time of last change in nanoseconds: a renamed file is still the same file.
+_Identity = tuple[int, int, int, int]
+# A file system's clock may tick this slowly: a file changed later than that may change again and look the same.
+_TICK_NS = 20_000_000
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: Path, data: bytes | str, *, durable: bool = True, only_writer: bool = False) -> None:
+    """Write a file as a whole. Its folder has to be there, as for all functions here.
+
+    Args:
+        path: what is there is replaced.
+        data: text becomes UTF-8.
+        durable, only_writer: see :func:`replacing`.
+
+    Raises:
+        OSError: it cannot be written. What was there is still there, and nothing else is left.
+    """
+    with replacing(path, durable=durable, only_writer=only_writer) as draft:
+        draft.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True, only_writer: bool = False) -> Iterator[Path]:
+    """Write a file by other means: the block writes the path that it is given, which then becomes `path`.
+
+    Nothing happens to `path` if the block raises.
+
+    Args:
+        durable: wait until the disk has it, so that it is there after a power cut. Without it a power cut may leave
+            the old file, the new one or an empty one.
+        only_writer: nobody else writes `path` meanwhile. The unfinished file then always has the same name, so the
+            next write replaces what a killed process left.
+    """
+    draft = _draft(path, only_writer)
+    try:
+        yield draft
+        move(draft, path, durable=durable)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def atomic_create(path: Path, data: bytes) -> bool:
+    """Write a file durably unless there is one; False if there is, or if the file system has no hard links."""
+    draft = _draft(path)
+    try:
+        draft.write_bytes(data)
+        return link(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path, *, durable: bool = True) -> None:
+    """Give a finished file or folder its name, on the same file system. A file that has the name is replaced.
+
+    Args:
+        source: with all that is in it.
+        durable: see :func:`replacing`.
+    """
+    if durable:
+        sync(source)
+    source.replace(target)
+    if durable:
+        sync_folder(target.parent)
+
+
+def link(source: Path, target: Path) -> bool:
+    """Give a finished file a second name, durably, unless something has that name.
+
+    Returns:
+        False if something has it, or if the file system has no hard links.
+    """
+    sync(source)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in _NO_LINK:
+            return False
+        raise
+    sync_folder(target.parent)
+    return True
+
+
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """An empty folder to make `path` in, which :func:`move` then names. It goes at the end with what is left in it."""
+    with tempfile.TemporaryDirectory(
+        prefix=f".{path.name[:_SHOWN]}.partial-", dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        yield Path(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, so that it is there after a power cut."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder with all that is in it."""
+    if not path.is_dir():
+        _sync(path)
+        return
+    for parent, _, files in os.walk(path):
+        for file in files:
+            if not (Path(parent) / file).is_symlink():
+                _sync(Path(parent) / file)
+        sync_folder(Path(parent))
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in a folder."""
+    try:
+        _sync(folder)
+    except OSError as error:
+        # Some network file systems have no such call for folders.
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def _draft(path: Path, only_writer: bool = False) -> Path:
+    if only_writer:
+        return path.with_name(f".{path.name}.partial")
+    return path.with_name(f".{path.name[:_SHOWN]}.partial-{uuid.uuid4().hex[:12]}")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- hashing ----------------------------------------------------------------------------------------------------
+
+
+def sha256_of(file: Path | io.BufferedReader) -> str:
+    """The sha256 of a file's content in hex. Files of any size: they are read in pieces.
+
+    Args:
+        file: its path, or the file itself, open for reading bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return sha256_of(opened)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Digests:
+    """The sha256 of files, each read once as long as it does not change. Safe to use from several threads.
+
+    Attributes:
+        bytes_read: all that had to be read.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self._known: dict[_Identity, str] = {}
+        self._lock = threading.Lock()
+
+    def of(self, path: Path) -> str:
+        """The sha256 of the file in hex.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        with path.open("rb") as file:
+            began = time.time_ns()
+            before = _identity(file.fileno())
+            known = self._known.get(before)
+            if known is not None:
+                return known
+            digest = sha256_of(file)
+            after = _identity(file.fileno())
+        with self._lock:
+            self.bytes_read += after[2]
+            if before == after and after[3] < began - _TICK_NS:
+                self._known[after] = digest
+        return digest
+
+
+def _identity(fd: int) -> _Identity:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+DIGESTS = Digests()
