@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import secrets
@@ -106,11 +105,6 @@ def start(
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     own = cluster.address == "local"
-    importlib.import_module("ray")
-    # Ray Train takes seconds to import: beside Ray's start, not after it.
-    threading.Thread(
-        target=importlib.import_module, args=("orchestrator.elastic.trainer",), daemon=True
-    ).start()
     if cluster.dashboard:
         cluster_check.can_have_dashboard(own)
         # Ray Train's metrics, and Ray's, are there for Prometheus only where Ray collects them.
@@ -358,6 +352,7 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
 
 def _open_pool(preload: Sequence[str], prestart: int, elastic: Elastic, reconciles: bool) -> None:
     """The controllers and the pool of warm workers of the cluster that this driver has just connected to."""
+    # Ray Train, too, is imported by this thread: two that import Ray at once may find it half there.
     hosts.begin(preload, elastic.heartbeat_timeout_s, reconciles=reconciles)
     if prestart:
         hosts.prestart(prestart, slot_shape(elastic, 1.0, has_gpus(elastic, cluster_nodes())))

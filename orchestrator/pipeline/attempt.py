@@ -16,7 +16,7 @@ from typing import Any, Literal
 from orchestrator import disk
 from orchestrator.errors import Stopped, UserError, shortened
 from orchestrator.pipeline.code import PACKAGES, digest_of, versions
-from orchestrator.pipeline.interrupt import Interrupt, in_thread
+from orchestrator.pipeline.interrupt import Interrupt, in_thread, nothing
 from orchestrator.pipeline.lease import Lease, LostHoldError
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import ResolvedStage
@@ -141,7 +141,7 @@ class Attempt:
         for artifact in self.inputs.values():
             artifacts.fetch(artifact)
         try:
-            watch = self.interrupt.watch if stage.needs_ray else self.interrupt.meanwhile
+            watch = self.interrupt.watch if stage.needs_ray else nothing
             returned = in_thread(lambda: stage.run(context), watch)
         finally:
             lease.insist()

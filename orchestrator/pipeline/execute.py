@@ -20,7 +20,7 @@ from orchestrator.pipeline import graph, record, system, tracked
 from orchestrator.pipeline.attempt import Attempt, Outcome, full_disk, merged_elastic
 from orchestrator.pipeline.check import check_cluster
 from orchestrator.pipeline.code import digest_of
-from orchestrator.pipeline.interrupt import ABORTED, Interrupt, nothing
+from orchestrator.pipeline.interrupt import ABORTED, Interrupt
 from orchestrator.pipeline.lease import Lease, LostHoldError
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
@@ -165,7 +165,6 @@ class _Driver:
                 self._record_pipeline(root)
                 self._settle(root)
                 with ExitStack() as cluster:
-                    self._interrupt.meanwhile = partial(self._start_ahead, cluster)
                     self._run_all(root, cluster)
                 status = _STATUS.get(self._exit_code, "FAILED")
                 if status == "FINISHED" and any(self._missing(item) for item in self._plans):
@@ -316,7 +315,7 @@ class _Driver:
             self._run_one(item, root, cluster)
 
     def _run_one(self, item: StagePlan, root: Run, cluster: ExitStack) -> None:
-        if self._loaded.spec.stages[item.name].needs_ray and not self._cluster_started:
+        if self._wants_cluster(item):
             self._enter_cluster(cluster)
             if self._interrupt.stop.is_set():
                 self._exit_code = ABORTED
@@ -376,17 +375,20 @@ class _Driver:
             self._reporter.note(f"Ray's dashboard is at {url}; it asks for the token in {running.token_file}")
         self._cluster_started = True
 
-    def _start_ahead(self, cluster: ExitStack) -> None:
-        """Start an own cluster beside a stage that does without: Ray, and what workers import, take ten seconds.
+    def _wants_cluster(self, item: StagePlan) -> bool:
+        """Whether the cluster has to be there before this stage runs.
 
-        It is tried once. What is wrong is told when a stage needs the cluster, which tries again.
+        An own one is started before the first stage if any that is to come needs it: worker slots then import what
+        they need while `curate` runs. It cannot start beside a stage, since Ray forks this process, and a fork
+        while another thread computes in OpenBLAS may never return.
         """
-        self._interrupt.meanwhile = nothing
+        if self._cluster_started:
+            return False
+        stages = self._loaded.spec.stages
+        if stages[item.name].needs_ray or self._loaded.spec.cluster.address != "local":
+            return stages[item.name].needs_ray
         to_come = [item for item in self._plans if item.action == "run" and item.name not in self._artifacts]
-        needed = any(self._loaded.spec.stages[item.name].needs_ray for item in to_come)
-        if needed and not self._cluster_started and self._loaded.spec.cluster.address == "local":
-            with contextlib.suppress(UserError):
-                self._enter_cluster(cluster)
+        return any(stages[item.name].needs_ray for item in to_come)
 
     def _look_around(self) -> None:
         """Tell what the machines of the cluster lack.

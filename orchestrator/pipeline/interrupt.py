@@ -33,7 +33,6 @@ class Interrupt:
     Attributes:
         stop: set by the first signal.
         watch: called several times a second while a stage runs that needs the cluster; raises ClusterLostError.
-        meanwhile: the same, while a stage runs that does without the cluster; raises nothing.
         on_stop: called by the first signal.
         on_abort: the best effort before the process ends at the second signal; gets two seconds.
     """
@@ -41,7 +40,6 @@ class Interrupt:
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.watch: Callable[[], None] = nothing
-        self.meanwhile: Callable[[], None] = nothing
         self.on_stop: Callable[[], None] = nothing
         self.on_abort: Callable[[], None] = nothing
 
