@@ -9,6 +9,7 @@ from functools import cache
 from typing import Literal
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.extension import extensions
 from orchestrator.pipeline import code, fit, graph
 from orchestrator.pipeline.key import KeyParts, diff, key_parts, short
 from orchestrator.pipeline.ledger import PipelineState, StageState
@@ -157,6 +158,8 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
         )
         keys[name] = parts.key
         found = code.code_of(type(stage).__module__)
+        for extension in extensions(stage):
+            found = found | code.code_of(type(extension).__module__)
         resolved.append(ResolvedStage(name, parts, parts.key, roles[name], stage.needs, found, stage.effects))
     return resolved
 
