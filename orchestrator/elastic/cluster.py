@@ -103,6 +103,8 @@ def start(
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     own = cluster.address == "local"
+    # Two threads that import Ray at once find it half made: Ray itself first, by one.
+    importlib.import_module("ray")
     # Ray Train takes seconds to import: beside Ray's start, not after it.
     threading.Thread(
         target=importlib.import_module, args=("orchestrator.elastic.trainer",), daemon=True
