@@ -14,6 +14,7 @@ from pydantic import Field
 from orchestrator import installed
 from orchestrator.extension import check_version
 from orchestrator.installed import ExtensionError
+from orchestrator.spec import Pipeline
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage
 
@@ -74,6 +75,13 @@ def stage_class(name: str, stages: Any) -> type[Stage]:
     if found.run is Stage.run:
         raise ExtensionError(f"{name} lacks the method 'run'", hint="define run(self, context)")
     check_version(name, found.version)
+    return found
+
+
+def file_of(stages: Any) -> type[Pipeline[Stage]]:
+    """The model of a pipeline file whose stages are of a union of kinds."""
+    generic: Any = Pipeline
+    found: type[Pipeline[Stage]] = generic[stages]
     return found
 
 

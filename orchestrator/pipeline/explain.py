@@ -13,9 +13,8 @@ from pydantic import BaseModel
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.reference import Key, described, models_in, prose
 from orchestrator.pipeline.schema import EXTENDS
-from orchestrator.spec import Pipeline
 from orchestrator.stages.base import Stage
-from orchestrator.stages.registry import every_stage, kind_of, kinds_of
+from orchestrator.stages.registry import every_stage, file_of, kind_of, kinds_of
 
 _STAGES = "stages"
 # What stands for a name that the user gives.
@@ -187,8 +186,7 @@ def _stage(kind: str, path: Sequence[str]) -> type[BaseModel]:
 
 def _file() -> type[BaseModel]:
     """A pipeline file with every stage kind that is installed."""
-    file: type[BaseModel] = Pipeline[every_stage()]
-    return file
+    return file_of(every_stage())
 
 
 def _kinds() -> dict[str, type[Stage]]:

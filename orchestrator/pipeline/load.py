@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -110,17 +110,19 @@ def load(
 def _load(
     path: Path, overrides: Sequence[str], needs_data: bool, gather: bool, stage_type: Any
 ) -> LoadedPipeline:
+    from orchestrator.stages.registry import file_of
+
     document = yamlfile.read(path, overrides)
     if secrets := list(_secrets(document, document.data, ())):
         raise joined(secrets)
     _rename_old_keys(document)
     stages, imported = _with_own_kinds(document, _all_stages() if stage_type is None else stage_type)
-    model = Pipeline[stages]
+    model = file_of(stages)
     try:
         spec = model.model_validate(document.data)
     except ValidationError as error:
         raise joined(complaints(error, document, model)) from None
-    loaded = LoadedPipeline(cast("Pipeline[Stage]", spec), document, imported=imported)
+    loaded = LoadedPipeline(spec, document, imported=imported)
     problems, missing = _check(loaded), _missing_data(loaded)
     if not gather and (problems or (missing and needs_data)):
         raise joined([*missing, *problems])

@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 from orchestrator.spec import EVERY_DEVICE, Pipeline, StageSpec, Strict
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage, TrainStage
-from orchestrator.stages.registry import every_stage, kind_of
+from orchestrator.stages.registry import every_stage, file_of, kind_of
 
 _HEAD = """# Every key of a pipeline file
 
@@ -96,7 +96,7 @@ def _reached(*, operational: bool, extended: bool = False) -> frozenset[type[Bas
         extended: whether stage kinds of installed packages are.
     """
     found: set[type[BaseModel]] = set()
-    waiting: list[type[BaseModel]] = [Pipeline[every_stage() if extended else AnyStage]]
+    waiting: list[type[BaseModel]] = [file_of(every_stage() if extended else AnyStage)]
     while waiting:
         for field in waiting.pop().model_fields.values():
             new = set(models_in(field.annotation)) - found
@@ -145,7 +145,7 @@ def _table(model: type[BaseModel], fields: dict[str, FieldInfo]) -> str:
 def described(model: type[BaseModel]) -> Sequence[Key]:
     """The keys of a section, in the schema's order."""
     decides = {Pipeline[AnyStage], *_SHARED, *_reached(operational=False, extended=True)}
-    decides.add(Pipeline[every_stage()])
+    decides.add(file_of(every_stage()))
     return [
         Key(
             field.alias or name,
