@@ -23,7 +23,7 @@ def python(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedPro
         "ORCHESTRATOR_CACHE": str(folder / "cache"),
     }
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=500
+        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=560
     )
 
 
