@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import orchestrator
 
@@ -48,7 +49,7 @@ class SqliteStore(orchestrator.CachedStore):
         )
         return orchestrator.Stat(*rows[0]) if rows else None
 
-    def _do(self, statement: str, *values: object) -> list[tuple[object, ...]]:
+    def _do(self, statement: str, *values: object) -> Sequence[tuple[Any, ...]]:
         if not self._path.exists() and not statement.startswith("INSERT"):
             return []  # to look changes nothing
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -447,7 +447,7 @@ def _rows(context: Context) -> list[dict[str, object]]:
     return rows
 
 
-METRIC = '''
+METRIC = """
 import orchestrator
 
 class Shapes(orchestrator.Metric):
@@ -460,7 +460,7 @@ class Shapes(orchestrator.Metric):
 
 class Word(orchestrator.Metric):
     def measure(self, features): return "good"
-'''
+"""
 
 
 @pytest.fixture
@@ -493,5 +493,7 @@ def test_a_metric_of_a_file_stands_in_results_and_report(
 
 
 def test_a_metric_that_gives_no_figures_is_told(small: Context, own_metric: str) -> None:
-    with pytest.raises(TypeError, match=r"own_metric:Word.measure gave str, not a mapping of names to numbers"):
+    with pytest.raises(
+        TypeError, match=r"own_metric:Word.measure gave str, not a mapping of names to numbers"
+    ):
         stage(metrics=[f"{own_metric}:Word"]).run(small)
