@@ -88,6 +88,7 @@ class ConvNeXtConfig:
 
 
 Config = ViTConfig | ConvNeXtConfig
+"""A shape. A user's package may derive a class that adds `build()`, which makes its own tower, and a `version`."""
 
 
 def swiglu_hidden(dim: int) -> int:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import logging
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from .configs import Config, ConvNeXtConfig, ViTConfig
+
+_log = logging.getLogger("orchestrator")
 
 PRESETS: Mapping[str, Config] = MappingProxyType(
     {
@@ -43,6 +49,21 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
 )
 
 
+GROUP = "orchestrator.models"
+"""Where users' packages say which shapes they bring: entry points of configs, each below the name of its model."""
+
+
+def all_presets() -> dict[str, Config]:
+    """Every model by name: those above, then those of installed packages, but for broken ones."""
+    found = dict(PRESETS)
+    for name in sorted(_offers()):
+        try:
+            found[name] = _named(name)
+        except ValueError as error:
+            _log.warning("a model is left out: %s", error)
+    return found
+
+
 def preset(name: str, **overrides: Any) -> Config:
     """The config called `name`, with fields replaced.
 
@@ -50,10 +71,7 @@ def preset(name: str, **overrides: Any) -> Config:
         ValueError: unknown name or field (the nearest ones are listed), a value of another type, or fields that do
             not fit together.
     """
-    if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.4) or list(PRESETS)
-        raise ValueError(f"unknown model {name!r}; did you mean {' or '.join(nearest)}?")
-    config = PRESETS[name]
+    config = _named(name)
     known = [field.name for field in dataclasses.fields(config)]
     for key in overrides:
         if key not in known:
@@ -73,6 +91,40 @@ def preset(name: str, **overrides: Any) -> Config:
         return checked.validate_python(values)
     except ValidationError as error:
         raise ValueError(_first(error)) from None
+
+
+def _named(name: str) -> Config:
+    """Ours, or that of an installed package. A name may come out of a model folder, so it is never an import path."""
+    if name in PRESETS:
+        return PRESETS[name]
+    paths = _offers().get(name, ())
+    if not paths:
+        known = [*PRESETS, *_offers()]
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        raise ValueError(f"unknown model {name!r}; did you mean {' or '.join(nearest)}?")
+    if len(paths) > 1:
+        raise ValueError(f"two packages have the model {name!r}: {' and '.join(paths)}; remove one of them")
+    module, _, attribute = paths[0].partition(":")
+    try:
+        config = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a user's module may raise anything when it is imported
+        raise ValueError(
+            f"the model {name!r} ({paths[0]}) cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(config, (ViTConfig, ConvNeXtConfig)):
+        raise ValueError(
+            f"the model {name!r} ({paths[0]}) is {type(config).__name__}; it must be a ViTConfig or a ConvNeXtConfig"
+        )
+    return config
+
+
+@cache
+def _offers() -> dict[str, tuple[str, ...]]:
+    """The import paths of installed models by name, without importing any."""
+    found: dict[str, tuple[str, ...]] = {}
+    for entry in entry_points(group=GROUP):
+        found[entry.name] = tuple(dict.fromkeys((*found.get(entry.name, ()), entry.value.replace(" ", ""))))
+    return found
 
 
 def _first(error: ValidationError) -> str:

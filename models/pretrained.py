@@ -26,6 +26,9 @@ from .vit import Features, Layers
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _FORMAT = 1
+_ARCHITECTURES = {ViTConfig: "vit", ConvNeXtConfig: "convnext"}
+# The class of the config is that of the installed package which has the preset.
+_OWN = "preset"
 
 Photo = Image.Image | npt.NDArray[np.uint8]
 
@@ -61,7 +64,7 @@ def save_pretrained(
     _settle(partial, folder / WEIGHTS)
     record = {
         "format": _FORMAT,
-        "architecture": "vit" if isinstance(config, ViTConfig) else "convnext",
+        "architecture": _ARCHITECTURES.get(type(config), _OWN),
         "preset": preset_name,
         "config": dataclasses.asdict(config),
         "mean": MEAN,
@@ -177,11 +180,17 @@ def embed_many(
 
 
 def read_config(record: Mapping[str, Any]) -> Config:
-    """The config of a tower from what its config.json says."""
+    """The config of a tower from what its config.json says.
+
+    Raises:
+        ValueError: it is of a package that is not installed here.
+    """
     # JSON has no tuples, and the configs compare and hash by their fields.
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in record["config"].items()
     }
+    if record["architecture"] == _OWN:
+        return dataclasses.replace(preset(record["preset"]), **values)
     return ViTConfig(**values) if record["architecture"] == "vit" else ConvNeXtConfig(**values)
 
 

@@ -15,8 +15,20 @@ Backbone = VisionTransformer | ConvNeXt
 
 
 def from_config(config: Config) -> Backbone:
-    """The tower of a config, freshly initialised from torch's global generator."""
-    return VisionTransformer(config) if isinstance(config, ViTConfig) else ConvNeXt(config)
+    """The tower of a config, freshly initialised from torch's global generator.
+
+    Raises:
+        ValueError: a config of a user's package, whose `build` gives no VisionTransformer and no ConvNeXt.
+    """
+    build = getattr(config, "build", None)
+    if build is None:
+        return VisionTransformer(config) if isinstance(config, ViTConfig) else ConvNeXt(config)
+    model = build()
+    if not isinstance(model, (VisionTransformer, ConvNeXt)):
+        raise ValueError(
+            f"{type(config).__name__}.build gives {type(model).__name__}; derive it from VisionTransformer or ConvNeXt"
+        )
+    return model
 
 
 def build(name: str, **overrides: Any) -> Backbone:

@@ -1,7 +1,8 @@
 """Elastic training and distillation of vision foundation models: the whole DINOv3 recipe from one pipeline file.
 
-What this package exports is public and follows semantic versioning. The command line, `orchestrator`, and the pipeline
-file are public as well; the submodules are not yet. Importing the package loads neither torch nor Ray.
+What this package exports is public and follows semantic versioning, as do the command line, `orchestrator`, and the
+pipeline file. Everything else is private: submodules may move. Names load on first use, so that importing the package
+loads neither torch nor Ray. docs/python.md has them with examples.
 
 Attributes:
     __version__: the version of the installed distribution, "0+unknown" where only the source tree is on the path.
@@ -9,11 +10,98 @@ Attributes:
 
 from __future__ import annotations
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from orchestrator.api import Model, Planned, Result, RunError, embed, load, plan, run
+    from orchestrator.data.augmentation import Augmentation
+    from orchestrator.data.index import PhotoIndex
+    from orchestrator.elastic.job import Job
+    from orchestrator.elastic.task import BlockTensors, Losses, Modules, Task
+    from orchestrator.errors import Stopped, UserError
+    from orchestrator.models.configs import ConvNeXtConfig, ViTConfig
+    from orchestrator.models.convnext import ConvNeXt
+    from orchestrator.models.vit import VisionTransformer
+    from orchestrator.spec import in_key_if_set, operational
+    from orchestrator.stages.base import Context, Input, Stage, TrainStage
+    from orchestrator.stages.metric import Features, Metric
+    from orchestrator.stages.objective import Objective, StudentOutput
+    from orchestrator.store.cached import CachedStore, checked_name
+    from orchestrator.store.local import Stat, Store
+
+_HOMES = {
+    "api": ("Model", "Planned", "Result", "RunError", "embed", "load", "plan", "run"),
+    "data.augmentation": ("Augmentation",),
+    "elastic.job": ("Job",),
+    "elastic.task": ("BlockTensors", "Losses", "Modules", "Task"),
+    "errors": ("Stopped", "UserError"),
+    "data.index": ("PhotoIndex",),
+    "models.configs": ("ConvNeXtConfig", "ViTConfig"),
+    "models.convnext": ("ConvNeXt",),
+    "models.vit": ("VisionTransformer",),
+    "spec": ("in_key_if_set", "operational"),
+    "stages.base": ("Context", "Input", "Stage", "TrainStage"),
+    "stages.metric": ("Features", "Metric"),
+    "stages.objective": ("Objective", "StudentOutput"),
+    "store.cached": ("CachedStore", "checked_name"),
+    "store.local": ("Stat", "Store"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Augmentation",
+    "BlockTensors",
+    "CachedStore",
+    "Context",
+    "ConvNeXt",
+    "ConvNeXtConfig",
+    "Features",
+    "Input",
+    "Job",
+    "Losses",
+    "Metric",
+    "Model",
+    "Modules",
+    "Objective",
+    "PhotoIndex",
+    "Planned",
+    "Result",
+    "RunError",
+    "Stage",
+    "Stat",
+    "Stopped",
+    "Store",
+    "StudentOutput",
+    "Task",
+    "TrainStage",
+    "UserError",
+    "ViTConfig",
+    "VisionTransformer",
+    "__version__",
+    "checked_name",
+    "embed",
+    "in_key_if_set",
+    "load",
+    "operational",
+    "plan",
+    "run",
+]
 
 try:
     __version__ = version("dinov3-orchestrator")
 except PackageNotFoundError:
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

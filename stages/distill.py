@@ -10,6 +10,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
 from orchestrator.errors import UserError
+from orchestrator.extension import versions
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
 from orchestrator.spec import (
@@ -330,7 +331,10 @@ class Distill(HomogeneousMixStage):
     def student_identity(self, name: str) -> dict[str, Any]:
         """All in this config that decides one student, and nothing of the others."""
         stage = {field: value for field, value in self.identity().items() if field not in _STAGE_ONLY}
-        return {**stage, "name": name, "student": self.students[name].identity()}
+        student = self.students[name]
+        brought = versions(self.model_copy(update={"students": {}})) | versions(student)
+        own = {"extensions": brought} if brought else {}
+        return {**stage, "name": name, "student": student.identity(), **own}
 
     def models(self) -> Mapping[str, str]:
         """See :meth:`Stage.models`."""

@@ -11,20 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError
-from orchestrator.spec import operational
+from orchestrator.spec import in_key_if_set, operational
 from orchestrator.stages.base import Context, Input, Outlook, Stage
 from orchestrator.stages.distill import Distill
+from orchestrator.stages.metric import Features, OwnMetric, checked
 from orchestrator.stages.mixing import DRAWN
 from orchestrator.stages.pretrain import Pretrain
 
 if TYPE_CHECKING:
     from orchestrator.data.index import PhotoIndex
     from orchestrator.stages.tasks.evaluation import Check, Crops, Tower
-    from orchestrator.stages.tasks.evaluation_results import Draws, Results, Score
+    from orchestrator.stages.tasks.evaluation_results import Draws, Measured, Results, Score
     from orchestrator.store.artifact import Artifact
 
 logger = logging.getLogger("orchestrator")
@@ -88,6 +89,11 @@ class Evaluate(Stage):
     prompts: tuple[str, ...] = Field(
         (), description="The texts to look for in images. Default: the images' own captions."
     )
+    metrics: tuple[OwnMetric, ...] = in_key_if_set(
+        (),
+        description="Metrics of users' packages, computed of each model: a name, or a mapping with the name as `use` "
+        "and its settings (docs/extending.md).",
+    )
     batch: int = operational(64, ge=1, description="The number of images in one forward pass.")
 
     needs_ray: ClassVar[bool] = False
@@ -107,6 +113,14 @@ class Evaluate(Stage):
         "report.html": "one page with tables and pictures, nothing to load",
         "pca_teacher.png": "PCA of the teacher's patch features; likewise pca_<student>.png",
     }
+
+    @model_validator(mode="after")
+    def _titles_differ(self) -> Evaluate:
+        titles = Counter(metric.title for metric in self.metrics)
+        for title, count in titles.items():
+            if count > 1:
+                raise ValueError(f"{count} metrics are called {title!r}: give each a `name` of its own")
+        return self
 
     def foresee(self, outlook: Outlook) -> list[UserError]:
         """See :class:`Stage`: no backbone, or a size that a model cannot take."""
@@ -152,7 +166,7 @@ class Evaluate(Stage):
             raise _no_backbone(what, f"stages.{context.name}.needs")
         index = PhotoIndex.load(context.inputs["index"].path, context.roots)
         groups = largest_groups(index.labels, self.num_groups)
-        scores, pictures = self._score(context, index, groups, backbones, check)
+        scores, pictures, measured = self._score(context, index, groups, backbones, check)
         results = Results(
             title=context.pipeline,
             k=self.k,
@@ -166,6 +180,7 @@ class Evaluate(Stage):
             keys=context.keys,
             pool=_pool(index),
             drawn=_drawn(context),
+            measured=measured,
             **self._ask_texts(context, index, groups, check),
         )
         write(results, context.out)
@@ -179,10 +194,10 @@ class Evaluate(Stage):
         groups: Mapping[str, int],
         backbones: Mapping[str, Artifact],
         check: Check,
-    ) -> tuple[list[Score], dict[str, Path]]:
-        """The rows of the k-NN table (none without labels), and the PCA maps that were drawn, by row."""
+    ) -> tuple[list[Score], dict[str, Path], Measured]:
+        """The rows of the k-NN table (none without labels), the PCA maps that were drawn, and what metrics measured."""
         from orchestrator.report.neighbours import knn_leave_one_out
-        from orchestrator.stages.tasks.evaluation import Crops, embed_crops, pixel_features
+        from orchestrator.stages.tasks.evaluation import Crops, embed_crops, patch_crops, pixel_features
         from orchestrator.stages.tasks.evaluation_results import Score
 
         labels = index.labels
@@ -194,24 +209,40 @@ class Evaluate(Stage):
             raw_ND, dim = pixel_features(crops.at(RAW_SIDE)), 3 * RAW_SIDE**2
             scores.append(Score("majority group", "baseline", max(groups.values()) / len(crops.rows)))
             scores.append(Score("raw pixels", "baseline", accuracy(raw_ND), "", RAW_SIDE, dim))
+        measured: dict[str, dict[str, dict[str, float]]] = {metric.title: {} for metric in self.metrics}
+        # Without labels there is no k-NN; metrics may do without them.
+        taken = crops if groups or not self.metrics else Crops(index, range(len(index)), check)
         pictures: dict[str, Path] = {}
         candidates = list(self._candidates(context, backbones))
         for number, candidate in enumerate(candidates, 1):
             name, tower = candidate.name, candidate.load()
             what = (
-                f"{len(crops.rows):,} photos at {tower.size} px"
-                if groups
+                f"{len(taken.rows):,} photos at {tower.size} px"
+                if taken.rows
                 else "its maps, as no photo has a label"
             )
             logger.info("%s: %s of %d, %s: %s", context.name, number, len(candidates), name, what)
             if candidate.picture:
                 pictures[name] = context.out / f"pca_{candidate.picture}.png"
                 _draw_maps(tower, shown, index, pictures[name])
+            if not taken.rows:
+                continue
+            cls_ND = embed_crops(tower, taken.at(tower.size), self.batch, check)
+            features = Features(
+                name,
+                candidate.family,
+                cls_ND,
+                labels=[labels[row] for row in taken.rows],
+                photos=[f"{index[row].source}/{index[row].path}" for row in taken.rows],
+                seed=context.seed,
+                patches=partial(patch_crops, tower, taken.at(tower.size), self.batch, check),
+            )
+            for metric in self.metrics:
+                measured[metric.title][name] = checked(metric, metric.measure(features))
             if groups:
-                cls_ND = embed_crops(tower, crops.at(tower.size), self.batch, check)
                 shape = tower.preset, tower.size, cls_ND.shape[1], tower.num_parameters
                 scores.append(Score(name, candidate.family, accuracy(cls_ND), *shape, candidate.student))
-        return scores, pictures
+        return scores, pictures, measured
 
     def _candidates(self, context: Context, backbones: Mapping[str, Artifact]) -> Iterator[_Candidate]:
         """Random weights of every architecture, the backbone's way through the stages, the students."""

@@ -6,6 +6,7 @@ learn to say the same through a projection (AM-RADIO, arXiv 2312.06709).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from importlib.machinery import PathFinder
@@ -15,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
+from orchestrator import installed
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError, nearest
 from orchestrator.spec import LocalPath, Settings, Strict, operational
@@ -44,7 +46,8 @@ class TeacherSource(Settings):
 
     `from`: a `model/` folder of ours, or weights in any layout known here: safetensors, or what torch.save wrote.
     `timm`, `transformers`: a name there (or a local folder of transformers), where they are installed.
-    `module`: `package.module:callable` that makes any nn.Module, with `weights` for it.
+    `module`: `package.module:callable` that makes any nn.Module, or the name of an installed package's, with `weights`
+    for it.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -63,8 +66,9 @@ class TeacherSource(Settings):
     )
     module: str | None = Field(
         None,
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
-        description="A callable that makes any nn.Module, as package.module:callable.",
+        pattern=installed.PATH + r"|^[A-Za-z0-9_][\w.\-]*$",
+        description="A callable that makes any nn.Module, as package.module:callable, or by the name of an installed "
+        "package's entry point.",
     )
     weights: LocalPath | None = operational(None, description="The state dict for `module`.")
     weight: float = Field(1.0, gt=0, description="The weight of this teacher's loss beside other teachers'.")
@@ -99,6 +103,16 @@ class TeacherSource(Settings):
             raise ValueError("`weights` are for `module`: give the file as `from`, or leave weights out")
         return self
 
+    @property
+    def path(self) -> str:
+        """The import path of `module`.
+
+        Raises:
+            ExtensionError: no installed package has the name.
+        """
+        assert self.module is not None
+        return installed.path_of("teachers", self.module)
+
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """Files whose content decides what this teacher says, by field; those of a `module` are its own source."""
         if self.from_ is not None:
@@ -106,8 +120,11 @@ class TeacherSource(Settings):
         if self.transformers is not None and Path(self.transformers).is_dir():
             return {"transformers": _weight_files(Path(self.transformers))}
         found: dict[str, tuple[Path, ...]] = {}
-        if self.module is not None and (source := _source(self.module)) is not None:
-            found["module"] = (source,)
+        if self.module is not None:
+            # A name that no package has is for `check` to tell.
+            with contextlib.suppress(UserError):
+                source = _source(self.path)
+                found |= {"module": (source,)} if source is not None else {}
         if self.weights is not None:
             found["weights"] = (self.weights,)
         return found
@@ -125,7 +142,7 @@ class TeacherSource(Settings):
         elif self.transformers is not None:
             _check_installed("transformers")
         elif self.module is not None:
-            _check_module(self.module)
+            _check_module(self)
             if self.weights is not None:
                 _check_weights(self.weights)
 
@@ -282,11 +299,15 @@ def _check_timm(name: str) -> None:
         raise UserError(f"timm has no model {name!r}", where="timm", hint=hint)
 
 
-def _check_module(spec: str) -> None:
+def _check_module(source: TeacherSource) -> None:
     from orchestrator.models.foreign import find_callable
 
     try:
-        find_callable(spec)
+        path = source.path
+    except UserError as error:
+        raise UserError(error.what, where="module", hint=error.hint) from None
+    try:
+        find_callable(path)
     except ValueError as error:
         hint = "install its package, or put its folder on PYTHONPATH, here and on all machines"
         raise UserError(str(error), where="module", hint=hint) from None

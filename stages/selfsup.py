@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError
+from orchestrator.extension import MODEL_NAME
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
 from orchestrator.names import inside
@@ -27,12 +28,14 @@ from orchestrator.spec import (
     Temperature,
     check_ratio,
     check_warmup,
+    in_key_if_set,
     operational,
 )
 from orchestrator.stages import lineage
 from orchestrator.stages.base import Context, Outlook
 from orchestrator.stages.gram import Gram
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, Draws, HomogeneousMixStage, draws_of
+from orchestrator.stages.objective import Objective, OwnObjective
 
 if TYPE_CHECKING:
     from orchestrator.data.index import PhotoIndex
@@ -42,6 +45,11 @@ if TYPE_CHECKING:
 
 INDEX_KINDS = ("curate",)
 BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
+# Terms of the loss, and other curves of a step.
+_TERMS = (
+    "loss", "dino_local", "dino_global", "ibot", "koleo", "gram", "cls_patch_cosine", "patch_locality", "lr",
+    "weight_decay", "sample_order", "replaced_photos", "skipped_updates", "step_seconds", "data_wait_seconds",
+)  # fmt: skip
 
 
 def _known_model(name: str) -> str:
@@ -49,7 +57,7 @@ def _known_model(name: str) -> str:
     return name
 
 
-ModelName = Annotated[str, AfterValidator(_known_model)]
+ModelName = Annotated[str, AfterValidator(_known_model), MODEL_NAME]
 
 
 def _no_drop_path(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +183,11 @@ class SelfSupervised(HomogeneousMixStage):
     resolutions: tuple[Resolution, ...] = Field(
         (), description="The size triples of mixed-resolution training; each step draws one."
     )
+    objectives: tuple[OwnObjective, ...] = in_key_if_set(
+        (),
+        description="Objectives of users' packages, added to the loss: a name, or a mapping with the name as `use` and "
+        "its settings, such as `weight` (docs/extending.md).",
+    )
     snapshot_every: int = Field(
         0,
         ge=0,
@@ -224,6 +237,7 @@ class SelfSupervised(HomogeneousMixStage):
         check_group(self.koleo_group, self.block_size)
         check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
         check_ratio("mask_ratio", self.mask_ratio)
+        check_titles(self.objectives)
         return self
 
     def models(self) -> Mapping[str, str]:
@@ -386,6 +400,17 @@ def check_group(group: int | None, block_size: int) -> None:
         raise ValueError(
             f"koleo_group {group} does not divide block_size {block_size}: groups lie within a block; use {fits}"
         )
+
+
+def check_titles(objectives: Sequence[Objective]) -> None:
+    """Raises ValueError unless each objective has a name of its own, which no term of ours has."""
+    taken = set(_TERMS)
+    for objective in objectives:
+        if objective.title in taken:
+            raise ValueError(
+                f"two terms of the loss are called {objective.title!r}: give the objective a `name`"
+            )
+        taken.add(objective.title)
 
 
 def check_crops(crops: CropConfig, model: str, overrides: Mapping[str, Any] | None = None) -> None:

@@ -34,6 +34,7 @@ CLUSTER_FILES = (
     "stages/test_sharded.py",
     "test_bad_input.py",
     "test_cli.py",
+    "test_examples.py",
     "test_pipeline.py",
     "test_ray_troubles.py",
     "test_submitted_job.py",

@@ -46,7 +46,7 @@ _MADE = {
     "artifact.json", "config.json", "curves.png", "lineage.json", "manifest.json", "pointer.json", "tokenizer.json",
     "model.safetensors", "text.lock", "text_maps.png", "chaos.md", "pipeline.yaml",
     "us-west-2a_v100_8.json", "other.yaml", "drawn.json", "models.json", "report.json",
-    "published.json", "artifacts.json", "sbom.cdx.json",
+    "published.json", "artifacts.json", "sbom.cdx.json", "table.json",
 }  # fmt: skip
 _STAGES = get_args(get_args(AnyStage)[0])
 _KEYS = keys()

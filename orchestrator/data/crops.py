@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.augmentation import Augmentation
 from orchestrator.data.views import CropConfig, Range
 
 Pixels = NDArray[np.uint8]
@@ -145,7 +146,24 @@ def _distort(
         pixels_HWC = np.asarray(cv2.GaussianBlur(pixels_HWC, (9, 9), sigma), dtype=np.uint8)
     if solarized < solarize:
         pixels_HWC = np.asarray(cv2.LUT(pixels_HWC, _SOLARIZE), dtype=np.uint8)
+    for own in config.augmentations:
+        pixels_HWC = _augmented(own, pixels_HWC, rng)
     return pixels_HWC
+
+
+def _augmented(own: Augmentation, pixels_HWC: Pixels, rng: np.random.Generator) -> Pixels:
+    """What an augmentation of a user's package makes of a view.
+
+    Raises:
+        TypeError: it is not a view.
+    """
+    shape = pixels_HWC.shape
+    # A flipped view is not contiguous, which not all libraries take.
+    made = own.apply(np.ascontiguousarray(pixels_HWC), rng)
+    if not isinstance(made, np.ndarray) or made.dtype != np.uint8 or made.shape != shape:
+        given = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
+        raise TypeError(f"{own.use}.apply gave {given}, not uint8 {shape}")
+    return made
 
 
 def _jitter(pixels_HWC: Pixels, config: CropConfig, rng: np.random.Generator) -> tuple[Pixels, Affine]:

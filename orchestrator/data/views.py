@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from orchestrator.spec import Settings
+from orchestrator.data.augmentation import OwnAugmentation
+from orchestrator.spec import Settings, in_key_if_set
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 _Factor = Annotated[float, Field(gt=0, le=1000)]
@@ -75,6 +76,12 @@ class CropConfig(Settings):
         None,
         description="The side of the undistorted views for a Gram teacher, in pixels. Default: the Gram teacher "
         "sees the global crops.",
+    )
+
+    augmentations: tuple[OwnAugmentation, ...] = in_key_if_set(
+        (),
+        description="Augmentations of users' packages, applied to every view after the others, in this order: a name, "
+        "or a mapping with the name as `use` and its settings (docs/extending.md). A Gram teacher's views have none.",
     )
 
     @model_validator(mode="after")

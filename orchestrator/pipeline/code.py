@@ -2,8 +2,9 @@
 
 It is provenance, no part of a key: it says which files are not what they were when an artifact was made.
 A stage's code is its own module and every module of the package it imports, directly or not, at the top or
-inside a function. Packages' `__init__` files count only when something is imported from them, otherwise the
-union of all stages would tie every stage to every other.
+inside a function; where a user's package brings it, every module of that one that it imports as well. Packages'
+`__init__` files count only when something is imported from them, otherwise the union of all stages would tie every
+stage to every other.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import importlib.metadata
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-
-import orchestrator
 
 _PACKAGE = "orchestrator"
 # Packages that figures depend on; which versions made an artifact is in its manifest.
@@ -30,13 +29,14 @@ _IRRELEVANT = (
     "orchestrator.store",
     "orchestrator.tracking",
     "orchestrator.pipeline",
+    "orchestrator.api",
     "orchestrator.cli",
     "orchestrator.stages.base",
 )
 
 
 def code_of(module: str) -> dict[str, str]:
-    """The files of `module` and of all it imports from the package, with the hash (16 hex digits) of each.
+    """The files of `module` and of all it imports from this package and its own, with the hash (16 hex digits) of each.
 
     A file is named by its place in the package, such as `elastic/loop.py`; one from elsewhere by its module.
     """
@@ -85,7 +85,8 @@ def _closure(module: str) -> dict[str, Path]:
     while queue:
         current = queue.pop()
         for name in _imports(current, found[current]):
-            path = None if name in found or name.startswith(_IRRELEVANT) else _file_of(name)
+            skipped = name in found or name == _PACKAGE or name.startswith(_IRRELEVANT)
+            path = None if skipped else _file_of(name)
             if path is not None:
                 found[name] = path
                 queue.append(name)
@@ -94,9 +95,11 @@ def _closure(module: str) -> dict[str, Path]:
 
 @functools.cache
 def _file_of(module: str) -> Path | None:
-    """The source file of a module of the package (without importing it), or of any imported module."""
-    if module == _PACKAGE or module.startswith(_PACKAGE + "."):
-        base = Path(orchestrator.__path__[0]).joinpath(*module.split(".")[1:])
+    """The source file of a module of this package or of one that is imported; the module itself is not imported."""
+    top, *below = module.split(".")
+    package = getattr(sys.modules.get(top), "__path__", None)
+    if package:
+        base = Path(package[0]).joinpath(*below)
         candidates = (base.parent / f"{base.name}.py", base / "__init__.py")
         return next((path for path in candidates if path.is_file()), None)
     file = getattr(sys.modules.get(module), "__file__", None)
@@ -104,12 +107,12 @@ def _file_of(module: str) -> Path | None:
 
 
 def _imports(module: str, path: Path) -> Iterator[str]:
-    """Names of the package's modules that `module` imports."""
+    """Names of modules of this package, and of its own, that `module` imports."""
     parents = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for level, base, names in _parsed(path)[1]:
         prefix = ".".join(parents[: len(parents) - level + 1]) if level else ""
         full = ".".join(part for part in (prefix, base) if part)
-        if full.partition(".")[0] != _PACKAGE:
+        if full.partition(".")[0] not in (_PACKAGE, parents[0] if parents else ""):
             continue
         if not names:
             yield full

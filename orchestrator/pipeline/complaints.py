@@ -10,7 +10,9 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from orchestrator import installed
 from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.extension import Extension
 from orchestrator.pipeline.yamlfile import Document, KeyPath, is_private, lookup, show
 
 _PREFIXES = {
@@ -89,7 +91,7 @@ def _complaint(
 def _bad_kind(path: KeyPath, details: ErrorDetails, document: Document, model: type[BaseModel]) -> UserError:
     context = details.get("ctx", {})
     field = str(context.get("discriminator", "'kind'")).strip("'")
-    kinds = _tags(model, path, field)
+    kinds = _kinds(model, path, field)
     owner = _owner((*path, field))
     if details["type"] == "union_tag_not_found":
         where = document.where(path, value=False)
@@ -108,6 +110,10 @@ def _hint_kind(path: KeyPath, field: str, kinds: list[str]) -> str:
 
 
 def _bad_value(path: KeyPath, group: list[ErrorDetails], document: Document) -> UserError:
+    for details in group:
+        cause = details.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):
+            return UserError(cause.what, where=document.where(path), hint=cause.hint)
     value, known = lookup(document.data, path)
     allowed: list[str] = []
     messages: list[str] = []
@@ -168,6 +174,13 @@ def _tags(model: type[BaseModel], path: KeyPath, field: str) -> list[str]:
     return [str(tag) for item in members for tag in get_args(item.model_fields[field].annotation)]
 
 
+def _kinds(model: type[BaseModel], path: KeyPath, field: str) -> list[str]:
+    """Every kind that a stage may have: ours, and those of installed packages, which are not imported for it."""
+    kinds = _tags(model, path, field)
+    is_stage = len(path) == 2 and path[0] == "stages"
+    return list(dict.fromkeys([*kinds, *(installed.names("stages") if is_stage else ())]))
+
+
 def _models_at(model: type[BaseModel], path: KeyPath, data: Any) -> list[type[BaseModel]]:
     """The models that may stand at `path`; `data` tells the members of a union apart."""
     types_here: list[Any] = [model]
@@ -183,6 +196,7 @@ def _is_model(annotation: Any) -> bool:
 
 def _narrow(candidates: list[Any], value: Any) -> list[Any]:
     """Of a discriminated union keep the member whose Literal `kind` is the one written."""
+    candidates = [_chosen(item, value) for item in candidates]
     models = [item for item in candidates if _is_model(item)]
     if not isinstance(value, dict):
         return candidates
@@ -190,6 +204,16 @@ def _narrow(candidates: list[Any], value: Any) -> list[Any]:
     tagged = [item for item in models if "kind" in item.model_fields]
     matching = [item for item in tagged if kind in get_args(item.model_fields["kind"].annotation)]
     return matching or candidates
+
+
+def _chosen(annotation: Any, value: Any) -> Any:
+    """Of an extension the class that the value names, if there is one."""
+    if not (_is_model(annotation) and issubclass(annotation, Extension)):
+        return annotation
+    try:
+        return annotation.chosen(value)
+    except UserError:
+        return annotation
 
 
 def _below(annotation: Any, part: str | int) -> Iterable[Any]:

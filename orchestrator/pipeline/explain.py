@@ -11,11 +11,10 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.pipeline.reference import Key, described, kind_of, models_in, prose
+from orchestrator.pipeline.reference import Key, described, models_in, prose
 from orchestrator.pipeline.schema import EXTENDS
-from orchestrator.spec import Pipeline
-from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage
+from orchestrator.stages.registry import every_stage, file_of, kind_of, kinds_of
 
 _STAGES = "stages"
 # What stands for a name that the user gives.
@@ -52,8 +51,8 @@ def explain(path: str) -> list[Explanation]:
     """
     parts = [part for part in path.split(".") if part]
     if not parts:
-        return [_section((), Pipeline[AnyStage])]
-    if parts[0] not in _names(Pipeline[AnyStage]):
+        return [_section((), _file())]
+    if parts[0] not in _names(_file()):
         if parts[0] in _kinds():
             parts = [_STAGES, *parts]
         elif found := [where for where in _everywhere() if where[-len(parts) :] == tuple(parts)]:
@@ -124,7 +123,7 @@ def _plain(markdown: str) -> str:
 
 
 def _at(parts: Sequence[str]) -> Explanation:
-    model: type[BaseModel] = Pipeline[AnyStage]
+    model: type[BaseModel] = _file()
     waiting = list(parts)
     done: list[str] = []
     while waiting:
@@ -185,13 +184,18 @@ def _stage(kind: str, path: Sequence[str]) -> type[BaseModel]:
     raise UserError(f"there is no stage kind {kind!r}", hint=hint)
 
 
-def _kinds() -> dict[str, type[BaseModel]]:
-    return {kind_of(stage): stage for stage in get_args(get_args(AnyStage)[0])}
+def _file() -> type[BaseModel]:
+    """A pipeline file with every stage kind that is installed."""
+    return file_of(every_stage())
+
+
+def _kinds() -> dict[str, type[Stage]]:
+    return kinds_of(every_stage())
 
 
 def _keys(model: type[BaseModel]) -> Sequence[Key]:
     """The keys of a section."""
-    return (*described(model), _EXTENDS) if model is Pipeline[AnyStage] else described(model)
+    return (*described(model), _EXTENDS) if model is _file() else described(model)
 
 
 def _names(model: type[BaseModel]) -> list[str]:
@@ -227,4 +231,4 @@ def _everywhere() -> Iterator[tuple[str, ...]]:
                 elif below is not model:
                     yield from walk(below, (*path, _NAME) if _by_name(model, name) else path)
 
-    yield from walk(Pipeline[AnyStage], ())
+    yield from walk(_file(), ())

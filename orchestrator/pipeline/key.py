@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from orchestrator.extension import versions
 from orchestrator.pipeline.yamlfile import show
 from orchestrator.spec import Strict
 from orchestrator.stages.base import Stage
@@ -29,7 +30,8 @@ class KeyParts(Strict):
     Attributes:
         kind: the stage's kind.
         version: of the results of that kind, see `Stage.version`.
-        config: its fields that are not operational, without `kind` and `needs`.
+        config: its fields that are not operational, without `kind` and `needs`; as `extensions` the versions of what
+            users' packages bring to it, if there are some.
         inputs: keys of the artifacts it reads, by role.
         data: fingerprints of the data sources it reads, by name.
         seed: the pipeline's seed.
@@ -69,6 +71,8 @@ def key_parts(stage: Stage, *, inputs: Mapping[str, str], data: Mapping[str, str
         seed: the pipeline's seed.
     """
     config = {name: value for name, value in stage.identity().items() if name not in ("kind", "needs")}
+    if brought := versions(stage):
+        config["extensions"] = brought
     return KeyParts(
         kind=stage.kind,
         version=stage.version,

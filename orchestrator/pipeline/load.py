@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from orchestrator import installed
 from orchestrator.data.captions import captions_path
 from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.pipeline import yamlfile
@@ -41,12 +42,14 @@ class LoadedPipeline:
     Attributes:
         missing: complaints about data that is not there, where it was read without needing them.
         mistakes: the other complaints about a file that the schema takes, where they were to be gathered.
+        imported: stages whose kind is an import path in the file, with the path.
     """
 
     spec: Pipeline[Stage]
     document: yamlfile.Document
     missing: tuple[UserError, ...] = ()
     mistakes: tuple[UserError, ...] = ()
+    imported: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,6 +68,8 @@ class LoadedPipeline:
     def resolved(self) -> str:
         """The whole pipeline as YAML with every default and override written out, and without secrets."""
         data = self.spec.model_dump(mode="json")
+        for name, path in self.imported:
+            data["stages"][name]["kind"] = path
         return redacted(yaml.safe_dump(redacted_values(data), sort_keys=False, allow_unicode=True))
 
 
@@ -85,7 +90,8 @@ def load(
             cost is asked on machines without its data.
         gather: whether mistakes that the schema does not see are noted in `missing` and `mistakes`, to be told with
             those that :mod:`orchestrator.pipeline.check` finds, instead of raised.
-        stage_type: the union of stage configs; default: every kind the package has.
+        stage_type: the union of stage configs; default: every kind the package has. Kinds of users' packages that the
+            file names come to it.
 
     Raises:
         UserError: anything wrong with the file, all complaints in one.
@@ -104,17 +110,19 @@ def load(
 def _load(
     path: Path, overrides: Sequence[str], needs_data: bool, gather: bool, stage_type: Any
 ) -> LoadedPipeline:
-    stages: Any = _all_stages() if stage_type is None else stage_type
+    from orchestrator.stages.registry import file_of
+
     document = yamlfile.read(path, overrides)
     if secrets := list(_secrets(document, document.data, ())):
         raise joined(secrets)
     _rename_old_keys(document)
-    model = Pipeline[stages]
+    stages, imported = _with_own_kinds(document, _all_stages() if stage_type is None else stage_type)
+    model = file_of(stages)
     try:
         spec = model.model_validate(document.data)
     except ValidationError as error:
         raise joined(complaints(error, document, model)) from None
-    loaded = LoadedPipeline(cast("Pipeline[Stage]", spec), document)
+    loaded = LoadedPipeline(spec, document, imported=imported)
     problems, missing = _check(loaded), _missing_data(loaded)
     if not gather and (problems or (missing and needs_data)):
         raise joined([*missing, *problems])
@@ -174,6 +182,45 @@ def _rename_old_keys(document: yamlfile.Document) -> None:
                 document.rename(section, old, new)
     if found:
         logger.warning("renamed keys, which still work for now: %s", "; ".join(found))
+
+
+def _with_own_kinds(document: yamlfile.Document, stages: Any) -> tuple[Any, tuple[tuple[str, str], ...]]:
+    """The union of stage kinds with those of users' packages that the file names.
+
+    An import path in the file gives way to the kind that its class has.
+
+    Returns:
+        The union, and the stages whose kind was an import path, with the path.
+
+    Raises:
+        UserError: something that the file names cannot be used.
+    """
+    from orchestrator.stages.registry import kind_of, kinds_of, stage_class, with_classes
+
+    sections = document.data.get("stages")
+    imported = []
+    problems = []
+    for name, section in sections.items() if isinstance(sections, dict) else ():
+        kind = section.get("kind") if isinstance(section, dict) else None
+        if not isinstance(kind, str):
+            continue
+        is_path = installed.is_path(kind)
+        # Of a name that nobody has, the schema complains.
+        if not is_path and (kind in kinds_of(stages) or kind not in installed.names("stages")):
+            continue
+        try:
+            found = stage_class(kind, stages)
+        except UserError as error:
+            where = document.where(("stages", name, "kind"))
+            problems.append(UserError(error.what, where=where, hint=error.hint))
+            continue
+        stages = with_classes(stages, [found])
+        if is_path:
+            imported.append((name, kind))
+            section["kind"] = kind_of(found)
+    if problems:
+        raise joined(problems)
+    return stages, tuple(imported)
 
 
 def _all_stages() -> Any:

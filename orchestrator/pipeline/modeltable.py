@@ -9,7 +9,7 @@ from rich.table import Table
 
 from orchestrator.models.configs import Config, ViTConfig
 from orchestrator.models.cost import forward_flops, num_params
-from orchestrator.models.presets import PRESETS
+from orchestrator.models.presets import all_presets
 
 _SIZES = (256, 512)
 
@@ -24,9 +24,9 @@ class ModelRow(TypedDict):
 
 
 def model_rows() -> list[ModelRow]:
-    """All presets, the published family first."""
+    """All presets, the published family first, those of installed packages last."""
     rows = []
-    for name, config in PRESETS.items():
+    for name, config in all_presets().items():
         small, large = (forward_flops(config, size, size) / 1e9 for size in _SIZES)
         rows.append(ModelRow(name=name, params=num_params(config), gflops_256=small, gflops_512=large))
     return rows
@@ -38,8 +38,9 @@ def print_models(console: Console) -> None:
     table.add_column("model")
     for column in ("patch", "width", "blocks", "parameters", "GFLOPs at 256 px", "at 512 px"):
         table.add_column(column, justify="right")
+    known = all_presets()
     for row in model_rows():
-        shape = map(str, _shape(PRESETS[row["name"]]))
+        shape = map(str, _shape(known[row["name"]]))
         figures = (f"{row['params']:,}", f"{row['gflops_256']:,.2f}", f"{row['gflops_512']:,.2f}")
         table.add_row(row["name"], *shape, *figures)
     console.print(table)

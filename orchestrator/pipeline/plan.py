@@ -9,6 +9,7 @@ from functools import cache
 from typing import Literal
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.extension import extensions
 from orchestrator.fsio import sha256_of
 from orchestrator.pipeline import code, fit, graph
 from orchestrator.pipeline.key import KeyParts, diff, key_parts, short
@@ -158,6 +159,8 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
         )
         keys[name] = parts.key
         found = code.code_of(type(stage).__module__)
+        for extension in extensions(stage):
+            found = found | code.code_of(type(extension).__module__)
         resolved.append(ResolvedStage(name, parts, parts.key, roles[name], stage.needs, found, stage.effects))
     return resolved
 

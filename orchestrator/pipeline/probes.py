@@ -11,7 +11,7 @@ from collections.abc import Callable
 from orchestrator.errors import UserError, first_line
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.store.local import Store
-from orchestrator.store.open import open_store
+from orchestrator.store.open import can_be_opened, open_store
 from orchestrator.store.s3 import S3Store
 from orchestrator.store.s3client import Patience
 from orchestrator.tracking import reach
@@ -95,7 +95,7 @@ class Probes:
             "the store",
             where("store"),
             # A folder, and a kind of store that there is not, was looked at when the file was read.
-            lambda: store_trouble(spec.store, writes=runs) if spec.store.startswith("s3://") else None,
+            lambda: store_trouble(spec.store, writes=runs) if can_be_opened(spec.store) else None,
             _STORE_ANSWER_S,
         )
         self.cluster = Probe(

@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 from orchestrator.spec import EVERY_DEVICE, Pipeline, StageSpec, Strict
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage, TrainStage
+from orchestrator.stages.registry import every_stage, file_of, kind_of
 
 _HEAD = """# Every key of a pipeline file
 
@@ -58,7 +59,7 @@ class Key:
 
 
 # Of the file itself, and in no stage's key.
-_NAMED = {(Pipeline[AnyStage], "name")}
+_NAMED = "name"
 
 
 def reference() -> str:
@@ -87,10 +88,15 @@ def sections() -> list[type[BaseModel]]:
 
 
 @cache
-def _reached(*, operational: bool) -> frozenset[type[BaseModel]]:
-    """The models that keys hold; without those that only operational keys do, if so asked."""
+def _reached(*, operational: bool, extended: bool = False) -> frozenset[type[BaseModel]]:
+    """The models that keys hold, at any depth.
+
+    Args:
+        operational: whether what only operational keys hold is among them.
+        extended: whether stage kinds of installed packages are.
+    """
     found: set[type[BaseModel]] = set()
-    waiting: list[type[BaseModel]] = [Pipeline[AnyStage]]
+    waiting: list[type[BaseModel]] = [file_of(every_stage() if extended else AnyStage)]
     while waiting:
         for field in waiting.pop().model_fields.values():
             new = set(models_in(field.annotation)) - found
@@ -109,11 +115,6 @@ def keys() -> dict[str, set[str]]:
 
 def _keys(model: type[BaseModel]) -> set[str]:
     return {field.alias or name for name, field in model.model_fields.items()}
-
-
-def kind_of(stage: type[BaseModel]) -> str:
-    """The name of a stage's kind."""
-    return str(get_args(stage.model_fields["kind"].annotation)[0])
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -143,13 +144,16 @@ def _table(model: type[BaseModel], fields: dict[str, FieldInfo]) -> str:
 @cache
 def described(model: type[BaseModel]) -> Sequence[Key]:
     """The keys of a section, in the schema's order."""
-    decides = {Pipeline[AnyStage], *_SHARED, *_reached(operational=False)}
+    decides = {Pipeline[AnyStage], *_SHARED, *_reached(operational=False, extended=True)}
+    decides.add(file_of(every_stage()))
     return [
         Key(
             field.alias or name,
             _type(field.annotation, field.metadata),
             _default(model, name, field),
-            model in decides and not _operational(field) and (model, name) not in _NAMED,
+            model in decides
+            and not _operational(field)
+            and not (issubclass(model, Pipeline) and name == _NAMED),
             _meaning(model, name),
         )
         for name, field in model.model_fields.items()

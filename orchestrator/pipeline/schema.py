@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from orchestrator.spec import Pipeline
-from orchestrator.stages import AnyStage
+from orchestrator.stages.registry import every_stage, file_of
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 EXTENDS = "The path of a pipeline file, relative to this one's folder, over which this one is laid."
 
 
 def schema() -> dict[str, Any]:
-    """The schema. A file that extends another need not have what the other one has."""
-    found = Pipeline[AnyStage].model_json_schema(by_alias=True)
+    """The schema, with what installed packages bring. A file that extends another need not have what that one has."""
+    found = file_of(every_stage()).model_json_schema(by_alias=True)
     required = found.pop("required")
     stages = found["properties"]["stages"]["additionalProperties"]
     # A stage that is laid over another's need not repeat its kind.

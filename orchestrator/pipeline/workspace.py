@@ -37,8 +37,9 @@ _DELETING, _DELETER = "gc", "`orchestrator gc`"
 class Workspace:
     """Where one pipeline file keeps things.
 
-    With a store in S3 the artifacts, the ledger, checkpoints of unfinished work, logs and a copy of the spool
-    are there; what is in the making is below `root`, in this machine's cache of that store.
+    With a store in S3, or elsewhere by a user's package, the artifacts, the ledger, checkpoints of unfinished work,
+    logs and a copy of the spool are there; what is in the making is below `root`, in this machine's cache of that
+    store.
 
     Args:
         uri: the `store` of the pipeline file; a folder relative to the current directory, or `s3://…`.
@@ -56,13 +57,13 @@ class Workspace:
         return Path(self._uri.removeprefix("file://")).expanduser().absolute()
 
     @cached_property
-    def _remote(self) -> S3Store | None:
+    def _remote(self) -> Store | None:
         if not is_remote(self._uri):
             return None
         store = open_store(self._uri)
-        assert isinstance(store, S3Store)
-        # One early request says in seconds what is wrong with the settings; later ones have more patience.
-        store.check()
+        if isinstance(store, S3Store):
+            # One early request says in seconds what is wrong with the settings; later ones have more patience.
+            store.check()
         return store
 
     def exists(self) -> bool:
@@ -107,7 +108,7 @@ class Workspace:
 
     def tidy(self) -> None:
         """Clear away what dead processes left where nobody sees it; for drivers."""
-        if self._remote is not None:
+        if isinstance(self._remote, S3Store):
             self._remote.abort_abandoned()
 
     @cached_property
@@ -288,7 +289,8 @@ class Workspace:
     @property
     def tracked_files(self) -> str | None:
         """Where MLflow is to keep the artifacts of new experiments; None leaves that to it."""
-        return None if self._remote is None else f"{self._remote.uri}/{moved.FOLDER}"
+        # Of stores elsewhere MLflow knows S3 only.
+        return f"{self._remote.uri}/{moved.FOLDER}" if isinstance(self._remote, S3Store) else None
 
     def has_tracked_files(self) -> bool:
         """Whether anything is there."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.errors import UserError
+from orchestrator import installed
+from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.installed import ExtensionError
 from orchestrator.store.artifact import ArtifactStore, folder_name
 from orchestrator.store.local import LocalStore, Store
 from orchestrator.store.s3 import S3Store
 from orchestrator.store.s3client import Patience
+
+_OURS = ("file", "s3")
+# What a store of a user's package has: see :class:`orchestrator.store.local.Store`.
+_METHODS = ("put_bytes", "put_file", "get_bytes", "get_file", "list", "delete", "stat", "local", "scratch")
 
 
 def is_remote(uri: str) -> bool:
@@ -16,8 +22,13 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
+def can_be_opened(uri: str) -> bool:
+    """Whether the store at `uri` is elsewhere, and of a kind that there is."""
+    return is_remote(uri) and uri.partition("://")[0] in ("s3", *installed.names("stores"))
+
+
 def open_store(uri: str, patience: Patience | None = None) -> Store:
-    """The store at `uri`: a folder, `file://` and an absolute path, or `s3://bucket/prefix`.
+    """The store at `uri`: a folder, `file://` and an absolute path, `s3://bucket/prefix`, or an installed package's.
 
     A folder is made if it is missing. S3 is not connected to: its first use is.
 
@@ -26,7 +37,7 @@ def open_store(uri: str, patience: Patience | None = None) -> Store:
         patience: how long to put up with the server of S3.
 
     Raises:
-        UserError: the scheme is not supported, or the folder cannot be written.
+        UserError: no package has the scheme, its store does not fit, or the folder cannot be written.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
@@ -35,11 +46,37 @@ def open_store(uri: str, patience: Patience | None = None) -> Store:
         return LocalStore(rest)
     if scheme == "s3":
         return S3Store(uri, patience)
-    raise UserError(
-        f"a store of kind {scheme}:// is not supported",
-        where="store",
-        hint="set `store` to a folder, for example runs/, or to s3://bucket/prefix",
-    )
+    return _opened(scheme, uri)
+
+
+def _opened(scheme: str, uri: str) -> Store:
+    """The store of a user's package: what its entry point, called with the address, gives."""
+    # Addresses are in records, too: a scheme is never taken for an import path.
+    if scheme not in installed.names("stores"):
+        close = nearest(scheme, (*_OURS, *installed.names("stores")))
+        raise UserError(
+            f"a store of kind {shortened(scheme, 80)}:// is not supported",
+            where="store",
+            hint=f"did you mean {close}://?"
+            if close
+            else "set `store` to a folder, for example runs/, or to s3://bucket/prefix",
+        )
+    store: Store = installed.find("stores", scheme)(uri)
+    lacking = [name for name in _METHODS if not callable(getattr(store, name, None))]
+    lacking += [name for name in ("uri", "remote", "root") if not hasattr(store, name)]
+    if lacking:
+        raise ExtensionError(
+            f"the store of {scheme}:// lacks {', '.join(lacking)}",
+            where="store",
+            hint="see orchestrator.Store",
+        )
+    if not store.remote:
+        raise ExtensionError(
+            f"the store of {scheme}:// says that it is not remote",
+            where="store",
+            hint="set remote = True: only a folder is read in place",
+        )
+    return store
 
 
 def fetch(uri: str, kind: str, key: str) -> Path:

@@ -140,6 +140,16 @@ def embed_crops(tower: Tower, crops_NHWC: Pixels, batch: int, check: Check) -> F
 
 
 @torch.inference_mode()
+def patch_crops(tower: Tower, crops_NHWC: Pixels, batch: int, check: Check) -> Floats:
+    """Patch features of square crops, fp32 (N, P, D), in the order of rows."""
+    found = []
+    for start in range(0, len(crops_NHWC), batch):
+        check()
+        found.append(_features(tower, crops_NHWC[start : start + batch]).patches.float().cpu())
+    return torch.cat(found).numpy()
+
+
+@torch.inference_mode()
 def feature_maps(tower: Tower, crops_NHWC: Pixels) -> list[Floats]:
     """Patch features of square crops of any side the patch divides: (h, w, D) each."""
     side = crops_NHWC.shape[1] // tower.model.patch_size

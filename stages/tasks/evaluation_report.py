@@ -44,6 +44,8 @@ def write(results: Results, out: Path) -> None:
             for one in (*results.pool, *results.drawn.values())
         },
     }
+    if results.measured:
+        record["metrics"] = {title: dict(by_model) for title, by_model in results.measured.items()}
     (out / "table.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     sections = _sections(results, out)
     (out / "table.md").write_text(_markdown(results.title, sections))
@@ -54,7 +56,7 @@ def write(results: Results, out: Path) -> None:
 
 
 def _sections(results: Results, out: Path) -> list[Section]:
-    sections = [_knn(results, out), _dense(results, out)]
+    sections = [_knn(results, out), *map(_measured, results.measured.items()), _dense(results, out)]
     if results.pca:
         pictures = [Picture(path, name) for name, path in results.pca.items()]
         sections.append(Section("PCA of patch features", [Text(_PCA_NOTE), *pictures]))
@@ -106,6 +108,18 @@ def _knn(results: Results, out: Path) -> Section:
     header = ("features", "family", "model", "weights", "photos at", "dim", "accuracy", "s.e.")
     table = Table(header, rows, num_names=3, strong=strong)
     return Section(title, [Text(note), table, Picture(out / "knn.png", "The same as bars")])
+
+
+def _measured(metric: tuple[str, Mapping[str, Mapping[str, float]]]) -> Section:
+    """The figures of one metric of a user's package, a row a model."""
+    title, by_model = metric
+    figures = list(dict.fromkeys(figure for found in by_model.values() for figure in found))
+    rows = [
+        (model, *(f"{found[figure]:.4g}" if figure in found else "" for figure in figures))
+        for model, found in by_model.items()
+    ]
+    note = "A metric of a package of yours, on the features of each model."
+    return Section(title, [Text(note), Table(("features", *figures), rows)])
 
 
 def _dense(results: Results, out: Path) -> Section:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 History = Sequence[Mapping[str, Any]]
+# By the metric's title, by the row of the model, by figure.
+Measured = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 HEALTH = {"cls_patch_cosine": "CLS-patch cosine", "patch_locality": "patch locality"}
 # A single step's figures depend on its few photos.
 NUM_ENDS = 5
+# Rows of models have names that begin or end so.
+_STUDENT, _TEACHER = "student ", " (teacher)"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Results:
         text_maps: PNG of where in photos texts are, or None.
         pool: the raw photos and the chosen ones by cluster.
         drawn: what stages drew, by kind and in the order they ran.
+        measured: figures of users' metrics.
     """
 
     title: str
@@ -105,6 +110,7 @@ class Results:
     text_maps: Path | None = None
     pool: Sequence[Draws] = ()
     drawn: Mapping[str, Draws] = field(default_factory=dict)
+    measured: Measured = field(default_factory=dict)
 
     @property
     def num_photos(self) -> int:
@@ -139,7 +145,7 @@ class Results:
         for name in ("image_to_text_recall_at_5", "text_to_image_recall_at_5"):
             figures |= {name: self.retrieval[name]} if self.retrieval else {}
         figures |= {"zero_shot": self.zero_shot.accuracy} if self.zero_shot else {}
-        return {"photos": float(self.num_photos), **figures}
+        return {"photos": float(self.num_photos), **figures, **self._measured_summary()}
 
     def metrics(self) -> dict[str, float]:
         """Every figure by a name that tracking accepts."""
@@ -149,7 +155,26 @@ class Results:
         figures |= {f"clusters/{one.name}": one.effective for one in (*self.pool, *self.drawn.values())}
         for kind, health in self.health().items():
             figures |= {f"{name}/{kind}": ends["last"] for name, ends in health.items()}
+        for metric, by_model in self.measured.items():
+            for model, found in by_model.items():
+                figures |= {f"{metric}/{figure}/{model}": value for figure, value in found.items()}
         return {"num_photos": float(self.num_photos), **figures}
+
+    def _measured_summary(self) -> dict[str, float]:
+        """Of users' metrics the figures of the teacher and the students."""
+        shown = {}
+        for model in next(iter(self.measured.values()), {}):
+            if model.startswith(_STUDENT):
+                shown[model] = model.removeprefix(_STUDENT)
+            elif model.endswith(_TEACHER):
+                shown[model] = "teacher"
+        return {
+            f"{metric}_{figure}_{shown[model]}": value
+            for metric, by_model in self.measured.items()
+            for model, found in by_model.items()
+            if model in shown
+            for figure, value in found.items()
+        }
 
     def health(self) -> dict[str, dict[str, dict[str, float]]]:
         """Kind → figure → first and last value (means over a few steps), of the stages that have records."""

@@ -169,8 +169,7 @@ def open_teacher(name: str, source: TeacherSource, size: int) -> ForeignNet:
             return open_timm(source.timm, size)
         if source.transformers is not None:
             return open_transformers(source.transformers, size)
-        assert source.module is not None
-        return open_module(source.module, source.weights, size)
+        return open_module(source.path, source.weights, size)
     except ModuleNotFoundError as error:
         raise UserError(str(error), where=where, hint=f"pip install {error.name}") from error
     except (ValueError, FileNotFoundError) as error:

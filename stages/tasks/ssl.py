@@ -17,6 +17,7 @@ from orchestrator.models import build, normalise
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
 from orchestrator.objectives.gram import gram_loss
 from orchestrator.stages.lineage import Health
+from orchestrator.stages.objective import StudentOutput
 from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
 from orchestrator.stages.tasks.anchor import Verdict, Watch
 from orchestrator.stages.tasks.nets import (
@@ -153,6 +154,8 @@ class SelfSupervisedTask:
         more = {"koleo": config.koleo_weight * spread}
         if target.gram_NPD is not None:
             more["gram"] = self._gram(out["patches"], target.gram_NPD)
+        if config.objectives:
+            more |= self._own(out, block)
         total = torch.stack([*terms.parts, *more.values()]).sum()
         return Losses(total, {**terms.figures, **more, **target.figures})
 
@@ -204,6 +207,23 @@ class SelfSupervisedTask:
         assert self.gram_weight is not None
         loss = gram_loss(student_NPD, teacher_NPD, form=gram.form, clip_negatives=gram.clip_negatives)
         return self.gram_weight * loss
+
+    def _own(self, out: Mapping[str, Any], block: BlockTensors) -> dict[str, Tensor]:
+        """The weighted terms of users' objectives, by name."""
+        views = (len(block.tensors["globals"]), -1)
+        output = StudentOutput(
+            cls_GBD=out["cls"].unflatten(0, views),
+            patches_GBPD=out["patches"].unflatten(0, views),
+            masks_GBP=block.tensors["masks"],
+            step=block.step,
+        )
+        terms = {}
+        for objective in self.config.objectives:
+            term = objective.loss(output)
+            if not isinstance(term, Tensor) or term.ndim:
+                raise TypeError(f"{objective.use}.loss gave no scalar tensor: give the mean over the images")
+            terms[objective.title] = objective.weight * term.float()
+        return terms
 
     def _gram_features(self, block: BlockTensors) -> Tensor | None:
         if self.gram_weight is None:

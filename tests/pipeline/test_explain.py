@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.errors import UserError
 from orchestrator.pipeline.explain import explain, text
-from orchestrator.pipeline.reference import described, kind_of, sections
+from orchestrator.pipeline.reference import described, sections
 from orchestrator.pipeline.schema import schema, schema_text
 from orchestrator.stages import AnyStage
+from orchestrator.stages.registry import kind_of
 
 ROOT = Path(__file__).parents[2]
 PIPELINES = [ROOT / "conf/full_pipeline.yaml", *sorted((ROOT / "conf/paper").glob("*.yaml"))]

@@ -1,0 +1,348 @@
+"""The functions that `import orchestrator` gives; see docs/python.md. Nothing heavy is imported before one is called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from orchestrator.models import Backbone
+    from orchestrator.pipeline.load import LoadedPipeline
+    from orchestrator.pipeline.plan import Choice, StagePlan
+    from orchestrator.pipeline.workspace import Workspace
+    from orchestrator.stages.tasks.aligned import Aligned
+    from orchestrator.store.artifact import Artifact
+
+    # A path, a PIL image, or uint8 RGB (H, W, 3).
+    Photo = str | Path | Image.Image | NDArray[np.uint8]
+
+_STOPPED = 130
+
+
+class RunError(RuntimeError):
+    """A run that did not finish: a stage failed. What is done is kept, and the same call goes on.
+
+    Attributes:
+        exit_code: that of the command line: 1 a stage failed, 2 a mistake in the file.
+    """
+
+    def __init__(self, what: str, exit_code: int) -> None:
+        super().__init__(what)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What would happen to one stage.
+
+    Attributes:
+        name: in the pipeline file.
+        kind: what it does.
+        action: whether it would run, is done already, or was left out by the arguments.
+        reasons: why, a line each.
+        key: its content key: same key, same artifact.
+    """
+
+    name: str
+    kind: str
+    action: Literal["run", "cached", "left out"]
+    reasons: tuple[str, ...]
+    key: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one stage made.
+
+    Attributes:
+        name: in the pipeline file.
+        kind: what it does.
+        key: its content key.
+        summary: the figures of its summary line.
+    """
+
+    name: str
+    kind: str
+    key: str
+    summary: Mapping[str, float]
+    _artifact: Artifact = field(repr=False)
+    _workspace: Workspace = field(repr=False)
+
+    def folder(self) -> Path:
+        """The artifact's folder on this machine, to be read only; fetched first if the store is elsewhere.
+
+        Raises:
+            UserError: its files are not as they were written.
+        """
+        return self._workspace.artifacts().fetch(self._artifact)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model to embed with.
+
+    Attributes:
+        module: a torch module in eval mode, or a vision and a text tower in one space.
+        image_size: pixels a side that it was trained for; None where that is not known.
+    """
+
+    module: Backbone | Aligned
+    image_size: int | None = None
+
+
+def run(
+    file: str | os.PathLike[str],
+    *overrides: str,
+    only: Sequence[str] = (),
+    first: str | None = None,
+    last: str | None = None,
+    force: Sequence[str] = (),
+    quiet: bool = False,
+) -> dict[str, Result]:
+    """Run what has to run of a pipeline and skip what is done, as `orchestrator run` does.
+
+    Args:
+        file: the pipeline file. Relative paths in it are relative to the current directory.
+        overrides: `key.path=value`, as on the command line.
+        only: these stages alone.
+        first: this stage and all that depend on it.
+        last: this stage and all that it depends on.
+        force: stages to make anew though they are there.
+        quiet: whether nothing is printed.
+
+    Returns:
+        What each stage made, by name, in running order; without stages that were left out and were never made.
+
+    Raises:
+        UserError: a mistake in the file, or something that it needs is not there.
+        RunError: a stage failed.
+        Stopped: Ctrl-C; what is done is kept.
+    """
+    from rich.console import Console
+
+    from orchestrator.pipeline.check import check
+    from orchestrator.pipeline.execute import execute
+    from orchestrator.pipeline.reporter import Reporter, print_findings
+    from orchestrator.pipeline.workspace import Workspace
+
+    console = Console(quiet=quiet)
+    choice = _choice(only, first, last, force)
+    loaded = _loaded(file, overrides, needs_data=False)
+    found = check(loaded, runs=True, choice=choice)
+    print_findings(console, found, incomplete_only=True)
+    found.raise_if_any()
+    code = execute(loaded, found.stages, Reporter(console, "the same call"), choice=choice)
+    if code == _STOPPED:
+        raise Stopped(f"{file} was stopped; the same call goes on")
+    if code:
+        raise RunError(f"{file} did not finish: read `orchestrator status {file}`", code)
+    workspace = Workspace(loaded.spec.store)
+    results = {}
+    for stage in found.stages:
+        artifact = workspace.find(stage.parts.kind, stage.key)
+        if artifact is not None:
+            summary = artifact.manifest.summary
+            results[stage.name] = Result(
+                stage.name, stage.parts.kind, stage.key, summary, artifact, workspace
+            )
+    return results
+
+
+def plan(
+    file: str | os.PathLike[str],
+    *overrides: str,
+    only: Sequence[str] = (),
+    first: str | None = None,
+    last: str | None = None,
+    force: Sequence[str] = (),
+) -> dict[str, Planned]:
+    """What :func:`run` with the same arguments would do, by stage in running order. Changes nothing.
+
+    Raises:
+        UserError: a mistake in the file, or data that is not there, on which keys depend.
+    """
+    from orchestrator.pipeline.check import check
+    from orchestrator.pipeline.load import joined
+
+    choice = _choice(only, first, last, force)
+    loaded = _loaded(file, overrides, needs_data=True)
+    found = check(loaded, runs=False, choice=choice)
+    found.raise_if_any()
+    if loaded.missing:
+        raise joined(loaded.missing)
+    return {
+        item.name: Planned(item.name, item.kind, item.action, item.reasons, item.stage.key)
+        for item in _plans(loaded, found.stages, choice)
+    }
+
+
+def load(folder: str | os.PathLike[str]) -> Model:
+    """A trained model from a folder, on the CPU, in eval mode.
+
+    Args:
+        folder: what `orchestrator pull` fetched, `model/` or `aligned/` of a stage's artifact, or the artifact itself.
+            Weights in other layouts that are known (docs/models.md) load as well.
+
+    Raises:
+        UserError: nothing there, or no model that is known.
+    """
+    import json
+
+    path = Path(folder)
+    for inside in ("model", "aligned"):
+        if (path / inside / "config.json").is_file():
+            path = path / inside
+            break
+    config = path / "config.json"
+    try:
+        record: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if "output_dim" in record:
+            from orchestrator.stages.tasks.aligned import load_aligned
+
+            aligned = load_aligned(path)
+            return Model(aligned, aligned.image_size)
+        from orchestrator.models.convert import load_any
+
+        size = record.get("extra", {}).get("image_size")
+        return Model(load_any(path), None if size is None else int(size))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no model can be loaded: {error}",
+            where=str(path),
+            hint="give a folder of `orchestrator pull`, or model/ of a stage's artifact",
+        ) from error
+
+
+def embed(
+    model: Model | Backbone | str | os.PathLike[str],
+    images: Photo | Sequence[Photo] | None = None,
+    *,
+    texts: Sequence[str] | None = None,
+    size: int | None = None,
+    batch: int = 32,
+) -> NDArray[np.float32]:
+    """Vectors of length 1 of images, or of texts where the model has a text tower.
+
+    Args:
+        model: of :func:`load`, its folder, or a torch module of `orchestrator.models`.
+        images: one image or several: a path, a PIL image, or uint8 RGB (H, W, 3).
+        texts: instead of images.
+        size: pixels a side at which images are seen. Default: what the model was trained for.
+        batch: the number of images in one forward pass.
+
+    Returns:
+        float32 (N, D), a row each; (D,) of a single image.
+
+    Raises:
+        UserError: no such model or file, a file that is no image, a size that the model cannot take, or texts for a
+            model that takes none.
+    """
+    loaded = _model(model)
+    embed_texts = getattr(loaded.module, "embed_texts", None)
+    if (images is None) == (texts is None):
+        raise UserError("embed takes images or texts, and one of them")
+    if texts is not None:
+        if embed_texts is None:
+            raise UserError("this model has no text tower", hint="load what a stage of kind align_text made")
+        vectors: NDArray[np.float32] = embed_texts(list(texts))
+        return vectors
+    assert images is not None
+    is_one = not isinstance(images, (list, tuple))
+    photos: list[Photo] = [images] if is_one else list(images)  # type: ignore[list-item, arg-type]
+    found = _embedded(loaded, photos, size, batch)
+    return found[0] if is_one else found
+
+
+def _embedded(model: Model, photos: Sequence[Photo], size: int | None, batch: int) -> NDArray[np.float32]:
+    import numpy as np
+    import torch
+    from torch.nn.functional import normalize
+
+    from orchestrator.models import preprocess
+    from orchestrator.stages.tasks.aligned import Aligned
+
+    module = model.module
+    if isinstance(module, Aligned):
+        if size not in (None, module.image_size):
+            raise UserError(f"this model sees images at {module.image_size} pixels", hint="leave `size` out")
+        return module.embed_images([np.asarray(_opened(photo).convert("RGB")) for photo in photos])
+    size = size or model.image_size
+    patch = module.patch_size
+    if size is None or size % patch:
+        what = f"the model's patches of {patch} pixels do not fill {size} pixels a side"
+        raise UserError(
+            what if size else "it is not known at which size the model sees images",
+            hint=f"give size={max(1, round((size or 224) / patch)) * patch}",
+        )
+    device = next(module.parameters()).device
+    rows = []
+    with torch.inference_mode():
+        for start in range(0, len(photos), batch):
+            taken = [preprocess(_opened(photo), size) for photo in photos[start : start + batch]]
+            rows.append(normalize(module(torch.cat(taken).to(device)).cls.float(), dim=-1).cpu())
+    vectors: NDArray[np.float32] = torch.cat(rows).numpy() if rows else np.empty((0, 0), np.float32)
+    return vectors
+
+
+def _opened(photo: Photo) -> Image.Image:
+    from PIL import Image
+
+    if isinstance(photo, Image.Image):
+        return photo
+    try:
+        if isinstance(photo, (str, os.PathLike)):
+            with Image.open(photo) as image:
+                image.load()
+                return image
+        return Image.fromarray(photo)
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        where = str(photo) if isinstance(photo, (str, os.PathLike)) else None
+        raise UserError(f"this is no image: {error}", where=where) from error
+
+
+def _model(model: Model | Backbone | str | os.PathLike[str]) -> Model:
+    if isinstance(model, Model):
+        return model
+    return load(model) if isinstance(model, (str, os.PathLike)) else Model(model)
+
+
+def _loaded(file: str | os.PathLike[str], overrides: Sequence[str], *, needs_data: bool) -> LoadedPipeline:
+    from orchestrator.pipeline.load import load as read
+
+    return read(Path(file), overrides, needs_data=needs_data, gather=True)
+
+
+def _choice(only: Sequence[str], first: str | None, last: str | None, force: Sequence[str]) -> Choice:
+    from orchestrator.pipeline.plan import Choice
+
+    names = [
+        (only,) if isinstance(only, str) else tuple(only),
+        (force,) if isinstance(force, str) else tuple(force),
+    ]
+    return Choice(names[0], first, last, names[1])
+
+
+def _plans(loaded: LoadedPipeline, stages: Sequence[Any], choice: Choice) -> list[StagePlan]:
+    from orchestrator.pipeline.plan import plan as make_plan
+    from orchestrator.pipeline.workspace import Workspace
+
+    workspace = Workspace(loaded.spec.store)
+    driver = workspace.driver(loaded.name)
+    return make_plan(
+        list(stages),
+        workspace.state(loaded.name),
+        workspace.find,
+        driven=driver is not None and driver.alive,
+        reached=workspace.reached,
+        begun_from=workspace.begun_from,
+        choice=choice,
+    )

@@ -1,0 +1,137 @@
+"""What users' packages bring: things found by the name of an entry point, or by an import path.
+
+A package says in its `pyproject.toml` what it has, for example
+
+    [project.entry-points."orchestrator.metrics"]
+    effective_rank = "my_package.rank:EffectiveRank"
+
+Nothing of it is imported before a pipeline file names it, so a package that is broken stops only those who use it.
+Whoever reads a name out of a store or a model folder must not take it for an import path: see docs/security.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from orchestrator.errors import UserError, nearest, shortened
+
+Group = Literal["augmentations", "metrics", "models", "objectives", "stages", "stores", "teachers"]
+
+PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+"""An import path: `package.module:Name`."""
+
+# In a message: what one thing of a group is called.
+_WORDS = {
+    "augmentations": "augmentation",
+    "metrics": "metric",
+    "models": "model",
+    "objectives": "objective",
+    "stages": "stage kind",
+    "stores": "kind of store",
+    "teachers": "teacher",
+}
+_MANY = 20
+
+
+class ExtensionError(UserError, ValueError):
+    """Something of a user's package that is not there, cannot be imported, or does not fit."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One entry point.
+
+    Attributes:
+        path: the import path of the thing.
+        package: the distribution that brings it.
+    """
+
+    path: str
+    package: str
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` is an import path, and not the name of an entry point."""
+    return re.fullmatch(PATH, name) is not None
+
+
+def names(group: Group) -> list[str]:
+    """The names that installed packages bring, sorted; nothing is imported."""
+    return sorted(_offers(group))
+
+
+def path_of(group: Group, name: str, ours: Iterable[str] = ()) -> str:
+    """The import path of what `name` stands for; an import path stands for itself.
+
+    Args:
+        group: what is looked for.
+        name: from a pipeline file.
+        ours: names that need no package, for the message.
+
+    Raises:
+        ExtensionError: no installed package has the name, or two have.
+    """
+    if is_path(name):
+        return name
+    offers = _offers(group).get(name, ())
+    if not offers:
+        raise _unknown(group, name, [*ours, *names(group)])
+    if len({offer.path for offer in offers}) > 1:
+        listed = " and ".join(f"{offer.path} of {offer.package}" for offer in offers)
+        raise ExtensionError(
+            f"two packages have the {_WORDS[group]} {name!r}: {listed}",
+            hint="write the import path, package.module:Name, or remove one of the packages",
+        )
+    return offers[0].path
+
+
+def find(group: Group, name: str, ours: Iterable[str] = ()) -> Any:
+    """The thing itself, imported. Arguments as for :func:`path_of`.
+
+    Raises:
+        ExtensionError: as :func:`path_of`, or its module cannot be imported, or has no such name.
+    """
+    path = path_of(group, name, ours)
+    module, _, attribute = path.partition(":")
+    shown = f"the {_WORDS[group]} {shortened(name, 80)!r}" + (f" ({path})" if path != name else "")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a user's module may raise anything when it is imported
+        raise ExtensionError(
+            f"{shown} cannot be imported: {type(error).__name__}: {error}",
+            hint="install its package, or put its folder on PYTHONPATH, here and on all machines",
+        ) from error
+    if not hasattr(found, attribute):
+        close = nearest(attribute, [each for each in vars(found) if not each.startswith("_")])
+        hint = f"did you mean {module}:{close}?" if close else f"look into {found.__file__}"
+        raise ExtensionError(f"{shown} is not there: {module} has no {attribute!r}", hint=hint)
+    return getattr(found, attribute)
+
+
+def _unknown(group: Group, name: str, known: list[str]) -> ExtensionError:
+    close = nearest(name, known)
+    if close:
+        hint = f"did you mean {close!r}?"
+    elif known:
+        hint = f"there are: {', '.join(known[:_MANY])}; or write an import path, package.module:Name"
+    else:
+        hint = (
+            "write an import path, package.module:Name, or install a package that has it (docs/extending.md)"
+        )
+    return ExtensionError(f"there is no {_WORDS[group]} {shortened(name, 80)!r}", hint=hint)
+
+
+@cache
+def _offers(group: Group) -> dict[str, tuple[Offer, ...]]:
+    found: dict[str, tuple[Offer, ...]] = {}
+    for entry in entry_points(group=f"orchestrator.{group}"):
+        package = entry.dist.name if entry.dist is not None else "an unknown package"
+        # An editable install may be listed twice.
+        found[entry.name] = (*found.get(entry.name, ()), Offer(entry.value.replace(" ", ""), package))
+    return found
