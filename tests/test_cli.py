@@ -183,7 +183,7 @@ def test_options_choose_stages_and_make_them_anew(folder: Path) -> None:
     [
         (["--force", "pretrian"], "did you mean 'pretrain'?"),
         (["--only", "pretrain"], "run it first: --until curate"),
-        (["--rerun-on", "code", "--accept-code"], "are opposites"),
+        (["--rerun-on", "code", "--accept-code"], "exclude each other"),
         (["--rerun-on", "data"], "code"),
     ],
 )
@@ -238,7 +238,7 @@ def test_what_a_disk_or_a_store_refuses_is_one_message(
         assert raised.value.code == 2
         assert (
             capsys.readouterr().err
-            == f"error: {said}\n  hint once that is mended, the same command goes on\n"
+            == f"error: {said}\n  hint fix that, then run the same command again: it continues\n"
         )
 
 

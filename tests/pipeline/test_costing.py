@@ -188,7 +188,7 @@ def test_every_paper_file_opens_with_command_hardware_hours_metric_and_deviation
 
 def test_costs_without_hardware_are_refused(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["plan", str(CONF / "full_pipeline.yaml"), "--json"])
-    assert "does not say what machines" in str(said.exception)
+    assert "has no `hardware` section" in str(said.exception)
 
 
 def test_crops_that_a_backbone_from_another_stage_cannot_take_are_refused() -> None:
