@@ -260,24 +260,26 @@ class TrainStage(Stage):
     preload: ClassVar[tuple[str, ...]] = ()
 
     elastic: Elastic | None = operational(
-        None, description="Overrides the pipeline's `elastic` section for this stage, key by key."
+        None,
+        description="Settings that override the pipeline's `elastic` section for this stage, key by key. Default: "
+        "the pipeline's.",
     )
     activation_checkpointing: bool = operational(
         False,
-        description="Whether blocks are computed again in the backward pass, which takes time, instead of keeping "
-        "what is in them, which takes memory.",
+        description="Whether activations are recomputed in the backward pass instead of stored. This saves memory and "
+        "takes more time.",
     )
     max_unreadable: float = operational(
         0.01,
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="The share of the photos that may become unreadable while the stage runs, by all its workers and "
-        "attempts together. Another photo stands for each of them, and `replaced_photos` counts the samples; above the "
-        "share the stage ends with their names. One photo may always be.",
+        description="The maximum share of photos, from 0 to 1, that may turn out unreadable during the stage, counted "
+        "over all workers and attempts. Each is replaced by another photo, and `replaced_photos` counts the samples. "
+        "Above the maximum the stage fails and names the photos. One unreadable photo is always allowed.",
     )
     compile: bool = operational(
-        False, description="Whether the towers' blocks are compiled with torch.compile."
+        False, description="Whether the blocks of the models are compiled with torch.compile."
     )
 
     def num_exports(self) -> int:

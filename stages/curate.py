@@ -47,32 +47,35 @@ class Curate(Stage):
     kind: Literal["curate"]
     data: Names = Field(
         min_length=1,
-        description="The names of the data sources; of equal images, the first source's is kept.",
+        description="The names of the datasets to curate. If two of them contain the same image, the first one's copy "
+        "is kept.",
     )
-    clusters: int = Field(16, ge=1, description="The number of k-means clusters.")
+    clusters: int = Field(16, ge=1, description="The number of k-means clusters that sampling balances.")
     sample: int | float = Field(
         0.5,
-        description="The size of the balanced component: a number of images, or a share of the unique ones (0 to "
-        "1].",
+        description="The number of images to select, balanced over the clusters: a count, or a share of the unique "
+        "images above 0 and up to 1.0.",
     )
     embedding: Literal["thumbnail"] = Field(
         "thumbnail",
-        description="What images are compared by; there is one choice, colours and edges of a thumbnail.",
+        description="The features that images are clustered by. The only choice, thumbnail, describes colours and "
+        "edges.",
     )
     near_duplicate: float = Field(
         3.0,
         ge=0,
         le=255,
-        description="The root mean square difference, in grey levels of 32×32 thumbnails, up to which two images "
-        "are one.",
+        description="The maximum root mean square difference of two near-duplicates, in grey levels (0 to 255) of "
+        "their 32×32 thumbnails.",
     )
 
     holdout: float = in_key_if_set(
         0.0,
         ge=0,
         lt=1,
-        description="The share of the unique images that no stage trains on: the component `held_out`, whose loss "
-        "`validate_every` of a stage shows. An image is in it by its bytes, whatever else is there.",
+        description="The share of unique images that are held out from training, from 0 to 1: the component "
+        "`held_out`, on which `validate_every` of a training stage computes its losses. Whether an image is held out "
+        "depends only on its bytes.",
     )
 
     needs_ray: ClassVar[bool] = False

@@ -27,9 +27,9 @@ class MixStage(TrainStage):
 
     mix: Mix | None = Field(
         None,
-        description="The components of the index and the data sources that mixed batches are drawn from: a name, a "
-        "list of names, or a weight for each name, which is its share of these batches, at least one draw in a "
-        "million. Without weights, each photo comes once an epoch. Default: what the curation chose.",
+        description="The datasets and components of the index that mixed batches are sampled from (DINOv3, section 3.1): a "
+        "name, a list of names, or a sampling weight for each name. Weights are relative; each is at least a millionth "
+        "of their sum. Without weights, each photo is used once per epoch. Default: what `curate` selected.",
     )
 
     def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
@@ -56,14 +56,15 @@ class HomogeneousMixStage(MixStage):
 
     homogeneous: str | None = Field(
         None,
-        description="The data source that homogeneous batches are drawn from, with all its photos in the index. "
-        "Default: all batches are mixed.",
+        description="The dataset that homogeneous batches are sampled from, with all its photos in the index "
+        "(DINOv3, section 3.1). Default: all batches are mixed.",
     )
     homogeneous_ratio: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="The share of homogeneous batches among all; it is refused without `homogeneous`.",
+        description="The share of all batches that are homogeneous, from 0 to 1 (DINOv3, section 3.1: 0.1). Requires "
+        "`homogeneous`.",
     )
 
     @field_validator("homogeneous_ratio")

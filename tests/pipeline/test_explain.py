@@ -54,7 +54,7 @@ def test_keys_that_no_model_says_itself_are_explained() -> None:
     )
     assert "\n    extends " in said("")
     assert "pretrain; required; " in said("stages.pretrain.kind")
-    assert "  What the stage does: the name of one of the stage kinds." in said("stages.pretrain.kind")
+    assert "  The kind of the stage, such as pretrain." in said("stages.pretrain.kind")
 
 
 def test_the_start_of_a_path_may_be_left_out() -> None:
