@@ -263,7 +263,7 @@ class AlignText(MixStage):
                 UserError(
                     f"none of the {outlook.photos.photos} photos has a caption to align with",
                     where="needs",
-                    hint="give the data source of the curate stage a `captions` file with a `caption` column",
+                    hint="give the dataset of the curate stage a `captions` file with a `caption` column",
                 )
             )
         elif outlook.photos.captions < self.batch_size:
@@ -443,7 +443,7 @@ def student_mistake(names: Sequence[str], student: str | None) -> UserError | No
     if student in names or not names or (student is None and len(names) == 1):
         return None
     what = (
-        "`student` does not say which one to align" if student is None else f"there is no student {student!r}"
+        "`student` is not set, and there is more than one" if student is None else f"there is no student {student!r}"
     )
     guess = nearest(student or "", names)
     return UserError(what, hint=f"use student: {guess}" if guess else f"use one of {', '.join(names)}")

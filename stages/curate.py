@@ -150,7 +150,7 @@ class Curate(Stage):
                 f"{count} × {reason}" for reason, count in report["left_out_by_reason"].items()
             )
             number = "1 file is" if len(others) == 1 else f"{len(others)} files are"
-            logger.warning("%s: %s not taken for photos: %s", context.name, number, reasons)
+            logger.warning("%s: %s not used as photos: %s", context.name, number, reasons)
         summary = ("images", "unique", "corrupt", "duplicates", "clusters")
         return {name: float(report[name]) for name in summary}
 

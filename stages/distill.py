@@ -320,7 +320,7 @@ class Distill(HomogeneousMixStage):
             return
         fits = int(room // step_bytes) - 1
         raise UserError(
-            f"{held} steps of {step_bytes / 1e9:.3g} GB are held at once, and the object store has "
+            f"{held} steps of {step_bytes / 1e9:.3g} GB each are kept at the same time, and the object store has "
             f"{room / 1e9:.3g} GB",
             where=where,
             hint=f"set window to {fits}" if fits >= 2 else "set views: regenerated, or a smaller batch_size",

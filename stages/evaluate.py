@@ -119,7 +119,7 @@ class Evaluate(Stage):
         size = self.image_size or 0
         return [
             UserError(
-                f"{name} looks at patches of {tower.patch_size} pixels, which do not fill {size} pixels",
+                f"the patch size of {name}, {tower.patch_size} pixels, does not divide {size} pixels",
                 where="image_size",
                 hint=f"use {max(1, size // tower.patch_size) * tower.patch_size}, or leave it out",
             )

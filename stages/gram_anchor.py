@@ -12,7 +12,10 @@ from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, SelfSupervi
 
 
 class GramAnchor(SelfSupervised):
-    """Gram anchoring (arXiv 2508.10104, section 4). It continues from a backbone's final checkpoint, moments included."""
+    """Gram anchoring (arXiv 2508.10104, section 4).
+
+    The stage continues from a backbone's final checkpoint, with the optimizer's moments.
+    """
 
     kind: Literal["gram_anchor"]
     gram: Gram = Field(

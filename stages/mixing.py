@@ -27,8 +27,8 @@ class MixStage(TrainStage):
 
     mix: Mix | None = Field(
         None,
-        description="The datasets and components of the index that mixed batches are sampled from (DINOv3, section 3.1): a "
-        "name, a list of names, or a sampling weight for each name. Weights are relative; each is at least a millionth "
+        description="The datasets and components of the index that mixed batches are sampled from (DINOv3, section 3.1): "
+        "a name, a list of names, or a sampling weight for each name. Weights are relative; each is at least a millionth "
         "of their sum. Without weights, each photo is used once per epoch. Default: what `curate` selected.",
     )
 

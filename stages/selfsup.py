@@ -190,7 +190,7 @@ class SelfSupervised(HomogeneousMixStage):
     validate_every: int = operational(
         0,
         ge=0,
-        description="The interval between evaluations of the losses on held-out photos, in steps; there is one more "
+        description="The interval between evaluations of the losses on held-out photos, in steps, with one more "
         "after the last step. 0 turns them off. The metrics are `val/loss` and so on, computed without drop-path on one "
         "batch that is always the same. `holdout` of `curate` sets the share of held-out photos.",
     )

@@ -116,7 +116,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(folder: Path, run: Run) -> N
     driver.send_signal(signal.SIGTERM)
     said = finish(driver, 130)
     assert "Stopping" in said
-    assert "go on with:" in said
+    assert "Continue with:" in said
     assert set(statuses(folder).values()) == {"FINISHED", "KILLED"}
     before = trained(folder)
     assert before

@@ -78,9 +78,9 @@ def held_out_order(index: PhotoIndex, *, batch_size: int, seed: int) -> SampleOr
     rows = index.rows_of(HELD_OUT)
     if not len(rows):
         raise UserError(
-            "the index has no held-out photos to look at",
+            "the index has no held-out photos to evaluate on",
             where="validate_every",
-            hint="set `holdout` of the stage that made it, such as 0.02, or leave `validate_every` out",
+            hint="set `holdout` of the `curate` stage, for example to 0.02, or leave out `validate_every`",
         )
     return SampleOrder({HELD_OUT: rows}, batch_size=batch_size, seed=seed)
 

@@ -132,7 +132,7 @@ def _conclude(
         to_run = _to_run(loaded, found, choice)
     if trouble := probes.tracking.result():
         publishers = [name for name, stage in loaded.spec.stages.items() if stage.effects]
-        also = f"; {', '.join(publishers)} cannot do without the registry there" if publishers else ""
+        also = f"; {', '.join(publishers)} cannot run without the model registry there" if publishers else ""
         found.warnings.append(UserError(f"{trouble.what}{also}", where=trouble.where, hint=trouble.hint))
     if trouble := probes.cluster.result():
         uses_it = to_run is None or any(loaded.spec.stages[item.name].needs_ray for item in to_run)

@@ -84,7 +84,7 @@ def diff(old: KeyParts, new: KeyParts) -> list[str]:
     """What changed between two keys, a line each: `config.lr: 0.001 → 0.002`."""
     lines = []
     if old.format != new.format:
-        lines.append(f"keys are made in another way since an upgrade: format {old.format} → {new.format}")
+        lines.append(f"an upgrade changed the format of keys: {old.format} → {new.format}")
     if old.kind != new.kind:
         lines.append(f"kind: {old.kind} → {new.kind}")
     if old.version != new.version:

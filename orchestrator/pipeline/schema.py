@@ -9,7 +9,7 @@ from orchestrator.spec import Pipeline
 from orchestrator.stages import AnyStage
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-EXTENDS = "The path of a pipeline file, relative to this one's folder, over which this one is laid."
+EXTENDS = "The path of a pipeline file that this one extends and overrides, relative to this one's folder."
 
 
 def schema() -> dict[str, Any]:

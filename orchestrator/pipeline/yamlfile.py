@@ -239,7 +239,7 @@ def _check_size(text: str, where: str) -> None:
                 sizes[anchor] = total - before + 1
         if total > _MAX_NODES:
             raise UserError(
-                f"more than {_MAX_NODES:,} values, those that aliases repeat counted each time", where=here
+                f"more than {_MAX_NODES:,} values, counting those of an alias each time it is used", where=here
             )
 
 
@@ -407,7 +407,7 @@ def _apply(document: Document, override: str) -> None:
             raise UserError(
                 f"{dotted} holds {show(target[part])}, which has no keys",
                 where=where,
-                hint=f"override it whole: {dotted}=…",
+                hint=f"override the whole value: {dotted}=…",
             )
         target = target[part]
     _check_named(target, parts, where)

@@ -228,7 +228,7 @@ def try_intervals(
                 valid = False
             if not valid:
                 raise UserError(
-                    f"{text!r} is no time between checkpoints",
+                    f"{text!r} is not a time between checkpoints",
                     where=f"command line `--interval {text}`",
                     hint="give seconds, or auto",
                 )

@@ -69,7 +69,7 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
     if int(points_at) != version:
         return f"{name}@{alias} is version {points_at}, should be {version}"
     if is_newest and not tags.items() <= known[0].tags.items():
-        return f"{name} has other tags than its version {version}"
+        return f"the tags of {name} differ from those of its version {version}"
     return None
 
 
@@ -120,7 +120,7 @@ def publish(
         raise UserError(
             f"cannot publish {name}: {wrong.what}{since}",
             where="tracking.uri",
-            hint=f"{wrong.cure}; then run the pipeline again: it goes on here",
+            hint=f"{wrong.cure}; then run the pipeline again: it continues here",
         )
     with _answering(run.tracking_uri):
         client = connect(run.tracking_uri)
@@ -213,7 +213,7 @@ def _answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
     except Exception as error:
         wrong = trouble(uri, error)
         raise UserError(
-            f"the registry cannot be asked: {wrong.what}", where=where, hint=wrong.cure
+            f"the registry cannot be reached: {wrong.what}", where=where, hint=wrong.cure
         ) from error
 
 
@@ -231,7 +231,7 @@ def _require_trained(name: str, contents: Mapping[str, str], digests: Mapping[st
     if wrong:
         raise UserError(
             f"cannot publish {name}: {wrong[0]} is not the file that was trained, its sha256 differs",
-            hint="run the pipeline again: what is damaged is made anew",
+            hint="run the pipeline again: damaged artifacts are made again",
         )
 
 
@@ -353,7 +353,7 @@ def _resolve(client: MlflowClient, reference: str) -> ModelVersion:
         )
     aliases = ", ".join(f"{name}@{alias}" for alias in sorted(model.aliases)) or f"{name}/1"
     if not separator or not which:
-        raise UserError(f"{reference!r} names no version", where=reference, hint=f"there is {aliases}")
+        raise UserError(f"{reference!r} does not name a version", where=reference, hint=f"there is {aliases}")
     try:
         if "@" in reference:
             return client.get_model_version_by_alias(name, which)

@@ -145,7 +145,7 @@ def check_tokenizer(
             raise UserError(f"the tokenizer has no token {token!r}", where=field, hint=hint)
     if needs_end and end is None and not _ends_texts(tokenizer):
         raise UserError(
-            f"{source} does not end a text with a special token, by which the text tower would embed it",
+            f"{source} does not end a text with a special token, from which the text tower takes the embedding",
             where="tokenizer",
             hint=f"name one as `end_token`; its special tokens: {', '.join(special) or 'none'}",
         )

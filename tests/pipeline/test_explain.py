@@ -50,7 +50,7 @@ def test_keys_that_no_model_says_itself_are_explained() -> None:
         "extends\n"
         "  path; no default; when it changes, stages run again\n"
         "\n"
-        "  The path of a pipeline file, relative to this one's folder, over which this one is laid."
+        "  The path of a pipeline file that this one extends and overrides, relative to this one's folder."
     )
     assert "\n    extends " in said("")
     assert "pretrain; required; " in said("stages.pretrain.kind")

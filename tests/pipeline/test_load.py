@@ -66,7 +66,7 @@ BAD = {
     ),
     "no need": (
         HEAD + CURATE + "  b: {kind: pretrain}\n",
-        ["lacks its input 'index'", "toy.yaml:4", "add a to"],
+        ["is missing its input 'index'", "toy.yaml:4", "add a to"],
     ),
     "two for one": (
         HEAD + CURATE + "  c: {kind: curate}\n  b: {kind: pretrain, needs: [a, c]}\n",

@@ -155,9 +155,9 @@ def test_command_line(pipeline: LoadedPipeline) -> None:
         "distill/a",
         "goodput",
         "finishes after",
-        "all on demand",
+        "on demand",
         "time between checkpoints",
-        "guesses",
+        "default estimates",
     ):
         assert word in shown.stdout
     as_json = command(calm, "--pipeline", "pipeline.yaml", "--json", "stages.pretrain.steps=10")

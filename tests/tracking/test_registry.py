@@ -309,9 +309,9 @@ def test_tags_of_the_model_are_those_of_its_newest_version(
 
     registry.publish(run, "food-vit", folder, LINEAGE, "best")
     client.set_registered_model_tag("food-vit", "dataset", "plants")
-    assert found(LINEAGE, "best") == "food-vit has other tags than its version 1"
+    assert found(LINEAGE, "best") == "the tags of food-vit differ from those of its version 1"
     client.delete_registered_model_tag("food-vit", "dataset")
-    assert found(LINEAGE, "best") == "food-vit has other tags than its version 1"
+    assert found(LINEAGE, "best") == "the tags of food-vit differ from those of its version 1"
     assert registry.publish(run, "food-vit", folder, LINEAGE, "best") == 1
     assert found(LINEAGE, "best") is None
 
@@ -335,7 +335,7 @@ def damage(uri: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "hint"), [("garbage", "put back"), ("old", "mlflow db upgrade sqlite:///"), ("half", "put back")]
+    ("how", "hint"), [("garbage", "restore a copy"), ("old", "mlflow db upgrade sqlite:///"), ("half", "restore a copy")]
 )
 def test_a_database_that_cannot_be_used_is_named(uri: str, tmp_path: Path, how: str, hint: str) -> None:
     damage(uri, how)
