@@ -107,7 +107,9 @@ def _mend(
     except sqlite3.Error as error:
         # Of a database that cannot be read MLflow, which opens it next, says what is wrong with it.
         level = logging.WARNING if roots else logging.DEBUG
-        _log.log(level, "the files of runs are searched at their old place, because %s cannot be updated: %s", database, error)
+        _log.log(
+            level, "files of runs are read from their old place: %s cannot be updated: %s", database, error
+        )
         return 0
     if count:
         _log.warning("the store was moved: in %s the files of runs and models are now in %s", database, new)
