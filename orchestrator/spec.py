@@ -346,8 +346,8 @@ class Elastic(Settings):
     keep_every: int | None = operational(
         None,
         ge=1,
-        description="Checkpoints at multiples of this step number are never deleted. Default: old checkpoints are "
-        "all deleted.",
+        description="The interval of checkpoints that are never deleted, in steps: those at multiples of this "
+        "number are kept. Default: none.",
     )
     device: Literal["auto", "cpu", "gpu"] = operational(
         "auto",
@@ -376,8 +376,8 @@ class Elastic(Settings):
     max_failures: int = operational(
         3,
         ge=0,
-        description="The maximum number of errors in the training code after which a job is retried. The same error "
-        "twice at the same step ends the stage at once. Lost machines do not count.",
+        description="The maximum number of errors in the training code that are retried before the stage fails. The "
+        "same error twice at the same step is not retried. Lost machines do not count.",
     )
     max_skipped_updates: int = operational(
         10,
@@ -717,7 +717,7 @@ def check_ratio(name: str, ratio: tuple[float, float]) -> None:
 
 
 class Optimizer(Settings):
-    """AdamW and its schedules. The learning rate is used as given and is not scaled by the batch size."""
+    """AdamW and its schedules, with the defaults of the DINOv3 recipe (arXiv 2508.10104 and its published code)."""
 
     lr: Schedule = Field(
         description="The learning rate by step. It is used as given and is not scaled by the batch size."

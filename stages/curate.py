@@ -38,10 +38,10 @@ _LISTED = 1000
 class Curate(Stage):
     """Files of one or more data sources → the index of photographs that training reads.
 
-    Photographs are not copied: the index names their absolute folder, their path in it and their sha256, so
-    it holds on machines that see the same folder at the same place.
+    Photographs are not copied. The index has their absolute folder, their path in it and their sha256, so it is valid
+    on all machines that have the folder at the same path.
 
-    `embedding: thumbnail` describes colours and edges, not content; clusters are pictures that look alike.
+    `embedding: thumbnail` describes colours and edges, not content, so clusters contain images that look similar.
     """
 
     kind: Literal["curate"]

@@ -40,11 +40,11 @@ class TeacherShape(Strict):
 
 
 class TeacherSource(Settings):
-    """A headless teacher, from one of four places, and what it takes.
+    """A teacher without heads. Exactly one of `from`, `timm`, `transformers` and `module` is given.
 
-    `from`: a `model/` folder of ours, or weights in any layout known here: safetensors, or what torch.save wrote.
-    `timm`, `transformers`: a name there (or a local folder of transformers), where they are installed.
-    `module`: `package.module:callable` that makes any nn.Module, with `weights` for it.
+    `from` is a `model/` folder of this project, or a file of weights in any known layout, as safetensors or as saved by
+    torch.save. `timm` and `transformers` are names of models in these packages, which must be installed. `module` is a
+    callable that returns an nn.Module, into which `weights` are loaded.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
