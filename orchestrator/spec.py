@@ -599,7 +599,7 @@ def _mix(value: Any) -> Any:
     return names
 
 
-# Names of components and data sources, or their weights.
+# Names of components and datasets, or their weights.
 Mix = Annotated[
     tuple[str, ...] | dict[str, float],
     BeforeValidator(_mix, json_schema_input_type=str | tuple[str, ...] | dict[str, float]),

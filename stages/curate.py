@@ -36,7 +36,7 @@ _LISTED = 1000
 
 
 class Curate(Stage):
-    """Files of one or more data sources → the index of photographs that training reads.
+    """Files of one or more datasets → the index of photographs that training reads.
 
     Photographs are not copied. The index has their absolute folder, their path in it and their sha256, so it is valid
     on all machines that have the folder at the same path.
@@ -164,7 +164,7 @@ class Curate(Stage):
             if name not in context.sources:
                 near = nearest(name, context.sources)
                 raise UserError(
-                    f"there is no data source {name!r}",
+                    f"there is no dataset {name!r}",
                     where=f"stages.{context.name}.data",
                     hint=f"did you mean {near!r}?" if near else f"name one of {sorted(context.sources)}",
                 )

@@ -1,4 +1,4 @@
-"""What a training stage is trained on: fields that name components and data sources, and their checks."""
+"""What a training stage is trained on: fields that name components and datasets, and their checks."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ class MixStage(TrainStage):
         for name in self.mix or ():
             if name in components and name in sources:
                 raise UserError(
-                    f"{name!r} is a component of the index and a data source",
+                    f"{name!r} is a component of the index and a dataset",
                     where="mix",
-                    hint="give the data source another name",
+                    hint="give the dataset another name",
                 )
             if name not in known:
                 close = nearest(name, known)
                 raise UserError(
-                    f"mix names {name!r}, which is neither a component of the index nor a data source of it",
+                    f"mix names {name!r}, which is neither a component of the index nor a dataset of it",
                     where="mix",
                     hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(known)}",
                 )
 
 
 class HomogeneousMixStage(MixStage):
-    """A training stage some of whose batches come from one data source each."""
+    """A training stage some of whose batches come from one dataset each."""
 
     homogeneous: str | None = Field(
         None,
@@ -83,7 +83,7 @@ class HomogeneousMixStage(MixStage):
             raise UserError(
                 "homogeneous_ratio is the share of homogeneous batches, and nothing says what they are drawn from",
                 where="homogeneous_ratio",
-                hint="name the data source, `homogeneous: …`, or leave `homogeneous_ratio` out",
+                hint="name the dataset, `homogeneous: …`, or leave `homogeneous_ratio` out",
             )
 
     def sample_order(self, index: PhotoIndex, batch_size: int, seed: int) -> SampleOrder:
@@ -102,14 +102,14 @@ class HomogeneousMixStage(MixStage):
         if name in components:
             others = " or ".join(f"`homogeneous: {source}`" for source in sources)
             raise UserError(
-                f"homogeneous names {name!r}, a component of the index: homogeneous batches come from a data source",
+                f"homogeneous names {name!r}, a component of the index: homogeneous batches come from a dataset",
                 where="homogeneous",
                 hint=f"write `mix: {name}` to train on this component, and {others} for homogeneous batches, or "
                 "leave `homogeneous` out",
             )
         close = nearest(name, sources)
         raise UserError(
-            f"homogeneous names {name!r}, which is no data source of the index",
+            f"homogeneous names {name!r}, which is no dataset of the index",
             where="homogeneous",
             hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(sources)}",
         )

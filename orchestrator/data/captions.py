@@ -1,4 +1,4 @@
-"""The captions file of a data source: a table with a `file` column and, as there are, `caption` and `label`.
+"""The captions file of a dataset: a table with a `file` column and, as there are, `caption` and `label`.
 
 It is read as people write it: with or without a byte order mark, with commas, semicolons or tabs, with spaces and
 capitals in its header, and with names of files that are absolute, begin with `./`, or are in another Unicode form

@@ -150,7 +150,7 @@ def _owner(path: KeyPath) -> str:
     if not parents:
         return "the pipeline"
     if parents[0] in ("stages", "data") and len(parents) >= 2:
-        what = f"{'stage' if parents[0] == 'stages' else 'data source'} {str(parents[1])!r}"
+        what = f"{'stage' if parents[0] == 'stages' else 'dataset'} {str(parents[1])!r}"
         inner = ".".join(str(part) for part in parents[2:])
         return f"{what}, {inner}" if inner else what
     return f"section {'.'.join(str(part) for part in parents)!r}"

@@ -31,7 +31,7 @@ class KeyParts(Strict):
         version: of the results of that kind, see `Stage.version`.
         config: its fields that are not operational, without `kind` and `needs`.
         inputs: keys of the artifacts it reads, by role.
-        data: fingerprints of the data sources it reads, by name.
+        data: fingerprints of the datasets it reads, by name.
         seed: the pipeline's seed.
         format: how keys and artifacts are made; records without it are of the first.
     """
@@ -65,7 +65,7 @@ def key_parts(stage: Stage, *, inputs: Mapping[str, str], data: Mapping[str, str
     Args:
         stage: the stage's config.
         inputs: keys of its input artifacts by role.
-        data: fingerprints of the data sources it reads.
+        data: fingerprints of the datasets it reads.
         seed: the pipeline's seed.
     """
     config = {name: value for name, value in stage.identity().items() if name not in ("kind", "needs")}

@@ -17,7 +17,7 @@ from orchestrator.spec import DataSource
 from orchestrator.stages.base import Stage
 from orchestrator.store.artifact import Artifact
 
-# A data source and its name → the hash of its content.
+# A dataset and its name → the hash of its content.
 Fingerprint = Callable[[DataSource, str], str]
 # A kind and a key → how far the unfinished work on it is, such as `step 40`; nothing if that is not known.
 Reached = Callable[[str, str], str]
@@ -136,10 +136,10 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
 
     Args:
         loaded: the pipeline.
-        fingerprint: the content hash of a data source; default: the package's.
+        fingerprint: the content hash of a dataset; default: the package's.
 
     Raises:
-        UserError: the graph does not work out, or a data source cannot be read.
+        UserError: the graph does not work out, or a dataset cannot be read.
     """
     names = graph.order(loaded)
     roles = graph.roles(loaded)
@@ -369,7 +369,7 @@ def _input(role: str, roles: Mapping[str, str]) -> str:
 
 
 def _fingerprints(loaded: LoadedPipeline, fingerprint: Fingerprint) -> dict[str, str]:
-    """The content hash of every data source that a stage reads."""
+    """The content hash of every dataset that a stage reads."""
     used = {name for stage in loaded.spec.stages.values() for name in stage.data_sources()}
     prints = {}
     for name in sorted(used):

@@ -420,11 +420,11 @@ def _apply(document: Document, override: str) -> None:
 
 
 def _check_named(parent: Mapping[str, Any], parts: Sequence[str], where: str) -> None:
-    """Refuse an override that would invent a stage or a data source."""
+    """Refuse an override that would invent a stage or a dataset."""
     if len(parts) != 2 or parts[0] not in _NAMED or parts[1] in parent:
         return
     close = nearest(parts[1], parent)
-    what = {"stages": "stage", "data": "data source"}[parts[0]]
+    what = {"stages": "stage", "data": "dataset"}[parts[0]]
     known = ", ".join(parent) or "none"
     raise UserError(
         f"there is no {what} {parts[1]!r}",

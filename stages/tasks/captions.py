@@ -33,7 +33,7 @@ def caption_order(config: AlignText, index: PhotoIndex, seed: int) -> SampleOrde
     if not has.any():
         raise UserError(
             f"none of the {len(index)} photos has a caption to align with",
-            hint="give the data source of the curate stage a `captions` file with a `caption` column",
+            hint="give the dataset of the curate stage a `captions` file with a `caption` column",
         )
     order = sample_order(index, config.mix, batch_size=config.batch_size, seed=seed, keep_N=has)
     if len(order.rows) < config.batch_size:
@@ -186,7 +186,7 @@ def caption_blocks(
 ) -> BlockSource:
     """The blocks of photos with their captions of an `align_text` stage, from a curated index.
 
-    `roots` says where the data sources are, see :meth:`PhotoIndex.load`.
+    `roots` says where the datasets are, see :meth:`PhotoIndex.load`.
     """
     index = PhotoIndex.load(index_folder, roots)
     return CaptionBlocks(

@@ -38,7 +38,7 @@ def checkpoint(work: Path, step: int) -> Path:
 
 
 def samples(index: Path, step: int, block: int) -> list[int]:
-    """The ids of a block, from the data source itself."""
+    """The ids of a block, from the dataset itself."""
     config, recipe = Pretrain.model_validate(CONFIG), ModelRecipe.model_validate(RECIPE)
     assert len(PhotoIndex.load(index)) == 40
     return [int(row) for row in crop_blocks(config, recipe, index, 7).load(step, block).ids]

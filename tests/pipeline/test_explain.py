@@ -42,7 +42,7 @@ def test_a_section_lists_its_keys() -> None:
     assert lines[0] == "stages.distill.students.any-name"
     assert any(line.split()[:1] == ["model"] for line in lines)
     assert said("").startswith("A pipeline file\n")
-    assert "    curate       Files of one or more data sources" in said("stages")
+    assert "    curate       Files of one or more datasets" in said("stages")
 
 
 def test_keys_that_no_model_says_itself_are_explained() -> None:
@@ -61,7 +61,7 @@ def test_the_start_of_a_path_may_be_left_out() -> None:
     assert said("pretrain.heads.hidden") == said("stages.pretrain.heads.hidden")
     first, *rest = said("homogeneous").splitlines()
     assert (first, rest[0]) == ("stages.pretrain.homogeneous", "stages.gram_anchor.homogeneous")
-    assert said("homogeneous").count("The data source") == 1
+    assert said("homogeneous").count("The dataset") == 1
 
 
 def test_every_key_can_be_asked_for() -> None:
