@@ -103,7 +103,7 @@ class TextSettings(Settings):
         ):
             raise ValueError(f"the encoder has its own: leave out {', '.join(sorted(sizes))}")
         if self.from_ is None and self.lock:
-            raise ValueError("lock is for a trained encoder: set `from`, or leave lock out")
+            raise ValueError("lock is only for a pretrained encoder: set `from`, or leave out lock")
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         return self
@@ -400,7 +400,7 @@ def check_encoder(folder: Path, context: int) -> None:
     try:
         config = read_bert_config(folder)
     except ValueError as error:
-        hint = "a folder of a BERT encoder in the layout of transformers has to be given"
+        hint = "give a folder with a BERT encoder in the layout of transformers"
         raise UserError(str(error), where="text.from", hint=hint) from None
     if context > config.context:
         raise UserError(

@@ -236,11 +236,11 @@ class Distill(HomogeneousMixStage):
                 f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
             )
         if isinstance(self.teachers, int) and self.teachers < 1:
-            raise ValueError(f"teachers is {self.teachers}: at least 1 has to teach")
+            raise ValueError(f"teachers is {self.teachers}: at least 1 is needed")
         if self.teacher_shards > 1 and self.features is not None:
-            raise ValueError("teacher_shards is for teachers with heads: leave it out beside `features`")
+            raise ValueError("teacher_shards is only for teachers with heads: leave it out, or leave out `features`")
         if self.teacher_shards > 1 and self.replay:
-            raise ValueError("replay and teacher_shards do not go together: leave one of them out")
+            raise ValueError("replay and teacher_shards cannot be combined: leave one of them out")
         check_group(self.koleo_group, self.block_size)
         check_ratio("mask_ratio", self.mask_ratio)
         for name, student in self.students.items():

@@ -81,7 +81,7 @@ class HomogeneousMixStage(MixStage):
         # `homogeneous: null` says that there are none, as the file with all defaults written out does.
         if "homogeneous_ratio" in self.model_fields_set and "homogeneous" not in self.model_fields_set:
             raise UserError(
-                "homogeneous_ratio is the share of homogeneous batches, and nothing says what they are drawn from",
+                "homogeneous_ratio is set, but `homogeneous` does not name the dataset of homogeneous batches",
                 where="homogeneous_ratio",
                 hint="name the dataset, `homogeneous: …`, or leave `homogeneous_ratio` out",
             )
@@ -109,7 +109,7 @@ class HomogeneousMixStage(MixStage):
             )
         close = nearest(name, sources)
         raise UserError(
-            f"homogeneous names {name!r}, which is no dataset of the index",
+            f"homogeneous names {name!r}, which is not a dataset of the index",
             where="homogeneous",
             hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(sources)}",
         )

@@ -215,7 +215,7 @@ class SelfSupervised(HomogeneousMixStage):
         "model": "the EMA backbone, config.json and model.safetensors",
         "recipe.json": "how to rebuild the model with its heads",
         "snapshots": "the EMA with its heads after some steps",
-        "checkpoint": "the elastic checkpoint after the last step, to go on from",
+        "checkpoint": "the elastic checkpoint after the last step, from which later stages continue",
         "history.json": "figures of every step",
         DRAWN: DRAWN_MEANS,
         "lineage.json": "the snapshots up to here, with the dense health of each",

@@ -154,7 +154,7 @@ class PhotoIndex:
             ) from error
         missing = [name for name in _SCHEMA.names if name not in columns]
         if missing:
-            raise UserError(f"the photo index lacks the columns {', '.join(missing)}", where=str(path))
+            raise UserError(f"the photo index is missing the columns {', '.join(missing)}", where=str(path))
         names = [name for name in _SCHEMA.names if name != "id"]
         by_row = zip(*(columns[name] for name in names), strict=True)
         rows = [PhotoRow(**dict(zip(names, values, strict=True))) for values in by_row]

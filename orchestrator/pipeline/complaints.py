@@ -80,7 +80,7 @@ def _complaint(
         return UserError(f"unknown key {name!r} in {owner}", where=document.where(path), hint=hint)
     if first["type"] == "missing":
         hint = f"add `{name}: …`"
-        return UserError(f"{owner} lacks the key {name!r}", where=document.where(path), hint=hint)
+        return UserError(f"{owner} is missing the key {name!r}", where=document.where(path), hint=hint)
     if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _bad_kind(path, first, document, model)
     return _bad_value(path, group, document)
@@ -93,7 +93,7 @@ def _bad_kind(path: KeyPath, details: ErrorDetails, document: Document, model: t
     owner = _owner((*path, field))
     if details["type"] == "union_tag_not_found":
         where = document.where(path, value=False)
-        return UserError(f"{owner} lacks the key {field!r}", where=where, hint=_hint_kind(path, field, kinds))
+        return UserError(f"{owner} is missing the key {field!r}", where=where, hint=_hint_kind(path, field, kinds))
     given = shortened(str(context.get("tag", "")), 80)
     close = nearest(given, kinds)
     hint = f"did you mean {close!r}?" if close else f"one of: {', '.join(kinds)}"

@@ -448,11 +448,11 @@ def _prefix(kind: str, key: str) -> str:
 def _files(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     if not paths:
-        raise ValueError(f"an artifact holds at least one file: {folder}")
+        raise ValueError(f"an artifact needs at least one file: {folder}")
     for path in paths:
         parts_of(path.relative_to(folder).as_posix())
         if path.is_symlink() or not path.is_file():
-            raise ValueError(f"an artifact holds plain files only: {path}")
+            raise ValueError(f"an artifact may only contain plain files: {path}")
     if folder / MANIFEST in paths:
         raise ValueError(f"{MANIFEST} is the artifact's own: {folder / MANIFEST}")
     return paths

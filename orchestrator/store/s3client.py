@@ -83,7 +83,7 @@ def make_client(patience: Patience) -> Any:
 
     address = endpoint()
     if address and "@" in urlsplit(address).netloc:
-        raise _mistake("AWS_ENDPOINT_URL holds credentials", _CHAIN)
+        raise _mistake("AWS_ENDPOINT_URL contains credentials", _CHAIN)
     _hush()
     core = botocore.session.Session()
     chosen: Any = core.get_scoped_config().get("s3")

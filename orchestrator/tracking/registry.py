@@ -65,7 +65,7 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
         return f"{name} has no version with this content and lineage"
     points_at = known[0].aliases.get(alias)
     if points_at is None:
-        return f"{name} version {version} lacks the alias {alias}"
+        return f"{name} version {version} does not have the alias {alias}"
     if int(points_at) != version:
         return f"{name}@{alias} is version {points_at}, should be {version}"
     if is_newest and not tags.items() <= known[0].tags.items():
@@ -243,7 +243,7 @@ def _require_plain(folder: Path, staging: Path, reference: str) -> None:
     strange += _no_model_files(folder)
     if not folder.resolve().is_relative_to(staging.resolve()) or strange:
         what = strange[0].relative_to(folder) if strange else folder
-        raise UserError(f"{reference} holds more than a model's files: {what}", where=reference)
+        raise UserError(f"{reference} contains more than the files of a model: {what}", where=reference)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -257,9 +257,9 @@ def _no_model_files(folder: Path) -> list[Path]:
 def _require_model(folder: Path) -> None:
     files = _files(folder)
     if strange := _no_model_files(folder):
-        raise ValueError(f"a published model holds {', '.join(_SUFFIXES)} files only, not {strange[0]}")
+        raise ValueError(f"a published model may only contain {', '.join(_SUFFIXES)} files, not {strange[0]}")
     if folder / "config.json" not in files or not any(path.suffix == ".safetensors" for path in files):
-        raise ValueError(f"{folder} holds no model: config.json and a safetensors file are needed")
+        raise ValueError(f"{folder} does not contain a model: config.json and a safetensors file are needed")
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:

@@ -130,9 +130,9 @@ def check_tokenizer(
         tokenizer = load_tokenizer(source)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(
-            f"{source} is no tokenizer: {error}",
+            f"{source} is not a tokenizer: {error}",
             where="tokenizer",
-            hint="it has to be a tokenizer.json of the `tokenizers` library",
+            hint="use a tokenizer.json file of the `tokenizers` library",
         ) from None
     tokenizer.no_padding()
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]

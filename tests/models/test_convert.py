@@ -398,7 +398,7 @@ def test_load_any_runs_no_code_and_takes_no_other_file(
     with pytest.raises(ValueError, match=r"no file of weights: \.safetensors"):
         load_any(tmp_path / "weights.npz")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no safetensors"):
+    with pytest.raises(FileNotFoundError, match="contains no safetensors"):
         load_any(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_any(tmp_path / "nothing")

@@ -344,7 +344,7 @@ def test_a_given_tokenizer_is_checked(
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="is no tokenizer"):
+    with pytest.raises(UserError, match="is not a tokenizer"):
         config(tokenizer=tmp_path / "tokenizer.json", vocab_size=None).check()
 
 

@@ -133,8 +133,8 @@ def test_all_students_are_gathered_without_their_checkpoints(tmp_path: Path) -> 
             {"students": {"a": {"model": "vit_femto", "model_overrides": {"patch_size": 12}}}},
             "not a multiple of vit_femto's patch size 12",
         ),
-        ({"teachers": 0}, "at least 1 has to teach"),
-        ({"teacher_shards": 2, "replay": True}, "do not go together"),
+        ({"teachers": 0}, "at least 1 is needed"),
+        ({"teacher_shards": 2, "replay": True}, "cannot be combined"),
         ({"teacher_shards": 2, "features": {}}, "for teachers with heads"),
     ],
 )

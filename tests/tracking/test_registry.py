@@ -252,7 +252,7 @@ def test_only_models_without_pickles_are_published(run: SpooledRun, tmp_path: Pa
         registry.publish(run, "food-vit", folder, {}, "best")
     (folder / "optimizer.pt").unlink()
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="holds no model"):
+    with pytest.raises(ValueError, match="does not contain a model"):
         registry.publish(run, "food-vit", folder, {}, "best")
 
 
