@@ -23,7 +23,7 @@ from orchestrator.stages import AnyStage
 from orchestrator.stages.base import TrainStage
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile")), *sorted((ROOT / "docs").glob("*.md"))]
 _STAGES = get_args(get_args(AnyStage)[0])
 MODELS = [Pipeline[AnyStage], StageSpec, TrainStage, *_STAGES, *sections(), Costs, StageCosts, TraceSpec]
 # What not to write → what to write.
