@@ -338,7 +338,7 @@ class Elastic(Settings):
         gt=0,
         allow_inf_nan=False,
         description="The time between checkpoints, in seconds. Default: computed from the measured cost of a "
-        "checkpoint and from how often workers were lost.",
+        "checkpoint and from how often workers were lost, between 2 s and 10 min.",
     )
     keep_checkpoints: int = operational(
         2, ge=1, description="The number of latest checkpoints to keep. Older ones are deleted."
@@ -352,7 +352,7 @@ class Elastic(Settings):
     device: Literal["auto", "cpu", "gpu"] = operational(
         "auto",
         description="The type of device that workers train on. auto uses GPUs if the cluster has any when the stage "
-        "starts, else CPUs. cpu uses CPUs even if there are GPUs.",
+        "starts, else CPUs. cpu uses CPUs even if there are GPUs. gpu requires GPUs.",
     )
     resize_share: float = operational(
         0.1,
