@@ -193,7 +193,7 @@ class AlignText(MixStage):
         description="The maximum vocabulary size of the tokenizer that is trained.",
     )
     context: int = Field(
-        77, ge=3, le=MAX_WIDTH, description="The maximum number of tokens per text. Longer texts are cut before their last token."
+        77, ge=3, le=MAX_WIDTH, description="The maximum number of tokens per text. Longer texts are shortened; their last token is kept."
     )
     temperature: float = Field(0.07, gt=0, description="The initial temperature of InfoNCE. It is learned.")
     max_scale: float = Field(
