@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 import typer
-from pydantic import BaseModel
 
 from orchestrator.cli import app
 from orchestrator.pipeline.reference import prose, sections
@@ -25,7 +24,7 @@ from orchestrator.stages.base import TrainStage
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile")), *sorted((ROOT / "docs").glob("*.md"))]
 _STAGES = get_args(get_args(AnyStage)[0])
-MODELS = [Pipeline[AnyStage], StageSpec, TrainStage, *_STAGES, *sections(), Costs, StageCosts, TraceSpec]
+MODELS: list[Any] = [Pipeline[AnyStage], StageSpec, TrainStage, *_STAGES, *sections(), Costs, StageCosts, TraceSpec]
 # What not to write → what to write.
 BETTER = {
     r"fewest": "the minimum number of",
@@ -67,8 +66,8 @@ def no_sentences(where: str, text: str) -> list[str]:
     """The paragraphs of a text that do not begin with a capital letter, or do not end with a full stop."""
     found = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
-        start = re.sub(r"\[/?\w+\]", "", paragraph).lstrip("`")
-        if not (start[:1].isupper() or not start[:1].isalpha()):
+        start = re.sub(r"\[/?\w+\]", "", paragraph)[:1]
+        if start.isalpha() and not start.isupper():
             found.append(f"{where}: does not begin with a capital letter: {paragraph[:60]!r}")
         if not paragraph.rstrip().endswith((".", ":")):
             found.append(f"{where}: does not end with a full stop: {paragraph[-60:]!r}")
@@ -132,7 +131,7 @@ def descriptions() -> Iterator[Text]:
 def sections_prose() -> Iterator[Text]:
     """What the sections say of themselves in the reference, the schema and `explain`."""
     for model in MODELS:
-        if isinstance(model, type) and issubclass(model, BaseModel) and (text := prose(model)):
+        if text := prose(model):
             yield Text(place(text), text)
 
 
