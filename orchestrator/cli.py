@@ -223,9 +223,7 @@ def gc(
 @app.command()
 def logs(
     file: File,
-    stage: Annotated[
-        str, typer.Argument(metavar="STAGE", help="The name of the stage.", show_default=False)
-    ],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The name of the stage.", show_default=False)],
     overrides: Overrides = None,
     lines: Annotated[
         int, typer.Option("--lines", "-n", help="The number of last lines to print; 0 prints all.", min=0)
@@ -256,7 +254,9 @@ def pull(
     ] = "sqlite:///runs/mlflow.db",
     store: Annotated[
         str | None,
-        typer.Option(help="The store that holds the files now, if it was moved after the model was published."),
+        typer.Option(
+            help="The store that holds the files now, if it was moved after the model was published."
+        ),
     ] = None,
 ) -> None:
     """Download a published model from the registry into a folder."""
@@ -346,7 +346,9 @@ def simulate(
     ] = None,
     notice: Annotated[
         float,
-        typer.Option(help="Seconds of notice before each preemption that the trace does not announce.", min=0),
+        typer.Option(
+            help="Seconds of notice before each preemption that the trace does not announce.", min=0
+        ),
     ] = 0.0,
     start: Annotated[
         float, typer.Option(help="Seconds into the trace at which the simulation starts.", min=0)
@@ -412,9 +414,7 @@ def verify(
 
 @app.command()
 def doctor(
-    store: Annotated[
-        str, typer.Option(help="The store to check: a folder or an s3:// address.")
-    ] = "runs",
+    store: Annotated[str, typer.Option(help="The store to check: a folder or an s3:// address.")] = "runs",
 ) -> None:
     """Check the installed packages, the devices, and that the store is writable."""
     from orchestrator.pipeline.doctor import examine

@@ -530,7 +530,9 @@ class Hardware(Settings):
     devices: int = Field(ge=1, description="The number of accelerators that train at the same time.")
     name: str = Field("H100 SXM", description="The name of the accelerator, used only for display.")
     peak_tflops: float = Field(
-        989.0, gt=0, description="The dense bf16 peak of one accelerator, in TFLOP/s (10¹² operations per second)."
+        989.0,
+        gt=0,
+        description="The dense bf16 peak of one accelerator, in TFLOP/s (10¹² operations per second).",
     )
     memory_gib: float = Field(80.0, gt=0, description="The memory of one accelerator, in GiB.")
     mfu: float = Field(
@@ -609,8 +611,12 @@ Mix = Annotated[
 class StageSpec(Settings):
     """What every stage has. Subclasses narrow `kind` to a Literal and add their own fields."""
 
-    kind: str = Field(description="The kind of the stage, such as `pretrain`. It decides which keys the stage has.")
-    needs: Names = Field((), description="The stages whose artifacts this stage reads, as one name or a list.")
+    kind: str = Field(
+        description="The kind of the stage, such as `pretrain`. It decides which keys the stage has."
+    )
+    needs: Names = Field(
+        (), description="The stages whose artifacts this stage reads, as one name or a list."
+    )
 
 
 class Schedule(Settings):

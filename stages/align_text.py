@@ -131,14 +131,18 @@ class AlignText(MixStage):
         "must divide `batch_size`.",
     )
     image_size: Side | None = Field(
-        None, description="The side of the images, in pixels. Default: the size that the tower was trained at."
+        None,
+        description="The side of the images, in pixels. Default: the size that the tower was trained at.",
     )
     optimizer: AlignOptimizer = Field(
         AlignOptimizer(), description="The settings of AdamW, with its learning rate schedule."
     )
     text: TextSettings = Field(TextSettings(), description="The settings of the text tower.")
     num_blocks: int = Field(
-        2, ge=0, le=MAX_DEPTH, description="The number of trainable blocks on top of the vision tower's tokens."
+        2,
+        ge=0,
+        le=MAX_DEPTH,
+        description="The number of trainable blocks on top of the vision tower's tokens.",
     )
     drop_path: float = Field(
         0.3,
@@ -193,7 +197,10 @@ class AlignText(MixStage):
         description="The maximum vocabulary size of the tokenizer that is trained.",
     )
     context: int = Field(
-        77, ge=3, le=MAX_WIDTH, description="The maximum number of tokens per text. Longer texts are shortened; their last token is kept."
+        77,
+        ge=3,
+        le=MAX_WIDTH,
+        description="The maximum number of tokens per text. Longer texts are shortened; their last token is kept.",
     )
     temperature: float = Field(0.07, gt=0, description="The initial temperature of InfoNCE. It is learned.")
     max_scale: float = Field(
@@ -443,7 +450,9 @@ def student_mistake(names: Sequence[str], student: str | None) -> UserError | No
     if student in names or not names or (student is None and len(names) == 1):
         return None
     what = (
-        "`student` is not set, and there is more than one" if student is None else f"there is no student {student!r}"
+        "`student` is not set, and there is more than one"
+        if student is None
+        else f"there is no student {student!r}"
     )
     guess = nearest(student or "", names)
     return UserError(what, hint=f"use student: {guess}" if guess else f"use one of {', '.join(names)}")

@@ -105,7 +105,8 @@ class Student(Settings):
         3, description="The ZeRO stage of DeepSpeed for this student. In bf16, 1 behaves like 2."
     )
     workers: Workers | None = operational(
-        None, description="The number of workers of this student, as in `elastic.workers`. Default: the stage's."
+        None,
+        description="The number of workers of this student, as in `elastic.workers`. Default: the stage's.",
     )
     resources: Resources | None = operational(
         None,
@@ -136,7 +137,9 @@ class Distill(HomogeneousMixStage):
         description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
         "`batch_size`.",
     )
-    crops: CropConfig = Field(CropConfig(), description="The sizes and augmentations of global and local crops.")
+    crops: CropConfig = Field(
+        CropConfig(), description="The sizes and augmentations of global and local crops."
+    )
     features: FeatureObjective | None = Field(
         None,
         description="The objective for teachers without heads: students regress the teacher's features. Default: "
@@ -238,7 +241,9 @@ class Distill(HomogeneousMixStage):
         if isinstance(self.teachers, int) and self.teachers < 1:
             raise ValueError(f"teachers is {self.teachers}: at least 1 is needed")
         if self.teacher_shards > 1 and self.features is not None:
-            raise ValueError("teacher_shards is only for teachers with heads: leave it out, or leave out `features`")
+            raise ValueError(
+                "teacher_shards is only for teachers with heads: leave it out, or leave out `features`"
+            )
         if self.teacher_shards > 1 and self.replay:
             raise ValueError("replay and teacher_shards cannot be combined: leave one of them out")
         check_group(self.koleo_group, self.block_size)

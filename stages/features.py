@@ -72,7 +72,9 @@ class TeacherSource(Settings):
     weights: LocalPath | None = operational(
         None, description="The path of a state dict that is loaded into `module`."
     )
-    weight: float = Field(1.0, gt=0, description="The weight of this teacher's loss relative to other teachers.")
+    weight: float = Field(
+        1.0, gt=0, description="The weight of this teacher's loss relative to other teachers."
+    )
     size: Side | None = Field(
         None,
         description="The side that global crops are resized to for this teacher, in pixels. Default: they are not "

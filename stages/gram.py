@@ -54,7 +54,9 @@ class Gram(Settings):
     anchoring starts.
     """
 
-    weight: Schedule = Field(Schedule(peak=2.0), description="The weight of the Gram loss by step (section 4.2).")
+    weight: Schedule = Field(
+        Schedule(peak=2.0), description="The weight of the Gram loss by step (section 4.2)."
+    )
     teacher: int | Literal["earliest", "latest", "best"] = Field(
         "earliest",
         description="The snapshot that is the Gram teacher, from any earlier stage: its step number, the earliest or "
@@ -106,7 +108,9 @@ class Gram(Settings):
 class RefinementGram(Gram):
     """Gram anchoring in high-resolution refinement (section 5.1). It is on from step 0."""
 
-    weight: Schedule = Field(Schedule(peak=1.5), description="The weight of the Gram loss by step (section 5.1).")
+    weight: Schedule = Field(
+        Schedule(peak=1.5), description="The weight of the Gram loss by step (section 5.1)."
+    )
     teacher: int | Literal["earliest", "latest", "best"] = Field(
         "latest",
         description="The snapshot that is the Gram teacher, from any earlier stage. latest is the checkpoint that the "

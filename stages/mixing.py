@@ -27,9 +27,9 @@ class MixStage(TrainStage):
 
     mix: Mix | None = Field(
         None,
-        description="The datasets and components of the index that mixed batches are sampled from (DINOv3, section 3.1): "
-        "a name, a list of names, or a sampling weight for each name. Weights are relative; each is at least a millionth "
-        "of their sum. Without weights, each photo is used once per epoch. Default: what `curate` selected.",
+        description="The datasets and components of the index that mixed batches are sampled from (DINOv3, section "
+        "3.1): a name, a list of names, or a sampling weight for each name. Weights are relative; each is at least a "
+        "millionth of their sum. Without weights, each photo is used once per epoch. Default: what `curate` selected.",
     )
 
     def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:

@@ -148,7 +148,9 @@ class SelfSupervised(HomogeneousMixStage):
         description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
         "`batch_size`.",
     )
-    crops: CropConfig = Field(CropConfig(), description="The sizes and augmentations of global and local crops.")
+    crops: CropConfig = Field(
+        CropConfig(), description="The sizes and augmentations of global and local crops."
+    )
     optimizer: Optimizer = Field(description="The settings of AdamW, with its learning rate schedule.")
     ema: Momentum = Field(
         Schedule(peak=0.999), description="The momentum of the EMA teacher by step, from 0 to 1."
@@ -174,7 +176,9 @@ class SelfSupervised(HomogeneousMixStage):
         0.5, ge=0, le=1, description="The share of global crops that are masked, from 0 to 1."
     )
     frozen_prototype_steps: int = Field(
-        0, ge=0, description="The number of steps at the start in which the heads' prototype layers are frozen."
+        0,
+        ge=0,
+        description="The number of steps at the start in which the heads' prototype layers are frozen.",
     )
     gram: Gram | None = Field(
         None, description="The settings of Gram anchoring: its teacher, its weight and its start."
@@ -191,8 +195,8 @@ class SelfSupervised(HomogeneousMixStage):
         0,
         ge=0,
         description="The interval between evaluations of the losses on held-out photos, in steps, with one more "
-        "after the last step. 0 turns them off. The metrics are `val/loss` and so on, computed without drop-path on one "
-        "batch that is always the same. `holdout` of `curate` sets the share of held-out photos.",
+        "after the last step. 0 turns them off. The metrics are `val/loss` and so on, computed without drop-path on "
+        "one batch that is always the same. `holdout` of `curate` sets the share of held-out photos.",
     )
     chunk_rows: int | None = operational(
         None,

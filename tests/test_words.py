@@ -1,4 +1,4 @@
-"""Texts that users read are plain English: sentences that stand alone, without words that send readers to a dictionary."""
+"""Texts that users read are plain English: sentences that stand alone, without words that need a dictionary."""
 
 from __future__ import annotations
 
@@ -22,9 +22,21 @@ from orchestrator.stages import AnyStage
 from orchestrator.stages.base import TrainStage
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 _STAGES = get_args(get_args(AnyStage)[0])
-MODELS: list[Any] = [Pipeline[AnyStage], StageSpec, TrainStage, *_STAGES, *sections(), Costs, StageCosts, TraceSpec]
+MODELS: list[Any] = [
+    Pipeline[AnyStage],
+    StageSpec,
+    TrainStage,
+    *_STAGES,
+    *sections(),
+    Costs,
+    StageCosts,
+    TraceSpec,
+]
 # What not to write → what to write.
 BETTER = {
     r"fewest": "the minimum number of",
@@ -136,16 +148,10 @@ def sections_prose() -> Iterator[Text]:
 
 
 def literals() -> Iterator[Text]:
-    """Every text in the code but docstrings: errors, hints, lines of logs and terminals."""
+    """Every text in the code that is no docstring: errors, hints, lines of logs and terminals."""
     for path in sources():
         tree = ast.parse(path.read_text())
-        said = {
-            id(node.body[0].value)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and node.body
-            and isinstance(node.body[0], ast.Expr)
-        }
+        said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said:
                 yield Text(f"{path.relative_to(ROOT)}:{node.lineno}", node.value.replace(_KEPT, ""))

@@ -439,7 +439,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Drain this machine's Ray node when its cloud preempts the machine, or on SIGTERM.",
     )
     parser.add_argument(
-        "--address", help="HOST:PORT of the cluster's head. Default: RAY_ADDRESS, or the cluster on this machine."
+        "--address",
+        help="HOST:PORT of the cluster's head. Default: RAY_ADDRESS, or the cluster on this machine.",
     )
     parser.add_argument("--node-id", help="Id of the Ray node. Default: the only node on this machine.")
     parser.add_argument(
@@ -452,7 +453,9 @@ def _parser() -> argparse.ArgumentParser:
         "--grace-s", type=float, default=30.0, help="Seconds from SIGTERM to the end of the machine."
     )
     parser.add_argument(
-        "--now", action="store_true", help="Drain at once and wait until the node is gone, for use in a preStop hook."
+        "--now",
+        action="store_true",
+        help="Drain at once and wait until the node is gone, for use in a preStop hook.",
     )
     return parser
 
@@ -494,7 +497,8 @@ def _gcs_address(address: str | None) -> str:
         return str(services.canonicalize_bootstrap_address_or_die(address))
     except ConnectionError as error:
         raise UserError(
-            "no Ray cluster is known on this machine", hint="give the address of its head: --address HOST:6379"
+            "no Ray cluster is known on this machine",
+            hint="give the address of its head: --address HOST:6379",
         ) from error
 
 

@@ -93,7 +93,9 @@ def _bad_kind(path: KeyPath, details: ErrorDetails, document: Document, model: t
     owner = _owner((*path, field))
     if details["type"] == "union_tag_not_found":
         where = document.where(path, value=False)
-        return UserError(f"{owner} is missing the key {field!r}", where=where, hint=_hint_kind(path, field, kinds))
+        return UserError(
+            f"{owner} is missing the key {field!r}", where=where, hint=_hint_kind(path, field, kinds)
+        )
     given = shortened(str(context.get("tag", "")), 80)
     close = nearest(given, kinds)
     hint = f"did you mean {close!r}?" if close else f"one of: {', '.join(kinds)}"

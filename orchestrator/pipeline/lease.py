@@ -107,11 +107,7 @@ class Lease:
             if there:
                 self._confirmed = began
             else:
-                slept = (
-                    f"after {silent:.0f} s without a heartbeat "
-                    if silent >= timing.lapse_s
-                    else ""
-                )
+                slept = f"after {silent:.0f} s without a heartbeat " if silent >= timing.lapse_s else ""
                 self._lose(f"{slept}its entry in the store was removed, and another process may hold it now")
 
     def end(self) -> None:
@@ -292,8 +288,8 @@ class Keeper:
     def _complain(self, error: Exception) -> None:
         root = self._store.root
         _log.warning(
-            "no heartbeat has reached the store since %s: %s; retrying every %.0f s. After %.0f s the run ends, because "
-            "another driver may take over then",
+            "no heartbeat has reached the store since %s: %s; retrying every %.0f s. After %.0f s the run ends, "
+            "because another driver may take over then",
             time.strftime("%H:%M:%S"),
             disk.described(error, [root]) if disk.is_full(error) else error,
             self.timing.beat_s,
@@ -312,7 +308,9 @@ def _unwritable(error: OSError, root: Path) -> UserError:
 def _taken(who: Who, what: str, where: str) -> UserError:
     hint = "wait for it, or stop it with Ctrl-C in its terminal"
     if is_suspended(who):
-        hint = f"it is suspended: resume it with `kill -CONT {who.pid}`, or end it with `kill -KILL {who.pid}`"
+        hint = (
+            f"it is suspended: resume it with `kill -CONT {who.pid}`, or end it with `kill -KILL {who.pid}`"
+        )
     elif lives(who) is None:
         hint = f"wait for it, or stop it on {who.host}"
     return UserError(f"{what} is already being run by {who}", where=where, hint=hint)

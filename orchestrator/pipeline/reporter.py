@@ -165,7 +165,8 @@ class Reporter:
         self._table(plans)
         took = duration(time.monotonic() - self._started)
         line = Text("■", "yellow").append(
-            f" Aborted after {took}. Finished work and complete checkpoints are kept. Continue with:", "default"
+            f" Aborted after {took}. Finished work and complete checkpoints are kept. Continue with:",
+            "default",
         )
         self._console.print(line.append(f"\n  {self._again}", "bold"), soft_wrap=True)
         # The line that changes had hidden it.

@@ -239,7 +239,8 @@ def _check_size(text: str, where: str) -> None:
                 sizes[anchor] = total - before + 1
         if total > _MAX_NODES:
             raise UserError(
-                f"more than {_MAX_NODES:,} values, counting those of an alias each time it is used", where=here
+                f"more than {_MAX_NODES:,} values, counting those of an alias each time it is used",
+                where=here,
             )
 
 

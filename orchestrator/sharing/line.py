@@ -73,7 +73,9 @@ class Line:
         lines = str(error).strip().splitlines() or [""]
         what = f"{type(error).__name__}: {lines[0]}"
         if away_s > self._patience_s:
-            raise RuntimeError(f"the share service has not been reachable for {away_s:.0f} s: {what}") from error
+            raise RuntimeError(
+                f"the share service has not been reachable for {away_s:.0f} s: {what}"
+            ) from error
         logger.info(
             "the share service has not been reachable for %.0f s (%s): retrying, for %.0f s in all",
             away_s,

@@ -151,9 +151,7 @@ class Post:
             self._failures, self._forwarded = 0, status.account.images_forwarded
         self._failures += 1
         if self._failures >= _FAILURES:
-            desk.give_up.remote(
-                f"the teacher failed {self._failures} times before its first output: {why}"
-            )
+            desk.give_up.remote(f"the teacher failed {self._failures} times before its first output: {why}")
 
     def _forget(self, desk: Any, restarts: bool) -> None:
         import ray
@@ -226,7 +224,9 @@ class Post:
             return
         spot = choose(there, self._gpus, self._shards)
         if spot is None or spot.node in leaving:
-            self._say(f"a teacher's node {self.node[:8]} is about to be lost, and no other node has room for it")
+            self._say(
+                f"a teacher's node {self.node[:8]} is about to be lost, and no other node has room for it"
+            )
             return
         self._retire(desk, "its node is about to be lost", moves=True)
 

@@ -74,7 +74,9 @@ class Replayed:
         except FileNotFoundError:
             return None
         except SafetensorError as error:
-            logger.warning("the saved outputs of step %d are damaged and will be computed again: %s", step, error)
+            logger.warning(
+                "the saved outputs of step %d are damaged and will be computed again: %s", step, error
+            )
             return None
 
     def _write(self, step: int, said: Bundle) -> None:

@@ -34,12 +34,16 @@ class StageCosts(Settings):
     write_s: _Seconds = Field(
         1.0, description="The time until a checkpoint is committed in the background, in seconds."
     )
-    detect_s: _Seconds = Field(1.0, description="The time until the loss of a machine is detected, in seconds.")
+    detect_s: _Seconds = Field(
+        1.0, description="The time until the loss of a machine is detected, in seconds."
+    )
     start_s: _Seconds = Field(
         1.0, description="The time for a worker group to form and to build the model, in seconds."
     )
     restore_s: _Seconds = Field(0.5, description="The time to read a checkpoint, in seconds.")
-    first_step_s: _Seconds = Field(0.5, description="The extra time of a worker group's first step, in seconds.")
+    first_step_s: _Seconds = Field(
+        0.5, description="The extra time of a worker group's first step, in seconds."
+    )
     warm_s: _Seconds = Field(
         10.0, description="The time from a machine's start until its worker slot is ready, in seconds."
     )

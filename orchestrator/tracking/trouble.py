@@ -90,7 +90,9 @@ def _of_a_file(uri: str, error: BaseException) -> Trouble:
     if disk.is_full_at(error, path.parent):
         why = disk.described(error, [path.parent])
         return Trouble(
-            f"the tracking database {path} cannot be written: {why}", "there is space", "free some space on it"
+            f"the tracking database {path} cannot be written: {why}",
+            "there is space",
+            "free some space on it",
         )
     if isinstance(error, IsADirectoryError):
         return Trouble(

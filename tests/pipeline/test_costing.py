@@ -214,7 +214,9 @@ def test_more_views_than_this_machine_can_hold_are_refused_before_anything_runs(
     step = 32 * 3 * (2 * 64**2 + 4 * 32**2)
     monkeypatch.setattr(fit, "most_object_store", lambda: 10 * step)
     check("stages.distill.window=9")
-    with pytest.raises(UserError, match=r"11 steps of 0.00118 GB each are kept at the same time.*has 0.0118 GB") as caught:
+    with pytest.raises(
+        UserError, match=r"11 steps of 0.00118 GB each are kept at the same time.*has 0.0118 GB"
+    ) as caught:
         check("stages.distill.window=10")
     assert caught.value.where is not None
     assert "stages.distill.window" in caught.value.where

@@ -74,7 +74,9 @@ def test_a_second_run_changes_nothing_and_says_so(path: Path, ran: Callable[[], 
     wrote = OUTSIDE.stat().st_mtime_ns
     code, said = run(path)
     assert (code, ran()) == (0, [])
-    assert "Nothing to do: all 4 stages are up to date. The registry already has what publish publishes." in said
+    assert (
+        "Nothing to do: all 4 stages are up to date. The registry already has what publish publishes." in said
+    )
     assert OUTSIDE.stat().st_mtime_ns == wrote
     assert len(recorded.by_name("toy")) == 1, "a look opens no tracking run"
 

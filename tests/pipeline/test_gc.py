@@ -88,7 +88,9 @@ def test_nothing_is_deleted_while_a_record_cannot_be_read(pipeline: Path, text: 
             gc(pipeline, delete=delete)
         assert "ledger/other/" in str(caught.value.where)
         assert folders() == before
-    assert "! 2 records cannot be read, so it is unknown which artifacts are needed (ledger/other/" in status(pipeline)
+    assert "! 2 records cannot be read, so it is unknown which artifacts are needed (ledger/other/" in status(
+        pipeline
+    )
 
 
 @pytest.mark.parametrize("needed", [True, False])

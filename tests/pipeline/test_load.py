@@ -40,7 +40,10 @@ BAD = {
     ),
     "unknown top key": ("nam: toy\nname: toy\nstages:\n" + CURATE, ["'nam'", "toy.yaml:1", "'name'"]),
     "misspelt kind": (HEAD + "  a: {kind: currate}\n", ["'currate'", "toy.yaml:3", "a.kind", "'curate'"]),
-    "no kind": (HEAD + "  evaluat: {ticks: 3}\n", ["is missing the key 'kind'", "toy.yaml:3", "kind: evaluate"]),
+    "no kind": (
+        HEAD + "  evaluat: {ticks: 3}\n",
+        ["is missing the key 'kind'", "toy.yaml:3", "kind: evaluate"],
+    ),
     "empty stage": (HEAD + "  a:\n", ["stages.a: must be a mapping", "toy.yaml:3", "(empty)"]),
     "stage is a list": (HEAD + "  a: [1]\n", ["stages.a: must be a mapping", "toy.yaml:3"]),
     "wrong type": (

@@ -335,7 +335,8 @@ def damage(uri: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "hint"), [("garbage", "restore a copy"), ("old", "mlflow db upgrade sqlite:///"), ("half", "restore a copy")]
+    ("how", "hint"),
+    [("garbage", "restore a copy"), ("old", "mlflow db upgrade sqlite:///"), ("half", "restore a copy")],
 )
 def test_a_database_that_cannot_be_used_is_named(uri: str, tmp_path: Path, how: str, hint: str) -> None:
     damage(uri, how)
