@@ -149,7 +149,7 @@ def test_the_only_nodes_end_is_a_new_cluster(folder: Path, run: Run) -> None:
     kill_part(driver, "raylet")
     said = finish(driver, 0)
     assert said.count("the only node (raylet) of the pipeline's own Ray cluster ended (SIGKILL)") == 1
-    assert "goes on from its newest checkpoint" in said
+    assert "continues from its latest checkpoint" in said
     assert set(statuses(folder).values()) == {"FINISHED"}
 
 

@@ -190,7 +190,7 @@ def test_a_suspended_holder_that_was_replaced_learns_it(tmp_path: Path, child: C
         os.kill(holder.pid, signal.SIGCONT)
         said = holder.ask("check")
         assert said.startswith("LostHoldError: lost the lock on thing it: ")
-        assert "another process may have it now" in said
+        assert "another process may hold it now" in said
         holder.process.join(10)
         lease.check()
     with keeper(tmp_path, QUICK).hold("it", "thing it", above=0) as lease:

@@ -184,7 +184,7 @@ def test_a_registry_that_gives_more_than_a_model_is_refused(
         return str(tmp_path / "precious" if kind == "elsewhere" else folder)
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", hostile)
-    with pytest.raises(UserError, match="more than a model's files"):
+    with pytest.raises(UserError, match="more than the files of a model"):
         registry.pull("food-vit@best", tmp_path / "out", uri)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "precious").is_dir()
