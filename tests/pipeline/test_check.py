@@ -107,7 +107,7 @@ def test_a_mistake_in_a_stage_that_is_left_out_is_a_warning(folder: Path) -> Non
     ("override", "parts"),
     [
         ("evaluate.needs=[curate]", ["no backbone to evaluate", "stages.evaluate.needs", "kind pretrain"]),
-        ("evaluate.image_size=33", ["patches of 8 pixels", "33 pixels", "evaluate.image_size = 33", "use 32"]),
+        ("evaluate.image_size=33", ["patch size of vit_femto, 8 pixels", "33 pixels", "evaluate.image_size = 33", "use 32"]),
         ("align.student=smal", ["no student 'smal'", "stages.align.student = smal", "student: small"]),
         ("align.student=null", ["there is more than one", "stages.align", "small, tiny"]),
         ("align.needs=[curate, gram]", ["not distilled into students", "stages.align.student", "leave out"]),
@@ -157,7 +157,7 @@ def test_half_of_the_captions_are_counted(folder: Path) -> None:
     found = checked()
     assert found.errors == []
     assert found.facts == [("photos: 8 of 12 photos have a caption, 8 a label", False)]
-    assert "1 photo has rows" in told(found.warnings)
+    assert "1 photo has different rows" in told(found.warnings)
 
 
 def test_all_complaints_come_at_once(folder: Path) -> None:

@@ -61,7 +61,7 @@ def test_other_code_re_runs_nothing_and_is_named(
     assert why.endswith("(made by other code: elastic/loop.py)")
     exit_code, said = run(pipeline)
     assert (exit_code, trace()) == (0, [])
-    assert "--rerun-on code makes them anew" in said
+    assert "--rerun-on code makes them again" in said
     files |= {"spec.py": "2", "data/rng.py": "2", "more.py": "2"}
     assert (
         planned(pipeline)["pretrain"]

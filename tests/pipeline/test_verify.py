@@ -104,7 +104,7 @@ def test_a_whole_store_and_every_kind_of_damage(store: Store, command: Command, 
         assert "! artifacts/pretrain-0123456789abcdef/ was never finished" in said
         assert re.search(
             r"✗ damaged in .*: 3 of 3 artifacts, 1 of 1 checkpoints, 1 of \d+ ledger records, 1 of \d+ holds\. "
-            "A run that needs a damaged artifact makes it anew",
+            "A run that needs a damaged artifact makes it again",
             said.splitlines()[-1],
         )
 
