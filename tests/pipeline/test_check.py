@@ -107,7 +107,10 @@ def test_a_mistake_in_a_stage_that_is_left_out_is_a_warning(folder: Path) -> Non
     ("override", "parts"),
     [
         ("evaluate.needs=[curate]", ["no backbone to evaluate", "stages.evaluate.needs", "kind pretrain"]),
-        ("evaluate.image_size=33", ["patch size of vit_femto, 8 pixels", "33 pixels", "evaluate.image_size = 33", "use 32"]),
+        (
+            "evaluate.image_size=33",
+            ["patch size of vit_femto, 8 pixels", "33 pixels", "evaluate.image_size = 33", "use 32"],
+        ),
         ("align.student=smal", ["no student 'smal'", "stages.align.student = smal", "student: small"]),
         ("align.student=null", ["there is more than one", "stages.align", "small, tiny"]),
         ("align.needs=[curate, gram]", ["not distilled into students", "stages.align.student", "leave out"]),

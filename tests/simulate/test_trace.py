@@ -104,7 +104,7 @@ def test_an_announced_machine_may_go_early(tmp_path: Path) -> None:
                     {"at": 4, "node": "node", "event": "down"},
                 ]
             },
-            "at 4 comes after 5.*ascend",
+            "at 4 comes after 5.*sort the events",
             "at",
         ),
         ({"nodes": {"node": {"price": -1}}}, "price: must be greater than or equal to 0, not -1", "price"),
