@@ -60,7 +60,7 @@ audit: setup-dev ## compare the locked packages with known vulnerabilities, if o
 sbom: setup-dev ## write what a run needs, with versions and licences, to dist/sbom.cdx.json (CycloneDX)
 	$(BIN)/python scripts/sbom.py dist/sbom.cdx.json
 
-lock: setup ## write the lock files anew from pyproject.toml
+lock: setup ## regenerate the lock files from pyproject.toml
 	scripts/lock
 
 clean: ## remove .venv and caches; keeps runs/ and data/

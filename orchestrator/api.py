@@ -1,4 +1,4 @@
-"""The functions that `import orchestrator` gives; see docs/python.md. Nothing heavy is imported before one is called."""
+"""The functions that `import orchestrator` gives; see docs/python.md. They import what is heavy when they are called."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="orchestrator",
-    help="Train and distil vision foundation models: the whole recipe from one YAML file.",
+    help="Train and distil vision foundation models, with the whole recipe in one YAML file.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,7 +34,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Overrides, e.g. [bold]stages.pretrain.steps=200[/].",
+        help="Settings that override the file, such as [bold]stages.pretrain.steps=200[/].",
         show_default=False,
     ),
 ]
@@ -42,28 +42,38 @@ Overrides = Annotated[
 
 Only = Annotated[
     list[str] | None,
-    typer.Option("--only", metavar="STAGE", help="Look at this stage alone; may be repeated."),
+    typer.Option("--only", metavar="STAGE", help="Select only this stage. Can be repeated."),
 ]
 First = Annotated[
-    str | None, typer.Option("--from", metavar="STAGE", help="Only this stage and what depends on it.")
+    str | None,
+    typer.Option("--from", metavar="STAGE", help="Select this stage and all stages that depend on it."),
 ]
 Last = Annotated[
-    str | None, typer.Option("--until", metavar="STAGE", help="Only this stage and what it depends on.")
+    str | None,
+    typer.Option("--until", metavar="STAGE", help="Select this stage and all stages that it depends on."),
 ]
 Force = Annotated[
     list[str] | None,
     typer.Option(
         "--force",
         metavar="STAGE",
-        help="Make this stage anew though it is there, and chosen stages that depend on it; may be repeated.",
+        help="Run this stage again even if it is up to date, and the selected stages that depend on it. "
+        "Can be repeated.",
     ),
 ]
 RerunOn = Annotated[
     Literal["code"] | None,
-    typer.Option("--rerun-on", help="Also make anew what other code made.", show_default=False),
+    typer.Option(
+        "--rerun-on",
+        help="Also run stages again whose artifacts another version of the code made.",
+        show_default=False,
+    ),
 ]
 AcceptCode = Annotated[
-    bool, typer.Option("--accept-code", help="Keep what other code made; this is the default.")
+    bool,
+    typer.Option(
+        "--accept-code", help="Keep artifacts that another version of the code made. This is the default."
+    ),
 ]
 
 
@@ -80,7 +90,7 @@ def options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """What can stand before a command."""
+    """The options that come before a command."""
 
 
 @app.command()
@@ -94,7 +104,7 @@ def run(
     rerun_on: RerunOn = None,
     accept_code: AcceptCode = False,
 ) -> None:
-    """Run what has to run and skip what is done. Ctrl-C stops cleanly; run again to go on.
+    """Run the stages that are not up to date. Ctrl-C stops cleanly; the same command continues.
 
     Relative paths in the file are relative to the current directory.
     """
@@ -104,13 +114,13 @@ def run(
 
 @app.command()
 def resume(file: File, overrides: Overrides = None) -> None:
-    """Go on with a pipeline that was stopped, interrupted or failed: run, but never for the first time."""
+    """Continue a pipeline that was stopped or failed. Unlike run, it refuses a pipeline that was never started."""
     _run(file, overrides or [], must_exist=True)
 
 
 @app.command()
 def publish(file: File, overrides: Overrides = None) -> None:
-    """Compare what the pipeline publishes with the model registry and make it so. Runs no other stage."""
+    """Update the model registry so that it matches the pipeline file. Runs no other stage."""
     from orchestrator.pipeline.execute import publishing
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.plan import resolve
@@ -125,17 +135,22 @@ def plan(
     file: File,
     overrides: Overrides = None,
     schedules: Annotated[
-        Path | None, typer.Option(metavar="PNG", help="Draw every schedule of the pipeline instead.")
+        Path | None,
+        typer.Option(metavar="PNG", help="Only draw the pipeline's schedules, into this PNG file."),
     ] = None,
     devices: Annotated[
         float | None,
-        typer.Option(help="Show how so many devices are best split between teacher and students.", min=0.01),
+        typer.Option(
+            help="Only show the best split of this number of devices between teacher and students.", min=0.01
+        ),
     ] = None,
     refresh: Annotated[
-        bool, typer.Option("--refresh", help="With --devices: measure anew what was measured before.")
+        bool,
+        typer.Option("--refresh", help="With --devices, ignore earlier measurements and measure again."),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print only the costs, or the split, as JSON.")
+        bool,
+        typer.Option("--json", help="Print only the costs (with --devices: only the split) as JSON."),
     ] = False,
     only: Only = None,
     first: First = None,
@@ -144,9 +159,9 @@ def plan(
     rerun_on: RerunOn = None,
     accept_code: AcceptCode = False,
 ) -> None:
-    """Show the stages, which would run, and why, and all that would stand in the way of a run. Changes nothing.
+    """Show which stages would run and why, and every problem that would stop the run. Changes nothing.
 
-    With a `hardware` section also what it will cost.
+    If the file has a `hardware` section, the estimated cost is shown too.
     """
     from orchestrator.pipeline.load import load
 
@@ -166,7 +181,7 @@ def plan(
 
 @app.command()
 def status(file: File, overrides: Overrides = None) -> None:
-    """Show every stage's state, attempts, time and newest metrics, and what MLflow has not taken yet."""
+    """Show each stage's state, attempts, time and latest metrics, and what has not reached MLflow yet."""
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.status import print_status
 
@@ -175,9 +190,9 @@ def status(file: File, overrides: Overrides = None) -> None:
 
 @app.command()
 def sync(file: File, overrides: Overrides = None) -> None:
-    """Send MLflow what it has not taken yet, such as after a run while the server was away. Runs no stage.
+    """Send tracking records to MLflow that it has not received, for example after an outage. Runs no stage.
 
-    Exit code 0 if nothing waits any more, 1 if MLflow takes nothing.
+    The exit code is 0 if everything was sent, and 1 if some records are still waiting.
     """
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.sync import sync as send
@@ -191,10 +206,10 @@ def gc(
     overrides: Overrides = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
 ) -> None:
-    """List artifacts and unfinished work in the pipeline's store that no pipeline needs; with --yes delete them.
+    """List artifacts and unfinished work that no pipeline in the store needs. With --yes, delete them.
 
-    What this file would use is needed too, as is all that any ledger in the store names. Nothing is deleted while a
-    pipeline of the store runs.
+    Everything that this file would use, or that a ledger in the store refers to, is kept. Nothing is deleted
+    while a pipeline of the store is running.
     """
     from orchestrator.pipeline.gc import collect
     from orchestrator.pipeline.load import load
@@ -208,11 +223,13 @@ def gc(
 @app.command()
 def logs(
     file: File,
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The stage's name.", show_default=False)],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The name of the stage.", show_default=False)],
     overrides: Overrides = None,
-    lines: Annotated[int, typer.Option("--lines", "-n", help="Only the last lines; 0 for all.", min=0)] = 0,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", help="The number of last lines to print; 0 prints all.", min=0)
+    ] = 0,
 ) -> None:
-    """Print a stage's log, all attempts."""
+    """Print a stage's log, with all its attempts."""
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.status import read_log
 
@@ -222,17 +239,27 @@ def logs(
 
 @app.command()
 def pull(
-    model: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="Or NAME/VERSION.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME@ALIAS",
+            help="The registered model, as NAME@ALIAS or NAME/VERSION.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to create.", show_default=False)],
     tracking: Annotated[
-        str, typer.Option(help="The MLflow server or database.", envvar="MLFLOW_TRACKING_URI")
+        str,
+        typer.Option(help="The address of the MLflow server or database.", envvar="MLFLOW_TRACKING_URI"),
     ] = "sqlite:///runs/mlflow.db",
     store: Annotated[
         str | None,
-        typer.Option(help="The store that has the files now, if it was copied to another bucket."),
+        typer.Option(
+            help="The store that holds the files now, if it was moved after the model was published."
+        ),
     ] = None,
 ) -> None:
-    """Fetch a finished model from the registry into a folder."""
+    """Download a published model from the registry into a folder."""
     from orchestrator.tracking.registry import pull as fetch
 
     folder = fetch(model, out, tracking, store)
@@ -243,7 +270,7 @@ def pull(
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the models that a pipeline file can name: parameters, and operations at 256 and 512 px."""
+    """List the models that a pipeline file can use, with parameters and operations at 256 and 512 px."""
     import json
 
     from orchestrator.pipeline.modeltable import model_rows, print_models
@@ -259,11 +286,12 @@ def explain(
     key: Annotated[
         str,
         typer.Argument(
-            metavar="[KEY]", help="Such as stages.pretrain.mix, or lr; without it, the whole file."
+            metavar="[KEY]",
+            help="A key such as stages.pretrain.mix or lr. Without one, the top level of the file is explained.",
         ),
     ] = "",
 ) -> None:
-    """Say what a key of a pipeline file means, what it may hold and what its default is."""
+    """Explain a key of a pipeline file: its meaning, type, range and default."""
     from orchestrator.pipeline.explain import explain as find
     from orchestrator.pipeline.explain import text
 
@@ -273,7 +301,7 @@ def explain(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of a pipeline file, with which editors complete keys and mark mistakes."""
+    """Print the JSON Schema of pipeline files. Editors use it to complete keys and to mark mistakes."""
     from orchestrator.pipeline.schema import schema_text
 
     typer.echo(schema_text(), nl=False)
@@ -282,31 +310,59 @@ def schema() -> None:
 @app.command()
 def simulate(
     trace: Annotated[
-        Path, typer.Argument(metavar="TRACE.json", help="The machines (docs/traces.md).", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="TRACE.json",
+            help="The trace: which machines were available when (see docs/traces.md).",
+            show_default=False,
+        ),
     ],
     overrides: Overrides = None,
     pipeline: Annotated[
         Path, typer.Option("--pipeline", "-p", metavar="FILE", help="The pipeline file.", show_default=False)
     ] = ...,  # type: ignore[assignment]
-    costs: Annotated[Path | None, typer.Option(help="Seconds that things take, from a measured run.")] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the seconds that each operation takes, from a measured run (see docs/traces.md)."
+        ),
+    ] = None,
     cost: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=SECONDS", help="One of them, e.g. [bold]block_s=0.8[/].")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=SECONDS",
+            help="One cost, such as [bold]block_s=0.8[/]; overrides the costs file. Can be repeated.",
+        ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(help="Of a machine an hour, in place of the trace's.", min=0)
+        float | None, typer.Option(help="Hourly price per machine; overrides the trace.", min=0)
     ] = None,
     on_demand_price: Annotated[
-        float | None, typer.Option(help="Of a machine that never goes, an hour.", min=0)
+        float | None,
+        typer.Option(
+            help="Hourly price per on-demand machine. If given, the same run on on-demand machines is compared.",
+            min=0,
+        ),
     ] = None,
-    notice: Annotated[float, typer.Option(help="Announce every end so many seconds before.", min=0)] = 0.0,
-    start: Annotated[float, typer.Option(help="Begin so many seconds into the trace.", min=0)] = 0.0,
+    notice: Annotated[
+        float,
+        typer.Option(
+            help="Seconds of notice before each preemption that the trace does not announce.", min=0
+        ),
+    ] = 0.0,
+    start: Annotated[
+        float, typer.Option(help="Seconds into the trace at which the simulation starts.", min=0)
+    ] = 0.0,
     interval: Annotated[
         list[str] | None,
-        typer.Option(metavar="SECONDS|auto", help="Time between checkpoints to try; may be repeated."),
+        typer.Option(
+            metavar="SECONDS|auto",
+            help="A time between checkpoints to compare with the pipeline's. Can be repeated.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict finish time, goodput and cost on machines that come and go. Runs nothing."""
+    """Predict finish time, goodput and cost on a trace of spot machines. Runs nothing."""
     import json
 
     from orchestrator.pipeline.graph import order
@@ -323,17 +379,18 @@ def simulate(
         report.print(_console())
 
 
-checkpoints = typer.Typer(no_args_is_help=True, help="Look into elastic checkpoints.")
+checkpoints = typer.Typer(no_args_is_help=True, help="Inspect the checkpoints of training jobs.")
 app.add_typer(checkpoints, name="checkpoint")
 
 
 @checkpoints.command()
 def inspect(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A checkpoint, or a folder of them.", show_default=False)
+        Path,
+        typer.Argument(metavar="DIR", help="A checkpoint, or a folder of checkpoints.", show_default=False),
     ],
 ) -> None:
-    """Show what is in a checkpoint and whether every byte of it is as it was written; exit code 1 if not."""
+    """Show what a checkpoint contains and verify its checksums. The exit code is 1 if it is damaged."""
     from orchestrator.elastic.inspect import describe_all
     from orchestrator.pipeline.checkpoints import print_checkpoints
 
@@ -344,10 +401,12 @@ def inspect(
 def verify(
     target: Annotated[
         str,
-        typer.Argument(metavar="[FILE or STORE]", help="A pipeline file, a folder, or s3://…."),
+        typer.Argument(
+            metavar="[FILE or STORE]", help="A pipeline file, or a store: a folder or an s3:// address."
+        ),
     ] = "runs",
 ) -> None:
-    """Read everything in a store and compare it with its manifests; exit code 1 if anything is damaged."""
+    """Read every file in a store and compare it with its manifest. The exit code is 1 if any is damaged."""
     from orchestrator.pipeline.verify import verify as check
 
     raise typer.Exit(0 if check(_console(), target) else 1)
@@ -355,9 +414,9 @@ def verify(
 
 @app.command()
 def doctor(
-    store: Annotated[str, typer.Option(help="The store to check: a folder or s3://….")] = "runs",
+    store: Annotated[str, typer.Option(help="The store to check: a folder or an s3:// address.")] = "runs",
 ) -> None:
-    """Check what is installed, the devices, and whether the store can be written."""
+    """Check the installed packages, the devices, and that the store is writable."""
     from orchestrator.pipeline.doctor import examine
 
     raise typer.Exit(0 if examine(_console(), store) else 1)
@@ -375,7 +434,7 @@ def _choice(
     from orchestrator.pipeline.plan import Choice
 
     if rerun_on and accept_code:
-        raise UserError("--rerun-on code and --accept-code are opposites", hint="leave one of them out")
+        raise UserError("--rerun-on code and --accept-code exclude each other", hint="leave one of them out")
     return Choice(tuple(only or ()), first, last, tuple(force or ()), on_code=rerun_on is not None)
 
 
@@ -459,9 +518,9 @@ def _print_costs(loaded: LoadedPipeline, *, as_json: bool) -> None:
     hardware = loaded.spec.hardware
     if hardware is None:
         raise UserError(
-            "the pipeline does not say what machines it is for",
+            "the pipeline has no `hardware` section, so its cost cannot be estimated",
             where=str(loaded.path),
-            hint="add e.g. `hardware: {devices: 256, name: H100 SXM, mfu: 0.4}`",
+            hint="add one, such as `hardware: {devices: 256, name: H100 SXM, mfu: 0.4}`",
         )
     found = list(costings(loaded, hardware))
     if as_json:
@@ -476,7 +535,7 @@ def _print_splits(loaded: LoadedPipeline, devices: float, *, refresh: bool, as_j
     from orchestrator.pipeline.splitting import as_dict, print_splits, splits
 
     notes = _console(stderr=True)
-    with notes.status("looking at costs") as status:
+    with notes.status("estimating costs") as status:
         found = splits(loaded, devices, refresh=refresh, say=status.update)
     if as_json:
         typer.echo(json.dumps(as_dict(found), indent=1))
@@ -489,7 +548,7 @@ def _draw_schedules(loaded: LoadedPipeline, picture: Path) -> None:
 
     number = draw(loaded, picture)
     _console().print(
-        f"[green]✓[/] {number} schedules are in [bold]{picture}[/]", highlight=False, soft_wrap=True
+        f"[green]✓[/] Drew {number} schedules into [bold]{picture}[/]", highlight=False, soft_wrap=True
     )
 
 
@@ -543,7 +602,7 @@ def _refusal(error: OSError) -> UserError | None:
         what = disk.described(error, [Path.cwd(), disk.temporary()])
     else:
         what = ": ".join(str(part) for part in (error.strerror, disk.file_of(error)) if part)
-    return UserError(what, hint="once that is mended, the same command goes on")
+    return UserError(what, hint="fix that, then run the same command again: it continues")
 
 
 def _complain(error: UserError) -> None:

@@ -231,44 +231,46 @@ def _bytes(value: Any) -> Any:
 
 
 class Resources(Settings):
-    """What the slot of one worker asks Ray for; all of it operational. What is left out has a default."""
+    """The resources that each worker requests from Ray. No stage runs again when a key here changes."""
 
     gpu: float | None = operational(
         None,
         gt=0,
         le=1024,
-        description="The number of GPUs that each worker gets: a whole number, or a share below 1 that lets several "
-        "jobs use one GPU. Default: 1 where workers run on GPUs.",
+        description="The number of GPUs per worker: a whole number, or a fraction below 1 so that several workers "
+        "share one GPU. Default: 1 if workers run on GPUs, else 0.",
     )
     cpu: float | None = operational(
         None,
         gt=0,
         le=65536,
-        description="The number of logical CPUs that each worker reserves: a whole number, or a share below 1. "
-        "Default: 1 for a worker on a CPU, none for a worker on a GPU.",
+        description="The number of logical CPUs that each worker reserves: a whole number, or a fraction below 1. "
+        "Default: 1 if workers run on CPUs, 0 if they run on GPUs.",
     )
     memory: (
         Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(gt=0, le=2**50)]
         | None
     ) = operational(
         None,
-        description="The main memory that each worker reserves, in bytes or as a text such as 8GiB. Ray counts it "
-        "when it places workers and does not enforce it. Default: none is reserved.",
+        description="The main memory that each worker reserves, in bytes or as a text such as 8GiB. Ray uses it for "
+        "placement only and does not enforce it. Default: none is reserved.",
     )
     accelerator_type: str | None = operational(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$",
-        description="The type of accelerator, in Ray's words such as H100 or A100-80G, that a worker's node must have.",
+        description="The type of accelerator that a worker's node must have, by Ray's name for it, such as H100 or "
+        "A100-80G. Default: any type.",
     )
     labels: dict[str, str] = operational(
         {},
-        description="Ray's label selector: a worker runs only on nodes that have these labels. A value may be "
-        "negated (`!spot`) or a choice (`in(a,b)`).",
+        description="Ray's label selector: workers run only on nodes with these labels. A value may be negated "
+        "(`!spot`) or a list of choices (`in(a,b)`). Default: workers run on any node.",
     )
     runtime_env: dict[str, Any] = operational(
         {},
         repr=False,
-        description="Ray's runtime environment of a worker's process: `env_vars`, `pip`, `working_dir` and the like.",
+        description="Ray's runtime environment for worker processes, with keys such as `env_vars`, `pip` or "
+        "`working_dir`.",
     )
 
     @field_validator("gpu", "cpu")
@@ -320,88 +322,91 @@ class Resources(Settings):
 
 
 class Elastic(Settings):
-    """Defaults of every training stage; all of it operational."""
+    """How training stages use machines that come and go. No stage runs again when a key here changes."""
 
     workers: Workers = operational(
         (1, 2),
-        description="The numbers of workers that a job runs with: [min_workers, max_workers], one number for a fixed "
-        "count, or auto for one worker on each device that the cluster has at the time.",
+        description="The number of workers of a job: [min_workers, max_workers], one number for a fixed size, or auto "
+        "for one worker per device that the cluster has at the time.",
     )
     resources: Resources = operational(
-        Resources(), description="What each worker's slot asks Ray for: GPUs, CPUs, memory, kind of node."
+        Resources(),
+        description="The resources that each worker requests from Ray: GPUs, CPUs, memory and type of node.",
     )
     checkpoint_every_s: float | None = operational(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="The seconds from one checkpoint to the next. Default: computed from what a checkpoint costs and "
-        "how often workers were lost.",
+        description="The time between checkpoints, in seconds. Default: computed from the measured cost of a "
+        "checkpoint and from how often workers were lost, between 2 s and 10 min.",
     )
     keep_checkpoints: int = operational(
-        2, ge=1, description="The number of newest checkpoints that are kept; older ones are deleted."
+        2, ge=1, description="The number of latest checkpoints to keep. Older ones are deleted."
     )
     keep_every: int | None = operational(
         None,
         ge=1,
-        description="Checkpoints of steps that are multiples of this number are never deleted. Default: none.",
+        description="The interval of checkpoints that are never deleted, in steps: those at multiples of this "
+        "number are kept. Default: none.",
     )
     device: Literal["auto", "cpu", "gpu"] = operational(
         "auto",
-        description="The kind of device that a worker trains on. auto is a GPU if the cluster has one when the stage "
-        "starts, else a CPU; cpu never uses a GPU, also where there are GPUs.",
+        description="The type of device that workers train on. auto uses GPUs if the cluster has any when the stage "
+        "starts, else CPUs. cpu uses CPUs even if there are GPUs. gpu requires GPUs.",
     )
     resize_share: float = operational(
         0.1,
         gt=0,
         le=1,
-        description="The largest share of the training time, from 0 to 1, that goes into restarts whose only purpose "
-        "is to use more machines.",
+        description="The maximum share of training time, from 0 to 1, that may be spent on restarts whose only "
+        "purpose is to add workers.",
     )
     heartbeat_timeout_s: float = operational(
         15.0,
         gt=1,
         allow_inf_nan=False,
-        description="The seconds after which a worker that sends no heartbeat is replaced.",
+        description="The time without a heartbeat after which a worker is replaced, in seconds.",
     )
     stall_timeout_s: float = operational(
         300.0,
         gt=1,
         allow_inf_nan=False,
-        description="The seconds after which a group of workers that finishes no step is restarted.",
+        description="The time without a finished step after which the worker group is restarted, in seconds.",
     )
     max_failures: int = operational(
         3,
         ge=0,
-        description="The number of failures of the user's code after which a stage ends. Lost machines do not count.",
+        description="The maximum number of errors in the training code that are retried before the stage fails. The "
+        "same error twice at the same step is not retried. Lost machines do not count.",
     )
     max_skipped_updates: int = operational(
         10,
         ge=0,
         le=1000,
-        description="The number of updates that may be skipped, because a gradient is not finite, within 100 times as "
-        "many steps. After one more the stage ends, with the steps and the samples. 10: it ends after 11 in a row, or "
-        "when more than 1 % of the newest 1,000 updates were skipped.",
+        description="The maximum number of updates that may be skipped because a gradient is not finite, within a "
+        "window of 100 times as many steps. One more fails the stage, and the error names the steps and samples. "
+        "With 10, the stage fails after 11 skipped updates within the last 1,000 steps.",
     )
     wait_for_workers_s: float | None = operational(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="The seconds that a job waits for machines before the run ends with an error. Default: no limit.",
+        description="The time that a job waits for enough machines before it fails, in seconds. Default: no limit.",
     )
     exact: bool = operational(
         False,
-        description="Whether gradients are summed over blocks and workers in float64, so that the weights do not "
-        "depend on the number of workers, to the last bit. Gradients then take twice the memory and the traffic. "
-        "Needs ZeRO-3.",
+        description="Whether gradients are summed in float64, so that the weights are bit-identical for any number "
+        "of workers. Gradients then take twice the memory and the network traffic. Requires `zero_stage: 3`.",
     )
     workers_from: Literal["warm", "stock"] = operational(
         "warm",
-        description="Where Ray Train gets workers from. warm: from slots that stay, each with a process that has "
-        "imported everything. stock: from Ray Train's own worker group, which starts new processes for each attempt.",
+        description="The worker group that Ray Train uses. warm: processes that have all modules imported and are "
+        "reused between attempts. stock: Ray Train's own worker group, which starts new processes for each attempt.",
     )
     ray_train_callbacks: tuple[str, ...] = operational(
         (),
-        description="Ray Train callbacks of the run, each as package.module:Class; a class is made without arguments.",
+        description="The Ray Train callbacks of each run, as package.module:Class. Classes are instantiated without "
+        "arguments.",
     )
 
     @model_validator(mode="before")
@@ -456,20 +461,20 @@ MAX_PIXELS = 120_000_000
 
 
 class DataSource(Settings):
-    """A folder of images. `captions` is a CSV with a `file` column and, as there are, `caption` and `label`."""
+    """A folder of images, with an optional table of captions and labels."""
 
-    path: LocalPath = Field(description="The folder of images; subfolders are searched.")
+    path: LocalPath = Field(description="The folder of images. Subfolders are searched, too.")
     captions: LocalPath | None = Field(
         None,
-        description="A CSV with a `file` column and, as there are, `caption` and `label`. Default: no image has a "
-        "caption or a label.",
+        description="A CSV file with a `file` column and, optionally, `caption` and `label` columns. Default: images "
+        "have no captions or labels.",
     )
     max_pixels: int = Field(
         MAX_PIXELS,
         ge=1,
         le=2**31 - 1,
-        description="The largest width × height, in pixels, that a picture may have. Larger ones are left out: the "
-        "header says the size, before anything is decoded.",
+        description="The maximum width × height of an image, in pixels. Larger images are left out. The size is read "
+        "from the file's header, before the image is decoded.",
     )
 
 
@@ -486,23 +491,23 @@ PreemptionNotices = Literal["auto", "aws", "gce", "azure", "kubernetes", "off"]
 
 
 class Cluster(Settings):
-    """Which Ray cluster: `local` starts an own one, `auto` joins the one on this machine, `host:port` that one."""
+    """The Ray cluster that the pipeline runs on."""
 
     address: str = Field(
         "local",
-        description="Which Ray cluster runs the pipeline: `local` starts one of its own, `auto` joins the one that "
-        "has a node on this machine, `host:port` joins the one whose head is there.",
+        description="The Ray cluster to use: `local` starts one on this machine for the run, `auto` joins the cluster "
+        "that this machine is a node of, `host:port` joins the cluster with its head at that address.",
     )
     preemption_notices: PreemptionNotices = operational(
         "auto",
-        description="Whose notice that a machine is taken back is turned into the drain of its Ray node. `auto` asks "
-        "the metadata service of the cloud that a machine's firmware names, and nobody on other machines. "
-        "`kubernetes` asks nobody, since the pods' own preStop hooks drain.",
+        description="The source of preemption notices, after which a machine's Ray node is drained. `auto` detects "
+        "the cloud from each machine's firmware and polls its metadata service; on other machines nothing is polled. "
+        "With `kubernetes` nothing is polled either: the pods' preStop hooks drain the nodes.",
     )
     dashboard: bool = operational(
         False,
-        description="Whether an own cluster has Ray's dashboard, with the state of Ray Train's runs, and Prometheus "
-        "metrics. It needs the package extra `dashboard`, which brings ray[default].",
+        description="Whether a `local` cluster runs Ray's dashboard, which shows Ray Train runs and exports "
+        "Prometheus metrics. Requires the package extra `dashboard`, which installs ray[default].",
     )
 
     @field_validator("address")
@@ -520,36 +525,39 @@ class Cluster(Settings):
 
 
 class Hardware(Settings):
-    """The machines for which `orchestrator plan` computes costs; nothing runs differently for it."""
+    """The machines for which `orchestrator plan` estimates costs. It does not change how stages run."""
 
-    devices: int = Field(ge=1, description="The number of accelerators that train at once.")
-    name: str = Field("H100 SXM", description="The name of the accelerator, for people to read.")
+    devices: int = Field(ge=1, description="The number of accelerators that train at the same time.")
+    name: str = Field("H100 SXM", description="The name of the accelerator, used only for display.")
     peak_tflops: float = Field(
-        989.0, gt=0, description="The dense bf16 operations a second of one accelerator, in 10¹²."
+        989.0,
+        gt=0,
+        description="The dense bf16 peak of one accelerator, in TFLOP/s (10¹² operations per second).",
     )
     memory_gib: float = Field(80.0, gt=0, description="The memory of one accelerator, in GiB.")
     mfu: float = Field(
         0.4,
         gt=0,
         le=1,
-        description="The share of the peak that training reaches while it computes, from 0 to 1.",
+        description="The model FLOPs utilization: the share of the peak that training reaches while it computes, "
+        "above 0 and at most 1.",
     )
     mfu_source: Literal["assumed", "measured", "fitted"] = Field(
         "assumed",
-        description="Where `mfu` comes from. fitted: chosen so that the hours come out as published; `plan` then says "
-        "that its hours predict nothing.",
+        description="The origin of `mfu`. fitted means that it was chosen to reproduce published hours, and `plan` "
+        "then says that its hours are not a prediction.",
     )
     collective_gb_s: float | None = Field(
         None,
         gt=0,
-        description="The speed, in 10⁹ bytes a second, at which one accelerator gathers weights or gives its gradients "
-        "away while all of them do. Default: communication is not counted.",
+        description="The bandwidth of collective operations per accelerator, in GB/s (10⁹ bytes per second), while "
+        "all accelerators communicate. Default: communication time is not counted.",
     )
     input_images_s: float | None = Field(
         None,
         gt=0,
-        description="The images a second that the processors beside one accelerator decode and crop. Default: input is "
-        "not counted.",
+        description="The number of images per second that the CPUs of one accelerator decode and crop. Default: the "
+        "time for input data is not counted.",
     )
 
 
@@ -593,7 +601,7 @@ def _mix(value: Any) -> Any:
     return names
 
 
-# Names of components and data sources, or their weights.
+# Names of components and datasets, or their weights.
 Mix = Annotated[
     tuple[str, ...] | dict[str, float],
     BeforeValidator(_mix, json_schema_input_type=str | tuple[str, ...] | dict[str, float]),
@@ -603,39 +611,46 @@ Mix = Annotated[
 class StageSpec(Settings):
     """What every stage has. Subclasses narrow `kind` to a Literal and add their own fields."""
 
-    kind: str = Field(description="What the stage does: the name of one of the stage kinds.")
-    needs: Names = Field((), description="The stages whose artifacts this one reads, as one name or a list.")
+    kind: str = Field(
+        description="The kind of the stage, such as `pretrain`. It decides which keys the stage has."
+    )
+    needs: Names = Field(
+        (), description="The stages whose artifacts this stage reads, as one name or a list."
+    )
 
 
 class Schedule(Settings):
-    """A schedule as data: a ramp from `start` to `peak`, a hold, then constant or on to `end`.
+    """A value that changes with the step: a warmup from `start` to `peak`, a hold, then constant or on to `end`.
 
-    Values by step: for t < warmup_steps a line from `start` to `peak`, or half a cosine; `peak` for the `hold_steps`
-    after that and, with shape `constant`, to the end; with `cosine` or `linear` half a cosine or a line from `peak`
-    to `end`, which may be higher, over the rest of the run.
+    During the first `warmup_steps` steps the value goes from `start` to `peak`, in a line or by half a cosine. It
+    then stays at `peak` for `hold_steps` steps. With shape `constant` it stays at `peak` until the end. With `cosine`
+    or `linear` it goes from `peak` to `end`, by half a cosine or in a line, over the rest of the run; `end` may be
+    higher than `peak`.
     """
 
     peak: float = Field(ge=0, description="The value after the warmup.")
-    start: float = Field(0.0, ge=0, description="The value at step 0, if there is a warmup.")
+    start: float = Field(
+        0.0, ge=0, description="The value at step 0. It is used only if `warmup_steps` is above 0."
+    )
     end: float = Field(
-        0.0, ge=0, description="The value after the last step; not used by the shape `constant`."
+        0.0, ge=0, description="The value after the last step. It is not used with shape `constant`."
     )
     warmup_steps: int = Field(
-        0, ge=0, description="The number of steps in which the value goes in a line from `start` to `peak`."
+        0, ge=0, description="The number of steps in which the value goes from `start` to `peak`."
     )
     warmup_shape: Literal["linear", "cosine"] = Field(
-        "linear", description="The form of the ramp from start to peak: a line, or half a cosine."
+        "linear", description="The shape of the warmup from `start` to `peak`: a line, or half a cosine."
     )
     hold_steps: int = Field(
         0,
         ge=0,
-        description="The number of steps after the warmup in which the value stays at `peak`, before it moves to "
+        description="The number of steps after the warmup for which the value stays at `peak` before it moves to "
         "`end`.",
     )
     shape: Literal["constant", "cosine", "linear"] = Field(
         "constant",
-        description="How the value goes from `peak` to `end` over the rest of the run: not at all, by half a "
-        "cosine, or in a line.",
+        description="The shape after warmup and hold: constant stays at `peak`, cosine and linear go to `end` over "
+        "the rest of the run.",
     )
 
     def at(self, step: int, num_steps: int) -> float:
@@ -708,30 +723,31 @@ def check_ratio(name: str, ratio: tuple[float, float]) -> None:
 
 
 class Optimizer(Settings):
-    """AdamW and its schedules. `lr.peak` is the effective rate; nothing is rescaled behind the user's back."""
+    """AdamW and its schedules, with the defaults of the DINOv3 recipe (arXiv 2508.10104 and its published code)."""
 
     lr: Schedule = Field(
-        description="The learning rate by step, as it is applied: nothing rescales it by the batch size."
+        description="The learning rate by step. It is used as given and is not scaled by the batch size."
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="The decay rates of AdamW's two moments.")
     weight_decay: Decay = Field(
         Schedule(peak=0.04),
-        description="AdamW's decoupled weight decay; vectors and scalars are not decayed.",
+        description="AdamW's decoupled weight decay by step. Vectors and scalars are not decayed.",
     )
     clip_norm: float | None = Field(
         30.0,
         gt=0,
-        description="The largest norm of the gradient of each submodule (the backbone, each head); a larger one is "
-        "scaled down to it.",
+        description="The maximum gradient norm of each submodule (the backbone, each head). Larger gradients are "
+        "scaled down to it; null turns clipping off.",
     )
     layer_decay: float = Field(
         0.98,
         gt=0,
         le=1,
-        description="The factor on the learning rate for each layer further from the output.",
+        description="The layer-wise learning rate decay: the factor on the learning rate for each layer further from "
+        "the output. 1 turns it off.",
     )
     patch_embed_scale: float = Field(
-        0.2, gt=0, description="The extra factor on the learning rate of the patch embedding."
+        0.2, gt=0, description="An extra factor on the learning rate of the patch embedding. 1 turns it off."
     )
 
 
@@ -744,22 +760,25 @@ class Pipeline(Settings, Generic[S]):
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9\-]*$",
         max_length=100,
-        description="The name of the pipeline, in the ledger, in MLflow and in the names of published models.",
+        description="The name of the pipeline in the ledger, in MLflow and in the names of published models: at most "
+        "100 lowercase letters, digits and hyphens.",
     )
-    seed: int = Field(0, description="The seed from which every random number of every stage follows.")
+    seed: int = Field(0, description="The seed of all random numbers in all stages.")
     store: str = operational(
         "runs/",
-        description="Where artifacts, checkpoints and the ledger are kept: a folder, or `s3://bucket/prefix`.",
+        description="The store of artifacts, checkpoints and the ledger: a folder, or `s3://bucket/prefix`.",
     )
-    tracking: Tracking = operational(Tracking(), description="Where MLflow keeps runs and the registry.")
-    cluster: Cluster = operational(Cluster(), description="Which Ray cluster the pipeline runs on.")
+    tracking: Tracking = operational(
+        Tracking(), description="The MLflow server or database that keeps runs and the model registry."
+    )
+    cluster: Cluster = operational(Cluster(), description="The Ray cluster that the pipeline runs on.")
     elastic: Elastic = operational(
         Elastic(),
-        description="How every training stage uses machines that come and go; a stage may override it.",
+        description="How training stages use machines that come and go. A stage can override it key by key.",
     )
     hardware: Hardware | None = operational(
         None,
-        description="The machines for which `orchestrator plan` computes costs. Default: no costs are printed.",
+        description="The machines for which `orchestrator plan` estimates costs. Default: no costs are printed.",
     )
-    data: dict[str, DataSource] = Field({}, description="The data sources by name.")
-    stages: dict[str, S] = Field(description="The stages by name; their order in the file does not matter.")
+    data: dict[str, DataSource] = Field({}, description="The datasets by name.")
+    stages: dict[str, S] = Field(description="The stages by name. Their order in the file does not matter.")

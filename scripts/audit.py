@@ -49,7 +49,7 @@ class BrokenError(Exception):
 
 @dataclass(frozen=True)
 class Known:
-    """A known vulnerability of a locked package: all its names, and the versions that mend it."""
+    """A known vulnerability of a locked package: all its names, and the versions that fix it."""
 
     package: str
     version: str
@@ -58,8 +58,8 @@ class Known:
 
     def __str__(self) -> str:
         others = f" ({', '.join(self.ids[1:])})" if len(self.ids) > 1 else ""
-        mended = f"mended in {', '.join(self.fixed_in)}" if self.fixed_in else "not mended yet"
-        return f"{self.package} {self.version}: {self.ids[0]}{others}, {mended}"
+        fixed = f"fixed in {', '.join(self.fixed_in)}" if self.fixed_in else "not fixed yet"
+        return f"{self.package} {self.version}: {self.ids[0]}{others}, {fixed}"
 
 
 @dataclass(frozen=True)

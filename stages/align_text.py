@@ -41,29 +41,36 @@ SMALLEST_VOCABULARY = 259
 
 
 class AlignOptimizer(Optimizer):
-    """AdamW with the recipe's values. No layer-wise rates: the layers they would slow down are locked."""
+    """AdamW with the recipe's values. There is no layer-wise decay, since the vision tower is frozen."""
 
     lr: Schedule = Field(
         Schedule(peak=7e-4, warmup_steps=2000, shape="cosine"),
-        description="The learning rate by step, as it is applied: nothing rescales it by the batch size.",
+        description="The learning rate by step. It is used as given and is not scaled by the batch size.",
     )
     weight_decay: Decay = Field(
         Schedule(peak=1e-4),
-        description="AdamW's decoupled weight decay; vectors and scalars are not decayed.",
+        description="AdamW's decoupled weight decay by step. Vectors and scalars are not decayed.",
     )
     layer_decay: float = Field(
         1.0,
         ge=1,
         le=1,
-        description="Layers have no rates of their own here: the ones that they would slow down are locked.",
+        description="The layer-wise learning rate decay. It can only be 1 here, since the vision tower is frozen.",
     )
     patch_embed_scale: float = Field(
-        1.0, ge=1, le=1, description="The patch embedding is locked here, so this is 1."
+        1.0,
+        ge=1,
+        le=1,
+        description="The factor on the learning rate of the patch embedding. It can only be 1 here, since the patch "
+        "embedding is frozen.",
     )
 
 
 class TextSettings(Settings):
-    """The text tower: causal, from scratch (the paper's is 24 x 1280 x 20 heads), or a trained encoder."""
+    """The text tower: a causal transformer trained from scratch, or a pretrained encoder.
+
+    The paper's tower has 24 blocks, a width of 1280 and 20 heads.
+    """
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -74,19 +81,19 @@ class TextSettings(Settings):
     )
     init: Literal["fixed", "by_width"] = Field(
         "fixed",
-        description="The standard deviations that the matrices of the text tower's blocks start with. fixed: 0.02. "
-        "by_width: CLIP's, which follow from dim and depth, as in the published code.",
+        description="The standard deviation of the initial weights of the text tower's blocks. fixed is 0.02. by_width "
+        "is CLIP's, computed from `dim` and `depth`, as in the published code.",
     )
     # The key of the stage has the hash of what is in it instead of its place.
     from_: LocalPath | None = operational(
         None,
         alias="from",
-        description="The folder of a trained BERT encoder such as MiniLM; it brings its own tokenizer. Default: "
-        "the text tower is trained from scratch.",
+        description="The folder of a pretrained BERT encoder such as MiniLM, with its own tokenizer. Default: the "
+        "text tower is trained from scratch.",
     )
     lock: bool = Field(
         False,
-        description="Whether the trained encoder stays as it is, so that only the projection after it learns.",
+        description="Whether the pretrained encoder is frozen, so that only the projection after it is trained.",
     )
 
     @model_validator(mode="after")
@@ -96,7 +103,7 @@ class TextSettings(Settings):
         ):
             raise ValueError(f"the encoder has its own: leave out {', '.join(sorted(sizes))}")
         if self.from_ is None and self.lock:
-            raise ValueError("lock is for a trained encoder: set `from`, or leave lock out")
+            raise ValueError("lock is only for a pretrained encoder: set `from`, or leave out lock")
         if self.dim % self.num_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
         return self
@@ -105,89 +112,105 @@ class TextSettings(Settings):
 class AlignText(MixStage):
     """Locked-image text alignment: dino.txt (arXiv 2412.16334), as in DINOv3 (arXiv 2508.10104, section 5.3).
 
-    The vision tower stays as it is; two blocks on top of its tokens and a text tower learn by symmetric
-    InfoNCE over the global batch. Photos of the mix without a caption are left out.
+    The vision tower is frozen. Two blocks on top of its tokens and a text tower are trained with the symmetric
+    InfoNCE loss over the global batch. Photos without a caption are left out.
     """
 
     kind: Literal["align_text"]
     student: str | None = Field(
         None,
-        description="The student of a `distill` stage whose tower is aligned; it may be left out where there is "
-        "only one.",
+        description="The student of the `distill` stage whose vision tower is aligned. Required if there is more than "
+        "one student.",
     )
-    steps: int = Field(ge=1, description="The number of updates.")
-    batch_size: int = Field(ge=2, description="The number of pairs of a step, over all workers.")
+    steps: int = Field(ge=1, description="The number of optimizer steps.")
+    batch_size: int = Field(ge=2, description="The number of image-text pairs per step, over all workers.")
     block_size: int = Field(
         16,
         ge=1,
-        description="The number of pairs of a block, which is never divided between workers; it divides "
-        "`batch_size`.",
+        description="The number of image-text pairs per block, the smallest unit that is assigned to one worker. It "
+        "must divide `batch_size`.",
     )
     image_size: Side | None = Field(
-        None, description="The side of an image, in pixels. Default: the one that the tower was trained at."
+        None,
+        description="The side of the images, in pixels. Default: the size that the tower was trained at.",
     )
-    optimizer: AlignOptimizer = Field(AlignOptimizer(), description="AdamW and its learning rate.")
-    text: TextSettings = Field(TextSettings(), description="The text tower.")
+    optimizer: AlignOptimizer = Field(
+        AlignOptimizer(), description="The settings of AdamW, with its learning rate schedule."
+    )
+    text: TextSettings = Field(TextSettings(), description="The settings of the text tower.")
     num_blocks: int = Field(
-        2, ge=0, le=MAX_DEPTH, description="The number of trainable blocks on the vision tower's tokens."
+        2,
+        ge=0,
+        le=MAX_DEPTH,
+        description="The number of trainable blocks on top of the vision tower's tokens.",
     )
     drop_path: float = Field(
         0.3,
         ge=0,
         lt=1,
-        description="The share of a batch's rows that each residual branch of those blocks leaves out.",
+        description="The drop-path rate of the trainable blocks: the share of a batch's samples that each residual "
+        "branch skips, from 0 to 1.",
     )
     ffn_hidden: int | None = Field(
         None,
         ge=1,
         le=MAX_WIDTH,
-        description="The hidden width of the feed-forward layers (SwiGLU) of those blocks. Default: 8/3 of the tower's "
-        "width, rounded up to a multiple of 8. The published code rounds up to a multiple of 64.",
+        description="The hidden width of the SwiGLU feed-forward layers in the trainable blocks. Default: 8/3 of the "
+        "tower's width, rounded up to a multiple of 8. The published code rounds up to a multiple of 64.",
     )
     qkv_bias: bool = Field(
         True,
-        description="Whether queries and values have biases, in those blocks and in a text tower from scratch. In the "
-        "published code they have none.",
+        description="Whether queries and values have biases, in the trainable blocks and in a text tower that is "
+        "trained from scratch. The published code has none.",
     )
     output_dim: int = Field(
-        256, ge=1, le=MAX_WIDTH, description="The width of the space that images and texts share."
+        256, ge=1, le=MAX_WIDTH, description="The width of the joint embedding space of images and texts."
     )
     projection: Literal["joint", "shared"] = Field(
         "joint",
-        description="How a photo's CLS token and the mean of its patches become an embedding. joint: one matrix "
-        "projects both together to output_dim. shared: one matrix projects each to a half of output_dim, and there is "
-        "none where twice the tower's width is output_dim, as in the published code.",
+        description="The projection of a photo's CLS token and mean patch token to its embedding. joint: one matrix "
+        "projects both together to `output_dim`. shared: one matrix projects each to half of `output_dim`, as in the "
+        "published code; there is no matrix if `output_dim` is twice the tower's width.",
     )
     pool: Literal["cls_and_patches", "cls"] = Field(
         "cls_and_patches",
-        description="What of an image is compared with a text: CLS and the mean of its patches, or CLS alone.",
+        description="The image tokens that form the embedding: CLS and the mean of the patches, or CLS alone.",
     )
     tokenizer: LocalPath | None = operational(
-        None, description="A `tokenizer.json` file. Default: byte-level BPE that is trained on the captions."
+        None,
+        description="The path of a `tokenizer.json` file. Default: a byte-level BPE tokenizer is trained on the "
+        "captions.",
     )
     start_token: str | None = Field(
         None,
-        description="The token that is put before a text. Default: what the given tokenizer does of itself.",
+        description="The token that is added before each text. Requires `tokenizer`. Default: the tokenizer's own "
+        "post-processing.",
     )
     end_token: str | None = Field(
         None,
-        description="The token that is put after a text. Default: what the given tokenizer does of itself.",
+        description="The token that is added after each text. Requires `tokenizer`. Default: the tokenizer's own "
+        "post-processing.",
     )
     vocab_size: int = Field(
         4096,
         ge=SMALLEST_VOCABULARY,
-        description="The largest number of tokens of the vocabulary that is trained.",
+        description="The maximum vocabulary size of the tokenizer that is trained.",
     )
     context: int = Field(
-        77, ge=3, le=MAX_WIDTH, description="The number of tokens of the longest text; longer texts are cut."
+        77,
+        ge=3,
+        le=MAX_WIDTH,
+        description="The maximum number of tokens per text. Longer texts are shortened; their last token is kept.",
     )
-    temperature: float = Field(0.07, gt=0, description="The temperature at the start; it is learnt.")
-    max_scale: float = Field(100.0, gt=0, description="The largest value of 1/temperature that is learnt.")
+    temperature: float = Field(0.07, gt=0, description="The initial temperature of InfoNCE. It is learned.")
+    max_scale: float = Field(
+        100.0, gt=0, description="The maximum of the learned logit scale, which is 1/temperature."
+    )
     zero_stage: Literal[1, 2, 3] = operational(
-        3, description="The ZeRO stage that DeepSpeed trains with. In bf16, 1 is 2."
+        3, description="The ZeRO stage of DeepSpeed. In bf16, 1 behaves like 2."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
+        "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
     )
 
     preload: ClassVar[tuple[str, ...]] = (
@@ -247,7 +270,7 @@ class AlignText(MixStage):
                 UserError(
                     f"none of the {outlook.photos.photos} photos has a caption to align with",
                     where="needs",
-                    hint="give the data source of the curate stage a `captions` file with a `caption` column",
+                    hint="give the dataset of the curate stage a `captions` file with a `caption` column",
                 )
             )
         elif outlook.photos.captions < self.batch_size:
@@ -384,7 +407,7 @@ def check_encoder(folder: Path, context: int) -> None:
     try:
         config = read_bert_config(folder)
     except ValueError as error:
-        hint = "a folder of a BERT encoder in the layout of transformers has to be given"
+        hint = "give a folder with a BERT encoder in the layout of transformers"
         raise UserError(str(error), where="text.from", hint=hint) from None
     if context > config.context:
         raise UserError(
@@ -427,7 +450,9 @@ def student_mistake(names: Sequence[str], student: str | None) -> UserError | No
     if student in names or not names or (student is None and len(names) == 1):
         return None
     what = (
-        "`student` does not say which one to align" if student is None else f"there is no student {student!r}"
+        "`student` is not set, and there is more than one"
+        if student is None
+        else f"there is no student {student!r}"
     )
     guess = nearest(student or "", names)
     return UserError(what, hint=f"use student: {guess}" if guess else f"use one of {', '.join(names)}")

@@ -68,7 +68,7 @@ class Context:
         key: the stage's content key.
         inputs: artifacts by the role of the declared :class:`Input`.
         keys: content keys of every stage upstream of this one, by stage name (lineage for `publish`).
-        sources: the pipeline's data sources.
+        sources: the pipeline's datasets.
         out: an empty folder; what is in it when `run` returns becomes the artifact.
         work: a folder that outlives the attempt (same key, same folder): checkpoints live here.
         elastic: worker range, checkpoint interval and the like, pipeline defaults merged.
@@ -96,7 +96,7 @@ class Context:
 
     @property
     def roots(self) -> dict[str, str]:
-        """Where the photographs of each data source are now: an index may have been made when they lay elsewhere."""
+        """Where the photographs of each dataset are now: an index may have been made when they lay elsewhere."""
         return {name: str(source.path.resolve()) for name, source in self.sources.items()}
 
     def part(self, kind: str, identity: Mapping[str, Any]) -> AbstractContextManager[Part]:
@@ -131,7 +131,7 @@ class Context:
 
 @dataclass(frozen=True)
 class PhotoCount:
-    """How many photos some data sources have, as far as their names say: which can be read is known later."""
+    """How many photos some datasets have, as far as their names say: which can be read is known later."""
 
     photos: int = 0
     captions: int = 0
@@ -150,7 +150,7 @@ class Outlook:
     Attributes:
         upstream: the stages that fill its inputs, by role; as `origin` the one where its lineage of backbones began.
         lineage: the backbone stages that led to it, the first one first.
-        photos: what the data sources have that it reads, or that the index it reads is made of; None where that is
+        photos: what the datasets have that it reads, or that the index it reads is made of; None where that is
             not known, because they are not there.
     """
 
@@ -181,7 +181,7 @@ class Stage(StageSpec):
     effects: ClassVar[bool] = False
 
     def data_sources(self) -> tuple[str, ...]:
-        """Names of the data sources this stage reads: the content of each is part of the stage's key."""
+        """Names of the datasets this stage reads: the content of each is part of the stage's key."""
         value = getattr(self, "data", None)
         return (value,) if isinstance(value, str) else tuple(value or ())
 
@@ -205,7 +205,7 @@ class Stage(StageSpec):
 
         Args:
             components: that the index has.
-            sources: data sources that it is made from.
+            sources: datasets that it is made from.
 
         Raises:
             UserError: `where` is the dotted field that is wrong.
@@ -261,24 +261,26 @@ class TrainStage(Stage):
     preload: ClassVar[tuple[str, ...]] = ()
 
     elastic: Elastic | None = operational(
-        None, description="Overrides the pipeline's `elastic` section for this stage, key by key."
+        None,
+        description="Settings that override the pipeline's `elastic` section for this stage, key by key. Default: "
+        "the pipeline's.",
     )
     activation_checkpointing: bool = operational(
         False,
-        description="Whether blocks are computed again in the backward pass, which takes time, instead of keeping "
-        "what is in them, which takes memory.",
+        description="Whether activations are recomputed in the backward pass instead of stored. This saves memory and "
+        "takes more time.",
     )
     max_unreadable: float = operational(
         0.01,
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="The share of the photos that may become unreadable while the stage runs, by all its workers and "
-        "attempts together. Another photo stands for each of them, and `replaced_photos` counts the samples; above the "
-        "share the stage ends with their names. One photo may always be.",
+        description="The maximum share of photos, from 0 to 1, that may turn out unreadable during the stage, counted "
+        "over all workers and attempts. Each is replaced by another photo, and `replaced_photos` counts the samples. "
+        "Above the maximum the stage fails and names the photos. One unreadable photo is always allowed.",
     )
     compile: bool = operational(
-        False, description="Whether the towers' blocks are compiled with torch.compile."
+        False, description="Whether the blocks of the models are compiled with torch.compile."
     )
 
     def num_exports(self) -> int:

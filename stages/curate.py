@@ -36,43 +36,46 @@ _LISTED = 1000
 
 
 class Curate(Stage):
-    """Files of one or more data sources → the index of photographs that training reads.
+    """Files of one or more datasets → the index of photographs that training reads.
 
-    Photographs are not copied: the index names their absolute folder, their path in it and their sha256, so
-    it holds on machines that see the same folder at the same place.
+    Photographs are not copied. The index has their absolute folder, their path in it and their sha256, so it is valid
+    on all machines that have the folder at the same path.
 
-    `embedding: thumbnail` describes colours and edges, not content; clusters are pictures that look alike.
+    `embedding: thumbnail` describes colours and edges, not content, so clusters contain images that look similar.
     """
 
     kind: Literal["curate"]
     data: Names = Field(
         min_length=1,
-        description="The names of the data sources; of equal images, the first source's is kept.",
+        description="The names of the datasets to curate. If two of them contain the same image, the first one's copy "
+        "is kept.",
     )
-    clusters: int = Field(16, ge=1, description="The number of k-means clusters.")
+    clusters: int = Field(16, ge=1, description="The number of k-means clusters that sampling balances.")
     sample: int | float = Field(
         0.5,
-        description="The size of the balanced component: a number of images, or a share of the unique ones (0 to "
-        "1].",
+        description="The number of images to select, balanced over the clusters: a count, or a share of the unique "
+        "images above 0 and up to 1.0.",
     )
     embedding: Literal["thumbnail"] = Field(
         "thumbnail",
-        description="What images are compared by; there is one choice, colours and edges of a thumbnail.",
+        description="The features that images are clustered by. The only choice, thumbnail, describes colours and "
+        "edges.",
     )
     near_duplicate: float = Field(
         3.0,
         ge=0,
         le=255,
-        description="The root mean square difference, in grey levels of 32×32 thumbnails, up to which two images "
-        "are one.",
+        description="The maximum root mean square difference of two near-duplicates, in grey levels (0 to 255) of "
+        "their 32×32 thumbnails.",
     )
 
     holdout: float = in_key_if_set(
         0.0,
         ge=0,
         lt=1,
-        description="The share of the unique images that no stage trains on: the component `held_out`, whose loss "
-        "`validate_every` of a stage shows. An image is in it by its bytes, whatever else is there.",
+        description="The share of unique images that are held out from training, from 0 to 1: the component "
+        "`held_out`, on which `validate_every` of a training stage computes its losses. Whether an image is held out "
+        "depends only on its bytes.",
     )
 
     needs_ray: ClassVar[bool] = False
@@ -147,7 +150,7 @@ class Curate(Stage):
                 f"{count} × {reason}" for reason, count in report["left_out_by_reason"].items()
             )
             number = "1 file is" if len(others) == 1 else f"{len(others)} files are"
-            logger.warning("%s: %s not taken for photos: %s", context.name, number, reasons)
+            logger.warning("%s: %s not used as photos: %s", context.name, number, reasons)
         summary = ("images", "unique", "corrupt", "duplicates", "clusters")
         return {name: float(report[name]) for name in summary}
 
@@ -161,7 +164,7 @@ class Curate(Stage):
             if name not in context.sources:
                 near = nearest(name, context.sources)
                 raise UserError(
-                    f"there is no data source {name!r}",
+                    f"there is no dataset {name!r}",
                     where=f"stages.{context.name}.data",
                     hint=f"did you mean {near!r}?" if near else f"name one of {sorted(context.sources)}",
                 )

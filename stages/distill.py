@@ -50,56 +50,69 @@ _NUMBER_BYTES = 4
 
 
 class Views(Settings):
-    """A student's own sizes of the views: cut from the same boxes as the stage's, with the same colours."""
+    """The crop sizes of one student. Its crops show the same image regions and colours as the stage's."""
 
     global_size: Side = Field(description="The side of this student's global crops, in pixels.")
     local_size: Side | None = Field(
-        None, description="The side of its local crops, in pixels. Default: the stage's."
+        None, description="The side of this student's local crops, in pixels. Default: the stage's."
     )
     num_local: int | None = Field(
-        None, ge=0, le=MAX_VIEWS, description="The number of its local crops. Default: the stage's."
+        None,
+        ge=0,
+        le=MAX_VIEWS,
+        description="The number of this student's local crops. Default: the stage's.",
     )
 
 
 class Student(Settings):
-    """One student. Its heads have the teacher's prototypes and the sizes of the teacher's heads."""
+    """One student. Its heads have the same sizes and numbers of prototypes as the teacher's."""
 
-    model: ModelName = Field(description="The student's backbone, by its name in `orchestrator models`.")
+    model: ModelName = Field(
+        description="The name of the student's backbone. `orchestrator models` lists them all."
+    )
     model_overrides: Overrides = Field({}, description=OVERRIDES)
     drop_path: float = Field(
-        0.0, ge=0, lt=1, description="The share of a batch's rows that each residual branch leaves out."
+        0.0,
+        ge=0,
+        lt=1,
+        description="The drop-path rate: the share of a batch's samples that each residual branch skips, from 0 to 1.",
     )
     optimizer: Optimizer | None = Field(
-        None, description="The student's own AdamW and learning rate. Default: the stage's."
+        None, description="The settings of AdamW for this student. Default: the stage's."
     )
-    ema: Schedule | None = Field(None, description="The student's own ema. Default: the stage's.")
+    ema: Schedule | None = Field(
+        None, description="The momentum of this student's EMA by step. Default: the stage's."
+    )
     mask_inputs: bool = Field(
         True,
-        description="Whether the student sees masked crops, as in the paper, or whole ones, as in the published "
-        "code.",
+        description="Whether the student sees masked global crops, as in the paper. The published code shows it "
+        "unmasked crops.",
     )
     views: Views | None = Field(
-        None, description="The student's own sizes of the views. Default: the stage's crops."
+        None, description="The sizes and number of this student's crops. Default: the stage's."
     )
     steps: int | None = Field(
-        None, ge=1, description="The student's own number of updates. Default: the stage's."
+        None, ge=1, description="The number of optimizer steps of this student. Default: the stage's."
     )
     joins: Literal["start", "now"] = Field(
         "start",
-        description="Where the student begins: at the teacher's first step, computed again if need be (`start`), "
-        "or at the step at which the other students are when it first starts (`now`).",
+        description="The teacher step at which the student starts. start: the first step, whose outputs are computed "
+        "again if necessary. now: the step that the other students are at when this one first starts.",
     )
     precision: Literal["auto", "fp32", "bf16"] | None = Field(
-        None, description="The student's own precision of training. Default: the stage's."
+        None, description="The training precision of this student. Default: the stage's."
     )
     zero_stage: Literal[1, 2, 3] = operational(
-        3, description="The ZeRO stage that DeepSpeed trains the student with. In bf16, 1 is 2."
+        3, description="The ZeRO stage of DeepSpeed for this student. In bf16, 1 behaves like 2."
     )
     workers: Workers | None = operational(
-        None, description="The student's own `elastic.workers`. Default: the stage's."
+        None,
+        description="The number of workers of this student, as in `elastic.workers`. Default: the stage's.",
     )
     resources: Resources | None = operational(
-        None, description="The student's own `elastic.resources`. A key that is left out is the stage's."
+        None,
+        description="The resources of this student's workers. They override the stage's `elastic.resources` key by "
+        "key.",
     )
 
     @property
@@ -109,95 +122,106 @@ class Student(Settings):
 
 
 class Distill(HomogeneousMixStage):
-    """Multi-student distillation (arXiv 2508.10104, section 5.2): the pretraining losses with the frozen teacher in
-    the place of the EMA; its forward is computed once a step for all students.
+    """Multi-student distillation (arXiv 2508.10104, section 5.2).
+
+    The losses are those of pretraining, with a frozen teacher instead of the EMA teacher. The teacher's forward pass
+    is computed once per step for all students.
     """
 
     kind: Literal["distill"]
     students: dict[StudentName, Student] = Field(min_length=1, description="The students by name.")
-    steps: int = Field(ge=1, description="The number of updates of a student that does not say its own.")
-    batch_size: int = Field(ge=1, description="The number of images of a step, the same for all students.")
+    steps: int = Field(ge=1, description="The number of optimizer steps. A student can override it.")
+    batch_size: int = Field(ge=1, description="The number of images per step, the same for all students.")
     block_size: int = Field(
         16,
         ge=2,
-        description="The number of images of a block, which is never divided between workers; it divides "
+        description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
         "`batch_size`.",
     )
-    crops: CropConfig = Field(CropConfig(), description="The views of an image.")
+    crops: CropConfig = Field(
+        CropConfig(), description="The sizes and augmentations of global and local crops."
+    )
     features: FeatureObjective | None = Field(
         None,
-        description="What students learn of headless teachers. Default: they learn the heads of the teacher's "
-        "artifact.",
+        description="The objective for teachers without heads: students regress the teacher's features. Default: "
+        "students learn the outputs of the teacher's DINO and iBOT heads.",
     )
     optimizer: Optimizer = Field(
-        description="AdamW and its learning rate, of students that do not say their own."
+        description="The settings of AdamW, with its learning rate schedule. A student can override them."
     )
     ema: Momentum = Field(
         Schedule(peak=0.994, end=1.0, shape="cosine"),
-        description="The momentum of a student's EMA by step; the EMA is what is exported.",
+        description="The momentum of each student's EMA by step, from 0 to 1. The EMA weights are the ones that are "
+        "exported.",
     )
-    student_temperature: float = Field(0.1, gt=0, description="The temperature of the student's softmax.")
+    student_temperature: float = Field(
+        0.1, gt=0, description="The temperature of the students' softmax in the DINO and iBOT losses."
+    )
     teacher_temperature: float = Field(0.07, gt=0, description="The temperature of the teacher's targets.")
-    local_weight: float = Field(1.0, ge=0, description="The weight of the DINO loss of local crops.")
-    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss.")
-    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss.")
+    local_weight: float = Field(1.0, ge=0, description="The weight of the DINO loss on local crops.")
+    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (section 3.2).")
+    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss (section 3.2: 0.1).")
     koleo_views: KoLeoViews = KOLEO_VIEWS
     koleo_group: int | None = KOLEO_GROUP
     mask_ratio: tuple[Share, Share] = Field(
         (0.1, 0.5),
-        description="The smallest and the largest share of masked patches in a crop that is masked.",
+        description="The minimum and maximum share of masked patches in a masked global crop, from 0 to 1.",
     )
     mask_probability: float = Field(
-        0.5, ge=0, le=1, description="The share of the global crops that are masked."
+        0.5, ge=0, le=1, description="The share of global crops that are masked, from 0 to 1."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
+        "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
     )
     chunk_rows: int | None = operational(
         None,
         ge=1,
-        description="The number of rows whose logits are held in memory at once. Another number changes results in "
-        "their last bits, also with `elastic.exact`, and re-runs nothing all the same. Default: all rows of a block.",
+        description="The maximum number of rows whose logits are in memory at once. A change alters results in their "
+        "last bits, even with `elastic.exact`, but runs no stage again. Default: all rows of a block.",
     )
     window: int = operational(
-        4, ge=2, description="The number of teacher steps that are held for the slowest student."
+        4,
+        ge=2,
+        description="The prefetch window: the number of teacher steps whose outputs are kept for the slowest student. "
+        "At least the number of teachers plus 1 is used.",
     )
     workers: Literal["auto"] | None = operational(
         None,
-        description="How devices are split: auto splits them between teachers and students so that all finish "
-        "together, from costs measured on them, and again whenever the cluster changes. Default: each "
-        "student has its own range.",
+        description="The split of devices. auto splits them between teachers and students, from measured costs, so "
+        "that all finish at the same time, and again whenever the cluster changes. Default: each student has its own "
+        "`workers`.",
     )
     teachers: int | Literal["auto"] = operational(
         "auto",
-        description="The number of teacher actors, each of which computes whole steps. auto is 1, or what "
-        "`workers: auto` finds.",
+        description="The number of teacher actors. Each computes whole steps. auto is 1, or follows from `workers: "
+        "auto`.",
     )
     teacher_shards: int = operational(
         1,
         ge=1,
-        description="The number of processes on one machine, each with `teacher_gpus`, that one teacher is sharded "
-        "over.",
+        description="The number of processes that each teacher is sharded over. They run on one machine, each with "
+        "`teacher_gpus`.",
     )
     teacher_threads: int = operational(
         1,
         ge=1,
-        description="The number of threads of a teacher actor that make the next step's views beside its forward.",
+        description="The number of threads per teacher actor that prefetch the views of the next step.",
     )
     teacher_gpus: float = operational(
         0.1,
         gt=0,
         le=1024,
-        description="The share or number of GPUs that each process of a teacher takes, where there are any.",
+        description="The number of GPUs per teacher process: a whole number, or a fraction below 1. It is ignored if "
+        "there are no GPUs.",
     )
     views: Literal["shared", "regenerated"] = operational(
         "shared",
-        description="Who makes the views: `shared`, the teachers once for all students, or `regenerated`, each "
-        "student's workers from the seed.",
+        description="The origin of the students' crops. shared: the teacher makes them once and sends them to all "
+        "students. regenerated: each student's workers make the same crops again from the seed.",
     )
     replay: bool = operational(
         False,
-        description="Whether the teacher's outputs are kept in the store, for students that are trained later.",
+        description="Whether the teacher's outputs are saved in the store for students that are trained later.",
     )
 
     preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.tasks.distill",)
@@ -216,11 +240,13 @@ class Distill(HomogeneousMixStage):
                 f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
             )
         if isinstance(self.teachers, int) and self.teachers < 1:
-            raise ValueError(f"teachers is {self.teachers}: at least 1 has to teach")
+            raise ValueError(f"teachers is {self.teachers}: at least 1 is needed")
         if self.teacher_shards > 1 and self.features is not None:
-            raise ValueError("teacher_shards is for teachers with heads: leave it out beside `features`")
+            raise ValueError(
+                "teacher_shards is only for teachers with heads: leave it out, or leave out `features`"
+            )
         if self.teacher_shards > 1 and self.replay:
-            raise ValueError("replay and teacher_shards do not go together: leave one of them out")
+            raise ValueError("replay and teacher_shards cannot be combined: leave one of them out")
         check_group(self.koleo_group, self.block_size)
         check_ratio("mask_ratio", self.mask_ratio)
         for name, student in self.students.items():
@@ -300,7 +326,7 @@ class Distill(HomogeneousMixStage):
             return
         fits = int(room // step_bytes) - 1
         raise UserError(
-            f"{held} steps of {step_bytes / 1e9:.3g} GB are held at once, and the object store has "
+            f"{held} steps of {step_bytes / 1e9:.3g} GB each are kept at the same time, and the object store has "
             f"{room / 1e9:.3g} GB",
             where=where,
             hint=f"set window to {fits}" if fits >= 2 else "set views: regenerated, or a smaller batch_size",

@@ -57,44 +57,44 @@ class _Candidate:
 
 
 class Evaluate(Stage):
-    """Leave-one-out k-NN on the photos' labels, retrieval and classes by name, dense health, maps and a report.
+    """Leave-one-out k-NN, retrieval, zero-shot classification, dense health, feature maps and a report.
 
-    All of it is training-free, so a figure says what the features are worth as they are. It runs in the
-    driver's process, which is enough for thousands of photos.
+    Nothing is trained, so the figures measure the features as they are. The stage runs in the driver's process,
+    which is fast enough for thousands of photos.
     """
 
     kind: Literal["evaluate"]
-    k: int = Field(5, ge=1, description="The number of neighbours that vote.")
+    k: int = Field(5, ge=1, description="The number of nearest neighbours that vote in k-NN.")
     num_groups: int = Field(
         10,
         ge=2,
-        description="The number of labels that take part, the most frequent ones; images with other labels do not.",
+        description="The number of labels to evaluate: the most frequent ones. Images with other labels are left out.",
     )
     image_size: Side | None = Field(
-        None, description="The side of an image, in pixels. Default: each model's own."
+        None, description="The side of the evaluated images, in pixels. Default: each model's training size."
     )
     num_snapshots: int = Field(
         2,
         ge=1,
-        description="The number of snapshots of each backbone stage that are scored, its last included.",
+        description="The number of snapshots of each backbone stage to evaluate, the last one included.",
     )
     num_pictures: int = Field(
-        6, ge=1, description="The number of images in the PCA maps and in the maps of texts."
+        6, ge=1, description="The number of images in the PCA maps and the text similarity maps."
     )
     templates: tuple[Template, ...] = Field(
         ("{}", "a photo of {}"),
         min_length=1,
-        description="The texts of a class in zero-shot classification; {} is its label.",
+        description="The prompt templates of zero-shot classification. {} is replaced by the label.",
     )
     prompts: tuple[str, ...] = Field(
-        (), description="The texts to look for in images. Default: the images' own captions."
+        (), description="The texts for the text similarity maps. Default: each image's own caption."
     )
     metrics: tuple[OwnMetric, ...] = in_key_if_set(
         (),
         description="Metrics of users' packages, computed of each model: a name, or a mapping with the name as `use` "
         "and its settings (docs/extending.md).",
     )
-    batch: int = operational(64, ge=1, description="The number of images in one forward pass.")
+    batch: int = operational(64, ge=1, description="The number of images per forward pass.")
 
     needs_ray: ClassVar[bool] = False
     inputs: ClassVar[tuple[Input, ...]] = (
@@ -133,7 +133,7 @@ class Evaluate(Stage):
         size = self.image_size or 0
         return [
             UserError(
-                f"{name} looks at patches of {tower.patch_size} pixels, which do not fill {size} pixels",
+                f"the patch size of {name}, {tower.patch_size} pixels, does not divide {size} pixels",
                 where="image_size",
                 hint=f"use {max(1, size // tower.patch_size) * tower.patch_size}, or leave it out",
             )

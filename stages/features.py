@@ -42,49 +42,58 @@ class TeacherShape(Strict):
 
 
 class TeacherSource(Settings):
-    """A headless teacher, from one of four places, and what it takes.
+    """A teacher without heads. Exactly one of `from`, `timm`, `transformers` and `module` is given.
 
-    `from`: a `model/` folder of ours, or weights in any layout known here: safetensors, or what torch.save wrote.
-    `timm`, `transformers`: a name there (or a local folder of transformers), where they are installed.
-    `module`: `package.module:callable` that makes any nn.Module, or the name of an installed package's, with `weights`
-    for it.
+    `from` is a `model/` folder of this project, or a file of weights in any known layout, as safetensors or as saved by
+    torch.save. `timm` and `transformers` are names of models in these packages, which must be installed. `module` is a
+    callable that returns an nn.Module, or the name of an installed package's, into which `weights` are loaded.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     # The key of the stage has the hash of what is in the files instead of their place.
     from_: LocalPath | None = operational(
-        None, alias="from", description="A `model/` folder of ours, or a file of weights in any known layout."
+        None,
+        alias="from",
+        description="The path of the teacher: a `model/` folder of this project, or a file of weights in any known "
+        "layout.",
     )
     timm: str | None = Field(
-        None, min_length=1, description="The name of a timm model, where timm is installed."
+        None, min_length=1, description="The name of a timm model. timm must be installed."
     )
     transformers: str | None = Field(
         None,
         min_length=1,
-        description="The name of a transformers model or a local folder of one, where transformers is installed.",
+        description="The name or local folder of a transformers model. transformers must be installed.",
     )
     module: str | None = Field(
         None,
         pattern=installed.PATH + r"|^[A-Za-z0-9_][\w.\-]*$",
-        description="A callable that makes any nn.Module, as package.module:callable, or by the name of an installed "
+        description="A callable that returns an nn.Module, as package.module:callable, or by the name of an installed "
         "package's entry point.",
     )
-    weights: LocalPath | None = operational(None, description="The state dict for `module`.")
-    weight: float = Field(1.0, gt=0, description="The weight of this teacher's loss beside other teachers'.")
+    weights: LocalPath | None = operational(
+        None, description="The path of a state dict that is loaded into `module`."
+    )
+    weight: float = Field(
+        1.0, gt=0, description="The weight of this teacher's loss relative to other teachers."
+    )
     size: Side | None = Field(
         None,
-        description="The side at which the teacher sees the global crops, in pixels. Default: their own.",
+        description="The side that global crops are resized to for this teacher, in pixels. Default: they are not "
+        "resized.",
     )
     mean: tuple[float, float, float] = Field(
         _MEAN,
-        description="The mean of each colour channel that the teacher's input is normalised with, from 0 to 1.",
+        description="The mean of each colour channel for the normalization of the teacher's input, on a scale from 0 "
+        "to 1. Default: ImageNet's.",
     )
     std: tuple[
         Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
     ] = Field(
         _STD,
-        description="The standard deviation of each colour channel that the teacher's input is normalised with.",
+        description="The standard deviation of each colour channel for the normalization of the teacher's input. "
+        "Default: ImageNet's.",
     )
 
     @model_validator(mode="after")
@@ -148,10 +157,10 @@ class TeacherSource(Settings):
 
 
 class FeatureObjective(Settings):
-    """What students learn of headless teachers: cosine and smooth-L1 of image and patch features.
+    """Distillation of teachers without heads: cosine and smooth-L1 losses on image and patch features.
 
-    Each teacher has two projections of its own in a student, of CLS and of patches. Maps of unlike grids are compared
-    on the coarser of both.
+    A student has two projections for each teacher, one of CLS and one of the patches. Feature maps with different
+    grids are compared on the coarser grid.
     """
 
     teachers: dict[TeacherName, TeacherSource] = Field(
@@ -159,30 +168,32 @@ class FeatureObjective(Settings):
         description="The teachers by name. Default: the backbone of the stage's own teacher artifact.",
     )
     cosine_weight: float = Field(
-        0.9, ge=0, le=1, description="The share of the cosine loss; the rest is smooth-L1, as in AM-RADIO."
+        0.9,
+        ge=0,
+        le=1,
+        description="The weight of the cosine loss, from 0 to 1. The smooth-L1 loss has the rest (arXiv 2312.06709).",
     )
-    cls_weight: float = Field(1.0, ge=0, description="The weight of the loss of the image's feature.")
-    patch_weight: float = Field(1.0, ge=0, description="The weight of the loss of patch features.")
+    cls_weight: float = Field(1.0, ge=0, description="The weight of the loss on image features (CLS).")
+    patch_weight: float = Field(1.0, ge=0, description="The weight of the loss on patch features.")
     local_weight: float = Field(
         0.0,
         ge=0,
-        description="The weight of the loss of local crops' CLS against the mean of what the teacher says of the "
-        "global ones.",
+        description="The weight of the loss between the CLS token of local crops and the mean of the teacher's image "
+        "features of the global crops.",
     )
     hidden: int | None = Field(
         None,
         ge=1,
-        description="The hidden width of the projections, with a GELU. Default: they are linear, so that features "
-        "stay alike.",
+        description="The hidden width of the projections, which then have a GELU. Default: projections are linear.",
     )
     whiten: bool = Field(
-        False, description="Whether the teachers' features are put on one scale by PHI-S (arXiv 2410.01680)."
+        False, description="Whether the teachers' features are standardized with PHI-S (arXiv 2410.01680)."
     )
     whiten_images: int = Field(
-        512, ge=2, description="The number of training images that the scale is measured on."
+        512, ge=2, description="The number of training images from which PHI-S is estimated."
     )
     dtype: Literal["fp32", "fp16"] = Field(
-        "fp32", description="The precision in which features travel to students."
+        "fp32", description="The precision in which teacher features are sent to students."
     )
 
     @model_validator(mode="after")

@@ -10,27 +10,30 @@ from orchestrator.spec import Schedule, Settings
 
 
 class DenseHealth(Settings):
-    """Start anchoring once dense features have decayed, as the paper's authors did by eye (section 4.1).
+    """Starts anchoring once dense features have degraded, which the paper's authors judged by eye (section 4.1).
 
-    Steps are cut into windows. A window's dense health is the mean of `cls_patch_cosine` (low is good) and of
-    `patch_locality` (high is good) over its steps; the better of two windows is the one whose locality exceeds its
-    cosine by more. The EMA after the best window so far is kept as the Gram teacher, and at the end of the first
-    window that is worse than the best by every amount that is set, anchoring starts.
+    Training steps are divided into windows. The dense health of a window is the mean over its steps of
+    `cls_patch_cosine` (lower is better) and of `patch_locality` (higher is better). Of two windows, the better one
+    has the larger difference of locality minus cosine. The EMA weights after the best window so far are kept as the
+    Gram teacher. Anchoring starts at the end of the first window that is worse than the best one by every amount
+    that is set here.
     """
 
-    on: Literal["dense_health"] = Field(description="What is watched; there is one choice.")
-    window: int = Field(100, ge=1, description="The number of steps whose figures are averaged.")
+    on: Literal["dense_health"] = Field(
+        description="The metric that starts anchoring. The only choice is dense_health."
+    )
+    window: int = Field(100, ge=1, description="The number of steps that the metrics are averaged over.")
     cosine_rise: float | None = Field(
         0.05,
         gt=0,
-        description="How far the CLS–patch cosine has to rise over the best window's before anchoring starts; null "
-        "leaves it out.",
+        description="The rise of the CLS–patch cosine above the best window's value at which anchoring starts. null "
+        "ignores the cosine.",
     )
     locality_drop: float | None = Field(
         0.05,
         gt=0,
-        description="How far the patch locality has to fall below the best window's before anchoring starts; null "
-        "leaves it out.",
+        description="The drop of the patch locality below the best window's value at which anchoring starts. null "
+        "ignores the locality.",
     )
 
     @model_validator(mode="after")
@@ -47,41 +50,45 @@ def _by_name(value: Any) -> Any:
 class Gram(Settings):
     """Gram anchoring (arXiv 2508.10104, section 4).
 
-    With a trigger everything about anchoring, the DINO-local weight included, counts its steps from the step at
-    which it starts.
+    With a trigger, all schedules of anchoring, and `local_weight` too, count their steps from the step at which
+    anchoring starts.
     """
 
-    weight: Schedule = Field(Schedule(peak=2.0), description="The weight of the Gram loss by step.")
+    weight: Schedule = Field(
+        Schedule(peak=2.0), description="The weight of the Gram loss by step (section 4.2)."
+    )
     teacher: int | Literal["earliest", "latest", "best"] = Field(
         "earliest",
-        description="The snapshot to anchor to, of any stage that led here: by its number of updates, the first or "
-        "last of all, or the one with the best dense health.",
+        description="The snapshot that is the Gram teacher, from any earlier stage: its step number, the earliest or "
+        "latest snapshot, or the one with the best dense health.",
     )
     trigger: Annotated[DenseHealth | None, BeforeValidator(_by_name)] = Field(
-        None, description="What starts anchoring. Default: it is on from the stage's first step."
+        None, description="The condition that starts anchoring. Default: anchoring is on from the first step."
     )
     first_update: int | None = Field(
         None,
         ge=1,
-        description="The step at which the Gram teacher first takes the EMA. Default: it never does.",
+        description="The step at which the Gram teacher is first updated with the EMA weights. Default: it is never "
+        "updated.",
     )
     update_every: int = Field(
-        10_000, ge=1, description="The number of steps from one update of the Gram teacher to the next."
+        10_000, ge=1, description="The interval between updates of the Gram teacher, in steps (section 4.2)."
     )
-    max_updates: int = Field(3, ge=0, description="The largest number of updates of the Gram teacher.")
+    max_updates: int = Field(3, ge=0, description="The maximum number of updates of the Gram teacher.")
     form: Literal["auto", "patches", "features"] = Field(
         "auto",
-        description="How the loss is computed, with the same result: from P×P matrices of patches, from D×D "
-        "matrices of features, or whichever is faster.",
+        description="The way in which the loss is computed: from P×P matrices of patches, from D×D matrices of "
+        "features, or auto for the faster of both. The result is the same.",
     )
     antialias: bool = Field(
         True,
-        description="Whether the feature map of a Gram teacher with larger crops is smoothed before it is made as "
-        "small as the student's. The published code does not smooth.",
+        description="Whether the feature map of a Gram teacher with larger crops is smoothed before it is downsampled "
+        "to the student's size. The published code does not smooth it.",
     )
     clip_negatives: bool = Field(
         False,
-        description="Whether negative similarities of student and teacher count as 0; needs the P×P matrices.",
+        description="Whether negative similarities of student and teacher are clipped to 0. Not possible with "
+        "`form: features`.",
     )
 
     @model_validator(mode="after")
@@ -99,11 +106,14 @@ class Gram(Settings):
 
 
 class RefinementGram(Gram):
-    """Gram anchoring of the high-resolution refinement (section 5.1): to what the stage starts from, from step 0."""
+    """Gram anchoring in high-resolution refinement (section 5.1). It is on from step 0."""
 
-    weight: Schedule = Field(Schedule(peak=1.5), description="The weight of the Gram loss by step.")
+    weight: Schedule = Field(
+        Schedule(peak=1.5), description="The weight of the Gram loss by step (section 5.1)."
+    )
     teacher: int | Literal["earliest", "latest", "best"] = Field(
         "latest",
-        description="The snapshot to anchor to, of any stage that led here; latest is what the stage starts from.",
+        description="The snapshot that is the Gram teacher, from any earlier stage. latest is the checkpoint that the "
+        "stage starts from.",
     )
     trigger: None = Field(None, description="Refinement is anchored from its first step.")

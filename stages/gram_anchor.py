@@ -12,10 +12,15 @@ from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, SelfSupervi
 
 
 class GramAnchor(SelfSupervised):
-    """Gram anchoring (arXiv 2508.10104, section 4): goes on from a backbone's final checkpoint, moments included."""
+    """Gram anchoring (arXiv 2508.10104, section 4).
+
+    The stage continues from a backbone's final checkpoint, with the optimizer's moments.
+    """
 
     kind: Literal["gram_anchor"]
-    gram: Gram = Field(Gram(), description="Gram anchoring: to whom, how strongly, and from when on.")
+    gram: Gram = Field(
+        Gram(), description="The settings of Gram anchoring: its teacher, its weight and its start."
+    )
     resolutions: tuple[()] = Field((), description="Gram anchoring has one size of crops.")
 
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("backbone", BACKBONE_KINDS))

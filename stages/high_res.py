@@ -12,12 +12,15 @@ from orchestrator.stages.selfsup import BACKBONE_KINDS, INDEX_KINDS, Resolution,
 
 
 class HighRes(SelfSupervised):
-    """High-resolution refinement (arXiv 2508.10104, section 5.1): one size triple a step, Gram anchoring on."""
+    """High-resolution refinement (arXiv 2508.10104, section 5.1): mixed resolutions, with Gram anchoring."""
 
     kind: Literal["high_res"]
-    gram: RefinementGram = Field(RefinementGram(), description="Gram anchoring: to whom and how strongly.")
+    gram: RefinementGram = Field(
+        RefinementGram(), description="The settings of Gram anchoring: its teacher and its weight."
+    )
     resolutions: tuple[Resolution, ...] = Field(
-        min_length=1, description="The size triples of mixed-resolution training; each step draws one."
+        min_length=1,
+        description="The resolutions of mixed-resolution training. Each step samples one of them (section 5.1).",
     )
 
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("backbone", BACKBONE_KINDS))

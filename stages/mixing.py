@@ -1,4 +1,4 @@
-"""What a training stage is trained on: fields that name components and data sources, and their checks."""
+"""What a training stage is trained on: fields that name components and datasets, and their checks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class MixStage(TrainStage):
 
     mix: Mix | None = Field(
         None,
-        description="The components of the index and the data sources that mixed batches are drawn from: a name, a "
-        "list of names, or a weight for each name, which is its share of these batches, at least one draw in a "
-        "million. Without weights, each photo comes once an epoch. Default: what the curation chose.",
+        description="The datasets and components of the index that mixed batches are sampled from (DINOv3, section "
+        "3.1): a name, a list of names, or a sampling weight for each name. Weights are relative; each is at least a "
+        "millionth of their sum. Without weights, each photo is used once per epoch. Default: what `curate` selected.",
     )
 
     def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
@@ -38,32 +38,33 @@ class MixStage(TrainStage):
         for name in self.mix or ():
             if name in components and name in sources:
                 raise UserError(
-                    f"{name!r} is a component of the index and a data source",
+                    f"{name!r} is a component of the index and a dataset",
                     where="mix",
-                    hint="give the data source another name",
+                    hint="give the dataset another name",
                 )
             if name not in known:
                 close = nearest(name, known)
                 raise UserError(
-                    f"mix names {name!r}, which is neither a component of the index nor a data source of it",
+                    f"mix names {name!r}, which is neither a component of the index nor a dataset of it",
                     where="mix",
                     hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(known)}",
                 )
 
 
 class HomogeneousMixStage(MixStage):
-    """A training stage some of whose batches come from one data source each."""
+    """A training stage some of whose batches come from one dataset each."""
 
     homogeneous: str | None = Field(
         None,
-        description="The data source that homogeneous batches are drawn from, with all its photos in the index. "
-        "Default: all batches are mixed.",
+        description="The dataset that homogeneous batches are sampled from, with all its photos in the index "
+        "(DINOv3, section 3.1). Default: all batches are mixed.",
     )
     homogeneous_ratio: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="The share of homogeneous batches among all; it is refused without `homogeneous`.",
+        description="The share of all batches that are homogeneous, from 0 to 1 (DINOv3, section 3.1: 0.1). Requires "
+        "`homogeneous`.",
     )
 
     @field_validator("homogeneous_ratio")
@@ -80,9 +81,9 @@ class HomogeneousMixStage(MixStage):
         # `homogeneous: null` says that there are none, as the file with all defaults written out does.
         if "homogeneous_ratio" in self.model_fields_set and "homogeneous" not in self.model_fields_set:
             raise UserError(
-                "homogeneous_ratio is the share of homogeneous batches, and nothing says what they are drawn from",
+                "homogeneous_ratio is set, but `homogeneous` does not name the dataset of homogeneous batches",
                 where="homogeneous_ratio",
-                hint="name the data source, `homogeneous: …`, or leave `homogeneous_ratio` out",
+                hint="name the dataset, `homogeneous: …`, or leave `homogeneous_ratio` out",
             )
 
     def sample_order(self, index: PhotoIndex, batch_size: int, seed: int) -> SampleOrder:
@@ -101,14 +102,14 @@ class HomogeneousMixStage(MixStage):
         if name in components:
             others = " or ".join(f"`homogeneous: {source}`" for source in sources)
             raise UserError(
-                f"homogeneous names {name!r}, a component of the index: homogeneous batches come from a data source",
+                f"homogeneous names {name!r}, a component of the index: homogeneous batches come from a dataset",
                 where="homogeneous",
                 hint=f"write `mix: {name}` to train on this component, and {others} for homogeneous batches, or "
                 "leave `homogeneous` out",
             )
         close = nearest(name, sources)
         raise UserError(
-            f"homogeneous names {name!r}, which is no data source of the index",
+            f"homogeneous names {name!r}, which is not a dataset of the index",
             where="homogeneous",
             hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(sources)}",
         )

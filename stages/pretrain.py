@@ -25,10 +25,13 @@ class Pretrain(SelfSupervised):
     """Self-supervised pretraining (arXiv 2508.10104, section 3)."""
 
     kind: Literal["pretrain"]
-    model: ModelName = Field(description="The backbone, by its name in `orchestrator models`.")
+    model: ModelName = Field(description="The name of the backbone. `orchestrator models` lists them all.")
     model_overrides: Overrides = Field({}, description=OVERRIDES)
     drop_path: float = Field(
-        0.0, ge=0, lt=1, description="The share of a batch's rows that each residual branch leaves out."
+        0.0,
+        ge=0,
+        lt=1,
+        description="The drop-path rate: the share of a batch's samples that each residual branch skips, from 0 to 1.",
     )
     heads: Heads = Field(Heads(), description="The sizes of the DINO and iBOT heads.")
     gram: None = Field(None, description="Pretraining has no Gram anchoring.")

@@ -282,5 +282,5 @@ def _failed(spec: Spec, how: str) -> UserError:
     return UserError(
         f"a step could not be measured on this machine: {lines[-1] if lines else how}",
         where=how,
-        hint="say with a `hardware` section which machines the pipeline is for; its costs are reckoned then",
+        hint="add a `hardware` section for the machines of the pipeline: costs are then estimated, not measured",
     )

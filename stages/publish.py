@@ -46,15 +46,17 @@ class Wanted:
 
 
 class Publish(Stage):
-    """Sees that the registry has each student as `<pipeline>-<student>`; a second run changes nothing."""
+    """Registers each student in the model registry as `<pipeline>-<student>`. A second run changes nothing."""
 
     kind: Literal["publish"]
     alias: str = Field(
         "champion",
         pattern=r"^[A-Za-z][\w\-]*$",
-        description="The alias in the registry that points at the new version.",
+        description="The alias in the model registry that is set to the new version.",
     )
-    names: Names = Field((), description="The students to publish, as one name or a list. Default: all.")
+    names: Names = Field(
+        (), description="The students to publish, as one name or a list. Default: all students."
+    )
 
     needs_ray: ClassVar[bool] = False
     effects: ClassVar[bool] = True

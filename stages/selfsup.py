@@ -69,22 +69,22 @@ def _no_drop_path(overrides: dict[str, Any]) -> dict[str, Any]:
 # Fields of a preset by name, with the values that replace the preset's.
 Overrides = Annotated[dict[str, Any], AfterValidator(_no_drop_path)]
 OVERRIDES = (
-    "Fields of the model's preset that get other values: patch_size, num_storage_tokens, rope_rescale, norm_eps, "
-    "key_bias and others (docs/models.md). They are part of the model that is published."
+    "Values that replace fields of the model's preset, such as patch_size, num_storage_tokens, rope_rescale, norm_eps "
+    "or key_bias (docs/models.md). The published model has them, too."
 )
 
 
 KoLeoViews = Literal["first", "both"]
 KOLEO_VIEWS: KoLeoViews = Field(
     "first",
-    description="The global crops that KoLeo spreads: the first (paper), or both, whose terms are summed (published "
-    "code).",
+    description="The global crops that the KoLeo loss is computed on: first, as in the paper, or both, with the sum "
+    "of both losses, as in the published code.",
 )
 KOLEO_GROUP: int | None = Field(
     None,
     ge=2,
-    description="The number of images among which KoLeo looks for each image's nearest neighbour. It divides "
-    "block_size. Default: 16, or block_size where that is smaller.",
+    description="The number of images in a KoLeo group: the nearest neighbour of each image is searched within its "
+    "group. It must divide `block_size`. Default: 16, or `block_size` if that is smaller.",
 )
 
 
@@ -107,25 +107,26 @@ class Heads(Settings):
     prototype_std: float = Field(
         0.02,
         gt=0,
-        description="The standard deviation of the initial prototypes; 1/√bottleneck makes them about unit "
+        description="The standard deviation of the initial prototypes. With 1/√bottleneck they are close to unit "
         "vectors, as in DINO.",
     )
 
 
 class Resolution(Settings):
-    """One triple of sizes in mixed-resolution training, drawn for a whole step with probability `p`."""
+    """The crop sizes of one resolution in mixed-resolution training. Each step uses one resolution."""
 
-    global_size: Side = Field(description="The side of the global crops of such a step, in pixels.")
-    local_size: Side = Field(description="The side of its local crops, in pixels.")
+    global_size: Side = Field(description="The side of the global crops at this resolution, in pixels.")
+    local_size: Side = Field(description="The side of the local crops at this resolution, in pixels.")
     gram_size: Side | None = Field(
         None,
-        description="The side of its views for the Gram teacher, in pixels. Default: the Gram teacher sees the "
-        "global crops.",
+        description="The side of the Gram teacher's views at this resolution, in pixels. Default: the Gram teacher "
+        "sees the global crops.",
     )
     p: float = Field(
         gt=0,
         le=1,
-        description="The weight of this triple: steps draw one with probability `p` over the sum of all.",
+        description="The sampling weight of this resolution. A step uses it with probability `p` divided by the sum "
+        "over all resolutions.",
     )
 
 
@@ -147,41 +148,51 @@ class ModelRecipe(Strict):
 class SelfSupervised(HomogeneousMixStage):
     """DINO with Sinkhorn-Knopp centring, iBOT and KoLeo over multi-crop views (arXiv 2508.10104, section 3.2)."""
 
-    steps: int = Field(ge=1, description="The number of updates.")
-    batch_size: int = Field(ge=1, description="The number of images of a step, over all workers.")
+    steps: int = Field(ge=1, description="The number of optimizer steps.")
+    batch_size: int = Field(ge=1, description="The number of images per step, over all workers.")
     block_size: int = Field(
         16,
         ge=2,
-        description="The number of images of a block, which is never divided between workers; it divides "
+        description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
         "`batch_size`.",
     )
-    crops: CropConfig = Field(CropConfig(), description="The views of an image.")
-    optimizer: Optimizer = Field(description="AdamW and its learning rate.")
-    ema: Momentum = Field(Schedule(peak=0.999), description="The momentum of the EMA teacher by step.")
-    student_temperature: float = Field(0.1, gt=0, description="The temperature of the student's softmax.")
+    crops: CropConfig = Field(
+        CropConfig(), description="The sizes and augmentations of global and local crops."
+    )
+    optimizer: Optimizer = Field(description="The settings of AdamW, with its learning rate schedule.")
+    ema: Momentum = Field(
+        Schedule(peak=0.999), description="The momentum of the EMA teacher by step, from 0 to 1."
+    )
+    student_temperature: float = Field(
+        0.1, gt=0, description="The temperature of the student's softmax in the DINO and iBOT losses."
+    )
     teacher_temperature: Temperature = Field(
         Schedule(peak=0.07), description="The temperature of the teacher's targets by step."
     )
     local_weight: Schedule = Field(
-        Schedule(peak=1.0), description="The weight of the DINO loss of local crops by step."
+        Schedule(peak=1.0), description="The weight of the DINO loss on local crops by step."
     )
-    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss.")
-    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss.")
+    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (section 3.2).")
+    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss (section 3.2: 0.1).")
     koleo_views: KoLeoViews = KOLEO_VIEWS
     koleo_group: int | None = KOLEO_GROUP
     mask_ratio: tuple[Share, Share] = Field(
         (0.1, 0.5),
-        description="The smallest and the largest share of masked patches in a crop that is masked.",
+        description="The minimum and maximum share of masked patches in a masked global crop, from 0 to 1.",
     )
     mask_probability: float = Field(
-        0.5, ge=0, le=1, description="The share of the global crops that are masked."
+        0.5, ge=0, le=1, description="The share of global crops that are masked, from 0 to 1."
     )
     frozen_prototype_steps: int = Field(
-        0, ge=0, description="The number of first steps in which the heads' prototype layers do not move."
+        0,
+        ge=0,
+        description="The number of steps at the start in which the heads' prototype layers are frozen.",
     )
-    gram: Gram | None = Field(None, description="Gram anchoring: to whom, how strongly, and from when on.")
+    gram: Gram | None = Field(
+        None, description="The settings of Gram anchoring: its teacher, its weight and its start."
+    )
     resolutions: tuple[Resolution, ...] = Field(
-        (), description="The size triples of mixed-resolution training; each step draws one."
+        (), description="The resolutions of mixed-resolution training. Each step samples one of them."
     )
     objectives: tuple[OwnObjective, ...] = in_key_if_set(
         (),
@@ -191,26 +202,26 @@ class SelfSupervised(HomogeneousMixStage):
     snapshot_every: int = Field(
         0,
         ge=0,
-        description="The number of steps from one kept snapshot of the EMA to the next; 0 keeps only the last.",
+        description="The interval between saved snapshots of the EMA weights, in steps. 0 saves only the last.",
     )
     validate_every: int = operational(
         0,
         ge=0,
-        description="The number of steps from one look at held-out photos to the next, and one after the last step; 0: "
-        "never. Their figures are `val/loss` and so on: of one batch, always the same photos and crops, without "
-        "drop-path. `holdout` of `curate` holds them out.",
+        description="The interval between evaluations of the losses on held-out photos, in steps, with one more "
+        "after the last step. 0 turns them off. The metrics are `val/loss` and so on, computed without drop-path on "
+        "one batch that is always the same. `holdout` of `curate` sets the share of held-out photos.",
     )
     chunk_rows: int | None = operational(
         None,
         ge=1,
-        description="The number of rows whose logits are held in memory at once. Another number changes results in "
-        "their last bits, also with `elastic.exact`, and re-runs nothing all the same. Default: all rows of a block.",
+        description="The maximum number of rows whose logits are in memory at once. A change alters results in their "
+        "last bits, even with `elastic.exact`, but runs no stage again. Default: all rows of a block.",
     )
     zero_stage: Literal[1, 2, 3] = operational(
-        3, description="The ZeRO stage that DeepSpeed trains with. In bf16, 1 is 2."
+        3, description="The ZeRO stage of DeepSpeed. In bf16, 1 behaves like 2."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="The precision of training: auto is bf16 on GPUs that have it, else fp32."
+        "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
     )
 
     preload: ClassVar[tuple[str, ...]] = (
@@ -221,7 +232,7 @@ class SelfSupervised(HomogeneousMixStage):
         "model": "the EMA backbone, config.json and model.safetensors",
         "recipe.json": "how to rebuild the model with its heads",
         "snapshots": "the EMA with its heads after some steps",
-        "checkpoint": "the elastic checkpoint after the last step, to go on from",
+        "checkpoint": "the elastic checkpoint after the last step, from which later stages continue",
         "history.json": "figures of every step",
         DRAWN: DRAWN_MEANS,
         "lineage.json": "the snapshots up to here, with the dense health of each",

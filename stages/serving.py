@@ -82,5 +82,5 @@ def _decode(cell: Any, row: int) -> Image.Image:
         photo = Image.open(io.BytesIO(data))
         photo.load()
     except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"row {row} of `image` is no picture: {error}") from None
+        raise ValueError(f"row {row} of `image` is not an image: {error}") from None
     return photo

@@ -172,9 +172,9 @@ def test_options_choose_stages_and_make_them_anew(folder: Path) -> None:
     assert "1 of 2 stages to run: pretrain" in command(folder, "plan", "toy.yaml")
     command(folder, "run", "toy.yaml", "--from", "pretrain")
     assert "Nothing to do: curate is up to date." in command(folder, "plan", "toy.yaml", "--only", "curate")
-    assert "made anew: --force" in command(folder, "plan", "toy.yaml", "--force", "curate")
+    assert "made again: --force" in command(folder, "plan", "toy.yaml", "--force", "curate")
     said = command(folder, "run", "toy.yaml", "--force", "pretrain", "--accept-code")
-    assert "pretrain  started  made anew: --force" in said
+    assert "pretrain  started  made again: --force" in said
     assert "Nothing to do" in command(folder, "run", "toy.yaml", "--rerun-on", "code")
 
 
@@ -183,7 +183,7 @@ def test_options_choose_stages_and_make_them_anew(folder: Path) -> None:
     [
         (["--force", "pretrian"], "did you mean 'pretrain'?"),
         (["--only", "pretrain"], "run it first: --until curate"),
-        (["--rerun-on", "code", "--accept-code"], "are opposites"),
+        (["--rerun-on", "code", "--accept-code"], "exclude each other"),
         (["--rerun-on", "data"], "code"),
     ],
 )
@@ -238,7 +238,7 @@ def test_what_a_disk_or_a_store_refuses_is_one_message(
         assert raised.value.code == 2
         assert (
             capsys.readouterr().err
-            == f"error: {said}\n  hint once that is mended, the same command goes on\n"
+            == f"error: {said}\n  hint fix that, then run the same command again: it continues\n"
         )
 
 

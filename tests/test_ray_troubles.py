@@ -116,7 +116,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(folder: Path, run: Run) -> N
     driver.send_signal(signal.SIGTERM)
     said = finish(driver, 130)
     assert "Stopping" in said
-    assert "go on with:" in said
+    assert "Continue with:" in said
     assert set(statuses(folder).values()) == {"FINISHED", "KILLED"}
     before = trained(folder)
     assert before
@@ -149,7 +149,7 @@ def test_the_only_nodes_end_is_a_new_cluster(folder: Path, run: Run) -> None:
     kill_part(driver, "raylet")
     said = finish(driver, 0)
     assert said.count("the only node (raylet) of the pipeline's own Ray cluster ended (SIGKILL)") == 1
-    assert "goes on from its newest checkpoint" in said
+    assert "continues from its latest checkpoint" in said
     assert set(statuses(folder).values()) == {"FINISHED"}
 
 

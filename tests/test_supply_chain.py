@@ -93,7 +93,7 @@ def allow(id: str, until: str = "2026-06-01", reason: str = "the hole is not rea
 def test_a_known_flaw_fails_unless_it_is_allowed_and_only_until_its_day(
     lock: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = "holey 1.5: CVE-2026-1 (GHSA-aaaa-bbbb-cccc), mended in 2.0: NOT ALLOWED"
+    line = "holey 1.5: CVE-2026-1 (GHSA-aaaa-bbbb-cccc), fixed in 2.0: NOT ALLOWED"
     status, out = said(lock, capsys)
     assert (status, line in out) == (1, True), out
     allow("CVE-2026-1")

@@ -115,7 +115,7 @@ def test_a_server_that_comes_back_in_the_middle_has_all_at_the_end(
         ):
             said += run.stdout.read()
             assert run.wait(120) == 0, said
-            assert "tracking works again, after " in said
+            assert "tracking works again after " in said
             assert "tracking records of" not in said
             assert steps(port) == list(range(1500))
 

@@ -104,10 +104,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if not files:
-            raise FileNotFoundError(f"{path} holds no safetensors file")
+            raise FileNotFoundError(f"{path} contains no safetensors file")
         return {name: tensor for file in files for name, tensor in read_weights(file).items()}
     if path.suffix not in (".safetensors", *_TORCH):
-        raise ValueError(f"{path} is no file of weights: .safetensors, {', '.join(_TORCH)}")
+        raise ValueError(f"{path} is not a file of weights: .safetensors, {', '.join(_TORCH)}")
     try:
         state = (
             load_file(path)
@@ -117,5 +117,5 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} holds no plain dict of tensors")
+        raise ValueError(f"{path} does not contain a plain dict of tensors")
     return state

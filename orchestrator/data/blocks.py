@@ -213,7 +213,7 @@ class CaptionBlocks:
             raise UserError(
                 f"{len(without)} photos have no caption, the first is {index[without[0]].path}",
                 where=index[without[0]].root,
-                hint="give the data source a `captions` file with a `caption` column, or drop those photos",
+                hint="give the dataset a `captions` file with a `caption` column, or drop those photos",
             )
         self._index, self._order = index, order
         self._pictures = Pictures(index, order, max_unreadable)

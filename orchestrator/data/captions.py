@@ -1,4 +1,4 @@
-"""The captions file of a data source: a table with a `file` column and, as there are, `caption` and `label`.
+"""The captions file of a dataset: a table with a `file` column and, as there are, `caption` and `label`.
 
 It is read as people write it: with or without a byte order mark, with commas, semicolons or tabs, with spaces and
 capitals in its header, and with names of files that are absolute, begin with `./`, or are in another Unicode form
@@ -245,7 +245,7 @@ def _clashing(path: Path, clashes: Mapping[str, int]) -> UserError:
     first, line = next(iter(clashes.items()))
     photos = "1 photo has" if len(clashes) == 1 else f"{len(clashes)} photos have"
     return UserError(
-        f"{photos} rows in the captions file that differ, {shortened(first, 100)} for one; the last row counts",
+        f"{photos} different rows in the captions file, such as {shortened(first, 100)}; the last row is used",
         where=f"{path}:{line}",
         hint="leave one row for each photo",
     )
@@ -254,7 +254,7 @@ def _clashing(path: Path, clashes: Mapping[str, int]) -> UserError:
 def _too_long(path: Path, lines: Sequence[int], width: int) -> UserError:
     rows = "1 row" if len(lines) == 1 else f"{len(lines)} rows"
     return UserError(
-        f"{rows} of the captions file have more values than the {width} columns; what is beyond them is not read",
+        f"{rows} of the captions file have more values than the {width} columns; the extra values are ignored",
         where=f"{path}:{lines[0]}",
         hint="put a text with the delimiter in it into double quotes",
     )

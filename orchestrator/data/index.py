@@ -106,11 +106,11 @@ class PhotoIndex:
 
     @property
     def sources(self) -> list[str]:
-        """The names of the data sources that have rows, sorted."""
+        """The names of the datasets that have rows, sorted."""
         return sorted({row.source for row in self._rows})
 
     def rows_from(self, source: str) -> NDArray[np.int64]:
-        """Row numbers of one data source, whatever their component, ascending; empty if it has none."""
+        """Row numbers of one dataset, whatever their component, ascending; empty if it has none."""
         return np.array([i for i, row in enumerate(self._rows) if row.source == source], dtype=np.int64)
 
     @property
@@ -137,7 +137,7 @@ class PhotoIndex:
 
         Args:
             folder: of the index.
-            roots: the absolute folders of data sources by name, in place of those that they had when the index was
+            roots: the absolute folders of datasets by name, in place of those that they had when the index was
                 made; sources that are not named stay where they were.
 
         Raises:
@@ -156,7 +156,7 @@ class PhotoIndex:
             ) from error
         missing = [name for name in _SCHEMA.names if name not in columns]
         if missing:
-            raise UserError(f"the photo index lacks the columns {', '.join(missing)}", where=str(path))
+            raise UserError(f"the photo index is missing the columns {', '.join(missing)}", where=str(path))
         names = [name for name in _SCHEMA.names if name != "id"]
         by_row = zip(*(columns[name] for name in names), strict=True)
         rows = [PhotoRow(**dict(zip(names, values, strict=True))) for values in by_row]

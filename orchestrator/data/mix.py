@@ -30,9 +30,9 @@ def sample_order(
 
     Args:
         index: the photographs.
-        mix: names of components and data sources that mixed batches are drawn from, or their weights. None: what
+        mix: names of components and datasets that mixed batches are drawn from, or their weights. None: what
             the curation chose.
-        homogeneous: the data source of homogeneous batches, and the share of the batches that are; None: there are
+        homogeneous: the dataset of homogeneous batches, and the share of the batches that are; None: there are
             none.
         batch_size: samples a step.
         seed: of the order.
@@ -78,9 +78,9 @@ def held_out_order(index: PhotoIndex, *, batch_size: int, seed: int) -> SampleOr
     rows = index.rows_of(HELD_OUT)
     if not len(rows):
         raise UserError(
-            "the index has no held-out photos to look at",
+            "the index has no held-out photos to evaluate on",
             where="validate_every",
-            hint="set `holdout` of the stage that made it, such as 0.02, or leave `validate_every` out",
+            hint="set `holdout` of the `curate` stage, for example to 0.02, or leave out `validate_every`",
         )
     return SampleOrder({HELD_OUT: rows}, batch_size=batch_size, seed=seed)
 
@@ -109,13 +109,13 @@ def effective_number(counts: Sequence[float]) -> float:
 
 
 def _rows(index: PhotoIndex, name: str) -> NDArray[np.int64]:
-    """The rows of a component or a data source."""
+    """The rows of a component or a dataset."""
     of_component, of_source = index.rows_of(name), index.rows_from(name)
     if len(of_component) and len(of_source):
         raise UserError(
-            f"{name!r} is a component of the index and a data source",
+            f"{name!r} is a component of the index and a dataset",
             where="mix",
-            hint="give the data source another name",
+            hint="give the dataset another name",
         )
     return of_component if len(of_component) else of_source
 

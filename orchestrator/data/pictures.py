@@ -110,7 +110,7 @@ class Pictures:
             return
         self._unreadable[row] = reason
         path = shown(str(self._index.path(row)))
-        what = f"a photo cannot be read, another one stands for it: {path}: {reason}"
+        what = f"a photo cannot be read and is replaced by another one: {path}: {reason}"
         logger.warning("%s", what)
         self._troubles.append(what)
         if len(self._unreadable) > self._limit:
@@ -123,6 +123,6 @@ class Pictures:
         return UserError(
             f"{what}: {named}{more}",
             where=self._index[rows[0]].root,
-            hint="put the files back, raise `max_unreadable` of the stage, or run again: `curate` makes a new index of "
-            "what is there",
+            hint="restore the files, raise `max_unreadable` of the stage, or run again: `curate` then makes a new "
+            "index of the files that exist",
         )

@@ -116,7 +116,7 @@ def list_images(source: DataSource, name: str) -> Listing:
     if not source.path.is_dir():
         what = "is not a folder" if source.path.exists() else "does not exist"
         raise UserError(
-            f"the folder {source.path} of data source {name!r} {what}",
+            f"the folder {source.path} of dataset {name!r} {what}",
             where=f"data.{name}.path",
             hint="`python -m orchestrator.data.samples food data/food` fetches a small set of photos",
         )
@@ -308,7 +308,7 @@ def _captions_path(source: DataSource, name: str) -> Path | None:
     path = captions_path(source.captions, source.path)
     if path is None:
         raise UserError(
-            f"the captions file {source.captions} of data source {name!r} does not exist",
+            f"the captions file {source.captions} of dataset {name!r} does not exist",
             where=f"data.{name}.captions",
             hint="give its path from here or from the source's folder",
         )

@@ -21,61 +21,64 @@ MAX_VIEWS = 1024
 
 
 class CropConfig(Settings):
-    """The views (DINOv3, arXiv 2508.10104; colour as in SimCLR, arXiv 2002.05709).
+    """The crops of an image and their augmentations.
 
-    Sizes are in pixels, scales are shares of the photograph's area. Blur of the first global is certain and
-    of the others rare, as in the papers; `blur_probability: [0.0, 0.9]` is what DINOv3's published code does.
+    The defaults follow DINOv3 (arXiv 2508.10104), with colour jitter as in SimCLR (arXiv 2002.05709). Sizes are in
+    pixels, scales are shares of the image's area. The first global crop is always blurred and the others rarely, as in
+    the papers. DINOv3's published code does the opposite, which is `blur_probability: [0.0, 0.9]`.
     """
 
     global_size: Side = Field(256, description="The side of a global crop, in pixels.")
     local_size: Side = Field(112, description="The side of a local crop, in pixels.")
-    num_global: int = Field(2, ge=1, le=MAX_VIEWS, description="The number of global crops of an image.")
-    num_local: int = Field(8, ge=0, le=MAX_VIEWS, description="The number of local crops of an image.")
+    num_global: int = Field(2, ge=1, le=MAX_VIEWS, description="The number of global crops per image.")
+    num_local: int = Field(8, ge=0, le=MAX_VIEWS, description="The number of local crops per image.")
     global_scale: Range = Field(
         (0.32, 1.0),
-        description="The smallest and the largest share of the image's area that a global crop covers.",
+        description="The minimum and maximum share of the image's area that a global crop covers, at most 1.",
     )
     local_scale: Range = Field(
         (0.05, 0.32),
-        description="The smallest and the largest share of the image's area that a local crop covers.",
+        description="The minimum and maximum share of the image's area that a local crop covers, at most 1.",
     )
     aspect: Range = Field(
         (3 / 4, 4 / 3),
-        description="The smallest and the largest width over height of what a crop cuts out; drawn evenly in its "
-        "logarithm.",
+        description="The minimum and maximum aspect ratio (width / height) of a crop, sampled log-uniformly.",
     )
-    flip: bool = Field(False, description="Whether a view is mirrored left to right with probability 1/2.")
+    flip: bool = Field(False, description="Whether views are flipped horizontally, with probability 0.5.")
     jitter_probability: Probability = Field(
         0.8,
-        description="The probability that brightness, contrast, saturation and hue of a view are changed.",
+        description="The probability of colour jitter: a change of brightness, contrast, saturation and hue.",
     )
-    brightness: float = Field(0.4, ge=0, le=1, description="The largest relative change of brightness.")
-    contrast: float = Field(0.4, ge=0, le=1, description="The largest relative change of contrast.")
-    saturation: float = Field(0.2, ge=0, le=1, description="The largest relative change of saturation.")
+    brightness: float = Field(0.4, ge=0, le=1, description="The maximum relative change of brightness.")
+    contrast: float = Field(0.4, ge=0, le=1, description="The maximum relative change of contrast.")
+    saturation: float = Field(0.2, ge=0, le=1, description="The maximum relative change of saturation.")
     hue: float = Field(
         0.1,
         ge=0,
         le=0.5,
-        description="The largest turn of the hue, as a share of the colour circle.",
+        description="The maximum rotation of the hue, as a share of the colour circle.",
     )
-    gray_probability: Probability = Field(0.2, description="The probability that a view loses its colours.")
+    gray_probability: Probability = Field(
+        0.2, description="The probability that a view is converted to grayscale."
+    )
     blur_probability: tuple[Probability, Probability] = Field(
-        (1.0, 0.1), description="The probabilities that the first global crop, and any other one, is blurred."
+        (1.0, 0.1),
+        description="The probability of Gaussian blur for the first global crop and for the other global crops.",
     )
     local_blur_probability: Probability = Field(
-        0.5, description="The probability that a local crop is blurred."
+        0.5, description="The probability of Gaussian blur for a local crop."
     )
     blur_sigma: Range = Field(
         (0.1, 2.0),
-        description="The smallest and the largest standard deviation of the blur, in pixels of the finished view.",
+        description="The minimum and maximum standard deviation of Gaussian blur, in pixels of the finished view.",
     )
     solarize_probability: Probability = Field(
-        0.2, description="The probability that the second global crop is solarized; no other view ever is."
+        0.2, description="The probability that the second global crop is solarized. Other views never are."
     )
     gram_size: Side | None = Field(
         None,
-        description="The side of the undistorted views for a Gram teacher, in pixels. Default: the Gram teacher "
-        "sees the global crops.",
+        description="The side of the Gram teacher's undistorted views, in pixels. Default: the Gram teacher sees the "
+        "global crops.",
     )
 
     augmentations: tuple[OwnAugmentation, ...] = in_key_if_set(

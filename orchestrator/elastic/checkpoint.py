@@ -133,12 +133,12 @@ def newest(
             wrong, trouble = _examine(target, saved, rank, world)
         if not agree(trouble is None):
             raise CheckpointError(
-                f"checkpoint {step} cannot be reached: {trouble or 'another worker says why'}"
+                f"checkpoint {step} cannot be reached: {trouble or 'see the message of another worker'}"
             )
         if agree(wrong is None):
             return saved
         if wrong is not None and (rank == 0 or saved is not None):
-            logger.warning("checkpoint %s is passed over: %s", target.folder / step_name(step), wrong)
+            logger.warning("checkpoint %s is skipped: %s", target.folder / step_name(step), wrong)
     return None
 
 

@@ -99,15 +99,15 @@ class _Answer:
         try:
             return self.body.decode().strip()
         except UnicodeDecodeError as error:
-            raise MetadataError(f"an answer that is no text: {self.body[:40]!r}") from error
+            raise MetadataError(f"an answer that is not text: {self.body[:40]!r}") from error
 
     def json(self) -> dict[str, Any]:
         try:
             parsed = json.loads(self.text())
         except ValueError as error:
-            raise MetadataError(f"an answer that is no JSON: {self.body[:40]!r}") from error
+            raise MetadataError(f"an answer that is not JSON: {self.body[:40]!r}") from error
         if not isinstance(parsed, dict):
-            raise MetadataError(f"an answer that is no JSON object: {self.body[:40]!r}")
+            raise MetadataError(f"an answer that is not a JSON object: {self.body[:40]!r}")
         return parsed
 
 
@@ -324,7 +324,7 @@ def _iso_time(value: object) -> float:
     try:
         parsed = datetime.fromisoformat(str(value))
     except ValueError as error:
-        raise MetadataError(f"a time that is none: {value!r}") from error
+        raise MetadataError(f"not a time: {value!r}") from error
     return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
 
 
@@ -332,5 +332,5 @@ def _http_time(value: object) -> float:
     try:
         parsed = parsedate_to_datetime(str(value))
     except ValueError as error:
-        raise MetadataError(f"a time that is none: {value!r}") from error
+        raise MetadataError(f"not a time: {value!r}") from error
     return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()

@@ -184,7 +184,7 @@ class OwnCluster(RunningCluster):
                 self._lose(what)
             if len(self._restarts) > _MOST_RESTARTS:
                 self._lose(f"{what}, for the {len(self._restarts)}th time within an hour")
-            logger.warning("%s: it is started anew, and everything goes on", what)
+            logger.warning("%s: it is restarted, and the run continues", what)
             self._restart_head()
 
     def _restart_head(self) -> None:
@@ -270,7 +270,7 @@ class JoinedCluster(RunningCluster):
             self._environment.close()
             if isinstance(error, RuntimeError) and "ersion mismatch" in str(error):
                 raise UserError(
-                    str(error), hint="install the cluster's versions here, or ours there"
+                    str(error), hint="install the same versions of Ray and Python here and on the cluster"
                 ) from error
             raise
         self._asked = self._answered = time.monotonic()

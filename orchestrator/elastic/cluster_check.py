@@ -39,7 +39,7 @@ def can_have_dashboard(own: bool) -> None:
     """
     if not own:
         raise UserError(
-            "cluster.dashboard is for the pipeline's own cluster; one that is joined has a dashboard or has none",
+            "cluster.dashboard needs `cluster.address: local`: a cluster that is joined decides this itself",
             where="cluster.dashboard",
             hint="leave it out, and start the cluster's head with --include-dashboard=true",
         )
@@ -85,8 +85,8 @@ def insist_on_room(error: Exception, place: Path) -> None:
         raise UserError(
             f"Ray cannot start: {disk.described(error, [place])}",
             where=str(place),
-            hint="make room on it, or set TMPDIR to a folder on another disk, and run the same command: what is done "
-            "and every whole checkpoint are kept",
+            hint="free some space on it, or set TMPDIR to a folder on another disk, and run the same command again: "
+            "finished stages and complete checkpoints are kept",
         ) from error
 
 
@@ -150,12 +150,12 @@ def _running_here() -> str:
     if others:
         raise UserError(
             f"several Ray clusters run on this machine: {', '.join(sorted(others))}",
-            hint="set cluster.address to the one that is meant",
+            hint="set cluster.address to the address of one of them",
         )
     hint = "start one with `ray start --head`, or set cluster.address to local"
     if found:
         raise UserError(
-            "the Ray cluster on this machine is another pipeline's own, and ends with it", hint=hint
+            "the Ray cluster on this machine is another pipeline's own and ends with that pipeline", hint=hint
         )
     raise UserError("no Ray cluster runs on this machine", hint=hint)
 
@@ -226,7 +226,7 @@ def _ask(address: str) -> None:
         )
     if re.search(r"Unauthenticated|AuthToken|AuthenticationError", said):
         raise UserError(
-            f"the Ray cluster at {address!r} answers, and refuses this driver: {_token_here()}",
+            f"the Ray cluster at {address!r} refuses this driver: {_token_here()}",
             hint="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token or RAY_AUTH_TOKEN_PATH to "
             "the file that holds it (on its head: ~/.ray/auth_token)",
         )
@@ -239,5 +239,5 @@ def _ask(address: str) -> None:
 
 def _token_here() -> str:
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        return "it wants a token, and RAY_AUTH_MODE is not set to token here"
+        return "it requires a token, and RAY_AUTH_MODE is not set to token here"
     return "the token that is set here is not the cluster's"

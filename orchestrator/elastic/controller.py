@@ -264,7 +264,7 @@ class ElasticRun:
         """
         if not self._closed and (still_s := time.monotonic() - self.moved) > STUCK_S:
             faulthandler.dump_traceback()
-            raise ControllerStuckError(f"its controller has not moved for {still_s:.0f} s")
+            raise ControllerStuckError(f"its controller has made no progress for {still_s:.0f} s")
         with self._news:
             self._news.wait_for(lambda: bool(self._outbox), timeout)
             events = list(self._outbox)
@@ -446,5 +446,5 @@ class ControllerHost:
                 self._pool.poll(0.0)
             except Exception:
                 # The cluster may be in any state; the next poll may find it better.
-                logger.exception("the worker pool could not be polled")
+                logger.exception("the worker pool could not be queried")
             time.sleep(_WATCH_S)

@@ -56,10 +56,10 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
         failure = self._diagnose(training_failed_error)
         run.group_failed(failure)
         error = self._charge(failure)
-        if slot_died_alone and self._budget.broke("a slot died on a node that lives"):
+        if slot_died_alone and self._budget.broke("a worker slot died on a live node"):
             error = error or RuntimeError(
-                f"{run.spec.name} gets nowhere: its workers' actors die, {self._budget.stalled} times in a row, on "
-                "nodes that live; is there enough memory?"
+                f"{run.spec.name} makes no progress: its workers' actors died {self._budget.stalled} times in a row "
+                "on live nodes. Is there enough memory?"
             )
         if error is None:
             return FailureDecision.RETRY
@@ -86,7 +86,7 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
             again = f" (and {before} before)" if before else ""
             return RuntimeError(f"{name} failed: {failure.cause}{again}")
         times = self._budget.stalled
-        return RuntimeError(f"{name} gets nowhere: {failure.cause}, {times} times in a row")
+        return RuntimeError(f"{name} makes no progress: {failure.cause}, {times} times in a row")
 
     def _still_there(self) -> bool:
         """Whether a node that the failure before this one was put down to is there after all.

@@ -169,7 +169,9 @@ class Goodput:
         except FileNotFoundError:
             return Goodput()
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            logger.warning("the account of time in %s cannot be read and begins anew: %s", path, error)
+            logger.warning(
+                "the time account in %s cannot be read and starts again from zero: %s", path, error
+            )
             return Goodput()
 
     def _book(self, now: float) -> None:

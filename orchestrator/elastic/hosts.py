@@ -114,7 +114,7 @@ class ControllerHosts:
         import ray
 
         if cluster not in (None, self.cluster) or not ray.is_initialized():
-            raise ClusterLostError("the cluster of this run is gone", own=True)
+            raise ClusterLostError("the cluster of this run no longer exists", own=True)
 
     def _start(self) -> Any:
         import ray

@@ -49,7 +49,7 @@ class Job:
         export_steps: after these many steps the EMA is exported to `exports/step-….safetensors`; the last
             step always is.
         elastic: workers, what each one's slot asks Ray for, checkpoint interval and what to keep.
-        blocks: makes the data source; called in every worker.
+        blocks: makes the dataset; called in every worker.
         slot_blocks: makes it instead where it has to live in a process of Ray's; called in every slot.
         remote: the store, and the prefix in it, that keeps checkpoints and exports where `work` does not outlive
             its machine; the prefix ends with a slash.

@@ -229,7 +229,7 @@ class _Trainer:
                 f"were not finite, and max_skipped_updates is {limit}\n  {self.engine.skips.listed()}",
                 where=self.job.where,
                 hint="look at these samples (rows of the photos' index), lower `optimizer.lr.peak`, or raise "
-                "`elastic.max_skipped_updates`, which goes on from the newest checkpoint",
+                "`elastic.max_skipped_updates` and continue from the latest checkpoint",
             )
 
     def _ids(self, indices: list[int], ids: _Ids) -> dict[int, list[int]]:
@@ -288,7 +288,7 @@ class _Trainer:
             f"{self.job.name}: {len(every)} photos could not be read since the stage began, and max_unreadable allows "
             f"{limit}: {'; '.join(names)}{more}",
             where=self.job.where,
-            hint="put the files back, or raise `max_unreadable` of the stage. The log says why each could not be read",
+            hint="restore the files, or raise `max_unreadable` of the stage. The log says why each could not be read",
         )
 
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:

@@ -24,10 +24,11 @@ _SIGNS = (
 )
 _LONGEST_REASON = 200
 _HINT = (
-    "set `activation_checkpointing: true` and, in stages that have it, a smaller `chunk_rows`: both leave the results "
-    "as they are, to rounding. A smaller `block_size` (with the same `batch_size`) needs less, too, but changes "
-    "results, since masks, dropped rows, KoLeo's groups and random numbers go by block. So do smaller `crops`. More "
-    "workers change nothing, and with `zero_stage: 3` each holds less of the weights; a block needs as much as before"
+    "set `activation_checkpointing: true` and, if the stage has it, a smaller `chunk_rows`: both keep the results "
+    "the same up to rounding. A smaller `block_size` (with the same `batch_size`) or smaller `crops` need less memory, "
+    "too, but change the results, since masks, dropped rows, KoLeo groups and random numbers depend on blocks. More "
+    "workers do not change the results; with `zero_stage: 3` each holds a smaller part of the weights, but a block "
+    "needs as much memory as before"
 )
 
 

@@ -112,7 +112,7 @@ class NodeDrainer:
                 f"{len(found)} nodes of the Ray cluster {self._address} are on this machine",
                 hint="start Ray on it first"
                 if not found
-                else "say which one with --node-id (see `ray list nodes`)",
+                else "choose one with --node-id (see `ray list nodes`)",
             )
         return str(found[0])
 
@@ -188,17 +188,20 @@ class NoticeWatcher:
             self._failures += 1
             if self._failures == 3:
                 what = f"the metadata service of {self._client.cloud} does not answer"
-                self._report(f"{what}: {error}; it is asked again")
+                self._report(f"{what}: {error}; retrying")
             return
         if self._failures >= 3:
             self._report(f"the metadata service of {self._client.cloud} answers again")
         self._failures = 0
         for item in found:
             if isinstance(item, Hint):
-                self._once(item.source, "it may go or pause, and trains on until it is certain to go")
+                self._once(
+                    item.source,
+                    "it may be preempted or paused; training continues until the preemption is certain",
+                )
             elif item.deadline - time.time() > _LONGEST_DRAIN_S:
                 self._once(
-                    item.source, f"it goes in {item.deadline - time.time():.0f} s, too early to drain it"
+                    item.source, f"it ends in {item.deadline - time.time():.0f} s; too early to drain it"
                 )
             else:
                 self._drain(item)
@@ -207,7 +210,7 @@ class NoticeWatcher:
         try:
             if self._drainer.drain(notice):
                 left = notice.deadline - time.time()
-                self._report(f"{notice.source}: drained, with {left:.0f} s to its end")
+                self._report(f"{notice.source}: drained {left:.0f} s before its end")
         except Exception as error:  # the cluster may be in any state, and the next poll may find it better
             self._once(f"{notice.source}, not drained", str(error))
 
@@ -296,7 +299,7 @@ class PreemptionAgents:
                 if now - since < _RESTART_S:
                     continue
                 if why:
-                    logger.info("node %s: its preemption agent failed and starts anew: %s", node_id[:8], why)
+                    logger.info("node %s: its preemption agent failed and is restarted: %s", node_id[:8], why)
                 self._agents[node_id] = _Agent(self._make(node_id))
         for node_id, agent in list(self._agents.items()):
             if node_id not in alive or now - agent.busy_at > _IDLE_S:
@@ -433,23 +436,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m orchestrator.elastic.preemption_agent",
-        description="Drain this machine's Ray node when its cloud takes it back, or on SIGTERM.",
+        description="Drain this machine's Ray node when its cloud preempts the machine, or on SIGTERM.",
     )
     parser.add_argument(
-        "--address", help="HOST:PORT of the cluster's head; default: RAY_ADDRESS, or this machine's"
+        "--address",
+        help="HOST:PORT of the cluster's head. Default: RAY_ADDRESS, or the cluster on this machine.",
     )
-    parser.add_argument("--node-id", help="default: the only node of the cluster on this machine")
+    parser.add_argument("--node-id", help="Id of the Ray node. Default: the only node on this machine.")
     parser.add_argument(
         "--notices",
         choices=get_args(PreemptionNotices),
         default="auto",
-        help="which metadata service to ask; auto: that of the cloud this machine's firmware names",
+        help="Metadata service to poll. auto detects the cloud from this machine's firmware.",
     )
     parser.add_argument(
-        "--grace-s", type=float, default=30.0, help="seconds from SIGTERM to the end of the machine"
+        "--grace-s", type=float, default=30.0, help="Seconds from SIGTERM to the end of the machine."
     )
     parser.add_argument(
-        "--now", action="store_true", help="drain at once and wait, for a preStop hook; watch nothing"
+        "--now",
+        action="store_true",
+        help="Drain at once and wait until the node is gone, for use in a preStop hook.",
     )
     return parser
 
@@ -465,7 +471,7 @@ def _leave(drainer: NodeDrainer, source: str, grace_s: float) -> int:
                 # An end that was announced before is as good: then there is only its time to wait for.
                 drainer.drain(Notice(source, deadline))
                 drained = True
-                logger.info("%s: drained, with %.0f s to the end", source, deadline - time.time())
+                logger.info("%s: drained %.0f s before the end", source, deadline - time.time())
             if not drainer.is_alive():
                 logger.info("the node has left")
                 return 0
@@ -491,7 +497,8 @@ def _gcs_address(address: str | None) -> str:
         return str(services.canonicalize_bootstrap_address_or_die(address))
     except ConnectionError as error:
         raise UserError(
-            "no Ray cluster is known on this machine", hint="say where its head is: --address HOST:6379"
+            "no Ray cluster is known on this machine",
+            hint="give the address of its head: --address HOST:6379",
         ) from error
 
 

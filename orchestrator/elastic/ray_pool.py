@@ -236,8 +236,8 @@ class RayWorkerPool:
         except Exception as error:  # Ray's state client raises what its RPC library does
             if not self._drains_unknown:
                 logger.warning(
-                    "the cluster does not say which nodes are draining since %s: %s; it is asked again every %.0f s, "
-                    "and workers stay where they are",
+                    "the cluster has not reported its draining nodes since %s: %s; retrying every %.0f s, and "
+                    "workers stay where they are",
                     time.strftime("%H:%M:%S"),
                     error,
                     _BACKOFF_S,

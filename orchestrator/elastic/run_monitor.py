@@ -160,8 +160,8 @@ class RunMonitor:
             if not self._unkept:
                 self.log(
                     logging.WARNING,
-                    f"the account of its time is not kept since {time.strftime('%H:%M:%S')}: {error}; training goes "
-                    "on, and it is tried again",
+                    f"its time account cannot be written since {time.strftime('%H:%M:%S')}: {error}; training "
+                    "continues, and writing is retried",
                 )
             self._unkept = True
         else:

@@ -208,5 +208,5 @@ def latest(folder: Path) -> Saved | None:
         try:
             return verified(path)
         except CheckpointError as error:
-            logger.warning("checkpoint %s is passed over: %s", path, error)
+            logger.warning("checkpoint %s is skipped: %s", path, error)
     return None

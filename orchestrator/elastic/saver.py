@@ -174,7 +174,9 @@ class Saver:
         try:
             self.target.sweep(self.token)
         except Exception as error:
-            logger.warning("what earlier workers left in %s cannot be removed: %s", self.target.folder, error)
+            logger.warning(
+                "files that earlier workers left in %s cannot be removed: %s", self.target.folder, error
+            )
 
     def _write(self, step: int) -> None:
         started = time.monotonic()

@@ -92,7 +92,7 @@ class ElasticScalingPolicy(ScalingPolicy):  # type: ignore[misc]
             since = time.strftime("%H:%M:%S", time.localtime(time.time() - waited))
             limit = run.spec.elastic.wait_for_workers_s
             end = "" if limit is None else f", or ends after {limit:.0f} s"
-            run.monitor.line(f"{reason}: waiting since {since}; it goes on once there are enough{end}")
+            run.monitor.line(f"{reason}: waiting since {since}; it continues once there are enough{end}")
 
     def _limit(self, waited: float, reason: str) -> None:
         run = self._run

@@ -83,7 +83,7 @@ class StockPool:
             try:
                 self._draining, nodes = draining_nodes(), cluster_nodes()
             except Exception as error:  # Ray's state client raises what its RPC library does
-                logger.warning("the cluster does not say which nodes it has: %s", error)
+                logger.warning("the cluster does not report its nodes: %s", error)
                 return
             self._suspects = {n: at for n, at in self._suspects.items() if now - at < _SUSPECT_S}
             self.rules.drain(self._draining)

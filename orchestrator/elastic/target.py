@@ -48,7 +48,9 @@ class Target:
         token = said.get("token") if isinstance(said, dict) else None
         if isinstance(token, str) and form.TOKEN.fullmatch(token):
             return token
-        logger.warning("%s is damaged: the newest group of workers is told by its files", self._owner_name())
+        logger.warning(
+            "%s is damaged: the latest worker group is determined from its files", self._owner_name()
+        )
         folders = (name.split("/")[1] for name in self._names())
         tokens = [folder for folder in folders if form.TOKEN.fullmatch(folder)]
         return max(tokens, key=lambda one: (len(one), one), default=None)

@@ -88,9 +88,10 @@ def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str],
                 raise RuntimeError(f"{job.name}: the controller cannot start: {error}") from error
             lost = 0 if max(job.target.committed(), default=0) > before else lost + 1
             if lost >= _MAX_LOST_CONTROLLERS:
-                raise RuntimeError(f"{job.name} gets nowhere: its controller died {lost} times") from error
+                what = f"{job.name} makes no progress: its controller died {lost} times in a row"
+                raise RuntimeError(what) from error
             stuck = isinstance(error, ControllerStuckError)
-            what = "does not move any more" if stuck else f"is gone ({type(error).__name__})"
+            what = "makes no progress" if stuck else f"is gone ({type(error).__name__})"
             on_line(f"{job.name}: its controller {what}; a new one starts")
             hosts.replace(host, cluster)
             continue
@@ -278,13 +279,13 @@ def _callbacks(paths: Sequence[str]) -> list[Any]:
             made.append(getattr(importlib.import_module(module), name)())
         except Exception as error:
             raise UserError(
-                f"the Ray Train callback {path!r} cannot be made: {type(error).__name__}: {error}",
+                f"the Ray Train callback {path!r} cannot be instantiated: {type(error).__name__}: {error}",
                 where="elastic.ray_train_callbacks",
                 hint="name a class that needs no arguments, as package.module:Class",
             ) from error
         if not isinstance(made[-1], RayTrainCallback):
             raise UserError(
-                f"{path!r} is no Ray Train callback",
+                f"{path!r} is not a Ray Train callback",
                 where="elastic.ray_train_callbacks",
                 hint="derive it from ray.train.UserCallback",
             )

@@ -325,7 +325,7 @@ class SlotBlocks:
             what, where, hint = message.body["mistake"]
             raise UserError(what, where=where, hint=hint)
         if "error" in message.body:
-            raise RuntimeError(f"block {index} of step {step} did not come: {message.body['error']}")
+            raise RuntimeError(f"block {index} of step {step} could not be loaded: {message.body['error']}")
         assert message.fd is not None
         arrays = unpack(message.fd, message.body["layout"])
         ids, unreadable = arrays.pop("ids"), arrays.pop("unreadable", None)

@@ -76,7 +76,7 @@ class _BoundedRay:
             if not self._forgiving:
                 raise
             logger.warning(
-                "no answer of Ray's head within %.0f s; Ray Train's state of a run lags until then, training goes on",
+                "no answer from Ray's head within %.0f s; training continues, and Ray Train's run state is out of date",
                 limit_s,
             )
             return None

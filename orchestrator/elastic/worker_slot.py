@@ -188,7 +188,7 @@ _current: Worker | None = None
 
 def current() -> Worker:
     """The worker whose actor this process is."""
-    assert _current is not None, "this process is no Ray Train worker of ours"
+    assert _current is not None, "this process is not a worker of this job"
     return _current
 
 

@@ -149,7 +149,7 @@ class Attempt:
         missing = [name for name in stage.outputs if not (out / name).exists()]
         if missing:
             raise RuntimeError(
-                f"the stage promised {', '.join(stage.outputs)} but did not write {', '.join(missing)}"
+                f"the stage declares the outputs {', '.join(stage.outputs)} but did not write {', '.join(missing)}"
             )
         lease.check()
         # Pieces are artifacts of their own: from here on they can be found by the stage's.
@@ -246,8 +246,8 @@ def full_disk(error: BaseException, workspace: Workspace) -> UserError:
     what = disk.described(error, [workspace.root, disk.temporary()])
     return UserError(
         what,
-        hint="make room on it and run the same command: what is done and every whole checkpoint are kept, and it "
-        "goes on from there",
+        hint="free some space on it and run the same command again: finished stages and complete checkpoints are "
+        "kept, and the run continues from there",
     )
 
 

@@ -130,7 +130,7 @@ class Queue:
         except FileNotFoundError:
             return None
         except ValidationError:
-            _log.warning("%s does not say whose it is and counts as that of a dead process", name)
+            _log.warning("%s has no valid owner and is treated as left behind by a dead process", name)
             return None
 
     def enter(

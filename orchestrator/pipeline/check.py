@@ -45,7 +45,7 @@ class Checked:
         stages: with their keys; empty where a mistake, or data that is not there, leaves them unknown.
         errors: what would end a run.
         warnings: what may be meant, or pass.
-        facts: of each data source with captions, how many photos have some; with whether all that have any do.
+        facts: of each dataset with captions, how many photos have some; with whether all that have any do.
     """
 
     stages: list[ResolvedStage] = field(default_factory=list)
@@ -76,7 +76,7 @@ def check(
         loaded: the pipeline, with its mistakes gathered.
         runs: whether it is about to run here: then data must be there, and all that a run needs has to answer.
         choice: which stages are looked at, and which are made anew.
-        fingerprint: the content hash of a data source; default: the package's.
+        fingerprint: the content hash of a dataset; default: the package's.
     """
     found = Checked(errors=[*(loaded.missing if runs else ()), *loaded.mistakes])
     # What a pipeline takes, and who answers it, is asked on machines without its data, too: of other machines.
@@ -132,7 +132,7 @@ def _conclude(
         to_run = _to_run(loaded, found, choice)
     if trouble := probes.tracking.result():
         publishers = [name for name, stage in loaded.spec.stages.items() if stage.effects]
-        also = f"; {', '.join(publishers)} cannot do without the registry there" if publishers else ""
+        also = f"; {', '.join(publishers)} cannot run without the model registry there" if publishers else ""
         found.warnings.append(UserError(f"{trouble.what}{also}", where=trouble.where, hint=trouble.hint))
     if trouble := probes.cluster.result():
         uses_it = to_run is None or any(loaded.spec.stages[item.name].needs_ray for item in to_run)
@@ -175,7 +175,7 @@ def _to_run(loaded: LoadedPipeline, found: Checked, choice: Choice) -> list[Stag
 
 
 def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, PhotoCount | None]:
-    """What each data source that is read has; None of one that is not there or has no photos."""
+    """What each dataset that is read has; None of one that is not there or has no photos."""
     used = dict.fromkeys(name for stage in loaded.spec.stages.values() for name in stage.data_sources())
     counts: dict[str, PhotoCount | None] = {}
     for name in used:

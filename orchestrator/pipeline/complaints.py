@@ -82,7 +82,7 @@ def _complaint(
         return UserError(f"unknown key {name!r} in {owner}", where=document.where(path), hint=hint)
     if first["type"] == "missing":
         hint = f"add `{name}: …`"
-        return UserError(f"{owner} lacks the key {name!r}", where=document.where(path), hint=hint)
+        return UserError(f"{owner} is missing the key {name!r}", where=document.where(path), hint=hint)
     if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _bad_kind(path, first, document, model)
     return _bad_value(path, group, document)
@@ -95,7 +95,9 @@ def _bad_kind(path: KeyPath, details: ErrorDetails, document: Document, model: t
     owner = _owner((*path, field))
     if details["type"] == "union_tag_not_found":
         where = document.where(path, value=False)
-        return UserError(f"{owner} lacks the key {field!r}", where=where, hint=_hint_kind(path, field, kinds))
+        return UserError(
+            f"{owner} is missing the key {field!r}", where=where, hint=_hint_kind(path, field, kinds)
+        )
     given = shortened(str(context.get("tag", "")), 80)
     close = nearest(given, kinds)
     hint = f"did you mean {close!r}?" if close else f"one of: {', '.join(kinds)}"
@@ -156,7 +158,7 @@ def _owner(path: KeyPath) -> str:
     if not parents:
         return "the pipeline"
     if parents[0] in ("stages", "data") and len(parents) >= 2:
-        what = f"{'stage' if parents[0] == 'stages' else 'data source'} {str(parents[1])!r}"
+        what = f"{'stage' if parents[0] == 'stages' else 'dataset'} {str(parents[1])!r}"
         inner = ".".join(str(part) for part in parents[2:])
         return f"{what}, {inner}" if inner else what
     return f"section {'.'.join(str(part) for part in parents)!r}"

@@ -77,7 +77,7 @@ def _headline(hardware: Hardware) -> str:
     source = {
         "assumed": "assumed",
         "measured": "measured",
-        "fitted": "fitted to published hours: the hours below predict nothing",
+        "fitted": "fitted to published hours, so the hours below are not a prediction",
     }[hardware.mfu_source]
     return (
         f"{hardware.devices} × {hardware.name}, {hardware.peak_tflops:,.0f} TFLOP/s bf16 and "

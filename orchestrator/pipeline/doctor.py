@@ -46,7 +46,7 @@ def examine(console: Console, store: str) -> bool:
     console.print(table)
     healthy = all(fine is not False for fine, _, _ in rows)
     if not healthy:
-        console.print(Text("Mend what is marked ✗ first.", style="red"))
+        console.print(Text("Fix the checks marked ✗ first.", style="red"))
     return healthy
 
 
@@ -77,10 +77,10 @@ def _home() -> Row:
     try:
         home = Path.home()
     except RuntimeError:
-        return None, "home", "HOME is not set, and this user has none: caches are not kept"
+        return None, "home", "HOME is not set, and this user has no home folder: caches are not kept"
     if home.is_dir() and os.access(home, os.W_OK | os.X_OK):
         return True, "home", f"{home} can be written"
-    return None, "home", f"{home} cannot be written: caches are not kept; a run's Ray does without it"
+    return None, "home", f"{home} cannot be written: caches are not kept, and Ray runs without them"
 
 
 def _sockets() -> Row:
@@ -104,7 +104,7 @@ def _shared_memory() -> Row:
         return (
             None,
             "/dev/shm",
-            f"cannot be used ({error.strerror}): Ray keeps its objects on the disk, slowly",
+            f"cannot be used ({error.strerror}): Ray stores its objects on disk, which is slow",
         )
     found = f"{size.free / _GIB:.1f} of {size.total / _GIB:.1f} GiB free"
     if size.free >= _LOW_SHARED_MEMORY:

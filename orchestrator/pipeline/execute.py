@@ -144,8 +144,8 @@ class _Driver:
             for item in self._plans:
                 self._note_cached(item)
                 if item.action == "cached" and item.stage.effects and (lacking := self._lacking(item)):
-                    text = f"what {item.name} publishes was not compared: it lacks {', '.join(lacking)}"
-                    self._reporter.note(text)
+                    text = f"what {item.name} publishes was not compared with the registry: not done: "
+                    self._reporter.note(text + ", ".join(lacking))
             tracked.send_leftovers(self._loaded, self._workspace, self._reporter.note)
             self._reporter.nothing_to_do(self._plans, list(self._drifts))
             self._tell_rest()
@@ -301,7 +301,7 @@ class _Driver:
                 self._make_anew(need, error, root, cluster)
 
     def _make_anew(self, name: str, damage: DamagedError, root: Run, cluster: ExitStack) -> None:
-        self._reporter.note(f"the artifact of {name} is damaged and is made anew: {damage.what}")
+        self._reporter.note(f"the artifact of {name} is damaged and is made again: {damage.what}")
         index = next(index for index, item in enumerate(self._plans) if item.name == name)
         reasons = (f"its artifact is damaged: {damage.what}",)
         item = replace(self._plans[index], action="run", reasons=reasons, artifact=None)
@@ -372,7 +372,7 @@ class _Driver:
             # Of an own one, which is this machine, all was known before.
             self._look_around()
         if url := getattr(running, "dashboard_url", ""):
-            self._reporter.note(f"Ray's dashboard is at {url}; it asks for the token in {running.token_file}")
+            self._reporter.note(f"Ray's dashboard is at {url}; its access token is in {running.token_file}")
         self._cluster_started = True
 
     def _wants_cluster(self, item: StagePlan) -> bool:
@@ -419,7 +419,7 @@ class _Driver:
         if len(self._losses) > _MOST_LOSSES:
             outcome.error = RuntimeError(f"{lost}, for the {len(self._losses)}th time within an hour")
             return False
-        logger.warning("%s: a new one is started, and the stage goes on from its newest checkpoint", lost)
+        logger.warning("%s: a new one is started, and the stage continues from its latest checkpoint", lost)
         try:
             self._enter_cluster(cluster)
         except UserError as error:
@@ -535,7 +535,7 @@ def _telling() -> Iterator[None]:
     except LostHoldError:
         raise
     except Exception as error:  # a store that is away, a file that somebody removed
-        logger.warning("MLflow lacks a record: %s: %s", type(error).__name__, error)
+        logger.warning("MLflow is missing a record: %s: %s", type(error).__name__, error)
 
 
 def _sum_up(root: Run, stage: str, summary: Mapping[str, float]) -> None:

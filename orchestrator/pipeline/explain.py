@@ -41,7 +41,7 @@ class Explanation:
 
 
 def explain(path: str) -> list[Explanation]:
-    """What is at a dotted path; a stage is named by its kind, and any name will do for a student or a data source.
+    """What is at a dotted path; a stage is named by its kind, and any name will do for a student or a dataset.
 
     A path that starts at a stage kind, or that is the end of others, is found, too: `lr` gives each place that has
     one.
@@ -219,7 +219,7 @@ def _by_name(model: type[BaseModel], name: str) -> bool:
 
 
 def _everywhere() -> Iterator[tuple[str, ...]]:
-    """The path of every key, a student or a data source standing as NAME."""
+    """The path of every key, a student or a dataset standing as NAME."""
 
     def walk(model: type[BaseModel], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for name in _names(model):

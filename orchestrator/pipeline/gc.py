@@ -54,7 +54,7 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
         found = orphans(workspace, current)
         _print(console, found)
         if found:
-            console.print(Text("Nothing was deleted: --yes does that."))
+            console.print(Text("Nothing was deleted. Add --yes to delete."))
         return
     with workspace.idle():
         found = orphans(workspace, current)
@@ -136,10 +136,10 @@ def _needed(workspace: Workspace, current: Iterable[KeyParts]) -> set[str]:
 
 def _unknown(store: Store, pipeline: str, count: int) -> UserError:
     return UserError(
-        f"{count} record{'s' * (count > 1)} cannot be read, so what is needed is not known",
+        f"{count} record{'s' * (count > 1)} cannot be read, so it is unknown which artifacts are needed",
         where=f"ledger/{pipeline}/ in store {store.uri}",
-        hint="use the version of orchestrator that wrote them. If they are damaged, `orchestrator verify` names them: "
-        "once they are moved elsewhere, what they alone name counts as not needed",
+        hint="use the version of orchestrator that wrote them. If they are damaged, `orchestrator verify` lists them: "
+        "once you move them elsewhere, artifacts that only they refer to count as not needed",
     )
 
 

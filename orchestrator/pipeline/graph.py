@@ -31,9 +31,9 @@ def order(loaded: LoadedPipeline) -> list[str]:
         if name in active:
             cycle = [*active[active.index(name) :], name]
             raise UserError(
-                f"stages need each other in a circle: {' → '.join(cycle)}",
+                f"the stages depend on each other in a cycle: {' → '.join(cycle)}",
                 where=loaded.where("stages", cycle[-2], "needs"),
-                hint="an arrow means `needs`; take one of them away",
+                hint="an arrow means `needs`: remove one of them",
             )
         active.append(name)
         for need in stages[name].needs:
@@ -131,7 +131,7 @@ def _roles_of(loaded: LoadedPipeline, name: str) -> dict[str, str]:
             others = [other for other in stages if stages[other].kind in wanted.kinds and other != name]
             add = f"add {' or '.join(others)} to its `needs`" if others else f"add a stage of kind {kinds}"
             raise UserError(
-                f"stage {name!r} lacks its input {wanted.role!r}: it needs a stage of kind {kinds}",
+                f"stage {name!r} is missing its input {wanted.role!r}: it needs a stage of kind {kinds}",
                 where=loaded.where("stages", name, "needs"),
                 hint=add,
             )
@@ -156,9 +156,9 @@ def _idle_need(loaded: LoadedPipeline, name: str, position: int, need: str) -> U
     takes = "; ".join(f"{wanted.role} ({' or '.join(wanted.kinds)})" for wanted in stage.wants())
     return UserError(
         f"stage {name!r} needs {need!r} of kind {loaded.spec.stages[need].kind}, "
-        f"which a stage of kind {stage.kind} has no use for",
+        f"which is not an input of kind {stage.kind}",
         where=_where_need(loaded, name, position),
-        hint=f"take it away; {stage.kind} takes {takes or 'no inputs'}",
+        hint=f"remove it from `needs`; {stage.kind} takes {takes or 'no inputs'}",
     )
 
 

@@ -33,7 +33,7 @@ class KeyParts(Strict):
         config: its fields that are not operational, without `kind` and `needs`; as `extensions` the versions of what
             users' packages bring to it, if there are some.
         inputs: keys of the artifacts it reads, by role.
-        data: fingerprints of the data sources it reads, by name.
+        data: fingerprints of the datasets it reads, by name.
         seed: the pipeline's seed.
         format: how keys and artifacts are made; records without it are of the first.
     """
@@ -67,7 +67,7 @@ def key_parts(stage: Stage, *, inputs: Mapping[str, str], data: Mapping[str, str
     Args:
         stage: the stage's config.
         inputs: keys of its input artifacts by role.
-        data: fingerprints of the data sources it reads.
+        data: fingerprints of the datasets it reads.
         seed: the pipeline's seed.
     """
     config = {name: value for name, value in stage.identity().items() if name not in ("kind", "needs")}
@@ -88,7 +88,7 @@ def diff(old: KeyParts, new: KeyParts) -> list[str]:
     """What changed between two keys, a line each: `config.lr: 0.001 → 0.002`."""
     lines = []
     if old.format != new.format:
-        lines.append(f"keys are made in another way since an upgrade: format {old.format} → {new.format}")
+        lines.append(f"an upgrade changed the format of keys: {old.format} → {new.format}")
     if old.kind != new.kind:
         lines.append(f"kind: {old.kind} → {new.kind}")
     if old.version != new.version:

@@ -84,7 +84,7 @@ class Lease:
     def insist(self) -> None:
         """Raises LostHoldError if the hold is known to be lost; asks nobody."""
         if self.lost is not None:
-            raise LostHoldError(f"lost the hold on {self._what}: {self.lost}")
+            raise LostHoldError(f"lost the lock on {self._what}: {self.lost}")
 
     def renew(self) -> None:
         """Beat, and look whether the place in the queue is still there. Errors of the store pass through."""
@@ -107,12 +107,8 @@ class Lease:
             if there:
                 self._confirmed = began
             else:
-                slept = (
-                    f"after {silent:.0f} s without a sign of life from it "
-                    if silent >= timing.lapse_s
-                    else ""
-                )
-                self._lose(f"{slept}its place in the store was removed: another process may have it now")
+                slept = f"after {silent:.0f} s without a heartbeat " if silent >= timing.lapse_s else ""
+                self._lose(f"{slept}its entry in the store was removed, and another process may hold it now")
 
     def end(self) -> None:
         """It is about to be given up: the beat that is under way must not take that for a loss."""
@@ -124,7 +120,7 @@ class Lease:
 
     def _lose(self, why: str) -> None:
         self.lost = why
-        _log.warning("lost the hold on %s: %s", self._what, why)
+        _log.warning("lost the lock on %s: %s", self._what, why)
         self.on_lost()
 
 
@@ -228,7 +224,7 @@ class Keeper:
             queue.leave(place)
         except Exception as error:
             # It is given up all the same: with the next beat, or when this process ends.
-            _log.warning("could not give up %s yet: %s", queue.name, error)
+            _log.warning("could not release %s yet: %s", queue.name, error)
         finally:
             self._note_not_given_up(queue)
 
@@ -292,8 +288,8 @@ class Keeper:
     def _complain(self, error: Exception) -> None:
         root = self._store.root
         _log.warning(
-            "no sign of life reaches the store since %s: %s; tried again every %.0f s, and after %.0f s the run ends, "
-            "since another driver may take over then",
+            "no heartbeat has reached the store since %s: %s; retrying every %.0f s. After %.0f s the run ends, "
+            "because another driver may take over then",
             time.strftime("%H:%M:%S"),
             disk.described(error, [root]) if disk.is_full(error) else error,
             self.timing.beat_s,
@@ -304,7 +300,7 @@ class Keeper:
 def _unwritable(error: OSError, root: Path) -> UserError:
     if disk.is_full(error):
         return UserError(
-            disk.described(error, [root]), where="store", hint="make room on it; nothing was changed"
+            disk.described(error, [root]), where="store", hint="free some space on it; nothing was changed"
         )
     return UserError(f"cannot write to the store: {error}", where="store")
 
@@ -312,7 +308,9 @@ def _unwritable(error: OSError, root: Path) -> UserError:
 def _taken(who: Who, what: str, where: str) -> UserError:
     hint = "wait for it, or stop it with Ctrl-C in its terminal"
     if is_suspended(who):
-        hint = f"it is suspended: let it go on with `kill -CONT {who.pid}`, or end it with `kill -KILL {who.pid}`"
+        hint = (
+            f"it is suspended: resume it with `kill -CONT {who.pid}`, or end it with `kill -KILL {who.pid}`"
+        )
     elif lives(who) is None:
         hint = f"wait for it, or stop it on {who.host}"
     return UserError(f"{what} is already being run by {who}", where=where, hint=hint)

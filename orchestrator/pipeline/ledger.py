@@ -40,7 +40,7 @@ def _stored_parts(value: Any) -> Any:
     """Checks what becomes part of a path; the parts of keys that were computed here are left as they are."""
     parts = value if isinstance(value, KeyParts) else _StoredParts.model_validate(value)
     if len(parts_of(parts.kind)) != 1:
-        raise ValueError(f"{parts.kind!r} is no kind of stage")
+        raise ValueError(f"{parts.kind!r} is not a stage kind")
     return parts
 
 
@@ -259,7 +259,7 @@ class Ledger:
         except UnreadableRecordError as error:
             if (self._store.uri, full) not in _said:
                 _said.add((self._store.uri, full))
-                _log.warning("%s in store %s is set aside: %s", full, self._store.uri, error)
+                _log.warning("%s in store %s is ignored: %s", full, self._store.uri, error)
             return None
 
 

@@ -1,6 +1,6 @@
 """From a pipeline file to a checked, frozen spec; every mistake in it is one readable UserError.
 
-Relative paths in the file (the store, data sources, a SQLite tracking URI) are relative to the directory in
+Relative paths in the file (the store, datasets, a SQLite tracking URI) are relative to the directory in
 which the command runs, not to the file, so that one file serves several checkouts.
 """
 
@@ -348,7 +348,7 @@ def _unknown_source(loaded: LoadedPipeline, stage: str, source: str) -> UserErro
     close = nearest(source, loaded.spec.data)
     known = ", ".join(loaded.spec.data) or "none"
     return UserError(
-        f"stage {stage!r} reads the data source {source!r}, which the pipeline does not have",
+        f"stage {stage!r} reads the dataset {source!r}, which is not under `data`",
         where=loaded.where("stages", stage, "data"),
         hint=f"did you mean {close!r}?" if close else f"there are: {known}",
     )
@@ -369,7 +369,7 @@ def _check_store(loaded: LoadedPipeline) -> list[UserError]:
     folder = Path(uri.removeprefix("file://")).expanduser().absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
-        return [UserError(f"the store {uri} cannot be made: {existing} is a file", where=where)]
+        return [UserError(f"the store {uri} cannot be created: {existing} is a file", where=where)]
     if not os.access(existing, os.W_OK | os.X_OK):
         return [UserError(f"the store {uri} cannot be written: no permission in {existing}", where=where)]
     return []

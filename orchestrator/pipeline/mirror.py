@@ -80,7 +80,7 @@ class Mirror:
             except (OSError, UserError) as error:
                 if not self._failing:
                     _log.warning(
-                        "tracking records are on this machine only since %s, until the store answers; tried again "
+                        "tracking records are kept only on this machine since %s, until the store answers; retrying "
                         "every %.0f s: %s",
                         time.strftime("%H:%M:%S"),
                         self._every_s,
@@ -122,7 +122,7 @@ class Mirror:
         for name in self._store.list(self._prefix):
             found = _NAME.fullmatch(name.removeprefix(self._prefix))
             if found is None or not is_name(found["file"]):
-                _log.warning("%s is no tracking record and is passed over", name)
+                _log.warning("%s is not a tracking record and is skipped", name)
             else:
                 pieces[found["file"]].append(name)
         return pieces

@@ -19,7 +19,7 @@ from orchestrator.spec import DataSource
 from orchestrator.stages.base import Stage
 from orchestrator.store.artifact import Artifact
 
-# A data source and its name → the hash of its content.
+# A dataset and its name → the hash of its content.
 Fingerprint = Callable[[DataSource, str], str]
 # A kind and a key → how far the unfinished work on it is, such as `step 40`; nothing if that is not known.
 Reached = Callable[[str, str], str]
@@ -77,16 +77,16 @@ class Choice:
             chosen &= {self.last, *graph.upstream(self.last, needs)}
         if not chosen:
             raise UserError(
-                "no stage is left to run",
+                "these options together select no stage",
                 where="--only, --from and --until",
-                hint="a stage has to be among all three",
+                hint="a stage runs only if every one of these options selects it",
             )
         for name in self.force:
             if name not in chosen:
                 raise UserError(
-                    f"stage {name!r} is to be made anew but is left out",
+                    f"stage {name!r} is forced but not selected",
                     where=f"--force {name}",
-                    hint="choose it with --only, --from or --until too",
+                    hint="select it with --only, --from or --until too",
                 )
         return chosen
 
@@ -138,10 +138,10 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
 
     Args:
         loaded: the pipeline.
-        fingerprint: the content hash of a data source; default: the package's.
+        fingerprint: the content hash of a dataset; default: the package's.
 
     Raises:
-        UserError: the graph does not work out, or a data source cannot be read.
+        UserError: the graph does not work out, or a dataset cannot be read.
     """
     names = graph.order(loaded)
     roles = graph.roles(loaded)
@@ -218,10 +218,10 @@ def _planned(
     begun_by_other = known is not None and going and known.code not in ("", code.digest_of(stage.code))
     anew = [role for role, need in stage.roles.items() if before[need].anew]
     if stage.name in choice.force:
-        return StagePlan(stage, "run", ("made anew: --force",), artifact, anew=True, fresh=True)
+        return StagePlan(stage, "run", ("made again: --force",), artifact, anew=True, fresh=True)
     if anew:
         # Pieces may be there where the artifact is not, also from another key of the stage.
-        inputs = [f"{_input(role, stage.roles)} is made anew" for role in anew]
+        inputs = [f"{_input(role, stage.roles)} is made again" for role in anew]
         reasons = inputs if artifact is not None or going else _why_run(known, stage, driven, reached)
         return StagePlan(stage, "run", tuple(reasons), artifact, anew=True, fresh=True)
     if choice.on_code and other:
@@ -254,7 +254,8 @@ def _check_inputs(plans: Mapping[str, StagePlan]) -> None:
         for need in item.stage.roles.values() if item.action == "run" else ():
             if plans[need].action == "left out" and plans[need].artifact is None:
                 raise UserError(
-                    f"stage {item.name!r} reads what {need!r} makes, which is not there and is left out",
+                    f"stage {item.name!r} needs the artifact of {need!r}, which does not exist, and {need!r} is not "
+                    "selected",
                     where="--only, --from and --until",
                     hint=f"run it first: --until {need}",
                 )
@@ -326,7 +327,7 @@ def contents(stage: Stage) -> dict[str, str]:
 
 def _why_cached(known: StageState | None, stage: ResolvedStage) -> str:
     if stage.effects:
-        return "a run compares what it wants with what is there"
+        return "a run compares it with the registry"
     if known is None or known.key != stage.key:
         return f"key {short(stage.key)} was made earlier"
     return f"nothing changed, key {short(stage.key)}"
@@ -371,7 +372,7 @@ def _input(role: str, roles: Mapping[str, str]) -> str:
 
 
 def _fingerprints(loaded: LoadedPipeline, fingerprint: Fingerprint) -> dict[str, str]:
-    """The content hash of every data source that a stage reads."""
+    """The content hash of every dataset that a stage reads."""
     used = {name for stage in loaded.spec.stages.values() for name in stage.data_sources()}
     prints = {}
     for name in sorted(used):

@@ -121,7 +121,7 @@ def store_trouble(uri: str, *, writes: bool) -> UserError | None:
         if isinstance(store, S3Store):
             store.check()
         if writes and not _gives_back(store):
-            return UserError(f"the store {uri} does not give back what it took")
+            return UserError(f"the store {uri} does not return what was written to it")
     except UserError as error:
         return error
     except OSError as error:

@@ -68,7 +68,7 @@ def references(workspace: Workspace, artifacts: Mapping[str, Artifact]) -> dict[
 def datasets(
     loaded: LoadedPipeline, workspace: Workspace, stage: ResolvedStage, inputs: Iterable[Artifact]
 ) -> list[Dataset]:
-    """What a stage reads: data sources, and artifacts that are data sets."""
+    """What a stage reads: datasets, and artifacts that are data sets."""
     sources = [
         Dataset(name, digest, loaded.spec.data[name].path.absolute().as_uri(), used_for="curation")
         for name, digest in stage.parts.data.items()

@@ -24,9 +24,9 @@ from orchestrator.stages.registry import every_stage, file_of, kind_of
 
 _HEAD = """# Every key of a pipeline file
 
-Made from the schema by `python -m orchestrator.pipeline.reference > docs/reference.md`; a test says when it is out of
-date. "again" says whether stages run again when the key changes: **yes** where it decides what comes out, **no** where
-it decides how they run.
+This page is generated from the schema by `python -m orchestrator.pipeline.reference > docs/reference.md`. The column
+"again" says whether stages run again when the key changes: **yes** if the key changes their results, **no** if it only
+changes how they run.
 """
 _NAMES = {
     int: "integer",
@@ -75,7 +75,7 @@ def reference() -> str:
         shared = TrainStage if issubclass(stage, TrainStage) else StageSpec
         own = {name: field for name, field in stage.model_fields.items() if name not in shared.model_fields}
         parts += [f"## `kind: {kind_of(stage)}`", prose(stage), _table(stage, own)]
-    parts += ["## Sections", "What the tables above link to."]
+    parts += ["## Sections", "The sections that the tables above link to."]
     for model in sorted(sections(), key=lambda each: each.__name__):
         parts += [f"### {model.__name__}", prose(model), _table(model, model.model_fields)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"

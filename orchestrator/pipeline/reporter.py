@@ -60,7 +60,7 @@ class Reporter:
 
     def nothing_to_do(self, plans: Sequence[StagePlan], compared: Sequence[str]) -> None:
         """Everything is there already, in the store and outside, where what the `compared` stages did is."""
-        also = "".join(f" What {name} publishes is in place." for name in compared)
+        also = "".join(f" The registry already has what {name} publishes." for name in compared)
         self._console.print(
             Text("✓", "green").append(f" {_up_to_date(plans)}{also}", "default"), soft_wrap=True
         )
@@ -137,7 +137,7 @@ class Reporter:
 
     def stopping(self) -> None:
         """The first Ctrl-C came."""
-        text = "Stopping: the stage may finish what it must save. Ctrl-C again aborts at once."
+        text = "Stopping once the stage has saved its state. Press Ctrl-C again to abort at once."
         self._console.print(Text(text, style="yellow"))
 
     def finished(self, plans: Sequence[StagePlan], state: PipelineState, exit_code: int) -> None:
@@ -148,11 +148,11 @@ class Reporter:
         if exit_code == 0:
             line.append("✓", "green").append(f" Done in {took}.")
         elif exit_code == 130:
-            line.append("■", "yellow").append(f" Stopped after {took}. What is done is kept; go on with:")
+            line.append("■", "yellow").append(f" Stopped after {took}. Finished work is kept. Continue with:")
             line.append(f"\n  {self._again}", "bold")
         else:
             line.append("✗", "red").append(
-                f" Failed after {took}. What is done is kept; once mended, go on with:"
+                f" Failed after {took}. Finished work is kept. Once the cause is fixed, continue with:"
             )
             line.append(f"\n  {self._again}", "bold")
         self._console.print(line, soft_wrap=True)
@@ -165,7 +165,8 @@ class Reporter:
         self._table(plans)
         took = duration(time.monotonic() - self._started)
         line = Text("■", "yellow").append(
-            f" Aborted after {took}. What is done and every whole checkpoint are kept; go on with:", "default"
+            f" Aborted after {took}. Finished work and complete checkpoints are kept. Continue with:",
+            "default",
         )
         self._console.print(line.append(f"\n  {self._again}", "bold"), soft_wrap=True)
         # The line that changes had hidden it.
@@ -273,7 +274,7 @@ def print_stages(console: Console, loaded: LoadedPipeline) -> None:
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     console.print(table)
     for missing in loaded.missing:
-        note = f"! {missing.what} ({missing.where}): what would run is known once it is there"
+        note = f"! {missing.what} ({missing.where}): which stages would run is known once it exists"
         console.print(Text(note, style="yellow"), soft_wrap=True)
 
 
@@ -312,7 +313,8 @@ def _other_code(plans: Sequence[StagePlan]) -> str:
         return ""
     verb, them = ("were", "them") if len(names) > 1 else ("was", "it")
     return (
-        f"{', '.join(names)} {verb} made by other code, which is accepted: --rerun-on code makes {them} anew."
+        f"{', '.join(names)} {verb} made by other code and {'are' if len(names) > 1 else 'is'} kept: "
+        f"--rerun-on code makes {them} again."
     )
 
 

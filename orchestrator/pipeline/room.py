@@ -203,7 +203,7 @@ def memory(
         if need.shared > shared:
             yield UserError(
                 f"stage {need.stage!r} holds about {_gib(need.shared)} of views at once, and Ray's object store of "
-                f"{machines} has {_gib(shared)}: the rest goes to the disk, slowly",
+                f"{machines} has {_gib(shared)}: the rest spills to disk, which is slow",
                 where=loaded.where("stages", need.stage),
                 hint="give more shared memory (docker run --shm-size=8g), set a smaller window, or views: regenerated",
             )

@@ -39,7 +39,8 @@ def draw(loaded: LoadedPipeline, path: Path) -> int:
         raise UserError("no stage of this pipeline has a schedule", where=str(loaded.path))
     if path.suffix != ".png":
         raise UserError(
-            f"the picture is a PNG, not {path.suffix or 'a file without an ending'}", where=str(path)
+            f"schedules are drawn as a .png file, not {path.suffix or 'a file without a suffix'}",
+            where=str(path),
         )
     panels(table, {name: f"{name}\n{steps:,} steps" for name, steps in num_steps.items()}, path)
     return sum(map(len, table.values()))

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.stages.registry import every_stage, file_of
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-EXTENDS = "The path of a pipeline file, relative to this one's folder, over which this one is laid."
+EXTENDS = "The path of a pipeline file that this one extends and overrides, relative to this one's folder."
 
 
 def schema() -> dict[str, Any]:

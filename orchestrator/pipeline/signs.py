@@ -127,7 +127,7 @@ class Newcomer:
         if alive is None and known_for > 1.5 * self._timing.beat_s and who.process not in self._mentioned:
             self._mentioned.add(who.process)
             lapse = f"{self._timing.lapse_s:.0f} s"
-            self._say(f"{who} gives no sign of life; {self._what} is taken over if that lasts {lapse}")
+            self._say(f"{who} sends no heartbeat; {self._what} is taken over after {lapse} without one")
         return alive
 
     def removed(self, who: Who, place: Place) -> None:

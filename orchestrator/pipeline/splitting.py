@@ -222,7 +222,7 @@ def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> Costs:
     stage = cast(Distill, loaded.spec.stages[name])
     if stage.features is not None and not stage.features.uses_own:
         raise UserError(
-            "what a teacher from elsewhere costs cannot be reckoned, only measured",
+            "the cost of a teacher from elsewhere cannot be estimated, only measured",
             where=loaded.where("stages", name, "features"),
             hint="run this on such a machine, or leave out the `hardware` section to measure on this one",
         )
@@ -242,13 +242,13 @@ def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> Costs:
             if sum(cost.memory_gib.values()) <= hardware.memory_gib:
                 return devices
         raise UserError(
-            f"{work.name} does not fit into {hardware.memory_gib:g} GiB a device, however many there are",
+            f"{work.name} does not fit into {hardware.memory_gib:g} GiB per device, on any number of devices",
             where=loaded.where("stages", name),
             hint="use a smaller block_size, chunk_rows or activation_checkpointing",
         )
 
     source = (
-        f"reckoned from operations, for {hardware.name} at {hardware.mfu:.0%} of "
+        f"estimated from operation counts, for {hardware.name} at {hardware.mfu:.0%} of "
         f"{hardware.peak_tflops:,.0f} TFLOP/s; nothing was measured"
     )
     works = workloads(stage, name, upstream)

@@ -60,11 +60,11 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
     _print_orphans(console, loaded, workspace)
     if (waits := waiting(loaded, workspace)) is not None:
         # Those of a run that goes on are about to be sent.
-        text = f"{counted(waits.backlog.records)} on the way to MLflow."
+        text = f"{counted(waits.backlog.records)} waiting to be sent to MLflow."
         calm = driven and waits.outage is None
         console.print(Text(text if calm else f"{waits}.", style="" if calm else "yellow"), soft_wrap=True)
     if driver is not None:
-        what = "It is being run by" if driven else "It was broken off: there is no sign of life from"
+        what = "It is being run by" if driven else "It was interrupted: there is no heartbeat from"
         console.print(Text(f"{what} {driver.who}."), soft_wrap=True)
 
 

@@ -165,7 +165,7 @@ def watched(root: Run, stage: Run, name: str, every_s: float = EVERY_S) -> Itera
     finally:
         stop.set()
         thread.join(every_s)
-        with _untroubled(f"the pipeline's run lacks losses of stage {name}"):
+        with _untroubled(f"the pipeline's run is missing losses of stage {name}"):
             if thread.is_alive():
                 raise TimeoutError("the figures of this machine are still being read")
             follower.rest()

@@ -160,10 +160,10 @@ class _Watch:
         return not (self._may_end and self._stop is not None and self._stop.is_set())
 
     def _tell(self, found: Backlog, seconds: float) -> None:
-        end = "; Ctrl-C ends that, and keeps them" if self._may_end else ""
+        end = "; Ctrl-C stops sending and keeps the records" if self._may_end else ""
         self._say(
-            f"sending {counted(found.records)} to {where(self._loaded)} since {seconds:.0f} s, for as long as it "
-            f"takes some, and {PATIENCE_S:.0f} s more{end}"
+            f"sending {counted(found.records)} to {where(self._loaded)} for {seconds:.0f} s now, until it has accepted "
+            f"none for {PATIENCE_S:.0f} s{end}"
         )
 
 

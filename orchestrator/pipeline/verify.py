@@ -59,12 +59,12 @@ def verify(console: Console, target: str) -> bool:
         for problem in finding.problems:
             console.print(Text("✗", "red").append(f" {problem}", "default"), soft_wrap=True)
         if not finding.finished:
-            text = f"! {finding.name} was never finished: it counts for nothing"
+            text = f"! {finding.name} was never finished and is ignored"
             console.print(Text(text, style="yellow"), soft_wrap=True)
     if damaged.total():
         counts = [f"{damaged[top]} of {checked[top]} {what}" for top, what in _SORTS.items() if damaged[top]]
         line = f" damaged in {store.uri}: {', '.join(counts)}."
-        line += " A run that needs a damaged artifact makes it anew." if damaged["artifacts"] else ""
+        line += " A run that needs a damaged artifact makes it again." if damaged["artifacts"] else ""
         console.print(Text("✗", "red").append(line, "default"), soft_wrap=True)
     else:
         line = f" all {checked.total()} artifacts, checkpoints and records in {store.uri} are whole"
@@ -155,4 +155,4 @@ def _door(store: Store, name: str) -> Iterator[str]:
     except FileNotFoundError:
         return
     except ValidationError:
-        yield f"{name}: does not say whose it is"
+        yield f"{name}: has no valid owner"

@@ -239,7 +239,8 @@ def _check_size(text: str, where: str) -> None:
                 sizes[anchor] = total - before + 1
         if total > _MAX_NODES:
             raise UserError(
-                f"more than {_MAX_NODES:,} values, those that aliases repeat counted each time", where=here
+                f"more than {_MAX_NODES:,} values, counting those of an alias each time it is used",
+                where=here,
             )
 
 
@@ -407,7 +408,7 @@ def _apply(document: Document, override: str) -> None:
             raise UserError(
                 f"{dotted} holds {show(target[part])}, which has no keys",
                 where=where,
-                hint=f"override it whole: {dotted}=…",
+                hint=f"override the whole value: {dotted}=…",
             )
         target = target[part]
     _check_named(target, parts, where)
@@ -420,11 +421,11 @@ def _apply(document: Document, override: str) -> None:
 
 
 def _check_named(parent: Mapping[str, Any], parts: Sequence[str], where: str) -> None:
-    """Refuse an override that would invent a stage or a data source."""
+    """Refuse an override that would invent a stage or a dataset."""
     if len(parts) != 2 or parts[0] not in _NAMED or parts[1] in parent:
         return
     close = nearest(parts[1], parent)
-    what = {"stages": "stage", "data": "data source"}[parts[0]]
+    what = {"stages": "stage", "data": "dataset"}[parts[0]]
     known = ", ".join(parent) or "none"
     raise UserError(
         f"there is no {what} {parts[1]!r}",

@@ -106,7 +106,7 @@ class SharedBlocks:
             try:
                 answer = self._line.call("step", self._student, step, lost)
             except RuntimeError as error:
-                raise RuntimeError(f"step {step} cannot be had: {error}") from error
+                raise RuntimeError(f"step {step} is not available: {error}") from error
             if answer.get("mistake") is not None:
                 what, where, hint = answer["mistake"]
                 raise UserError(what, where=where, hint=hint)

@@ -132,7 +132,7 @@ class Keeper:
             try:
                 self._take_in(ray.get(self._desk.status.remote(), timeout=_LAST_WORD_S))
             except ray.exceptions.RayError as failed:
-                logger.warning("the share service did not say its last figures: %s", type(failed).__name__)
+                logger.warning("the share service did not report its last metrics: %s", type(failed).__name__)
             ray.kill(self._desk)
         for post in self.posts:
             post.close()
@@ -146,7 +146,7 @@ class Keeper:
                 self._look()
             except Exception:
                 # The cluster may be in any state; the next look may find it better.
-                logger.exception("the share service could not be looked after")
+                logger.exception("the share service could not be monitored")
 
     def _look(self) -> None:
         if self._desk is None and not self._open():
@@ -220,7 +220,7 @@ class Keeper:
     def _lose(self, why: str) -> None:
         import ray
 
-        logger.warning("the desk of the share service is lost: %s", why)
+        logger.warning("the main actor of the share service is lost: %s", why)
         ray.kill(self._desk)
         with self._lock:
             self._desk = self._pending = None

@@ -64,7 +64,7 @@ class Line:
         until = time.monotonic() + limit_s
         while True:
             if self.closed.is_set():
-                raise ClosedError(f"the line to {self.name} is closed")
+                raise ClosedError(f"the connection to {self.name} is closed")
             ready, _ = ray.wait([ref], timeout=_SLICE_S)
             if ready or time.monotonic() > until:
                 return ray.get(ref, timeout=limit_s if ready else 0)
@@ -73,9 +73,11 @@ class Line:
         lines = str(error).strip().splitlines() or [""]
         what = f"{type(error).__name__}: {lines[0]}"
         if away_s > self._patience_s:
-            raise RuntimeError(f"the share service has been away for {away_s:.0f} s: {what}") from error
+            raise RuntimeError(
+                f"the share service has not been reachable for {away_s:.0f} s: {what}"
+            ) from error
         logger.info(
-            "the share service has been away for %.0f s (%s): it is asked again, for %.0f s in all",
+            "the share service has not been reachable for %.0f s (%s): retrying, for %.0f s in all",
             away_s,
             what,
             self._patience_s,

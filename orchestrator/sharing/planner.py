@@ -148,7 +148,7 @@ def split(
         raise UserError(
             f"{devices:g} devices are too few: {parts} need at least {least}",
             where=", ".join(f"{name} {number}" for name, number in _least(teacher, students).items()),
-            hint=f"give at least {least} devices, or leave students out",
+            hint=f"give at least {least} devices, or remove students",
         )
     budget = math.floor(devices)
     times = _times(teacher, students, (budget - least) // teacher.devices + 1)
@@ -265,7 +265,7 @@ def _need(teacher: TeacherCost, students: Sequence[StudentCost], limit_s: float)
 
 def _share(teacher: TeacherCost, students: Sequence[StudentCost], devices: float) -> Split:
     if devices <= 0:
-        raise UserError(f"{devices:g} devices are too few", hint="give at least a share of one")
+        raise UserError(f"{devices:g} devices are too few", hint="give more devices, or a fraction of one")
     # More actors than whole devices would only take turns.
     most = max(1, math.floor(devices))
     ways = [

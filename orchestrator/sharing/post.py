@@ -82,7 +82,7 @@ class Post:
             return
         if self._retiring:
             if time.monotonic() - self._retiring > _MOVE_S:
-                self._lose(desk, "it did not end its step in time to leave")
+                self._lose(desk, "it did not finish its step before the node's end")
         elif self._answered and not wanted:
             self._retire(desk, "it is not needed any more", moves=False)
         elif self._answered and there:
@@ -151,9 +151,7 @@ class Post:
             self._failures, self._forwarded = 0, status.account.images_forwarded
         self._failures += 1
         if self._failures >= _FAILURES:
-            desk.give_up.remote(
-                f"the teacher failed {self._failures} times before it had said anything: {why}"
-            )
+            desk.give_up.remote(f"the teacher failed {self._failures} times before its first output: {why}")
 
     def _forget(self, desk: Any, restarts: bool) -> None:
         import ray
@@ -226,14 +224,16 @@ class Post:
             return
         spot = choose(there, self._gpus, self._shards)
         if spot is None or spot.node in leaving:
-            self._say(f"a teacher's node {self.node[:8]} is about to go, and no other can take it")
+            self._say(
+                f"a teacher's node {self.node[:8]} is about to be lost, and no other node has room for it"
+            )
             return
-        self._retire(desk, "its node is about to go", moves=True)
+        self._retire(desk, "its node is about to be lost", moves=True)
 
     def _say(self, what: str) -> None:
         if what != self._said:
             self._said = what
-            logger.warning("%s since %s; the search goes on", what, time.strftime("%H:%M:%S"))
+            logger.warning("%s since %s; still searching", what, time.strftime("%H:%M:%S"))
 
 
 def _last_line(error: Exception) -> str:

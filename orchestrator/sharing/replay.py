@@ -61,7 +61,7 @@ class Replayed:
             self._write(step, parts[TEACHER])
         except OSError as error:
             # A cache that cannot be written is no reason to stop.
-            logger.warning("what the teacher said in step %d could not be kept: %s", step, error)
+            logger.warning("the teacher's outputs of step %d could not be saved: %s", step, error)
         return parts
 
     def _read(self, step: int) -> dict[str, NDArray[Any]] | None:
@@ -74,7 +74,9 @@ class Replayed:
         except FileNotFoundError:
             return None
         except SafetensorError as error:
-            logger.warning("what was kept of step %d is damaged and will be made again: %s", step, error)
+            logger.warning(
+                "the saved outputs of step %d are damaged and will be computed again: %s", step, error
+            )
             return None
 
     def _write(self, step: int, said: Bundle) -> None:

@@ -21,20 +21,34 @@ _Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 class StageCosts(Settings):
     """Costs of one stage, in seconds. The defaults are guesses for a small model on CPUs; measure yours."""
 
-    block_s: _Seconds = Field(0.5, description="computing one block")
-    step_s: _Seconds = Field(0.05, description="a step besides its blocks: optimizer, communication")
-    measured_step_s: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0, le=MAX_SECONDS)]] = Field(
-        {}, description="whole step by number of workers; goes before block_s and step_s"
+    block_s: _Seconds = Field(0.5, description="The time to compute one block, in seconds.")
+    step_s: _Seconds = Field(
+        0.05, description="The time of a step beyond its blocks (optimizer, communication), in seconds."
     )
-    stall_s: _Seconds = Field(0.05, description="training stands still for a checkpoint")
-    write_s: _Seconds = Field(1.0, description="until a checkpoint is safe, behind training's back")
-    detect_s: _Seconds = Field(1.0, description="from a machine's loss until the controller knows")
-    start_s: _Seconds = Field(1.0, description="from the choice of a group until it has joined and built")
-    restore_s: _Seconds = Field(0.5, description="reading a checkpoint")
-    first_step_s: _Seconds = Field(0.5, description="what a group's first step takes longer")
-    warm_s: _Seconds = Field(10.0, description="from a machine's coming until its slot is ready")
-    overhead_s: _Seconds = Field(2.0, description="of the pipeline around a stage")
-    seconds: _Seconds = Field(10.0, description="of a stage that does not train")
+    measured_step_s: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0, le=MAX_SECONDS)]] = Field(
+        {},
+        description="The measured time of a whole step by number of workers, in seconds. Overrides `block_s` and "
+        "`step_s`.",
+    )
+    stall_s: _Seconds = Field(0.05, description="The time that a checkpoint stops training, in seconds.")
+    write_s: _Seconds = Field(
+        1.0, description="The time until a checkpoint is committed in the background, in seconds."
+    )
+    detect_s: _Seconds = Field(
+        1.0, description="The time until the loss of a machine is detected, in seconds."
+    )
+    start_s: _Seconds = Field(
+        1.0, description="The time for a worker group to form and to build the model, in seconds."
+    )
+    restore_s: _Seconds = Field(0.5, description="The time to read a checkpoint, in seconds.")
+    first_step_s: _Seconds = Field(
+        0.5, description="The extra time of a worker group's first step, in seconds."
+    )
+    warm_s: _Seconds = Field(
+        10.0, description="The time from a machine's start until its worker slot is ready, in seconds."
+    )
+    overhead_s: _Seconds = Field(2.0, description="The pipeline's overhead per stage, in seconds.")
+    seconds: _Seconds = Field(10.0, description="The duration of a stage that does not train, in seconds.")
 
     def step(self, num_blocks: int, workers: int) -> float:
         """Seconds of a step of `num_blocks` on `workers`: measured, or as the worker with most blocks takes.
@@ -55,7 +69,7 @@ class Costs(Settings):
 
     format: Literal["orchestrator-costs"] = "orchestrator-costs"
     version: Literal[1] = 1
-    source: str = Field("defaults", description="where the numbers come from, such as a run's id")
+    source: str = Field("defaults", description="The origin of the costs, such as the id of a run.")
     default: dict[str, Any] = Field({})
     stages: dict[str, dict[str, Any]] = Field({})
 

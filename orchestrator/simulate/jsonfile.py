@@ -43,7 +43,7 @@ class JsonFile:
         except RecursionError:
             raise UserError(f"the {what} is nested too deeply", where=str(path)) from None
         if "\\ud" in self._text.lower() and not _is_text(self.data):
-            raise UserError(f"the {what} holds half a character, such as \\ud800", where=str(path))
+            raise UserError(f"the {what} contains an unpaired surrogate, such as \\ud800", where=str(path))
 
     def where(self, keys: Keys = ()) -> str:
         """`file:line  a.b[3]` of the value at `keys`, or of the nearest value around it."""
@@ -127,7 +127,7 @@ class JsonFile:
         if item["type"] == "extra_forbidden":
             close = nearest(str(name), _names_beside(model, keys))
             what = f"unknown key {name!r}"
-            hint = f"did you mean {close!r}?" if close else "take it away"
+            hint = f"did you mean {close!r}?" if close else "remove it"
         elif item["type"] == "missing":
             what = f"the key {name!r} is missing"
         else:
@@ -147,7 +147,7 @@ def _is_text(data: Any) -> bool:
 
 
 def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
 def _names_beside(model: type[BaseModel], keys: Keys) -> list[str]:

@@ -164,7 +164,7 @@ def _train(jobs: list[Job], machines: Machines, now: float, end: float) -> tuple
     while running and not why_not:
         now = min(machines.next_time(), *(job.next_time() for job in running))
         if math.isinf(now) or now > end:
-            why_not = _RECORD_ENDS if math.isfinite(end) else "no machine comes any more"
+            why_not = _RECORD_ENDS if math.isfinite(end) else "no more machines become available"
             now = end if math.isfinite(end) else machines.now
         ask = machines.next_time() <= now
         for job in running:
@@ -228,7 +228,7 @@ def try_intervals(
                 valid = False
             if not valid:
                 raise UserError(
-                    f"{text!r} is no time between checkpoints",
+                    f"{text!r} is not a time between checkpoints",
                     where=f"command line `--interval {text}`",
                     hint="give seconds, or auto",
                 )

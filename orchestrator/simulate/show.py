@@ -72,7 +72,7 @@ class Report:
         if self.intervals:
             console.print(_intervals(self.intervals))
         if self.source == "defaults":
-            hint = "the costs are the package's guesses; for your model give --costs or --cost block_s=…"
+            hint = "the costs are default estimates; give your model's with --costs or --cost block_s=…"
             console.print(f"  {hint}", style="bright_black", soft_wrap=True)
 
     def _print_end(self, console: Console) -> None:
@@ -86,7 +86,7 @@ class Report:
             console.print(line, highlight=False, soft_wrap=True)
         cost = f"  costs [bold]{main.cost:,.2f}[/] for {main.machine_hours:,.1f} machine hours"
         if other is not None:
-            cost += f"; all on demand {other.cost:,.2f} and {span(other.seconds)}"
+            cost += f"; on demand {other.cost:,.2f} and {span(other.seconds)}"
             if main.finished and other.cost:
                 cost += f" ({main.cost / other.cost:.0%} of the price, {main.seconds / other.seconds:.2f}× the time)"
         console.print(cost, highlight=False, soft_wrap=True)

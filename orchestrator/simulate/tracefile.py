@@ -42,7 +42,7 @@ class MachineSpec(Settings):
         if isinstance(self.price, list):
             times = [time for time, _ in self.price]
             if not times or times[0] != 0 or times != sorted(set(times)):
-                raise ValueError("the times of a price series start at 0 and ascend")
+                raise ValueError("the times of a price series must start at 0 and increase")
         return self
 
 
@@ -65,11 +65,11 @@ class EventSpec(Settings):
     @model_validator(mode="after")
     def _fits(self) -> EventSpec:
         if (self.node is None) == (self.pool is None):
-            raise ValueError("an event names either a node or a pool")
+            raise ValueError("an event must have either `node` or `pool`")
         if self.node is not None and self.count != 1:
-            raise ValueError("count is for pools")
+            raise ValueError("count is only for pools")
         if (self.event == "notice") != (self.deadline is not None):
-            raise ValueError("a notice, and nothing else, has a deadline")
+            raise ValueError("a deadline belongs to a notice, and every notice has one")
         return self
 
 
@@ -81,8 +81,12 @@ class TraceSpec(Settings):
     name: str
     zone: str = ""
     notes: str = ""
-    unit_s: float = Field(1.0, gt=0, le=1e6, allow_inf_nan=False, description="seconds of one unit of time")
-    duration: Seconds | None = Field(None, description="where the record ends; the last state lasts without")
+    unit_s: float = Field(
+        1.0, gt=0, le=1e6, allow_inf_nan=False, description="The length of one unit of time, in seconds."
+    )
+    duration: Seconds | None = Field(
+        None, description="The end of the trace. Default: the last state lasts indefinitely."
+    )
     nodes: dict[str, MachineSpec] = Field({})
     pools: dict[str, PoolSpec] = Field({})
     events: list[EventSpec]
@@ -134,7 +138,7 @@ class _Compiler:
         for index, event in enumerate(spec.events):
             if event.at < before:
                 self._refuse(
-                    index, f"at {event.at:g} comes after {before:g}", "at", hint="events ascend in time"
+                    index, f"at {event.at:g} comes after {before:g}", "at", hint="sort the events by time"
                 )
             before = event.at
             self._expire(event.at * spec.unit_s)

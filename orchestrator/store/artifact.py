@@ -199,7 +199,7 @@ class ArtifactStore:
         except (ValueError, UserError) as error:
             return [f"{prefix}{MANIFEST}: {first_line(error)}"]
         if _prefix(manifest.kind, manifest.key) != prefix:
-            return [f"{prefix}{MANIFEST}: is that of {_prefix(manifest.kind, manifest.key)}"]
+            return [f"{prefix}{MANIFEST}: is the manifest of {_prefix(manifest.kind, manifest.key)}"]
         return self._problems(manifest, deep=True)
 
     def publish(
@@ -275,7 +275,7 @@ class ArtifactStore:
                 if DIGESTS.of(temporary) == expected:
                     _move(temporary, target)
                     return
-                _log.warning("%s came with another sha256 than it should have", full)
+                _log.warning("%s was downloaded with the wrong sha256", full)
         finally:
             temporary.unlink(missing_ok=True)
         raise self._damaged(artifact, [f"{full} in the store is damaged: its sha256 is not {expected}"])
@@ -284,7 +284,7 @@ class ArtifactStore:
         return DamagedError(
             problems,
             where=f"store {self.store.uri}",
-            hint="run the pipeline again to make it anew; if that does not, remove "
+            hint="run the pipeline again to replace it; if that does not help, remove "
             f"{_prefix(artifact.kind, artifact.key)}{MANIFEST} first",
         )
 
@@ -449,11 +449,11 @@ def _prefix(kind: str, key: str) -> str:
 def _files(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     if not paths:
-        raise ValueError(f"an artifact holds at least one file: {folder}")
+        raise ValueError(f"an artifact needs at least one file: {folder}")
     for path in paths:
         parts_of(path.relative_to(folder).as_posix())
         if path.is_symlink() or not path.is_file():
-            raise ValueError(f"an artifact holds plain files only: {path}")
+            raise ValueError(f"an artifact may only contain plain files: {path}")
     if folder / MANIFEST in paths:
         raise ValueError(f"{MANIFEST} is the artifact's own: {folder / MANIFEST}")
     return paths

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
+from orchestrator.fsio import atomic_write
 from orchestrator.store.cache import cache_folder
 from orchestrator.store.local import SCRATCH, parts_of
 from orchestrator.store.scratch import Scratch
@@ -51,12 +51,8 @@ class CachedStore:
         """See :class:`Store`."""
         data = self.get_bytes(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            partial.write_bytes(data)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        # What is lost of a copy is fetched again.
+        atomic_write(target, data, durable=False)
 
     def local(self, prefix: str) -> Path:
         """See :class:`Store`: in the cache, which the engine fills."""

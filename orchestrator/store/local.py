@@ -100,7 +100,7 @@ class LocalStore:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"the store {self.root} cannot be made: {error.strerror}",
+                f"the store {self.root} cannot be created: {error.strerror}",
                 where=str(self.root),
                 hint="set `store` to a folder that can be written",
             ) from error
@@ -207,7 +207,7 @@ def usable(names: list[str], uri: str) -> list[str]:
     bad = [name for name in names if not stored.is_name(name)]
     if bad:
         _log.warning(
-            "%d objects in %s have names that lead nowhere and are passed over, such as %.80r",
+            "%d objects in %s have invalid names and are skipped, such as %.80r",
             len(bad),
             uri,
             min(bad),

@@ -211,13 +211,13 @@ def _parse(uri: str) -> tuple[str, str]:
     parts = urlsplit(uri)
     mistake = None
     if "@" in parts.netloc:
-        mistake = "the address of a store holds no credentials"
+        mistake = "the address of a store must not contain credentials"
     elif parts.query or parts.fragment:
-        mistake = f"? and # have no meaning in the address of a store: s3://{parts.netloc}{parts.path}"
+        mistake = f"? and # are not allowed in the address of a store: s3://{parts.netloc}{parts.path}"
     elif not _BUCKET.fullmatch(parts.netloc):
-        mistake = f"{parts.netloc!r} is no bucket's name"
+        mistake = f"{parts.netloc!r} is not a valid bucket name"
     elif ".." in parts.path.split("/"):
-        mistake = f"there is no way up in the address of a store: {uri}"
+        mistake = f"`..` is not allowed in the address of a store: {uri}"
     if mistake:
         raise UserError(mistake, where="store", hint="write s3://bucket/prefix")
     prefix = "/".join(part for part in parts.path.split("/") if part)

@@ -19,8 +19,8 @@ _CONNECTIONS = 16
 _CHAIN = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
 _RIGHTS = "allow it to list the bucket and to get, put and delete objects below the prefix (docs/s3.md)"
 _REASONS = {
-    "NoSuchBucket": ("the bucket {bucket!r} does not exist", "make the bucket, or mend `store`"),
-    "InvalidBucketName": ("the server takes {bucket!r} for no bucket's name", "mend `store`"),
+    "NoSuchBucket": ("the bucket {bucket!r} does not exist", "create the bucket, or correct `store`"),
+    "InvalidBucketName": ("the server rejects {bucket!r} as the name of a bucket", "correct `store`"),
     "SignatureDoesNotMatch": (
         "the server refuses the secret key",
         "check AWS_SECRET_ACCESS_KEY or the profile",
@@ -83,7 +83,7 @@ def make_client(patience: Patience) -> Any:
 
     address = endpoint()
     if address and "@" in urlsplit(address).netloc:
-        raise _mistake("AWS_ENDPOINT_URL holds credentials", _CHAIN)
+        raise _mistake("AWS_ENDPOINT_URL contains credentials", _CHAIN)
     _hush()
     core = botocore.session.Session()
     chosen: Any = core.get_scoped_config().get("s3")
@@ -125,17 +125,17 @@ def plain_errors(bucket: str, what: str) -> Iterator[None]:
         raise _mistake(f"there are no credentials for the bucket {bucket!r}: {error}", _CHAIN) from None
     except (boto.ConfigNotFound, boto.ProfileNotFound, boto.ConfigParseError) as error:
         raise _mistake(
-            f"the settings for S3 cannot be read: {error}", "mend AWS_PROFILE or the file"
+            f"the settings for S3 cannot be read: {error}", "correct AWS_PROFILE or the file"
         ) from None
     except boto.ParamValidationError as error:
-        raise _mistake(f"{bucket!r} cannot be used: {error}", "mend `store`") from None
+        raise _mistake(f"{bucket!r} cannot be used: {error}", "correct `store`") from None
     except (boto.BotoCoreError, boto.HTTPClientError) as error:
         raise StoreError(f"the store could not {what}: {error}") from error
     except ValueError as error:
         if "endpoint" not in str(error).lower():
             raise
         raise _mistake(
-            f"the address of the server cannot be used: {error}", "mend AWS_ENDPOINT_URL"
+            f"the address of the server cannot be used: {error}", "correct AWS_ENDPOINT_URL"
         ) from None
 
 

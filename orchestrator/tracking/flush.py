@@ -150,7 +150,7 @@ class Flusher:
         # What an error says may be another thing each time.
         if known is None or known.trouble.until != found.until:
             _log.warning(
-                "%s since %s: what is tracked is kept in %s and sent as soon as %s",
+                "%s since %s: tracking records are kept in %s and sent as soon as %s",
                 found.what,
                 clock(since),
                 self._spool.folder,
@@ -161,7 +161,8 @@ class Flusher:
     def _recovered(self) -> None:
         if self._outage is not None:
             _log.warning(
-                "tracking works again, after %.0f s: what was kept is sent", time.time() - self._outage.since
+                "tracking works again after %.0f s: the records that were kept are sent",
+                time.time() - self._outage.since,
             )
             self._outage = None
             self._failures = 0
@@ -192,7 +193,7 @@ class Flusher:
             except RunGoneError as error:
                 if state.mlflow_run_id is None:
                     raise
-                _log.warning("run %s is gone from MLflow and will be logged anew: %s", run_id, error)
+                _log.warning("run %s is gone from MLflow and will be logged again: %s", run_id, error)
                 self._note(run_id, Progress())
                 return True
             if not done:

@@ -107,10 +107,12 @@ def _mend(
     except sqlite3.Error as error:
         # Of a database that cannot be read MLflow, which opens it next, says what is wrong with it.
         level = logging.WARNING if roots else logging.DEBUG
-        _log.log(level, "files of runs are looked for at their old place, by %s: %s", database, error)
+        _log.log(
+            level, "files of runs are read from their old place: %s cannot be updated: %s", database, error
+        )
         return 0
     if count:
-        _log.warning("the store lies elsewhere now: in %s files of runs and models are in %s", database, new)
+        _log.warning("the store was moved: in %s the files of runs and models are now in %s", database, new)
     return count
 
 

@@ -63,11 +63,11 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
         return f"{name} has no version with this content and lineage"
     points_at = known[0].aliases.get(alias)
     if points_at is None:
-        return f"{name} version {version} lacks the alias {alias}"
+        return f"{name} version {version} does not have the alias {alias}"
     if int(points_at) != version:
         return f"{name}@{alias} is version {points_at}, should be {version}"
     if is_newest and not tags.items() <= known[0].tags.items():
-        return f"{name} has other tags than its version {version}"
+        return f"the tags of {name} differ from those of its version {version}"
     return None
 
 
@@ -118,7 +118,7 @@ def publish(
         raise UserError(
             f"cannot publish {name}: {wrong.what}{since}",
             where="tracking.uri",
-            hint=f"{wrong.cure}; then run the pipeline again: it goes on here",
+            hint=f"{wrong.cure}; then run the pipeline again: it continues here",
         )
     with _answering(run.tracking_uri):
         client = connect(run.tracking_uri)
@@ -209,7 +209,7 @@ def _answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
     except Exception as error:
         wrong = trouble(uri, error)
         raise UserError(
-            f"the registry cannot be asked: {wrong.what}", where=where, hint=wrong.cure
+            f"the registry cannot be reached: {wrong.what}", where=where, hint=wrong.cure
         ) from error
 
 
@@ -227,7 +227,7 @@ def _require_trained(name: str, contents: Mapping[str, str], digests: Mapping[st
     if wrong:
         raise UserError(
             f"cannot publish {name}: {wrong[0]} is not the file that was trained, its sha256 differs",
-            hint="run the pipeline again: what is damaged is made anew",
+            hint="run the pipeline again: damaged artifacts are made again",
         )
 
 
@@ -239,7 +239,7 @@ def _require_plain(folder: Path, staging: Path, reference: str) -> None:
     strange += _no_model_files(folder)
     if not folder.resolve().is_relative_to(staging.resolve()) or strange:
         what = strange[0].relative_to(folder) if strange else folder
-        raise UserError(f"{reference} holds more than a model's files: {what}", where=reference)
+        raise UserError(f"{reference} contains more than the files of a model: {what}", where=reference)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -253,9 +253,9 @@ def _no_model_files(folder: Path) -> list[Path]:
 def _require_model(folder: Path) -> None:
     files = _files(folder)
     if strange := _no_model_files(folder):
-        raise ValueError(f"a published model holds {', '.join(_SUFFIXES)} files only, not {strange[0]}")
+        raise ValueError(f"a published model may only contain {', '.join(_SUFFIXES)} files, not {strange[0]}")
     if folder / "config.json" not in files or not any(path.suffix == ".safetensors" for path in files):
-        raise ValueError(f"{folder} holds no model: config.json and a safetensors file are needed")
+        raise ValueError(f"{folder} does not contain a model: config.json and a safetensors file are needed")
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:
@@ -349,7 +349,7 @@ def _resolve(client: MlflowClient, reference: str) -> ModelVersion:
         )
     aliases = ", ".join(f"{name}@{alias}" for alias in sorted(model.aliases)) or f"{name}/1"
     if not separator or not which:
-        raise UserError(f"{reference!r} names no version", where=reference, hint=f"there is {aliases}")
+        raise UserError(f"{reference!r} does not name a version", where=reference, hint=f"there is {aliases}")
     try:
         if "@" in reference:
             return client.get_model_version_by_alias(name, which)

@@ -121,7 +121,7 @@ class Spool:
                 self._tell_at = time.monotonic() + _TELL_EVERY_S
                 why = described(error, [self.folder]) if is_full(error) else str(error)
                 _log.warning(
-                    "tracking records are lost until %s takes them again, %d by %s: %s; the run goes on",
+                    "tracking records are lost until %s can be written again, %d so far at %s: %s; the run continues",
                     self.folder,
                     self._lost,
                     time.strftime("%H:%M:%S"),
@@ -130,7 +130,7 @@ class Spool:
         else:
             # Of a full disk a small record may find room now and then.
             if self._lost and time.monotonic() >= self._tell_at:
-                _log.warning("tracking records are kept again; lost: %d", self._lost)
+                _log.warning("tracking records are written again; lost: %d", self._lost)
                 self._lost = 0
 
     def history(self, run_id: str, channel: str | None = None) -> list[Record]:
@@ -219,7 +219,7 @@ class Spool:
             if run_id not in self._said:
                 self._said.add(run_id)
                 _log.warning(
-                    "%s is damaged before byte %d: lines that are no records are passed over",
+                    "%s is damaged before byte %d: lines that are not records are skipped",
                     self.path(run_id),
                     offset,
                 )

@@ -41,9 +41,9 @@ def silent(uri: str, seconds: float) -> Trouble:
     database = database_path(uri)
     if database is not None:
         return Trouble(
-            f"the tracking database {database} has taken nothing for {seconds:.0f} s",
-            "it takes records",
-            "see whether its disk answers, and whether another program holds it",
+            f"the tracking database {database} has accepted nothing for {seconds:.0f} s",
+            "it accepts records",
+            "check whether its disk responds, and whether another program has locked it",
         )
     return Trouble(f"MLflow at {shown} has not answered for {seconds:.0f} s", "it answers", _start(shown))
 
@@ -58,12 +58,12 @@ def trouble(uri: str, error: BaseException, spool: Path | None = None) -> Troubl
     """
     file = disk.file_of(error)
     if file is not None and disk.is_full(error):
-        return Trouble(disk.described(error), "there is room", "make room on it")
+        return Trouble(disk.described(error), "there is space", "free some space on it")
     if file is not None and spool is not None and file.is_relative_to(spool):
         return Trouble(
             f"the folder of tracking records {spool} cannot be used ({_reason(error)})",
             "it can be used",
-            f"make {spool} and all that is in it readable and writable for you",
+            f"make {spool} and everything in it readable and writable for you",
         )
     if isinstance(error, ModuleNotFoundError):
         scheme = uri.partition(":")[0].partition("+")[0]
@@ -72,13 +72,13 @@ def trouble(uri: str, error: BaseException, spool: Path | None = None) -> Troubl
                 f"the tracking database at {uri} cannot be used: its driver {error.name} is not installed"
             ),
             "it is installed",
-            f"install {error.name}, or name the driver that you have, as in {scheme}+DRIVER://…",
+            f"install {error.name}, or name the driver that is installed, as in {scheme}+DRIVER://…",
         )
     if "mlflow db upgrade" in str(error):
         return Trouble(
             redacted(f"the tracking database at {uri} was made by another version of MLflow"),
             "it has this version's tables",
-            redacted(f"copy the database, then: mlflow db upgrade {uri}"),
+            redacted(f"back up the database, then run: mlflow db upgrade {uri}"),
         )
     return _of_a_server(uri, error) if database_path(uri) is None else _of_a_file(uri, error)
 
@@ -90,7 +90,9 @@ def _of_a_file(uri: str, error: BaseException) -> Trouble:
     if disk.is_full_at(error, path.parent):
         why = disk.described(error, [path.parent])
         return Trouble(
-            f"the tracking database {path} cannot be written: {why}", "there is room", "make room on it"
+            f"the tracking database {path} cannot be written: {why}",
+            "there is space",
+            "free some space on it",
         )
     if isinstance(error, IsADirectoryError):
         return Trouble(
@@ -100,15 +102,15 @@ def _of_a_file(uri: str, error: BaseException) -> Trouble:
         )
     if "file is not a database" in said:
         return Trouble(
-            f"the tracking database {path} is no SQLite database",
+            f"the tracking database {path} is not an SQLite database",
             "it is one",
-            "put back a copy of the database, or name another file",
+            "restore a copy of the database, or name another file",
         )
     if "is locked" in said:
         return Trouble(
             f"the tracking database {path} is locked by another program",
             "it is free",
-            f"end what holds it: `fuser {path}` names it",
+            f"stop the program that locks it: `fuser {path}` shows which one",
         )
     if "readonly" in said or "read-only" in said or isinstance(error, PermissionError):
         return Trouble(
@@ -121,12 +123,12 @@ def _of_a_file(uri: str, error: BaseException) -> Trouble:
         return Trouble(
             f"the tracking database {path} cannot be opened{why}",
             "it can be opened",
-            f"see that {path.parent} is a folder that you can write to",
+            f"make sure that {path.parent} is a folder that you can write to",
         )
     return Trouble(
         f"the tracking database {path} cannot be used ({_short(_causes_last(error))})",
         "it can be used",
-        "put back a copy of the database, or move it away to begin with an empty one",
+        "restore a copy of the database, or move it away to start with an empty one",
     )
 
 
@@ -135,7 +137,7 @@ def _of_a_server(uri: str, error: BaseException) -> Trouble:
     who = f"{'MLflow' if uri.startswith('http') else 'the tracking database'} at {shown}"
     if any(isinstance(one, _NO_HTTP) and not isinstance(one, ConnectionError) for one in causes(error)):
         return Trouble(
-            f"what answers at {shown} is no HTTP server",
+            f"the server at {shown} is not an HTTP server",
             "MLflow answers there",
             "set `tracking.uri` to MLflow's address",
         )
@@ -149,7 +151,7 @@ def _of_a_server(uri: str, error: BaseException) -> Trouble:
             "it grants access",
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
         )
-    return Trouble(f"{who} answers with an error ({_short(error)})", "it works", "look into its log")
+    return Trouble(f"{who} answers with an error ({_short(error)})", "it works", "check its log")
 
 
 def _why_silent(error: BaseException) -> str | None:

@@ -34,7 +34,7 @@ def caption_order(config: AlignText, index: PhotoIndex, seed: int) -> SampleOrde
     if not has.any():
         raise UserError(
             f"none of the {len(index)} photos has a caption to align with",
-            hint="give the data source of the curate stage a `captions` file with a `caption` column",
+            hint="give the dataset of the curate stage a `captions` file with a `caption` column",
         )
     order = sample_order(index, config.mix, batch_size=config.batch_size, seed=seed, keep_N=has)
     if len(order.rows) < config.batch_size:
@@ -131,9 +131,9 @@ def check_tokenizer(
         tokenizer = load_tokenizer(source)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(
-            f"{source} is no tokenizer: {error}",
+            f"{source} is not a tokenizer: {error}",
             where="tokenizer",
-            hint="it has to be a tokenizer.json of the `tokenizers` library",
+            hint="use a tokenizer.json file of the `tokenizers` library",
         ) from None
     tokenizer.no_padding()
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
@@ -146,7 +146,7 @@ def check_tokenizer(
             raise UserError(f"the tokenizer has no token {token!r}", where=field, hint=hint)
     if needs_end and end is None and not _ends_texts(tokenizer):
         raise UserError(
-            f"{source} does not end a text with a special token, by which the text tower would embed it",
+            f"{source} does not end a text with a special token, from which the text tower takes the embedding",
             where="tokenizer",
             hint=f"name one as `end_token`; its special tokens: {', '.join(special) or 'none'}",
         )
@@ -186,7 +186,7 @@ def caption_blocks(
 ) -> BlockSource:
     """The blocks of photos with their captions of an `align_text` stage, from a curated index.
 
-    `roots` says where the data sources are, see :meth:`PhotoIndex.load`.
+    `roots` says where the datasets are, see :meth:`PhotoIndex.load`.
     """
     index = PhotoIndex.load(index_folder, roots)
     return CaptionBlocks(

@@ -37,7 +37,7 @@ def crop_blocks(
         index_folder: the photographs.
         seed: of the stage.
         crops: other views than the stage's, of the same boxes.
-        roots: where the data sources are, see :meth:`PhotoIndex.load`.
+        roots: where the datasets are, see :meth:`PhotoIndex.load`.
         held_out: of the photographs that nobody trains on, instead of those that the stage draws.
     """
     index = PhotoIndex.load(index_folder, roots)
@@ -73,7 +73,7 @@ class StepViews:
         index_folder: the photographs.
         seed: of the stage.
         sets: views that students fetch, by part.
-        roots: where the data sources are, see :meth:`PhotoIndex.load`.
+        roots: where the datasets are, see :meth:`PhotoIndex.load`.
     """
 
     def __init__(

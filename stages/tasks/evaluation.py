@@ -82,7 +82,7 @@ def read_photo(index: PhotoIndex, row: int, min_side: int | None = None) -> Pixe
         raise UserError(
             f"a photo of the index cannot be read any more: {error.reason}",
             where=str(error.path),
-            hint="put the file back, or run again: `curate` makes a new index of what is there",
+            hint="restore the file, or run again: `curate` then makes a new index of the files that exist",
         ) from error
 
 
@@ -112,7 +112,7 @@ def load_tower(
     size = size or own_size
     if size % model.patch_size:
         raise UserError(
-            f"{preset} looks at patches of {model.patch_size} pixels, which do not fill {size} pixels",
+            f"the patch size of {preset}, {model.patch_size} pixels, does not divide {size} pixels",
             where=where,
             hint=f"use {max(1, size // model.patch_size) * model.patch_size}, or leave it out",
         )

@@ -65,7 +65,7 @@ def _sections(results: Results, out: Path) -> list[Section]:
     if results.zero_shot:
         sections.append(_zero_shot(results.zero_shot))
     if results.text_maps:
-        picture = Picture(results.text_maps, "Photos, and how like each text their patches are")
+        picture = Picture(results.text_maps, "Photos, and how similar their patches are to each text")
         sections.append(Section("Where a text is", [Text(_MAPS_NOTE), picture]))
     sections += _drawn(results, out)
     sections.append(_training(results, out))
@@ -88,8 +88,8 @@ def _knn(results: Results, out: Path) -> Section:
     )
     note = (
         f"Leave-one-out on n={results.num_photos} photos of the {len(results.groups)} largest groups. The "
-        "curation removed copies of photos, so none can vote for itself. CLS features, cosine, one vote a "
-        "neighbour. ± is one standard error for n photos. Training saw these photos, but no label."
+        "curation removed copies of photos, so none can vote for itself. CLS features, cosine similarity, one vote per "
+        "neighbour. ± is one standard error for n photos. Training used these photos, but no labels."
     )
     rows = [
         (
@@ -136,8 +136,8 @@ def _dense(results: Results, out: Path) -> Section:
     header = ["stage", "steps", *(f"{name}, {at}" for name in HEALTH.values() for at in ("first", "last"))]
     note = (
         "Long training makes patches grow similar to CLS (a rising cosine) and lose their place (falling "
-        "locality: near patches are no longer more alike than distant ones). Gram anchoring is to stop it. "
-        f"First and last are means over {NUM_ENDS} steps, of the figures logged in training."
+        "locality: near patches are no longer more alike than distant ones). Gram anchoring counteracts this. "
+        f"First and last are means over {NUM_ENDS} steps of the metrics that training logged."
     )
     return Section("Dense health", [Text(note), Table(header, rows), *picture])
 
@@ -150,7 +150,7 @@ def _retrieval(recalls: Mapping[str, float]) -> Section:
     ]
     note = (
         f"{recalls['num_pairs']:.0f} photos and their names; a hit is any pair of the same name. Training "
-        "saw these pairs: the figures say how well they were learnt, not how unseen photos would fare."
+        "saw these pairs: the figures show how well they were learned, not how well unseen photos would do."
     )
     table = Table(("direction", *(f"recall@{k}" for k in ks)), rows)
     return Section("Text retrieval", [Text(note), table])
@@ -191,9 +191,9 @@ def _drawn(results: Results, out: Path) -> list[Section]:
         for one in (*results.pool, *results.drawn.values())
     ]
     note = (
-        f"The index has {len(numbers)} clusters. Clusters in effect are exp(entropy): so many clusters of equal size "
-        "would be as diverse. Stages draw what the curation chose; what it left out is drawn only by "
-        "stages whose `mix` or `homogeneous` names it. The line `drawn` is all that was drawn by: "
+        f"The index has {len(numbers)} clusters. Clusters in effect are exp(entropy): the number of equally large "
+        "clusters that would be as diverse. Stages draw the photos that the curation chose; those that it left "
+        "out are drawn only by stages whose `mix` or `homogeneous` names them. The line `drawn` is the sum over: "
         f"{', '.join(one.name for one in trained)}."
     )
     header = ("what", "photos or draws", "clusters in effect", "left out by the curation")
@@ -213,7 +213,7 @@ def _training(results: Results, out: Path) -> Section:
         blocks += _picture(lines, out / f"losses_{family}.png", f"Loss of {family}", "loss")
     per_image = results.sharing.get("teacher_forwards_per_image")
     if per_image is not None:
-        blocks.append(Text(f"Teacher forwards an image, for all students together: {per_image:.3f}."))
+        blocks.append(Text(f"Teacher forward passes per image, for all students together: {per_image:.3f}."))
     return Section("Training", blocks)
 
 

@@ -132,14 +132,14 @@ class Teaching(ABC):
         with self._context.part("replay", self._spoken()) as part:
             work, remote = part.work, part.remote
         size = self.said_bytes() * self._config.batch_size * num_steps
-        logger.info("replay: what the teacher says in %d steps takes up to %.2f GB", num_steps, size / 1e9)
+        logger.info("replay: the teacher's outputs of %d steps take up to %.2f GB", num_steps, size / 1e9)
         if remote is not None:
             return remote
         work.mkdir(parents=True, exist_ok=True)
         known = sum(path.stat().st_size for path in work.glob("step-*"))
         if size - known > disk.space(work)[0]:
             raise UserError(
-                f"replay needs {size / 1e9:.1f} GB, more than there is on the disk of {work}",
+                f"replay needs {size / 1e9:.1f} GB, more than is free on the disk of {work}",
                 where=f"stages.{self._context.name}.replay",
                 hint="set replay: false, or use a store with more room",
             )

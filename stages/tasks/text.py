@@ -114,7 +114,7 @@ def load_encoder(folder: Path, where: str = "") -> BertEncoder:
     try:
         return load_bert(folder)
     except (OSError, ValueError) as error:
-        hint = "the folder has to be there, and be the same, on every machine that trains"
+        hint = "the same folder must exist on every machine that trains"
         raise UserError(f"cannot load the text encoder: {error}", where=where or None, hint=hint) from error
 
 

@@ -63,8 +63,11 @@ def test_values_of_a_plain_file_are_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("file,caption\na.jpg,x\na.jpg,y\n", ["1 photo has rows", "a.jpg", "last row counts", "c.csv:3"]),
-        ("file,caption\na.jpg,x\n./a.jpg,y\n", ["1 photo has rows", "c.csv:3"]),
+        (
+            "file,caption\na.jpg,x\na.jpg,y\n",
+            ["1 photo has different rows", "a.jpg", "last row is used", "c.csv:3"],
+        ),
+        ("file,caption\na.jpg,x\n./a.jpg,y\n", ["1 photo has different rows", "c.csv:3"]),
         (
             "file,caption\na.jpg,black, seed\n",
             ["1 row of", "more values than the 2 columns", "c.csv:2", "quotes"],

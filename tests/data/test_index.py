@@ -48,7 +48,7 @@ def test_missing_index(tmp_path: Path) -> None:
 
 def test_foreign_table(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [0], "path": ["a"]}), tmp_path / "index.parquet")
-    with pytest.raises(UserError, match="lacks the columns source, root"):
+    with pytest.raises(UserError, match="is missing the columns source, root"):
         PhotoIndex.load(tmp_path)
 
 

@@ -135,9 +135,9 @@ def test_checkpoints_reach_ray_train_as_pointers_and_callbacks_are_called(
 @pytest.mark.parametrize(
     ("path", "what"),
     [
-        ("nowhere:Callback", "cannot be made"),
-        ("tiny:Nothing", "cannot be made"),
-        ("pathlib:Path", "is no Ray"),
+        ("nowhere:Callback", "cannot be instantiated"),
+        ("tiny:Nothing", "cannot be instantiated"),
+        ("pathlib:Path", "is not a Ray"),
     ],
 )
 def test_a_callback_that_is_none_is_a_mistake_before_the_first_step(

@@ -38,7 +38,7 @@ def checkpoint(work: Path, step: int) -> Path:
 
 
 def samples(index: Path, step: int, block: int) -> list[int]:
-    """The ids of a block, from the data source itself."""
+    """The ids of a block, from the dataset itself."""
     config, recipe = Pretrain.model_validate(CONFIG), ModelRecipe.model_validate(RECIPE)
     assert len(PhotoIndex.load(index)) == 40
     return [int(row) for row in crop_blocks(config, recipe, index, 7).load(step, block).ids]
@@ -167,7 +167,7 @@ def test_memory_is_told_from_other_trouble() -> None:
         torch.empty(2**55)
     assert is_out_of_memory(raised.value), raised.value
     assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("block 1 of step 2 did not come: MemoryError: "))
+    assert is_out_of_memory(RuntimeError("block 1 of step 2 could not be loaded: MemoryError: "))
     assert not is_out_of_memory(RuntimeError("Connection closed by peer"))
     assert not is_out_of_memory(ValueError("out of memory"))
 

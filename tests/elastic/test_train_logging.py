@@ -75,7 +75,7 @@ def test_a_controller_that_does_not_move_is_told(tmp_path: Path) -> None:
     run = ElasticRun(spec, RayWorkerPool(), context)
     assert run.take_news(0.0) == []
     run.moved -= STUCK_S + 1
-    with pytest.raises(ControllerStuckError, match="has not moved for 301 s"):
+    with pytest.raises(ControllerStuckError, match="has made no progress for 301 s"):
         run.take_news(0.0)
     run.close()
     run.take_news(0.0)

@@ -389,16 +389,16 @@ def test_load_any_runs_no_code_and_takes_no_other_file(
         load_any(tmp_path / "evil.pth")
     assert "ran" not in capsys.readouterr().out
     torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "nested.pt")
-    with pytest.raises(ValueError, match="no plain dict of tensors"):
+    with pytest.raises(ValueError, match="not contain a plain dict of tensors"):
         load_any(tmp_path / "nested.pt")
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         load_any(tmp_path / "cut.safetensors")
     (tmp_path / "weights.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no file of weights: \.safetensors"):
+    with pytest.raises(ValueError, match=r"not a file of weights: \.safetensors"):
         load_any(tmp_path / "weights.npz")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no safetensors"):
+    with pytest.raises(FileNotFoundError, match="contains no safetensors"):
         load_any(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_any(tmp_path / "nothing")

@@ -42,5 +42,5 @@ def planned(path: Path, *overrides: str, choice: Choice = EVERYTHING) -> dict[st
 
 
 def content(source: object, name: str) -> str:
-    """A data source's fingerprint that can be read."""
+    """A dataset's fingerprint that can be read."""
     return "".join(path.read_text() for path in sorted(Path("photos").iterdir()))

@@ -107,9 +107,12 @@ def test_a_mistake_in_a_stage_that_is_left_out_is_a_warning(folder: Path) -> Non
     ("override", "parts"),
     [
         ("evaluate.needs=[curate]", ["no backbone to evaluate", "stages.evaluate.needs", "kind pretrain"]),
-        ("evaluate.image_size=33", ["patches of 8 pixels", "33 pixels", "evaluate.image_size = 33", "use 32"]),
+        (
+            "evaluate.image_size=33",
+            ["patch size of vit_femto, 8 pixels", "33 pixels", "evaluate.image_size = 33", "use 32"],
+        ),
         ("align.student=smal", ["no student 'smal'", "stages.align.student = smal", "student: small"]),
-        ("align.student=null", ["does not say which one", "stages.align", "small, tiny"]),
+        ("align.student=null", ["there is more than one", "stages.align", "small, tiny"]),
         ("align.needs=[curate, gram]", ["not distilled into students", "stages.align.student", "leave out"]),
         ("align.image_size=33", ["image_size 33", "patch size 8", "stages.align.image_size = 33", "use 32"]),
         ("align.batch_size=14", ["14 pairs", "12 photos", "stages.align.batch_size = 14", "at most 12"]),
@@ -157,7 +160,7 @@ def test_half_of_the_captions_are_counted(folder: Path) -> None:
     found = checked()
     assert found.errors == []
     assert found.facts == [("photos: 8 of 12 photos have a caption, 8 a label", False)]
-    assert "1 photo has rows" in told(found.warnings)
+    assert "1 photo has different rows" in told(found.warnings)
 
 
 def test_all_complaints_come_at_once(folder: Path) -> None:
@@ -341,7 +344,7 @@ def test_a_tracking_server_that_is_away_stops_nothing_and_is_told_at_once(
     assert found.errors == []
     assert "does not answer" in told(found.warnings)
     assert "tracking.uri" in told(found.warnings)
-    assert "publish cannot do without the registry" in told(found.warnings)
+    assert "publish cannot run without the model registry" in told(found.warnings)
 
 
 def test_a_tracking_server_that_hangs_is_not_waited_for(
@@ -377,7 +380,7 @@ def test_any_answer_of_a_tracking_server_will_do(folder: Path, server: str) -> N
 
 def test_a_database_that_is_none(folder: Path) -> None:
     (folder / "m.db").write_text("no database at all")
-    assert "is no SQLite database" in told(checked("tracking.uri=sqlite:///m.db").warnings)
+    assert "is not an SQLite database" in told(checked("tracking.uri=sqlite:///m.db").warnings)
     (folder / "d.db").mkdir()
     assert "is a folder" in told(checked("tracking.uri=sqlite:///d.db").warnings)
 

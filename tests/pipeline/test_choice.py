@@ -61,7 +61,7 @@ def test_other_code_re_runs_nothing_and_is_named(
     assert why.endswith("(made by other code: elastic/loop.py)")
     exit_code, said = run(pipeline)
     assert (exit_code, trace()) == (0, [])
-    assert "--rerun-on code makes them anew" in said
+    assert "--rerun-on code makes them again" in said
     files |= {"spec.py": "2", "data/rng.py": "2", "more.py": "2"}
     assert (
         planned(pipeline)["pretrain"]
@@ -126,8 +126,8 @@ def test_force_makes_a_stage_anew_and_what_depends_on_it(pipeline: Path, trace: 
     run(pipeline)
     trace()
     plans = planned(pipeline, choice=Choice(force=("pretrain",)))
-    assert plans["pretrain"].reasons == ("made anew: --force",)
-    assert plans["evaluate"].reasons == ("input model (pretrain) is made anew",)
+    assert plans["pretrain"].reasons == ("made again: --force",)
+    assert plans["evaluate"].reasons == ("input model (pretrain) is made again",)
     assert run(pipeline, choice=Choice(force=("pretrain",)))[0] == 0
     assert trace() == ["pretrain:0", "evaluate:0"]
     assert len(list(Path("runs/artifacts").iterdir())) == 3
@@ -378,10 +378,10 @@ def test_what_is_left_out_is_read_if_it_is_there(pipeline: Path, trace: Traces) 
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        (Choice(first="evaluate"), "reads what 'pretrain' makes"),
+        (Choice(first="evaluate"), "needs the artifact of 'pretrain'"),
         (Choice(only=("pretrian",)), "did you mean 'pretrain'?"),
-        (Choice(first="evaluate", last="curate"), "no stage is left to run"),
-        (Choice(only=("curate",), force=("pretrain",)), "made anew but is left out"),
+        (Choice(first="evaluate", last="curate"), "these options together select no stage"),
+        (Choice(only=("curate",), force=("pretrain",)), "is forced but not selected"),
         (Choice(force=("nothing",)), "there are: curate, pretrain, evaluate"),
     ],
 )

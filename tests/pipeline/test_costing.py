@@ -159,7 +159,7 @@ def test_hours_at_a_fitted_share_of_the_peak_say_that_they_predict_nothing() -> 
     assert "40% of the peak (assumed)" in said()
     assert "118,154" in said(), "hours with communication and input counted are beside those without"
     fitted = said("hardware.mfu=0.57", "hardware.mfu_source=fitted")
-    assert "57% of the peak (fitted to published hours: the hours below predict nothing)" in fitted
+    assert "57% of the peak (fitted to published hours, so the hours below are not a prediction)" in fitted
     assert "61,459" in fitted
 
 
@@ -188,7 +188,7 @@ def test_every_paper_file_opens_with_command_hardware_hours_metric_and_deviation
 
 def test_costs_without_hardware_are_refused(tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["plan", str(CONF / "full_pipeline.yaml"), "--json"])
-    assert "does not say what machines" in str(said.exception)
+    assert "has no `hardware` section" in str(said.exception)
 
 
 def test_crops_that_a_backbone_from_another_stage_cannot_take_are_refused() -> None:
@@ -214,7 +214,9 @@ def test_more_views_than_this_machine_can_hold_are_refused_before_anything_runs(
     step = 32 * 3 * (2 * 64**2 + 4 * 32**2)
     monkeypatch.setattr(fit, "most_object_store", lambda: 10 * step)
     check("stages.distill.window=9")
-    with pytest.raises(UserError, match=r"11 steps of 0.00118 GB are held at once.*has 0.0118 GB") as caught:
+    with pytest.raises(
+        UserError, match=r"11 steps of 0.00118 GB each are kept at the same time.*has 0.0118 GB"
+    ) as caught:
         check("stages.distill.window=10")
     assert caught.value.where is not None
     assert "stages.distill.window" in caught.value.where

@@ -74,7 +74,9 @@ def test_a_second_run_changes_nothing_and_says_so(path: Path, ran: Callable[[], 
     wrote = OUTSIDE.stat().st_mtime_ns
     code, said = run(path)
     assert (code, ran()) == (0, [])
-    assert "Nothing to do: all 4 stages are up to date. What publish publishes is in place." in said
+    assert (
+        "Nothing to do: all 4 stages are up to date. The registry already has what publish publishes." in said
+    )
     assert OUTSIDE.stat().st_mtime_ns == wrote
     assert len(recorded.by_name("toy")) == 1, "a look opens no tracking run"
 
@@ -141,7 +143,7 @@ def test_what_lacks_its_input_is_not_compared_and_says_so(path: Path, ran: Calla
     shutil.rmtree(model)
     code, said = run(path, choice=Choice(only=("publish",)))
     assert (code, ran()) == (0, [])
-    assert "! what publish publishes was not compared: it lacks pretrain" in said
+    assert "! what publish publishes was not compared with the registry: not done: pretrain" in said
     assert said.endswith("Nothing to do: publish is up to date.\n")
 
 

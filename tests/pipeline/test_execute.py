@@ -107,7 +107,7 @@ def test_a_flipped_bit_in_an_input_is_named_and_mended_before_it_is_read(
     flip(artifact("pretrain") / "result.json")
     code, said = run(pipeline, "stages.evaluate.ticks=2")
     assert (code, trace()) == (0, ["pretrain", "evaluate"])
-    assert "the artifact of pretrain is damaged and is made anew: artifacts/pretrain-" in said
+    assert "the artifact of pretrain is damaged and is made again: artifacts/pretrain-" in said
     assert "result.json: content differs" in said
     assert (artifact("pretrain") / "result.json").read_bytes() == whole
     assert Workspace("runs").state("toy").stages["pretrain"].state == "done"
@@ -473,7 +473,7 @@ def test_a_full_disk_under_the_store_is_one_sentence(pipeline: Path, monkeypatch
         code, said = run(pipeline)
         assert code == 2
         assert re.search(r"the disk of .*runs/work is full \([\d.,]+ of [\d.,]+ MB free\)", said)
-        assert "make room on it and run the same command" in said
+        assert "free some space on it and run the same command" in said
         patch.setattr(LocalStore, "put_bytes", full)
         with pytest.raises(UserError, match=r"the disk of .* is full") as caught:
             run(pipeline)

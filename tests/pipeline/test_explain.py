@@ -43,7 +43,7 @@ def test_a_section_lists_its_keys() -> None:
     assert lines[0] == "stages.distill.students.any-name"
     assert any(line.split()[:1] == ["model"] for line in lines)
     assert said("").startswith("A pipeline file\n")
-    assert "    curate       Files of one or more data sources" in said("stages")
+    assert "    curate       Files of one or more datasets" in said("stages")
 
 
 def test_keys_that_no_model_says_itself_are_explained() -> None:
@@ -51,18 +51,18 @@ def test_keys_that_no_model_says_itself_are_explained() -> None:
         "extends\n"
         "  path; no default; when it changes, stages run again\n"
         "\n"
-        "  The path of a pipeline file, relative to this one's folder, over which this one is laid."
+        "  The path of a pipeline file that this one extends and overrides, relative to this one's folder."
     )
     assert "\n    extends " in said("")
     assert "pretrain; required; " in said("stages.pretrain.kind")
-    assert "  What the stage does: the name of one of the stage kinds." in said("stages.pretrain.kind")
+    assert "  The kind of the stage, such as pretrain." in said("stages.pretrain.kind")
 
 
 def test_the_start_of_a_path_may_be_left_out() -> None:
     assert said("pretrain.heads.hidden") == said("stages.pretrain.heads.hidden")
     first, *rest = said("homogeneous").splitlines()
     assert (first, rest[0]) == ("stages.pretrain.homogeneous", "stages.gram_anchor.homogeneous")
-    assert said("homogeneous").count("The data source") == 1
+    assert said("homogeneous").count("The dataset") == 1
 
 
 def test_every_key_can_be_asked_for() -> None:

@@ -83,12 +83,14 @@ def test_nothing_is_deleted_while_a_record_cannot_be_read(pipeline: Path, text: 
             path.write_text(text)
     for delete in (False, True):
         with pytest.raises(
-            UserError, match="2 records cannot be read, so what is needed is not known"
+            UserError, match="2 records cannot be read, so it is unknown which artifacts are needed"
         ) as caught:
             gc(pipeline, delete=delete)
         assert "ledger/other/" in str(caught.value.where)
         assert folders() == before
-    assert "! 2 records cannot be read, so what is needed is not known (ledger/other/" in status(pipeline)
+    assert "! 2 records cannot be read, so it is unknown which artifacts are needed (ledger/other/" in status(
+        pipeline
+    )
 
 
 @pytest.mark.parametrize("needed", [True, False])
@@ -224,7 +226,7 @@ def test_a_store_of_the_earlier_way_of_making_keys_is_made_anew_once(pipeline: P
     old = make_old(Path("runs"))
     plans = planned(pipeline)
     assert {item.action for item in plans.values()} == {"run"}
-    assert plans["curate"].reasons == ("keys are made in another way since an upgrade: format 1 → 2",)
+    assert plans["curate"].reasons == ("an upgrade changed the format of keys: 1 → 2",)
     assert run(pipeline)[0] == 0
     found = {orphan.name for orphan in orphans(Workspace("runs/"))}
     assert found == old

@@ -110,7 +110,7 @@ def test_parts_of_an_earlier_format_are_read_explained_and_never_taken_for_today
             {name: record[name] for name in record if name not in ("format", "version")}
         )
         assert old.key != stage.key
-        assert diff(old, stage.parts) == ["keys are made in another way since an upgrade: format 1 → 2"]
+        assert diff(old, stage.parts) == ["an upgrade changed the format of keys: 1 → 2"]
 
 
 def test_a_kinds_version_is_in_its_key_and_reaches_what_depends_on_it(

@@ -176,7 +176,7 @@ def test_killed_inside_a_stage_it_goes_on_in_the_same_folder(
     reached = ticks()
     said = start("status", "toy.yaml").communicate()[0]
     assert "interrupted" in said
-    assert f"no sign of life from process {driver.pid} on " in said
+    assert f"no heartbeat from process {driver.pid} on " in said
     assert "attempt 1 was interrupted" in start("plan", "toy.yaml", SLOW).communicate()[0]
 
     driver = start("run", "toy.yaml", SLOW)
@@ -213,7 +213,7 @@ def test_a_suspended_driver_that_was_replaced_ends_and_writes_nothing(
         driver.send_signal(signal.SIGCONT)
         said, _ = driver.communicate(timeout=60)
         assert driver.returncode == 1
-        assert "Ended: lost the hold on pipeline 'toy': " in said
+        assert "Ended: lost the lock on pipeline 'toy': " in said
         assert "Nothing more was written" in said
         assert "Traceback" not in said
         assert ledger_texts() == before

@@ -165,7 +165,7 @@ def test_a_silent_holder_elsewhere_is_replaced_after_the_lapse(
     began = time.monotonic()
     with keeper(tmp_path, QUICK).hold("it", "thing it", above=0, say=said.append):
         assert time.monotonic() - began >= QUICK.lapse_s
-    assert "no sign of life" in said[0]
+    assert "sends no heartbeat" in said[0]
     assert "silent for " in said[1]
     # The other thing it held needs no second wait by one who saw it silent for so long.
     waited = keeper(tmp_path, QUICK)
@@ -189,8 +189,8 @@ def test_a_suspended_holder_that_was_replaced_learns_it(tmp_path: Path, child: C
     with keeper(tmp_path, QUICK).hold("it", "thing it", above=0) as lease:
         os.kill(holder.pid, signal.SIGCONT)
         said = holder.ask("check")
-        assert said.startswith("LostHoldError: lost the hold on thing it: ")
-        assert "another process may have it now" in said
+        assert said.startswith("LostHoldError: lost the lock on thing it: ")
+        assert "another process may hold it now" in said
         holder.process.join(10)
         lease.check()
     with keeper(tmp_path, QUICK).hold("it", "thing it", above=0) as lease:
@@ -264,7 +264,7 @@ def test_of_two_holds_one_that_cannot_be_renewed_is_one_warning(
         while len(tries) < 5 and time.monotonic() < deadline:
             time.sleep(0.02)
     assert len(tries) >= 5
-    said = [record.message for record in caplog.records if "no sign of life" in record.message]
+    said = [record.message for record in caplog.records if "no heartbeat has reached" in record.message]
     assert len(said) == 1
     assert "no route to host" in said[0]
 

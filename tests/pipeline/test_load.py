@@ -40,7 +40,10 @@ BAD = {
     ),
     "unknown top key": ("nam: toy\nname: toy\nstages:\n" + CURATE, ["'nam'", "toy.yaml:1", "'name'"]),
     "misspelt kind": (HEAD + "  a: {kind: currate}\n", ["'currate'", "toy.yaml:3", "a.kind", "'curate'"]),
-    "no kind": (HEAD + "  evaluat: {ticks: 3}\n", ["lacks the key 'kind'", "toy.yaml:3", "kind: evaluate"]),
+    "no kind": (
+        HEAD + "  evaluat: {ticks: 3}\n",
+        ["is missing the key 'kind'", "toy.yaml:3", "kind: evaluate"],
+    ),
     "empty stage": (HEAD + "  a:\n", ["stages.a: must be a mapping", "toy.yaml:3", "(empty)"]),
     "stage is a list": (HEAD + "  a: [1]\n", ["stages.a: must be a mapping", "toy.yaml:3"]),
     "wrong type": (
@@ -66,7 +69,7 @@ BAD = {
     ),
     "no need": (
         HEAD + CURATE + "  b: {kind: pretrain}\n",
-        ["lacks its input 'index'", "toy.yaml:4", "add a to"],
+        ["is missing its input 'index'", "toy.yaml:4", "add a to"],
     ),
     "two for one": (
         HEAD + CURATE + "  c: {kind: curate}\n  b: {kind: pretrain, needs: [a, c]}\n",
@@ -88,9 +91,9 @@ BAD = {
         "name: toy\ndata:\n  p:\n    path: photos\n    captions: c.csv\nstages:\n" + CURATE,
         ["no such file: c.csv", "toy.yaml:5  data.p.captions"],
     ),
-    "unknown data source": (
+    "unknown dataset": (
         "name: toy\ndata: {photos: {path: photos}}\nstages:\n  a: {kind: curate, data: photo}\n",
-        ["the data source 'photo'", "toy.yaml:4  stages.a.data = photo", "'photos'"],
+        ["the dataset 'photo'", "toy.yaml:4  stages.a.data = photo", "'photos'"],
     ),
     "no stages": ("name: toy\nstages: {}\n", ["no stages", "toy.yaml:2"]),
     "unusable stage name": (HEAD + "  a/b: {kind: curate}\n", ["'a/b' is not a usable name", "toy.yaml:3"]),
@@ -145,7 +148,7 @@ def test_every_mistake_is_named_at_once(write: Callable[[str], Path]) -> None:
         ("stages.pretrain.ticks=few", ["must be an integer, not few", "command line"]),
         ("stages.pretrain.ticks.x=2", ["must be an integer", "command line"]),
         ("stages.pretrain.needs.x=2", ["has no keys", "command line"]),
-        ("data.photo.path=x", ["no data source 'photo'", "'photos'"]),
+        ("data.photo.path=x", ["no dataset 'photo'", "'photos'"]),
         ("seed", ["not an override", "key.path=value"]),
         ("seed=[", ["not valid YAML", "`seed=[`"]),
     ],

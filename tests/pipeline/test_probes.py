@@ -82,7 +82,7 @@ def test_a_store_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest
 
     assert said() is None
     store = Odd(tmp_path)
-    assert said() == "the store s3://bucket does not give back what it took"
+    assert said() == "the store s3://bucket does not return what was written to it"
     store.takes = False
     assert said() == "the store s3://bucket cannot be used: access is denied"
     assert said(writes=False) is None, "a plan writes nothing"

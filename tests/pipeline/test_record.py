@@ -260,7 +260,7 @@ class Troubled(NullRun):
     ("what", "said"),
     [
         ("history", "system metrics of stage pretrain count from 0: no history"),
-        ("since", "the pipeline's run lacks losses of stage pretrain: no since"),
+        ("since", "the pipeline's run is missing losses of stage pretrain: no since"),
     ],
 )
 def test_trouble_before_and_after_a_stage_does_not_cost_its_outcome(
@@ -295,7 +295,7 @@ def test_losses_are_not_copied_by_two_threads_at_once(
         asked.wait(30)
     over.set()
     assert threading.current_thread() not in copied_by
-    assert "the pipeline's run lacks losses of stage pretrain" in caplog.text
+    assert "the pipeline's run is missing losses of stage pretrain" in caplog.text
 
 
 def test_gpus_are_read_from_nvidia_smi() -> None:

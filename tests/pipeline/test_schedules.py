@@ -53,7 +53,7 @@ def test_the_picture_is_drawn_without_data(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a PNG, not \.pdf"):
+    with pytest.raises(UserError, match=r"a \.png file, not \.pdf"):
         draw(load(RECIPE, needs_data=False), tmp_path / "schedules.pdf")
     only = tmp_path / "only.yaml"
     only.write_text("name: a\ndata: {p: {path: .}}\nstages: {curate: {kind: curate, data: p}}\n")

@@ -182,7 +182,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_run_says_no_secret(ran: tuple[Path, str]) -> None:
     _, said = ran
     assert "told the error: https://***@host" in said
-    assert "go on with:" in said
+    assert "continue with:" in said
     assert "env_vars.OTHER_TOKEN=…" in said
     assert not [name for name, secret in PLANTED.items() if secret in said], said
 

@@ -162,7 +162,7 @@ def test_a_teacher_from_elsewhere_is_measured(measuring: list[tuple[Material, bo
 
 def test_what_a_teacher_from_elsewhere_costs_is_not_made_up(tmp_path: Path) -> None:
     loaded = headless(tmp_path, "hardware: {devices: 8}")
-    with pytest.raises(UserError, match="cannot be reckoned") as caught:
+    with pytest.raises(UserError, match="cannot be estimated") as caught:
         splits(loaded, 8, refresh=False, say=print)
     assert "headless.yaml:" in (caught.value.where or "")
     # Its student's are: forward and backward, of two views.

@@ -97,14 +97,14 @@ def test_a_whole_store_and_every_kind_of_damage(store: Store, command: Command, 
             (empty, "lists no files"),
             (surplus, "is not in the manifest"),
             (event, "EOF"),
-            ("holds/x.", "does not say whose it is"),
+            ("holds/x.", "has no valid owner"),
             (shard, "differs from its sha256"),
         ):
             assert [line for line in said.splitlines() if "✗" in line and name in line and what in line], said
         assert "! artifacts/pretrain-0123456789abcdef/ was never finished" in said
         assert re.search(
             r"✗ damaged in .*: 3 of 3 artifacts, 1 of 1 checkpoints, 1 of \d+ ledger records, 1 of \d+ holds\. "
-            "A run that needs a damaged artifact makes it anew",
+            "A run that needs a damaged artifact makes it again",
             said.splitlines()[-1],
         )
 
@@ -141,7 +141,7 @@ def test_damage_is_mended_by_a_run_that_reads_it(store: Store, command: Command)
         shutil.rmtree(os.environ["ORCHESTRATOR_CACHE"])
     code, said = command("run", "toy.yaml", "stages.evaluate.ticks=2")
     assert (code, ran()) == (0, ["pretrain", "evaluate"])
-    assert "the artifact of pretrain is damaged and is made anew: artifacts/pretrain-" in said
+    assert "the artifact of pretrain is damaged and is made again: artifacts/pretrain-" in said
     assert store.get_bytes(name) == whole
     assert command("verify", store.uri)[0] == 0
 

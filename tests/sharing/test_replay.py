@@ -73,4 +73,4 @@ def test_a_cache_that_cannot_be_written_stops_nobody(
 
     parts = Replayed(Teacher, Views, (Full(tmp_path), ""), 4)(2)
     assert parts[TEACHER]["codes"][0, 0] == 2
-    assert "could not be kept" in caplog.text
+    assert "could not be saved" in caplog.text

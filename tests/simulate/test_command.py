@@ -97,8 +97,8 @@ def test_every_example_can_be_simulated(pipeline: LoadedPipeline, trace: str) ->
         ({"cost": ["block_s=-1"]}, "'-1' is not a number of seconds"),
         ({"cost": ["block_s"]}, "'' is not a number of seconds"),
         ({"cost": ["pretrian.block_s=1"]}, "no stage 'pretrian'.*mean 'pretrain'"),
-        ({"intervals": ["soon"]}, "'soon' is no time.*give seconds, or auto"),
-        ({"intervals": ["0"]}, "'0' is no time"),
+        ({"intervals": ["soon"]}, "'soon' is not a time.*give seconds, or auto"),
+        ({"intervals": ["0"]}, "'0' is not a time"),
         ({"start_s": 1e9}, "nothing can start at"),
     ],
 )
@@ -155,9 +155,9 @@ def test_command_line(pipeline: LoadedPipeline) -> None:
         "distill/a",
         "goodput",
         "finishes after",
-        "all on demand",
+        "on demand",
         "time between checkpoints",
-        "guesses",
+        "default estimates",
     ):
         assert word in shown.stdout
     as_json = command(calm, "--pipeline", "pipeline.yaml", "--json", "stages.pretrain.steps=10")

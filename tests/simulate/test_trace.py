@@ -104,12 +104,12 @@ def test_an_announced_machine_may_go_early(tmp_path: Path) -> None:
                     {"at": 4, "node": "node", "event": "down"},
                 ]
             },
-            "at 4 comes after 5.*ascend",
+            "at 4 comes after 5.*sort the events",
             "at",
         ),
         ({"nodes": {"node": {"price": -1}}}, "price: must be greater than or equal to 0, not -1", "price"),
         ({"nodes": {"node": {"slots": True}}}, "slots: must be a valid integer, not True", "slots"),
-        ({"nodes": {"node": {"price": [[5, 1.0]]}}}, "start at 0 and ascend", "node"),
+        ({"nodes": {"node": {"price": [[5, 1.0]]}}}, "must start at 0 and increase", "node"),
         ({"nodes": {"node": {"slot": 1}}}, "unknown key 'slot'.*mean 'slots'", "slot"),
         (
             {"events": [{"at": 0, "node": "node", "event": "down"}]},
@@ -117,8 +117,8 @@ def test_an_announced_machine_may_go_early(tmp_path: Path) -> None:
             "event",
         ),
         ({"events": [{"at": 0, "node": "node", "event": "uup"}]}, "event: must be 'up', 'notice'", "event"),
-        ({"events": [{"at": 0, "event": "up"}]}, "either a node or a pool", "at"),
-        ({"events": [{"at": 0, "node": "node", "event": "notice"}]}, "has a deadline", "at"),
+        ({"events": [{"at": 0, "event": "up"}]}, "either `node` or `pool`", "at"),
+        ({"events": [{"at": 0, "node": "node", "event": "notice"}]}, "every notice has one", "at"),
         ({"events": [{"node": "node", "event": "up"}]}, "the key 'at' is missing", "node"),
         (
             {"duration": 5, "events": [{"at": 6, "node": "node", "event": "up"}]},
@@ -151,7 +151,7 @@ def test_mistakes_say_their_line(tmp_path: Path, parts: dict[str, Any], message:
     ("text", "message"),
     [
         ('{"format": "orchestrator-trace",\n "version": 1,,}', "not JSON.*trace.json:2:"),
-        ('{"format": "orchestrator-trace", "x": NaN}', "not JSON: NaN is no number"),
+        ('{"format": "orchestrator-trace", "x": NaN}', "not JSON: NaN is not a number"),
         ("[1, 2]", "not a trace"),
         ('{"format": "other"}', "not a trace.*docs/traces.md"),
     ],

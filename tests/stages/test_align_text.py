@@ -344,7 +344,7 @@ def test_a_given_tokenizer_is_checked(
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="is no tokenizer"):
+    with pytest.raises(UserError, match="is not a tokenizer"):
         config(tokenizer=tmp_path / "tokenizer.json", vocab_size=None).check()
 
 
@@ -538,7 +538,7 @@ def test_the_tower_is_found(tmp_path: Path) -> None:
         ((), "nano", "was not distilled", "leave out `student`"),
         (("vit-nano", "convnext"), "vit-nan", "no student 'vit-nan'", "use student: vit-nano"),
         (("vit-nano", "convnext"), "zzz", "no student 'zzz'", "use one of convnext, vit-nano"),
-        (("vit-nano", "convnext"), None, "does not say which", "use one of convnext, vit-nano"),
+        (("vit-nano", "convnext"), None, "there is more than one", "use one of convnext, vit-nano"),
     ],
 )
 def test_a_wrong_student_is_refused(

@@ -187,7 +187,7 @@ def test_chunk_by_chunk_a_student_learns_the_same(index: Path, teacher: Path) ->
         "the gradients of one block have other last bits, before anything is summed exactly: the field says so"
     )
     said = Distill.model_fields["chunk_rows"].description or ""
-    assert "changes results in their last bits, also with `elastic.exact`" in said
+    assert "A change alters results in their last bits, even with `elastic.exact`" in said
     assert Pretrain.model_fields["chunk_rows"].description == said
 
 

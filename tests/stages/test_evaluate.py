@@ -381,7 +381,7 @@ def test_mistakes_are_named(small: Context) -> None:
     without = replace(small, inputs={"index": small.inputs["index"]})
     with pytest.raises(UserError, match="no backbone to evaluate"):
         stage().run(without)
-    with pytest.raises(UserError, match="do not fill 20 pixels") as raised:
+    with pytest.raises(UserError, match="does not divide 20 pixels") as raised:
         stage(image_size=20).run(small)
     assert (raised.value.where, raised.value.hint) == (
         "stages.evaluate.image_size",

@@ -93,10 +93,10 @@ def test_weights_that_no_tower_here_has(tmp_path: Path) -> None:
         objective(old={"from": tmp_path / "resnet.safetensors"}).check(crops(64))
     assert "module:" in str(caught.value.hint)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match="is no file of weights"):
+    with pytest.raises(UserError, match="is not a file of weights"):
         objective(old={"from": tmp_path / "notes.txt"}).check(crops(64))
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "nested.pth")
-    with pytest.raises(UserError, match="holds no plain dict of tensors"):
+    with pytest.raises(UserError, match="does not contain a plain dict of tensors"):
         objective(old={"from": tmp_path / "nested.pth"}).check(crops(64))
 
 

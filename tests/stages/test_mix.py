@@ -159,11 +159,11 @@ MISTAKES = {
         "toy.yaml:12  stages.train.homogeneous = balanced",
         "write `mix: balanced` to train on this component, and `homogeneous: imagenet` or `homogeneous: web`",
     ],
-    "homogeneous: image": ["'image', which is no data source of the index", "did you mean 'imagenet'?"],
-    "homogeneous: x": ["'x', which is no data source of the index", "there are: imagenet, web"],
+    "homogeneous: image": ["'image', which is not a dataset of the index", "did you mean 'imagenet'?"],
+    "homogeneous: x": ["'x', which is not a dataset of the index", "there are: imagenet, web"],
     "homogeneous_ratio: 1.0e-7": ["1e-07 is less than one batch in a million: give 0, or 1e-06 and more"],
     "homogeneous_ratio: 0.2": [
-        "nothing says what they are drawn from",
+        "does not name the dataset of homogeneous batches",
         "toy.yaml:12  stages.train.homogeneous_ratio = 0.2",
         "`homogeneous: …`, or leave `homogeneous_ratio` out",
     ],
@@ -181,7 +181,7 @@ def test_mistakes_are_named_before_anything_runs(line: str, tmp_path: Path) -> N
 
 
 def test_nobody_draws_what_is_held_out(tmp_path: Path) -> None:
-    """By default, by a data source's name, with weights, or in homogeneous batches."""
+    """By default, by a dataset's name, with weights, or in homogeneous batches."""
     components = ["balanced", "pool", "held_out"]
     rows = [
         PhotoRow("ab"[number % 2], f"{number}.png", "", "", 8, 8, component=components[number % 3])
@@ -229,12 +229,12 @@ def test_a_source_called_as_a_component_is_refused(tmp_path: Path) -> None:
     file.write_text(text)
     load(file)
     file.write_text(f"{text}    mix: pool\n")
-    with pytest.raises(UserError, match="'pool' is a component of the index and a data source"):
+    with pytest.raises(UserError, match="'pool' is a component of the index and a dataset"):
         load(file)
     index = PhotoIndex(
         [PhotoRow("pool", "a.png", "", "", 1, 1), PhotoRow("x", "b.png", "", "", 1, 1, component="pool")]
     )
-    with pytest.raises(UserError, match="'pool' is a component of the index and a data source"):
+    with pytest.raises(UserError, match="'pool' is a component of the index and a dataset"):
         sample_order(index, ("pool",), batch_size=1, seed=0)
 
 

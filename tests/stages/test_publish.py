@@ -252,7 +252,7 @@ def test_what_the_registry_lacks_is_found_and_mended(tracked: tuple[str, Trackin
     assert not (tmp_path / "none.db").exists(), "looking makes nothing"
 
     client.delete_registered_model_alias("drift-femto", "champion")
-    assert stage.drift(now, uri) == ["drift-femto version 1 lacks the alias champion"]
+    assert stage.drift(now, uri) == ["drift-femto version 1 does not have the alias champion"]
     mended()
     client.copy_model_version("models:/drift-tiny/1", "drift-femto")
     client.set_registered_model_alias("drift-femto", "champion", "2")
@@ -290,7 +290,7 @@ def test_a_version_whose_alias_is_refused_is_taken_back(
         patched.setattr(MlflowClient, "delete_model_version", refuse)
         with pytest.raises(UserError):
             stage.run(now)
-    assert stage.drift(now, uri) == ["refused-femto version 2 lacks the alias champion"]
+    assert stage.drift(now, uri) == ["refused-femto version 2 does not have the alias champion"]
     stage.run(now)
     (version,) = client.search_model_versions("name = 'refused-femto'")
     assert (int(version.version), stage.drift(now, uri)) == (2, [])

@@ -75,9 +75,9 @@ def test_what_is_no_photo_is_named(tmp_path: Path) -> None:
     served = _load_pyfunc(str(folder))
     text = base64.b64encode(jpeg()).decode()
     assert served.predict(pd.DataFrame({"image": [text]})).shape == (1, 48)
-    with pytest.raises(ValueError, match="row 1 of `image` is no picture"):
+    with pytest.raises(ValueError, match="row 1 of `image` is not an image"):
         served.predict(pd.DataFrame({"image": [text, b"GIF?"]}))
-    with pytest.raises(ValueError, match="row 0 of `image` is no picture"):
+    with pytest.raises(ValueError, match="row 0 of `image` is not an image"):
         served.predict(pd.DataFrame({"image": ["§"]}))
     with pytest.raises(ValueError, match="needs a column `image`"):
         served.predict(pd.DataFrame({"photo": [text]}))

@@ -74,7 +74,9 @@ def test_where_one_began_is_decided_once(tmp_path: Path, remote: bool) -> None:
 def test_a_window_that_does_not_fit_is_refused_with_one_that_does() -> None:
     config = Distill.model_validate(STAGE)
     config.check_room(3, int(10e9), 45e9, "stages.distill.window")
-    with pytest.raises(UserError, match=r"6 steps of 10 GB are held at once.*has 45 GB") as caught:
+    with pytest.raises(
+        UserError, match=r"6 steps of 10 GB each are kept at the same time.*has 45 GB"
+    ) as caught:
         config.check_room(5, int(10e9), 45e9, "stages.distill.window")
     assert caught.value.where == "stages.distill.window"
     assert caught.value.hint == "set window to 3"
@@ -133,8 +135,8 @@ def test_all_students_are_gathered_without_their_checkpoints(tmp_path: Path) -> 
             {"students": {"a": {"model": "vit_femto", "model_overrides": {"patch_size": 12}}}},
             "not a multiple of vit_femto's patch size 12",
         ),
-        ({"teachers": 0}, "at least 1 has to teach"),
-        ({"teacher_shards": 2, "replay": True}, "do not go together"),
+        ({"teachers": 0}, "at least 1 is needed"),
+        ({"teacher_shards": 2, "replay": True}, "cannot be combined"),
         ({"teacher_shards": 2, "features": {}}, "for teachers with heads"),
     ],
 )

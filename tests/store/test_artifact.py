@@ -166,7 +166,7 @@ def test_surplus_files_are_damage(artifacts: ArtifactStore) -> None:
         ({"files": {"manifest.json": ENTRY}}, "does not list itself"),
         ({"files": {"config.json": {"size": -1, "sha256": "0" * 64}}}, "greater than or equal to 0"),
         ({"files": {"config.json": {"size": 2, "sha256": "x"}}}, "match pattern"),
-        ({"key": "f" * 64}, "is that of"),
+        ({"key": "f" * 64}, "is the manifest of"),
     ],
 )
 def test_a_manifest_that_cannot_be_is_damage(

@@ -109,7 +109,7 @@ def test_a_file_that_was_damaged_on_the_way_is_fetched_again(
     another_machine(artifacts)
     proxy.next("flip", when=lambda method, path: method == "GET" and path.endswith("model.safetensors"))
     assert contents(artifacts.fetch(made)) == WHOLE
-    assert "another sha256" in caplog.text
+    assert "wrong sha256" in caplog.text
 
 
 def test_a_file_that_is_damaged_in_the_store_is_named(artifacts: ArtifactStore) -> None:

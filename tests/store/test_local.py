@@ -81,5 +81,5 @@ def test_addresses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gs:// is not supported"):
         open_store("gs://bucket/prefix")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         open_store(str(tmp_path / "file" / "store"))

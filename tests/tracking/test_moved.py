@@ -90,7 +90,7 @@ def test_all_or_none(database: Path, caplog: pytest.LogCaptureFixture) -> None:
         )
     assert moved.mend_remote(database, "mine", NEW, lambda: True) == 0
     assert [text for text in texts(database) if "TRIGGER" not in text.upper()] == before
-    assert "at their old place" in caplog.text
+    assert "from their old place" in caplog.text
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage" * 1000])

@@ -212,7 +212,7 @@ def test_an_outage_is_said_once_with_its_time_and_its_end(
     assert len(said) == 2
     assert said[0].startswith(f"MLflow at {SERVER} does not answer (connection refused) since ")
     assert said[0].endswith("sent as soon as it answers")
-    assert said[1].startswith("tracking works again, after ")
+    assert said[1].startswith("tracking works again after ")
 
 
 def test_a_locked_database_is_no_server(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -240,8 +240,8 @@ def test_a_locked_database_is_no_server(uri: str, tmp_path: Path, caplog: pytest
         (sqlite3.OperationalError("database is locked"), "is locked by another program", "fuser"),
         (sqlite3.OperationalError("attempt to write a readonly database"), "cannot be written", "writable"),
         (PermissionError(errno.EACCES, "Permission denied"), "cannot be written", "writable"),
-        (sqlite3.OperationalError("database or disk is full"), "is full (", "make room"),
-        (OSError(errno.ENOSPC, "No space left on device"), "is full (", "make room"),
+        (sqlite3.OperationalError("database or disk is full"), "is full (", "free some space"),
+        (OSError(errno.ENOSPC, "No space left on device"), "is full (", "free some space"),
         (
             NotADirectoryError(errno.ENOTDIR, "Not a directory"),
             "cannot be opened (Not a directory)",
@@ -249,7 +249,7 @@ def test_a_locked_database_is_no_server(uri: str, tmp_path: Path, caplog: pytest
         ),
         (
             sqlite3.DatabaseError("file is not a database"),
-            "is no SQLite database",
+            "is not an SQLite database",
             "a copy",
         ),
     ],
@@ -350,4 +350,4 @@ def test_lost_records_are_one_line(
     assert len(said) == 2
     assert "the disk of " in said[0]
     assert "MB free" in said[0]
-    assert said[1] == "tracking records are kept again; lost: 50"
+    assert said[1] == "tracking records are written again; lost: 50"

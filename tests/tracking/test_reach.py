@@ -80,7 +80,7 @@ def test_an_address_that_is_none_does_not_answer(uri: str) -> None:
 @pytest.mark.parametrize(
     ("greeting", "start"),
     [
-        (b"SSH-2.0-OpenSSH_9.6\r\n", "what answers at {} is no HTTP server"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "the server at {} is not an HTTP server"),
         (b"", "MLflow at {} does not answer ("),
     ],
 )
@@ -105,7 +105,7 @@ def test_another_kind_of_server_is_told_from_one_that_is_away(greeting: bytes, s
 def test_what_is_no_http_server_is_told_the_same_way_in_a_run() -> None:
     lost = RuntimeError("API request failed with exception ('Connection aborted.', BadStatusLine('SSH-2.0'))")
     lost.__cause__ = BadStatusLine("SSH-2.0")
-    assert "is no HTTP server" in trouble.trouble("http://mlflow:22", lost).what
+    assert "is not an HTTP server" in trouble.trouble("http://mlflow:22", lost).what
     lost.__cause__ = RemoteDisconnected("Remote end closed connection without response")
     assert "does not answer" in trouble.trouble("http://mlflow:22", lost).what
 
@@ -122,7 +122,7 @@ def test_a_database_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("no database at all")
     where = f"sqlite:///{tmp_path}"
     assert said(f"{where}/folder.db") == f"the tracking database {tmp_path}/folder.db is a folder"
-    assert said(f"{where}/text.db") == f"the tracking database {tmp_path}/text.db is no SQLite database"
+    assert said(f"{where}/text.db") == f"the tracking database {tmp_path}/text.db is not an SQLite database"
     assert "cannot be opened (Not a directory)" in said(f"{where}/text.db/below.db")
 
 

@@ -184,7 +184,7 @@ def test_a_registry_that_gives_more_than_a_model_is_refused(
         return str(tmp_path / "precious" if kind == "elsewhere" else folder)
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", hostile)
-    with pytest.raises(UserError, match="more than a model's files"):
+    with pytest.raises(UserError, match="more than the files of a model"):
         registry.pull("food-vit@best", tmp_path / "out", uri)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "precious").is_dir()
@@ -252,7 +252,7 @@ def test_only_models_without_pickles_are_published(run: SpooledRun, tmp_path: Pa
         registry.publish(run, "food-vit", folder, {}, "best")
     (folder / "optimizer.pt").unlink()
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="holds no model"):
+    with pytest.raises(ValueError, match="does not contain a model"):
         registry.publish(run, "food-vit", folder, {}, "best")
 
 
@@ -309,9 +309,9 @@ def test_tags_of_the_model_are_those_of_its_newest_version(
 
     registry.publish(run, "food-vit", folder, LINEAGE, "best")
     client.set_registered_model_tag("food-vit", "dataset", "plants")
-    assert found(LINEAGE, "best") == "food-vit has other tags than its version 1"
+    assert found(LINEAGE, "best") == "the tags of food-vit differ from those of its version 1"
     client.delete_registered_model_tag("food-vit", "dataset")
-    assert found(LINEAGE, "best") == "food-vit has other tags than its version 1"
+    assert found(LINEAGE, "best") == "the tags of food-vit differ from those of its version 1"
     assert registry.publish(run, "food-vit", folder, LINEAGE, "best") == 1
     assert found(LINEAGE, "best") is None
 
@@ -335,7 +335,8 @@ def damage(uri: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "hint"), [("garbage", "put back"), ("old", "mlflow db upgrade sqlite:///"), ("half", "put back")]
+    ("how", "hint"),
+    [("garbage", "restore a copy"), ("old", "mlflow db upgrade sqlite:///"), ("half", "restore a copy")],
 )
 def test_a_database_that_cannot_be_used_is_named(uri: str, tmp_path: Path, how: str, hint: str) -> None:
     damage(uri, how)
