@@ -1,4 +1,4 @@
-"""The functions that `import orchestrator` gives; see docs/python.md. They import what is heavy when they are called."""
+"""The functions that `import orchestrator` gives (docs/python.md). They import what is heavy when they are called."""
 
 from __future__ import annotations
 
