@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from orchestrator.errors import first_line
+from orchestrator.fsio import NotAFileError
 from orchestrator.names import parts_of
 from orchestrator.pipeline.key import KeyParts
 from orchestrator.spec import Strict
@@ -256,7 +257,7 @@ class Ledger:
         full = f"{self._prefix}{name}"
         try:
             return parse(self._store.get_bytes(full))
-        except UnreadableRecordError as error:
+        except (UnreadableRecordError, NotAFileError) as error:
             if (self._store.uri, full) not in _said:
                 _said.add((self._store.uri, full))
                 _log.warning("%s in store %s is ignored: %s", full, self._store.uri, error)
