@@ -20,7 +20,7 @@ from orchestrator.pipeline.ledger import Ledger, PipelineState
 from orchestrator.pipeline.mirror import Mirror
 from orchestrator.store.artifact import Artifact, ArtifactStore, folder_name
 from orchestrator.store.local import Store, not_followed
-from orchestrator.store.open import is_remote, open_store
+from orchestrator.store.open import folder_of, is_remote, open_store
 from orchestrator.store.s3 import S3Store
 from orchestrator.tracking import moved
 
@@ -54,7 +54,7 @@ class Workspace:
         """The folder on this machine."""
         if self._remote is not None:
             return self._remote.root
-        return Path(self._uri.removeprefix("file://")).expanduser().absolute()
+        return folder_of(self._uri)
 
     @cached_property
     def _remote(self) -> Store | None:
