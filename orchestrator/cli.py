@@ -564,7 +564,7 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE
 
 
 def main() -> NoReturn:
-    """Entry point: a UserError, and what a disk or a store refuses, is printed without a traceback and exits with 2."""
+    """Entry point: UserErrors, and what a disk, store or file refuses, are printed without traceback; exits with 2."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -590,13 +590,13 @@ def main() -> NoReturn:
 
 
 def _refusal(error: OSError) -> UserError | None:
-    """What a store or a disk did not do; None of anything else, which may be a mistake of ours and shows where."""
+    """What a store, a disk or a file did not allow; None of anything else, which may be a mistake of ours."""
     from orchestrator import disk
     from orchestrator.store.s3client import StoreError
 
     if isinstance(error, StoreError):
         what = str(error)
-    elif error.errno not in _OF_THE_DISK:
+    elif error.errno not in _OF_THE_DISK and not (error.strerror and disk.file_of(error)):
         return None
     elif disk.is_full(error):
         what = disk.described(error, [Path.cwd(), disk.temporary()])

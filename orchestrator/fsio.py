@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import os
+import stat
 import tempfile
 import threading
 import time
@@ -162,6 +163,50 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+class NotAFileError(OSError, ValueError):
+    """Something has the name that is no regular file: a pipe, a device, or a link where none belongs.
+
+    It is a ValueError too: what should be a record is damaged.
+    """
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def open_regular(path: Path | str, *, follow: bool = True) -> io.BufferedReader:
+    """A regular file, open for reading bytes. Never waits for the writer of a pipe.
+
+    Args:
+        path: of the file.
+        follow: whether it may be a link to one.
+
+    Raises:
+        NotAFileError: it is something else.
+        OSError: it cannot be opened.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        descriptor = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+    except OSError as error:
+        # A socket cannot be opened, nor can a pipe's like without its other end.
+        if error.errno == errno.ENXIO or (error.errno == errno.ELOOP and not follow):
+            raise NotAFileError(errno.EINVAL, "not a regular file", str(path)) from None
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise NotAFileError(errno.EINVAL, "not a regular file", str(path))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
 # --- hashing ----------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +220,7 @@ def sha256_of(file: Path | io.BufferedReader) -> str:
         OSError: it cannot be read.
     """
     if isinstance(file, Path):
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             return sha256_of(opened)
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -198,7 +243,7 @@ class Digests:
         Raises:
             OSError: it cannot be read.
         """
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             began = time.time_ns()
             before = _identity(file.fileno())
             known = self._known.get(before)

@@ -218,7 +218,15 @@ def test_gc_lists_and_deletes(folder: Path) -> None:
         ),
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
         (StoreError("the bucket 'b' does not answer"), "the bucket 'b' does not answer"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), None),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "/x/y"),
+            "No such file or directory: /x/y",
+        ),
+        (
+            OSError(errno.ELOOP, "Too many levels of symbolic links", "/x/y"),
+            "Too many levels of symbolic links: /x/y",
+        ),
+        (FileExistsError(errno.EEXIST, "File exists", "/x", None, "/y"), "File exists: /y"),
         # As of PIL, urllib and requests: they may be mistakes of ours.
         (OSError("cannot identify image file"), None),
         (TimeoutError(), None),

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from orchestrator.data.captions import Captions, captions_path, reads_as_before
 from orchestrator.data.captions import read as read_captions
-from orchestrator.data.decode import UnreadableImage, open_regular, use_rgb, why
+from orchestrator.data.decode import UnreadableImage, use_rgb, why
 from orchestrator.errors import UserError
-from orchestrator.fsio import sha256_of
+from orchestrator.fsio import open_regular, sha256_of
 from orchestrator.spec import MAX_PIXELS, DataSource
 
 # Endings of the formats that `decode` knows.

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.fsio import atomic_write
+from orchestrator.fsio import atomic_write, open_regular
 
 logger = logging.getLogger("orchestrator")
 
@@ -162,7 +162,8 @@ class Goodput:
     def load(path: Path) -> Goodput:
         """The account kept at `path`; a new one if there is none or it is torn."""
         try:
-            kept: dict[str, Any] = json.loads(path.read_text())
+            with open_regular(path) as file:
+                kept: dict[str, Any] = json.loads(file.read())
             kept["recoveries"] = [Recovery(**entry) for entry in kept["recoveries"]]
             kept["_recent"] = {int(step): seconds for step, seconds in kept["_recent"].items()}
             return Goodput(**kept)

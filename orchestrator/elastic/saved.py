@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.elastic.skips import Skips
-from orchestrator.fsio import sha256_of
+from orchestrator.fsio import open_regular, sha256_of
 
 logger = logging.getLogger("orchestrator")
 
@@ -180,7 +180,8 @@ def read(path: Path) -> Saved:
         CheckpointError: it is not committed, or its manifest cannot be used.
     """
     try:
-        return parse((path / COMMIT).read_bytes(), path)
+        with open_regular(path / COMMIT) as file:
+            return parse(file.read(), path)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError("it was never committed") from None
     except OSError as error:

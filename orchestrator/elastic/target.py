@@ -16,7 +16,7 @@ from pathlib import Path
 
 from orchestrator.elastic import saved as form
 from orchestrator.elastic.saved import COMMIT, CheckpointError, Saved, step_name, step_of
-from orchestrator.fsio import atomic_create, atomic_write, make_folder, sync_folder
+from orchestrator.fsio import atomic_create, atomic_write, make_folder, open_regular, sync_folder
 from orchestrator.store.local import Store
 
 logger = logging.getLogger("orchestrator")
@@ -94,7 +94,8 @@ class Target:
         """A small object. Raises FileNotFoundError if there is none."""
         if self.store is not None:
             return self.store.get_bytes(self._stored(name))
-        return (self.folder / name).read_bytes()
+        with open_regular(self.folder / name) as file:
+            return file.read()
 
     def commit(self, step: int, token: str, manifest: bytes) -> None:
         """Put the manifest of `step`, unless a newer group's is there.

@@ -24,6 +24,7 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
+from orchestrator.fsio import NotAFileError
 from orchestrator.pipeline.process import Who
 from orchestrator.store.local import Store
 
@@ -129,7 +130,7 @@ class Queue:
             return Who.model_validate_json(self._store.get_bytes(name))
         except FileNotFoundError:
             return None
-        except ValidationError:
+        except (ValidationError, NotAFileError):
             _log.warning("%s has no valid owner and is treated as left behind by a dead process", name)
             return None
 

@@ -6,9 +6,11 @@ were made from. Everything else was left behind by other settings, other data, o
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -23,6 +25,10 @@ from orchestrator.store.artifact import MANIFEST, ArtifactStore, folder_name
 from orchestrator.store.local import Store
 
 _PLACES = ("artifacts", "work")
+# What :func:`folder_name` makes: other folders were put there by others.
+_OURS = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)
+# Of the folders that are not ours.
+_NAMED = 5
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -50,6 +56,7 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
         console.print(Text("There is no store yet."))
         return
     current = [stage.parts for stage in stages]
+    _print_foreign(console, foreign(workspace))
     if not delete:
         found = orphans(workspace, current)
         _print(console, found)
@@ -68,6 +75,8 @@ def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedSta
 def orphans(workspace: Workspace, current: Iterable[KeyParts] = ()) -> list[Orphan]:
     """Folders that no ledger of the store needs, nor a stage with one of the `current` keys.
 
+    Only folders with names of the form `<kind>-<16 hexadecimal digits>` are among them, and links with such names.
+
     Raises:
         UserError: what is needed is not known: a record of a ledger cannot be read, or a manifest is of a later
             version.
@@ -78,21 +87,35 @@ def orphans(workspace: Workspace, current: Iterable[KeyParts] = ()) -> list[Orph
     for place in _PLACES:
         for name in store.list(f"{place}/"):
             folder = "/".join(name.split("/")[:2])
-            if folder != name and folder.partition("/")[2] not in needed:
+            if folder != name and _is_orphan(folder, needed):
                 status = store.stat(name)
                 sizes[folder] = sizes.get(folder, 0) + (status.size if status else 0)
-        for folder in _on_this_machine(workspace, place) if store.remote else ():
-            if folder.partition("/")[2] not in needed:
-                sizes.setdefault(folder, 0)
-    # Folders without files, such as work that had not begun.
-    for folder in () if store.remote else _on_this_machine(workspace, "work"):
-        if folder.partition("/")[2] not in needed:
-            sizes.setdefault(folder, 0)
+        # Folders without files, such as work that had not begun, links, and copies of what is elsewhere.
+        for path in _on_this_machine(workspace, place):
+            has_files = path.is_symlink() or store.remote or place == "work"
+            if has_files and _is_orphan(f"{place}/{path.name}", needed):
+                sizes.setdefault(f"{place}/{path.name}", 0)
     for folder in sizes:
-        if folder.startswith("artifacts/"):
+        if folder.startswith("artifacts/") and not _is_link(workspace, folder):
             # One of a later version is that version's to judge.
             ArtifactStore(store).manifest_of(folder.partition("/")[2])
     return [Orphan(name, size) for name, size in sorted(sizes.items())]
+
+
+def foreign(workspace: Workspace) -> list[str]:
+    """Folders beside artifacts and unfinished work that are not of this program; they stay."""
+    store = workspace.store()
+    found = {"/".join(name.split("/")[:2]) for place in _PLACES for name in store.list(f"{place}/")}
+    return sorted(name for name in found if not _OURS.fullmatch(name.partition("/")[2]))
+
+
+def _is_orphan(folder: str, needed: set[str]) -> bool:
+    name = folder.partition("/")[2]
+    return bool(_OURS.fullmatch(name)) and name not in needed
+
+
+def _is_link(workspace: Workspace, folder: str) -> bool:
+    return (workspace.root / folder).is_symlink()
 
 
 def summary(found: Sequence[Orphan]) -> str:
@@ -151,20 +174,34 @@ def _folders_by_key(store: Store) -> dict[str, str]:
     }
 
 
-def _on_this_machine(workspace: Workspace, place: str) -> Iterator[str]:
+def _on_this_machine(workspace: Workspace, place: str) -> Iterator[Path]:
     folder = workspace.root / place
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_dir():
-            yield f"{place}/{path.name}"
+        if path.is_symlink() or path.is_dir():
+            yield path
 
 
 def _delete(workspace: Workspace, orphan: Orphan) -> None:
-    """The manifest goes first, so that whoever is cut off halfway leaves no artifact in part; see also `drop_work`."""
-    store = workspace.store()
+    """The manifest goes first, so that whoever is cut off halfway leaves no artifact in part; see also `drop_work`.
+
+    Of a link only the link is deleted.
+    """
+    store, folder = workspace.store(), workspace.root / orphan.name
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+        if not store.remote:
+            return
     names = list(store.list(f"{orphan.name}/"))
     for name in sorted(names, key=lambda name: (*removal_order(name), not name.endswith(MANIFEST))):
         store.delete(name)
-    shutil.rmtree(workspace.root / orphan.name, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _print_foreign(console: Console, names: Sequence[str]) -> None:
+    if names:
+        more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        text = f"! Not made by orchestrator, and kept: {', '.join(names[:_NAMED])}{more}"
+        console.print(Text(text, "yellow"), soft_wrap=True)
 
 
 def _print(console: Console, found: Sequence[Orphan]) -> None:

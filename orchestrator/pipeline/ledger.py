@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from orchestrator.errors import first_line
+from orchestrator.errors import UserError, first_line
+from orchestrator.fsio import NotAFileError
 from orchestrator.names import parts_of
 from orchestrator.pipeline.key import KeyParts
 from orchestrator.spec import Strict
@@ -21,10 +22,13 @@ from orchestrator.store.local import Store
 
 StageStateName = Literal["pending", "running", "done", "failed", "stopped"]
 Happening = Literal["opened", "running", "done", "failed", "stopped", "closed", "settled"]
-_EVENT = re.compile(r"(\d{8,})(?:-(\d{8,}))?\.json")
+# As many digits as no run uses up: of a longer name the next one may be too long for a file.
+_EVENT = re.compile(r"([0-9]{8,18})(?:-([0-9]{8,18}))?\.json")
 # A read from an object store is a round trip; one at a time, a long ledger would take minutes.
 _READERS = 16
 FORMAT = 1
+# Some 3,000 years: times and durations of this size can be added up and shown.
+_LONGEST_S = 1e11
 _log = logging.getLogger(__name__)
 # Records that this process has said are set aside: a command reads a ledger more than once.
 _said: set[tuple[str, str]] = set()
@@ -80,13 +84,13 @@ class Event(Strict):
     model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="constants")
 
     format: int = FORMAT
-    time: float
+    time: float = Field(ge=-_LONGEST_S, le=_LONGEST_S, allow_inf_nan=False)
     event: Happening
     stage: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_\-]*$")
     parts: Annotated[SerializeAsAny[KeyParts], BeforeValidator(_stored_parts)] | None = None
     reasons: tuple[str, ...] = ()
     run_id: str | None = Field(None, pattern=r"^[A-Za-z0-9_\-]+$")
-    seconds: float | None = None
+    seconds: float | None = Field(None, ge=-_LONGEST_S, le=_LONGEST_S, allow_inf_nan=False)
     summary: dict[str, float] = Field(default_factory=dict)
     error: str | None = None
     reused: bool = False
@@ -240,6 +244,7 @@ class Ledger:
 
         Raises:
             LostHoldError: another driver may have the pipeline by now; nothing was written.
+            UserError: no number is left for the event.
         """
         assert self._fence is not None, "only the driver that holds the pipeline appends"
         self._fence.check()
@@ -247,6 +252,12 @@ class Ledger:
         self._tried = 1 + max(self._tried, *(name.number for name in self._events), -1)
         name = _Name(self._tried, self._fence.epoch)
         fields = {"format": written.format} | written.model_dump(mode="json", exclude_defaults=True)
+        if not is_event(str(name)):
+            raise UserError(
+                "the ledger has a record with the highest number there can be, so no other can follow",
+                where=f"{self._prefix}{max(self._events)} in store {self._store.uri}",
+                hint="move that record elsewhere if it is not one of orchestrator's",
+            )
         data = json.dumps(fields, indent=1).encode()
         self._store.put_bytes(f"{self._prefix}{name}", data)
         self._events[name] = written
@@ -256,7 +267,7 @@ class Ledger:
         full = f"{self._prefix}{name}"
         try:
             return parse(self._store.get_bytes(full))
-        except UnreadableRecordError as error:
+        except (UnreadableRecordError, NotAFileError) as error:
             if (self._store.uri, full) not in _said:
                 _said.add((self._store.uri, full))
                 _log.warning("%s in store %s is ignored: %s", full, self._store.uri, error)

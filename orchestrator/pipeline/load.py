@@ -25,11 +25,13 @@ from orchestrator.pipeline.complaints import complaints
 from orchestrator.redact import redacted, redacted_values, secret_in
 from orchestrator.spec import RENAMED, Elastic, Pipeline
 from orchestrator.stages.base import Stage
-from orchestrator.store.open import is_remote, open_store
+from orchestrator.store.open import folder_of, is_remote, open_store
 from orchestrator.tracking.connect import absolute_uri
 
 logger = logging.getLogger("orchestrator")
 
+# Folders of a store that a run writes to.
+_STORE_FOLDERS = ("artifacts", "work", "ledger", "holds", "logs", "pipelines", "spool")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,99}")
 # Mistakes that are shown at once.
 _COMPLAINTS = 20
@@ -366,10 +368,27 @@ def _check_store(loaded: LoadedPipeline) -> list[UserError]:
             return [UserError(error.what, where=where, hint=error.hint)]
         return []
     where = loaded.where("store")
-    folder = Path(uri.removeprefix("file://")).expanduser().absolute()
+    try:
+        folder = folder_of(uri)
+    except UserError as error:
+        return [UserError(error.what, where=where, hint=error.hint)]
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         return [UserError(f"the store {uri} cannot be created: {existing} is a file", where=where)]
     if not os.access(existing, os.W_OK | os.X_OK):
         return [UserError(f"the store {uri} cannot be written: no permission in {existing}", where=where)]
-    return []
+    return _odd_folders(folder, loaded.name, where)
+
+
+def _odd_folders(store: Path, pipeline: str, where: str) -> list[UserError]:
+    """What is in a store, but no folder, and has the name of a folder that a run writes to."""
+    names = [*_STORE_FOLDERS, *(f"{name}/{pipeline}" for name in ("ledger", "logs", "pipelines", "spool"))]
+    return [
+        UserError(
+            f"{store / name} is not a folder, so the store cannot be used",
+            where=where,
+            hint="move away what is there",
+        )
+        for name in names
+        if os.path.lexists(store / name) and not (store / name).is_dir()
+    ]

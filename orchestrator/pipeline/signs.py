@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from orchestrator.fsio import NotAFileError
 from orchestrator.pipeline.bakery import Place, TakenError
 from orchestrator.pipeline.process import Who, lives
 from orchestrator.store.local import Store
@@ -89,7 +90,7 @@ class Watch:
     def _read(self, who: Who) -> bytes | None:
         try:
             return self._store.get_bytes(beat_name(who))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotAFileError):
             return None
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from orchestrator.elastic import saved as form
 from orchestrator.elastic.saved import COMMIT, CheckpointError
 from orchestrator.errors import UserError
+from orchestrator.fsio import NotAFileError
 from orchestrator.pipeline import ledger
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.process import Who
@@ -115,12 +116,15 @@ def _checkpoint(store: Store, name: str) -> Iterator[str]:
         saved = form.parse(store.get_bytes(name), Path(folder))
     except FileNotFoundError:  # removed meanwhile, by a driver
         return
-    except CheckpointError as error:
+    except (CheckpointError, NotAFileError) as error:
         yield f"{name}: {error}"
         return
     for file, entry in sorted(saved.files.items()):
-        with _at_hand(store, f"{folder}{file}") as path:
-            wrong = form.problem(path, entry)
+        try:
+            with _at_hand(store, f"{folder}{file}") as path:
+                wrong = form.problem(path, entry)
+        except NotAFileError as error:
+            wrong = str(error)
         if wrong and store.stat(name) is not None:
             yield f"{folder}{file}: {wrong}"
 
@@ -145,7 +149,7 @@ def _event(store: Store, name: str) -> Iterator[str]:
         ledger.parse(store.get_bytes(name))
     except FileNotFoundError:
         return
-    except ledger.UnreadableRecordError as error:
+    except (ledger.UnreadableRecordError, NotAFileError) as error:
         yield f"{name}: {error}"
 
 
@@ -154,5 +158,5 @@ def _door(store: Store, name: str) -> Iterator[str]:
         Who.model_validate_json(store.get_bytes(name))
     except FileNotFoundError:
         return
-    except ValidationError:
+    except (ValidationError, NotAFileError):
         yield f"{name}: has no valid owner"

@@ -19,8 +19,8 @@ from orchestrator.pipeline.lease import Holder, Keeper, Lease
 from orchestrator.pipeline.ledger import Ledger, PipelineState
 from orchestrator.pipeline.mirror import Mirror
 from orchestrator.store.artifact import Artifact, ArtifactStore, folder_name
-from orchestrator.store.local import Store
-from orchestrator.store.open import is_remote, open_store
+from orchestrator.store.local import Store, not_followed
+from orchestrator.store.open import folder_of, is_remote, open_store
 from orchestrator.store.s3 import S3Store
 from orchestrator.tracking import moved
 
@@ -54,7 +54,7 @@ class Workspace:
         """The folder on this machine."""
         if self._remote is not None:
             return self._remote.root
-        return Path(self._uri.removeprefix("file://")).expanduser().absolute()
+        return folder_of(self._uri)
 
     @cached_property
     def _remote(self) -> Store | None:
@@ -144,7 +144,12 @@ class Workspace:
     def pipelines(self) -> list[str]:
         """All pipelines that ever ran in the store, or are about to."""
         store = self.store()
-        ran = {name.split("/")[1] for name in store.list("ledger/") if name.count("/") > 1}
+        # A link in place of a ledger counts: whoever asks what is in it is told that it is not followed.
+        ran = {
+            name.split("/")[1]
+            for name in store.list("ledger/")
+            if name.count("/") > 1 or (not store.remote and (self.root / name).is_symlink())
+        }
         prefix = f"holds/{pipeline_hold('')}"
         # What a hold's objects are called goes on after a dot, which no pipeline has in its name.
         return sorted(ran | {name.removeprefix(prefix).partition(".")[0] for name in store.list(prefix)})
@@ -169,8 +174,15 @@ class Workspace:
         return Ledger(self.store(), pipeline).state if self.exists() else PipelineState()
 
     def work(self, kind: str, key: str) -> Path:
-        """The folder of unfinished work on one key: it outlives the attempt, and the driver."""
-        return self._below(f"work/{folder_name(kind, key)}")
+        """The folder of unfinished work on one key: it outlives the attempt, and the driver.
+
+        Raises:
+            UserError: a link has its name: what is below it is not ours to change.
+        """
+        folder = self._below(f"work/{folder_name(kind, key)}")
+        if folder.is_symlink():
+            raise not_followed(folder)
+        return folder
 
     def remote_work(self, kind: str, key: str) -> tuple[Store, str] | None:
         """The store and the prefix there of what must outlive this machine too; None if `work` does already."""

@@ -184,9 +184,15 @@ class ArtifactStore:
         return artifact.path
 
     def prefixes(self) -> list[str]:
-        """The folders below `artifacts/` that have anything in them: what their objects' names begin with."""
-        names = (name.split("/") for name in self.store.list(_TOP))
-        return sorted({f"{_TOP}{parts[1]}/" for parts in names if len(parts) > 2})
+        """The folders below `artifacts/` that have anything in them: what their objects' names begin with.
+
+        Of a folder on this machine, links count too: :meth:`examine` says that they are none.
+        """
+        names = [name.split("/") for name in self.store.list(_TOP)]
+        return sorted({f"{_TOP}{parts[1]}/" for parts in names if len(parts) > 2 or self._is_link(*parts)})
+
+    def _is_link(self, *parts: str) -> bool:
+        return not self.store.remote and self.store.root.joinpath(*parts).is_symlink()
 
     def examine(self, prefix: str) -> list[str]:
         """What is wrong with one of :meth:`prefixes`, a line each; every file is read.
@@ -340,7 +346,8 @@ class ArtifactStore:
         full, entry = _prefix(manifest.kind, manifest.key) + name, manifest.files[name]
         status = self.store.stat(full)
         if status is None:
-            return f"{full}: missing"
+            there = not self.store.remote and os.path.lexists(self.store.root / full)
+            return f"{full}: not a regular file" if there else f"{full}: missing"
         if status.size != entry.size:
             return f"{full}: {status.size} bytes, should be {entry.size}"
         if deep and self._hash(full) != entry.sha256:

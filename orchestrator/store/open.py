@@ -22,6 +22,33 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
+def folder_of(uri: str) -> Path:
+    """The folder of a store that is one, as an absolute path; it may be missing.
+
+    Raises:
+        UserError: the address is empty, or means no folder that there can be.
+    """
+    written = uri.removeprefix("file://")
+    try:
+        if not written.strip():
+            raise UserError(
+                "the address of the store is empty",
+                where="store",
+                hint="set `store` to a folder, such as runs/",
+            )
+        folder = Path(written).expanduser().absolute()
+        folder.exists()  # a name that is too long shows here
+    except (OSError, RuntimeError, ValueError) as error:
+        # Of an unknown home folder, a name that is too long, and a working folder that was deleted.
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"the store {shortened(uri, 80)} cannot be used: {why}",
+            where="store",
+            hint="set `store` to a folder that can be made, such as runs/",
+        ) from None
+    return folder
+
+
 def can_be_opened(uri: str) -> bool:
     """Whether the store at `uri` is elsewhere, and of a kind that there is."""
     return is_remote(uri) and uri.partition("://")[0] in ("s3", *installed.names("stores"))
@@ -39,11 +66,9 @@ def open_store(uri: str, patience: Patience | None = None) -> Store:
     Raises:
         UserError: no package has the scheme, its store does not fit, or the folder cannot be written.
     """
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return LocalStore(uri)
-    if scheme == "file":
-        return LocalStore(rest)
+    scheme, separator, _ = uri.partition("://")
+    if not separator or scheme == "file":
+        return LocalStore(folder_of(uri))
     if scheme == "s3":
         return S3Store(uri, patience)
     return _opened(scheme, uri)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
+
+_LOCK = re.compile(r"[0-9a-f]{32}\.lock")
 
 
 class Scratch:
@@ -29,9 +32,12 @@ class Scratch:
 
     def clean(self) -> None:
         """Removes what dead processes left behind."""
-        if not self.root.is_dir():
+        # Through a link, folders of others could be meant; so could names that are not given here.
+        if self.root.is_symlink() or not self.root.is_dir():
             return
         for lock in self.root.glob("*.lock"):
+            if not _LOCK.fullmatch(lock.name):
+                continue
             fd = _try_lock(lock)
             if fd is None:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,86 @@ def make_old(store: Path) -> set[str]:
         del manifest["provenance"]["code"], manifest["provenance"]["inputs"]
         path.write_text(json.dumps(manifest))
     return renamed
+
+
+@pytest.mark.parametrize("kind", ["curate", "pretrain"])
+def test_links_are_deleted_and_never_followed(pipeline: Path, tmp_path: Path, kind: str) -> None:
+    """Be it to a folder elsewhere or to one of the store."""
+    run(pipeline)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in ("p.txt", "manifest.json", "begun_from.json"):
+        (precious / name).write_text("mine")
+    (needed,) = artifacts("curate")
+    links = [Path("runs", place, f"{kind}-{digit * 16}") for place in ("artifacts", "work") for digit in "12"]
+    Path("runs/work").mkdir(exist_ok=True)
+    for link in links:
+        link.symlink_to(precious if link.name.endswith("1") else needed.absolute())
+    kept = sorted(path.name for path in needed.iterdir())
+    assert "2 artifacts and 2 folders of unfinished work" in gc(pipeline)
+    gc(pipeline, delete=True)
+    assert not any(link.is_symlink() for link in links)
+    assert len(list(precious.iterdir())) == 3
+    assert sorted(path.name for path in needed.iterdir()) == kept
+
+
+def test_a_run_replaces_a_link_by_its_artifact(pipeline: Path, tmp_path: Path) -> None:
+    run(pipeline)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "p.txt").write_text("mine")
+    (folder,) = artifacts("curate")
+    shutil.rmtree(folder)
+    folder.symlink_to(precious)
+    assert run(pipeline)[0] == 0
+    assert not folder.is_symlink()
+    assert [path.name for path in precious.iterdir()] == ["p.txt"]
+    assert {item.action for item in planned(pipeline).values()} == {"cached"}
+
+
+def test_work_in_a_link_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "p.txt").write_text("mine")
+    run(pipeline, "stages.pretrain.mode=fail")
+    (folder,) = Path("runs/work").glob("pretrain-*")
+    shutil.rmtree(folder)
+    folder.symlink_to(precious)
+    workspace, key = Workspace("runs/"), folder.name.rpartition("-")[2]
+    for use in (workspace.reached, workspace.drop_work):
+        with pytest.raises(UserError, match="links in a store are not followed"):
+            use("pretrain", key)
+    assert [path.name for path in precious.iterdir()] == ["p.txt"]
+
+
+def test_a_link_in_place_of_a_ledger_stops_the_deletion(pipeline: Path, tmp_path: Path) -> None:
+    """What is needed is not known then."""
+    run(pipeline, "name=other", "stages.pretrain.ticks=2")
+    run(pipeline)
+    before = folders()
+    Path("runs/ledger/other").rename(tmp_path / "elsewhere")
+    Path("runs/ledger/other").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="links in a store are not followed"):
+        gc(pipeline, delete=True)
+    assert folders() == before
+
+
+def test_folders_of_others_are_named_and_stay(pipeline: Path) -> None:
+    for ticks in (1, 2, 1):
+        run(pipeline, "store=.", f"stages.pretrain.ticks={ticks}")
+    others = [
+        Path("work/thesis/ch1.tex"),
+        Path("artifacts/photo-shoot/a.raw"),
+        Path("work/x-0123456789ABCDEF/y"),
+    ]
+    for path in others:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    for delete in (False, True):
+        said = gc(pipeline, "store=.", "stages.pretrain.ticks=1", delete=delete)
+        assert "Not made by orchestrator, and kept: artifacts/photo-shoot, work/thesis, work/x-0123" in said
+        assert "2 artifacts that" in said
+        assert all(path.exists() for path in others)
 
 
 def test_in_a_bucket_the_same(pipeline: Path, s3_uri: str) -> None:

@@ -13,6 +13,7 @@ from disk_faults import KINDS, Kind, every_fault, goes_through
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.errors import UserError
 from orchestrator.pipeline.key import KeyParts
 from orchestrator.pipeline.lease import LostHoldError
 from orchestrator.pipeline.ledger import Event, Happening, Ledger, UnreadableRecordError, parse
@@ -194,6 +195,10 @@ def damage(folder: Path, number: int, text: bytes) -> str:
         (b"[" * 10_000, "Invalid JSON"),
         (b"null", "should be an object"),
         (b'{"time": 1.0, "event": "danced"}', "event: Input should be"),
+        (b'{"time": Infinity, "event": "closed"}', "time: Input should be"),
+        (b'{"time": 1.0, "event": "done", "stage": "a", "seconds": Infinity}', "seconds: Input should be"),
+        (b'{"time": 1.0, "event": "done", "stage": "a", "seconds": 1e308}', "seconds: Input should be"),
+        (b'{"time": 1.0, "event": "done", "stage": "a", "seconds": NaN}', "seconds: Input should be"),
         (b'{"format": 7, "moment": 1.0}', "format 7, and this version reads formats up to 1"),
         (b'{"time": 1.0, "event": "running", "stage": "../a"}', "stage: "),
         (b'{"time": 1.0, "event": "opened", "run_id": "../a"}', "run_id: "),
@@ -224,6 +229,31 @@ def test_an_unreadable_event_is_set_aside_by_name(
     later.append("closed", status="FINISHED")
     assert names(tmp_path)[-1] == "00000003-00000002.json"
     assert (tmp_path / "ledger" / "toy" / name).read_bytes() == text, "nothing is done to it"
+
+
+@pytest.mark.parametrize("digits", [19, 245])
+def test_a_number_that_no_run_can_have_is_no_event(tmp_path: Path, digits: int) -> None:
+    ledger(tmp_path).append("opened", run_id="r")
+    copy_event(tmp_path, "9" * digits)
+    later = ledger(tmp_path, Fence(2))
+    later.append("closed", status="FINISHED")
+    assert "00000001-00000002.json" in names(tmp_path)
+
+
+def test_after_the_highest_number_an_error_names_the_record(tmp_path: Path) -> None:
+    ledger(tmp_path).append("opened", run_id="r")
+    copy_event(tmp_path, "9" * 18)
+    before = names(tmp_path)
+    with pytest.raises(UserError, match="highest number") as caught:
+        ledger(tmp_path, Fence(2)).append("closed", status="FINISHED")
+    assert "9" * 18 + ".json" in str(caught.value)
+    assert names(tmp_path) == before
+
+
+def copy_event(folder: Path, number: str) -> None:
+    place = folder / "ledger" / "toy"
+    first = min(place.iterdir())
+    (place / f"{number}.json").write_bytes(first.read_bytes())
 
 
 def test_a_damaged_last_event_is_neither_overwritten_nor_forgotten_as_a_number(tmp_path: Path) -> None:

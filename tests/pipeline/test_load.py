@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import toys
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.plan import resolve
+from orchestrator.store.open import open_store
 
 HEAD = "name: toy\nstages:\n"
 CURATE = "  a: {kind: curate}\n"
@@ -262,3 +264,35 @@ def test_what_a_worker_needs_is_checked_and_its_secrets_stay_out_of_records(
         assert "hunter2" not in said
     said = complaint(write(text), "elastic.resources.gpus=1")
     assert "did you mean 'gpu'?" in said
+
+
+@pytest.mark.parametrize(
+    "store",
+    ["", " ", "file://", "a" * 300, "~no-such-user-here/x"],
+    ids=["none", "space", "file", "long", "user"],
+)
+def test_an_address_that_is_no_store_is_an_error_with_its_line(pipeline: Path, store: str) -> None:
+    text = pipeline.read_text().replace("store: runs/", f"store: {json.dumps(store)}")
+    pipeline.write_text(text)
+    with pytest.raises(UserError, match=r"the address of the store is empty|cannot be used: ") as caught:
+        load(pipeline, stage_type=toys.ToyStage)
+    assert f"{pipeline}:2" in str(caught.value)
+    with pytest.raises(UserError):
+        open_store(store)
+
+
+@pytest.mark.parametrize("name", ["ledger", "ledger/toy", "artifacts", "work", "holds", "spool/toy"])
+@pytest.mark.parametrize("loop", [True, False])
+def test_what_is_no_folder_in_a_store_is_an_error_with_its_line(
+    pipeline: Path, name: str, loop: bool
+) -> None:
+    path = Path("runs", name)
+    path.parent.mkdir(parents=True)
+    if loop:
+        path.symlink_to(path.name)
+    else:
+        path.touch()
+    with pytest.raises(UserError, match="is not a folder, so the store cannot be used") as caught:
+        load(pipeline, stage_type=toys.ToyStage)
+    assert f"{pipeline}:2" in str(caught.value)
+    assert str(path) in str(caught.value)

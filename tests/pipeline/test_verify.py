@@ -71,6 +71,40 @@ def name_of(store: Store, kind: str, file: str) -> str:
     return next(name for name in store.list(f"artifacts/{kind}-") if name.endswith(file))
 
 
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_loop])
+def test_pipes_and_loops_in_a_store_are_damage_and_no_command_waits_for_them(
+    pipeline: Path, command: Command, make: Callable[[Path], None]
+) -> None:
+    assert command("run", "toy.yaml")[0] == 0
+    record = max(path for path in Path("runs/ledger/toy").iterdir() if '"done"' in path.read_text())
+    (manifest,) = Path("runs").glob("artifacts/curate-*/manifest.json")
+    (result,) = Path("runs").glob("artifacts/pretrain-*/result.json")
+    for path in (record, manifest, result):
+        path.unlink()
+        make(path)
+    code, said = command("verify", "toy.yaml")
+    assert code == 1
+    for path in (record, manifest, result):
+        assert f"✗ {path.relative_to('runs')}: not a regular file" in said
+    code, said = command("status", "toy.yaml")
+    assert (code, f"{record.relative_to('runs')} in store" in said) == (0, True), said
+    code, said = command("plan", "toy.yaml")
+    assert code == 0, said
+    code, said = command("run", "toy.yaml")
+    assert code == 0, said
+    assert json.loads(manifest.read_text())["kind"] == "curate"
+    assert result.is_file()
+    assert command("verify", "toy.yaml")[1].count("✗") == 2, "the record stays where it is"
+
+
 def test_a_whole_store_and_every_kind_of_damage(store: Store, command: Command, folder: Path) -> None:
     code, said = command("verify", store.uri)
     assert (code, said.count("\n")) == (0, 1), said
