@@ -187,7 +187,8 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
         except UserError:
             raise
         except Exception as error:  # of MLflow, of the database under it, or of the store of the files
-            raise UserError(f"cannot pull {reference} from {uri}: {error}", where=uri) from error
+            why = str(error).replace(uri, redacted(uri))
+            raise UserError(f"cannot pull {reference} from {redacted(uri)}: {why}", where=uri) from error
     return out
 
 
