@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import os
+import stat
 import tempfile
 import threading
 import time
@@ -219,3 +220,20 @@ def _identity(fd: int) -> _Identity:
 
 
 DIGESTS = Digests()
+
+
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """A regular file, open for reading. A pipe, a socket or a device is an OSError, and never waits for a writer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a regular file")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def why(error: OSError) -> str:
+    """The reason of an OSError, without the path."""
+    return error.strerror or str(error)

@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import re
-import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from orchestrator.fsio import open_regular, why
 from orchestrator.spec import MAX_PIXELS
 
 T = TypeVar("T")
@@ -149,23 +149,6 @@ def _reading(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UnreadableImage(path, why(error)) from error
-
-
-def open_regular(path: Path | str) -> io.BufferedReader:
-    """A regular file, open for reading. A pipe, a socket or a device is an OSError, and never waits for a writer."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a regular file")
-    except OSError:
-        os.close(descriptor)
-        raise
-    return os.fdopen(descriptor, "rb")
-
-
-def why(error: OSError) -> str:
-    """The reason of an OSError, without the path."""
-    return error.strerror or str(error)
 
 
 def decode_rgb(

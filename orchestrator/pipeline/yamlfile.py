@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.fsio import open_regular, why
 from orchestrator.redact import redacted
 
 KeyPath = tuple[str | int, ...]
@@ -162,7 +163,7 @@ def _extended(path: Path, inside: tuple[Path, ...]) -> Document:
     below = path.parent / base
     if below.resolve() in (path.resolve(), *inside):
         raise UserError("the file extends itself", where=where)
-    if not below.is_file():
+    if not below.exists():
         raise UserError(
             f"no such pipeline file: {below}", where=where, hint=f"paths are relative to {path.parent}"
         )
@@ -277,9 +278,9 @@ def _constructed(node: yaml.Node, where: str) -> Any:
         return _plain(loader.construct_document(node))
     except (ValueError, TypeError, OverflowError, AttributeError, KeyError, RecursionError) as error:
         # Python repeats the value, which may be a secret, in quotes.
-        why = "" if isinstance(error, KeyError) else shortened(_QUOTED.sub("…", str(error)), 200)
+        reason = "" if isinstance(error, KeyError) else shortened(_QUOTED.sub("…", str(error)), 200)
         raise UserError(
-            f"a value cannot be read: {why or type(error).__name__}",
+            f"a value cannot be read: {reason or type(error).__name__}",
             where=f"{where}:{_culprit(node)}",
             hint="put it in quotes if it is a text",
         ) from None
@@ -314,7 +315,7 @@ def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise UserError(f"the pipeline file is larger than {_MAX_BYTES:,} bytes", where=str(path))
@@ -327,7 +328,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError("the pipeline file is not UTF-8 text", where=f"{path}, byte {error.start}") from None
     except OSError as error:
-        raise UserError(f"cannot read the pipeline file: {error.strerror}", where=str(path)) from None
+        raise UserError(f"cannot read the pipeline file: {why(error)}", where=str(path)) from None
     except ValueError:  # a NUL in its name
         raise UserError("no such pipeline file", where=str(path), hint="check the path") from None
 
