@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from orchestrator.errors import causes, shortened
+from orchestrator.errors import UserError, causes, shortened
 from orchestrator.redact import redacted
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -111,3 +111,20 @@ def _sentence(error: BaseException) -> str:
         said = (line for line in lines if any(words in line for words in _SAID))
         text = next(said, next(iter(lines), type(error).__name__))
     return shortened(redacted(text))
+
+
+def named(text: Path | str) -> Path:
+    """A path that a user gave, with `~` replaced.
+
+    Raises:
+        UserError: no file can have the name, or there is no such user.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(
+            f"the path cannot be used: {reason}", where=str(text), hint="check the path"
+        ) from None
+    return path

@@ -30,12 +30,13 @@ class UserError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        lines = [self.what]
+        # Each on its own: one that begins with an address may be the address alone.
+        lines = [redacted(self.what)]
         if self.where:
-            lines.append(f"  at   {self.where}")
+            lines.append(f"  at   {redacted(self.where)}")
         if self.hint:
-            lines.append(f"  hint {self.hint}")
-        return "\n".join(shortened(line) for line in redacted("\n".join(lines)).split("\n"))
+            lines.append(f"  hint {redacted(self.hint)}")
+        return "\n".join(shortened(line) for line in "\n".join(lines).split("\n"))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process boundaries; the default would lose the keyword arguments.

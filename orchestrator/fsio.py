@@ -264,3 +264,8 @@ def _identity(fd: int) -> _Identity:
 
 
 DIGESTS = Digests()
+
+
+def why(error: OSError) -> str:
+    """The reason of an OSError, without the path."""
+    return error.strerror or str(error)

@@ -1,7 +1,8 @@
 """What may be a secret in a text: found, so that it is refused, and taken out of whatever leaves the process.
 
 Known are user information in addresses (`scheme://user:password@host`), values of parameters in addresses that are
-called token, signature, password and the like, access keys and tokens in the forms of AWS, GitHub, GitLab, Hugging Face
+called token, signature, password and the like, the
+password of a database's connection string, access keys and tokens in the forms of AWS, GitHub, GitLab, Hugging Face
 and Slack, and the values of environment variables with such names. A password that stands alone under another name is
 not.
 """
@@ -12,16 +13,36 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 HIDDEN = "***"
 
-# Also a password with a slash in it, which is no valid address and common; a port before a path is none.
-_USER = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?:[^\s/?#@'\"]*@|[^\s/@'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"]*@)"
+# Also a password with a slash in it, which is no valid address and common. A port before a path is none, but where one
+# word before it is likelier to be a user.
+_USER_PART = (
+    r"(?:[^{space}/?#@]*|[^{space}/@]*:(?!\d+(?:[/?#'\",;)\]}}>\s]|$))[^{space}]*"
+    r"|(?!localhost:)[^\s/?#@.:'\"]+:\d+/[^{space}]*)@"
 )
-_WORD = r"(?:token|secret|pass(?:w(?:or)?d)?|pwd|jwt|signature|credential|api[_\-]?key|access[_\-]?key)"
+_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)" + _USER_PART.format(space=r"\s"))
+# An address without its scheme.
+_BARE_USER = re.compile(r"(?P<scheme>(?<![\w:/])//)[^\s/?#@:]*:[^\s/?#@]*@")
+# An address at the beginning of a value, whose password may have spaces in it.
+_WHOLE_USER = re.compile(
+    r"\s*(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://|//(?=[^/?#@]*:))" + _USER_PART.format(space=r"\0")
+)
+_KEY = (
+    r"(?:api|access|account|auth|client|function|master|private|secret|shared|signing|subscription)[._\-]?key"
+)
+_WORD = rf"token|secret|pass(?:w(?:or)?d)?|pwd|jwt|signature|credential|{_KEY}"
+_SECRET_NAME = re.compile(rf"[\w.\-]*(?:{_WORD})[\w.\-]*|sig|auth|key|code|pat|bearer", re.IGNORECASE)
+# A name may be written with %, a value may have quotes inside.
 _PARAMETER = re.compile(
-    rf"(?P<name>(?:[?&;#]|%3B)(?:[\w.\-]*{_WORD}[\w.\-]*|sig|auth|key|code)=)(?P<value>[^&;#\s'\"]+)",
+    r"(?P<name>(?:[?&;#]|%3B)(?P<word>[\w.\-%]+)=)(?P<value>[^&;#\s]*[^&;#\s'\"])", re.IGNORECASE
+)
+# Of a connection string of a database: `password='x y z'`.
+_SETTING = re.compile(
+    r"(?P<name>(?<![\w.\-/?&;#%])(?:[\w.\-]*(?:pass(?:w(?:or)?d)|pwd|secret|token)\s*=\s*(?=['\"])"
+    r"|(?:password|passwd|pwd)\s*=\s*))(?P<value>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[^\s'\",;&)\]}]+)",
     re.IGNORECASE,
 )
 _FORMS = re.compile(
@@ -36,10 +57,13 @@ _SHORTEST = 8
 def redacted(text: str) -> str:
     """`text` without what may be a secret in it; `***` stands for each."""
     # Most texts have none of the marks, and this is called for every line of a log.
-    if "://" in text:
+    if "//" in text:
+        text = _WHOLE_USER.sub(rf"\g<scheme>{HIDDEN}@", text, count=1) if _WHOLE_USER.match(text) else text
         text = _USER.sub(rf"\g<scheme>{HIDDEN}@", text)
+        text = _BARE_USER.sub(rf"\g<scheme>{HIDDEN}@", text)
     if "=" in text:
-        text = _PARAMETER.sub(rf"\g<name>{HIDDEN}", text)
+        text = _without_parameters(text)
+        text = _SETTING.sub(rf"\g<name>{HIDDEN}", text)
     text = _FORMS.sub(HIDDEN, text)
     for name, value in os.environ.items():
         # The path of a file with a secret is none.
@@ -62,11 +86,26 @@ def redacted_values(value: Any) -> Any:
 
 def secret_in(text: str) -> str | None:
     """What kind of secret a text holds, in words; None if there is none. A user's name without a password is none."""
-    for found in _USER.finditer(text):
-        user = found[0].removeprefix(found["scheme"]).removesuffix("@")
+    whole = _WHOLE_USER.match(text)
+    users = [*([whole] if whole else ()), *_USER.finditer(text), *_BARE_USER.finditer(text)]
+    for found in users:
+        user = found[0].strip().removeprefix(found["scheme"]).removesuffix("@")
         is_database = found["scheme"].partition("+")[0].partition(":")[0] in ("postgresql", "mysql", "mssql")
         if user != HIDDEN and (":" in user or not is_database):
             return "user information"
-    if any(found["value"] != HIDDEN for found in _PARAMETER.finditer(text)):
+    if _without_parameters(text) != text:
         return "a token or a signature"
+    if any(found["value"] != HIDDEN for found in _SETTING.finditer(text)):
+        return "a password"
     return "an access key or a token" if _FORMS.search(text) else None
+
+
+def _without_parameters(text: str) -> str:
+    """`text` without the values of parameters that are secrets by their names."""
+    return _PARAMETER.sub(_hidden, text)
+
+
+def _hidden(parameter: re.Match[str]) -> str:
+    is_secret = _SECRET_NAME.fullmatch(unquote(parameter["word"])) is not None
+    # The value of another one may be an address with parameters of its own.
+    return parameter["name"] + (HIDDEN if is_secret else _without_parameters(parameter["value"]))

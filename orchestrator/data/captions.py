@@ -21,6 +21,8 @@ _DELIMITERS = (",", ";", "\t")
 # Names of a folder that are looked through for the nearest one.
 _LOOKED_THROUGH = 2000
 _SHOWN = 3
+# Columns of a table; one that has more is something else.
+_MOST_COLUMNS = 1000
 
 Note = tuple[str | None, str | None]
 
@@ -67,6 +69,7 @@ def read(path: Path, root: Path, files: Sequence[str]) -> Captions:
     unknown: dict[str, int] = {}
     clashes: dict[str, int] = {}
     longer: list[int] = []
+    swallowing: list[int] = []
     for line, row in table.rows():
         if len(row) > len(table.columns):
             longer.append(line)
@@ -80,12 +83,16 @@ def read(path: Path, root: Path, files: Sequence[str]) -> Captions:
         if notes.get(file, note) != note:
             clashes.setdefault(file, line)
         notes[file] = note
+        if any(_swallows(value, table.delimiter, names) for value in row):
+            swallowing.append(line)
     if unknown:
         raise _unknown(path, unknown, names, root, found_any=bool(notes))
     if clashes:
         warnings.append(_clashing(path, clashes))
     if longer:
         warnings.append(_too_long(path, longer, len(table.columns)))
+    if swallowing:
+        warnings.append(_unclosed(path, swallowing))
     return Captions(notes, tuple(warnings))
 
 
@@ -112,6 +119,10 @@ class _Table:
             if FILE in map(_bare, row):
                 self.delimiter, header = delimiter, row
                 break
+        if len(header) > _MOST_COLUMNS:
+            what = f"the captions file has {len(header):,} columns, more than {_MOST_COLUMNS:,}"
+            hint = "its first line names the columns: file, caption and label"
+            raise UserError(what, where=f"{path}:1", hint=hint)
         self.columns = [_bare(name) for name in header]
         self.is_loose = self._skips_spaces(self.delimiter) or any(
             bare != name for name, bare in zip(header, self.columns, strict=True) if bare in _COLUMNS
@@ -143,8 +154,9 @@ class _Table:
     def odd_columns(self) -> list[UserError]:
         """Columns that are not read and whose names come close to ones that are."""
         found = []
-        for name in self.columns:
-            close = nearest(name, [other for other in (CAPTION, LABEL) if other not in self.columns])
+        lacking = [other for other in (CAPTION, LABEL) if other not in self.columns]
+        for name in dict.fromkeys(self.columns):
+            close = nearest(name, lacking)
             if name not in _COLUMNS and close is not None:
                 what = f"the column {name!r} of the captions file is not read"
                 hint = f"rename it to {close!r}, if that is what it holds"
@@ -152,12 +164,20 @@ class _Table:
         return found
 
     def _lines(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+        line = 0
         try:
             with self._path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.reader(file, delimiter=delimiter, skipinitialspace=self._skips_spaces(delimiter))
                 for row in reader:
-                    yield reader.line_num, row
-        except (OSError, csv.Error) as error:
+                    line = reader.line_num
+                    yield line, row
+        except csv.Error as error:
+            raise UserError(
+                f"the captions file cannot be read: {error}",
+                where=f"{self._path}:{line + 1}",
+                hint="close every quote: without its end a value reaches to the end of the file",
+            ) from error
+        except OSError as error:
             raise UserError(f"the captions file cannot be read: {error}", where=str(self._path)) from error
         except UnicodeDecodeError as error:
             hint = "save it as UTF-8"
@@ -257,6 +277,23 @@ def _too_long(path: Path, lines: Sequence[int], width: int) -> UserError:
         f"{rows} of the captions file have more values than the {width} columns; the extra values are ignored",
         where=f"{path}:{lines[0]}",
         hint="put a text with the delimiter in it into double quotes",
+    )
+
+
+def _swallows(value: str, delimiter: str, names: _Names) -> bool:
+    """Whether a later line of a value begins with a photo's name and a delimiter, as a row does."""
+    return any(
+        delimiter in line and names.find(line.partition(delimiter)[0].strip('"')) is not None
+        for line in value.splitlines()[1:]
+    )
+
+
+def _unclosed(path: Path, lines: Sequence[int]) -> UserError:
+    values = "1 value" if len(lines) == 1 else f"{len(lines)} values"
+    return UserError(
+        f"{values} of the captions file contain lines that look like rows: a quote is probably not closed",
+        where=f"{path}, row that ends on line {lines[0]}",
+        hint='close the quote before the row; a quote inside a quoted text is written twice, ""',
     )
 
 

@@ -21,7 +21,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from orchestrator.fsio import open_regular
+from orchestrator.fsio import open_regular, why
 from orchestrator.spec import MAX_PIXELS
 
 T = TypeVar("T")
@@ -149,11 +149,6 @@ def _reading(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UnreadableImage(path, why(error)) from error
-
-
-def why(error: OSError) -> str:
-    """The reason of an OSError, without the path."""
-    return error.strerror or str(error)
 
 
 def decode_rgb(

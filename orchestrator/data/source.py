@@ -13,13 +13,17 @@ from pathlib import Path
 
 from orchestrator.data.captions import Captions, captions_path, reads_as_before
 from orchestrator.data.captions import read as read_captions
-from orchestrator.data.decode import UnreadableImage, use_rgb, why
+from orchestrator.data.decode import UnreadableImage, use_rgb
 from orchestrator.errors import UserError
-from orchestrator.fsio import open_regular, sha256_of
+from orchestrator.fsio import open_regular, sha256_of, why
 from orchestrator.spec import MAX_PIXELS, DataSource
 
 # Endings of the formats that `decode` knows.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+# Folders by which a store is known, and all that runs make in one, MLflow's included.
+_OF_EACH_STORE = frozenset({"ledger", "pipelines"})
+_OF_STORES = _OF_EACH_STORE | {"artifacts", "work", "holds", "logs", "spool", "tracking", "mlartifacts"}
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,23 @@ class _Walk:
             except OSError as error:
                 self._leave(folder, f"folder: {why(error)}")
                 continue
+            found = self._without_own(folder, found)
             folders += [inside for entry in found if (inside := self._look(folder, entry)) is not None]
+
+    def _without_own(self, folder: str, entries: list[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
+        """What is in a folder without what runs wrote there: a dataset must not change by being trained on."""
+        # Of other names nothing is asked here: a link among them may lead nowhere.
+        folders = {entry.name for entry in entries if entry.name in _OF_STORES and Path(entry.path).is_dir()}
+        if not folders >= _OF_EACH_STORE:
+            return entries
+        kept = []
+        for entry in entries:
+            if entry.name in folders:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                self._leave(path, "a folder of the store of a pipeline")
+            else:
+                kept.append(entry)
+        return kept
 
     def _look(self, folder: str, entry: os.DirEntry[str]) -> str | None:
         """Take or leave one thing in a folder; returns its path if it is a folder to walk."""

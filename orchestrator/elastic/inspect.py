@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator import disk
 from orchestrator.elastic import saved as form
 from orchestrator.elastic.saved import COMMIT, CheckpointError, step_of
 from orchestrator.elastic.skips import Skips
@@ -101,8 +102,9 @@ def describe_all(path: Path) -> list[Description]:
     """The checkpoint in `path`, or all those in the folder `path`, oldest first.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or no folder can have this name.
     """
+    path = disk.named(path)
     if (path / COMMIT).exists() or (step_of(path.name) is not None and path.is_dir()):
         return [describe(path)]
     found = {one: step for one in path.glob("step-*") if (step := step_of(one.name)) is not None}

@@ -79,7 +79,9 @@ def _complaint(
     if first["type"] == "extra_forbidden":
         close = nearest(name, candidates)
         hint = f"did you mean {close!r}?" if close else f"{owner} takes: {', '.join(sorted(candidates))}"
-        return UserError(f"unknown key {name!r} in {owner}", where=document.where(path), hint=hint)
+        # What is below may be a secret that belongs elsewhere.
+        where = document.where(path, value=False)
+        return UserError(f"unknown key {name!r} in {owner}", where=where, hint=hint)
     if first["type"] == "missing":
         hint = f"add `{name}: …`"
         return UserError(f"{owner} is missing the key {name!r}", where=document.where(path), hint=hint)

@@ -118,7 +118,10 @@ def _store(uri: str) -> Row:
         error = store_trouble(uri, writes=True)
         found = f"{uri} can be written, listed and read" if error is None else error.what
         return error is None, "store", found
-    folder = Path(uri.removeprefix("file://")).expanduser().absolute()
+    try:
+        folder = disk.named(uri.removeprefix("file://")).absolute()
+    except UserError as error:
+        return False, "store", f"{uri}: {error.what}"
     existing = disk.existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return False, "store", f"{folder} cannot be written"

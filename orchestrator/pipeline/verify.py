@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator import disk
 from orchestrator.elastic import saved as form
 from orchestrator.elastic.saved import COMMIT, CheckpointError
 from orchestrator.errors import UserError
@@ -95,7 +96,7 @@ def examine(store: Store) -> Iterator[Finding]:
 def _uri(target: str) -> str:
     if is_remote(target):
         return target
-    path = Path(target.removeprefix("file://")).expanduser()
+    path = disk.named(target.removeprefix("file://"))
     if path.is_dir():
         return str(path)
     if path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.fsio import open_regular, why
 from orchestrator.redact import redacted
 
 KeyPath = tuple[str | int, ...]
@@ -28,8 +30,11 @@ _MAX_FILES = 20
 # Digits that a number may have; 10³⁰ is read, and refused by its field.
 _MAX_NUMBER = 50
 
-# A worker's environment, which may hold tokens and passwords.
-_PRIVATE = "runtime_env"
+# A worker's environment, which may hold tokens and passwords, also under a name that is not quite right.
+_PRIVATE = re.compile(r"runtime_?env|env(?:ironment)?[_\-]?var|environment", re.IGNORECASE)
+_PRIVATE_KEYS = ("env", "envs")
+_NO_NAME = re.compile(r"[^\w.\-]")
+_QUOTED = re.compile(r"""'[^'<]{2,}'|"[^"<]{2,}\"""")
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,7 +67,16 @@ class Document:
     overrides: dict[KeyPath, str] = field(default_factory=dict)
 
     def where(self, path: KeyPath, *, value: bool = True) -> str:
-        """`file:line  key.path = value`, by the nearest enclosing key path that was written down."""
+        """`file:line  key.path = value`, by the nearest enclosing key path that was written down.
+
+        Args:
+            value: whether the value is shown, if it is no secret; an override is shown with or without its own.
+        """
+
+        def override(written: str) -> str:
+            shown = without_secrets(written)
+            return shown if value or "=" not in shown else f"{shown.partition('=')[0]}=…"
+
         dotted = ".".join(str(part) for part in path)
         found, known = lookup(self.data, path)
         shown = dotted
@@ -70,11 +84,11 @@ class Document:
             shown = f"{dotted} = {show(found)}"
         inside = [name for name in self.overrides if path and name[: len(path)] == path]
         if inside and path not in self.lines:
-            return f"command line `{without_secrets(self.overrides[inside[0]])}`  {shown}"
+            return f"command line `{override(self.overrides[inside[0]])}`  {shown}"
         for length in range(len(path), -1, -1):
             prefix = path[:length]
             if prefix in self.overrides:
-                return f"command line `{without_secrets(self.overrides[prefix])}`  {shown}"
+                return f"command line `{override(self.overrides[prefix])}`  {shown}"
             if prefix in self.lines:
                 file = self.files.get(prefix, self.path)
                 return f"{file}:{self.lines[prefix]}  {shown}".rstrip()
@@ -149,7 +163,7 @@ def _extended(path: Path, inside: tuple[Path, ...]) -> Document:
     below = path.parent / base
     if below.resolve() in (path.resolve(), *inside):
         raise UserError("the file extends itself", where=where)
-    if not below.is_file():
+    if not below.exists():
         raise UserError(
             f"no such pipeline file: {below}", where=where, hint=f"paths are relative to {path.parent}"
         )
@@ -201,7 +215,7 @@ def _parse(path: Path) -> Document:
         _record(node, (), document, active=())
         document.data = _constructed(node, str(path))
     except yaml.MarkedYAMLError as error:
-        raise _syntax_error(path, error) from None
+        raise _syntax_error(path, error, is_private=is_private_text(text)) from None
     except yaml.YAMLError as error:
         raise UserError(f"not readable as YAML: {shortened(str(error), 200)}", where=str(path)) from None
     return document
@@ -263,9 +277,12 @@ def _constructed(node: yaml.Node, where: str) -> Any:
     try:
         return _plain(loader.construct_document(node))
     except (ValueError, TypeError, OverflowError, AttributeError, KeyError, RecursionError) as error:
-        what = f"a value cannot be read: {shortened(str(error), 200) or type(error).__name__}"
+        # Python repeats the value, which may be a secret, in quotes.
+        reason = "" if isinstance(error, KeyError) else shortened(_QUOTED.sub("…", str(error)), 200)
         raise UserError(
-            what, where=f"{where}:{_culprit(node)}", hint="put it in quotes if it is a text"
+            f"a value cannot be read: {reason or type(error).__name__}",
+            where=f"{where}:{_culprit(node)}",
+            hint="put it in quotes if it is a text",
         ) from None
     finally:
         loader.dispose()
@@ -298,7 +315,7 @@ def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise UserError(f"the pipeline file is larger than {_MAX_BYTES:,} bytes", where=str(path))
@@ -311,16 +328,20 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError("the pipeline file is not UTF-8 text", where=f"{path}, byte {error.start}") from None
     except OSError as error:
-        raise UserError(f"cannot read the pipeline file: {error.strerror}", where=str(path)) from None
+        raise UserError(f"cannot read the pipeline file: {why(error)}", where=str(path)) from None
     except ValueError:  # a NUL in its name
         raise UserError("no such pipeline file", where=str(path), hint="check the path") from None
 
 
-def _syntax_error(path: Path, error: yaml.MarkedYAMLError) -> UserError:
+def _syntax_error(path: Path, error: yaml.MarkedYAMLError, *, is_private: bool) -> UserError:
+    """What the parser says; of a file that may hold secrets without what it quotes, such as an unknown alias."""
     mark = error.problem_mark or error.context_mark
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     hint = "indent with spaces, not tabs" if mark and "\\t" in str(error.problem) else None
-    return UserError(f"not valid YAML: {error.problem or error.context}", where=where, hint=hint)
+    problem = str(error.problem or error.context)
+    if is_private:
+        problem = _QUOTED.sub("…", problem)
+    return UserError(f"not valid YAML: {problem}", where=where, hint=hint)
 
 
 def _record(node: yaml.Node, path: KeyPath, document: Document, active: tuple[int, ...]) -> None:
@@ -369,13 +390,22 @@ def _plain(value: Any) -> Any:
 
 def is_private(path: KeyPath) -> bool:
     """Whether what is at or below `path` may be a secret, such as an environment variable: no message shows it."""
-    return _PRIVATE in path
+    return any(isinstance(part, str) and (part in _PRIVATE_KEYS or is_private_text(part)) for part in path)
+
+
+def is_private_text(text: str) -> bool:
+    """Whether a text speaks of an environment, so that any value in it may be a secret."""
+    return _PRIVATE.search(text) is not None
 
 
 def without_secrets(override: str) -> str:
     """An override as a message or a command may show it."""
-    name, equals, _ = override.partition("=")
-    return f"{name}{equals}…" if _PRIVATE in override else redacted(override)
+    name, equals, value = override.partition("=")
+    if not is_private_text(override):
+        return f"{redacted(name)}{equals}{redacted(value)}"
+    # Without `=`, or with it in the value, the name is what stands before anything that no name has.
+    end = _NO_NAME.search(name)
+    return f"{name[: end.start()]} …" if end else f"{name}{equals}…"
 
 
 def _is_container(value: Any) -> bool:
@@ -387,17 +417,22 @@ def _apply(document: Document, override: str) -> None:
     name, equals, text = override.partition("=")
     where = f"command line `{without_secrets(override)}`"
     parts = name.strip().split(".")
-    if not equals or not all(parts):
+    is_strange = is_private_text(name) and _NO_NAME.search(name.strip()) is not None
+    if not equals or not all(parts) or is_strange:
         raise UserError(
-            f"not an override: {override!r}", where="command line", hint="write key.path=value, e.g. seed=1"
+            f"not an override: {without_secrets(override)!r}",
+            where="command line",
+            hint="write key.path=value, e.g. seed=1",
         )
+    # Of a value that is no YAML nobody knows whether it holds a secret.
+    without_value = f"command line `{name}=…`"
     try:
-        _check_size(text, where)
+        _check_size(text, without_value)
         node = yaml.compose(text, _Loader)
-        value = None if node is None else _constructed(node, where)
+        value = None if node is None else _constructed(node, without_value)
     except yaml.YAMLError:
-        shown = "…" if is_private(tuple(parts)) else repr(text)
-        raise UserError(f"the value {shown} is not valid YAML", where=where, hint="quote it") from None
+        what = f"the value of {shortened(name, 200)} is not valid YAML"
+        raise UserError(what, where=without_value, hint="quote it") from None
     target: Any = document.data
     for depth, part in enumerate(parts[:-1]):
         if target.get(part) is None:
@@ -405,8 +440,9 @@ def _apply(document: Document, override: str) -> None:
             target[part] = {}
         if not isinstance(target[part], dict):
             dotted = ".".join(parts[: depth + 1])
+            held = "a value" if is_private(tuple(parts)) else show(target[part])
             raise UserError(
-                f"{dotted} holds {show(target[part])}, which has no keys",
+                f"{dotted} holds {held}, which has no keys",
                 where=where,
                 hint=f"override the whole value: {dotted}=…",
             )

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import UserError, nearest
+from orchestrator.fsio import open_regular, why
 
 # Years of spot prices are a few megabytes.
 _MAX_BYTES = 16 << 20
@@ -70,7 +71,7 @@ class JsonFile:
 
     def _read(self) -> str:
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 data = file.read(_MAX_BYTES + 1)
             if len(data) > _MAX_BYTES:
                 raise UserError(f"the {self.what} is larger than {_MAX_BYTES:,} bytes", where=str(self.path))
@@ -84,7 +85,7 @@ class JsonFile:
             where = f"{self.path}, byte {error.start}"
             raise UserError(f"the {self.what} is not UTF-8 text", where=where) from None
         except OSError as error:
-            raise UserError(f"cannot read the {self.what}: {error.strerror}", where=str(self.path)) from None
+            raise UserError(f"cannot read the {self.what}: {why(error)}", where=str(self.path)) from None
 
     def _line(self, keys: Keys) -> int:
         # Lines are looked up only to complain: JSON is YAML, and the YAML parser knows them but is slow.

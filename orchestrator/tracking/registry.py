@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator import disk
 from orchestrator.errors import UserError, nearest
-from orchestrator.fsio import DIGESTS, folder_beside, move
+from orchestrator.fsio import DIGESTS, folder_beside, move, why
 from orchestrator.redact import redacted
 from orchestrator.tracking import moved
 from orchestrator.tracking.backlog import clock
@@ -158,6 +159,7 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
         UserError: no such model, alias or version; `out` is not empty; MLflow or the files cannot be reached;
             the files are not those that were trained and published.
     """
+    out = disk.named(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty", where=str(out), hint="name a folder that does not exist yet")
     database = database_path(uri)
@@ -165,13 +167,22 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
         raise UserError(
             f"there is no MLflow database at {database}", where=uri, hint="give the pipeline's tracking.uri"
         )
+    if database is not None and not database.is_file():
+        raise UserError(
+            f"{database} is not a regular file", where=uri, hint="give the pipeline's tracking.uri"
+        )
     with _answering(uri, where=uri):
         client = connect(uri)
     from mlflow.artifacts import download_artifacts
 
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with folder_beside(out) as staging:
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            staging = stack.enter_context(folder_beside(out))
+        except OSError as error:
+            what = f"the folder {out} cannot be made: {why(error)}"
+            raise UserError(what, where=str(out), hint="name another folder for --out") from None
         try:
             version = _resolve(client, reference)
             source = client.get_model_version_download_uri(version.name, version.version)
@@ -187,7 +198,8 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
         except UserError:
             raise
         except Exception as error:  # of MLflow, of the database under it, or of the store of the files
-            raise UserError(f"cannot pull {reference} from {uri}: {error}", where=uri) from error
+            reason = str(error).replace(uri, redacted(uri))
+            raise UserError(f"cannot pull {reference} from {redacted(uri)}: {reason}", where=uri) from error
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from pathlib import Path
 
@@ -118,3 +119,31 @@ def test_only_a_header_that_was_read_otherwise_changes_the_key(tmp_path: Path) -
     write(tmp_path, "file, caption\na.jpg, x\n")
     assert fingerprint(source) != "a0548c191fe2fafc682cd756d3c7fa95e82a773a0dc93140c9b8f66c3657b1ec"
     assert not reads_as_before(tmp_path / "c.csv")
+
+
+def test_a_header_of_very_many_columns_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text(",".join(["file", *(f"captoin{number}" for number in range(50_000))]) + "\n")
+    started = time.monotonic()
+    with pytest.raises(UserError, match="50,001 columns, more than 1,000"):
+        read(path, tmp_path, ["a.jpg"])
+    assert time.monotonic() - started < 5
+
+
+def test_a_quote_that_is_not_closed_is_a_warning_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text('file,caption\na.jpg,"a cat\nb.jpg,a dog\n')
+    (warning,) = read(path, tmp_path, ["a.jpg", "b.jpg"]).warnings
+    assert "a quote is probably not closed" in str(warning)
+    assert "line 3" in str(warning)
+    path.write_text('file,caption\na.jpg,"a cat,\nand a dog, too"\n')
+    assert not read(path, tmp_path, ["a.jpg", "b.jpg"]).warnings
+
+
+def test_a_value_that_is_too_long_is_an_error_with_the_line_it_begins_on(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text('file,caption\na.jpg,a cat\nb.jpg,"a dog' + "\nmore" * 40_000)
+    with pytest.raises(UserError) as raised:
+        read(path, tmp_path, ["a.jpg", "b.jpg"])
+    assert "captions.csv:3" in str(raised.value)
+    assert "close every quote" in str(raised.value)

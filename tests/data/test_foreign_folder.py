@@ -52,6 +52,27 @@ def _left_out(folder: Path) -> dict[str, str]:
 # --- the listing ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("store", ["", "store", "deep/runs"])
+def test_a_store_inside_is_left_out_so_that_the_key_stays(folder: Path, store: str) -> None:
+    source = DataSource(path=folder)
+    before = fingerprint(source)
+    for part in ("ledger/toy", "pipelines/toy", "artifacts/curate-1", "work/curate-1", "mlartifacts/1"):
+        (folder / store / part).mkdir(parents=True)
+        _picture(seed=3).save(folder / store / part / "clusters.png")
+    assert list_images(source, "photos").files == ("a.jpg", "b.png")
+    assert fingerprint(source) == before
+    name = f"{store}/artifacts" if store else "artifacts"
+    assert _left_out(folder)[name] == "a folder of the store of a pipeline"
+
+
+def test_folders_that_are_only_called_like_those_of_a_store_are_read(folder: Path) -> None:
+    for part in ("artifacts", "work", "ledger"):
+        (folder / part).mkdir()
+        _picture(seed=3).save(folder / part / "c.png")
+    files = list_images(DataSource(path=folder), "photos").files
+    assert files == ("a.jpg", "artifacts/c.png", "b.png", "ledger/c.png", "work/c.png")
+
+
 def test_what_is_no_readable_picture_is_left_out_with_its_reason(folder: Path) -> None:
     os.mkfifo(folder / "pipe.jpeg")
     listener = socket.socket(socket.AF_UNIX)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline.yamlfile import read
+from orchestrator.simulate.jsonfile import JsonFile
 
 BASE = """\
 name: base
@@ -82,3 +85,19 @@ def test_what_cannot_be_extended_is_said(base: Path, text: str, wanted: str) -> 
     with pytest.raises(UserError, match=wanted) as caught:
         read(write(base, text))
     assert ".yaml:1  extends" in str(caught.value)
+
+
+@pytest.mark.parametrize("opened", [read, lambda path: JsonFile(path, "trace")], ids=["plan", "simulate"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(
+    tmp_path: Path, opened: Callable[[Path], object]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match="not a regular file"):
+        opened(tmp_path / "pipe.yaml")
+
+
+def test_a_pipe_that_is_extended_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "top.yaml").write_text("extends: pipe.yaml\n")
+    with pytest.raises(UserError, match="not a regular file"):
+        read(tmp_path / "top.yaml")

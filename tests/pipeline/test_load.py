@@ -34,11 +34,11 @@ def complaint(path: Path, *overrides: str) -> str:
 BAD = {
     "unknown key": (
         HEAD + "  a:\n    kind: curate\n    tiks: 3\n",
-        ["unknown key 'tiks' in stage 'a'", "toy.yaml:5", "stages.a.tiks = 3", "'ticks'"],
+        ["unknown key 'tiks' in stage 'a'", "toy.yaml:5", "  stages.a.tiks\n", "'ticks'"],
     ),
     "unknown nested key": (
         HEAD + "  a:\n    kind: curate\n    optim:\n      lrr: 3\n",
-        ["unknown key 'lrr'", "toy.yaml:6", "stages.a.optim.lrr = 3", "'lr'"],
+        ["unknown key 'lrr'", "toy.yaml:6", "  stages.a.optim.lrr\n", "'lr'"],
     ),
     "unknown top key": ("nam: toy\nname: toy\nstages:\n" + CURATE, ["'nam'", "toy.yaml:1", "'name'"]),
     "misspelt kind": (HEAD + "  a: {kind: currate}\n", ["'currate'", "toy.yaml:3", "a.kind", "'curate'"]),
@@ -145,14 +145,14 @@ def test_every_mistake_is_named_at_once(write: Callable[[str], Path]) -> None:
     ("override", "expected"),
     [
         ("stages.pretrian.ticks=2", ["no stage 'pretrian'", "`stages.pretrian.ticks=2`", "'pretrain'"]),
-        ("stages.pretrain.tiks=2", ["unknown key 'tiks'", "`stages.pretrain.tiks=2`", "'ticks'"]),
+        ("stages.pretrain.tiks=2", ["unknown key 'tiks'", "`stages.pretrain.tiks=…`", "'ticks'"]),
         ("elastik.workers=2", ["unknown key 'elastik'", "'elastic'"]),
         ("stages.pretrain.ticks=few", ["must be an integer, not few", "command line"]),
         ("stages.pretrain.ticks.x=2", ["must be an integer", "command line"]),
         ("stages.pretrain.needs.x=2", ["has no keys", "command line"]),
         ("data.photo.path=x", ["no dataset 'photo'", "'photos'"]),
         ("seed", ["not an override", "key.path=value"]),
-        ("seed=[", ["not valid YAML", "`seed=[`"]),
+        ("seed=[", ["not valid YAML", "`seed=…`"]),
     ],
 )
 def test_a_bad_override_is_one_readable_error(pipeline: Path, override: str, expected: list[str]) -> None:
@@ -217,7 +217,7 @@ def test_old_keys_work_and_are_named_in_one_notice(
     (notice,) = caplog.messages
     assert "toy.yaml:2  elastic.silence_s is now heartbeat_timeout_s" in notice
     assert "toy.yaml:5  stages.b.elastic.hang_s is now stall_timeout_s" in notice
-    assert "hang_s=90`  elastic.hang_s is now stall_timeout_s" in notice
+    assert "hang_s=…`  elastic.hang_s is now stall_timeout_s" in notice
     said = complaint(path, "elastic.silence_s=0.5")
     assert "elastic.heartbeat_timeout_s: must be greater than 1, not 0.5" in said
     said = complaint(path, "elastic.heartbeat_timeout_s=5")

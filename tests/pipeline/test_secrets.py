@@ -38,6 +38,27 @@ REFUSED = {
         "read_default_file",
     ),
     "a password with a slash": ("tracking.uri", "postgresql://me:hush/hush@db.example/mlflow", "PGPASSWORD"),
+    "a password with a quote": (
+        "tracking.uri",
+        "http://bob:hush'er-hush@127.0.0.1:9",
+        "MLFLOW_TRACKING_PASSWORD",
+    ),
+    "a password with a space": (
+        "tracking.uri",
+        "http://bob:hush hush@127.0.0.1:9",
+        "MLFLOW_TRACKING_PASSWORD",
+    ),
+    "a password of digits and a slash": (
+        "tracking.uri",
+        "https://bob:1234/hush@h/",
+        "MLFLOW_TRACKING_PASSWORD",
+    ),
+    "an address without a scheme": ("data.p.path", "//bob:hush@h/a", "environment"),
+    "a subscription key": ("tracking.uri", "https://h/?subscription-key=hush", "MLFLOW_TRACKING_TOKEN"),
+    "a key with a dot": ("tracking.uri", "https://h/?api.key=hush", "MLFLOW_TRACKING_TOKEN"),
+    "a personal token": ("tracking.uri", "https://h/?pat=hush", "MLFLOW_TRACKING_TOKEN"),
+    "an escaped name": ("tracking.uri", "https://h/?tok%65n=hush", "MLFLOW_TRACKING_TOKEN"),
+    "a connection string": ("tracking.experiment", "host=h password='hush hush hush'", "environment"),
     "a store's keys": ("store", f"s3://{AWS_KEY}:hush-hush@bucket/prefix", "AWS_SECRET_ACCESS_KEY"),
     "a store's key": ("store", f"s3://{AWS_KEY}@bucket/prefix", "AWS_SECRET_ACCESS_KEY"),
     "a signed address": (
@@ -80,6 +101,8 @@ def test_a_value_with_a_secret_is_refused_with_the_right_way_and_not_repeated(
     [
         "sqlite:///runs/mlflow.db",
         "http://127.0.0.1:5000",
+        "http://localhost:5000/team/a@b",
+        "https://h/?sort_key=a&pattern=b",
         "https://mlflow.example:8443/team/a@b",
         "postgresql://me@db.example/mlflow",
         "mysql+pymysql://me@db.example/mlflow?read_default_file=~/.my.cnf",
@@ -106,6 +129,17 @@ def test_what_may_be_a_secret_is_taken_out_of_texts(monkeypatch: pytest.MonkeyPa
         "key /begins/with+a/slash": "key ***",
         "http://h/#token=hush and http://h/?jwt=hush": "http://h/#token=*** and http://h/?jwt=***",
         "mssql:///?odbc_connect=a%3BPWD=hush": "mssql:///?odbc_connect=a%3BPWD=***",
+        "no http://bob:hush'er\"hush@h:9": "no http://***@h:9",
+        "http://bob:hush hush@h:9": "http://***@h:9",
+        "at //bob:hush@h/a": "at //***@h/a",
+        "GET https://bob:1234/hush@h/": "GET https://***@h/",
+        "GET /?subscription-key=hush&api.key=hush&pat=hush&tok%65n=hush": (
+            "GET /?subscription-key=***&api.key=***&pat=***&tok%65n=***"
+        ),
+        "'/?token=hush'hush'": "'/?token=***'",
+        "host=h password='hush hush' port=1": "host=h password=*** port=1",
+        "http://127.0.0.1:5000/#/experiments and a@b": "http://127.0.0.1:5000/#/experiments and a@b",
+        "'http://h:5000', 'http://h:5001'": "'http://h:5000', 'http://h:5001'",
         "sample_order=3 and tokens=4": "sample_order=3 and tokens=4",
     }
     assert {text: redacted(text) for text in told} == told
@@ -115,6 +149,59 @@ def test_what_may_be_a_secret_is_taken_out_of_texts(monkeypatch: pytest.MonkeyPa
 def test_a_user_error_never_repeats_a_secret() -> None:
     error = UserError("no https://me:hush@host", where="https://me:hush@host/a", hint="try ?token=hush")
     assert "hush" not in str(error)
+
+
+MISPLACED = {
+    "a misspelt section": "elastic: {resources: {runtime_envs: {env_vars: {A: hush-hush}}}}",
+    "the section left out": "elastic: {resources: {env_vars: {A: hush-hush}}}",
+    "the top": "env_vars: {A: hush-hush}",
+    "a name that says nothing": "elastic: {resources: {A: hush-hush}}",
+    "a variable at the top": "A: hush-hush",
+    "no mapping": "elastic: {resources: {runtime_env: hush-hush}}",
+    "a list": "elastic: {resources: {env_vars: [hush-hush]}}",
+    "a section that is none": "elastic: {resources: [{env_vars: {A: hush-hush}}]}",
+    "no number": "elastic: {resources: {runtime_env: {env_vars: {A: !!int hush-hush}}}}",
+    "no truth": "elastic: {resources: {runtime_env: {env_vars: {A: !!bool hush-hush}}}}",
+    "an alias": "elastic: {resources: {runtime_env: {env_vars: {A: *hush-hush}}}}",
+    "a tag": "elastic: {resources: {runtime_env: {env_vars: {A: !hush-hush b}}}}",
+    "a brace missing": "elastic: {resources: {runtime_env: {env_vars: {A: hush-hush}}",
+}
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_a_variable_in_the_wrong_place_is_not_shown(name: str, write: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError) as raised:
+        load(write(HEAD + MISPLACED[name] + "\n"), stage_type=toys.ToyStage)
+    assert "toy.yaml:" in str(raised.value)
+    assert "hush" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "elastic.resources.runtime_env.env_vars hush-hush",
+        "elastic.resources.runtime_env.env_vars: {A: hush-hush=}",
+        "elastic.resources={runtime_env: {env_vars: {A: hush-hush}",
+        "elastic.resources={A: hush-hush",
+        "elastic.resources={runtime_env: {env_vars: {A: !!int hush-hush}}}",
+        "elastic.resources={A: !!int hush-hush}",
+        "elastic.resources.runtime_envs.env_vars.A=hush-hush",
+        "elastic.resources.A=hush-hush",
+        "elastic.resources.runtime_env.env_vars.A.B=hush-hush",
+    ],
+)
+def test_a_variable_in_a_wrong_override_is_not_shown(override: str, write: Callable[[str], Path]) -> None:
+    text = HEAD + "elastic: {resources: {runtime_env: {env_vars: {A: hush-hush}}}}\n"
+    with pytest.raises(UserError) as raised:
+        load(write(text), [override], stage_type=toys.ToyStage)
+    assert "command line" in str(raised.value)
+    assert "hush" not in str(raised.value)
+
+
+def test_an_error_about_an_address_never_repeats_its_password(tmp_path: Path) -> None:
+    for uri in ("http://bob:hush'er@127.0.0.1:9", "http://bob:hush hush@127.0.0.1:9"):
+        error = UserError(f"cannot reach {redacted(uri)}", where=uri)
+        assert "hush" not in str(error)
 
 
 # --- everything that a run writes -----------------------------------------------------------------------------------

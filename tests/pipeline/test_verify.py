@@ -17,8 +17,11 @@ import pytest
 import toys
 from rich.console import Console
 
+from orchestrator.elastic.inspect import describe_all
 from orchestrator.elastic.saved import COMMIT, FORMAT, shard_name
+from orchestrator.errors import UserError
 from orchestrator.pipeline import tracked
+from orchestrator.pipeline.doctor import _store as store_row
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.verify import verify
 from orchestrator.pipeline.workspace import Workspace
@@ -278,3 +281,14 @@ def test_mlflows_database_is_told_of_the_other_bucket(pipeline: Path, s3_uri: st
     S3Store(s3_uri).put_bytes("mlartifacts/run/artifacts/x", b"x")
     tracked.send_leftovers(loaded, Workspace(s3_uri))
     assert location() == f"{s3_uri}/mlartifacts"
+
+
+@pytest.mark.parametrize("target", ["~no-such-user-here/x", "a" * 300])
+def test_a_path_that_no_file_can_have_is_one_error(target: str) -> None:
+    with pytest.raises(UserError, match="the path cannot be used"):
+        verify(Console(), target)
+    with pytest.raises(UserError, match="the path cannot be used"):
+        describe_all(Path(target))
+    fine, _, said = store_row(target)
+    assert fine is False
+    assert "the path cannot be used" in said

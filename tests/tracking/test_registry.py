@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickletools
 import shutil
 import sqlite3
@@ -372,3 +373,17 @@ def test_publishing_needs_tracking(tmp_path: Path) -> None:
     unreachable = Tracking("http://127.0.0.1:9", "food", tmp_path / "spool")
     with pytest.raises(UserError, match="has not answered for"):
         registry.publish(unreachable.run("x"), "food-vit", tmp_path / "model", {}, "best", timeout=0.1)
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(run: SpooledRun, uri: str, tmp_path: Path) -> None:
+    registry.publish(run, "food-vit", model(tmp_path / "model"), {}, "best")
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "x", tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match="cannot be"):
+            registry.pull("food-vit@best", out, uri)
+
+
+def test_a_pipe_in_place_of_the_database_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "f.db")
+    with pytest.raises(UserError, match="not a regular file"):
+        registry.pull("food-vit@best", tmp_path / "out", f"sqlite:///{tmp_path}/f.db")
