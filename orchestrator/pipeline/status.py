@@ -15,7 +15,8 @@ from orchestrator.pipeline.gc import orphans, summary
 from orchestrator.pipeline.key import short
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.reporter import duration, figures, mark, stage_table
+from orchestrator.pipeline.reporter import duration, figures, mark
+from orchestrator.pipeline.rows import Rows
 from orchestrator.pipeline.tracked import waiting
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.tracking.backlog import counted
@@ -43,7 +44,8 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
         return
     spool_folder = workspace.spool(loaded.name)
     spool = Spool(spool_folder) if spool_folder.is_dir() else None
-    table = stage_table("stage", "kind", "state", "attempts", "time", "goodput", "key", "newest figures")
+    columns = ("stage", "kind", "state", "attempts", "time", "goodput", "key", "newest figures")
+    table = Rows(columns, expendable=("kind", "key", "goodput", "attempts"))
     for name, stage in loaded.spec.stages.items():
         known = state.stages.get(name, StageState(name))
         shown = "interrupted" if known.state == "running" and not driven else known.state
@@ -53,9 +55,9 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
         key = short(known.key) if known.key else ""
         time_text = duration(spent) if spent else ""
         good = _goodput(spool, known)
-        table.add_row(name, stage.kind, mark(shown), attempts, time_text, good, key, detail)
+        table.add(name, stage.kind, mark(shown), attempts, time_text, good, key, detail)
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
-    console.print(table)
+    table.print(console)
     _print_runs(console, spool, [state.stages[name] for name in loaded.spec.stages if name in state.stages])
     _print_orphans(console, loaded, workspace)
     if (waits := waiting(loaded, workspace)) is not None:
@@ -90,9 +92,9 @@ def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageSta
     runs = [tags for stage in stages for tags in _ray_train(spool, stage)]
     if not runs:
         return
-    table = stage_table(
-        "Ray Train run", "state", "workers", "attempts", "newest attempt", "failed ranks, newest first"
-    )
+    failures = "failed ranks, newest first"
+    columns = ("Ray Train run", "state", "workers", "attempts", "newest attempt", failures)
+    table = Rows(columns, expendable=("workers", "attempts", "newest attempt"))
     for tags in runs:
         attempts = _attempts(tags["attempts"])
         newest = f"{attempts[-1]['status']}, {_workers(attempts[-1]['workers'])}" if attempts else ""
@@ -101,7 +103,7 @@ def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageSta
             for one in reversed(attempts)
             if one["failed_ranks"]
         ]
-        table.add_row(
+        table.add(
             tags["name"],
             tags["status"],
             tags["workers"],
@@ -109,7 +111,7 @@ def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageSta
             newest,
             "; ".join(failed[:2]),
         )
-    console.print(table)
+    table.print(console)
 
 
 def _workers(count: object) -> str:
