@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from orchestrator import __version__
+from orchestrator.command import command as called
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
@@ -454,7 +454,7 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choi
         raise UserError(
             f"pipeline {loaded.name!r} was never started",
             where=f"store {loaded.spec.store}",
-            hint=f"start it with: orchestrator run {file}",
+            hint=f"start it with: {called('run', str(file))}",
         )
     # What was to be made anew is on record: asked for again, it would start over.
     chosen = [part for name in choice.only for part in ("--only", name)]
@@ -474,7 +474,7 @@ def _execute(
     from orchestrator.pipeline.reporter import Reporter
     from orchestrator.pipeline.yamlfile import without_secrets
 
-    again = shlex.join(["orchestrator", command, str(loaded.path), *map(without_secrets, arguments)])
+    again = called(command, str(loaded.path), *map(without_secrets, arguments))
     raise typer.Exit(execute(loaded, stages, Reporter(_console(), again), choice=choice))
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator import disk
+from orchestrator.command import command
 from orchestrator.elastic.cluster import JoinedCluster
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.pipeline import graph, record, system, tracked
@@ -568,7 +569,7 @@ def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> Choice:
             raise UserError(
                 f"there is nothing to publish: stage {need!r} is not done",
                 where=loaded.where("stages", need),
-                hint=f"first run: orchestrator run {loaded.path}",
+                hint=f"first run: {command('run', str(loaded.path))}",
             )
     return Choice(only=tuple(names))
 

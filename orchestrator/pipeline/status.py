@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.command import command
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.gc import orphans, summary
 from orchestrator.pipeline.key import short
@@ -79,7 +80,8 @@ def _print_orphans(console: Console, loaded: LoadedPipeline, workspace: Workspac
         return
     if not found:
         return
-    text = f"Left behind: {summary(found)}. `orchestrator gc {loaded.path}` lists and deletes them."
+    collect = command("gc", str(loaded.path))
+    text = f"Left behind: {summary(found)}. `{collect}` lists and deletes them."
     console.print(Text(text, style="yellow"), soft_wrap=True)
     for orphan in found[:_ORPHANS]:
         console.print(Text(f"  {orphan.name}", style="bright_black"), soft_wrap=True)

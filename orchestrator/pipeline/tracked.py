@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from orchestrator.command import command
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.pipeline.yamlfile import without_secrets
@@ -123,7 +123,7 @@ def waiting(loaded: LoadedPipeline, workspace: Workspace) -> Waiting | None:
 def sync_command(loaded: LoadedPipeline) -> str:
     """What sends what waits: the same file and overrides."""
     overrides = dict.fromkeys(loaded.document.overrides.values())
-    return shlex.join(["orchestrator", "sync", str(loaded.path), *map(without_secrets, overrides)])
+    return command("sync", str(loaded.path), *map(without_secrets, overrides))
 
 
 def where(loaded: LoadedPipeline) -> str:
