@@ -26,6 +26,8 @@ from orchestrator.tracking.spool import Spool
 # Of the tags that elastic/run_state.py sets.
 _TAGS = "ray_train."
 _RUN_TAGS = {"name", "status", "workers", "num_attempts", "attempts"}
+# Ray Train's states of what has ended.
+_ENDED = {"FINISHED", "ERRORED", "ABORTED"}
 # What is named of what was left behind.
 _ORPHANS = 5
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
@@ -59,7 +61,8 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
         table.add(name, stage.kind, mark(shown), attempts, time_text, good, key, detail)
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     table.print(console)
-    _print_runs(console, spool, [state.stages[name] for name in loaded.spec.stages if name in state.stages])
+    known_stages = [state.stages[name] for name in loaded.spec.stages if name in state.stages]
+    _print_runs(console, spool, known_stages, driven=driven)
     _print_orphans(console, loaded, workspace)
     if (waits := waiting(loaded, workspace)) is not None:
         # Those of a run that goes on are about to be sent.
@@ -89,8 +92,12 @@ def _print_orphans(console: Console, loaded: LoadedPipeline, workspace: Workspac
         console.print(Text(f"  and {len(found) - _ORPHANS} more", style="bright_black"))
 
 
-def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageState]) -> None:
-    """The Ray Train runs of the stages, as Ray's own state API lists them."""
+def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageState], *, driven: bool) -> None:
+    """The Ray Train runs of the stages, as Ray's own state API lists them; without a driver, none goes on."""
+
+    def shown(status: str) -> str:
+        return status if driven or status in _ENDED else "BROKEN OFF"
+
     runs = [tags for stage in stages for tags in _ray_train(spool, stage)]
     if not runs:
         return
@@ -99,7 +106,7 @@ def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageSta
     table = Rows(columns, expendable=("workers", "attempts", "newest attempt"))
     for tags in runs:
         attempts = _attempts(tags["attempts"])
-        newest = f"{attempts[-1]['status']}, {_workers(attempts[-1]['workers'])}" if attempts else ""
+        newest = f"{shown(attempts[-1]['status'])}, {_workers(attempts[-1]['workers'])}" if attempts else ""
         failed = [
             f"{', '.join(map(str, one['failed_ranks']))}: {one.get('detail', '')}"
             for one in reversed(attempts)
@@ -107,7 +114,7 @@ def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageSta
         ]
         table.add(
             tags["name"],
-            tags["status"],
+            shown(tags["status"]),
             tags["workers"],
             str(tags["num_attempts"]),
             newest,
