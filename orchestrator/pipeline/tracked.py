@@ -21,7 +21,7 @@ from orchestrator.tracking.spool import Spool
 
 Say = Callable[[str], None]
 # The end of a run that takes longer than that is explained, and again after so long.
-_FIRST_S, _AGAIN_S = 2.0, 15.0
+_FIRST_S, _AGAIN_S = 5.0, 15.0
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,10 @@ class _Watch:
         return not (self._may_end and self._stop is not None and self._stop.is_set())
 
     def _tell(self, found: Backlog, seconds: float) -> None:
-        end = "; Ctrl-C stops sending and keeps the records" if self._may_end else ""
+        end = " Ctrl-C stops it and keeps the records." if self._may_end else ""
         self._say(
-            f"sending {counted(found.records)} to {where(self._loaded)} for {seconds:.0f} s now, until it has accepted "
-            f"none for {PATIENCE_S:.0f} s{end}"
+            f"Still sending after {seconds:.0f} s: {counted(found.records)} to {where(self._loaded)}. This ends when "
+            f"all are accepted, or when none was for {PATIENCE_S:.0f} s.{end}"
         )
 
 
