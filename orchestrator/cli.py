@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from orchestrator.pipeline.load import LoadedPipeline
     from orchestrator.pipeline.plan import Choice, ResolvedStage
+
+# What a run takes begins here: reading the file and looking at the data belong to it.
+_BEGAN = time.monotonic()
 
 app = typer.Typer(
     name="orchestrator",
@@ -475,7 +479,7 @@ def _execute(
     from orchestrator.pipeline.yamlfile import without_secrets
 
     again = called(command, str(loaded.path), *map(without_secrets, arguments))
-    raise typer.Exit(execute(loaded, stages, Reporter(_console(), again), choice=choice))
+    raise typer.Exit(execute(loaded, stages, Reporter(_console(), again, _BEGAN), choice=choice))
 
 
 def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:

@@ -47,13 +47,14 @@ class Reporter:
     Args:
         console: where to.
         again: the command that goes on after a stop.
+        since: when the command began, by `time.monotonic`; default: now.
     """
 
-    def __init__(self, console: Console, again: str = "the same command") -> None:
+    def __init__(self, console: Console, again: str = "the same command", since: float | None = None) -> None:
         self._console = console
         self._again = again
         self._width = 0
-        self._started = time.monotonic()
+        self._started = time.monotonic() if since is None else since
         self._results: dict[str, tuple[str, float, Mapping[str, float]]] = {}
         # The stage that runs, and since when.
         self._current: tuple[str, float] | None = None
@@ -83,7 +84,6 @@ class Reporter:
     def begin(self, plans: Sequence[StagePlan]) -> None:
         """The run starts."""
         self._width = max(len(item.name) for item in plans)
-        self._started = time.monotonic()
 
     def starting_cluster(self, address: str) -> None:
         """Ray is about to be started or joined."""
@@ -274,8 +274,10 @@ def print_stages(console: Console, loaded: LoadedPipeline) -> None:
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     table.print(console)
     for missing in loaded.missing:
-        note = f"! {missing.what} ({missing.where}): which stages would run is known once it exists"
-        console.print(Text(note, style="yellow"), soft_wrap=True)
+        _print_warning(console, missing)
+    if loaded.missing:
+        note = "Which stages would run is known once that exists."
+        console.print(Text(note, style="bright_black"), soft_wrap=True)
 
 
 def print_findings(console: Console, found: Checked, *, incomplete_only: bool = False) -> None:

@@ -1,11 +1,13 @@
 """Tables on narrow terminals: whole columns go, and no cell is cut."""
 
 import io
+import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from orchestrator.pipeline.reporter import mark
+from orchestrator.pipeline.reporter import Reporter, mark
 from orchestrator.pipeline.rows import Rows
 
 WHY = "config.optimizer.lr.peak: 0.002 → 0.004"
@@ -37,6 +39,15 @@ def test_no_cell_is_cut_and_reasons_keep_their_brackets(width: int) -> None:
     text = printed(width)
     for cell in ("align_text", "✓ cached", "▶ run", "never [ran]"):
         assert cell in text
+
+
+def test_what_a_run_took_counts_from_the_command_on() -> None:
+    output = io.StringIO()
+    reporter = Reporter(Console(file=output, width=200), since=time.monotonic() - 100)
+    plans = [SimpleNamespace(name="curate", stage=SimpleNamespace(key="0" * 64))]
+    reporter.begin(plans)  # type: ignore[arg-type]
+    reporter.finished(plans, None, 0)  # type: ignore[arg-type]
+    assert "Done in 1m4" in output.getvalue()
 
 
 def test_an_empty_column_goes_first_and_is_not_missed() -> None:
