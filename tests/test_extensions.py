@@ -224,7 +224,7 @@ BAD = {
         ["unknown key 'pwoer'", "e.metrics.0.pwoer = 2", "did you mean 'power'?"],
     ),
     "setting out of bounds": ("e: {kind: evaluate, metrics: [{use: mean, power: 9}]}", ["metrics.0.power", "not 9"]),
-    "no use": ("e: {kind: evaluate, metrics: [{power: 2}]}", ["lacks the key 'use'"]),
+    "no use": ("e: {kind: evaluate, metrics: [{power: 2}]}", ["missing the key 'use'"]),
     "metric is a number": ("e: {kind: evaluate, metrics: [3]}", ["e.metrics.0"]),
     "one name twice": ("e: {kind: evaluate, metrics: [mean, mean]}", ["2 metrics are called 'mean'", "`name`"]),
 }  # fmt: skip

@@ -26,6 +26,7 @@ NOT_DURABLE = {
     "orchestrator/pipeline/workspace.py",
     "orchestrator/sharing/account.py",
     "orchestrator/store/artifact.py",
+    "orchestrator/store/cached.py",
     "orchestrator/store/local.py",
     "orchestrator/store/s3download.py",
     "orchestrator/tracking/backlog.py",
