@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from orchestrator import __version__
+from orchestrator.command import command as called
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from orchestrator.pipeline.load import LoadedPipeline
     from orchestrator.pipeline.plan import Choice, ResolvedStage
+
+# What a run takes begins here: reading the file and looking at the data belong to it.
+_BEGAN = time.monotonic()
 
 app = typer.Typer(
     name="orchestrator",
@@ -454,7 +458,7 @@ def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choi
         raise UserError(
             f"pipeline {loaded.name!r} was never started",
             where=f"store {loaded.spec.store}",
-            hint=f"start it with: orchestrator run {file}",
+            hint=f"start it with: {called('run', str(file))}",
         )
     # What was to be made anew is on record: asked for again, it would start over.
     chosen = [part for name in choice.only for part in ("--only", name)]
@@ -474,8 +478,8 @@ def _execute(
     from orchestrator.pipeline.reporter import Reporter
     from orchestrator.pipeline.yamlfile import without_secrets
 
-    again = shlex.join(["orchestrator", command, str(loaded.path), *map(without_secrets, arguments)])
-    raise typer.Exit(execute(loaded, stages, Reporter(_console(), again), choice=choice))
+    again = called(command, str(loaded.path), *map(without_secrets, arguments))
+    raise typer.Exit(execute(loaded, stages, Reporter(_console(), again, _BEGAN), choice=choice))
 
 
 def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:

@@ -47,6 +47,29 @@ def _rebuild(what: str, where: str | None, hint: str | None) -> UserError:
     return UserError(what, where=where, hint=hint)
 
 
+class KeyMistakeError(ValueError):
+    """A key of a section does not fit another one. Checks of a section raise it, for the complaint to name the key.
+
+    Args:
+        what: what is wrong, with the values.
+        key: the key to change: a dotted path from the section that was checked.
+        hint: the nearest right thing, as an imperative.
+    """
+
+    def __init__(self, what: str, *, key: str, hint: str) -> None:
+        super().__init__(f"{what}; {hint}")
+        self.what = what
+        self.key = key
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_key_mistake, (self.what, self.key, self.hint)
+
+
+def _rebuild_key_mistake(what: str, key: str, hint: str) -> KeyMistakeError:
+    return KeyMistakeError(what, key=key, hint=hint)
+
+
 class Stopped(Exception):  # noqa: N818 - no error: the user asked for it
     """The user asked the pipeline to stop; everything is checkpointed and can go on later."""
 

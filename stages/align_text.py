@@ -27,7 +27,7 @@ from orchestrator.stages.base import Context, Input, Outlook
 from orchestrator.stages.distill import Distill
 from orchestrator.stages.mixing import DRAWN, DRAWN_MEANS, MixStage, draws_of
 from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.selfsup import INDEX_KINDS, stage_seed, summary
+from orchestrator.stages.selfsup import INDEX_KINDS, check_blocks, stage_seed, summary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -230,10 +230,7 @@ class AlignText(MixStage):
 
     @model_validator(mode="after")
     def _fits(self) -> AlignText:
-        if self.batch_size % self.block_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
-            )
+        check_blocks(self, self.batch_size, self.block_size)
         # The recipe's own warm-up, which nobody wrote, is no mistake of a short trial.
         if "optimizer" in self.model_fields_set:
             check_warmup("optimizer.lr", self.optimizer.lr, self.steps)

@@ -33,6 +33,8 @@ logger = logging.getLogger("orchestrator")
 
 # Names in the report; `provenance.parquet` has all.
 _LISTED = 1000
+# Names in the log.
+_NAMED = 3
 
 
 class Curate(Stage):
@@ -151,6 +153,7 @@ class Curate(Stage):
             )
             number = "1 file is" if len(others) == 1 else f"{len(others)} files are"
             logger.warning("%s: %s not used as photos: %s", context.name, number, reasons)
+        _tell(context.name, report)
         summary = ("images", "unique", "corrupt", "duplicates", "clusters")
         return {name: float(report[name]) for name in summary}
 
@@ -196,6 +199,23 @@ class Curate(Stage):
                 hint=f"use at most {num_unique}, or a share such as 0.5",
             )
         return self.sample
+
+
+def _tell(stage: str, report: Mapping[str, Any]) -> None:
+    """Name the first files that cannot be read, and the first duplicates; the report has all."""
+    if corrupt := report["corrupt_files"]:
+        named = [f"{name} ({reason})" for name, reason in corrupt.items()]
+        number = "1 photo" if len(corrupt) == 1 else f"{len(corrupt)} photos"
+        logger.warning("%s: %s cannot be read: %s", stage, number, _first(named))
+    if groups := report["duplicate_groups"]:
+        pairs = [f"{name} (as {group['kept']})" for group in groups for name in group["dropped"]]
+        number = "1 duplicate is" if len(pairs) == 1 else f"{len(pairs)} duplicates are"
+        logger.info("%s: %s left out: %s", stage, number, _first(pairs))
+
+
+def _first(named: Sequence[str]) -> str:
+    more = len(named) - _NAMED
+    return "; ".join(named[:_NAMED]) + (f"; and {more} more in report.json" if more > 0 else "")
 
 
 def _write_provenance(path: Path, fates: Sequence[Fate], index: PhotoIndex) -> None:

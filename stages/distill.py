@@ -37,6 +37,7 @@ from orchestrator.stages.selfsup import (
     KoLeoViews,
     ModelName,
     Overrides,
+    check_blocks,
     check_crops,
     check_group,
 )
@@ -235,10 +236,7 @@ class Distill(HomogeneousMixStage):
 
     @model_validator(mode="after")
     def _fits(self) -> Distill:
-        if self.batch_size % self.block_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
-            )
+        check_blocks(self, self.batch_size, self.block_size)
         if isinstance(self.teachers, int) and self.teachers < 1:
             raise ValueError(f"teachers is {self.teachers}: at least 1 is needed")
         if self.teacher_shards > 1 and self.features is not None:
@@ -250,7 +248,8 @@ class Distill(HomogeneousMixStage):
         check_group(self.koleo_group, self.block_size)
         check_ratio("mask_ratio", self.mask_ratio)
         for name, student in self.students.items():
-            check_crops(self.crops_of(student), student.model, student.model_overrides)
+            at = "crops" if student.views is None else f"students.{name}.views"
+            check_crops(self.crops_of(student), student.model, student.model_overrides, at)
             own = student.optimizer is not None
             optimizer = student.optimizer or self.optimizer
             check_warmup(

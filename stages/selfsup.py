@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from orchestrator.data.views import CropConfig, Side
-from orchestrator.errors import UserError
+from orchestrator.errors import KeyMistakeError, UserError
 from orchestrator.extension import MODEL_NAME
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
@@ -241,10 +241,7 @@ class SelfSupervised(HomogeneousMixStage):
 
     @model_validator(mode="after")
     def _fits(self) -> SelfSupervised:
-        if self.batch_size % self.block_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of block_size {self.block_size}"
-            )
+        check_blocks(self, self.batch_size, self.block_size)
         check_group(self.koleo_group, self.block_size)
         check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
         check_ratio("mask_ratio", self.mask_ratio)
@@ -403,6 +400,22 @@ class SelfSupervised(HomogeneousMixStage):
         return summary(history) | account | draws.write(self.steps, context.out)
 
 
+def check_blocks(stage: BaseModel, batch_size: int, block_size: int) -> None:
+    """Raises KeyMistakeError unless blocks fill a batch."""
+    if batch_size % block_size == 0:
+        return
+    is_default = "block_size" not in stage.model_fields_set
+    lower, upper = batch_size // block_size * block_size, -(-batch_size // block_size) * block_size
+    sizes = f"{lower} or {upper}" if lower else str(upper)
+    fitting = max(size for size in range(1, min(batch_size, block_size) + 1) if batch_size % size == 0)
+    what = f"batch_size {batch_size} is not a multiple of block_size {block_size}"
+    raise KeyMistakeError(
+        what + (", which is the default" if is_default else ""),
+        key="batch_size" if "batch_size" in stage.model_fields_set else "block_size",
+        hint=f"use batch_size {sizes}, or block_size {fitting}",
+    )
+
+
 def check_group(group: int | None, block_size: int) -> None:
     """Raises ValueError unless groups of KoLeo fill a block."""
     if group is not None and block_size % group:
@@ -424,15 +437,16 @@ def check_titles(objectives: Sequence[Objective]) -> None:
         taken.add(objective.title)
 
 
-def check_crops(crops: CropConfig, model: str, overrides: Mapping[str, Any] | None = None) -> None:
-    """Raises ValueError unless the model's patch divides all crop sizes."""
+def check_crops(
+    crops: CropConfig, model: str, overrides: Mapping[str, Any] | None = None, at: str = "crops"
+) -> None:
+    """Raises KeyMistakeError unless the model's patch divides all crop sizes; `at` is where the section has them."""
     patch = preset(model, **(overrides or {})).patch_size
     for name in ("global_size", "local_size", "gram_size"):
         if (size := getattr(crops, name) or 0) % patch:
             nearest = max(1, round(size / patch)) * patch
-            raise ValueError(
-                f"crops.{name} {size} is not a multiple of {model}'s patch size {patch}; use {nearest}"
-            )
+            what = f"crops.{name} {size} is not a multiple of {model}'s patch size {patch}"
+            raise KeyMistakeError(what, key=f"{at}.{name}", hint=f"use {nearest}")
 
 
 def stage_seed(context: Context, kind: str) -> int:

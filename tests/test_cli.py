@@ -182,7 +182,7 @@ def test_options_choose_stages_and_make_them_anew(folder: Path) -> None:
     ("options", "expected"),
     [
         (["--force", "pretrian"], "did you mean 'pretrain'?"),
-        (["--only", "pretrain"], "run it first: --until curate"),
+        (["--only", "pretrain"], "run it too: --until pretrain"),
         (["--rerun-on", "code", "--accept-code"], "exclude each other"),
         (["--rerun-on", "data"], "code"),
     ],

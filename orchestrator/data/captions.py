@@ -17,6 +17,12 @@ from orchestrator.errors import UserError, nearest, shortened
 
 FILE, CAPTION, LABEL = "file", "caption", "label"
 _COLUMNS = (FILE, CAPTION, LABEL)
+# What else people call them.
+_SYNONYMS = {
+    FILE: ("filename", "file_name", "filepath", "file_path", "path", "image", "image_path", "photo"),
+    CAPTION: ("captions", "text", "description", "title"),
+    LABEL: ("labels", "category", "class", "class_name"),
+}
 _DELIMITERS = (",", ";", "\t")
 # Names of a folder that are looked through for the nearest one.
 _LOOKED_THROUGH = 2000
@@ -152,11 +158,13 @@ class _Table:
         return value(FILE), (value(CAPTION) or None, value(LABEL) or None)
 
     def odd_columns(self) -> list[UserError]:
-        """Columns that are not read and whose names come close to ones that are."""
+        """Columns that are not read and whose names come close to ones that are, or mean the same."""
         found = []
         lacking = [other for other in (CAPTION, LABEL) if other not in self.columns]
         for name in dict.fromkeys(self.columns):
-            close = nearest(name, lacking)
+            close = next((other for other in lacking if name in _SYNONYMS[other]), None) or nearest(
+                name, lacking
+            )
             if name not in _COLUMNS and close is not None:
                 what = f"the column {name!r} of the captions file is not read"
                 hint = f"rename it to {close!r}, if that is what it holds"
@@ -192,7 +200,11 @@ class _Table:
             return ", " in file.readline(1 << 16)
 
     def _no_file(self, header: Sequence[str]) -> UserError:
-        near = nearest(FILE, self.columns)
+        # Which delimiter it has is not known without a `file` column: it is the one that makes most columns.
+        rows = [next(self._lines(delimiter), (0, []))[1] for delimiter in _DELIMITERS]
+        header = max([list(header), *rows], key=len)
+        columns = [_bare(name) for name in header]
+        near = next((name for name in columns if name in _SYNONYMS[FILE]), None) or nearest(FILE, columns)
         return UserError(
             f"the captions file has no `file` column, only {shortened(', '.join(header), 300) or 'nothing'}",
             where=str(self._path),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.elastic.inspect import Description
-from orchestrator.pipeline.reporter import stage_table
+from orchestrator.pipeline.rows import stage_table
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator import installed
-from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.errors import KeyMistakeError, UserError, nearest, shortened
 from orchestrator.extension import Extension
 from orchestrator.pipeline.yamlfile import Document, KeyPath, is_private, lookup, show
 
@@ -87,7 +87,7 @@ def _complaint(
         return UserError(f"{owner} is missing the key {name!r}", where=document.where(path), hint=hint)
     if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _bad_kind(path, first, document, model)
-    return _bad_value(path, group, document)
+    return _bad_value(path, group, document, model)
 
 
 def _bad_kind(path: KeyPath, details: ErrorDetails, document: Document, model: type[BaseModel]) -> UserError:
@@ -113,11 +113,17 @@ def _hint_kind(path: KeyPath, field: str, kinds: list[str]) -> str:
     return f"add `{field}: {close}`" if close else f"add `{field}: …`, one of {', '.join(kinds)}"
 
 
-def _bad_value(path: KeyPath, group: list[ErrorDetails], document: Document) -> UserError:
+def _bad_value(
+    path: KeyPath, group: list[ErrorDetails], document: Document, model: type[BaseModel]
+) -> UserError:
     for details in group:
         cause = details.get("ctx", {}).get("error")
         if isinstance(cause, UserError):
             return UserError(cause.what, where=document.where(path), hint=cause.hint)
+        if isinstance(cause, KeyMistakeError):
+            name = shortened(".".join(str(part) for part in path), 200)
+            where = document.where((*path, *cause.key.split(".")))
+            return UserError(f"{name}: {cause.what}", where=where, hint=cause.hint)
     value, known = lookup(document.data, path)
     allowed: list[str] = []
     messages: list[str] = []
@@ -135,7 +141,18 @@ def _bad_value(path: KeyPath, group: list[ErrorDetails], document: Document) -> 
     hint = f"did you mean {close!r}?" if close else None
     if isinstance(value, bool) and any(details["type"] in ("int_type", "float_type") for details in group):
         hint = f"write {int(value)} if you mean that number"
+    elif path and _is_number(value) and "peak" in _field_names(model, path, document.data):
+        hint = f"write `{path[-1]}: {{peak: {show(value)}}}`"
     return UserError(what, where=document.where(path), hint=hint)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number, or one that YAML takes for text, such as 1e-3."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)
 
 
 def _message(details: ErrorDetails) -> str:

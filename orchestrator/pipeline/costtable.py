@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.pipeline.costing import Costing
-from orchestrator.pipeline.reporter import stage_table
+from orchestrator.pipeline.rows import stage_table
 from orchestrator.spec import Hardware
 
 _MEMORY_PARTS = (

@@ -15,7 +15,7 @@ from orchestrator.elastic.cluster_check import load, short_folder
 from orchestrator.errors import UserError
 from orchestrator.pipeline.code import versions
 from orchestrator.pipeline.probes import store_trouble
-from orchestrator.pipeline.reporter import stage_table
+from orchestrator.pipeline.rows import stage_table
 from orchestrator.store.open import is_remote
 
 _REQUIRED = ("dinov3-orchestrator", "torch", "ray", "deepspeed", "mlflow", "pydantic", "pyarrow", "numpy")

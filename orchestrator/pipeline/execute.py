@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator import disk
+from orchestrator.command import command
 from orchestrator.elastic.cluster import JoinedCluster
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.pipeline import graph, record, system, tracked
@@ -46,8 +47,8 @@ from orchestrator.tracking.spool import clean_name
 logger = logging.getLogger("orchestrator")
 
 DONE, FAILED, MISTAKE = 0, 1, 2
-# A page that a stage makes to be looked at.
-REPORT = "report.html"
+# What a stage makes to be looked at: a page, or else lists.
+REPORTS = ("report.html", "report.json")
 # A cluster that is lost more often than that is not lost by chance.
 _MOST_LOSSES, _WITHIN_S = 3, 3600.0
 _STATUS: dict[int, Status] = {DONE: "FINISHED", ABORTED: "KILLED"}
@@ -184,9 +185,9 @@ class _Driver:
     def _tell_rest(self) -> None:
         """Where the reports are, and what MLflow has not taken yet."""
         for name, artifact in self._artifacts.items():
-            path = artifact.path / REPORT
             # One that another machine made is in the remote store only.
-            if REPORT in artifact.manifest.files and path.is_file():
+            made = (artifact.path / report for report in REPORTS if report in artifact.manifest.files)
+            if path := next((path for path in made if path.is_file()), None):
                 self._reporter.report(name, path)
         if waiting := tracked.waiting(self._loaded, self._workspace):
             self._reporter.note(str(waiting))
@@ -568,7 +569,7 @@ def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> Choice:
             raise UserError(
                 f"there is nothing to publish: stage {need!r} is not done",
                 where=loaded.where("stages", need),
-                hint=f"first run: orchestrator run {loaded.path}",
+                hint=f"first run: {command('run', str(loaded.path))}",
             )
     return Choice(only=tuple(names))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -11,16 +12,13 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.pipeline.reference import Key, described, models_in, prose
-from orchestrator.pipeline.schema import EXTENDS
+from orchestrator.pipeline.reference import EXTENDS_KEY, Key, described, models_in, prose
 from orchestrator.stages.base import Stage
 from orchestrator.stages.registry import every_stage, file_of, kind_of, kinds_of
 
 _STAGES = "stages"
 # What stands for a name that the user gives.
 _NAME = "NAME"
-# In no model: it is gone once its file is laid over the other one.
-_EXTENDS = Key("extends", "path", "–", True, EXTENDS)
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class Explanation:
 def explain(path: str) -> list[Explanation]:
     """What is at a dotted path; a stage is named by its kind, and any name will do for a student or a dataset.
 
+    Below any other name of a stage, a key is explained for each kind that has it.
+
     A path that starts at a stage kind, or that is the end of others, is found, too: `lr` gives each place that has
     one.
 
@@ -57,7 +57,19 @@ def explain(path: str) -> list[Explanation]:
             parts = [_STAGES, *parts]
         elif found := [where for where in _everywhere() if where[-len(parts) :] == tuple(parts)]:
             return _together([_at(where) for where in found])
+    if parts[0] == _STAGES and len(parts) > 2 and parts[1] not in _kinds():
+        return _of_any_kind(parts)
     return [_at(parts)]
+
+
+def _of_any_kind(parts: Sequence[str]) -> list[Explanation]:
+    """What a key means below a stage's own name, which does not tell its kind: for each kind that has the key."""
+    paths = [[_STAGES, kind, *parts[2:]] for kind in _kinds()]
+    found = []
+    for path in paths:
+        with contextlib.suppress(UserError):
+            found.append(_at(path))
+    return _together(found) if found else [_at(parts)]
 
 
 def _together(explanations: Sequence[Explanation]) -> list[Explanation]:
@@ -181,7 +193,7 @@ def _stage(kind: str, path: Sequence[str]) -> type[BaseModel]:
         return kinds[kind]
     close = nearest(kind, kinds)
     hint = f"did you mean {'.'.join([*path[:-1], close])!r}?" if close else f"there are: {', '.join(kinds)}"
-    raise UserError(f"there is no stage kind {kind!r}", hint=hint)
+    raise UserError(f"there is no stage kind {kind!r}; here, a stage is named by its kind", hint=hint)
 
 
 def _file() -> type[BaseModel]:
@@ -195,7 +207,7 @@ def _kinds() -> dict[str, type[Stage]]:
 
 def _keys(model: type[BaseModel]) -> Sequence[Key]:
     """The keys of a section."""
-    return (*described(model), _EXTENDS) if model is _file() else described(model)
+    return (*described(model), EXTENDS_KEY) if model is _file() else described(model)
 
 
 def _names(model: type[BaseModel]) -> list[str]:

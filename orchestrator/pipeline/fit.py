@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from orchestrator.elastic.cluster import most_object_store
-from orchestrator.errors import UserError
+from orchestrator.errors import KeyMistakeError, UserError
 from orchestrator.pipeline import graph
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.stages.distill import Distill
@@ -45,12 +45,12 @@ def complaints(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -
         for where, crops in every:
             try:
                 check_crops(crops, model.model, model.model_overrides)
-            except ValueError as error:
-                what = str(error).removeprefix("crops.")
+            except KeyMistakeError as error:
+                what = error.what.removeprefix("crops.")
                 yield UserError(
-                    f"stage {name!r}: {what.split('; use ')[0]}, the backbone of {origin or name!r}",
-                    where=loaded.where("stages", name, *where),
-                    hint=f"use {what.split('; use ')[1]}",
+                    f"stage {name!r}: {what}, the backbone of {origin or name!r}",
+                    where=loaded.where("stages", name, *where, error.key.split(".")[-1]),
+                    hint=error.hint,
                 )
 
 

@@ -19,7 +19,7 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline.key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.plan import ResolvedStage
-from orchestrator.pipeline.reporter import stage_table
+from orchestrator.pipeline.rows import stage_table
 from orchestrator.pipeline.workspace import Workspace, removal_order
 from orchestrator.store.artifact import MANIFEST, ArtifactStore, folder_name
 from orchestrator.store.local import Store

@@ -251,14 +251,19 @@ def is_awaited(known: StageState | None, artifact: Artifact) -> bool:
 
 def _check_inputs(plans: Mapping[str, StagePlan]) -> None:
     for item in plans.values():
-        for need in item.stage.roles.values() if item.action == "run" else ():
-            if plans[need].action == "left out" and plans[need].artifact is None:
-                raise UserError(
-                    f"stage {item.name!r} needs the artifact of {need!r}, which does not exist, and {need!r} is not "
-                    "selected",
-                    where="--only, --from and --until",
-                    hint=f"run it first: --until {need}",
-                )
+        needs = dict.fromkeys(item.stage.roles.values() if item.action == "run" else ())
+        lacking = [
+            need for need in needs if plans[need].action == "left out" and plans[need].artifact is None
+        ]
+        if lacking:
+            names = ", ".join(map(repr, lacking))
+            several = len(lacking) > 1
+            raise UserError(
+                f"stage {item.name!r} needs the artifact{'s' if several else ''} of {names}, which "
+                f"{'do' if several else 'does'} not exist and {'are' if several else 'is'} not selected",
+                where="--only, --from and --until",
+                hint=f"run {'them' if several else 'it'} too: --until {item.name}",
+            )
 
 
 def _other_code(artifact: Artifact, stage: ResolvedStage) -> list[str]:

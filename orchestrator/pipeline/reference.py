@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from orchestrator.pipeline.schema import EXTENDS
 from orchestrator.spec import EVERY_DEVICE, Pipeline, StageSpec, Strict
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage, TrainStage
@@ -58,6 +59,8 @@ class Key:
     meaning: str
 
 
+# In no model: it is gone once its file is laid over the other one.
+EXTENDS_KEY = Key("extends", "path", "–", True, EXTENDS)
 # Of the file itself, and in no stage's key.
 _NAMED = "name"
 
@@ -65,7 +68,7 @@ _NAMED = "name"
 def reference() -> str:
     """The document, in Markdown."""
     pipeline, stages = Pipeline[AnyStage], get_args(get_args(AnyStage)[0])
-    parts = [_HEAD, "## The file", _table(pipeline, pipeline.model_fields)]
+    parts = [_HEAD, "## The file", _table(pipeline, pipeline.model_fields) + "\n" + _row(EXTENDS_KEY)]
     parts += ["## Every stage", _table(StageSpec, StageSpec.model_fields)]
     own = {
         name: field for name, field in TrainStage.model_fields.items() if name not in StageSpec.model_fields
@@ -136,9 +139,13 @@ def _table(model: type[BaseModel], fields: dict[str, FieldInfo]) -> str:
     for key in described(model):
         if not any(key.name == (field.alias or name) for name, field in fields.items()):
             continue
-        cells = (f"`{key.name}`", key.type, key.default, "yes" if key.again else "no", key.meaning)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows.append(_row(key))
     return "\n".join(rows)
+
+
+def _row(key: Key) -> str:
+    cells = (f"`{key.name}`", key.type, key.default, "yes" if key.again else "no", key.meaning)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 @cache

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
-from rich.table import Table
 from rich.text import Text
 
 from orchestrator.pipeline.graph import order
 from orchestrator.pipeline.key import short
+from orchestrator.pipeline.rows import Rows
 from orchestrator.redact import redacted
 
 if TYPE_CHECKING:
@@ -47,13 +47,14 @@ class Reporter:
     Args:
         console: where to.
         again: the command that goes on after a stop.
+        since: when the command began, by `time.monotonic`; default: now.
     """
 
-    def __init__(self, console: Console, again: str = "the same command") -> None:
+    def __init__(self, console: Console, again: str = "the same command", since: float | None = None) -> None:
         self._console = console
         self._again = again
         self._width = 0
-        self._started = time.monotonic()
+        self._started = time.monotonic() if since is None else since
         self._results: dict[str, tuple[str, float, Mapping[str, float]]] = {}
         # The stage that runs, and since when.
         self._current: tuple[str, float] | None = None
@@ -83,7 +84,6 @@ class Reporter:
     def begin(self, plans: Sequence[StagePlan]) -> None:
         """The run starts."""
         self._width = max(len(item.name) for item in plans)
-        self._started = time.monotonic()
 
     def starting_cluster(self, address: str) -> None:
         """Ray is about to be started or joined."""
@@ -179,13 +179,13 @@ class Reporter:
         self._console.print(Text(f"  report of {name}: {path}", style="default"), soft_wrap=True)
 
     def _table(self, plans: Sequence[StagePlan]) -> None:
-        table = stage_table("stage", "result", "time", "key", "figures")
+        table = Rows(("stage", "result", "time", "key", "figures"), expendable=("key",))
         for item in plans:
             result, seconds, summary = self._results.get(item.name, ("pending", 0.0, {}))
             spent = duration(seconds) if seconds else ""
-            table.add_row(item.name, mark(result), spent, short(item.stage.key), figures(summary))
+            table.add(item.name, mark(result), spent, short(item.stage.key), figures(summary))
         self._console.print()
-        self._console.print(table)
+        table.print(self._console)
 
     @contextlib.contextmanager
     def working(self, item: StagePlan) -> Iterator[None]:
@@ -247,12 +247,12 @@ class _ToConsole(logging.Handler):
 
 def print_plan(console: Console, name: str, plans: Sequence[StagePlan]) -> None:
     """The DAG in running order: what each stage needs, whether it runs, and every reason."""
-    table = stage_table("stage", "kind", "needs", "action", "why")
+    table = Rows(("stage", "kind", "needs", "action", "why"), expendable=("needs", "kind"))
     for item in plans:
-        why = Group(*(Text(reason) for reason in item.reasons))
-        table.add_row(item.name, item.kind, ", ".join(item.stage.needs) or "—", mark(item.action), why)
+        needs = ", ".join(item.stage.needs) or "—"
+        table.add(item.name, item.kind, needs, mark(item.action), "\n".join(item.reasons))
     console.print(Text(f"Pipeline {name}", style="bold"))
-    console.print(table)
+    table.print(console)
     running = [item.name for item in plans if item.action == "run"]
     to_run = f"{len(running)} of {len(plans)} stages to run: {', '.join(running)}"
     console.print(Text(to_run if running else _up_to_date(plans)), soft_wrap=True)
@@ -267,15 +267,17 @@ def print_plan(console: Console, name: str, plans: Sequence[StagePlan]) -> None:
 
 def print_stages(console: Console, loaded: LoadedPipeline) -> None:
     """The DAG alone, where keys cannot be known because data is not there."""
-    table = stage_table("stage", "kind", "needs")
+    table = Rows(("stage", "kind", "needs"), expendable=("kind",))
     for name in order(loaded):
         stage = loaded.spec.stages[name]
-        table.add_row(name, stage.kind, ", ".join(stage.needs) or "—")
+        table.add(name, stage.kind, ", ".join(stage.needs) or "—")
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
-    console.print(table)
+    table.print(console)
     for missing in loaded.missing:
-        note = f"! {missing.what} ({missing.where}): which stages would run is known once it exists"
-        console.print(Text(note, style="yellow"), soft_wrap=True)
+        _print_warning(console, missing)
+    if loaded.missing:
+        note = "Which stages would run is known once that exists."
+        console.print(Text(note, style="bright_black"), soft_wrap=True)
 
 
 def print_findings(console: Console, found: Checked, *, incomplete_only: bool = False) -> None:
@@ -316,15 +318,6 @@ def _other_code(plans: Sequence[StagePlan]) -> str:
         f"{', '.join(names)} {verb} made by other code and {'are' if len(names) > 1 else 'is'} kept: "
         f"--rerun-on code makes {them} again."
     )
-
-
-def stage_table(*columns: str) -> Table:
-    """A table without boxes that neither cuts words nor colours in a pipe."""
-    table = Table(box=None, pad_edge=False, header_style="bright_black", padding=(0, 2, 0, 0))
-    for position, column in enumerate(columns):
-        is_last = position == len(columns) - 1
-        table.add_column(column, no_wrap=not is_last, overflow="fold")
-    return table
 
 
 def mark(state: str) -> Text:

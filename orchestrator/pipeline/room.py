@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.command import command
 from orchestrator.disk import space
 from orchestrator.errors import UserError
 from orchestrator.pipeline import graph
@@ -156,7 +157,8 @@ def disk(
             max(found, key=lambda need: need.artifact + need.work),
         )
     what = f"the stages to run {takes} the disk, most of it {largest.stage}, and {place} {folder} has {_gib(free)} free"
-    hint = "free some of it (`orchestrator gc` lists what no pipeline needs), set fewer "
+    collect = command("gc", str(loaded.path))
+    hint = f"free some of it (`{collect}` lists what no pipeline needs), set fewer "
     hint += "elastic.keep_checkpoints or snapshots, or use " + (
         "another ORCHESTRATOR_CACHE" if remote else "another store"
     )

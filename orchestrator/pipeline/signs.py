@@ -133,9 +133,11 @@ class Newcomer:
 
     def removed(self, who: Who, place: Place) -> None:
         """Note that a dead holder was replaced."""
-        if place.number is not None:
-            self.notes.append(f"taken over from {who}, {self._watch.why(who)}")
-            self._say(self.notes[-1])
+        note = f"taken over from {who}, {self._watch.why(who)}"
+        # It may have left more than one place.
+        if place.number is not None and note not in self.notes:
+            self.notes.append(note)
+            self._say(note)
 
     def pause(self) -> None:
         """Wait, a little longer every time."""

@@ -14,7 +14,7 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline import fit, graph
 from orchestrator.pipeline.costing import costing
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.reporter import stage_table
+from orchestrator.pipeline.rows import stage_table
 from orchestrator.sharing.planner import Phase, device_hours, schedule, separate_hours
 from orchestrator.spec import Hardware
 from orchestrator.stages.distill import Distill

@@ -10,12 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.command import command
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.gc import orphans, summary
 from orchestrator.pipeline.key import short
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.reporter import duration, figures, mark, stage_table
+from orchestrator.pipeline.reporter import duration, figures, mark
+from orchestrator.pipeline.rows import Rows
 from orchestrator.pipeline.tracked import waiting
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.tracking.backlog import counted
@@ -24,6 +26,8 @@ from orchestrator.tracking.spool import Spool
 # Of the tags that elastic/run_state.py sets.
 _TAGS = "ray_train."
 _RUN_TAGS = {"name", "status", "workers", "num_attempts", "attempts"}
+# Ray Train's states of what has ended.
+_ENDED = {"FINISHED", "ERRORED", "ABORTED"}
 # What is named of what was left behind.
 _ORPHANS = 5
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
@@ -43,7 +47,8 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
         return
     spool_folder = workspace.spool(loaded.name)
     spool = Spool(spool_folder) if spool_folder.is_dir() else None
-    table = stage_table("stage", "kind", "state", "attempts", "time", "goodput", "key", "newest figures")
+    columns = ("stage", "kind", "state", "attempts", "time", "goodput", "key", "newest figures")
+    table = Rows(columns, expendable=("kind", "key", "goodput", "attempts"))
     for name, stage in loaded.spec.stages.items():
         known = state.stages.get(name, StageState(name))
         shown = "interrupted" if known.state == "running" and not driven else known.state
@@ -53,10 +58,11 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
         key = short(known.key) if known.key else ""
         time_text = duration(spent) if spent else ""
         good = _goodput(spool, known)
-        table.add_row(name, stage.kind, mark(shown), attempts, time_text, good, key, detail)
+        table.add(name, stage.kind, mark(shown), attempts, time_text, good, key, detail)
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
-    console.print(table)
-    _print_runs(console, spool, [state.stages[name] for name in loaded.spec.stages if name in state.stages])
+    table.print(console)
+    known_stages = [state.stages[name] for name in loaded.spec.stages if name in state.stages]
+    _print_runs(console, spool, known_stages, driven=driven)
     _print_orphans(console, loaded, workspace)
     if (waits := waiting(loaded, workspace)) is not None:
         # Those of a run that goes on are about to be sent.
@@ -77,7 +83,8 @@ def _print_orphans(console: Console, loaded: LoadedPipeline, workspace: Workspac
         return
     if not found:
         return
-    text = f"Left behind: {summary(found)}. `orchestrator gc {loaded.path}` lists and deletes them."
+    collect = command("gc", str(loaded.path))
+    text = f"Left behind: {summary(found)}. `{collect}` lists and deletes them."
     console.print(Text(text, style="yellow"), soft_wrap=True)
     for orphan in found[:_ORPHANS]:
         console.print(Text(f"  {orphan.name}", style="bright_black"), soft_wrap=True)
@@ -85,31 +92,35 @@ def _print_orphans(console: Console, loaded: LoadedPipeline, workspace: Workspac
         console.print(Text(f"  and {len(found) - _ORPHANS} more", style="bright_black"))
 
 
-def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageState]) -> None:
-    """The Ray Train runs of the stages, as Ray's own state API lists them."""
+def _print_runs(console: Console, spool: Spool | None, stages: Sequence[StageState], *, driven: bool) -> None:
+    """The Ray Train runs of the stages, as Ray's own state API lists them; without a driver, none goes on."""
+
+    def shown(status: str) -> str:
+        return status if driven or status in _ENDED else "BROKEN OFF"
+
     runs = [tags for stage in stages for tags in _ray_train(spool, stage)]
     if not runs:
         return
-    table = stage_table(
-        "Ray Train run", "state", "workers", "attempts", "newest attempt", "failed ranks, newest first"
-    )
+    failures = "failed ranks, newest first"
+    columns = ("Ray Train run", "state", "workers", "attempts", "newest attempt", failures)
+    table = Rows(columns, expendable=("workers", "attempts", "newest attempt"))
     for tags in runs:
         attempts = _attempts(tags["attempts"])
-        newest = f"{attempts[-1]['status']}, {_workers(attempts[-1]['workers'])}" if attempts else ""
+        newest = f"{shown(attempts[-1]['status'])}, {_workers(attempts[-1]['workers'])}" if attempts else ""
         failed = [
             f"{', '.join(map(str, one['failed_ranks']))}: {one.get('detail', '')}"
             for one in reversed(attempts)
             if one["failed_ranks"]
         ]
-        table.add_row(
+        table.add(
             tags["name"],
-            tags["status"],
+            shown(tags["status"]),
             tags["workers"],
             str(tags["num_attempts"]),
             newest,
             "; ".join(failed[:2]),
         )
-    console.print(table)
+    table.print(console)
 
 
 def _workers(count: object) -> str:

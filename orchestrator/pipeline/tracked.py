@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from orchestrator.command import command
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.pipeline.yamlfile import without_secrets
@@ -21,7 +21,7 @@ from orchestrator.tracking.spool import Spool
 
 Say = Callable[[str], None]
 # The end of a run that takes longer than that is explained, and again after so long.
-_FIRST_S, _AGAIN_S = 2.0, 15.0
+_FIRST_S, _AGAIN_S = 5.0, 15.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def waiting(loaded: LoadedPipeline, workspace: Workspace) -> Waiting | None:
 def sync_command(loaded: LoadedPipeline) -> str:
     """What sends what waits: the same file and overrides."""
     overrides = dict.fromkeys(loaded.document.overrides.values())
-    return shlex.join(["orchestrator", "sync", str(loaded.path), *map(without_secrets, overrides)])
+    return command("sync", str(loaded.path), *map(without_secrets, overrides))
 
 
 def where(loaded: LoadedPipeline) -> str:
@@ -160,10 +160,10 @@ class _Watch:
         return not (self._may_end and self._stop is not None and self._stop.is_set())
 
     def _tell(self, found: Backlog, seconds: float) -> None:
-        end = "; Ctrl-C stops sending and keeps the records" if self._may_end else ""
+        end = " Ctrl-C stops it and keeps the records." if self._may_end else ""
         self._say(
-            f"sending {counted(found.records)} to {where(self._loaded)} for {seconds:.0f} s now, until it has accepted "
-            f"none for {PATIENCE_S:.0f} s{end}"
+            f"Still sending after {seconds:.0f} s: {counted(found.records)} to {where(self._loaded)}. This ends when "
+            f"all are accepted, or when none was for {PATIENCE_S:.0f} s.{end}"
         )
 
 

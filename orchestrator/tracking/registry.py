@@ -165,7 +165,9 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
     database = database_path(uri)
     if database is not None and not database.exists():
         raise UserError(
-            f"there is no MLflow database at {database}", where=uri, hint="give the pipeline's tracking.uri"
+            f"there is no MLflow database at {database}",
+            where=uri,
+            hint="give the pipeline's tracking.uri, such as --tracking sqlite:///FOLDER/runs/mlflow.db",
         )
     if database is not None and not database.is_file():
         raise UserError(

@@ -74,8 +74,9 @@ def test_values_of_a_plain_file_are_not_touched(tmp_path: Path) -> None:
             ["1 row of", "more values than the 2 columns", "c.csv:2", "quotes"],
         ),
         ("file,captions\na.jpg,x\n", ["column 'captions'", "not read", "'caption'", "c.csv:1"]),
+        ("file;caption;category\na.jpg;x;y\n", ["column 'category'", "not read", "'label'", "c.csv:1"]),
     ],
-    ids=["two captions", "two names", "comma", "column"],
+    ids=["two captions", "two names", "comma", "column", "synonym"],
 )
 def test_what_is_probably_not_meant_is_told(tmp_path: Path, text: str, parts: list[str]) -> None:
     (warning,) = captions(tmp_path, text).warnings
@@ -97,10 +98,14 @@ def test_of_two_captions_the_last_counts(tmp_path: Path) -> None:
         ("file,caption\na.jpeg,x\n", ["did you mean 'a.jpg'"]),
         ("file,caption\n../a.jpg,x\n", ["none of the names"]),
         ("fil;caption\na.jpg;x\n", ["no `file` column"]),
+        (
+            "filename;text;class\na.jpg;x;y\n",
+            ["only filename, text, class", "rename the column 'filename' to"],
+        ),
         ("file,caption,caption\na.jpg,x,y\n", ["more than one `caption` column", "c.csv:1", "all but one"]),
         ("File;file\na.jpg;a.jpg\n", ["more than one `file` column"]),
     ],
-    ids=["none", "one", "ending", "outside", "column", "column twice", "capital twice"],
+    ids=["none", "one", "ending", "outside", "column", "synonym", "column twice", "capital twice"],
 )
 def test_names_without_a_photo_get_the_nearest(tmp_path: Path, text: str, parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:

@@ -195,6 +195,58 @@ def test_of_missing_data_the_rest_is_told_too(folder: Path) -> None:
     assert "'smal'" in told(checked("stages.publish.names=[smal]", runs=False).errors)
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "stages.pretrain.batch_size=5",
+            ["batch_size 5 is not a multiple of block_size 2", "stages.pretrain.batch_size = 5",
+             "use batch_size 4 or 6, or block_size 1"],
+        ),
+        (
+            "stages.pretrain.crops.global_size=50",
+            ["crops.global_size 50 is not a multiple of vit_femto's patch size",
+             "stages.pretrain.crops.global_size = 50", "hint use 48"],
+        ),
+        (
+            "stages.gram.crops.global_size=50",
+            ["global_size 50 is not a multiple of", "stages.gram.crops.global_size = 50", "hint use 48"],
+        ),
+        (
+            "stages.distill.students.small={model: vit_femto, views: {global_size: 50}}",
+            ["global_size 50 is not a multiple of", "students.small.views.global_size = 50", "hint use 48"],
+        ),
+        ("stages.pretrain.optimizer.lr=1e-3", ["stages.pretrain.optimizer.lr = 1e-3", "write `lr: {peak: 1e-3}`"]),
+        ("stages.pretrain.optimizer.lr=0.5", ["write `lr: {peak: 0.5}`"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_names_its_key_and_what_fits(folder: Path, override: str, expected: list[str]) -> None:
+    said = CliRunner().invoke(app, ["plan", "pipeline.yaml", override])
+    text = " ".join(str(said.exception or said.output).split())
+    for part in expected:
+        assert part in text
+
+
+def test_a_default_that_does_not_fit_is_called_one(folder: Path) -> None:
+    pipeline = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    pipeline["stages"]["pretrain"] |= {"batch_size": 30}
+    del pipeline["stages"]["pretrain"]["block_size"]
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    with pytest.raises(UserError) as caught:
+        checked()
+    assert "batch_size 30 is not a multiple of block_size 16, which is the default" in str(caught.value)
+    assert caught.value.hint == "use batch_size 16 or 32, or block_size 15"
+    assert "stages.pretrain.batch_size = 30" in str(caught.value.where)
+
+
+def test_a_plan_names_the_nearest_folder_of_missing_data(folder: Path) -> None:
+    (folder / "photos").rename(folder / "photo")
+    said = CliRunner().invoke(app, ["plan", "pipeline.yaml"]).output
+    assert "! no such folder: photos" in said
+    assert "hint did you mean photo?" in said
+    assert "Which stages would run is known once that exists." in said
+
+
 def test_of_missing_captions_nothing_is_said_but_that_they_are_missing(folder: Path) -> None:
     (folder / "captions.csv").unlink()
     said = told(checked().errors)

@@ -378,7 +378,8 @@ def test_what_is_left_out_is_read_if_it_is_there(pipeline: Path, trace: Traces) 
 @pytest.mark.parametrize(
     ("choice", "expected"),
     [
-        (Choice(first="evaluate"), "needs the artifact of 'pretrain'"),
+        (Choice(first="evaluate"), "needs the artifacts of 'pretrain', 'curate', which do not exist"),
+        (Choice(first="evaluate"), "run them too: --until evaluate"),
         (Choice(only=("pretrian",)), "did you mean 'pretrain'?"),
         (Choice(first="evaluate", last="curate"), "these options together select no stage"),
         (Choice(only=("curate",), force=("pretrain",)), "is forced but not selected"),

@@ -449,7 +449,7 @@ def test_a_piece_of_a_result_is_an_artifact_that_outlives_changes_of_the_others(
 
 
 def test_the_end_names_what_is_to_be_looked_at(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.pipeline.execute.REPORT", "result.json")
+    monkeypatch.setattr("orchestrator.pipeline.execute.REPORTS", ("page.html", "result.json"))
     for _ in range(2):
         said = run(pipeline)[1]
         assert re.search(r"report of evaluate: runs/artifacts/evaluate-[0-9a-f]+/result.json", said)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.errors import UserError
 from orchestrator.pipeline.explain import explain, text
-from orchestrator.pipeline.reference import described, sections
+from orchestrator.pipeline.reference import described, reference, sections
 from orchestrator.pipeline.schema import schema, schema_text
 from orchestrator.stages import AnyStage
 from orchestrator.stages.registry import kind_of
@@ -63,6 +63,18 @@ def test_the_start_of_a_path_may_be_left_out() -> None:
     first, *rest = said("homogeneous").splitlines()
     assert (first, rest[0]) == ("stages.pretrain.homogeneous", "stages.gram_anchor.homogeneous")
     assert said("homogeneous").count("The dataset") == 1
+
+
+def test_the_reference_has_the_key_that_no_model_has() -> None:
+    assert "| `extends` | path |" in reference().partition("## Every stage")[0]
+
+
+def test_below_a_stages_own_name_a_key_is_explained_for_each_kind_that_has_it() -> None:
+    found = explain("stages.my_gram.gram.teacher")
+    of_each_kind = [["stages.gram_anchor.gram.teacher"], ["stages.high_res.gram.teacher"]]
+    assert [list(each.paths) for each in found] == of_each_kind
+    paths = {path for each in explain("stages.gram.steps") for path in each.paths}
+    assert {"stages.pretrain.steps", "stages.gram_anchor.steps", "stages.distill.steps"} <= paths
 
 
 def test_every_key_can_be_asked_for() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from orchestrator.pipeline import status
 from orchestrator.pipeline.ledger import StageState
@@ -22,6 +25,25 @@ def test_a_run_that_says_too_little_is_not_shown(tmp_path: Path, lacking: str | 
     tags = {f"ray_train.{name}": value for name, value in WHOLE.items() if name != lacking}
     spool.post("r", "tags", tags=tags)
     assert len(_ray_train(spool, StageState("a", run_id="r"))) == (lacking is None)
+
+
+@pytest.mark.parametrize("driven", [True, False])
+def test_without_a_driver_no_run_is_running(tmp_path: Path, driven: bool) -> None:
+    spool, output = Spool(tmp_path), io.StringIO()
+    attempts = [
+        {"status": "ERRORED", "workers": 1, "failed_ranks": [0]},
+        {"status": "RUNNING", "workers": 2, "failed_ranks": []},
+    ]
+    for run_id, run_status in (("r", "RUNNING"), ("s", "FINISHED")):
+        spool.post(run_id, "open", name="a", parent=None)
+        tags = WHOLE | {"status": run_status, "attempts": json.dumps(attempts)}
+        spool.post(run_id, "tags", tags={f"ray_train.{name}": value for name, value in tags.items()})
+    stages = [StageState("a", run_id="r"), StageState("b", run_id="s")]
+    status._print_runs(Console(file=output, width=200), spool, stages, driven=driven)
+    said = output.getvalue()
+    assert ("RUNNING" in said) == driven
+    assert ("BROKEN OFF, 2 workers" in said) != driven
+    assert "FINISHED" in said
 
 
 @pytest.mark.parametrize(

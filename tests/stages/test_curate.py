@@ -142,6 +142,20 @@ def test_report(photos: Path, tmp_path: Path) -> None:
     assert sheet.std() > 20
 
 
+def test_the_log_names_the_first_files_that_are_not_used(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "orchestrator")
+    Curate(kind="curate", data="photos", clusters=4).run(_context(tmp_path, photos=_source(photos)))
+    said = {record.levelname: record.getMessage() for record in caplog.records}
+    assert said["WARNING"].startswith("curate: 2 photos cannot be read: photos/broken.jpg (")
+    assert said["WARNING"].endswith("; photos/empty.png (the file is empty)")
+    assert said["INFO"].startswith(
+        "curate: 4 duplicates are left out: photos/x-copy.jpg (as photos/0-03.jpg); "
+    )
+    assert said["INFO"].endswith("; and 1 more in report.json")
+
+
 def test_what_is_no_photo_is_in_the_report_with_its_reason(photos: Path, tmp_path: Path) -> None:
     os.mkfifo(photos / "pipe.jpg")
     (photos / "scan.dcm").write_bytes(b"DICM")
