@@ -50,7 +50,8 @@ _MADE = {
 }  # fmt: skip
 _STAGES = get_args(get_args(AnyStage)[0])
 _KEYS = keys()
-_ALL_KEYS = set().union(*_KEYS.values())
+# `extends` is the loader's, before there is a pipeline.
+_ALL_KEYS = {"extends"}.union(*_KEYS.values())
 
 
 def each_page(pages: list[Path] = PAGES) -> Any:

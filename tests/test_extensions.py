@@ -221,7 +221,7 @@ BAD = {
     "metric with a bad version": ("e: {kind: evaluate, metrics: [odd]}", ["version 'two'", "give an integer"]),
     "unknown setting": (
         "e: {kind: evaluate, metrics: [{use: mean, pwoer: 2}]}",
-        ["unknown key 'pwoer'", "e.metrics.0.pwoer = 2", "did you mean 'power'?"],
+        ["unknown key 'pwoer'", "e.metrics.0.pwoer", "did you mean 'power'?"],
     ),
     "setting out of bounds": ("e: {kind: evaluate, metrics: [{use: mean, power: 9}]}", ["metrics.0.power", "not 9"]),
     "no use": ("e: {kind: evaluate, metrics: [{power: 2}]}", ["missing the key 'use'"]),
