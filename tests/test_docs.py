@@ -50,8 +50,7 @@ _MADE = {
 }  # fmt: skip
 _STAGES = get_args(get_args(AnyStage)[0])
 _KEYS = keys()
-# `extends` is the loader's, before there is a pipeline.
-_ALL_KEYS = {"extends"}.union(*_KEYS.values())
+_ALL_KEYS = set().union(*_KEYS.values())
 
 
 def each_page(pages: list[Path] = PAGES) -> Any:
@@ -218,7 +217,8 @@ def test_tables_of_settings_have_keys_of_the_schema(page: Path) -> None:
         for row in table.strip().split("\n"):
             for text in re.findall(r"`([^`]+)`", row.split("|")[1]):
                 key = text.partition(":")[0].split(".")[-1]
-                assert key in _ALL_KEYS, f"{page.name}: {text}"
+                # `extends` is the loader's, before there is a pipeline.
+                assert key in _ALL_KEYS | {"extends"}, f"{page.name}: {text}"
 
 
 @each_page(LIVING)
