@@ -29,7 +29,7 @@ from orchestrator.pipeline.process import Who
 from orchestrator.store.local import Store
 
 _NAME = re.compile(
-    r"(?P<door>[0-9a-f]{32})\.door|(?P<number>\d+)-(?P<id>[0-9a-f]{32})\.ticket|(?P<epoch>\d+)\.epoch"
+    r"(?P<door>[0-9a-f]{32})\.door|(?P<number>[0-9]{1,18})-(?P<id>[0-9a-f]{32})\.ticket|(?P<epoch>[0-9]{1,18})\.epoch"
 )
 _log = logging.getLogger(__name__)
 

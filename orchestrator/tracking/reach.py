@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator import disk
+from orchestrator.fsio import open_regular
 from orchestrator.tracking.connect import absolute_uri, database_path
 from orchestrator.tracking.trouble import Trouble
 from orchestrator.tracking.trouble import trouble as found_in
@@ -51,7 +52,7 @@ def trouble(uri: str, timeout_s: float) -> Trouble | None:
 def _look_at(path: Path) -> None:
     """Raises OSError or sqlite3.DatabaseError if a SQLite database cannot be made or used, as MLflow would."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(_SQLITE_MAGIC))
     except FileNotFoundError:
         _insist_on_writing(disk.existing(path), folder=True)

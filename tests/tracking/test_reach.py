@@ -126,6 +126,11 @@ def test_a_database_that_is_none(tmp_path: Path) -> None:
     assert "cannot be opened (Not a directory)" in said(f"{where}/text.db/below.db")
 
 
+def test_a_pipe_in_place_of_a_database_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mlflow.db")
+    assert "not a regular file" in said(f"sqlite:///{tmp_path}/mlflow.db")
+
+
 @pytest.mark.parametrize("name", ["used.db", "new.db"])
 def test_a_database_that_cannot_be_written(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
