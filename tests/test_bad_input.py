@@ -54,7 +54,7 @@ def complaint(folder: Path, text: str, *arguments: str) -> str:
         ("    batch_size: 4", "    batchsize: 4", ["pipeline.yaml:11", "batchsize", "batch_size"]),
         ("kind: pretrain", "kind: pretrian", ["pipeline.yaml:7", "pretrian", "pretrain"]),
         ("    steps: 2", "    steps: two", ["pipeline.yaml:10", "steps", "two"]),
-        ("needs: curate", "needs: [curate, pretrain]", ["circle", "pretrain"]),
+        ("needs: curate", "needs: [curate, pretrain]", ["cycle", "pretrain"]),
         ("needs: curate", "needs: curat", ["curat", "curate"]),
         ("model: vit_femto", "model: vit_fempto", ["pipeline.yaml:9", "vit_fempto", "vit_femto"]),
         ("    block_size: 2", "    block_size: 3", ["batch_size", "3"]),

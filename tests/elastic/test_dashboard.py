@@ -77,5 +77,5 @@ def test_without_its_packages_it_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_joined_cluster_has_its_own_or_none() -> None:
-    with pytest.raises(UserError, match=r"pipeline's own cluster"):
+    with pytest.raises(UserError, match=r"needs .cluster.address: local."):
         cluster.start(Cluster(address="127.0.0.1:6379", dashboard=True)).__enter__()

@@ -143,7 +143,7 @@ def test_the_first_group_waits_for_a_second_slot_as_long_as_a_restart_takes() ->
 def test_without_machines_it_never_finishes_and_says_so() -> None:
     nothing = predict([stage()], machines([], 2))
     assert not nothing.finished
-    assert "no machine" in nothing.why_not
+    assert "no more machines" in nothing.why_not
     assert nothing.cost == 0
     too_few = predict([stage(workers=(3, 4))], steady(2, duration_s=500.0))
     assert not too_few.finished

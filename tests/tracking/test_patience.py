@@ -286,15 +286,15 @@ def test_messages_on_a_server_name_it(error: Exception, what: str) -> None:
 
 
 def no_progress_noted(number: int) -> Callable[..., int]:
-    """In place of `Path.write_text`: how far MLflow is cannot be noted, with such an error."""
-    real = Path.write_text
+    """In place of `Path.write_bytes`: how far MLflow is cannot be noted, with such an error."""
+    real = Path.write_bytes
 
-    def write_text(path: Path, *args: Any, **options: Any) -> int:
-        if path.name.endswith(".progress.tmp"):
+    def write_bytes(path: Path, *args: Any, **options: Any) -> int:
+        if ".progress." in path.name:
             raise OSError(number, os.strerror(number))
         return real(path, *args, **options)
 
-    return write_text
+    return write_bytes
 
 
 @pytest.mark.usefixtures("full_disks")
@@ -302,7 +302,7 @@ def test_a_spool_without_room_is_not_the_databases_trouble(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow takes the records, again and again, since how far it is cannot be noted."""
-    monkeypatch.setattr(Path, "write_text", no_progress_noted(errno.ENOSPC))
+    monkeypatch.setattr(Path, "write_bytes", no_progress_noted(errno.ENOSPC))
     done, by_itself = drained(spool, Server(lambda: None), patience=0.5)
     assert not done
     assert by_itself
@@ -316,7 +316,7 @@ def test_a_spool_without_room_is_not_the_databases_trouble(
 def test_a_spool_that_cannot_be_written_is_not_mlflows_trouble(
     spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
 ) -> None:
-    monkeypatch.setattr(Path, "write_text", no_progress_noted(number))
+    monkeypatch.setattr(Path, "write_bytes", no_progress_noted(number))
     sink = Server(lambda: None)
     sink.uri = where.format(tmp_path)
     assert not drained(spool, sink, patience=0.5)[0]

@@ -102,7 +102,8 @@ def test_a_pull_appears_whole_or_not_at_all(
     for disk in every_fault(kind, at_least=4):
         out = tmp_path / f"out-{disk.fail_at}" / "vit"
         went = goes_through(disk, lambda: registry.pull("vit@best", out, uri))  # noqa: B023
-        assert went == out.exists() or kind == "crash"
+        # What fails after it has its name, as waiting for the disk may, leaves it whole.
+        assert out.exists() or not went
         if out.exists():
             assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
         else:
