@@ -211,7 +211,6 @@ class OwnCluster(RunningCluster):
 
     def close(self) -> None:
         """See `RunningCluster`."""
-        import ray
         from ray._private.state import state
 
         if self._closed:
@@ -224,7 +223,7 @@ class OwnCluster(RunningCluster):
             self._kill_all_but_head()
             state.disconnect()
             time.sleep(_POLL_S)
-        ray.shutdown()
+        _shutdown()
         self._reaper.close()
         self._environment.close()
 
@@ -293,14 +292,12 @@ class JoinedCluster(RunningCluster):
 
     def close(self) -> None:
         """See `RunningCluster`."""
-        import ray
-
         if self._closed:
             return
         self._closed = True
         if self._lost is None:
             _close_pool()
-        ray.shutdown()
+        _shutdown()
         self._environment.close()
 
 
@@ -328,18 +325,61 @@ def _init(**options: Any) -> Any:
 
     # What a stage's thread still asks of a cluster that is gone must not start another one.
     auto_init_hook.enable_auto_connect = False
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = _handlers()
+    context = None
     try:
-        context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except SystemExit:
-        # Ray sets a handler of its own for SIGTERM, which ends the process; ours is told instead.
-        _restore(handlers)
-        signal.raise_signal(signal.SIGTERM)
-        raise Stopped from None
+        with _sigterm_noted() as noted:
+            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except BaseException:
+        if not noted:
+            raise
     finally:
         _restore(handlers)
+    if noted:
+        _shutdown()
+        signal.raise_signal(signal.SIGTERM)
+        raise Stopped
     _quiet()
     return context
+
+
+@contextlib.contextmanager
+def _sigterm_noted() -> Iterator[list[int]]:
+    """SIGTERM ends what runs here and is listed.
+
+    Ray's own handlers raise SystemExit, and Python drops an exception that is raised in a callback, as of a fork
+    or of the garbage collector: a SIGTERM at that moment would be lost.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> NoReturn:
+        noted.append(number)
+        raise SystemExit(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    from ray._private import utils
+
+    set_by_ray, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield noted
+    finally:
+        utils.set_sigterm_handler = set_by_ray
+
+
+def _shutdown() -> None:
+    """`ray.shutdown`, which sets SIGTERM to its default below Python, and the handlers of before again."""
+    import ray
+
+    handlers = _handlers()
+    ray.shutdown()
+    _restore(handlers)
+
+
+def _handlers() -> dict[signal.Signals, Any]:
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:

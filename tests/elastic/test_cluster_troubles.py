@@ -169,6 +169,38 @@ def test_sigterm_while_ray_starts_is_a_stop(folders: list[Path]) -> None:
 
 
 @pytest.mark.own_process
+def test_sigterm_in_a_callback_while_ray_starts_is_a_stop(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python drops what a callback of a fork raises."""
+    import ray
+
+    real = ray.init
+
+    to_send: list[signal.Signals] = []
+    os.register_at_fork(before=lambda: to_send and signal.raise_signal(to_send.pop()))
+
+    def init(**options: object) -> object:
+        context = real(**options)
+        to_send.append(signal.SIGTERM)
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        return context
+
+    monkeypatch.setattr(ray, "init", init)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with pytest.raises(Stopped), cluster.start(Cluster()):
+            raise AssertionError("it went on")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+    assert not folders[0].exists()
+
+
+@pytest.mark.own_process
 def test_signal_handlers_survive_ray() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
@@ -176,7 +208,8 @@ def test_signal_handlers_survive_ray() -> None:
         with cluster.start(Cluster()):
             os.kill(os.getpid(), signal.SIGTERM)
             assert remote_pid(), "the cluster is not there any more"
-        assert heard == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * 2
     finally:
         signal.signal(signal.SIGTERM, before)
 
