@@ -157,7 +157,8 @@ class OwnCluster(RunningCluster):
             self._head_command = _command(self._head)
         except BaseException as error:
             log = cluster_check.last_lines(self.logs)
-            self.close()
+            self._closed = True
+            self._end()
             if isinstance(error, Stopped) or not isinstance(error, Exception):
                 raise
             raise _NotUpError(error, log, self._folder.parent) from error
@@ -218,11 +219,13 @@ class OwnCluster(RunningCluster):
         self._closed = True
         if self._lost is None:
             _close_pool()
-        else:
-            # Its workers must not write any more. The head is last: who asks a dead one waits for ever.
-            self._kill_all_but_head()
-            state.disconnect()
-            time.sleep(_POLL_S)
+        # A second faster than Ray, which waits for each process in turn; and the workers of a lost cluster must not
+        # write any more. The head is last: who asks a dead one waits for ever.
+        self._kill_all_but_head()
+        state.disconnect()
+        self._end()
+
+    def _end(self) -> None:
         _shutdown()
         self._reaper.close()
         self._environment.close()
