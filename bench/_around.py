@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.pipeline.device_split import material
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.splitting import material
 
 
 def crop_seconds(loaded: LoadedPipeline, stage: str, folder: Path, quick: bool) -> float:
@@ -53,8 +53,8 @@ def ray_figures(quick: bool) -> tuple[float, float]:
 def _desk_calls(calls: int) -> float:
     import ray
 
-    from orchestrator.sharing.account import Account
-    from orchestrator.sharing.desk import Delivered, Desk
+    from orchestrator.teacher_service.account import Account
+    from orchestrator.teacher_service.coordinator import Delivered, Desk
 
     desk: Any = ray.remote(Desk).options(num_cpus=0, max_concurrency=1000).remote(
         {"student": 0}, 10, window=4, patience_s=600.0, account=Account()

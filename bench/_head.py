@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.harness import stopwatch
-from orchestrator.elastic.device import device_type
 from orchestrator.objectives.chunked import SoftTargets, chunked_cross_entropy, chunked_sinkhorn_scaling
 from orchestrator.objectives.dino import cross_entropy
 from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
+from orchestrator.training.device import device_type
 
 _STUDENT_TEMPERATURE, _TEACHER_TEMPERATURE = 0.1, 0.07
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from orchestrator.simulate.costs import measured
+from orchestrator.simulation.costs import measured
 
 Series = Sequence[tuple[float, float]]
 

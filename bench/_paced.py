@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from orchestrator.spec import Optimizer
+from orchestrator.config.schema import Optimizer
 from orchestrator.stages.base import Context, TrainStage
 
 
@@ -39,7 +39,7 @@ class Paced(TrainStage):
     def run(self, context: Context) -> Mapping[str, float]:
         """Train, and keep the account."""
         from orchestrator.elastic import trainer
-        from orchestrator.elastic.job import Job
+        from orchestrator.training.job import Job
 
         job = Job(
             name=context.name,
@@ -84,7 +84,7 @@ class PacedTask:
         """The layer and its EMA."""
         import torch
 
-        from orchestrator.elastic.task import Modules
+        from orchestrator.training.task import Modules
 
         layers = []
         for _ in range(2):
@@ -101,7 +101,7 @@ class PacedTask:
         """Wait; then a loss that has gradients."""
         import torch
 
-        from orchestrator.elastic.task import Losses
+        from orchestrator.training.task import Losses
 
         time.sleep(self.block_s)
         inputs = torch.full((1, self.width), 0.1) + 0.01 * block.tensors["x"]

@@ -25,8 +25,8 @@ from bench.harness import UnfairError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from orchestrator.elastic.task import Modules
-    from orchestrator.spec import Optimizer
+    from orchestrator.config.schema import Optimizer
+    from orchestrator.training.task import Modules
 
 WARM_UP = 4
 _LOOK_S = 0.02
@@ -84,7 +84,7 @@ class Price:
 
 
 class PlainWeights:
-    """`orchestrator.elastic.task.Weights` on whole modules in one process."""
+    """`orchestrator.training.task.Weights` on whole modules in one process."""
 
     def __init__(self, modules: Modules) -> None:
         assert modules.ema is not None
@@ -110,11 +110,11 @@ class PlainLoop:
         import torch
 
         from orchestrator.data.rng import derive
-        from orchestrator.sharing.bundle import VIEWS
-        from orchestrator.stages.distill import Distill
-        from orchestrator.stages.selfsup import ModelRecipe
-        from orchestrator.stages.tasks.crops import StepViews
-        from orchestrator.stages.tasks.distill import DistillTask, FrozenTeacher
+        from orchestrator.stages.common.crops import StepViews
+        from orchestrator.stages.distill.config import Distill
+        from orchestrator.stages.distill.task import DistillTask, FrozenTeacher
+        from orchestrator.stages.ssl.config import ModelRecipe
+        from orchestrator.teacher_service.payload import VIEWS
 
         self.config = config = Distill.model_validate(order.stage)
         recipe = ModelRecipe.model_validate_json(Path(order.recipe).read_text())
@@ -145,8 +145,8 @@ class PlainLoop:
         import torch
         from torch.nn.utils import clip_grad_norm_
 
-        from orchestrator.elastic.task import BlockTensors
-        from orchestrator.sharing.bundle import TEACHER, VIEWS, block
+        from orchestrator.teacher_service.payload import TEACHER, VIEWS, block
+        from orchestrator.training.task import BlockTensors
 
         began = time.process_time()
         if not self.inline:

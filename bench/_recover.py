@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking.runs import NullRun
+from orchestrator.tracking.run import NullRun
 
 STAGES, STAGE_STEPS = 5, 8
-_PRELOAD = ("orchestrator.stages.tasks.crops", "orchestrator.stages.tasks.ssl")
+_PRELOAD = ("orchestrator.stages.common.crops", "orchestrator.stages.ssl.task")
 
 
 def drive(arm: str, address: str, index: Path, work: Path) -> None:
@@ -51,12 +51,12 @@ def drive(arm: str, address: str, index: Path, work: Path) -> None:
 
 
 def _job(index: Path, work: Path, **elastic: Any) -> Any:
-    from orchestrator.elastic.job import Job
-    from orchestrator.spec import Elastic
-    from orchestrator.stages.pretrain import Pretrain
-    from orchestrator.stages.selfsup import ModelRecipe
-    from orchestrator.stages.tasks.crops import crop_blocks
-    from orchestrator.stages.tasks.ssl import SelfSupervisedTask
+    from orchestrator.config.schema import Elastic
+    from orchestrator.stages.common.crops import crop_blocks
+    from orchestrator.stages.ssl.config import ModelRecipe
+    from orchestrator.stages.ssl.pretrain import Pretrain
+    from orchestrator.stages.ssl.task import SelfSupervisedTask
+    from orchestrator.training.job import Job
 
     config = Pretrain.model_validate(
         {
@@ -105,7 +105,7 @@ class _Noting(NullRun):
         self._world = 0
 
     def metrics(self, values: Mapping[str, float], step: int, channel: str = "train") -> bool:
-        """See :class:`orchestrator.tracking.runs.Run`."""
+        """See :class:`orchestrator.tracking.run.Run`."""
         if channel == "train":
             self._note(step, self._world)
         elif channel == "goodput":
@@ -123,9 +123,9 @@ def _stop_by_file(work: Path, stop: Callable[[], None]) -> None:
 
 
 def _drive_ours(address: str, index: Path, work: Path, **elastic: Any) -> None:
+    from orchestrator.config.schema import Cluster
     from orchestrator.elastic import cluster
     from orchestrator.errors import Stopped
-    from orchestrator.spec import Cluster
 
     stop = threading.Event()
     threading.Thread(target=_stop_by_file, args=(work, stop.set), daemon=True).start()
@@ -135,8 +135,8 @@ def _drive_ours(address: str, index: Path, work: Path, **elastic: Any) -> None:
 
 def _drive_stages(address: str, index: Path, work: Path) -> None:
     """Stages of a few steps; the end of each is written to `ends.jsonl`."""
+    from orchestrator.config.schema import Cluster
     from orchestrator.elastic import cluster
-    from orchestrator.spec import Cluster
 
     with (
         cluster.start(Cluster(address=address), preload=_PRELOAD),
@@ -188,8 +188,8 @@ def _drive_untouched(address: str, index: Path, work: Path) -> None:
 def _untouched_worker(config: dict[str, Any]) -> None:
     import torch
 
-    from orchestrator.elastic.loop import train
-    from orchestrator.elastic.zero import import_deepspeed
+    from orchestrator.training.loop import train
+    from orchestrator.training.zero import import_deepspeed
 
     torch.set_num_threads(1)
     import_deepspeed().init_distributed("gloo", dist_init_required=False, verbose=False)

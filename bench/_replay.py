@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.simulate.trace import Event, Trace
+from orchestrator.simulation.trace import Event, Trace
 from tools.market import SpotMarket
 
 logger = logging.getLogger("orchestrator")

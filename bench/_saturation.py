@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.sharing.bundle import CHUNK_BYTES
-from orchestrator.sharing.planner import Split, StudentCost, TeacherCost, split
+from orchestrator.capacity.allocate import Split, StudentCost, TeacherCost, split
+from orchestrator.teacher_service.payload import CHUNK_BYTES
 
 _GIB = 2**30
 # A teacher asks for a step and delivers it.

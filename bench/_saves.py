@@ -17,17 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orchestrator.elastic import checkpoint, shardfile
-from orchestrator.elastic.checkpoint import Target
-from orchestrator.elastic.engine import Engine
-from orchestrator.elastic.saver import Saver
-from orchestrator.elastic.task import Modules
-from orchestrator.elastic.zero import import_deepspeed
+from orchestrator.config.schema import Optimizer
 from orchestrator.models.blocks import Block
 from orchestrator.models.configs import ViTConfig
 from orchestrator.models.presets import preset
 from orchestrator.models.vit import VisionTransformer
-from orchestrator.spec import Optimizer
+from orchestrator.training.checkpoint import reader, shard_file
+from orchestrator.training.checkpoint.reader import Target
+from orchestrator.training.checkpoint.writer import Saver
+from orchestrator.training.engine import Engine
+from orchestrator.training.task import Modules
+from orchestrator.training.zero import import_deepspeed
 
 NEVER, AGAIN, BEHIND, WAITING, TORCH = (
     "never saving",
@@ -66,11 +66,11 @@ class Windows:
             num_blocks=dist.get_world_size(),
         )
         self.cpu_s = 0.0
-        shardfile.write_file = self._counted(shardfile.write_file)
+        shard_file.write_file = self._counted(shard_file.write_file)
         self.target = Target(self.folder / "ours")
         self.saver = Saver(
             self.target,
-            token=checkpoint.share(self.target.take() if self.rank == 0 else None),
+            token=reader.share(self.target.take() if self.rank == 0 else None),
             keep=1,
             keep_every=None,
             meta={},
@@ -146,7 +146,7 @@ class Windows:
             key: DTensor.from_local(
                 shard.data, mesh, [Shard(0)], run_check=False, shape=torch.Size([shard.numel]), stride=(1,)
             )
-            for key, shard in checkpoint.shards(self.engine)
+            for key, shard in reader.shards(self.engine)
         }
         save(
             state, storage_writer=HuggingFaceStorageWriter(str(self.folder / "torch"), save_distributed=True)
@@ -161,7 +161,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     for _ in range(3):
         windows.step()
-    steps = checkpoint.share(max(3, round(spec["window_s"] / ((time.perf_counter() - started) / 3))))
+    steps = reader.share(max(3, round(spec["window_s"] / ((time.perf_counter() - started) / 3))))
     first = windows.window(BEHIND, 3)  # its buffer is made here, and every arm's imports
     windows.window(TORCH, 3)
     rounds = []

@@ -22,9 +22,9 @@ import yaml
 
 from bench._measure import from_mlflow
 from bench.harness import Arm, Claim, cpu_seconds, summarize
+from orchestrator.capacity.allocate import predicted
+from orchestrator.pipeline.device_split import StageSplit, splits
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.splitting import StageSplit, splits
-from orchestrator.sharing.planner import predicted
 
 GOAL = 0.15
 _LOOK_S = 0.5
@@ -170,6 +170,6 @@ def _step_s(item: StageSplit) -> float:
 
 
 def _cores() -> int:
-    from orchestrator.sharing.profile import cores
+    from orchestrator.capacity.measured_costs import cores
 
     return cores()

@@ -26,15 +26,15 @@ from torch._C._distributed_c10d import HashStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orchestrator.elastic.device import device as assigned_device
-from orchestrator.elastic.engine import Engine
-from orchestrator.elastic.task import BlockTensors
-from orchestrator.elastic.workers import AllWorkers
-from orchestrator.elastic.zero import import_deepspeed
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.selfsup import ModelRecipe
-from orchestrator.stages.tasks.ssl import SelfSupervisedTask
+from orchestrator.stages.ssl.config import ModelRecipe
+from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.stages.ssl.task import SelfSupervisedTask
 from orchestrator.stages.workload import workloads
+from orchestrator.training.collectives import AllWorkers
+from orchestrator.training.device import device as assigned_device
+from orchestrator.training.engine import Engine
+from orchestrator.training.task import BlockTensors
+from orchestrator.training.zero import import_deepspeed
 
 # Dense bf16 operations a second, in 10¹², from the makers' data sheets.
 _PEAKS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}

@@ -15,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.harness import Claim, summarize
-from orchestrator.data import curation
-from orchestrator.data.components import CHOSEN, LEFT_OUT
+from orchestrator.data.curation import selection
+from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
+from orchestrator.data.curation.mix import by_cluster, count_draws, effective_number
 from orchestrator.data.index import PhotoIndex
-from orchestrator.data.mix import by_cluster, count_draws, effective_number
-from orchestrator.data.order import SampleOrder
-from orchestrator.data.source import Photo
+from orchestrator.data.sampler import SampleOrder
+from orchestrator.data.sources.folder import Photo
+from orchestrator.evaluation.report.clusters import cluster_shares
 from orchestrator.pipeline.load import load
-from orchestrator.report.clusters import cluster_shares
-from orchestrator.stages.curate import Curate
-from orchestrator.stages.pretrain import Pretrain
+from orchestrator.stages.curate.config import Curate
+from orchestrator.stages.ssl.pretrain import Pretrain
 
 FILES = {
     "7B": Path("conf/paper/dinov3_7b.yaml"),
@@ -77,16 +77,16 @@ def zipf_index(
     shares = 1 / np.arange(1, NUM_CLUSTERS + 1)
     sizes = np.round(num_photos * shares / shares.sum()).astype(int)
     clusters_N = np.random.default_rng(seed).permutation(np.repeat(np.arange(NUM_CLUSTERS), sizes))
-    chosen_N = curation.draw_balanced(clusters_N, round(sample * len(clusters_N)), seed)
+    chosen_N = selection.draw_balanced(clusters_N, round(sample * len(clusters_N)), seed)
     fates = [
-        curation.Fate(
+        selection.Fate(
             Photo(sources[0] if number % 20 == 0 else sources[-1], "one.png", "", 1, 8, 8),
             str(folder),
             "unique",
         )
         for number in range(len(clusters_N))
     ]
-    return PhotoIndex(curation.index_rows(fates, clusters_N, chosen_N))
+    return PhotoIndex(selection.index_rows(fates, clusters_N, chosen_N))
 
 
 def _draw(file: Path, seed: int, num_photos: int) -> dict[str, list[int]]:

@@ -401,10 +401,10 @@ def from_steps(steps: Sequence[Mapping[str, float]], killed: float) -> Change:
 
 
 def _photographs(folder: Path) -> Path:
+    from orchestrator.config.schema import DataSource
     from orchestrator.data.index import PhotoIndex, PhotoRow
     from orchestrator.data.samples import fetch_food
-    from orchestrator.data.source import scan
-    from orchestrator.spec import DataSource
+    from orchestrator.data.sources.folder import scan
 
     fetch_food(folder / "food")
     found = [p for p in scan(DataSource(path=folder / "food"), "food") if p.error is None]

@@ -15,11 +15,11 @@ from bench._measure import Measured, from_mlflow, stage_costs
 from bench._paced import PIPELINE, Paced
 from bench._replay import Replayed, replay
 from bench.harness import Arm, Claim, summarize
-from orchestrator.pipeline.graph import order
+from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.load import load
-from orchestrator.simulate.costs import Costs
-from orchestrator.simulate.predict import JobResult, plan_stages, predict
-from orchestrator.simulate.trace import Event, Machine, Trace, in_order
+from orchestrator.simulation.costs import Costs
+from orchestrator.simulation.simulate import JobResult, plan_stages, predict
+from orchestrator.simulation.trace import Event, Machine, Trace, in_order
 from tools.market import SpotMarket
 from tools.synthetic import synthetic
 

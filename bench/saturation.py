@@ -17,9 +17,9 @@ from typing import Any
 from bench._around import crop_seconds, ray_figures
 from bench._saturation import RESOURCES, Design, Node, Saturation, Work, sweep
 from bench.harness import Arm, Claim, summarize
+from orchestrator.pipeline.device_split import material, splits
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.pipeline.splitting import material, splits
-from orchestrator.stages.distill import Distill
+from orchestrator.stages.distill.config import Distill
 
 _ROOT = Path(__file__).parents[1]
 _DEVICES = tuple(2**power for power in range(3, 13))
@@ -120,8 +120,8 @@ def _with(loaded: LoadedPipeline, prefix: str) -> LoadedPipeline:
 
 
 def _case(loaded: LoadedPipeline, stage: str, crop_s: float) -> Case:
-    from orchestrator.sharing.profile import cores
-    from orchestrator.stages.tasks.distill import bytes_per_image
+    from orchestrator.capacity.measured_costs import cores
+    from orchestrator.stages.distill.task import bytes_per_image
 
     (item,) = [one for one in splits(loaded, 4096, refresh=False, say=lambda line: None) if one.name == stage]
     of = material(loaded, stage)
@@ -211,7 +211,7 @@ def _draw(found: Found, path: Path) -> None:
     """A column for each case: η of every design, and how busy each resource is as built."""
     from matplotlib.figure import Figure
 
-    from orchestrator.report.pictures import COLORS, DPI, FAINT, INK
+    from orchestrator.evaluation.report.figures import COLORS, DPI, FAINT, INK
 
     figure = Figure(figsize=(3.1 * len(found), 5.6), dpi=DPI, layout="constrained")
     grid = figure.subplots(2, len(found), squeeze=False, sharex="col")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bench.harness import Claim, interleave, timed
-from orchestrator.simulate.costs import StageCosts
-from orchestrator.simulate.job import JobPlan
-from orchestrator.simulate.predict import Prediction, StagePlan, predict
+from orchestrator.simulation.costs import StageCosts
+from orchestrator.simulation.job import JobPlan
+from orchestrator.simulation.simulate import Prediction, StagePlan, predict
 from tools.synthetic import synthetic
 
 _DAY_S = 86_400.0

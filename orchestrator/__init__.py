@@ -16,37 +16,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.api import Model, Planned, Result, RunError, embed, load, plan, run
+    from orchestrator.config.schema import in_key_if_set, operational
     from orchestrator.data.augmentation import Augmentation
     from orchestrator.data.index import PhotoIndex
-    from orchestrator.elastic.job import Job
-    from orchestrator.elastic.task import BlockTensors, Losses, Modules, Task
     from orchestrator.errors import Stopped, UserError
     from orchestrator.models.configs import ConvNeXtConfig, ViTConfig
     from orchestrator.models.convnext import ConvNeXt
     from orchestrator.models.vit import VisionTransformer
-    from orchestrator.spec import in_key_if_set, operational
     from orchestrator.stages.base import Context, Input, Stage, TrainStage
     from orchestrator.stages.metric import Features, Metric
     from orchestrator.stages.objective import Objective, StudentOutput
-    from orchestrator.store.cached import CachedStore, checked_name
-    from orchestrator.store.local import Stat, Store
+    from orchestrator.storage.bytes_store import CachedStore, checked_name
+    from orchestrator.storage.local import Stat, Store
+    from orchestrator.training.job import Job
+    from orchestrator.training.task import BlockTensors, Losses, Modules, Task
 
 _HOMES = {
     "api": ("Model", "Planned", "Result", "RunError", "embed", "load", "plan", "run"),
     "data.augmentation": ("Augmentation",),
-    "elastic.job": ("Job",),
-    "elastic.task": ("BlockTensors", "Losses", "Modules", "Task"),
+    "training.job": ("Job",),
+    "training.task": ("BlockTensors", "Losses", "Modules", "Task"),
     "errors": ("Stopped", "UserError"),
     "data.index": ("PhotoIndex",),
     "models.configs": ("ConvNeXtConfig", "ViTConfig"),
     "models.convnext": ("ConvNeXt",),
     "models.vit": ("VisionTransformer",),
-    "spec": ("in_key_if_set", "operational"),
+    "config.schema": ("in_key_if_set", "operational"),
     "stages.base": ("Context", "Input", "Stage", "TrainStage"),
     "stages.metric": ("Features", "Metric"),
     "stages.objective": ("Objective", "StudentOutput"),
-    "store.cached": ("CachedStore", "checked_name"),
-    "store.local": ("Stat", "Store"),
+    "storage.bytes_store": ("CachedStore", "checked_name"),
+    "storage.local": ("Stat", "Store"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from orchestrator.pipeline.load import LoadedPipeline
     from orchestrator.pipeline.plan import Choice, StagePlan
     from orchestrator.pipeline.workspace import Workspace
-    from orchestrator.stages.tasks.aligned import Aligned
-    from orchestrator.store.artifact import Artifact
+    from orchestrator.stages.align_text.model import Aligned
+    from orchestrator.storage.artifacts import Artifact
 
     # A path, a PIL image, or uint8 RGB (H, W, 3).
     Photo = str | Path | Image.Image | NDArray[np.uint8]
@@ -130,8 +130,8 @@ def run(
     from rich.console import Console
 
     from orchestrator.pipeline.check import check
-    from orchestrator.pipeline.execute import execute
-    from orchestrator.pipeline.reporter import Reporter, print_findings
+    from orchestrator.pipeline.console import Reporter, print_findings
+    from orchestrator.pipeline.run import execute
     from orchestrator.pipeline.workspace import Workspace
 
     console = Console(quiet=quiet)
@@ -206,7 +206,7 @@ def load(folder: str | os.PathLike[str]) -> Model:
     try:
         record: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         if "output_dim" in record:
-            from orchestrator.stages.tasks.aligned import load_aligned
+            from orchestrator.stages.align_text.model import load_aligned
 
             aligned = load_aligned(path)
             return Model(aligned, aligned.image_size)
@@ -268,7 +268,7 @@ def _embedded(model: Model, photos: Sequence[Photo], size: int | None, batch: in
     from torch.nn.functional import normalize
 
     from orchestrator.models import preprocess
-    from orchestrator.stages.tasks.aligned import Aligned
+    from orchestrator.stages.align_text.model import Aligned
 
     module = model.module
     if isinstance(module, Aligned):

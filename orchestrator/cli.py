@@ -125,9 +125,9 @@ def resume(file: File, overrides: Overrides = None) -> None:
 @app.command()
 def publish(file: File, overrides: Overrides = None) -> None:
     """Update the model registry so that it matches the pipeline file. Runs no other stage."""
-    from orchestrator.pipeline.execute import publishing
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.plan import resolve
+    from orchestrator.pipeline.run import publishing
 
     loaded = load(file, overrides or [])
     stages = resolve(loaded)
@@ -277,7 +277,7 @@ def models(
     """List the models that a pipeline file can use, with parameters and operations at 256 and 512 px."""
     import json
 
-    from orchestrator.pipeline.modeltable import model_rows, print_models
+    from orchestrator.pipeline.model_table import model_rows, print_models
 
     if as_json:
         typer.echo(json.dumps(model_rows(), indent=1))
@@ -306,7 +306,7 @@ def explain(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of pipeline files. Editors use it to complete keys and to mark mistakes."""
-    from orchestrator.pipeline.schema import schema_text
+    from orchestrator.pipeline.json_schema import schema_text
 
     typer.echo(schema_text(), nl=False)
 
@@ -369,10 +369,10 @@ def simulate(
     """Predict finish time, goodput and cost on a trace of spot machines. Runs nothing."""
     import json
 
-    from orchestrator.pipeline.graph import order
+    from orchestrator.pipeline.dag import order
     from orchestrator.pipeline.load import load
-    from orchestrator.simulate.command import Options
-    from orchestrator.simulate.command import simulate as predict
+    from orchestrator.simulation.command import Options
+    from orchestrator.simulation.command import simulate as predict
 
     loaded = load(pipeline, overrides or [], needs_data=False)
     options = Options(trace, costs, cost or (), price, on_demand_price, notice, start, interval or ())
@@ -395,8 +395,8 @@ def inspect(
     ],
 ) -> None:
     """Show what a checkpoint contains and verify its checksums. The exit code is 1 if it is damaged."""
-    from orchestrator.elastic.inspect import describe_all
-    from orchestrator.pipeline.checkpoints import print_checkpoints
+    from orchestrator.pipeline.checkpoint_table import print_checkpoints
+    from orchestrator.training.checkpoint.inspect import describe_all
 
     raise typer.Exit(0 if print_checkpoints(_console(), describe_all(folder)) else 1)
 
@@ -444,9 +444,9 @@ def _choice(
 
 def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choice | None = None) -> None:
     from orchestrator.pipeline.check import check
+    from orchestrator.pipeline.console import print_findings
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.plan import EVERYTHING
-    from orchestrator.pipeline.reporter import print_findings
     from orchestrator.pipeline.workspace import Workspace
 
     loaded = load(file, overrides, needs_data=False, gather=True)
@@ -474,9 +474,9 @@ def _execute(
     arguments: Sequence[str],
     choice: Choice,
 ) -> NoReturn:
-    from orchestrator.pipeline.execute import execute
-    from orchestrator.pipeline.reporter import Reporter
-    from orchestrator.pipeline.yamlfile import without_secrets
+    from orchestrator.config.yaml_source import without_secrets
+    from orchestrator.pipeline.console import Reporter
+    from orchestrator.pipeline.run import execute
 
     again = called(command, str(loaded.path), *map(without_secrets, arguments))
     raise typer.Exit(execute(loaded, stages, Reporter(_console(), again, _BEGAN), choice=choice))
@@ -484,8 +484,8 @@ def _execute(
 
 def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
     from orchestrator.pipeline.check import check
+    from orchestrator.pipeline.console import print_findings, print_plan, print_stages
     from orchestrator.pipeline.plan import plan as make_plan
-    from orchestrator.pipeline.reporter import print_findings, print_plan, print_stages
     from orchestrator.pipeline.workspace import Workspace
 
     found = check(loaded, runs=False, choice=choice)
@@ -516,8 +516,8 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
 def _print_costs(loaded: LoadedPipeline, *, as_json: bool) -> None:
     import json
 
+    from orchestrator.pipeline.cost_table import as_dict, print_costs
     from orchestrator.pipeline.costing import costings
-    from orchestrator.pipeline.costtable import as_dict, print_costs
 
     hardware = loaded.spec.hardware
     if hardware is None:
@@ -536,7 +536,7 @@ def _print_costs(loaded: LoadedPipeline, *, as_json: bool) -> None:
 def _print_splits(loaded: LoadedPipeline, devices: float, *, refresh: bool, as_json: bool) -> None:
     import json
 
-    from orchestrator.pipeline.splitting import as_dict, print_splits, splits
+    from orchestrator.pipeline.device_split import as_dict, print_splits, splits
 
     notes = _console(stderr=True)
     with notes.status("estimating costs") as status:
@@ -548,7 +548,7 @@ def _print_splits(loaded: LoadedPipeline, devices: float, *, refresh: bool, as_j
 
 
 def _draw_schedules(loaded: LoadedPipeline, picture: Path) -> None:
-    from orchestrator.pipeline.schedules import draw
+    from orchestrator.pipeline.schedule_chart import draw
 
     number = draw(loaded, picture)
     _console().print(
@@ -596,7 +596,7 @@ def main() -> NoReturn:
 def _refusal(error: OSError) -> UserError | None:
     """What a store, a disk or a file did not allow; None of anything else, which may be a mistake of ours."""
     from orchestrator import disk
-    from orchestrator.store.s3client import StoreError
+    from orchestrator.storage.s3_client import StoreError
 
     if isinstance(error, StoreError):
         what = str(error)

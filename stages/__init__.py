@@ -6,14 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from orchestrator.stages.align_text import AlignText
-from orchestrator.stages.curate import Curate
-from orchestrator.stages.distill import Distill
-from orchestrator.stages.evaluate import Evaluate
-from orchestrator.stages.gram_anchor import GramAnchor
-from orchestrator.stages.high_res import HighRes
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.publish import Publish
+from orchestrator.stages.align_text.config import AlignText
+from orchestrator.stages.curate.config import Curate
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.evaluate.config import Evaluate
+from orchestrator.stages.publish.config import Publish
+from orchestrator.stages.ssl.gram_anchor import GramAnchor
+from orchestrator.stages.ssl.high_res import HighRes
+from orchestrator.stages.ssl.pretrain import Pretrain
 
 AnyStage = Annotated[
     Curate | Pretrain | GramAnchor | HighRes | Distill | AlignText | Evaluate | Publish,

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from orchestrator.config.schema import DataSource, Elastic, StageSpec, operational
 from orchestrator.errors import UserError
 from orchestrator.fsio import move
-from orchestrator.spec import DataSource, Elastic, StageSpec, operational
-from orchestrator.store.artifact import Artifact
-from orchestrator.store.local import Store
-from orchestrator.tracking.runs import Run
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.local import Store
+from orchestrator.tracking.run import Run
 
 # The name of this package among the installed ones.
 PACKAGE = "dinov3-orchestrator"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, SerializeAsAny
 
-from orchestrator.extension import Chosen, Extension
+from orchestrator.config.extension import Chosen, Extension
 from orchestrator.installed import Group
 
 if TYPE_CHECKING:

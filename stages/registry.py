@@ -12,9 +12,9 @@ from typing import Annotated, Any, get_args
 from pydantic import Field
 
 from orchestrator import installed
-from orchestrator.extension import check_version
+from orchestrator.config.extension import check_version
+from orchestrator.config.schema import Pipeline
 from orchestrator.installed import ExtensionError
-from orchestrator.spec import Pipeline
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage
 

@@ -15,10 +15,9 @@ from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 from orchestrator.models.configs import Config, ViTConfig, swiglu_hidden
 from orchestrator.models.cost import head_params, num_params
-from orchestrator.stages.align_text import AlignText, student_mistake
+from orchestrator.stages.align_text.config import AlignText, student_mistake
 from orchestrator.stages.base import Stage
-from orchestrator.stages.distill import Distill
-from orchestrator.stages.operations import (
+from orchestrator.stages.common.operations import (
     Views,
     block_params,
     blocks_flops,
@@ -33,8 +32,9 @@ from orchestrator.stages.operations import (
     square_flops,
     tower_flops,
 )
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.selfsup import Heads, SelfSupervised
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.ssl.config import Heads, SelfSupervised
+from orchestrator.stages.ssl.pretrain import Pretrain
 
 Kept = Literal["trained", "ema", "frozen"]
 _BACKWARD = 2

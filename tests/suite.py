@@ -45,7 +45,7 @@ CLUSTER_FILES = (
 # Files, relative to tests/, whose tests compute for seconds, or make MLflow's databases again and again.
 HEAVY_FILES = (
     "fuzz/*",
-    "pipeline/test_record.py",
+    "pipeline/test_mlflow_record.py",
     "stages/test_evaluate.py",
     "stages/test_publish.py",
     "test_site.py",

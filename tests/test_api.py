@@ -111,7 +111,7 @@ def test_mistakes_are_user_errors(folder: Path) -> None:
 
 @pytest.mark.heavy
 def test_a_stage_that_fails_is_a_run_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.stages.curate import Curate
+    from orchestrator.stages.curate.config import Curate
 
     def fail(self: Curate, context: orchestrator.Context) -> None:
         raise RuntimeError("broken")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import cli, disk
-from orchestrator.store.s3client import StoreError
+from orchestrator.storage.s3_client import StoreError
 
 ROOT = Path(__file__).parents[1]
 TOYS = ROOT / "tests" / "pipeline" / "toy_main.py"

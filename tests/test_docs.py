@@ -22,14 +22,14 @@ from pydantic import BaseModel, ValidationError, create_model
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.config import yaml_source
+from orchestrator.config.schema import Elastic, Pipeline, StageSpec
 from orchestrator.errors import UserError
-from orchestrator.pipeline import yamlfile
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.modeltable import model_rows
+from orchestrator.pipeline.model_table import model_rows
 from orchestrator.pipeline.reference import keys, reference, sections
-from orchestrator.spec import Elastic, Pipeline, StageSpec
 from orchestrator.stages import AnyStage
-from orchestrator.stages.align_text import AlignText
+from orchestrator.stages.align_text.config import AlignText
 from orchestrator.stages.base import TrainStage
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +133,7 @@ def test_every_yaml_block_is_loaded(text: str, tmp_path: Path) -> None:
     """A whole pipeline file as it is; a part of one within the sample file."""
     path = tmp_path / "pipeline.yaml"
     path.write_text(text)
-    data = yamlfile.read(path, []).data
+    data = yaml_source.read(path, []).data
     if "stages" in data:
         load(path, needs_data=False)
         return

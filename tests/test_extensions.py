@@ -17,14 +17,14 @@ from orchestrator import installed
 from orchestrator.errors import UserError
 from orchestrator.models import presets
 from orchestrator.pipeline import reference
+from orchestrator.pipeline.cache_key import KeyParts, key_parts
 from orchestrator.pipeline.explain import explain
-from orchestrator.pipeline.key import KeyParts, key_parts
+from orchestrator.pipeline.json_schema import schema
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.pipeline.modeltable import model_rows
-from orchestrator.pipeline.schema import schema
+from orchestrator.pipeline.model_table import model_rows
 from orchestrator.stages import AnyStage, registry
 from orchestrator.stages.base import Stage
-from orchestrator.store.open import open_store
+from orchestrator.storage.open import open_store
 
 POINTS = """
 [orchestrator.stages]
@@ -331,9 +331,9 @@ def test_what_an_augmentation_gives_is_checked(plug: Path, monkeypatch: pytest.M
 def test_an_objective_is_a_term_of_the_loss(plug: Path) -> None:
     import torch
 
-    from orchestrator.elastic.task import BlockTensors
-    from orchestrator.stages.selfsup import Heads, ModelRecipe
-    from orchestrator.stages.tasks.ssl import SelfSupervisedTask
+    from orchestrator.stages.ssl.config import Heads, ModelRecipe
+    from orchestrator.stages.ssl.task import SelfSupervisedTask
+    from orchestrator.training.task import BlockTensors
 
     heads = Heads(hidden=16, dino_bottleneck=8, dino_prototypes=12, ibot_bottleneck=8, ibot_prototypes=12)
     recipe = ModelRecipe(model="vit_femto", drop_path=0.0, heads=heads, global_size=32)
@@ -362,7 +362,7 @@ def test_an_objective_cannot_take_the_name_of_a_term(plug: Path, name: str) -> N
 
 
 def test_a_teacher_is_found_by_its_name(plug: Path) -> None:
-    from orchestrator.stages.features import TeacherSource
+    from orchestrator.stages.distill.features import TeacherSource
 
     source = TeacherSource(module="mine")
     assert source.path == "plug:Mine"

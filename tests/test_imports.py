@@ -36,5 +36,5 @@ def test_a_fork_server_has_all_that_a_worker_needs_and_no_more() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(json.loads(done.stdout.splitlines()[-1]))
-    assert imported >= {"deepspeed", "torch", "orchestrator.elastic.loop"}
+    assert imported >= {"deepspeed", "torch", "orchestrator.training.loop"}
     assert not imported & (STRAYS | {"mlflow", "pandas", "pyarrow.dataset", "ray.train"})

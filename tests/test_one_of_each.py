@@ -22,15 +22,15 @@ OF_FSIO = {
 
 # Where a write does not wait for the disk, on purpose: each says why beside it.
 NOT_DURABLE = {
-    "orchestrator/elastic/goodput.py",
+    "orchestrator/elastic/time_accounting.py",
     "orchestrator/pipeline/workspace.py",
-    "orchestrator/sharing/account.py",
-    "orchestrator/store/artifact.py",
-    "orchestrator/store/cached.py",
-    "orchestrator/store/local.py",
-    "orchestrator/store/s3download.py",
+    "orchestrator/teacher_service/account.py",
+    "orchestrator/storage/artifacts.py",
+    "orchestrator/storage/bytes_store.py",
+    "orchestrator/storage/local.py",
+    "orchestrator/storage/s3_download.py",
     "orchestrator/tracking/backlog.py",
-    "orchestrator/tracking/flush.py",
+    "orchestrator/tracking/flusher.py",
 }
 
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Stage, TrainStage
-from orchestrator.stages.distill import Distill
+from orchestrator.stages.distill.config import Distill
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "conf" / "paper"

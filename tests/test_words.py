@@ -13,11 +13,11 @@ import pytest
 import typer
 
 from orchestrator.cli import app
+from orchestrator.config.schema import Pipeline, StageSpec
+from orchestrator.pipeline.json_schema import EXTENDS
 from orchestrator.pipeline.reference import prose, sections
-from orchestrator.pipeline.schema import EXTENDS
-from orchestrator.simulate.costs import Costs, StageCosts
-from orchestrator.simulate.tracefile import TraceSpec
-from orchestrator.spec import Pipeline, StageSpec
+from orchestrator.simulation.costs import Costs, StageCosts
+from orchestrator.simulation.trace_file import TraceSpec
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import TrainStage
 

@@ -17,17 +17,17 @@ import pytest
 from disk_faults import KINDS, Disk, Kind, every_fault, goes_through
 from PIL import Image
 
-from orchestrator.elastic.saved import COMMIT, latest, part_name, shard_name, step_name
-from orchestrator.elastic.shardfile import Slot, file_header, write_file
-from orchestrator.elastic.target import Target
-from orchestrator.pipeline import mirror as mirror_module
+from orchestrator.pipeline import spool_backup as mirror_module
 from orchestrator.pipeline.lease import Keeper
-from orchestrator.pipeline.mirror import Mirror
-from orchestrator.pipeline.process import Who, this_process
-from orchestrator.pipeline.signs import Timing
-from orchestrator.store.artifact import ArtifactStore
-from orchestrator.store.local import LocalStore
+from orchestrator.pipeline.liveness import Timing
+from orchestrator.pipeline.process_identity import Who, this_process
+from orchestrator.pipeline.spool_backup import Mirror
+from orchestrator.storage.artifacts import ArtifactStore
+from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool
+from orchestrator.training.checkpoint.format import COMMIT, latest, part_name, shard_name, step_name
+from orchestrator.training.checkpoint.shard_file import Slot, file_header, write_file
+from orchestrator.training.checkpoint.storage import Target
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -264,7 +264,7 @@ def _never_half(root: Path, disk: Disk, kind: str, write: Callable[[Path], objec
 
 @each_kind
 def test_a_report_is_published_whole_or_not_at_all(tmp_path: Path, kind: Kind) -> None:
-    from orchestrator.report.html import Section, Table, Text, Tile, markdown_table, page
+    from orchestrator.evaluation.report.html import Section, Table, Text, Tile, markdown_table, page
 
     sections = [Section("Scores", [Text("All of them."), Table(("a", "b"), [("x", "1")], num_names=1)])]
 
@@ -279,10 +279,10 @@ def test_a_report_is_published_whole_or_not_at_all(tmp_path: Path, kind: Kind) -
 
 @pytest.mark.parametrize("kind", ["once"])
 def test_a_curation_is_published_whole_or_not_at_all(tmp_path: Path, kind: Kind) -> None:
-    from orchestrator.spec import DataSource, Elastic
+    from orchestrator.config.schema import DataSource, Elastic
     from orchestrator.stages.base import Context
-    from orchestrator.stages.curate import Curate
-    from orchestrator.tracking.runs import NullRun
+    from orchestrator.stages.curate.config import Curate
+    from orchestrator.tracking.run import NullRun
 
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -311,7 +311,7 @@ def test_exported_weights_are_whole_or_the_old_ones(
 ) -> None:
     import torch
 
-    from orchestrator.elastic import export
+    from orchestrator.training import export
 
     monkeypatch.setattr(export, "dist", SimpleNamespace(get_rank=lambda: 0, barrier=lambda: None))
     for disk in every_fault(kind, at_least=4):

@@ -10,8 +10,8 @@ import random
 import sys
 from pathlib import Path
 
-from orchestrator.simulate.trace import Event, Machine, Trace, in_order
-from orchestrator.simulate.tracefile import as_dict
+from orchestrator.simulation.trace import Event, Machine, Trace, in_order
+from orchestrator.simulation.trace_file import as_dict
 
 
 def synthetic(

@@ -58,7 +58,7 @@ def measure(plan: Plan) -> Finding:
     """Train and score. One process distils, the other trains from scratch, and whoever is done first helps."""
     from bench.headless import score, train
     from orchestrator.data.weights import fetch_lite0
-    from orchestrator.store.cache import cache_folder
+    from orchestrator.storage.cache_folder import cache_folder
 
     weights = fetch_lite0(cache_folder() / "lite0")
     rows = score.training_rows()

@@ -16,9 +16,9 @@ from bench.headless import lite0
 from bench.headless.train import SIZE, TEACHER_SIZE
 from bench.learning import measure, sets
 from orchestrator.data.index import PhotoRow
+from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out, knn_vote
 from orchestrator.models import Backbone, normalise
 from orchestrator.models.foreign import open_module
-from orchestrator.report.neighbours import knn_leave_one_out, knn_vote
 
 SETS = ("food", "stamps")
 OWN_SIZE = 224

@@ -18,16 +18,16 @@ import numpy as np
 from bench.headless import lite0
 from bench.learning import ground
 from bench.learning.measure import snapshot
+from orchestrator.config.schema import Elastic, Optimizer
 from orchestrator.data.blocks import Block
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.rng import derive
 from orchestrator.models import Backbone
-from orchestrator.sharing import bundle
-from orchestrator.spec import Elastic, Optimizer
-from orchestrator.stages.distill import Distill
-from orchestrator.stages.features import FeatureObjective
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.selfsup import Heads, ModelRecipe
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.features import FeatureObjective
+from orchestrator.stages.ssl.config import Heads, ModelRecipe
+from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.teacher_service import payload
 
 TEACHER = "lite0"
 MODELS = {"ViT": "vit_pico", "ConvNeXt": "convnext_mini"}
@@ -36,7 +36,7 @@ SIZE = ground.SIZE
 # the cost.
 TEACHER_SIZE = 128
 _BATCH = 32
-_PART = f"{bundle.VIEWS}/{SIZE}"
+_PART = f"{payload.VIEWS}/{SIZE}"
 
 
 def _optimizer(steps: int) -> Mapping[str, Any]:
@@ -133,9 +133,9 @@ def alone_config(model: str, plan: Plan) -> Pretrain:
 
 def distilled(rows: Sequence[PhotoRow], weights: Path, plan: Plan) -> dict[str, Backbone]:
     """All students of :func:`distill_config`, by name."""
-    from orchestrator.stages.tasks.crops import StepViews
-    from orchestrator.stages.tasks.feature_task import FeatureTask
-    from orchestrator.stages.tasks.feature_teacher import FeatureTeacher, prepare
+    from orchestrator.stages.common.crops import StepViews
+    from orchestrator.stages.distill.feature_task import FeatureTask
+    from orchestrator.stages.distill.feature_teacher import FeatureTeacher, prepare
 
     config, wanted = distill_config(plan), objective(weights)
     wanted.check(config.crops)
@@ -158,8 +158,8 @@ def distilled(rows: Sequence[PhotoRow], weights: Path, plan: Plan) -> dict[str, 
 
 def alone(rows: Sequence[PhotoRow], model: str, seed: int, plan: Plan) -> Backbone:
     """A tower from scratch."""
-    from orchestrator.stages.tasks.crops import crop_blocks
-    from orchestrator.stages.tasks.ssl import SelfSupervisedTask
+    from orchestrator.stages.common.crops import crop_blocks
+    from orchestrator.stages.ssl.task import SelfSupervisedTask
 
     config = alone_config(model, plan)
     recipe = ModelRecipe(model=model, drop_path=0.0, heads=config.heads, global_size=SIZE)
@@ -176,14 +176,14 @@ class _Kept:
 
     num_blocks = 1
 
-    def __init__(self, words: Sequence[bundle.Parts]) -> None:
+    def __init__(self, words: Sequence[payload.Parts]) -> None:
         self._words = words
 
     def load(self, step: int, index: int) -> Block:
-        said, ours = (self._words[step][part] for part in (bundle.TEACHER, _PART))
-        ids, features = bundle.block(said, index, 1)
+        said, ours = (self._words[step][part] for part in (payload.TEACHER, _PART))
+        ids, features = payload.block(said, index, 1)
         assert ids is not None
-        arrays = {**features, **bundle.block(ours, index, 1)[1]}
+        arrays = {**features, **payload.block(ours, index, 1)[1]}
         # The loop's tensors must not be written through to what others read.
         return Block(step, index, ids, {name: np.array(array) for name, array in arrays.items()})
 
@@ -211,8 +211,8 @@ class _Line:
 
 def _train(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model: str, seed: int) -> Backbone:
     """A job to its end; the EMA of its backbone."""
-    from orchestrator.elastic import loop
-    from orchestrator.elastic.job import Job
+    from orchestrator.training import loop
+    from orchestrator.training.job import Job
 
     _join_group()
     with tempfile.TemporaryDirectory() as work:
@@ -239,7 +239,7 @@ def _join_group() -> None:
     import torch.distributed as dist
     from torch._C._distributed_c10d import HashStore
 
-    from orchestrator.elastic.zero import import_deepspeed
+    from orchestrator.training.zero import import_deepspeed
 
     if dist.is_initialized():
         return

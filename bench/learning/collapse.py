@@ -18,8 +18,8 @@ from bench.learning.finding import Finding, Question, beats
 from bench.learning.ground import CROPS, HEADS, MODEL, SIZE, Ground, final, snapshots
 from bench.learning.lab import Trained
 from orchestrator.models import Backbone
-from orchestrator.stages.gram_anchor import GramAnchor
-from orchestrator.stages.pretrain import Pretrain
+from orchestrator.stages.ssl.gram_anchor import GramAnchor
+from orchestrator.stages.ssl.pretrain import Pretrain
 
 ARMS: dict[str, tuple[float, int | None]] = {
     "no Gram": (0.0, None),

@@ -8,8 +8,8 @@ from bench.learning import measure
 from bench.learning.finding import Finding, beats
 from bench.learning.ground import POOL, TEMPERATURE, Ground, final
 from bench.learning.lab import Trained
-from orchestrator.stages.distill import Distill
-from orchestrator.stages.pretrain import Pretrain
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.ssl.pretrain import Pretrain
 
 STUDENT = "vit_femto"
 _STEPS, _QUICK_STEPS = 300, 12

@@ -12,7 +12,7 @@ from bench.learning.lab import Lab, Trained
 from bench.learning.measure import Pictures, Scenes
 from orchestrator.data.index import PhotoRow
 from orchestrator.models import Backbone
-from orchestrator.stages.pretrain import Pretrain
+from orchestrator.stages.ssl.pretrain import Pretrain
 
 POOL = ("food", "stamps", "emoji")
 MODEL = "vit_pico"

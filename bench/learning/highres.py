@@ -11,7 +11,7 @@ from bench.learning.finding import Finding, Question, beats
 from bench.learning.ground import CROPS, SIZE, Ground, final
 from bench.learning.lab import Trained
 from orchestrator.models import Backbone
-from orchestrator.stages.high_res import HighRes
+from orchestrator.stages.ssl.high_res import HighRes
 
 SIZES = (32, 64, 96, 128)
 # Global, local and Gram-teacher size, and how often: the paper's triples at a sixth of their size.

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from orchestrator.config.schema import Cluster, Elastic
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.elastic import cluster
-from orchestrator.spec import Cluster, Elastic
 from orchestrator.stages.base import Context, Stage
-from orchestrator.store.artifact import Artifact, Manifest
-from orchestrator.tracking.runs import NullRun
+from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.tracking.run import NullRun
 
 T = TypeVar("T")
 _PRELOAD = tuple(f"orchestrator.stages.tasks.{task}" for task in ("ssl", "distill", "text", "captions"))

@@ -17,10 +17,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from bench.learning.sets import mask_of
 from orchestrator.data.decode import read_rgb
 from orchestrator.data.index import PhotoRow
-from orchestrator.elastic.export import load_export
+from orchestrator.evaluation.metrics.neighbours import knn_vote
 from orchestrator.models import Backbone, build, normalise
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
-from orchestrator.report.neighbours import knn_vote
+from orchestrator.training.export import load_export
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]

@@ -31,7 +31,7 @@ from PIL import Image
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.samples import Package, cached, fetch_food
 from orchestrator.errors import UserError
-from orchestrator.store.cache import cache_folder
+from orchestrator.storage.cache_folder import cache_folder
 
 EMOJI = Package(
     "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"

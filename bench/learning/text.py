@@ -8,8 +8,8 @@ from bench.learning.finding import Finding, Question, beats
 from bench.learning.ground import SIZE, Ground
 from bench.learning.lab import Trained
 from orchestrator.data.decode import read_rgb
-from orchestrator.report.neighbours import retrieval_recall
-from orchestrator.stages.align_text import AlignText
+from orchestrator.evaluation.metrics.neighbours import retrieval_recall
+from orchestrator.stages.align_text.config import AlignText
 
 POOLS = {"CLS and patches": "cls_and_patches", "CLS only": "cls"}
 _AT = 10
@@ -70,7 +70,7 @@ def _train(ground: Ground, way: str, seed: int, base: Trained) -> Trained:
 
 
 def _recall(ground: Ground, trained: Trained) -> dict[str, float]:
-    from orchestrator.stages.tasks.aligned import load_aligned
+    from orchestrator.stages.align_text.model import load_aligned
 
     aligned = load_aligned(trained.path / "aligned")
     rows = [row for row in ground.pool[1] if row.caption]

@@ -20,10 +20,10 @@ from bench import _plain as plain
 from bench.harness import UnfairError
 from bench.sharing.gate import WARM_UP, GatedTeacher
 from bench.sharing.watching import Measured, Watched, measured, outcome, snapshot, steps_of
-from orchestrator.sharing.bundle import VIEWS, StepTeacher
 from orchestrator.stages.base import Context
-from orchestrator.stages.distill import Distill
-from orchestrator.store.artifact import Artifact, Manifest
+from orchestrator.stages.distill.config import Distill
+from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.teacher_service.payload import VIEWS, StepTeacher
 from tools.market import SpotMarket
 
 _LOOK_S = 0.05
@@ -68,9 +68,9 @@ class Stand:
 
     def teacher(self) -> StepTeacher:
         """The teacher, in this process."""
-        from orchestrator.stages.selfsup import ModelRecipe
-        from orchestrator.stages.tasks.crops import StepViews
-        from orchestrator.stages.tasks.distill import FrozenTeacher
+        from orchestrator.stages.common.crops import StepViews
+        from orchestrator.stages.distill.task import FrozenTeacher
+        from orchestrator.stages.ssl.config import ModelRecipe
 
         config = _stage({"a": "vit_femto"}, WARM_UP)
         recipe = ModelRecipe.model_validate_json((self.teacher_folder / "recipe.json").read_text())
@@ -87,7 +87,7 @@ class Stand:
         context = self._context(str(self.num_runs))
         thread = threading.Thread(target=self._train, args=(_stage(students, steps), context))
         go = self.folder / f"{self.num_runs}.go"
-        with patch("orchestrator.stages.tasks.teaching.FrozenTeacher", partial(GatedTeacher, go)):
+        with patch("orchestrator.stages.distill.teaching.FrozenTeacher", partial(GatedTeacher, go)):
             thread.start()
             self._until(lambda: min(steps_of(context, students).values()) >= WARM_UP, thread)
             first = snapshot(context, students)
@@ -121,8 +121,8 @@ class Stand:
     @contextmanager
     def cluster(self) -> Iterator[None]:
         """A cluster with warm slots; plain loops are to be measured outside it, with the machine to themselves."""
+        from orchestrator.config.schema import Cluster
         from orchestrator.elastic import cluster
-        from orchestrator.spec import Cluster
 
         # Room for all that an arm has, so that nobody waits for a place that another one keeps.
         with (
@@ -160,7 +160,7 @@ class Stand:
             time.sleep(_LOOK_S)
 
     def _context(self, name: str) -> Context:
-        from orchestrator.spec import Elastic
+        from orchestrator.config.schema import Elastic
 
         folder = self.folder / name
         (folder / "out").mkdir(parents=True)
@@ -210,8 +210,8 @@ def _a_teacher(folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from orchestrator.stages.selfsup import Heads, ModelRecipe
-    from orchestrator.stages.tasks.nets import HeadedBackbone
+    from orchestrator.stages.common.nets import HeadedBackbone
+    from orchestrator.stages.ssl.config import Heads, ModelRecipe
 
     heads = Heads.model_validate(_HEADS)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from orchestrator.stages.tasks.distill import FrozenTeacher
+from orchestrator.stages.distill.task import FrozenTeacher
 
 WARM_UP = 4
 _LOOK_S = 0.02

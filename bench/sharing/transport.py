@@ -7,9 +7,9 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING
 
-from orchestrator.elastic.wire import pack, unpack
-from orchestrator.sharing.bundle import TEACHER, block
-from orchestrator.sharing.teacher import put
+from orchestrator.elastic.channel import pack, unpack
+from orchestrator.teacher_service.actor import put
+from orchestrator.teacher_service.payload import TEACHER, block
 
 if TYPE_CHECKING:
     from bench.sharing.arms import Stand

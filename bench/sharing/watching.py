@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 
-from orchestrator.sharing.line import NAMESPACE
 from orchestrator.stages.base import Context
-from orchestrator.tracking.runs import NullRun
+from orchestrator.teacher_service.actor_client import NAMESPACE
+from orchestrator.tracking.run import NullRun
 
 
 @dataclass
@@ -85,7 +85,7 @@ def snapshot(context: Context, students: Mapping[str, str]) -> Snapshot:
 
 def _worker_times() -> dict[str, float]:
     """Processor time of each student's training process."""
-    from orchestrator.elastic.hosts import hosts
+    from orchestrator.elastic.controller_host import hosts
 
     found = {}
     for slot in hosts.slots():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import SerializeAsAny
 
-from orchestrator.extension import Chosen, Extension
+from orchestrator.config.extension import Chosen, Extension
 from orchestrator.installed import Group
 
 if TYPE_CHECKING:

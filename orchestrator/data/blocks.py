@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from orchestrator.data.crops import cut, draw_box, make_views
 from orchestrator.data.decode import Pixels, use_rgb
+from orchestrator.data.image_reader import Pictures
 from orchestrator.data.index import PhotoIndex
-from orchestrator.data.masks import block_masks
-from orchestrator.data.order import SampleOrder
-from orchestrator.data.pictures import Pictures
+from orchestrator.data.masking import block_masks
 from orchestrator.data.rng import generator
+from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 

@@ -21,8 +21,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.fsio import open_regular, why
-from orchestrator.spec import MAX_PIXELS
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]

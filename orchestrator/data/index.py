@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from orchestrator.data.components import HELD_OUT, LEFT_OUT, UNCURATED
+from orchestrator.config.schema import MAX_PIXELS
+from orchestrator.data.curation.components import HELD_OUT, LEFT_OUT, UNCURATED
 from orchestrator.errors import UserError, first_line
-from orchestrator.spec import MAX_PIXELS
 
 FILE = "index.parquet"
 

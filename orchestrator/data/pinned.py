@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator.errors import UserError
 from orchestrator.fsio import folder_beside, move, sha256_of
-from orchestrator.store.cache import cache_folder
+from orchestrator.storage.cache_folder import cache_folder
 
 
 def pinned(file: str, sha256: str, what: str, client: str, fetch: Callable[[Path], None]) -> Path:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from orchestrator.config.schema import Settings, in_key_if_set
 from orchestrator.data.augmentation import OwnAugmentation
-from orchestrator.spec import Settings, in_key_if_set
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 _Factor = Annotated[float, Field(gt=0, le=1000)]

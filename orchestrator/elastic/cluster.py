@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from orchestrator.config.schema import Cluster, Elastic
 from orchestrator.elastic import cluster_check
-from orchestrator.elastic.hosts import hosts
+from orchestrator.elastic.controller_host import hosts
 from orchestrator.elastic.nodes import minimal_agents, on_loopback
 from orchestrator.elastic.preemption_agent import watch_for_preemption
 from orchestrator.elastic.reaper import Reaper, members
 from orchestrator.elastic.resources import cluster_nodes, has_gpus, slot_shape
 from orchestrator.errors import ClusterLostError, Stopped, UserError
-from orchestrator.spec import Cluster, Elastic
 
 logger = logging.getLogger("orchestrator")
 

@@ -38,6 +38,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from orchestrator.config.schema import Elastic
 from orchestrator.elastic.failure_policy import ElasticFailurePolicy
 from orchestrator.elastic.failure_rules import Failure
 from orchestrator.elastic.ray_pool import RayWorkerPool, SlotActor
@@ -48,7 +49,6 @@ from orchestrator.elastic.scaling_rules import JobScaling
 from orchestrator.elastic.stock_pool import StockPool
 from orchestrator.elastic.train_logging import ControllerLogging, logs_of_run
 from orchestrator.elastic.worker_group import ElasticWorkerGroup, group_class, prepare_process
-from orchestrator.spec import Elastic
 
 logger = logging.getLogger("orchestrator")
 

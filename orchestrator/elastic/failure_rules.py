@@ -1,4 +1,4 @@
-"""What a failed worker group means: who failed, which budget pays, and how often to checkpoint. Knows nothing of Ray.
+"""What a failed worker group means: who failed, and which budget pays. Knows nothing of Ray.
 
 Ray Train's controller asks through `failure_policy.py`, and `orchestrator simulate` asks directly, so what a
 simulation predicts is what a cluster does. Times are seconds.
@@ -6,16 +6,12 @@ simulation predicts is what a cluster does. Times are seconds.
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-# One loss in the first hour of a job is what is believed before anything was seen.
-PRIOR_MTBF_S = 3600.0
-MIN_INTERVAL_S, MAX_INTERVAL_S = 2.0, 600.0
 # A job that fails so often in a row without one new step will not get anywhere.
 MAX_STALLED_ATTEMPTS = 8
 
@@ -191,16 +187,3 @@ class Budget:
 
     def _note(self, what: str) -> None:
         self.seen[what] = self.seen.get(what, 0) + 1
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------
-
-
-def mtbf(elapsed_s: float, losses: int) -> float:
-    """Mean time between failures of a group: what was seen, and one loss in `PRIOR_MTBF_S` before it."""
-    return (PRIOR_MTBF_S + elapsed_s) / (1 + losses)
-
-
-def checkpoint_interval(cost_s: float, mtbf_s: float) -> float:
-    """Seconds between checkpoints that lose least time: √(2·cost·MTBF) (Young, CACM 17(9), 1974), within limits."""
-    return min(MAX_INTERVAL_S, max(MIN_INTERVAL_S, math.sqrt(2.0 * cost_s * mtbf_s)))

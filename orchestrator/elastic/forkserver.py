@@ -16,8 +16,8 @@ import signal
 import sys
 import time
 
-from orchestrator.elastic.device import assert_forkable
-from orchestrator.elastic.wire import Wire
+from orchestrator.elastic.channel import Wire
+from orchestrator.training.device import assert_forkable
 
 
 def main(fd: int, preload: list[str]) -> None:

@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from orchestrator.config.schema import PreemptionNotices
 from orchestrator.elastic.cloud_metadata import (
     Cloud,
     Hint,
@@ -40,7 +41,6 @@ from orchestrator.elastic.cloud_metadata import (
     metadata_client,
 )
 from orchestrator.errors import UserError
-from orchestrator.spec import PreemptionNotices
 
 logger = logging.getLogger("orchestrator")
 

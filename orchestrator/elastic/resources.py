@@ -9,10 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from orchestrator.config.schema import EVERY_DEVICE, Elastic
+
+if TYPE_CHECKING:
+    from orchestrator.training.job import Job
 from orchestrator.errors import UserError, nearest
-from orchestrator.spec import EVERY_DEVICE, Elastic
 
 _ACCELERATOR = "accelerator_type:"
 _CHOICE = re.compile(r"in\((.*)\)")
@@ -263,6 +266,36 @@ def _check_selection(shape: SlotShape, nodes: Sequence[Node], where: str) -> Non
             where=f"{where}.resources.labels",
             hint=f"the nodes have: {_counted(_shown_labels(node, names) for node in nodes)}",
         )
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+def slot_of(job: Job) -> SlotShape:
+    """The slot of a job's worker on the connected cluster; to be asked once, before the first worker.
+
+    Raises:
+        UserError: the cluster has no node for it.
+    """
+    nodes = cluster_nodes()
+    shape = slot_shape(job.elastic, 1.0, has_gpus(job.elastic, nodes))
+    section = f"stages.{job.name.partition('/')[0]}.elastic"
+    where = job.where if "/" in job.name else section
+    check_resources(job.elastic, shape, nodes, where, growing=can_grow(), section=section)
+    return shape
+
+
+def workers_of(job: Job, shape: SlotShape) -> tuple[int, int]:
+    """min_workers and max_workers of a job just now: by its `limit`, else by `elastic.workers` and the cluster.
+
+    `workers: auto` never asks for more workers than a step has blocks, since they would be idle.
+    """
+    if job.limit is not None:
+        return job.limit()
+    if not job.elastic.every_device:
+        return job.elastic.workers
+    min_workers, max_workers = worker_range(job.elastic, shape, cluster_nodes())
+    return min_workers, max(min_workers, min(max_workers, job.num_blocks))
 
 
 # --- the cluster --------------------------------------------------------------------------------------------------

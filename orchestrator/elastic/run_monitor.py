@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.elastic.goodput import Goodput, Recovery
+from orchestrator.elastic.time_accounting import Goodput, Recovery
 
 Event = dict[str, Any]
 

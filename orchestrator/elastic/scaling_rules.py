@@ -11,8 +11,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from orchestrator.elastic.failure_rules import mtbf
 from orchestrator.elastic.worker_pool import WorkerPool
+from orchestrator.training.checkpoint.interval import mtbf
 
 # Growth must earn its restart twice over.
 _RESIZE_GAIN = 2.0

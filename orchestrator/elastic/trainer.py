@@ -28,17 +28,17 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from orchestrator.elastic.controller import ControllerStuckError, RunSpec
-from orchestrator.elastic.goodput import Goodput, report_figures
-from orchestrator.elastic.hosts import hosts
+from orchestrator.elastic.controller_host import hosts
+from orchestrator.elastic.resources import SlotShape, slot_of, workers_of
 from orchestrator.elastic.run_monitor import ACCOUNT
+from orchestrator.elastic.time_accounting import Goodput, report_figures
 from orchestrator.elastic.worker_group import AttemptConfig
 from orchestrator.elastic.worker_slot import train_fn
 from orchestrator.errors import Stopped, UserError
-from orchestrator.tracking.runs import Run
+from orchestrator.tracking.run import Run
 
 if TYPE_CHECKING:
-    from orchestrator.elastic.job import Job
-    from orchestrator.elastic.resources import SlotShape
+    from orchestrator.training.job import Job
 
 logger = logging.getLogger("orchestrator")
 
@@ -122,7 +122,7 @@ class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
     def __init__(
         self, job: Job, host: Any, tracker: Run, stop: threading.Event, on_line: Callable[[str], None]
     ) -> None:
-        shape = job.slot_shape()
+        shape = slot_of(job)
         # Which checkpoint to go on from is for our own records to say. Those that Ray Train kept of an earlier fit of
         # this run may name pointers that are gone, which it takes for a fatal error.
         shutil.rmtree(job.work / _RAY_TRAIN, ignore_errors=True)
@@ -205,7 +205,7 @@ class _Session:
     ) -> None:
         self._job, self._host, self._shape, self._tracker = job, host, shape, tracker
         self._stop, self._on_line = stop, on_line
-        self.workers = job.worker_range(shape)
+        self.workers = workers_of(job, shape)
         self.outcome: dict[str, Any] | None = None
         self._run_id = uuid.uuid4().hex
         self._ended = threading.Event()
@@ -257,7 +257,7 @@ class _Session:
         self._tell({"recorded": step})
 
     def _limit(self) -> None:
-        workers = self._job.worker_range(self._shape)
+        workers = workers_of(self._job, self._shape)
         if workers != self.workers and self._tell({"workers": workers}):
             self.workers = workers
 

@@ -20,14 +20,14 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.elastic.device import CPU, device
-from orchestrator.elastic.wire import Message, Wire, unpack
+from orchestrator.elastic.channel import Message, Wire, unpack
 from orchestrator.errors import UserError
-from orchestrator.store.open import fetch
+from orchestrator.storage.open import fetch
+from orchestrator.training.device import CPU, device
 
 if TYPE_CHECKING:
     from orchestrator.data.blocks import Block, BlockSource
-    from orchestrator.elastic.job import Job
+    from orchestrator.training.job import Job
 
 logger = logging.getLogger("orchestrator")
 
@@ -49,10 +49,10 @@ _BROKEN = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe
 
 def warm_up() -> None:
     """Import what every worker needs; called once, in the fork server."""
-    from orchestrator.elastic.zero import import_deepspeed
+    from orchestrator.training.zero import import_deepspeed
 
     import_deepspeed()
-    for module in ("orchestrator.elastic.loop", *_IMPORTED_LATE):
+    for module in ("orchestrator.training.loop", *_IMPORTED_LATE):
         with suppress(ImportError):  # then it will not be imported later either
             importlib.import_module(module)
 
@@ -137,8 +137,8 @@ def _train(job: Job, attempt: Mapping[str, Any], client: ControllerClient, rende
     from torch._C._distributed_c10d import TCPStore
     from torch.distributed.distributed_c10d import PrefixStore
 
-    from orchestrator.elastic.loop import train
-    from orchestrator.elastic.zero import import_deepspeed
+    from orchestrator.training.loop import train
+    from orchestrator.training.zero import import_deepspeed
 
     rank, world = int(attempt["rank"]), int(attempt["world"])
     gpu = device() != CPU
@@ -226,7 +226,7 @@ class ControllerClient(ABC):
     def report(
         self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None:
-        """See :class:`~orchestrator.elastic.saving.Line` (worker 0)."""
+        """See :class:`~orchestrator.training.checkpoint.coordinator.Line` (worker 0)."""
         self.step = step
         self.send(
             {

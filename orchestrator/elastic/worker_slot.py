@@ -28,10 +28,10 @@ from typing import Any
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-from orchestrator.elastic.device import assigned_gpus, environment
+from orchestrator.elastic.channel import Message, Wire, pack
 from orchestrator.elastic.train_logging import open_log_files
-from orchestrator.elastic.wire import Message, Wire, pack
 from orchestrator.errors import UserError
+from orchestrator.training.device import assigned_gpus, environment
 
 logger = logging.getLogger("orchestrator")
 

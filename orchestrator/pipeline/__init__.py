@@ -1,0 +1,1 @@
+"""What runs when: plan, ledger, lease, attempts."""

@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator import disk
+from orchestrator.config.schema import Elastic
 from orchestrator.errors import Stopped, UserError, shortened
-from orchestrator.pipeline.code import PACKAGES, digest_of, versions
+from orchestrator.pipeline.code_digest import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread, nothing
 from orchestrator.pipeline.lease import Lease, LostHoldError
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import ResolvedStage
-from orchestrator.pipeline.stagelog import stage_log
+from orchestrator.pipeline.stage_log import stage_log
 from orchestrator.pipeline.workspace import Workspace, work_hold
 from orchestrator.redact import redacted
-from orchestrator.spec import Elastic
 from orchestrator.stages.base import PACKAGE, Context, Part, Stage
-from orchestrator.store.artifact import Artifact, folder_name
-from orchestrator.tracking.runs import Run
+from orchestrator.storage.artifacts import Artifact, folder_name
+from orchestrator.tracking.run import Run
 
 
 @dataclass

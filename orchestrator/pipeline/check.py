@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline import fit, graph, room
+from orchestrator.pipeline import crop_checks, dag, memory_and_disk
 from orchestrator.pipeline.attempt import merged_elastic
 from orchestrator.pipeline.load import LoadedPipeline, joined
 from orchestrator.pipeline.plan import (
@@ -31,7 +31,7 @@ from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Outlook, PhotoCount, Stage, TrainStage
 
 if TYPE_CHECKING:
-    from orchestrator.data.captions import Captions
+    from orchestrator.data.sources.captions import Captions
 
 # Machines that are named.
 _NAMED = 3
@@ -83,12 +83,12 @@ def check(
     is_here = runs or not (loaded.missing or loaded.spec.hardware)
     probes = Probes(loaded, runs) if is_here else None
     foreseen: dict[str, list[UserError]] = {}
-    graph_errors = graph.complaints(loaded)
+    graph_errors = dag.complaints(loaded)
     found.errors += graph_errors
     counts = _count_photos(loaded, found)
     if not graph_errors:
-        roles = graph.roles(loaded)
-        fit_errors = list(fit.complaints(loaded, roles))
+        roles = dag.roles(loaded)
+        fit_errors = list(crop_checks.complaints(loaded, roles))
         found.errors += fit_errors
         foreseen = dict(_foresee(loaded, roles, counts))
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
@@ -143,13 +143,13 @@ def _conclude(
 
 def _measure(loaded: LoadedPipeline, found: Checked, to_run: Sequence[StagePlan]) -> None:
     """Whether what these stages take is there."""
-    needs = room.needs(loaded, [item.name for item in to_run]) if to_run else []
-    there = room.begun(Workspace(loaded.spec.store), to_run) if needs else 0
-    too_much, tight = room.disk(loaded, needs, there)
+    needs = memory_and_disk.needs(loaded, [item.name for item in to_run]) if to_run else []
+    there = memory_and_disk.begun(Workspace(loaded.spec.store), to_run) if needs else 0
+    too_much, tight = memory_and_disk.disk(loaded, needs, there)
     found.errors += too_much
     found.warnings += tight
     if needs and loaded.spec.cluster.address == "local":
-        found.warnings += room.here(loaded, needs)
+        found.warnings += memory_and_disk.here(loaded, needs)
 
 
 def _to_run(loaded: LoadedPipeline, found: Checked, choice: Choice) -> list[StagePlan] | None:
@@ -183,7 +183,7 @@ def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, PhotoCoun
         if source is None or not source.path.is_dir():
             counts[name] = None
             continue
-        from orchestrator.data.source import captions_of, list_images
+        from orchestrator.data.sources.folder import captions_of, list_images
 
         try:
             files = list_images(source, name).files
@@ -244,7 +244,7 @@ def _outlook(
 ) -> Outlook:
     stages = loaded.spec.stages
     upstream = {role: stages[need] for role, need in roles[name].items()}
-    lineage = tuple(stages[one] for one in graph.lineage(roles, name))
+    lineage = tuple(stages[one] for one in dag.lineage(roles, name))
     if lineage:
         upstream["origin"] = lineage[0]
     return Outlook(upstream, lineage, _photos(stages[name], upstream, counts))
@@ -310,15 +310,17 @@ def check_cluster(loaded: LoadedPipeline, names: Sequence[str], workspace: Works
     """
     import ray
 
-    from orchestrator.elastic import visible
+    from orchestrator.elastic import file_visibility
 
     found = Checked()
-    found.warnings += room.of_cluster(loaded, room.needs(loaded, names), ray.cluster_resources())
-    machines = visible.other_machines()
+    found.warnings += memory_and_disk.of_cluster(
+        loaded, memory_and_disk.needs(loaded, names), ray.cluster_resources()
+    )
+    machines = file_visibility.other_machines()
     # Several nodes may be on one machine.
     addresses = set(machines.values())
     files = _shared_files(loaded, names, workspace)
-    unseen = visible.unseen(
+    unseen = file_visibility.unseen(
         {path: size for sizes in files.values() for path, size in sizes.items()}, machines
     )
     for place, sizes in files.items():
@@ -343,17 +345,17 @@ def _shared_files(
     loaded: LoadedPipeline, names: Sequence[str], workspace: Workspace
 ) -> dict[str, dict[str, int]]:
     """Files that workers read at the place where they are here, with their sizes, by the key that names the place."""
-    from orchestrator.data.source import list_images
-    from orchestrator.elastic import visible
+    from orchestrator.data.sources.folder import list_images
+    from orchestrator.elastic import file_visibility
 
     needs = {name: stage.needs for name, stage in loaded.spec.stages.items()}
-    behind = {one for name in names for one in (name, *graph.upstream(name, needs))}
+    behind = {one for name in names for one in (name, *dag.upstream(name, needs))}
     sources = sorted({source for name in behind for source in loaded.spec.stages[name].data_sources()})
     found = {}
     for name in sources:
         source = loaded.spec.data[name]
-        found[f"data.{name}.path"] = visible.samples(source.path, list_images(source, name).files)
+        found[f"data.{name}.path"] = file_visibility.samples(source.path, list_images(source, name).files)
     record = f"pipelines/{loaded.name}/pipeline.yaml"
     if not workspace.store().remote and (workspace.root / record).is_file():
-        found["store"] = visible.samples(workspace.root, [record])
+        found["store"] = file_visibility.samples(workspace.root, [record])
     return found

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orchestrator.pipeline import fit, graph
+from orchestrator.config.schema import Hardware
+from orchestrator.pipeline import crop_checks, dag
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.spec import Hardware
 from orchestrator.stages.base import TrainStage
 from orchestrator.stages.workload import Net, Workload, workloads
 
@@ -62,12 +62,12 @@ class Costing:
 
 def costings(loaded: LoadedPipeline, hardware: Hardware) -> Iterator[Costing]:
     """Every training job of a pipeline, in running order."""
-    roles = graph.roles(loaded)
-    fit.check(loaded, roles)
-    for name in graph.order(loaded):
+    roles = dag.roles(loaded)
+    crop_checks.check(loaded, roles)
+    for name in dag.order(loaded):
         stage = loaded.spec.stages[name]
         upstream = {role: loaded.spec.stages[need] for role, need in roles[name].items()}
-        origin = graph.origin(roles, name)
+        origin = dag.origin(roles, name)
         if origin is not None:
             upstream["origin"] = loaded.spec.stages[origin]
         for work in workloads(stage, name, upstream):

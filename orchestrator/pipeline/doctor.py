@@ -13,10 +13,10 @@ from rich.text import Text
 from orchestrator import disk
 from orchestrator.elastic.cluster_check import load, short_folder
 from orchestrator.errors import UserError
-from orchestrator.pipeline.code import versions
+from orchestrator.pipeline.code_digest import versions
 from orchestrator.pipeline.probes import store_trouble
-from orchestrator.pipeline.rows import stage_table
-from orchestrator.store.open import is_remote
+from orchestrator.pipeline.table import stage_table
+from orchestrator.storage.open import is_remote
 
 _REQUIRED = ("dinov3-orchestrator", "torch", "ray", "deepspeed", "mlflow", "pydantic", "pyarrow", "numpy")
 _GIB = 2**30

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline.key import KeyParts
+from orchestrator.pipeline.cache_key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.plan import ResolvedStage
-from orchestrator.pipeline.rows import stage_table
+from orchestrator.pipeline.table import stage_table
 from orchestrator.pipeline.workspace import Workspace, removal_order
-from orchestrator.store.artifact import MANIFEST, ArtifactStore, folder_name
-from orchestrator.store.local import Store
+from orchestrator.storage.artifacts import MANIFEST, ArtifactStore, folder_name
+from orchestrator.storage.local import Store
 
 _PLACES = ("artifacts", "work")
 # What :func:`folder_name` makes: other folders were put there by others.

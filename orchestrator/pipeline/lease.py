@@ -1,6 +1,6 @@
 """Exclusive holds on names in a store, with any number of machines: leases that a live process keeps renewing.
 
-Who may hold is settled by the queue of :mod:`orchestrator.pipeline.bakery`; this module tells the living from the
+Who may hold is settled by the queue of :mod:`orchestrator.pipeline.lock_queue`; this module tells the living from the
 dead. A process that holds or wants something rewrites one small object, its beat, every few seconds. No two
 machines' clocks are compared: a newcomer watches by its own clock whether the beat changes. Once it has not for
 `lapse_s` and one beat more, the holder's place is removed. On one machine the kernel is asked instead: a process
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from orchestrator import disk
 from orchestrator.errors import UserError
-from orchestrator.pipeline.bakery import Place, Queue, TakenError
-from orchestrator.pipeline.process import Who, is_suspended, lives, this_process
-from orchestrator.pipeline.signs import Newcomer, Timing, Watch, beat_name, clock
-from orchestrator.store.local import Store
+from orchestrator.pipeline.liveness import Newcomer, Timing, Watch, beat_name, clock
+from orchestrator.pipeline.lock_queue import Place, Queue, TakenError
+from orchestrator.pipeline.process_identity import Who, is_suspended, lives, this_process
+from orchestrator.storage.local import Store
 
 _log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
+from orchestrator.config.schema import Strict
 from orchestrator.errors import UserError, first_line
 from orchestrator.fsio import NotAFileError
 from orchestrator.names import parts_of
-from orchestrator.pipeline.key import KeyParts
-from orchestrator.spec import Strict
-from orchestrator.store.local import Store
+from orchestrator.pipeline.cache_key import KeyParts
+from orchestrator.storage.local import Store
 
 StageStateName = Literal["pending", "running", "done", "failed", "stopped"]
 Happening = Literal["opened", "running", "done", "failed", "stopped", "closed", "settled"]

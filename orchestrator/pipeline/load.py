@@ -18,14 +18,14 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator import installed
-from orchestrator.data.captions import captions_path
+from orchestrator.config import yaml_source
+from orchestrator.config.schema import RENAMED, Elastic, Pipeline
+from orchestrator.config.validation_errors import complaints
+from orchestrator.data.sources.captions import captions_path
 from orchestrator.errors import UserError, nearest, shortened
-from orchestrator.pipeline import yamlfile
-from orchestrator.pipeline.complaints import complaints
 from orchestrator.redact import redacted, redacted_values, secret_in
-from orchestrator.spec import RENAMED, Elastic, Pipeline
 from orchestrator.stages.base import Stage
-from orchestrator.store.open import folder_of, is_remote, open_store
+from orchestrator.storage.open import folder_of, is_remote, open_store
 from orchestrator.tracking.connect import absolute_uri
 
 logger = logging.getLogger("orchestrator")
@@ -48,7 +48,7 @@ class LoadedPipeline:
     """
 
     spec: Pipeline[Stage]
-    document: yamlfile.Document
+    document: yaml_source.Document
     missing: tuple[UserError, ...] = ()
     mistakes: tuple[UserError, ...] = ()
     imported: tuple[tuple[str, str], ...] = ()
@@ -114,7 +114,7 @@ def _load(
 ) -> LoadedPipeline:
     from orchestrator.stages.registry import file_of
 
-    document = yamlfile.read(path, overrides)
+    document = yaml_source.read(path, overrides)
     if secrets := list(_secrets(document, document.data, ())):
         raise joined(secrets)
     _rename_old_keys(document)
@@ -131,12 +131,12 @@ def _load(
     return replace(loaded, missing=tuple(missing), mistakes=tuple(problems))
 
 
-def _secrets(document: yamlfile.Document, value: Any, path: yamlfile.KeyPath) -> Iterator[UserError]:
+def _secrets(document: yaml_source.Document, value: Any, path: yaml_source.KeyPath) -> Iterator[UserError]:
     """A complaint for each value that holds a secret, without the value: the file is copied into store and MLflow.
 
     The runtime environment of workers is left out: it is where secrets for them belong, and is written down without.
     """
-    if yamlfile.is_private(path):
+    if yaml_source.is_private(path):
         return
     if isinstance(value, Mapping):
         for name, item in value.items():
@@ -150,7 +150,7 @@ def _secrets(document: yamlfile.Document, value: Any, path: yamlfile.KeyPath) ->
         yield UserError(f"{dotted} holds {kind}", where=where, hint=_where_secrets_belong(path, value))
 
 
-def _where_secrets_belong(path: yamlfile.KeyPath, value: str) -> str:
+def _where_secrets_belong(path: yaml_source.KeyPath, value: str) -> str:
     """The right way, by what the value is for."""
     if path[0] == "tracking" and value.startswith("http"):
         return (
@@ -170,13 +170,13 @@ def _where_secrets_belong(path: yamlfile.KeyPath, value: str) -> str:
     return "put it into the environment: this file is copied into the store and into MLflow"
 
 
-def _rename_old_keys(document: yamlfile.Document) -> None:
+def _rename_old_keys(document: yaml_source.Document) -> None:
     """Give the keys of `elastic` sections that were renamed their names of today, and say so in one notice."""
     stages = document.data.get("stages")
     names = list(stages) if isinstance(stages, dict) else []
     found = []
     for section in (("elastic",), *(("stages", name, "elastic") for name in names)):
-        values, _ = yamlfile.lookup(document.data, section)
+        values, _ = yaml_source.lookup(document.data, section)
         for old, new in RENAMED.items():
             # Where both are there, the schema complains.
             if isinstance(values, dict) and old in values and new not in values:
@@ -186,7 +186,7 @@ def _rename_old_keys(document: yamlfile.Document) -> None:
         logger.warning("renamed keys, which still work for now: %s", "; ".join(found))
 
 
-def _with_own_kinds(document: yamlfile.Document, stages: Any) -> tuple[Any, tuple[tuple[str, str], ...]]:
+def _with_own_kinds(document: yaml_source.Document, stages: Any) -> tuple[Any, tuple[tuple[str, str], ...]]:
     """The union of stage kinds with those of users' packages that the file names.
 
     An import path in the file gives way to the kind that its class has.

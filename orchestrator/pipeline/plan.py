@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from orchestrator.config.extension import extensions
+from orchestrator.config.schema import DataSource
 from orchestrator.errors import UserError, nearest
-from orchestrator.extension import extensions
 from orchestrator.fsio import sha256_of
-from orchestrator.pipeline import code, fit, graph
-from orchestrator.pipeline.key import KeyParts, diff, key_parts, short
+from orchestrator.pipeline import code_digest, crop_checks, dag
+from orchestrator.pipeline.cache_key import KeyParts, diff, key_parts, short
 from orchestrator.pipeline.ledger import PipelineState, StageState
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.spec import DataSource
 from orchestrator.stages.base import Stage
-from orchestrator.store.artifact import Artifact
+from orchestrator.storage.artifacts import Artifact
 
 # A dataset and its name → the hash of its content.
 Fingerprint = Callable[[DataSource, str], str]
@@ -71,10 +71,10 @@ class Choice:
         chosen = set(self.only or needs)
         if self.first is not None:
             chosen &= {
-                name for name in needs if name == self.first or self.first in graph.upstream(name, needs)
+                name for name in needs if name == self.first or self.first in dag.upstream(name, needs)
             }
         if self.last is not None:
-            chosen &= {self.last, *graph.upstream(self.last, needs)}
+            chosen &= {self.last, *dag.upstream(self.last, needs)}
         if not chosen:
             raise UserError(
                 "these options together select no stage",
@@ -143,9 +143,9 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
     Raises:
         UserError: the graph does not work out, or a dataset cannot be read.
     """
-    names = graph.order(loaded)
-    roles = graph.roles(loaded)
-    fit.check(loaded, roles)
+    names = dag.order(loaded)
+    roles = dag.roles(loaded)
+    crop_checks.check(loaded, roles)
     prints = _fingerprints(loaded, fingerprint or _fingerprint)
     keys: dict[str, str] = {}
     resolved = []
@@ -158,9 +158,9 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
             seed=loaded.spec.seed,
         )
         keys[name] = parts.key
-        found = code.code_of(type(stage).__module__)
+        found = code_digest.code_of(type(stage).__module__)
         for extension in extensions(stage):
-            found = found | code.code_of(type(extension).__module__)
+            found = found | code_digest.code_of(type(extension).__module__)
         resolved.append(ResolvedStage(name, parts, parts.key, roles[name], stage.needs, found, stage.effects))
     return resolved
 
@@ -215,7 +215,7 @@ def _planned(
 ) -> StagePlan:
     going = known is not None and known.key == stage.key and known.state not in ("done", "pending")
     other = tuple(_other_code(artifact, stage)) if artifact is not None else ()
-    begun_by_other = known is not None and going and known.code not in ("", code.digest_of(stage.code))
+    begun_by_other = known is not None and going and known.code not in ("", code_digest.digest_of(stage.code))
     anew = [role for role, need in stage.roles.items() if before[need].anew]
     if stage.name in choice.force:
         return StagePlan(stage, "run", ("made again: --force",), artifact, anew=True, fresh=True)
@@ -272,7 +272,7 @@ def _other_code(artifact: Artifact, stage: ResolvedStage) -> list[str]:
     record = provenance.get("code", {})
     files = record.get("files", {}) if isinstance(record, dict) else {}
     packages = provenance.get("versions", {})
-    found = code.changes(files, stage.code) if files else []
+    found = code_digest.changes(files, stage.code) if files else []
     return found + [f"{name} {old}" for name, old in packages.items() if _packages().get(name) != old]
 
 
@@ -304,7 +304,7 @@ def _made(plans: Mapping[str, StagePlan]) -> dict[str, Artifact]:
 
 @cache
 def _packages() -> dict[str, str]:
-    return code.versions(code.PACKAGES)
+    return code_digest.versions(code_digest.PACKAGES)
 
 
 def _by_other(names: Sequence[str]) -> str:
@@ -391,6 +391,6 @@ def _fingerprints(loaded: LoadedPipeline, fingerprint: Fingerprint) -> dict[str,
 
 
 def _fingerprint(source: DataSource, name: str) -> str:
-    from orchestrator.data.source import fingerprint
+    from orchestrator.data.sources.folder import fingerprint
 
     return fingerprint(source, name)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from orchestrator.errors import UserError, first_line
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.store.local import Store
-from orchestrator.store.open import can_be_opened, open_store
-from orchestrator.store.s3 import S3Store
-from orchestrator.store.s3client import Patience
-from orchestrator.tracking import reach
+from orchestrator.storage.local import Store
+from orchestrator.storage.open import can_be_opened, open_store
+from orchestrator.storage.s3 import S3Store
+from orchestrator.storage.s3_client import Patience
+from orchestrator.tracking import reachable
 
 # A server in the same building answers within milliseconds, one across the world within a second.
 _ANSWER_S = 3.0
@@ -108,7 +108,7 @@ class Probes:
 
 def _tracking_trouble(uri: str) -> UserError | None:
     """Whether MLflow takes records now."""
-    found = reach.trouble(uri, _ANSWER_S)
+    found = reachable.trouble(uri, _ANSWER_S)
     if found is None:
         return None
     return UserError(found.what, hint=f"{found.cure}; until {found.until}, records wait in the store")

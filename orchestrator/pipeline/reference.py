@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from orchestrator.pipeline.schema import EXTENDS
-from orchestrator.spec import EVERY_DEVICE, Pipeline, StageSpec, Strict
+from orchestrator.config.schema import EVERY_DEVICE, Pipeline, StageSpec, Strict
+from orchestrator.pipeline.json_schema import EXTENDS
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage, TrainStage
 from orchestrator.stages.registry import every_stage, file_of, kind_of

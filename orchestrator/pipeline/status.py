@@ -12,13 +12,13 @@ from rich.text import Text
 
 from orchestrator.command import command
 from orchestrator.errors import UserError, nearest
+from orchestrator.pipeline.cache_key import short
+from orchestrator.pipeline.console import duration, figures, mark
 from orchestrator.pipeline.gc import orphans, summary
-from orchestrator.pipeline.key import short
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.reporter import duration, figures, mark
-from orchestrator.pipeline.rows import Rows
-from orchestrator.pipeline.tracked import waiting
+from orchestrator.pipeline.table import Rows
+from orchestrator.pipeline.tracking_run import waiting
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.tracking.backlog import counted
 from orchestrator.tracking.spool import Spool

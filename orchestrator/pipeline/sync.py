@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from orchestrator.pipeline import tracked
+from orchestrator.pipeline import tracking_run
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.tracking.backlog import backlog, clock, counted, pending
-from orchestrator.tracking.runs import PATIENCE_S
+from orchestrator.tracking.run import PATIENCE_S
 from orchestrator.tracking.spool import Spool
 
 # Where there is no terminal, a line so often.
@@ -40,10 +40,10 @@ def sync(console: Console, loaded: LoadedPipeline, patience: float = PATIENCE_S)
         workspace.drive(loaded.name, console.print),
         _Shown(console, Spool(workspace.spool(loaded.name))) as shown,
     ):
-        after = tracked.send(loaded, workspace, shown.watch, patience, shown.begin)
+        after = tracking_run.send(loaded, workspace, shown.watch, patience, shown.begin)
     done = max(0, shown.records - (after.backlog.records if after else 0))
     if after is None:
-        text = f" Sent {counted(done)} to {tracked.where(loaded)}; nothing waits." if done else _NOTHING
+        text = f" Sent {counted(done)} to {tracking_run.where(loaded)}; nothing waits." if done else _NOTHING
         console.print(Text("✓", "green").append(text, "default"), soft_wrap=True)
         return True
     text = f" Sent {done:,}; {after}"

@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator import disk
-from orchestrator.elastic import saved as form
-from orchestrator.elastic.saved import COMMIT, CheckpointError
 from orchestrator.errors import UserError
 from orchestrator.fsio import NotAFileError
 from orchestrator.pipeline import ledger
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.process import Who
-from orchestrator.store.artifact import ArtifactStore
-from orchestrator.store.local import Store
-from orchestrator.store.open import is_remote, open_store
+from orchestrator.pipeline.process_identity import Who
+from orchestrator.storage.artifacts import ArtifactStore
+from orchestrator.storage.local import Store
+from orchestrator.storage.open import is_remote, open_store
+from orchestrator.training.checkpoint import format as form
+from orchestrator.training.checkpoint.format import COMMIT, CheckpointError
 
 _CHECKPOINT = re.compile(rf"work/(?:.+/)?checkpoints/step-\d{{8,}}/{re.escape(COMMIT)}")
 

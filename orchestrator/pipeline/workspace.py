@@ -12,17 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from orchestrator.elastic.target import Target
 from orchestrator.fsio import atomic_write
 from orchestrator.names import parts_of
 from orchestrator.pipeline.lease import Holder, Keeper, Lease
 from orchestrator.pipeline.ledger import Ledger, PipelineState
-from orchestrator.pipeline.mirror import Mirror
-from orchestrator.store.artifact import Artifact, ArtifactStore, folder_name
-from orchestrator.store.local import Store, not_followed
-from orchestrator.store.open import folder_of, is_remote, open_store
-from orchestrator.store.s3 import S3Store
-from orchestrator.tracking import moved
+from orchestrator.pipeline.spool_backup import Mirror
+from orchestrator.storage.artifacts import Artifact, ArtifactStore, folder_name
+from orchestrator.storage.local import Store, not_followed
+from orchestrator.storage.open import folder_of, is_remote, open_store
+from orchestrator.storage.s3 import S3Store
+from orchestrator.tracking import relocate
+from orchestrator.training.checkpoint.storage import Target
 
 _log = logging.getLogger(__name__)
 # Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
@@ -302,12 +302,13 @@ class Workspace:
     def tracked_files(self) -> str | None:
         """Where MLflow is to keep the artifacts of new experiments; None leaves that to it."""
         # Of stores elsewhere MLflow knows S3 only.
-        return f"{self._remote.uri}/{moved.FOLDER}" if isinstance(self._remote, S3Store) else None
+        return f"{self._remote.uri}/{relocate.FOLDER}" if isinstance(self._remote, S3Store) else None
 
     def has_tracked_files(self) -> bool:
         """Whether anything is there."""
         return (
-            self._remote is not None and next(iter(self._remote.list(f"{moved.FOLDER}/")), None) is not None
+            self._remote is not None
+            and next(iter(self._remote.list(f"{relocate.FOLDER}/")), None) is not None
         )
 
 

@@ -1,0 +1,1 @@
+"""What runs tell MLflow, written down first and sent when it answers."""

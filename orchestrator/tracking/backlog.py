@@ -8,8 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 
 from orchestrator.fsio import atomic_write
+from orchestrator.tracking.outage import Trouble
 from orchestrator.tracking.spool import Spool
-from orchestrator.tracking.trouble import Trouble
 
 # A hidden file: the copy of the spool in the store leaves those out.
 _OUTAGE = ".outage.json"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError
 from orchestrator.fsio import folder_beside, link, move
-from orchestrator.tracking import moved
+from orchestrator.tracking import relocate
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,7 +53,7 @@ def database_path(uri: str) -> Path | None:
 def connect(uri: str) -> MlflowClient:
     """A client of the tracking server and registry at `uri`; makes a SQLite database that is missing.
 
-    One that was moved with its store is mended first, see :mod:`orchestrator.tracking.moved`.
+    One that was moved with its store is mended first, see :mod:`orchestrator.tracking.relocate`.
 
     The first connection of a process imports MLflow (2 s), the first to a new SQLite file builds its schema
     (4 s): call it from a background thread where one waits. A server that does not answer may block it for
@@ -66,7 +66,7 @@ def connect(uri: str) -> MlflowClient:
     if database is not None and not database.exists():
         _create_database(database)
     elif database is not None:
-        moved.mend_local(database, database.parent / moved.FOLDER)
+        relocate.mend_local(database, database.parent / relocate.FOLDER)
     absolute = absolute_uri(uri)
     return MlflowClient(tracking_uri=absolute, registry_uri=absolute)
 
@@ -114,7 +114,7 @@ def _create_database(path: Path) -> None:
 
 
 def _artifacts(database: Path) -> str:
-    return (database.parent / moved.FOLDER).as_uri()
+    return (database.parent / relocate.FOLDER).as_uri()
 
 
 # What MLflow's pages call an experiment that trains models; without it they guess.

@@ -13,13 +13,13 @@ from orchestrator import disk
 from orchestrator.errors import UserError, nearest
 from orchestrator.fsio import DIGESTS, folder_beside, move, why
 from orchestrator.redact import redacted
-from orchestrator.tracking import moved
+from orchestrator.tracking import relocate
 from orchestrator.tracking.backlog import clock
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
-from orchestrator.tracking.runs import Run
-from orchestrator.tracking.sink import model_name
+from orchestrator.tracking.mlflow_writer import model_name
+from orchestrator.tracking.outage import silent, trouble
+from orchestrator.tracking.run import Run
 from orchestrator.tracking.spool import now_ms
-from orchestrator.tracking.trouble import silent, trouble
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -189,7 +189,7 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
             version = _resolve(client, reference)
             source = client.get_model_version_download_uri(version.name, version.version)
             if store is not None:
-                source = moved.rebased(source, f"{_address(store)}/{moved.FOLDER}")
+                source = relocate.rebased(source, f"{_address(store)}/{relocate.FOLDER}")
             # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
             folder = Path(download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri)))
             _require_plain(folder, staging, reference)

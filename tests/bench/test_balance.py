@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.capacity.allocate import StudentCost, TeacherCost
+from orchestrator.capacity.contention import Busy, shared_s
 from orchestrator.data import samples
+from orchestrator.pipeline.device_split import StageSplit
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.splitting import StageSplit
-from orchestrator.sharing.contention import Busy, shared_s
-from orchestrator.sharing.planner import StudentCost, TeacherCost
-from orchestrator.stages.distill import Distill
-from orchestrator.stages.profiling import Costs
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.profiling import Costs
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

@@ -19,8 +19,8 @@ from bench import headless  # noqa: E402
 from bench.headless import lite0, score, train  # noqa: E402
 from orchestrator.models import count_params  # noqa: E402
 from orchestrator.models.foreign import ForeignNet, open_module  # noqa: E402
-from orchestrator.sharing import bundle  # noqa: E402
-from orchestrator.store.cache import cache_folder  # noqa: E402
+from orchestrator.storage.cache_folder import cache_folder  # noqa: E402
+from orchestrator.teacher_service import payload  # noqa: E402
 
 
 def randomise(net: torch.nn.Module) -> None:
@@ -149,7 +149,7 @@ def test_the_plans_are_stages_that_can_be() -> None:
 
 def test_a_student_cannot_write_into_what_others_read() -> None:
     said = {"lite0.cls": np.ones((1, 4, 2)), "ids": np.arange(4)}
-    words = [{bundle.TEACHER: said, train._PART: {"globals": np.ones((1, 4, 3))}}]
+    words = [{payload.TEACHER: said, train._PART: {"globals": np.ones((1, 4, 3))}}]
     block = train._Kept(words).load(0, 0)
     assert block.ids.tolist() == [0, 1, 2, 3]
     for name in ("lite0.cls", "globals"):

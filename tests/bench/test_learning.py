@@ -25,7 +25,7 @@ from bench.learning.lab import Lab, Trained  # noqa: E402
 from orchestrator.data.index import PhotoRow  # noqa: E402
 from orchestrator.errors import UserError  # noqa: E402
 from orchestrator.models import Features  # noqa: E402
-from orchestrator.stages.pretrain import Pretrain  # noqa: E402
+from orchestrator.stages.ssl.pretrain import Pretrain  # noqa: E402
 
 
 def row(number: int, **fields: object) -> PhotoRow:

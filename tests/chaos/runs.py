@@ -13,7 +13,7 @@ import yaml
 
 from chaos.scene import BUCKET, Scene
 from chaos.sight import Sight
-from orchestrator.store.s3 import S3Store
+from orchestrator.storage.s3 import S3Store
 
 _LOOK_S = 0.2
 _MOST_OWN_ENDS = 6

@@ -103,8 +103,8 @@ def _examine(here: Scene, calm: Run, run: Run, storm: Storm) -> tuple[list[str],
 
 
 def _pending(run: Run) -> int:
-    from orchestrator.tracking.flush import Flusher
-    from orchestrator.tracking.sink import MlflowSink
+    from orchestrator.tracking.flusher import Flusher
+    from orchestrator.tracking.mlflow_writer import MlflowSink
     from orchestrator.tracking.spool import Spool
 
     folder = run.sight.root / "spool" / run.pipeline["name"]

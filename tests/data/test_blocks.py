@@ -14,7 +14,7 @@ from PIL import Image
 
 from orchestrator.data.blocks import BlockSource, CaptionBlocks, CropBlocks
 from orchestrator.data.index import PhotoIndex, PhotoRow
-from orchestrator.data.order import SampleOrder
+from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 
@@ -287,7 +287,7 @@ def test_a_stand_in_brings_its_own_caption(index: PhotoIndex, tmp_path: Path) ->
 def test_replaced_photos_are_counted_over_all_workers() -> None:
     from torch import tensor
 
-    from orchestrator.elastic.loop import _Trainer
+    from orchestrator.training.loop import _Trainer
 
     trainer = _Trainer.__new__(_Trainer)
     trainer.device, trainer.workers = "cpu", lambda packed: 2 * packed  # type: ignore[assignment]

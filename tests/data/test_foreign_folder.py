@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from orchestrator.config.schema import DataSource
 from orchestrator.data import decode
 from orchestrator.data.decode import UnreadableImage, read_rgb
-from orchestrator.data.source import fingerprint, list_images, scan
+from orchestrator.data.sources.folder import fingerprint, list_images, scan
 from orchestrator.errors import UserError
-from orchestrator.spec import DataSource
 
 
 def _picture(height: int = 24, width: int = 32, seed: int = 0) -> Image.Image:
@@ -145,8 +145,8 @@ def test_files_that_may_not_be_read_are_reported(folder: Path, tmp_path: Path) -
         parent.chmod(parent.stat().st_mode | 0o055)
     code = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from orchestrator.data.source import list_images, fingerprint, scan\n"
-        "from orchestrator.spec import DataSource\n"
+        "from orchestrator.data.sources.folder import list_images, fingerprint, scan\n"
+        "from orchestrator.config.schema import DataSource\n"
         "if os.getuid() == 0:\n    os.setgid(65534); os.setuid(65534)\n"
         "source = DataSource(path=Path(sys.argv[1]))\n"
         "print({item.path: item.reason for item in list_images(source, 'x').left_out})\n"

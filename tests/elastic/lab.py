@@ -24,16 +24,17 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orchestrator.elastic import checkpoint, loop, shardfile, target
-from orchestrator.elastic.checkpoint import CheckpointError, Target, newest, restore
-from orchestrator.elastic.engine import Engine
-from orchestrator.elastic.saver import Saver
-from orchestrator.elastic.shards import gather
-from orchestrator.elastic.task import Modules
-from orchestrator.elastic.zero import import_deepspeed
+from orchestrator.config.schema import Optimizer
 from orchestrator.errors import UserError
-from orchestrator.spec import Optimizer
-from orchestrator.store.local import LocalStore
+from orchestrator.storage.local import LocalStore
+from orchestrator.training import loop
+from orchestrator.training.checkpoint import reader, shard_file, storage
+from orchestrator.training.checkpoint.partition import gather
+from orchestrator.training.checkpoint.reader import CheckpointError, Target, newest, restore
+from orchestrator.training.checkpoint.writer import Saver
+from orchestrator.training.engine import Engine
+from orchestrator.training.task import Modules
+from orchestrator.training.zero import import_deepspeed
 
 # Run as a script, its own folder is on the path; imported by a test, it is part of a package.
 if __package__:
@@ -107,7 +108,7 @@ def make_target(spec: Spec) -> Target:
 
 
 def make_saver(spec: Spec, where: Target) -> Saver:
-    token = checkpoint.share(where.take() if dist.get_rank() == 0 else None)
+    token = reader.share(where.take() if dist.get_rank() == 0 else None)
     return Saver(
         where,
         token=token,
@@ -222,11 +223,11 @@ def killed(spec: Spec) -> Any:
     writer = make_saver(spec, make_target(spec))
     save_now(writer, engine, 1)
     module, name, calls = {
-        "data": (shardfile, "_pieces", 0),
-        "sync": (shardfile.os, "fsync", 0),
-        "part": (target.Target, "put", 0),
-        "manifest": (target.os, "link", 0),
-        "prune": (target.Target, "_remove", 1),
+        "data": (shard_file, "_pieces", 0),
+        "sync": (shard_file.os, "fsync", 0),
+        "part": (storage.Target, "put", 0),
+        "manifest": (storage.os, "link", 0),
+        "prune": (storage.Target, "_remove", 1),
     }[spec["at"]]
     _die_at(module, name, calls)
     save_now(writer, engine, 2)
@@ -268,7 +269,7 @@ def full(spec: Spec) -> Any:
             found = real(path)
             return type(found)(found.total, found.used, 17) if hog.exists() else found
 
-        shardfile.shutil.disk_usage = usage  # type: ignore[assignment]
+        shard_file.shutil.disk_usage = usage  # type: ignore[assignment]
         hog.touch()
     else:
         hog.write_bytes(bytes(real(where.folder).free - 100))
@@ -297,13 +298,13 @@ def asynchronous(spec: Spec) -> Any:
     truth = everything(engine)
     if dist.get_rank() == 0:
         save_file(truth, spec["truth"])
-    real = shardfile.write_file
+    real = shard_file.write_file
 
     def slow(*args: Any) -> str:
         time.sleep(1.0)
         return real(*args)
 
-    shardfile.write_file = slow
+    shard_file.write_file = slow
     writer.begin(engine, 2)
     before = writer.written()
     train(engine, 3)

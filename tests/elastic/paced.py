@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiny import TinyTask, tiny_job
 
-from orchestrator.elastic.job import Job
+from orchestrator.training.job import Job
 
 SLOW_S = 0.3
 

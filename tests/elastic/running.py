@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from orchestrator.elastic import trainer
-from orchestrator.elastic.goodput import Goodput
-from orchestrator.elastic.job import Job
-from orchestrator.tracking.runs import NullRun
+from orchestrator.elastic.time_accounting import Goodput
+from orchestrator.tracking.run import NullRun
+from orchestrator.training.job import Job
 
 PATIENCE_S = 90.0
 

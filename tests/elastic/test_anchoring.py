@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from orchestrator.stages.gram import DenseHealth
-from orchestrator.stages.tasks.anchor import Watch
+from orchestrator.stages.ssl.anchor import Watch
+from orchestrator.stages.ssl.gram import DenseHealth
 
 from .conftest import RECIPE, RunJob
 from .test_chunks import saved

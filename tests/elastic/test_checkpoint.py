@@ -19,7 +19,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from orchestrator.elastic.checkpoint import (
+from orchestrator.errors import UserError
+from orchestrator.pipeline.checkpoint_table import print_checkpoints
+from orchestrator.storage.local import LocalStore
+from orchestrator.training.checkpoint.format import parse
+from orchestrator.training.checkpoint.inspect import describe, describe_all
+from orchestrator.training.checkpoint.reader import (
     COMMIT,
     CheckpointError,
     Target,
@@ -28,12 +33,7 @@ from orchestrator.elastic.checkpoint import (
     overlaps,
     verified,
 )
-from orchestrator.elastic.inspect import describe, describe_all
-from orchestrator.elastic.saved import parse
-from orchestrator.elastic.shardfile import Slot, file_header, write_file
-from orchestrator.errors import UserError
-from orchestrator.pipeline.checkpoints import print_checkpoints
-from orchestrator.store.local import LocalStore
+from orchestrator.training.checkpoint.shard_file import Slot, file_header, write_file
 
 from .conftest import Group, RunJob, run_group
 
@@ -435,7 +435,7 @@ def test_inspect(group: Group, tmp_path: Path) -> None:
         assert words in said
     with pytest.raises(UserError, match="there is no checkpoint"):
         describe_all(tmp_path)
-    check = "import sys, orchestrator.pipeline.checkpoints; sys.exit('torch' in sys.modules)"
+    check = "import sys, orchestrator.pipeline.checkpoint_table; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster, cluster_check
 from orchestrator.elastic.cluster import JoinedCluster, OwnCluster, RunningCluster
 from orchestrator.elastic.reaper import MARK, Reaper, members
 from orchestrator.errors import ClusterLostError, Stopped, UserError
-from orchestrator.spec import Cluster
 from tools.market import SpotMarket
 
 REACH = "import sys; from orchestrator.elastic.cluster_check import reach; reach(sys.argv[1])"

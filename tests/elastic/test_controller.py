@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster
-from orchestrator.elastic.goodput import Goodput
-from orchestrator.elastic.hosts import hosts
+from orchestrator.elastic.controller_host import hosts
+from orchestrator.elastic.time_accounting import Goodput
 from orchestrator.errors import Stopped, UserError
-from orchestrator.spec import Cluster
 from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from orchestrator.elastic.job import Job
-from orchestrator.elastic.wire import Wire
+from orchestrator.elastic.channel import Wire
+from orchestrator.training.job import Job
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_job

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import ray
 
+from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster
 from orchestrator.errors import UserError
-from orchestrator.spec import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 from running import Running

@@ -19,14 +19,15 @@ import ray
 import torch
 from ray import cloudpickle
 
-from orchestrator.elastic import cluster, device
-from orchestrator.elastic.job import Job
-from orchestrator.elastic.resources import SlotShape
+from orchestrator.capacity import measured_costs
+from orchestrator.config.schema import Cluster
+from orchestrator.elastic import cluster
+from orchestrator.elastic.resources import SlotShape, slot_of, workers_of
 from orchestrator.errors import UserError
-from orchestrator.sharing import profile
-from orchestrator.sharing.bundle import TEACHER, Parts
-from orchestrator.sharing.keeper import Keeper
-from orchestrator.spec import Cluster
+from orchestrator.teacher_service.payload import TEACHER, Parts
+from orchestrator.teacher_service.service import Keeper
+from orchestrator.training import device
+from orchestrator.training.job import Job
 from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -57,7 +58,7 @@ class Process:
     """Reports what it was given."""
 
     def report(self) -> dict[str, Any]:
-        from orchestrator.elastic.device import assigned_gpus, device
+        from orchestrator.training.device import assigned_gpus, device
 
         return {
             "gpus": assigned_gpus(),
@@ -100,7 +101,7 @@ def job(tmp_path: Path, workers: Any = 1, num_blocks: int = 5, **elastic: Any) -
 def test_each_slot_has_a_gpu_of_its_own_and_its_process_counts_it_as_the_first(
     market: SpotMarket, tmp_path: Path
 ) -> None:
-    shape = job(tmp_path).slot_shape()
+    shape = slot_of(job(tmp_path))
     assert shape == SlotShape(0.0, 1.0)
     found = given(shape, 2)
     assert sorted(one["gpus"] for one in found) == [("0",), ("1",)]
@@ -110,7 +111,7 @@ def test_each_slot_has_a_gpu_of_its_own_and_its_process_counts_it_as_the_first(
 
 def test_device_cpu_on_a_machine_with_gpus_computes_on_cpus(market: SpotMarket, tmp_path: Path) -> None:
     cpu = job(tmp_path, device="cpu", resources={"gpu": 1, "labels": {"pool": "fast"}})
-    (found,) = given(cpu.slot_shape())
+    (found,) = given(slot_of(cpu))
     assert NODES[found["node"]] == "gpus"
     assert found["visible"] == "0,1", "Ray shows them all to a process that asked for none"
     assert (found["gpus"], found["device"]) == ((), "cpu")
@@ -123,26 +124,26 @@ def test_a_slot_is_on_a_node_with_its_labels_and_has_its_environment(
         tmp_path,
         resources={"labels": {"pool": "!fast"}, "runtime_env": {"env_vars": {"SECRET": "hunter2"}}},
     )
-    (found,) = given(elsewhere.slot_shape())
+    (found,) = given(slot_of(elsewhere))
     assert (found["device"], found["secret"]) == ("cpu", "hunter2")
     for selector, name in (("!fast", "none"), ("fast", "gpus"), ("in(slow,other)", "none")):
         chosen = job(tmp_path, device="cpu", resources={"labels": {"pool": selector}})
-        (found,) = given(chosen.slot_shape())
+        (found,) = given(slot_of(chosen))
         assert NODES[found["node"]] == name
     typed = job(tmp_path, resources={"accelerator_type": "H100", "memory": "100MB"})
-    (found,) = given(typed.slot_shape())
+    (found,) = given(slot_of(typed))
     assert NODES[found["node"]] == "gpus"
 
 
 def test_workers_auto_is_every_device_of_this_cluster(market: SpotMarket, tmp_path: Path) -> None:
     auto = job(tmp_path, "auto")
-    assert auto.worker_range(auto.slot_shape()) == (1, 2)
+    assert workers_of(auto, slot_of(auto)) == (1, 2)
     cpus = job(tmp_path, "auto", device="cpu")
-    assert cpus.worker_range(cpus.slot_shape()) == (1, 3)
+    assert workers_of(cpus, slot_of(cpus)) == (1, 3)
     small = job(tmp_path, "auto", num_blocks=2, device="cpu")
-    assert small.worker_range(small.slot_shape()) == (1, 2), "a step of two blocks has work for two"
+    assert workers_of(small, slot_of(small)) == (1, 2), "a step of two blocks has work for two"
     split = replace(cpus, limit=lambda: (2, 2))
-    assert split.worker_range(split.slot_shape()) == (2, 2)
+    assert workers_of(split, slot_of(split)) == (2, 2)
 
 
 def test_what_this_cluster_does_not_have_is_refused_before_any_worker(
@@ -159,16 +160,16 @@ def test_what_this_cluster_does_not_have_is_refused_before_any_worker(
     ):
         wanted = job(tmp_path, device="gpu", resources=resources)
         with pytest.raises(UserError) as caught:
-            wanted.slot_shape()
+            slot_of(wanted)
         assert message in str(caught.value)
         assert "stages.pretrain" in str(caught.value)
     student = replace(job(tmp_path, device="gpu", resources={"labels": {"pool": "slow"}}), name="distill/s")
     with pytest.raises(UserError) as caught:
-        student.slot_shape()
+        slot_of(student)
     assert caught.value.where == "stages.distill.elastic.device"
     student = replace(job(tmp_path, resources={"labels": {"pool": "x"}}), name="distill/s")
     with pytest.raises(UserError) as caught:
-        student.slot_shape()
+        slot_of(student)
     assert caught.value.where == "stages.distill.students.s.resources.labels"
 
 
@@ -215,7 +216,7 @@ def test_device_cpu_trains_on_cpus_on_a_machine_with_gpus(market: SpotMarket, tm
 
 
 def test_a_process_started_with_some_gpus_uses_those_and_no_others() -> None:
-    code = "from orchestrator.elastic.device import *; print(assigned_gpus(), device(), device('cpu'))"
+    code = "from orchestrator.training.device import *; print(assigned_gpus(), device(), device('cpu'))"
     for gpus, expected in ((("3", "5"), "('3', '5') cuda:0 cpu"), ((), "() cpu cpu")):
         env = {**os.environ, **device.environment(gpus)}
         assert env["CUDA_VISIBLE_DEVICES"] == ",".join(gpus)
@@ -243,8 +244,11 @@ def test_what_torch_sees_counts_only_where_no_slot_says_anything(monkeypatch: py
 def test_costs_are_measured_on_cores_where_device_is_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(device.VARIABLE, "0,1")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")
-    assert (profile.hardware()["device"], profile.hardware()["devices"]) == ("H100", 2)
-    assert (profile.hardware("cpu")["device"], profile.hardware("cpu")["devices"]) == ("cpu", profile.cores())
+    assert (measured_costs.hardware()["device"], measured_costs.hardware()["devices"]) == ("H100", 2)
+    assert (measured_costs.hardware("cpu")["device"], measured_costs.hardware("cpu")["devices"]) == (
+        "cpu",
+        measured_costs.cores(),
+    )
 
 
 def test_a_process_that_has_initialised_cuda_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +259,6 @@ def test_a_process_that_has_initialised_cuda_is_not_forked(monkeypatch: pytest.M
 
 
 def test_asking_whether_a_process_can_be_forked_imports_no_torch() -> None:
-    code = "import sys; from orchestrator.elastic.device import *; assert_forkable(); print('torch' in sys.modules)"
+    code = "import sys; from orchestrator.training.device import *; assert_forkable(); print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert printed.stdout.decode().strip() == "False"

@@ -14,9 +14,7 @@ from orchestrator.elastic.failure_rules import (
     Failure,
     FailureKind,
     RankOutcome,
-    checkpoint_interval,
     classify,
-    mtbf,
 )
 
 NODE, PROCESS, USER_CODE, MISTAKE = (
@@ -176,14 +174,3 @@ def test_an_exception_beside_a_lost_node_is_free_while_the_job_gets_on() -> None
         assert not budget.charge(classify([OWN, GONE]), step)
     assert budget.counts() == {"preempted": 100}
     assert budget.charge(classify([OWN, FINE]), 100), "its own budget is 0"
-
-
-# --- checkpoints ----------------------------------------------------------------------------------------------
-
-
-def test_checkpoint_interval_follows_young_within_limits() -> None:
-    assert checkpoint_interval(0.5, 3600.0) == pytest.approx(60.0)
-    assert checkpoint_interval(1e-9, 60.0) == 2.0
-    assert checkpoint_interval(60.0, 1e6) == 600.0
-    assert mtbf(0.0, 0) == 3600.0
-    assert mtbf(3600.0, 8) == pytest.approx(800.0), "losses seen shorten it"

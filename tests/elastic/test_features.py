@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from orchestrator.elastic.export import load_export
 from orchestrator.models import build, save_pretrained
+from orchestrator.training.export import load_export
 
 from .conftest import CONFIG, RunJob
 

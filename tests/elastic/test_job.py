@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_job
 
-from orchestrator.elastic.saved import COMMIT, FORMAT
+from orchestrator.training.checkpoint.format import COMMIT, FORMAT
 
 
 def test_what_another_group_left_beside_the_last_checkpoint_is_not_handed_on(tmp_path: Path) -> None:

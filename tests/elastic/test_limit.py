@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orchestrator.capacity.allocate import StudentCost, TeacherCost
+from orchestrator.capacity.rebalance import Balancer, cluster_devices
+from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster
-from orchestrator.elastic.hosts import hosts
-from orchestrator.sharing.balancer import Balancer, cluster_devices
-from orchestrator.sharing.planner import StudentCost, TeacherCost
-from orchestrator.spec import Cluster
+from orchestrator.elastic.controller_host import hosts
 from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))

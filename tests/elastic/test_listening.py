@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster
 from orchestrator.elastic.reaper import members
-from orchestrator.spec import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 from running import Running

@@ -20,9 +20,9 @@ from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from s3_server import free_port
 
+from orchestrator.config.schema import PreemptionNotices
 from orchestrator.elastic.cloud_metadata import Notice
 from orchestrator.elastic.preemption_agent import NodeDrainer, PreemptionAgents, watch_for_preemption
-from orchestrator.spec import PreemptionNotices
 from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -17,11 +17,11 @@ import psutil
 import pytest
 import ray
 
+from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster, trainer
-from orchestrator.elastic.hosts import hosts
+from orchestrator.elastic.controller_host import hosts
 from orchestrator.errors import Stopped, UserError
-from orchestrator.spec import Cluster
-from orchestrator.tracking.runs import NullRun
+from orchestrator.tracking.run import NullRun
 from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -260,7 +260,7 @@ def test_the_environment_variables_are_known() -> None:
     from ray.train.constants import RAY_TRAIN_ENABLE_STATE_TRACKING
     from ray.train.v2._internal import constants
 
-    from orchestrator.elastic.hosts import _ENVIRONMENT, _RECONCILES
+    from orchestrator.elastic.controller_host import _ENVIRONMENT, _RECONCILES
 
     known = {
         RAY_TRAIN_ENABLE_STATE_TRACKING,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from orchestrator.config.schema import EVERY_DEVICE, Elastic, Resources
 from orchestrator.elastic.resources import (
     Node,
     SlotShape,
@@ -19,7 +20,6 @@ from orchestrator.elastic.resources import (
     worker_range,
 )
 from orchestrator.errors import UserError
-from orchestrator.spec import EVERY_DEVICE, Elastic, Resources
 
 GIB = 2.0**30
 

@@ -11,10 +11,10 @@ import pytest
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.execution.context import TrainRunContext
 
+from orchestrator.config.schema import Elastic
 from orchestrator.elastic.controller import STUCK_S, ControllerStuckError, ElasticRun, RunSpec
 from orchestrator.elastic.ray_pool import RayWorkerPool
 from orchestrator.elastic.resources import SlotShape
-from orchestrator.spec import Elastic
 
 # Each thread is a controller that starts: it configures, then writes its first record.
 CONTROLLERS = """

@@ -15,14 +15,14 @@ import pytest
 
 from orchestrator.data.blocks import Block
 from orchestrator.data.index import PhotoIndex
-from orchestrator.elastic.wire import Message
+from orchestrator.elastic.channel import Message
 from orchestrator.elastic.worker import SlotBlocks
 from orchestrator.elastic.worker_slot import WorkerSlot
-from orchestrator.sharing import bundle
-from orchestrator.sharing.client import SharedBlocks
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.selfsup import ModelRecipe
-from orchestrator.stages.tasks.crops import crop_blocks
+from orchestrator.stages.common.crops import crop_blocks
+from orchestrator.stages.ssl.config import ModelRecipe
+from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.teacher_service import payload
+from orchestrator.teacher_service.client import SharedBlocks
 
 from .conftest import CONFIG, RECIPE, RunJob
 
@@ -102,9 +102,9 @@ def test_students_hear_of_what_their_teachers_and_slots_met(monkeypatch: pytest.
         Block(0, number, np.full(2, number), {}, unreadable=np.array(rows, np.int64))
         for number, rows in enumerate([[7], [], [8, 9]])
     ]
-    said = {**bundle.samples(taught), "dino": np.zeros((2, 6, 3), np.float32)}
-    assert "step/unreadable" not in bundle.samples(taught[1:2]), "as it was where nothing was met"
-    (chunk,) = bundle.chunks(said, 3, 3)
+    said = {**payload.samples(taught), "dino": np.zeros((2, 6, 3), np.float32)}
+    assert "step/unreadable" not in payload.samples(taught[1:2]), "as it was where nothing was met"
+    (chunk,) = payload.chunks(said, 3, 3)
     own = Block(0, 1, np.zeros(2, np.int64), {"globals": np.zeros((2, 2, 3))}, unreadable=np.array([5]))
     source = SharedBlocks("desk", "student", 3, own=Mock(load=lambda step, index: own))
     monkeypatch.setattr(source, "_chunk", lambda step, part, index: (chunk, index, 3))

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from orchestrator.models import ViTConfig, load_pretrained, preset
-from orchestrator.stages.selfsup import Heads
-from orchestrator.stages.tasks.backbone import save_backbone
-from orchestrator.stages.tasks.nets import HeadedBackbone
+from orchestrator.stages.common.backbone import save_backbone
+from orchestrator.stages.common.nets import HeadedBackbone
+from orchestrator.stages.ssl.config import Heads
 
 from .conftest import HEADS, RunJob
 from .test_chunks import saved

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from orchestrator.elastic import worker_slot
-from orchestrator.elastic.wire import Wire
+from orchestrator.elastic.channel import Wire
 from orchestrator.elastic.worker_group import _BoundedRay
 from orchestrator.elastic.worker_slot import WorkerSlot
 

@@ -15,11 +15,11 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from torch import Tensor, nn
 
+from orchestrator.config.schema import Elastic, Optimizer, Schedule
 from orchestrator.data.blocks import Block
-from orchestrator.elastic.job import Job
-from orchestrator.elastic.task import BlockTensors, Losses, Modules, Reduce, Weights
 from orchestrator.errors import UserError
-from orchestrator.spec import Elastic, Optimizer, Schedule
+from orchestrator.training.job import Job
+from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, Weights
 
 
 class TinyBlocks:

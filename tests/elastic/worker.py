@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchestrator.config.schema import Elastic
 from orchestrator.data.blocks import Block
-from orchestrator.elastic.job import Job
-from orchestrator.elastic.task import BlockTensors, Losses
-from orchestrator.sharing import bundle
-from orchestrator.spec import Elastic
-from orchestrator.stages.gram_anchor import GramAnchor
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.selfsup import ModelRecipe, SelfSupervised
-from orchestrator.stages.tasks.crops import crop_blocks
-from orchestrator.stages.tasks.ssl import SelfSupervisedTask
+from orchestrator.stages.common.crops import crop_blocks
+from orchestrator.stages.ssl.config import ModelRecipe, SelfSupervised
+from orchestrator.stages.ssl.gram_anchor import GramAnchor
+from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.stages.ssl.task import SelfSupervisedTask
+from orchestrator.teacher_service import payload
+from orchestrator.training.job import Job
+from orchestrator.training.task import BlockTensors, Losses
 
 
 class Recorder:
@@ -109,7 +109,7 @@ class TaughtBlocks:
         arrays: dict[str, Any] = {}
         ids = None
         for part in self._held[1].values():
-            said, found = bundle.block(part, index, self.num_blocks)
+            said, found = payload.block(part, index, self.num_blocks)
             ids, arrays = ids if said is None else said, arrays | found
         assert ids is not None
         return Block(step, index, ids, arrays)
@@ -143,16 +143,16 @@ class SlowBlocks:
 
 def make_feature_job(spec: dict[str, Any]) -> Job:
     """The student of `spec`'s first name, taught by the headless teachers of its objective."""
-    from orchestrator.stages.distill import Distill
-    from orchestrator.stages.features import FeatureObjective
-    from orchestrator.stages.tasks.crops import StepViews
-    from orchestrator.stages.tasks.feature_task import FeatureTask
-    from orchestrator.stages.tasks.feature_teacher import FeatureTeacher, prepare
+    from orchestrator.stages.common.crops import StepViews
+    from orchestrator.stages.distill.config import Distill
+    from orchestrator.stages.distill.feature_task import FeatureTask
+    from orchestrator.stages.distill.feature_teacher import FeatureTeacher, prepare
+    from orchestrator.stages.distill.features import FeatureObjective
 
     config = Distill.model_validate(spec["config"])
     objective = FeatureObjective.model_validate(spec["features"])
     recipe = ModelRecipe.model_validate(spec["recipe"])
-    views = partial(StepViews, config, recipe, Path(spec["index"]), 7, {bundle.VIEWS: config.crops})
+    views = partial(StepViews, config, recipe, Path(spec["index"]), 7, {payload.VIEWS: config.crops})
     num_blocks = config.batch_size // config.block_size
     prepared = prepare(config, objective, views, cache=Path(spec["cache"]))
     return Job(

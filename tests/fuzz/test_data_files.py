@@ -14,12 +14,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from orchestrator.config.schema import DataSource
 from orchestrator.data.decode import UnreadableImage, read_rgb
-from orchestrator.data.source import scan
+from orchestrator.data.sources.folder import scan
 from orchestrator.errors import UserError
-from orchestrator.simulate.costs import read_costs
-from orchestrator.simulate.tracefile import as_dict, read_trace
-from orchestrator.spec import DataSource
+from orchestrator.simulation.costs import read_costs
+from orchestrator.simulation.trace_file import as_dict, read_trace
 
 from .mutations import TEXTS, damaged_bytes, damaged_lines, damaged_values, in_time, sensible, some
 

@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from orchestrator.elastic import saved
-from orchestrator.elastic.target import Target
 from orchestrator.errors import UserError
-from orchestrator.pipeline.key import KeyParts
+from orchestrator.pipeline.cache_key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.verify import examine, verify
-from orchestrator.store.artifact import MANIFEST, ArtifactStore
-from orchestrator.store.local import LocalStore
+from orchestrator.storage.artifacts import MANIFEST, ArtifactStore
+from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool
+from orchestrator.training.checkpoint import format
+from orchestrator.training.checkpoint.storage import Target
 
 from .mutations import VALUES, damaged_bytes, damaged_values, in_time, sensible, some
 
@@ -129,9 +129,9 @@ def test_verify_says_it_in_words(shelf: Shelf, data: st.DataObject) -> None:
 
 # --- checkpoints ------------------------------------------------------------------------------------------------
 
-SHARD = saved.shard_name("a0001", 0, 1)
+SHARD = format.shard_name("a0001", 0, 1)
 CHECKPOINT: dict[str, Any] = {
-    "format": saved.FORMAT, "step": 4, "updates": 4, "num_workers": 1, "state": {"t": 0.5}, "skipped": {},
+    "format": format.FORMAT, "step": 4, "updates": 4, "num_workers": 1, "state": {"t": 0.5}, "skipped": {},
     "token": "a0001", "created": "now", "meta": {"job": "x"}, "versions": {}, "keys": {"master/w": 3},
     "files": {SHARD: {"size": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}},
 }  # fmt: skip
@@ -142,14 +142,14 @@ CHECKPOINT: dict[str, Any] = {
 def test_manifests_of_checkpoints(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "checkpoints"
     for step in (4, 8):
-        path = folder / saved.step_name(step)
+        path = folder / format.step_name(step)
         (path / SHARD).parent.mkdir(parents=True, exist_ok=True)
         (path / SHARD).write_bytes(b"abc")
-        (path / saved.COMMIT).write_text(json.dumps(CHECKPOINT | {"step": step}))
-    whole = (folder / saved.step_name(8) / saved.COMMIT).read_bytes()
-    (folder / saved.step_name(8) / saved.COMMIT).write_bytes(data.draw(any_damage(whole)))
+        (path / format.COMMIT).write_text(json.dumps(CHECKPOINT | {"step": step}))
+    whole = (folder / format.step_name(8) / format.COMMIT).read_bytes()
+    (folder / format.step_name(8) / format.COMMIT).write_bytes(data.draw(any_damage(whole)))
     with in_time():
-        found = saved.latest(folder)
+        found = format.latest(folder)
         assert found is not None
         assert set(found.files) == {SHARD}
         for value in (found.state, found.skips, found.keys, found.step, found.world):
@@ -163,9 +163,9 @@ def test_manifests_of_checkpoints(tmp_path_factory: pytest.TempPathFactory, data
      {"step": 2**64}, {"updates": -3}, {"num_workers": 0, "files": {}}, {"num_workers": 10**30}],
 )  # fmt: skip
 def test_what_was_found_in_checkpoints_is_one_reason(fields: dict[str, Any]) -> None:
-    saved.parse(json.dumps(CHECKPOINT), Path("x"))
-    with pytest.raises(saved.CheckpointError):
-        saved.parse(json.dumps(CHECKPOINT | fields), Path("x"))
+    format.parse(json.dumps(CHECKPOINT), Path("x"))
+    with pytest.raises(format.CheckpointError):
+        format.parse(json.dumps(CHECKPOINT | fields), Path("x"))
 
 
 @some(80)
@@ -175,7 +175,7 @@ def test_owners_of_checkpoints(tmp_path_factory: pytest.TempPathFactory, data: s
     folder.mkdir(exist_ok=True)
     (folder / "owner.json").write_bytes(data.draw(any_damage(b'{"token": "a0007"}')))
     with in_time():
-        assert saved.TOKEN.fullmatch(Target(folder).take())
+        assert format.TOKEN.fullmatch(Target(folder).take())
 
 
 # --- ledgers ----------------------------------------------------------------------------------------------------

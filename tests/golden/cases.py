@@ -17,15 +17,16 @@ import numpy as np
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
+from orchestrator.config.schema import DataSource, Elastic
 from orchestrator.data.index import PhotoIndex
-from orchestrator.elastic import loop, trainer
-from orchestrator.elastic.job import Job
-from orchestrator.spec import DataSource, Elastic
+from orchestrator.elastic import trainer
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Context, Stage
-from orchestrator.stages.distill import Distill
-from orchestrator.store.artifact import Artifact, Manifest
-from orchestrator.tracking.runs import NullRun
+from orchestrator.stages.distill.config import Distill
+from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.tracking.run import NullRun
+from orchestrator.training import loop
+from orchestrator.training.job import Job
 
 Numbers = dict[str, float]
 
@@ -177,9 +178,9 @@ def _train(job: Job, *, tracker: Any, stop: Any) -> Numbers:
 def _student(stage: Distill, context: Context, name: str) -> Numbers:
     from worker import TaughtBlocks
 
-    from orchestrator.stages.pupils import student_job
-    from orchestrator.stages.selfsup import stage_seed
-    from orchestrator.stages.tasks.teaching import teaching
+    from orchestrator.stages.distill.student_runs import student_job
+    from orchestrator.stages.distill.teaching import teaching
+    from orchestrator.stages.ssl.config import stage_seed
 
     teach = teaching(stage, context, stage_seed(context, stage.kind))
     with context.part("student", stage.student_identity(name)) as part:

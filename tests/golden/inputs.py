@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from orchestrator.config.schema import Optimizer
 from orchestrator.data.index import PhotoIndex, PhotoRow
-from orchestrator.elastic import checkpoint
-from orchestrator.elastic.engine import Engine
-from orchestrator.elastic.saver import Saver
-from orchestrator.elastic.target import Target
-from orchestrator.elastic.task import Modules
 from orchestrator.models import build, load_pretrained, save_pretrained
-from orchestrator.spec import Optimizer
-from orchestrator.stages import lineage
-from orchestrator.stages.selfsup import Heads, ModelRecipe
-from orchestrator.stages.tasks.nets import HeadedBackbone, whole_modules
+from orchestrator.stages.common import lineage
+from orchestrator.stages.common.nets import HeadedBackbone, whole_modules
+from orchestrator.stages.ssl.config import Heads, ModelRecipe
+from orchestrator.training.checkpoint import reader
+from orchestrator.training.checkpoint.storage import Target
+from orchestrator.training.checkpoint.writer import Saver
+from orchestrator.training.engine import Engine
+from orchestrator.training.task import Modules
 
 HEADS = {
     "hidden": 32, "dino_bottleneck": 16, "dino_prototypes": 64, "ibot_bottleneck": 16, "ibot_prototypes": 64,
@@ -137,7 +137,7 @@ def _checkpoint(folder: Path, net: nn.Module, ema: nn.Module) -> None:
     target = Target(work)
     saver = Saver(
         target,
-        token=checkpoint.share(target.take()),
+        token=reader.share(target.take()),
         keep=1,
         keep_every=None,
         meta={"job": "golden", "seed": 0},
@@ -162,10 +162,10 @@ def students(folder: Path) -> Path:
 
 def text(folder: Path, tower: Path, captions: list[str], config: dict[str, Any]) -> Path:
     """What `align_text` leaves."""
-    from orchestrator.stages.align_text import AlignText
-    from orchestrator.stages.tasks.aligned import save_aligned
-    from orchestrator.stages.tasks.captions import load_tokenizer, train_tokenizer
-    from orchestrator.stages.tasks.text import align_net
+    from orchestrator.stages.align_text.captions import load_tokenizer, train_tokenizer
+    from orchestrator.stages.align_text.config import AlignText
+    from orchestrator.stages.align_text.model import save_aligned
+    from orchestrator.stages.align_text.task import align_net
 
     folder.mkdir()
     stage = AlignText.model_validate(config)

@@ -15,7 +15,7 @@ from transformers import BertConfig as TheirConfig
 from transformers import BertModel
 
 from orchestrator.models import BertTower, load_bert
-from orchestrator.store.cache import cache_folder
+from orchestrator.storage.cache_folder import cache_folder
 
 MINILM = Path(os.environ.get("ORCHESTRATOR_MINILM", cache_folder() / "minilm"))
 

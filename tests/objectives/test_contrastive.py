@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import orchestrator
-from orchestrator.elastic.workers import AllWorkers
 from orchestrator.objectives import contrastive
 from orchestrator.objectives.contrastive import Ring, alone, contrast, info_nce
+from orchestrator.training.collectives import AllWorkers
 
 # Of the distributed runs. The cuts of each number of workers are unequal; one worker of three has nothing.
 NUM_PAIRS, DIM = 11, 6

@@ -9,10 +9,10 @@ import recorded
 import toys
 from rich.console import Console
 
-from orchestrator.pipeline.execute import execute
+from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import EVERYTHING, Choice, StagePlan, plan, resolve
-from orchestrator.pipeline.reporter import Reporter
+from orchestrator.pipeline.run import execute
 from orchestrator.pipeline.workspace import Workspace
 
 

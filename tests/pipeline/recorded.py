@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.tracking.runs import NullRun, Status
+from orchestrator.tracking.run import NullRun, Status
 
 FILE = Path("tracking.jsonl")
 

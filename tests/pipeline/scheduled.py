@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from orchestrator.store.local import Stat
+from orchestrator.storage.local import Stat
 
 
 class Crash(BaseException):

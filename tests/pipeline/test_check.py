@@ -20,17 +20,17 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.elastic import cluster, visible
+from orchestrator.config.schema import Cluster
+from orchestrator.elastic import cluster, file_visibility
 from orchestrator.errors import UserError
-from orchestrator.pipeline import probes, room
+from orchestrator.pipeline import memory_and_disk, probes
 from orchestrator.pipeline.check import Checked, check, check_cluster
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.plan import EVERYTHING, Choice
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.spec import Cluster
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.store.open import open_store
-from orchestrator.tracking import reach
+from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.storage.open import open_store
+from orchestrator.tracking import reachable
 
 PHOTOS = 12
 TRAINING = {
@@ -261,16 +261,16 @@ def test_of_missing_captions_nothing_is_said_but_that_they_are_missing(folder: P
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, disk: float = 1e12, memory: float = 1e12) -> None:
-    monkeypatch.setattr(room, "_free_disk", lambda folder: int(disk))
-    monkeypatch.setattr(room, "_free_memory", lambda: int(memory))
-    monkeypatch.setattr(room, "_SHARED", Path("/"))
+    monkeypatch.setattr(memory_and_disk, "_free_disk", lambda folder: int(disk))
+    monkeypatch.setattr(memory_and_disk, "_free_memory", lambda: int(memory))
+    monkeypatch.setattr(memory_and_disk, "_SHARED", Path("/"))
 
 
 def test_a_store_that_is_too_small_for_artifacts_is_an_error_and_a_tight_one_a_warning(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load("pipeline.yaml")
-    needs = room.needs(loaded, list(loaded.spec.stages))
+    needs = memory_and_disk.needs(loaded, list(loaded.spec.stages))
     kept = sum(need.artifact for need in needs)
     whole = kept + max(need.work for need in needs)
     machine(monkeypatch, disk=0.99 * kept)
@@ -292,7 +292,7 @@ def test_what_an_earlier_attempt_left_is_not_counted_twice(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load("pipeline.yaml")
-    needs = room.needs(loaded, list(loaded.spec.stages))
+    needs = memory_and_disk.needs(loaded, list(loaded.spec.stages))
     whole = sum(need.artifact for need in needs) + max(need.work for need in needs)
     machine(monkeypatch, disk=0.9 * whole)
     assert "of the disk" in told(checked().warnings)
@@ -323,11 +323,11 @@ def test_what_is_made_anew_takes_room_and_needs_the_cluster(
     monkeypatch.setattr(Workspace, "find", lambda *_: SimpleNamespace(manifest=made))
     measured: list[str] = []
 
-    def needs(loaded: LoadedPipeline, names: Sequence[str]) -> list[room.Need]:
+    def needs(loaded: LoadedPipeline, names: Sequence[str]) -> list[memory_and_disk.Need]:
         measured.extend(names)
         return []
 
-    monkeypatch.setattr(room, "needs", needs)
+    monkeypatch.setattr(memory_and_disk, "needs", needs)
     said = told(checked(f"cluster.address=127.0.0.1:{closed_port}", choice=choice).errors)
     assert [name for name in measured if name not in ("curate", "evaluate", "publish")] == stages
     assert ("no Ray cluster answers" in said) == bool(stages)
@@ -337,7 +337,7 @@ def test_what_is_predicted_is_what_a_run_leaves() -> None:
     """The artifacts of the laptop's pipeline had 49.3 and 74.6 MB (three students, with their stage) in a store."""
     conf = Path(__file__).parents[2] / "conf" / "full_pipeline.yaml"
     loaded = load(conf, needs_data=False)
-    pretrain, distill = room.needs(loaded, ["pretrain", "distill"])
+    pretrain, distill = memory_and_disk.needs(loaded, ["pretrain", "distill"])
     assert pretrain.artifact == pytest.approx(49.3e6, rel=0.15)
     assert distill.artifact == pytest.approx(74.6e6, rel=0.15)
     assert pretrain.work > 3 * 25.4e6, "two checkpoints are kept, and one is written"
@@ -347,13 +347,13 @@ def test_a_kind_says_what_it_takes_beside_its_checkpoints(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load("pipeline.yaml")
-    (plain,) = room.needs(loaded, ["pretrain"])
+    (plain,) = memory_and_disk.needs(loaded, ["pretrain"])
     monkeypatch.setattr(Pretrain, "kept_bytes", lambda stage, origin: 7.0)
     monkeypatch.setattr(Pretrain, "held_bytes", lambda stage: 5.0)
-    (found,) = room.needs(loaded, ["pretrain"])
+    (found,) = memory_and_disk.needs(loaded, ["pretrain"])
     assert (found.artifact - plain.artifact, found.shared) == (7.0, 5.0)
     taught, kept = (
-        room.needs(load("pipeline.yaml", [f"stages.distill.replay={one}"]), ["distill"])[0]
+        memory_and_disk.needs(load("pipeline.yaml", [f"stages.distill.replay={one}"]), ["distill"])[0]
         for one in ("false", "true")
     )
     # 20 steps of 4 photos with two crops: a number of 4 bytes for each of the DINO head's 64, and more for iBOT's.
@@ -370,12 +370,16 @@ def test_more_memory_than_there_is_is_a_warning(folder: Path, monkeypatch: pytes
 
 def test_a_joined_cluster_is_compared_with_what_ray_counts(folder: Path) -> None:
     loaded = load("pipeline.yaml")
-    needs = room.needs(loaded, ["distill"])
-    little = list(room.of_cluster(loaded, needs, {"memory": 2**28, "object_store_memory": 1.0}))
+    needs = memory_and_disk.needs(loaded, ["distill"])
+    little = list(memory_and_disk.of_cluster(loaded, needs, {"memory": 2**28, "object_store_memory": 1.0}))
     assert ["of memory" in str(little[0]), "object store of the cluster" in str(little[1])] == [True, True]
-    assert list(room.of_cluster(loaded, needs, {"memory": 2**40, "object_store_memory": 2**40})) == []
+    assert (
+        list(memory_and_disk.of_cluster(loaded, needs, {"memory": 2**40, "object_store_memory": 2**40})) == []
+    )
     with_gpus = {"memory": 2**28, "object_store_memory": 2**40, "GPU": 8.0}
-    assert list(room.of_cluster(loaded, needs, with_gpus)) == [], "networks are in the GPUs' memory"
+    assert list(memory_and_disk.of_cluster(loaded, needs, with_gpus)) == [], (
+        "networks are in the GPUs' memory"
+    )
 
 
 # --- who has to answer ------------------------------------------------------------------------------------------
@@ -438,7 +442,7 @@ def test_a_database_that_is_none(folder: Path) -> None:
 
 
 def test_a_database_without_its_driver() -> None:
-    trouble = reach.trouble("postgresql+nodriver://host/mlflow", 1.0)
+    trouble = reachable.trouble("postgresql+nodriver://host/mlflow", 1.0)
     assert "driver nodriver is not installed" in str(trouble)
 
 
@@ -482,8 +486,8 @@ def looked_at(
         return {host: [name for name in files if name not in sees[host]] for host in nodes.values()}
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 2**40, "object_store_memory": 2**40})
-    monkeypatch.setattr(visible, "other_machines", lambda: machines)
-    monkeypatch.setattr(visible, "unseen", unseen)
+    monkeypatch.setattr(file_visibility, "other_machines", lambda: machines)
+    monkeypatch.setattr(file_visibility, "unseen", unseen)
     loaded = load("pipeline.yaml")
     Path("runs/pipelines/known").mkdir(parents=True)
     Path("runs/pipelines/known/pipeline.yaml").write_text("a record")
@@ -519,11 +523,11 @@ def test_some_machines_that_see_no_photos_are_a_warning(
 
 
 def test_a_file_of_another_size_is_not_the_same(folder: Path) -> None:
-    files = visible.samples(folder / "photos", ["00.jpg", "01.jpg"])
-    assert visible.lacking(files) == []
+    files = file_visibility.samples(folder / "photos", ["00.jpg", "01.jpg"])
+    assert file_visibility.lacking(files) == []
     (folder / "photos" / "01.jpg").write_bytes(b"another")
     (folder / "photos" / "00.jpg").unlink()
-    assert [Path(name).name for name in visible.lacking(files)] == ["00.jpg", "01.jpg"]
+    assert [Path(name).name for name in file_visibility.lacking(files)] == ["00.jpg", "01.jpg"]
 
 
 @pytest.mark.cluster
@@ -531,10 +535,10 @@ def test_a_node_is_asked_by_ray(folder: Path) -> None:
     import ray
 
     with cluster.start(Cluster()):
-        assert visible.other_machines() == {}, "an own cluster is this machine"
+        assert file_visibility.other_machines() == {}, "an own cluster is this machine"
         node = {ray.get_runtime_context().get_node_id(): "here", "ab" * 28: "gone"}
         there = str(folder / "photos" / "00.jpg")
-        assert visible.unseen({there: 1, str(folder / "none.jpg"): 1}, node) == {
+        assert file_visibility.unseen({there: 1, str(folder / "none.jpg"): 1}, node) == {
             "here": [str(folder / "none.jpg")]
         }
 

@@ -12,7 +12,7 @@ from driving import planned, run
 from toys import Curate, Pretrain
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline import code
+from orchestrator.pipeline import code_digest
 from orchestrator.pipeline.plan import Choice
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Context
@@ -37,8 +37,8 @@ def trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Traces:
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The code of today, to be changed."""
-    found = {"elastic/loop.py": "a", "spec.py": "b", "stages/toy.py": "c", "data/rng.py": "d"}
-    monkeypatch.setattr(code, "code_of", lambda module: dict(found))
+    found = {"training/loop.py": "a", "config/schema.py": "b", "stages/toy.py": "c", "data/rng.py": "d"}
+    monkeypatch.setattr(code_digest, "code_of", lambda module: dict(found))
     return found
 
 
@@ -54,29 +54,29 @@ def test_other_code_re_runs_nothing_and_is_named(
 ) -> None:
     run(pipeline)
     assert len(trace()) == 3
-    files["elastic/loop.py"] = "2"
+    files["training/loop.py"] = "2"
     plans = planned(pipeline)
     assert [item.action for item in plans.values()] == ["cached"] * 3
     (why,) = plans["pretrain"].reasons
-    assert why.endswith("(made by other code: elastic/loop.py)")
+    assert why.endswith("(made by other code: training/loop.py)")
     exit_code, said = run(pipeline)
     assert (exit_code, trace()) == (0, [])
     assert "--rerun-on code makes them again" in said
-    files |= {"spec.py": "2", "data/rng.py": "2", "more.py": "2"}
+    files |= {"config/schema.py": "2", "data/rng.py": "2", "more.py": "2"}
     assert (
         planned(pipeline)["pretrain"]
         .reasons[0]
-        .endswith("(made by other code: data/rng.py, elastic/loop.py, more.py and 1 more)")
+        .endswith("(made by other code: data/rng.py, training/loop.py, more.py and 1 more)")
     )
 
 
 def test_rerun_on_code_makes_it_anew_once(pipeline: Path, trace: Traces, files: dict[str, str]) -> None:
     run(pipeline)
     trace()
-    files["spec.py"] = "2"
+    files["config/schema.py"] = "2"
     _, said = run(pipeline, choice=Choice(on_code=True))
     assert trace() == ["curate:0", "pretrain:0", "evaluate:0"]
-    assert "made by other code: spec.py" in said
+    assert "made by other code: config/schema.py" in said
     assert run(pipeline, choice=Choice(on_code=True))[1].startswith("✓ Nothing to do")
     assert planned(pipeline)["pretrain"].other_code == ()
 
@@ -92,7 +92,7 @@ def test_unfinished_work_outlives_a_change_of_code(
     ):
         assert run(pipeline, *overrides, "stages.pretrain.mode=fail")[0] == 1
         trace()
-        files["elastic/loop.py"] += "2"
+        files["training/loop.py"] += "2"
         exit_code, said = run(pipeline, *overrides, choice=choice)
         assert (exit_code, begun in trace()) == (0, True)
         assert note in said
@@ -103,7 +103,7 @@ def test_what_made_an_artifact_is_in_its_manifest(pipeline: Path, files: dict[st
     run(pipeline)
     plans = planned(pipeline)
     provenance = plans["pretrain"].artifact.manifest.provenance  # type: ignore[union-attr]
-    assert provenance["code"] == {"digest": code.digest_of(files), "files": files}
+    assert provenance["code"] == {"digest": code_digest.digest_of(files), "files": files}
     assert {"torch", "pillow", "opencv-python-headless"} <= provenance["versions"].keys()
     assert provenance["made_by"]["python"] == ".".join(str(one) for one in sys.version_info[:2])
     assert provenance["inputs"] == {"index": plans["curate"].artifact.manifest.digest}  # type: ignore[union-attr]
@@ -270,7 +270,7 @@ def test_pieces_that_other_code_made_of_an_unfinished_stage_are_made_anew_on_req
 ) -> None:
     pieces.broken.add("b")
     assert run(pipeline)[0] == 1
-    files["spec.py"] = "2"
+    files["config/schema.py"] = "2"
     pieces.broken.clear()
     assert run(pipeline, choice=Choice(on_code=True))[0] == 0
     assert pieces.made == ["a", "a", "b"]

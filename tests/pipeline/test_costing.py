@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
+from orchestrator.config.schema import Hardware
 from orchestrator.elastic.cluster import most_object_store
 from orchestrator.errors import UserError
-from orchestrator.pipeline import fit, graph
+from orchestrator.pipeline import crop_checks, dag
 from orchestrator.pipeline.costing import Costing, costing, costings
 from orchestrator.pipeline.load import load
-from orchestrator.spec import Hardware
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import TrainStage
 from orchestrator.stages.workload import Net, Workload, workloads
@@ -208,11 +208,11 @@ def test_more_views_than_this_machine_can_hold_are_refused_before_anything_runs(
 ) -> None:
     def check(*overrides: str) -> None:
         loaded = load(CONF / "full_pipeline.yaml", overrides, needs_data=False)
-        fit.check(loaded, graph.roles(loaded))
+        crop_checks.check(loaded, dag.roles(loaded))
 
     # 32 images, two views of 64 px and four of 32 px, 3 bytes a pixel.
     step = 32 * 3 * (2 * 64**2 + 4 * 32**2)
-    monkeypatch.setattr(fit, "most_object_store", lambda: 10 * step)
+    monkeypatch.setattr(crop_checks, "most_object_store", lambda: 10 * step)
     check("stages.distill.window=9")
     with pytest.raises(
         UserError, match=r"11 steps of 0.00118 GB each are kept at the same time.*has 0.0118 GB"
@@ -225,7 +225,7 @@ def test_more_views_than_this_machine_can_hold_are_refused_before_anything_runs(
     check("stages.distill.window=10", "cluster.address=auto")
     with pytest.raises(UserError, match="41 steps"):
         check("stages.distill.teachers=39")
-    monkeypatch.setattr(fit, "most_object_store", lambda: 2 * step)
+    monkeypatch.setattr(crop_checks, "most_object_store", lambda: 2 * step)
     with pytest.raises(UserError) as caught:
         check()
     assert caught.value.hint == "set views: regenerated, or a smaller batch_size"

@@ -14,14 +14,14 @@ import recorded
 import toys
 from rich.console import Console
 
-from orchestrator.elastic.saved import COMMIT, step_name
 from orchestrator.errors import UserError
-from orchestrator.pipeline.execute import execute, publishing
+from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import EVERYTHING, Choice, plan, resolve
-from orchestrator.pipeline.reporter import Reporter
+from orchestrator.pipeline.run import execute, publishing
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Context
+from orchestrator.training.checkpoint.format import COMMIT, step_name
 
 PIPELINE = """\
 name: toy

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from orchestrator.cli import app
 from orchestrator.errors import UserError
 from orchestrator.pipeline.explain import explain, text
+from orchestrator.pipeline.json_schema import schema, schema_text
 from orchestrator.pipeline.reference import described, reference, sections
-from orchestrator.pipeline.schema import schema, schema_text
 from orchestrator.stages import AnyStage
 from orchestrator.stages.registry import kind_of
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.config.yaml_source import read
 from orchestrator.errors import UserError
-from orchestrator.pipeline.yamlfile import read
-from orchestrator.simulate.jsonfile import JsonFile
+from orchestrator.simulation.json_file import JsonFile
 
 BASE = """\
 name: base

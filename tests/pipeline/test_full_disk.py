@@ -21,12 +21,12 @@ from disk_faults import Disk, Kind
 from rich.console import Console
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline.execute import execute
+from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import resolve
-from orchestrator.pipeline.reporter import Reporter
+from orchestrator.pipeline.run import execute
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.store.local import LocalStore
+from orchestrator.storage.local import LocalStore
 
 SHORT = """\
 name: toy

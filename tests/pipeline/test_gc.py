@@ -19,7 +19,7 @@ from orchestrator.pipeline.plan import resolve
 from orchestrator.pipeline.status import print_status
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Context
-from orchestrator.store.local import LocalStore
+from orchestrator.storage.local import LocalStore
 
 
 def gc(path: Path, *overrides: str, delete: bool = False) -> str:

@@ -20,15 +20,15 @@ import recorded
 import toys
 from rich.console import Console
 
-from orchestrator.pipeline import process
-from orchestrator.pipeline.execute import execute
+from orchestrator.pipeline import process_identity
+from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.lease import Keeper
+from orchestrator.pipeline.liveness import Timing
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import resolve
-from orchestrator.pipeline.reporter import Reporter
-from orchestrator.pipeline.signs import Timing
+from orchestrator.pipeline.run import execute
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.store.local import LocalStore
+from orchestrator.storage.local import LocalStore
 
 MAIN = Path(__file__).with_name("toy_main.py")
 STAGES = ("curate", "pretrain")
@@ -202,7 +202,7 @@ def test_a_suspended_driver_that_was_replaced_ends_and_writes_nothing(
     wait_until(lambda: ticks() > 5)
     driver.send_signal(signal.SIGSTOP)
     # As on another machine: the kernel's word on the driver counts for nothing.
-    monkeypatch.setattr(process, "_machine", lambda: "elsewhere")
+    monkeypatch.setattr(process_identity, "_machine", lambda: "elsewhere")
     workspace = Workspace("runs/")
     workspace.keeper = Keeper(workspace.store(), Timing(beat_s=0.2, lapse_s=1.5))
     with workspace.drive("toy") as lease:

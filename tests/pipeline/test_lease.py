@@ -21,11 +21,11 @@ import pytest
 from scheduled import MemoryStore
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline import process, signs
+from orchestrator.pipeline import liveness, process_identity
 from orchestrator.pipeline.lease import Keeper, LostHoldError
-from orchestrator.pipeline.process import Who, is_suspended, lives, this_process
-from orchestrator.pipeline.signs import Timing, Watch
-from orchestrator.store.local import LocalStore
+from orchestrator.pipeline.liveness import Timing, Watch
+from orchestrator.pipeline.process_identity import Who, is_suspended, lives, this_process
+from orchestrator.storage.local import LocalStore
 
 FORK = multiprocessing.get_context("fork")
 QUICK = Timing(beat_s=0.2, lapse_s=1.5)
@@ -311,12 +311,12 @@ class Clock:
 
 def test_only_silence_that_was_watched_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, objects = Clock(), {}
-    monkeypatch.setattr(signs, "clock", clock)
+    monkeypatch.setattr(liveness, "clock", clock)
     who = this_process().model_copy(update={"machine": None})
     watch = Watch(MemoryStore(objects), Timing(3.0, 20.0))
 
     def look(at: float, beat: bytes) -> bool | None:
-        clock.now, objects[signs.beat_name(who)] = at, beat
+        clock.now, objects[liveness.beat_name(who)] = at, beat
         return watch.alive(who)
 
     assert look(0.0, b"1") is None
@@ -330,9 +330,9 @@ def test_only_silence_that_was_watched_counts(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_watcher_that_sleeps_itself_takes_nobody_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, objects = Clock(), {}
-    monkeypatch.setattr(signs, "clock", clock)
+    monkeypatch.setattr(liveness, "clock", clock)
     who = this_process().model_copy(update={"machine": None})
-    objects[signs.beat_name(who)] = b"1"
+    objects[liveness.beat_name(who)] = b"1"
     nap = 0.0
 
     def turn() -> None:
@@ -343,9 +343,9 @@ def test_a_watcher_that_sleeps_itself_takes_nobody_for_dead(monkeypatch: pytest.
     nap = 100.0
     assert watch.alive(who) is None, "the beat was read before the nap: it may be out of date"
     nap = 0.0
-    objects[signs.beat_name(who)] = b"30"
+    objects[liveness.beat_name(who)] = b"30"
     assert watch.alive(who) is None
-    objects[signs.beat_name(who)] = b"31"
+    objects[liveness.beat_name(who)] = b"31"
     assert watch.alive(who) is True
 
 
@@ -358,7 +358,7 @@ def test_who_lives() -> None:
     assert me.started is not None
     assert lives(me.model_copy(update={"started": me.started - 1})) is False, "the number was given out again"
     sleeper = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
-    stat = process._stat(sleeper.pid)
+    stat = process_identity._stat(sleeper.pid)
     assert stat is not None
     who = me.model_copy(update={"pid": sleeper.pid, "started": stat[1]})
     assert lives(who) is True

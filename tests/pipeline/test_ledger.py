@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline.key import KeyParts
+from orchestrator.pipeline.cache_key import KeyParts
 from orchestrator.pipeline.lease import LostHoldError
 from orchestrator.pipeline.ledger import Event, Happening, Ledger, UnreadableRecordError, parse
-from orchestrator.store.local import LocalStore
+from orchestrator.storage.local import LocalStore
 
 ONE = KeyParts(kind="pretrain", config={"lr": 0.1})
 TWO = KeyParts(kind="pretrain", config={"lr": 0.2})

@@ -12,7 +12,7 @@ import toys
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.plan import resolve
-from orchestrator.store.open import open_store
+from orchestrator.storage.open import open_store
 
 HEAD = "name: toy\nstages:\n"
 CURATE = "  a: {kind: curate}\n"

@@ -14,9 +14,9 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.config.schema import Pipeline, _NoBoolean
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.load import load
-from orchestrator.spec import Pipeline, _NoBoolean
 from orchestrator.stages import AnyStage
 
 ROOT = Path(__file__).parents[2]

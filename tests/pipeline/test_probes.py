@@ -11,8 +11,8 @@ import pytest
 from orchestrator.errors import UserError
 from orchestrator.pipeline import probes
 from orchestrator.pipeline.probes import Probe
-from orchestrator.store.local import LocalStore
-from orchestrator.store.s3client import StoreError
+from orchestrator.storage.local import LocalStore
+from orchestrator.storage.s3_client import StoreError
 
 
 def test_an_answer_has_its_place_in_the_file() -> None:

@@ -20,7 +20,7 @@ from faulty_proxy import FaultyProxy
 from s3_server import S3Server
 
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.store.s3 import S3Store
+from orchestrator.storage.s3 import S3Store
 
 MAIN = Path(__file__).with_name("toy_main.py")
 Start = Callable[..., "subprocess.Popen[str]"]

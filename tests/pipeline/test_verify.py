@@ -17,16 +17,16 @@ import pytest
 import toys
 from rich.console import Console
 
-from orchestrator.elastic.inspect import describe_all
-from orchestrator.elastic.saved import COMMIT, FORMAT, shard_name
 from orchestrator.errors import UserError
-from orchestrator.pipeline import tracked
+from orchestrator.pipeline import tracking_run
 from orchestrator.pipeline.doctor import _store as store_row
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.verify import verify
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.store.local import LocalStore, Store
-from orchestrator.store.s3 import S3Store
+from orchestrator.storage.local import LocalStore, Store
+from orchestrator.storage.s3 import S3Store
+from orchestrator.training.checkpoint.format import COMMIT, FORMAT, shard_name
+from orchestrator.training.checkpoint.inspect import describe_all
 
 MAIN = Path(__file__).with_name("toy_main.py")
 Command = Callable[..., tuple[int, str]]
@@ -276,10 +276,10 @@ def test_mlflows_database_is_told_of_the_other_bucket(pipeline: Path, s3_uri: st
         with sqlite3.connect("mlflow.db") as database:
             return str(database.execute("select artifact_location from experiments").fetchone()[0])
 
-    tracked.send_leftovers(loaded, Workspace(s3_uri))
+    tracking_run.send_leftovers(loaded, Workspace(s3_uri))
     assert location() == "s3://old/place/mlartifacts", "a new, empty store is no copy"
     S3Store(s3_uri).put_bytes("mlartifacts/run/artifacts/x", b"x")
-    tracked.send_leftovers(loaded, Workspace(s3_uri))
+    tracking_run.send_leftovers(loaded, Workspace(s3_uri))
     assert location() == f"{s3_uri}/mlartifacts"
 
 

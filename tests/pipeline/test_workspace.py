@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.store.s3 import S3Store
+from orchestrator.storage.s3 import S3Store
 
 FILES = [
     f"checkpoints/step-0000000{step}/{name}"

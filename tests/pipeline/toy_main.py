@@ -12,15 +12,15 @@ import recorded
 import toys
 
 from orchestrator import cli
-from orchestrator.pipeline import lease, load, signs, tracked
+from orchestrator.pipeline import lease, liveness, load, tracking_run
 
 if __name__ == "__main__":
     replaced: Any = load
     replaced._all_stages = lambda: toys.ToyStage
     if os.environ.get("TOY_TRACKING") == "recorded":
-        replaced = tracked
+        replaced = tracking_run
         replaced.open_tracking = recorded.open_recorded
     if lapse := os.environ.get("TOY_LAPSE"):
         replaced = lease
-        replaced.Timing = lambda: signs.Timing(beat_s=0.2, lapse_s=float(lapse))
+        replaced.Timing = lambda: liveness.Timing(beat_s=0.2, lapse_s=float(lapse))
     cli.main()

@@ -13,8 +13,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from orchestrator.config.schema import Elastic, Strict, operational
 from orchestrator.errors import Stopped, UserError
-from orchestrator.spec import Elastic, Strict, operational
 from orchestrator.stages.base import Context, Input, Stage
 
 log = logging.getLogger("orchestrator.toys")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from orchestrator.stages.tasks.nets import HeadedBackbone
+from orchestrator.stages.common.nets import HeadedBackbone
 
 from .distilling import HEADS, photographs
 

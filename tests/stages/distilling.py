@@ -11,12 +11,12 @@ import torch
 
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.views import CropConfig
-from orchestrator.elastic.task import BlockTensors
-from orchestrator.sharing.bundle import TEACHER, VIEWS, Parts, block
-from orchestrator.stages.distill import Distill
-from orchestrator.stages.selfsup import Heads, ModelRecipe
-from orchestrator.stages.tasks.crops import StepViews
-from orchestrator.stages.tasks.distill import FrozenTeacher
+from orchestrator.stages.common.crops import StepViews
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.task import FrozenTeacher
+from orchestrator.stages.ssl.config import Heads, ModelRecipe
+from orchestrator.teacher_service.payload import TEACHER, VIEWS, Parts, block
+from orchestrator.training.task import BlockTensors
 
 HEADS = Heads(
     hidden=24, dino_bottleneck=8, dino_prototypes=32, ibot_bottleneck=8, ibot_prototypes=48, prototype_std=0.3

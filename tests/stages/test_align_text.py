@@ -22,15 +22,12 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import BertConfig, BertModel
 
 from orchestrator.data.index import PhotoIndex, PhotoRow
-from orchestrator.elastic.task import BlockTensors, Losses
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, normalise, save_pretrained
-from orchestrator.pipeline.key import key_parts
+from orchestrator.pipeline.cache_key import key_parts
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import contents
-from orchestrator.stages.align_text import AlignText, pick_image_size, pick_tower
-from orchestrator.stages.tasks.aligned import load_aligned, save_aligned
-from orchestrator.stages.tasks.captions import (
+from orchestrator.stages.align_text.captions import (
     END,
     PAD,
     START,
@@ -40,8 +37,11 @@ from orchestrator.stages.tasks.captions import (
     load_tokenizer,
     train_tokenizer,
 )
-from orchestrator.stages.tasks.nets import block_generator
-from orchestrator.stages.tasks.text import AlignTask, align_net, held_below, load_encoder
+from orchestrator.stages.align_text.config import AlignText, pick_image_size, pick_tower
+from orchestrator.stages.align_text.model import load_aligned, save_aligned
+from orchestrator.stages.align_text.task import AlignTask, align_net, held_below, load_encoder
+from orchestrator.stages.common.nets import block_generator
+from orchestrator.training.task import BlockTensors, Losses
 
 CAPTIONS = ["Rice, raw, brown", "Rice flakes", "Wheat, whole", "Bengal gram, dal", "Maize, dry", "Quinoa"]
 BLOCK = 4

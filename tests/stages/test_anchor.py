@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from orchestrator.elastic.task import BlockTensors
 from orchestrator.errors import UserError
 from orchestrator.models import normalise
 from orchestrator.objectives.gram import gram_loss
-from orchestrator.stages import lineage
-from orchestrator.stages.gram import DenseHealth, Gram
-from orchestrator.stages.gram_anchor import GramAnchor
-from orchestrator.stages.high_res import HighRes
-from orchestrator.stages.lineage import Health, Lineage, Snapshot
-from orchestrator.stages.selfsup import Heads, ModelRecipe
-from orchestrator.stages.tasks.anchor import Verdict, Watch
-from orchestrator.stages.tasks.nets import HeadedBackbone
-from orchestrator.stages.tasks.ssl import SelfSupervisedTask
+from orchestrator.stages.common import lineage
+from orchestrator.stages.common.lineage import Health, Lineage, Snapshot
+from orchestrator.stages.common.nets import HeadedBackbone
+from orchestrator.stages.ssl.anchor import Verdict, Watch
+from orchestrator.stages.ssl.config import Heads, ModelRecipe
+from orchestrator.stages.ssl.gram import DenseHealth, Gram
+from orchestrator.stages.ssl.gram_anchor import GramAnchor
+from orchestrator.stages.ssl.high_res import HighRes
+from orchestrator.stages.ssl.task import SelfSupervisedTask
+from orchestrator.training.task import BlockTensors
 
 HEADS = Heads(hidden=24, dino_bottleneck=8, dino_prototypes=32, ibot_bottleneck=8, ibot_prototypes=32)
 RECIPE = ModelRecipe(model="vit_femto", drop_path=0.0, heads=HEADS, global_size=32)

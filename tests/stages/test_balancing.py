@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.sharing.contention import AROUND_CORES
-from orchestrator.sharing.planner import StudentCost, TeacherCost
-from orchestrator.stages import balancing
-from orchestrator.stages.balancing import balancer
-from orchestrator.stages.distill import Distill
-from orchestrator.stages.profiling import Costs, Material
-from orchestrator.stages.selfsup import Heads, ModelRecipe
+from orchestrator.capacity.allocate import StudentCost, TeacherCost
+from orchestrator.capacity.contention import AROUND_CORES
+from orchestrator.stages.distill import balancing
+from orchestrator.stages.distill.balancing import balancer
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.profiling import Costs, Material
+from orchestrator.stages.ssl.config import Heads, ModelRecipe
 
 COSTS = Costs(
     TeacherCost(0.5),

@@ -14,9 +14,9 @@ import pytest
 from scipy import stats
 
 from orchestrator.data.index import PhotoIndex, PhotoRow
-from orchestrator.stages.high_res import HighRes
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.tasks.crops import crop_blocks
+from orchestrator.stages.common.crops import crop_blocks
+from orchestrator.stages.ssl.high_res import HighRes
+from orchestrator.stages.ssl.pretrain import Pretrain
 
 from .small import BASE, PAPER, RECIPE
 

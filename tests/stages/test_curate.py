@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from orchestrator.config.schema import DataSource, Elastic
 from orchestrator.data.index import PhotoIndex
 from orchestrator.errors import Stopped, UserError
-from orchestrator.spec import DataSource, Elastic
 from orchestrator.stages.base import Context
-from orchestrator.stages.curate import Curate
-from orchestrator.tracking.runs import NullRun
+from orchestrator.stages.curate.config import Curate
+from orchestrator.tracking.run import NullRun
 
 _KINDS = 4
 _EACH = (12, 9, 6, 3)
@@ -298,7 +298,7 @@ def test_stop_is_heeded(photos: Path, tmp_path: Path) -> None:
 
 def test_planning_with_the_stage_loads_nothing_heavy() -> None:
     code = (
-        "import sys, orchestrator.stages.curate\n"
+        "import sys, orchestrator.stages.curate.config\n"
         "assert not {'torch', 'ray', 'mlflow', 'sklearn', 'pyarrow', 'pandas'} & set(sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]

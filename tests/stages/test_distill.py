@@ -12,24 +12,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from orchestrator.config.schema import Cluster, Elastic, Optimizer, Resources, Schedule
 from orchestrator.data.views import CropConfig
 from orchestrator.elastic import cluster
-from orchestrator.elastic.job import Job
 from orchestrator.errors import UserError
 from orchestrator.models import load_pretrained, normalise, preset
-from orchestrator.sharing.account import Account
-from orchestrator.sharing.bundle import TEACHER, VIEWS
-from orchestrator.spec import Cluster, Elastic, Optimizer, Resources, Schedule
 from orchestrator.stages.base import Context
-from orchestrator.stages.distill import Distill, Student
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.pupils import sharing_gpus, student_job
-from orchestrator.stages.selfsup import Heads, ModelRecipe
-from orchestrator.stages.tasks.distill import DistillTask, bytes_per_image
-from orchestrator.stages.tasks.nets import HeadedBackbone, resize_masks
-from orchestrator.stages.tasks.teaching import HeadTeaching, teaching
-from orchestrator.store.artifact import Artifact, Manifest
-from orchestrator.tracking.runs import NullRun
+from orchestrator.stages.common.nets import HeadedBackbone, resize_masks
+from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.student_runs import sharing_gpus, student_job
+from orchestrator.stages.distill.task import DistillTask, bytes_per_image
+from orchestrator.stages.distill.teaching import HeadTeaching, teaching
+from orchestrator.stages.ssl.config import Heads, ModelRecipe
+from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.teacher_service.account import Account
+from orchestrator.teacher_service.payload import TEACHER, VIEWS
+from orchestrator.tracking.run import NullRun
+from orchestrator.training.job import Job
 
 from .distilling import CONFIG, HEADS, RECIPE, frozen_teacher, tensors_of
 
@@ -55,7 +55,7 @@ def test_rebuilt_targets_equal_sinkhorn_of_the_whole_batch(index: Path, teacher:
     blocks = [tensors_of(parts, 2, number) for number in range(2)]
     made = task.targets(blocks, lambda tensor: tensor)
 
-    from orchestrator.elastic.export import load_export
+    from orchestrator.training.export import load_export
 
     net.load_state_dict(dict(load_export(teacher / "snapshots" / "step-00000001.safetensors")))
     net.eval()

@@ -17,18 +17,18 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
+from orchestrator.config.schema import Elastic
+from orchestrator.data.curation.mix import effective_number
 from orchestrator.data.index import PhotoIndex, PhotoRow
-from orchestrator.data.mix import effective_number
 from orchestrator.errors import Stopped, UserError
+from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
-from orchestrator.report.neighbours import knn_leave_one_out
-from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
-from orchestrator.stages.evaluate import Evaluate, largest_groups, pick_photos, spread
-from orchestrator.stages.tasks import evaluation_text
-from orchestrator.stages.tasks.evaluation_text import TextEvaluation
-from orchestrator.store.artifact import Artifact, Manifest
-from orchestrator.tracking.runs import NullRun
+from orchestrator.stages.evaluate import text as evaluate_text
+from orchestrator.stages.evaluate.config import Evaluate, largest_groups, pick_photos, spread
+from orchestrator.stages.evaluate.text import TextEvaluation
+from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.tracking.run import NullRun
 
 SIZE = 16
 # Photos a group; "rare" has one photo and cannot take part.
@@ -112,10 +112,10 @@ def make_students(folder: Path) -> Path:
 
 
 def make_text(folder: Path, tower: Path, captions: list[str]) -> Path:
-    from orchestrator.stages.align_text import AlignText, TextSettings
-    from orchestrator.stages.tasks.aligned import save_aligned
-    from orchestrator.stages.tasks.captions import load_tokenizer, train_tokenizer
-    from orchestrator.stages.tasks.text import align_net
+    from orchestrator.stages.align_text.captions import load_tokenizer, train_tokenizer
+    from orchestrator.stages.align_text.config import AlignText, TextSettings
+    from orchestrator.stages.align_text.model import save_aligned
+    from orchestrator.stages.align_text.task import align_net
 
     folder.mkdir()
     sizes = TextSettings(dim=16, depth=1, num_heads=2)
@@ -284,7 +284,7 @@ def test_texts_are_looked_for_in_the_photos(small: Context, monkeypatch: pytest.
     index = PhotoIndex.load(small.inputs["index"].path)
     drawn: list[tuple[list[np.ndarray], list[str]]] = []
     monkeypatch.setattr(
-        evaluation_text, "text_maps", lambda photos, maps, prompts, path: drawn.append((maps, prompts))
+        evaluate_text, "text_maps", lambda photos, maps, prompts, path: drawn.append((maps, prompts))
     )
     texts = TextEvaluation(Hues(), index, batch=4, check=lambda: None)  # type: ignore[arg-type]
     assert texts.maps([0, 6], ["green", "some red"], small.out / "maps.png")
@@ -436,7 +436,7 @@ def test_spread_keeps_the_last() -> None:
 
 def test_planning_with_the_stages_loads_nothing_heavy() -> None:
     code = (
-        "import sys, orchestrator.stages.evaluate, orchestrator.stages.publish\n"
+        "import sys, orchestrator.stages.evaluate.config, orchestrator.stages.publish.config\n"
         "assert not {'torch', 'ray', 'mlflow', 'matplotlib', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])

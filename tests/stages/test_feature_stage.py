@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.config.schema import Cluster, Elastic
 from orchestrator.elastic import cluster
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, save_pretrained
-from orchestrator.spec import Cluster, Elastic
 from orchestrator.stages.base import Context
-from orchestrator.stages.distill import Distill
-from orchestrator.store.artifact import Artifact, Manifest
-from orchestrator.tracking.runs import NullRun
+from orchestrator.stages.distill.config import Distill
+from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.tracking.run import NullRun
 
 from .small import BASE
 

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orchestrator.elastic.task import BlockTensors
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, normalise, save_pretrained
-from orchestrator.sharing.bundle import TEACHER, VIEWS, block
-from orchestrator.stages.distill import Distill
-from orchestrator.stages.features import FeatureObjective, TeacherShape
-from orchestrator.stages.selfsup import ModelRecipe
-from orchestrator.stages.tasks.crops import StepViews
-from orchestrator.stages.tasks.feature_task import FeatureTask
-from orchestrator.stages.tasks.feature_teacher import FeatureTeacher, bytes_per_image, prepare
+from orchestrator.stages.common.crops import StepViews
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.feature_task import FeatureTask
+from orchestrator.stages.distill.feature_teacher import FeatureTeacher, bytes_per_image, prepare
+from orchestrator.stages.distill.features import FeatureObjective, TeacherShape
+from orchestrator.stages.ssl.config import ModelRecipe
+from orchestrator.teacher_service.payload import TEACHER, VIEWS, block
+from orchestrator.training.task import BlockTensors
 
 from .small import BASE, HEADS
 

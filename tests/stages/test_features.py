@@ -16,7 +16,7 @@ from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 from orchestrator.models import build, save_pretrained
 from orchestrator.models.convert import save_as
-from orchestrator.stages.features import FeatureObjective, TeacherSource
+from orchestrator.stages.distill.features import FeatureObjective, TeacherSource
 
 
 def objective(**teachers: Any) -> FeatureObjective:
@@ -117,7 +117,7 @@ def test_module_paths_that_lead_nowhere(spec: str, complaint: str) -> None:
 
 @pytest.mark.parametrize("package", ["timm", "transformers"])
 def test_libraries_that_are_not_installed(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.stages.features.find_spec", lambda name: None)
+    monkeypatch.setattr("orchestrator.stages.distill.features.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"{package} is not installed") as caught:
         objective(big={package: "some_model"}).check(crops(64))
     assert caught.value.where == f"teachers.big.{package}"
@@ -144,7 +144,7 @@ def test_a_broken_timm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.delitem(sys.modules, "timm")
-    monkeypatch.setattr("orchestrator.stages.features.find_spec", lambda name: True)
+    monkeypatch.setattr("orchestrator.stages.distill.features.find_spec", lambda name: True)
     with pytest.raises(UserError, match="timm cannot be imported: RuntimeError: operator torchvision::nms"):
         objective(big={"timm": "resnet18"}).check(crops(64))
 

@@ -24,18 +24,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from orchestrator.config.schema import Cluster, Elastic, Optimizer, Schedule
 from orchestrator.data.index import PhotoIndex, PhotoRow
 from orchestrator.data.samples import fetch_food
 from orchestrator.elastic import cluster
-from orchestrator.elastic.hosts import hosts
-from orchestrator.sharing.account import Account
-from orchestrator.spec import Cluster, Elastic, Optimizer, Schedule
+from orchestrator.elastic.controller_host import hosts
 from orchestrator.stages.base import Context
-from orchestrator.stages.distill import Distill, Student
-from orchestrator.stages.selfsup import Heads, ModelRecipe
-from orchestrator.stages.tasks.nets import HeadedBackbone
-from orchestrator.store.artifact import Artifact, Manifest
-from orchestrator.tracking.runs import NullRun
+from orchestrator.stages.common.nets import HeadedBackbone
+from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.ssl.config import Heads, ModelRecipe
+from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.teacher_service.account import Account
+from orchestrator.tracking.run import NullRun
 from tools.market import SpotMarket
 
 STEPS, AT = 40, 12

@@ -13,18 +13,18 @@ import cv2
 import numpy as np
 import pytest
 
+from orchestrator.config.schema import Elastic
+from orchestrator.data.curation.mix import by_cluster, count_draws, effective_number, sample_order
 from orchestrator.data.index import PhotoIndex, PhotoRow
-from orchestrator.data.mix import by_cluster, count_draws, effective_number, sample_order
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import load
-from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context
-from orchestrator.stages.distill import Distill
-from orchestrator.stages.mixing import HomogeneousMixStage
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.tasks.crops import crop_blocks
-from orchestrator.store.artifact import Artifact, Manifest
-from orchestrator.tracking.runs import NullRun
+from orchestrator.stages.common.crops import crop_blocks
+from orchestrator.stages.common.mixing import HomogeneousMixStage
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.tracking.run import NullRun
 
 from .small import BASE, RECIPE
 

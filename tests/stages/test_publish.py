@@ -21,15 +21,15 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 from pydantic import ValidationError
 
+from orchestrator.config.schema import Elastic
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import build, load_pretrained, save_pretrained
-from orchestrator.spec import Elastic
 from orchestrator.stages.base import Context, figures_of
-from orchestrator.stages.publish import Publish
-from orchestrator.store.artifact import Artifact, FileEntry, Manifest
+from orchestrator.stages.publish.config import Publish
+from orchestrator.storage.artifacts import Artifact, FileEntry, Manifest
 from orchestrator.tracking import registry
 from orchestrator.tracking.connect import connect
-from orchestrator.tracking.runs import NullRun, Run, Tracking
+from orchestrator.tracking.run import NullRun, Run, Tracking
 
 KEYS = {"distill": "d" * 64, "pretrain": "b" * 64, "curate": "c" * 64}
 PROVENANCE = {

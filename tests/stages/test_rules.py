@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from orchestrator.config.schema import Optimizer, Schedule
 from orchestrator.models import ConvNeXtConfig, build, convnext, preset, vit
 from orchestrator.models.blocks import add_residual
-from orchestrator.spec import Optimizer, Schedule
-from orchestrator.stages.tasks.nets import HeadedBackbone, block_generator, learning_rate_scales
+from orchestrator.stages.common.nets import HeadedBackbone, block_generator, learning_rate_scales
 
 from .small import HEADS
 

@@ -11,13 +11,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from orchestrator.elastic.task import BlockTensors
-from orchestrator.spec import Optimizer, Schedule
-from orchestrator.stages.gram_anchor import GramAnchor
-from orchestrator.stages.pretrain import Pretrain
-from orchestrator.stages.selfsup import SelfSupervised
-from orchestrator.stages.tasks.nets import HeadedBackbone
-from orchestrator.stages.tasks.ssl import SelfSupervisedTask
+from orchestrator.config.schema import Optimizer, Schedule
+from orchestrator.stages.common.nets import HeadedBackbone
+from orchestrator.stages.ssl.config import SelfSupervised
+from orchestrator.stages.ssl.gram_anchor import GramAnchor
+from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.stages.ssl.task import SelfSupervisedTask
+from orchestrator.training.task import BlockTensors
 
 from .small import BASE, HEADS, PAPER, RECIPE
 

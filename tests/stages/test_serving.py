@@ -25,7 +25,7 @@ from PIL import Image
 from s3_server import free_port
 
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
-from orchestrator.stages.mlmodel import mlmodel
+from orchestrator.stages.common.mlmodel import mlmodel
 from orchestrator.stages.serving import _load_pyfunc
 
 SIZE = 16

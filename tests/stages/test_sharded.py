@@ -16,10 +16,10 @@ import numpy as np
 sys.path[:0] = [sys.argv[4]]
 from tests.stages.distilling import CONFIG, RECIPE
 from orchestrator.sharing import crew
-from orchestrator.sharing.bundle import VIEWS
-from orchestrator.stages.tasks.crops import StepViews
-from orchestrator.stages.tasks.distill import FrozenTeacher
-from orchestrator.stages.tasks.sharded import ShardedTeacher
+from orchestrator.teacher_service.payload import VIEWS
+from orchestrator.stages.common.crops import StepViews
+from orchestrator.stages.distill.task import FrozenTeacher
+from orchestrator.stages.distill.sharded_teacher import ShardedTeacher
 
 rank, world, root = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 make_views = partial(StepViews, CONFIG, RECIPE, root / "index", 5, {VIEWS: CONFIG.crops})

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import Stopped, UserError
-from orchestrator.stages import pupils, students
 from orchestrator.stages.base import Part
-from orchestrator.stages.distill import Distill
-from orchestrator.store.local import LocalStore
+from orchestrator.stages.distill import student_runs, students
+from orchestrator.stages.distill.config import Distill
+from orchestrator.storage.local import LocalStore
 
 STAGE: Mapping[str, Any] = {
     "kind": "distill", "students": {"a": {"model": "vit_femto"}, "b": {"model": "vit_femto", "steps": 50}},
@@ -60,15 +60,15 @@ def test_one_that_joins_late_begins_where_the_others_are(
     config = Distill.model_validate({**STAGE, "students": {**STAGE["students"], "late": LATE}})
     parts = {name: part(tmp_path / name, done=name in done) for name in (*steps, *done)}
     jobs = {name: job(step) for name, step in steps.items()}
-    assert pupils._front(config, jobs, parts) == front
+    assert student_runs._front(config, jobs, parts) == front
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_where_one_began_is_decided_once(tmp_path: Path, remote: bool) -> None:
     store = (LocalStore(tmp_path / "store"), "work/student-x/") if remote else None
-    assert pupils._offset(part(tmp_path / "here", remote=store), "distill/late", 12) == 12
+    assert student_runs._offset(part(tmp_path / "here", remote=store), "distill/late", 12) == 12
     other = "elsewhere" if remote else "here"
-    assert pupils._offset(part(tmp_path / other, remote=store), "distill/late", 40) == 12
+    assert student_runs._offset(part(tmp_path / other, remote=store), "distill/late", 40) == 12
 
 
 def test_a_window_that_does_not_fit_is_refused_with_one_that_does() -> None:

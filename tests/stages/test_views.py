@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from orchestrator.data.blocks import Block, CropBlocks
-from orchestrator.sharing.bundle import TEACHER, VIEWS, block
-from orchestrator.stages.distill import Distill, Student, Views
-from orchestrator.stages.tasks.crops import StepViews, regenerated_views
-from orchestrator.stages.tasks.distill import DistillTask
-from orchestrator.stages.tasks.teaching import view_part
+from orchestrator.stages.common.crops import StepViews, regenerated_views
+from orchestrator.stages.distill.config import Distill, Student, Views
+from orchestrator.stages.distill.task import DistillTask
+from orchestrator.stages.distill.teaching import view_part
+from orchestrator.teacher_service.payload import TEACHER, VIEWS, block
 
 from .distilling import CONFIG, RECIPE, frozen_teacher, photographs, tensors_of
 

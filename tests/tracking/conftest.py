@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.tracking.connect import connect
-from orchestrator.tracking.runs import Tracking
+from orchestrator.tracking.run import Tracking
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.tracking.connect import connect, ensure_experiment
 from orchestrator.tracking.registry import publish, pull
-from orchestrator.tracking.runs import Tracking
+from orchestrator.tracking.run import Tracking
 
 
 def test_only_a_new_experiment_takes_the_place(uri: str) -> None:
@@ -58,7 +58,7 @@ def test_files_and_models_go_through_the_bucket(uri: str, s3_uri: str, tmp_path:
     out = pull("vit@champion", tmp_path / "out", uri)
     assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
-    from orchestrator.store.s3 import S3Store
+    from orchestrator.storage.s3 import S3Store
 
     names = list(S3Store(s3_uri).list("mlartifacts/"))
     assert any(name.endswith("/pictures/config.json") for name in names)

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
-from orchestrator.tracking.flush import Flusher, Progress, progress
-from orchestrator.tracking.sink import MlflowSink, RejectedError, _copy_of
+from orchestrator.tracking.flusher import Flusher, Progress, progress
+from orchestrator.tracking.mlflow_writer import MlflowSink, RejectedError, _copy_of
 from orchestrator.tracking.spool import Spool
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from orchestrator import disk
-from orchestrator.tracking import flush
+from orchestrator.tracking import flusher as flusher_module
 from orchestrator.tracking.backlog import backlog, noted_outage
-from orchestrator.tracking.flush import Flusher
-from orchestrator.tracking.runs import Tracking, open_run
-from orchestrator.tracking.sink import MlflowSink
+from orchestrator.tracking.flusher import Flusher
+from orchestrator.tracking.mlflow_writer import MlflowSink
+from orchestrator.tracking.outage import trouble
+from orchestrator.tracking.run import Tracking, open_run
 from orchestrator.tracking.spool import Record, Spool
-from orchestrator.tracking.trouble import trouble
 
 SERVER = "http://mlflow:5000"
 # Looks of who waits, of 0.02 s and more each: many times as long as anybody here has patience.
@@ -148,7 +148,7 @@ def test_a_large_file_may_take_a_second_a_mib(spool: Spool, tmp_path: Path) -> N
 def test_one_that_has_been_away_for_long_is_asked_once_more(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flush, "_HURRIED_S", 0.1)
+    monkeypatch.setattr(flusher_module, "_HURRIED_S", 0.1)
 
     def answer() -> None:
         raise ConnectionRefusedError
@@ -165,7 +165,7 @@ def test_one_that_has_been_away_for_long_is_asked_once_more(
 
 
 def test_a_night_of_failures_does_not_end_the_sending(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flush, "_MAX_WAIT_S", 0.02)
+    monkeypatch.setattr(flusher_module, "_MAX_WAIT_S", 0.02)
     refusals = iter(range(2))
 
     def answer() -> None:

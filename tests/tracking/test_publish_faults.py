@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from orchestrator.errors import UserError
 from orchestrator.tracking import registry
-from orchestrator.tracking.runs import Tracking
+from orchestrator.tracking.run import Tracking
 
 LINEAGE = {"dataset": "food", "key.pretrain": "ab12"}
 _CHANGES = (

@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from safetensors.numpy import load_file, save_file
 
 from orchestrator.errors import UserError
-from orchestrator.tracking import moved, registry
-from orchestrator.tracking.runs import NullRun, SpooledRun, Tracking
+from orchestrator.tracking import registry, relocate
+from orchestrator.tracking.run import NullRun, SpooledRun, Tracking
 
 LINEAGE = {"dataset": "food", "key.pretrain": "ab12"}
 
@@ -213,7 +213,7 @@ def test_a_registry_whose_folder_was_copied_reads_and_writes_there(
     assert not (tmp_path / "runs").exists(), "nothing is written to the old place"
     assert len(list((tmp_path / "copy" / "mlartifacts").rglob("config.json"))) == 4
     with sqlite3.connect(tmp_path / "copy" / "mlflow.db") as database:
-        for table, column in moved._COLUMNS:
+        for table, column in relocate._COLUMNS:
             rows = database.execute(f"SELECT {column} FROM {table} WHERE {column} IS NOT NULL").fetchall()
             assert not [one for (one,) in rows if f"{tmp_path}/runs/" in one], (table, column)
 
@@ -243,7 +243,7 @@ def test_files_that_are_not_beside_the_database_are_not_looked_for_there(
     ],
 )
 def test_roots_of_addresses(address: str, root: str | None) -> None:
-    assert moved.root_of(address) == root
+    assert relocate.root_of(address) == root
 
 
 def test_only_models_without_pickles_are_published(run: SpooledRun, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator.errors import UserError
-from orchestrator.tracking.flush import Progress
-from orchestrator.tracking.runs import NullRun, Run, Tracking, open_run
-from orchestrator.tracking.sink import MlflowSink
+from orchestrator.tracking.flusher import Progress
+from orchestrator.tracking.mlflow_writer import MlflowSink
+from orchestrator.tracking.run import NullRun, Run, Tracking, open_run
 from orchestrator.tracking.spool import Spool
 
 Start = Callable[[], Tracking]
@@ -126,7 +126,7 @@ def test_killed_between_mlflows_commit_and_the_note(
 import os, signal
 from pathlib import Path
 from orchestrator.tracking import runs
-from orchestrator.tracking.sink import MlflowSink
+from orchestrator.tracking.mlflow_writer import MlflowSink
 class Dies(MlflowSink):
     def metrics(self, *args):
         super().metrics(*args)
@@ -227,8 +227,8 @@ def test_new_database_keeps_its_artifacts_beside_it(tmp_path: Path) -> None:
     code = """
 import threading
 from pathlib import Path
-from orchestrator.tracking.runs import Tracking
-from orchestrator.tracking.sink import MlflowSink
+from orchestrator.tracking.run import Tracking
+from orchestrator.tracking.mlflow_writer import MlflowSink
 recorded, prepare = threading.Event(), MlflowSink.prepare
 def late(sink):
     assert recorded.wait(60), "the caller waits for the import or for the schema"
@@ -273,8 +273,8 @@ connect("sqlite:///mlflow.db")
 
 def test_runs_import_neither_mlflow_nor_torch() -> None:
     code = (
-        "import sys, orchestrator.tracking.runs, orchestrator.tracking.registry\n"
-        "import orchestrator.store.artifact\n"
+        "import sys, orchestrator.tracking.run, orchestrator.tracking.registry\n"
+        "import orchestrator.storage.artifacts\n"
         "print([name for name in ('mlflow', 'torch', 'ray', 'sqlalchemy') if name in sys.modules])"
     )
     assert (

@@ -19,10 +19,10 @@ from PIL import Image
 
 from orchestrator.fsio import DIGESTS
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
-from orchestrator.stages.mlmodel import mlmodel
-from orchestrator.store.s3 import S3Store
+from orchestrator.stages.common.mlmodel import mlmodel
+from orchestrator.storage.s3 import S3Store
 from orchestrator.tracking import registry
-from orchestrator.tracking.runs import Dataset, Model, Run, Tracking
+from orchestrator.tracking.run import Dataset, Model, Run, Tracking
 
 SIZE = 16
 TAGS = {"orchestrator.pipeline": "food"}

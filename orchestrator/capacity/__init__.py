@@ -1,0 +1,1 @@
+"""From measured costs to who gets how many devices."""

@@ -1,0 +1,1 @@
+"""From a pool of images to a training mix."""

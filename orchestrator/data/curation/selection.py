@@ -1,0 +1,217 @@
+"""From a heap of image files to a training mix: what is whole, what is new, what to take."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from orchestrator.config.schema import MAX_PIXELS
+from orchestrator.data.curation.components import CHOSEN, HELD_OUT, LEFT_OUT
+from orchestrator.data.curation.descriptor import describe, thumbnail
+from orchestrator.data.curation.sampling import fill, near_duplicates
+from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
+from orchestrator.data.index import PhotoRow
+from orchestrator.data.rng import derive, generator
+from orchestrator.data.sources.folder import LeftOut, Photo
+
+THUMBNAIL_SIDE = 32
+_INITS = 4
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one file.
+
+    Attributes:
+        photo: the file.
+        root: absolute folder of its source.
+        status: "unique", "duplicate", "corrupt", or "left out" for what is not taken for a picture.
+        reason: why, in words.
+        duplicate_of: "source/path" of the file that stands for it.
+    """
+
+    photo: Photo
+    root: str
+    status: str
+    reason: str = ""
+    duplicate_of: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.photo.source}/{self.photo.path}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one decoded picture looks like."""
+
+    pixels: str
+    thumbnail: NDArray[np.float32]
+    descriptor: NDArray[np.float32]
+
+
+def sift(
+    photos: Sequence[Photo],
+    roots: Mapping[str, Path],
+    near_rms: float,
+    stop: Callable[[], None],
+    max_pixels: Mapping[str, int] | None = None,
+) -> tuple[list[Fate], NDArray[np.float32]]:
+    """Decides which files are corrupt, which repeat an earlier one, and which are kept.
+
+    A duplicate has the same bytes, the same decoded pixels, or (near duplicate) a 32×32 thumbnail within
+    `near_rms` grey levels of an earlier kept picture of the same aspect ratio. The first in the given order
+    is kept.
+
+    Args:
+        photos: scanned files of all sources, in order of preference.
+        roots: absolute folder of each source.
+        near_rms: root mean square difference in grey levels; 0 finds equal thumbnails only.
+        stop: called often; raises to stop.
+        max_pixels: the largest width × height of each source; default: `MAX_PIXELS`.
+
+    Returns:
+        What became of each file, in the order of `photos`, and the descriptors (N, 336) of the unique ones.
+    """
+    fates = [Fate(photo, str(roots[photo.source]), "unique") for photo in photos]
+    fates = [
+        replace(fate, status="corrupt", reason=fate.photo.error) if fate.photo.error else fate
+        for fate in fates
+    ]
+    _drop_repeats(fates, {i: fate.photo.sha256 for i, fate in enumerate(fates)}, "the same bytes")
+    looks = _look_at(fates, max_pixels or {}, stop)
+    _drop_repeats(fates, {i: look.pixels for i, look in looks.items()}, "the same pixels")
+    rows = _unique(fates)
+    thumbnails = np.array([looks[i].thumbnail for i in rows], dtype=np.float32)
+    aspects = np.array([fates[i].photo.width / fates[i].photo.height for i in rows])
+    for row, other in near_duplicates(thumbnails, aspects, near_rms).items():
+        fates[rows[row]] = _repeat(fates[rows[row]], fates[rows[other]], "nearly the same pixels")
+    rows = _unique(fates)
+    return fates, np.array([looks[i].descriptor for i in rows], dtype=np.float32)
+
+
+def left_out(source: str, item: LeftOut, root: Path) -> Fate:
+    """What became of a file that is not taken for a picture."""
+    photo = Photo(source, item.path, "", 0, 0, 0)
+    return Fate(photo, str(root), "left out", item.reason)
+
+
+def _unique(fates: Sequence[Fate]) -> list[int]:
+    return [i for i, fate in enumerate(fates) if fate.status == "unique"]
+
+
+def _repeat(fate: Fate, original: Fate, reason: str) -> Fate:
+    return replace(
+        fate, status="duplicate", reason=f"{reason} as {original.name}", duplicate_of=original.name
+    )
+
+
+def _drop_repeats(fates: list[Fate], contents: Mapping[int, str], reason: str) -> None:
+    first: dict[str, int] = {}
+    for i in _unique(fates):
+        original = first.setdefault(contents[i], i)
+        if original != i:
+            fates[i] = _repeat(fates[i], fates[original], reason)
+
+
+def _look_at(fates: list[Fate], max_pixels: Mapping[str, int], stop: Callable[[], None]) -> dict[int, Look]:
+    """What the unique pictures look like; one whose file went or changed since it was scanned becomes corrupt."""
+
+    def look(pixels: Pixels) -> Look:
+        digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+        return Look(digest, thumbnail(pixels, THUMBNAIL_SIDE).reshape(-1), describe(pixels))
+
+    def look_or_reason(i: int) -> Look | str:
+        stop()
+        photo = fates[i].photo
+        limit = max_pixels.get(photo.source, MAX_PIXELS)
+        try:
+            return use_rgb(Path(fates[i].root) / photo.path, look, max_pixels=limit)
+        except UnreadableImage as error:
+            return error.reason
+
+    rows = _unique(fates)
+    looks = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, found in zip(rows, pool.map(look_or_reason, rows), strict=True):
+            if isinstance(found, Look):
+                looks[i] = found
+            else:
+                fates[i] = replace(fates[i], status="corrupt", reason=found)
+    return looks
+
+
+def cluster(
+    embeddings_ND: NDArray[np.float32], num_clusters: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """k-means with k-means++ starts, the best of four.
+
+    Returns:
+        Cluster of each row, (N,), numbered from the largest cluster down, and each row's distance to its
+        centre.
+    """
+    from sklearn.cluster import KMeans
+
+    # One thread: the order of float sums, and so the result, must not depend on the machine's core count.
+    with threadpool_limits(1):
+        fitted = KMeans(num_clusters, n_init=_INITS, random_state=derive(seed, "k-means") % 2**32).fit(
+            embeddings_ND.astype(np.float64)
+        )
+    sizes = np.bincount(fitted.labels_, minlength=num_clusters)
+    rank = np.empty(num_clusters, dtype=np.int64)
+    rank[np.argsort(-sizes, kind="stable")] = np.arange(num_clusters)
+    distances = np.linalg.norm(embeddings_ND - fitted.cluster_centers_[fitted.labels_], axis=1)
+    return rank[fitted.labels_], np.asarray(distances, dtype=np.float64)
+
+
+def draw_balanced(clusters_N: NDArray[np.int64], target: int, seed: int) -> NDArray[np.bool_]:
+    """Which rows a balanced sample of `target` takes: evenly from the clusters, at random within each."""
+    rng = generator(seed, "balance")
+    num_clusters = int(clusters_N.max()) + 1
+    counts = fill(np.bincount(clusters_N, minlength=num_clusters).tolist(), target, rng)
+    chosen = np.zeros(len(clusters_N), dtype=bool)
+    for number, count in enumerate(counts):
+        chosen[rng.permutation(np.flatnonzero(clusters_N == number))[:count]] = True
+    return chosen
+
+
+def is_held_out(sha256: str, share: float) -> bool:
+    """Whether a picture is one of this share: by its bytes alone, whatever else there is. A larger share has it too."""
+    return derive("holdout", sha256) / 2**64 < share
+
+
+def index_rows(
+    fates: Sequence[Fate],
+    clusters_N: NDArray[np.int64],
+    balanced_N: NDArray[np.bool_],
+    holdout: float = 0.0,
+) -> list[PhotoRow]:
+    """The rows of the training index: unique pictures, component "balanced", "pool" or, a share of them, "held_out"."""
+    kept = [fate for fate in fates if fate.status == "unique"]
+    return [
+        PhotoRow(
+            source=fate.photo.source,
+            path=fate.photo.path,
+            root=fate.root,
+            sha256=fate.photo.sha256,
+            width=fate.photo.width,
+            height=fate.photo.height,
+            caption=fate.photo.caption,
+            label=fate.photo.label,
+            component=HELD_OUT
+            if is_held_out(fate.photo.sha256, holdout)
+            else CHOSEN
+            if balanced
+            else LEFT_OUT,
+            cluster=int(number),
+        )
+        for fate, number, balanced in zip(kept, clusters_N, balanced_N, strict=True)
+    ]

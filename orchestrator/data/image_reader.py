@@ -1,0 +1,128 @@
+"""The pictures of a step, and others in the place of those that cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.decode import UnreadableImage
+from orchestrator.data.index import PhotoIndex
+from orchestrator.data.rng import derive
+from orchestrator.data.sampler import SampleOrder, permute
+from orchestrator.data.sources.folder import shown
+from orchestrator.errors import UserError
+
+T = TypeVar("T")
+
+logger = logging.getLogger("orchestrator")
+
+# So many pictures in a row that cannot be read are no accident, but a folder that is gone.
+_TRIES = 8
+_NAMED = 5
+
+
+def most_unreadable(share: float, num_pictures: int) -> int:
+    """How many pictures a stage may find unreadable: this share of its index, or one."""
+    return max(1, int(share * num_pictures))
+
+
+class Pictures:
+    """Reads what a sample order draws. What stands for an unreadable picture is a function of (seed, step, place).
+
+    A stand-in is of the same component, drawn by the order's own keyed permutation, and none of the step's samples if
+    there are others. So it is the same for any number of workers. The limit here is on what this process met: the
+    training loop counts what all of them met.
+
+    Args:
+        index: the photographs.
+        order: sample ids by step.
+        max_unreadable: share of the index's pictures (at least one picture) that may turn out unreadable.
+    """
+
+    def __init__(self, index: PhotoIndex, order: SampleOrder, max_unreadable: float) -> None:
+        self._index, self._order = index, order
+        self._limit = most_unreadable(max_unreadable, len(index))
+        self._unreadable: dict[int, str] = {}
+        self._troubles: list[str] = []
+
+    def take_troubles(self) -> list[str]:
+        """What was met since the last call, a line for each picture; for whoever tells the user."""
+        taken, self._troubles = self._troubles, []
+        return taken
+
+    def paths(self, rows: Iterable[int]) -> list[str]:
+        """Where these rows' files are."""
+        return [shown(str(self._index.path(row))) for row in rows]
+
+    def read(
+        self, step: int, ids: NDArray[np.int64], place: int, read: Callable[[Path, int], T]
+    ) -> tuple[int, T, list[int]]:
+        """One sample of a step.
+
+        Args:
+            step: the step.
+            ids: all rows of the step, by the order.
+            place: the sample's place in it.
+            read: makes something of a file; its arguments are the path and the largest width × height.
+
+        Returns:
+            The row, or its complement where it stands for another one; what `read` made of it; and the rows that could
+            not be read.
+
+        Raises:
+            UserError: too many pictures cannot be read.
+        """
+        drawn = int(ids[place])
+        met: list[int] = []
+        for row in self._candidates(step, ids, place):
+            try:
+                made = read(self._index.path(row), self._index[row].max_pixels)
+            except UnreadableImage as error:
+                met.append(row)
+                self._note(row, error.reason)
+                if len(met) == _TRIES:
+                    break
+            else:
+                return (row if row == drawn else ~row), made, met
+        raise self._too_many(met, f"{len(met)} photos in a row cannot be read")
+
+    def _candidates(self, step: int, ids: NDArray[np.int64], place: int) -> Iterator[int]:
+        """The drawn row, then those that may stand for it."""
+        drawn, order = int(ids[place]), self._order
+        yield drawn
+        rows = order.drawn_from(step, drawn)
+        key = derive("stand-in", order.seed, step, place)
+        # So many that some of them are not in the step, if any are not.
+        positions = np.arange(min(len(rows), len(ids) + _TRIES), dtype=np.int64)
+        others = rows[permute(positions, len(rows), key)]
+        in_step = np.isin(others, ids)
+        for row in (*others[~in_step], *others[in_step]):
+            if row != drawn:
+                yield int(row)
+
+    def _note(self, row: int, reason: str) -> None:
+        if row in self._unreadable:
+            return
+        self._unreadable[row] = reason
+        path = shown(str(self._index.path(row)))
+        what = f"a photo cannot be read and is replaced by another one: {path}: {reason}"
+        logger.warning("%s", what)
+        self._troubles.append(what)
+        if len(self._unreadable) > self._limit:
+            what = f"{len(self._unreadable)} of {len(self._index)} photos cannot be read any more"
+            raise self._too_many(list(self._unreadable), what)
+
+    def _too_many(self, rows: list[int], what: str) -> UserError:
+        named = "; ".join(f"{self._index[row].path}: {self._unreadable[row]}" for row in rows[:_NAMED])
+        more = f"; and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+        return UserError(
+            f"{what}: {named}{more}",
+            where=self._index[rows[0]].root,
+            hint="restore the files, raise `max_unreadable` of the stage, or run again: `curate` then makes a new "
+            "index of the files that exist",
+        )

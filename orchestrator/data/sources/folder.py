@@ -1,0 +1,343 @@
+"""What is in a folder of images: every file decoded once, hashed, and joined with its caption and label."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.config.schema import MAX_PIXELS, DataSource
+from orchestrator.data.decode import UnreadableImage, use_rgb
+from orchestrator.data.sources.captions import Captions, captions_path, reads_as_before
+from orchestrator.data.sources.captions import read as read_captions
+from orchestrator.errors import UserError
+from orchestrator.fsio import open_regular, sha256_of, why
+
+# Endings of the formats that `decode` knows.
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+# Folders by which a store is known, and all that runs make in one, MLflow's included.
+_OF_EACH_STORE = frozenset({"ledger", "pipelines"})
+_OF_STORES = _OF_EACH_STORE | {"artifacts", "work", "holds", "logs", "spool", "tracking", "mlartifacts"}
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image file of a source, readable or not.
+
+    Attributes:
+        source: the source's name in the pipeline file.
+        path: relative to the source's folder, posix.
+        sha256: of the file's bytes.
+        bytes: the file's size.
+        width, height: decoded, upright, in pixels; 0 if unreadable.
+        caption, label: from the captions file; None where it says nothing.
+        error: why the file cannot be decoded, or None.
+    """
+
+    source: str
+    path: str
+    sha256: str
+    bytes: int
+    width: int
+    height: int
+    caption: str | None = None
+    label: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something below a source's folder that is not taken for a picture: its path, as it may be shown, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is below a source's folder.
+
+    Attributes:
+        files: relative posix paths of regular, readable files with the ending of a picture, sorted.
+        left_out: everything else, sorted.
+    """
+
+    files: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[Photo]:
+    """All image files below the source's folder in order of their paths, each fully decoded.
+
+    Args:
+        source: the folder.
+        name: the source's name, for messages.
+        listing: what is in the folder, where it is known; else it is looked up.
+
+    Raises:
+        UserError: no such folder, no images in it, or a captions file that is missing, lacks a `file` column,
+            or names files that do not exist.
+    """
+    files = (listing or list_images(source, name)).files
+    notes = captions_of(source, name, files).notes
+
+    def look(relative: str) -> Photo:
+        path = source.path / relative
+        caption, label = notes.get(relative, (None, None))
+        seen = [(hashlib.sha256().hexdigest(), 0)]
+        width, height, error = 0, 0, None
+
+        def note(data: bytes) -> None:
+            seen.append((hashlib.sha256(data).hexdigest(), len(data)))
+
+        try:
+            height, width = use_rgb(
+                path, lambda pixels: pixels.shape[:2], max_pixels=source.max_pixels, on_bytes=note
+            )
+        except UnreadableImage as problem:
+            error = problem.reason
+        return Photo(name, relative, *seen[-1], width, height, caption, label, error)
+
+    # The decoders release the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(look, files))
+
+
+def list_images(source: DataSource, name: str) -> Listing:
+    """What is below a source's folder; nothing is opened, so that nothing there can hold this up.
+
+    Links are followed, to files and to folders; a folder is looked at once, however many links lead to it.
+
+    Raises:
+        UserError: no such folder, or no images in it.
+    """
+    if not source.path.is_dir():
+        what = "is not a folder" if source.path.exists() else "does not exist"
+        raise UserError(
+            f"the folder {source.path} of dataset {name!r} {what}",
+            where=f"data.{name}.path",
+            hint="`python -m orchestrator.data.samples food data/food` fetches a small set of photos",
+        )
+    if not _is_utf8(str(source.path.resolve())):
+        raise UserError(
+            f"the name of the folder {shown(str(source.path.resolve()))} is not UTF-8",
+            where=f"data.{name}.path",
+            hint="rename it: the index of the photos holds the names of files as text",
+        )
+    listing = _Walk(source.path).listing()
+    if source.captions is not None:
+        kept = tuple(item for item in listing.left_out if not _is_captions(source, item.path))
+        listing = Listing(listing.files, kept)
+    if not listing.files:
+        raise UserError(
+            f"there are no images in {source.path}" + _most_common(listing.left_out),
+            where=f"data.{name}.path",
+            hint=f"image files end in {', '.join(sorted(SUFFIXES))}",
+        )
+    return listing
+
+
+def _is_captions(source: DataSource, path: str) -> bool:
+    """Whether a path below the source's folder is its captions file."""
+    captions = source.captions
+    return captions is not None and (captions == Path(path) or captions == source.path / path)
+
+
+class _Walk:
+    """A walk through all folders below one: real ones before linked ones, so that a photo's path is the shorter way."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._files: list[str] = []
+        self._left_out: list[LeftOut] = []
+        # By device and inode: the path under which a folder was walked.
+        self._walked: dict[tuple[int, int], str] = {}
+        self._links: list[str] = []
+
+    def listing(self) -> Listing:
+        self._walk("")
+        while self._links:
+            links, self._links = sorted(self._links), []
+            for link in links:
+                self._walk(link)
+        left_out = sorted(self._left_out, key=lambda item: (item.path, item.reason))
+        return Listing(tuple(sorted(self._files)), tuple(left_out))
+
+    def _walk(self, start: str) -> None:
+        folders = [start]
+        while folders:
+            folder = folders.pop()
+            try:
+                status = (self._root / folder).stat()
+                first = self._walked.setdefault((status.st_dev, status.st_ino), folder)
+                if first != folder:
+                    self._leave(folder, f"the same folder as {shown(first) or 'the source itself'}")
+                    continue
+                with os.scandir(self._root / folder) as entries:
+                    found = sorted(entries, key=lambda entry: entry.name)
+            except OSError as error:
+                self._leave(folder, f"folder: {why(error)}")
+                continue
+            found = self._without_own(folder, found)
+            folders += [inside for entry in found if (inside := self._look(folder, entry)) is not None]
+
+    def _without_own(self, folder: str, entries: list[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
+        """What is in a folder without what runs wrote there: a dataset must not change by being trained on."""
+        # Of other names nothing is asked here: a link among them may lead nowhere.
+        folders = {entry.name for entry in entries if entry.name in _OF_STORES and Path(entry.path).is_dir()}
+        if not folders >= _OF_EACH_STORE:
+            return entries
+        kept = []
+        for entry in entries:
+            if entry.name in folders:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                self._leave(path, "a folder of the store of a pipeline")
+            else:
+                kept.append(entry)
+        return kept
+
+    def _look(self, folder: str, entry: os.DirEntry[str]) -> str | None:
+        """Take or leave one thing in a folder; returns its path if it is a folder to walk."""
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        try:
+            reason = self._reason(path, entry)
+            if reason is None and entry.is_dir():
+                if not entry.is_symlink():
+                    return path
+                self._links.append(path)
+                return None
+        except OSError as error:
+            reason = why(error)
+        if reason is not None:
+            self._leave(path, reason)
+        else:
+            self._files.append(path)
+        return None
+
+    def _reason(self, path: str, entry: os.DirEntry[str]) -> str | None:
+        """Why something is left out; None for a picture and for a folder. Follows links."""
+        if not _is_utf8(entry.name):
+            return "its name is not UTF-8"
+        if entry.name.startswith("."):
+            return "hidden"
+        if entry.is_dir():
+            return None
+        if entry.is_symlink() and not (self._root / path).exists():
+            return "a link that leads nowhere"
+        kind = entry.stat().st_mode
+        if not stat.S_ISREG(kind):
+            return f"not a file but {_KINDS.get(stat.S_IFMT(kind), 'something else')}"
+        if Path(entry.name).suffix.lower() not in SUFFIXES:
+            ending = Path(entry.name).suffix
+            return f"its name ends in {ending}" if ending else "its name has no ending"
+        if not os.access(self._root / path, os.R_OK):
+            return "no permission to read it"
+        return None
+
+    def _leave(self, path: str, reason: str) -> None:
+        self._left_out.append(LeftOut(shown(path), reason))
+
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+}
+
+
+def shown(name: str) -> str:
+    """A file's name as text that any file and any terminal can take: bytes and control characters are escaped."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _most_common(left_out: Sequence[LeftOut]) -> str:
+    """What was left out, by reason, for the end of a sentence."""
+    counts = Counter(item.reason for item in left_out).most_common(3)
+    return ", only: " + "; ".join(f"{count} × {reason}" for reason, count in counts) if counts else ""
+
+
+def fingerprint(source: DataSource, name: str = "data") -> str:
+    """A hash of what is in a source: paths and contents of all image files, and of the captions file.
+
+    Equal for equal content wherever the folder lies and whenever it was written (sha256, 64 hex digits). A file that
+    cannot be read is not part of it, as it is no part of what is trained on.
+
+    Raises:
+        UserError: as :func:`scan`, except for what the captions file says.
+    """
+    files = list_images(source, name).files
+    captions = _captions_path(source, name)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = list(pool.map(_digest_or_none, [source.path / file for file in files]))
+    whole = hashlib.sha256()
+    for file, digest in zip(files, digests, strict=True):
+        if digest is not None:
+            whole.update(f"{len(file)}:{file}={digest};".encode())
+    whole.update(f"captions={_digest_or_none(captions) if captions else None}".encode())
+    if captions is not None and not _reads_as_before(captions):
+        # Versions that did not know such a header made something else of it.
+        whole.update(b"captions with a loose header")
+    if source.max_pixels != MAX_PIXELS:
+        whole.update(f"max_pixels={source.max_pixels}".encode())
+    return whole.hexdigest()
+
+
+def _digest_or_none(path: Path) -> str | None:
+    try:
+        with open_regular(path) as file:
+            return sha256_of(file)
+    except OSError:
+        return None
+
+
+def captions_of(source: DataSource, name: str, files: Sequence[str]) -> Captions:
+    """What the source's captions file says of its photos; nothing if it has none.
+
+    Args:
+        source: the folder.
+        name: the source's name, for messages.
+        files: of :func:`list_images`.
+
+    Raises:
+        UserError: as :func:`orchestrator.data.sources.captions.read`, and if there is no such file.
+    """
+    path = _captions_path(source, name)
+    return Captions({}) if path is None else read_captions(path, source.path, files)
+
+
+def _captions_path(source: DataSource, name: str) -> Path | None:
+    """The captions file as given, or else inside the source's folder."""
+    if source.captions is None:
+        return None
+    path = captions_path(source.captions, source.path)
+    if path is None:
+        raise UserError(
+            f"the captions file {source.captions} of dataset {name!r} does not exist",
+            where=f"data.{name}.captions",
+            hint="give its path from here or from the source's folder",
+        )
+    return path
+
+
+def _reads_as_before(captions: Path) -> bool:
+    """Whether the captions file says what it always did; so does one that cannot be read, which says nothing."""
+    try:
+        return reads_as_before(captions)
+    except UserError:
+        return True

@@ -1,0 +1,1 @@
+"""Metrics of trained models, and the report that shows them."""

@@ -1,0 +1,166 @@
+"""A prediction as tables for people and as JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.simulation.simulate import CAUSES, JobResult, Prediction
+
+_HEADINGS = {
+    "useful": "useful",
+    "startup": "start-up",
+    "lost": "lost steps",
+    "checkpoint": "checkpoint",
+    "waiting": "waiting",
+    "restart": "restart",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one call of `orchestrator simulate` found.
+
+    Attributes:
+        trace: its name and zone.
+        source: where the costs come from.
+        main: the prediction.
+        on_demand: the same on machines that never go, if their price is known.
+        intervals: what other times between checkpoints would do.
+    """
+
+    trace: str
+    source: str
+    main: Prediction
+    on_demand: Prediction | None = None
+    intervals: Mapping[str, Prediction] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        main = self.main
+        return {
+            "trace": self.trace,
+            "costs": self.source,
+            **_summary(main),
+            "goodput": main.total().figures()["goodput"],
+            "stages": [
+                {
+                    "name": stage.name,
+                    "kind": stage.kind,
+                    "began": stage.began,
+                    "ended": stage.ended,
+                    "jobs": [_job(job) for job in stage.jobs],
+                }
+                for stage in main.stages
+            ],
+            "total": _job(main.total()),
+            "on_demand": _summary(self.on_demand) if self.on_demand else None,
+            "intervals": {
+                name: _summary(prediction) | prediction.total().figures()
+                for name, prediction in self.intervals.items()
+            },
+        }
+
+    def print(self, console: Console) -> None:
+        """The tables."""
+        console.print(_stages(self.trace, self.main))
+        self._print_end(console)
+        if self.intervals:
+            console.print(_intervals(self.intervals))
+        if self.source == "defaults":
+            hint = "the costs are default estimates; give your model's with --costs or --cost block_s=…"
+            console.print(f"  {hint}", style="bright_black", soft_wrap=True)
+
+    def _print_end(self, console: Console) -> None:
+        main, other = self.main, self.on_demand
+        if main.finished:
+            console.print(f"[green]✓[/] finishes after [bold]{span(main.seconds)}[/]", highlight=False)
+        else:
+            total = main.total()
+            done = f"{total.steps} of {total.num_steps} steps of the stages so far"
+            line = f"[red]✗[/] never finishes: {main.why_not} after {span(main.seconds)}, {done} are done"
+            console.print(line, highlight=False, soft_wrap=True)
+        cost = f"  costs [bold]{main.cost:,.2f}[/] for {main.machine_hours:,.1f} machine hours"
+        if other is not None:
+            cost += f"; on demand {other.cost:,.2f} and {span(other.seconds)}"
+            if main.finished and other.cost:
+                cost += f" ({main.cost / other.cost:.0%} of the price, {main.seconds / other.seconds:.2f}× the time)"
+        console.print(cost, highlight=False, soft_wrap=True)
+
+
+def span(seconds: float) -> str:
+    """A duration in the two units that say enough."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 100:
+        return f"{int(minutes)} min {seconds % 60:02.0f} s"
+    return f"{int(hours)} h {int(minutes) % 60:02d} min" if hours < 100 else f"{hours / 24:.1f} days"
+
+
+def _stages(title: str, prediction: Prediction) -> Table:
+    table = Table(title=f"simulated on {title}", title_justify="left", title_style="bold")
+    table.add_column("stage")
+    columns = ("steps", "ends after", "goodput", *_HEADINGS.values(), "preempted", "announced", "resized")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for stage in prediction.stages:
+        if not stage.jobs:
+            ended = span(stage.ended) if stage.ended is not None else "–"
+            table.add_row(stage.name, "", ended, style="bright_black")
+        for job in stage.jobs:
+            table.add_row(*_row(job))
+    table.add_section()
+    table.add_row(*_row(prediction.total()), style="bold")
+    return table
+
+
+def _row(job: JobResult) -> list[str]:
+    figures = job.figures()
+    steps = f"{job.steps}" if job.steps == job.num_steps else f"{job.steps}/{job.num_steps}"
+    ended = span(job.ended) if job.ended is not None else "–"
+    seconds = [span(figures[f"seconds_{cause}"]) for cause in CAUSES]
+    counts = [f"{figures[name]:.0f}" for name in ("preemptions", "preemptions_announced", "resizes")]
+    return [job.name, steps, ended, f"{figures['goodput']:.1%}", *seconds, *counts]
+
+
+def _intervals(intervals: Mapping[str, Prediction]) -> Table:
+    table = Table(title="time between checkpoints", title_justify="left", title_style="bold")
+    for column in ("seconds", "ends after", "goodput", "lost steps", "checkpoint", "checkpoints", "cost"):
+        table.add_column(column, justify="right")
+    for name, prediction in intervals.items():
+        figures = prediction.total().figures()
+        table.add_row(
+            name,
+            span(prediction.seconds) if prediction.finished else "–",
+            f"{figures['goodput']:.2%}",
+            span(figures["seconds_lost"]),
+            span(figures["seconds_checkpoint"]),
+            f"{figures['checkpoints']:.0f}",
+            f"{prediction.cost:,.2f}",
+        )
+    return table
+
+
+def _summary(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "finished": prediction.finished,
+        "why_not": prediction.why_not,
+        "seconds": prediction.seconds,
+        "cost": prediction.cost,
+        "machine_hours": prediction.machine_hours,
+    }
+
+
+def _job(job: JobResult) -> dict[str, Any]:
+    return {
+        "name": job.name,
+        "steps": job.steps,
+        "num_steps": job.num_steps,
+        "ended": job.ended,
+        **job.figures(),
+    }

@@ -1,0 +1,89 @@
+"""What a frozen teacher once said, kept in the store: a student that is trained later pays for no teacher at all.
+
+Only the teacher's part is kept, which is small beside the views: those follow from the seed and are made again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from orchestrator.storage.local import Store
+from orchestrator.teacher_service.payload import TEACHER, Bundle, Parts, StepTeacher
+
+logger = logging.getLogger("orchestrator")
+
+
+class MakesViews(Protocol):
+    """The parts of a step that are not the teacher's."""
+
+    def parts(self, step: int) -> Mapping[str, Bundle]: ...
+
+
+class Replayed:
+    """A `StepTeacher` that says what was said before, and asks the real one only where nothing is kept.
+
+    Args:
+        make_teacher: builds the real one, at the first step that is not kept.
+        make_views: builds what makes the other parts.
+        where: a store, and a prefix in it.
+        images_per_step: images of a step.
+    """
+
+    def __init__(
+        self,
+        make_teacher: Callable[[], StepTeacher],
+        make_views: Callable[[], MakesViews],
+        where: tuple[Store, str],
+        images_per_step: int,
+    ) -> None:
+        self._make_teacher, self._views = make_teacher, make_views()
+        self._store, self._prefix = where
+        self._teacher: StepTeacher | None = None
+        self.images_per_step = images_per_step
+
+    @property
+    def images_forwarded(self) -> int:
+        """Images that the real teacher saw."""
+        return self._teacher.images_forwarded if self._teacher is not None else 0
+
+    def __call__(self, step: int) -> Parts:
+        """The parts of `step`."""
+        if (said := self._read(step)) is not None:
+            return {TEACHER: said, **self._views.parts(step)}
+        if self._teacher is None:
+            self._teacher = self._make_teacher()
+        parts = self._teacher(step)
+        try:
+            self._write(step, parts[TEACHER])
+        except OSError as error:
+            # A cache that cannot be written is no reason to stop.
+            logger.warning("the teacher's outputs of step %d could not be saved: %s", step, error)
+        return parts
+
+    def _read(self, step: int) -> dict[str, NDArray[Any]] | None:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            kept: dict[str, NDArray[Any]] = load(self._store.get_bytes(f"{self._prefix}{_name(step)}"))
+            return kept
+        except FileNotFoundError:
+            return None
+        except SafetensorError as error:
+            logger.warning(
+                "the saved outputs of step %d are damaged and will be computed again: %s", step, error
+            )
+            return None
+
+    def _write(self, step: int, said: Bundle) -> None:
+        from safetensors.numpy import save
+
+        self._store.put_bytes(f"{self._prefix}{_name(step)}", save(dict(said)))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}.safetensors"

@@ -1,0 +1,255 @@
+"""Keeps one share service alive for a stage, from the driver: its desk, and as many teachers as are wanted.
+
+The driver does this itself, not Ray's `max_restarts`: a new desk has to know what was counted and who is still in
+play, and where a teacher may go depends on what is free and on which nodes are about to end.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from orchestrator.data.blocks import BlockSource
+from orchestrator.teacher_service.account import Account
+from orchestrator.teacher_service.actor_client import NAMESPACE
+from orchestrator.teacher_service.client import SharedBlocks
+from orchestrator.teacher_service.coordinator import Desk, Status
+from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
+from orchestrator.teacher_service.placement import machines
+from orchestrator.teacher_service.supervisor import Post
+
+logger = logging.getLogger("orchestrator")
+
+_PAUSE_S, _LOOK_S = 0.05, 0.5
+_FIGURES_EVERY_S = 5.0
+# Without an answer for so long, a desk is lost; it computes nothing, so only a dead or stopped one is silent.
+_SILENCE_S = 30.0
+_LAST_WORD_S = 15.0
+# A service that is away for less than this part of `hang_s` stops no student.
+_PATIENCE = 0.8
+
+
+class Keeper:
+    """A share service that is there as long as the `with` block lasts, whatever becomes of its actors.
+
+    Args:
+        make_teacher: builds a teacher in its actor's process.
+        students: who is still to train → the teachers' step it begins with; with none, nothing is started.
+        num_steps: steps 0 … num_steps-1 exist.
+        num_blocks: blocks of a step.
+        teachers: how many there should be now; asked all the time.
+        shards: processes that each of them is sharded over.
+        window: steps held for the slowest student.
+        hang_s: after so long without a step a student's group counts as hung; the service stays well below.
+        gpus: share of a GPU for a teacher; 0 for a CPU.
+        account: file that keeps what was counted, over drivers.
+        on_figures: gets the figures every few seconds and at the end.
+    """
+
+    def __init__(
+        self,
+        make_teacher: Callable[[], StepTeacher],
+        students: Mapping[str, int],
+        num_steps: int,
+        num_blocks: int,
+        *,
+        window: int,
+        hang_s: float,
+        gpus: float,
+        account: Path,
+        on_figures: Callable[[Mapping[str, float]], None],
+        teachers: Callable[[], int] = lambda: 1,
+        shards: int = 1,
+    ) -> None:
+        self.name = f"share-{uuid.uuid4().hex[:12]}"
+        self._num_steps, self._num_blocks, self._window = num_steps, num_blocks, window
+        self._students: dict[str, int | None] = dict(students)
+        self._hang_s, self._file, self._on_figures = hang_s, account, on_figures
+        self._teachers = teachers
+        self._new_post = partial(
+            Post,
+            self.name,
+            make_teacher,
+            num_blocks,
+            gpus=gpus,
+            stuck_s=hang_s / 2,
+            patience_s=hang_s,
+            shards=shards,
+        )
+        self.account = Account.load(account)
+        self.status = Status(self.account)
+        self.posts: list[Post] = []
+        self._desk: Any = None
+        self._pending: Any = None
+        self._trouble = ""
+        self._heard = self._told = 0.0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="keeper", daemon=True)
+
+    def source(
+        self,
+        student: str,
+        parts: Sequence[str] = (TEACHER, VIEWS),
+        own: Callable[[], BlockSource] | None = None,
+        offset: int = 0,
+    ) -> Callable[[], SharedBlocks]:
+        """Makes the block source of a student's workers, in a process that Ray knows; see :class:`SharedBlocks`."""
+        patience_s = _PATIENCE * self._hang_s
+        return partial(_source, self.name, student, self._num_blocks, patience_s, tuple(parts), own, offset)
+
+    def leave(self, student: str) -> None:
+        """This student is done, failed or stopped: nobody waits for it any more, whatever desk comes next."""
+        with self._lock:
+            self._students.pop(student, None)
+            if self._desk is not None:
+                self._desk.leave.remote(student)
+
+    def __enter__(self) -> Keeper:
+        if self._students:
+            self._look()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import ray
+
+        self._ended.set()
+        if self._thread.ident is None:
+            return
+        self._thread.join()
+        if self._desk is not None:
+            try:
+                self._take_in(ray.get(self._desk.status.remote(), timeout=_LAST_WORD_S))
+            except ray.exceptions.RayError as failed:
+                logger.warning("the share service did not report its last metrics: %s", type(failed).__name__)
+            ray.kill(self._desk)
+        for post in self.posts:
+            post.close()
+        self._tell()
+
+    # --- watching -----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_PAUSE_S if self._desk is not None else _LOOK_S):
+            try:
+                self._look()
+            except Exception:
+                # The cluster may be in any state; the next look may find it better.
+                logger.exception("the share service could not be monitored")
+
+    def _look(self) -> None:
+        if self._desk is None and not self._open():
+            return
+        self._hear()
+        if self._desk is None:
+            return
+        wanted = max(1, self._teachers())
+        while len(self.posts) < wanted:
+            self.posts.append(self._new_post(squeeze=not self.posts))
+        there = machines() if any(post.wants_machines for post in self.posts) else []
+        for number, post in enumerate(self.posts):
+            post.look(self._desk, self.status, there, wanted=number < wanted)
+        if time.monotonic() - self._told > _FIGURES_EVERY_S:
+            self._tell()
+
+    def _open(self) -> bool:
+        """Start a desk beside the driver, whose loss ends the stage's attempt anyway."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = sorted(machines(), key=lambda machine: (not machine.head, machine.leaving))
+        if not there:
+            return False
+        remote = ray.remote(Desk).options(
+            name=self.name,
+            namespace=NAMESPACE,
+            num_cpus=0,
+            max_restarts=0,
+            max_concurrency=10_000,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(there[0].node, soft=False),
+        )
+        with self._lock:
+            try:
+                self._desk = remote.remote(
+                    dict(self._students),
+                    self._num_steps,
+                    window=self._window,
+                    patience_s=self._hang_s / 3,
+                    account=self.account,
+                )
+            except ValueError:
+                return False  # the name is still that of the desk before
+        self._heard, self._pending = time.monotonic(), None
+        return True
+
+    def _hear(self) -> None:
+        """Ask the desk how things are, and see whether a teacher has ended meanwhile."""
+        import ray
+
+        if self._pending is None:
+            # It answers after each step: what is not heard of in time is not counted if the desk dies.
+            self._pending = self._desk.status.remote(self.account.images_forwarded)
+        ray.wait([self._pending, *(post.ending for post in self.posts if post.ending)], timeout=_LOOK_S)
+        ready, _ = ray.wait([self._pending], timeout=0)
+        if ready:
+            pending, self._pending = self._pending, None
+            try:
+                self._take_in(ray.get(pending))
+            except ray.exceptions.RayError as error:
+                self._lose(type(error).__name__)
+        elif (quiet := time.monotonic() - self._heard) > _SILENCE_S:
+            self._lose(f"it has not answered for {quiet:.0f} s")
+
+    def _take_in(self, status: Status) -> None:
+        self.status, self.account, self._heard = status, status.account, time.monotonic()
+        if status.trouble != self._trouble:
+            self._trouble = status.trouble
+            logger.error("a teacher failed:\n%s", self._trouble.rstrip())
+
+    def _lose(self, why: str) -> None:
+        import ray
+
+        logger.warning("the main actor of the share service is lost: %s", why)
+        ray.kill(self._desk)
+        with self._lock:
+            self._desk = self._pending = None
+            self.account.desk_restarts += 1
+            # Where they are now is not known; one that has not asked yet must not hold the others.
+            self._students = dict.fromkeys(self._students)
+
+    def _tell(self) -> None:
+        self._told = time.monotonic()
+        self.account.save(self._file)
+        self._on_figures(
+            {
+                **asdict(self.account.stats()),
+                "window_depth": self.status.depth,
+                "teachers": len(self.status.teachers),
+                **{f"held_seconds/{name}": seconds for name, seconds in self.status.held_s.items()},
+            }
+        )
+
+
+def _source(
+    desk: str,
+    student: str,
+    num_blocks: int,
+    patience_s: float,
+    parts: tuple[str, ...],
+    own: Callable[[], BlockSource] | None,
+    offset: int,
+) -> SharedBlocks:
+    return SharedBlocks(
+        desk, student, num_blocks, patience_s, parts, own() if own is not None else None, offset
+    )

@@ -1,0 +1,276 @@
+"""The background thread that brings spooled records to MLflow, for as long as that takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from orchestrator.fsio import atomic_write
+from orchestrator.names import BadNameError, inside
+from orchestrator.tracking.backlog import Outage, Progress, clock, note_outage, pending, progress
+from orchestrator.tracking.mlflow_writer import MAX_METRICS, MlflowSink, RejectedError, RunGoneError
+from orchestrator.tracking.outage import silent, trouble
+from orchestrator.tracking.spool import Record, Spool, is_run_id
+
+_log = logging.getLogger(__name__)
+_MAX_WAIT_S = 30.0
+# While somebody waits for the rest to go out: a server that comes back is to be noticed within their patience.
+_HURRIED_S = 1.0
+# MLflow's import takes seconds, on a busy machine many; and so does making a database.
+_LOCAL_WORK_S = 120.0
+# One request may carry a file of any size. What is slower than this counts as standing still.
+_SLOWEST = 2**20
+
+
+class Flusher:
+    """Sends what is in the spool, also what earlier processes left there. One flusher a spool at a time.
+
+    Nothing it meets reaches the caller: an outage is warned about once, and tried again with growing pauses.
+
+    Args:
+        interval_s: pause between looks at the spool.
+    """
+
+    def __init__(self, spool: Spool, sink: MlflowSink, *, interval_s: float = 1.0) -> None:
+        self._spool = spool
+        self._sink = sink
+        self._interval_s = interval_s
+        self._wake = threading.Event()
+        self._stopping = False
+        self._hurried = False
+        self._thread: threading.Thread | None = None
+        self._failures = 0
+        self._outage: Outage | None = None
+        self._prepared = False
+        # A process before this one may have left a note.
+        self._noted = True
+        self._refused: set[tuple[str, str]] = set()
+        # When the newest answer came, and how long what was begun then may take beyond anybody's patience.
+        self._heard = time.monotonic()
+        self._extra_s = _LOCAL_WORK_S
+
+    def start(self) -> None:
+        """Starts the thread, which first imports MLflow and connects. Starting twice is fine."""
+        if self._thread is None:
+            # A daemon: a server that hangs must not keep the process alive; the spool keeps the records.
+            self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
+            self._thread.start()
+
+    def pending(self) -> int:
+        """Bytes in the spool that MLflow does not have yet."""
+        return pending(self._spool)
+
+    def drain(self, patience: float, watch: Callable[[], bool] = lambda: True) -> bool:
+        """Waits until everything is sent; True if it is.
+
+        Args:
+            patience: seconds without an answer after which it gives up. They count from the newest answer, not from
+                the start: a server that takes a long time is waited for as long as it takes records. What this
+                process does itself, such as importing MLflow, does not count, nor does a request that carries a
+                large file, at a MiB a second. 0 waits for nothing.
+            watch: called all the while; False ends the waiting.
+        """
+        begun, failures = time.monotonic(), self._failures
+        # Who has been away for longer than that is asked once more, and not waited for again.
+        known = self._outage is not None and time.time() - self._outage.since > patience
+        self.start()
+        self._hurried = True
+        self._wake.set()
+        try:
+            while self.pending():
+                # The first of two failures may be of what was begun before.
+                asked = known and self._failures > failures + 1
+                if asked or time.monotonic() >= self._deadline(begun, patience):
+                    self._note_silence(patience)
+                    return False
+                if not watch():
+                    return False
+                time.sleep(0.02)
+        finally:
+            self._hurried = False
+        return True
+
+    def stop(self, timeout: float = 1.0) -> None:
+        """Ends the thread after the request it is in, waiting at most `timeout` seconds for that."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _deadline(self, begun: float, patience: float) -> float:
+        return max(begun, self._heard) + patience + self._extra_s if patience > 0 else begun
+
+    def _note_silence(self, patience: float) -> None:
+        """A server that says nothing at all causes no error for a long time."""
+        if patience > 0 and self._outage is None:
+            self._outage = Outage(silent(self._sink.uri, patience), time.time() - patience)
+            note_outage(self._spool, self._outage)
+            self._noted = True
+
+    def _answered(self, extra_s: float = 0.0) -> None:
+        """Something was done just now; what comes next may take so many seconds more than a small request."""
+        self._heard, self._extra_s = time.monotonic(), extra_s
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            try:
+                self._prepare()
+                while self._flush_all() and not self._stopping:
+                    pass
+                self._recovered()
+                pause = self._interval_s
+            except Exception as error:  # whatever a server or a driver can throw: training goes on
+                self._failed(error)
+                pause = _pause(self._failures) * random.uniform(0.5, 1.0)
+            self._wake.wait(min(pause, _HURRIED_S) if self._hurried else pause)
+            self._wake.clear()
+
+    def _prepare(self) -> None:
+        if not self._prepared:
+            self._sink.prepare()
+            self._prepared = True
+            self._answered(_LOCAL_WORK_S if self._sink.makes_database else 0.0)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._extra_s = 0.0
+        found = trouble(self._sink.uri, error, self._spool.folder)
+        known = self._outage
+        since = time.time() if known is None else known.since
+        self._outage = Outage(found, since)
+        note_outage(self._spool, self._outage)
+        self._noted = True
+        # What an error says may be another thing each time.
+        if known is None or known.trouble.until != found.until:
+            _log.warning(
+                "%s since %s: tracking records are kept in %s and sent as soon as %s",
+                found.what,
+                clock(since),
+                self._spool.folder,
+                found.until,
+            )
+        self._sink.reconnect()
+
+    def _recovered(self) -> None:
+        if self._outage is not None:
+            _log.warning(
+                "tracking works again after %.0f s: the records that were kept are sent",
+                time.time() - self._outage.since,
+            )
+            self._outage = None
+            self._failures = 0
+        if self._noted:
+            note_outage(self._spool, None)
+            self._noted = False
+
+    def _flush_all(self) -> bool:
+        """One round over all runs; True if anything was sent. A run waits until its parent is there."""
+        sent = False
+        for run_id in self._spool.run_ids():
+            sent = self._flush(run_id) or sent
+        return sent
+
+    def _flush(self, run_id: str) -> bool:
+        state = progress(self._spool, run_id)
+        if self._spool.size(run_id) <= state.offset:
+            return False
+        # A record must be safe before it is sent: a power cut could leave an offset beyond the file's end.
+        self._spool.sync(run_id)
+        records, end = self._spool.read_all(run_id, state.offset)
+        sent = False
+        while records and not self._stopping:
+            count = _batch(records)
+            try:
+                self._begin(records[0][0], run_id)
+                done = self._send(run_id, [record for record, _ in records[:count]], state)
+            except RunGoneError as error:
+                if state.mlflow_run_id is None:
+                    raise
+                _log.warning("run %s is gone from MLflow and will be logged again: %s", run_id, error)
+                self._note(run_id, Progress())
+                return True
+            if not done:
+                return sent
+            state.offset = records[count - 1][1]
+            self._note(run_id, state)
+            self._answered()
+            for record, _ in records[:count]:
+                if record["op"] == "file":
+                    self._drop_copy(run_id, record["copy"])
+            records = records[count:]
+            sent = True
+        if not records and state.offset < end:
+            # Damaged lines at the end: there is nothing in them to send.
+            state.offset = end
+            self._note(run_id, state)
+        return sent
+
+    def _send(self, run_id: str, batch: list[Record], state: Progress) -> bool:
+        """Sends records of one kind. False if the run cannot be opened before its parent is."""
+        first = batch[0]
+        try:
+            if first["op"] == "open":
+                parent = first.get("parent")
+                if parent is not None and not is_run_id(parent):
+                    raise RejectedError(f"not a run id: {parent!r:.80}")
+                parent_id = progress(self._spool, parent).mlflow_run_id if parent else None
+                if parent and parent_id is None and self._spool.size(parent):
+                    return False
+                state.mlflow_run_id = self._sink.open(run_id, first, state.mlflow_run_id, parent_id)
+            elif state.mlflow_run_id is None:
+                raise RejectedError("the run was never opened")
+            elif first["op"] == "metrics":
+                self._sink.metrics(state.mlflow_run_id, batch)
+            else:
+                self._sink.apply(state.mlflow_run_id, first, self._spool.files(run_id))
+        except RejectedError as error:
+            if len(batch) > 1:  # find the one record that MLflow refuses
+                for record in batch:
+                    self._send(run_id, [record], state)
+                return True
+            if (run_id, first["op"]) not in self._refused:
+                self._refused.add((run_id, first["op"]))
+                _log.warning("MLflow refuses a %s record of run %s: %s", first["op"], run_id, error)
+        return True
+
+    def _begin(self, record: Record, run_id: str) -> None:
+        """A request is about to be sent."""
+        size = self._sink.upload_size(record, self._spool.files(run_id))
+        self._extra_s = max(self._extra_s, size / _SLOWEST)
+
+    def _drop_copy(self, run_id: str, copy: str) -> None:
+        with contextlib.suppress(BadNameError):  # the record was refused for it
+            shutil.rmtree(inside(self._spool.files(run_id), copy), ignore_errors=True)
+
+    def _note(self, run_id: str, state: Progress) -> None:
+        path = self._spool.path(run_id).with_suffix(".progress")
+        try:
+            # After every batch, and what a power cut spoils costs no more than to send records twice.
+            atomic_write(path, json.dumps(asdict(state)), durable=False, only_writer=True)
+        except OSError as error:
+            # The name tells this folder from that of a database.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _pause(failures: int) -> float:
+    """Seconds between the last of so many failures in a row and the next try."""
+    # After 1,024 failures, a night without the server, the power is too large for a float.
+    return min(_MAX_WAIT_S, 0.5 * 2.0 ** min(failures, 6))
+
+
+def _batch(records: list[tuple[Record, int]]) -> int:
+    """How many of the first records go into one request."""
+    count = values = 0
+    for record, _ in records:
+        values += len(record.get("metrics", {}))
+        if record["op"] != "metrics" or values > MAX_METRICS:
+            break
+        count += 1
+    return max(1, count)

@@ -1,0 +1,1 @@
+"""Elastic checkpoints: saved by any number of workers, loaded by any other."""

@@ -1,0 +1,199 @@
+"""When a job saves, and when a checkpoint counts: what all workers agree on after every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.training.checkpoint import reader
+from orchestrator.training.checkpoint.format import CheckpointError
+from orchestrator.training.checkpoint.interval import checkpoint_interval
+from orchestrator.training.checkpoint.writer import Saver
+from orchestrator.training.engine import Engine
+from orchestrator.training.job import Job
+
+_FAILED, _WRITING, _WRITTEN, _IDLE = -1.0, 0.0, 1.0, 2.0
+_MAX_FAILED_SAVES = 3
+_LOOK_S = 0.01
+# A copy that takes no time at all would ask for a checkpoint every step; writing one has its cost, too.
+_LEAST_COST_S = 0.05
+
+
+class Line(Protocol):
+    """The line to the controller. Nothing here waits, except for `recorded` to become true in its time."""
+
+    def phase(self, name: str) -> None:
+        """A part of the start is done."""
+
+    def report(
+        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+    ) -> None:
+        """Hand over the figures of the step that took the count to `step`, and what a checkpoint held it up.
+
+        `held_out` are figures of held-out photos by name; there are none after a step at which nobody looked at them.
+        """
+
+    def recorded(self, step: int) -> bool:
+        """Whether the driver has written down the figures of all steps up to `step`."""
+
+    def saved(self, step: int, figures: dict[str, float]) -> None:
+        """The checkpoint after `step` is committed."""
+
+    def trouble(self, what: str) -> None:
+        """Something went wrong that does not stop the training."""
+
+    def yield_requested(self) -> bool:
+        """Whether the group is to checkpoint and end."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all workers do after a step; the same on each of them."""
+
+    save: bool
+    stop: bool
+    written: bool
+    failed: bool
+
+
+class Saving:
+    """One worker's part in saving a job's checkpoints; all methods but `tell` are collective.
+
+    Args:
+        job: what is trained.
+        engine: whose state is saved.
+        line: to the controller.
+        mtbf_s: mean time between losses of a group, for the interval if the job sets none.
+        device: of the tensors that workers exchange.
+        step: steps done so far.
+    """
+
+    def __init__(self, job: Job, engine: Engine, line: Line, mtbf_s: float, device: str, step: int) -> None:
+        self._job, self._engine, self._line, self._mtbf_s, self._device = job, engine, line, mtbf_s, device
+        self._rank = dist.get_rank()
+        self._saver = Saver(
+            job.target,
+            token=reader.share(_take_over(job) if self._rank == 0 else None, device),
+            keep=job.elastic.keep_checkpoints,
+            keep_every=job.elastic.keep_every,
+            meta={"job": job.name, "num_steps": job.num_steps, "seed": job.seed},
+        )
+        self._saver.prepare(engine)
+        self._began_at = time.monotonic()
+        self._told = step
+        self._failures = 0
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that saving has held this worker up, all in all."""
+        return self._saver.stall_s
+
+    def agree(self) -> Agreement:
+        """What to do now, in one small collective: worker 0 says when to save and to stop, each whether it wrote."""
+        due = stop = recorded = True
+        if self._rank == 0:
+            due = time.monotonic() - self._began_at >= self._interval_s() and self._saver.pending is None
+            stop = self._line.yield_requested()
+            recorded = self._saver.pending is None or self._line.recorded(self._saver.pending)
+        own = [float(due), float(stop), float(recorded), self._progress()]
+        flags = torch.tensor(own, device=self._device)
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+        save, stopping, known, progress = flags.tolist()
+        # The curve must reach at least as far as the checkpoint, or a crash would leave a gap in it.
+        return Agreement(
+            bool(save), bool(stopping), bool(known) and progress == _WRITTEN, progress == _FAILED
+        )
+
+    def _progress(self) -> float:
+        """How far this worker is with writing its part of the pending checkpoint."""
+        if self._saver.pending is None:
+            return _IDLE
+        try:
+            return _WRITTEN if self._saver.written() else _WRITING
+        except CheckpointError as error:
+            self._line.trouble(str(error))
+            return _FAILED
+
+    def begin(self, done: int) -> None:
+        """Copy the state after `done` updates, and write it behind the next steps' back."""
+        self._saver.begin(self._engine, done)
+        self._began_at = time.monotonic()
+
+    def conclude(self, agreed: Agreement) -> None:
+        """Commit the pending checkpoint, or give it up and try again later.
+
+        Raises:
+            CheckpointError: it failed several times in a row.
+        """
+        if agreed.written:
+            self._failures = 0
+            self._saver.commit()
+            return
+        self._failures += 1
+        step = self._saver.pending
+        if self._failures >= _MAX_FAILED_SAVES:
+            self._saver.wait()  # raises what this worker met
+            raise CheckpointError(f"checkpoint {step}: another worker could not write its part")
+        self._saver.drop()
+
+    def now(self, done: int) -> None:
+        """Write the checkpoint after `done` updates and wait until it is committed."""
+        # What is on its way is worth finishing: a machine that goes during this must not lose more than it had to.
+        if self._saver.pending is not None:
+            self._finish_pending()
+        self._saver.begin(self._engine, done)
+        self._saver.wait()
+        while self._rank == 0 and not self._line.recorded(done):
+            time.sleep(_LOOK_S)
+        dist.barrier()
+        self._saver.commit()
+        self._saver.finish()
+        if self._rank == 0:
+            self.tell()
+        dist.barrier()
+
+    def _finish_pending(self) -> None:
+        step, written = self._saver.pending, True
+        assert step is not None
+        try:
+            self._saver.wait()
+        except CheckpointError as error:
+            self._line.trouble(str(error))
+            written = False
+        while self._rank == 0 and not self._line.recorded(step):
+            time.sleep(_LOOK_S)
+        flag = torch.tensor([float(written)], device=self._device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+        if flag.item():
+            self._saver.commit()
+        else:
+            self._saver.drop()
+
+    def tell(self) -> None:
+        """Tell the controller of a checkpoint that was committed since (worker 0)."""
+        step = self._saver.committed
+        if step is not None and step > self._told:
+            self._told = step
+            figures = {
+                "stall_seconds": self._saver.last_stall_s,
+                "write_seconds": self._saver.last_write_s,
+                "bytes": float(self._saver.last_bytes),
+                "interval_seconds": self._interval_s(),
+            }
+            self._line.saved(step, figures)
+
+    def _interval_s(self) -> float:
+        wanted = self._job.elastic.checkpoint_every_s
+        return wanted or checkpoint_interval(max(self._saver.last_stall_s, _LEAST_COST_S), self._mtbf_s)
+
+
+def _take_over(job: Job) -> str:
+    try:
+        return job.target.take()
+    except OSError as error:
+        raise CheckpointError(f"{job.checkpoints} cannot be written: {error.strerror or error}") from error

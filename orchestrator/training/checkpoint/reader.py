@@ -1,0 +1,230 @@
+"""Elastic checkpoints: each worker's flat 1-D shards in one safetensors file, loadable at any worker count.
+
+Worker r of W holds elements [r·n, min(N, (r+1)·n)) with n = ceil(N/W) of every saved tensor of N elements. A
+worker of another count finds the parts of its own range by arithmetic and reads those slices; no conversion,
+no pickle. The header says where in the tensor each shard lies, in the form that the Hugging Face reader of
+`torch.distributed.checkpoint` understands. See `saved.py` for the files and `saver.py` for writing them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orchestrator.training.checkpoint.format import (
+    COMMIT,
+    CheckpointError,
+    Saved,
+    latest,
+    step_name,
+    verified,
+)
+from orchestrator.training.checkpoint.partition import Shard
+from orchestrator.training.checkpoint.storage import Target
+from orchestrator.training.engine import Engine
+
+__all__ = [
+    "COMMIT",
+    "CheckpointError",
+    "Saved",
+    "Slice",
+    "Target",
+    "latest",
+    "newest",
+    "overlaps",
+    "restore",
+    "shards",
+    "share",
+    "verified",
+]
+
+logger = logging.getLogger("orchestrator")
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements [start, stop) of saved worker `rank`'s shard go to [into, into + stop - start) of this one's."""
+
+    rank: int
+    start: int
+    stop: int
+    into: int
+
+
+def overlaps(numel: int, saved_world: int, rank: int, world: int) -> list[Slice]:
+    """Where worker `rank` of `world` finds its part of a tensor of `numel` elements that `saved_world` wrote."""
+    size, saved_size = -(-numel // world), -(-numel // saved_world)
+    first, last = min(rank * size, numel), min((rank + 1) * size, numel)
+    found = []
+    while first < last:
+        writer = first // saved_size
+        stop = min(last, (writer + 1) * saved_size)
+        offset = writer * saved_size
+        found.append(Slice(writer, first - offset, stop - offset, first - min(rank * size, numel)))
+        first = stop
+    return found
+
+
+def shards(engine: Engine, *, fresh: bool = False) -> Iterator[tuple[str, Shard]]:
+    """All this worker must save, by key; collective at ZeRO 1 and 2.
+
+    With `fresh` moments are stood in for by the weights: same key and place, for an optimiser that has none yet.
+    """
+    for shard in engine.master():
+        yield f"master/{shard.name}", shard
+        for key in _MOMENTS if fresh else ():
+            yield f"{key}/{shard.name}", shard
+        if shard.name in engine.ema:
+            ema = engine.ema[shard.name]
+            yield f"ema/{shard.name}", Shard(shard.name, ema, shard.offset, shard.numel, shard.shape)
+    for key in () if fresh else _MOMENTS:
+        for shard in engine.moments(key):
+            yield f"{key}/{shard.name}", shard
+    for name, module in engine.modules.copies.items():
+        for shard in engine.read(module):
+            yield f"copies.{name}/{shard.name}", shard
+
+
+def share(value: Any, device: str = "cpu") -> Any:
+    """Worker 0's JSON `value`, on every worker; collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([text.numel()], device=device)
+    dist.broadcast(length, 0)
+    if dist.get_rank() != 0:
+        text = torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.broadcast(text, 0)
+    return json.loads(bytes(text.cpu().numpy()))
+
+
+def newest(
+    target: Target, rank: int, world: int, agree: Callable[[bool], bool], device: str = "cpu"
+) -> Saved | None:
+    """The newest good checkpoint, the same for all workers, its files at hand for this one's :func:`restore`.
+
+    Bad ones are logged with the file and what is wrong with it, and passed over. Collective.
+
+    Args:
+        agree: the AND of all workers' answers.
+        device: of the tensors that workers exchange.
+
+    Raises:
+        CheckpointError: on all workers, if one of them cannot reach the checkpoints or has no room for them.
+            That is no reason to take an older one, let alone to start anew.
+    """
+    steps: list[int] = []
+    trouble = None
+    if rank == 0:
+        try:
+            steps = target.committed()
+        except Exception as error:
+            trouble = f"{type(error).__name__}: {error}"
+    steps, trouble = share([steps, trouble], device)
+    if trouble is not None:
+        raise CheckpointError(f"the checkpoints in {target.folder} cannot be listed: {trouble}")
+    for step in steps:
+        found, wrong, trouble = _manifest(target, step) if rank == 0 else (None, None, None)
+        found, wrong, trouble = share([found, wrong, trouble], device)
+        saved = Saved(target.folder / step_name(step), found) if found is not None else None
+        if saved is not None:
+            wrong, trouble = _examine(target, saved, rank, world)
+        if not agree(trouble is None):
+            raise CheckpointError(
+                f"checkpoint {step} cannot be reached: {trouble or 'see the message of another worker'}"
+            )
+        if agree(wrong is None):
+            return saved
+        if wrong is not None and (rank == 0 or saved is not None):
+            logger.warning("checkpoint %s is skipped: %s", target.folder / step_name(step), wrong)
+    return None
+
+
+_Findings = tuple[str | None, str | None]
+
+
+def _manifest(target: Target, step: int) -> tuple[dict[str, Any] | None, str | None, str | None]:
+    try:
+        return target.find(step).meta, None, None
+    except CheckpointError as error:
+        return None, str(error), None
+    except Exception as error:
+        return None, None, f"{type(error).__name__}: {error}"
+
+
+def _examine(target: Target, saved: Saved, rank: int, world: int) -> _Findings:
+    """What is wrong with this worker's files of `saved`, and why it cannot tell; None and None if all is well."""
+    if target.store is not None:
+        # Each worker may be on a machine of its own: it fetches what it will read, and that is what it checks.
+        writers = {
+            part.rank for numel in saved.keys.values() for part in overlaps(numel, saved.world, rank, world)
+        }
+        names = [saved.shard(writer) for writer in sorted(writers)]
+    else:
+        names = sorted(saved.files)[rank::world]
+    try:
+        for name in names:
+            target.fetch(saved, name)
+    except CheckpointError as error:
+        return str(error), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+    return None, None
+
+
+def restore(saved: Saved, engine: Engine) -> int:
+    """Load `saved` into `engine` at whatever worker count runs now; returns the steps done. Collective.
+
+    Raises:
+        CheckpointError: it holds other tensors than the engine's.
+    """
+    known = saved.keys
+    local: dict[str, Tensor] = {}
+    wanted: dict[int, list[tuple[str, Slice]]] = {}
+    for key, shard in shards(engine, fresh=True):
+        if key not in known and key.startswith("copies."):
+            # A stage may add a copy (a Gram teacher) to what it starts from; the task built that one itself.
+            continue
+        if known.get(key) != shard.numel:
+            held = f"has {known[key]} elements of" if key in known else "lacks"
+            raise CheckpointError(f"it {held} {key}, where the model has {shard.numel} elements")
+        local[key] = torch.empty_like(shard.data)
+        for part in overlaps(shard.numel, saved.world, dist.get_rank(), dist.get_world_size()):
+            wanted.setdefault(part.rank, []).append((key, part))
+    for writer, parts in wanted.items():
+        _read(saved, writer, parts, local)
+    _put(engine, local, int(saved.meta["updates"]))
+    return saved.step
+
+
+def _read(saved: Saved, writer: int, parts: list[tuple[str, Slice]], local: dict[str, Tensor]) -> None:
+    from safetensors import safe_open
+
+    with safe_open(saved.path / saved.shard(writer), framework="pt") as file:
+        for key, part in parts:
+            into = local[key][part.into : part.into + part.stop - part.start]
+            into.copy_(file.get_slice(key)[part.start : part.stop])
+
+
+def _put(engine: Engine, local: dict[str, Tensor], updates: int) -> None:
+    def part(kind: str) -> dict[str, Tensor]:
+        return {
+            key.removeprefix(f"{kind}/"): value for key, value in local.items() if key.startswith(f"{kind}/")
+        }
+
+    engine.load(part("master"), {key: part(key) for key in _MOMENTS}, updates)
+    if engine.modules.ema is not None:
+        for name, value in part("ema").items():
+            engine.ema[name].copy_(value)
+        engine.write(engine.modules.ema, engine.ema)
+    for name, module in engine.modules.copies.items():
+        engine.write(module, part(f"copies.{name}"))

@@ -1,0 +1,173 @@
+"""What one elastic job is: everything its workers need to know, and where its results are. No torch here."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.config.schema import Elastic, Optimizer, Resources
+from orchestrator.names import inside
+from orchestrator.storage.local import Store
+from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified
+from orchestrator.training.checkpoint.storage import Target
+
+if TYPE_CHECKING:
+    from orchestrator.data.blocks import BlockSource
+    from orchestrator.training.task import Task
+
+logger = logging.getLogger("orchestrator")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs to train; sent to it by its driver, so all that `for_workers` leaves pickles.
+
+    Attributes:
+        name: in logs and reports, such as `pretrain` or `distill/vit-nano`.
+        task: makes the task; called in every worker.
+        num_blocks: blocks of a step.
+        num_steps: optimiser updates of the whole job.
+        optimizer: AdamW and its schedules.
+        zero_stage: 1, 2 or 3.
+        precision: `auto` is bf16 where a GPU has it, else fp32.
+        work: the job's folder; checkpoints and exports live below it.
+        seed: of weight initialisation.
+        start_from: a committed checkpoint of an earlier stage to begin with, weights and moments.
+        export_steps: after these many steps the EMA is exported to `exports/step-….safetensors`; the last
+            step always is.
+        elastic: workers, what each one's slot asks Ray for, checkpoint interval and what to keep.
+        blocks: makes the dataset; called in every worker.
+        slot_blocks: makes it instead where it has to live in a process of Ray's; called in every slot.
+        remote: the store, and the prefix in it, that keeps checkpoints and exports where `work` does not outlive
+            its machine; the prefix ends with a slash.
+        inputs: artifacts that workers need a copy of on their own machine: the store's address, kind and key.
+        limit: min_workers and max_workers just now, in place of `elastic.workers`; the controller asks it again
+            and again, and the group follows at the end of a step.
+        validation: makes the source of held-out blocks; called in every worker. As many as in a step are looked at.
+        validate_every: steps from one look at them to the next; 0: never.
+        pipeline: the pipeline's name.
+        max_unreadable: number of photos that its workers, all attempts together, may find unreadable; None is any.
+    """
+
+    name: str
+    task: Callable[[], Task]
+    num_blocks: int
+    num_steps: int
+    optimizer: Optimizer
+    zero_stage: int
+    precision: str
+    work: Path
+    seed: int
+    elastic: Elastic
+    start_from: Path | None = None
+    export_steps: tuple[int, ...] = ()
+    blocks: Callable[[], BlockSource] | None = None
+    slot_blocks: Callable[[], BlockSource] | None = None
+    remote: tuple[Store, str] | None = None
+    inputs: tuple[tuple[str, str, str], ...] = ()
+    limit: Callable[[], tuple[int, int]] | None = None
+    validation: Callable[[], BlockSource] | None = None
+    validate_every: int = 0
+    pipeline: str = ""
+    max_unreadable: int | None = None
+
+    def for_workers(self) -> Job:
+        """The job as workers get it: what lives in slots, or in the driver, stays there."""
+        return replace(self, slot_blocks=None, limit=None)
+
+    @property
+    def resources(self) -> Resources:
+        """What the slot of each worker asks Ray for."""
+        return self.elastic.resources
+
+    @property
+    def run_name(self) -> str:
+        """The name of its Ray Train run: `pipeline/stage` or `pipeline/stage/student`."""
+        return f"{self.pipeline}/{self.name}" if self.pipeline else self.name
+
+    @property
+    def where(self) -> str:
+        """The part of the pipeline file that describes it."""
+        stage, _, student = self.name.partition("/")
+        return f"stages.{stage}.students.{student}" if student else f"stages.{stage}"
+
+    @property
+    def checkpoint_uri(self) -> str:
+        """Where its elastic checkpoints are, as an address."""
+        if self.remote is None:
+            return self.checkpoints.absolute().as_uri()
+        store, prefix = self.remote
+        return f"{store.uri.rstrip('/')}/{prefix}checkpoints"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this job's elastic checkpoints are on this machine."""
+        return self.work / "checkpoints"
+
+    @property
+    def target(self) -> Target:
+        """Where this job's elastic checkpoints go."""
+        if self.remote is None:
+            return Target(self.checkpoints)
+        store, prefix = self.remote
+        return Target(self.checkpoints, store, f"{prefix}checkpoints/")
+
+    def export(self, step: int) -> Path:
+        """Where the EMA after `step` updates is exported to."""
+        return self.work / "exports" / f"step-{step:08d}.safetensors"
+
+    @property
+    def final_checkpoint(self) -> Path:
+        """The checkpoint after the last step, on this machine."""
+        return self.checkpoints / step_name(self.num_steps)
+
+    def is_done(self) -> bool:
+        """Whether the last checkpoint and export are there, so that nothing is left to train.
+
+        A checkpoint on this machine that is damaged is not there: the steps since the one before are done again. One
+        in a store is compared when it is fetched.
+        """
+        if self.remote is None:
+            return self.export(self.num_steps).exists() and _is_whole(self.final_checkpoint)
+        store, prefix = self.remote
+        names = (
+            f"checkpoints/{self.final_checkpoint.name}/{COMMIT}",
+            f"exports/{self.export(self.num_steps).name}",
+        )
+        return all(store.stat(f"{prefix}{name}") is not None for name in names)
+
+    def fetch(self) -> None:
+        """Bring the last checkpoint and the exports of a job that is done to this machine.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+        """
+        if self.remote is None:
+            return
+        self.target.whole(self.num_steps)
+        store, prefix = self.remote
+        for name in store.list(f"{prefix}exports/"):
+            path = inside(self.work / "exports", name.removeprefix(f"{prefix}exports/"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(name, path)
+
+    def collect(self, folder: Path) -> None:
+        """Copy the last checkpoint, without what other groups left beside it, to `folder`."""
+        for name in (*read(self.final_checkpoint).files, COMMIT):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.final_checkpoint / name, folder / name)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if not (checkpoint / COMMIT).exists():
+        return False
+    try:
+        verified(checkpoint)
+    except CheckpointError as error:
+        logger.warning("the last checkpoint is made again: %s: %s", checkpoint, error)
+        return False
+    return True

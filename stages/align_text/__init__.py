@@ -1,0 +1,1 @@
+"""`align_text`: a text tower for a locked vision tower."""

@@ -1,0 +1,303 @@
+"""Curation: whole, distinct photographs, clustered by look and sampled evenly.
+
+After DINOv3 (arXiv 2508.10104, section 3.1) and Vo et al. (arXiv 2405.15613), in small: one level of k-means,
+and a classical thumbnail descriptor in the place of an encoder's embedding until a trained encoder can be
+given.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from orchestrator.config.schema import Names, in_key_if_set
+from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
+from orchestrator.errors import Stopped, UserError, nearest
+from orchestrator.stages.base import Context, Outlook, Stage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from orchestrator.data.curation.selection import Fate
+    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.sources.folder import LeftOut, Photo
+
+logger = logging.getLogger("orchestrator")
+
+# Names in the report; `provenance.parquet` has all.
+_LISTED = 1000
+# Names in the log.
+_NAMED = 3
+
+
+class Curate(Stage):
+    """Files of one or more datasets → the index of photographs that training reads.
+
+    Photographs are not copied. The index has their absolute folder, their path in it and their sha256, so it is valid
+    on all machines that have the folder at the same path.
+
+    `embedding: thumbnail` describes colours and edges, not content, so clusters contain images that look similar.
+    """
+
+    kind: Literal["curate"]
+    data: Names = Field(
+        min_length=1,
+        description="The names of the datasets to curate. If two of them contain the same image, the first one's copy "
+        "is kept.",
+    )
+    clusters: int = Field(16, ge=1, description="The number of k-means clusters that sampling balances.")
+    sample: int | float = Field(
+        0.5,
+        description="The number of images to select, balanced over the clusters: a count, or a share of the unique "
+        "images above 0 and up to 1.0.",
+    )
+    embedding: Literal["thumbnail"] = Field(
+        "thumbnail",
+        description="The features that images are clustered by. The only choice, thumbnail, describes colours and "
+        "edges.",
+    )
+    near_duplicate: float = Field(
+        3.0,
+        ge=0,
+        le=255,
+        description="The maximum root mean square difference of two near-duplicates, in grey levels (0 to 255) of "
+        "their 32×32 thumbnails.",
+    )
+
+    holdout: float = in_key_if_set(
+        0.0,
+        ge=0,
+        lt=1,
+        description="The share of unique images that are held out from training, from 0 to 1: the component "
+        "`held_out`, on which `validate_every` of a training stage computes its losses. Whether an image is held out "
+        "depends only on its bytes.",
+    )
+
+    needs_ray: ClassVar[bool] = False
+    components: ClassVar[tuple[str, ...]] = (CHOSEN, LEFT_OUT)
+    outputs: ClassVar[Mapping[str, str]] = {
+        "index.parquet": "one row a unique photo: where it is, caption, label, cluster, component",
+        "embeddings.npy": "float32, one row a row of the index",
+        "provenance.parquet": "every file of the sources: what happened to it and why",
+        "report.json": "counts, duplicate groups, corrupt files, clusters",
+        "clusters.png": "a few photos of each cluster",
+    }
+
+    @field_validator("sample")
+    @classmethod
+    def _sensible(cls, value: float) -> float:
+        if value <= 0 or (isinstance(value, float) and value > 1):
+            raise ValueError("give a whole number of photos, or a share above 0 and at most 1.0")
+        return value
+
+    def foresee(self, outlook: Outlook) -> list[UserError]:
+        """See :class:`Stage`: more clusters, or a larger sample, than there are photos."""
+        if outlook.photos is None:
+            return []
+        most = outlook.photos.photos
+        found = []
+        if self.clusters > most:
+            what = f"{self.clusters} clusters cannot be made of {most} photos"
+            found.append(UserError(what, where="clusters", hint=f"use at most {most}"))
+        if isinstance(self.sample, int) and self.sample > most:
+            what = f"a sample of {self.sample} cannot be taken from {most} photos"
+            hint = f"use at most {most}, or a share such as 0.5"
+            found.append(UserError(what, where="sample", hint=hint))
+        return found
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Scans, removes repeats, embeds, clusters and samples; deterministic in the files, config and seed.
+
+        Raises:
+            UserError: an unknown or empty source, nothing readable, or more clusters or samples than photos.
+            Stopped: the user asked for it; the stage starts over next time.
+        """
+        import numpy as np
+
+        from orchestrator.data.curation import selection
+        from orchestrator.data.curation.contact_sheet import draw_clusters
+        from orchestrator.data.index import PhotoIndex
+
+        def stop() -> None:
+            if context.stop.is_set():
+                raise Stopped
+
+        photos, left_out = self._scan(context)
+        stop()
+        roots = {name: context.sources[name].path.resolve() for name in self.data}
+        limits = {name: context.sources[name].max_pixels for name in self.data}
+        fates, embeddings = selection.sift(photos, roots, self.near_duplicate, stop, limits)
+        target = self._target(len(embeddings), context.name)
+        clusters, distances = selection.cluster(embeddings, self.clusters, context.seed)
+        stop()
+        balanced = selection.draw_balanced(clusters, target, context.seed)
+        index = PhotoIndex(selection.index_rows(fates, clusters, balanced, self.holdout))
+        index.save(context.out)
+        np.save(context.out / "embeddings.npy", embeddings)
+        others = [selection.left_out(name, item, roots[name]) for name, item in left_out]
+        _write_provenance(context.out / "provenance.parquet", [*fates, *others], index)
+        report = _report(self, fates, others, index, embeddings)
+        (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        draw_clusters(index, distances, context.out / "clusters.png")
+        context.run.file(context.out / "clusters.png", "curation")
+        if others:
+            reasons = "; ".join(
+                f"{count} × {reason}" for reason, count in report["left_out_by_reason"].items()
+            )
+            number = "1 file is" if len(others) == 1 else f"{len(others)} files are"
+            logger.warning("%s: %s not used as photos: %s", context.name, number, reasons)
+        _tell(context.name, report)
+        summary = ("images", "unique", "corrupt", "duplicates", "clusters")
+        return {name: float(report[name]) for name in summary}
+
+    def _scan(self, context: Context) -> tuple[list[Photo], list[tuple[str, LeftOut]]]:
+        """The photos of all sources, and what else is there."""
+        from orchestrator.data.sources.folder import list_images, scan
+
+        photos: list[Photo] = []
+        left_out: list[tuple[str, LeftOut]] = []
+        for name in self.data:
+            if name not in context.sources:
+                near = nearest(name, context.sources)
+                raise UserError(
+                    f"there is no dataset {name!r}",
+                    where=f"stages.{context.name}.data",
+                    hint=f"did you mean {near!r}?" if near else f"name one of {sorted(context.sources)}",
+                )
+            listing = list_images(context.sources[name], name)
+            photos += scan(context.sources[name], name, listing)
+            left_out += [(name, item) for item in listing.left_out]
+        if all(photo.error for photo in photos):
+            raise UserError(
+                f"none of the {len(photos)} images can be read; {photos[0].path}: {photos[0].error}",
+                where=str(context.sources[photos[0].source].path),
+                hint="check that the files were copied whole",
+            )
+        return photos, left_out
+
+    def _target(self, num_unique: int, stage: str) -> int:
+        """Photos of the balanced component."""
+        if self.clusters > num_unique:
+            raise UserError(
+                f"{self.clusters} clusters cannot be made of {num_unique} different photos",
+                where=f"stages.{stage}.clusters",
+                hint=f"use at most {num_unique}",
+            )
+        if isinstance(self.sample, float):
+            return max(1, round(self.sample * num_unique))
+        if self.sample > num_unique:
+            raise UserError(
+                f"a sample of {self.sample} cannot be taken from {num_unique} different photos",
+                where=f"stages.{stage}.sample",
+                hint=f"use at most {num_unique}, or a share such as 0.5",
+            )
+        return self.sample
+
+
+def _tell(stage: str, report: Mapping[str, Any]) -> None:
+    """Name the first files that cannot be read, and the first duplicates; the report has all."""
+    if corrupt := report["corrupt_files"]:
+        named = [f"{name} ({reason})" for name, reason in corrupt.items()]
+        number = "1 photo" if len(corrupt) == 1 else f"{len(corrupt)} photos"
+        logger.warning("%s: %s cannot be read: %s", stage, number, _first(named))
+    if groups := report["duplicate_groups"]:
+        pairs = [f"{name} (as {group['kept']})" for group in groups for name in group["dropped"]]
+        number = "1 duplicate is" if len(pairs) == 1 else f"{len(pairs)} duplicates are"
+        logger.info("%s: %s left out: %s", stage, number, _first(pairs))
+
+
+def _first(named: Sequence[str]) -> str:
+    more = len(named) - _NAMED
+    return "; ".join(named[:_NAMED]) + (f"; and {more} more in report.json" if more > 0 else "")
+
+
+def _write_provenance(path: Path, fates: Sequence[Fate], index: PhotoIndex) -> None:
+    """One row a file; `id` is its row in the index, or null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids = {(index[i].source, index[i].path): i for i in range(len(index))}
+    rows = []
+    for fate in fates:
+        row = ids.get((fate.photo.source, fate.photo.path))
+        rows.append(
+            {
+                "source": fate.photo.source,
+                "path": fate.photo.path,
+                "root": fate.root,
+                "sha256": fate.photo.sha256,
+                "bytes": fate.photo.bytes,
+                "status": fate.status,
+                "reason": fate.reason or (f"{index[row].component} component" if row is not None else ""),
+                "duplicate_of": fate.duplicate_of,
+                "id": row,
+                "cluster": None if row is None else index[row].cluster,
+            }
+        )
+    text, whole = pa.string(), pa.int64()
+    types = {"bytes": whole, "id": whole, "cluster": whole}
+    schema = pa.schema([(name, types.get(name, text)) for name in rows[0]])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _report(
+    config: Curate,
+    fates: Sequence[Fate],
+    left_out: Sequence[Fate],
+    index: PhotoIndex,
+    embeddings_ND: NDArray[np.float32],
+) -> dict[str, Any]:
+    """Counts and lists, without absolute paths, so that reports compare across machines."""
+    by_status = Counter(fate.status for fate in fates)
+    components = [index[i].component for i in range(len(index))]
+    sizes, taken = (
+        Counter(index.clusters.tolist()),
+        Counter(
+            number for number, name in zip(index.clusters.tolist(), components, strict=True) if name == CHOSEN
+        ),
+    )
+    return {
+        "images": len(fates),
+        "unique": by_status["unique"],
+        "corrupt": by_status["corrupt"],
+        "duplicates": by_status["duplicate"],
+        "clusters": len(sizes),
+        "components": dict(sorted(Counter(components).items())),
+        "embedding": {"name": config.embedding, "dim": int(embeddings_ND.shape[1])},
+        "corrupt_files": {fate.name: fate.reason for fate in fates if fate.status == "corrupt"},
+        "left_out": len(left_out),
+        "left_out_by_reason": dict(Counter(fate.reason for fate in left_out).most_common()),
+        "left_out_files": {fate.name: fate.reason for fate in left_out[:_LISTED]},
+        "duplicate_groups": _duplicate_groups(fates),
+        "cluster_sizes": {
+            str(number): {"photos": sizes[number], "taken": taken[number]} for number in sorted(sizes)
+        },
+    }
+
+
+def _duplicate_groups(fates: Sequence[Fate]) -> list[dict[str, Any]]:
+    """Groups of equal photos, largest first, and whether their captions or labels disagree."""
+    by_name = {fate.name: fate for fate in fates}
+    groups: dict[str, list[Fate]] = defaultdict(list)
+    for fate in fates:
+        if fate.duplicate_of:
+            groups[fate.duplicate_of].append(fate)
+    listed = []
+    for kept, repeats in groups.items():
+        members = [by_name[kept].photo, *(fate.photo for fate in repeats)]
+        listed.append(
+            {
+                "kept": kept,
+                "dropped": {fate.name: fate.reason.split(" as ")[0] for fate in repeats},
+                "captions_differ": len({photo.caption for photo in members}) > 1,
+                "labels_differ": len({photo.label for photo in members}) > 1,
+            }
+        )
+    return sorted(listed, key=lambda group: (-len(group["dropped"]), group["kept"]))

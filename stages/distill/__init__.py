@@ -1,0 +1,1 @@
+"""`distill`: one frozen teacher, many students."""

@@ -1,0 +1,393 @@
+"""`distill`: one frozen teacher, any number of students, each its own elastic job and its own artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from orchestrator.config.extension import versions
+from orchestrator.config.schema import (
+    Momentum,
+    Optimizer,
+    Resources,
+    Schedule,
+    Settings,
+    Share,
+    Workers,
+    check_ratio,
+    check_warmup,
+    operational,
+)
+from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
+from orchestrator.errors import UserError
+from orchestrator.models.configs import Config
+from orchestrator.models.presets import preset
+from orchestrator.stages.base import Context, Input, Stage
+from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, HomogeneousMixStage
+from orchestrator.stages.distill.features import FeatureObjective
+from orchestrator.stages.ssl.config import (
+    BACKBONE_KINDS,
+    INDEX_KINDS,
+    KOLEO_GROUP,
+    KOLEO_VIEWS,
+    OVERRIDES,
+    KoLeoViews,
+    ModelName,
+    Overrides,
+    check_blocks,
+    check_crops,
+    check_group,
+)
+
+# Names folders, runs and models.
+StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+_STAGE_ONLY = ("kind", "needs", "students")
+# Of what a teacher says, in fp32.
+_NUMBER_BYTES = 4
+
+
+class Views(Settings):
+    """The crop sizes of one student. Its crops show the same image regions and colours as the stage's."""
+
+    global_size: Side = Field(description="The side of this student's global crops, in pixels.")
+    local_size: Side | None = Field(
+        None, description="The side of this student's local crops, in pixels. Default: the stage's."
+    )
+    num_local: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_VIEWS,
+        description="The number of this student's local crops. Default: the stage's.",
+    )
+
+
+class Student(Settings):
+    """One student. Its heads have the same sizes and numbers of prototypes as the teacher's."""
+
+    model: ModelName = Field(
+        description="The name of the student's backbone. `orchestrator models` lists them all."
+    )
+    model_overrides: Overrides = Field({}, description=OVERRIDES)
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="The drop-path rate: the share of a batch's samples that each residual branch skips, from 0 to 1.",
+    )
+    optimizer: Optimizer | None = Field(
+        None, description="The settings of AdamW for this student. Default: the stage's."
+    )
+    ema: Schedule | None = Field(
+        None, description="The momentum of this student's EMA by step. Default: the stage's."
+    )
+    mask_inputs: bool = Field(
+        True,
+        description="Whether the student sees masked global crops, as in the paper. The published code shows it "
+        "unmasked crops.",
+    )
+    views: Views | None = Field(
+        None, description="The sizes and number of this student's crops. Default: the stage's."
+    )
+    steps: int | None = Field(
+        None, ge=1, description="The number of optimizer steps of this student. Default: the stage's."
+    )
+    joins: Literal["start", "now"] = Field(
+        "start",
+        description="The teacher step at which the student starts. start: the first step, whose outputs are computed "
+        "again if necessary. now: the step that the other students are at when this one first starts.",
+    )
+    precision: Literal["auto", "fp32", "bf16"] | None = Field(
+        None, description="The training precision of this student. Default: the stage's."
+    )
+    zero_stage: Literal[1, 2, 3] = operational(
+        3, description="The ZeRO stage of DeepSpeed for this student. In bf16, 1 behaves like 2."
+    )
+    workers: Workers | None = operational(
+        None,
+        description="The number of workers of this student, as in `elastic.workers`. Default: the stage's.",
+    )
+    resources: Resources | None = operational(
+        None,
+        description="The resources of this student's workers. They override the stage's `elastic.resources` key by "
+        "key.",
+    )
+
+    @property
+    def tower(self) -> Config:
+        """The shape of the student, without drop-path."""
+        return preset(self.model, **self.model_overrides)
+
+
+class Distill(HomogeneousMixStage):
+    """Multi-student distillation (arXiv 2508.10104, section 5.2).
+
+    The losses are those of pretraining, with a frozen teacher instead of the EMA teacher. The teacher's forward pass
+    is computed once per step for all students.
+    """
+
+    kind: Literal["distill"]
+    students: dict[StudentName, Student] = Field(min_length=1, description="The students by name.")
+    steps: int = Field(ge=1, description="The number of optimizer steps. A student can override it.")
+    batch_size: int = Field(ge=1, description="The number of images per step, the same for all students.")
+    block_size: int = Field(
+        16,
+        ge=2,
+        description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
+        "`batch_size`.",
+    )
+    crops: CropConfig = Field(
+        CropConfig(), description="The sizes and augmentations of global and local crops."
+    )
+    features: FeatureObjective | None = Field(
+        None,
+        description="The objective for teachers without heads: students regress the teacher's features. Default: "
+        "students learn the outputs of the teacher's DINO and iBOT heads.",
+    )
+    optimizer: Optimizer = Field(
+        description="The settings of AdamW, with its learning rate schedule. A student can override them."
+    )
+    ema: Momentum = Field(
+        Schedule(peak=0.994, end=1.0, shape="cosine"),
+        description="The momentum of each student's EMA by step, from 0 to 1. The EMA weights are the ones that are "
+        "exported.",
+    )
+    student_temperature: float = Field(
+        0.1, gt=0, description="The temperature of the students' softmax in the DINO and iBOT losses."
+    )
+    teacher_temperature: float = Field(0.07, gt=0, description="The temperature of the teacher's targets.")
+    local_weight: float = Field(1.0, ge=0, description="The weight of the DINO loss on local crops.")
+    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (section 3.2).")
+    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss (section 3.2: 0.1).")
+    koleo_views: KoLeoViews = KOLEO_VIEWS
+    koleo_group: int | None = KOLEO_GROUP
+    mask_ratio: tuple[Share, Share] = Field(
+        (0.1, 0.5),
+        description="The minimum and maximum share of masked patches in a masked global crop, from 0 to 1.",
+    )
+    mask_probability: float = Field(
+        0.5, ge=0, le=1, description="The share of global crops that are masked, from 0 to 1."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
+    )
+    chunk_rows: int | None = operational(
+        None,
+        ge=1,
+        description="The maximum number of rows whose logits are in memory at once. A change alters results in their "
+        "last bits, even with `elastic.exact`, but runs no stage again. Default: all rows of a block.",
+    )
+    window: int = operational(
+        4,
+        ge=2,
+        description="The prefetch window: the number of teacher steps whose outputs are kept for the slowest student. "
+        "At least the number of teachers plus 1 is used.",
+    )
+    workers: Literal["auto"] | None = operational(
+        None,
+        description="The split of devices. auto splits them between teachers and students, from measured costs, so "
+        "that all finish at the same time, and again whenever the cluster changes. Default: each student has its own "
+        "`workers`.",
+    )
+    teachers: int | Literal["auto"] = operational(
+        "auto",
+        description="The number of teacher actors. Each computes whole steps. auto is 1, or follows from `workers: "
+        "auto`.",
+    )
+    teacher_shards: int = operational(
+        1,
+        ge=1,
+        description="The number of processes that each teacher is sharded over. They run on one machine, each with "
+        "`teacher_gpus`.",
+    )
+    teacher_threads: int = operational(
+        1,
+        ge=1,
+        description="The number of threads per teacher actor that prefetch the views of the next step.",
+    )
+    teacher_gpus: float = operational(
+        0.1,
+        gt=0,
+        le=1024,
+        description="The number of GPUs per teacher process: a whole number, or a fraction below 1. It is ignored if "
+        "there are no GPUs.",
+    )
+    views: Literal["shared", "regenerated"] = operational(
+        "shared",
+        description="The origin of the students' crops. shared: the teacher makes them once and sends them to all "
+        "students. regenerated: each student's workers make the same crops again from the seed.",
+    )
+    replay: bool = operational(
+        False,
+        description="Whether the teacher's outputs are saved in the store for students that are trained later.",
+    )
+
+    preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.distill.task",)
+    inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("teacher", BACKBONE_KINDS))
+    outputs: ClassVar[Mapping[str, str]] = {
+        "students": "a folder a student: model/ (EMA), recipe.json, history.json, and in artifact.json the key of "
+        "the artifact that has its checkpoint too",
+        "sharing.json": "what the teacher computed and handed out",
+        DRAWN: DRAWN_MEANS,
+    }
+
+    @model_validator(mode="after")
+    def _fits(self) -> Distill:
+        check_blocks(self, self.batch_size, self.block_size)
+        if isinstance(self.teachers, int) and self.teachers < 1:
+            raise ValueError(f"teachers is {self.teachers}: at least 1 is needed")
+        if self.teacher_shards > 1 and self.features is not None:
+            raise ValueError(
+                "teacher_shards is only for teachers with heads: leave it out, or leave out `features`"
+            )
+        if self.teacher_shards > 1 and self.replay:
+            raise ValueError("replay and teacher_shards cannot be combined: leave one of them out")
+        check_group(self.koleo_group, self.block_size)
+        check_ratio("mask_ratio", self.mask_ratio)
+        for name, student in self.students.items():
+            at = "crops" if student.views is None else f"students.{name}.views"
+            check_crops(self.crops_of(student), student.model, student.model_overrides, at)
+            own = student.optimizer is not None
+            optimizer = student.optimizer or self.optimizer
+            check_warmup(
+                f"students.{name}.optimizer.lr" if own else "optimizer.lr",
+                optimizer.lr,
+                self.steps_of(student),
+            )
+        return self
+
+    def crops_at(self, step: int, seed: int) -> CropConfig:
+        """The views of `step`: the same in all."""
+        return self.crops
+
+    def crops_of(self, student: Student) -> CropConfig:
+        """A student's views."""
+        own = student.views.model_dump(exclude_none=True) if student.views is not None else {}
+        return self.crops.model_copy(update=own)
+
+    @property
+    def num_teachers(self) -> int:
+        """Teacher actors at the start."""
+        return self.teachers if isinstance(self.teachers, int) else 1
+
+    def window_of(self, teachers: int) -> int:
+        """Steps that are held while so many teachers are at work: one more than they are, or nobody would have any."""
+        return max(self.window, teachers + 1)
+
+    def view_bytes(self, students: Iterable[Student]) -> int:
+        """Of these students' views in one step, as far as teachers make them; what teachers say comes on top."""
+        if self.views == "regenerated":
+            return 0
+        sizes = {
+            crops.model_dump_json(): crops.num_bytes for crops in (self.crops_of(one) for one in students)
+        }
+        return self.batch_size * sum(sizes.values())
+
+    def num_exports(self) -> int:
+        """See :class:`TrainStage`: a student's model is in its own artifact and in its stage's."""
+        return 2
+
+    def held_bytes(self) -> float:
+        """See :class:`TrainStage`: the views of a window; a worker may be a step behind the others."""
+        return float((self.window_of(self.num_teachers) + 1) * self.view_bytes(self.students.values()))
+
+    def kept_bytes(self, origin: Stage | None) -> float:
+        """See :class:`TrainStage`: with `replay` what the teacher says in all steps, but for what is small in it.
+
+        Of teachers from elsewhere it is not known before they are opened.
+        """
+        from orchestrator.stages.common.operations import feature_dim, masked_share
+        from orchestrator.stages.ssl.pretrain import Pretrain
+
+        if not (self.replay and isinstance(origin, Pretrain)):
+            return 0.0
+        crops, tower, heads = self.crops, origin.tower, origin.heads
+        patches = (crops.global_size // tower.patch_size) ** 2
+        if self.features is not None:
+            width = feature_dim(tower) * (1 + patches) if self.features.uses_own else 0
+        else:
+            masked = masked_share(self.mask_probability, self.mask_ratio, self.block_size * crops.num_global)
+            width = heads.dino_bottleneck + round(masked * patches) * heads.ibot_bottleneck
+        steps = max(self.steps_of(student) for student in self.students.values())
+        return float(_NUMBER_BYTES * steps * self.batch_size * crops.num_global * width)
+
+    def check_room(self, window: int, step_bytes: int, room: float, where: str) -> None:
+        """See that a window of such steps fits into an object store of `room` bytes.
+
+        Raises:
+            UserError: it does not.
+        """
+        held = window + 1  # a worker may be a step behind the others
+        if held * step_bytes <= room:
+            return
+        fits = int(room // step_bytes) - 1
+        raise UserError(
+            f"{held} steps of {step_bytes / 1e9:.3g} GB each are kept at the same time, and the object store has "
+            f"{room / 1e9:.3g} GB",
+            where=where,
+            hint=f"set window to {fits}" if fits >= 2 else "set views: regenerated, or a smaller batch_size",
+        )
+
+    def check_shards(self, gpus: float, where: str) -> None:
+        """See that the processes of one teacher have a GPU each on a cluster with `gpus`: NCCL connects them.
+
+        Raises:
+            UserError: two would be on one.
+        """
+        if gpus and self.teacher_shards > 1 and self.teacher_gpus < 1:
+            raise UserError(
+                f"{self.teacher_shards} processes of one teacher, on {self.teacher_gpus:g} of a GPU each, would be on "
+                "one GPU: NCCL needs a GPU of its own for each",
+                where=where,
+                hint="set teacher_gpus: 1, or teacher_shards: 1",
+            )
+
+    def ema_of(self, student: Student) -> Schedule:
+        """The momentum of a student's average."""
+        return student.ema or self.ema
+
+    def steps_of(self, student: Student) -> int:
+        """A student's number of updates."""
+        return student.steps or self.steps
+
+    def student_identity(self, name: str) -> dict[str, Any]:
+        """All in this config that decides one student, and nothing of the others."""
+        stage = {field: value for field, value in self.identity().items() if field not in _STAGE_ONLY}
+        student = self.students[name]
+        brought = versions(self.model_copy(update={"students": {}})) | versions(student)
+        own = {"extensions": brought} if brought else {}
+        return {**stage, "name": name, "student": student.identity(), **own}
+
+    def models(self) -> Mapping[str, str]:
+        """See :meth:`Stage.models`."""
+        return {name: f"students/{name}/model" for name in self.students}
+
+    def wants(self) -> tuple[Input, ...]:
+        """See :class:`Stage`: teachers from elsewhere need no stage that made them."""
+        elsewhere = self.features is not None and not self.features.uses_own
+        return tuple(wanted for wanted in self.inputs if not (elsewhere and wanted.role == "teacher"))
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """See :class:`Stage`."""
+        if self.features is None:
+            return {}
+        return {f"features.{field}": paths for field, paths in self.features.files().items()}
+
+    def check(self) -> None:
+        """See :class:`Stage`."""
+        super().check()
+        if self.features is None:
+            return
+        try:
+            self.features.check(self.crops)
+        except UserError as error:
+            raise UserError(error.what, where=f"features.{error.where}", hint=error.hint) from None
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Train all students beside one teacher; one that fails does not stop the others."""
+        from orchestrator.stages.distill.students import train
+
+        return train(self, context)

@@ -1,0 +1,252 @@
+"""The students of a `distill` stage are trained at once, each is published when it is done, and all are gathered."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.config.schema import Elastic
+from orchestrator.errors import Stopped, UserError
+from orchestrator.stages.base import Context
+from orchestrator.stages.common.mixing import draws_of
+from orchestrator.stages.distill.student_runs import Pupil, pupils_of
+from orchestrator.stages.ssl.config import stage_seed, summary
+
+if TYPE_CHECKING:
+    from orchestrator.capacity.rebalance import Balancer
+    from orchestrator.stages.distill.config import Distill
+    from orchestrator.stages.distill.teaching import Teaching
+    from orchestrator.teacher_service.service import Keeper
+    from orchestrator.tracking.run import Run
+
+_ARTIFACT = "artifact.json"
+_FIGURES = "figures.json"
+# In the stage's own artifact; a checkpoint stays in the student's.
+_SHOWN = ("model", "recipe.json", "history.json", _FIGURES, _ARTIFACT)
+
+
+def train(config: Distill, context: Context) -> Mapping[str, float]:
+    """Train the students that are not there yet, all at once, and gather all of them."""
+    from orchestrator.stages.distill.teaching import teaching
+
+    seed = stage_seed(context, config.kind)
+    order = partial(config.sample_order, batch_size=config.batch_size, seed=seed)
+    draws = draws_of(context.name, order, context.inputs["index"].path)
+    with ExitStack() as held:
+        parts = {
+            name: held.enter_context(context.part("student", config.student_identity(name)))
+            for name in config.students
+        }
+        teach = teaching(config, context, seed)
+        limit = draws.most_unreadable(config.max_unreadable)
+        pupils = pupils_of(config, context, teach, parts, limit)
+        context.work.mkdir(parents=True, exist_ok=True)
+        folders = {name: part.artifact for name, part in parts.items() if part.artifact is not None}
+        stats, made = _train_all(config, context, teach, pupils)
+    (context.out / "sharing.json").write_text(json.dumps(stats, indent=1))
+    figures = _gather({**folders, **made}, list(config.students), context.out)
+    # What a reader of the summary line wants to see first.
+    first = {name: value for name, value in figures.items() if name.endswith("_last_loss")}
+    return first | stats | figures | draws.write(_last_step(config, figures), context.out)
+
+
+def _last_step(config: Distill, figures: Mapping[str, float]) -> int:
+    """The teachers' step at which the last student has ended: what was drawn up to there was drawn for one of them."""
+    return max(
+        int(figures.get(f"{name}_first_step", 0.0)) + config.steps_of(student)
+        for name, student in config.students.items()
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+def _train_all(
+    config: Distill, context: Context, teach: Teaching, pupils: Mapping[str, Pupil]
+) -> tuple[dict[str, float], dict[str, Path]]:
+    """Train all pupils at once; what the service counted, and the folders of their artifacts."""
+    import ray
+
+    from orchestrator.teacher_service.service import Keeper
+
+    gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
+    config.check_shards(gpus, f"stages.{context.name}.teacher_gpus")
+    num_steps = max((pupil.offset + pupil.job.num_steps for pupil in pupils.values()), default=0)
+    balance = _balance(config, context, pupils)
+    by_balance = balance is not None and config.teachers == "auto"
+    teachers = balance.teachers if balance and by_balance else lambda: config.num_teachers
+    window = config.window_of(teachers())
+    if pupils:
+        room = ray.cluster_resources().get("object_store_memory", math.inf)
+        step_bytes = teach.bytes_per_step([pupil.config for pupil in pupils.values()])
+        config.check_room(window, step_bytes, room, f"stages.{context.name}.window")
+    with Keeper(
+        teach.factory([pupil.config for pupil in pupils.values()], num_steps),
+        {name: pupil.next_step for name, pupil in pupils.items() if not pupil.job.is_done()},
+        num_steps,
+        config.batch_size // config.block_size,
+        window=window,
+        hang_s=context.elastic.stall_timeout_s,
+        gpus=config.teacher_gpus if gpus else 0.0,
+        account=context.work / "sharing.json",
+        on_figures=partial(_track, context.run),
+        teachers=teachers,
+        shards=config.teacher_shards,
+    ) as keeper:
+        made = _in_threads(context, teach, keeper, balance, pupils)
+    return asdict(keeper.account.stats()), made
+
+
+def _balance(config: Distill, context: Context, pupils: Mapping[str, Pupil]) -> Balancer | None:
+    """Who may have how many workers, where that is to follow from measured costs."""
+    from orchestrator.stages.distill.balancing import balancer
+    from orchestrator.stages.distill.profiling import Material
+    from orchestrator.stages.ssl.config import ModelRecipe
+
+    if config.workers is None or not pupils:
+        return None
+    index, teacher = context.inputs["index"], context.inputs.get("teacher")
+    recipe = None
+    if teacher is not None:
+        recipe = ModelRecipe.model_validate_json((teacher.path / "recipe.json").read_text())
+    folder = teacher.path if teacher is not None else None
+    material = Material(
+        config, recipe, folder, index.path, index.key, context.elastic.device, context.sources
+    )
+    left = {name: pupil.job.num_steps - (pupil.next_step - pupil.offset) for name, pupil in pupils.items()}
+    bounds = {
+        name: _bounds(pupil.job.elastic) for name, pupil in pupils.items() if pupil.config.workers is not None
+    }
+    return balancer(material, left, bounds)
+
+
+def _bounds(elastic: Elastic) -> tuple[int, int | None]:
+    return elastic.workers[0], None if elastic.every_device else elastic.workers[1]
+
+
+def _in_threads(
+    context: Context,
+    teach: Teaching,
+    keeper: Keeper,
+    balance: Balancer | None,
+    pupils: Mapping[str, Pupil],
+) -> dict[str, Path]:
+    if not pupils:
+        return {}
+    with ThreadPoolExecutor(len(pupils), thread_name_prefix="student") as pool:
+        futures = {
+            name: pool.submit(_train_one, context, teach, keeper, balance, pupil)
+            for name, pupil in pupils.items()
+        }
+    _raise_first(futures)
+    return {name: future.result() for name, future in futures.items()}
+
+
+def _train_one(
+    context: Context, teach: Teaching, keeper: Keeper, balance: Balancer | None, pupil: Pupil
+) -> Path:
+    """Train one student to its end and publish it at once; its siblings' fate does not matter to it."""
+    from orchestrator.elastic import trainer
+
+    # The id follows from the stage's, so a resumed stage finds its students' runs again.
+    run = context.run.child(f"{context.name}/{pupil.name}", resume_id=f"{context.run.run_id}-{pupil.name}")
+    run.params(pupil.config.model_dump(mode="json"))
+    source = keeper.source(
+        pupil.name, teach.parts_of(pupil.config), teach.own_views(pupil.config), pupil.offset
+    )
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        limit = balance.quota(pupil.name) if balance is not None else None
+        job = replace(pupil.job, slot_blocks=source, limit=limit)
+        account = trainer.run(job, tracker=run, stop=context.stop)
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        keeper.leave(pupil.name)
+        if balance is not None:
+            balance.leave(pupil.name)
+        run.finish(status)
+    return _publish(pupil, teach, run, account, context.out)
+
+
+def _publish(pupil: Pupil, teach: Teaching, run: Run, account: Mapping[str, float], near: Path) -> Path:
+    """The student as an artifact: weights, recipe, checkpoint and history."""
+    folder = near.with_name(f"{near.name}-{pupil.name}")
+    folder.mkdir()
+    teach.save(pupil.name, pupil.job.export(pupil.job.num_steps), folder)
+    pupil.job.collect(folder / "checkpoint")
+    history = run.history()
+    (folder / "history.json").write_text(json.dumps(history))
+    last_loss = summary(history).get("last_loss", float("nan"))
+    figures = {"last_loss": last_loss, "first_step": float(pupil.offset), **account}
+    (folder / _FIGURES).write_text(json.dumps(figures))
+    (folder / _ARTIFACT).write_text(json.dumps({"kind": "student", "key": pupil.part.key}))
+    made = pupil.part.publish(folder, figures)
+    shutil.rmtree(folder, ignore_errors=True)
+    return made
+
+
+def _gather(folders: Mapping[str, Path], names: Sequence[str], out: Path) -> dict[str, float]:
+    """All students in the stage's own artifact, and their figures."""
+    figures: dict[str, float] = {}
+    for name in names:
+        target = out / "students" / name
+        target.mkdir(parents=True)
+        for entry in _SHOWN:
+            source = folders[name] / entry
+            if source.is_dir():
+                shutil.copytree(source, target / entry)
+            else:
+                shutil.copyfile(source, target / entry)
+        own = json.loads((target / _FIGURES).read_text())
+        figures |= {f"{name}_{figure}": value for figure, value in own.items()}
+    figures["goodput"] = min(figures[f"{name}_goodput"] for name in names)
+    return figures
+
+
+def _track(run: Run, figures: Mapping[str, float]) -> None:
+    # By images forwarded: the one counter that moves whenever another does.
+    if figures["images_forwarded"]:
+        run.metrics(dict(figures), int(figures["images_forwarded"]), channel="sharing")
+
+
+def _raise_first(futures: Mapping[str, Future[Any]]) -> None:
+    """Raise what went wrong, after all have ended: a stop before a failure, a failure with all names.
+
+    Mistakes alone are a mistake: the same one if all found the same.
+    """
+    errors = {name: error for name, future in futures.items() if (error := future.exception()) is not None}
+    if not errors:
+        return
+    for error in errors.values():
+        if isinstance(error, Stopped):
+            raise error
+    first = next(iter(errors.values()))
+    mistakes = [error for error in errors.values() if isinstance(error, UserError)]
+    all_mistakes = len(mistakes) == len(errors)
+    if len(futures) == 1 or (all_mistakes and len({error.what for error in mistakes}) == 1):
+        raise first
+    done = [name for name in futures if name not in errors]
+    kept = f"; {', '.join(done)} finished and {'is' if len(done) == 1 else 'are'} kept" if done else ""
+    failed = "; ".join(
+        f"{name}: {error.what if isinstance(error, UserError) else error}" for name, error in errors.items()
+    )
+    if all_mistakes:
+        where, hint = (_common([getattr(error, field) for error in mistakes]) for field in ("where", "hint"))
+        raise UserError(f"{failed}{kept}", where=where, hint=hint) from first
+    raise RuntimeError(f"{failed}{kept}") from first
+
+
+def _common(texts: Sequence[str | None]) -> str | None:
+    """What all say, or None."""
+    return texts[0] if len(set(texts)) == 1 else None

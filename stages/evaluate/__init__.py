@@ -1,0 +1,1 @@
+"""`evaluate`: metrics of trained models."""

@@ -1,0 +1,417 @@
+"""`evaluate`: what the trained towers are worth on the user's own photos, beside baselines, whoever wins."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, model_validator
+
+from orchestrator.config.schema import in_key_if_set, operational
+from orchestrator.data.views import Side
+from orchestrator.errors import Stopped, UserError
+from orchestrator.stages.base import Context, Input, Outlook, Stage
+from orchestrator.stages.common.mixing import DRAWN
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.metric import Features, OwnMetric, checked
+from orchestrator.stages.ssl.pretrain import Pretrain
+
+if TYPE_CHECKING:
+    from orchestrator.data.index import PhotoIndex
+    from orchestrator.stages.evaluate.results import Draws, Measured, Results, Score
+    from orchestrator.stages.evaluate.towers import Check, Crops, Tower
+    from orchestrator.storage.artifacts import Artifact
+
+logger = logging.getLogger("orchestrator")
+
+# In the order of the recipe: the last one there is gives the teacher.
+TEACHER_ROLES = ("pretrain", "gram", "high_res")
+RAW_SIDE = 32
+_Item = TypeVar("_Item")
+
+
+def _with_place(template: str) -> str:
+    if "{}" not in template:
+        raise ValueError("a template needs {} where the label goes")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_with_place)]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A tower to score. `picture` names the PNG of its PCA maps, if it gets one."""
+
+    name: str
+    family: str
+    load: Callable[[], Tower]
+    student: str | None = None
+    picture: str | None = None
+
+
+class Evaluate(Stage):
+    """Leave-one-out k-NN, retrieval, zero-shot classification, dense health, feature maps and a report.
+
+    Nothing is trained, so the figures measure the features as they are. The stage runs in the driver's process,
+    which is fast enough for thousands of photos.
+    """
+
+    kind: Literal["evaluate"]
+    k: int = Field(5, ge=1, description="The number of nearest neighbours that vote in k-NN.")
+    num_groups: int = Field(
+        10,
+        ge=2,
+        description="The number of labels to evaluate: the most frequent ones. Images with other labels are left out.",
+    )
+    image_size: Side | None = Field(
+        None, description="The side of the evaluated images, in pixels. Default: each model's training size."
+    )
+    num_snapshots: int = Field(
+        2,
+        ge=1,
+        description="The number of snapshots of each backbone stage to evaluate, the last one included.",
+    )
+    num_pictures: int = Field(
+        6, ge=1, description="The number of images in the PCA maps and the text similarity maps."
+    )
+    templates: tuple[Template, ...] = Field(
+        ("{}", "a photo of {}"),
+        min_length=1,
+        description="The prompt templates of zero-shot classification. {} is replaced by the label.",
+    )
+    prompts: tuple[str, ...] = Field(
+        (), description="The texts for the text similarity maps. Default: each image's own caption."
+    )
+    metrics: tuple[OwnMetric, ...] = in_key_if_set(
+        (),
+        description="Metrics of users' packages, computed of each model: a name, or a mapping with the name as `use` "
+        "and its settings (docs/extending.md).",
+    )
+    batch: int = operational(64, ge=1, description="The number of images per forward pass.")
+
+    needs_ray: ClassVar[bool] = False
+    inputs: ClassVar[tuple[Input, ...]] = (
+        Input("index", ("curate",)),
+        Input("pretrain", ("pretrain",), required=False),
+        Input("gram", ("gram_anchor",), required=False),
+        Input("high_res", ("high_res",), required=False),
+        Input("students", ("distill",), required=False),
+        Input("text", ("align_text",), required=False),
+    )
+    # Also knn.png where photos have labels, text_maps.png where there are texts, dense_health.png and
+    # losses_*.png where histories have records, clusters.png where there are clusters.
+    outputs: ClassVar[Mapping[str, str]] = {
+        "table.json": "every figure",
+        "table.md": "the tables to read",
+        "report.html": "one page with tables and pictures, nothing to load",
+        "pca_teacher.png": "PCA of the teacher's patch features; likewise pca_<student>.png",
+    }
+
+    @model_validator(mode="after")
+    def _titles_differ(self) -> Evaluate:
+        titles = Counter(metric.title for metric in self.metrics)
+        for title, count in titles.items():
+            if count > 1:
+                raise ValueError(f"{count} metrics are called {title!r}: give each a `name` of its own")
+        return self
+
+    def foresee(self, outlook: Outlook) -> list[UserError]:
+        """See :class:`Stage`: no backbone, or a size that a model cannot take."""
+        if not any(role in outlook.upstream for role in TEACHER_ROLES):
+            return [_no_backbone("there is no backbone to evaluate", "needs")]
+        distill = outlook.upstream.get("students")
+        towers = {stage.model: stage.tower for stage in outlook.lineage if isinstance(stage, Pretrain)}
+        if isinstance(distill, Distill):
+            towers |= {f"student {name}": student.tower for name, student in distill.students.items()}
+        size = self.image_size or 0
+        return [
+            UserError(
+                f"the patch size of {name}, {tower.patch_size} pixels, does not divide {size} pixels",
+                where="image_size",
+                hint=f"use {max(1, size // tower.patch_size) * tower.patch_size}, or leave it out",
+            )
+            for name, tower in towers.items()
+            if size % tower.patch_size
+        ]
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Scores everything that is upstream and writes the report.
+
+        Raises:
+            UserError: no backbone among the inputs, a photo that is gone, or a size no model can take.
+            Stopped: the user asked for it; the stage starts over next time.
+        """
+        from orchestrator.data.index import PhotoIndex
+        from orchestrator.stages.evaluate.report import write
+        from orchestrator.stages.evaluate.results import Results
+
+        def check() -> None:
+            if context.stop.is_set():
+                raise Stopped
+
+        backbones = {
+            context.inputs[role].kind: context.inputs[role]
+            for role in TEACHER_ROLES
+            if role in context.inputs
+        }
+        if not backbones:
+            what = f"stage {context.name!r} has no backbone to evaluate"
+            raise _no_backbone(what, f"stages.{context.name}.needs")
+        index = PhotoIndex.load(context.inputs["index"].path, context.roots)
+        groups = largest_groups(index.labels, self.num_groups)
+        scores, pictures, measured = self._score(context, index, groups, backbones, check)
+        results = Results(
+            title=context.pipeline,
+            k=self.k,
+            num_unique=len(index),
+            groups=groups,
+            scores=scores,
+            backbones={kind: _history(artifact.path) for kind, artifact in backbones.items()},
+            heads=_other_histories(context),
+            sharing=_sharing(context),
+            pca=pictures,
+            keys=context.keys,
+            pool=_pool(index),
+            drawn=_drawn(context),
+            measured=measured,
+            **self._ask_texts(context, index, groups, check),
+        )
+        write(results, context.out)
+        self._track(context, results)
+        return results.summary()
+
+    def _score(
+        self,
+        context: Context,
+        index: PhotoIndex,
+        groups: Mapping[str, int],
+        backbones: Mapping[str, Artifact],
+        check: Check,
+    ) -> tuple[list[Score], dict[str, Path], Measured]:
+        """The rows of the k-NN table (none without labels), the PCA maps that were drawn, and what metrics measured."""
+        from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out
+        from orchestrator.stages.evaluate.results import Score
+        from orchestrator.stages.evaluate.towers import Crops, embed_crops, patch_crops, pixel_features
+
+        labels = index.labels
+        crops = Crops(index, [row for row, label in enumerate(labels) if label in groups], check)
+        shown = Crops(index, pick_photos(labels, groups, self.num_pictures), check)
+        accuracy = partial(knn_leave_one_out, labels=[str(labels[row]) for row in crops.rows], k=self.k)
+        scores: list[Score] = []
+        if groups:
+            raw_ND, dim = pixel_features(crops.at(RAW_SIDE)), 3 * RAW_SIDE**2
+            scores.append(Score("majority group", "baseline", max(groups.values()) / len(crops.rows)))
+            scores.append(Score("raw pixels", "baseline", accuracy(raw_ND), "", RAW_SIDE, dim))
+        measured: dict[str, dict[str, dict[str, float]]] = {metric.title: {} for metric in self.metrics}
+        # Without labels there is no k-NN; metrics may do without them.
+        taken = crops if groups or not self.metrics else Crops(index, range(len(index)), check)
+        pictures: dict[str, Path] = {}
+        candidates = list(self._candidates(context, backbones))
+        for number, candidate in enumerate(candidates, 1):
+            name, tower = candidate.name, candidate.load()
+            what = (
+                f"{len(taken.rows):,} photos at {tower.size} px"
+                if taken.rows
+                else "its maps, as no photo has a label"
+            )
+            logger.info("%s: %s of %d, %s: %s", context.name, number, len(candidates), name, what)
+            if candidate.picture:
+                pictures[name] = context.out / f"pca_{candidate.picture}.png"
+                _draw_maps(tower, shown, index, pictures[name])
+            if not taken.rows:
+                continue
+            cls_ND = embed_crops(tower, taken.at(tower.size), self.batch, check)
+            features = Features(
+                name,
+                candidate.family,
+                cls_ND,
+                labels=[labels[row] for row in taken.rows],
+                photos=[f"{index[row].source}/{index[row].path}" for row in taken.rows],
+                seed=context.seed,
+                patches=partial(patch_crops, tower, taken.at(tower.size), self.batch, check),
+            )
+            for metric in self.metrics:
+                measured[metric.title][name] = checked(metric, metric.measure(features))
+            if groups:
+                shape = tower.preset, tower.size, cls_ND.shape[1], tower.num_parameters
+                scores.append(Score(name, candidate.family, accuracy(cls_ND), *shape, candidate.student))
+        return scores, pictures, measured
+
+    def _candidates(self, context: Context, backbones: Mapping[str, Artifact]) -> Iterator[_Candidate]:
+        """Random weights of every architecture, the backbone's way through the stages, the students."""
+        from orchestrator.stages.evaluate.towers import load_tower, random_tower, read_settings
+
+        students = student_folders(context.inputs.get("students"))
+        load = partial(
+            load_tower,
+            size=self.image_size,
+            where=f"stages.{context.name}.image_size",
+            wanted=context.elastic.device,
+        )
+
+        def load_random(folder: Path) -> Tower:
+            return random_tower(load(folder), context.seed)
+
+        last = list(backbones.values())[-1].path / "model"
+        drawn: dict[tuple[str, int], Path] = {}
+        for folder in [last, *(folder / "model" for folder in students.values())]:
+            drawn.setdefault(read_settings(folder), folder)
+        sizes = Counter(preset for preset, _ in drawn)
+        for (preset, size), folder in drawn.items():
+            name = f"random {preset}, {size} px" if sizes[preset] > 1 else f"random {preset}"
+            yield _Candidate(name, "random weights", partial(load_random, folder))
+        for kind, artifact in backbones.items():
+            model = artifact.path / "model"
+            snapshots = snapshot_steps(artifact.path / "snapshots")
+            chosen = spread(list(snapshots.items()), self.num_snapshots)
+            for step, weights in chosen[:-1]:
+                yield _Candidate(f"{kind}, step {step}", "backbone", partial(load, model, weights=weights))
+            is_teacher = model == last
+            name = f"{kind}, step {chosen[-1][0]}" if chosen else kind
+            yield _Candidate(
+                f"{name} (teacher)" if is_teacher else name,
+                "backbone",
+                partial(load, model),
+                picture="teacher" if is_teacher else None,
+            )
+        for student, folder in students.items():
+            yield _Candidate(
+                f"student {student}", "student", partial(load, folder / "model"), student, student
+            )
+
+    def _ask_texts(
+        self, context: Context, index: PhotoIndex, groups: Mapping[str, int], check: Check
+    ) -> dict[str, Any]:
+        """The fields of the results that need an `align_text` stage; none without one."""
+        if "text" not in context.inputs:
+            return {}
+        from orchestrator.stages.align_text.model import load_aligned
+        from orchestrator.stages.evaluate.text import TextEvaluation
+
+        logger.info("%s: texts, on %s photos", context.name, f"{len(index):,}")
+        aligned = load_aligned(context.inputs["text"].path / "aligned")
+        texts = TextEvaluation(aligned, index, self.batch, check)
+        path = context.out / "text_maps.png"
+        shown = pick_photos(index.labels, groups, self.num_pictures)
+        return {
+            "retrieval": texts.retrieval(),
+            "zero_shot": texts.zero_shot(groups, self.templates),
+            "text_maps": path if texts.maps(shown, self.prompts, path) else None,
+        }
+
+    def _track(self, context: Context, results: Results) -> None:
+        context.run.metrics(results.metrics(), 0, "eval")
+        for path in sorted(context.out.iterdir()):
+            context.run.file(path, "evaluation")
+
+
+def _no_backbone(what: str, where: str) -> UserError:
+    return UserError(what, where=where, hint="add a stage of kind pretrain, gram_anchor or high_res")
+
+
+def largest_groups(labels: Sequence[str | None], num_groups: int) -> dict[str, int]:
+    """Label → photos, the largest labels of two photos or more; empty if there are not two such labels."""
+    counts = Counter(label for label in labels if label)
+    ranked = sorted((pair for pair in counts.items() if pair[1] > 1), key=lambda pair: (-pair[1], pair[0]))
+    return dict(ranked[:num_groups]) if len(ranked) > 1 else {}
+
+
+def pick_photos(labels: Sequence[str | None], groups: Mapping[str, int], count: int) -> list[int]:
+    """Rows to show: the first photo of each of the largest groups, then others from all over the index."""
+    first = [labels.index(label) for label in groups]
+    others = [row for row, _ in spread(list(enumerate(labels)), 2 * count) if row not in first]
+    return [*first, *others][:count]
+
+
+def spread(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most `count` items, evenly spread, the last one always among them."""
+    count = min(count, len(items))
+    return [items[(at + 1) * len(items) // count - 1] for at in range(count)]
+
+
+def snapshot_steps(folder: Path) -> dict[int, Path]:
+    """Step → snapshot file, ascending; the last is the stage's final model."""
+    return {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
+
+
+def student_folders(artifact: Artifact | None) -> dict[str, Path]:
+    """Name → folder of every student of a `distill` artifact, by name."""
+    if artifact is None:
+        return {}
+    return {path.name: path for path in sorted((artifact.path / "students").iterdir()) if path.is_dir()}
+
+
+def _draw_maps(tower: Tower, shown: Crops, index: PhotoIndex, path: Path) -> None:
+    """PCA maps at twice the size of training, which the position encoding allows and the eye likes."""
+    from orchestrator.evaluation.report.figures import pca_maps
+    from orchestrator.stages.evaluate.towers import feature_maps
+
+    photos = shown.at(2 * tower.size)
+    captions = [index[row].caption or index[row].path for row in shown.rows]
+    titles = [caption if len(caption) < 32 else caption[:30] + "…" for caption in captions]
+    pca_maps(list(photos), feature_maps(tower, photos), path, titles, pairs_per_row=min(3, len(photos)))
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The records of a training stage in the order of their steps."""
+    records: list[dict[str, Any]] = json.loads((folder / "history.json").read_text())
+    return sorted(records, key=lambda record: int(record["step"]))
+
+
+def _other_histories(context: Context) -> dict[str, list[dict[str, Any]]]:
+    found = {
+        f"student {name}": _history(folder)
+        for name, folder in student_folders(context.inputs.get("students")).items()
+    }
+    if "text" in context.inputs:
+        found["align_text"] = _history(context.inputs["text"].path)
+    return found
+
+
+def _pool(index: PhotoIndex) -> list[Draws]:
+    """The photos of the index, and those of them that the curation chose, by cluster."""
+    import numpy as np
+
+    from orchestrator.data.curation.components import HELD_OUT, LEFT_OUT
+    from orchestrator.data.curation.mix import by_cluster, effective_number
+    from orchestrator.stages.evaluate.results import Draws
+
+    raw_N = np.ones(len(index), dtype=np.int64)
+    chosen_N = raw_N.copy()
+    chosen_N[index.rows_of(LEFT_OUT)] = chosen_N[index.rows_of(HELD_OUT)] = 0
+    left_out = 1 - float(chosen_N.mean())
+    return [
+        Draws(name, counts, effective_number(list(counts.values())), share)
+        for name, counts, share in (
+            ("raw", by_cluster(index.clusters, raw_N), left_out),
+            ("chosen", by_cluster(index.clusters, chosen_N), 0.0),
+        )
+    ]
+
+
+def _drawn(context: Context) -> dict[str, Draws]:
+    """What the stages upstream drew; an artifact of an older version says nothing of it."""
+    from orchestrator.stages.evaluate.results import Draws
+
+    found = {}
+    for role in (*TEACHER_ROLES, "students", "text"):
+        if role not in context.inputs or not (path := context.inputs[role].path / DRAWN).is_file():
+            continue
+        kind, record = context.inputs[role].kind, json.loads(path.read_text())
+        counts = {int(number): count for number, count in record["clusters"].items()}
+        found[kind] = Draws(kind, counts, record["effective_clusters"], record["left_out"])
+    return found
+
+
+def _sharing(context: Context) -> dict[str, float]:
+    if "students" not in context.inputs:
+        return {}
+    shared: dict[str, float] = json.loads((context.inputs["students"].path / "sharing.json").read_text())
+    return shared

@@ -1,0 +1,304 @@
+"""What `evaluate` found, as tables, pictures and one page. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from orchestrator.data.curation.mix import effective_number
+from orchestrator.evaluation.report.clusters import cluster_shares
+from orchestrator.evaluation.report.figures import bars, curves
+from orchestrator.evaluation.report.html import (
+    Block,
+    Picture,
+    Section,
+    Table,
+    Text,
+    Tile,
+    markdown_table,
+    page,
+)
+from orchestrator.stages.evaluate.results import HEALTH, NUM_ENDS, History, Results, ZeroShot
+
+_PCA_NOTE = (
+    "The first three principal components of the patch features as red, green and blue, at twice the size "
+    "of training. The photos of a picture share them, so that a colour means the same in all its maps."
+)
+
+_MAPS_NOTE = (
+    "Each patch of a photo in the space of the texts, at twice the size of training: bright is near the text at "
+    "the head of the column, dark is far. Every column has its own scale, the same for all photos."
+)
+
+
+def write(results: Results, out: Path) -> None:
+    """Writes table.json, table.md, report.html and the pictures but for the PCA maps, into `out`."""
+    record = {
+        "pipeline": results.title,
+        "knn": {
+            "k": results.k,
+            "num_photos": results.num_photos,
+            "groups": dict(results.groups),
+            "rows": [asdict(score) for score in results.scores],
+        },
+        "retrieval": results.retrieval,
+        "zero_shot": asdict(results.zero_shot) if results.zero_shot else None,
+        "dense_health": results.health(),
+        "sharing": dict(results.sharing),
+        "clusters": {
+            one.name: {"effective": one.effective, "left_out": one.left_out}
+            for one in (*results.pool, *results.drawn.values())
+        },
+    }
+    if results.measured:
+        record["metrics"] = {title: dict(by_model) for title, by_model in results.measured.items()}
+    (out / "table.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    sections = _sections(results, out)
+    (out / "table.md").write_text(_markdown(results.title, sections))
+    subtitle = f"Evaluation on {results.num_unique} unique photos, all training-free"
+    (out / "report.html").write_text(
+        page(f"{results.title}: evaluation", subtitle, _tiles(results), sections)
+    )
+
+
+def _sections(results: Results, out: Path) -> list[Section]:
+    sections = [_knn(results, out), *map(_measured, results.measured.items()), _dense(results, out)]
+    if results.pca:
+        pictures = [Picture(path, name) for name, path in results.pca.items()]
+        sections.append(Section("PCA of patch features", [Text(_PCA_NOTE), *pictures]))
+    if results.retrieval:
+        sections.append(_retrieval(results.retrieval))
+    if results.zero_shot:
+        sections.append(_zero_shot(results.zero_shot))
+    if results.text_maps:
+        picture = Picture(results.text_maps, "Photos, and how similar their patches are to each text")
+        sections.append(Section("Where a text is", [Text(_MAPS_NOTE), picture]))
+    sections += _drawn(results, out)
+    sections.append(_training(results, out))
+    keys = [(name, key[:16]) for name, key in reversed(list(results.keys.items()))]
+    if keys:
+        sections.append(Section("Lineage", [Table(("stage", "content key"), keys, num_names=2)]))
+    return sections
+
+
+def _knn(results: Results, out: Path) -> Section:
+    title = f"{results.k}-nearest-neighbour accuracy"
+    if not results.scores:
+        note = "The photos have no labels to vote with: fewer than two groups of at least two photos."
+        return Section(title, [Text(note)])
+    bars(
+        [(score.name, score.accuracy, score.family) for score in results.scores[1:]],
+        out / "knn.png",
+        f"Leave-one-out {results.k}-NN accuracy, n={results.num_photos}",
+        {"majority group": results.scores[0].accuracy},
+    )
+    note = (
+        f"Leave-one-out on n={results.num_photos} photos of the {len(results.groups)} largest groups. The "
+        "curation removed copies of photos, so none can vote for itself. CLS features, cosine similarity, one vote per "
+        "neighbour. ± is one standard error for n photos. Training used these photos, but no labels."
+    )
+    rows = [
+        (
+            score.name,
+            score.family,
+            score.model,
+            _count(score.num_parameters),
+            "" if score.image_size is None else f"{score.image_size} px",
+            "" if score.dim is None else str(score.dim),
+            f"{score.accuracy:.3f}",
+            f"± {_error(score.accuracy, results.num_photos):.3f}",
+        )
+        for score in results.scores
+    ]
+    strong = [at for at, score in enumerate(results.scores) if score.student or score is results.teacher]
+    header = ("features", "family", "model", "weights", "photos at", "dim", "accuracy", "s.e.")
+    table = Table(header, rows, num_names=3, strong=strong)
+    return Section(title, [Text(note), table, Picture(out / "knn.png", "The same as bars")])
+
+
+def _measured(metric: tuple[str, Mapping[str, Mapping[str, float]]]) -> Section:
+    """The figures of one metric of a user's package, a row a model."""
+    title, by_model = metric
+    figures = list(dict.fromkeys(figure for found in by_model.values() for figure in found))
+    rows = [
+        (model, *(f"{found[figure]:.4g}" if figure in found else "" for figure in figures))
+        for model, found in by_model.items()
+    ]
+    note = "A metric of a package of yours, on the features of each model."
+    return Section(title, [Text(note), Table(("features", *figures), rows)])
+
+
+def _dense(results: Results, out: Path) -> Section:
+    path = out / "dense_health.png"
+    picture = _chained(results.backbones, HEALTH, path, "Dense features over the backbone's stages")
+    rows = [
+        (
+            kind,
+            str(len(results.backbones[kind])),
+            *(f"{ends[at]:.3f}" for ends in health.values() for at in ends),
+        )
+        for kind, health in results.health().items()
+    ]
+    header = ["stage", "steps", *(f"{name}, {at}" for name in HEALTH.values() for at in ("first", "last"))]
+    note = (
+        "Long training makes patches grow similar to CLS (a rising cosine) and lose their place (falling "
+        "locality: near patches are no longer more alike than distant ones). Gram anchoring counteracts this. "
+        f"First and last are means over {NUM_ENDS} steps of the metrics that training logged."
+    )
+    return Section("Dense health", [Text(note), Table(header, rows), *picture])
+
+
+def _retrieval(recalls: Mapping[str, float]) -> Section:
+    ks = [int(name.rpartition("_")[2]) for name in recalls if name.startswith("chance")]
+    names = {"image_to_text": "photo → name", "text_to_image": "name → photo", "chance": "by chance"}
+    rows = [
+        (title, *(f"{recalls[f'{name}_recall_at_{k}']:.3f}" for k in ks)) for name, title in names.items()
+    ]
+    note = (
+        f"{recalls['num_pairs']:.0f} photos and their names; a hit is any pair of the same name. Training "
+        "saw these pairs: the figures show how well they were learned, not how well unseen photos would do."
+    )
+    table = Table(("direction", *(f"recall@{k}" for k in ks)), rows)
+    return Section("Text retrieval", [Text(note), table])
+
+
+def _zero_shot(found: ZeroShot) -> Section:
+    rows = [("mean of all templates", found.accuracy), *found.by_template.items()]
+    rows += [("always the largest group", found.majority), ("by chance", 1 / found.num_classes)]
+    note = (
+        f"{found.num_photos} photos, each given to the one of {found.num_classes} labels whose text is nearest. "
+        "No label was trained on, but the photos and their names were."
+    )
+    table = Table(
+        ("text", "accuracy", "s.e."),
+        [(name, f"{share:.3f}", f"± {_error(share, found.num_photos):.3f}") for name, share in rows],
+        strong=[0],
+    )
+    return Section("Zero-shot classes", [Text(note), table])
+
+
+def _drawn(results: Results, out: Path) -> list[Section]:
+    """What training was trained on; nothing without clusters."""
+    numbers = sorted(results.pool[0].by_cluster) if results.pool else []
+    if len(numbers) < 2 or not results.drawn:
+        return []
+    backbone = [results.drawn[kind] for kind in results.backbones if kind in results.drawn]
+    trained = backbone or list(results.drawn.values())
+    drawn = [sum(one.by_cluster.get(number, 0) for one in trained) for number in numbers]
+    lines = {one.name: [one.by_cluster.get(number, 0) for number in numbers] for one in results.pool}
+    path = out / "clusters.png"
+    series = {
+        f"{name}: {effective_number(counts):.1f} of {len(numbers)} clusters in effect": counts
+        for name, counts in (*lines.items(), ("drawn", drawn))
+    }
+    cluster_shares({"Raw, chosen, drawn": series}, path)
+    rows = [
+        (one.name, f"{one.total}", f"{one.effective:.1f}", f"{100 * one.left_out:.1f} %")
+        for one in (*results.pool, *results.drawn.values())
+    ]
+    note = (
+        f"The index has {len(numbers)} clusters. Clusters in effect are exp(entropy): the number of equally large "
+        "clusters that would be as diverse. Stages draw the photos that the curation chose; those that it left "
+        "out are drawn only by stages whose `mix` or `homogeneous` names them. The line `drawn` is the sum over: "
+        f"{', '.join(one.name for one in trained)}."
+    )
+    header = ("what", "photos or draws", "clusters in effect", "left out by the curation")
+    picture = Picture(path, "Share of each cluster in the raw pool, in what was chosen and in what was drawn")
+    return [Section("What training drew", [Text(note), Table(header, rows), picture])]
+
+
+def _training(results: Results, out: Path) -> Section:
+    title = "Loss of the backbone's stages"
+    blocks: list[Block] = [*_chained(results.backbones, {"loss": "loss"}, out / "losses_backbone.png", title)]
+    for family, prefix in (("students", "student "), ("text", "align_text")):
+        lines = {
+            name.removeprefix("student "): _column(history, "loss")
+            for name, history in results.heads.items()
+            if name.startswith(prefix)
+        }
+        blocks += _picture(lines, out / f"losses_{family}.png", f"Loss of {family}", "loss")
+    per_image = results.sharing.get("teacher_forwards_per_image")
+    if per_image is not None:
+        blocks.append(Text(f"Teacher forward passes per image, for all students together: {per_image:.3f}."))
+    return Section("Training", blocks)
+
+
+def _chained(
+    backbones: Mapping[str, History], names: Mapping[str, str], path: Path, title: str
+) -> list[Picture]:
+    """Lines through all backbone stages, one stage's steps after another's, and marks where stages begin."""
+    series: dict[str, tuple[list[float], list[float]]] = {title: ([], []) for title in names.values()}
+    marks: dict[str, float] = {}
+    start = 0
+    for kind, history in backbones.items():
+        marks[kind] = start
+        for name, label in names.items():
+            steps, values = _column(history, name)
+            series[label][0].extend(start + step for step in steps)
+            series[label][1].extend(values)
+        start += max((int(record["step"]) for record in history), default=0)
+    return _picture(series, path, title, " and ".join(names.values()), marks)
+
+
+def _picture(
+    series: Mapping[str, tuple[list[float], list[float]]],
+    path: Path,
+    title: str,
+    ylabel: str,
+    marks: Mapping[str, float] | None = None,
+) -> list[Picture]:
+    """The drawn curves, or nothing where there are no points (tracking may lose records)."""
+    if not any(steps for steps, _ in series.values()):
+        return []
+    curves(series, path, title, ylabel, marks)
+    return [Picture(path, title)]
+
+
+def _column(history: History, name: str) -> tuple[list[float], list[float]]:
+    found = [
+        (float(record["step"]), record["metrics"][name]) for record in history if name in record["metrics"]
+    ]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _tiles(results: Results) -> list[Tile]:
+    scores = {
+        "teacher": results.teacher,
+        "best student": max(results.students.values(), key=lambda score: score.accuracy, default=None),
+        "raw pixels": results.named("baseline", 1),
+        "random weights": results.named("random weights", 0),
+    }
+    tiles = [
+        Tile(f"{results.k}-NN, {name}", f"{score.accuracy:.3f}", score.student or score.model)
+        for name, score in scores.items()
+        if score is not None
+    ]
+    if results.retrieval:
+        recall, chance = (results.retrieval[f"{name}_recall_at_5"] for name in ("image_to_text", "chance"))
+        tiles.append(Tile("recall@5, photo → name", f"{recall:.3f}", f"by chance {chance:.3f}"))
+    return tiles
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    parts = [f"# {title}: evaluation\n"]
+    for section in sections:
+        texts = [
+            block.text + "\n" if isinstance(block, Text) else markdown_table(block)
+            for block in section.blocks
+            if not isinstance(block, Picture)
+        ]
+        parts += [f"## {section.title}\n", *texts] if texts else []
+    return "\n".join(parts)
+
+
+def _error(share: float, count: int) -> float:
+    return math.sqrt(share * (1 - share) / count)
+
+
+def _count(number: int | None) -> str:
+    if number is None:
+        return ""
+    return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number / 1e3:.1f} k"

@@ -1,0 +1,108 @@
+"""What `evaluate` asks of photos and texts in one space: retrieval, zero-shot classes, and where a text is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.index import PhotoIndex
+from orchestrator.evaluation.metrics.neighbours import retrieval_recall
+from orchestrator.evaluation.report.text_maps import text_maps
+from orchestrator.stages.align_text.model import Aligned
+from orchestrator.stages.evaluate.results import ZeroShot
+from orchestrator.stages.evaluate.towers import Check, Crops, read_photo
+
+Floats = NDArray[np.float32]
+
+_RECALL_AT = (1, 5, 10)
+# Columns of the maps where the user names no prompts.
+_MAX_CAPTIONS = 5
+
+
+class TextEvaluation:
+    """Photos and texts of an index, embedded by an aligned pair of towers.
+
+    Args:
+        aligned: the towers.
+        index: the photos.
+        batch: photos in one forward pass.
+        check: called now and then; may raise `Stopped`.
+    """
+
+    def __init__(self, aligned: Aligned, index: PhotoIndex, batch: int, check: Check) -> None:
+        self._aligned, self._index, self._batch, self._check = aligned, index, batch, check
+        self._photos: dict[int, Floats] = {}
+
+    def retrieval(self) -> dict[str, float] | None:
+        """Recall of captions by photo and of photos by caption, over all photos that have one; None without."""
+        rows = [row for row, caption in enumerate(self._index.captions) if caption]
+        if not rows:
+            return None
+        captions = [str(self._index[row].caption) for row in rows]
+        texts: list[Floats] = []
+        for start in range(0, len(rows), self._batch):
+            self._check()
+            texts.append(self._aligned.embed_texts(captions[start : start + self._batch]))
+        recalls = retrieval_recall(self._embed(rows), np.concatenate(texts), captions, _RECALL_AT)
+        return {"num_pairs": float(len(rows)), **recalls}
+
+    def zero_shot(self, groups: Mapping[str, int], templates: Sequence[str]) -> ZeroShot | None:
+        """Classes by the text that is nearest; None without labels.
+
+        Args:
+            groups: the labels that take part.
+            templates: texts in which `{}` stands for a label; their embeddings are averaged.
+        """
+        if not groups:
+            return None
+        names = list(groups)
+        rows = [row for row, label in enumerate(self._index.labels) if label in groups]
+        is_of_N = np.array([names.index(str(self._index.labels[row])) for row in rows])
+        photos_ND = self._embed(rows)
+
+        def accuracy(templates: Sequence[str]) -> float:
+            classes_CD = self._aligned.embed_names(names, templates)
+            return float(((photos_ND @ classes_CD.T).argmax(axis=1) == is_of_N).mean())
+
+        return ZeroShot(
+            num_photos=len(rows),
+            num_classes=len(names),
+            accuracy=accuracy(templates),
+            by_template={template: accuracy([template]) for template in templates},
+            majority=max(groups.values()) / len(rows),
+        )
+
+    def maps(self, shown: Sequence[int], prompts: Sequence[str], path: Path) -> bool:
+        """Draw where in the photos `shown` each prompt is, at twice the size of training.
+
+        Args:
+            shown: rows of the index.
+            prompts: texts; without any, the captions of the photos themselves.
+            path: the PNG to write.
+
+        Returns:
+            Whether there was a prompt and hence a picture.
+        """
+        own = dict.fromkeys(self._index[row].caption for row in shown if self._index[row].caption)
+        chosen = list(prompts) or [str(caption) for caption in own][:_MAX_CAPTIONS]
+        if not chosen:
+            return False
+        size = 2 * self._aligned.image_size
+        photos = list(Crops(self._index, shown, self._check).at(size))
+        texts_TD = self._aligned.embed_texts(chosen)
+        maps = [patches_hwD @ texts_TD.T for patches_hwD in self._aligned.embed_patches(photos, size)]
+        text_maps(photos, maps, chosen, path)
+        return True
+
+    def _embed(self, rows: Sequence[int]) -> Floats:
+        """Photos in the common space, (N, D); each is embedded once, whoever asks for it."""
+        missing = [row for row in rows if row not in self._photos]
+        for start in range(0, len(missing), self._batch):
+            self._check()
+            part = missing[start : start + self._batch]
+            vectors = self._aligned.embed_images([read_photo(self._index, row) for row in part])
+            self._photos |= dict(zip(part, vectors, strict=True))
+        return np.stack([self._photos[row] for row in rows])

@@ -1,0 +1,1 @@
+"""`publish`: finished models into the registry."""

@@ -1,0 +1,1 @@
+"""The self-supervised stages: `pretrain`, `gram_anchor` and `high_res`."""

@@ -1,0 +1,90 @@
+"""When Gram anchoring starts: at once, or when dense features have decayed. The decision is made of figures alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from enum import Enum
+
+from orchestrator.stages.common.lineage import Health
+from orchestrator.stages.ssl.gram import DenseHealth
+
+_STARTED = "gram_started"
+_BEST = ("gram_best_cosine", "gram_best_locality")
+_SUMS = ("gram_window_cosine", "gram_window_locality")
+_COUNT = "gram_window_steps"
+
+
+class Verdict(Enum):
+    """What a step's figures mean."""
+
+    GO_ON = "nothing new"
+    KEEP = "the EMA is the best so far: keep it as the Gram teacher"
+    START = "it has decayed: start anchoring"
+
+
+class Watch:
+    """Watches dense health until anchoring starts (see `DenseHealth`).
+
+    The figures that it is shown are the same on all workers, so all decide alike.
+
+    Args:
+        trigger: what to wait for; None starts at step 0.
+        state: where all that it knows is kept, between restarts too.
+        mark: health of the snapshot that the Gram teacher is now: the best of what came before this stage.
+    """
+
+    def __init__(
+        self, trigger: DenseHealth | None, state: MutableMapping[str, float], mark: Health | None
+    ) -> None:
+        self.trigger, self.state = trigger, state
+        if trigger is not None and mark is not None:
+            self._set_best(mark)
+
+    @property
+    def started(self) -> int | None:
+        """After how many updates of this stage anchoring started; None if it has not."""
+        if self.trigger is None:
+            return 0
+        return int(self.state[_STARTED]) if _STARTED in self.state else None
+
+    def see(self, done: int, figures: Mapping[str, float]) -> Verdict:
+        """Take the figures of the step that took the count to `done`."""
+        if self.trigger is None or _STARTED in self.state:
+            return Verdict.GO_ON
+        seen = self._window(figures, self.trigger.window)
+        if seen is None:
+            return Verdict.GO_ON
+        best = self._best()
+        if best is None or seen.score > best.score:
+            self._set_best(seen)
+            return Verdict.KEEP
+        if not _has_decayed(self.trigger, best, seen):
+            return Verdict.GO_ON
+        self.state[_STARTED] = float(done)
+        return Verdict.START
+
+    def _window(self, figures: Mapping[str, float], window: int) -> Health | None:
+        """The means over the window that this step ends, or None in the middle of one."""
+        for name, figure in zip(_SUMS, ("cls_patch_cosine", "patch_locality"), strict=True):
+            self.state[name] = self.state.get(name, 0.0) + figures[figure]
+        self.state[_COUNT] = self.state.get(_COUNT, 0.0) + 1
+        if self.state[_COUNT] < window:
+            return None
+        cosine, locality = (self.state.pop(name) / window for name in _SUMS)
+        del self.state[_COUNT]
+        return Health(cosine=cosine, locality=locality)
+
+    def _best(self) -> Health | None:
+        cosine, locality = (self.state.get(name) for name in _BEST)
+        if cosine is None or locality is None:
+            return None
+        return Health(cosine=cosine, locality=locality)
+
+    def _set_best(self, health: Health) -> None:
+        self.state.update(zip(_BEST, (health.cosine, health.locality), strict=True))
+
+
+def _has_decayed(trigger: DenseHealth, best: Health, seen: Health) -> bool:
+    rose = trigger.cosine_rise is None or seen.cosine - best.cosine >= trigger.cosine_rise
+    fell = trigger.locality_drop is None or best.locality - seen.locality >= trigger.locality_drop
+    return rose and fell

@@ -1,0 +1,474 @@
+"""What the three self-supervised stages share: config, the recipe of their model, how they run and what they leave."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+
+from orchestrator.config.extension import MODEL_NAME
+from orchestrator.config.schema import (
+    MAX_WIDTH,
+    Momentum,
+    Optimizer,
+    Schedule,
+    Settings,
+    Share,
+    Strict,
+    Temperature,
+    check_ratio,
+    check_warmup,
+    in_key_if_set,
+    operational,
+)
+from orchestrator.data.views import CropConfig, Side
+from orchestrator.errors import KeyMistakeError, UserError
+from orchestrator.models.configs import Config
+from orchestrator.models.presets import preset
+from orchestrator.names import inside
+from orchestrator.stages.base import Context, Outlook
+from orchestrator.stages.common import lineage
+from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, Draws, HomogeneousMixStage, draws_of
+from orchestrator.stages.objective import Objective, OwnObjective
+from orchestrator.stages.ssl.gram import Gram
+
+if TYPE_CHECKING:
+    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.sampler import SampleOrder
+    from orchestrator.storage.artifacts import Artifact
+    from orchestrator.training.job import Job
+
+INDEX_KINDS = ("curate",)
+BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
+# Terms of the loss, and other curves of a step.
+_TERMS = (
+    "loss", "dino_local", "dino_global", "ibot", "koleo", "gram", "cls_patch_cosine", "patch_locality", "lr",
+    "weight_decay", "sample_order", "replaced_photos", "skipped_updates", "step_seconds", "data_wait_seconds",
+)  # fmt: skip
+
+
+def _known_model(name: str) -> str:
+    preset(name)
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_known_model), MODEL_NAME]
+
+
+def _no_drop_path(overrides: dict[str, Any]) -> dict[str, Any]:
+    if "drop_path" in overrides:
+        raise ValueError("drop_path is a key beside model: leave it out of model_overrides")
+    return overrides
+
+
+# Fields of a preset by name, with the values that replace the preset's.
+Overrides = Annotated[dict[str, Any], AfterValidator(_no_drop_path)]
+OVERRIDES = (
+    "Values that replace fields of the model's preset, such as patch_size, num_storage_tokens, rope_rescale, norm_eps "
+    "or key_bias (docs/models.md). The published model has them, too."
+)
+
+
+KoLeoViews = Literal["first", "both"]
+KOLEO_VIEWS: KoLeoViews = Field(
+    "first",
+    description="The global crops that the KoLeo loss is computed on: first, as in the paper, or both, with the sum "
+    "of both losses, as in the published code.",
+)
+KOLEO_GROUP: int | None = Field(
+    None,
+    ge=2,
+    description="The number of images in a KoLeo group: the nearest neighbour of each image is searched within its "
+    "group. It must divide `block_size`. Default: 16, or `block_size` if that is smaller.",
+)
+
+
+class Heads(Settings):
+    """Sizes of the DINO and iBOT heads (arXiv 2508.10104, appendix C; paper scale in `conf/paper`)."""
+
+    hidden: int = Field(256, ge=1, le=MAX_WIDTH, description="The width of the hidden layers of both heads.")
+    dino_bottleneck: int = Field(
+        64, ge=1, le=MAX_WIDTH, description="The width of the DINO head's bottleneck."
+    )
+    dino_prototypes: int = Field(
+        1024, ge=2, le=2**24, description="The number of prototypes of the DINO head."
+    )
+    ibot_bottleneck: int = Field(
+        64, ge=1, le=MAX_WIDTH, description="The width of the iBOT head's bottleneck."
+    )
+    ibot_prototypes: int = Field(
+        1024, ge=2, le=2**24, description="The number of prototypes of the iBOT head."
+    )
+    prototype_std: float = Field(
+        0.02,
+        gt=0,
+        description="The standard deviation of the initial prototypes. With 1/√bottleneck they are close to unit "
+        "vectors, as in DINO.",
+    )
+
+
+class Resolution(Settings):
+    """The crop sizes of one resolution in mixed-resolution training. Each step uses one resolution."""
+
+    global_size: Side = Field(description="The side of the global crops at this resolution, in pixels.")
+    local_size: Side = Field(description="The side of the local crops at this resolution, in pixels.")
+    gram_size: Side | None = Field(
+        None,
+        description="The side of the Gram teacher's views at this resolution, in pixels. Default: the Gram teacher "
+        "sees the global crops.",
+    )
+    p: float = Field(
+        gt=0,
+        le=1,
+        description="The sampling weight of this resolution. A step uses it with probability `p` divided by the sum "
+        "over all resolutions.",
+    )
+
+
+class ModelRecipe(Strict):
+    """What it takes to rebuild a trained model; written beside its weights as `recipe.json`."""
+
+    model: str
+    model_overrides: dict[str, Any] = Field({})
+    drop_path: float
+    heads: Heads
+    global_size: int
+
+    @property
+    def tower(self) -> Config:
+        """The shape of the backbone, without drop-path."""
+        return preset(self.model, **self.model_overrides)
+
+
+class SelfSupervised(HomogeneousMixStage):
+    """DINO with Sinkhorn-Knopp centring, iBOT and KoLeo over multi-crop views (arXiv 2508.10104, section 3.2)."""
+
+    steps: int = Field(ge=1, description="The number of optimizer steps.")
+    batch_size: int = Field(ge=1, description="The number of images per step, over all workers.")
+    block_size: int = Field(
+        16,
+        ge=2,
+        description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
+        "`batch_size`.",
+    )
+    crops: CropConfig = Field(
+        CropConfig(), description="The sizes and augmentations of global and local crops."
+    )
+    optimizer: Optimizer = Field(description="The settings of AdamW, with its learning rate schedule.")
+    ema: Momentum = Field(
+        Schedule(peak=0.999), description="The momentum of the EMA teacher by step, from 0 to 1."
+    )
+    student_temperature: float = Field(
+        0.1, gt=0, description="The temperature of the student's softmax in the DINO and iBOT losses."
+    )
+    teacher_temperature: Temperature = Field(
+        Schedule(peak=0.07), description="The temperature of the teacher's targets by step."
+    )
+    local_weight: Schedule = Field(
+        Schedule(peak=1.0), description="The weight of the DINO loss on local crops by step."
+    )
+    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (section 3.2).")
+    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss (section 3.2: 0.1).")
+    koleo_views: KoLeoViews = KOLEO_VIEWS
+    koleo_group: int | None = KOLEO_GROUP
+    mask_ratio: tuple[Share, Share] = Field(
+        (0.1, 0.5),
+        description="The minimum and maximum share of masked patches in a masked global crop, from 0 to 1.",
+    )
+    mask_probability: float = Field(
+        0.5, ge=0, le=1, description="The share of global crops that are masked, from 0 to 1."
+    )
+    frozen_prototype_steps: int = Field(
+        0,
+        ge=0,
+        description="The number of steps at the start in which the heads' prototype layers are frozen.",
+    )
+    gram: Gram | None = Field(
+        None, description="The settings of Gram anchoring: its teacher, its weight and its start."
+    )
+    resolutions: tuple[Resolution, ...] = Field(
+        (), description="The resolutions of mixed-resolution training. Each step samples one of them."
+    )
+    objectives: tuple[OwnObjective, ...] = in_key_if_set(
+        (),
+        description="Objectives of users' packages, added to the loss: a name, or a mapping with the name as `use` and "
+        "its settings, such as `weight` (docs/extending.md).",
+    )
+    snapshot_every: int = Field(
+        0,
+        ge=0,
+        description="The interval between saved snapshots of the EMA weights, in steps. 0 saves only the last.",
+    )
+    validate_every: int = operational(
+        0,
+        ge=0,
+        description="The interval between evaluations of the losses on held-out photos, in steps, with one more "
+        "after the last step. 0 turns them off. The metrics are `val/loss` and so on, computed without drop-path on "
+        "one batch that is always the same. `holdout` of `curate` sets the share of held-out photos.",
+    )
+    chunk_rows: int | None = operational(
+        None,
+        ge=1,
+        description="The maximum number of rows whose logits are in memory at once. A change alters results in their "
+        "last bits, even with `elastic.exact`, but runs no stage again. Default: all rows of a block.",
+    )
+    zero_stage: Literal[1, 2, 3] = operational(
+        3, description="The ZeRO stage of DeepSpeed. In bf16, 1 behaves like 2."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
+    )
+
+    preload: ClassVar[tuple[str, ...]] = (
+        "orchestrator.stages.common.crops",
+        "orchestrator.stages.ssl.task",
+    )
+    outputs: ClassVar[Mapping[str, str]] = {
+        "model": "the EMA backbone, config.json and model.safetensors",
+        "recipe.json": "how to rebuild the model with its heads",
+        "snapshots": "the EMA with its heads after some steps",
+        "checkpoint": "the elastic checkpoint after the last step, from which later stages continue",
+        "history.json": "figures of every step",
+        DRAWN: DRAWN_MEANS,
+        "lineage.json": "the snapshots up to here, with the dense health of each",
+        "lineage": "snapshots of the stages before",
+    }
+
+    @model_validator(mode="after")
+    def _fits(self) -> SelfSupervised:
+        check_blocks(self, self.batch_size, self.block_size)
+        check_group(self.koleo_group, self.block_size)
+        check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
+        check_ratio("mask_ratio", self.mask_ratio)
+        check_titles(self.objectives)
+        return self
+
+    def models(self) -> Mapping[str, str]:
+        """See :meth:`Stage.models`."""
+        return {"": "model"}
+
+    def snapshot_steps(self) -> tuple[int, ...]:
+        """The steps after which a snapshot is kept; the last one is always among them."""
+        every = self.snapshot_every or self.steps
+        return (*range(every, self.steps, every), self.steps)
+
+    def num_exports(self) -> int:
+        """See :class:`TrainStage`: the model, and each snapshot."""
+        return 1 + len(self.snapshot_steps())
+
+    def foresee(self, outlook: Outlook) -> list[UserError]:
+        """See :class:`Stage`: a Gram teacher that no stage before this one leaves behind."""
+        backbones = [stage for stage in outlook.lineage if isinstance(stage, SelfSupervised)]
+        if self.gram is None or not backbones:
+            return []
+        known: list[lineage.Snapshot] = []
+        for stage in backbones:
+            before = known[-1].updates if known else 0
+            known += [lineage.Snapshot(updates=before + step, file="") for step in stage.snapshot_steps()]
+        try:
+            # Which is the healthiest shows once they are there.
+            if self.gram.teacher != "best":
+                lineage.Lineage(snapshots=tuple(known)).pick(self.gram.teacher)
+        except UserError as error:
+            return [error]
+        return []
+
+    def views(self) -> tuple[tuple[float, CropConfig], ...]:
+        """The views that steps may have, with their shares of the steps."""
+        if not self.resolutions:
+            return ((1.0, self.crops),)
+        total = sum(resolution.p for resolution in self.resolutions)
+        return tuple(
+            (
+                resolution.p / total,
+                self.crops.model_copy(update=resolution.model_dump(exclude={"p"})),
+            )
+            for resolution in self.resolutions
+        )
+
+    def crops_at(self, step: int, seed: int) -> CropConfig:
+        """The views of `step`: fixed, or one of `resolutions` drawn for the whole step."""
+        if not self.resolutions:
+            return self.crops
+        from orchestrator.data.rng import generator
+
+        views = self.views()
+        draw = generator(seed, "resolution", step).choice(len(views), p=[share for share, _ in views])
+        return views[int(draw)][1]
+
+    def recipe(self, context: Context) -> ModelRecipe:
+        """The model to train: from this config, or as the backbone artifact was made."""
+        return ModelRecipe.model_validate_json((context.inputs["backbone"].path / "recipe.json").read_text())
+
+    def job(self, context: Context, recipe: ModelRecipe, max_unreadable: int | None = None) -> Job:
+        """The elastic job of this stage; so many photos may become unreadable, or any number."""
+        from orchestrator.stages.common.crops import crop_blocks
+        from orchestrator.stages.ssl.task import SelfSupervisedTask
+        from orchestrator.training.job import Job
+
+        backbone = context.inputs.get("backbone")
+        seed = stage_seed(context, self.kind)
+        return Job(
+            name=context.name,
+            task=partial(SelfSupervisedTask, self, recipe, seed, *self._gram_start(backbone)),
+            blocks=partial(
+                crop_blocks, self, recipe, context.inputs["index"].path, seed, roots=context.roots
+            ),
+            num_blocks=self.batch_size // self.block_size,
+            num_steps=self.steps,
+            optimizer=self.optimizer,
+            zero_stage=self.zero_stage,
+            precision=self.precision,
+            work=context.work,
+            seed=context.seed,
+            elastic=context.elastic,
+            remote=context.remote,
+            inputs=context.needed,
+            pipeline=context.pipeline,
+            start_from=backbone.path / "checkpoint" if backbone else None,
+            validation=partial(
+                crop_blocks,
+                self,
+                recipe,
+                context.inputs["index"].path,
+                seed,
+                roots=context.roots,
+                held_out=True,
+            )
+            if self.validate_every
+            else None,
+            validate_every=self.validate_every,
+            export_steps=self.snapshot_steps()[:-1],
+            max_unreadable=max_unreadable,
+        )
+
+    def draws(self, context: Context) -> Draws:
+        """What the blocks of this stage are drawn from."""
+        seed = stage_seed(context, self.kind)
+        order = partial(self.sample_order, batch_size=self.batch_size, seed=seed)
+        return draws_of(context.name, partial(self._checked, order), context.inputs["index"].path)
+
+    def _checked(self, order: Callable[[PhotoIndex], SampleOrder], index: PhotoIndex) -> SampleOrder:
+        """The order of draws from an index that has what this stage looks at."""
+        from orchestrator.data.curation.mix import held_out_order
+
+        if self.validate_every:
+            held_out_order(index, batch_size=self.batch_size, seed=0)
+        return order(index)
+
+    def _gram_start(self, backbone: Artifact | None) -> tuple[Path | None, lineage.Health | None]:
+        """The snapshot to anchor to at first, and how healthy it was."""
+        if self.gram is None or backbone is None:
+            return None, None
+        snapshot = lineage.read(backbone.path).pick(self.gram.teacher)
+        return inside(backbone.path, snapshot.file), snapshot.health
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Train and leave model, snapshots, checkpoint and history.
+
+        Raises:
+            UserError: `mix` or `homogeneous` names what has no photographs.
+            Stopped: on request, checkpointed.
+        """
+        from orchestrator.elastic import trainer
+        from orchestrator.stages.common.backbone import save_backbone
+
+        draws = self.draws(context)
+        recipe = self.recipe(context)
+        job = self.job(context, recipe, draws.most_unreadable(self.max_unreadable))
+        account = trainer.run(job, tracker=context.run, stop=context.stop)
+        snapshots = context.out / "snapshots"
+        shutil.copytree(job.work / "exports", snapshots)
+        job.collect(context.out / "checkpoint")
+        (context.out / "recipe.json").write_text(recipe.model_dump_json(indent=1))
+        save_backbone(
+            job.export(job.num_steps),
+            recipe.model,
+            context.out / "model",
+            self.crops_at(0, 0).global_size,
+            recipe.model_overrides,
+        )
+        history = context.run.history()
+        (context.out / "history.json").write_text(json.dumps(history))
+        backbone = context.inputs.get("backbone")
+        lineage.write(context.out, history, backbone.path if backbone else None)
+        return summary(history) | account | draws.write(self.steps, context.out)
+
+
+def check_blocks(stage: BaseModel, batch_size: int, block_size: int) -> None:
+    """Raises KeyMistakeError unless blocks fill a batch."""
+    if batch_size % block_size == 0:
+        return
+    is_default = "block_size" not in stage.model_fields_set
+    lower, upper = batch_size // block_size * block_size, -(-batch_size // block_size) * block_size
+    sizes = f"{lower} or {upper}" if lower else str(upper)
+    fitting = max(size for size in range(1, min(batch_size, block_size) + 1) if batch_size % size == 0)
+    what = f"batch_size {batch_size} is not a multiple of block_size {block_size}"
+    raise KeyMistakeError(
+        what + (", which is the default" if is_default else ""),
+        key="batch_size" if "batch_size" in stage.model_fields_set else "block_size",
+        hint=f"use batch_size {sizes}, or block_size {fitting}",
+    )
+
+
+def check_group(group: int | None, block_size: int) -> None:
+    """Raises ValueError unless groups of KoLeo fill a block."""
+    if group is not None and block_size % group:
+        fitting = [size for size in range(2, block_size + 1) if block_size % size == 0]
+        fits = min(fitting, key=lambda size: abs(size - group))
+        raise ValueError(
+            f"koleo_group {group} does not divide block_size {block_size}: groups lie within a block; use {fits}"
+        )
+
+
+def check_titles(objectives: Sequence[Objective]) -> None:
+    """Raises ValueError unless each objective has a name of its own, which no term of ours has."""
+    taken = set(_TERMS)
+    for objective in objectives:
+        if objective.title in taken:
+            raise ValueError(
+                f"two terms of the loss are called {objective.title!r}: give the objective a `name`"
+            )
+        taken.add(objective.title)
+
+
+def check_crops(
+    crops: CropConfig, model: str, overrides: Mapping[str, Any] | None = None, at: str = "crops"
+) -> None:
+    """Raises KeyMistakeError unless the model's patch divides all crop sizes; `at` is where the section has them."""
+    patch = preset(model, **(overrides or {})).patch_size
+    for name in ("global_size", "local_size", "gram_size"):
+        if (size := getattr(crops, name) or 0) % patch:
+            nearest = max(1, round(size / patch)) * patch
+            what = f"crops.{name} {size} is not a multiple of {model}'s patch size {patch}"
+            raise KeyMistakeError(what, key=f"{at}.{name}", hint=f"use {nearest}")
+
+
+def stage_seed(context: Context, kind: str) -> int:
+    """A seed of its own for each kind of stage; not by name, which is no part of a stage's key."""
+    from orchestrator.data.rng import derive
+
+    return derive(context.seed, kind)
+
+
+def last_snapshot(backbone: Path) -> Path:
+    """The EMA with its heads that a backbone's artifact ends with."""
+    return max((backbone / "snapshots").glob("step-*.safetensors"))
+
+
+def summary(history: list[dict[str, Any]]) -> dict[str, float]:
+    """First and last loss and the speed, from a run's records."""
+    if not history:
+        return {}
+    records = sorted(history, key=lambda record: int(record["step"]))
+    seconds = sorted(record["metrics"]["step_seconds"] for record in records)
+    return {
+        "first_loss": records[0]["metrics"]["loss"],
+        "last_loss": records[-1]["metrics"]["loss"],
+        "step_seconds": seconds[len(seconds) // 2],
+    }

@@ -1,0 +1,76 @@
+"""What was said once is not computed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.storage.local import LocalStore
+from orchestrator.teacher_service.cache import Replayed
+from orchestrator.teacher_service.payload import TEACHER, VIEWS, Parts
+
+
+class Teacher:
+    images_per_step = 4
+
+    def __init__(self) -> None:
+        self.images_forwarded = 0
+
+    def __call__(self, step: int) -> Parts:
+        self.images_forwarded += 4
+        said = {"ids": np.arange(4), "codes": np.full((2, 4), step, np.float16), "masks": np.eye(4) > 0}
+        return {TEACHER: said, **Views().parts(step)}
+
+
+class Views:
+    def parts(self, step: int) -> dict[str, dict[str, Any]]:
+        return {VIEWS: {"globals": np.full((2, 4, 3), step, np.uint8)}}
+
+
+def never() -> Teacher:
+    raise AssertionError("the real teacher is not needed")
+
+
+def test_the_second_time_no_teacher_is_made(tmp_path: Path) -> None:
+    where = LocalStore(tmp_path), "replay/x/"
+    first = Replayed(Teacher, Views, where, 4)
+    said = [first(step) for step in range(3)]
+    assert first.images_forwarded == 12
+    second = Replayed(never, Views, where, 4)
+    for step, parts in enumerate(said):
+        again = second(step)
+        assert set(again) == {TEACHER, VIEWS}
+        for part, bundle in parts.items():
+            for name, array in bundle.items():
+                np.testing.assert_array_equal(again[part][name], array)
+                assert again[part][name].dtype == array.dtype
+    assert second.images_forwarded == 0
+    with pytest.raises(AssertionError, match="not needed"):
+        second(3)
+
+
+def test_a_damaged_step_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    where = LocalStore(tmp_path), ""
+    Replayed(Teacher, Views, where, 4)(0)
+    (kept,) = tmp_path.glob("step-*")
+    kept.write_bytes(kept.read_bytes()[:20])
+    again = Replayed(Teacher, Views, where, 4)
+    assert again(0)[TEACHER]["codes"][0, 0] == 0
+    assert again.images_forwarded == 4
+    assert "damaged" in caplog.text
+    assert Replayed(never, Views, where, 4)(0)[VIEWS]["globals"].shape == (2, 4, 3)
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(LocalStore):
+        def put_bytes(self, name: str, data: bytes) -> None:
+            raise OSError("No space left on device")
+
+    parts = Replayed(Teacher, Views, (Full(tmp_path), ""), 4)(2)
+    assert parts[TEACHER]["codes"][0, 0] == 2
+    assert "could not be saved" in caplog.text
