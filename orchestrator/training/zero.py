@@ -90,7 +90,7 @@ def zero_config(stage: int, precision: str, blocks_per_worker: int) -> dict[str,
         "train_batch_size": world * blocks_per_worker,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": blocks_per_worker,
-        # Clipped by submodule, in `clip.py`; left out, DeepSpeed would clip the whole gradient at 1.
+        # Clipped by submodule, in `gradient_clipping.py`; left out, DeepSpeed would clip the whole gradient at 1.
         "gradient_clipping": 0.0,
         "zero_optimization": {
             "stage": stage,

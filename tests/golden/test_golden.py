@@ -6,7 +6,6 @@ Once the version is raised, `GOLDEN=write python -m pytest tests/golden` writes 
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -109,12 +108,12 @@ def close(name: str, old: float, new: float) -> bool:
 def message(kind: str, changed: list[str]) -> str:
     """What changed, and what to do."""
     stage = KINDS[kind]
-    source = Path(inspect.getsourcefile(stage) or "").name
+    source = stage.__module__.removeprefix("orchestrator.").replace(".", "/") + ".py"
     lines = "\n  ".join(changed[:_SHOWN])
     more = f"\n  and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     return (
         f"the results of stage kind {kind!r} changed:\n  {lines}{more}\n"
-        f"If that is meant, raise `version` of kind {kind!r} (class {stage.__name__} in stages/{source}) from "
+        f"If that is meant, raise `version` of kind {kind!r} (class {stage.__name__} in {source}) from "
         f"{stage.version} to {stage.version + 1}, so that artifacts made before are not taken for today's; then write "
         "the new numbers with `GOLDEN=write python -m pytest tests/golden`."
     )

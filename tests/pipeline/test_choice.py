@@ -66,7 +66,7 @@ def test_other_code_re_runs_nothing_and_is_named(
     assert (
         planned(pipeline)["pretrain"]
         .reasons[0]
-        .endswith("(made by other code: data/rng.py, training/loop.py, more.py and 1 more)")
+        .endswith("(made by other code: config/schema.py, data/rng.py, more.py and 1 more)")
     )
 
 

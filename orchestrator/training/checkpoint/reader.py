@@ -3,7 +3,7 @@
 Worker r of W holds elements [r·n, min(N, (r+1)·n)) with n = ceil(N/W) of every saved tensor of N elements. A
 worker of another count finds the parts of its own range by arithmetic and reads those slices; no conversion,
 no pickle. The header says where in the tensor each shard lies, in the form that the Hugging Face reader of
-`torch.distributed.checkpoint` understands. See `saved.py` for the files and `saver.py` for writing them.
+`torch.distributed.checkpoint` understands. See `format.py` for the files and `writer.py` for writing them.
 """
 
 from __future__ import annotations
