@@ -1,4 +1,4 @@
-"""What `bench/saturation.py` measures here: crops, the desk, and what Ray moves between machines."""
+"""What `bench/saturation.py` measures here: crops, the coordinator, and what Ray moves between machines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def crop_seconds(loaded: LoadedPipeline, stage: str, folder: Path, quick: bool) 
 
 
 def ray_figures(quick: bool) -> tuple[float, float]:
-    """Calls a second that the desk answers, and Gbit a second from one raylet's memory to another's, both here."""
+    """Calls a second that the coordinator answers, and Gbit a second from one raylet's memory to another's."""
     import ray
 
     from tools.market import SpotMarket
@@ -54,17 +54,17 @@ def _desk_calls(calls: int) -> float:
     import ray
 
     from orchestrator.teacher_service.account import Account
-    from orchestrator.teacher_service.coordinator import Delivered, Desk
+    from orchestrator.teacher_service.coordinator import StepCoordinator, StepRefs
 
-    desk: Any = ray.remote(Desk).options(num_cpus=0, max_concurrency=1000).remote(
+    coordinator: Any = ray.remote(StepCoordinator).options(num_cpus=0, max_concurrency=1000).remote(
         {"student": 0}, 10, window=4, patience_s=600.0, account=Account()
     )  # fmt: skip
-    ray.get(desk.deliver.remote("teacher", 0, Delivered({}, {}), 1, 1, 1))
-    ray.get([desk.step.remote("student", 0) for _ in range(calls // 10)])
+    ray.get(coordinator.deliver.remote("teacher", 0, StepRefs({}, {}), 1, 1, 1))
+    ray.get([coordinator.step.remote("student", 0) for _ in range(calls // 10)])
     began = time.monotonic()
-    ray.get([desk.step.remote("student", 0) for _ in range(calls)])
+    ray.get([coordinator.step.remote("student", 0) for _ in range(calls)])
     seconds = time.monotonic() - began
-    ray.kill(desk)
+    ray.kill(coordinator)
     return calls / seconds
 
 

@@ -1,4 +1,4 @@
-"""Where a share service saturates as devices grow: the step time that each resource allows, in the steady state.
+"""Where a teacher service saturates as devices grow: the step time that each resource allows, in the steady state.
 
 A step's demand on a resource over what the resource gives a second is the shortest step that it allows; the stage
 goes at the longest of them. No events are played: with a window, all parts work at once, and what is not the
@@ -19,7 +19,7 @@ _GIB = 2**30
 # A teacher asks for a step and delivers it.
 _TEACHER_CALLS = 2
 COMPUTE = "compute"
-RESOURCES = (COMPUTE, "window", "crops", "egress", "ingress", "desk")
+RESOURCES = (COMPUTE, "window", "crops", "egress", "ingress", "coordinator")
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Design:
         crops: made `inside` a teacher actor before its forward; by `producers` on the teachers' machines, while
             the forward before runs; or again by the `students`, from the seed.
         fetch: a machine of a student gets the `chunks` that hold its workers' blocks, or the whole `step`.
-        ask: each `worker` asks the desk for each step, or one of each `node`.
+        ask: each `worker` asks the coordinator for each step, or one of each `node`.
         window: steps held or in the making; None: two more than there are teachers.
-        desk_calls: a second that the desk answers.
+        coordinator_calls: a second that the coordinator answers.
         chunk_bytes: least size of an object.
     """
 
@@ -78,7 +78,7 @@ class Design:
     fetch: Literal["chunks", "step"] = "chunks"
     ask: Literal["worker", "node"] = "worker"
     window: int | None = None
-    desk_calls: float = 1000.0
+    coordinator_calls: float = 1000.0
     chunk_bytes: float = CHUNK_BYTES
 
 
@@ -143,7 +143,7 @@ def saturate(work: Work, node: Node, design: Design, devices: int) -> Saturation
         "crops": _crops_s(work, node, design, found, teacher_nodes),
         "egress": sum(traffic.values()) / teacher_nodes / bytes_per_s,
         "ingress": max(traffic[name] / _nodes(found.workers[name], node) for name in traffic) / bytes_per_s,
-        "desk": _calls(node, design, found) / design.desk_calls,
+        "coordinator": _calls(node, design, found) / design.coordinator_calls,
     }
     bound_s = (work.teacher.work_s + sum(student.work_s for student in work.students)) / devices
     return Saturation(devices, found, limits, bound_s, window * held_bytes / room, window)

@@ -1,7 +1,7 @@
 """From 8 to 4,096 devices, what limits a distillation with one shared teacher: its computing, or what is around it.
 
 Simulated in the steady state (`bench._saturation`) with what is measured here: processor seconds of an
-image's crops, calls a second that the desk answers, bytes a second that Ray moves between two machines. Steps of
+image's crops, calls a second that the coordinator answers, bytes a second that Ray moves between two machines. Steps of
 models that do not fit here are reckoned from their operations, at the share of the peak that `plan` takes.
 """
 
@@ -47,7 +47,7 @@ class Figures:
     """What was measured here: seconds of a processor for an image's crops by case, and of Ray."""
 
     crop_s: Mapping[str, float]
-    desk_calls: float
+    coordinator_calls: float
     ray_gbit: float
 
 
@@ -59,14 +59,14 @@ class Case:
     node: Node
 
 
-def run(quick: bool, picture: str = "", table: str = "", desk_calls: float = 0.0) -> Claim:
+def run(quick: bool, picture: str = "", table: str = "", coordinator_calls: float = 0.0) -> Claim:
     """Measure, then sweep.
 
     Args:
         quick: without the laptop's sample, and fewer repetitions.
         picture: a PNG to write.
         table: a JSON of all figures to write.
-        desk_calls: a second, where they are known: then no cluster is started.
+        coordinator_calls: a second, where they are known: then no cluster is started.
     """
     with tempfile.TemporaryDirectory() as folder:
         loaded = _pipelines(Path(folder))
@@ -74,9 +74,9 @@ def run(quick: bool, picture: str = "", table: str = "", desk_calls: float = 0.0
             # Its costs would have to be measured, which takes a minute.
             del loaded["laptop sample"]
         crops = {name: crop_seconds(one, stage, Path(folder), quick) for name, (one, stage) in loaded.items()}
-        figures = Figures(crops, *((desk_calls, 0.0) if desk_calls else ray_figures(quick)))
+        figures = Figures(crops, *((coordinator_calls, 0.0) if coordinator_calls else ray_figures(quick)))
         cases = {name: _case(one, stage, crops[name]) for name, (one, stage) in loaded.items()}
-    built = Design(crops="producers", desk_calls=figures.desk_calls)
+    built = Design(crops="producers", coordinator_calls=figures.coordinator_calls)
     designs = {
         "as built": built,
         "window 4, whole steps": replace(built, window=4, fetch="step"),
@@ -148,7 +148,7 @@ Found = Mapping[str, Mapping[str, Sequence[Saturation]]]
 def _claim(found: Found, figures: Figures) -> Claim:
     arms: dict[str, Arm] = {}
     notes = [
-        f"desk {figures.desk_calls:,.0f} calls a second; "
+        f"coordinator {figures.coordinator_calls:,.0f} calls a second; "
         + (
             f"Ray {figures.ray_gbit:.1f} Gbit/s from one raylet to another on this machine"
             if figures.ray_gbit
@@ -203,7 +203,7 @@ def _rows(found: Found, figures: Figures) -> dict[str, Any]:
         for design, states in designs.items()
         for state in states
     ]
-    return {"measured": {"crop_s": dict(figures.crop_s), "desk_calls": figures.desk_calls,
+    return {"measured": {"crop_s": dict(figures.crop_s), "coordinator_calls": figures.coordinator_calls,
                          "ray_gbit": figures.ray_gbit}, "rows": rows}  # fmt: skip
 
 

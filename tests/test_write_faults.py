@@ -18,10 +18,10 @@ from disk_faults import KINDS, Disk, Kind, every_fault, goes_through
 from PIL import Image
 
 from orchestrator.pipeline import spool_backup as mirror_module
-from orchestrator.pipeline.lease import Keeper
+from orchestrator.pipeline.lease import LeaseManager
 from orchestrator.pipeline.liveness import Timing
-from orchestrator.pipeline.process_identity import Who, this_process
-from orchestrator.pipeline.spool_backup import Mirror
+from orchestrator.pipeline.process_identity import ProcessIdentity, this_process
+from orchestrator.pipeline.spool_backup import SpoolBackup
 from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool
@@ -124,20 +124,20 @@ def test_a_checkpoint_is_there_whole_or_the_one_before_it_is(
 # --- holds ------------------------------------------------------------------------------------------------------
 
 
-def _dead() -> Who:
+def _dead() -> ProcessIdentity:
     """A process of this machine that is gone."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         pid = child.pid
     return this_process().model_copy(update={"pid": pid, "started": 1})
 
 
-def _keeper(store: LocalStore, who: Who) -> Keeper:
+def _leases(store: LocalStore, who: ProcessIdentity) -> LeaseManager:
     # Nobody beats while the disk is failing: the numbers of writes would be other ones each time.
-    return Keeper(store, Timing(beat_s=1000.0, lapse_s=3000.0), who)
+    return LeaseManager(store, Timing(heartbeat_s=1000.0, timeout_s=3000.0), who)
 
 
-def _hold(keeper: Keeper) -> int:
-    with keeper.hold("it", "thing", above=0) as lease:
+def _hold(leases: LeaseManager) -> int:
+    with leases.hold("it", "thing", above=0) as lease:
         lease.check()
         return lease.epoch
 
@@ -147,11 +147,11 @@ def test_a_hold_that_fails_halfway_is_nobodys(tmp_path: Path, kind: Kind) -> Non
     # After a crash the process is gone; after anything else it is there, and wants the hold again.
     for disk in every_fault(kind, at_least=12):
         store = LocalStore(tmp_path / str(disk.fail_at))
-        before = _hold(_keeper(store, this_process()))
-        keeper = _keeper(store, _dead() if kind == "crash" else this_process())
+        before = _hold(_leases(store, this_process()))
+        leases = _leases(store, _dead() if kind == "crash" else this_process())
         epochs: list[int] = []
-        goes_through(disk, lambda: epochs.append(_hold(keeper)))  # noqa: B023
-        later = _hold(keeper if kind != "crash" else _keeper(LocalStore(store.root), this_process()))
+        goes_through(disk, lambda: epochs.append(_hold(leases)))  # noqa: B023
+        later = _hold(leases if kind != "crash" else _leases(LocalStore(store.root), this_process()))
         assert later > max([before, *epochs]), f"after write {disk.fail_at}"
         left = [name for name in store.list("holds/") if name.endswith((".door", ".ticket"))]
         assert left == [], f"after write {disk.fail_at}"
@@ -189,19 +189,19 @@ def test_the_mirror_is_never_ahead_of_itself(
         folder = tmp_path / str(disk.fail_at)
         store = LocalStore(folder / "store")
         spool = Spool(folder / "mine")
-        mirror = Mirror(store, "spool/toy/", folder / "mine")
+        spool_backup = SpoolBackup(store, "spool/toy/", folder / "mine")
         spool.post("run", "open", name="x", parent=None)
         for step in range(4):
             spool.append("run", step, {"loss": 1.0})
-        assert mirror.flush()
+        assert spool_backup.flush()
         for step in range(4, 9):
             spool.append("run", step, {"loss": 1.0})
         # As the flusher does when MLflow has all of it.
         spool.path("run").with_suffix(".progress").write_text(json.dumps({"offset": spool.size("run")}))
         flushed: list[bool] = []
-        goes_through(disk, lambda: flushed.append(mirror.flush()))  # noqa: B023
+        goes_through(disk, lambda: flushed.append(spool_backup.flush()))  # noqa: B023
         there = folder / "there"
-        Mirror(store, "spool/toy/", there).restore()
+        SpoolBackup(store, "spool/toy/", there).restore()
         steps = [record["step"] for record in Spool(there).history("run")]
         assert steps == list(range(len(steps)))
         assert len(steps) == 9 or flushed != [True]
@@ -209,10 +209,14 @@ def test_the_mirror_is_never_ahead_of_itself(
         progress = there / "run.progress"
         said = json.loads(progress.read_text())["offset"] if progress.exists() else 0
         assert said <= Spool(there).size("run"), f"ahead of the records, after write {disk.fail_at}"
-        again = mirror if kind != "crash" else Mirror(LocalStore(store.root), "spool/toy/", folder / "mine")
+        again = (
+            spool_backup
+            if kind != "crash"
+            else SpoolBackup(LocalStore(store.root), "spool/toy/", folder / "mine")
+        )
         assert again.flush()
         whole = folder / "whole"
-        Mirror(store, "spool/toy/", whole).restore()
+        SpoolBackup(store, "spool/toy/", whole).restore()
         assert files(whole) == files(folder / "mine")
         assert odd(whole) == []
 
@@ -230,11 +234,11 @@ def test_a_mirror_that_comes_back_halfway_comes_back_the_next_time(
     (spool.files("run") / "c0ffee").mkdir(parents=True)
     (spool.files("run") / "c0ffee" / "picture.png").write_bytes(bytes(500))
     spool.path("run").with_suffix(".progress").write_text(json.dumps({"offset": 10}))
-    assert Mirror(store, "spool/toy/", spool.folder).flush()
+    assert SpoolBackup(store, "spool/toy/", spool.folder).flush()
     for disk in every_fault(kind, at_least=6):
         there = tmp_path / "there" / str(disk.fail_at)
-        goes_through(disk, lambda: Mirror(store, "spool/toy/", there).restore())  # noqa: B023
-        Mirror(store, "spool/toy/", there).restore()
+        goes_through(disk, lambda: SpoolBackup(store, "spool/toy/", there).restore())  # noqa: B023
+        SpoolBackup(store, "spool/toy/", there).restore()
         assert files(there) == files(spool.folder), f"after write {disk.fail_at}"
         assert all((there / name).read_bytes() == (spool.folder / name).read_bytes() for name in files(there))
 

@@ -98,13 +98,14 @@ def _worker_times() -> dict[str, float]:
 
 
 def _forwarded() -> int:
-    """Images that all teachers together have forwarded, as their desks know it."""
+    """Images that all teachers together have forwarded, as their coordinators know it."""
     import ray
 
     names = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
-    desks = [ray.get_actor(name, NAMESPACE) for name in names if name and name.startswith("share-")]
+    coordinators = [ray.get_actor(name, NAMESPACE) for name in names if name and name.startswith("share-")]
     return sum(
-        status.account.images_forwarded for status in ray.get([desk.status.remote() for desk in desks])
+        status.account.images_forwarded
+        for status in ray.get([coordinator.status.remote() for coordinator in coordinators])
     )
 
 

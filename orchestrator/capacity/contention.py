@@ -1,4 +1,4 @@
-"""How long a step takes whose processes share too few cores: the share service, played through. Pure arithmetic.
+"""How long a step takes whose processes share too few cores: the teacher service, played through. Pure arithmetic.
 
 Nobody's work is random here: a student that is quicker than the teacher starts when the teacher is done, and a
 teacher that is ahead starts when the slowest student has moved. Who is ready at the same time follows from that.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Of a core: what Ray's daemons, slots, desk and driver take while a stage runs (docs/sharing-scale.md, measured).
+# Of a core: what Ray's daemons, slots, coordinator and driver take in a stage (docs/sharing-scale.md, measured).
 AROUND_CORES = 0.14
 # How far teachers may be ahead of what the slowest student asks for, as by default; more changes nothing here, as
 # every step takes a part the same time.

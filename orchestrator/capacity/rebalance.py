@@ -59,7 +59,7 @@ class Balancer:
             self._look()
             return self._split.teachers if self._split is not None else 1
 
-    def leave(self, student: str) -> None:
+    def deregister(self, student: str) -> None:
         """This student is done, failed or stopped: the others may have its devices."""
         with self._lock:
             self._students.pop(student, None)

@@ -18,7 +18,7 @@ from orchestrator.config.schema import Elastic
 from orchestrator.errors import Stopped, UserError, shortened
 from orchestrator.pipeline.code_digest import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread, nothing
-from orchestrator.pipeline.lease import Lease, LostHoldError
+from orchestrator.pipeline.lease import Lease, LeaseLostError
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.stage_log import stage_log
@@ -98,14 +98,14 @@ class Attempt:
         ):
             try:
                 # Two pipelines in one store may want the same artifact: only one works on it.
-                with self.workspace.keeper.hold(hold, f"the work behind stage {self.stage.name!r}") as lease:
+                with self.workspace.leases.hold(hold, f"the work behind stage {self.stage.name!r}") as lease:
                     lease.on_lost = self.interrupt.stop.set
                     if self.fresh:
                         self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
                     self._begin(self.stage.parts.kind, self.stage.key)
                     outcome = self._run_and_publish(work, lease)
                     self.workspace.drop_work(self.stage.parts.kind, self.stage.key)
-            except LostHoldError:
+            except LeaseLostError:
                 # Whatever there is to put on record is for the one who took over.
                 raise
             except Stopped:
@@ -144,7 +144,7 @@ class Attempt:
             watch = self.interrupt.watch if stage.needs_ray else nothing
             returned = in_thread(lambda: stage.run(context), watch)
         finally:
-            lease.insist()
+            lease.raise_if_lost()
         summary = {name: float(value) for name, value in returned.items()}
         missing = [name for name in stage.outputs if not (out / name).exists()]
         if missing:
@@ -188,7 +188,7 @@ class Attempt:
         artifacts = self.workspace.artifacts()
         first = (kind, key) not in self.pieces
         self.pieces.add((kind, key))
-        with self.workspace.keeper.hold(hold, f"a {kind} of stage {self.stage.name!r}") as lease:
+        with self.workspace.leases.hold(hold, f"a {kind} of stage {self.stage.name!r}") as lease:
             lease.on_lost = self.interrupt.stop.set
             known = artifacts.intact(kind, key)
             outdated = known if known is not None and self._is_outdated(known) else None

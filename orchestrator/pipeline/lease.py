@@ -2,11 +2,11 @@
 
 Who may hold is settled by the queue of :mod:`orchestrator.pipeline.lock_queue`; this module tells the living from the
 dead. A process that holds or wants something rewrites one small object, its beat, every few seconds. No two
-machines' clocks are compared: a newcomer watches by its own clock whether the beat changes. Once it has not for
-`lapse_s` and one beat more, the holder's place is removed. On one machine the kernel is asked instead: a process
+machines' clocks are compared: a contender watches by its own clock whether the beat changes. Once it has not for
+`timeout_s` and one beat more, the holder's place is removed. On one machine the kernel is asked instead: a process
 that is gone is replaced at once, and one that is there never is.
 
-A holder that could not renew for `lapse_s`, or finds its place removed, has lost its hold. What it was about to
+A holder that could not renew for `timeout_s`, or finds its place removed, has lost its hold. What it was about to
 write when it fell silent may still arrive: the ledger orders that out by the hold's `epoch`.
 """
 
@@ -22,15 +22,15 @@ from pathlib import Path
 
 from orchestrator import disk
 from orchestrator.errors import UserError
-from orchestrator.pipeline.liveness import Newcomer, Timing, Watch, beat_name, clock
-from orchestrator.pipeline.lock_queue import Place, Queue, TakenError
-from orchestrator.pipeline.process_identity import Who, is_suspended, lives, this_process
+from orchestrator.pipeline.liveness import Contender, HeartbeatMonitor, Timing, clock, heartbeat_name
+from orchestrator.pipeline.lock_queue import LockQueue, LockTakenError, QueueEntry
+from orchestrator.pipeline.process_identity import ProcessIdentity, is_suspended, lives, this_process
 from orchestrator.storage.local import Store
 
 _log = logging.getLogger(__name__)
 
 
-class LostHoldError(Exception):
+class LeaseLostError(Exception):
     """The hold on a name was lost: another process may have it by now, so nothing more may be written."""
 
 
@@ -38,7 +38,7 @@ class LostHoldError(Exception):
 class Holder:
     """Who holds a name, and whether it gave a sign of life."""
 
-    who: Who
+    who: ProcessIdentity
     alive: bool
 
 
@@ -52,62 +52,64 @@ class Lease:
         on_lost: called once it is, in any thread.
     """
 
-    def __init__(self, keeper: Keeper, queue: Queue, place: Place, what: str, notes: list[str]) -> None:
+    def __init__(
+        self, leases: LeaseManager, queue: LockQueue, place: QueueEntry, what: str, notes: list[str]
+    ) -> None:
         assert place.number is not None
         self.epoch = place.number
         self.notes = notes
         self.lost: str | None = None
         self.on_lost: Callable[[], None] = lambda: None
-        self._keeper = keeper
+        self._leases = leases
         self._queue = queue
         self._place = place
         self._what = what
         self._lock = threading.RLock()
         self._ended = False
-        self._confirmed = keeper.beaten
+        self._confirmed = leases.beaten
 
     def check(self) -> None:
-        """Renew the hold: from now on nobody takes it for `lapse_s`.
+        """Renew the hold: from now on nobody takes it for `timeout_s`.
 
         Raises:
-            LostHoldError: it is lost.
+            LeaseLostError: it is lost.
         """
         with self._lock:
             self.renew()
-            if self._silent() >= self._keeper.timing.lapse_s:
+            if self._silent() >= self._leases.timing.timeout_s:
                 # The process slept, or the store took its time, in the middle of that.
                 self.renew()
-            if self.lost is None and self._silent() >= self._keeper.timing.lapse_s:
+            if self.lost is None and self._silent() >= self._leases.timing.timeout_s:
                 self._lose("the store is too slow to renew it in time")
-            self.insist()
+            self.raise_if_lost()
 
-    def insist(self) -> None:
-        """Raises LostHoldError if the hold is known to be lost; asks nobody."""
+    def raise_if_lost(self) -> None:
+        """Raises LeaseLostError if the hold is known to be lost; asks nobody."""
         if self.lost is not None:
-            raise LostHoldError(f"lost the lock on {self._what}: {self.lost}")
+            raise LeaseLostError(f"lost the lock on {self._what}: {self.lost}")
 
     def renew(self) -> None:
         """Beat, and look whether the place in the queue is still there. Errors of the store pass through."""
-        timing = self._keeper.timing
+        timing = self._leases.timing
         with self._lock:
             if self.lost is not None or self._ended:
                 return
             silent = self._silent()
             try:
-                began = self._keeper.beat()
-                if silent >= timing.lapse_s:
+                began = self._leases.beat()
+                if silent >= timing.timeout_s:
                     # This process slept. Whoever took it for dead just before this beat is removing its place:
                     # give that the time it needs to be seen.
-                    time.sleep(timing.beat_s)
+                    time.sleep(timing.heartbeat_s)
                 there = self._queue.has(self._place)
             except Exception:
-                if self._silent() >= timing.lapse_s:
+                if self._silent() >= timing.timeout_s:
                     self._lose(f"the store could not be reached for {self._silent():.0f} s")
                 raise
             if there:
                 self._confirmed = began
             else:
-                slept = f"after {silent:.0f} s without a heartbeat " if silent >= timing.lapse_s else ""
+                slept = f"after {silent:.0f} s without a heartbeat " if silent >= timing.timeout_s else ""
                 self._lose(f"{slept}its entry in the store was removed, and another process may hold it now")
 
     def end(self) -> None:
@@ -124,7 +126,7 @@ class Lease:
         self.on_lost()
 
 
-class Keeper:
+class LeaseManager:
     """The holds of this process in one store.
 
     Args:
@@ -133,15 +135,15 @@ class Keeper:
         me: this process; another one in tests.
     """
 
-    def __init__(self, store: Store, timing: Timing | None = None, me: Who | None = None) -> None:
+    def __init__(self, store: Store, timing: Timing | None = None, me: ProcessIdentity | None = None) -> None:
         self.timing = timing or Timing()
         self.beaten = 0.0
         self._store = store
         self._me = me or this_process()
-        self._watch = Watch(store, self.timing)
+        self._watch = HeartbeatMonitor(store, self.timing)
         self._leases: list[Lease] = []
         # Queues with places that were given up and are still there.
-        self._not_given_up: list[Queue] = []
+        self._not_given_up: list[LockQueue] = []
         self._count = 0
         self._lock = threading.Lock()
         self._users = 0
@@ -167,20 +169,20 @@ class Keeper:
         Raises:
             UserError: a living process holds it; the message names it and says since when.
         """
-        queue = Queue(self._store, f"holds/{name}", fenced=above is not None)
+        queue = LockQueue(self._store, f"holds/{name}", fenced=above is not None)
         with self._beating():
             self._leave_again()
-            newcomer = Newcomer(self._watch, self.timing, what, say or _log.warning)
+            newcomer = Contender(self._watch, self.timing, what, say or _log.warning)
             try:
                 place = queue.enter(self._me, newcomer, above=above or 0)
-            except TakenError as error:
+            except LockTakenError as error:
                 raise _taken(error.who, what, queue.name) from None
             except OSError as error:
                 raise _unwritable(error, self._store.root) from None
             finally:
                 self._note_not_given_up(queue)
             with contextlib.suppress(OSError):  # at the latest the next one does it
-                self._watch.bury()
+                self._watch.remove_stale()
             lease = Lease(self, queue, place, what, newcomer.notes)
             self._leases.append(lease)
             try:
@@ -192,19 +194,19 @@ class Keeper:
 
     def holder(self, name: str) -> Holder | None:
         """Who holds `name`. Takes a few seconds if it is on another machine; writes nothing."""
-        queue = Queue(self._store, f"holds/{name}")
-        found = [who for place in queue.look().line() if (who := queue.who(place)) is not None]
-        deadline = clock() + 2 * self.timing.beat_s
+        queue = LockQueue(self._store, f"holds/{name}")
+        found = [who for place in queue.read().waiting() if (who := queue.who(place)) is not None]
+        deadline = clock() + 2 * self.timing.heartbeat_s
         signs = {who.process: self._watch.alive(who) for who in found}
         while None in signs.values() and True not in signs.values() and clock() < deadline:
-            time.sleep(min(0.5, self.timing.beat_s / 4))
+            time.sleep(min(0.5, self.timing.heartbeat_s / 4))
             signs = {who.process: self._watch.alive(who) for who in found}
         alive = next((who for who in found if signs[who.process]), None)
         if alive is not None:
             return Holder(alive, alive=True)
         return Holder(found[0], alive=False) if found else None
 
-    def insist_on_free(self, name: str, what: str) -> None:
+    def raise_unless_free(self, name: str, what: str) -> None:
         """Raises UserError if a living process holds `name`; the message names it and `what` it holds."""
         holder = self.holder(name)
         if holder is not None and holder.alive:
@@ -215,11 +217,11 @@ class Keeper:
         with self._lock:
             began = clock()
             self._count += 1
-            self._store.put_bytes(beat_name(self._me), b"%d" % self._count)
+            self._store.put_bytes(heartbeat_name(self._me), b"%d" % self._count)
             self.beaten = began
             return began
 
-    def _leave(self, queue: Queue, place: Place) -> None:
+    def _leave(self, queue: LockQueue, place: QueueEntry) -> None:
         try:
             queue.leave(place)
         except Exception as error:
@@ -228,7 +230,7 @@ class Keeper:
         finally:
             self._note_not_given_up(queue)
 
-    def _note_not_given_up(self, queue: Queue) -> None:
+    def _note_not_given_up(self, queue: LockQueue) -> None:
         if queue.not_given_up and queue not in self._not_given_up:
             self._not_given_up.append(queue)
 
@@ -259,17 +261,17 @@ class Keeper:
                 self._stop.set()
                 self._leave_again()
                 with contextlib.suppress(Exception):
-                    self._watch.bury()
+                    self._watch.remove_stale()
                     self._silence()
 
     def _silence(self) -> None:
         """Remove the own beat; under the lock, so that none under way comes after it."""
         with self._lock:
-            self._store.delete(beat_name(self._me))
+            self._store.delete(heartbeat_name(self._me))
 
     def _keep_beating(self, stop: threading.Event) -> None:
         failing = False
-        while not stop.wait(self.timing.beat_s):
+        while not stop.wait(self.timing.heartbeat_s):
             renewals: list[Callable[[], object]] = [lease.renew for lease in self._leases] or [self.beat]
             failed = False
             for renew in renewals:
@@ -292,8 +294,8 @@ class Keeper:
             "because another driver may take over then",
             time.strftime("%H:%M:%S"),
             disk.described(error, [root]) if disk.is_full(error) else error,
-            self.timing.beat_s,
-            self.timing.lapse_s,
+            self.timing.heartbeat_s,
+            self.timing.timeout_s,
         )
 
 
@@ -305,7 +307,7 @@ def _unwritable(error: OSError, root: Path) -> UserError:
     return UserError(f"cannot write to the store: {error}", where="store")
 
 
-def _taken(who: Who, what: str, where: str) -> UserError:
+def _taken(who: ProcessIdentity, what: str, where: str) -> UserError:
     hint = "wait for it, or stop it with Ctrl-C in its terminal"
     if is_suspended(who):
         hint = (

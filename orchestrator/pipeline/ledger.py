@@ -187,7 +187,7 @@ class Fence(Protocol):
     epoch: int
 
     def check(self) -> None:
-        """Raises LostHoldError if it entitles to nothing any more."""
+        """Raises LeaseLostError if it entitles to nothing any more."""
 
 
 class Ledger:
@@ -243,7 +243,7 @@ class Ledger:
         Where the store fails, the event may or may not be on record; readers see it whole or not at all.
 
         Raises:
-            LostHoldError: another driver may have the pipeline by now; nothing was written.
+            LeaseLostError: another driver may have the pipeline by now; nothing was written.
             UserError: no number is left for the event.
         """
         assert self._fence is not None, "only the driver that holds the pipeline appends"

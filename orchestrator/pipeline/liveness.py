@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.fsio import NotAFileError
-from orchestrator.pipeline.lock_queue import Place, TakenError
-from orchestrator.pipeline.process_identity import Who, lives
+from orchestrator.pipeline.lock_queue import LockTakenError, QueueEntry
+from orchestrator.pipeline.process_identity import ProcessIdentity, lives
 from orchestrator.storage.local import Store
 
 
@@ -16,13 +16,13 @@ from orchestrator.storage.local import Store
 class Timing:
     """Seconds between beats, and without one until a hold is lost."""
 
-    beat_s: float = 3.0
-    lapse_s: float = 60.0
+    heartbeat_s: float = 3.0
+    timeout_s: float = 60.0
 
     @property
     def poll_s(self) -> float:
         """Between looks while waiting for a sign of life."""
-        return min(0.5, self.beat_s / 4)
+        return min(0.5, self.heartbeat_s / 4)
 
 
 def clock() -> float:
@@ -30,12 +30,12 @@ def clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-def beat_name(who: Who) -> str:
+def heartbeat_name(who: ProcessIdentity) -> str:
     """The object that a process rewrites while it lives."""
-    return _beat_of(who.process)
+    return _heartbeat_of(who.process)
 
 
-def _beat_of(process: str) -> str:
+def _heartbeat_of(process: str) -> str:
     return f"holds/{process}.beat"
 
 
@@ -46,7 +46,7 @@ class _Seen:
     looked: float
 
 
-class Watch:
+class HeartbeatMonitor:
     """What this process saw of others' beats."""
 
     def __init__(self, store: Store, timing: Timing) -> None:
@@ -55,7 +55,7 @@ class Watch:
         self._seen: dict[str, _Seen] = {}
         self._dead: dict[str, str] = {}
 
-    def alive(self, who: Who) -> bool | None:
+    def alive(self, who: ProcessIdentity) -> bool | None:
         """Whether it lives; None while that is open."""
         by_kernel = lives(who)
         if by_kernel is not None:
@@ -66,36 +66,36 @@ class Watch:
         before, beat, after = clock(), self._read(who), clock()
         seen = self._seen.setdefault(who.process, _Seen(beat, after, before))
         # After a long time without a look a changed beat only says that it lived at some time in between.
-        fresh = after - seen.looked < self._timing.lapse_s
+        fresh = after - seen.looked < self._timing.timeout_s
         seen.looked = before
         if beat != seen.beat:
             seen.beat, seen.since = beat, after
             return True if fresh else None
         silent = before - seen.since
-        if silent < self._timing.lapse_s + self._timing.beat_s:
+        if silent < self._timing.timeout_s + self._timing.heartbeat_s:
             return None
         self._dead[who.process] = f"silent for {silent:.0f} s"
         return False
 
-    def why(self, who: Who) -> str:
+    def why(self, who: ProcessIdentity) -> str:
         """Why it was taken for dead."""
         return self._dead.get(who.process, "which is gone")
 
-    def bury(self) -> None:
+    def remove_stale(self) -> None:
         """Remove what the dead left."""
         for process in self._dead:
-            self._store.delete(_beat_of(process))
+            self._store.delete(_heartbeat_of(process))
         self._dead.clear()
 
-    def _read(self, who: Who) -> bytes | None:
+    def _read(self, who: ProcessIdentity) -> bytes | None:
         try:
-            return self._store.get_bytes(beat_name(who))
+            return self._store.get_bytes(heartbeat_name(who))
         except (FileNotFoundError, NotAFileError):
             return None
 
 
-class Newcomer:
-    """How a process that wants a hold behaves in the queue for it; a :class:`~orchestrator.pipeline.lock_queue.Usher`.
+class Contender:
+    """How a process that wants a hold behaves in the queue for it: a `LivenessCheck` of the lock queue.
 
     Args:
         watch: tells the living from the dead.
@@ -107,7 +107,9 @@ class Newcomer:
         notes: of the dead holders that were replaced.
     """
 
-    def __init__(self, watch: Watch, timing: Timing, what: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, watch: HeartbeatMonitor, timing: Timing, what: str, say: Callable[[str], None]
+    ) -> None:
         self.notes: list[str] = []
         self._watch = watch
         self._timing = timing
@@ -117,21 +119,25 @@ class Newcomer:
         self._mentioned: set[str] = set()
         self._pauses = 0
 
-    def judge(self, who: Who) -> bool | None:
+    def judge(self, who: ProcessIdentity) -> bool | None:
         """Whether it lives; None while that is open."""
         alive = self._watch.alive(who)
         now = clock()
         known_for = now - self._met.setdefault(who.process, now)
-        if alive and known_for > self._timing.lapse_s:
+        if alive and known_for > self._timing.timeout_s:
             # It lives and does not get on: it was suspended while it chose its number.
-            raise TakenError(who)
-        if alive is None and known_for > 1.5 * self._timing.beat_s and who.process not in self._mentioned:
+            raise LockTakenError(who)
+        if (
+            alive is None
+            and known_for > 1.5 * self._timing.heartbeat_s
+            and who.process not in self._mentioned
+        ):
             self._mentioned.add(who.process)
-            lapse = f"{self._timing.lapse_s:.0f} s"
+            lapse = f"{self._timing.timeout_s:.0f} s"
             self._say(f"{who} sends no heartbeat; {self._what} is taken over after {lapse} without one")
         return alive
 
-    def removed(self, who: Who, place: Place) -> None:
+    def removed(self, who: ProcessIdentity, place: QueueEntry) -> None:
         """Note that a dead holder was replaced."""
         note = f"taken over from {who}, {self._watch.why(who)}"
         # It may have left more than one place.

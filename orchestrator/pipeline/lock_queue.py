@@ -25,7 +25,7 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from orchestrator.fsio import NotAFileError
-from orchestrator.pipeline.process_identity import Who
+from orchestrator.pipeline.process_identity import ProcessIdentity
 from orchestrator.storage.local import Store
 
 _NAME = re.compile(
@@ -34,29 +34,29 @@ _NAME = re.compile(
 _log = logging.getLogger(__name__)
 
 
-class TakenError(Exception):
+class LockTakenError(Exception):
     """Somebody who lives is ahead."""
 
-    def __init__(self, who: Who) -> None:
+    def __init__(self, who: ProcessIdentity) -> None:
         super().__init__(str(who))
         self.who = who
 
 
 @dataclass(frozen=True)
-class Place:
+class QueueEntry:
     """A place in the queue; `number` is None while its owner is choosing one."""
 
     id: str
     number: int | None = None
 
 
-class Usher(Protocol):
+class LivenessCheck(Protocol):
     """What the queue asks about others and tells about them."""
 
-    def judge(self, who: Who) -> bool | None:
+    def judge(self, who: ProcessIdentity) -> bool | None:
         """Whether it lives; None if that is open, then it is asked again."""
 
-    def removed(self, who: Who, place: Place) -> None:
+    def removed(self, who: ProcessIdentity, place: QueueEntry) -> None:
         """A dead one's place was removed."""
 
     def pause(self) -> None:
@@ -64,32 +64,32 @@ class Usher(Protocol):
 
 
 @dataclass
-class View:
+class QueueState:
     """What one listing of the queue shows."""
 
-    doors: set[str] = field(default_factory=set)
+    entered: set[str] = field(default_factory=set)
     tickets: dict[str, int] = field(default_factory=dict)
     epochs: set[int] = field(default_factory=set)
 
-    def has(self, place: Place) -> bool:
+    def has(self, place: QueueEntry) -> bool:
         """Whether nobody removed the place."""
-        return place.id in self.doors and place.id in self.tickets
+        return place.id in self.entered and place.id in self.tickets
 
     def highest(self) -> int:
         """The highest number ever seen."""
         return max([*self.tickets.values(), *self.epochs], default=0)
 
-    def line(self) -> list[Place]:
+    def waiting(self) -> list[QueueEntry]:
         """Who has a ticket, first come first."""
-        places = [Place(id, number) for id, number in self.tickets.items() if id in self.doors]
+        places = [QueueEntry(id, number) for id, number in self.tickets.items() if id in self.entered]
         return sorted(places, key=_order)
 
-    def choosing(self) -> list[Place]:
+    def choosing(self) -> list[QueueEntry]:
         """Who is here without a ticket: it may turn out to be ahead of anybody."""
-        return [Place(id) for id in sorted(self.doors - self.tickets.keys())]
+        return [QueueEntry(id) for id in sorted(self.entered - self.tickets.keys())]
 
 
-class Queue:
+class LockQueue:
     """The queue for one thing.
 
     Args:
@@ -105,29 +105,29 @@ class Queue:
         self._store = store
         self.name = name
         self._fenced = fenced
-        self.not_given_up: list[Place] = []
+        self.not_given_up: list[QueueEntry] = []
 
-    def look(self) -> View:
+    def read(self) -> QueueState:
         """The queue now."""
-        view = View()
+        view = QueueState()
         start = f"{self.name}."
         for name in self._store.list(start):
             found = _NAME.fullmatch(name.removeprefix(start))
             if found is None:
                 continue
             if found["door"]:
-                view.doors.add(found["door"])
+                view.entered.add(found["door"])
             elif found["id"]:
                 view.tickets[found["id"]] = int(found["number"])
             else:
                 view.epochs.add(int(found["epoch"]))
         return view
 
-    def who(self, place: Place) -> Who | None:
+    def who(self, place: QueueEntry) -> ProcessIdentity | None:
         """Whose place it is; None once it has gone, or if nobody can tell: then it counts as a dead one's."""
         name = self.door(place)
         try:
-            return Who.model_validate_json(self._store.get_bytes(name))
+            return ProcessIdentity.model_validate_json(self._store.get_bytes(name))
         except FileNotFoundError:
             return None
         except (ValidationError, NotAFileError):
@@ -136,11 +136,11 @@ class Queue:
 
     def enter(
         self,
-        who: Who,
-        usher: Usher,
+        who: ProcessIdentity,
+        liveness: LivenessCheck,
         *,
         above: int = 0,
-    ) -> Place:
+    ) -> QueueEntry:
         """Queue up and come back with the place that is served, or not at all.
 
         Args:
@@ -149,13 +149,13 @@ class Queue:
             above: the number is to be higher than this too.
 
         Raises:
-            TakenError: somebody who lives is ahead.
+            LockTakenError: somebody who lives is ahead.
         """
         while True:
-            place = Place(uuid.uuid4().hex)
+            place = QueueEntry(uuid.uuid4().hex)
             try:
                 place = self._take_ticket(place, who, above)
-                if self._is_served(place, usher):
+                if self._is_served(place, liveness):
                     return place
             except BaseException:
                 # The first error is the one to tell; a place that stays behind is in `not_given_up`.
@@ -164,7 +164,7 @@ class Queue:
                 raise
             self.leave(place)
 
-    def leave(self, place: Place) -> None:
+    def leave(self, place: QueueEntry) -> None:
         """Give the place up, or remove a dead one's. The door first: from then on the ticket is void."""
         if place not in self.not_given_up:
             self.not_given_up.append(place)
@@ -173,43 +173,43 @@ class Queue:
             self._store.delete(self._ticket(place))
         self.not_given_up.remove(place)
 
-    def has(self, place: Place) -> bool:
+    def has(self, place: QueueEntry) -> bool:
         """Whether nobody removed the place; two look-ups."""
         return all(self._store.stat(name) is not None for name in (self.door(place), self._ticket(place)))
 
-    def door(self, place: Place) -> str:
+    def door(self, place: QueueEntry) -> str:
         """The object that says who has the place."""
         return f"{self.name}.{place.id}.door"
 
-    def _take_ticket(self, place: Place, who: Who, above: int) -> Place:
+    def _take_ticket(self, place: QueueEntry, who: ProcessIdentity, above: int) -> QueueEntry:
         said = who.model_dump_json().encode()
         self._store.put_bytes(self.door(place), said)
-        numbered = Place(place.id, 1 + max(above, self.look().highest()))
+        numbered = QueueEntry(place.id, 1 + max(above, self.read().highest()))
         self._store.put_bytes(self._ticket(numbered), said)
         return numbered
 
     def _is_served(
         self,
-        place: Place,
-        usher: Usher,
+        place: QueueEntry,
+        liveness: LivenessCheck,
     ) -> bool:
         """Wait until nobody is ahead. False: start again, with another place."""
         while True:
-            view = self.look()
+            view = self.read()
             if not view.has(place):
                 return False
-            ahead = [other for other in view.line() if _order(other) < _order(place)]
+            ahead = [other for other in view.waiting() if _order(other) < _order(place)]
             waiting = [*ahead, *(other for other in view.choosing() if other.id != place.id)]
             if waiting:
-                if not self._remove_dead(waiting, usher):
-                    usher.pause()
+                if not self._remove_dead(waiting, liveness):
+                    liveness.pause()
                 continue
             if self._fenced and not self._claim(view, place):
                 return False
             self._tidy(view, place)
             return True
 
-    def _claim(self, view: View, place: Place) -> bool:
+    def _claim(self, view: QueueState, place: QueueEntry) -> bool:
         """Put on record that the number was used."""
         if view.epochs and max(view.epochs) >= _number(place):
             return False
@@ -220,43 +220,43 @@ class Queue:
 
     def _remove_dead(
         self,
-        others: list[Place],
-        usher: Usher,
+        others: list[QueueEntry],
+        liveness: LivenessCheck,
     ) -> bool:
-        """Whether one is gone now. Raises TakenError if one that has a ticket lives."""
+        """Whether one is gone now. Raises LockTakenError if one that has a ticket lives."""
         changed = False
         for other in others:
             who = self.who(other)
-            verdict = usher.judge(who) if who is not None else False
+            verdict = liveness.judge(who) if who is not None else False
             if verdict is False:
                 self.leave(other)
                 changed = True
                 if who is not None:
-                    usher.removed(who, other)
+                    liveness.removed(who, other)
             elif verdict and who is not None and other.number is not None:
-                raise TakenError(who)
+                raise LockTakenError(who)
         return changed
 
-    def _tidy(self, view: View, place: Place) -> None:
+    def _tidy(self, view: QueueState, place: QueueEntry) -> None:
         """Remove void tickets and epochs below the served one's."""
         for id, number in view.tickets.items():
-            if id not in view.doors and number < _number(place):
-                self._store.delete(self._ticket(Place(id, number)))
+            if id not in view.entered and number < _number(place):
+                self._store.delete(self._ticket(QueueEntry(id, number)))
         for number in view.epochs:
             if number < _number(place):
                 self._store.delete(self._epoch(number))
 
-    def _ticket(self, place: Place) -> str:
+    def _ticket(self, place: QueueEntry) -> str:
         return f"{self.name}.{_number(place):08d}-{place.id}.ticket"
 
     def _epoch(self, number: int) -> str:
         return f"{self.name}.{number:08d}.epoch"
 
 
-def _number(place: Place) -> int:
+def _number(place: QueueEntry) -> int:
     assert place.number is not None
     return place.number
 
 
-def _order(place: Place) -> tuple[int, str]:
+def _order(place: QueueEntry) -> tuple[int, str]:
     return _number(place), place.id

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 
-class Who(BaseModel):
+class ProcessIdentity(BaseModel):
     """A process that wants or has something.
 
     Attributes:
@@ -39,10 +39,10 @@ class Who(BaseModel):
         return f"process {self.pid} on {self.host} since {since}"
 
 
-def this_process() -> Who:
+def this_process() -> ProcessIdentity:
     """This process, under a new name."""
     stat = _stat(os.getpid())
-    return Who(
+    return ProcessIdentity(
         process=uuid.uuid4().hex,
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -52,7 +52,7 @@ def this_process() -> Who:
     )
 
 
-def lives(who: Who) -> bool | None:
+def lives(who: ProcessIdentity) -> bool | None:
     """Whether that process is there; None if this machine cannot tell. A suspended process lives."""
     if who.machine is None or who.machine != _machine():
         return None
@@ -63,7 +63,7 @@ def lives(who: Who) -> bool | None:
     return state not in "ZX" and started == who.started
 
 
-def is_suspended(who: Who) -> bool:
+def is_suspended(who: ProcessIdentity) -> bool:
     """Whether that process is known to be stopped by a signal or a debugger."""
     stat = _stat(who.pid) if lives(who) else None
     return stat is not None and stat[0] in "Tt"

@@ -24,7 +24,7 @@ from orchestrator.pipeline.check import check_cluster
 from orchestrator.pipeline.code_digest import digest_of
 from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
-from orchestrator.pipeline.lease import Lease, LostHoldError
+from orchestrator.pipeline.lease import Lease, LeaseLostError
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import (
@@ -90,7 +90,7 @@ def execute(
             training = _training(loaded, stages)
             start = start_cluster or partial(_start_cluster, training, loaded.spec.elastic, reporter.note)
             return _Driver(loaded, stages, workspace, lease, reporter, start, open_tracking, choice).execute()
-    except LostHoldError as error:
+    except LeaseLostError as error:
         reporter.lost(str(error))
         return FAILED
     except Exception as error:
@@ -132,9 +132,9 @@ class _Driver:
             tracking_run.open_tracking, say=reporter.note, stop=self._interrupt.stop
         )
         lease.on_lost = self._interrupt.stop.set
-        self._mirror = workspace.mirror(loaded.name)
-        if self._mirror is not None:
-            self._mirror.check = lease.check
+        self._spool_backup = workspace.spool_backup(loaded.name)
+        if self._spool_backup is not None:
+            self._spool_backup.check = lease.check
         self._open_runs: list[Run] = []
         self._cluster_started = False
         self._losses: list[float] = []
@@ -479,8 +479,8 @@ class _Driver:
             summary=outcome.summary,
             error=outcome.message,
         )
-        if self._mirror is not None:
-            self._mirror.flush()
+        if self._spool_backup is not None:
+            self._spool_backup.flush()
         if outcome.artifact is not None:
             self._artifacts[item.name] = outcome.artifact
             self._reporter.done(item, outcome)
@@ -545,7 +545,7 @@ def _telling() -> Iterator[None]:
     """What MLflow is told is not worth a stage: trouble with it is a warning."""
     try:
         yield
-    except LostHoldError:
+    except LeaseLostError:
         raise
     except Exception as error:  # a store that is away, a file that somebody removed
         logger.warning("MLflow is missing a record: %s: %s", type(error).__name__, error)

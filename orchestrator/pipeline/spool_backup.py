@@ -14,7 +14,7 @@ from pathlib import Path
 from orchestrator.errors import UserError
 from orchestrator.fsio import atomic_write, make_folder
 from orchestrator.names import inside, is_name
-from orchestrator.pipeline.lease import LostHoldError
+from orchestrator.pipeline.lease import LeaseLostError
 from orchestrator.storage.local import Store
 
 _EVERY_S = 30.0
@@ -24,7 +24,7 @@ _NAME = re.compile(r"(?P<file>[A-Za-z0-9_\-]+\.(?:jsonl|progress|files/.+))/(?P<
 _log = logging.getLogger(__name__)
 
 
-class Mirror:
+class SpoolBackup:
     """Keeps the files below `folder` in the store below `prefix`.
 
     Records are only ever appended, so a file goes there in pieces of 4 MiB of which only the newest change:
@@ -38,7 +38,7 @@ class Mirror:
         every_s: pause between rounds.
 
     Attributes:
-        check: called before anything is sent; raises LostHoldError if the records are another driver's by now.
+        check: called before anything is sent; raises LeaseLostError if the records are another driver's by now.
     """
 
     def __init__(self, store: Store, prefix: str, folder: Path, *, every_s: float = _EVERY_S) -> None:
@@ -75,7 +75,7 @@ class Mirror:
             try:
                 self.check()
                 self._send_all()
-            except LostHoldError:
+            except LeaseLostError:
                 return False
             except (OSError, UserError) as error:
                 if not self._failing:

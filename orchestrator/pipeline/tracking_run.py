@@ -68,12 +68,12 @@ def open_tracking(
         UserError: the tracking address is of an unknown kind.
     """
     _mend_places(loaded, workspace)
-    mirror = workspace.mirror(loaded.name)
+    spool_backup = workspace.spool_backup(loaded.name)
     with _mirrored(loaded, workspace):
         tracking = _tracking(loaded, workspace)
         try:
-            if mirror is not None:
-                tracking.kept_by(mirror.flush)
+            if spool_backup is not None:
+                tracking.kept_by(spool_backup.flush)
             yield tracking.run(loaded.name, resume_id=run_id)
         finally:
             tracking.close(watch=_Watch(loaded, workspace, say, stop))
@@ -180,8 +180,8 @@ def _mend_places(loaded: LoadedPipeline, workspace: Workspace) -> None:
 
 
 def _mirrored(loaded: LoadedPipeline, workspace: Workspace) -> contextlib.AbstractContextManager[None]:
-    mirror = workspace.mirror(loaded.name)
-    return contextlib.nullcontext() if mirror is None else mirror.running()
+    spool_backup = workspace.spool_backup(loaded.name)
+    return contextlib.nullcontext() if spool_backup is None else spool_backup.running()
 
 
 def _tracking(loaded: LoadedPipeline, workspace: Workspace) -> Tracking:

@@ -18,7 +18,7 @@ from orchestrator.errors import UserError
 from orchestrator.fsio import NotAFileError
 from orchestrator.pipeline import ledger
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.process_identity import Who
+from orchestrator.pipeline.process_identity import ProcessIdentity
 from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.local import Store
 from orchestrator.storage.open import is_remote, open_store
@@ -156,7 +156,7 @@ def _event(store: Store, name: str) -> Iterator[str]:
 
 def _door(store: Store, name: str) -> Iterator[str]:
     try:
-        Who.model_validate_json(store.get_bytes(name))
+        ProcessIdentity.model_validate_json(store.get_bytes(name))
     except FileNotFoundError:
         return
     except (ValidationError, NotAFileError):

@@ -14,9 +14,9 @@ from typing import Any
 
 from orchestrator.fsio import atomic_write
 from orchestrator.names import parts_of
-from orchestrator.pipeline.lease import Holder, Keeper, Lease
+from orchestrator.pipeline.lease import Holder, Lease, LeaseManager
 from orchestrator.pipeline.ledger import Ledger, PipelineState
-from orchestrator.pipeline.spool_backup import Mirror
+from orchestrator.pipeline.spool_backup import SpoolBackup
 from orchestrator.storage.artifacts import Artifact, ArtifactStore, folder_name
 from orchestrator.storage.local import Store, not_followed
 from orchestrator.storage.open import folder_of, is_remote, open_store
@@ -47,7 +47,7 @@ class Workspace:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._mirrors: dict[str, Mirror] = {}
+        self._mirrors: dict[str, SpoolBackup] = {}
 
     @cached_property
     def root(self) -> Path:
@@ -112,9 +112,9 @@ class Workspace:
             self._remote.abort_abandoned()
 
     @cached_property
-    def keeper(self) -> Keeper:
+    def leases(self) -> LeaseManager:
         """This process's holds in the store."""
-        return Keeper(self.store())
+        return LeaseManager(self.store())
 
     @contextlib.contextmanager
     def drive(self, pipeline: str, say: Callable[[str], None] | None = None) -> Iterator[Lease]:
@@ -125,7 +125,7 @@ class Workspace:
         """
         with self._held(pipeline, say) as lease:
             # Who deletes takes that hold first and looks for pipelines then: one of the two sees the other.
-            self.keeper.insist_on_free(_DELETING, _DELETER)
+            self.leases.raise_unless_free(_DELETING, _DELETER)
             yield lease
 
     @contextlib.contextmanager
@@ -136,7 +136,7 @@ class Workspace:
             UserError: one runs, or another process deletes.
         """
         with ExitStack() as held:
-            held.enter_context(self.keeper.hold(_DELETING, _DELETER))
+            held.enter_context(self.leases.hold(_DELETING, _DELETER))
             for pipeline in self.pipelines():
                 held.enter_context(self._held(pipeline))
             yield
@@ -158,12 +158,12 @@ class Workspace:
     def _held(self, pipeline: str, say: Callable[[str], None] | None = None) -> Iterator[Lease]:
         highest = Ledger(self.store(), pipeline).epoch
         name = pipeline_hold(pipeline)
-        with self.keeper.hold(name, f"pipeline {pipeline!r}", above=highest, say=say) as lease:
+        with self.leases.hold(name, f"pipeline {pipeline!r}", above=highest, say=say) as lease:
             yield lease
 
     def driver(self, pipeline: str) -> Holder | None:
         """Who runs the pipeline, or died doing so. Takes some seconds if that is on another machine."""
-        return self.keeper.holder(pipeline_hold(pipeline)) if self.exists() else None
+        return self.leases.holder(pipeline_hold(pipeline)) if self.exists() else None
 
     def ledger(self, pipeline: str, lease: Lease) -> Ledger:
         """The pipeline's ledger, for the driver that holds the pipeline."""
@@ -286,12 +286,12 @@ class Workspace:
         """Where the pipeline's tracking records wait for the server."""
         return self._below(f"spool/{pipeline}")
 
-    def mirror(self, pipeline: str) -> Mirror | None:
+    def spool_backup(self, pipeline: str) -> SpoolBackup | None:
         """What keeps the spool in the store too; None if it is there already."""
         if self._remote is None:
             return None
         if pipeline not in self._mirrors:
-            self._mirrors[pipeline] = Mirror(self._remote, f"spool/{pipeline}/", self.spool(pipeline))
+            self._mirrors[pipeline] = SpoolBackup(self._remote, f"spool/{pipeline}/", self.spool(pipeline))
         return self._mirrors[pipeline]
 
     def _below(self, name: str) -> Path:

@@ -29,9 +29,9 @@ class Account:
         images_per_step: images, not crops.
         images_forwarded: by the teacher, every time.
         steps_recomputed: steps computed again after they had been thrown away.
-        bytes_put: size of the bundles of distinct steps.
+        bytes_put: size of the outputs of distinct steps.
         restarts: teachers that were lost or had to move.
-        desk_restarts: desks that took another one's place.
+        coordinator_restarts: coordinators that took another one's place.
         spans: which steps were computed, as sorted [first, end) pairs: almost always one.
     """
 
@@ -40,11 +40,11 @@ class Account:
     steps_recomputed: int = 0
     bytes_put: int = 0
     restarts: int = 0
-    desk_restarts: int = 0
+    coordinator_restarts: int = 0
     spans: list[list[int]] = field(default_factory=list)
 
     def computed(self, step: int, images: int, size: int) -> None:
-        """`step` was computed with `images` forwards; its bundle has `size` bytes."""
+        """`step` was computed with `images` forwards; its outputs have `size` bytes."""
         self.images_forwarded += images
         if any(first <= step < end for first, end in self.spans):
             self.steps_recomputed += 1
@@ -80,6 +80,9 @@ class Account:
     def load(path: Path) -> Account:
         """The account kept at `path`; a new one if there is none or it is torn."""
         try:
-            return Account(**json.loads(path.read_text()))
+            kept = json.loads(path.read_text())
+            if "desk_restarts" in kept:  # its name before version 0.2
+                kept["coordinator_restarts"] = kept.pop("desk_restarts")
+            return Account(**kept)
         except (OSError, ValueError, TypeError, RecursionError):
             return Account()

@@ -1,4 +1,4 @@
-"""A teacher actor: takes a step from the desk, computes it, puts it into the object store, and again."""
+"""A teacher actor: takes a step from the coordinator, computes it, puts it into the object store, and again."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from orchestrator.errors import UserError
-from orchestrator.teacher_service.actor_client import Line
-from orchestrator.teacher_service.coordinator import Delivered
+from orchestrator.teacher_service.actor_client import ActorClient
+from orchestrator.teacher_service.coordinator import StepRefs
 from orchestrator.teacher_service.payload import (
-    Foresees,
     Parts,
+    Prefetches,
     StepTeacher,
     blocks_per_chunk,
     chunks,
@@ -26,29 +26,29 @@ class TeacherActor:
     """One of any number of equal teachers; each computes whole steps, so they never talk to each other.
 
     Args:
-        name: known by it at the desk.
-        desk: the desk's name.
+        name: known by it at the coordinator.
+        coordinator: the coordinator's name.
         make: builds the network and what it reads, in this process.
         num_blocks: blocks of a step.
-        patience_s: how long the desk may be away.
+        patience_s: how long the coordinator may be away.
     """
 
     def __init__(
-        self, name: str, desk: str, make: Callable[[], StepTeacher], num_blocks: int, patience_s: float
+        self, name: str, coordinator: str, make: Callable[[], StepTeacher], num_blocks: int, patience_s: float
     ) -> None:
         self._name, self._make, self._num_blocks = name, make, num_blocks
-        self._desk = Line(desk, patience_s)
+        self._coordinator = ActorClient(coordinator, patience_s)
         self._teacher: StepTeacher | None = None
         self._store: Any = None
 
     def work(self) -> None:
-        """Compute steps until the desk says that it is enough.
+        """Compute steps until the coordinator says that it is enough.
 
         Raises:
-            RuntimeError: the desk was away for too long.
+            RuntimeError: the coordinator was away for too long.
         """
         while True:
-            answer = self._desk.call("take", self._name)
+            answer = self._coordinator.call("next_step", self._name)
             if "end" in answer:
                 break
             if "step" in answer:
@@ -71,7 +71,7 @@ class TeacherActor:
             port: what `listen` returned. An actor's calls may run side by side: asking for it waits for that.
 
         Raises:
-            RuntimeError: the desk was away for too long.
+            RuntimeError: the coordinator was away for too long.
         """
         from orchestrator.teacher_service import process_group
 
@@ -99,7 +99,7 @@ class TeacherActor:
         try:
             # Built at the first step, so that what keeps it from being built reaches a student.
             teacher = self._teacher = self._teacher or self._make()
-            if following is not None and isinstance(teacher, Foresees):
+            if following is not None and isinstance(teacher, Prefetches):
                 teacher.expect(following)
             before = teacher.images_forwarded
             parts = teacher(step)
@@ -112,19 +112,19 @@ class TeacherActor:
             why = f"the teacher failed at step {step}: {type(error).__name__}: {error}"
             trace = "".join(traceback.format_exception(error))
             mistake = (error.what, error.where, error.hint) if isinstance(error, UserError) else None
-            self._desk.call("fail", self._name, step, why, trace, mistake)
+            self._coordinator.call("fail", self._name, step, why, trace, mistake)
             return
         there = put(parts, self._num_blocks)
-        size = sum(num_bytes(bundle) for bundle in parts.values())
-        self._desk.call("deliver", self._name, step, there, images, teacher.images_per_step, size)
+        size = sum(num_bytes(outputs) for outputs in parts.values())
+        self._coordinator.call("publish", self._name, step, there, images, teacher.images_per_step, size)
 
 
-def put(parts: Parts, num_blocks: int) -> Delivered:
+def put(parts: Parts, num_blocks: int) -> StepRefs:
     """The parts of a step as objects of Ray's."""
     import ray
 
     refs, per_chunk = {}, {}
-    for name, bundle in parts.items():
-        per_chunk[name] = blocks_per_chunk(bundle, num_blocks)
-        refs[name] = [ray.put(chunk) for chunk in chunks(bundle, num_blocks, per_chunk[name])]
-    return Delivered(refs, per_chunk)
+    for name, outputs in parts.items():
+        per_chunk[name] = blocks_per_chunk(outputs, num_blocks)
+        refs[name] = [ray.put(chunk) for chunk in chunks(outputs, num_blocks, per_chunk[name])]
+    return StepRefs(refs, per_chunk)

@@ -20,7 +20,7 @@ class ClosedError(RuntimeError):
     """Nobody wants the answer any more."""
 
 
-class Line:
+class ActorClient:
     """Calls of an actor's methods that survive the actor. Thread-safe.
 
     Args:
@@ -74,10 +74,10 @@ class Line:
         what = f"{type(error).__name__}: {lines[0]}"
         if away_s > self._patience_s:
             raise RuntimeError(
-                f"the share service has not been reachable for {away_s:.0f} s: {what}"
+                f"the teacher service has not been reachable for {away_s:.0f} s: {what}"
             ) from error
         logger.info(
-            "the share service has not been reachable for %.0f s (%s): retrying, for %.0f s in all",
+            "the teacher service has not been reachable for %.0f s (%s): retrying, for %.0f s in all",
             away_s,
             what,
             self._patience_s,

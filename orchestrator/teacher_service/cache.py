@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from orchestrator.storage.local import Store
-from orchestrator.teacher_service.payload import TEACHER, Bundle, Parts, StepTeacher
+from orchestrator.teacher_service.payload import TEACHER, Parts, StepOutputs, StepTeacher
 
 logger = logging.getLogger("orchestrator")
 
@@ -20,10 +20,10 @@ logger = logging.getLogger("orchestrator")
 class MakesViews(Protocol):
     """The parts of a step that are not the teacher's."""
 
-    def parts(self, step: int) -> Mapping[str, Bundle]: ...
+    def parts(self, step: int) -> Mapping[str, StepOutputs]: ...
 
 
-class Replayed:
+class CachedTeacher:
     """A `StepTeacher` that says what was said before, and asks the real one only where nothing is kept.
 
     Args:
@@ -52,8 +52,8 @@ class Replayed:
 
     def __call__(self, step: int) -> Parts:
         """The parts of `step`."""
-        if (said := self._read(step)) is not None:
-            return {TEACHER: said, **self._views.parts(step)}
+        if (outputs := self._read(step)) is not None:
+            return {TEACHER: outputs, **self._views.parts(step)}
         if self._teacher is None:
             self._teacher = self._make_teacher()
         parts = self._teacher(step)
@@ -79,10 +79,10 @@ class Replayed:
             )
             return None
 
-    def _write(self, step: int, said: Bundle) -> None:
+    def _write(self, step: int, outputs: StepOutputs) -> None:
         from safetensors.numpy import save
 
-        self._store.put_bytes(f"{self._prefix}{_name(step)}", save(dict(said)))
+        self._store.put_bytes(f"{self._prefix}{_name(step)}", save(dict(outputs)))
 
 
 def _name(step: int) -> str:

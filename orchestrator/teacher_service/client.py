@@ -1,4 +1,4 @@
-"""A student's end of the share service: a `BlockSource` whose blocks come from what the teachers said."""
+"""A student's end of the teacher service: a `BlockSource` whose blocks come from what the teachers said."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from orchestrator.data.blocks import Block, BlockSource, with_unreadable
 from orchestrator.errors import UserError
-from orchestrator.teacher_service.actor_client import Line
-from orchestrator.teacher_service.coordinator import Delivered
-from orchestrator.teacher_service.payload import TEACHER, Bundle, block
+from orchestrator.teacher_service.actor_client import ActorClient
+from orchestrator.teacher_service.coordinator import StepRefs
+from orchestrator.teacher_service.payload import TEACHER, StepOutputs, block
 
 _FETCH_S = 60.0
 # The loop loads one step ahead, and both steps' chunks may be wanted at once.
@@ -21,10 +21,10 @@ _HELD_STEPS = 2
 class SharedBlocks:
     """Blocks cut from the chunks of each step, which all workers on a node read from the same memory. Thread-safe.
 
-    The desk and the teachers may die at any time: what is missing is asked for again.
+    The coordinator and the teachers may die at any time: what is missing is asked for again.
 
     Args:
-        desk: name of the :class:`Desk`.
+        coordinator: name of the :class:`StepCoordinator`.
         student: the name this student is known by there.
         num_blocks: blocks of a step.
         patience_s: how long the service may be away.
@@ -35,7 +35,7 @@ class SharedBlocks:
 
     def __init__(
         self,
-        desk: str,
+        coordinator: str,
         student: str,
         num_blocks: int,
         patience_s: float = 300.0,
@@ -44,7 +44,7 @@ class SharedBlocks:
         offset: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
-        self._line = Line(desk, patience_s)
+        self._client = ActorClient(coordinator, patience_s)
         self._student, self._parts, self._own, self._offset = student, tuple(parts), own, offset
         self._held: deque[_Step] = deque(maxlen=_HELD_STEPS)
         self._one = threading.Lock()
@@ -73,9 +73,9 @@ class SharedBlocks:
 
     def close(self) -> None:
         """Nobody wants these blocks any more: a thread that waits for one comes back with an error."""
-        self._line.closed.set()
+        self._client.closed.set()
 
-    def _chunk(self, step: int, part: str, index: int) -> tuple[Bundle, int, int]:
+    def _chunk(self, step: int, part: str, index: int) -> tuple[StepOutputs, int, int]:
         """The chunk that holds a block, the block's place in it, and how many blocks it has."""
         # Two blocks of a step that are asked for at once cost one question and one transfer.
         with self._one:
@@ -89,22 +89,22 @@ class SharedBlocks:
                 held.chunks[part, number] = self._fetch(held, part, number)
         return held.chunks[part, number], at, min(per_chunk, self.num_blocks - number * per_chunk)
 
-    def _fetch(self, held: _Step, part: str, number: int) -> Bundle:
+    def _fetch(self, held: _Step, part: str, number: int) -> StepOutputs:
         import ray
 
         while True:
             ref = held.there.refs[part][number]
             try:
-                chunk: Bundle = self._line.get(ref, _FETCH_S)
+                chunk: StepOutputs = self._client.get(ref, _FETCH_S)
                 return chunk
             except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
                 # It went with its node or its owner, or cannot be had from there.
                 held.there = self._ask(held.step, ref.hex())
 
-    def _ask(self, step: int, lost: str | None) -> Delivered:
+    def _ask(self, step: int, lost: str | None) -> StepRefs:
         while True:
             try:
-                answer = self._line.call("step", self._student, step, lost)
+                answer = self._client.call("step", self._student, step, lost)
             except RuntimeError as error:
                 raise RuntimeError(f"step {step} is not available: {error}") from error
             if answer.get("mistake") is not None:
@@ -113,13 +113,13 @@ class SharedBlocks:
             if "error" in answer:
                 raise RuntimeError(answer["error"])
             if "there" in answer:
-                there: Delivered = answer["there"]
+                there: StepRefs = answer["there"]
                 return there
 
 
 class _Step:
     """What is known and held of one step."""
 
-    def __init__(self, step: int, there: Delivered) -> None:
+    def __init__(self, step: int, there: StepRefs) -> None:
         self.step, self.there = step, there
         self.chunks: dict[tuple[str, int], Any] = {}

@@ -1,8 +1,8 @@
-"""The desk of a share service: which teacher computes which step, and where each student finds it.
+"""The coordinator of a teacher service: which teacher computes which step, and where each student finds it.
 
 The teachers are frozen, so what they say about step t is a function of t alone: any of them can compute any step,
-running ahead makes nothing stale, and what was thrown away or lost with its actor is computed again. The desk holds
-references, not arrays; it computes nothing, so one desk serves any number of teachers and students.
+running ahead makes nothing stale, and what was thrown away or lost with its actor is computed again. The coordinator
+holds references, not arrays; it computes nothing, so one serves any number of teachers and students.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ logger = logging.getLogger("orchestrator")
 
 # A call comes back empty after so long, so that the call of one that is gone does not stay.
 _ANSWER_S = 2.0
-_LOOK_S = 1.0
+_POLL_S = 1.0
 
 # What, where and hint of a `UserError`.
 Mistake = tuple[str, str | None, str | None]
 
 
 @dataclass(frozen=True)
-class Delivered:
+class StepRefs:
     """A step that is there.
 
     Attributes:
@@ -55,7 +55,7 @@ class _Teacher:
 
 @dataclass(frozen=True)
 class Status:
-    """What the desk knows of itself.
+    """What the coordinator knows of itself.
 
     Attributes:
         account: what was counted.
@@ -72,7 +72,7 @@ class Status:
     trouble: str = ""
 
 
-class Desk:
+class StepCoordinator:
     """The Ray actor in the middle. All of it runs in one event loop; nothing here waits but for news.
 
     Args:
@@ -95,7 +95,7 @@ class Desk:
         self._num_steps = num_steps
         self._window = Window(students, num_steps, window, patience_s, time.monotonic())
         self._account = account
-        self._steps: dict[int, Delivered] = {}
+        self._steps: dict[int, StepRefs] = {}
         self._failed: dict[int, str] = {}
         self._mistakes: dict[int, Mistake] = {}
         self._teachers: dict[str, _Teacher] = {}
@@ -106,7 +106,7 @@ class Desk:
     # --- what students ask --------------------------------------------------------------------------------------
 
     async def step(self, student: str, step: int, lost: str | None = None) -> dict[str, Any]:
-        """Where the parts of `step` are: `there` is a :class:`Delivered`; `error` says why it will not come.
+        """Where the parts of `step` are: `there` is a :class:`StepRefs`; `error` says why it will not come.
 
         Neither after some seconds: the caller asks again. Asking for a step that failed makes a teacher try again,
         and so does naming a chunk that is `lost`.
@@ -118,7 +118,7 @@ class Desk:
         self._mistakes.pop(step, None)
         if lost is not None and step in self._steps and self._steps[step].has(lost):
             del self._steps[step]
-        self._tell()
+        self._notify()
         while time.monotonic() < until:
             if step in self._steps:
                 return {"there": self._steps[step]}
@@ -127,22 +127,22 @@ class Desk:
             await self._wait_for(student, until)
         return {}
 
-    async def leave(self, student: str) -> None:
+    async def deregister(self, student: str) -> None:
         """This student is done, failed or stopped: nobody waits for it any more."""
-        self._window.leave(student)
-        self._tell()
+        self._window.deregister(student)
+        self._notify()
 
     async def _wait_for(self, student: str, until: float) -> None:
         """Wait for news; the time counts against whoever holds this student back."""
         began = time.monotonic()
         holder = self._window.holder(student, began)
-        await self._come(until)
+        await self._wait_for_change(until)
         if holder is not None:
             self._held_s[holder] = self._held_s.get(holder, 0.0) + time.monotonic() - began
 
     # --- what teachers ask --------------------------------------------------------------------------------------
 
-    async def take(self, teacher: str) -> dict[str, Any]:
+    async def next_step(self, teacher: str) -> dict[str, Any]:
         """The `step` to compute next, and the one that will probably be `next`; `end` when there will be no more for
         this teacher; neither: ask again.
         """
@@ -159,11 +159,11 @@ class Desk:
                 # All teachers take turns while nothing happens.
                 following = step + len(self._teachers)
                 return {"step": step, "next": following if following < self._num_steps else None}
-            await self._come(min(until, now + _LOOK_S))
+            await self._wait_for_change(min(until, now + _POLL_S))
         return {}
 
-    async def deliver(
-        self, teacher: str, step: int, there: Delivered, images: int, images_per_step: int, size: int
+    async def publish(
+        self, teacher: str, step: int, there: StepRefs, images: int, images_per_step: int, size: int
     ) -> None:
         """`step` is computed, with `images` forwards and `size` bytes."""
         self._free(teacher)
@@ -171,7 +171,7 @@ class Desk:
         self._steps[step] = there
         self._account.images_per_step = images_per_step
         self._account.computed(step, images, size)
-        self._tell()
+        self._notify()
 
     async def fail(
         self, teacher: str, step: int, why: str, trace: str, mistake: Mistake | None = None
@@ -181,32 +181,32 @@ class Desk:
         self._failed[step], self._trouble = why, trace
         if mistake is not None:
             self._mistakes[step] = mistake
-        self._tell()
+        self._notify()
 
     # --- what the driver asks -----------------------------------------------------------------------------------
 
     async def give_up(self, why: str) -> None:
         """Teachers end before they have said anything: students hear why, until one says something."""
         self._broken = why
-        self._tell()
+        self._notify()
 
     async def retire(self, teacher: str) -> None:
-        """This teacher gets no more steps; its next call to `take` ends it."""
+        """This teacher gets no more steps; its next call to `next_step` ends it."""
         if teacher in self._teachers:
             self._teachers[teacher].retiring = True
-            self._tell()
+            self._notify()
 
     async def forget(self, teacher: str, restarts: bool) -> None:
         """This teacher is gone: its step is for another. `restarts`: it had begun its work, so this counts."""
         self._teachers.pop(teacher, None)
         self._account.restarts += restarts
-        self._tell()
+        self._notify()
 
     async def status(self, forwarded: int = -1) -> Status:
         """How things are. Waits some seconds for another count of forwarded images than `forwarded`."""
         until = time.monotonic() + _ANSWER_S
         while self._account.images_forwarded == forwarded and time.monotonic() < until:
-            await self._come(until)
+            await self._wait_for_change(until)
         now = time.monotonic()
         return Status(
             account=replace(self._account),
@@ -233,11 +233,11 @@ class Desk:
         if own is not None:
             own.step, own.heard = None, time.monotonic()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         """Wake everybody who waits."""
         self._news.set()
         self._news = asyncio.Event()
 
-    async def _come(self, until: float) -> None:
+    async def _wait_for_change(self, until: float) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), max(0.0, until - time.monotonic()))

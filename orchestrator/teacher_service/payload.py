@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from orchestrator.data.blocks import Block
 
-Bundle = Mapping[str, NDArray[Any]]
-Parts = Mapping[str, Bundle]
-"""The bundles of a step by part: "teacher", and "views" or "views/NAME". A student fetches only its own."""
+StepOutputs = Mapping[str, NDArray[Any]]
+Parts = Mapping[str, StepOutputs]
+"""The outputs of a step by part: "teacher", and "views" or "views/NAME". A student fetches only its own."""
 
 TEACHER = "teacher"
 VIEWS = "views"
@@ -28,10 +28,10 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def samples(blocks: Sequence[Block]) -> dict[str, NDArray[np.int64]]:
-    """What a bundle says of the samples of a step's blocks."""
-    said = {"ids": np.concatenate([block.ids for block in blocks])}
+    """What outputs say of the samples of a step's blocks."""
+    outputs = {"ids": np.concatenate([block.ids for block in blocks])}
     unreadable = np.concatenate([block.unreadable for block in blocks])
-    return {**said, "step/unreadable": unreadable} if len(unreadable) else said
+    return {**outputs, "step/unreadable": unreadable} if len(unreadable) else outputs
 
 
 class StepTeacher(Protocol):
@@ -49,32 +49,32 @@ class StepTeacher(Protocol):
 
 
 @runtime_checkable
-class Foresees(Protocol):
+class Prefetches(Protocol):
     """A `StepTeacher` that can prepare a step beside its work on another."""
 
     def expect(self, step: int) -> None:
         """`step` is probably the next but one that is asked for; being wrong costs only what was prepared."""
 
 
-def num_bytes(bundle: Bundle) -> int:
+def num_bytes(outputs: StepOutputs) -> int:
     """Bytes of all arrays."""
-    return sum(array.nbytes for array in bundle.values())
+    return sum(array.nbytes for array in outputs.values())
 
 
-def blocks_per_chunk(bundle: Bundle, num_blocks: int) -> int:
+def blocks_per_chunk(outputs: StepOutputs, num_blocks: int) -> int:
     """How many blocks to put into one object: the fewest that make it large, or all."""
-    per_block = max(1, num_bytes(bundle) // num_blocks)
+    per_block = max(1, num_bytes(outputs) // num_blocks)
     return min(num_blocks, -(-CHUNK_BYTES // per_block))
 
 
-def chunks(bundle: Bundle, num_blocks: int, per_chunk: int) -> list[Bundle]:
-    """Bundles of `per_chunk` blocks each, the last of what is left; arrays are contiguous, as Ray copies others."""
+def chunks(outputs: StepOutputs, num_blocks: int, per_chunk: int) -> list[StepOutputs]:
+    """Outputs of `per_chunk` blocks each, the last of what is left; arrays are contiguous, as Ray copies others."""
     starts = range(0, num_blocks, per_chunk)
-    return [_slice(bundle, start, min(start + per_chunk, num_blocks), num_blocks) for start in starts]
+    return [_slice(outputs, start, min(start + per_chunk, num_blocks), num_blocks) for start in starts]
 
 
 def block(
-    chunk: Bundle, index: int, num_blocks: int
+    chunk: StepOutputs, index: int, num_blocks: int
 ) -> tuple[NDArray[np.int64] | None, dict[str, NDArray[Any]]]:
     """The block `index` of a chunk of `num_blocks`: its samples, if the part says them, and its arrays.
 
@@ -91,15 +91,15 @@ def block(
 
 
 def _slice(
-    bundle: Bundle, first: int, end: int, num_blocks: int, copy: bool = True
+    outputs: StepOutputs, first: int, end: int, num_blocks: int, copy: bool = True
 ) -> dict[str, NDArray[Any]]:
     out = {}
-    for name, array in bundle.items():
+    for name, array in outputs.items():
         kind, _, rest = name.partition("/")
         if kind == "step":
             part = array
         elif kind == "ragged":
-            offsets = bundle[f"offsets/{rest}"]
+            offsets = outputs[f"offsets/{rest}"]
             part = array[offsets[first] : offsets[end]]
         elif kind == "offsets":
             part = array[first : end + 1] - array[first]

@@ -25,7 +25,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Spot:
+class Placement:
     """A node, and what the teacher takes there: nothing if the node is full.
 
     Attributes:
@@ -38,7 +38,7 @@ class Spot:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Spot | None:
+def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Placement | None:
     """Where the teacher goes; None if no machine will do.
 
     One with room if there is one; else it squeezes in beside the workers: a crowded teacher is slow, but none at
@@ -62,9 +62,9 @@ def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Spot | 
         able, key=lambda machine: (not machine.leaving, has_room(machine), machine.head, machine.free_cpus)
     )
     if not has_room(best):
-        return Spot(best.node, 0.0, 0.0, _NO_GPU if best.gpus else ())
+        return Placement(best.node, 0.0, 0.0, _NO_GPU if best.gpus else ())
     # A teacher on a CPU: `device: cpu`, or a cluster that has GPUs elsewhere.
-    return Spot(best.node, 0.0 if gpus else 1.0, gpus, _NO_GPU if best.gpus and not gpus else ())
+    return Placement(best.node, 0.0 if gpus else 1.0, gpus, _NO_GPU if best.gpus and not gpus else ())
 
 
 def machines() -> list[Machine]:

@@ -19,19 +19,19 @@ from orchestrator.training.device import CPU, device
 from orchestrator.training.zero import import_deepspeed, zero_config
 
 # A teacher that is ahead waits for its students as long as they take; who is dead is for the driver to see.
-_FOR_EVER = timedelta(days=30)
+_NO_TIMEOUT = timedelta(days=30)
 _HOST = "127.0.0.1"
 _END = -1
 
 
 def listen(world: int) -> TCPStore:
     """Where the others meet rank 0; its `port` is one that is free."""
-    return TCPStore(_HOST, 0, world, is_master=True, timeout=_FOR_EVER, wait_for_workers=False)
+    return TCPStore(_HOST, 0, world, is_master=True, timeout=_NO_TIMEOUT, wait_for_workers=False)
 
 
 def join(rank: int, world: int, port: int, store: TCPStore | None = None) -> None:
     """Make this process one of the group; `store` is rank 0's own."""
-    store = store or TCPStore(_HOST, port, world, is_master=False, timeout=_FOR_EVER)
+    store = store or TCPStore(_HOST, port, world, is_master=False, timeout=_NO_TIMEOUT)
     gpu = device() != CPU
     if gpu:
         torch.cuda.set_device(0)  # Ray shows each process its own
@@ -39,11 +39,11 @@ def join(rank: int, world: int, port: int, store: TCPStore | None = None) -> Non
         os.environ[name] = str(value)
     # Step numbers and codes travel on the CPU, weights between GPUs.
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_FOR_EVER)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_NO_TIMEOUT)
     import_deepspeed().init_distributed("nccl" if gpu else "gloo", dist_init_required=False, verbose=False)
 
 
-def tell_step(step: int | None) -> int | None:
+def broadcast_step(step: int | None) -> int | None:
     """The step that rank 0 is at, to all; None: there are no more. The others' argument does not matter."""
     told = torch.tensor([_END if step is None else step])
     dist.broadcast(told, 0)

@@ -1,7 +1,7 @@
-"""Keeps one share service alive for a stage, from the driver: its desk, and as many teachers as are wanted.
+"""The teacher service of a stage, kept alive by the driver: its coordinator, and as many teachers as are wanted.
 
-The driver does this itself, not Ray's `max_restarts`: a new desk has to know what was counted and who is still in
-play, and where a teacher may go depends on what is free and on which nodes are about to end.
+The driver does this itself, not Ray's `max_restarts`: a new coordinator has to know what was counted and who is
+still in play, and where a teacher may go depends on what is free and on which nodes are about to end.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from orchestrator.data.blocks import BlockSource
 from orchestrator.teacher_service.account import Account
 from orchestrator.teacher_service.actor_client import NAMESPACE
 from orchestrator.teacher_service.client import SharedBlocks
-from orchestrator.teacher_service.coordinator import Desk, Status
+from orchestrator.teacher_service.coordinator import Status, StepCoordinator
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
 from orchestrator.teacher_service.placement import machines
-from orchestrator.teacher_service.supervisor import Post
+from orchestrator.teacher_service.supervisor import TeacherSupervisor
 
 logger = logging.getLogger("orchestrator")
 
-_PAUSE_S, _LOOK_S = 0.05, 0.5
+_PAUSE_S, _POLL_S = 0.05, 0.5
 _FIGURES_EVERY_S = 5.0
-# Without an answer for so long, a desk is lost; it computes nothing, so only a dead or stopped one is silent.
+# Without an answer for so long, a coordinator is lost; it computes nothing, so only a dead or stopped one is silent.
 _SILENCE_S = 30.0
 _LAST_WORD_S = 15.0
 # A service that is away for less than this part of `hang_s` stops no student.
 _PATIENCE = 0.8
 
 
-class Keeper:
-    """A share service that is there as long as the `with` block lasts, whatever becomes of its actors.
+class TeacherService:
+    """A teacher service that is there as long as the `with` block lasts, whatever becomes of its actors.
 
     Args:
         make_teacher: builds a teacher in its actor's process.
@@ -74,8 +74,8 @@ class Keeper:
         self._students: dict[str, int | None] = dict(students)
         self._hang_s, self._file, self._on_figures = hang_s, account, on_figures
         self._teachers = teachers
-        self._new_post = partial(
-            Post,
+        self._new_supervisor = partial(
+            TeacherSupervisor,
             self.name,
             make_teacher,
             num_blocks,
@@ -86,14 +86,14 @@ class Keeper:
         )
         self.account = Account.load(account)
         self.status = Status(self.account)
-        self.posts: list[Post] = []
-        self._desk: Any = None
+        self.supervisors: list[TeacherSupervisor] = []
+        self._coordinator: Any = None
         self._pending: Any = None
         self._trouble = ""
-        self._heard = self._told = 0.0
+        self._heard = self._reported = 0.0
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="keeper", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="teacher-service", daemon=True)
 
     def source(
         self,
@@ -106,16 +106,16 @@ class Keeper:
         patience_s = _PATIENCE * self._hang_s
         return partial(_source, self.name, student, self._num_blocks, patience_s, tuple(parts), own, offset)
 
-    def leave(self, student: str) -> None:
-        """This student is done, failed or stopped: nobody waits for it any more, whatever desk comes next."""
+    def deregister(self, student: str) -> None:
+        """This student is done, failed or stopped: nobody waits for it any more, whatever coordinator comes next."""
         with self._lock:
             self._students.pop(student, None)
-            if self._desk is not None:
-                self._desk.leave.remote(student)
+            if self._coordinator is not None:
+                self._coordinator.deregister.remote(student)
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> TeacherService:
         if self._students:
-            self._look()
+            self._poll_once()
             self._thread.start()
         return self
 
@@ -128,50 +128,52 @@ class Keeper:
         if self._thread.ident is None:
             return
         self._thread.join()
-        if self._desk is not None:
+        if self._coordinator is not None:
             try:
-                self._take_in(ray.get(self._desk.status.remote(), timeout=_LAST_WORD_S))
+                self._adopt(ray.get(self._coordinator.status.remote(), timeout=_LAST_WORD_S))
             except ray.exceptions.RayError as failed:
-                logger.warning("the share service did not report its last metrics: %s", type(failed).__name__)
-            ray.kill(self._desk)
-        for post in self.posts:
-            post.close()
-        self._tell()
+                logger.warning(
+                    "the teacher service did not report its last metrics: %s", type(failed).__name__
+                )
+            ray.kill(self._coordinator)
+        for supervisor in self.supervisors:
+            supervisor.close()
+        self._report()
 
     # --- watching -----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._ended.wait(_PAUSE_S if self._desk is not None else _LOOK_S):
+        while not self._ended.wait(_PAUSE_S if self._coordinator is not None else _POLL_S):
             try:
-                self._look()
+                self._poll_once()
             except Exception:
                 # The cluster may be in any state; the next look may find it better.
-                logger.exception("the share service could not be monitored")
+                logger.exception("the teacher service could not be monitored")
 
-    def _look(self) -> None:
-        if self._desk is None and not self._open():
+    def _poll_once(self) -> None:
+        if self._coordinator is None and not self._open():
             return
-        self._hear()
-        if self._desk is None:
+        self._poll()
+        if self._coordinator is None:
             return
         wanted = max(1, self._teachers())
-        while len(self.posts) < wanted:
-            self.posts.append(self._new_post(squeeze=not self.posts))
-        there = machines() if any(post.wants_machines for post in self.posts) else []
-        for number, post in enumerate(self.posts):
-            post.look(self._desk, self.status, there, wanted=number < wanted)
-        if time.monotonic() - self._told > _FIGURES_EVERY_S:
-            self._tell()
+        while len(self.supervisors) < wanted:
+            self.supervisors.append(self._new_supervisor(squeeze=not self.supervisors))
+        there = machines() if any(supervisor.needs_machines for supervisor in self.supervisors) else []
+        for number, supervisor in enumerate(self.supervisors):
+            supervisor.poll(self._coordinator, self.status, there, wanted=number < wanted)
+        if time.monotonic() - self._reported > _FIGURES_EVERY_S:
+            self._report()
 
     def _open(self) -> bool:
-        """Start a desk beside the driver, whose loss ends the stage's attempt anyway."""
+        """Start a coordinator beside the driver, whose loss ends the stage's attempt anyway."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         there = sorted(machines(), key=lambda machine: (not machine.head, machine.leaving))
         if not there:
             return False
-        remote = ray.remote(Desk).options(
+        remote = ray.remote(StepCoordinator).options(
             name=self.name,
             namespace=NAMESPACE,
             num_cpus=0,
@@ -181,7 +183,7 @@ class Keeper:
         )
         with self._lock:
             try:
-                self._desk = remote.remote(
+                self._coordinator = remote.remote(
                     dict(self._students),
                     self._num_steps,
                     window=self._window,
@@ -189,47 +191,50 @@ class Keeper:
                     account=self.account,
                 )
             except ValueError:
-                return False  # the name is still that of the desk before
+                return False  # the name is still that of the coordinator before
         self._heard, self._pending = time.monotonic(), None
         return True
 
-    def _hear(self) -> None:
-        """Ask the desk how things are, and see whether a teacher has ended meanwhile."""
+    def _poll(self) -> None:
+        """Ask the coordinator how things are, and see whether a teacher has ended meanwhile."""
         import ray
 
         if self._pending is None:
-            # It answers after each step: what is not heard of in time is not counted if the desk dies.
-            self._pending = self._desk.status.remote(self.account.images_forwarded)
-        ray.wait([self._pending, *(post.ending for post in self.posts if post.ending)], timeout=_LOOK_S)
+            # It answers after each step: what is not heard of in time is not counted if the coordinator dies.
+            self._pending = self._coordinator.status.remote(self.account.images_forwarded)
+        ray.wait(
+            [self._pending, *(supervisor.finished for supervisor in self.supervisors if supervisor.finished)],
+            timeout=_POLL_S,
+        )
         ready, _ = ray.wait([self._pending], timeout=0)
         if ready:
             pending, self._pending = self._pending, None
             try:
-                self._take_in(ray.get(pending))
+                self._adopt(ray.get(pending))
             except ray.exceptions.RayError as error:
-                self._lose(type(error).__name__)
+                self._give_up_on(type(error).__name__)
         elif (quiet := time.monotonic() - self._heard) > _SILENCE_S:
-            self._lose(f"it has not answered for {quiet:.0f} s")
+            self._give_up_on(f"it has not answered for {quiet:.0f} s")
 
-    def _take_in(self, status: Status) -> None:
+    def _adopt(self, status: Status) -> None:
         self.status, self.account, self._heard = status, status.account, time.monotonic()
         if status.trouble != self._trouble:
             self._trouble = status.trouble
             logger.error("a teacher failed:\n%s", self._trouble.rstrip())
 
-    def _lose(self, why: str) -> None:
+    def _give_up_on(self, why: str) -> None:
         import ray
 
-        logger.warning("the main actor of the share service is lost: %s", why)
-        ray.kill(self._desk)
+        logger.warning("the main actor of the teacher service is lost: %s", why)
+        ray.kill(self._coordinator)
         with self._lock:
-            self._desk = self._pending = None
-            self.account.desk_restarts += 1
+            self._coordinator = self._pending = None
+            self.account.coordinator_restarts += 1
             # Where they are now is not known; one that has not asked yet must not hold the others.
             self._students = dict.fromkeys(self._students)
 
-    def _tell(self) -> None:
-        self._told = time.monotonic()
+    def _report(self) -> None:
+        self._reported = time.monotonic()
         self.account.save(self._file)
         self._on_figures(
             {
@@ -242,7 +247,7 @@ class Keeper:
 
 
 def _source(
-    desk: str,
+    coordinator: str,
     student: str,
     num_blocks: int,
     patience_s: float,
@@ -251,5 +256,5 @@ def _source(
     offset: int,
 ) -> SharedBlocks:
     return SharedBlocks(
-        desk, student, num_blocks, patience_s, parts, own() if own is not None else None, offset
+        coordinator, student, num_blocks, patience_s, parts, own() if own is not None else None, offset
     )

@@ -25,23 +25,23 @@ _MACHINES_EVERY_S = 2.0
 _FAILURES = 3
 
 
-class Post:
+class TeacherSupervisor:
     """Keeps one teacher at work; :meth:`look` is called again and again and never waits.
 
     Args:
-        desk: the desk's name.
+        coordinator: the coordinator's name.
         make_teacher: builds the teacher in its actor's process.
         num_blocks: blocks of a step.
         gpus: share of a GPU for it; 0 for a CPU.
         stuck_s: after so long at one step it is given up.
-        patience_s: how long it bears that the desk is away.
+        patience_s: how long it bears that the coordinator is away.
         squeeze: goes beside the workers where nothing is free.
         shards: processes that one teacher is sharded over; the first one speaks for all.
     """
 
     def __init__(
         self,
-        desk: str,
+        coordinator: str,
         make_teacher: Callable[[], StepTeacher],
         num_blocks: int,
         *,
@@ -51,11 +51,11 @@ class Post:
         squeeze: bool,
         shards: int = 1,
     ) -> None:
-        self._desk_name, self._make, self._num_blocks = desk, make_teacher, num_blocks
+        self._coordinator_name, self._make, self._num_blocks = coordinator, make_teacher, num_blocks
         self._gpus, self._stuck_s, self._patience_s, self._squeeze = gpus, stuck_s, patience_s, squeeze
         self._shards = shards
         self.name, self.node = "", ""
-        self.ending: Any = None
+        self.finished: Any = None
         self._actor: Any = None
         self._others: list[Any] = []
         self._following: list[Any] = []
@@ -64,29 +64,29 @@ class Post:
         self._heard = self._looked = self._retiring = 0.0
         self._retired: list[tuple[Any, float]] = []
         self._failures, self._forwarded = 0, -1
-        self._said = ""
+        self._warned = ""
 
     @property
-    def wants_machines(self) -> bool:
+    def needs_machines(self) -> bool:
         """Whether it is time to know what the cluster has: it needs a place, or may have to leave its own."""
         return time.monotonic() - self._looked > (_MACHINES_EVERY_S if self._actor is not None else 0.0)
 
-    def look(self, desk: Any, status: Status, there: Sequence[Machine], *, wanted: bool) -> None:
+    def poll(self, coordinator: Any, status: Status, there: Sequence[Machine], *, wanted: bool) -> None:
         """See how its teacher is; fill the post, or let it go where it is not `wanted` any more."""
-        self._let_go(time.monotonic())
+        self._release_retired(time.monotonic())
         if self._actor is not None:
-            self._hear(desk, status)
+            self._poll(coordinator, status)
         if self._actor is None:
             if wanted and there:
-                self._fill(desk, there)
+                self._fill(coordinator, there)
             return
         if self._retiring:
             if time.monotonic() - self._retiring > _MOVE_S:
-                self._lose(desk, "it did not finish its step before the node's end")
+                self._give_up_on(coordinator, "it did not finish its step before the node's end")
         elif self._answered and not wanted:
-            self._retire(desk, "it is not needed any more", moves=False)
+            self._retire(coordinator, "it is not needed any more", moves=False)
         elif self._answered and there:
-            self._leave_if_ending(desk, there)
+            self._leave_if_ending(coordinator, there)
 
     def close(self) -> None:
         """End it, and those before it."""
@@ -98,11 +98,11 @@ class Post:
 
     # --- its teacher --------------------------------------------------------------------------------------------
 
-    def _hear(self, desk: Any, status: Status) -> None:
+    def _poll(self, coordinator: Any, status: Status) -> None:
         import ray
 
         now = time.monotonic()
-        refs = [ref for ref in (self.ending, self._ping, *self._following) if ref is not None]
+        refs = [ref for ref in (self.finished, self._ping, *self._following) if ref is not None]
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         try:
             if self._ping in ready:
@@ -115,61 +115,63 @@ class Post:
             for follower in self._following:
                 if follower in ready:
                     ray.get(follower)  # raises if it did not end well
-            if self.ending in ready:
-                ray.get(self.ending)
+            if self.finished in ready:
+                ray.get(self.finished)
                 self._retired.append((self._actor, now))
-                self._forget(desk, restarts=self._moves)
+                self._forget(coordinator, restarts=self._moves)
                 return
         except ray.exceptions.RayError as error:
             why = f"{type(error).__name__}: {_last_line(error)}"
             if isinstance(error, ray.exceptions.RayTaskError):
-                self._count_failure(desk, status, why)
-            self._lose(desk, why)
+                self._count_failure(coordinator, status, why)
+            self._give_up_on(coordinator, why)
             return
         step, busy_s, _ = status.teachers.get(self.name, (None, 0.0, 0.0))
         quiet = now - self._heard
         if busy_s > self._stuck_s:
-            self._lose(desk, f"it has been at step {step} for {busy_s:.0f} s")
+            self._give_up_on(coordinator, f"it has been at step {step} for {busy_s:.0f} s")
         elif self._answered and quiet > _SILENCE_S:
-            self._lose(desk, f"it has not answered for {quiet:.0f} s")
+            self._give_up_on(coordinator, f"it has not answered for {quiet:.0f} s")
         elif not self._answered and quiet > _START_S:
-            self._lose(desk, f"it did not start within {quiet:.0f} s")
+            self._give_up_on(coordinator, f"it did not start within {quiet:.0f} s")
         elif not self._answered and quiet > self._room_s and not has_process(self._actor._actor_id.hex()):
             # Somebody else was faster, or the machine is slow: twice as long the next time.
             self._room_s *= 2
-            self._lose(desk, f"it had no process after {quiet:.0f} s")
+            self._give_up_on(coordinator, f"it had no process after {quiet:.0f} s")
 
-    def _lose(self, desk: Any, why: str) -> None:
+    def _give_up_on(self, coordinator: Any, why: str) -> None:
         import ray
 
         logger.warning("the teacher on node %s is lost: %s", self.node[:8], why)
         ray.kill(self._actor)
-        self._forget(desk, restarts=self._answered)
+        self._forget(coordinator, restarts=self._answered)
 
-    def _count_failure(self, desk: Any, status: Status, why: str) -> None:
+    def _count_failure(self, coordinator: Any, status: Status, why: str) -> None:
         if status.account.images_forwarded != self._forwarded:
             self._failures, self._forwarded = 0, status.account.images_forwarded
         self._failures += 1
         if self._failures >= _FAILURES:
-            desk.give_up.remote(f"the teacher failed {self._failures} times before its first output: {why}")
+            coordinator.give_up.remote(
+                f"the teacher failed {self._failures} times before its first output: {why}"
+            )
 
-    def _forget(self, desk: Any, restarts: bool) -> None:
+    def _forget(self, coordinator: Any, restarts: bool) -> None:
         import ray
 
-        desk.forget.remote(self.name, restarts)
+        coordinator.forget.remote(self.name, restarts)
         for actor in self._others:
             ray.kill(actor)
-        self._actor = self.ending = self._ping = None
+        self._actor = self.finished = self._ping = None
         self._others, self._following = [], []
         self._retiring = 0.0
 
-    def _retire(self, desk: Any, why: str, moves: bool) -> None:
+    def _retire(self, coordinator: Any, why: str, moves: bool) -> None:
         self._moves = moves
         logger.info("the teacher on node %s ends after its step: %s", self.node[:8], why)
         self._retiring = time.monotonic()
-        desk.retire.remote(self.name)
+        coordinator.retire.remote(self.name)
 
-    def _let_go(self, now: float) -> None:
+    def _release_retired(self, now: float) -> None:
         import ray
 
         for actor, since in self._retired:
@@ -179,26 +181,26 @@ class Post:
 
     # --- its place ----------------------------------------------------------------------------------------------
 
-    def _fill(self, desk: Any, there: Sequence[Machine]) -> None:
+    def _fill(self, coordinator: Any, there: Sequence[Machine]) -> None:
         """Start an actor where there is a place for it; if there is none, the next look tries again."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._looked = time.monotonic()
-        spot = choose(there, self._gpus, self._shards)
-        if spot is None or not (self._squeeze or spot.cpus or spot.gpus):
-            self._say("a teacher waits for a machine")
+        placement = choose(there, self._gpus, self._shards)
+        if placement is None or not (self._squeeze or placement.cpus or placement.gpus):
+            self._warn_once("a teacher waits for a machine")
             return
-        self.name, self.node, self._said = uuid.uuid4().hex[:12], spot.node, ""
+        self.name, self.node, self._warned = uuid.uuid4().hex[:12], placement.node, ""
         remote = ray.remote(TeacherActor).options(
-            num_cpus=spot.cpus,
-            num_gpus=spot.gpus,
-            runtime_env={"env_vars": dict(spot.environment)} if spot.environment else None,
+            num_cpus=placement.cpus,
+            num_gpus=placement.gpus,
+            runtime_env={"env_vars": dict(placement.environment)} if placement.environment else None,
             max_restarts=0,
             max_concurrency=2,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(spot.node, soft=False),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node, soft=False),
         )
-        arguments = (self._desk_name, self._make, self._num_blocks, self._patience_s)
+        arguments = (self._coordinator_name, self._make, self._num_blocks, self._patience_s)
         self._actor = remote.remote(self.name, *arguments)
         if self._shards > 1:
             port = self._actor.listen.remote(self._shards)
@@ -208,31 +210,33 @@ class Post:
             self._following = [
                 other.follow.remote(rank, self._shards, port) for rank, other in enumerate(self._others, 1)
             ]
-            self.ending = self._actor.lead.remote(self._shards, port)
+            self.finished = self._actor.lead.remote(self._shards, port)
         else:
-            self.ending = self._actor.work.remote()
+            self.finished = self._actor.work.remote()
         self._ping = self._actor.idle.remote()
         self._heard, self._answered = time.monotonic(), False
-        if not (spot.cpus or spot.gpus):
-            logger.warning("no room for a teacher: it shares node %s with the workers there", spot.node[:8])
+        if not (placement.cpus or placement.gpus):
+            logger.warning(
+                "no room for a teacher: it shares node %s with the workers there", placement.node[:8]
+            )
 
-    def _leave_if_ending(self, desk: Any, there: Sequence[Machine]) -> None:
-        """Leave a node that announced its end, between two steps, if another one can take the teacher."""
+    def _leave_if_ending(self, coordinator: Any, there: Sequence[Machine]) -> None:
+        """Leave a node that announced its end, between two steps, if another one can next_step the teacher."""
         self._looked = time.monotonic()
         leaving = {machine.node for machine in there if machine.leaving}
         if self.node not in leaving:
             return
-        spot = choose(there, self._gpus, self._shards)
-        if spot is None or spot.node in leaving:
-            self._say(
+        placement = choose(there, self._gpus, self._shards)
+        if placement is None or placement.node in leaving:
+            self._warn_once(
                 f"a teacher's node {self.node[:8]} is about to be lost, and no other node has room for it"
             )
             return
-        self._retire(desk, "its node is about to be lost", moves=True)
+        self._retire(coordinator, "its node is about to be lost", moves=True)
 
-    def _say(self, what: str) -> None:
-        if what != self._said:
-            self._said = what
+    def _warn_once(self, what: str) -> None:
+        if what != self._warned:
+            self._warned = what
             logger.warning("%s since %s; still searching", what, time.strftime("%H:%M:%S"))
 
 

@@ -51,7 +51,7 @@ class Window:
         self._seen[name] = _Student(step, now, since)
         return True
 
-    def leave(self, name: str) -> None:
+    def deregister(self, name: str) -> None:
         """`name` is done, failed or stopped: it holds nobody and gets nothing any more."""
         self._in_play.discard(name)
         self._seen.pop(name, None)

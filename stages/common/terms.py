@@ -15,7 +15,7 @@ from orchestrator.objectives.dino import dino_loss
 from orchestrator.objectives.ibot import ibot_loss
 from orchestrator.objectives.sinkhorn import Reduce, sinkhorn_scaling, targets
 
-Wanted = Tensor | SoftTargets
+TargetProbs = Tensor | SoftTargets
 """Target probabilities (T, N, K), whole or as what they are rebuilt from."""
 
 
@@ -31,7 +31,7 @@ def centred(
     reduce: Reduce,
     prototypes_KC: Tensor | None = None,
     chunk_rows: int | None = None,
-) -> list[Wanted]:
+) -> list[TargetProbs]:
     """Sinkhorn-Knopp targets over the global batch of a step, for each of this worker's blocks.
 
     Args:
@@ -90,8 +90,8 @@ class Distillation:
         chunk_rows: None for whole logits; what `dino` and `ibot` are must fit.
     """
 
-    dino: Wanted
-    ibot: Wanted
+    dino: TargetProbs
+    ibot: TargetProbs
     tokens_M: Tensor
     num_patches: int
     num_views: int
@@ -175,7 +175,7 @@ class Distillation:
 
     def _score(
         self,
-        wanted: Wanted,
+        wanted: TargetProbs,
         codes_RNC: Tensor,
         prototypes_KC: Tensor,
         shares_RT: list[list[float]],

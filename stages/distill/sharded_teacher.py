@@ -40,13 +40,13 @@ class ShardedTeacher(FrozenTeacher):
 
     def __call__(self, step: int) -> dict[str, dict[str, NDArray[Any]]]:
         """The parts of a step, on rank 0, while the others :meth:`follow`."""
-        process_group.tell_step(step)
+        process_group.broadcast_step(step)
         return super().__call__(step)
 
     @torch.inference_mode()
     def follow(self) -> None:
         """Do this process's part of each step that rank 0 is at, until it ends."""
-        while (step := process_group.tell_step(None)) is not None:
+        while (step := process_group.broadcast_step(None)) is not None:
             for turn in range(self._turns):
                 index = turn * self._world + self._rank
                 out = self._forward(self._views.block(step, min(index, self._views.num_blocks - 1)))
@@ -55,7 +55,7 @@ class ShardedTeacher(FrozenTeacher):
 
     def close(self) -> None:
         """End the others."""
-        process_group.tell_step(None)
+        process_group.broadcast_step(None)
 
     @property
     def _turns(self) -> int:

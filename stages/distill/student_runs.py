@@ -21,7 +21,7 @@ _STUDENT = "student.json"
 
 
 @dataclass(frozen=True)
-class Pupil:
+class StudentRun:
     """One student: its artifact-to-be, its job, and the teachers' step at its own step 0."""
 
     name: str
@@ -36,13 +36,13 @@ class Pupil:
         return self.offset + max(self.job.target.committed(), default=0)
 
 
-def pupils_of(
+def student_runs_of(
     config: Distill,
     context: Context,
     teach: Teaching,
     parts: Mapping[str, Part],
     max_unreadable: int | None = None,
-) -> dict[str, Pupil]:
+) -> dict[str, StudentRun]:
     import ray
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
@@ -51,7 +51,7 @@ def pupils_of(
     jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
     front = _front(config, jobs, parts)
     return {
-        name: Pupil(
+        name: StudentRun(
             name,
             config.students[name],
             parts[name],
@@ -70,7 +70,7 @@ def student_job(
     part: Part,
     max_unreadable: int | None = None,
 ) -> Job:
-    """A student's job, but for its blocks, which need the share service.
+    """A student's job, but for its blocks, which need the teacher service.
 
     So many photos may become unreadable, or any number.
     """

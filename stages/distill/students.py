@@ -17,14 +17,14 @@ from orchestrator.config.schema import Elastic
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.mixing import draws_of
-from orchestrator.stages.distill.student_runs import Pupil, pupils_of
+from orchestrator.stages.distill.student_runs import StudentRun, student_runs_of
 from orchestrator.stages.ssl.config import stage_seed, summary
 
 if TYPE_CHECKING:
     from orchestrator.capacity.rebalance import Balancer
     from orchestrator.stages.distill.config import Distill
     from orchestrator.stages.distill.teaching import Teaching
-    from orchestrator.teacher_service.service import Keeper
+    from orchestrator.teacher_service.service import TeacherService
     from orchestrator.tracking.run import Run
 
 _ARTIFACT = "artifact.json"
@@ -47,10 +47,10 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
         }
         teach = teaching(config, context, seed)
         limit = draws.most_unreadable(config.max_unreadable)
-        pupils = pupils_of(config, context, teach, parts, limit)
+        student_runs = student_runs_of(config, context, teach, parts, limit)
         context.work.mkdir(parents=True, exist_ok=True)
         folders = {name: part.artifact for name, part in parts.items() if part.artifact is not None}
-        stats, made = _train_all(config, context, teach, pupils)
+        stats, made = _train_all(config, context, teach, student_runs)
     (context.out / "sharing.json").write_text(json.dumps(stats, indent=1))
     figures = _gather({**folders, **made}, list(config.students), context.out)
     # What a reader of the summary line wants to see first.
@@ -70,27 +70,33 @@ def _last_step(config: Distill, figures: Mapping[str, float]) -> int:
 
 
 def _train_all(
-    config: Distill, context: Context, teach: Teaching, pupils: Mapping[str, Pupil]
+    config: Distill, context: Context, teach: Teaching, student_runs: Mapping[str, StudentRun]
 ) -> tuple[dict[str, float], dict[str, Path]]:
-    """Train all pupils at once; what the service counted, and the folders of their artifacts."""
+    """Train all students at once; what the service counted, and the folders of their artifacts."""
     import ray
 
-    from orchestrator.teacher_service.service import Keeper
+    from orchestrator.teacher_service.service import TeacherService
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
     config.check_shards(gpus, f"stages.{context.name}.teacher_gpus")
-    num_steps = max((pupil.offset + pupil.job.num_steps for pupil in pupils.values()), default=0)
-    balance = _balance(config, context, pupils)
+    num_steps = max(
+        (student_run.offset + student_run.job.num_steps for student_run in student_runs.values()), default=0
+    )
+    balance = _balance(config, context, student_runs)
     by_balance = balance is not None and config.teachers == "auto"
     teachers = balance.teachers if balance and by_balance else lambda: config.num_teachers
     window = config.window_of(teachers())
-    if pupils:
+    if student_runs:
         room = ray.cluster_resources().get("object_store_memory", math.inf)
-        step_bytes = teach.bytes_per_step([pupil.config for pupil in pupils.values()])
+        step_bytes = teach.bytes_per_step([student_run.config for student_run in student_runs.values()])
         config.check_room(window, step_bytes, room, f"stages.{context.name}.window")
-    with Keeper(
-        teach.factory([pupil.config for pupil in pupils.values()], num_steps),
-        {name: pupil.next_step for name, pupil in pupils.items() if not pupil.job.is_done()},
+    with TeacherService(
+        teach.factory([student_run.config for student_run in student_runs.values()], num_steps),
+        {
+            name: student_run.next_step
+            for name, student_run in student_runs.items()
+            if not student_run.job.is_done()
+        },
         num_steps,
         config.batch_size // config.block_size,
         window=window,
@@ -100,18 +106,18 @@ def _train_all(
         on_figures=partial(_track, context.run),
         teachers=teachers,
         shards=config.teacher_shards,
-    ) as keeper:
-        made = _in_threads(context, teach, keeper, balance, pupils)
-    return asdict(keeper.account.stats()), made
+    ) as service:
+        made = _in_threads(context, teach, service, balance, student_runs)
+    return asdict(service.account.stats()), made
 
 
-def _balance(config: Distill, context: Context, pupils: Mapping[str, Pupil]) -> Balancer | None:
+def _balance(config: Distill, context: Context, student_runs: Mapping[str, StudentRun]) -> Balancer | None:
     """Who may have how many workers, where that is to follow from measured costs."""
     from orchestrator.stages.distill.balancing import balancer
     from orchestrator.stages.distill.profiling import Material
     from orchestrator.stages.ssl.config import ModelRecipe
 
-    if config.workers is None or not pupils:
+    if config.workers is None or not student_runs:
         return None
     index, teacher = context.inputs["index"], context.inputs.get("teacher")
     recipe = None
@@ -121,9 +127,14 @@ def _balance(config: Distill, context: Context, pupils: Mapping[str, Pupil]) -> 
     material = Material(
         config, recipe, folder, index.path, index.key, context.elastic.device, context.sources
     )
-    left = {name: pupil.job.num_steps - (pupil.next_step - pupil.offset) for name, pupil in pupils.items()}
+    left = {
+        name: student_run.job.num_steps - (student_run.next_step - student_run.offset)
+        for name, student_run in student_runs.items()
+    }
     bounds = {
-        name: _bounds(pupil.job.elastic) for name, pupil in pupils.items() if pupil.config.workers is not None
+        name: _bounds(student_run.job.elastic)
+        for name, student_run in student_runs.items()
+        if student_run.config.workers is not None
     }
     return balancer(material, left, bounds)
 
@@ -135,63 +146,74 @@ def _bounds(elastic: Elastic) -> tuple[int, int | None]:
 def _in_threads(
     context: Context,
     teach: Teaching,
-    keeper: Keeper,
+    service: TeacherService,
     balance: Balancer | None,
-    pupils: Mapping[str, Pupil],
+    student_runs: Mapping[str, StudentRun],
 ) -> dict[str, Path]:
-    if not pupils:
+    if not student_runs:
         return {}
-    with ThreadPoolExecutor(len(pupils), thread_name_prefix="student") as pool:
+    with ThreadPoolExecutor(len(student_runs), thread_name_prefix="student") as pool:
         futures = {
-            name: pool.submit(_train_one, context, teach, keeper, balance, pupil)
-            for name, pupil in pupils.items()
+            name: pool.submit(_train_one, context, teach, service, balance, student_run)
+            for name, student_run in student_runs.items()
         }
     _raise_first(futures)
     return {name: future.result() for name, future in futures.items()}
 
 
 def _train_one(
-    context: Context, teach: Teaching, keeper: Keeper, balance: Balancer | None, pupil: Pupil
+    context: Context,
+    teach: Teaching,
+    service: TeacherService,
+    balance: Balancer | None,
+    student_run: StudentRun,
 ) -> Path:
     """Train one student to its end and publish it at once; its siblings' fate does not matter to it."""
     from orchestrator.elastic import trainer
 
     # The id follows from the stage's, so a resumed stage finds its students' runs again.
-    run = context.run.child(f"{context.name}/{pupil.name}", resume_id=f"{context.run.run_id}-{pupil.name}")
-    run.params(pupil.config.model_dump(mode="json"))
-    source = keeper.source(
-        pupil.name, teach.parts_of(pupil.config), teach.own_views(pupil.config), pupil.offset
+    run = context.run.child(
+        f"{context.name}/{student_run.name}", resume_id=f"{context.run.run_id}-{student_run.name}"
+    )
+    run.params(student_run.config.model_dump(mode="json"))
+    source = service.source(
+        student_run.name,
+        teach.parts_of(student_run.config),
+        teach.own_views(student_run.config),
+        student_run.offset,
     )
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        limit = balance.quota(pupil.name) if balance is not None else None
-        job = replace(pupil.job, slot_blocks=source, limit=limit)
+        limit = balance.quota(student_run.name) if balance is not None else None
+        job = replace(student_run.job, slot_blocks=source, limit=limit)
         account = trainer.run(job, tracker=run, stop=context.stop)
         status = "FINISHED"
     except Stopped:
         status = "KILLED"
         raise
     finally:
-        keeper.leave(pupil.name)
+        service.deregister(student_run.name)
         if balance is not None:
-            balance.leave(pupil.name)
+            balance.deregister(student_run.name)
         run.finish(status)
-    return _publish(pupil, teach, run, account, context.out)
+    return _publish(student_run, teach, run, account, context.out)
 
 
-def _publish(pupil: Pupil, teach: Teaching, run: Run, account: Mapping[str, float], near: Path) -> Path:
+def _publish(
+    student_run: StudentRun, teach: Teaching, run: Run, account: Mapping[str, float], near: Path
+) -> Path:
     """The student as an artifact: weights, recipe, checkpoint and history."""
-    folder = near.with_name(f"{near.name}-{pupil.name}")
+    folder = near.with_name(f"{near.name}-{student_run.name}")
     folder.mkdir()
-    teach.save(pupil.name, pupil.job.export(pupil.job.num_steps), folder)
-    pupil.job.collect(folder / "checkpoint")
+    teach.save(student_run.name, student_run.job.export(student_run.job.num_steps), folder)
+    student_run.job.collect(folder / "checkpoint")
     history = run.history()
     (folder / "history.json").write_text(json.dumps(history))
     last_loss = summary(history).get("last_loss", float("nan"))
-    figures = {"last_loss": last_loss, "first_step": float(pupil.offset), **account}
+    figures = {"last_loss": last_loss, "first_step": float(student_run.offset), **account}
     (folder / _FIGURES).write_text(json.dumps(figures))
-    (folder / _ARTIFACT).write_text(json.dumps({"kind": "student", "key": pupil.part.key}))
-    made = pupil.part.publish(folder, figures)
+    (folder / _ARTIFACT).write_text(json.dumps({"kind": "student", "key": student_run.part.key}))
+    made = student_run.part.publish(folder, figures)
     shutil.rmtree(folder, ignore_errors=True)
     return made
 

@@ -29,7 +29,7 @@ from orchestrator.stages.common.nets import (
     whole_modules,
 )
 from orchestrator.stages.common.operations import masked_share
-from orchestrator.stages.common.terms import Distillation, Wanted
+from orchestrator.stages.common.terms import Distillation, TargetProbs
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.ssl.config import ModelRecipe, last_snapshot
 from orchestrator.teacher_service.payload import TEACHER, samples
@@ -131,8 +131,8 @@ class FrozenTeacher:
 class Targets:
     """One block's targets, rebuilt from bottleneck vectors: DINO (G, B, K) and iBOT (1, M, K)."""
 
-    dino: Wanted
-    ibot: Wanted
+    dino: TargetProbs
+    ibot: TargetProbs
     tokens_M: Tensor
 
 
@@ -189,7 +189,7 @@ class DistillTask:
             result.append(Targets(dino, ibot, masked_tokens(flat_views(tensors["masks"]))))
         return result
 
-    def _wanted(self, codes_TNC: Tensor, prototypes_KC: Tensor, log_v_K: Tensor) -> Wanted:
+    def _wanted(self, codes_TNC: Tensor, prototypes_KC: Tensor, log_v_K: Tensor) -> TargetProbs:
         temperature = self.config.teacher_temperature
         codes_TNC = codes_TNC.to(prototypes_KC.dtype)
         if self.config.chunk_rows is None:

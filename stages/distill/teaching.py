@@ -26,7 +26,7 @@ from orchestrator.stages.distill.task import DistillTask, FrozenTeacher, bytes_p
 from orchestrator.stages.ssl.config import ModelRecipe
 from orchestrator.storage.local import Store
 from orchestrator.storage.open import open_store
-from orchestrator.teacher_service.cache import Replayed
+from orchestrator.teacher_service.cache import CachedTeacher
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
 
 logger = logging.getLogger("orchestrator")
@@ -67,7 +67,7 @@ class Teaching(ABC):
         """A student's backbone in `folder/model`, and how to rebuild it in `folder/recipe.json`."""
 
     @abstractmethod
-    def said_bytes(self) -> float:
+    def output_bytes(self) -> float:
         """Bytes of what the teacher says about one image."""
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Teaching(ABC):
         real = self._teacher(views)
         if not self._config.replay:
             return partial(_with_inputs, self._context.needed, real)
-        replayed = partial(Replayed, real, views, self._cache(num_steps), self._config.batch_size)
+        replayed = partial(CachedTeacher, real, views, self._cache(num_steps), self._config.batch_size)
         return partial(_with_inputs, self._context.needed, replayed)
 
     def parts_of(self, student: Student) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ class Teaching(ABC):
 
     def bytes_per_step(self, students: Sequence[Student]) -> int:
         """Bytes that the object store holds for one step."""
-        return int(self._config.batch_size * self.said_bytes()) + self._config.view_bytes(students)
+        return int(self._config.batch_size * self.output_bytes()) + self._config.view_bytes(students)
 
     @property
     def _recipe(self) -> ModelRecipe | None:
@@ -131,7 +131,7 @@ class Teaching(ABC):
         # Written object by object, each the same whoever writes it: no need to keep others out.
         with self._context.part("replay", self._spoken()) as part:
             work, remote = part.work, part.remote
-        size = self.said_bytes() * self._config.batch_size * num_steps
+        size = self.output_bytes() * self._config.batch_size * num_steps
         logger.info("replay: the teacher's outputs of %d steps take up to %.2f GB", num_steps, size / 1e9)
         if remote is not None:
             return remote
@@ -162,7 +162,7 @@ class HeadTeaching(Teaching):
         kind = ShardedTeacher if self._config.teacher_shards > 1 else FrozenTeacher
         return partial(kind, self._config, self.recipe, self._folder, make_views)
 
-    def said_bytes(self) -> float:
+    def output_bytes(self) -> float:
         """See `Teaching`."""
         return bytes_per_image(self._config, self.recipe)
 
@@ -222,7 +222,7 @@ class FeatureTeaching(Teaching):
             self._own,
         )
 
-    def said_bytes(self) -> float:
+    def output_bytes(self) -> float:
         """See `Teaching`."""
         return feature_teacher.bytes_per_image(self._config, self._objective, self._prepared.shapes)
 

@@ -84,7 +84,7 @@ class Results:
         scores: rows of the k-NN table.
         backbones: history of each backbone stage by kind, in the order they ran.
         heads: history of every student and of the text alignment, by title.
-        sharing: counters of the share service, if students were distilled.
+        sharing: counters of the teacher service, if students were distilled.
         pca: PNG by the name of the score it belongs to.
         keys: content keys of the stages upstream, by name.
         retrieval: `num_pairs` and what `retrieval_recall` gives, or None.

@@ -28,7 +28,7 @@ from orchestrator.stages.common.nets import (
     tune,
     whole_modules,
 )
-from orchestrator.stages.common.terms import Distillation, Wanted, centred, with_prototypes
+from orchestrator.stages.common.terms import Distillation, TargetProbs, centred, with_prototypes
 from orchestrator.stages.objective import StudentOutput
 from orchestrator.stages.ssl.anchor import Verdict, Watch
 from orchestrator.stages.ssl.config import ModelRecipe, SelfSupervised
@@ -42,8 +42,8 @@ logger = logging.getLogger("orchestrator")
 class Targets:
     """One block's no-grad side: DINO targets (G, B, K), iBOT targets (1, M, K), Gram features, health figures."""
 
-    dino: Wanted
-    ibot: Wanted
+    dino: TargetProbs
+    ibot: TargetProbs
     tokens_M: Tensor
     gram_NPD: Tensor | None
     figures: dict[str, Tensor]
@@ -191,7 +191,7 @@ class SelfSupervisedTask:
 
     def _centred(
         self, rows: list[Tensor], blocks: Sequence[BlockTensors], reduce: Reduce, head: str
-    ) -> list[Wanted]:
+    ) -> list[TargetProbs]:
         return centred(
             rows,
             [block.weight for block in blocks],

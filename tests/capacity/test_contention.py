@@ -1,4 +1,4 @@
-"""The step of processes that share cores: by hand, and against time slices with the window that the desk uses."""
+"""The step of processes that share cores: by hand, and against time slices with the coordinator's window."""
 
 from __future__ import annotations
 

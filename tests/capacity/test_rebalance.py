@@ -78,10 +78,10 @@ def test_a_little_faster_is_not_worth_a_restart() -> None:
 def test_who_leaves_leaves_devices() -> None:
     balancer = Balancer(TEACHER, STUDENTS, Cluster(4))
     assert quotas(balancer)["b"] == (1, 1)
-    balancer.leave("a")
+    balancer.deregister("a")
     assert balancer.quota("b")() == (1, 3)
     assert balancer.quota("a")() == (1, 1), "its controller may still ask"
-    balancer.leave("b")
+    balancer.deregister("b")
     assert balancer.teachers() == 1
 
 

@@ -25,7 +25,7 @@ from orchestrator.elastic import cluster
 from orchestrator.elastic.resources import SlotShape, slot_of, workers_of
 from orchestrator.errors import UserError
 from orchestrator.teacher_service.payload import TEACHER, Parts
-from orchestrator.teacher_service.service import Keeper
+from orchestrator.teacher_service.service import TeacherService
 from orchestrator.training import device
 from orchestrator.training.job import Job
 from tools.market import SpotMarket
@@ -181,7 +181,7 @@ def test_a_teacher_squeezed_in_without_a_gpu_does_not_land_on_that_of_a_worker(
     ray.get([actor.report.remote() for actor in actors], timeout=PATIENCE_S)
     file = tmp_path / "given"
     try:
-        with Keeper(
+        with TeacherService(
             partial(RecordingTeacher, file),
             {"a": 0},
             4,
@@ -191,8 +191,8 @@ def test_a_teacher_squeezed_in_without_a_gpu_does_not_land_on_that_of_a_worker(
             gpus=0.5,
             account=tmp_path / "account.json",
             on_figures=lambda figures: None,
-        ) as keeper:
-            source = keeper.source("a", (TEACHER,), None, 0)()
+        ) as service:
+            source = service.source("a", (TEACHER,), None, 0)()
             loaded: list[Any] = []
             thread = threading.Thread(target=lambda: loaded.append(source.load(0, 0)), daemon=True)
             thread.start()

@@ -106,7 +106,7 @@ def test_students_hear_of_what_their_teachers_and_slots_met(monkeypatch: pytest.
     assert "step/unreadable" not in payload.samples(taught[1:2]), "as it was where nothing was met"
     (chunk,) = payload.chunks(said, 3, 3)
     own = Block(0, 1, np.zeros(2, np.int64), {"globals": np.zeros((2, 2, 3))}, unreadable=np.array([5]))
-    source = SharedBlocks("desk", "student", 3, own=Mock(load=lambda step, index: own))
+    source = SharedBlocks("coordinator", "student", 3, own=Mock(load=lambda step, index: own))
     monkeypatch.setattr(source, "_chunk", lambda step, part, index: (chunk, index, 3))
 
     def answer(step: int, index: int) -> Message:

@@ -97,7 +97,7 @@ class Spiky(SelfSupervisedTask):
 
 
 class TaughtBlocks:
-    """A step's parts as blocks, computed here: what a student gets from the share service."""
+    """A step's parts as blocks, computed here: what a student gets from the teacher service."""
 
     def __init__(self, teacher: Any, num_blocks: int) -> None:
         self.num_blocks, self._teacher = num_blocks, teacher

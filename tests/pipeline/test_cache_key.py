@@ -205,7 +205,9 @@ def test_a_stage_is_tied_to_what_it_imports_and_not_to_other_stages() -> None:
     assert "orchestrator.stages" not in closure, (
         "the union of all stages would tie every stage to every other"
     )
-    assert not [name for name in closure if name.startswith(("orchestrator.tracking", "orchestrator.storage"))]
+    assert not [
+        name for name in closure if name.startswith(("orchestrator.tracking", "orchestrator.storage"))
+    ]
     assert [name for name in closure if name.startswith("orchestrator.elastic.")], (
         "imports inside functions count"
     )

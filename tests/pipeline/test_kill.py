@@ -22,7 +22,7 @@ from rich.console import Console
 
 from orchestrator.pipeline import process_identity
 from orchestrator.pipeline.console import Reporter
-from orchestrator.pipeline.lease import Keeper
+from orchestrator.pipeline.lease import LeaseManager
 from orchestrator.pipeline.liveness import Timing
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import resolve
@@ -204,7 +204,7 @@ def test_a_suspended_driver_that_was_replaced_ends_and_writes_nothing(
     # As on another machine: the kernel's word on the driver counts for nothing.
     monkeypatch.setattr(process_identity, "_machine", lambda: "elsewhere")
     workspace = Workspace("runs/")
-    workspace.keeper = Keeper(workspace.store(), Timing(beat_s=0.2, lapse_s=1.5))
+    workspace.leases = LeaseManager(workspace.store(), Timing(heartbeat_s=0.2, timeout_s=1.5))
     with workspace.drive("toy") as lease:
         assert "silent for " in lease.notes[0]
         ledger = workspace.ledger("toy", lease)

@@ -22,20 +22,20 @@ from scheduled import MemoryStore
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline import liveness, process_identity
-from orchestrator.pipeline.lease import Keeper, LostHoldError
-from orchestrator.pipeline.liveness import Timing, Watch
-from orchestrator.pipeline.process_identity import Who, is_suspended, lives, this_process
+from orchestrator.pipeline.lease import LeaseLostError, LeaseManager
+from orchestrator.pipeline.liveness import HeartbeatMonitor, Timing
+from orchestrator.pipeline.process_identity import ProcessIdentity, is_suspended, lives, this_process
 from orchestrator.storage.local import LocalStore
 
 FORK = multiprocessing.get_context("fork")
-QUICK = Timing(beat_s=0.2, lapse_s=1.5)
+QUICK = Timing(heartbeat_s=0.2, timeout_s=1.5)
 # Whoever waits for this to pass does not pass the test.
-NEVER = Timing(beat_s=0.2, lapse_s=10_000.0)
+NEVER = Timing(heartbeat_s=0.2, timeout_s=10_000.0)
 
 
-def keeper(root: Path, timing: Timing, *, elsewhere: bool = False) -> Keeper:
+def leases(root: Path, timing: Timing, *, elsewhere: bool = False) -> LeaseManager:
     me = this_process()
-    return Keeper(
+    return LeaseManager(
         LocalStore(root), timing, me.model_copy(update={"machine": "elsewhere"}) if elsewhere else me
     )
 
@@ -44,16 +44,16 @@ def hold_until_told(
     root: Path, timing: Timing, elsewhere: bool, names: tuple[str, ...], pipe: Connection
 ) -> None:
     """Say `held` or why not; on `check` say how that went; end when told so."""
-    own = keeper(root, timing, elsewhere=elsewhere)
+    own = leases(root, timing, elsewhere=elsewhere)
     try:
         with contextlib.ExitStack() as stack:
             pipe.recv()
             leases = [stack.enter_context(own.hold(name, f"thing {name}", above=0)) for name in names]
             pipe.send("held")
             while pipe.recv() == "check":
-                leases[0].check()
+                held[0].check()
                 pipe.send("fine")
-    except (UserError, LostHoldError) as error:
+    except (UserError, LeaseLostError) as error:
         pipe.send(f"{type(error).__name__}: {error}")
 
 
@@ -122,16 +122,16 @@ def test_a_living_holder_is_named_and_stays(
     tmp_path: Path, child: Callable[..., Child], elsewhere: bool
 ) -> None:
     holder = child(NEVER, elsewhere=elsewhere)
-    with pytest.raises(UserError) as caught, keeper(tmp_path, NEVER).hold("it", "thing it"):
+    with pytest.raises(UserError) as caught, leases(tmp_path, NEVER).hold("it", "thing it"):
         pass
     assert f"process {holder.pid} on " in caught.value.what
     assert " since 20" in caught.value.what
     assert caught.value.hint is not None
-    seen = keeper(tmp_path, NEVER).holder("it")
+    seen = leases(tmp_path, NEVER).holder("it")
     assert seen is not None
     assert (seen.who.pid, seen.alive) == (holder.pid, True)
     assert holder.ask("check") == "fine"
-    with keeper(tmp_path, NEVER).hold("another", "another thing"):
+    with leases(tmp_path, NEVER).hold("another", "another thing"):
         pass
 
 
@@ -140,11 +140,11 @@ def test_on_one_machine_a_killed_holder_is_replaced_at_once(
 ) -> None:
     holder = child(NEVER)
     holder.kill()
-    seen = keeper(tmp_path, NEVER).holder("it")
+    seen = leases(tmp_path, NEVER).holder("it")
     assert seen is not None
     assert not seen.alive
     said: list[str] = []
-    with keeper(tmp_path, NEVER).hold("it", "thing it", above=0, say=said.append) as lease:
+    with leases(tmp_path, NEVER).hold("it", "thing it", above=0, say=said.append) as lease:
         assert lease.epoch == 2
         assert said == lease.notes
         assert f"taken over from process {holder.pid} on " in said[0]
@@ -158,17 +158,17 @@ def test_a_silent_holder_elsewhere_is_replaced_after_the_lapse(
 ) -> None:
     holder = child(QUICK, ("it", "its"), elsewhere=True)
     holder.kill()
-    own, said = keeper(tmp_path, QUICK), []
+    own, said = leases(tmp_path, QUICK), []
     seen = own.holder("it")
     assert seen is not None
     assert not seen.alive
     began = time.monotonic()
-    with keeper(tmp_path, QUICK).hold("it", "thing it", above=0, say=said.append):
-        assert time.monotonic() - began >= QUICK.lapse_s
+    with leases(tmp_path, QUICK).hold("it", "thing it", above=0, say=said.append):
+        assert time.monotonic() - began >= QUICK.timeout_s
     assert "sends no heartbeat" in said[0]
     assert "silent for " in said[1]
     # The other thing it held needs no second wait by one who saw it silent for so long.
-    waited = keeper(tmp_path, QUICK)
+    waited = leases(tmp_path, QUICK)
     with waited.hold("it", "thing it"), pytest.MonkeyPatch.context() as patch:
         who = holder_of(tmp_path, "its")
         while waited._watch.alive(who) is None:
@@ -178,29 +178,29 @@ def test_a_silent_holder_elsewhere_is_replaced_after_the_lapse(
             pass
 
 
-def holder_of(root: Path, name: str) -> Who:
+def holder_of(root: Path, name: str) -> ProcessIdentity:
     door = next((root / "holds").glob(f"{name}.*.door"))
-    return Who.model_validate_json(door.read_bytes())
+    return ProcessIdentity.model_validate_json(door.read_bytes())
 
 
 def test_a_suspended_holder_that_was_replaced_learns_it(tmp_path: Path, child: Callable[..., Child]) -> None:
     holder = child(QUICK, elsewhere=True)
     os.kill(holder.pid, signal.SIGSTOP)
-    with keeper(tmp_path, QUICK).hold("it", "thing it", above=0) as lease:
+    with leases(tmp_path, QUICK).hold("it", "thing it", above=0) as lease:
         os.kill(holder.pid, signal.SIGCONT)
         said = holder.ask("check")
-        assert said.startswith("LostHoldError: lost the lock on thing it: ")
+        assert said.startswith("LeaseLostError: lost the lock on thing it: ")
         assert "another process may hold it now" in said
         holder.process.join(10)
         lease.check()
-    with keeper(tmp_path, QUICK).hold("it", "thing it", above=0) as lease:
+    with leases(tmp_path, QUICK).hold("it", "thing it", above=0) as lease:
         assert lease.epoch == 3
 
 
 def test_a_suspended_holder_that_nobody_replaced_goes_on(child: Callable[..., Child]) -> None:
     holder = child(QUICK, elsewhere=True)
     os.kill(holder.pid, signal.SIGSTOP)
-    time.sleep(2 * QUICK.lapse_s)
+    time.sleep(2 * QUICK.timeout_s)
     os.kill(holder.pid, signal.SIGCONT)
     assert holder.ask("check") == "fine"
 
@@ -210,7 +210,7 @@ def test_a_suspended_holder_on_this_machine_is_told_apart(
 ) -> None:
     holder = child(QUICK)
     os.kill(holder.pid, signal.SIGSTOP)
-    with pytest.raises(UserError) as caught, keeper(tmp_path, QUICK).hold("it", "thing it"):
+    with pytest.raises(UserError) as caught, leases(tmp_path, QUICK).hold("it", "thing it"):
         pass
     assert f"kill -CONT {holder.pid}" in str(caught.value.hint)
     os.kill(holder.pid, signal.SIGCONT)
@@ -230,7 +230,7 @@ class Away(LocalStore):
 
 def test_a_store_that_is_away_for_less_than_the_lapse_costs_nothing(tmp_path: Path) -> None:
     store = Away(tmp_path)
-    with Keeper(store, Timing(0.1, 5.0)).hold("it", "thing it") as lease:
+    with LeaseManager(store, Timing(0.1, 5.0)).hold("it", "thing it") as lease:
         store.away = True
         time.sleep(1.0)
         store.away = False
@@ -239,12 +239,12 @@ def test_a_store_that_is_away_for_less_than_the_lapse_costs_nothing(tmp_path: Pa
 
 def test_a_store_that_stays_away_ends_the_hold(tmp_path: Path) -> None:
     store, lost = Away(tmp_path), threading.Event()
-    with Keeper(store, Timing(0.1, 1.0)).hold("it", "thing it") as lease:
+    with LeaseManager(store, Timing(0.1, 1.0)).hold("it", "thing it") as lease:
         lease.on_lost = lost.set
         store.away = True
         assert lost.wait(20)
         store.away = False
-        with pytest.raises(LostHoldError, match="the store could not be reached for"):
+        with pytest.raises(LeaseLostError, match="the store could not be reached for"):
             lease.check()
 
 
@@ -257,7 +257,7 @@ def test_of_two_holds_one_that_cannot_be_renewed_is_one_warning(
         tries.append("again")
         raise OSError("no route to host")
 
-    one = keeper(tmp_path, Timing(0.05, 10_000.0))
+    one = leases(tmp_path, Timing(0.05, 10_000.0))
     with one.hold("it", "thing it") as lease, one.hold("its", "thing its"):
         monkeypatch.setattr(lease, "renew", refused)
         deadline = time.monotonic() + 10
@@ -271,7 +271,7 @@ def test_of_two_holds_one_that_cannot_be_renewed_is_one_warning(
 
 def test_a_place_that_was_removed_is_noticed_without_asking(tmp_path: Path) -> None:
     lost = threading.Event()
-    with keeper(tmp_path, Timing(0.1, 20.0)).hold("it", "thing it") as lease:
+    with leases(tmp_path, Timing(0.1, 20.0)).hold("it", "thing it") as lease:
         lease.on_lost = lost.set
         next((tmp_path / "holds").glob("it.*.ticket")).unlink()
         assert lost.wait(20)
@@ -279,7 +279,7 @@ def test_a_place_that_was_removed_is_noticed_without_asking(tmp_path: Path) -> N
 
 def test_a_beat_that_comes_too_late_does_not_take_an_end_for_a_loss(tmp_path: Path) -> None:
     told: list[bool] = []
-    with keeper(tmp_path, NEVER).hold("it", "the thing") as lease:
+    with leases(tmp_path, NEVER).hold("it", "the thing") as lease:
         lease.on_lost = lambda: told.append(True)
     # As the thread that beats does when it took up its list of leases just before.
     lease.renew()
@@ -288,7 +288,7 @@ def test_a_beat_that_comes_too_late_does_not_take_an_end_for_a_loss(tmp_path: Pa
 
 
 def test_a_wiped_folder_of_holds_does_not_bring_old_numbers_back(tmp_path: Path) -> None:
-    with keeper(tmp_path, NEVER).hold("it", "thing it", above=7) as lease:
+    with leases(tmp_path, NEVER).hold("it", "thing it", above=7) as lease:
         assert lease.epoch == 8
 
 
@@ -297,7 +297,7 @@ def test_a_store_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
     store.away = True
     with (
         pytest.raises(UserError, match="cannot write to the store: no route"),
-        Keeper(store).hold("it", "it"),
+        LeaseManager(store).hold("it", "it"),
     ):
         pass
 
@@ -313,39 +313,39 @@ def test_only_silence_that_was_watched_counts(monkeypatch: pytest.MonkeyPatch) -
     clock, objects = Clock(), {}
     monkeypatch.setattr(liveness, "clock", clock)
     who = this_process().model_copy(update={"machine": None})
-    watch = Watch(MemoryStore(objects), Timing(3.0, 20.0))
+    watch = HeartbeatMonitor(MemoryStore(objects), Timing(3.0, 20.0))
 
-    def look(at: float, beat: bytes) -> bool | None:
-        clock.now, objects[liveness.beat_name(who)] = at, beat
+    def read(at: float, beat: bytes) -> bool | None:
+        clock.now, objects[liveness.heartbeat_name(who)] = at, beat
         return watch.alive(who)
 
-    assert look(0.0, b"1") is None
-    assert look(3.0, b"2") is True
-    assert look(25.9, b"2") is None, "silent for less than a lapse and a beat since it was seen to change"
-    assert look(26.0, b"2") is False
-    assert look(26.1, b"3") is True, "it was only suspended"
-    assert look(1000.0, b"4") is None, "that it lived at some time since the last look says little"
-    assert look(1001.0, b"5") is True
+    assert read(0.0, b"1") is None
+    assert read(3.0, b"2") is True
+    assert read(25.9, b"2") is None, "silent for less than a lapse and a beat since it was seen to change"
+    assert read(26.0, b"2") is False
+    assert read(26.1, b"3") is True, "it was only suspended"
+    assert read(1000.0, b"4") is None, "that it lived at some time since the last look says little"
+    assert read(1001.0, b"5") is True
 
 
 def test_a_watcher_that_sleeps_itself_takes_nobody_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, objects = Clock(), {}
     monkeypatch.setattr(liveness, "clock", clock)
     who = this_process().model_copy(update={"machine": None})
-    objects[liveness.beat_name(who)] = b"1"
+    objects[liveness.heartbeat_name(who)] = b"1"
     nap = 0.0
 
     def turn() -> None:
         clock.now += nap
 
-    watch = Watch(MemoryStore(objects, turn), Timing(3.0, 20.0))
+    watch = HeartbeatMonitor(MemoryStore(objects, turn), Timing(3.0, 20.0))
     assert watch.alive(who) is None
     nap = 100.0
     assert watch.alive(who) is None, "the beat was read before the nap: it may be out of date"
     nap = 0.0
-    objects[liveness.beat_name(who)] = b"30"
+    objects[liveness.heartbeat_name(who)] = b"30"
     assert watch.alive(who) is None
-    objects[liveness.beat_name(who)] = b"31"
+    objects[liveness.heartbeat_name(who)] = b"31"
     assert watch.alive(who) is True
 
 
@@ -378,8 +378,8 @@ def test_garbage_in_a_door_counts_as_a_dead_holders(
         number, _, kind = suffix.rpartition(".")
         stem = f"{number}-{'a' * 32}" if number else "a" * 32
         store.put_bytes(f"holds/thing.{stem}.{kind}", text)
-    assert keeper(tmp_path, NEVER).holder("thing") is None
-    with keeper(tmp_path, NEVER).hold("thing", "the thing", above=0) as lease:
+    assert leases(tmp_path, NEVER).holder("thing") is None
+    with leases(tmp_path, NEVER).hold("thing", "the thing", above=0) as lease:
         lease.check()
         assert lease.epoch > 7
     assert "holds/thing." + "a" * 32 in caplog.text

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline.cache_key import KeyParts
-from orchestrator.pipeline.lease import LostHoldError
+from orchestrator.pipeline.lease import LeaseLostError
 from orchestrator.pipeline.ledger import Event, Happening, Ledger, UnreadableRecordError, parse
 from orchestrator.storage.local import LocalStore
 
@@ -32,7 +32,7 @@ class Fence:
 
     def check(self) -> None:
         if self.lost:
-            raise LostHoldError("lost")
+            raise LeaseLostError("lost")
 
 
 def ledger(folder: Path, fence: Fence | None = None) -> Ledger:
@@ -130,7 +130,7 @@ def test_nothing_is_written_once_the_hold_is_lost(tmp_path: Path) -> None:
     book = ledger(tmp_path, fence)
     book.append("opened", run_id="r")
     fence.lost = True
-    with pytest.raises(LostHoldError):
+    with pytest.raises(LeaseLostError):
         book.append("closed", status="FINISHED")
     assert len(names(tmp_path)) == 1
     assert book.state.open

@@ -15,8 +15,8 @@ from scheduled import Actor, MemoryStore
 from orchestrator.pipeline import ledger as ledger_module
 from orchestrator.pipeline import lock_queue as bakery_module
 from orchestrator.pipeline.ledger import Ledger
-from orchestrator.pipeline.lock_queue import Place, Queue, TakenError
-from orchestrator.pipeline.process_identity import Who
+from orchestrator.pipeline.lock_queue import LockQueue, LockTakenError, QueueEntry
+from orchestrator.pipeline.process_identity import ProcessIdentity
 
 NAME = "holds/thing"
 
@@ -34,8 +34,8 @@ def _drawn_id() -> uuid.UUID:
     return uuid.UUID(int=random.getrandbits(128))
 
 
-def who(name: str) -> Who:
-    return Who(process=name, host=name, pid=1, machine=None, started=None, since=0.0)
+def who(name: str) -> ProcessIdentity:
+    return ProcessIdentity(process=name, host=name, pid=1, machine=None, started=None, since=0.0)
 
 
 class Fence:
@@ -54,7 +54,7 @@ class World:
         self.objects: dict[str, bytes] = {}
         self.actors = {name: Actor(name, self.objects) for name in "abc"[:contenders]}
         self.slept: set[str] = set()
-        self.inside: dict[str, Place] = {}
+        self.inside: dict[str, QueueEntry] = {}
         self.entered: list[tuple[str, int]] = []
         self.refused = 0
         for name, actor in self.actors.items():
@@ -62,11 +62,11 @@ class World:
 
     def _contend(self, name: str, tries: int) -> None:
         actor = self.actors[name]
-        queue = Queue(actor.store, NAME, fenced=self.fenced)
+        queue = LockQueue(actor.store, NAME, fenced=self.fenced)
         for _ in range(tries):
             try:
                 place = queue.enter(who(name), _Usher(self, actor))
-            except TakenError:
+            except LockTakenError:
                 self.refused += 1
                 continue
             self.inside[name] = place
@@ -83,7 +83,7 @@ class World:
 
     def holders(self) -> list[str]:
         """Who is inside and was not taken for dead."""
-        view = Queue(MemoryStore(self.objects), NAME).look()
+        view = LockQueue(MemoryStore(self.objects), NAME).read()
         return [name for name, place in self.inside.items() if view.has(place)]
 
     def run(self, schedule: Sequence[int], crashes: dict[int, int] | None = None) -> None:
@@ -112,12 +112,12 @@ class _Usher:
         self._world = world
         self._actor = actor
 
-    def judge(self, other: Who) -> bool | None:
+    def judge(self, other: ProcessIdentity) -> bool | None:
         if self._world.actors[other.process].crashed:
             return False
         return other.process not in self._world.slept
 
-    def removed(self, other: Who, place: Place) -> None:
+    def removed(self, other: ProcessIdentity, place: QueueEntry) -> None:
         pass
 
     def pause(self) -> None:

@@ -11,7 +11,7 @@ from orchestrator.pipeline import liveness, tracking_run
 def test_a_dead_driver_with_several_places_is_named_once() -> None:
     said: list[str] = []
     watch: Any = SimpleNamespace(why=lambda who: "which has ended")
-    newcomer = liveness.Newcomer(watch, liveness.Timing(), "pipeline 'toy'", said.append)
+    newcomer = liveness.Contender(watch, liveness.Timing(), "pipeline 'toy'", said.append)
     for process, number in (("process 7", 1), ("process 7", 2), ("process 7", None), ("process 8", 3)):
         newcomer.removed(process, SimpleNamespace(number=number))  # type: ignore[arg-type]
     assert said == [f"taken over from process {number}, which has ended" for number in (7, 8)]

@@ -288,7 +288,7 @@ def test_the_ledger_goes_on_when_the_folder_of_holds_was_wiped(pipeline: Path) -
 
 def test_two_pipelines_do_not_work_on_one_key_at_once(pipeline: Path) -> None:
     stage = planned(pipeline)["curate"].stage
-    with Workspace("runs/").keeper.hold(work_hold("curate", stage.key), "other"):
+    with Workspace("runs/").leases.hold(work_hold("curate", stage.key), "other"):
         code, said = run(pipeline)
     assert code == 2
     assert "already being run by process" in said
@@ -301,7 +301,7 @@ def test_work_is_removed_by_who_holds_it(pipeline: Path, monkeypatch: pytest.Mon
     drop_work = Workspace.drop_work
 
     def drop(self: Workspace, kind: str, key: str) -> None:
-        held.append(Workspace("runs/").keeper.holder(work_hold(kind, key)) is not None)
+        held.append(Workspace("runs/").leases.holder(work_hold(kind, key)) is not None)
         drop_work(self, kind, key)
 
     monkeypatch.setattr(Workspace, "drop_work", drop)

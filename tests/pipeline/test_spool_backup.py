@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.pipeline import spool_backup as module
-from orchestrator.pipeline.lease import LostHoldError
-from orchestrator.pipeline.spool_backup import Mirror
+from orchestrator.pipeline.lease import LeaseLostError
+from orchestrator.pipeline.spool_backup import SpoolBackup
 from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool
 
@@ -41,8 +41,8 @@ def store(tmp_path: Path) -> Counting:
     return Counting(tmp_path / "store")
 
 
-def machine(store: Counting, folder: Path) -> tuple[Mirror, Spool]:
-    return Mirror(store, "spool/toy/", folder), Spool(folder)
+def machine(store: Counting, folder: Path) -> tuple[SpoolBackup, Spool]:
+    return SpoolBackup(store, "spool/toy/", folder), Spool(folder)
 
 
 def record(spool: Spool, first: int, last: int, run: str = "r1") -> None:
@@ -202,7 +202,7 @@ def test_a_driver_that_was_taken_over_sends_nothing(store: Counting, tmp_path: P
     record(spool, 0, 5)
 
     def lost() -> None:
-        raise LostHoldError("taken over")
+        raise LeaseLostError("taken over")
 
     mine.check = lost
     assert not mine.flush()
@@ -211,7 +211,7 @@ def test_a_driver_that_was_taken_over_sends_nothing(store: Counting, tmp_path: P
 
 def test_it_keeps_up_in_the_background(store: Counting, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "a")
-    mine = Mirror(store, "spool/toy/", tmp_path / "a", every_s=0.01)
+    mine = SpoolBackup(store, "spool/toy/", tmp_path / "a", every_s=0.01)
     with mine.running():
         record(spool, 0, 5)
         for _ in range(500):

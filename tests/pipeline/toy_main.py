@@ -22,5 +22,5 @@ if __name__ == "__main__":
         replaced.open_tracking = recorded.open_recorded
     if lapse := os.environ.get("TOY_LAPSE"):
         replaced = lease
-        replaced.Timing = lambda: liveness.Timing(beat_s=0.2, lapse_s=float(lapse))
+        replaced.Timing = lambda: liveness.Timing(heartbeat_s=0.2, timeout_s=float(lapse))
     cli.main()

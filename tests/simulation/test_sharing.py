@@ -1,4 +1,4 @@
-"""Where a share service saturates, against sums done by hand."""
+"""Where a teacher service saturates, against sums done by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORK = Work(
     crop_s=0.125,
 )
 NODE = Node(devices=4, cores=8, store_gib=1.0, network_gbit=8.0)  # 10⁹ bytes a second
-DESIGN = Design(crops="producers", desk_calls=100.0, chunk_bytes=4 * MIB)
+DESIGN = Design(crops="producers", coordinator_calls=100.0, chunk_bytes=4 * MIB)
 
 
 def test_each_limit_by_hand() -> None:
@@ -36,7 +36,7 @@ def test_each_limit_by_hand() -> None:
     # Views: a chunk is a block, and goes to one machine. Teacher: a chunk is 4 blocks, of one machine's 4 workers.
     assert limits["egress"] == pytest.approx(2 * 80 * MIB / 1e9)
     assert limits["ingress"] == pytest.approx(80 * MIB / 1e9), "all of a's goes to one machine"
-    assert limits["desk"] == pytest.approx((4 + 8 + 2) / 100)
+    assert limits["coordinator"] == pytest.approx((4 + 8 + 2) / 100)
     assert found.window == 6
     assert found.store == pytest.approx(6 * 80 / 1024)
     assert (found.step_s, found.busiest) == (2.0, "compute")
@@ -48,7 +48,7 @@ def test_each_limit_by_hand() -> None:
     [
         ({"node": {"cores": 2.0}}, "crops", 4.0),
         ({"node": {"network_gbit": 0.16}}, "egress", 2 * 80 * MIB / 0.02e9),
-        ({"design": {"desk_calls": 2.0}}, "desk", 7.0),
+        ({"design": {"coordinator_calls": 2.0}}, "coordinator", 7.0),
         ({"design": {"window": 2}}, "window", 4.0),
         # Memory for two steps: two of four teachers work.
         ({"node": {"store_gib": 170 / 1024}}, "window", 4.0),
@@ -82,7 +82,7 @@ def test_whole_steps_and_questions_a_worker_cost_more() -> None:
     assert whole.limits_s["egress"] == pytest.approx(3 * 80 * MIB / 1e9), "b has two machines"
     assert chunks.limits_s["egress"] < whole.limits_s["egress"]
     polite = saturate(WORK, NODE, replace(DESIGN, ask="node"), 16)
-    assert polite.limits_s["desk"] == pytest.approx((1 + 2 + 2) / 100)
+    assert polite.limits_s["coordinator"] == pytest.approx((1 + 2 + 2) / 100)
 
 
 @settings(deadline=None)

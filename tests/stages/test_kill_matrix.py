@@ -197,8 +197,10 @@ CASES: dict[str, Callable[[Scene], None] | None] = {
     "nobody": lambda scene: None,
     "one of two teachers": lambda scene: kill(actors("TeacherActor")[0]),
     "both teachers at once": lambda scene: kill(*actors("TeacherActor")),
-    "the desk": lambda scene: kill(*actors("Desk")),
-    "the desk and both teachers": lambda scene: kill(*actors("Desk"), *actors("TeacherActor")),
+    "the coordinator": lambda scene: kill(*actors("StepCoordinator")),
+    "the coordinator and both teachers": lambda scene: kill(
+        *actors("StepCoordinator"), *actors("TeacherActor")
+    ),
     "a student's worker": lambda scene: kill(worker_of(scene, "cnn")),
     "a student's slot": lambda scene: kill(slot_of(scene, "cnn")),
     "a student's machine": lambda scene: kill_machine(scene, worker_of(scene, "cnn")),
@@ -233,7 +235,8 @@ def test_whoever_is_killed_the_students_are_those_trained_alone(
     save_file(net.state_dict(), tmp_path / "teacher" / "snapshots" / "step-00000001.safetensors")
     (tmp_path / "teacher" / "recipe.json").write_text(RECIPE.model_dump_json())
     lines = [
-        "| killed | teachers lost | desks lost | steps recomputed | restarts of vit, cnn | weights of vit | of cnn |"
+        "| killed | teachers lost | coordinators lost | steps recomputed | restarts of vit, cnn | weights of vit "
+        "| of cnn |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
     wrong = []
@@ -265,7 +268,7 @@ def test_whoever_is_killed_the_students_are_those_trained_alone(
                     if not gap <= WEIGHTS:
                         wrong.append(f"{case}: {name} differs by {gap:.1e}")
                 restarts = ", ".join(str(ended.restarts(name)) for name in alone)
-                counts = (account.restarts, account.desk_restarts, account.steps_recomputed)
+                counts = (account.restarts, account.coordinator_restarts, account.steps_recomputed)
                 lines.append(
                     f"| {case} | {' | '.join(map(str, counts))} | {restarts} | {' | '.join(cells)} |"
                 )

@@ -12,11 +12,11 @@ from s3_faults import KINDS, Kind, every_fault, goes_through
 
 from orchestrator.pipeline import spool_backup as mirror_module
 from orchestrator.pipeline.cache_key import KeyParts
-from orchestrator.pipeline.lease import Keeper
+from orchestrator.pipeline.lease import LeaseManager
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.liveness import Timing
 from orchestrator.pipeline.process_identity import this_process
-from orchestrator.pipeline.spool_backup import Mirror
+from orchestrator.pipeline.spool_backup import SpoolBackup
 from orchestrator.storage import s3 as s3_module
 from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.s3 import S3Store
@@ -109,11 +109,11 @@ def test_a_hold_that_fails_halfway_is_nobodys(s3_uri: str, kind: Kind) -> None:
     for server in every_fault(kind, at_least=6):
         store = place(s3_uri, server.fail_at)
         # Nobody beats while the server is failing: the numbers of requests would be other ones each time.
-        keeper = Keeper(store, Timing(beat_s=1000.0, lapse_s=3000.0), this_process())
+        leases = LeaseManager(store, Timing(heartbeat_s=1000.0, timeout_s=3000.0), this_process())
         epochs = [0]
 
-        def hold(keeper: Keeper = keeper, epochs: list[int] = epochs) -> None:
-            with keeper.hold("it", "thing", above=0) as lease:
+        def hold(leases: LeaseManager = leases, epochs: list[int] = epochs) -> None:
+            with leases.hold("it", "thing", above=0) as lease:
                 lease.check()
                 epochs.append(lease.epoch)
 
@@ -177,25 +177,25 @@ def test_the_mirror_is_never_ahead_of_itself(
     monkeypatch.setattr(mirror_module, "_PIECE", 200)
     for server in every_fault(kind, at_least=3):
         store, folder = place(s3_uri, server.fail_at), tmp_path / str(server.fail_at)
-        spool, mirror = Spool(folder), Mirror(store, "spool/toy/", folder)
+        spool, spool_backup = Spool(folder), SpoolBackup(store, "spool/toy/", folder)
         spool.post("run", "open", name="x", parent=None)
         spool.append("run", 0, {"loss": 1.0})
-        assert mirror.flush()
+        assert spool_backup.flush()
         for step in range(1, 5):
             spool.append("run", step, {"loss": 1.0})
         spool.path("run").with_suffix(".progress").write_text(json.dumps({"offset": spool.size("run")}))
         flushed: list[bool] = []
-        assert goes_through(server, lambda: flushed.append(mirror.flush()))  # noqa: B023
+        assert goes_through(server, lambda: flushed.append(spool_backup.flush()))  # noqa: B023
         assert flushed == [not server.failed]
         there = tmp_path / f"there-{server.fail_at}"
-        Mirror(store, "spool/toy/", there).restore()
+        SpoolBackup(store, "spool/toy/", there).restore()
         steps = [record["step"] for record in Spool(there).history("run")]
         assert steps == list(range(len(steps)))
         assert len(steps) == (5 if flushed == [True] else len(steps))
         progress = there / "run.progress"
         said = json.loads(progress.read_text())["offset"] if progress.exists() else 0
         assert said <= Spool(there).size("run")
-        assert mirror.flush()
+        assert spool_backup.flush()
         whole = tmp_path / f"whole-{server.fail_at}"
-        Mirror(store, "spool/toy/", whole).restore()
+        SpoolBackup(store, "spool/toy/", whole).restore()
         assert len(Spool(whole).history("run")) == 5

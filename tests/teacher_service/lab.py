@@ -16,7 +16,7 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, Parts
-from orchestrator.teacher_service.service import Keeper
+from orchestrator.teacher_service.service import TeacherService
 
 PATIENCE_S = 90.0  # for anything: the machine may be busy
 
@@ -49,7 +49,7 @@ class CountingTeacher:
             threading.Event().wait()
         time.sleep(self._step_s)
         self.images_forwarded += self.images_per_step
-        said = {
+        outputs = {
             "ids": np.arange(4) + 10 * step,
             "ragged/tokens": np.arange(5.0)[:, None] + step,
             "offsets/tokens": np.array([0, 2, 5]),
@@ -60,11 +60,11 @@ class CountingTeacher:
             # Large enough to lie in the object store, not in the reply.
             "bulk": np.full((1, 4, 100_000), step, np.int32),
         }
-        return {TEACHER: said, VIEWS: views}
+        return {TEACHER: outputs, VIEWS: views}
 
 
-class CrewTeacher(CountingTeacher):
-    """A `CountingTeacher` of several processes, which agree on every step; each keeps its pid in `crew-RANK`."""
+class GroupedTeacher(CountingTeacher):
+    """A `CountingTeacher` of several processes, which agree on every step; each keeps its pid in `teacher-rank-N`."""
 
     def __init__(self, diary: Path, bad_rank: int = -1, **more: Any) -> None:
         import torch.distributed as dist
@@ -73,25 +73,25 @@ class CrewTeacher(CountingTeacher):
         if self._rank == bad_rank:
             raise ValueError(f"process {bad_rank} has no weights")
         super().__init__(diary, **more)
-        (diary.parent / f"crew-{self._rank}").write_text(str(os.getpid()))
+        (diary.parent / f"teacher-rank-{self._rank}").write_text(str(os.getpid()))
 
     def __call__(self, step: int) -> Parts:
         from orchestrator.teacher_service import process_group
 
-        process_group.tell_step(step)
+        process_group.broadcast_step(step)
         self._agree()
         return super().__call__(step)
 
     def follow(self) -> None:
         from orchestrator.teacher_service import process_group
 
-        while process_group.tell_step(None) is not None:
+        while process_group.broadcast_step(None) is not None:
             self._agree()
 
     def close(self) -> None:
         from orchestrator.teacher_service import process_group
 
-        process_group.tell_step(None)
+        process_group.broadcast_step(None)
 
     def _agree(self) -> None:
         import torch
@@ -158,12 +158,12 @@ def keep(
     teachers: Callable[[], int] = lambda: 1,
     shards: int = 1,
     **teacher: Any,
-) -> Keeper:
-    """A keeper with a counting teacher."""
+) -> TeacherService:
+    """A service with a counting teacher."""
     from functools import partial
 
-    return Keeper(
-        partial(CountingTeacher if shards == 1 else CrewTeacher, folder / "diary", **teacher),
+    return TeacherService(
+        partial(CountingTeacher if shards == 1 else GroupedTeacher, folder / "diary", **teacher),
         students,
         num_steps,
         2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.teacher_service.account import Account
-from orchestrator.teacher_service.placement import Machine, Spot, choose
+from orchestrator.teacher_service.placement import Machine, Placement, choose
 
 
 def test_steps_count_once_however_often_they_are_computed() -> None:
@@ -44,14 +44,14 @@ def test_the_teacher_goes_where_there_is_room_and_squeezes_in_elsewhere() -> Non
     assert choose([], 0.0) is None
     assert choose([machine("head", 0, cpus=0, head=True)], 0.0) is None, "a head that is no place for work"
     head, full, free = machine("head", 2, head=True), machine("full", 0), machine("free", 1)
-    assert choose([full, free, head], 0.0) == Spot("head", 1.0, 0.0), "the node that outlives the others"
-    assert choose([full, free, machine("head", 0, head=True)], 0.0) == Spot("free", 1.0, 0.0)
-    assert choose([full], 0.0) == Spot("full", 0.0, 0.0)
+    assert choose([full, free, head], 0.0) == Placement("head", 1.0, 0.0), "the node that outlives the others"
+    assert choose([full, free, machine("head", 0, head=True)], 0.0) == Placement("free", 1.0, 0.0)
+    assert choose([full], 0.0) == Placement("full", 0.0, 0.0)
     going = machine("going", 2, leaving=True)
-    assert choose([going, full], 0.0) == Spot("full", 0.0, 0.0)
-    assert choose([going], 0.0) == Spot("going", 1.0, 0.0), "better than none"
+    assert choose([going, full], 0.0) == Placement("full", 0.0, 0.0)
+    assert choose([going], 0.0) == Placement("going", 1.0, 0.0), "better than none"
     gpu = machine("gpu", 0.5, gpus=1)
-    assert choose([head, gpu], 0.1) == Spot("gpu", 0.0, 0.1)
+    assert choose([head, gpu], 0.1) == Placement("gpu", 0.0, 0.1)
     squeezed = choose([head, machine("gpu", 0.05, gpus=1)], 0.1)
     assert squeezed is not None
     assert (squeezed.node, squeezed.cpus, squeezed.gpus) == ("gpu", 0.0, 0.0)

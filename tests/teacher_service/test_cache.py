@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from orchestrator.storage.local import LocalStore
-from orchestrator.teacher_service.cache import Replayed
+from orchestrator.teacher_service.cache import CachedTeacher
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, Parts
 
 
@@ -21,8 +21,8 @@ class Teacher:
 
     def __call__(self, step: int) -> Parts:
         self.images_forwarded += 4
-        said = {"ids": np.arange(4), "codes": np.full((2, 4), step, np.float16), "masks": np.eye(4) > 0}
-        return {TEACHER: said, **Views().parts(step)}
+        outputs = {"ids": np.arange(4), "codes": np.full((2, 4), step, np.float16), "masks": np.eye(4) > 0}
+        return {TEACHER: outputs, **Views().parts(step)}
 
 
 class Views:
@@ -36,15 +36,15 @@ def never() -> Teacher:
 
 def test_the_second_time_no_teacher_is_made(tmp_path: Path) -> None:
     where = LocalStore(tmp_path), "replay/x/"
-    first = Replayed(Teacher, Views, where, 4)
-    said = [first(step) for step in range(3)]
+    first = CachedTeacher(Teacher, Views, where, 4)
+    outputs = [first(step) for step in range(3)]
     assert first.images_forwarded == 12
-    second = Replayed(never, Views, where, 4)
-    for step, parts in enumerate(said):
+    second = CachedTeacher(never, Views, where, 4)
+    for step, parts in enumerate(outputs):
         again = second(step)
         assert set(again) == {TEACHER, VIEWS}
-        for part, bundle in parts.items():
-            for name, array in bundle.items():
+        for part, outputs in parts.items():
+            for name, array in outputs.items():
                 np.testing.assert_array_equal(again[part][name], array)
                 assert again[part][name].dtype == array.dtype
     assert second.images_forwarded == 0
@@ -54,14 +54,14 @@ def test_the_second_time_no_teacher_is_made(tmp_path: Path) -> None:
 
 def test_a_damaged_step_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     where = LocalStore(tmp_path), ""
-    Replayed(Teacher, Views, where, 4)(0)
+    CachedTeacher(Teacher, Views, where, 4)(0)
     (kept,) = tmp_path.glob("step-*")
     kept.write_bytes(kept.read_bytes()[:20])
-    again = Replayed(Teacher, Views, where, 4)
+    again = CachedTeacher(Teacher, Views, where, 4)
     assert again(0)[TEACHER]["codes"][0, 0] == 0
     assert again.images_forwarded == 4
     assert "damaged" in caplog.text
-    assert Replayed(never, Views, where, 4)(0)[VIEWS]["globals"].shape == (2, 4, 3)
+    assert CachedTeacher(never, Views, where, 4)(0)[VIEWS]["globals"].shape == (2, 4, 3)
 
 
 def test_a_cache_that_cannot_be_written_stops_nobody(
@@ -71,6 +71,6 @@ def test_a_cache_that_cannot_be_written_stops_nobody(
         def put_bytes(self, name: str, data: bytes) -> None:
             raise OSError("No space left on device")
 
-    parts = Replayed(Teacher, Views, (Full(tmp_path), ""), 4)(2)
+    parts = CachedTeacher(Teacher, Views, (Full(tmp_path), ""), 4)(2)
     assert parts[TEACHER]["codes"][0, 0] == 2
     assert "could not be saved" in caplog.text

@@ -11,15 +11,15 @@ from orchestrator.errors import UserError
 from orchestrator.teacher_service.account import Account
 from orchestrator.teacher_service.actor import TeacherActor
 from orchestrator.teacher_service.client import SharedBlocks
-from orchestrator.teacher_service.coordinator import Desk
+from orchestrator.teacher_service.coordinator import StepCoordinator
 
 
 def test_a_mistake_of_the_user_passes_the_desk() -> None:
-    asyncio.run(_pass_the_desk())
+    asyncio.run(_pass_the_coordinator())
 
 
-async def _pass_the_desk() -> None:
-    desk = Desk({"a": 0}, 4, window=2, patience_s=60.0, account=Account())
+async def _pass_the_coordinator() -> None:
+    coordinator = StepCoordinator({"a": 0}, 4, window=2, patience_s=60.0, account=Account())
     told: list[tuple[Any, ...]] = []
 
     def make() -> Any:
@@ -30,20 +30,20 @@ async def _pass_the_desk() -> None:
             assert method == "fail"
             told.append(arguments)
 
-    actor: Any = TeacherActor("t", "desk", make, 2, 1.0)
-    actor._desk = Teachers()
+    actor: Any = TeacherActor("t", "coordinator", make, 2, 1.0)
+    actor._coordinator = Teachers()
     actor._compute(0, None)
-    waiting = asyncio.ensure_future(desk.step("a", 0))
+    waiting = asyncio.ensure_future(coordinator.step("a", 0))
     await asyncio.sleep(0)
-    await desk.fail(*told[0])
+    await coordinator.fail(*told[0])
     answer = await waiting
 
     class Students:
         def call(self, *arguments: Any) -> dict[str, Any]:
             return answer
 
-    blocks: Any = SharedBlocks("desk", "a", 2)
-    blocks._line = Students()
+    blocks: Any = SharedBlocks("coordinator", "a", 2)
+    blocks._client = Students()
     with pytest.raises(UserError, match="9 photos cannot be read") as raised:
         blocks.load(0, 0)
     assert (raised.value.where, raised.value.hint) == ("photos", "put them back")

@@ -17,7 +17,7 @@ import ray
 from orchestrator.data.blocks import Block
 from orchestrator.teacher_service.actor_client import NAMESPACE
 from orchestrator.teacher_service.client import SharedBlocks
-from orchestrator.teacher_service.service import Keeper
+from orchestrator.teacher_service.service import TeacherService
 
 from .lab import PATIENCE_S, Lab, entries, eventually, keep
 
@@ -36,8 +36,8 @@ def later(what: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def source(keeper: Keeper, student: str) -> SharedBlocks:
-    return keeper.source(student)()
+def source(service: TeacherService, student: str) -> SharedBlocks:
+    return service.source(student)()
 
 
 def expect(block: Block, step: int, index: int) -> None:
@@ -53,8 +53,8 @@ def expect(block: Block, step: int, index: int) -> None:
 
 
 def test_all_students_see_the_same_and_the_teacher_works_once(lab: Lab, tmp_path: Path) -> None:
-    with keep(tmp_path, {"a": 0, "b": 0}) as keeper:
-        sources = [source(keeper, name) for name in ("a", "b")]
+    with keep(tmp_path, {"a": 0, "b": 0}) as service:
+        sources = [source(service, name) for name in ("a", "b")]
         for step in range(4):
             for index in range(2):
                 first, second = (blocks.load(step, index) for blocks in sources)
@@ -62,7 +62,7 @@ def test_all_students_see_the_same_and_the_teacher_works_once(lab: Lab, tmp_path
                 with pytest.raises(ValueError, match="read-only"):
                     first.arrays["globals"][:] = -1  # others read the same memory
                 expect(second, step, index)
-    stats = keeper.account.stats()
+    stats = service.account.stats()
     assert stats.teacher_forwards_per_image == 1.0
     assert (stats.steps_recomputed, stats.teacher_restarts) == (0, 0)
     assert stats.bytes_per_image > 400_000
@@ -70,8 +70,8 @@ def test_all_students_see_the_same_and_the_teacher_works_once(lab: Lab, tmp_path
 
 
 def test_window_holds_the_fast_student_until_the_slow_one_moves_or_leaves(lab: Lab, tmp_path: Path) -> None:
-    with keep(tmp_path, {"fast": 0, "slow": 0}, window=2) as keeper:
-        fast, slow = source(keeper, "fast"), source(keeper, "slow")
+    with keep(tmp_path, {"fast": 0, "slow": 0}, window=2) as service:
+        fast, slow = source(service, "fast"), source(service, "slow")
         fast.load(1, 0)
         ahead = later(lambda: fast.load(2, 0))
         time.sleep(3.0)  # longer than one call waits in the actor
@@ -81,25 +81,25 @@ def test_window_holds_the_fast_student_until_the_slow_one_moves_or_leaves(lab: L
         further = later(lambda: fast.load(5, 1))
         time.sleep(1.0)
         assert not further.done()
-        keeper.leave("slow")
+        service.deregister("slow")
         expect(further.result(PATIENCE_S), 5, 1)
         with pytest.raises(RuntimeError, match="slow is not one of the students any more"):
             slow.load(2, 0)
 
 
 def test_a_student_that_falls_back_gets_old_steps_again(lab: Lab, tmp_path: Path) -> None:
-    with keep(tmp_path, {"a": 0}) as keeper:
-        blocks = source(keeper, "a")
+    with keep(tmp_path, {"a": 0}) as service:
+        blocks = source(service, "a")
         for step in (0, 1, 2, 3, 4, 0, 1, 2):
             expect(blocks.load(step, 1), step, 1)
-    stats = keeper.account.stats()
+    stats = service.account.stats()
     assert stats.steps_recomputed >= 1
     assert stats.teacher_forwards_per_image > 1.0
 
 
 def test_two_blocks_at_once_cost_one_question(lab: Lab, tmp_path: Path) -> None:
-    with keep(tmp_path, {"a": 0}, step_s=0.5) as keeper:
-        blocks = source(keeper, "a")
+    with keep(tmp_path, {"a": 0}, step_s=0.5) as service:
+        blocks = source(service, "a")
         asked = []
         ask = blocks._ask
 
@@ -119,10 +119,10 @@ def test_two_blocks_at_once_cost_one_question(lab: Lab, tmp_path: Path) -> None:
 def test_workers_of_many_students_wait_at_once(lab: Lab, tmp_path: Path) -> None:
     """Far more callers than threads of any pool; the one that they all wait for still gets through."""
     crowd = [f"s{number}" for number in range(60)]
-    with keep(tmp_path, dict.fromkeys([*crowd, "slow"], 0), window=2) as keeper:
-        actor = eventually(lambda: find(keeper))
+    with keep(tmp_path, dict.fromkeys([*crowd, "slow"], 0), window=2) as service:
+        actor = eventually(lambda: find(service))
         waiting = [actor.step.remote(name, 2) for name in crowd]
-        slow = source(keeper, "slow")
+        slow = source(service, "slow")
         began = time.monotonic()
         slow.load(1, 0)
         answers = ray.get([*waiting, *[actor.step.remote(name, 2) for name in crowd]], timeout=PATIENCE_S)
@@ -130,16 +130,16 @@ def test_workers_of_many_students_wait_at_once(lab: Lab, tmp_path: Path) -> None
         assert time.monotonic() - began < PATIENCE_S
 
 
-def find(keeper: Keeper) -> Any:
+def find(service: TeacherService) -> Any:
     try:
-        return ray.get_actor(keeper.name, NAMESPACE)
+        return ray.get_actor(service.name, NAMESPACE)
     except ValueError:
         return None
 
 
 def test_a_failing_teacher_says_why_and_tries_again_when_asked(lab: Lab, tmp_path: Path) -> None:
-    with keep(tmp_path, {"a": 8, "b": 8}, bad_step=9) as keeper:
-        blocks = source(keeper, "a")
+    with keep(tmp_path, {"a": 8, "b": 8}, bad_step=9) as service:
+        blocks = source(service, "a")
         expect(blocks.load(8, 0), 8, 0)
         for _ in range(2):
             with pytest.raises(RuntimeError, match="the teacher failed at step 9: ValueError: no step 9"):
@@ -153,9 +153,9 @@ def test_a_failing_teacher_says_why_and_tries_again_when_asked(lab: Lab, tmp_pat
 
 def test_a_bundle_whose_object_is_lost_is_computed_again(lab: Lab, tmp_path: Path) -> None:
     """Such as one that was spilled to a disk that failed: the actor lives and does not know."""
-    with keep(tmp_path, {"a": 0}) as keeper:
-        blocks = source(keeper, "a")
-        get, asked = blocks._line.get, []
+    with keep(tmp_path, {"a": 0}) as service:
+        blocks = source(service, "a")
+        get, asked = blocks._client.get, []
 
         def failing(ref: Any, limit_s: float) -> Any:
             value = get(ref, limit_s)
@@ -166,15 +166,15 @@ def test_a_bundle_whose_object_is_lost_is_computed_again(lab: Lab, tmp_path: Pat
                 raise ray.exceptions.ObjectLostError(ref.hex(), "", "")
             return value
 
-        blocks._line.get = failing  # type: ignore[method-assign]
+        blocks._client.get = failing  # type: ignore[method-assign]
         expect(blocks.load(1, 0), 1, 0)
         assert len(set(asked)) == 2, "another object than the one that was lost"
-    assert keeper.account.steps_recomputed == 1
+    assert service.account.steps_recomputed == 1
 
 
 def test_a_closed_source_waits_no_longer(lab: Lab, tmp_path: Path) -> None:
-    with keep(tmp_path, {"a": 0, "slow": 0}, window=2) as keeper:
-        blocks = source(keeper, "a")
+    with keep(tmp_path, {"a": 0, "slow": 0}, window=2) as service:
+        blocks = source(service, "a")
         held = later(lambda: blocks.load(2, 0))
         time.sleep(1.0)
         blocks.close()
@@ -185,6 +185,6 @@ def test_a_closed_source_waits_no_longer(lab: Lab, tmp_path: Path) -> None:
 def test_a_service_that_never_comes_is_an_error_after_a_while(lab: Lab) -> None:
     blocks = SharedBlocks("share-of-nobody", "a", 2, patience_s=1.0)
     with pytest.raises(
-        RuntimeError, match=r"step 3 is not available: the share service has not been reachable for . s"
+        RuntimeError, match=r"step 3 is not available: the teacher service has not been reachable for . s"
     ):
         later(lambda: blocks.load(3, 0)).result(PATIENCE_S)

@@ -31,7 +31,7 @@ def test_a_student_that_left_holds_nobody_and_gets_nothing() -> None:
     window = make({"a": 0, "b": 0})
     window.ask("a", 9, 1.0)
     assert 9 not in window.wanted(1.0)
-    window.leave("b")
+    window.deregister("b")
     assert window.wanted(1.0) == [9, 10, 11, 12]
     assert not window.ask("b", 0, 2.0), "a late call of a worker that is gone"
     assert window.wanted(2.0) == [9, 10, 11, 12]
@@ -107,7 +107,7 @@ def test_everyone_finishes_with_bounded_memory(num: int, size: int, turns: list[
         if at[name] in held:
             at[name] += 1
         if at[name] == steps:
-            window.leave(name)
+            window.deregister(name)
 
     for who, back in turns:
         turn(names[who % num], back)
