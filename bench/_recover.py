@@ -218,7 +218,7 @@ class _UntouchedLine:
 
     def trouble(self, what: str) -> None: ...
 
-    def yield_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         return False
 
 

@@ -23,8 +23,8 @@ from orchestrator.models.configs import ViTConfig
 from orchestrator.models.presets import preset
 from orchestrator.models.vit import VisionTransformer
 from orchestrator.training.checkpoint import reader, shard_file
-from orchestrator.training.checkpoint.reader import Target
-from orchestrator.training.checkpoint.writer import Saver
+from orchestrator.training.checkpoint.reader import CheckpointStorage
+from orchestrator.training.checkpoint.writer import CheckpointWriter
 from orchestrator.training.engine import Engine
 from orchestrator.training.task import Modules
 from orchestrator.training.zero import import_deepspeed
@@ -59,7 +59,7 @@ class Windows:
         self.folder, self.rank = Path(spec["folder"]), dist.get_rank()
         self.images = torch.randn(2, 3, 96, 96)
         self.engine = Engine(
-            Modules(Student(spec["model"]), ema=Student(spec["model"]), whole=(Block,)),
+            Modules(Student(spec["model"]), ema=Student(spec["model"]), zero3_leaf_modules=(Block,)),
             Optimizer.model_validate({"lr": {"peak": 1e-4}}),
             zero_stage=3,
             precision="fp32",
@@ -67,8 +67,8 @@ class Windows:
         )
         self.cpu_s = 0.0
         shard_file.write_file = self._counted(shard_file.write_file)
-        self.target = Target(self.folder / "ours")
-        self.saver = Saver(
+        self.target = CheckpointStorage(self.folder / "ours")
+        self.saver = CheckpointWriter(
             self.target,
             token=reader.share(self.target.take() if self.rank == 0 else None),
             keep=1,

@@ -86,7 +86,7 @@ def main() -> None:
     for model in options.model if cuda else ["vit_femto"]:
         for arm in options.arm:
             rows.append(_measure(model, arm, options, device, _peak(name)))
-            _say(_line(rows[-1]))
+            _say(_callback(rows[-1]))
     found = {"device": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -195,7 +195,7 @@ def _peak(name: str) -> float | None:
     return next((peak for known, peak in _PEAKS.items() if all(word in name for word in known.split())), None)
 
 
-def _line(row: Row) -> str:
+def _callback(row: Row) -> str:
     mfu = "  –  " if row.mfu is None else f"{row.mfu:5.1%}"
     return (
         f"{row.model:<10} {row.arm:<22} batch {row.batch:<4} {row.images_per_s:8.1f} images/s  MFU {mfu}  "

@@ -18,9 +18,9 @@ from bench.harness import Claim, summarize
 from orchestrator.data.curation import selection
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
 from orchestrator.data.curation.mix import by_cluster, count_draws, effective_number
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.data.sampler import SampleOrder
-from orchestrator.data.sources.folder import Photo
+from orchestrator.data.sources.folder import ScannedImage
 from orchestrator.evaluation.report.clusters import cluster_shares
 from orchestrator.pipeline.load import load
 from orchestrator.stages.curate.config import Curate
@@ -68,7 +68,7 @@ def run(quick: bool, picture: Path | None = None) -> Claim:
 
 def zipf_index(
     folder: Path, sample: float, sources: Sequence[str], num_photos: int, seed: int = 0
-) -> PhotoIndex:
+) -> ImageIndex:
     """A pool whose clusters' sizes follow Zipf's law, sampled by the curation's own code.
 
     All rows are of one file, `one.png` in `folder`, which is not made. Every twentieth photo is of the first source,
@@ -78,15 +78,15 @@ def zipf_index(
     sizes = np.round(num_photos * shares / shares.sum()).astype(int)
     clusters_N = np.random.default_rng(seed).permutation(np.repeat(np.arange(NUM_CLUSTERS), sizes))
     chosen_N = selection.draw_balanced(clusters_N, round(sample * len(clusters_N)), seed)
-    fates = [
-        selection.Fate(
-            Photo(sources[0] if number % 20 == 0 else sources[-1], "one.png", "", 1, 8, 8),
+    statuses = [
+        selection.ImageStatus(
+            ScannedImage(sources[0] if number % 20 == 0 else sources[-1], "one.png", "", 1, 8, 8),
             str(folder),
             "unique",
         )
         for number in range(len(clusters_N))
     ]
-    return PhotoIndex(selection.index_rows(fates, clusters_N, chosen_N))
+    return ImageIndex(selection.index_rows(statuses, clusters_N, chosen_N))
 
 
 def _draw(file: Path, seed: int, num_photos: int) -> dict[str, list[int]]:
@@ -105,7 +105,7 @@ def _draw(file: Path, seed: int, num_photos: int) -> dict[str, list[int]]:
     return {name: _counts(index, rows_N) for name, rows_N in rows.items()}
 
 
-def _counts(index: PhotoIndex, rows_N: NDArray[np.int64]) -> list[int]:
+def _counts(index: ImageIndex, rows_N: NDArray[np.int64]) -> list[int]:
     return list(by_cluster(index.clusters, rows_N).values())
 
 

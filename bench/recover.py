@@ -402,14 +402,14 @@ def from_steps(steps: Sequence[Mapping[str, float]], killed: float) -> Change:
 
 def _photographs(folder: Path) -> Path:
     from orchestrator.config.schema import DataSource
-    from orchestrator.data.index import PhotoIndex, PhotoRow
+    from orchestrator.data.index import ImageIndex, ImageRecord
     from orchestrator.data.samples import fetch_food
     from orchestrator.data.sources.folder import scan
 
     fetch_food(folder / "food")
     found = [p for p in scan(DataSource(path=folder / "food"), "food") if p.error is None]
-    rows = [PhotoRow(p.source, p.path, str(folder / "food"), p.sha256, p.width, p.height) for p in found]
-    PhotoIndex(rows).save(folder)
+    rows = [ImageRecord(p.source, p.path, str(folder / "food"), p.sha256, p.width, p.height) for p in found]
+    ImageIndex(rows).save(folder)
     return folder
 
 

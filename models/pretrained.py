@@ -30,7 +30,7 @@ _ARCHITECTURES = {ViTConfig: "vit", ConvNeXtConfig: "convnext"}
 # The class of the config is that of the installed package which has the preset.
 _OWN = "preset"
 
-Photo = Image.Image | npt.NDArray[np.uint8]
+ScannedImage = Image.Image | npt.NDArray[np.uint8]
 
 
 def save_pretrained(
@@ -101,7 +101,7 @@ def load_pretrained(folder: str | Path) -> Backbone:
     return model.eval()
 
 
-def preprocess(image: Photo, size: int) -> Tensor:
+def preprocess(image: ScannedImage, size: int) -> Tensor:
     """Upright RGB, shorter side resized to `size` (bicubic, antialiased), centre crop, normalised.
 
     Args:
@@ -129,7 +129,7 @@ def preprocess(image: Photo, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def embed(model: Backbone, image: Photo, size: int) -> Tensor:
+def embed(model: Backbone, image: ScannedImage, size: int) -> Tensor:
     """The image's vector: the L2-normalised CLS feature, fp32 (D,), on the model's device.
 
     Args:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.api import Model, Planned, Result, RunError, embed, load, plan, run
     from orchestrator.config.schema import in_key_if_set, operational
     from orchestrator.data.augmentation import Augmentation
-    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.index import ImageIndex
     from orchestrator.errors import Stopped, UserError
     from orchestrator.models.configs import ConvNeXtConfig, ViTConfig
     from orchestrator.models.convnext import ConvNeXt
@@ -37,7 +37,7 @@ _HOMES = {
     "training.job": ("Job",),
     "training.task": ("BlockTensors", "Losses", "Modules", "Task"),
     "errors": ("Stopped", "UserError"),
-    "data.index": ("PhotoIndex",),
+    "data.index": ("ImageIndex",),
     "models.configs": ("ConvNeXtConfig", "ViTConfig"),
     "models.convnext": ("ConvNeXt",),
     "models.vit": ("VisionTransformer",),
@@ -58,6 +58,7 @@ __all__ = [
     "ConvNeXt",
     "ConvNeXtConfig",
     "Features",
+    "ImageIndex",
     "Input",
     "Job",
     "Losses",
@@ -65,7 +66,6 @@ __all__ = [
     "Model",
     "Modules",
     "Objective",
-    "PhotoIndex",
     "Planned",
     "Result",
     "RunError",

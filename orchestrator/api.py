@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.storage.artifacts import Artifact
 
     # A path, a PIL image, or uint8 RGB (H, W, 3).
-    Photo = str | Path | Image.Image | NDArray[np.uint8]
+    ScannedImage = str | Path | Image.Image | NDArray[np.uint8]
 
 _STOPPED = 130
 
@@ -224,7 +224,7 @@ def load(folder: str | os.PathLike[str]) -> Model:
 
 def embed(
     model: Model | Backbone | str | os.PathLike[str],
-    images: Photo | Sequence[Photo] | None = None,
+    images: ScannedImage | Sequence[ScannedImage] | None = None,
     *,
     texts: Sequence[str] | None = None,
     size: int | None = None,
@@ -257,12 +257,14 @@ def embed(
         return vectors
     assert images is not None
     is_one = not isinstance(images, (list, tuple))
-    photos: list[Photo] = [images] if is_one else list(images)  # type: ignore[list-item, arg-type]
+    photos: list[ScannedImage] = [images] if is_one else list(images)  # type: ignore[list-item, arg-type]
     found = _embedded(loaded, photos, size, batch)
     return found[0] if is_one else found
 
 
-def _embedded(model: Model, photos: Sequence[Photo], size: int | None, batch: int) -> NDArray[np.float32]:
+def _embedded(
+    model: Model, photos: Sequence[ScannedImage], size: int | None, batch: int
+) -> NDArray[np.float32]:
     import numpy as np
     import torch
     from torch.nn.functional import normalize
@@ -293,7 +295,7 @@ def _embedded(model: Model, photos: Sequence[Photo], size: int | None, batch: in
     return vectors
 
 
-def _opened(photo: Photo) -> Image.Image:
+def _opened(photo: ScannedImage) -> Image.Image:
     from PIL import Image
 
     if isinstance(photo, Image.Image):

@@ -130,21 +130,21 @@ class Context:
 
 
 @dataclass(frozen=True)
-class PhotoCount:
+class ImageCount:
     """How many photos some datasets have, as far as their names say: which can be read is known later."""
 
     photos: int = 0
     captions: int = 0
     labels: int = 0
 
-    def __add__(self, other: PhotoCount) -> PhotoCount:
-        return PhotoCount(
+    def __add__(self, other: ImageCount) -> ImageCount:
+        return ImageCount(
             self.photos + other.photos, self.captions + other.captions, self.labels + other.labels
         )
 
 
 @dataclass(frozen=True)
-class Outlook:
+class PlanContext:
     """What is known around a stage before anything runs.
 
     Attributes:
@@ -156,7 +156,7 @@ class Outlook:
 
     upstream: Mapping[str, Stage]
     lineage: tuple[Stage, ...] = ()
-    photos: PhotoCount | None = None
+    photos: ImageCount | None = None
 
 
 class Stage(StageSpec):
@@ -211,11 +211,11 @@ class Stage(StageSpec):
             UserError: `where` is the dotted field that is wrong.
         """
 
-    def foresee(self, outlook: Outlook) -> list[UserError]:
+    def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """Look, before anything runs, at all that would end this stage once the ones before it are done.
 
         Args:
-            outlook: what is around this stage.
+            plan_context: what is around this stage.
 
         Returns:
             Every mistake, none if there is none; `where` is the dotted field that is wrong.

@@ -27,7 +27,7 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool
 from orchestrator.training.checkpoint.format import COMMIT, latest, part_name, shard_name, step_name
 from orchestrator.training.checkpoint.shard_file import Slot, file_header, write_file
-from orchestrator.training.checkpoint.storage import Target
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -50,13 +50,13 @@ class _Kept(LocalStore):
     remote = True
 
 
-def _target(folder: Path, through_store: bool) -> Target:
+def _target(folder: Path, through_store: bool) -> CheckpointStorage:
     store = _Kept(folder / "store") if through_store else None
-    return Target(folder / "checkpoints", store, "work/x/checkpoints" if store else "")
+    return CheckpointStorage(folder / "checkpoints", store, "work/x/checkpoints" if store else "")
 
 
-def _write(target: Target, token: str, step: int) -> None:
-    """What `Saver` does, for a group of one worker."""
+def _write(target: CheckpointStorage, token: str, step: int) -> None:
+    """What `CheckpointWriter` does, for a group of one worker."""
     data = memoryview(np.full(5, step, np.float32).view(np.uint8)).cast("B")
     header = file_header({"master/w": Slot(0, 5, 0, 5)})
     folder, shard = step_name(step), shard_name(token, 0, 1)
@@ -71,7 +71,7 @@ def _write(target: Target, token: str, step: int) -> None:
     target.forget(step, keep=1)
 
 
-def _newest(target: Target) -> int | None:
+def _newest(target: CheckpointStorage) -> int | None:
     for step in target.committed():
         saved = target.find(step)
         for name in saved.files:
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_there_whole_or_the_one_before_it_is(
         first = target.take()
         _write(target, first, 4)
 
-        def take_over_and_save(target: Target = target) -> None:
+        def take_over_and_save(target: CheckpointStorage = target) -> None:
             token = target.take()
             target.sweep(token)
             _write(target, token, 8)

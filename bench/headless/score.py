@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.headless import lite0
 from bench.headless.train import SIZE, TEACHER_SIZE
 from bench.learning import measure, sets
-from orchestrator.data.index import PhotoRow
+from orchestrator.data.index import ImageRecord
 from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out, knn_vote
 from orchestrator.models import Backbone, normalise
 from orchestrator.models.foreign import open_module
@@ -77,7 +77,7 @@ def of_towers(asked: Exam, towers: Mapping[str, Sequence[Backbone]]) -> Scores:
     }
 
 
-def training_rows() -> list[PhotoRow]:
+def training_rows() -> list[ImageRecord]:
     """The pictures to train on: all but the held-out ones, whatever their group."""
     return [row for name in SETS for row in sets.split(sets.pictures(name))[0]]
 

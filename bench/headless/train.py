@@ -20,7 +20,7 @@ from bench.learning import ground
 from bench.learning.measure import snapshot
 from orchestrator.config.schema import Elastic, Optimizer
 from orchestrator.data.blocks import Block
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.rng import derive
 from orchestrator.models import Backbone
 from orchestrator.stages.distill.config import Distill
@@ -131,7 +131,7 @@ def alone_config(model: str, plan: Plan) -> Pretrain:
     )
 
 
-def distilled(rows: Sequence[PhotoRow], weights: Path, plan: Plan) -> dict[str, Backbone]:
+def distilled(rows: Sequence[ImageRecord], weights: Path, plan: Plan) -> dict[str, Backbone]:
     """All students of :func:`distill_config`, by name."""
     from orchestrator.stages.common.crops import StepViews
     from orchestrator.stages.distill.feature_task import FeatureTask
@@ -140,7 +140,7 @@ def distilled(rows: Sequence[PhotoRow], weights: Path, plan: Plan) -> dict[str, 
     config, wanted = distill_config(plan), objective(weights)
     wanted.check(config.crops)
     with tempfile.TemporaryDirectory() as folder:
-        PhotoIndex(rows).save(Path(folder))
+        ImageIndex(rows).save(Path(folder))
         # Only the masks that nobody asks for hang on the recipe.
         recipe = ModelRecipe(model=MODELS["ViT"], drop_path=0.0, heads=Heads(), global_size=TEACHER_SIZE)
         sets = {_PART: config.crops_of(next(iter(config.students.values())))}
@@ -156,7 +156,7 @@ def distilled(rows: Sequence[PhotoRow], weights: Path, plan: Plan) -> dict[str, 
     return nets
 
 
-def alone(rows: Sequence[PhotoRow], model: str, seed: int, plan: Plan) -> Backbone:
+def alone(rows: Sequence[ImageRecord], model: str, seed: int, plan: Plan) -> Backbone:
     """A tower from scratch."""
     from orchestrator.stages.common.crops import crop_blocks
     from orchestrator.stages.ssl.task import SelfSupervisedTask
@@ -164,7 +164,7 @@ def alone(rows: Sequence[PhotoRow], model: str, seed: int, plan: Plan) -> Backbo
     config = alone_config(model, plan)
     recipe = ModelRecipe(model=model, drop_path=0.0, heads=config.heads, global_size=SIZE)
     with tempfile.TemporaryDirectory() as folder:
-        PhotoIndex(rows).save(Path(folder))
+        ImageIndex(rows).save(Path(folder))
         own = derive(seed, "alone")
         task = partial(SelfSupervisedTask, config, recipe, own, None)
         blocks = partial(crop_blocks, config, recipe, Path(folder), own)
@@ -205,7 +205,7 @@ class _Line:
     def trouble(self, what: str) -> None:
         raise RuntimeError(what)
 
-    def yield_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         return False
 
 

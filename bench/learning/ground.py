@@ -9,8 +9,8 @@ from typing import Any
 
 from bench.learning import measure, sets
 from bench.learning.lab import Lab, Trained
-from bench.learning.measure import Pictures, Scenes
-from orchestrator.data.index import PhotoRow
+from bench.learning.measure import ImageReader, Scenes
+from orchestrator.data.index import ImageRecord
 from orchestrator.models import Backbone
 from orchestrator.stages.ssl.pretrain import Pretrain
 
@@ -54,12 +54,12 @@ class Ground:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
 
-    def parts(self, name: str) -> tuple[list[PhotoRow], list[PhotoRow]]:
+    def parts(self, name: str) -> tuple[list[ImageRecord], list[ImageRecord]]:
         """Training and held-out pictures of a set."""
         return sets.split(sets.pictures(name))
 
     @cached_property
-    def pool(self) -> tuple[list[PhotoRow], list[PhotoRow]]:
+    def pool(self) -> tuple[list[ImageRecord], list[ImageRecord]]:
         """Training and held-out pictures of the three coloured sets together."""
         parts = [self.parts(name) for name in POOL]
         return [row for train, _ in parts for row in train], [row for _, held in parts for row in held]
@@ -97,7 +97,7 @@ class Ground:
         """The tower, pretrained on the pool."""
         return self.lab.train("base", self.base_stage, seed, {"index": self.index})
 
-    def knn_pictures(self, name: str, size: int = SIZE) -> tuple[Pictures, Pictures]:
+    def knn_pictures(self, name: str, size: int = SIZE) -> tuple[ImageReader, ImageReader]:
         """Training pictures to vote and held-out ones to ask, of a set's large groups."""
         both = [sets.labelled(rows) for rows in self.parts(name)]
         groups = {row.label for row in both[0]} & {row.label for row in both[1]}

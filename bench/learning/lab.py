@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.config.schema import Cluster, Elastic
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.elastic import cluster
 from orchestrator.stages.base import Context, Stage
 from orchestrator.storage.artifacts import Artifact, Manifest
@@ -47,14 +47,14 @@ class Lab:
         self.folder, self.seeds, self.quick, self._say = folder, seeds, quick, say
         self.made = 0
 
-    def index(self, rows: Sequence[PhotoRow]) -> Trained:
+    def index(self, rows: Sequence[ImageRecord]) -> Trained:
         """A photo index as an artifact."""
         key = _hash([(row.component, row.sha256) for row in rows])
         path = self.folder / f"index-{key}"
         if not path.exists():
             draft = path.with_suffix(".partial")
             draft.mkdir(parents=True, exist_ok=True)
-            PhotoIndex(rows).save(draft)
+            ImageIndex(rows).save(draft)
             draft.rename(path)
         return Trained(path, key, 0.0)
 

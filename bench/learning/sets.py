@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.samples import Package, cached, fetch_food
 from orchestrator.errors import UserError
 from orchestrator.storage.cache_folder import cache_folder
@@ -60,7 +60,7 @@ STAMPS = Debian(
 )
 
 
-def pictures(name: str) -> list[PhotoRow]:
+def pictures(name: str) -> list[ImageRecord]:
     """All pictures of a set, without repeats; fetched on first use. A mask is the file of the same name in `masks/`.
 
     Raises:
@@ -71,15 +71,15 @@ def pictures(name: str) -> list[PhotoRow]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as draft:
             rows = _MAKERS[name](Path(draft), folder)
-            PhotoIndex(_without_repeats(rows)).save(Path(draft))
+            ImageIndex(_without_repeats(rows)).save(Path(draft))
             shutil.rmtree(folder, ignore_errors=True)
             Path(draft).rename(folder)
             Path(draft).mkdir()  # for the context manager to remove
-    index = PhotoIndex.load(folder)
+    index = ImageIndex.load(folder)
     return [replace(index[row], component=name) for row in range(len(index))]
 
 
-def split(rows: list[PhotoRow]) -> tuple[list[PhotoRow], list[PhotoRow]]:
+def split(rows: list[ImageRecord]) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Training and held-out pictures; each picture's place follows from its content, for every seed the same."""
     held = [_is_held_out(row) for row in rows]
     return (
@@ -88,7 +88,7 @@ def split(rows: list[PhotoRow]) -> tuple[list[PhotoRow], list[PhotoRow]]:
     )
 
 
-def labelled(rows: list[PhotoRow]) -> list[PhotoRow]:
+def labelled(rows: list[ImageRecord]) -> list[ImageRecord]:
     """The rows of one set whose group is large enough to vote in."""
     counts = Counter(row.label for row in rows if row.label)
     if rows and rows[0].source == "food":
@@ -98,7 +98,7 @@ def labelled(rows: list[PhotoRow]) -> list[PhotoRow]:
     return [row for row in rows if row.label in kept]
 
 
-def mask_of(row: PhotoRow) -> NDArray[np.uint8] | None:
+def mask_of(row: ImageRecord) -> NDArray[np.uint8] | None:
     """The alpha channel (H, W) of a cut-out picture, 255 for foreground; None if it has none worth the name."""
     path = Path(row.root) / "masks" / row.path
     if not path.is_file():
@@ -108,12 +108,12 @@ def mask_of(row: PhotoRow) -> NDArray[np.uint8] | None:
     return alpha if 0.05 < share < 0.9 else None
 
 
-def _is_held_out(row: PhotoRow) -> bool:
+def _is_held_out(row: ImageRecord) -> bool:
     return int(row.sha256, 16) % 1000 < 1000 * _HELD_OUT
 
 
-def _without_repeats(rows: Iterator[PhotoRow]) -> list[PhotoRow]:
-    first: dict[str, PhotoRow] = {}
+def _without_repeats(rows: Iterator[ImageRecord]) -> list[ImageRecord]:
+    first: dict[str, ImageRecord] = {}
     for row in rows:
         first.setdefault(row.sha256, row)
     return list(first.values())
@@ -122,7 +122,7 @@ def _without_repeats(rows: Iterator[PhotoRow]) -> list[PhotoRow]:
 # --- how each set is made: files go to `draft`, which then becomes `folder` -----------------------------------
 
 
-def _food(draft: Path, folder: Path) -> Iterator[PhotoRow]:
+def _food(draft: Path, folder: Path) -> Iterator[ImageRecord]:
     fetch_food(draft / "photos")
     with (draft / "photos" / "captions.csv").open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
@@ -131,10 +131,10 @@ def _food(draft: Path, folder: Path) -> Iterator[PhotoRow]:
                 width, height = image.size
             root, sha = str(folder / "photos"), _sha256(path.read_bytes())
             caption, label = line["caption"] or None, line["label"] or None
-            yield PhotoRow("food", line["file"], root, sha, width, height, caption, label)
+            yield ImageRecord("food", line["file"], root, sha, width, height, caption, label)
 
 
-def _stamps(draft: Path, folder: Path) -> Iterator[PhotoRow]:
+def _stamps(draft: Path, folder: Path) -> Iterator[ImageRecord]:
     stamps = _unpack(STAMPS, draft) / "usr/share/tuxpaint/stamps"
     for path in sorted(stamps.rglob("*.png")):
         place = path.relative_to(stamps)
@@ -149,7 +149,7 @@ def _stamps(draft: Path, folder: Path) -> Iterator[PhotoRow]:
     shutil.rmtree(draft / "package")
 
 
-def _emoji(draft: Path, folder: Path) -> Iterator[PhotoRow]:
+def _emoji(draft: Path, folder: Path) -> Iterator[ImageRecord]:
     with tarfile.open(cached(EMOJI)) as archive:
         table = archive.extractfile("package/emoji.json")
         assert table is not None
@@ -167,7 +167,7 @@ def _emoji(draft: Path, folder: Path) -> Iterator[PhotoRow]:
                 )  # fmt: skip
 
 
-_MAKERS: dict[str, Callable[[Path, Path], Iterator[PhotoRow]]] = {
+_MAKERS: dict[str, Callable[[Path, Path], Iterator[ImageRecord]]] = {
     "food": _food,
     "stamps": _stamps,
     "emoji": _emoji,
@@ -183,7 +183,7 @@ def _cut_out(
     sha: str,
     caption: str | None,
     label: str,
-) -> PhotoRow:
+) -> ImageRecord:
     """Write a picture on white and its alpha, both made smaller where they are large."""
     scale = _SIDE / min(image.size)
     if scale < 1:
@@ -193,7 +193,7 @@ def _cut_out(
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     Image.alpha_composite(white, image).convert("RGB").save(draft / "photos" / name)
     image.getchannel("A").save(draft / "photos" / "masks" / name)
-    return PhotoRow(
+    return ImageRecord(
         source, name, str(folder / "photos"), sha, image.width, image.height, caption, label
     )  # fmt: skip
 

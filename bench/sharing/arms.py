@@ -191,7 +191,7 @@ def standing() -> Iterator[Stand]:
 
 
 def _photographs(folder: Path) -> Path:
-    from orchestrator.data.index import PhotoIndex, PhotoRow
+    from orchestrator.data.index import ImageIndex, ImageRecord
     from orchestrator.data.samples import fetch_food
 
     photos = folder / "food"
@@ -199,9 +199,9 @@ def _photographs(folder: Path) -> Path:
     rows = []
     for path in sorted(photos.rglob("*.jpeg")):
         with Image.open(path) as image:
-            rows.append(PhotoRow("food", path.name, str(photos), path.name, *image.size))
+            rows.append(ImageRecord("food", path.name, str(photos), path.name, *image.size))
     (folder / "index").mkdir()
-    PhotoIndex(rows).save(folder / "index")
+    ImageIndex(rows).save(folder / "index")
     return folder / "index"
 
 

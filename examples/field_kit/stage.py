@@ -31,7 +31,7 @@ class Sharpness(orchestrator.Stage):
 
     def run(self, context: orchestrator.Context) -> Mapping[str, float]:
         """Measures every photo; what it returns is the summary line."""
-        index = orchestrator.PhotoIndex.load(context.inputs["index"].path, context.roots)
+        index = orchestrator.ImageIndex.load(context.inputs["index"].path, context.roots)
         found = {}
         for row in range(len(index)):
             if context.stop.is_set():

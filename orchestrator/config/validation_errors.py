@@ -24,7 +24,7 @@ _PREFIXES = {
 _QUOTED = re.compile(r"'([^']*)'")
 
 
-def complaints(error: ValidationError, document: Document, model: type[BaseModel]) -> list[UserError]:
+def validation_errors(error: ValidationError, document: Document, model: type[BaseModel]) -> list[UserError]:
     """One UserError for every key that is wrong, in the order of the file.
 
     A plain union reports once per member; those reports are merged into one complaint.

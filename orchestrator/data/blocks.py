@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from orchestrator.data.crops import cut, draw_box, make_views
 from orchestrator.data.decode import Pixels, use_rgb
-from orchestrator.data.image_reader import Pictures
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.image_reader import ImageReader
+from orchestrator.data.index import ImageIndex
 from orchestrator.data.masking import block_masks
 from orchestrator.data.rng import generator
 from orchestrator.data.sampler import SampleOrder
@@ -64,7 +64,7 @@ class BlockSource(Protocol):
 
 
 @runtime_checkable
-class TellsTroubles(Protocol):
+class ReportsTroubles(Protocol):
     """A source that met something which the user should hear of, and which does not stop the training."""
 
     def take_troubles(self) -> list[str]: ...
@@ -96,7 +96,7 @@ class CropBlocks:
 
     def __init__(
         self,
-        index: PhotoIndex,
+        index: ImageIndex,
         order: SampleOrder,
         crops: Callable[[int], CropConfig],
         *,
@@ -110,7 +110,7 @@ class CropBlocks:
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
         self._like = like
-        self._pictures = Pictures(index, order, max_unreadable)
+        self._pictures = ImageReader(index, order, max_unreadable)
         self._order, self._crops = order, crops
         self._patch_size, self._block_size, self._seed = patch_size, block_size, seed
         self._mask_ratio, self._mask_probability = mask_ratio, mask_probability
@@ -195,7 +195,7 @@ class CaptionBlocks:
 
     def __init__(
         self,
-        index: PhotoIndex,
+        index: ImageIndex,
         order: SampleOrder,
         *,
         size: int,
@@ -216,7 +216,7 @@ class CaptionBlocks:
                 hint="give the dataset a `captions` file with a `caption` column, or drop those photos",
             )
         self._index, self._order = index, order
-        self._pictures = Pictures(index, order, max_unreadable)
+        self._pictures = ImageReader(index, order, max_unreadable)
         self._size, self._block_size, self._seed = size, block_size, seed
         self._encode, self._context, self._scale = encode, context, scale
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.decode import UnreadableImage
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.data.sampler import SampleOrder, permute
 from orchestrator.data.sources.folder import shown
@@ -31,7 +31,7 @@ def most_unreadable(share: float, num_pictures: int) -> int:
     return max(1, int(share * num_pictures))
 
 
-class Pictures:
+class ImageReader:
     """Reads what a sample order draws. What stands for an unreadable picture is a function of (seed, step, place).
 
     A stand-in is of the same component, drawn by the order's own keyed permutation, and none of the step's samples if
@@ -44,7 +44,7 @@ class Pictures:
         max_unreadable: share of the index's pictures (at least one picture) that may turn out unreadable.
     """
 
-    def __init__(self, index: PhotoIndex, order: SampleOrder, max_unreadable: float) -> None:
+    def __init__(self, index: ImageIndex, order: SampleOrder, max_unreadable: float) -> None:
         self._index, self._order = index, order
         self._limit = most_unreadable(max_unreadable, len(index))
         self._unreadable: dict[int, str] = {}

@@ -36,7 +36,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class PhotoRow:
+class ImageRecord:
     """One picture: where it is, what is known of it, and which part of the training mix it belongs to.
 
     `path` is relative (posix) to the absolute folder `root`; `cluster` is -1 where there was no clustering.
@@ -61,7 +61,7 @@ class PhotoRow:
         return max(MAX_PIXELS, self.width * self.height)
 
 
-class PhotoIndex:
+class ImageIndex:
     """Photographs by row number (the id that sample orders and blocks speak of).
 
     Pictures are referenced, not copied: `root` is the absolute folder they were in when the index was made, and
@@ -69,14 +69,14 @@ class PhotoIndex:
     say, see :meth:`load`.
     """
 
-    def __init__(self, rows: Sequence[PhotoRow]) -> None:
+    def __init__(self, rows: Sequence[ImageRecord]) -> None:
         self._rows = tuple(rows)
         self._paths = [Path(row.root) / row.path for row in self._rows]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, row: int) -> PhotoRow:
+    def __getitem__(self, row: int) -> ImageRecord:
         return self._rows[row]
 
     def path(self, row: int) -> Path:
@@ -132,7 +132,7 @@ class PhotoIndex:
         return path
 
     @classmethod
-    def load(cls, folder: Path, roots: Mapping[str, str] | None = None) -> PhotoIndex:
+    def load(cls, folder: Path, roots: Mapping[str, str] | None = None) -> ImageIndex:
         """Reads `index.parquet` of a folder.
 
         Args:
@@ -159,7 +159,7 @@ class PhotoIndex:
             raise UserError(f"the photo index is missing the columns {', '.join(missing)}", where=str(path))
         names = [name for name in _SCHEMA.names if name != "id"]
         by_row = zip(*(columns[name] for name in names), strict=True)
-        rows = [PhotoRow(**dict(zip(names, values, strict=True))) for values in by_row]
+        rows = [ImageRecord(**dict(zip(names, values, strict=True))) for values in by_row]
         # Names of photographs may hold anything that a file system takes, but no way out of the folder.
         outside = next((row.path for row in rows if _leads_out(row.path)), None)
         if outside is not None:

@@ -32,7 +32,7 @@ class Message:
     fd: int | None = None
 
 
-class Wire:
+class Channel:
     """One end of a connected Unix stream socket. Sending is thread-safe; one thread may receive."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -40,15 +40,15 @@ class Wire:
         self._sending = threading.Lock()
 
     @staticmethod
-    def pair() -> tuple[Wire, Wire]:
+    def pair() -> tuple[Channel, Channel]:
         """Two connected ends."""
         left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        return Wire(left), Wire(right)
+        return Channel(left), Channel(right)
 
     @staticmethod
-    def of(fd: int) -> Wire:
+    def of(fd: int) -> Channel:
         """The end behind an inherited or received descriptor."""
-        return Wire(socket.socket(fileno=fd))
+        return Channel(socket.socket(fileno=fd))
 
     def send(self, body: Mapping[str, Any], payload: bytes = b"", fd: int | None = None) -> None:
         """Send one message.

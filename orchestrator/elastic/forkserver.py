@@ -16,14 +16,14 @@ import signal
 import sys
 import time
 
-from orchestrator.elastic.channel import Wire
+from orchestrator.elastic.channel import Channel
 from orchestrator.training.device import assert_forkable
 
 
 def main(fd: int, preload: list[str]) -> None:
     """Import, say so, then fork on demand until the slot is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    slot = Wire.of(fd)
+    slot = Channel.of(fd)
     began = time.monotonic()
     _import(preload)
     # What is there now will never be garbage: without this the first collection in a worker copies every page.
@@ -42,7 +42,7 @@ def _import(preload: list[str]) -> None:
         importlib.import_module(module)
 
 
-def _serve(slot: Wire) -> None:
+def _serve(slot: Channel) -> None:
     workers: dict[int, int] = {}  # pidfd → pid
     poller = select.poll()
     poller.register(slot.socket, select.POLLIN)
@@ -69,7 +69,7 @@ def _serve(slot: Wire) -> None:
             slot.send({"kind": "forked", "pid": pid})
 
 
-def _fork(slot: Wire, fd: int, others: list[int]) -> int:
+def _fork(slot: Channel, fd: int, others: list[int]) -> int:
     assert_forkable()
     pid = os.fork()
     if pid:
@@ -81,7 +81,7 @@ def _fork(slot: Wire, fd: int, others: list[int]) -> int:
             os.close(other)
         from orchestrator.elastic import worker
 
-        code = worker.main(Wire.of(fd))
+        code = worker.main(Channel.of(fd))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

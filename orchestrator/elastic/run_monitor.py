@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.elastic.time_accounting import Goodput, Recovery
+from orchestrator.elastic.time_accounting import Recovery, TimeAccounting
 
 Event = dict[str, Any]
 
@@ -44,7 +44,7 @@ class RunMonitor:
 
     def __init__(self, name: str, num_steps: int, account: Path, emit: Callable[[Event], None]) -> None:
         self.name, self.num_steps, self._file, self._emit = name, num_steps, account, emit
-        self.goodput = Goodput.load(account)
+        self.goodput = TimeAccounting.load(account)
         self.workers = 0
         self._progress = _Progress(at=time.monotonic())
         self._recovery: Recovery | None = None
@@ -73,7 +73,7 @@ class RunMonitor:
     def group_started(self, workers: int) -> None:
         """A worker group was chosen and starts."""
         now = time.time()
-        self.goodput.become("restart", now)
+        self.goodput.enter("restart", now)
         if self._recovery is not None:
             self._recovery.decided = now
         self.workers, self._group_stepped = workers, False
@@ -91,7 +91,7 @@ class RunMonitor:
 
     def waiting(self) -> None:
         """There are too few machines to go on."""
-        self.goodput.become("waiting", time.time())
+        self.goodput.enter("waiting", time.time())
 
     def phase(self, event: Event) -> None:
         """Worker 0, or another, has passed a part of its start."""

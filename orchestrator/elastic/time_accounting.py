@@ -44,7 +44,7 @@ class Recovery:
 
 
 @dataclass
-class Goodput:
+class TimeAccounting:
     """The account of one job, over all its groups and drivers.
 
     `stopped` says that the user stopped the job, so that the time until it goes on is nobody's loss.
@@ -73,20 +73,20 @@ class Goodput:
         if self.total:
             self.state = "restart"
             if not self.stopped:
-                self._book(now)
+                self._accrue(now)
         self.stopped = False
         self._since = now
 
-    def become(self, state: State, now: float) -> None:
+    def enter(self, state: State, now: float) -> None:
         """Book the time so far, and go on in `state`. Before the first step a restart is start-up, too."""
-        self._book(now)
+        self._accrue(now)
         self.state = "startup" if state == "restart" and not self.useful else state
 
     def stepped(self, step: int, step_s: float, stall_s: float, now: float) -> None:
         """A step is done that took `step_s`; `stall_s` of the time since the last one went into a checkpoint."""
         if self.state != "training":
             # The first step of a group ends its start, and is not part of it.
-            self.become("training", max(self._since, now - step_s))
+            self.enter("training", max(self._since, now - step_s))
         elapsed = now - self._since
         stall_s = min(stall_s, elapsed)
         self.checkpoint += stall_s
@@ -105,7 +105,7 @@ class Goodput:
                 self.checkpoint += elapsed
             else:
                 self.lost += elapsed
-        self.become("restart", now)
+        self.enter("restart", now)
 
     def saved(self, step: int) -> None:
         """Steps up to `step` are safe."""
@@ -136,7 +136,7 @@ class Goodput:
             running = replace(self, useful=self.useful + max(0.0, now - self._since))
             return running.figures()
         if now is not None:
-            self._book(now)
+            self._accrue(now)
         seconds = {
             name: getattr(self, name)
             for name in ("useful", "startup", "restart", "waiting", "lost", "checkpoint")
@@ -159,23 +159,23 @@ class Goodput:
         atomic_write(path, json.dumps(asdict(self)), durable=False, only_writer=True)
 
     @staticmethod
-    def load(path: Path) -> Goodput:
+    def load(path: Path) -> TimeAccounting:
         """The account kept at `path`; a new one if there is none or it is torn."""
         try:
             with open_regular(path) as file:
                 kept: dict[str, Any] = json.loads(file.read())
             kept["recoveries"] = [Recovery(**entry) for entry in kept["recoveries"]]
             kept["_recent"] = {int(step): seconds for step, seconds in kept["_recent"].items()}
-            return Goodput(**kept)
+            return TimeAccounting(**kept)
         except FileNotFoundError:
-            return Goodput()
+            return TimeAccounting()
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             logger.warning(
                 "the time account in %s cannot be read and starts again from zero: %s", path, error
             )
-            return Goodput()
+            return TimeAccounting()
 
-    def _book(self, now: float) -> None:
+    def _accrue(self, now: float) -> None:
         elapsed = max(0.0, now - self._since)
         self._since = now
         match self.state:
@@ -189,7 +189,7 @@ class Goodput:
                 self.waiting += elapsed
 
 
-def report_figures(goodput: Goodput) -> dict[str, float]:
+def report_figures(goodput: TimeAccounting) -> dict[str, float]:
     """The few figures of the account that belong into a stage's summary."""
     figures = goodput.figures()
     return {

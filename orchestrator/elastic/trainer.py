@@ -31,7 +31,7 @@ from orchestrator.elastic.controller import ControllerStuckError, RunSpec
 from orchestrator.elastic.controller_host import hosts
 from orchestrator.elastic.resources import SlotShape, slot_of, workers_of
 from orchestrator.elastic.run_monitor import ACCOUNT
-from orchestrator.elastic.time_accounting import Goodput, report_figures
+from orchestrator.elastic.time_accounting import TimeAccounting, report_figures
 from orchestrator.elastic.worker_group import AttemptConfig
 from orchestrator.elastic.worker_slot import train_fn
 from orchestrator.errors import Stopped, UserError
@@ -72,7 +72,7 @@ def run(
     if not job.is_done():
         _fit(job, tracker, stop, on_line)
     job.fetch()
-    return report_figures(Goodput.load(job.work / ACCOUNT))
+    return report_figures(TimeAccounting.load(job.work / ACCOUNT))
 
 
 def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str], None]) -> None:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.elastic.channel import Message, Wire, unpack
+from orchestrator.elastic.channel import Channel, Message, unpack
 from orchestrator.errors import UserError
 from orchestrator.storage.open import fetch
 from orchestrator.training.device import CPU, device
@@ -57,13 +57,13 @@ def warm_up() -> None:
             importlib.import_module(module)
 
 
-def main(wire: Wire) -> int:
+def main(channel: Channel) -> int:
     """Run the attempt that comes over `wire`; returns the exit code."""
     _prepare_process()
-    message = wire.receive()
+    message = channel.receive()
     if message is None:
         return 1
-    return run_attempt(message.body, message.payload, WireClient(wire))
+    return run_attempt(message.body, message.payload, ChannelClient(channel))
 
 
 def run_attempt(
@@ -253,7 +253,7 @@ class ControllerClient(ABC):
             self.send({"kind": "record", "step": step})
         return self._acked >= step
 
-    def yield_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether the controller wants the group to checkpoint and stop."""
         return self._stop.is_set()
 
@@ -269,12 +269,12 @@ class ControllerClient(ABC):
         return answer.result()
 
 
-class WireClient(ControllerClient):
+class ChannelClient(ControllerClient):
     """The client of a forked process: over a socket to its slot, with a heartbeat every second."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, channel: Channel) -> None:
         super().__init__()
-        self._wire = wire
+        self._wire = channel
         for target in (self._listen, self._beat):
             threading.Thread(target=target, daemon=True).start()
 

@@ -28,7 +28,7 @@ from typing import Any
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-from orchestrator.elastic.channel import Message, Wire, pack
+from orchestrator.elastic.channel import Channel, Message, pack
 from orchestrator.elastic.train_logging import open_log_files
 from orchestrator.errors import UserError
 from orchestrator.training.device import assigned_gpus, environment
@@ -208,7 +208,7 @@ class WorkerSlot(Worker):
         with suppress(ValueError):  # only a main thread may
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         super().__init__()
-        ours, theirs = Wire.pair()
+        ours, theirs = Channel.pair()
         fd = theirs.socket.fileno()
         self._forkserver = subprocess.Popen(
             [sys.executable, "-m", "orchestrator.elastic.forkserver", str(fd), *preload],
@@ -220,7 +220,7 @@ class WorkerSlot(Worker):
         self._wire = ours
         self._warm: float | None = None
         self._dead = False
-        self._worker: Wire | None = None
+        self._worker: Channel | None = None
         self._pid: int | None = None
         self._exited = False
         self._starting = threading.Lock()
@@ -259,7 +259,7 @@ class WorkerSlot(Worker):
         token = attempt["token"]
         with self._starting:
             self.end(self._token)
-            ours, theirs = Wire.pair()
+            ours, theirs = Channel.pair()
             self._reset(token)
             with self._changed:
                 self._pid, self._exited, self._worker = None, False, ours
@@ -345,20 +345,20 @@ class WorkerSlot(Worker):
         # Without its fork server the slot is of no use; a new one is made in its place.
         os._exit(1)
 
-    def _listen_to_worker(self, wire: Wire, token: str, source: Any) -> None:
-        while (message := wire.receive()) is not None:
+    def _listen_to_worker(self, channel: Channel, token: str, source: Any) -> None:
+        while (message := channel.receive()) is not None:
             if token != self._token:
                 break
             if message.body["kind"] == "load":
                 self._heard = time.monotonic()
-                self._pool.submit(self._load, source, wire, message)
+                self._pool.submit(self._load, source, channel, message)
             else:
                 self._note(message.body)
         if source is not None:
             # What still waits for a block of this attempt would keep the next one waiting.
             source.close()
 
-    def _load(self, source: Any, wire: Wire, message: Message) -> None:
+    def _load(self, source: Any, channel: Channel, message: Message) -> None:
         request = message.body
         try:
             block = source.load(request["step"], request["index"])
@@ -369,12 +369,12 @@ class WorkerSlot(Worker):
             if isinstance(error, UserError):
                 answer["mistake"] = [error.what, error.where, error.hint]
             with suppress(OSError):
-                wire.send({**answer, "step": request["step"], "index": request["index"]})
+                channel.send({**answer, "step": request["step"], "index": request["index"]})
             return
         try:
             with suppress(OSError):
                 where = {"step": block.step, "index": block.index}
-                wire.send({"op": "block", **where, "layout": layout}, fd=fd)
+                channel.send({"op": "block", **where, "layout": layout}, fd=fd)
         finally:
             os.close(fd)
 

@@ -1,6 +1,6 @@
 """What can be known of a pipeline before its first step: one look for `plan` and `run`, which tells everything at once.
 
-A kind of stage says in :meth:`Stage.foresee` what would end it. Here is what belongs to no kind: the graph, data
+A kind of stage says in :meth:`Stage.preflight` what would end it. Here is what belongs to no kind: the graph, data
 sources and their captions, the store, disk and memory, and who has to answer. Nothing is changed, but that a run puts
 an object into a remote store and deletes it.
 """
@@ -28,7 +28,7 @@ from orchestrator.pipeline.plan import (
 )
 from orchestrator.pipeline.probes import Probes
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.stages.base import Outlook, PhotoCount, Stage, TrainStage
+from orchestrator.stages.base import ImageCount, PlanContext, Stage, TrainStage
 
 if TYPE_CHECKING:
     from orchestrator.data.sources.captions import Captions
@@ -83,12 +83,12 @@ def check(
     is_here = runs or not (loaded.missing or loaded.spec.hardware)
     probes = Probes(loaded, runs) if is_here else None
     foreseen: dict[str, list[UserError]] = {}
-    graph_errors = dag.complaints(loaded)
+    graph_errors = dag.validation_errors(loaded)
     found.errors += graph_errors
     counts = _count_photos(loaded, found)
     if not graph_errors:
         roles = dag.roles(loaded)
-        fit_errors = list(crop_checks.complaints(loaded, roles))
+        fit_errors = list(crop_checks.validation_errors(loaded, roles))
         found.errors += fit_errors
         foreseen = dict(_foresee(loaded, roles, counts))
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
@@ -174,10 +174,10 @@ def _to_run(loaded: LoadedPipeline, found: Checked, choice: Choice) -> list[Stag
 # --- data -------------------------------------------------------------------------------------------------------
 
 
-def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, PhotoCount | None]:
+def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, ImageCount | None]:
     """What each dataset that is read has; None of one that is not there or has no photos."""
     used = dict.fromkeys(name for stage in loaded.spec.stages.values() for name in stage.data_sources())
-    counts: dict[str, PhotoCount | None] = {}
+    counts: dict[str, ImageCount | None] = {}
     for name in used:
         source = loaded.spec.data.get(name)
         if source is None or not source.path.is_dir():
@@ -193,19 +193,19 @@ def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, PhotoCoun
                 UserError(error.what, where=loaded.where("data", name, "path"), hint=error.hint)
             )
             continue
-        counts[name] = PhotoCount(len(files))
+        counts[name] = ImageCount(len(files))
         if source.captions is None:
             continue
         try:
             captions = captions_of(source, name, files)
         except UserError as error:
             # What captions there are is not known: stages that want some are told nothing that may be wrong.
-            counts[name] = PhotoCount(len(files), len(files), len(files))
+            counts[name] = ImageCount(len(files), len(files), len(files))
             # That there is no such file was found when the pipeline file was read.
             if not (error.where or "").startswith("data."):
                 found.errors.append(error)
             continue
-        counts[name] = PhotoCount(len(files), captions.num_captions, captions.num_labels)
+        counts[name] = ImageCount(len(files), captions.num_captions, captions.num_labels)
         found.warnings += captions.warnings
         found.facts.append(_fact(name, len(files), captions))
     return counts
@@ -223,7 +223,7 @@ def _fact(name: str, photos: int, captions: Captions) -> tuple[str, bool]:
 def _foresee(
     loaded: LoadedPipeline,
     roles: Mapping[str, Mapping[str, str]],
-    counts: Mapping[str, PhotoCount | None],
+    counts: Mapping[str, ImageCount | None],
 ) -> Iterator[tuple[str, list[UserError]]]:
     """What each stage says of itself."""
 
@@ -232,30 +232,30 @@ def _foresee(
         return UserError(error.what, where=loaded.where("stages", name, *path), hint=error.hint)
 
     for name, stage in loaded.spec.stages.items():
-        errors = stage.foresee(_outlook(loaded, roles, counts, name))
+        errors = stage.preflight(_outlook(loaded, roles, counts, name))
         yield name, [placed(name, error) for error in errors]
 
 
 def _outlook(
     loaded: LoadedPipeline,
     roles: Mapping[str, Mapping[str, str]],
-    counts: Mapping[str, PhotoCount | None],
+    counts: Mapping[str, ImageCount | None],
     name: str,
-) -> Outlook:
+) -> PlanContext:
     stages = loaded.spec.stages
     upstream = {role: stages[need] for role, need in roles[name].items()}
     lineage = tuple(stages[one] for one in dag.lineage(roles, name))
     if lineage:
         upstream["origin"] = lineage[0]
-    return Outlook(upstream, lineage, _photos(stages[name], upstream, counts))
+    return PlanContext(upstream, lineage, _photos(stages[name], upstream, counts))
 
 
 def _photos(
-    stage: Stage, upstream: Mapping[str, Stage], counts: Mapping[str, PhotoCount | None]
-) -> PhotoCount | None:
+    stage: Stage, upstream: Mapping[str, Stage], counts: Mapping[str, ImageCount | None]
+) -> ImageCount | None:
     """What the sources have that a stage reads, itself or by way of its index."""
     sources = stage.data_sources() or (upstream["index"].data_sources() if "index" in upstream else ())
-    total = PhotoCount()
+    total = ImageCount()
     for source in sources:
         count = counts.get(source)
         if count is None:

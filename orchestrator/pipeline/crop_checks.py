@@ -21,11 +21,11 @@ def check(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Non
     Raises:
         UserError: as there.
     """
-    for error in complaints(loaded, roles):
+    for error in validation_errors(loaded, roles):
         raise error
 
 
-def complaints(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Iterator[UserError]:
+def validation_errors(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Iterator[UserError]:
     """Look at every stage that goes on from, or learns from, a backbone that the file describes: whether its patch
     divides the crops, and whether a distillation holds more views than this machine can.
     """

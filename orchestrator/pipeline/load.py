@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from orchestrator import installed
 from orchestrator.config import yaml_source
 from orchestrator.config.schema import RENAMED, Elastic, Pipeline
-from orchestrator.config.validation_errors import complaints
+from orchestrator.config.validation_errors import validation_errors
 from orchestrator.data.sources.captions import captions_path
 from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.redact import redacted, redacted_values, secret_in
@@ -123,7 +123,7 @@ def _load(
     try:
         spec = model.model_validate(document.data)
     except ValidationError as error:
-        raise joined(complaints(error, document, model)) from None
+        raise joined(validation_errors(error, document, model)) from None
     loaded = LoadedPipeline(spec, document, imported=imported)
     problems, missing = _check(loaded), _missing_data(loaded)
     if not gather and (problems or (missing and needs_data)):

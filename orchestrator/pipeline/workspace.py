@@ -22,7 +22,7 @@ from orchestrator.storage.local import Store, not_followed
 from orchestrator.storage.open import folder_of, is_remote, open_store
 from orchestrator.storage.s3 import S3Store
 from orchestrator.tracking import relocate
-from orchestrator.training.checkpoint.storage import Target
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 
 _log = logging.getLogger(__name__)
 # Where a job's checkpoints are below its work, and the pieces whose work lies elsewhere.
@@ -237,7 +237,11 @@ class Workspace:
     def _newest_step(self, kind: str, key: str) -> int | None:
         remote = self.remote_work(kind, key)
         folder = self.work(kind, key) / _CHECKPOINTS
-        target = Target(folder) if remote is None else Target(folder, remote[0], remote[1] + _CHECKPOINTS)
+        target = (
+            CheckpointStorage(folder)
+            if remote is None
+            else CheckpointStorage(folder, remote[0], remote[1] + _CHECKPOINTS)
+        )
         return next(iter(target.committed()), None)
 
     def drop_work(self, kind: str, key: str) -> None:

@@ -64,10 +64,10 @@ class JsonFile:
         except ValidationError as error:
             # A union complains once for each member; the first is the one most likely meant.
             found = {self._keys(item["loc"]): item for item in reversed(error.errors())}
-            complaints = [self._complaint(model, keys, found[keys]) for keys in list(found)[:-11:-1]]
-        if len(complaints) == 1:
-            raise complaints[0]
-        raise UserError("\n".join(str(complaint) for complaint in complaints))
+            validation_errors = [self._complaint(model, keys, found[keys]) for keys in list(found)[:-11:-1]]
+        if len(validation_errors) == 1:
+            raise validation_errors[0]
+        raise UserError("\n".join(str(complaint) for complaint in validation_errors))
 
     def _read(self) -> str:
         try:

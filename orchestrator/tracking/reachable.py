@@ -36,7 +36,7 @@ def trouble(uri: str, timeout_s: float) -> Trouble | None:
     database = database_path(absolute)
     try:
         if database is not None:
-            _look_at(database)
+            _signatures(database)
         elif absolute.startswith("http"):
             _ask_server(absolute, timeout_s)
         else:
@@ -49,7 +49,7 @@ def trouble(uri: str, timeout_s: float) -> Trouble | None:
     return None
 
 
-def _look_at(path: Path) -> None:
+def _signatures(path: Path) -> None:
     """Raises OSError or sqlite3.DatabaseError if a SQLite database cannot be made or used, as MLflow would."""
     try:
         with open_regular(path) as file:

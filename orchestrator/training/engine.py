@@ -63,14 +63,14 @@ class Engine:
         self._params: dict[str, Any] = dict(modules.trainable.named_parameters())
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         config = zero_config(zero_stage, precision, -(-num_blocks // world))
-        if zero_stage == 3 and modules.whole:
+        if zero_stage == 3 and modules.zero3_leaf_modules:
             for module in (
                 modules.trainable,
                 modules.ema,
                 *modules.copies.values(),
                 *modules.frozen.values(),
             ):
-                _mark_whole(module, modules.whole)
+                _mark_whole(module, modules.zero3_leaf_modules)
         self._optimizer = torch.optim.AdamW(
             _param_groups(modules),
             lr=optimizer.lr.peak,

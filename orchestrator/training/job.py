@@ -13,7 +13,7 @@ from orchestrator.config.schema import Elastic, Optimizer, Resources
 from orchestrator.names import inside
 from orchestrator.storage.local import Store
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified
-from orchestrator.training.checkpoint.storage import Target
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 
 if TYPE_CHECKING:
     from orchestrator.data.blocks import BlockSource
@@ -109,12 +109,12 @@ class Job:
         return self.work / "checkpoints"
 
     @property
-    def target(self) -> Target:
+    def target(self) -> CheckpointStorage:
         """Where this job's elastic checkpoints go."""
         if self.remote is None:
-            return Target(self.checkpoints)
+            return CheckpointStorage(self.checkpoints)
         store, prefix = self.remote
-        return Target(self.checkpoints, store, f"{prefix}checkpoints/")
+        return CheckpointStorage(self.checkpoints, store, f"{prefix}checkpoints/")
 
     def export(self, step: int) -> Path:
         """Where the EMA after `step` updates is exported to."""

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.data.blocks import Block, BlockSource, TellsTroubles
+from orchestrator.data.blocks import Block, BlockSource, ReportsTroubles
 from orchestrator.errors import UserError
 from orchestrator.training.checkpoint import reader
-from orchestrator.training.checkpoint.coordinator import Line, Saving
+from orchestrator.training.checkpoint.coordinator import CheckpointCoordinator, TrainerCallback
 from orchestrator.training.checkpoint.format import CheckpointError
 from orchestrator.training.checkpoint.interval import PRIOR_MTBF_S
 from orchestrator.training.collectives import AllWorkers
@@ -48,7 +48,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the update was not applied."""
 
 
-def train(job: Job, line: Line, mtbf_s: float = PRIOR_MTBF_S) -> bool:
+def train(job: Job, line: TrainerCallback, mtbf_s: float = PRIOR_MTBF_S) -> bool:
     """Train `job` in this worker of an initialised process group, from its newest good checkpoint to its end.
 
     Args:
@@ -71,7 +71,7 @@ def train(job: Job, line: Line, mtbf_s: float = PRIOR_MTBF_S) -> bool:
 
 
 class _Trainer:
-    def __init__(self, job: Job, line: Line, mtbf_s: float) -> None:
+    def __init__(self, job: Job, line: TrainerCallback, mtbf_s: float) -> None:
         self.job, self.line = job, line
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device()
@@ -95,7 +95,7 @@ class _Trainer:
         line.phase("built")
         self.start = self._restore()
         line.phase("restored")
-        self.saving = Saving(job, self.engine, line, mtbf_s, self.device, self.start)
+        self.saving = CheckpointCoordinator(job, self.engine, line, mtbf_s, self.device, self.start)
 
     def run(self) -> bool:
         for step, blocks in self._feed():
@@ -281,7 +281,7 @@ class _Trainer:
         shown = every[:_NAMED]
         # Where another process reads, its log has the names.
         names = [f"row {row} of the photos' index" for row in shown]
-        if isinstance(self.blocks, TellsTroubles):
+        if isinstance(self.blocks, ReportsTroubles):
             names = self.blocks.paths(shown)
         more = f"; and {len(every) - len(shown)} more" if len(every) > len(shown) else ""
         raise UserError(
@@ -314,7 +314,7 @@ class _Trainer:
 
     def _tell_troubles(self, source: BlockSource) -> None:
         """Hand over what a source met since it was last asked."""
-        if isinstance(source, TellsTroubles):
+        if isinstance(source, ReportsTroubles):
             for what in source.take_troubles():
                 self.line.trouble(what)
 

@@ -28,7 +28,7 @@ class Modules:
         frozen: modules that never change; rebuilt from their artifact, never saved.
         lr_scales: parameter name → factor on the learning rate (layer-wise decay).
         frozen_steps: parameter name → steps during which it does not move (the prototype layers).
-        whole: module classes fetched as one unit by ZeRO-3 (transformer blocks).
+        zero3_leaf_modules: module classes fetched as one unit by ZeRO-3 (transformer blocks).
         state: numbers that decide what the task does next, changed by it in place in `after_step`, equal on all
             workers; saved in checkpoints, and put back after `build`. A new stage begins with what it built.
     """
@@ -39,7 +39,7 @@ class Modules:
     frozen: dict[str, nn.Module] = field(default_factory=dict)
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     frozen_steps: Mapping[str, int] = field(default_factory=dict)
-    whole: tuple[type[nn.Module], ...] = ()
+    zero3_leaf_modules: tuple[type[nn.Module], ...] = ()
     state: dict[str, float] = field(default_factory=dict)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from orchestrator.data.blocks import BlockSource, CaptionBlocks
 from orchestrator.data.curation.mix import sample_order
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.errors import UserError, nearest
 from orchestrator.fsio import replacing
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 
 
-def caption_order(config: AlignText, index: PhotoIndex, seed: int) -> SampleOrder:
+def caption_order(config: AlignText, index: ImageIndex, seed: int) -> SampleOrder:
     """The order in which an `align_text` stage draws the photos of its `mix` that have a caption.
 
     Raises:
@@ -186,9 +186,9 @@ def caption_blocks(
 ) -> BlockSource:
     """The blocks of photos with their captions of an `align_text` stage, from a curated index.
 
-    `roots` says where the datasets are, see :meth:`PhotoIndex.load`.
+    `roots` says where the datasets are, see :meth:`ImageIndex.load`.
     """
-    index = PhotoIndex.load(index_folder, roots)
+    index = ImageIndex.load(index_folder, roots)
     return CaptionBlocks(
         index,
         caption_order(config, index, seed),

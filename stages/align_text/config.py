@@ -23,7 +23,7 @@ from orchestrator.config.schema import (
 )
 from orchestrator.data.views import Side
 from orchestrator.errors import UserError, nearest
-from orchestrator.stages.base import Context, Input, Outlook
+from orchestrator.stages.base import Context, Input, PlanContext
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, MixStage, draws_of
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.ssl.config import INDEX_KINDS, check_blocks, stage_seed, summary
@@ -257,36 +257,36 @@ class AlignText(MixStage):
             return {"text.from": tuple(self.text.from_ / name for name in ENCODER_FILES)}
         return {} if self.tokenizer is None else {"tokenizer": (self.tokenizer,)}
 
-    def foresee(self, outlook: Outlook) -> list[UserError]:
+    def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: a student that is not there, a size that its tower cannot take, too few captions."""
-        found = self._foresee_tower(outlook)
-        if outlook.photos is None:
+        found = self._foresee_tower(plan_context)
+        if plan_context.photos is None:
             return found
-        if not outlook.photos.captions:
+        if not plan_context.photos.captions:
             found.append(
                 UserError(
-                    f"none of the {outlook.photos.photos} photos has a caption to align with",
+                    f"none of the {plan_context.photos.photos} photos has a caption to align with",
                     where="needs",
                     hint="give the dataset of the curate stage a `captions` file with a `caption` column",
                 )
             )
-        elif outlook.photos.captions < self.batch_size:
+        elif plan_context.photos.captions < self.batch_size:
             found.append(
                 UserError(
-                    f"a batch of {self.batch_size} pairs is more than the {outlook.photos.captions} photos that "
+                    f"a batch of {self.batch_size} pairs is more than the {plan_context.photos.captions} photos that "
                     "have a caption",
                     where="batch_size",
-                    hint=f"use a batch_size of at most {outlook.photos.captions}",
+                    hint=f"use a batch_size of at most {plan_context.photos.captions}",
                 )
             )
         return found
 
-    def _foresee_tower(self, outlook: Outlook) -> list[UserError]:
-        stage = outlook.upstream.get("tower")
+    def _foresee_tower(self, plan_context: PlanContext) -> list[UserError]:
+        stage = plan_context.upstream.get("tower")
         students = stage.students if isinstance(stage, Distill) else {}
         if mistake := student_mistake(sorted(students), self.student):
             return [UserError(mistake.what, where="student", hint=mistake.hint)]
-        origin = outlook.lineage[0] if outlook.lineage else None
+        origin = plan_context.lineage[0] if plan_context.lineage else None
         if students:
             patch = students[self.student or next(iter(students))].tower.patch_size
         elif isinstance(origin, Pretrain):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from orchestrator.data.blocks import Block, CropBlocks
 from orchestrator.data.curation.mix import held_out_order
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.data.views import CropConfig
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.ssl.config import ModelRecipe, SelfSupervised
@@ -37,10 +37,10 @@ def crop_blocks(
         index_folder: the photographs.
         seed: of the stage.
         crops: other views than the stage's, of the same boxes.
-        roots: where the datasets are, see :meth:`PhotoIndex.load`.
+        roots: where the datasets are, see :meth:`ImageIndex.load`.
         held_out: of the photographs that nobody trains on, instead of those that the stage draws.
     """
-    index = PhotoIndex.load(index_folder, roots)
+    index = ImageIndex.load(index_folder, roots)
     order = (
         held_out_order(index, batch_size=config.batch_size, seed=seed)
         if held_out
@@ -73,7 +73,7 @@ class StepViews:
         index_folder: the photographs.
         seed: of the stage.
         sets: views that students fetch, by part.
-        roots: where the datasets are, see :meth:`PhotoIndex.load`.
+        roots: where the datasets are, see :meth:`ImageIndex.load`.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from orchestrator.errors import UserError, nearest
 from orchestrator.stages.base import TrainStage
 
 if TYPE_CHECKING:
-    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.index import ImageIndex
     from orchestrator.data.sampler import SampleOrder
 
 DRAWN = "drawn.json"
@@ -86,7 +86,7 @@ class HomogeneousMixStage(MixStage):
                 hint="name the dataset, `homogeneous: …`, or leave `homogeneous_ratio` out",
             )
 
-    def sample_order(self, index: PhotoIndex, batch_size: int, seed: int) -> SampleOrder:
+    def sample_order(self, index: ImageIndex, batch_size: int, seed: int) -> SampleOrder:
         """The order in which this stage draws rows; see :func:`orchestrator.data.curation.mix.sample_order`."""
         from orchestrator.data.curation.mix import sample_order
 
@@ -119,7 +119,7 @@ class HomogeneousMixStage(MixStage):
 class Draws:
     """The photographs of a stage, and the order in which it draws them."""
 
-    index: PhotoIndex
+    index: ImageIndex
     order: SampleOrder
 
     def most_unreadable(self, share: float) -> int:
@@ -149,7 +149,7 @@ class Draws:
         return {"drawn_clusters": effective}
 
 
-def draws_of(stage: str, make: Callable[[PhotoIndex], SampleOrder], folder: Path) -> Draws:
+def draws_of(stage: str, make: Callable[[ImageIndex], SampleOrder], folder: Path) -> Draws:
     """The draws of a stage, before its first step.
 
     Args:
@@ -160,9 +160,9 @@ def draws_of(stage: str, make: Callable[[PhotoIndex], SampleOrder], folder: Path
     Raises:
         UserError: a name without photographs.
     """
-    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.index import ImageIndex
 
-    index = PhotoIndex.load(folder)
+    index = ImageIndex.load(folder)
     try:
         return Draws(index, make(index))
     except UserError as error:

@@ -97,7 +97,7 @@ class HeadedBackbone(nn.Module):
         return out
 
 
-def whole_modules(*models: str) -> tuple[type[nn.Module], ...]:
+def zero3_leaf_modules(*models: str) -> tuple[type[nn.Module], ...]:
     """What ZeRO-3 fetches as one unit: transformer blocks, which are called once a forward.
 
     A ConvNeXt block is called once for global and once for local crops, and ZeRO-3 would reduce the gradients

@@ -19,15 +19,15 @@ from pydantic import Field, field_validator
 from orchestrator.config.schema import Names, in_key_if_set
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
 from orchestrator.errors import Stopped, UserError, nearest
-from orchestrator.stages.base import Context, Outlook, Stage
+from orchestrator.stages.base import Context, PlanContext, Stage
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from orchestrator.data.curation.selection import Fate
-    from orchestrator.data.index import PhotoIndex
-    from orchestrator.data.sources.folder import LeftOut, Photo
+    from orchestrator.data.curation.selection import ImageStatus
+    from orchestrator.data.index import ImageIndex
+    from orchestrator.data.sources.folder import LeftOut, ScannedImage
 
 logger = logging.getLogger("orchestrator")
 
@@ -97,11 +97,11 @@ class Curate(Stage):
             raise ValueError("give a whole number of photos, or a share above 0 and at most 1.0")
         return value
 
-    def foresee(self, outlook: Outlook) -> list[UserError]:
+    def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: more clusters, or a larger sample, than there are photos."""
-        if outlook.photos is None:
+        if plan_context.photos is None:
             return []
-        most = outlook.photos.photos
+        most = plan_context.photos.photos
         found = []
         if self.clusters > most:
             what = f"{self.clusters} clusters cannot be made of {most} photos"
@@ -123,7 +123,7 @@ class Curate(Stage):
 
         from orchestrator.data.curation import selection
         from orchestrator.data.curation.contact_sheet import draw_clusters
-        from orchestrator.data.index import PhotoIndex
+        from orchestrator.data.index import ImageIndex
 
         def stop() -> None:
             if context.stop.is_set():
@@ -133,17 +133,17 @@ class Curate(Stage):
         stop()
         roots = {name: context.sources[name].path.resolve() for name in self.data}
         limits = {name: context.sources[name].max_pixels for name in self.data}
-        fates, embeddings = selection.sift(photos, roots, self.near_duplicate, stop, limits)
+        statuses, embeddings = selection.filter_images(photos, roots, self.near_duplicate, stop, limits)
         target = self._target(len(embeddings), context.name)
         clusters, distances = selection.cluster(embeddings, self.clusters, context.seed)
         stop()
         balanced = selection.draw_balanced(clusters, target, context.seed)
-        index = PhotoIndex(selection.index_rows(fates, clusters, balanced, self.holdout))
+        index = ImageIndex(selection.index_rows(statuses, clusters, balanced, self.holdout))
         index.save(context.out)
         np.save(context.out / "embeddings.npy", embeddings)
         others = [selection.left_out(name, item, roots[name]) for name, item in left_out]
-        _write_provenance(context.out / "provenance.parquet", [*fates, *others], index)
-        report = _report(self, fates, others, index, embeddings)
+        _write_provenance(context.out / "provenance.parquet", [*statuses, *others], index)
+        report = _report(self, statuses, others, index, embeddings)
         (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         draw_clusters(index, distances, context.out / "clusters.png")
         context.run.file(context.out / "clusters.png", "curation")
@@ -157,11 +157,11 @@ class Curate(Stage):
         summary = ("images", "unique", "corrupt", "duplicates", "clusters")
         return {name: float(report[name]) for name in summary}
 
-    def _scan(self, context: Context) -> tuple[list[Photo], list[tuple[str, LeftOut]]]:
+    def _scan(self, context: Context) -> tuple[list[ScannedImage], list[tuple[str, LeftOut]]]:
         """The photos of all sources, and what else is there."""
         from orchestrator.data.sources.folder import list_images, scan
 
-        photos: list[Photo] = []
+        photos: list[ScannedImage] = []
         left_out: list[tuple[str, LeftOut]] = []
         for name in self.data:
             if name not in context.sources:
@@ -218,25 +218,25 @@ def _first(named: Sequence[str]) -> str:
     return "; ".join(named[:_NAMED]) + (f"; and {more} more in report.json" if more > 0 else "")
 
 
-def _write_provenance(path: Path, fates: Sequence[Fate], index: PhotoIndex) -> None:
+def _write_provenance(path: Path, statuses: Sequence[ImageStatus], index: ImageIndex) -> None:
     """One row a file; `id` is its row in the index, or null."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     ids = {(index[i].source, index[i].path): i for i in range(len(index))}
     rows = []
-    for fate in fates:
-        row = ids.get((fate.photo.source, fate.photo.path))
+    for status in statuses:
+        row = ids.get((status.photo.source, status.photo.path))
         rows.append(
             {
-                "source": fate.photo.source,
-                "path": fate.photo.path,
-                "root": fate.root,
-                "sha256": fate.photo.sha256,
-                "bytes": fate.photo.bytes,
-                "status": fate.status,
-                "reason": fate.reason or (f"{index[row].component} component" if row is not None else ""),
-                "duplicate_of": fate.duplicate_of,
+                "source": status.photo.source,
+                "path": status.photo.path,
+                "root": status.root,
+                "sha256": status.photo.sha256,
+                "bytes": status.photo.bytes,
+                "status": status.status,
+                "reason": status.reason or (f"{index[row].component} component" if row is not None else ""),
+                "duplicate_of": status.duplicate_of,
                 "id": row,
                 "cluster": None if row is None else index[row].cluster,
             }
@@ -249,13 +249,13 @@ def _write_provenance(path: Path, fates: Sequence[Fate], index: PhotoIndex) -> N
 
 def _report(
     config: Curate,
-    fates: Sequence[Fate],
-    left_out: Sequence[Fate],
-    index: PhotoIndex,
+    statuses: Sequence[ImageStatus],
+    left_out: Sequence[ImageStatus],
+    index: ImageIndex,
     embeddings_ND: NDArray[np.float32],
 ) -> dict[str, Any]:
     """Counts and lists, without absolute paths, so that reports compare across machines."""
-    by_status = Counter(fate.status for fate in fates)
+    by_status = Counter(status.status for status in statuses)
     components = [index[i].component for i in range(len(index))]
     sizes, taken = (
         Counter(index.clusters.tolist()),
@@ -264,38 +264,38 @@ def _report(
         ),
     )
     return {
-        "images": len(fates),
+        "images": len(statuses),
         "unique": by_status["unique"],
         "corrupt": by_status["corrupt"],
         "duplicates": by_status["duplicate"],
         "clusters": len(sizes),
         "components": dict(sorted(Counter(components).items())),
         "embedding": {"name": config.embedding, "dim": int(embeddings_ND.shape[1])},
-        "corrupt_files": {fate.name: fate.reason for fate in fates if fate.status == "corrupt"},
+        "corrupt_files": {status.name: status.reason for status in statuses if status.status == "corrupt"},
         "left_out": len(left_out),
-        "left_out_by_reason": dict(Counter(fate.reason for fate in left_out).most_common()),
-        "left_out_files": {fate.name: fate.reason for fate in left_out[:_LISTED]},
-        "duplicate_groups": _duplicate_groups(fates),
+        "left_out_by_reason": dict(Counter(status.reason for status in left_out).most_common()),
+        "left_out_files": {status.name: status.reason for status in left_out[:_LISTED]},
+        "duplicate_groups": _duplicate_groups(statuses),
         "cluster_sizes": {
             str(number): {"photos": sizes[number], "taken": taken[number]} for number in sorted(sizes)
         },
     }
 
 
-def _duplicate_groups(fates: Sequence[Fate]) -> list[dict[str, Any]]:
+def _duplicate_groups(statuses: Sequence[ImageStatus]) -> list[dict[str, Any]]:
     """Groups of equal photos, largest first, and whether their captions or labels disagree."""
-    by_name = {fate.name: fate for fate in fates}
-    groups: dict[str, list[Fate]] = defaultdict(list)
-    for fate in fates:
-        if fate.duplicate_of:
-            groups[fate.duplicate_of].append(fate)
+    by_name = {status.name: status for status in statuses}
+    groups: dict[str, list[ImageStatus]] = defaultdict(list)
+    for status in statuses:
+        if status.duplicate_of:
+            groups[status.duplicate_of].append(status)
     listed = []
     for kept, repeats in groups.items():
-        members = [by_name[kept].photo, *(fate.photo for fate in repeats)]
+        members = [by_name[kept].photo, *(status.photo for status in repeats)]
         listed.append(
             {
                 "kept": kept,
-                "dropped": {fate.name: fate.reason.split(" as ")[0] for fate in repeats},
+                "dropped": {status.name: status.reason.split(" as ")[0] for status in repeats},
                 "captions_differ": len({photo.caption for photo in members}) > 1,
                 "labels_differ": len({photo.label for photo in members}) > 1,
             }

@@ -15,7 +15,7 @@ from orchestrator.stages.common.nets import (
     flat_views,
     learning_rate_scales,
     tune,
-    whole_modules,
+    zero3_leaf_modules,
 )
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.features import FeatureObjective, TeacherShape
@@ -134,7 +134,7 @@ class FeatureTask:
             net,
             ema=ema,
             lr_scales=learning_rate_scales(net, student.optimizer or self.config.optimizer),
-            whole=whole_modules(student.model),
+            zero3_leaf_modules=zero3_leaf_modules(student.model),
         )
         return self.modules
 

@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import FileStore
 
 from orchestrator.config.schema import DataSource, Elastic
 from orchestrator.data.blocks import Block, BlockSource
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.backbone import save_backbone
 from orchestrator.stages.common.nets import HeadedBackbone
@@ -205,7 +205,7 @@ class _Stopwatch:
 
     def trouble(self, what: str) -> None: ...
 
-    def yield_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         return _is_enough(self.seconds)
 
 
@@ -257,8 +257,8 @@ def _made_up_photos(config: Distill, folder: Path) -> Path:
         cv2.imwrite(
             str(folder / f"{number}.jpg"), cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
         )
-        rows.append(PhotoRow("made-up", f"{number}.jpg", str(folder), "", width, height))
-    PhotoIndex(rows).save(folder)
+        rows.append(ImageRecord("made-up", f"{number}.jpg", str(folder), "", width, height))
+    ImageIndex(rows).save(folder)
     return folder
 
 

@@ -26,7 +26,7 @@ from orchestrator.stages.common.nets import (
     resize_masks,
     spread_views,
     tune,
-    whole_modules,
+    zero3_leaf_modules,
 )
 from orchestrator.stages.common.operations import masked_share
 from orchestrator.stages.common.terms import Distillation, TargetProbs
@@ -171,7 +171,7 @@ class DistillTask:
             net,
             ema=ema,
             lr_scales=learning_rate_scales(net, optimizer),
-            whole=whole_modules(self.student.model),
+            zero3_leaf_modules=zero3_leaf_modules(self.student.model),
         )
         return self.modules
 

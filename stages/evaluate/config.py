@@ -16,14 +16,14 @@ from pydantic import AfterValidator, Field, model_validator
 from orchestrator.config.schema import in_key_if_set, operational
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError
-from orchestrator.stages.base import Context, Input, Outlook, Stage
+from orchestrator.stages.base import Context, Input, PlanContext, Stage
 from orchestrator.stages.common.mixing import DRAWN
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.metric import Features, OwnMetric, checked
 from orchestrator.stages.ssl.pretrain import Pretrain
 
 if TYPE_CHECKING:
-    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.index import ImageIndex
     from orchestrator.stages.evaluate.results import Draws, Measured, Results, Score
     from orchestrator.stages.evaluate.towers import Check, Crops, Tower
     from orchestrator.storage.artifacts import Artifact
@@ -122,12 +122,12 @@ class Evaluate(Stage):
                 raise ValueError(f"{count} metrics are called {title!r}: give each a `name` of its own")
         return self
 
-    def foresee(self, outlook: Outlook) -> list[UserError]:
+    def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: no backbone, or a size that a model cannot take."""
-        if not any(role in outlook.upstream for role in TEACHER_ROLES):
+        if not any(role in plan_context.upstream for role in TEACHER_ROLES):
             return [_no_backbone("there is no backbone to evaluate", "needs")]
-        distill = outlook.upstream.get("students")
-        towers = {stage.model: stage.tower for stage in outlook.lineage if isinstance(stage, Pretrain)}
+        distill = plan_context.upstream.get("students")
+        towers = {stage.model: stage.tower for stage in plan_context.lineage if isinstance(stage, Pretrain)}
         if isinstance(distill, Distill):
             towers |= {f"student {name}": student.tower for name, student in distill.students.items()}
         size = self.image_size or 0
@@ -148,7 +148,7 @@ class Evaluate(Stage):
             UserError: no backbone among the inputs, a photo that is gone, or a size no model can take.
             Stopped: the user asked for it; the stage starts over next time.
         """
-        from orchestrator.data.index import PhotoIndex
+        from orchestrator.data.index import ImageIndex
         from orchestrator.stages.evaluate.report import write
         from orchestrator.stages.evaluate.results import Results
 
@@ -164,7 +164,7 @@ class Evaluate(Stage):
         if not backbones:
             what = f"stage {context.name!r} has no backbone to evaluate"
             raise _no_backbone(what, f"stages.{context.name}.needs")
-        index = PhotoIndex.load(context.inputs["index"].path, context.roots)
+        index = ImageIndex.load(context.inputs["index"].path, context.roots)
         groups = largest_groups(index.labels, self.num_groups)
         scores, pictures, measured = self._score(context, index, groups, backbones, check)
         results = Results(
@@ -190,7 +190,7 @@ class Evaluate(Stage):
     def _score(
         self,
         context: Context,
-        index: PhotoIndex,
+        index: ImageIndex,
         groups: Mapping[str, int],
         backbones: Mapping[str, Artifact],
         check: Check,
@@ -287,7 +287,7 @@ class Evaluate(Stage):
             )
 
     def _ask_texts(
-        self, context: Context, index: PhotoIndex, groups: Mapping[str, int], check: Check
+        self, context: Context, index: ImageIndex, groups: Mapping[str, int], check: Check
     ) -> dict[str, Any]:
         """The fields of the results that need an `align_text` stage; none without one."""
         if "text" not in context.inputs:
@@ -348,7 +348,7 @@ def student_folders(artifact: Artifact | None) -> dict[str, Path]:
     return {path.name: path for path in sorted((artifact.path / "students").iterdir()) if path.is_dir()}
 
 
-def _draw_maps(tower: Tower, shown: Crops, index: PhotoIndex, path: Path) -> None:
+def _draw_maps(tower: Tower, shown: Crops, index: ImageIndex, path: Path) -> None:
     """PCA maps at twice the size of training, which the position encoding allows and the eye likes."""
     from orchestrator.evaluation.report.figures import pca_maps
     from orchestrator.stages.evaluate.towers import feature_maps
@@ -375,7 +375,7 @@ def _other_histories(context: Context) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _pool(index: PhotoIndex) -> list[Draws]:
+def _pool(index: ImageIndex) -> list[Draws]:
     """The photos of the index, and those of them that the curation chose, by cluster."""
     import numpy as np
 

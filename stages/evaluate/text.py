@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.evaluation.metrics.neighbours import retrieval_recall
 from orchestrator.evaluation.report.text_maps import text_maps
 from orchestrator.stages.align_text.model import Aligned
@@ -32,7 +32,7 @@ class TextEvaluation:
         check: called now and then; may raise `Stopped`.
     """
 
-    def __init__(self, aligned: Aligned, index: PhotoIndex, batch: int, check: Check) -> None:
+    def __init__(self, aligned: Aligned, index: ImageIndex, batch: int, check: Check) -> None:
         self._aligned, self._index, self._batch, self._check = aligned, index, batch, check
         self._photos: dict[int, Floats] = {}
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from orchestrator.data.decode import UnreadableImage, read_rgb
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.errors import UserError
 from orchestrator.models import Backbone, Features, count_params, from_config, load_pretrained, normalise
@@ -51,7 +51,7 @@ class Crops:
         check: called now and then; may raise `Stopped`.
     """
 
-    def __init__(self, index: PhotoIndex, rows: Sequence[int], check: Check) -> None:
+    def __init__(self, index: ImageIndex, rows: Sequence[int], check: Check) -> None:
         self.rows = rows
         self._index, self._check = index, check
         self._kept: dict[int, Pixels] = {}
@@ -70,7 +70,7 @@ class Crops:
         return np.asarray(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC))
 
 
-def read_photo(index: PhotoIndex, row: int, min_side: int | None = None) -> Pixels:
+def read_photo(index: ImageIndex, row: int, min_side: int | None = None) -> Pixels:
     """A photo of the index.
 
     Raises:

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from orchestrator.config.schema import Names
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.fsio import DIGESTS
-from orchestrator.stages.base import PACKAGE, Context, Input, Outlook, Stage, figures_of, made_by
+from orchestrator.stages.base import PACKAGE, Context, Input, PlanContext, Stage, figures_of, made_by
 from orchestrator.stages.common.mlmodel import mlmodel
 from orchestrator.stages.distill.config import Distill
 
@@ -75,9 +75,9 @@ class Publish(Stage):
             raise ValueError(f"MLflow reserves {alias!r}; use another alias, such as champion")
         return alias
 
-    def foresee(self, outlook: Outlook) -> list[UserError]:
+    def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: names that no student has."""
-        stage = outlook.upstream.get("students")
+        stage = plan_context.upstream.get("students")
         if not isinstance(stage, Distill):
             return []
         unknown = [name for name in dict.fromkeys(self.names) if name not in stage.students]

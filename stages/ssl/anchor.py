@@ -14,7 +14,7 @@ _SUMS = ("gram_window_cosine", "gram_window_locality")
 _COUNT = "gram_window_steps"
 
 
-class Verdict(Enum):
+class AnchorDecision(Enum):
     """What a step's figures mean."""
 
     GO_ON = "nothing new"
@@ -22,7 +22,7 @@ class Verdict(Enum):
     START = "it has decayed: start anchoring"
 
 
-class Watch:
+class DenseHealthMonitor:
     """Watches dense health until anchoring starts (see `DenseHealth`).
 
     The figures that it is shown are the same on all workers, so all decide alike.
@@ -47,21 +47,21 @@ class Watch:
             return 0
         return int(self.state[_STARTED]) if _STARTED in self.state else None
 
-    def see(self, done: int, figures: Mapping[str, float]) -> Verdict:
+    def update(self, done: int, figures: Mapping[str, float]) -> AnchorDecision:
         """Take the figures of the step that took the count to `done`."""
         if self.trigger is None or _STARTED in self.state:
-            return Verdict.GO_ON
+            return AnchorDecision.GO_ON
         seen = self._window(figures, self.trigger.window)
         if seen is None:
-            return Verdict.GO_ON
+            return AnchorDecision.GO_ON
         best = self._best()
         if best is None or seen.score > best.score:
             self._set_best(seen)
-            return Verdict.KEEP
+            return AnchorDecision.KEEP
         if not _has_decayed(self.trigger, best, seen):
-            return Verdict.GO_ON
+            return AnchorDecision.GO_ON
         self.state[_STARTED] = float(done)
-        return Verdict.START
+        return AnchorDecision.START
 
     def _window(self, figures: Mapping[str, float], window: int) -> Health | None:
         """The means over the window that this step ends, or None in the middle of one."""

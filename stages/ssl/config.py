@@ -31,14 +31,14 @@ from orchestrator.errors import KeyMistakeError, UserError
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
 from orchestrator.names import inside
-from orchestrator.stages.base import Context, Outlook
+from orchestrator.stages.base import Context, PlanContext
 from orchestrator.stages.common import lineage
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, Draws, HomogeneousMixStage, draws_of
 from orchestrator.stages.objective import Objective, OwnObjective
 from orchestrator.stages.ssl.gram import Gram
 
 if TYPE_CHECKING:
-    from orchestrator.data.index import PhotoIndex
+    from orchestrator.data.index import ImageIndex
     from orchestrator.data.sampler import SampleOrder
     from orchestrator.storage.artifacts import Artifact
     from orchestrator.training.job import Job
@@ -261,9 +261,9 @@ class SelfSupervised(HomogeneousMixStage):
         """See :class:`TrainStage`: the model, and each snapshot."""
         return 1 + len(self.snapshot_steps())
 
-    def foresee(self, outlook: Outlook) -> list[UserError]:
+    def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: a Gram teacher that no stage before this one leaves behind."""
-        backbones = [stage for stage in outlook.lineage if isinstance(stage, SelfSupervised)]
+        backbones = [stage for stage in plan_context.lineage if isinstance(stage, SelfSupervised)]
         if self.gram is None or not backbones:
             return []
         known: list[lineage.Snapshot] = []
@@ -353,7 +353,7 @@ class SelfSupervised(HomogeneousMixStage):
         order = partial(self.sample_order, batch_size=self.batch_size, seed=seed)
         return draws_of(context.name, partial(self._checked, order), context.inputs["index"].path)
 
-    def _checked(self, order: Callable[[PhotoIndex], SampleOrder], index: PhotoIndex) -> SampleOrder:
+    def _checked(self, order: Callable[[ImageIndex], SampleOrder], index: ImageIndex) -> SampleOrder:
         """The order of draws from an index that has what this stage looks at."""
         from orchestrator.data.curation.mix import held_out_order
 

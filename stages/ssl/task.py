@@ -26,11 +26,11 @@ from orchestrator.stages.common.nets import (
     on_grid,
     spread_views,
     tune,
-    whole_modules,
+    zero3_leaf_modules,
 )
 from orchestrator.stages.common.terms import Distillation, TargetProbs, centred, with_prototypes
 from orchestrator.stages.objective import StudentOutput
-from orchestrator.stages.ssl.anchor import Verdict, Watch
+from orchestrator.stages.ssl.anchor import AnchorDecision, DenseHealthMonitor
 from orchestrator.stages.ssl.config import ModelRecipe, SelfSupervised
 from orchestrator.training.export import load_export
 from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, Weights
@@ -91,10 +91,10 @@ class SelfSupervisedTask:
             copies=copies,
             lr_scales=learning_rate_scales(student, config.optimizer),
             frozen_steps=frozen_prototypes(config.frozen_prototype_steps),
-            whole=whole_modules(recipe.model),
+            zero3_leaf_modules=zero3_leaf_modules(recipe.model),
         )
         trigger = config.gram.trigger if config.gram else None
-        self.watch = Watch(trigger, self.modules.state, self.gram_health)
+        self.watch = DenseHealthMonitor(trigger, self.modules.state, self.gram_health)
         return self.modules
 
     def prepare_step(self, step: int) -> None:
@@ -165,11 +165,11 @@ class SelfSupervisedTask:
         gram, done = self.config.gram, step + 1
         if gram is None:
             return
-        verdict = self.watch.see(done, figures)
-        if verdict is Verdict.START:
+        verdict = self.watch.update(done, figures)
+        if verdict is AnchorDecision.START:
             logger.info("dense features have decayed: Gram anchoring starts after step %d", done)
         started = self.watch.started
-        if verdict is Verdict.KEEP or (started is not None and gram.updates_at(done - started)):
+        if verdict is AnchorDecision.KEEP or (started is not None and gram.updates_at(done - started)):
             weights.copy_ema("gram", "backbone.")
 
     def _teacher(self, block: BlockTensors, *, first: bool) -> dict[str, Tensor]:

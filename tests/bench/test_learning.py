@@ -22,15 +22,15 @@ from bench.harness import Claim  # noqa: E402
 from bench.learning import collapse, measure, report, sets  # noqa: E402
 from bench.learning.finding import Finding, Question, beats, spread  # noqa: E402
 from bench.learning.lab import Lab, Trained  # noqa: E402
-from orchestrator.data.index import PhotoRow  # noqa: E402
+from orchestrator.data.index import ImageRecord  # noqa: E402
 from orchestrator.errors import UserError  # noqa: E402
 from orchestrator.models import Features  # noqa: E402
 from orchestrator.stages.ssl.pretrain import Pretrain  # noqa: E402
 
 
-def row(number: int, **fields: object) -> PhotoRow:
+def row(number: int, **fields: object) -> ImageRecord:
     sha = f"{number:064x}"
-    return PhotoRow("stamps", f"{number}.png", "", sha, 8, 8, **{"label": "a", **fields})  # type: ignore[arg-type]
+    return ImageRecord("stamps", f"{number}.png", "", sha, 8, 8, **{"label": "a", **fields})  # type: ignore[arg-type]
 
 
 class MeanColour(torch.nn.Module):
@@ -84,7 +84,7 @@ def test_a_cut_out_lies_on_the_photograph_and_not_on_white(tmp_path: Path) -> No
         Image.fromarray(pixels, "RGBA"), tmp_path, tmp_path, "stamps", "red.png", "0", None, "a"
     )
     Image.new("RGB", (60, 50), (0, 0, 90)).save(tmp_path / "photos" / "blue.png")
-    blue = PhotoRow("food", "blue.png", str(tmp_path / "photos"), "1", 60, 50)
+    blue = ImageRecord("food", "blue.png", str(tmp_path / "photos"), "1", 60, 50)
     made = measure.scenes([cut], [blue], 3)
     inside = made.images.transpose(0, 2, 3, 1)[made.masks]
     outside = made.images.transpose(0, 2, 3, 1)[~made.masks]
@@ -104,11 +104,11 @@ def test_knn_votes_with_the_training_pictures_only() -> None:
     which = rng.integers(2, size=30)
     images = (hue[which][:, :, None, None] + rng.integers(-20, 20, (30, 3, 16, 16))).astype(np.uint8)
     labels = ["red" if one == 0 else "green" for one in which]
-    bank = measure.Pictures(images[:20], labels[:20])
-    assert measure.knn(bank, measure.Pictures(images[20:], labels[20:]), MeanColour()) == 1.0  # type: ignore[arg-type]
+    bank = measure.ImageReader(images[:20], labels[:20])
+    assert measure.knn(bank, measure.ImageReader(images[20:], labels[20:]), MeanColour()) == 1.0  # type: ignore[arg-type]
     swapped = ["green" if one == "red" else "red" for one in labels[20:]]
-    assert measure.knn(bank, measure.Pictures(images[20:], swapped), MeanColour()) == 0.0  # type: ignore[arg-type]
-    assert measure.knn_raw(bank, measure.Pictures(images[20:], labels[20:])) == 1.0
+    assert measure.knn(bank, measure.ImageReader(images[20:], swapped), MeanColour()) == 0.0  # type: ignore[arg-type]
+    assert measure.knn_raw(bank, measure.ImageReader(images[20:], labels[20:])) == 1.0
 
 
 def test_patch_score_is_one_for_features_that_tell_and_a_half_for_ones_that_do_not() -> None:
@@ -251,7 +251,7 @@ def test_what_was_trained_once_is_found_again(tmp_path: Path, monkeypatch: pytes
          "crops": {"global_size": 32, "local_size": 16}, "optimizer": {"lr": {"peak": 1e-3}}}
     )  # fmt: skip
     lab = Lab(tmp_path / "runs", (0, 1), False, lambda line: None)
-    index = lab.index([PhotoRow("food", "p.png", str(tmp_path), "0", 8, 8)])
+    index = lab.index([ImageRecord("food", "p.png", str(tmp_path), "0", 8, 8)])
     both = lab.each_seed(lambda seed: lab.train("tower", stage, seed, {"index": index}))
     assert sorted(runs) == [0, 1]
     assert lab.made == 2

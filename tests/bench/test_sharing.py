@@ -20,7 +20,7 @@ from bench._plain import Done, Price
 from bench.harness import UnfairError
 from bench.sharing import arms
 from bench.sharing.watching import Measured
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 
 
 def done(begin: float, step_s: float, steps: int, cpu_share: float = 1.0) -> Done:
@@ -96,9 +96,9 @@ def a_stand(folder: Path) -> arms.Stand:
     rows = []
     for number in range(40):
         cv2.imwrite(str(folder / f"{number}.png"), rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
-        rows.append(PhotoRow("photos", f"{number}.png", str(folder), "", 40, 40))
+        rows.append(ImageRecord("photos", f"{number}.png", str(folder), "", 40, 40))
     (folder / "index").mkdir()
-    PhotoIndex(rows).save(folder / "index")
+    ImageIndex(rows).save(folder / "index")
     return arms.Stand(folder, folder / "index", arms._a_teacher(folder))
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.data.blocks import BlockSource, CaptionBlocks, CropBlocks
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
@@ -22,20 +22,22 @@ _CROPS = CropConfig(global_size=32, local_size=16, num_local=3, gram_size=48)
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> PhotoIndex:
+def index(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for i in range(24):
         Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
     rows = [
-        PhotoRow("s", f"{i:02}.png", str(folder), "", 60, 40, caption=f"photo number {i}" if i < 20 else None)
+        ImageRecord(
+            "s", f"{i:02}.png", str(folder), "", 60, 40, caption=f"photo number {i}" if i < 20 else None
+        )
         for i in range(24)
     ]
-    return PhotoIndex(rows)
+    return ImageIndex(rows)
 
 
 def _blocks(
-    index: PhotoIndex, seed: int = 0, block_size: int = 4, max_unreadable: float = 0.01
+    index: ImageIndex, seed: int = 0, block_size: int = 4, max_unreadable: float = 0.01
 ) -> CropBlocks:
     order = SampleOrder({"all": np.arange(24)}, batch_size=12, seed=seed)
     return CropBlocks(
@@ -49,7 +51,7 @@ def _blocks(
     )
 
 
-def test_arrays_of_a_block(index: PhotoIndex) -> None:
+def test_arrays_of_a_block(index: ImageIndex) -> None:
     source: BlockSource = _blocks(index)
     block = source.load(5, 2)
     assert (block.step, block.index, block.weight, source.num_blocks) == (5, 2, 1.0, 3)
@@ -63,13 +65,13 @@ def test_arrays_of_a_block(index: PhotoIndex) -> None:
     assert np.count_nonzero(block.arrays["masks"].any(-1)) == 4
 
 
-def test_blocks_make_up_the_steps_samples(index: PhotoIndex) -> None:
+def test_blocks_make_up_the_steps_samples(index: ImageIndex) -> None:
     source = _blocks(index)
     drawn = [row for step in range(2) for i in range(3) for row in source.load(step, i).ids]
     assert sorted(drawn) == list(range(24))
 
 
-def test_loading_order_and_history_change_nothing(index: PhotoIndex) -> None:
+def test_loading_order_and_history_change_nothing(index: ImageIndex) -> None:
     one, two = _blocks(index), _blocks(index)
     places = [(step, i) for step in range(3) for i in range(3)]
     forwards = {place: one.load(*place) for place in places}
@@ -80,7 +82,7 @@ def test_loading_order_and_history_change_nothing(index: PhotoIndex) -> None:
             assert np.array_equal(array, backwards[place].arrays[name]), (place, name)
 
 
-def test_steps_blocks_seeds_and_samples_all_draw_anew(index: PhotoIndex) -> None:
+def test_steps_blocks_seeds_and_samples_all_draw_anew(index: ImageIndex) -> None:
     masks = [
         _blocks(index, seed).load(step, i).arrays["masks"].tobytes()
         for seed, step, i in [(0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0)]
@@ -95,7 +97,7 @@ def test_steps_blocks_seeds_and_samples_all_draw_anew(index: PhotoIndex) -> None
     assert len(views) == 12
 
 
-def test_resolution_may_change_by_step(index: PhotoIndex) -> None:
+def test_resolution_may_change_by_step(index: ImageIndex) -> None:
     order = SampleOrder({"all": np.arange(24)}, batch_size=4, seed=0)
     sizes = [32, 64]
     blocks = CropBlocks(
@@ -111,7 +113,7 @@ def test_resolution_may_change_by_step(index: PhotoIndex) -> None:
     assert blocks.load(1, 0).arrays["masks"].shape == (2, 4, 64)
 
 
-def test_sizes_that_do_not_divide(index: PhotoIndex) -> None:
+def test_sizes_that_do_not_divide(index: ImageIndex) -> None:
     order = SampleOrder({"all": np.arange(24)}, batch_size=12, seed=0)
     with pytest.raises(UserError, match="12 samples does not divide into blocks of 5"):
         CropBlocks(index, order, lambda step: _CROPS, patch_size=8, block_size=5, seed=0, max_unreadable=0.01)
@@ -123,7 +125,7 @@ def _encode(caption: str) -> list[int]:
     return [1, *(10 + len(word) for word in caption.split()), 2]
 
 
-def test_caption_blocks(index: PhotoIndex) -> None:
+def test_caption_blocks(index: ImageIndex) -> None:
     order = SampleOrder({"captioned": np.arange(20)}, batch_size=8, seed=0)
     blocks = CaptionBlocks(
         index, order, size=32, block_size=4, seed=0, max_unreadable=0.01, encode=_encode, context=7
@@ -139,7 +141,7 @@ def test_caption_blocks(index: PhotoIndex) -> None:
     assert all(np.array_equal(block.arrays[name], again.arrays[name]) for name in block.arrays)
 
 
-def test_long_captions_keep_their_end_of_text(index: PhotoIndex) -> None:
+def test_long_captions_keep_their_end_of_text(index: ImageIndex) -> None:
     order = SampleOrder({"captioned": np.arange(20)}, batch_size=4, seed=0)
     blocks = CaptionBlocks(
         index, order, size=16, block_size=4, seed=0, max_unreadable=0.01, encode=_encode, context=3
@@ -148,7 +150,7 @@ def test_long_captions_keep_their_end_of_text(index: PhotoIndex) -> None:
     assert blocks.load(0, 0).arrays["lengths"].tolist() == [3] * 4
 
 
-def test_photos_without_captions_are_named(index: PhotoIndex) -> None:
+def test_photos_without_captions_are_named(index: ImageIndex) -> None:
     order = SampleOrder({"all": np.arange(24)}, batch_size=4, seed=0)
     with pytest.raises(UserError, match=r"4 photos have no caption, the first is 20\.png"):
         CaptionBlocks(index, order, size=16, block_size=4, seed=0, max_unreadable=0.01, encode=_encode)
@@ -172,7 +174,7 @@ def _package() -> Path:
 # --- pictures that cannot be read -----------------------------------------------------------------------------------
 
 
-def _losing(index: PhotoIndex, folder: Path, *lost: int) -> PhotoIndex:
+def _losing(index: ImageIndex, folder: Path, *lost: int) -> ImageIndex:
     """The same pictures, some of them damaged since they were indexed."""
     rows = []
     for number in range(len(index)):
@@ -180,7 +182,7 @@ def _losing(index: PhotoIndex, folder: Path, *lost: int) -> PhotoIndex:
         if number in lost:
             (folder / index[number].path).write_bytes(index.path(number).read_bytes()[:60])
         rows.append(replace(index[number], root=str(folder)))
-    return PhotoIndex(rows)
+    return ImageIndex(rows)
 
 
 def _place(source: CropBlocks, row: int) -> tuple[int, int, int]:
@@ -194,7 +196,7 @@ def _place(source: CropBlocks, row: int) -> tuple[int, int, int]:
 
 
 def test_another_photo_stands_for_one_that_cannot_be_read(
-    index: PhotoIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    index: ImageIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = _blocks(index)
     step, number, sample = _place(whole, 7)
@@ -217,7 +219,7 @@ def test_another_photo_stands_for_one_that_cannot_be_read(
     assert (source.take_troubles(), source.take_troubles()) == ([said], [])
 
 
-def test_the_stand_in_is_the_same_on_any_worker(index: PhotoIndex, tmp_path: Path) -> None:
+def test_the_stand_in_is_the_same_on_any_worker(index: ImageIndex, tmp_path: Path) -> None:
     """Blocks are loaded in every order, by sources that met other pictures before."""
     damaged = _losing(index, tmp_path, 2, 11)
     places = [(step, number) for step in range(6) for number in range(3)]
@@ -233,7 +235,7 @@ def test_the_stand_in_is_the_same_on_any_worker(index: PhotoIndex, tmp_path: Pat
                 assert np.array_equal(array, forwards[place].arrays[name])
 
 
-def test_stand_ins_come_from_the_same_component(index: PhotoIndex, tmp_path: Path) -> None:
+def test_stand_ins_come_from_the_same_component(index: ImageIndex, tmp_path: Path) -> None:
     damaged = _losing(index, tmp_path, 0)
     components = {"few": np.arange(4), "many": np.arange(4, 24)}
     order = SampleOrder(components, {"few": 1.0, "many": 1.0}, batch_size=12, seed=0)
@@ -245,7 +247,7 @@ def test_stand_ins_come_from_the_same_component(index: PhotoIndex, tmp_path: Pat
     assert set(replaced) <= {1, 2, 3}
 
 
-def test_too_many_unreadable_photos_end_the_stage_with_their_names(index: PhotoIndex, tmp_path: Path) -> None:
+def test_too_many_unreadable_photos_end_the_stage_with_their_names(index: ImageIndex, tmp_path: Path) -> None:
     source = _blocks(_losing(index, tmp_path, 3, 5, 8), max_unreadable=2 / 24)
     with pytest.raises(UserError) as raised:
         _ = [source.load(step, number) for step in range(8) for number in range(3)]
@@ -255,14 +257,14 @@ def test_too_many_unreadable_photos_end_the_stage_with_their_names(index: PhotoI
     assert "max_unreadable" in said
 
 
-def test_a_folder_that_is_gone_is_one_message(index: PhotoIndex, tmp_path: Path) -> None:
-    gone = PhotoIndex([replace(index[i], root=str(tmp_path / "gone")) for i in range(24)])
+def test_a_folder_that_is_gone_is_one_message(index: ImageIndex, tmp_path: Path) -> None:
+    gone = ImageIndex([replace(index[i], root=str(tmp_path / "gone")) for i in range(24)])
     with pytest.raises(UserError, match=r"8 photos in a row cannot be read.*No such file") as raised:
         _blocks(gone, max_unreadable=1.0).load(0, 0)
     assert raised.value.where == str(tmp_path / "gone")
 
 
-def test_a_stand_in_brings_its_own_caption(index: PhotoIndex, tmp_path: Path) -> None:
+def test_a_stand_in_brings_its_own_caption(index: ImageIndex, tmp_path: Path) -> None:
     damaged = _losing(index, tmp_path, 7)
     order = SampleOrder({"all": np.arange(20)}, batch_size=10, seed=1)
     source = CaptionBlocks(

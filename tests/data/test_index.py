@@ -8,19 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError
 
 _ROWS = [
-    PhotoRow("food", "a/b.jpg", "/photos", "ab" * 32, 30, 20, "Grüne Bohnen", "Vegetables", "balanced", 3),
-    PhotoRow("food", "c.jpg", "/photos", "cd" * 32, 31, 21, None, None, "pool", 0, "food/a/b.jpg"),
-    PhotoRow("food", "d.jpg", "/photos", "ef" * 32, 32, 22, component="balanced"),
+    ImageRecord("food", "a/b.jpg", "/photos", "ab" * 32, 30, 20, "Grüne Bohnen", "Vegetables", "balanced", 3),
+    ImageRecord("food", "c.jpg", "/photos", "cd" * 32, 31, 21, None, None, "pool", 0, "food/a/b.jpg"),
+    ImageRecord("food", "d.jpg", "/photos", "ef" * 32, 32, 22, component="balanced"),
 ]
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    PhotoIndex(_ROWS).save(tmp_path)
-    index = PhotoIndex.load(tmp_path)
+    ImageIndex(_ROWS).save(tmp_path)
+    index = ImageIndex.load(tmp_path)
     assert [index[i] for i in range(len(index))] == _ROWS
     assert index.path(0) == Path("/photos/a/b.jpg")
     assert index.captions == ["Grüne Bohnen", None, None]
@@ -34,7 +34,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_sources_and_what_was_chosen() -> None:
-    index = PhotoIndex([*_ROWS, PhotoRow("web", "e.jpg", "/photos", "01" * 32, 8, 8)])
+    index = ImageIndex([*_ROWS, ImageRecord("web", "e.jpg", "/photos", "01" * 32, 8, 8)])
     assert index.sources == ["food", "web"]
     assert index.rows_from("food").tolist() == [0, 1, 2]
     assert index.rows_from("balanced").tolist() == []
@@ -43,18 +43,18 @@ def test_sources_and_what_was_chosen() -> None:
 
 def test_missing_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no photo index here"):
-        PhotoIndex.load(tmp_path)
+        ImageIndex.load(tmp_path)
 
 
 def test_foreign_table(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [0], "path": ["a"]}), tmp_path / "index.parquet")
     with pytest.raises(UserError, match="is missing the columns source, root"):
-        PhotoIndex.load(tmp_path)
+        ImageIndex.load(tmp_path)
 
 
 def test_photos_that_were_moved_are_where_the_pipeline_file_says(tmp_path: Path) -> None:
-    PhotoIndex([*_ROWS, PhotoRow("other", "x.jpg", "/other", "", 1, 1)]).save(tmp_path)
-    index = PhotoIndex.load(tmp_path, {"food": "/mnt/new", "unused": "/nowhere"})
+    ImageIndex([*_ROWS, ImageRecord("other", "x.jpg", "/other", "", 1, 1)]).save(tmp_path)
+    index = ImageIndex.load(tmp_path, {"food": "/mnt/new", "unused": "/nowhere"})
     assert index.path(0) == Path("/mnt/new/a/b.jpg")
     assert index[0].root == "/mnt/new"
     assert index.path(3) == Path("/other/x.jpg")
@@ -62,14 +62,14 @@ def test_photos_that_were_moved_are_where_the_pipeline_file_says(tmp_path: Path)
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.jpg", "a/../../x.jpg", "a\0.jpg"])
 def test_names_in_an_index_do_not_lead_out_of_the_folder(tmp_path: Path, path: str) -> None:
-    PhotoIndex([PhotoRow("food", path, "/photos", "", 1, 1)]).save(tmp_path)
+    ImageIndex([ImageRecord("food", path, "/photos", "", 1, 1)]).save(tmp_path)
     with pytest.raises(UserError, match="names a file outside its folder"):
-        PhotoIndex.load(tmp_path)
+        ImageIndex.load(tmp_path)
 
 
 @pytest.mark.parametrize("text", [b"", b"PAR1garbagePAR1", b"\xff" * 100])
 def test_a_damaged_table_is_one_message(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "index.parquet").write_bytes(text)
     with pytest.raises(UserError, match="cannot be read") as caught:
-        PhotoIndex.load(tmp_path)
+        ImageIndex.load(tmp_path)
     assert "\n" not in caught.value.what

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 
 LAB = Path(__file__).with_name("lab.py")
 HEADS = {
@@ -62,9 +62,9 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cv2.imwrite(str(root / f"{number:02}.png"), pixels)
         source = "fine" if number % 3 == 0 else "photos"
         component = "balanced" if number % 2 else "pool"
-        rows.append(PhotoRow(source, f"{number:02}.png", str(root), "", 80, 60, component=component))
+        rows.append(ImageRecord(source, f"{number:02}.png", str(root), "", 80, 60, component=component))
     folder = tmp_path_factory.mktemp("index")
-    PhotoIndex(rows).save(folder)
+    ImageIndex(rows).save(folder)
     return folder
 
 

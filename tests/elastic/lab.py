@@ -30,8 +30,8 @@ from orchestrator.storage.local import LocalStore
 from orchestrator.training import loop
 from orchestrator.training.checkpoint import reader, shard_file, storage
 from orchestrator.training.checkpoint.partition import gather
-from orchestrator.training.checkpoint.reader import CheckpointError, Target, newest, restore
-from orchestrator.training.checkpoint.writer import Saver
+from orchestrator.training.checkpoint.reader import CheckpointError, CheckpointStorage, newest, restore
+from orchestrator.training.checkpoint.writer import CheckpointWriter
 from orchestrator.training.engine import Engine
 from orchestrator.training.task import Modules
 from orchestrator.training.zero import import_deepspeed
@@ -98,18 +98,20 @@ def everything(engine: Engine) -> dict[str, Tensor]:
     return whole
 
 
-def make_target(spec: Spec) -> Target:
+def make_target(spec: Spec) -> CheckpointStorage:
     folder = Path(spec["folder"])
     if spec.get("own_disks"):  # each worker on a machine of its own
         folder = folder / f"machine-{dist.get_rank()}"
     return (
-        Target(folder, LocalStore(spec["store"]), "job/checkpoints") if spec.get("store") else Target(folder)
+        CheckpointStorage(folder, LocalStore(spec["store"]), "job/checkpoints")
+        if spec.get("store")
+        else CheckpointStorage(folder)
     )
 
 
-def make_saver(spec: Spec, where: Target) -> Saver:
+def make_saver(spec: Spec, where: CheckpointStorage) -> CheckpointWriter:
     token = reader.share(where.take() if dist.get_rank() == 0 else None)
-    return Saver(
+    return CheckpointWriter(
         where,
         token=token,
         keep=spec.get("keep", 2),
@@ -118,7 +120,7 @@ def make_saver(spec: Spec, where: Target) -> Saver:
     )
 
 
-def save_now(writer: Saver, engine: Engine, step: int) -> None:
+def save_now(writer: CheckpointWriter, engine: Engine, step: int) -> None:
     writer.begin(engine, step)
     writer.wait()
     dist.barrier()
@@ -225,9 +227,9 @@ def killed(spec: Spec) -> Any:
     module, name, calls = {
         "data": (shard_file, "_pieces", 0),
         "sync": (shard_file.os, "fsync", 0),
-        "part": (storage.Target, "put", 0),
+        "part": (storage.CheckpointStorage, "put", 0),
         "manifest": (storage.os, "link", 0),
-        "prune": (storage.Target, "_remove", 1),
+        "prune": (storage.CheckpointStorage, "_remove", 1),
     }[spec["at"]]
     _die_at(module, name, calls)
     save_now(writer, engine, 2)
@@ -328,7 +330,7 @@ def gone_store(spec: Spec) -> Any:
 
     engine = make_engine(spec)
     train(engine, 1)
-    where = Target(make_target(spec).folder, Failing(spec["store"]), "job/checkpoints")
+    where = CheckpointStorage(make_target(spec).folder, Failing(spec["store"]), "job/checkpoints")
     writer = make_saver(spec, where)
     save_now(writer, engine, 1)
     writer.begin(engine, 2)

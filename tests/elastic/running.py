@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from orchestrator.elastic import trainer
-from orchestrator.elastic.time_accounting import Goodput
+from orchestrator.elastic.time_accounting import TimeAccounting
 from orchestrator.tracking.run import NullRun
 from orchestrator.training.job import Job
 
@@ -63,12 +63,12 @@ class Running:
         newest = max(self.run.history("goodput"), key=lambda record: record["step"], default=None)
         return int(newest["metrics"]["workers"]) if newest else 0
 
-    def finish(self) -> Goodput:
+    def finish(self) -> TimeAccounting:
         self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive(), self.lines
         if self.error is not None:
             raise self.error
-        return Goodput.load(self.job.work / "goodput.json")
+        return TimeAccounting.load(self.job.work / "goodput.json")
 
     def weights(self) -> dict[str, np.ndarray]:
         """Of its last export."""

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.elastic.channel import Wire, pack, unpack
+from orchestrator.elastic.channel import Channel, pack, unpack
 
 
 def test_messages_come_whole_and_in_order_from_many_threads() -> None:
-    left, right = Wire.pair()
+    left, right = Channel.pair()
     payload = os.urandom(3_000_000)
 
     def send(sender: int) -> None:
@@ -35,7 +35,7 @@ def test_messages_come_whole_and_in_order_from_many_threads() -> None:
 
 
 def test_a_torn_message_is_the_end() -> None:
-    left, right = Wire.pair()
+    left, right = Channel.pair()
     left.socket.sendall(b"\0\0\0\x10\0\0\0\0\0\0\0\0{")
     left.close()
     assert right.receive() is None
@@ -51,7 +51,7 @@ def test_arrays_pass_through_shared_memory_that_leaves_nothing_behind() -> None:
         "flag": np.array(True),
     }
     before = set(Path("/dev/shm").iterdir())
-    left, right = Wire.pair()
+    left, right = Channel.pair()
     fd, layout = pack(arrays)
     left.send({"layout": layout}, fd=fd)
     os.close(fd)

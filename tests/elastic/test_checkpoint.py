@@ -27,7 +27,7 @@ from orchestrator.training.checkpoint.inspect import describe, describe_all
 from orchestrator.training.checkpoint.reader import (
     COMMIT,
     CheckpointError,
-    Target,
+    CheckpointStorage,
     latest,
     newest,
     overlaps,
@@ -65,7 +65,7 @@ def assert_same(left: Path, right: Path) -> None:
 def best(folder: Path) -> int | None:
     """The step that both the single-process and the collective way find, which must agree."""
     alone = latest(folder)
-    together = newest(Target(folder), 0, 1, bool)
+    together = newest(CheckpointStorage(folder), 0, 1, bool)
     steps = [found.step if found else None for found in (alone, together)]
     assert steps[0] == steps[1]
     return steps[0]
@@ -112,7 +112,7 @@ def test_workers_fetch_only_what_they_read(group: Group, tmp_path: Path) -> None
     group("save", 4, folder=tmp_path / "mine", store=store, own_disks=True, steps=[1, 2, 3, 4], truth=truth)
     kept = sorted(path.parent.parent.name for path in (tmp_path / "mine").glob("machine-0/*/*/*.safetensors"))
     assert kept == ["step-00000003", "step-00000004"], "local copies are pruned like the store"
-    assert Target(tmp_path, LocalStore(store), "job/checkpoints").committed() == [4, 3]
+    assert CheckpointStorage(tmp_path, LocalStore(store), "job/checkpoints").committed() == [4, 3]
 
     result = tmp_path / "result.safetensors"
     found = group(
@@ -126,7 +126,7 @@ def test_workers_fetch_only_what_they_read(group: Group, tmp_path: Path) -> None
 
     # A local copy that is bad is fetched anew, one that is good is not; a store that lost a file is seen.
     mine = tmp_path / "mine" / "machine-0"
-    where = Target(mine, LocalStore(store), "job/checkpoints")
+    where = CheckpointStorage(mine, LocalStore(store), "job/checkpoints")
     copy = mine / files[0]
     copy.write_bytes(copy.read_bytes()[:-1] + b"!")
     before = copy.stat().st_mtime_ns
@@ -231,7 +231,7 @@ def test_trouble_is_no_damage(tmp_path: Path) -> None:
     store.put_bytes(f"x/step-00000003/{COMMIT}", b"{}")
     for kind, said in ((Gone, "cannot be listed: ConnectionError: no route"), (Half, "3 cannot be reached")):
         with pytest.raises(CheckpointError, match=said):
-            newest(Target(tmp_path / "here", kind(tmp_path / "store"), "x"), 0, 1, bool)
+            newest(CheckpointStorage(tmp_path / "here", kind(tmp_path / "store"), "x"), 0, 1, bool)
 
 
 @pytest.mark.parametrize("at", ["data", "sync", "part", "manifest", "prune"])
@@ -306,7 +306,7 @@ def test_training_goes_on_while_a_file_is_written(group: Group, tmp_path: Path) 
 def test_pruning(group: Group, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     group("save", 2, folder=folder, steps=[2, 5, 7, 10, 11, 15, 16, 17], keep=2, keep_every=5)
-    assert Target(folder).committed() == [17, 16, 15, 10, 5]
+    assert CheckpointStorage(folder).committed() == [17, 16, 15, 10, 5]
     assert sorted(path.name for path in folder.glob("step-*")) == [
         f"step-{step:08d}" for step in (5, 10, 15, 16, 17)
     ]
@@ -315,13 +315,13 @@ def test_pruning(group: Group, tmp_path: Path) -> None:
         next((folder / f"step-{step:08d}").rglob("*.safetensors")).write_bytes(b"")
     assert best(folder) == 15
     group("save", 1, folder=folder, steps=[16], keep=2)
-    assert Target(folder).committed() == [16, 15]
+    assert CheckpointStorage(folder).committed() == [16, 15]
     assert best(folder) == 16
     assert verified(folder / "step-00000016").token == "a0002"
 
 
 def test_pruning_spares_what_may_be_alive(tmp_path: Path) -> None:
-    where = Target(tmp_path)
+    where = CheckpointStorage(tmp_path)
 
     def shard(step: int, token: str) -> Path:
         path = tmp_path / f"step-{step:08d}" / token / "shard-00001-of-00001.safetensors"
@@ -401,7 +401,7 @@ def test_a_manifest_that_cannot_be_is_named_at_once(change: dict[str, object], s
 
 @pytest.mark.parametrize("text", ["", "garbage", "[]", '{"token": 7}', '{"token": "../x"}', "[" * 20_000])
 def test_a_damaged_owner_is_told_by_the_newest_groups_files(tmp_path: Path, text: str) -> None:
-    target = Target(tmp_path)
+    target = CheckpointStorage(tmp_path)
     assert target.take() == "a0001"
     (tmp_path / "step-00000001" / "a0007").mkdir(parents=True)
     (tmp_path / "step-00000001" / "a0007" / "shard-00001-of-00001.safetensors").write_text("x")

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster
 from orchestrator.elastic.controller_host import hosts
-from orchestrator.elastic.time_accounting import Goodput
+from orchestrator.elastic.time_accounting import TimeAccounting
 from orchestrator.errors import Stopped, UserError
 from tools.market import SpotMarket
 
@@ -165,7 +165,7 @@ def test_an_exception_in_the_task_ends_the_job_with_it_on_top(machines: SpotMark
     running = Running(job)
     with pytest.raises(RuntimeError, match="failing failed: ValueError: no good at step 9"):
         running.finish()
-    account = Goodput.load(job.work / "goodput.json")
+    account = TimeAccounting.load(job.work / "goodput.json")
     assert account.counts.get("preemptions", 0) == 0
     assert account.counts["failures"] == 3, "one that passed, and the same one twice"
 

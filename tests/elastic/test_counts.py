@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from orchestrator.elastic.channel import Wire
+from orchestrator.elastic.channel import Channel
 from orchestrator.training.job import Job
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,13 +34,13 @@ class ForkServer:
     """Forks groups of workers and plays the controller for them."""
 
     def __init__(self) -> None:
-        ours, theirs = Wire.pair()
+        ours, theirs = Channel.pair()
         fd = theirs.socket.fileno()
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-m", "orchestrator.elastic.forkserver", str(fd)]
         self.process = subprocess.Popen(command, pass_fds=(fd,), env={**env, "OMP_NUM_THREADS": "1"})
         theirs.close_here()
-        self.wire = ours
+        self.channel = ours
         message = ours.receive()
         assert message is not None
         assert message.body["kind"] == "warm"
@@ -49,8 +49,8 @@ class ForkServer:
         """Train until the end, or for `steps` steps; figures by step."""
         wires = []
         for _ in range(world):
-            ours, theirs = Wire.pair()
-            self.wire.send({}, fd=theirs.socket.fileno())
+            ours, theirs = Channel.pair()
+            self.channel.send({}, fd=theirs.socket.fileno())
             theirs.close_here()
             wires.append(ours)
         figures: dict[int, dict[str, float]] = {}
@@ -75,9 +75,9 @@ class ForkServer:
         for thread in threads:
             thread.start()
         common = {"mtbf_s": 3600.0, "stall_timeout_s": 60.0, "proxied": False, "num_blocks": job.num_blocks}
-        for rank, wire in enumerate(wires):
+        for rank, channel in enumerate(wires):
             attempt = {"rank": rank, "world": world, "token": token, "host": "127.0.0.1"}
-            wire.send({"op": "begin", **common, **attempt}, pickle.dumps(job))
+            channel.send({"op": "begin", **common, **attempt}, pickle.dumps(job))
         for thread in threads:
             thread.join(120)
         assert all(end is not None and end["how"] in ("done", "stopped") for end in ends), ends
@@ -88,7 +88,7 @@ class ForkServer:
 def forkserver() -> Iterator[ForkServer]:
     forkserver = ForkServer()
     yield forkserver
-    forkserver.wire.close()
+    forkserver.channel.close()
     forkserver.process.wait(30)
 
 

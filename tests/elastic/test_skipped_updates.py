@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.pipeline.checkpoint_table import print_checkpoints
 from orchestrator.stages.common.crops import crop_blocks
 from orchestrator.stages.ssl.config import ModelRecipe
@@ -40,7 +40,7 @@ def checkpoint(work: Path, step: int) -> Path:
 def samples(index: Path, step: int, block: int) -> list[int]:
     """The ids of a block, from the dataset itself."""
     config, recipe = Pretrain.model_validate(CONFIG), ModelRecipe.model_validate(RECIPE)
-    assert len(PhotoIndex.load(index)) == 40
+    assert len(ImageIndex.load(index)) == 40
     return [int(row) for row in crop_blocks(config, recipe, index, 7).load(step, block).ids]
 
 

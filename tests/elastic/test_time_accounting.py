@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.elastic.time_accounting import Goodput, Recovery
+from orchestrator.elastic.time_accounting import Recovery, TimeAccounting
 
 
 def test_a_story_with_a_loss_and_a_wait() -> None:
-    goodput = Goodput()
+    goodput = TimeAccounting()
     goodput.begin(100.0)
     goodput.resumed(0)
     goodput.stepped(1, 2.0, 0.0, 112.0)  # start-up ends where the first step begins
@@ -22,8 +22,8 @@ def test_a_story_with_a_loss_and_a_wait() -> None:
     goodput.stepped(4, 2.0, 0.0, 118.5)
     assert goodput.figures(118.75)["seconds_useful"] == 8.25, "the step that runs counts, for now"
     goodput.ended(False, 119.0)  # lost in the middle of step 5
-    goodput.become("waiting", 120.0)
-    goodput.become("restart", 130.0)
+    goodput.enter("waiting", 120.0)
+    goodput.enter("restart", 130.0)
     goodput.resumed(2)
     goodput.stepped(3, 2.0, 0.0, 135.0)
     goodput.stepped(4, 2.0, 0.0, 137.0)
@@ -43,19 +43,19 @@ def test_a_story_with_a_loss_and_a_wait() -> None:
 def test_a_killed_driver_costs_its_absence_and_a_stopped_one_nothing(tmp_path: Path) -> None:
     path = tmp_path / "account.json"
     for stopped, restart in ((False, 50.0), (True, 0.0)):
-        goodput = Goodput()
+        goodput = TimeAccounting()
         goodput.begin(0.0)
         goodput.stepped(1, 1.0, 0.0, 5.0)
         goodput.ended(True, 10.0)
         goodput.stopped = stopped
         goodput.recoveries.append(Recovery("a", False, 1.0, 2.0, marks={"joined": 3.0}))
         goodput.save(path)
-        again = Goodput.load(path)
+        again = TimeAccounting.load(path)
         again.begin(60.0)
         assert again.figures(60.0)["seconds_restart"] == restart
         assert again.recoveries == goodput.recoveries
     path.write_text("{torn")
-    assert Goodput.load(path) == Goodput()
+    assert TimeAccounting.load(path) == TimeAccounting()
 
 
 STORY = st.lists(
@@ -68,7 +68,7 @@ STORY = st.lists(
 
 @given(STORY)
 def test_seconds_by_cause_add_up_to_all_seconds(story: list[tuple[str, float]]) -> None:
-    goodput, now, step, saved = Goodput(), 1000.0, 0, 0
+    goodput, now, step, saved = TimeAccounting(), 1000.0, 0, 0
     goodput.begin(now)
     for what, seconds in story:
         now += seconds
@@ -84,7 +84,7 @@ def test_seconds_by_cause_add_up_to_all_seconds(story: list[tuple[str, float]]) 
             goodput.ended(seconds > 50, now)
             step = saved
         elif goodput.state != "training":
-            goodput.become("waiting" if what == "wait" else "restart", now)
+            goodput.enter("waiting" if what == "wait" else "restart", now)
     figures = goodput.figures(now)
     parts = [
         value for name, value in figures.items() if name.startswith("seconds_") and name != "seconds_total"
@@ -102,6 +102,6 @@ def test_a_damaged_account_begins_anew_and_says_so(
 ) -> None:
     path = tmp_path / "goodput.json"
     path.write_text(text)
-    assert Goodput.load(path) == Goodput()
+    assert TimeAccounting.load(path) == TimeAccounting()
     assert str(path) in caplog.text
-    assert Goodput.load(tmp_path / "none") == Goodput()
+    assert TimeAccounting.load(tmp_path / "none") == TimeAccounting()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from orchestrator.data.blocks import Block
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.elastic.channel import Message
 from orchestrator.elastic.worker import SlotBlocks
 from orchestrator.elastic.worker_slot import WorkerSlot
@@ -36,7 +36,7 @@ def damaged(index: Path, tmp_path: Path) -> Path:
     """The index, three of whose photos were damaged since."""
     photos, rows = tmp_path / "photos", []
     photos.mkdir()
-    whole = PhotoIndex.load(index)
+    whole = ImageIndex.load(index)
     for number in range(len(whole)):
         row = whole[number]
         shutil.copy(Path(row.root) / row.path, photos / row.path)
@@ -45,7 +45,7 @@ def damaged(index: Path, tmp_path: Path) -> Path:
         rows.append(replace(row, root=str(photos)))
     folder = tmp_path / "damaged"
     folder.mkdir()
-    PhotoIndex(rows).save(folder)
+    ImageIndex(rows).save(folder)
     return folder
 
 
@@ -112,9 +112,9 @@ def test_students_hear_of_what_their_teachers_and_slots_met(monkeypatch: pytest.
     def answer(step: int, index: int) -> Message:
         """What the slot sends."""
         sent: list[Message] = []
-        wire = Mock(send=lambda body, fd: sent.append(Message(body, fd=os.dup(fd))))
+        channel = Mock(send=lambda body, fd: sent.append(Message(body, fd=os.dup(fd))))
         request = Message({"step": step, "index": index})
-        WorkerSlot._load(Mock(), source, wire, request)
+        WorkerSlot._load(Mock(), source, channel, request)
         return sent[0]
 
     block = SlotBlocks(Mock(load=answer), 3).load(0, 1)

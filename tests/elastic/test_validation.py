@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.elastic.run_monitor import RunMonitor
 
 from .conftest import RECIPE, RunJob
@@ -32,9 +32,9 @@ HELD_OUT = range(34, 40)
 @pytest.fixture
 def split(index: Path, tmp_path: Path) -> Path:
     """The index with six photos held out."""
-    whole, folder = PhotoIndex.load(index), tmp_path / "split"
+    whole, folder = ImageIndex.load(index), tmp_path / "split"
     folder.mkdir()
-    PhotoIndex(
+    ImageIndex(
         [
             replace(whole[row], component="held_out" if row in HELD_OUT else "balanced")
             for row in range(len(whole))
@@ -95,12 +95,12 @@ def test_they_are_looked_at_without_drop_path(run_job: RunJob, split: Path, tmp_
 def test_one_that_cannot_be_read_is_told_and_counts(
     run_job: RunJob, split: Path, tmp_path: Path, world: int
 ) -> None:
-    whole, folder = PhotoIndex.load(split), tmp_path / "lost"
+    whole, folder = ImageIndex.load(split), tmp_path / "lost"
     folder.mkdir()
     lost = HELD_OUT[2]
     rows = [whole[number] for number in range(len(whole))]
     rows[lost] = replace(rows[lost], path="gone.png")
-    PhotoIndex(rows).save(folder)
+    ImageIndex(rows).save(folder)
     config = {**CONFIG, "validate_every": 2, "max_unreadable": 1.0}
     common = {"config": config, "index": folder, "spikes": {}}
     done = run_job(tmp_path / "one", world, max_unreadable=1, **common)

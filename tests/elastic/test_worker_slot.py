@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from orchestrator.elastic import worker_slot
-from orchestrator.elastic.channel import Wire
+from orchestrator.elastic.channel import Channel
 from orchestrator.elastic.worker_group import _BoundedRay
 from orchestrator.elastic.worker_slot import WorkerSlot
 
@@ -57,15 +57,15 @@ def test_a_message_that_overtakes_begin_is_not_the_workers_first(
     slot: WorkerSlot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The token fits before the worker has its job: what is sent then has to wait for it."""
-    real, begins = Wire.send, threading.Event()
+    real, begins = Channel.send, threading.Event()
 
-    def late(wire: Wire, body: Mapping[str, Any], payload: bytes = b"", fd: int | None = None) -> None:
+    def late(wire: Channel, body: Mapping[str, Any], payload: bytes = b"", fd: int | None = None) -> None:
         if body.get("op") == "begin":
             begins.set()
             time.sleep(0.5)
         real(wire, body, payload, fd)
 
-    monkeypatch.setattr(Wire, "send", late)
+    monkeypatch.setattr(Channel, "send", late)
     job = tiny_job(tmp_path / "overtaken", 50, 1)
     begin = threading.Thread(
         target=slot.begin, args=(attempt("first", job.num_blocks), pickle.dumps(job.for_workers()), None)

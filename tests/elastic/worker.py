@@ -54,7 +54,7 @@ class Recorder:
         assert self.may_have_troubles, what
         self.troubles.append(what)
 
-    def yield_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         self.done += 1
         return self.stop_after is not None and self.done >= self.stop_after
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
 from orchestrator.config.schema import DataSource, Elastic
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.elastic import trainer
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Context, Stage
@@ -88,7 +88,7 @@ def prepare(folder: Path) -> None:
     index = inputs.index(folder / "curate", photos)
     inputs.backbone(folder / "pretrain")
     tower = inputs.students(folder / "distill") / "students" / "small" / "model"
-    captions = [str(row.caption) for row in PhotoIndex.load(index)]
+    captions = [str(row.caption) for row in ImageIndex.load(index)]
     inputs.text(folder / "align_text", tower, captions, _TEXT)
     inputs.evaluation(folder / "evaluate")
 
@@ -165,7 +165,7 @@ class _Reports:
     def trouble(self, what: str) -> None:
         raise AssertionError(what)
 
-    def yield_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         return False
 
 
@@ -237,7 +237,7 @@ def _weights(folder: Path) -> Numbers:
 
 
 def _curated(out: Path) -> Numbers:
-    index = PhotoIndex.load(out)
+    index = ImageIndex.load(out)
     report = json.loads((out / "report.json").read_text())
     found = {f"photo {row}/cluster": float(index[row].cluster) for row in range(len(index))}
     found |= {f"photo {row}/balanced": float(index[row].component == "balanced") for row in range(len(index))}

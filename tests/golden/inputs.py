@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from orchestrator.config.schema import Optimizer
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.stages.common import lineage
-from orchestrator.stages.common.nets import HeadedBackbone, whole_modules
+from orchestrator.stages.common.nets import HeadedBackbone, zero3_leaf_modules
 from orchestrator.stages.ssl.config import Heads, ModelRecipe
 from orchestrator.training.checkpoint import reader
 from orchestrator.training.checkpoint.storage import Target
@@ -67,9 +67,9 @@ def index(folder: Path, photos: Path) -> Path:
     folder.mkdir()
     with (photos / "captions.csv").open() as file:
         notes = list(csv.DictReader(file))
-    PhotoIndex(
+    ImageIndex(
         [
-            PhotoRow(
+            ImageRecord(
                 "photos", note["file"], str(photos), "", _SIZE[1], _SIZE[0], caption=note["caption"],
                 label=note["label"], component="balanced" if number % 2 == 0 else "pool",
             )
@@ -125,7 +125,7 @@ def backbone(folder: Path) -> Path:
 
 def _checkpoint(folder: Path, net: nn.Module, ema: nn.Module) -> None:
     optimizer = Optimizer.model_validate({"lr": {"peak": 1e-3}})
-    modules = Modules(net, ema=ema, whole=whole_modules(RECIPE.model))
+    modules = Modules(net, ema=ema, zero3_leaf_modules=zero3_leaf_modules(RECIPE.model))
     engine = Engine(modules, optimizer, zero_stage=3, precision="fp32", num_blocks=1)
     weights = {shard.name: shard.data.clone() for shard in engine.master()}
     moments = {

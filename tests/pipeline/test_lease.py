@@ -48,7 +48,7 @@ def hold_until_told(
     try:
         with contextlib.ExitStack() as stack:
             pipe.recv()
-            leases = [stack.enter_context(own.hold(name, f"thing {name}", above=0)) for name in names]
+            held = [stack.enter_context(own.hold(name, f"thing {name}", above=0)) for name in names]
             pipe.send("held")
             while pipe.recv() == "check":
                 held[0].check()

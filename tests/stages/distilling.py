@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import torch
 
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.views import CropConfig
 from orchestrator.stages.common.crops import StepViews
 from orchestrator.stages.distill.config import Distill
@@ -38,9 +38,9 @@ def photographs(folder: Path, count: int, size: tuple[int, int], kind: str, seed
     for number in range(count):
         pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), size)
         cv2.imwrite(str(folder / f"{number}.{kind}"), pixels)
-        rows.append(PhotoRow("photos", f"{number}.{kind}", str(folder), "", *size))
+        rows.append(ImageRecord("photos", f"{number}.{kind}", str(folder), "", *size))
     (folder / "index").mkdir()
-    PhotoIndex(rows).save(folder / "index")
+    ImageIndex(rows).save(folder / "index")
     return folder / "index"
 
 

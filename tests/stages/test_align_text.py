@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import BertConfig, BertModel
 
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, normalise, save_pretrained
 from orchestrator.pipeline.cache_key import key_parts
@@ -398,14 +398,14 @@ def test_what_a_given_file_holds_is_the_key_and_not_where_it_lies(tmp_path: Path
 # --- data ---------------------------------------------------------------------------------------------------
 
 
-def photo_index(folder: Path, captions: list[str | None]) -> PhotoIndex:
+def photo_index(folder: Path, captions: list[str | None]) -> ImageIndex:
     rows = []
     for number, caption in enumerate(captions):
         name = f"{number}.png"
         cv2.imwrite(str(folder / name), np.full((20, 24, 3), 20 * number, np.uint8))
         component = "balanced" if number % 2 else "pool"
-        rows.append(PhotoRow("photos", name, str(folder), "0", 24, 20, caption, None, component))
-    index = PhotoIndex(rows)
+        rows.append(ImageRecord("photos", name, str(folder), "0", 24, 20, caption, None, component))
+    index = ImageIndex(rows)
     index.save(folder)
     return index
 

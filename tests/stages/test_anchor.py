@@ -19,7 +19,7 @@ from orchestrator.objectives.gram import gram_loss
 from orchestrator.stages.common import lineage
 from orchestrator.stages.common.lineage import Health, Lineage, Snapshot
 from orchestrator.stages.common.nets import HeadedBackbone
-from orchestrator.stages.ssl.anchor import Verdict, Watch
+from orchestrator.stages.ssl.anchor import AnchorDecision, DenseHealthMonitor
 from orchestrator.stages.ssl.config import Heads, ModelRecipe
 from orchestrator.stages.ssl.gram import DenseHealth, Gram
 from orchestrator.stages.ssl.gram_anchor import GramAnchor
@@ -45,11 +45,11 @@ def watched(
     trigger: DenseHealth, script: list[tuple[float, float]], mark: Health | None = None
 ) -> dict[int, str]:
     """What a watch says, by step, where it says anything."""
-    watch = Watch(trigger, {}, mark)
+    watch = DenseHealthMonitor(trigger, {}, mark)
     said = {}
     for done, (cosine, locality) in enumerate(script, 1):
-        verdict = watch.see(done, {"cls_patch_cosine": cosine, "patch_locality": locality, "loss": 1.0})
-        if verdict is not Verdict.GO_ON:
+        verdict = watch.update(done, {"cls_patch_cosine": cosine, "patch_locality": locality, "loss": 1.0})
+        if verdict is not AnchorDecision.GO_ON:
             said[done] = verdict.name
     return said
 
@@ -94,8 +94,8 @@ def test_all_it_knows_is_in_its_state() -> None:
     """Cut at every step, and gone on with by a watch of its own, as after a crash."""
     script = both(WORSE, GOOD, WORSE, BAD, GOOD)
     whole: dict[str, float] = {}
-    watch = Watch(TRIGGER, whole, None)
-    verdicts = [watch.see(done, _figures(step)) for done, step in enumerate(script, 1)]
+    watch = DenseHealthMonitor(TRIGGER, whole, None)
+    verdicts = [watch.update(done, _figures(step)) for done, step in enumerate(script, 1)]
     for cut in range(len(script)):
         state: dict[str, float] = {}
         said = []
@@ -103,16 +103,16 @@ def test_all_it_knows_is_in_its_state() -> None:
             if done == cut + 1:
                 before = dict(state)
                 state = {}
-                restored = Watch(TRIGGER, state, Health(cosine=0, locality=1))
+                restored = DenseHealthMonitor(TRIGGER, state, Health(cosine=0, locality=1))
                 state.clear()
                 state.update(before)
             else:
-                restored = Watch(TRIGGER, state, None)
-            said.append(restored.see(done, _figures(step)))
+                restored = DenseHealthMonitor(TRIGGER, state, None)
+            said.append(restored.update(done, _figures(step)))
         assert said == verdicts
         assert state == whole
-    assert verdicts[7] is Verdict.START
-    assert verdicts[8:] == [Verdict.GO_ON] * 2, "it starts once"
+    assert verdicts[7] is AnchorDecision.START
+    assert verdicts[8:] == [AnchorDecision.GO_ON] * 2, "it starts once"
 
 
 def _figures(step: tuple[float, float]) -> dict[str, float]:

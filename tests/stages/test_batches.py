@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.stages.common.crops import crop_blocks
 from orchestrator.stages.ssl.high_res import HighRes
 from orchestrator.stages.ssl.pretrain import Pretrain
@@ -32,9 +32,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source, component = ("fine", "pool") if number < 12 else ("photos", "balanced")
         if number >= 20:
             component = "seeds"
-        rows.append(PhotoRow(source, f"{number:02}.png", str(root), "", 32, 24, component=component))
+        rows.append(ImageRecord(source, f"{number:02}.png", str(root), "", 32, 24, component=component))
     folder = tmp_path_factory.mktemp("index")
-    PhotoIndex(rows).save(folder)
+    ImageIndex(rows).save(folder)
     return folder
 
 
@@ -45,7 +45,7 @@ def test_a_tenth_of_the_batches_is_of_one_source(photos: Path) -> None:
         | {"crops": {"global_size": 8, "local_size": 8, "num_local": 0}}
     )
     source = crop_blocks(config, RECIPE, photos, 3)
-    index = PhotoIndex.load(photos)
+    index = ImageIndex.load(photos)
     special = set(index.rows_from("fine").tolist())
     kinds, seen = [], Counter[int]()
     for step in range(40):
@@ -66,12 +66,12 @@ def test_blocks_are_made_of_photos_that_were_moved(photos: Path, tmp_path: Path)
         | {"crops": {"global_size": 8, "local_size": 8, "num_local": 0}}
     )
     before = crop_blocks(config, RECIPE, photos, 3).load(0, 0)
-    there = Path(PhotoIndex.load(photos)[0].root)
+    there = Path(ImageIndex.load(photos)[0].root)
     shutil.copytree(there, tmp_path / "new")
     shutil.copytree(photos, tmp_path / "index")
-    index = PhotoIndex.load(photos)
+    index = ImageIndex.load(photos)
     rows = [replace(index[row], root="/nowhere") for row in range(len(index))]
-    PhotoIndex(rows).save(tmp_path / "index")
+    ImageIndex(rows).save(tmp_path / "index")
     after = crop_blocks(config, RECIPE, tmp_path / "index", 3, roots={"photos": str(tmp_path / "new")}).load(
         0, 0
     )

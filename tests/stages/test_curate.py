@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from orchestrator.config.schema import DataSource, Elastic
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context
 from orchestrator.stages.curate.config import Curate
@@ -88,7 +88,7 @@ def test_everything_is_found_and_accounted_for(photos: Path, tmp_path: Path) -> 
     assert summary == {"images": 36, "unique": 30, "corrupt": 2, "duplicates": 4, "clusters": 4}
     assert {path.name for path in context.out.iterdir()} == set(stage.outputs)
 
-    index = PhotoIndex.load(context.out)
+    index = ImageIndex.load(context.out)
     assert len(index) == 30
     assert index.rows_of("balanced").size == 16
     assert index.rows_of("pool").size == 14
@@ -116,7 +116,7 @@ def test_everything_is_found_and_accounted_for(photos: Path, tmp_path: Path) -> 
 def test_clusters_follow_looks_and_small_ones_are_taken_whole(photos: Path, tmp_path: Path) -> None:
     context = _context(tmp_path, photos=_source(photos))
     Curate(kind="curate", data="photos", clusters=4, sample=16).run(context)
-    index = PhotoIndex.load(context.out)
+    index = ImageIndex.load(context.out)
     labels, clusters = np.array(index.labels), index.clusters
     assert [len(set(clusters[labels == f"kind {kind}"])) for kind in range(_KINDS)] == [1] * _KINDS
     assert np.bincount(clusters).tolist() == sorted(_EACH, reverse=True)
@@ -198,17 +198,17 @@ def test_same_seed_same_files_and_other_seed_other_sample(photos: Path, tmp_path
         stage.run(context)
     for name in stage.outputs:
         assert (one.out / name).read_bytes() == (two.out / name).read_bytes(), name
-    indices = [PhotoIndex.load(context.out) for context in (one, other)]
+    indices = [ImageIndex.load(context.out) for context in (one, other)]
     assert indices[0].rows_of("balanced").tolist() != indices[1].rows_of("balanced").tolist()
 
 
 def test_photos_are_held_out_by_their_bytes(photos: Path, tmp_path: Path) -> None:
     """Whatever the seed, the names and the other photos; what is chosen of the others stays as it was."""
 
-    def held_out(share: float, seed: int = 0, source: Path = photos) -> tuple[set[str], PhotoIndex]:
+    def held_out(share: float, seed: int = 0, source: Path = photos) -> tuple[set[str], ImageIndex]:
         context = _context(tmp_path, seed, photos=DataSource(path=source))
         Curate(kind="curate", data="photos", clusters=4, sample=0.4, holdout=share).run(context)
-        index = PhotoIndex.load(context.out)
+        index = ImageIndex.load(context.out)
         return {index[int(row)].sha256 for row in index.rows_of("held_out")}, index
 
     (none, plain), (third, index) = held_out(0.0), held_out(0.3)
@@ -243,7 +243,7 @@ def test_of_equal_photos_the_first_sources_is_kept(photos: Path, tmp_path: Path)
     context = _context(tmp_path, photos=_source(photos), more=DataSource(path=more))
     summary = Curate(kind="curate", data=["more", "photos"], clusters=4).run(context)
     assert (summary["unique"], summary["duplicates"]) == (31, 5)
-    index = PhotoIndex.load(context.out)
+    index = ImageIndex.load(context.out)
     assert [(index[i].source, index[i].path) for i in range(2)] == [("more", "a.jpg"), ("more", "new.jpg")]
     files = pq.read_table(context.out / "provenance.parquet").to_pylist()
     assert [row["duplicate_of"] for row in files if row["path"] == "3-00.jpg"] == ["more/a.jpg"]
@@ -252,7 +252,7 @@ def test_of_equal_photos_the_first_sources_is_kept(photos: Path, tmp_path: Path)
 def test_everything_can_be_taken(photos: Path, tmp_path: Path) -> None:
     context = _context(tmp_path, photos=_source(photos))
     Curate(kind="curate", data="photos", clusters=1, sample=1.0).run(context)
-    assert PhotoIndex.load(context.out).components == ["balanced"]
+    assert ImageIndex.load(context.out).components == ["balanced"]
 
 
 def _mistake(context: Context, **changes: object) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from orchestrator.config.schema import Elastic
 from orchestrator.data.curation.mix import effective_number
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import Stopped, UserError
 from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
@@ -46,14 +46,14 @@ def make_index(folder: Path) -> Path:
             name = f"{label}-{number}.png"
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
             rows.append(
-                PhotoRow(
+                ImageRecord(
                     "photos", name, str(folder), "0", 40, 24, caption=f"{label} {number}", label=label,
                     component="balanced" if number < 3 else "pool", cluster=at,
                 )
             )  # fmt: skip
     index = folder / "index"
     index.mkdir()
-    PhotoIndex(rows).save(index)
+    ImageIndex(rows).save(index)
     return index
 
 
@@ -178,7 +178,7 @@ def stage(**changes: object) -> Evaluate:
 
 
 def test_everything_upstream_is_scored_and_shown(small: Context, tmp_path: Path) -> None:
-    index = PhotoIndex.load(small.inputs["index"].path)
+    index = ImageIndex.load(small.inputs["index"].path)
     students = make_students(tmp_path / "distill")
     tower = students / "students" / "small" / "model"
     text = make_text(tmp_path / "text", tower, [str(caption) for caption in index.captions])
@@ -268,7 +268,7 @@ class Hues:
 
 
 def test_classes_are_told_by_the_nearest_text(small: Context) -> None:
-    index = PhotoIndex.load(small.inputs["index"].path)
+    index = ImageIndex.load(small.inputs["index"].path)
     texts = TextEvaluation(Hues(), index, batch=4, check=lambda: None)  # type: ignore[arg-type]
     groups = largest_groups(index.labels, 10)
     found = texts.zero_shot(groups, ["{}", "a photo of {}", "not {}"])
@@ -281,7 +281,7 @@ def test_classes_are_told_by_the_nearest_text(small: Context) -> None:
 
 
 def test_texts_are_looked_for_in_the_photos(small: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = PhotoIndex.load(small.inputs["index"].path)
+    index = ImageIndex.load(small.inputs["index"].path)
     drawn: list[tuple[list[np.ndarray], list[str]]] = []
     monkeypatch.setattr(
         evaluate_text, "text_maps", lambda photos, maps, prompts, path: drawn.append((maps, prompts))
@@ -303,7 +303,7 @@ def test_texts_are_looked_for_in_the_photos(small: Context, monkeypatch: pytest.
 def test_figures_are_those_of_the_public_api(small: Context) -> None:
     """k-NN on what `orchestrator.models.embed` gives for the files themselves."""
     stage().run(small)
-    index = PhotoIndex.load(small.inputs["index"].path)
+    index = ImageIndex.load(small.inputs["index"].path)
     model = load_pretrained(small.inputs["pretrain"].path / "model")
     rows = [row for row, label in enumerate(index.labels) if label != "rare"]
     vectors = np.stack([embed(model, Image.open(index.path(row)), SIZE).numpy() for row in rows])
@@ -346,8 +346,8 @@ def test_same_inputs_same_files(small: Context) -> None:
 def test_photos_without_labels_still_give_a_report(small: Context, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="orchestrator")
     folder = small.inputs["index"].path
-    index = PhotoIndex.load(folder)
-    PhotoIndex([replace(index[row], label=None, caption=None) for row in range(len(index))]).save(folder)
+    index = ImageIndex.load(folder)
+    ImageIndex([replace(index[row], label=None, caption=None) for row in range(len(index))]).save(folder)
     assert stage().run(small) == {"photos": 0.0}
     assert set(Evaluate.outputs) <= {path.name for path in small.out.iterdir()}
     assert not (small.out / "knn.png").exists()
@@ -371,8 +371,8 @@ def test_without_clusters_or_a_record_of_draws_there_is_no_chart_of_them(small: 
     assert not (small.out / "clusters.png").exists()
     (small.inputs["pretrain"].path / "drawn.json").write_text(drawn(9))
     folder = small.inputs["index"].path
-    index = PhotoIndex.load(folder)
-    PhotoIndex([replace(index[row], cluster=0) for row in range(len(index))]).save(folder)
+    index = ImageIndex.load(folder)
+    ImageIndex([replace(index[row], cluster=0) for row in range(len(index))]).save(folder)
     stage().run(small)
     assert not (small.out / "clusters.png").exists()
 
@@ -387,7 +387,7 @@ def test_mistakes_are_named(small: Context) -> None:
         "stages.evaluate.image_size",
         "use 16, or leave it out",
     )
-    index = PhotoIndex.load(small.inputs["index"].path)
+    index = ImageIndex.load(small.inputs["index"].path)
     index.path(2).unlink()
     with pytest.raises(UserError, match="cannot be read any more") as raised:
         stage().run(small)
@@ -478,8 +478,8 @@ def test_a_metric_of_a_file_stands_in_results_and_report(
 ) -> None:
     folder = small.inputs["index"].path
     if not with_labels:
-        index = PhotoIndex.load(folder)
-        PhotoIndex([replace(index[row], label=None) for row in range(len(index))]).save(folder)
+        index = ImageIndex.load(folder)
+        ImageIndex([replace(index[row], label=None) for row in range(len(index))]).save(folder)
     summary = stage(metrics=[{"use": f"{own_metric}:Shapes", "name": "shapes"}]).run(small)
     photos = 14 if with_labels else 15
     expected = {"photos": photos, "patches": (SIZE // 8) ** 2, "labels": photos if with_labels else 0}

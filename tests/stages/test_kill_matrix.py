@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from orchestrator.config.schema import Cluster, Elastic, Optimizer, Schedule
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.samples import fetch_food
 from orchestrator.elastic import cluster
 from orchestrator.elastic.controller_host import hosts
@@ -226,9 +226,9 @@ def test_whoever_is_killed_the_students_are_those_trained_alone(
     rows = []
     for path in sorted(photos.rglob("*.jpeg"))[:200]:
         with Image.open(path) as image:
-            rows.append(PhotoRow("food", path.name, str(photos), path.name, *image.size))
+            rows.append(ImageRecord("food", path.name, str(photos), path.name, *image.size))
     (tmp_path / "index").mkdir()
-    PhotoIndex(rows).save(tmp_path / "index")
+    ImageIndex(rows).save(tmp_path / "index")
     torch.manual_seed(3)
     (tmp_path / "teacher" / "snapshots").mkdir(parents=True)
     net = HeadedBackbone("vit_femto", 0.0, HEADS)

@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.config.schema import Elastic
 from orchestrator.data.curation.mix import by_cluster, count_draws, effective_number, sample_order
-from orchestrator.data.index import PhotoIndex, PhotoRow
+from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context
@@ -36,7 +36,7 @@ CONF = Path(__file__).parents[2] / "conf"
 TINY = {"crops": {"global_size": 8, "local_size": 8, "num_local": 0}, "batch_size": 50, "block_size": 25}
 
 
-def zipf_index(folder: Path, sample: float, sources: tuple[str, ...]) -> PhotoIndex:
+def zipf_index(folder: Path, sample: float, sources: tuple[str, ...]) -> ImageIndex:
     """The bench's pool of 100 clusters, with its picture, in `folder`."""
     cv2.imwrite(str(folder / "one.png"), np.full((8, 8, 3), 127, np.uint8))
     index = mixing.zipf_index(folder, sample, sources, 10_000)
@@ -54,10 +54,10 @@ def drawn_by(config: Pretrain | Distill, folder: Path, steps: int = 40) -> np.nd
     """How often each row comes in the blocks that training is fed with."""
     source = crop_blocks(config, RECIPE, folder, 3)
     ids = [source.load(step, block).ids for step in range(steps) for block in range(source.num_blocks)]
-    return np.bincount(np.concatenate(ids), minlength=len(PhotoIndex.load(folder)))
+    return np.bincount(np.concatenate(ids), minlength=len(ImageIndex.load(folder)))
 
 
-def effective(index: PhotoIndex, counts_N: np.ndarray) -> float:
+def effective(index: ImageIndex, counts_N: np.ndarray) -> float:
     return effective_number(list(by_cluster(index.clusters, counts_N).values()))
 
 
@@ -118,12 +118,12 @@ def test_the_pool_is_drawn_if_mix_names_it(tmp_path: Path) -> None:
 
 
 def test_where_nothing_was_left_out_all_is_drawn(tmp_path: Path) -> None:
-    rows = [PhotoRow("photos", f"{number}.png", str(tmp_path), "", 8, 8) for number in range(12)]
-    order = sample_order(PhotoIndex(rows), None, batch_size=12, seed=0)
+    rows = [ImageRecord("photos", f"{number}.png", str(tmp_path), "", 8, 8) for number in range(12)]
+    order = sample_order(ImageIndex(rows), None, batch_size=12, seed=0)
     assert sorted(order.ids(0)) == list(range(12))
     # A component may be called as its source where nobody has to name it.
     same = [replace(row, component="photos") for row in rows]
-    assert np.array_equal(sample_order(PhotoIndex(same), None, batch_size=12, seed=0).rows, order.rows)
+    assert np.array_equal(sample_order(ImageIndex(same), None, batch_size=12, seed=0).rows, order.rows)
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
@@ -184,10 +184,10 @@ def test_nobody_draws_what_is_held_out(tmp_path: Path) -> None:
     """By default, by a dataset's name, with weights, or in homogeneous batches."""
     components = ["balanced", "pool", "held_out"]
     rows = [
-        PhotoRow("ab"[number % 2], f"{number}.png", "", "", 8, 8, component=components[number % 3])
+        ImageRecord("ab"[number % 2], f"{number}.png", "", "", 8, 8, component=components[number % 3])
         for number in range(30)
     ]
-    index = PhotoIndex(rows)
+    index = ImageIndex(rows)
     held_out = set(index.rows_of("held_out").tolist())
     for mix, homogeneous in (
         (None, None),
@@ -231,8 +231,11 @@ def test_a_source_called_as_a_component_is_refused(tmp_path: Path) -> None:
     file.write_text(f"{text}    mix: pool\n")
     with pytest.raises(UserError, match="'pool' is a component of the index and a dataset"):
         load(file)
-    index = PhotoIndex(
-        [PhotoRow("pool", "a.png", "", "", 1, 1), PhotoRow("x", "b.png", "", "", 1, 1, component="pool")]
+    index = ImageIndex(
+        [
+            ImageRecord("pool", "a.png", "", "", 1, 1),
+            ImageRecord("x", "b.png", "", "", 1, 1, component="pool"),
+        ]
     )
     with pytest.raises(UserError, match="'pool' is a component of the index and a dataset"):
         sample_order(index, ("pool",), batch_size=1, seed=0)
@@ -281,7 +284,7 @@ def test_names_without_photographs_are_refused_before_the_first_step(tmp_path: P
     with pytest.raises(UserError, match="the index has no photos of 'fin'") as caught:
         pretrain(homogeneous="fin").run(context(tmp_path, tmp_path))
     assert (caught.value.where, caught.value.hint) == ("stages.train.homogeneous", "did you mean 'fine'?")
-    PhotoIndex([PhotoRow("web", "one.png", "", "", 8, 8, component="pool")]).save(tmp_path)
+    ImageIndex([ImageRecord("web", "one.png", "", "", 8, 8, component="pool")]).save(tmp_path)
     with pytest.raises(UserError, match="no photos but those that the curation left out") as caught:
         pretrain().run(context(tmp_path, tmp_path))
     assert caught.value.hint == "write `mix: pool` to train on these"
@@ -301,9 +304,9 @@ def test_names_without_photographs_are_refused_before_the_first_step(tmp_path: P
 def test_where_all_that_was_chosen_is_held_out_it_says_so(
     components: list[str], what: str, hint: str
 ) -> None:
-    rows = [PhotoRow("web", f"{name}.png", "", "", 8, 8, component=name) for name in components]
+    rows = [ImageRecord("web", f"{name}.png", "", "", 8, 8, component=name) for name in components]
     with pytest.raises(UserError, match=f"(?m){what}") as caught:
-        sample_order(PhotoIndex(rows), None, batch_size=1, seed=0)
+        sample_order(ImageIndex(rows), None, batch_size=1, seed=0)
     assert hint in (caught.value.hint or "")
 
 

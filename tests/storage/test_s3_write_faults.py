@@ -23,7 +23,7 @@ from orchestrator.storage.s3 import S3Store
 from orchestrator.tracking.spool import Spool
 from orchestrator.training.checkpoint.format import part_name, shard_name, step_name
 from orchestrator.training.checkpoint.shard_file import Slot, file_header, write_file
-from orchestrator.training.checkpoint.storage import Target
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 
 KEY = "0123456789abcdef" * 4
 PARTS = KeyParts(kind="pretrain", config={"lr": 0.1})
@@ -126,7 +126,7 @@ def test_a_hold_that_fails_halfway_is_nobodys(s3_uri: str, kind: Kind) -> None:
         )
 
 
-def save(target: Target, token: str, step: int) -> None:
+def save(target: CheckpointStorage, token: str, step: int) -> None:
     """What `Saver` does, for a group of one worker."""
     data = memoryview(np.full(5, step, np.float32).view(np.uint8)).cast("B")
     header = file_header({"master/w": Slot(0, 5, 0, 5)})
@@ -147,16 +147,16 @@ def save(target: Target, token: str, step: int) -> None:
 def test_a_checkpoint_is_there_whole_or_the_one_before_it_is(s3_uri: str, tmp_path: Path, kind: Kind) -> None:
     for server in every_fault(kind, at_least=6):
         store, mine = place(s3_uri, server.fail_at), tmp_path / str(server.fail_at)
-        target = Target(mine, store, "work/x/checkpoints")
+        target = CheckpointStorage(mine, store, "work/x/checkpoints")
         save(target, target.take(), 4)
 
-        def take_over_and_save(target: Target = target) -> None:
+        def take_over_and_save(target: CheckpointStorage = target) -> None:
             token = target.take()
             target.sweep(token)
             save(target, token, 8)
 
         went = goes_through(server, take_over_and_save)
-        again = Target(mine / "elsewhere", store, "work/x/checkpoints")
+        again = CheckpointStorage(mine / "elsewhere", store, "work/x/checkpoints")
         newest = again.committed()[0]
         assert newest in ([8] if went else [4, 8]), server.done
         assert again.whole(newest).step == newest

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from orchestrator.data.curation.components import CHOSEN
 from orchestrator.data.decode import UnreadableImage, read_rgb
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 
 _SIDE = 88
 _GAP = 6
@@ -20,7 +20,7 @@ _INK, _FAINT = (40, 40, 40), (120, 120, 120)
 
 
 def draw_clusters(
-    index: PhotoIndex, distances_N: NDArray[np.float64], path: Path, columns: int = 9, most: int = 40
+    index: ImageIndex, distances_N: NDArray[np.float64], path: Path, columns: int = 9, most: int = 40
 ) -> None:
     """Writes a PNG with one line for each of the `most` largest clusters.
 

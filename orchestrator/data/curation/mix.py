@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.curation.components import HELD_OUT, LEFT_OUT
-from orchestrator.data.index import PhotoIndex
+from orchestrator.data.index import ImageIndex
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.errors import UserError, nearest
 
@@ -18,7 +18,7 @@ _MAX_STEPS = 2000
 
 
 def sample_order(
-    index: PhotoIndex,
+    index: ImageIndex,
     mix: Sequence[str] | Mapping[str, float] | None,
     homogeneous: tuple[str, float] | None = None,
     *,
@@ -69,7 +69,7 @@ def sample_order(
     )
 
 
-def held_out_order(index: PhotoIndex, *, batch_size: int, seed: int) -> SampleOrder:
+def held_out_order(index: ImageIndex, *, batch_size: int, seed: int) -> SampleOrder:
     """The order in which held-out rows are looked at.
 
     Raises:
@@ -85,7 +85,7 @@ def held_out_order(index: PhotoIndex, *, batch_size: int, seed: int) -> SampleOr
     return SampleOrder({HELD_OUT: rows}, batch_size=batch_size, seed=seed)
 
 
-def count_draws(index: PhotoIndex, order: SampleOrder, num_steps: int) -> NDArray[np.int64]:
+def count_draws(index: ImageIndex, order: SampleOrder, num_steps: int) -> NDArray[np.int64]:
     """How often steps draw each row of the index: all steps of a run, or the first 2,000 of a longer one."""
     drawn_N = np.zeros(len(index), dtype=np.int64)
     for step in range(min(num_steps, _MAX_STEPS)):
@@ -108,7 +108,7 @@ def effective_number(counts: Sequence[float]) -> float:
     return math.exp(-float(np.sum(shares * np.log(shares))))
 
 
-def _rows(index: PhotoIndex, name: str) -> NDArray[np.int64]:
+def _rows(index: ImageIndex, name: str) -> NDArray[np.int64]:
     """The rows of a component or a dataset."""
     of_component, of_source = index.rows_of(name), index.rows_from(name)
     if len(of_component) and len(of_source):
@@ -124,7 +124,7 @@ def _kept(rows: NDArray[np.int64], keep_N: NDArray[np.bool_] | None) -> NDArray[
     return rows if keep_N is None else rows[keep_N[rows]]
 
 
-def _none_chosen(index: PhotoIndex) -> UserError:
+def _none_chosen(index: ImageIndex) -> UserError:
     """That nothing is left which training draws from unless it is told otherwise."""
     held_out, left_out = HELD_OUT in index.components, LEFT_OUT in index.components
     those = [f"are held out, component {HELD_OUT!r}"] if held_out else []

@@ -18,16 +18,16 @@ from orchestrator.data.curation.components import CHOSEN, HELD_OUT, LEFT_OUT
 from orchestrator.data.curation.descriptor import describe, thumbnail
 from orchestrator.data.curation.sampling import fill, near_duplicates
 from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
-from orchestrator.data.index import PhotoRow
+from orchestrator.data.index import ImageRecord
 from orchestrator.data.rng import derive, generator
-from orchestrator.data.sources.folder import LeftOut, Photo
+from orchestrator.data.sources.folder import LeftOut, ScannedImage
 
 THUMBNAIL_SIDE = 32
 _INITS = 4
 
 
 @dataclass(frozen=True)
-class Fate:
+class ImageStatus:
     """What became of one file.
 
     Attributes:
@@ -38,7 +38,7 @@ class Fate:
         duplicate_of: "source/path" of the file that stands for it.
     """
 
-    photo: Photo
+    photo: ScannedImage
     root: str
     status: str
     reason: str = ""
@@ -50,7 +50,7 @@ class Fate:
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageSignature:
     """What one decoded picture looks like."""
 
     pixels: str
@@ -58,13 +58,13 @@ class Look:
     descriptor: NDArray[np.float32]
 
 
-def sift(
-    photos: Sequence[Photo],
+def filter_images(
+    photos: Sequence[ScannedImage],
     roots: Mapping[str, Path],
     near_rms: float,
     stop: Callable[[], None],
     max_pixels: Mapping[str, int] | None = None,
-) -> tuple[list[Fate], NDArray[np.float32]]:
+) -> tuple[list[ImageStatus], NDArray[np.float32]]:
     """Decides which files are corrupt, which repeat an earlier one, and which are kept.
 
     A duplicate has the same bytes, the same decoded pixels, or (near duplicate) a 32×32 thumbnail within
@@ -81,71 +81,73 @@ def sift(
     Returns:
         What became of each file, in the order of `photos`, and the descriptors (N, 336) of the unique ones.
     """
-    fates = [Fate(photo, str(roots[photo.source]), "unique") for photo in photos]
-    fates = [
-        replace(fate, status="corrupt", reason=fate.photo.error) if fate.photo.error else fate
-        for fate in fates
+    statuses = [ImageStatus(photo, str(roots[photo.source]), "unique") for photo in photos]
+    statuses = [
+        replace(status, status="corrupt", reason=status.photo.error) if status.photo.error else status
+        for status in statuses
     ]
-    _drop_repeats(fates, {i: fate.photo.sha256 for i, fate in enumerate(fates)}, "the same bytes")
-    looks = _look_at(fates, max_pixels or {}, stop)
-    _drop_repeats(fates, {i: look.pixels for i, look in looks.items()}, "the same pixels")
-    rows = _unique(fates)
+    _drop_repeats(statuses, {i: status.photo.sha256 for i, status in enumerate(statuses)}, "the same bytes")
+    looks = _signatures(statuses, max_pixels or {}, stop)
+    _drop_repeats(statuses, {i: look.pixels for i, look in looks.items()}, "the same pixels")
+    rows = _unique(statuses)
     thumbnails = np.array([looks[i].thumbnail for i in rows], dtype=np.float32)
-    aspects = np.array([fates[i].photo.width / fates[i].photo.height for i in rows])
+    aspects = np.array([statuses[i].photo.width / statuses[i].photo.height for i in rows])
     for row, other in near_duplicates(thumbnails, aspects, near_rms).items():
-        fates[rows[row]] = _repeat(fates[rows[row]], fates[rows[other]], "nearly the same pixels")
-    rows = _unique(fates)
-    return fates, np.array([looks[i].descriptor for i in rows], dtype=np.float32)
+        statuses[rows[row]] = _repeat(statuses[rows[row]], statuses[rows[other]], "nearly the same pixels")
+    rows = _unique(statuses)
+    return statuses, np.array([looks[i].descriptor for i in rows], dtype=np.float32)
 
 
-def left_out(source: str, item: LeftOut, root: Path) -> Fate:
+def left_out(source: str, item: LeftOut, root: Path) -> ImageStatus:
     """What became of a file that is not taken for a picture."""
-    photo = Photo(source, item.path, "", 0, 0, 0)
-    return Fate(photo, str(root), "left out", item.reason)
+    photo = ScannedImage(source, item.path, "", 0, 0, 0)
+    return ImageStatus(photo, str(root), "left out", item.reason)
 
 
-def _unique(fates: Sequence[Fate]) -> list[int]:
-    return [i for i, fate in enumerate(fates) if fate.status == "unique"]
+def _unique(statuses: Sequence[ImageStatus]) -> list[int]:
+    return [i for i, status in enumerate(statuses) if status.status == "unique"]
 
 
-def _repeat(fate: Fate, original: Fate, reason: str) -> Fate:
+def _repeat(status: ImageStatus, original: ImageStatus, reason: str) -> ImageStatus:
     return replace(
-        fate, status="duplicate", reason=f"{reason} as {original.name}", duplicate_of=original.name
+        status, status="duplicate", reason=f"{reason} as {original.name}", duplicate_of=original.name
     )
 
 
-def _drop_repeats(fates: list[Fate], contents: Mapping[int, str], reason: str) -> None:
+def _drop_repeats(statuses: list[ImageStatus], contents: Mapping[int, str], reason: str) -> None:
     first: dict[str, int] = {}
-    for i in _unique(fates):
+    for i in _unique(statuses):
         original = first.setdefault(contents[i], i)
         if original != i:
-            fates[i] = _repeat(fates[i], fates[original], reason)
+            statuses[i] = _repeat(statuses[i], statuses[original], reason)
 
 
-def _look_at(fates: list[Fate], max_pixels: Mapping[str, int], stop: Callable[[], None]) -> dict[int, Look]:
+def _signatures(
+    statuses: list[ImageStatus], max_pixels: Mapping[str, int], stop: Callable[[], None]
+) -> dict[int, ImageSignature]:
     """What the unique pictures look like; one whose file went or changed since it was scanned becomes corrupt."""
 
-    def look(pixels: Pixels) -> Look:
+    def look(pixels: Pixels) -> ImageSignature:
         digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
-        return Look(digest, thumbnail(pixels, THUMBNAIL_SIDE).reshape(-1), describe(pixels))
+        return ImageSignature(digest, thumbnail(pixels, THUMBNAIL_SIDE).reshape(-1), describe(pixels))
 
-    def look_or_reason(i: int) -> Look | str:
+    def signature_or_reason(i: int) -> ImageSignature | str:
         stop()
-        photo = fates[i].photo
+        photo = statuses[i].photo
         limit = max_pixels.get(photo.source, MAX_PIXELS)
         try:
-            return use_rgb(Path(fates[i].root) / photo.path, look, max_pixels=limit)
+            return use_rgb(Path(statuses[i].root) / photo.path, look, max_pixels=limit)
         except UnreadableImage as error:
             return error.reason
 
-    rows = _unique(fates)
+    rows = _unique(statuses)
     looks = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, found in zip(rows, pool.map(look_or_reason, rows), strict=True):
-            if isinstance(found, Look):
+        for i, found in zip(rows, pool.map(signature_or_reason, rows), strict=True):
+            if isinstance(found, ImageSignature):
                 looks[i] = found
             else:
-                fates[i] = replace(fates[i], status="corrupt", reason=found)
+                statuses[i] = replace(statuses[i], status="corrupt", reason=found)
     return looks
 
 
@@ -189,29 +191,29 @@ def is_held_out(sha256: str, share: float) -> bool:
 
 
 def index_rows(
-    fates: Sequence[Fate],
+    statuses: Sequence[ImageStatus],
     clusters_N: NDArray[np.int64],
     balanced_N: NDArray[np.bool_],
     holdout: float = 0.0,
-) -> list[PhotoRow]:
+) -> list[ImageRecord]:
     """The rows of the training index: unique pictures, component "balanced", "pool" or, a share of them, "held_out"."""
-    kept = [fate for fate in fates if fate.status == "unique"]
+    kept = [status for status in statuses if status.status == "unique"]
     return [
-        PhotoRow(
-            source=fate.photo.source,
-            path=fate.photo.path,
-            root=fate.root,
-            sha256=fate.photo.sha256,
-            width=fate.photo.width,
-            height=fate.photo.height,
-            caption=fate.photo.caption,
-            label=fate.photo.label,
+        ImageRecord(
+            source=status.photo.source,
+            path=status.photo.path,
+            root=status.root,
+            sha256=status.photo.sha256,
+            width=status.photo.width,
+            height=status.photo.height,
+            caption=status.photo.caption,
+            label=status.photo.label,
             component=HELD_OUT
-            if is_held_out(fate.photo.sha256, holdout)
+            if is_held_out(status.photo.sha256, holdout)
             else CHOSEN
             if balanced
             else LEFT_OUT,
             cluster=int(number),
         )
-        for fate, number, balanced in zip(kept, clusters_N, balanced_N, strict=True)
+        for status, number, balanced in zip(kept, clusters_N, balanced_N, strict=True)
     ]

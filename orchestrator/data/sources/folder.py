@@ -27,7 +27,7 @@ _OF_STORES = _OF_EACH_STORE | {"artifacts", "work", "holds", "logs", "spool", "t
 
 
 @dataclass(frozen=True)
-class Photo:
+class ScannedImage:
     """One image file of a source, readable or not.
 
     Attributes:
@@ -72,7 +72,7 @@ class Listing:
     left_out: tuple[LeftOut, ...]
 
 
-def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[Photo]:
+def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[ScannedImage]:
     """All image files below the source's folder in order of their paths, each fully decoded.
 
     Args:
@@ -87,7 +87,7 @@ def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[
     files = (listing or list_images(source, name)).files
     notes = captions_of(source, name, files).notes
 
-    def look(relative: str) -> Photo:
+    def look(relative: str) -> ScannedImage:
         path = source.path / relative
         caption, label = notes.get(relative, (None, None))
         seen = [(hashlib.sha256().hexdigest(), 0)]
@@ -102,7 +102,7 @@ def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[
             )
         except UnreadableImage as problem:
             error = problem.reason
-        return Photo(name, relative, *seen[-1], width, height, caption, label, error)
+        return ScannedImage(name, relative, *seen[-1], width, height, caption, label, error)
 
     # The decoders release the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:

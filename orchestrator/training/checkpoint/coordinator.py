@@ -13,7 +13,7 @@ import torch.distributed as dist
 from orchestrator.training.checkpoint import reader
 from orchestrator.training.checkpoint.format import CheckpointError
 from orchestrator.training.checkpoint.interval import checkpoint_interval
-from orchestrator.training.checkpoint.writer import Saver
+from orchestrator.training.checkpoint.writer import CheckpointWriter
 from orchestrator.training.engine import Engine
 from orchestrator.training.job import Job
 
@@ -24,7 +24,7 @@ _LOOK_S = 0.01
 _LEAST_COST_S = 0.05
 
 
-class Line(Protocol):
+class TrainerCallback(Protocol):
     """The line to the controller. Nothing here waits, except for `recorded` to become true in its time."""
 
     def phase(self, name: str) -> None:
@@ -47,7 +47,7 @@ class Line(Protocol):
     def trouble(self, what: str) -> None:
         """Something went wrong that does not stop the training."""
 
-    def yield_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether the group is to checkpoint and end."""
 
 
@@ -61,7 +61,7 @@ class Agreement:
     failed: bool
 
 
-class Saving:
+class CheckpointCoordinator:
     """One worker's part in saving a job's checkpoints; all methods but `tell` are collective.
 
     Args:
@@ -73,10 +73,18 @@ class Saving:
         step: steps done so far.
     """
 
-    def __init__(self, job: Job, engine: Engine, line: Line, mtbf_s: float, device: str, step: int) -> None:
-        self._job, self._engine, self._line, self._mtbf_s, self._device = job, engine, line, mtbf_s, device
+    def __init__(
+        self, job: Job, engine: Engine, line: TrainerCallback, mtbf_s: float, device: str, step: int
+    ) -> None:
+        self._job, self._engine, self._callback, self._mtbf_s, self._device = (
+            job,
+            engine,
+            line,
+            mtbf_s,
+            device,
+        )
         self._rank = dist.get_rank()
-        self._saver = Saver(
+        self._saver = CheckpointWriter(
             job.target,
             token=reader.share(_take_over(job) if self._rank == 0 else None, device),
             keep=job.elastic.keep_checkpoints,
@@ -98,8 +106,8 @@ class Saving:
         due = stop = recorded = True
         if self._rank == 0:
             due = time.monotonic() - self._began_at >= self._interval_s() and self._saver.pending is None
-            stop = self._line.yield_requested()
-            recorded = self._saver.pending is None or self._line.recorded(self._saver.pending)
+            stop = self._callback.stop_requested()
+            recorded = self._saver.pending is None or self._callback.recorded(self._saver.pending)
         own = [float(due), float(stop), float(recorded), self._progress()]
         flags = torch.tensor(own, device=self._device)
         dist.all_reduce(flags, dist.ReduceOp.MIN)
@@ -116,7 +124,7 @@ class Saving:
         try:
             return _WRITTEN if self._saver.written() else _WRITING
         except CheckpointError as error:
-            self._line.trouble(str(error))
+            self._callback.trouble(str(error))
             return _FAILED
 
     def begin(self, done: int) -> None:
@@ -148,7 +156,7 @@ class Saving:
             self._finish_pending()
         self._saver.begin(self._engine, done)
         self._saver.wait()
-        while self._rank == 0 and not self._line.recorded(done):
+        while self._rank == 0 and not self._callback.recorded(done):
             time.sleep(_LOOK_S)
         dist.barrier()
         self._saver.commit()
@@ -163,9 +171,9 @@ class Saving:
         try:
             self._saver.wait()
         except CheckpointError as error:
-            self._line.trouble(str(error))
+            self._callback.trouble(str(error))
             written = False
-        while self._rank == 0 and not self._line.recorded(step):
+        while self._rank == 0 and not self._callback.recorded(step):
             time.sleep(_LOOK_S)
         flag = torch.tensor([float(written)], device=self._device)
         dist.all_reduce(flag, dist.ReduceOp.MIN)
@@ -185,7 +193,7 @@ class Saving:
                 "bytes": float(self._saver.last_bytes),
                 "interval_seconds": self._interval_s(),
             }
-            self._line.saved(step, figures)
+            self._callback.saved(step, figures)
 
     def _interval_s(self) -> float:
         wanted = self._job.elastic.checkpoint_every_s

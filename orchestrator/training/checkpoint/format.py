@@ -35,7 +35,7 @@ class CheckpointError(Exception):
 
 
 @dataclass(frozen=True)
-class Saved:
+class CheckpointManifest:
     """A committed checkpoint: its local folder (files may still have to be fetched into it) and its manifest."""
 
     path: Path
@@ -108,7 +108,7 @@ def part_name(token: str, rank: int, world: int) -> str:
     return f"{token}/part-{rank + 1:05d}-of-{world:05d}.json"
 
 
-def parse(text: str | bytes, path: Path) -> Saved:
+def parse(text: str | bytes, path: Path) -> CheckpointManifest:
     """The checkpoint whose manifest reads `text`.
 
     Raises:
@@ -130,7 +130,7 @@ def parse(text: str | bytes, path: Path) -> Saved:
     wrong = [name for name, least in counts.items() if not least <= meta[name] <= _MOST or meta[name] is True]
     if wrong:
         raise CheckpointError(f"{COMMIT} has no valid {', '.join(wrong)}")
-    saved = Saved(path, meta)
+    saved = CheckpointManifest(path, meta)
     # Names are made, not taken from the file: one that leads elsewhere must never be opened or fetched.
     if (
         not TOKEN.fullmatch(saved.token)
@@ -173,7 +173,7 @@ def problem(file: Path, entry: Mapping[str, Any]) -> str | None:
     return None if digest == entry["sha256"] else "differs from its sha256"
 
 
-def read(path: Path) -> Saved:
+def read(path: Path) -> CheckpointManifest:
     """The checkpoint in folder `path`, by its manifest alone.
 
     Raises:
@@ -188,7 +188,7 @@ def read(path: Path) -> Saved:
         raise CheckpointError(f"{COMMIT} cannot be read: {error.strerror}") from error
 
 
-def verified(path: Path) -> Saved:
+def verified(path: Path) -> CheckpointManifest:
     """The checkpoint in folder `path`, every byte of it checked.
 
     Raises:
@@ -202,7 +202,7 @@ def verified(path: Path) -> Saved:
     return saved
 
 
-def latest(folder: Path) -> Saved | None:
+def latest(folder: Path) -> CheckpointManifest | None:
     """The newest checkpoint below `folder` that is committed and whose files are all as written."""
     steps = {path: step for path in folder.glob("step-*") if (step := step_of(path.name)) is not None}
     for path in sorted(steps, key=lambda path: steps[path], reverse=True):

@@ -21,21 +21,21 @@ from torch import Tensor
 from orchestrator.training.checkpoint.format import (
     COMMIT,
     CheckpointError,
-    Saved,
+    CheckpointManifest,
     latest,
     step_name,
     verified,
 )
 from orchestrator.training.checkpoint.partition import Shard
-from orchestrator.training.checkpoint.storage import Target
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.engine import Engine
 
 __all__ = [
     "COMMIT",
     "CheckpointError",
-    "Saved",
+    "CheckpointManifest",
+    "CheckpointStorage",
     "Slice",
-    "Target",
     "latest",
     "newest",
     "overlaps",
@@ -108,8 +108,8 @@ def share(value: Any, device: str = "cpu") -> Any:
 
 
 def newest(
-    target: Target, rank: int, world: int, agree: Callable[[bool], bool], device: str = "cpu"
-) -> Saved | None:
+    target: CheckpointStorage, rank: int, world: int, agree: Callable[[bool], bool], device: str = "cpu"
+) -> CheckpointManifest | None:
     """The newest good checkpoint, the same for all workers, its files at hand for this one's :func:`restore`.
 
     Bad ones are logged with the file and what is wrong with it, and passed over. Collective.
@@ -135,7 +135,7 @@ def newest(
     for step in steps:
         found, wrong, trouble = _manifest(target, step) if rank == 0 else (None, None, None)
         found, wrong, trouble = share([found, wrong, trouble], device)
-        saved = Saved(target.folder / step_name(step), found) if found is not None else None
+        saved = CheckpointManifest(target.folder / step_name(step), found) if found is not None else None
         if saved is not None:
             wrong, trouble = _examine(target, saved, rank, world)
         if not agree(trouble is None):
@@ -152,7 +152,7 @@ def newest(
 _Findings = tuple[str | None, str | None]
 
 
-def _manifest(target: Target, step: int) -> tuple[dict[str, Any] | None, str | None, str | None]:
+def _manifest(target: CheckpointStorage, step: int) -> tuple[dict[str, Any] | None, str | None, str | None]:
     try:
         return target.find(step).meta, None, None
     except CheckpointError as error:
@@ -161,7 +161,7 @@ def _manifest(target: Target, step: int) -> tuple[dict[str, Any] | None, str | N
         return None, None, f"{type(error).__name__}: {error}"
 
 
-def _examine(target: Target, saved: Saved, rank: int, world: int) -> _Findings:
+def _examine(target: CheckpointStorage, saved: CheckpointManifest, rank: int, world: int) -> _Findings:
     """What is wrong with this worker's files of `saved`, and why it cannot tell; None and None if all is well."""
     if target.store is not None:
         # Each worker may be on a machine of its own: it fetches what it will read, and that is what it checks.
@@ -181,7 +181,7 @@ def _examine(target: Target, saved: Saved, rank: int, world: int) -> _Findings:
     return None, None
 
 
-def restore(saved: Saved, engine: Engine) -> int:
+def restore(saved: CheckpointManifest, engine: Engine) -> int:
     """Load `saved` into `engine` at whatever worker count runs now; returns the steps done. Collective.
 
     Raises:
@@ -206,7 +206,9 @@ def restore(saved: Saved, engine: Engine) -> int:
     return saved.step
 
 
-def _read(saved: Saved, writer: int, parts: list[tuple[str, Slice]], local: dict[str, Tensor]) -> None:
+def _read(
+    saved: CheckpointManifest, writer: int, parts: list[tuple[str, Slice]], local: dict[str, Tensor]
+) -> None:
     from safetensors import safe_open
 
     with safe_open(saved.path / saved.shard(writer), framework="pt") as file:

@@ -17,7 +17,13 @@ from pathlib import Path
 from orchestrator.fsio import atomic_create, atomic_write, make_folder, open_regular, sync_folder
 from orchestrator.storage.local import Store
 from orchestrator.training.checkpoint import format as form
-from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, Saved, step_name, step_of
+from orchestrator.training.checkpoint.format import (
+    COMMIT,
+    CheckpointError,
+    CheckpointManifest,
+    step_name,
+    step_of,
+)
 
 logger = logging.getLogger("orchestrator")
 
@@ -25,7 +31,7 @@ _OWNER = "owner.json"
 
 
 @dataclass(frozen=True)
-class Target:
+class CheckpointStorage:
     """Checkpoints below `folder`, or in `store` below `prefix` with copies of some files in `folder`."""
 
     folder: Path
@@ -129,7 +135,7 @@ class Target:
         steps = (step_of(name) for name in self._names() if name.endswith(f"/{COMMIT}"))
         return sorted({step for step in steps if step is not None}, reverse=True)
 
-    def find(self, step: int) -> Saved:
+    def find(self, step: int) -> CheckpointManifest:
         """The checkpoint of `step`, by its manifest alone. Raises CheckpointError as :func:`saved.parse` does."""
         path = self.folder / step_name(step)
         try:
@@ -137,7 +143,7 @@ class Target:
         except FileNotFoundError:
             raise CheckpointError("it was never committed") from None
 
-    def fetch(self, saved: Saved, name: str) -> None:
+    def fetch(self, saved: CheckpointManifest, name: str) -> None:
         """See that file `name` of `saved` is whole and in the local folder.
 
         Raises:
@@ -156,7 +162,7 @@ class Target:
         if wrong:
             raise CheckpointError(f"{name} {wrong}")
 
-    def whole(self, step: int) -> Saved:
+    def whole(self, step: int) -> CheckpointManifest:
         """The checkpoint of `step` with every file and the manifest in the local folder, checked; to be copied.
 
         Raises:
@@ -167,7 +173,9 @@ class Target:
         for name in saved.files:
             self.fetch(saved, name)
         if self.store is not None:
-            Target(self.folder).put(f"{step_name(step)}/{COMMIT}", json.dumps(saved.meta, indent=1).encode())
+            CheckpointStorage(self.folder).put(
+                f"{step_name(step)}/{COMMIT}", json.dumps(saved.meta, indent=1).encode()
+            )
         return saved
 
     # --- pruning ----------------------------------------------------------------------------------------------

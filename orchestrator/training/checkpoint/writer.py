@@ -32,7 +32,7 @@ from orchestrator.training.checkpoint.format import (
     step_name,
 )
 from orchestrator.training.checkpoint.shard_file import Slot, file_header
-from orchestrator.training.checkpoint.storage import Target
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.device import assigned_gpus
 from orchestrator.training.engine import Engine
 
@@ -41,7 +41,7 @@ logger = logging.getLogger("orchestrator")
 _VERSIONS = ("dinov3-orchestrator", "torch", "deepspeed", "safetensors")
 
 
-class Saver:
+class CheckpointWriter:
     """Writes one worker's part of each checkpoint behind training's back.
 
     Args:
@@ -62,7 +62,7 @@ class Saver:
 
     def __init__(
         self,
-        target: Target,
+        target: CheckpointStorage,
         *,
         token: str,
         keep: int,
@@ -247,7 +247,7 @@ def _slots(engine: Engine) -> dict[str, Slot]:
 
 
 @contextlib.contextmanager
-def _explained(target: Target, name: str, needed: int | None = None) -> Iterator[None]:
+def _explained(target: CheckpointStorage, name: str, needed: int | None = None) -> Iterator[None]:
     """Any failure as a CheckpointError that names the file and, where the disk is full, what was lacking."""
     try:
         yield
