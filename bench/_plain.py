@@ -110,10 +110,10 @@ class PlainLoop:
         import torch
 
         from orchestrator.data.rng import derive
-        from orchestrator.stages.common.crops import StepViews
+        from orchestrator.stages.common.config import ModelRecipe
         from orchestrator.stages.distill.config import Distill
+        from orchestrator.stages.distill.step_views import StepViews
         from orchestrator.stages.distill.task import DistillTask, FrozenTeacher
-        from orchestrator.stages.ssl.config import ModelRecipe
         from orchestrator.teacher_service.payload import VIEWS
 
         self.config = config = Distill.model_validate(order.stage)

@@ -52,8 +52,8 @@ def drive(arm: str, address: str, index: Path, work: Path) -> None:
 
 def _job(index: Path, work: Path, **elastic: Any) -> Any:
     from orchestrator.config.schema import Elastic
+    from orchestrator.stages.common.config import ModelRecipe
     from orchestrator.stages.common.crops import crop_blocks
-    from orchestrator.stages.ssl.config import ModelRecipe
     from orchestrator.stages.ssl.pretrain import Pretrain
     from orchestrator.stages.ssl.task import SelfSupervisedTask
     from orchestrator.training.job import Job

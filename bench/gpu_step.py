@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import HashStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orchestrator.stages.ssl.config import ModelRecipe
+from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.stages.ssl.task import SelfSupervisedTask
 from orchestrator.stages.workload import workloads

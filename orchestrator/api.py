@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.pipeline.load import LoadedPipeline
     from orchestrator.pipeline.plan import Choice, StagePlan
     from orchestrator.pipeline.workspace import Workspace
-    from orchestrator.stages.align_text.model import Aligned
+    from orchestrator.stages.common.aligned import Aligned
     from orchestrator.storage.artifacts import Artifact
 
     # A path, a PIL image, or uint8 RGB (H, W, 3).
@@ -206,7 +206,7 @@ def load(folder: str | os.PathLike[str]) -> Model:
     try:
         record: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         if "output_dim" in record:
-            from orchestrator.stages.align_text.model import load_aligned
+            from orchestrator.stages.common.aligned import load_aligned
 
             aligned = load_aligned(path)
             return Model(aligned, aligned.image_size)
@@ -270,7 +270,7 @@ def _embedded(
     from torch.nn.functional import normalize
 
     from orchestrator.models import preprocess
-    from orchestrator.stages.align_text.model import Aligned
+    from orchestrator.stages.common.aligned import Aligned
 
     module = model.module
     if isinstance(module, Aligned):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.config.schema import DataSource, Elastic, StageSpec, operational
 from orchestrator.errors import UserError
@@ -21,6 +21,10 @@ from orchestrator.fsio import move
 from orchestrator.storage.artifacts import Artifact
 from orchestrator.storage.local import Store
 from orchestrator.tracking.run import Run
+
+if TYPE_CHECKING:
+    from orchestrator.models.configs import Config
+    from orchestrator.stages.common.config import ModelRecipe
 
 # The name of this package among the installed ones.
 PACKAGE = "dinov3-orchestrator"
@@ -227,6 +231,14 @@ class Stage(StageSpec):
 
         The name is added to the stage's; the only model of a stage has none.
         """
+        return {}
+
+    def model_recipe(self) -> ModelRecipe | None:
+        """How to build the model that this stage begins with random weights; None if it begins none."""
+        return None
+
+    def student_towers(self) -> Mapping[str, Config]:
+        """The shapes of the students that this stage trains, by name; none if it trains none."""
         return {}
 
     def drift(self, context: Context, tracking_uri: str) -> list[str]:

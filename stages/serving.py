@@ -70,7 +70,7 @@ def _backbone(folder: Path, config: Mapping[str, Any]) -> Callable[[Sequence[Ima
 
 
 def _aligned(folder: Path) -> Callable[[Sequence[Image.Image]], Floats]:
-    from orchestrator.stages.align_text.model import load_aligned
+    from orchestrator.stages.common.aligned import load_aligned
 
     model = load_aligned(folder)
     return lambda photos: model.embed_images([np.asarray(photo.convert("RGB")) for photo in photos])

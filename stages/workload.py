@@ -7,9 +7,8 @@ paper scale: losses, Gram matrices, optimiser, augmentation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import singledispatch
-from typing import Literal, cast
+from typing import cast
 
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
@@ -17,6 +16,7 @@ from orchestrator.models.configs import Config, ViTConfig, swiglu_hidden
 from orchestrator.models.cost import head_params, num_params
 from orchestrator.stages.align_text.config import AlignText, student_mistake
 from orchestrator.stages.base import Stage
+from orchestrator.stages.common.config import Heads
 from orchestrator.stages.common.operations import (
     Views,
     block_params,
@@ -32,68 +32,12 @@ from orchestrator.stages.common.operations import (
     square_flops,
     tower_flops,
 )
+from orchestrator.stages.common.workload import Kept, Net, Workload
 from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.ssl.config import Heads, SelfSupervised
+from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.stages.ssl.pretrain import Pretrain
 
-Kept = Literal["trained", "ema", "frozen"]
 _BACKWARD = 2
-
-
-@dataclass(frozen=True)
-class Net:
-    """A network that takes part in a step.
-
-    Attributes:
-        kept: `trained` has gradients and moments, `ema` an fp32 average and the copy that computes, `frozen` weights.
-        unit: parameters of the largest part that ZeRO-3 fetches at once.
-        depth, dim: of the tower whose activations a backward pass needs; 0 where there is none.
-        tokens: of one image's views, through the tower.
-        width: hidden width of a block's feed-forward over `dim`.
-    """
-
-    name: str
-    kept: Kept
-    params: int
-    unit: int
-    depth: int = 0
-    dim: int = 0
-    tokens: int = 0
-    width: float = 4.0
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One job: a stage, a student of one, or the teacher they share.
-
-    Attributes:
-        name: `stage` or `stage/student`.
-        block_size: images that go forward and backward at once.
-        flops: operations an image, by part.
-        logits: of an image's student and teacher rows, each times its prototypes.
-        largest_row: prototypes of the wider head.
-    """
-
-    name: str
-    steps: int
-    batch_size: int
-    block_size: int
-    nets: tuple[Net, ...]
-    flops: Mapping[str, float]
-    logits: tuple[float, float] = (0.0, 0.0)
-    largest_row: int = 0
-
-    @property
-    def flops_per_image(self) -> float:
-        """All parts together."""
-        return sum(self.flops.values())
-
-    @property
-    def total_flops(self) -> float:
-        """Of all steps."""
-        return self.flops_per_image * self.batch_size * self.steps
-
-
 Upstream = Mapping[str, Stage]
 """The stages that fill another's inputs, by role, and as `origin` the one where its lineage of backbones began."""
 

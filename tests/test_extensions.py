@@ -331,7 +331,7 @@ def test_what_an_augmentation_gives_is_checked(plug: Path, monkeypatch: pytest.M
 def test_an_objective_is_a_term_of_the_loss(plug: Path) -> None:
     import torch
 
-    from orchestrator.stages.ssl.config import Heads, ModelRecipe
+    from orchestrator.stages.common.config import Heads, ModelRecipe
     from orchestrator.stages.ssl.task import SelfSupervisedTask
     from orchestrator.training.task import BlockTensors
 

@@ -23,9 +23,9 @@ from orchestrator.data.blocks import Block
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.rng import derive
 from orchestrator.models import Backbone
+from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.features import FeatureObjective
-from orchestrator.stages.ssl.config import Heads, ModelRecipe
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.teacher_service import payload
 
@@ -133,9 +133,9 @@ def alone_config(model: str, plan: Plan) -> Pretrain:
 
 def distilled(rows: Sequence[ImageRecord], weights: Path, plan: Plan) -> dict[str, Backbone]:
     """All students of :func:`distill_config`, by name."""
-    from orchestrator.stages.common.crops import StepViews
     from orchestrator.stages.distill.feature_task import FeatureTask
     from orchestrator.stages.distill.feature_teacher import FeatureTeacher, prepare
+    from orchestrator.stages.distill.step_views import StepViews
 
     config, wanted = distill_config(plan), objective(weights)
     wanted.check(config.crops)

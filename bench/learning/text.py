@@ -70,7 +70,7 @@ def _train(ground: Ground, way: str, seed: int, base: Trained) -> Trained:
 
 
 def _recall(ground: Ground, trained: Trained) -> dict[str, float]:
-    from orchestrator.stages.align_text.model import load_aligned
+    from orchestrator.stages.common.aligned import load_aligned
 
     aligned = load_aligned(trained.path / "aligned")
     rows = [row for row in ground.pool[1] if row.caption]

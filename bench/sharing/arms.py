@@ -68,9 +68,9 @@ class Stand:
 
     def teacher(self) -> StepTeacher:
         """The teacher, in this process."""
-        from orchestrator.stages.common.crops import StepViews
+        from orchestrator.stages.common.config import ModelRecipe
+        from orchestrator.stages.distill.step_views import StepViews
         from orchestrator.stages.distill.task import FrozenTeacher
-        from orchestrator.stages.ssl.config import ModelRecipe
 
         config = _stage({"a": "vit_femto"}, WARM_UP)
         recipe = ModelRecipe.model_validate_json((self.teacher_folder / "recipe.json").read_text())
@@ -210,8 +210,8 @@ def _a_teacher(folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
+    from orchestrator.stages.common.config import Heads, ModelRecipe
     from orchestrator.stages.common.nets import HeadedBackbone
-    from orchestrator.stages.ssl.config import Heads, ModelRecipe
 
     heads = Heads.model_validate(_HEADS)
     torch.manual_seed(0)

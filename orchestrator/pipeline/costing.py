@@ -9,7 +9,8 @@ from orchestrator.config.schema import Hardware
 from orchestrator.pipeline import crop_checks, dag
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.stages.base import TrainStage
-from orchestrator.stages.workload import Net, Workload, workloads
+from orchestrator.stages.common.workload import Net, Workload
+from orchestrator.stages.workload import workloads
 
 _GIB = 2**30
 # Bytes a parameter, of what ZeRO-3 cuts into shards: bf16 weights, fp32 gradients, master and both moments.

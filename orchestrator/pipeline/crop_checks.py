@@ -10,8 +10,9 @@ from orchestrator.elastic.cluster import most_object_store
 from orchestrator.errors import KeyMistakeError, UserError
 from orchestrator.pipeline import dag
 from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.stages.common.config import check_crops
 from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.ssl.config import SelfSupervised, check_crops
+from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.stages.ssl.pretrain import Pretrain
 
 

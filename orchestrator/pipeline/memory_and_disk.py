@@ -21,8 +21,9 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import StagePlan
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Stage, TrainStage
+from orchestrator.stages.common.workload import Workload
 from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.workload import Workload, workloads
+from orchestrator.stages.workload import workloads
 from orchestrator.storage.artifacts import folder_name
 from orchestrator.storage.cache_folder import cache_folder
 from orchestrator.storage.open import is_remote

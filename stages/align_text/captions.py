@@ -14,6 +14,7 @@ from orchestrator.data.index import ImageIndex
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.errors import UserError, nearest
 from orchestrator.fsio import replacing
+from orchestrator.stages.common.text_tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -156,13 +157,6 @@ def check_tokenizer(
             where="tokenizer",
             hint="they have to come from the same model",
         )
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(path))
 
 
 def _ends_texts(tokenizer: Tokenizer) -> bool:

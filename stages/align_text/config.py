@@ -24,10 +24,8 @@ from orchestrator.config.schema import (
 from orchestrator.data.views import Side
 from orchestrator.errors import UserError, nearest
 from orchestrator.stages.base import Context, Input, PlanContext
+from orchestrator.stages.common.config import INDEX_KINDS, check_blocks, stage_seed, summary
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, MixStage, draws_of
-from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.ssl.config import INDEX_KINDS, check_blocks, stage_seed, summary
-from orchestrator.stages.ssl.pretrain import Pretrain
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -259,7 +257,7 @@ class AlignText(MixStage):
 
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: a student that is not there, a size that its tower cannot take, too few captions."""
-        found = self._foresee_tower(plan_context)
+        found = self._preflight_tower(plan_context)
         if plan_context.photos is None:
             return found
         if not plan_context.photos.captions:
@@ -281,16 +279,16 @@ class AlignText(MixStage):
             )
         return found
 
-    def _foresee_tower(self, plan_context: PlanContext) -> list[UserError]:
+    def _preflight_tower(self, plan_context: PlanContext) -> list[UserError]:
         stage = plan_context.upstream.get("tower")
-        students = stage.students if isinstance(stage, Distill) else {}
+        students = stage.student_towers() if stage is not None else {}
         if mistake := student_mistake(sorted(students), self.student):
             return [UserError(mistake.what, where="student", hint=mistake.hint)]
-        origin = plan_context.lineage[0] if plan_context.lineage else None
+        recipe = plan_context.lineage[0].model_recipe() if plan_context.lineage else None
         if students:
-            patch = students[self.student or next(iter(students))].tower.patch_size
-        elif isinstance(origin, Pretrain):
-            patch = origin.tower.patch_size
+            patch = students[self.student or next(iter(students))].patch_size
+        elif recipe is not None:
+            patch = recipe.tower.patch_size
         else:
             return []
         mistake = size_mistake(self.image_size, patch)
@@ -357,9 +355,10 @@ class AlignText(MixStage):
             Stopped: on request, checkpointed.
         """
         from orchestrator.elastic import trainer
-        from orchestrator.stages.align_text.captions import caption_order, load_tokenizer
-        from orchestrator.stages.align_text.model import save_aligned
+        from orchestrator.stages.align_text.captions import caption_order
+        from orchestrator.stages.align_text.export import save_aligned
         from orchestrator.stages.align_text.task import load_encoder
+        from orchestrator.stages.common.text_tokenizer import load_tokenizer
 
         tower = pick_tower(context.inputs["tower"].path, self.student)
         image_size = pick_image_size(tower, self.image_size)

@@ -26,7 +26,7 @@ from orchestrator.models.heads import Score
 from orchestrator.models.speed import compile_blocks, recompute_blocks
 from orchestrator.objectives.koleo import koleo
 from orchestrator.stages.base import TrainStage
-from orchestrator.stages.ssl.config import Heads, KoLeoViews
+from orchestrator.stages.common.config import Heads, KoLeoViews
 
 _KOLEO_GROUP = 16
 

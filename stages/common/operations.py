@@ -9,7 +9,7 @@ from statistics import fmean
 from orchestrator.data.views import CropConfig
 from orchestrator.models.configs import Config, ViTConfig
 from orchestrator.models.cost import forward_flops, head_flops
-from orchestrator.stages.ssl.config import Heads
+from orchestrator.stages.common.config import Heads
 
 Views = Sequence[tuple[float, CropConfig]]
 """Sizes that a step may have, with their shares."""

@@ -26,9 +26,7 @@ from orchestrator.errors import UserError
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
 from orchestrator.stages.base import Context, Input, Stage
-from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, HomogeneousMixStage
-from orchestrator.stages.distill.features import FeatureObjective
-from orchestrator.stages.ssl.config import (
+from orchestrator.stages.common.config import (
     BACKBONE_KINDS,
     INDEX_KINDS,
     KOLEO_GROUP,
@@ -41,6 +39,8 @@ from orchestrator.stages.ssl.config import (
     check_crops,
     check_group,
 )
+from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, HomogeneousMixStage
+from orchestrator.stages.distill.features import FeatureObjective
 
 # Names folders, runs and models.
 StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -290,6 +290,10 @@ class Distill(HomogeneousMixStage):
         """See :class:`TrainStage`: a student's model is in its own artifact and in its stage's."""
         return 2
 
+    def student_towers(self) -> Mapping[str, Config]:
+        """See :meth:`Stage.student_towers`."""
+        return {name: student.tower for name, student in self.students.items()}
+
     def held_bytes(self) -> float:
         """See :class:`TrainStage`: the views of a window; a worker may be a step behind the others."""
         return float((self.window_of(self.num_teachers) + 1) * self.view_bytes(self.students.values()))
@@ -300,11 +304,11 @@ class Distill(HomogeneousMixStage):
         Of teachers from elsewhere it is not known before they are opened.
         """
         from orchestrator.stages.common.operations import feature_dim, masked_share
-        from orchestrator.stages.ssl.pretrain import Pretrain
 
-        if not (self.replay and isinstance(origin, Pretrain)):
+        recipe = origin.model_recipe() if origin is not None else None
+        if recipe is None or not self.replay:
             return 0.0
-        crops, tower, heads = self.crops, origin.tower, origin.heads
+        crops, tower, heads = self.crops, recipe.tower, recipe.heads
         patches = (crops.global_size // tower.patch_size) ** 2
         if self.features is not None:
             width = feature_dim(tower) * (1 + patches) if self.features.uses_own else 0

@@ -27,10 +27,10 @@ from orchestrator.models.foreign import (
     open_transformers,
 )
 from orchestrator.objectives.whitening import Moments, Whitening
-from orchestrator.stages.common.crops import StepViews
 from orchestrator.stages.common.nets import flat_views
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.features import OWN, FeatureObjective, TeacherShape, TeacherSource
+from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.stages.distill.task import in_half
 from orchestrator.teacher_service.payload import TEACHER, samples
 from orchestrator.training.device import device_type

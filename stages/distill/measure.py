@@ -31,11 +31,11 @@ from orchestrator.data.blocks import Block, BlockSource
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.backbone import save_backbone
+from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.profiling import Spec
 from orchestrator.stages.distill.teaching import Teaching, teaching
-from orchestrator.stages.ssl.config import ModelRecipe
 from orchestrator.storage.artifacts import Artifact, Manifest
 from orchestrator.teacher_service.payload import Parts, StepTeacher, block, blocks_per_chunk, chunks
 from orchestrator.tracking.run import NullRun

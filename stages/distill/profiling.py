@@ -21,9 +21,9 @@ from orchestrator.capacity.allocate import StudentCost, TeacherCost
 from orchestrator.capacity.measured_costs import Profile
 from orchestrator.config.schema import DataSource, Strict
 from orchestrator.errors import UserError
+from orchestrator.stages.common.config import ModelRecipe
+from orchestrator.stages.common.workload import Workload
 from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.ssl.config import ModelRecipe
-from orchestrator.stages.workload import Workload
 from orchestrator.training.device import assigned_gpus, environment
 
 _MODULE = "orchestrator.stages.distill.measure"

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.data.blocks import Block
-from orchestrator.stages.common.crops import StepViews
+from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.stages.distill.task import FrozenTeacher
-from orchestrator.stages.ssl.config import ModelRecipe
 from orchestrator.teacher_service import process_group
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UserError
 from orchestrator.stages.base import Context, Part
-from orchestrator.stages.ssl.config import stage_seed
+from orchestrator.stages.common.config import stage_seed
 
 if TYPE_CHECKING:
     from orchestrator.stages.distill.config import Distill, Student

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from orchestrator.config.schema import Elastic
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context
+from orchestrator.stages.common.config import stage_seed, summary
 from orchestrator.stages.common.mixing import draws_of
 from orchestrator.stages.distill.student_runs import StudentRun, student_runs_of
-from orchestrator.stages.ssl.config import stage_seed, summary
 
 if TYPE_CHECKING:
     from orchestrator.capacity.rebalance import Balancer
@@ -113,9 +113,9 @@ def _train_all(
 
 def _balance(config: Distill, context: Context, student_runs: Mapping[str, StudentRun]) -> Balancer | None:
     """Who may have how many workers, where that is to follow from measured costs."""
+    from orchestrator.stages.common.config import ModelRecipe
     from orchestrator.stages.distill.balancing import balancer
     from orchestrator.stages.distill.profiling import Material
-    from orchestrator.stages.ssl.config import ModelRecipe
 
     if config.workers is None or not student_runs:
         return None

@@ -15,7 +15,7 @@ from torch import Tensor
 from orchestrator.data.blocks import Block
 from orchestrator.objectives.chunked import SoftTargets, chunked_sinkhorn_scaling
 from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
-from orchestrator.stages.common.crops import StepViews
+from orchestrator.stages.common.config import ModelRecipe, last_snapshot
 from orchestrator.stages.common.nets import (
     HeadedBackbone,
     block_generator,
@@ -31,7 +31,7 @@ from orchestrator.stages.common.nets import (
 from orchestrator.stages.common.operations import masked_share
 from orchestrator.stages.common.terms import Distillation, TargetProbs
 from orchestrator.stages.distill.config import Distill, Student
-from orchestrator.stages.ssl.config import ModelRecipe, last_snapshot
+from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.teacher_service.payload import TEACHER, samples
 from orchestrator.training.device import device_type
 from orchestrator.training.export import load_export

@@ -16,14 +16,14 @@ from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.backbone import save_backbone
-from orchestrator.stages.common.crops import StepViews, regenerated_views
+from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.distill import feature_teacher
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.feature_task import FeatureTask
 from orchestrator.stages.distill.features import FeatureObjective
 from orchestrator.stages.distill.sharded_teacher import ShardedTeacher
+from orchestrator.stages.distill.step_views import StepViews, regenerated_views
 from orchestrator.stages.distill.task import DistillTask, FrozenTeacher, bytes_per_image
-from orchestrator.stages.ssl.config import ModelRecipe
 from orchestrator.storage.local import Store
 from orchestrator.storage.open import open_store
 from orchestrator.teacher_service.cache import CachedTeacher

@@ -18,9 +18,7 @@ from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context, Input, PlanContext, Stage
 from orchestrator.stages.common.mixing import DRAWN
-from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.metric import Features, OwnMetric, checked
-from orchestrator.stages.ssl.pretrain import Pretrain
 
 if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
@@ -127,9 +125,10 @@ class Evaluate(Stage):
         if not any(role in plan_context.upstream for role in TEACHER_ROLES):
             return [_no_backbone("there is no backbone to evaluate", "needs")]
         distill = plan_context.upstream.get("students")
-        towers = {stage.model: stage.tower for stage in plan_context.lineage if isinstance(stage, Pretrain)}
-        if isinstance(distill, Distill):
-            towers |= {f"student {name}": student.tower for name, student in distill.students.items()}
+        recipes = [stage.model_recipe() for stage in plan_context.lineage]
+        towers = {recipe.model: recipe.tower for recipe in recipes if recipe is not None}
+        if distill is not None:
+            towers |= {f"student {name}": tower for name, tower in distill.student_towers().items()}
         size = self.image_size or 0
         return [
             UserError(
@@ -292,7 +291,7 @@ class Evaluate(Stage):
         """The fields of the results that need an `align_text` stage; none without one."""
         if "text" not in context.inputs:
             return {}
-        from orchestrator.stages.align_text.model import load_aligned
+        from orchestrator.stages.common.aligned import load_aligned
         from orchestrator.stages.evaluate.text import TextEvaluation
 
         logger.info("%s: texts, on %s photos", context.name, f"{len(index):,}")

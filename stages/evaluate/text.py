@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from orchestrator.data.index import ImageIndex
 from orchestrator.evaluation.metrics.neighbours import retrieval_recall
 from orchestrator.evaluation.report.text_maps import text_maps
-from orchestrator.stages.align_text.model import Aligned
+from orchestrator.stages.common.aligned import Aligned
 from orchestrator.stages.evaluate.results import ZeroShot
 from orchestrator.stages.evaluate.towers import Check, Crops, read_photo
 

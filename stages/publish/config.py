@@ -18,7 +18,6 @@ from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.fsio import DIGESTS
 from orchestrator.stages.base import PACKAGE, Context, Input, PlanContext, Stage, figures_of, made_by
 from orchestrator.stages.common.mlmodel import mlmodel
-from orchestrator.stages.distill.config import Distill
 
 # What MLflow keeps for itself: `latest` however written, and versions.
 _RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
@@ -78,10 +77,11 @@ class Publish(Stage):
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: names that no student has."""
         stage = plan_context.upstream.get("students")
-        if not isinstance(stage, Distill):
+        if stage is None:
             return []
-        unknown = [name for name in dict.fromkeys(self.names) if name not in stage.students]
-        return [_no_student(name, sorted(stage.students), "names") for name in unknown]
+        students = stage.student_towers()
+        unknown = [name for name in dict.fromkeys(self.names) if name not in students]
+        return [_no_student(name, sorted(students), "names") for name in unknown]
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Publishes; goes on after a crash where it was.

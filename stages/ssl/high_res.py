@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from orchestrator.stages.base import Input
-from orchestrator.stages.ssl.config import BACKBONE_KINDS, INDEX_KINDS, Resolution, SelfSupervised
+from orchestrator.stages.common.config import BACKBONE_KINDS, INDEX_KINDS
+from orchestrator.stages.ssl.config import Resolution, SelfSupervised
 from orchestrator.stages.ssl.gram import RefinementGram
 
 

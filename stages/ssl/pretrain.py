@@ -9,16 +9,16 @@ from pydantic import Field, model_validator
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
 from orchestrator.stages.base import Context, Input
-from orchestrator.stages.ssl.config import (
+from orchestrator.stages.common.config import (
     INDEX_KINDS,
     OVERRIDES,
     Heads,
     ModelName,
     ModelRecipe,
     Overrides,
-    SelfSupervised,
     check_crops,
 )
+from orchestrator.stages.ssl.config import SelfSupervised
 
 
 class Pretrain(SelfSupervised):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from orchestrator.models import build, normalise
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
 from orchestrator.objectives.gram import gram_loss
+from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.lineage import Health
 from orchestrator.stages.common.nets import (
     HeadedBackbone,
@@ -31,7 +32,7 @@ from orchestrator.stages.common.nets import (
 from orchestrator.stages.common.terms import Distillation, TargetProbs, centred, with_prototypes
 from orchestrator.stages.objective import StudentOutput
 from orchestrator.stages.ssl.anchor import AnchorDecision, DenseHealthMonitor
-from orchestrator.stages.ssl.config import ModelRecipe, SelfSupervised
+from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.training.export import load_export
 from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, Weights
 

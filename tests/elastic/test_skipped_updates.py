@@ -14,8 +14,8 @@ from rich.console import Console
 
 from orchestrator.data.index import ImageIndex
 from orchestrator.pipeline.checkpoint_table import print_checkpoints
+from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.crops import crop_blocks
-from orchestrator.stages.ssl.config import ModelRecipe
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.training.checkpoint.inspect import describe_all
 from orchestrator.training.out_of_memory import is_out_of_memory

@@ -138,8 +138,8 @@ def load_file_init() -> dict[str, np.ndarray[Any, Any]]:
     """The weights every job of these tests starts with (seed 0)."""
     import torch
 
+    from orchestrator.stages.common.config import Heads
     from orchestrator.stages.common.nets import HeadedBackbone
-    from orchestrator.stages.ssl.config import Heads
 
     torch.manual_seed(0)
     net = HeadedBackbone(CONFIG["model"], CONFIG["drop_path"], Heads.model_validate(CONFIG["heads"]))

@@ -18,8 +18,8 @@ from orchestrator.data.index import ImageIndex
 from orchestrator.elastic.channel import Message
 from orchestrator.elastic.worker import SlotBlocks
 from orchestrator.elastic.worker_slot import WorkerSlot
+from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.crops import crop_blocks
-from orchestrator.stages.ssl.config import ModelRecipe
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.teacher_service import payload
 from orchestrator.teacher_service.client import SharedBlocks

@@ -16,8 +16,8 @@ import torch
 
 from orchestrator.models import ViTConfig, load_pretrained, preset
 from orchestrator.stages.common.backbone import save_backbone
+from orchestrator.stages.common.config import Heads
 from orchestrator.stages.common.nets import HeadedBackbone
-from orchestrator.stages.ssl.config import Heads
 
 from .conftest import HEADS, RunJob
 from .test_chunks import saved

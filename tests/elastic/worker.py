@@ -14,8 +14,9 @@ from torch import Tensor
 
 from orchestrator.config.schema import Elastic
 from orchestrator.data.blocks import Block
+from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.crops import crop_blocks
-from orchestrator.stages.ssl.config import ModelRecipe, SelfSupervised
+from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.stages.ssl.gram_anchor import GramAnchor
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.stages.ssl.task import SelfSupervisedTask
@@ -143,11 +144,11 @@ class SlowBlocks:
 
 def make_feature_job(spec: dict[str, Any]) -> Job:
     """The student of `spec`'s first name, taught by the headless teachers of its objective."""
-    from orchestrator.stages.common.crops import StepViews
     from orchestrator.stages.distill.config import Distill
     from orchestrator.stages.distill.feature_task import FeatureTask
     from orchestrator.stages.distill.feature_teacher import FeatureTeacher, prepare
     from orchestrator.stages.distill.features import FeatureObjective
+    from orchestrator.stages.distill.step_views import StepViews
 
     config = Distill.model_validate(spec["config"])
     objective = FeatureObjective.model_validate(spec["features"])

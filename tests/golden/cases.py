@@ -178,9 +178,9 @@ def _train(job: Job, *, tracker: Any, stop: Any) -> Numbers:
 def _student(stage: Distill, context: Context, name: str) -> Numbers:
     from worker import TaughtBlocks
 
+    from orchestrator.stages.common.config import stage_seed
     from orchestrator.stages.distill.student_runs import student_job
     from orchestrator.stages.distill.teaching import teaching
-    from orchestrator.stages.ssl.config import stage_seed
 
     teach = teaching(stage, context, stage_seed(context, stage.kind))
     with context.part("student", stage.student_identity(name)) as part:

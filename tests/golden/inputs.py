@@ -21,8 +21,8 @@ from orchestrator.config.schema import Optimizer
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.stages.common import lineage
+from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone, zero3_leaf_modules
-from orchestrator.stages.ssl.config import Heads, ModelRecipe
 from orchestrator.training.checkpoint import reader
 from orchestrator.training.checkpoint.storage import Target
 from orchestrator.training.checkpoint.writer import Saver
@@ -162,10 +162,11 @@ def students(folder: Path) -> Path:
 
 def text(folder: Path, tower: Path, captions: list[str], config: dict[str, Any]) -> Path:
     """What `align_text` leaves."""
-    from orchestrator.stages.align_text.captions import load_tokenizer, train_tokenizer
+    from orchestrator.stages.align_text.captions import train_tokenizer
     from orchestrator.stages.align_text.config import AlignText
-    from orchestrator.stages.align_text.model import save_aligned
+    from orchestrator.stages.align_text.export import save_aligned
     from orchestrator.stages.align_text.task import align_net
+    from orchestrator.stages.common.text_tokenizer import load_tokenizer
 
     folder.mkdir()
     stage = AlignText.model_validate(config)

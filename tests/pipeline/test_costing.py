@@ -18,7 +18,8 @@ from orchestrator.pipeline.costing import Costing, costing, costings
 from orchestrator.pipeline.load import load
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import TrainStage
-from orchestrator.stages.workload import Net, Workload, workloads
+from orchestrator.stages.common.workload import Net, Workload
+from orchestrator.stages.workload import workloads
 
 CONF = Path(__file__).parents[2] / "conf"
 PAPER = sorted((CONF / "paper").glob("*.yaml"))

@@ -11,10 +11,10 @@ import torch
 
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.views import CropConfig
-from orchestrator.stages.common.crops import StepViews
+from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.stages.distill.task import FrozenTeacher
-from orchestrator.stages.ssl.config import Heads, ModelRecipe
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, Parts, block
 from orchestrator.training.task import BlockTensors
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.stages.ssl.config import Heads, ModelRecipe
+from orchestrator.stages.common.config import Heads, ModelRecipe
 
 # Prototypes about of unit length, so that the teacher's temperature shows in its targets.
 HEADS = Heads(

@@ -34,13 +34,14 @@ from orchestrator.stages.align_text.captions import (
     adopt_tokenizer,
     caption_blocks,
     caption_order,
-    load_tokenizer,
     train_tokenizer,
 )
 from orchestrator.stages.align_text.config import AlignText, pick_image_size, pick_tower
-from orchestrator.stages.align_text.model import load_aligned, save_aligned
+from orchestrator.stages.align_text.export import save_aligned
 from orchestrator.stages.align_text.task import AlignTask, align_net, held_below, load_encoder
+from orchestrator.stages.common.aligned import load_aligned
 from orchestrator.stages.common.nets import block_generator
+from orchestrator.stages.common.text_tokenizer import load_tokenizer
 from orchestrator.training.task import BlockTensors, Losses
 
 CAPTIONS = ["Rice, raw, brown", "Rice flakes", "Wheat, whole", "Bengal gram, dal", "Maize, dry", "Quinoa"]

@@ -17,10 +17,10 @@ from orchestrator.errors import UserError
 from orchestrator.models import normalise
 from orchestrator.objectives.gram import gram_loss
 from orchestrator.stages.common import lineage
+from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.lineage import Health, Lineage, Snapshot
 from orchestrator.stages.common.nets import HeadedBackbone
 from orchestrator.stages.ssl.anchor import AnchorDecision, DenseHealthMonitor
-from orchestrator.stages.ssl.config import Heads, ModelRecipe
 from orchestrator.stages.ssl.gram import DenseHealth, Gram
 from orchestrator.stages.ssl.gram_anchor import GramAnchor
 from orchestrator.stages.ssl.high_res import HighRes

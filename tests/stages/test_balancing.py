@@ -6,11 +6,11 @@ import pytest
 
 from orchestrator.capacity.allocate import StudentCost, TeacherCost
 from orchestrator.capacity.contention import AROUND_CORES
+from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.distill import balancing
 from orchestrator.stages.distill.balancing import balancer
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.profiling import Costs, Material
-from orchestrator.stages.ssl.config import Heads, ModelRecipe
 
 COSTS = Costs(
     TeacherCost(0.5),

@@ -18,12 +18,12 @@ from orchestrator.elastic import cluster
 from orchestrator.errors import UserError
 from orchestrator.models import load_pretrained, normalise, preset
 from orchestrator.stages.base import Context
+from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone, resize_masks
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.student_runs import sharing_gpus, student_job
 from orchestrator.stages.distill.task import DistillTask, bytes_per_image
 from orchestrator.stages.distill.teaching import HeadTeaching, teaching
-from orchestrator.stages.ssl.config import Heads, ModelRecipe
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.storage.artifacts import Artifact, Manifest
 from orchestrator.teacher_service.account import Account

@@ -112,10 +112,11 @@ def make_students(folder: Path) -> Path:
 
 
 def make_text(folder: Path, tower: Path, captions: list[str]) -> Path:
-    from orchestrator.stages.align_text.captions import load_tokenizer, train_tokenizer
+    from orchestrator.stages.align_text.captions import train_tokenizer
     from orchestrator.stages.align_text.config import AlignText, TextSettings
-    from orchestrator.stages.align_text.model import save_aligned
+    from orchestrator.stages.align_text.export import save_aligned
     from orchestrator.stages.align_text.task import align_net
+    from orchestrator.stages.common.text_tokenizer import load_tokenizer
 
     folder.mkdir()
     sizes = TextSettings(dim=16, depth=1, num_heads=2)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, normalise, save_pretrained
-from orchestrator.stages.common.crops import StepViews
+from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.feature_task import FeatureTask
 from orchestrator.stages.distill.feature_teacher import FeatureTeacher, bytes_per_image, prepare
 from orchestrator.stages.distill.features import FeatureObjective, TeacherShape
-from orchestrator.stages.ssl.config import ModelRecipe
+from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, block
 from orchestrator.training.task import BlockTensors
 

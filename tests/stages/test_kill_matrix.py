@@ -30,9 +30,9 @@ from orchestrator.data.samples import fetch_food
 from orchestrator.elastic import cluster
 from orchestrator.elastic.controller_host import hosts
 from orchestrator.stages.base import Context
+from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone
 from orchestrator.stages.distill.config import Distill, Student
-from orchestrator.stages.ssl.config import Heads, ModelRecipe
 from orchestrator.storage.artifacts import Artifact, Manifest
 from orchestrator.teacher_service.account import Account
 from orchestrator.tracking.run import NullRun

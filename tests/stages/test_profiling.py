@@ -12,10 +12,10 @@ from orchestrator.capacity import measured_costs as profiles
 from orchestrator.capacity.measured_costs import Profile, fit
 from orchestrator.errors import UserError
 from orchestrator.models import build, save_pretrained
+from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.distill import profiling
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.profiling import Material, Spec, measured
-from orchestrator.stages.ssl.config import Heads, ModelRecipe
 
 STAGE: dict[str, Any] = {
     "kind": "distill",

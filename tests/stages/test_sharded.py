@@ -17,7 +17,7 @@ sys.path[:0] = [sys.argv[4]]
 from tests.stages.distilling import CONFIG, RECIPE
 from orchestrator.sharing import process group
 from orchestrator.teacher_service.payload import VIEWS
-from orchestrator.stages.common.crops import StepViews
+from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.stages.distill.task import FrozenTeacher
 from orchestrator.stages.distill.sharded_teacher import ShardedTeacher
 

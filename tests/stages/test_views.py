@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from orchestrator.data.blocks import Block, CropBlocks
-from orchestrator.stages.common.crops import StepViews, regenerated_views
 from orchestrator.stages.distill.config import Distill, Student, Views
+from orchestrator.stages.distill.step_views import StepViews, regenerated_views
 from orchestrator.stages.distill.task import DistillTask
 from orchestrator.stages.distill.teaching import view_part
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, block

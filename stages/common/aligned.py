@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from orchestrator.models import (
@@ -28,50 +25,14 @@ from orchestrator.models import (
     load_pretrained,
     preprocess,
 )
-from orchestrator.stages.align_text.captions import load_tokenizer
-from orchestrator.stages.align_text.config import AlignText
-from orchestrator.stages.align_text.task import load_encoder, text_config
-from orchestrator.training.export import load_export
+from orchestrator.stages.common.text_tokenizer import load_tokenizer
 
 Floats = NDArray[np.float32]
 
 # Format 2 had one way to project, and biases always.
-_FORMAT = 3
+FORMAT = 3
 _FORMAT_2 = {"projection": "joint", "ffn_hidden": None, "qkv_bias": True}
 _BATCH = 32
-
-
-def save_aligned(
-    export: Path, folder: Path, config: AlignText, tower: Path, tokenizer: Path, *, image_size: int
-) -> None:
-    """The trained parts of an export with their tower and tokenizer, for :func:`load_aligned`."""
-    folder.mkdir(parents=True)
-    shutil.copytree(tower, folder / "tower")
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    save_file(dict(load_export(export, "aligner.")), folder / "aligner.safetensors")
-    text = dict(load_export(export, "text."))
-    if config.text.from_ is None:
-        kind, shape = "causal", asdict(text_config(config, load_tokenizer(tokenizer).get_vocab_size()))
-    else:
-        encoder = load_encoder(config.text.from_)
-        kind, shape = "bert", asdict(encoder.config)
-        if config.text.lock:
-            text |= {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
-    save_file({name: weight.contiguous() for name, weight in text.items()}, folder / "text.safetensors")
-    log_scale = float(load_export(export)["logit_scale"])
-    record = {
-        "format": _FORMAT,
-        "image_size": image_size,
-        "logit_scale": min(math.exp(log_scale), config.max_scale),
-        "output_dim": config.output_dim,
-        "num_blocks": config.num_blocks,
-        "pool": config.pool,
-        "projection": config.projection,
-        "ffn_hidden": config.ffn_hidden,
-        "qkv_bias": config.qkv_bias,
-        "text": {"kind": kind, "shape": shape},
-    }
-    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 class Aligned:
@@ -86,9 +47,9 @@ class Aligned:
     def __init__(self, folder: Path) -> None:
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if record["format"] == 2:
-            record |= {**_FORMAT_2, "format": _FORMAT}
-        if record["format"] != _FORMAT:
-            raise ValueError(f"{folder} has format {record['format']!r}; this version reads {_FORMAT}")
+            record |= {**_FORMAT_2, "format": FORMAT}
+        if record["format"] != FORMAT:
+            raise ValueError(f"{folder} has format {record['format']!r}; this version reads {FORMAT}")
         self.image_size, self.logit_scale = int(record["image_size"]), float(record["logit_scale"])
         self.dim = int(record["output_dim"])
         self._tower = load_pretrained(folder / "tower")

@@ -1,0 +1,158 @@
+"""What several kinds of stages have in their configs: models, heads and crops, and the checks of what fits together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field
+
+from orchestrator.config.extension import MODEL_NAME
+from orchestrator.config.schema import MAX_WIDTH, Settings, Strict
+from orchestrator.data.views import CropConfig
+from orchestrator.errors import KeyMistakeError
+from orchestrator.models.configs import Config
+from orchestrator.models.presets import preset
+from orchestrator.stages.base import Context
+
+INDEX_KINDS = ("curate",)
+BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
+
+
+def _known_model(name: str) -> str:
+    preset(name)
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_known_model), MODEL_NAME]
+
+
+def _no_drop_path(overrides: dict[str, Any]) -> dict[str, Any]:
+    if "drop_path" in overrides:
+        raise ValueError("drop_path is a key beside model: leave it out of model_overrides")
+    return overrides
+
+
+# Fields of a preset by name, with the values that replace the preset's.
+Overrides = Annotated[dict[str, Any], AfterValidator(_no_drop_path)]
+OVERRIDES = (
+    "Values that replace fields of the model's preset, such as patch_size, num_storage_tokens, rope_rescale, norm_eps "
+    "or key_bias (docs/models.md). The published model has them, too."
+)
+
+
+KoLeoViews = Literal["first", "both"]
+KOLEO_VIEWS: KoLeoViews = Field(
+    "first",
+    description="The global crops that the KoLeo loss is computed on: first, as in the paper, or both, with the sum "
+    "of both losses, as in the published code.",
+)
+KOLEO_GROUP: int | None = Field(
+    None,
+    ge=2,
+    description="The number of images in a KoLeo group: the nearest neighbour of each image is searched within its "
+    "group. It must divide `block_size`. Default: 16, or `block_size` if that is smaller.",
+)
+
+
+class Heads(Settings):
+    """Sizes of the DINO and iBOT heads (arXiv 2508.10104, appendix C; paper scale in `conf/paper`)."""
+
+    hidden: int = Field(256, ge=1, le=MAX_WIDTH, description="The width of the hidden layers of both heads.")
+    dino_bottleneck: int = Field(
+        64, ge=1, le=MAX_WIDTH, description="The width of the DINO head's bottleneck."
+    )
+    dino_prototypes: int = Field(
+        1024, ge=2, le=2**24, description="The number of prototypes of the DINO head."
+    )
+    ibot_bottleneck: int = Field(
+        64, ge=1, le=MAX_WIDTH, description="The width of the iBOT head's bottleneck."
+    )
+    ibot_prototypes: int = Field(
+        1024, ge=2, le=2**24, description="The number of prototypes of the iBOT head."
+    )
+    prototype_std: float = Field(
+        0.02,
+        gt=0,
+        description="The standard deviation of the initial prototypes. With 1/√bottleneck they are close to unit "
+        "vectors, as in DINO.",
+    )
+
+
+class ModelRecipe(Strict):
+    """What it takes to rebuild a trained model; written beside its weights as `recipe.json`."""
+
+    model: str
+    model_overrides: dict[str, Any] = Field({})
+    drop_path: float
+    heads: Heads
+    global_size: int
+
+    @property
+    def tower(self) -> Config:
+        """The shape of the backbone, without drop-path."""
+        return preset(self.model, **self.model_overrides)
+
+
+def check_blocks(stage: BaseModel, batch_size: int, block_size: int) -> None:
+    """Raises KeyMistakeError unless blocks fill a batch."""
+    if batch_size % block_size == 0:
+        return
+    is_default = "block_size" not in stage.model_fields_set
+    lower, upper = batch_size // block_size * block_size, -(-batch_size // block_size) * block_size
+    sizes = f"{lower} or {upper}" if lower else str(upper)
+    fitting = max(size for size in range(1, min(batch_size, block_size) + 1) if batch_size % size == 0)
+    what = f"batch_size {batch_size} is not a multiple of block_size {block_size}"
+    raise KeyMistakeError(
+        what + (", which is the default" if is_default else ""),
+        key="batch_size" if "batch_size" in stage.model_fields_set else "block_size",
+        hint=f"use batch_size {sizes}, or block_size {fitting}",
+    )
+
+
+def check_group(group: int | None, block_size: int) -> None:
+    """Raises ValueError unless groups of KoLeo fill a block."""
+    if group is not None and block_size % group:
+        fitting = [size for size in range(2, block_size + 1) if block_size % size == 0]
+        fits = min(fitting, key=lambda size: abs(size - group))
+        raise ValueError(
+            f"koleo_group {group} does not divide block_size {block_size}: groups lie within a block; use {fits}"
+        )
+
+
+def check_crops(
+    crops: CropConfig, model: str, overrides: Mapping[str, Any] | None = None, at: str = "crops"
+) -> None:
+    """Raises KeyMistakeError unless the model's patch divides all crop sizes; `at` is where the section has them."""
+    patch = preset(model, **(overrides or {})).patch_size
+    for name in ("global_size", "local_size", "gram_size"):
+        if (size := getattr(crops, name) or 0) % patch:
+            nearest = max(1, round(size / patch)) * patch
+            what = f"crops.{name} {size} is not a multiple of {model}'s patch size {patch}"
+            raise KeyMistakeError(what, key=f"{at}.{name}", hint=f"use {nearest}")
+
+
+def stage_seed(context: Context, kind: str) -> int:
+    """A seed of its own for each kind of stage; not by name, which is no part of a stage's key."""
+    from orchestrator.data.rng import derive
+
+    return derive(context.seed, kind)
+
+
+def last_snapshot(backbone: Path) -> Path:
+    """The EMA with its heads that a backbone's artifact ends with."""
+    return max((backbone / "snapshots").glob("step-*.safetensors"))
+
+
+def summary(history: list[dict[str, Any]]) -> dict[str, float]:
+    """First and last loss and the speed, from a run's records."""
+    if not history:
+        return {}
+    records = sorted(history, key=lambda record: int(record["step"]))
+    seconds = sorted(record["metrics"]["step_seconds"] for record in records)
+    return {
+        "first_loss": records[0]["metrics"]["loss"],
+        "last_loss": records[-1]["metrics"]["loss"],
+        "step_seconds": seconds[len(seconds) // 2],
+    }
