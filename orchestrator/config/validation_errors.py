@@ -1,4 +1,4 @@
-"""Pydantic's validation errors as complaints a user can act on: line, key path, value, nearest right name."""
+"""Pydantic's validation errors as errors that a user can act on: line, key path, value, nearest right name."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class BlockSource(Protocol):
 class ReportsTroubles(Protocol):
     """A source that met something which the user should hear of, and which does not stop the training."""
 
-    def take_troubles(self) -> list[str]: ...
+    def pop_troubles(self) -> list[str]: ...
 
     def paths(self, rows: Iterable[int]) -> list[str]: ...
 
@@ -156,12 +156,12 @@ class CropBlocks:
         rows = np.array(ids, np.int64)
         return Block(step, index, rows, arrays, unreadable=np.array(unreadable, np.int64))
 
-    def take_troubles(self) -> list[str]:
-        """See :meth:`Pictures.take_troubles`."""
-        return self._pictures.take_troubles()
+    def pop_troubles(self) -> list[str]:
+        """See :meth:`ImageReader.pop_troubles`."""
+        return self._pictures.pop_troubles()
 
     def paths(self, rows: Iterable[int]) -> list[str]:
-        """See :meth:`Pictures.paths`."""
+        """See :meth:`ImageReader.paths`."""
         return self._pictures.paths(rows)
 
     def _masks(self, step: int, index: int, config: CropConfig, patch_size: int) -> NDArray[np.bool_]:
@@ -252,12 +252,12 @@ class CaptionBlocks:
         arrays: dict[str, NDArray[Any]] = {"images": images, "tokens": tokens, "lengths": lengths}
         return Block(step, index, ids, arrays, unreadable=np.array(unreadable, np.int64))
 
-    def take_troubles(self) -> list[str]:
-        """See :meth:`Pictures.take_troubles`."""
-        return self._pictures.take_troubles()
+    def pop_troubles(self) -> list[str]:
+        """See :meth:`ImageReader.pop_troubles`."""
+        return self._pictures.pop_troubles()
 
     def paths(self, rows: Iterable[int]) -> list[str]:
-        """See :meth:`Pictures.paths`."""
+        """See :meth:`ImageReader.paths`."""
         return self._pictures.paths(rows)
 
 

@@ -50,7 +50,7 @@ class ImageReader:
         self._unreadable: dict[int, str] = {}
         self._troubles: list[str] = []
 
-    def take_troubles(self) -> list[str]:
+    def pop_troubles(self) -> list[str]:
         """What was met since the last call, a line for each picture; for whoever tells the user."""
         taken, self._troubles = self._troubles, []
         return taken

@@ -58,7 +58,7 @@ def warm_up() -> None:
 
 
 def main(channel: Channel) -> int:
-    """Run the attempt that comes over `wire`; returns the exit code."""
+    """Run the attempt that comes over `channel`; returns the exit code."""
     _prepare_process()
     message = channel.receive()
     if message is None:

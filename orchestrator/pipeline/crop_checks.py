@@ -17,7 +17,7 @@ from orchestrator.stages.ssl.pretrain import Pretrain
 
 
 def check(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise the first of :func:`complaints`.
+    """Raise the first of :func:`validation_errors`.
 
     Raises:
         UserError: as there.

@@ -60,7 +60,7 @@ class SpoolBackup:
             OSError: the store does not give what it has.
         """
         self.restore()
-        thread = threading.Thread(target=self._loop, name="mirror", daemon=True)
+        thread = threading.Thread(target=self._loop, name="spool-backup", daemon=True)
         thread.start()
         try:
             yield
@@ -117,7 +117,7 @@ class SpoolBackup:
         return brought
 
     def _kept(self) -> dict[str, list[str]]:
-        """The pieces in the store, in order, by the name of the file. What no mirror wrote is left alone."""
+        """The pieces in the store, in order, by the name of the file. What no backup wrote is left alone."""
         pieces: dict[str, list[str]] = defaultdict(list)
         for name in self._store.list(self._prefix):
             found = _NAME.fullmatch(name.removeprefix(self._prefix))

@@ -315,7 +315,7 @@ class _Trainer:
     def _tell_troubles(self, source: BlockSource) -> None:
         """Hand over what a source met since it was last asked."""
         if isinstance(source, ReportsTroubles):
-            for what in source.take_troubles():
+            for what in source.pop_troubles():
                 self.line.trouble(what)
 
     def _load(self, step: int, source: BlockSource | None = None) -> list[Block]:

@@ -216,7 +216,7 @@ def test_another_photo_stands_for_one_that_cannot_be_read(
     source.load(step, number)
     (said,) = caplog.messages
     assert "07.png" in said
-    assert (source.take_troubles(), source.take_troubles()) == ([said], [])
+    assert (source.pop_troubles(), source.pop_troubles()) == ([said], [])
 
 
 def test_the_stand_in_is_the_same_on_any_worker(index: ImageIndex, tmp_path: Path) -> None:

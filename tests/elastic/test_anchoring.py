@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from orchestrator.stages.ssl.anchor import Watch
+from orchestrator.stages.ssl.anchor import DenseHealthMonitor
 from orchestrator.stages.ssl.gram import DenseHealth
 
 from .conftest import RECIPE, RunJob
@@ -63,7 +63,7 @@ def last(work: Path) -> Path:
 def watched(steps: int) -> dict[str, float]:
     """What a watch knows after some steps, without any training."""
     state: dict[str, float] = {}
-    watch = Watch(DenseHealth.model_validate(CONFIG["gram"]["trigger"]), state, None)
+    watch = DenseHealthMonitor(DenseHealth.model_validate(CONFIG["gram"]["trigger"]), state, None)
     for done in range(1, steps + 1):
         cosine, locality = HEALTH[done - 1]
         watch.see(done, {"cls_patch_cosine": cosine, "patch_locality": locality})

@@ -25,7 +25,7 @@ from orchestrator.storage.artifacts import MANIFEST, ArtifactStore
 from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool
 from orchestrator.training.checkpoint import format
-from orchestrator.training.checkpoint.storage import Target
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 
 from .mutations import VALUES, damaged_bytes, damaged_values, in_time, sensible, some
 
@@ -154,7 +154,7 @@ def test_manifests_of_checkpoints(tmp_path_factory: pytest.TempPathFactory, data
         assert set(found.files) == {SHARD}
         for value in (found.state, found.skips, found.keys, found.step, found.world):
             assert value is not None
-        assert 4 in Target(folder).committed()
+        assert 4 in CheckpointStorage(folder).committed()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_owners_of_checkpoints(tmp_path_factory: pytest.TempPathFactory, data: s
     folder.mkdir(exist_ok=True)
     (folder / "owner.json").write_bytes(data.draw(any_damage(b'{"token": "a0007"}')))
     with in_time():
-        assert format.TOKEN.fullmatch(Target(folder).take())
+        assert format.TOKEN.fullmatch(CheckpointStorage(folder).take())
 
 
 # --- ledgers ----------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from orchestrator.stages.common import lineage
 from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone, zero3_leaf_modules
 from orchestrator.training.checkpoint import reader
-from orchestrator.training.checkpoint.storage import Target
-from orchestrator.training.checkpoint.writer import Saver
+from orchestrator.training.checkpoint.storage import CheckpointStorage
+from orchestrator.training.checkpoint.writer import CheckpointWriter
 from orchestrator.training.engine import Engine
 from orchestrator.training.task import Modules
 
@@ -134,8 +134,8 @@ def _checkpoint(folder: Path, net: nn.Module, ema: nn.Module) -> None:
     }
     engine.load(weights, moments, 100)
     work = folder.with_name("checkpointing")
-    target = Target(work)
-    saver = Saver(
+    target = CheckpointStorage(work)
+    saver = CheckpointWriter(
         target,
         token=reader.share(target.take()),
         keep=1,

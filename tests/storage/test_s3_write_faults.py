@@ -127,7 +127,7 @@ def test_a_hold_that_fails_halfway_is_nobodys(s3_uri: str, kind: Kind) -> None:
 
 
 def save(target: CheckpointStorage, token: str, step: int) -> None:
-    """What `Saver` does, for a group of one worker."""
+    """What `CheckpointWriter` does, for a group of one worker."""
     data = memoryview(np.full(5, step, np.float32).view(np.uint8)).cast("B")
     header = file_header({"master/w": Slot(0, 5, 0, 5)})
     folder, shard = step_name(step), shard_name(token, 0, 1)

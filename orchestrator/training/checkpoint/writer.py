@@ -46,7 +46,7 @@ class CheckpointWriter:
 
     Args:
         target: where checkpoints go.
-        token: of this group of workers, from `Target.take`.
+        token: of this group of workers, from `CheckpointStorage.take`.
         keep: newest committed checkpoints that stay.
         keep_every: those of steps that are multiples of it stay too; None for none.
         meta: what else the manifest says (job, seed, …).
