@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from orchestrator.config.schema import Optimizer
+from orchestrator.config.schedules import Optimizer
 from orchestrator.stages.base import Context, TrainStage
 
 

@@ -25,7 +25,7 @@ from bench.harness import UnfairError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from orchestrator.config.schema import Optimizer
+    from orchestrator.config.schedules import Optimizer
     from orchestrator.training.task import Modules
 
 WARM_UP = 4

@@ -51,7 +51,7 @@ def drive(arm: str, address: str, index: Path, work: Path) -> None:
 
 
 def _job(index: Path, work: Path, **elastic: Any) -> Any:
-    from orchestrator.config.schema import Elastic
+    from orchestrator.config.elastic import Elastic
     from orchestrator.stages.common.config import ModelRecipe
     from orchestrator.stages.common.crops import crop_blocks
     from orchestrator.stages.ssl.pretrain import Pretrain

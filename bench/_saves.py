@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orchestrator.config.schema import Optimizer
+from orchestrator.config.schedules import Optimizer
 from orchestrator.models.blocks import Block
 from orchestrator.models.configs import ViTConfig
 from orchestrator.models.presets import preset

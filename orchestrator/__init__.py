@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.api import Model, Planned, Result, RunError, embed, load, plan, run
-    from orchestrator.config.schema import in_key_if_set, operational
+    from orchestrator.config.settings import in_key_if_set, operational
     from orchestrator.data.augmentation import Augmentation
     from orchestrator.data.index import ImageIndex
     from orchestrator.errors import Stopped, UserError
@@ -41,7 +41,7 @@ _HOMES = {
     "models.configs": ("ConvNeXtConfig", "ViTConfig"),
     "models.convnext": ("ConvNeXt",),
     "models.vit": ("VisionTransformer",),
-    "config.schema": ("in_key_if_set", "operational"),
+    "config.settings": ("in_key_if_set", "operational"),
     "stages.base": ("Context", "Input", "Stage", "TrainStage"),
     "stages.metric": ("Features", "Metric"),
     "stages.objective": ("Objective", "StudentOutput"),

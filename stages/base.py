@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from orchestrator.config.schema import DataSource, Elastic, StageSpec, operational
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import DataSource, StageSpec
+from orchestrator.config.settings import operational
 from orchestrator.errors import UserError
 from orchestrator.fsio import move
 from orchestrator.storage.artifacts import Artifact

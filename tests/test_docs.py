@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.config import yaml_source
-from orchestrator.config.schema import Elastic, Pipeline, StageSpec
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import Pipeline, StageSpec
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.model_table import model_rows

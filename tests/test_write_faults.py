@@ -283,7 +283,8 @@ def test_a_report_is_published_whole_or_not_at_all(tmp_path: Path, kind: Kind) -
 
 @pytest.mark.parametrize("kind", ["once"])
 def test_a_curation_is_published_whole_or_not_at_all(tmp_path: Path, kind: Kind) -> None:
-    from orchestrator.config.schema import DataSource, Elastic
+    from orchestrator.config.elastic import Elastic
+    from orchestrator.config.schema import DataSource
     from orchestrator.stages.base import Context
     from orchestrator.stages.curate.config import Curate
     from orchestrator.tracking.run import NullRun

@@ -18,7 +18,8 @@ import numpy as np
 from bench.headless import lite0
 from bench.learning import ground
 from bench.learning.measure import snapshot
-from orchestrator.config.schema import Elastic, Optimizer
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schedules import Optimizer
 from orchestrator.data.blocks import Block
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.rng import derive

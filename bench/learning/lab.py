@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from orchestrator.config.schema import Cluster, Elastic
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import Cluster
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.elastic import cluster
 from orchestrator.stages.base import Context, Stage

@@ -160,7 +160,7 @@ class Stand:
             time.sleep(_LOOK_S)
 
     def _context(self, name: str) -> Context:
-        from orchestrator.config.schema import Elastic
+        from orchestrator.config.elastic import Elastic
 
         folder = self.folder / name
         (folder / "out").mkdir(parents=True)

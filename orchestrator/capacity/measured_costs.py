@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from orchestrator.capacity.allocate import StudentCost, TeacherCost
-from orchestrator.config.schema import Strict
+from orchestrator.config.settings import Strict
 from orchestrator.fsio import atomic_write
 from orchestrator.storage.cache_folder import cache_folder
 

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from orchestrator import installed
-from orchestrator.config.schema import Settings
+from orchestrator.config.settings import Settings
 from orchestrator.installed import ExtensionError, Group
 
 USE = "The name of an installed package's entry point, or an import path, package.module:Class."

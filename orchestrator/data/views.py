@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.schema import Settings, in_key_if_set
+from orchestrator.config.settings import Settings, in_key_if_set
 from orchestrator.data.augmentation import OwnAugmentation
 
 Probability = Annotated[float, Field(ge=0, le=1)]

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.config.schema import Cluster, Elastic
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster_check
 from orchestrator.elastic.controller_host import hosts
 from orchestrator.elastic.nodes import minimal_agents, on_loopback

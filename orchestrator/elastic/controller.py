@@ -38,7 +38,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from orchestrator.config.schema import Elastic
+from orchestrator.config.elastic import Elastic
 from orchestrator.elastic.failure_policy import ElasticFailurePolicy
 from orchestrator.elastic.failure_rules import Failure
 from orchestrator.elastic.ray_pool import RayWorkerPool, SlotActor

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config.schema import EVERY_DEVICE, Elastic
+from orchestrator.config.elastic import EVERY_DEVICE, Elastic
 
 if TYPE_CHECKING:
     from orchestrator.training.job import Job

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator import disk
-from orchestrator.config.schema import Elastic
+from orchestrator.config.elastic import Elastic
 from orchestrator.errors import Stopped, UserError, shortened
 from orchestrator.pipeline.code_digest import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread, nothing

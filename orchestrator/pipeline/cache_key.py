@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from orchestrator.config.extension import versions
-from orchestrator.config.schema import Strict
+from orchestrator.config.settings import Strict
 from orchestrator.config.yaml_source import show
 from orchestrator.stages.base import Stage
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from orchestrator.config.schema import Strict
+from orchestrator.config.settings import Strict
 from orchestrator.errors import UserError, first_line
 from orchestrator.fsio import NotAFileError
 from orchestrator.names import parts_of

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from orchestrator import installed
 from orchestrator.config import yaml_source
-from orchestrator.config.schema import RENAMED, Elastic, Pipeline
+from orchestrator.config.elastic import RENAMED, Elastic
+from orchestrator.config.schema import Pipeline
 from orchestrator.config.validation_errors import validation_errors
 from orchestrator.data.sources.captions import captions_path
 from orchestrator.errors import UserError, nearest, shortened

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.command import command
-from orchestrator.config.schema import EVERY_DEVICE, Hardware
+from orchestrator.config.elastic import EVERY_DEVICE
+from orchestrator.config.schema import Hardware
 from orchestrator.disk import space
 from orchestrator.errors import UserError
 from orchestrator.pipeline import dag

@@ -17,7 +17,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from orchestrator.config.schema import EVERY_DEVICE, Pipeline, StageSpec, Strict
+from orchestrator.config.elastic import EVERY_DEVICE
+from orchestrator.config.schema import Pipeline, StageSpec
+from orchestrator.config.settings import Strict
 from orchestrator.pipeline.json_schema import EXTENDS
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage, TrainStage

@@ -15,7 +15,8 @@ from typing import Any
 
 from orchestrator import disk
 from orchestrator.command import command
-from orchestrator.config.schema import Cluster, Elastic
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import Cluster
 from orchestrator.elastic.cluster import JoinedCluster
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.pipeline import dag, mlflow_record, system_metrics, tracking_run

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from orchestrator.config.schema import Settings
+from orchestrator.config.settings import Settings
 from orchestrator.errors import UserError, nearest
 from orchestrator.simulation.json_file import JsonFile
 from orchestrator.simulation.trace import MAX_SECONDS

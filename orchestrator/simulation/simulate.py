@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config.schema import Elastic, Pipeline
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import Pipeline
 from orchestrator.errors import UserError
 from orchestrator.simulation.costs import Costs, StageCosts
 from orchestrator.simulation.job import Account, Job, JobPlan

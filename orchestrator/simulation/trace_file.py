@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.schema import Settings
+from orchestrator.config.settings import Settings
 from orchestrator.errors import UserError, nearest
 from orchestrator.simulation import skypilot
 from orchestrator.simulation.json_file import JsonFile, Keys

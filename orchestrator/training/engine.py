@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from orchestrator.config.schema import Optimizer
+from orchestrator.config.schedules import Optimizer
 from orchestrator.training.checkpoint.partition import Shard, cut, cut_whole, gather
 from orchestrator.training.gradient_clipping import Clipper, submodule
 from orchestrator.training.skipped_updates import Skips

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.config.schema import Elastic, Optimizer, Resources
+from orchestrator.config.elastic import Elastic, Resources
+from orchestrator.config.schedules import Optimizer
 from orchestrator.names import inside
 from orchestrator.storage.local import Store
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from orchestrator.config.schema import (
-    MAX_DEPTH,
-    MAX_WIDTH,
-    Decay,
-    LocalPath,
-    Optimizer,
-    Schedule,
-    Settings,
-    check_warmup,
-    operational,
-)
+from orchestrator.config.schedules import Decay, Optimizer, Schedule, check_warmup
+from orchestrator.config.schema import LocalPath
+from orchestrator.config.settings import MAX_DEPTH, MAX_WIDTH, Settings, operational
 from orchestrator.data.views import Side
 from orchestrator.errors import UserError, nearest
 from orchestrator.stages.base import Context, Input, PlanContext

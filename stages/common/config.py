@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field
 
 from orchestrator.config.extension import MODEL_NAME
-from orchestrator.config.schema import MAX_WIDTH, Settings, Strict
+from orchestrator.config.settings import MAX_WIDTH, Settings, Strict
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import KeyMistakeError
 from orchestrator.models.configs import Config

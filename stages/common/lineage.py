@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.schema import Strict
+from orchestrator.config.settings import Strict
 from orchestrator.errors import UserError
 from orchestrator.names import inside
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.config.schema import Optimizer
+from orchestrator.config.schedules import Optimizer
 from orchestrator.data.rng import derive
 from orchestrator.models import (
     Backbone,

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from orchestrator.config.schema import Names, in_key_if_set
+from orchestrator.config.schema import Names
+from orchestrator.config.settings import in_key_if_set
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.stages.base import Context, PlanContext, Stage

@@ -8,19 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from orchestrator.config.elastic import Resources, Workers
 from orchestrator.config.extension import versions
-from orchestrator.config.schema import (
-    Momentum,
-    Optimizer,
-    Resources,
-    Schedule,
-    Settings,
-    Share,
-    Workers,
-    check_ratio,
-    check_warmup,
-    operational,
-)
+from orchestrator.config.schedules import Momentum, Optimizer, Schedule, Share, check_ratio, check_warmup
+from orchestrator.config.settings import Settings, operational
 from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
 from orchestrator.errors import UserError
 from orchestrator.models.configs import Config

@@ -17,7 +17,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from orchestrator import installed
-from orchestrator.config.schema import LocalPath, Settings, Strict, operational
+from orchestrator.config.schema import LocalPath
+from orchestrator.config.settings import Settings, Strict, operational
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError, nearest
 

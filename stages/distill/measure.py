@@ -26,7 +26,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch._C._distributed_c10d import FileStore
 
-from orchestrator.config.schema import DataSource, Elastic
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import DataSource
 from orchestrator.data.blocks import Block, BlockSource
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.stages.base import Context

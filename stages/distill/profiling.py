@@ -19,7 +19,8 @@ from pydantic import Field
 from orchestrator.capacity import measured_costs as profiles
 from orchestrator.capacity.allocate import StudentCost, TeacherCost
 from orchestrator.capacity.measured_costs import Profile
-from orchestrator.config.schema import DataSource, Strict
+from orchestrator.config.schema import DataSource
+from orchestrator.config.settings import Strict
 from orchestrator.errors import UserError
 from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.workload import Workload

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from orchestrator.config.schema import in_key_if_set, operational
+from orchestrator.config.settings import in_key_if_set, operational
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context, Input, PlanContext, Stage

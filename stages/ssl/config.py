@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.schema import (
+from orchestrator.config.schedules import (
     Momentum,
     Optimizer,
     Schedule,
-    Settings,
     Share,
     Temperature,
     check_ratio,
     check_warmup,
-    in_key_if_set,
-    operational,
 )
+from orchestrator.config.settings import Settings, in_key_if_set, operational
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError
 from orchestrator.names import inside

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from orchestrator.config.schema import Schedule, Settings
+from orchestrator.config.schedules import Schedule
+from orchestrator.config.settings import Settings
 
 
 class DenseHealth(Settings):

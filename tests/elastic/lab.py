@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from orchestrator.config.schema import Optimizer
+from orchestrator.config.schedules import Optimizer
 from orchestrator.errors import UserError
 from orchestrator.storage.local import LocalStore
 from orchestrator.training import loop

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from orchestrator.config.schema import EVERY_DEVICE, Elastic, Resources
+from orchestrator.config.elastic import EVERY_DEVICE, Elastic, Resources
 from orchestrator.elastic.resources import (
     Node,
     SlotShape,

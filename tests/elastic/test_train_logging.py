@@ -11,7 +11,7 @@ import pytest
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.execution.context import TrainRunContext
 
-from orchestrator.config.schema import Elastic
+from orchestrator.config.elastic import Elastic
 from orchestrator.elastic.controller import STUCK_S, ControllerStuckError, ElasticRun, RunSpec
 from orchestrator.elastic.ray_pool import RayWorkerPool
 from orchestrator.elastic.resources import SlotShape

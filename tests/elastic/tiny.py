@@ -15,7 +15,8 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from torch import Tensor, nn
 
-from orchestrator.config.schema import Elastic, Optimizer, Schedule
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schedules import Optimizer, Schedule
 from orchestrator.data.blocks import Block
 from orchestrator.errors import UserError
 from orchestrator.training.job import Job

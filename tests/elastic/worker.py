@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.config.schema import Elastic
+from orchestrator.config.elastic import Elastic
 from orchestrator.data.blocks import Block
 from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.crops import crop_blocks

@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
-from orchestrator.config.schema import DataSource, Elastic
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import DataSource
 from orchestrator.data.index import ImageIndex
 from orchestrator.elastic import trainer
 from orchestrator.stages import AnyStage

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from orchestrator.config.schema import Optimizer
+from orchestrator.config.schedules import Optimizer
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.stages.common import lineage

@@ -188,20 +188,20 @@ def test_files_are_named_by_their_place_and_compared_one_by_one() -> None:
     assert {
         "stages/ssl/pretrain.py",
         "training/loop.py",
-        "config/schema.py",
+        "config/settings.py",
         "models/__init__.py",
     } <= found.keys()
-    other = {name: value for name, value in found.items() if name != "config/schema.py"} | {
+    other = {name: value for name, value in found.items() if name != "config/settings.py"} | {
         "training/loop.py": "0" * 16, "gone.py": "1" * 16,
     }  # fmt: skip
-    assert code_digest.changes(found, other) == ["config/schema.py", "gone.py", "training/loop.py"]
+    assert code_digest.changes(found, other) == ["config/settings.py", "gone.py", "training/loop.py"]
     assert code_digest.changes(found, found) == []
 
 
 def test_a_stage_is_tied_to_what_it_imports_and_not_to_other_stages() -> None:
     closure = code_digest._closure("orchestrator.stages.ssl.pretrain")
     assert "orchestrator.stages.ssl.pretrain" in closure
-    assert "orchestrator.config.schema" in closure
+    assert "orchestrator.config.settings" in closure
     assert "orchestrator.stages" not in closure, (
         "the union of all stages would tie every stage to every other"
     )

@@ -14,7 +14,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config.schema import Pipeline, _NoBoolean
+from orchestrator.config.schema import Pipeline
+from orchestrator.config.settings import _NoBoolean
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.load import load
 from orchestrator.stages import AnyStage

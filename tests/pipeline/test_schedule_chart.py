@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.config.schema import Schedule
+from orchestrator.config.schedules import Schedule
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.schedule_chart import draw, find, sample

@@ -13,7 +13,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from orchestrator.config.schema import Elastic, Strict, operational
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.settings import Strict, operational
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context, Input, Stage
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.schema import Elastic
+from orchestrator.config.elastic import Elastic
 from orchestrator.errors import UserError
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.load import LoadedPipeline, load

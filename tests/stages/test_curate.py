@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from orchestrator.config.schema import DataSource, Elastic
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import DataSource
 from orchestrator.data.index import ImageIndex
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context

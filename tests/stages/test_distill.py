@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from orchestrator.config.schema import Cluster, Elastic, Optimizer, Resources, Schedule
+from orchestrator.config.elastic import Elastic, Resources
+from orchestrator.config.schedules import Optimizer, Schedule
+from orchestrator.config.schema import Cluster
 from orchestrator.data.views import CropConfig
 from orchestrator.elastic import cluster
 from orchestrator.errors import UserError

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from orchestrator.config.schema import Elastic
+from orchestrator.config.elastic import Elastic
 from orchestrator.data.curation.mix import effective_number
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import Stopped, UserError

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.config.schema import Cluster, Elastic
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, save_pretrained

@@ -24,7 +24,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from orchestrator.config.schema import Cluster, Elastic, Optimizer, Schedule
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schedules import Optimizer, Schedule
+from orchestrator.config.schema import Cluster
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.samples import fetch_food
 from orchestrator.elastic import cluster

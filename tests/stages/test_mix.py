@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from orchestrator.config.schema import Elastic
+from orchestrator.config.elastic import Elastic
 from orchestrator.data.curation.mix import by_cluster, count_draws, effective_number, sample_order
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError

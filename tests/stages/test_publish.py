@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 from pydantic import ValidationError
 
-from orchestrator.config.schema import Elastic
+from orchestrator.config.elastic import Elastic
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.stages.base import Context, figures_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.config.schema import Optimizer, Schedule
+from orchestrator.config.schedules import Optimizer, Schedule
 from orchestrator.models import ConvNeXtConfig, build, convnext, preset, vit
 from orchestrator.models.blocks import add_residual
 from orchestrator.stages.common.nets import HeadedBackbone, block_generator, learning_rate_scales

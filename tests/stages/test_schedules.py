@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from orchestrator.config.schema import Optimizer, Schedule
+from orchestrator.config.schedules import Optimizer, Schedule
 from orchestrator.stages.common.nets import HeadedBackbone
 from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.stages.ssl.gram_anchor import GramAnchor
