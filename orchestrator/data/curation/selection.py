@@ -15,8 +15,9 @@ from threadpoolctl import threadpool_limits
 
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.curation.components import CHOSEN, HELD_OUT, LEFT_OUT
+from orchestrator.data.curation.dedup import near_duplicates
 from orchestrator.data.curation.descriptor import describe, thumbnail
-from orchestrator.data.curation.sampling import fill, near_duplicates
+from orchestrator.data.curation.sampling import fill
 from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
 from orchestrator.data.index import ImageRecord
 from orchestrator.data.rng import derive, generator
