@@ -53,8 +53,8 @@ def ray_figures(quick: bool) -> tuple[float, float]:
 def _desk_calls(calls: int) -> float:
     import ray
 
-    from orchestrator.teacher_service.account import Account
     from orchestrator.teacher_service.coordinator import StepCoordinator, StepRefs
+    from orchestrator.teacher_service.counters import Account
 
     coordinator: Any = ray.remote(StepCoordinator).options(num_cpus=0, max_concurrency=1000).remote(
         {"student": 0}, 10, window=4, patience_s=600.0, account=Account()

@@ -27,9 +27,9 @@ from torch._C._distributed_c10d import HashStore
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.stages.common.config import ModelRecipe
+from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.stages.ssl.task import SelfSupervisedTask
-from orchestrator.stages.workload import workloads
 from orchestrator.training.collectives import AllWorkers
 from orchestrator.training.device import device as assigned_device
 from orchestrator.training.engine import Engine

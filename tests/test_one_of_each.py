@@ -24,7 +24,7 @@ OF_FSIO = {
 NOT_DURABLE = {
     "orchestrator/elastic/time_accounting.py",
     "orchestrator/pipeline/workspace.py",
-    "orchestrator/teacher_service/account.py",
+    "orchestrator/teacher_service/counters.py",
     "orchestrator/storage/artifacts.py",
     "orchestrator/storage/bytes_store.py",
     "orchestrator/storage/local.py",

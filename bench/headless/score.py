@@ -18,7 +18,7 @@ from bench.learning import measure, sets
 from orchestrator.data.index import ImageRecord
 from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out, knn_vote
 from orchestrator.models import Backbone, normalise
-from orchestrator.models.foreign import open_module
+from orchestrator.models.wrapped import open_module
 
 SETS = ("food", "stamps")
 OWN_SIZE = 224

@@ -87,7 +87,7 @@ class Stand:
         context = self._context(str(self.num_runs))
         thread = threading.Thread(target=self._train, args=(_stage(students, steps), context))
         go = self.folder / f"{self.num_runs}.go"
-        with patch("orchestrator.stages.distill.teaching.FrozenTeacher", partial(GatedTeacher, go)):
+        with patch("orchestrator.stages.distill.teacher_kinds.FrozenTeacher", partial(GatedTeacher, go)):
             thread.start()
             self._until(lambda: min(steps_of(context, students).values()) >= WARM_UP, thread)
             first = snapshot(context, students)

@@ -8,8 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from orchestrator.elastic.channel import pack, unpack
-from orchestrator.teacher_service.actor import put
 from orchestrator.teacher_service.payload import TEACHER, block
+from orchestrator.teacher_service.teacher_actor import put
 
 if TYPE_CHECKING:
     from bench.sharing.arms import Stand

@@ -8,8 +8,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from orchestrator import __version__
-from orchestrator.cli.models import models, pull
+from orchestrator.cli.models import models
 from orchestrator.cli.plan import plan
+from orchestrator.cli.pull import pull
 from orchestrator.cli.reference import explain, schema
 from orchestrator.cli.run import publish, resume, run
 from orchestrator.cli.simulate import simulate

@@ -11,8 +11,8 @@ import typer
 
 from orchestrator.cli.options import AcceptCode, File, First, Force, Last, Only, Overrides, RerunOn, choice_of
 from orchestrator.cli.terminal import console
-from orchestrator.command import command as called
 from orchestrator.errors import UserError
+from orchestrator.shell_command import command as called
 
 if TYPE_CHECKING:
     from orchestrator.pipeline.load import LoadedPipeline

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from orchestrator.data.pinned import pinned
+from orchestrator.data.pinned_downloads import pinned
 from orchestrator.errors import UserError
 from orchestrator.fsio import folder_beside, move
 

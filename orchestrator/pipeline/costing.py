@@ -10,7 +10,7 @@ from orchestrator.pipeline import crop_checks, dag
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.stages.base import TrainStage
 from orchestrator.stages.common.workload import Net, Workload
-from orchestrator.stages.workload import workloads
+from orchestrator.stages.compute_cost import workloads
 
 _GIB = 2**30
 # Bytes a parameter, of what ZeRO-3 cuts into shards: bf16 weights, fp32 gradients, master and both moments.

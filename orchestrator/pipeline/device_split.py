@@ -19,10 +19,10 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.table import stage_table
 from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.workload import Workload
+from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.profiling import Costs, Material, measured, reckoned
 from orchestrator.stages.ssl.pretrain import Pretrain
-from orchestrator.stages.workload import workloads
 
 if TYPE_CHECKING:
     from orchestrator.storage.artifacts import Artifact

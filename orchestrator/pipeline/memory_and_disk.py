@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.command import command
 from orchestrator.config.elastic import EVERY_DEVICE
 from orchestrator.config.schema import Hardware
 from orchestrator.disk import space
@@ -21,10 +20,11 @@ from orchestrator.pipeline.costing import costing
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import StagePlan
 from orchestrator.pipeline.workspace import Workspace
+from orchestrator.shell_command import command
 from orchestrator.stages.base import Stage, TrainStage
 from orchestrator.stages.common.workload import Workload
+from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.workload import workloads
 from orchestrator.storage.artifacts import folder_name
 from orchestrator.storage.cache_folder import cache_folder
 from orchestrator.storage.open import is_remote

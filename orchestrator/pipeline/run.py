@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 from orchestrator import disk
-from orchestrator.command import command
 from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import Cluster
 from orchestrator.elastic.cluster import JoinedCluster
@@ -40,6 +39,7 @@ from orchestrator.pipeline.plan import (
     plan,
 )
 from orchestrator.pipeline.workspace import Workspace
+from orchestrator.shell_command import command
 from orchestrator.stages.base import TrainStage
 from orchestrator.storage.artifacts import Artifact, DamagedError
 from orchestrator.tracking.run import NullRun, Run, Status

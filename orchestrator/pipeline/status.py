@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from orchestrator.command import command
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.cache_key import short
 from orchestrator.pipeline.console import duration, figures, mark
@@ -20,6 +19,7 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.table import Rows
 from orchestrator.pipeline.tracking_run import waiting
 from orchestrator.pipeline.workspace import Workspace
+from orchestrator.shell_command import command
 from orchestrator.tracking.backlog import counted
 from orchestrator.tracking.spool import Spool
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from orchestrator.command import command
 from orchestrator.config.yaml_source import without_secrets
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.redact import redacted
+from orchestrator.shell_command import command
 from orchestrator.tracking import relocate
 from orchestrator.tracking.backlog import Backlog, Outage, backlog, clock, counted, noted_outage, pending
 from orchestrator.tracking.connect import database_path

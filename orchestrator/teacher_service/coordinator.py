@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.teacher_service.account import Account
+from orchestrator.teacher_service.counters import Account
 from orchestrator.teacher_service.window import Window
 
 logger = logging.getLogger("orchestrator")

@@ -18,12 +18,12 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator.data.blocks import BlockSource
-from orchestrator.teacher_service.account import Account
 from orchestrator.teacher_service.actor_client import NAMESPACE
-from orchestrator.teacher_service.client import SharedBlocks
 from orchestrator.teacher_service.coordinator import Status, StepCoordinator
+from orchestrator.teacher_service.counters import Account
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
 from orchestrator.teacher_service.placement import machines
+from orchestrator.teacher_service.shared_blocks import SharedBlocks
 from orchestrator.teacher_service.supervisor import TeacherSupervisor
 
 logger = logging.getLogger("orchestrator")

@@ -8,10 +8,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestrator.teacher_service.actor import TeacherActor
 from orchestrator.teacher_service.coordinator import Status
 from orchestrator.teacher_service.payload import StepTeacher
 from orchestrator.teacher_service.placement import Machine, choose, has_process
+from orchestrator.teacher_service.teacher_actor import TeacherActor
 
 logger = logging.getLogger("orchestrator")
 

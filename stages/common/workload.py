@@ -1,4 +1,4 @@
-"""What a job computes and holds: the terms in which `stages/workload.py` describes the training stages."""
+"""What a job computes and holds: the terms in which `stages/compute_cost.py` describes the training stages."""
 
 from __future__ import annotations
 

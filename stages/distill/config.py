@@ -294,7 +294,7 @@ class Distill(HomogeneousMixStage):
 
         Of teachers from elsewhere it is not known before they are opened.
         """
-        from orchestrator.stages.common.operations import feature_dim, masked_share
+        from orchestrator.stages.common.flops import feature_dim, masked_share
 
         recipe = origin.model_recipe() if origin is not None else None
         if recipe is None or not self.replay:

@@ -18,7 +18,7 @@ from torch import Tensor
 from orchestrator.data.blocks import Block
 from orchestrator.errors import UserError
 from orchestrator.fsio import atomic_write, replacing
-from orchestrator.models.foreign import (
+from orchestrator.models.wrapped import (
     ForeignNet,
     Tokens,
     open_any,

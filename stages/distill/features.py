@@ -312,7 +312,7 @@ def _check_timm(name: str) -> None:
 
 
 def _check_module(source: TeacherSource) -> None:
-    from orchestrator.models.foreign import find_callable
+    from orchestrator.models.wrapped import find_callable
 
     try:
         path = source.path

@@ -36,7 +36,7 @@ from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.profiling import Spec
-from orchestrator.stages.distill.teaching import Teaching, teaching
+from orchestrator.stages.distill.teacher_kinds import Teaching, teaching
 from orchestrator.storage.artifacts import Artifact, Manifest
 from orchestrator.teacher_service.payload import Parts, StepTeacher, block, blocks_per_chunk, chunks
 from orchestrator.tracking.run import NullRun

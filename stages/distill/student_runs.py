@@ -14,7 +14,7 @@ from orchestrator.stages.common.config import stage_seed
 
 if TYPE_CHECKING:
     from orchestrator.stages.distill.config import Distill, Student
-    from orchestrator.stages.distill.teaching import Teaching
+    from orchestrator.stages.distill.teacher_kinds import Teaching
     from orchestrator.training.job import Job
 
 _STUDENT = "student.json"

@@ -23,7 +23,7 @@ from orchestrator.stages.distill.student_runs import StudentRun, student_runs_of
 if TYPE_CHECKING:
     from orchestrator.capacity.rebalance import Balancer
     from orchestrator.stages.distill.config import Distill
-    from orchestrator.stages.distill.teaching import Teaching
+    from orchestrator.stages.distill.teacher_kinds import Teaching
     from orchestrator.teacher_service.service import TeacherService
     from orchestrator.tracking.run import Run
 
@@ -35,7 +35,7 @@ _SHOWN = ("model", "recipe.json", "history.json", _FIGURES, _ARTIFACT)
 
 def train(config: Distill, context: Context) -> Mapping[str, float]:
     """Train the students that are not there yet, all at once, and gather all of them."""
-    from orchestrator.stages.distill.teaching import teaching
+    from orchestrator.stages.distill.teacher_kinds import teaching
 
     seed = stage_seed(context, config.kind)
     order = partial(config.sample_order, batch_size=config.batch_size, seed=seed)

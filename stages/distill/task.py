@@ -16,6 +16,8 @@ from orchestrator.data.blocks import Block
 from orchestrator.objectives.chunked import SoftTargets, chunked_sinkhorn_scaling
 from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
 from orchestrator.stages.common.config import ModelRecipe, last_snapshot
+from orchestrator.stages.common.flops import masked_share
+from orchestrator.stages.common.loss_terms import Distillation, TargetProbs
 from orchestrator.stages.common.nets import (
     HeadedBackbone,
     block_generator,
@@ -28,8 +30,6 @@ from orchestrator.stages.common.nets import (
     tune,
     zero3_leaf_modules,
 )
-from orchestrator.stages.common.operations import masked_share
-from orchestrator.stages.common.terms import Distillation, TargetProbs
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.teacher_service.payload import TEACHER, samples

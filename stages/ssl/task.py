@@ -16,6 +16,7 @@ from orchestrator.objectives.dense_health import cls_patch_cosine, patch_localit
 from orchestrator.objectives.gram import gram_loss
 from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.lineage import Health
+from orchestrator.stages.common.loss_terms import Distillation, TargetProbs, centred, with_prototypes
 from orchestrator.stages.common.nets import (
     HeadedBackbone,
     block_generator,
@@ -29,7 +30,6 @@ from orchestrator.stages.common.nets import (
     tune,
     zero3_leaf_modules,
 )
-from orchestrator.stages.common.terms import Distillation, TargetProbs, centred, with_prototypes
 from orchestrator.stages.objective import StudentOutput
 from orchestrator.stages.ssl.anchor import AnchorDecision, DenseHealthMonitor
 from orchestrator.stages.ssl.config import SelfSupervised

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from bench import headless  # noqa: E402
 from bench.headless import lite0, score, train  # noqa: E402
 from orchestrator.models import count_params  # noqa: E402
-from orchestrator.models.foreign import ForeignNet, open_module  # noqa: E402
+from orchestrator.models.wrapped import ForeignNet, open_module  # noqa: E402
 from orchestrator.storage.cache_folder import cache_folder  # noqa: E402
 from orchestrator.teacher_service import payload  # noqa: E402
 

@@ -8,7 +8,7 @@ from scipy import stats
 
 from orchestrator.data.masking import block_masks
 from orchestrator.data.rng import generator
-from orchestrator.stages.common.operations import masked_share
+from orchestrator.stages.common.flops import masked_share
 
 
 @pytest.mark.parametrize("num_views", [1, 2, 7, 32])

@@ -22,7 +22,7 @@ from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.crops import crop_blocks
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.teacher_service import payload
-from orchestrator.teacher_service.client import SharedBlocks
+from orchestrator.teacher_service.shared_blocks import SharedBlocks
 
 from .conftest import CONFIG, RECIPE, RunJob
 

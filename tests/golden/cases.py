@@ -181,7 +181,7 @@ def _student(stage: Distill, context: Context, name: str) -> Numbers:
 
     from orchestrator.stages.common.config import stage_seed
     from orchestrator.stages.distill.student_runs import student_job
-    from orchestrator.stages.distill.teaching import teaching
+    from orchestrator.stages.distill.teacher_kinds import teaching
 
     teach = teaching(stage, context, stage_seed(context, stage.kind))
     with context.part("student", stage.student_identity(name)) as part:

@@ -19,7 +19,7 @@ from orchestrator.pipeline.load import load
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import TrainStage
 from orchestrator.stages.common.workload import Net, Workload
-from orchestrator.stages.workload import workloads
+from orchestrator.stages.compute_cost import workloads
 
 CONF = Path(__file__).parents[2] / "conf"
 PAPER = sorted((CONF / "paper").glob("*.yaml"))

@@ -25,10 +25,10 @@ from orchestrator.stages.common.nets import HeadedBackbone, resize_masks
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.student_runs import sharing_gpus, student_job
 from orchestrator.stages.distill.task import DistillTask, bytes_per_image
-from orchestrator.stages.distill.teaching import HeadTeaching, teaching
+from orchestrator.stages.distill.teacher_kinds import HeadTeaching, teaching
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.storage.artifacts import Artifact, Manifest
-from orchestrator.teacher_service.account import Account
+from orchestrator.teacher_service.counters import Account
 from orchestrator.teacher_service.payload import TEACHER, VIEWS
 from orchestrator.tracking.run import NullRun
 from orchestrator.training.job import Job

@@ -36,7 +36,7 @@ from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.storage.artifacts import Artifact, Manifest
-from orchestrator.teacher_service.account import Account
+from orchestrator.teacher_service.counters import Account
 from orchestrator.tracking.run import NullRun
 from tools.market import SpotMarket
 

@@ -12,7 +12,7 @@ from orchestrator.data.blocks import Block, CropBlocks
 from orchestrator.stages.distill.config import Distill, Student, Views
 from orchestrator.stages.distill.step_views import StepViews, regenerated_views
 from orchestrator.stages.distill.task import DistillTask
-from orchestrator.stages.distill.teaching import view_part
+from orchestrator.stages.distill.teacher_kinds import view_part
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, block
 
 from .distilling import CONFIG, RECIPE, frozen_teacher, photographs, tensors_of

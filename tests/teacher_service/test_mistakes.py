@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import UserError
-from orchestrator.teacher_service.account import Account
-from orchestrator.teacher_service.actor import TeacherActor
-from orchestrator.teacher_service.client import SharedBlocks
 from orchestrator.teacher_service.coordinator import StepCoordinator
+from orchestrator.teacher_service.counters import Account
+from orchestrator.teacher_service.shared_blocks import SharedBlocks
+from orchestrator.teacher_service.teacher_actor import TeacherActor
 
 
 def test_a_mistake_of_the_user_passes_the_desk() -> None:

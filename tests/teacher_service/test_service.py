@@ -16,8 +16,8 @@ import ray
 
 from orchestrator.data.blocks import Block
 from orchestrator.teacher_service.actor_client import NAMESPACE
-from orchestrator.teacher_service.client import SharedBlocks
 from orchestrator.teacher_service.service import TeacherService
+from orchestrator.teacher_service.shared_blocks import SharedBlocks
 
 from .lab import PATIENCE_S, Lab, entries, eventually, keep
 

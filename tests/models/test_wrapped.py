@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bench import parity
 from orchestrator.models import build, save_pretrained
 from orchestrator.models.convert import save_as
-from orchestrator.models.foreign import ForeignNet, open_any, open_module, open_timm, open_transformers
+from orchestrator.models.wrapped import ForeignNet, open_any, open_module, open_timm, open_transformers
 
 SIZE = 64
 

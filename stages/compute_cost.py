@@ -17,7 +17,7 @@ from orchestrator.models.cost import head_params, num_params
 from orchestrator.stages.align_text.config import AlignText, student_mistake
 from orchestrator.stages.base import Stage
 from orchestrator.stages.common.config import Heads
-from orchestrator.stages.common.operations import (
+from orchestrator.stages.common.flops import (
     Views,
     block_params,
     blocks_flops,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.teacher_service.account import Account
+from orchestrator.teacher_service.counters import Account
 from orchestrator.teacher_service.placement import Machine, Placement, choose
 
 

@@ -13,8 +13,8 @@ from orchestrator.config.elastic import Elastic
 from orchestrator.errors import UserError
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.simulation.command import Options, simulate
 from orchestrator.simulation.costs import Costs, StageCosts, measured, read_costs
+from orchestrator.simulation.predict import Options, simulate
 from orchestrator.simulation.simulate import plan_stages
 
 ROOT = Path(__file__).parents[2]

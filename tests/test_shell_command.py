@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.command import command
+from orchestrator.shell_command import command
 
 
 @pytest.fixture
