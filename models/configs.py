@@ -7,6 +7,19 @@ from typing import Literal
 
 FFN = Literal["mlp", "swiglu"]
 
+# Beyond any model: a config out of a file must not make somebody build blocks for hours.
+_MAX = {"dim": 2**20, "dims": 2**20, "depth": 4096, "depths": 4096}
+_MAX_OTHER = 2**14
+
+
+def _check_whole(**values: object) -> None:
+    """Raises ValueError unless each value is a whole number, or a tuple of them, within bounds."""
+    for name, value in values.items():
+        most = _MAX.get(name, _MAX_OTHER)
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, bool) or not isinstance(one, int) or abs(one) > most:
+                raise ValueError(f"{name} is {one!r:.40}; it is a whole number up to {most}")
+
 
 @dataclass(frozen=True)
 class ViTConfig:
@@ -40,6 +53,12 @@ class ViTConfig:
     separate_local_norm: bool = False
 
     def __post_init__(self) -> None:
+        _check_whole(dim=self.dim, depth=self.depth, num_heads=self.num_heads, patch_size=self.patch_size,
+                     num_storage_tokens=self.num_storage_tokens)  # fmt: skip
+        if self.dim < 1 or self.num_heads < 1 or self.depth < 1:
+            raise ValueError(
+                f"dim {self.dim}, depth {self.depth}, num_heads {self.num_heads}: they are at least 1"
+            )
         if self.dim % (4 * self.num_heads):
             raise ValueError(f"dim {self.dim} is not a multiple of 4 x num_heads = {4 * self.num_heads}")
         if self.ffn not in ("mlp", "swiglu"):
@@ -79,7 +98,12 @@ class ConvNeXtConfig:
         return 8 * self.stem_stride
 
     def __post_init__(self) -> None:
-        if len(self.depths) != 4 or len(self.dims) != 4 or min(self.depths) < 1:
+        _check_whole(depths=self.depths, dims=self.dims, stem_stride=self.stem_stride)
+        if (
+            len(self.depths) != 4
+            or len(self.dims) != 4
+            or min(*self.depths, *self.dims, self.stem_stride) < 1
+        ):
             raise ValueError(
                 f"depths {self.depths}, dims {self.dims}: need four stages of at least one block"
             )

@@ -30,7 +30,7 @@ _ARCHITECTURES = {ViTConfig: "vit", ConvNeXtConfig: "convnext"}
 # The class of the config is that of the installed package which has the preset.
 _OWN = "preset"
 
-ScannedImage = Image.Image | npt.NDArray[np.uint8]
+ImageLike = Image.Image | npt.NDArray[np.uint8]
 
 
 def save_pretrained(
@@ -101,7 +101,7 @@ def load_pretrained(folder: str | Path) -> Backbone:
     return model.eval()
 
 
-def preprocess(image: ScannedImage, size: int) -> Tensor:
+def preprocess(image: ImageLike, size: int) -> Tensor:
     """Upright RGB, shorter side resized to `size` (bicubic, antialiased), centre crop, normalised.
 
     Args:
@@ -129,7 +129,7 @@ def preprocess(image: ScannedImage, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def embed(model: Backbone, image: ScannedImage, size: int) -> Tensor:
+def embed(model: Backbone, image: ImageLike, size: int) -> Tensor:
     """The image's vector: the L2-normalised CLS feature, fp32 (D,), on the model's device.
 
     Args:
@@ -183,8 +183,16 @@ def read_config(record: Mapping[str, Any]) -> Config:
     """The config of a tower from what its config.json says.
 
     Raises:
-        ValueError: it is of a package that is not installed here.
+        ValueError: it is of a package that is not installed here, or describes no tower.
     """
+    if not isinstance(record.get("config"), dict) or record.get("architecture") not in (
+        "vit",
+        "convnext",
+        _OWN,
+    ):
+        raise ValueError(
+            f"architecture {record.get('architecture')!r:.40}: it is 'vit' or 'convnext', with its `config`"
+        )
     # JSON has no tuples, and the configs compare and hash by their fields.
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in record["config"].items()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.errors import Stopped, UserError
+from orchestrator.errors import Stopped, UserError, first_line, printable, shortened
+from orchestrator.fsio import open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from orchestrator.storage.artifacts import Artifact
 
     # A path, a PIL image, or uint8 RGB (H, W, 3).
-    ScannedImage = str | Path | Image.Image | NDArray[np.uint8]
+    ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 
 _STOPPED = 130
+# Pixels a side of what a model sees: beyond any.
+_MAX_SIDE = 2**14
 
 
 class RunError(RuntimeError):
@@ -204,7 +207,9 @@ def load(folder: str | os.PathLike[str]) -> Model:
             break
     config = path / "config.json"
     try:
-        record: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        record: Any = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if not isinstance(record, dict):
+            raise ValueError(f"{config.name} holds no mapping")
         if "output_dim" in record:
             from orchestrator.stages.common.aligned import load_aligned
 
@@ -212,11 +217,15 @@ def load(folder: str | os.PathLike[str]) -> Model:
             return Model(aligned, aligned.image_size)
         from orchestrator.models.convert import load_any
 
-        size = record.get("extra", {}).get("image_size")
-        return Model(load_any(path), None if size is None else int(size))
-    except (OSError, ValueError, KeyError) as error:
+        extra = record.get("extra") or {}
+        size = extra.get("image_size") if isinstance(extra, dict) else extra
+        if size is not None:
+            _check_number("image_size", size, _MAX_SIDE)
+        return Model(load_any(path), size)
+    except Exception as error:
+        # Files from anywhere may be anything; what they make json, safetensors or torch raise is of any type.
         raise UserError(
-            f"no model can be loaded: {error}",
+            f"no model can be loaded: {shortened(first_line(printable(error)), 300)}",
             where=str(path),
             hint="give a folder of `orchestrator pull`, or model/ of a stage's artifact",
         ) from error
@@ -224,7 +233,7 @@ def load(folder: str | os.PathLike[str]) -> Model:
 
 def embed(
     model: Model | Backbone | str | os.PathLike[str],
-    images: ScannedImage | Sequence[ScannedImage] | None = None,
+    images: ImageLike | Sequence[ImageLike] | None = None,
     *,
     texts: Sequence[str] | None = None,
     size: int | None = None,
@@ -246,6 +255,9 @@ def embed(
         UserError: no such model or file, a file that is no image, a size that the model cannot take, or texts for a
             model that takes none.
     """
+    if size is not None:
+        _check_number("size", size, _MAX_SIDE)
+    _check_number("batch", batch, 2**20)
     loaded = _model(model)
     embed_texts = getattr(loaded.module, "embed_texts", None)
     if (images is None) == (texts is None):
@@ -253,18 +265,18 @@ def embed(
     if texts is not None:
         if embed_texts is None:
             raise UserError("this model has no text tower", hint="load what a stage of kind align_text made")
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError("texts is a list of texts", hint='give texts=["a dog", "a cat"]')
         vectors: NDArray[np.float32] = embed_texts(list(texts))
         return vectors
     assert images is not None
     is_one = not isinstance(images, (list, tuple))
-    photos: list[ScannedImage] = [images] if is_one else list(images)  # type: ignore[list-item, arg-type]
+    photos: list[ImageLike] = [images] if is_one else list(images)  # type: ignore[list-item, arg-type]
     found = _embedded(loaded, photos, size, batch)
     return found[0] if is_one else found
 
 
-def _embedded(
-    model: Model, photos: Sequence[ScannedImage], size: int | None, batch: int
-) -> NDArray[np.float32]:
+def _embedded(model: Model, photos: Sequence[ImageLike], size: int | None, batch: int) -> NDArray[np.float32]:
     import numpy as np
     import torch
     from torch.nn.functional import normalize
@@ -295,20 +307,37 @@ def _embedded(
     return vectors
 
 
-def _opened(photo: ScannedImage) -> Image.Image:
+def _opened(photo: ImageLike) -> Image.Image:
     from PIL import Image
+
+    from orchestrator.config.schema import MAX_PIXELS
+    from orchestrator.data.decode import FORMATS
 
     if isinstance(photo, Image.Image):
         return photo
+    where = str(photo) if isinstance(photo, (str, os.PathLike)) else None
     try:
         if isinstance(photo, (str, os.PathLike)):
-            with Image.open(photo) as image:
+            # A pipe is not waited for, and the size is compared before any pixel is decoded.
+            with open_regular(os.fspath(photo)) as file, Image.open(file, formats=tuple(FORMATS)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} × {image.height} is more than {MAX_PIXELS:,} pixels")
                 image.load()
                 return image
-        return Image.fromarray(photo)
-    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        where = str(photo) if isinstance(photo, (str, os.PathLike)) else None
-        raise UserError(f"this is no image: {error}", where=where) from error
+        made = Image.fromarray(photo)
+    except (OSError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+        raise UserError(f"this is no image: {shortened(first_line(error), 200)}", where=where) from error
+    if 0 in made.size:
+        raise UserError(f"this is no image: it has {made.width} × {made.height} pixels")
+    return made
+
+
+def _check_number(name: str, value: object, most: int) -> None:
+    """Raises UserError unless `value` is a whole number from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise UserError(
+            f"{name} is {shortened(repr(value), 40)}", hint=f"give a whole number from 1 to {most}"
+        )
 
 
 def _model(model: Model | Backbone | str | os.PathLike[str]) -> Model:
@@ -320,12 +349,18 @@ def _model(model: Model | Backbone | str | os.PathLike[str]) -> Model:
 def _loaded(file: str | os.PathLike[str], overrides: Sequence[str], *, needs_data: bool) -> LoadedPipeline:
     from orchestrator.pipeline.load import load as read
 
+    if not all(isinstance(override, str) for override in overrides):
+        raise UserError("an override is a text", hint='give "key.path=value", such as "seed=1"')
     return read(Path(file), overrides, needs_data=needs_data, gather=True)
 
 
 def _choice(only: Sequence[str], first: str | None, last: str | None, force: Sequence[str]) -> Choice:
     from orchestrator.pipeline.plan import Choice
 
+    for what, given in (("only", only), ("force", force), ("first", (first or "",)), ("last", (last or "",))):
+        one = (given,) if isinstance(given, str) else given
+        if not isinstance(one, (list, tuple)) or not all(isinstance(name, str) for name in one):
+            raise UserError(f"`{what}` is no name of a stage: {shortened(repr(given), 100)}")
     names = [
         (only,) if isinstance(only, str) else tuple(only),
         (force,) if isinstance(force, str) else tuple(force),

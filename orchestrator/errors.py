@@ -105,6 +105,15 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+def printable(error: Exception) -> Exception:
+    """The error itself; another one in its place if its text cannot be made, as of a class of a user's package."""
+    try:
+        str(error)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}, whose text cannot be shown")
+    return error
+
+
 def first_line(error: Exception) -> str:
     """An error on one line; of a ValidationError its first complaint, with its place and without the value."""
     # The command line is there before pydantic is.

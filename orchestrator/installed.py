@@ -19,7 +19,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.errors import UserError, nearest, printable, shortened
 
 Group = Literal["augmentations", "metrics", "models", "objectives", "stages", "stores", "teachers"]
 
@@ -102,9 +102,10 @@ def find(group: Group, name: str, ours: Iterable[str] = ()) -> Any:
     shown = f"the {_WORDS[group]} {shortened(name, 80)!r}" + (f" ({path})" if path != name else "")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # a user's module may raise anything when it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything when it is imported
+        said = printable(error) if isinstance(error, Exception) else error
         raise ExtensionError(
-            f"{shown} cannot be imported: {type(error).__name__}: {error}",
+            f"{shown} cannot be imported: {type(error).__name__}: {shortened(str(said), 300)}",
             hint="install its package, or put its folder on PYTHONPATH, here and on all machines",
         ) from error
     if not hasattr(found, attribute):

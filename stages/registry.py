@@ -6,7 +6,7 @@ import functools
 import logging
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, get_args
 
 from pydantic import Field
@@ -14,9 +14,10 @@ from pydantic import Field
 from orchestrator import installed
 from orchestrator.config.extension import check_version
 from orchestrator.config.schema import Pipeline
+from orchestrator.errors import shortened
 from orchestrator.installed import ExtensionError
 from orchestrator.stages import AnyStage
-from orchestrator.stages.base import Stage
+from orchestrator.stages.base import Input, Stage
 
 logger = logging.getLogger("orchestrator")
 
@@ -75,7 +76,31 @@ def stage_class(name: str, stages: Any) -> type[Stage]:
     if found.run is Stage.run:
         raise ExtensionError(f"{name} lacks the method 'run'", hint="define run(self, context)")
     check_version(name, found.version)
+    _check_declarations(name, found)
     return found
+
+
+def _check_declarations(name: str, stage: type[Stage]) -> None:
+    """Raises ExtensionError unless what a class declares is of the right types."""
+    if not isinstance(stage.inputs, tuple) or not all(isinstance(one, Input) for one in stage.inputs):
+        raise ExtensionError(
+            f"{name} has the inputs {shortened(repr(stage.inputs), 100)}",
+            hint='give a tuple: inputs = (orchestrator.Input("index", ("curate",)),)',
+        )
+    outputs: object = stage.outputs
+    if not isinstance(outputs, Mapping) or not all(
+        isinstance(part, str) for pair in outputs.items() for part in pair
+    ):
+        raise ExtensionError(
+            f"{name} has the outputs {shortened(repr(outputs), 100)}",
+            hint='give a mapping of files to what they hold: outputs = {"table.json": "the figures"}',
+        )
+    for switch in ("needs_ray", "effects"):
+        if not isinstance(getattr(stage, switch), bool):
+            raise ExtensionError(
+                f"{name} has {switch} = {shortened(repr(getattr(stage, switch)), 100)}",
+                hint="give True or False",
+            )
 
 
 def file_of(stages: Any) -> type[Pipeline[Stage]]:

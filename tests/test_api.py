@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 from PIL import Image
 
 import orchestrator
+from orchestrator.errors import UserError
 from orchestrator.models import build, save_pretrained
 from orchestrator.models import embed as embed_one
 
@@ -38,6 +42,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     save_pretrained("model", build("vit_femto").state_dict(), "vit_femto", {"image_size": 16})
     return tmp_path
+
+
+@pytest.fixture
+def model(folder: Path) -> Path:
+    """The folder of a trained model."""
+    return folder / "model"
 
 
 def test_importing_the_package_loads_nothing() -> None:
@@ -161,3 +171,84 @@ def test_what_cannot_be_loaded_or_embedded_is_a_user_error(folder: Path) -> None
     ):
         with pytest.raises(orchestrator.UserError, match=expected):
             call()
+
+
+# --- files and arguments from anywhere ------------------------------------------------------------------------------
+
+WRONG_CONFIGS = {
+    "a list": "[]", "a text": '"x"', "null": "null", "deep": "[" * 100_000, "cut": "{",
+    "no config": '{"format": 2, "architecture": "vit", "config": null}',
+    "unknown": '{"format": 2, "architecture": "resnet", "config": {}}',
+    "endless": '{"format": 2, "architecture": "vit", "config": {"depth": 1000000000}}',
+    "wide": '{"format": 2, "architecture": "vit", "config": {"dim": 1000000000}}',
+    "no heads": '{"format": 2, "architecture": "vit", "config": {"num_heads": 0}}',
+    "huge patch": '{"format": 2, "architecture": "vit", "config": {"patch_size": 1000000000}}',
+    "odd key": '{"format": 2, "architecture": "vit", "config": {"colour": "red"}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_CONFIGS)
+def test_a_config_from_anywhere_is_one_error(model: Path, name: str) -> None:
+    record = WRONG_CONFIGS[name].replace(
+        '"format": 2', f'"format": {json.loads((model / "config.json").read_text())["format"]}'
+    )
+    (model / "config.json").write_text(record)
+    with pytest.raises(UserError, match="no model can be loaded") as caught:
+        orchestrator.load(model)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("size", [-1, 0, 10**9, [1], "32"])
+def test_an_image_size_from_anywhere_is_one_error(model: Path, size: object) -> None:
+    record = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(record | {"extra": {"image_size": size}}))
+    with pytest.raises(UserError, match="image_size"):
+        orchestrator.load(model)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100])
+def test_weights_that_are_cut_are_one_error(model: Path, keep: int) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(UserError, match="no model can be loaded"):
+        orchestrator.load(model)
+
+
+@pytest.mark.parametrize("image", [5, b"x", [[1, 2]], (one for one in []), np.zeros((0, 0, 3), np.uint8)])
+def test_what_is_no_image_is_one_error(model: Path, image: object) -> None:
+    with pytest.raises(UserError):
+        orchestrator.embed(model, image, size=32)  # type: ignore[arg-type]
+
+
+def test_a_pipe_is_not_waited_for(model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UserError, match="no image"):
+        orchestrator.embed(model, tmp_path / "pipe.jpg", size=32)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": -32},
+        {"size": 0},
+        {"size": "32"},
+        {"size": 10**9},
+        {"batch": 0},
+        {"batch": -1},
+        {"batch": "2"},
+    ],
+)
+def test_numbers_that_cannot_work_are_refused(model: Path, wrong: dict[str, Any]) -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        orchestrator.embed(model, pixels, **({"size": 32} | wrong))
+
+
+@pytest.mark.parametrize(
+    "how", [{"only": 5}, {"only": None}, {"only": [None]}, {"first": 5}, {"last": b"x"}, {"force": {1: 2}}]
+)
+def test_names_that_are_none_are_refused(tmp_path: Path, how: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="no name of a stage"):
+        orchestrator.plan(tmp_path / "p.yaml", **how)
+    with pytest.raises(UserError, match="an override is a text"):
+        orchestrator.plan(tmp_path / "p.yaml", 5)  # type: ignore[arg-type]

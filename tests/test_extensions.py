@@ -81,6 +81,21 @@ class Taken(Rate):
     kind: Literal["curate"]
 
 
+class Listed(Rate):
+    kind: Literal["listed"]
+    inputs = ("index",)
+
+
+class Vague(Rate):
+    kind: Literal["vague"]
+    outputs = None
+
+
+class Maybe(Rate):
+    kind: Literal["maybe"]
+    needs_ray = "maybe"
+
+
 class Mute(orchestrator.Stage):
     kind: Literal["mute"]
 
@@ -151,6 +166,7 @@ def plug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (site / "plug-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
     (site / "plug-1.0.dist-info/entry_points.txt").write_text(POINTS)
     (site / "plug.py").write_text(PLUG)
+    (site / "plug_quits.py").write_text("import sys\nsys.exit(7)\n")
     (site / "plug_broken.py").write_text("import a_package_that_nobody_has\n")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").write_bytes(b"a")
@@ -205,6 +221,10 @@ BAD = {
     "no such path": ('own: {kind: "plug:Rat"}', ["plug has no 'Rat'", "stages.own.kind", "plug:Rate?"]),
     "no such module": ('own: {kind: "plog:Rate"}', ["No module named 'plog'", "stages.own.kind", "PYTHONPATH"]),
     "no stage": ('own: {kind: "plug:NUMBER"}', ["not a subclass of orchestrator.Stage", "derive it"]),
+    "quits": ('own: {kind: "plug_quits:Rate"}', ["plug_quits", "cannot be imported: SystemExit: 7"]),
+    "inputs of no inputs": ('own: {kind: "plug:Listed"}', ["has the inputs ('index',)", "orchestrator.Input"]),
+    "outputs of nothing": ('own: {kind: "plug:Vague"}', ["has the outputs None", "a mapping of files"]),
+    "half a switch": ('own: {kind: "plug:Maybe"}', ["needs_ray = 'maybe'", "True or False"]),
     "broken": ("own: {kind: broken}", ["'broken' (plug_broken:Rate)", "a_package_that_nobody_has", ":5"]),
     "another name": ("own: {kind: misnamed}", ["'misnamed' is a stage of kind 'rate'", "call the entry point 'rate'"]),
     "a kind of ours": ('own: {kind: "plug:Taken"}', ["kind 'curate', which there is already", "another name"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -61,6 +62,8 @@ def main() -> NoReturn:
         if reconfigure is not None:
             # A pipe in an ASCII locale cannot take ✓; losing the symbol is better than dying.
             reconfigure(errors="replace", line_buffering=True)
+    # Ends what was begun, such as a folder that is not whole yet; `run` has a handler of its own for it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except UserError as error:

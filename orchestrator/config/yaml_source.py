@@ -415,8 +415,18 @@ def _is_container(value: Any) -> bool:
 def _apply(document: Document, override: str) -> None:
     """Apply one `key.path=value`; the value is YAML."""
     name, equals, text = override.partition("=")
+    if any("\ud800" <= letter <= "\udfff" for letter in override):
+        raise UserError(
+            f"an override is not UTF-8: {shortened(without_secrets(override), 200)}", where="command line"
+        )
     where = f"command line `{without_secrets(override)}`"
     parts = name.strip().split(".")
+    if len(parts) > _MAX_DEPTH:
+        raise UserError(
+            f"nested deeper than {_MAX_DEPTH} levels: {shortened(name, 100)}",
+            where="command line",
+            hint="write key.path=value, e.g. seed=1",
+        )
     is_strange = is_private_text(name) and _NO_NAME.search(name.strip()) is not None
     if not equals or not all(parts) or is_strange:
         raise UserError(
@@ -429,6 +439,8 @@ def _apply(document: Document, override: str) -> None:
     try:
         _check_size(text, without_value)
         node = yaml.compose(text, _Loader)
+        if node is not None:
+            _record(node, (), Document(Path(without_value), {}), active=())
         value = None if node is None else _constructed(node, without_value)
     except yaml.YAMLError:
         what = f"the value of {shortened(name, 200)} is not valid YAML"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from orchestrator import disk
 from orchestrator.config.elastic import Elastic
-from orchestrator.errors import Stopped, UserError, shortened
+from orchestrator.errors import Stopped, UserError, first_line, printable, shortened
 from orchestrator.pipeline.code_digest import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread, nothing
 from orchestrator.pipeline.lease import Lease, LeaseLostError
@@ -27,6 +27,9 @@ from orchestrator.redact import redacted
 from orchestrator.stages.base import PACKAGE, Context, Part, Stage
 from orchestrator.storage.artifacts import Artifact, folder_name
 from orchestrator.tracking.run import Run
+
+# What a stage may return: enough for any table, and names that fit into one.
+_MAX_FIGURES, _MAX_NAME = 10_000, 250
 
 
 @dataclass
@@ -75,16 +78,27 @@ class Attempt:
     pieces: set[tuple[str, str]] = field(default_factory=set)
 
     def drift(self) -> list[str]:
-        """See `Stage.drift`. What cannot be found out is a line too: running the stage then says why."""
+        """See `Stage.drift`. What cannot be found out is a line too: running the stage then says why.
+
+        Raises:
+            Stopped: the user asked for it meanwhile.
+        """
         artifacts = self.workspace.artifacts()
         stage = self.loaded.spec.stages[self.stage.name]
         work = self.workspace.work(self.stage.parts.kind, self.stage.key)
         try:
             for artifact in self.inputs.values():
                 artifacts.fetch(artifact)
-            return stage.drift(self._context(stage, work, work), self.loaded.spec.tracking.uri)
+            found = stage.drift(self._context(stage, work, work), self.loaded.spec.tracking.uri)
         except UserError as error:
             return [error.what]
+        except Stopped:
+            raise
+        except Exception as error:
+            return [f"drift failed: {type(error).__name__}: {shortened(first_line(printable(error)), 200)}"]
+        if not isinstance(found, list):
+            return [f"drift must return a list of texts, not {shortened(repr(found), 100)}"]
+        return [shortened(str(line), 300) for line in found]
 
     def execute(self) -> Outcome:
         """Run the stage and publish what it wrote. Errors become an outcome; the log has the traceback."""
@@ -112,7 +126,7 @@ class Attempt:
                 outcome = Outcome("stopped", 0.0)
             except Exception as error:
                 # A worker that got the same Ctrl-C may die before the stage can stop: that is no failure.
-                shown = error
+                shown = error = printable(error)
                 if disk.is_full(error) and not isinstance(error, UserError):
                     shown = full_disk(error, self.workspace)
                 outcome = Outcome("stopped" if self.interrupt.stop.is_set() else "failed", 0.0, error=shown)
@@ -145,7 +159,7 @@ class Attempt:
             returned = in_thread(lambda: stage.run(context), watch)
         finally:
             lease.raise_if_lost()
-        summary = {name: float(value) for name, value in returned.items()}
+        summary = _checked_figures(returned)
         missing = [name for name in stage.outputs if not (out / name).exists()]
         if missing:
             raise RuntimeError(
@@ -254,3 +268,26 @@ def full_disk(error: BaseException, workspace: Workspace) -> UserError:
 def merged_elastic(default: Elastic, own: Elastic | None) -> Elastic:
     """The pipeline's `elastic` section with what the stage says itself laid over it."""
     return default.overlaid(own)
+
+
+def _checked_figures(returned: object) -> dict[str, float]:
+    """What `run` of a stage returned, as figures; a user's package may return anything.
+
+    Raises:
+        UserError: they are none.
+    """
+    hint = "return a mapping of names to numbers, such as {'last_loss': 0.5}, or {}"
+    if not isinstance(returned, Mapping):
+        raise UserError(f"`run` returned {shortened(repr(returned), 100)}, which is no mapping", hint=hint)
+    if len(returned) > _MAX_FIGURES:
+        raise UserError(f"`run` returned {len(returned):,} figures, more than {_MAX_FIGURES:,}", hint=hint)
+    figures = {}
+    for name, value in returned.items():
+        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+            raise UserError(f"`run` returned a figure called {shortened(repr(name), 100)}", hint=hint)
+        try:
+            figures[name] = float(value)
+        except (TypeError, ValueError, OverflowError):
+            what = f"`run` returned {shortened(repr(value), 100)} as the figure {name!r}"
+            raise UserError(what, hint=hint) from None
+    return figures

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, first_line, printable, shortened
 from orchestrator.pipeline import crop_checks, dag, memory_and_disk
 from orchestrator.pipeline.attempt import merged_elastic
 from orchestrator.pipeline.load import LoadedPipeline, joined
@@ -32,6 +33,8 @@ from orchestrator.stages.base import ImageCount, PlanContext, Stage, TrainStage
 
 if TYPE_CHECKING:
     from orchestrator.data.sources.captions import Captions
+
+logger = logging.getLogger("orchestrator")
 
 # Machines that are named.
 _NAMED = 3
@@ -90,7 +93,7 @@ def check(
         roles = dag.roles(loaded)
         fit_errors = list(crop_checks.validation_errors(loaded, roles))
         found.errors += fit_errors
-        foreseen = dict(_foresee(loaded, roles, counts))
+        foreseen = dict(_preflight(loaded, roles, counts))
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
         if not blocked:
             _resolve(loaded, found, fingerprint)
@@ -220,7 +223,7 @@ def _fact(name: str, photos: int, captions: Captions) -> tuple[str, bool]:
 # --- stages -----------------------------------------------------------------------------------------------------
 
 
-def _foresee(
+def _preflight(
     loaded: LoadedPipeline,
     roles: Mapping[str, Mapping[str, str]],
     counts: Mapping[str, ImageCount | None],
@@ -232,11 +235,29 @@ def _foresee(
         return UserError(error.what, where=loaded.where("stages", name, *path), hint=error.hint)
 
     for name, stage in loaded.spec.stages.items():
-        errors = stage.preflight(_outlook(loaded, roles, counts, name))
+        errors = _asked(stage, _plan_context(loaded, roles, counts, name))
         yield name, [placed(name, error) for error in errors]
 
 
-def _outlook(
+def _asked(stage: Stage, plan_context: PlanContext) -> list[UserError]:
+    """What `preflight` says; of a user's package it may be anything."""
+    try:
+        found = stage.preflight(plan_context)
+    except UserError as error:
+        return [error]
+    except Exception as error:
+        logger.debug("preflight of %s", type(stage).__name__, exc_info=True)
+        what = f"{type(error).__name__}: {first_line(printable(error))}"
+        return [
+            UserError(f"preflight of {type(stage).__name__} failed: {shortened(what, 300)}", where="kind")
+        ]
+    if not isinstance(found, list) or not all(isinstance(error, UserError) for error in found):
+        what = f"preflight of {type(stage).__name__} must return a list of UserError, not {shortened(repr(found), 100)}"
+        return [UserError(what, where="kind")]
+    return found
+
+
+def _plan_context(
     loaded: LoadedPipeline,
     roles: Mapping[str, Mapping[str, str]],
     counts: Mapping[str, ImageCount | None],

@@ -250,7 +250,11 @@ class _Driver:
             if self._interrupt.stop.is_set():
                 self._exit_code = ABORTED
                 return
-            drift = self._drift(item) if item.action == "cached" and not self._lacking(item) else ()
+            try:
+                drift = self._drift(item) if item.action == "cached" and not self._lacking(item) else ()
+            except Stopped:
+                self._exit_code = ABORTED
+                return
             if item.action == "run" or drift:
                 self._mend_inputs(item, root, cluster)
             lacking = self._lacking(item)

@@ -35,12 +35,14 @@ _SORTS = {"artifacts": "artifacts", "work": "checkpoints", "ledger": "ledger rec
 class Finding:
     """One thing that was looked at: its name in the store, and what is wrong with it, a line each.
 
-    `finished` is False for what was never finished: it is no damage, and the next run clears it away.
+    `finished` is False for what was never finished: it is no damage, and the next run clears it away. `unknown` says
+    why it could not be compared, of what a later version wrote.
     """
 
     name: str
     problems: tuple[str, ...] = ()
     finished: bool = True
+    unknown: str = ""
 
 
 def verify(console: Console, target: str) -> bool:
@@ -56,10 +58,13 @@ def verify(console: Console, target: str) -> bool:
     checked, damaged = Counter[str](), Counter[str]()
     for finding in examine(store):
         top = finding.name.partition("/")[0]
-        checked[top] += finding.finished
+        checked[top] += finding.finished and not finding.unknown
         damaged[top] += bool(finding.problems)
         for problem in finding.problems:
             console.print(Text("✗", "red").append(f" {problem}", "default"), soft_wrap=True)
+        if finding.unknown:
+            text = f"! {finding.name} was not compared: {finding.unknown}"
+            console.print(Text(text, style="yellow"), soft_wrap=True)
         if not finding.finished:
             text = f"! {finding.name} was never finished and is ignored"
             console.print(Text(text, style="yellow"), soft_wrap=True)
@@ -82,6 +87,8 @@ def examine(store: Store) -> Iterator[Finding]:
             yield Finding(prefix, tuple(artifacts.examine(prefix)))
         except FileNotFoundError:
             yield Finding(prefix, finished=False)
+        except UserError as error:
+            yield Finding(prefix, unknown=error.what)
     for name in store.list("work/"):
         if _CHECKPOINT.fullmatch(name):
             yield Finding(name, tuple(_checkpoint(store, name)))

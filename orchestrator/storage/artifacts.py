@@ -199,10 +199,11 @@ class ArtifactStore:
 
         Raises:
             FileNotFoundError: it has no manifest: it was never finished, so it is no artifact.
+            UserError: a later version of this program wrote it.
         """
         try:
             manifest = _parsed(self.store.get_bytes(prefix + MANIFEST))
-        except (ValueError, UserError) as error:
+        except ValueError as error:
             return [f"{prefix}{MANIFEST}: {first_line(error)}"]
         if _prefix(manifest.kind, manifest.key) != prefix:
             return [f"{prefix}{MANIFEST}: is the manifest of {_prefix(manifest.kind, manifest.key)}"]

@@ -23,6 +23,9 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # MLflow would try for minutes before it says that a server is away.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    # A server that is asked too often may say "in an hour", and MLflow would wait in silence; the flusher waits itself.
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
 }
 
 
@@ -134,7 +137,9 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str, files: str | No
         database = database_path(uri)
         location = (files or _artifacts(database)) if database else None
         try:
-            return str(client.create_experiment(name, artifact_location=location, tags=_TRAINING))
+            return usable_id(
+                client.create_experiment(name, artifact_location=location, tags=_TRAINING), "experiment"
+            )
         except MlflowException:
             # Somebody else may have made it in between.
             found = client.get_experiment_by_name(name)
@@ -142,4 +147,15 @@ def ensure_experiment(client: MlflowClient, uri: str, name: str, files: str | No
                 raise
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
-    return str(found.experiment_id)
+    return usable_id(found.experiment_id, "experiment")
+
+
+def usable_id(value: object, of: str) -> str:
+    """An id out of an answer.
+
+    Raises:
+        ConnectionError: there is none: who answers is no MLflow server, or not a whole one.
+    """
+    if not isinstance(value, str) or not value:
+        raise ConnectionError(f"the answer has no id of the {of}")
+    return value

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.names import BadNameError, inside, parts_of
-from orchestrator.tracking.connect import connect, database_path, ensure_experiment, load_mlflow
+from orchestrator.tracking.connect import connect, database_path, ensure_experiment, load_mlflow, usable_id
 from orchestrator.tracking.spool import Record
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class MlflowSink:
             run = client.create_run(
                 experiment_id, start_time=record["time_ms"], tags=tags, run_name=record["name"]
             )
-            return str(run.info.run_id)
+            return usable_id(run.info.run_id, "run")
 
     def metrics(self, mlflow_id: str, records: Sequence[Record]) -> None:
         """Logs `channel/name` for the metrics of all records.

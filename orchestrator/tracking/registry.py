@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator import disk
-from orchestrator.errors import UserError, nearest
+from orchestrator.errors import UserError, first_line, nearest, shortened
 from orchestrator.fsio import DIGESTS, folder_beside, move, why
 from orchestrator.redact import redacted
 from orchestrator.tracking import relocate
@@ -18,6 +19,7 @@ from orchestrator.tracking.backlog import clock
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.mlflow_writer import model_name
 from orchestrator.tracking.outage import silent, trouble
+from orchestrator.tracking.patience import interruptibly
 from orchestrator.tracking.run import Run
 from orchestrator.tracking.spool import now_ms
 
@@ -82,6 +84,7 @@ def publish(
     facts: Facts | None = None,
     digests: Mapping[str, str] | None = None,
     timeout: float = 60.0,
+    stop: threading.Event | None = None,
 ) -> int:
     """Registers the files of `folder` as a version of the model `name` and points `alias` at it.
 
@@ -96,6 +99,7 @@ def publish(
             that publish under one name with an alias each, one has the say.
         facts: what the version's LoggedModel has besides.
         timeout: seconds to wait until MLflow knows the run.
+        stop: set when the user asked for a clean stop.
 
     Returns:
         The version number.
@@ -103,6 +107,7 @@ def publish(
     Raises:
         UserError: tracking is off, MLflow cannot be reached, or a file is not the one that was trained.
         ValueError: the folder holds other files, or lacks the two.
+        Stopped: `stop` was set; doing it again finds what is there.
     """
     _require_model(folder)
     contents = _contents(folder)
@@ -111,22 +116,43 @@ def publish(
         raise UserError(
             "cannot publish a model: tracking is off", hint="set `tracking.uri` in the pipeline file"
         )
-    run_id = run.mlflow_run_id(timeout)
+    uri = run.tracking_uri
+    what = f"publishing {name}"
+    run_id = interruptibly(lambda: run.mlflow_run_id(timeout), uri, stop, what)
     if run_id is None:
         outage = run.outage()
-        wrong = silent(run.tracking_uri, timeout) if outage is None else outage.trouble
+        wrong = silent(uri, timeout) if outage is None else outage.trouble
         since = "" if outage is None else f" since {clock(outage.since)}"
         raise UserError(
             f"cannot publish {name}: {wrong.what}{since}",
             where="tracking.uri",
             hint=f"{wrong.cure}; then run the pipeline again: it continues here",
         )
-    with _answering(run.tracking_uri):
-        client = connect(run.tracking_uri)
+    found = run_id
+
+    def register() -> int:
+        with _answering(uri), _understood(uri):
+            marked = {**tags, CONTENT_TAG: content_digest(contents | dict(digests or {}))}
+            return _register(uri, found, name, folder, tags, marked, alias, facts or Facts())
+
+    return interruptibly(register, uri, stop, what)
+
+
+def _register(
+    uri: str,
+    run_id: str,
+    name: str,
+    folder: Path,
+    tags: Mapping[str, str],
+    marked: Mapping[str, str],
+    alias: str,
+    facts: Facts,
+) -> int:
+    with _answering(uri):
+        client = connect(uri)
         _ensure_model(client, name)
-    marked = {**tags, CONTENT_TAG: content_digest(contents | dict(digests or {}))}
     known, is_newest = _existing(client, name, marked)
-    version = _create(client, run_id, name, folder, marked, facts or Facts()) if known is None else known
+    version = _create(client, run_id, name, folder, marked, facts) if known is None else known
     try:
         for key, value in tags.items() if is_newest or known is None else ():
             client.set_registered_model_tag(name, key, value)
@@ -140,8 +166,14 @@ def publish(
             # Not where there is no telling: an alias that did move here would go with the version.
             with contextlib.suppress(Exception):
                 client.delete_model_version(name, str(version))
+        refused = getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
         raise UserError(
-            f"{name} version {version} cannot be given the alias {alias!r}: {error}", where="alias"
+            f"the registry did not take tags and alias {alias!r} of {name} version {version}: "
+            f"{shortened(redacted(first_line(error)), 200)}",
+            where="alias" if refused else "tracking.uri",
+            hint="use another alias"
+            if refused
+            else "check the MLflow server, then run the same command again",
         ) from error
     return version
 
@@ -186,12 +218,25 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
             what = f"the folder {out} cannot be made: {why(error)}"
             raise UserError(what, where=str(out), hint="name another folder for --out") from None
         try:
-            version = _resolve(client, reference)
-            source = client.get_model_version_download_uri(version.name, version.version)
-            if store is not None:
-                source = relocate.rebased(source, f"{_address(store)}/{relocate.FOLDER}")
-            # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
-            folder = Path(download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri)))
+
+            def download() -> tuple[ModelVersion, str, Path]:
+                version = _resolve(client, reference)
+                source = client.get_model_version_download_uri(version.name, version.version)
+                if version.status != "READY" or not isinstance(source, str) or "/" not in source:
+                    # MLflow would take an empty address for the folder that this process was started in.
+                    raise UserError(
+                        f"{reference} is version {version.version} of {version.name}, which was not finished "
+                        f"(status {shortened(str(version.status), 40)}, files at {shortened(repr(source), 100)})",
+                        where=reference,
+                        hint="publish it again: orchestrator publish FILE",
+                    )
+                if store is not None:
+                    source = relocate.rebased(source, f"{_address(store)}/{relocate.FOLDER}")
+                # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
+                path = download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri))
+                return version, source, Path(path)
+
+            version, source, folder = interruptibly(download, uri, None, f"pulling {reference}")
             _require_plain(folder, staging, reference)
             if version.tags.get(CONTENT_TAG, "") != content_digest(_contents(folder)):
                 raise UserError(f"the files of {reference} are not those that were published", where=source)
@@ -200,8 +245,12 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
         except UserError:
             raise
         except Exception as error:  # of MLflow, of the database under it, or of the store of the files
-            reason = str(error).replace(uri, redacted(uri))
-            raise UserError(f"cannot pull {reference} from {redacted(uri)}: {reason}", where=uri) from error
+            reason = shortened(str(error).replace(uri, redacted(uri)), 300)
+            raise UserError(
+                f"cannot pull {reference} from {redacted(uri)}: {reason}",
+                where=uri,
+                hint="check that MLflow and the place of its files answer, then pull again",
+            ) from error
     return out
 
 
@@ -224,6 +273,21 @@ def _answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
         wrong = trouble(uri, error)
         raise UserError(
             f"the registry cannot be reached: {wrong.what}", where=where, hint=wrong.cure
+        ) from error
+
+
+@contextlib.contextmanager
+def _understood(uri: str) -> Iterator[None]:
+    """Makes a UserError of what comes of an answer that no MLflow server gives."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"the registry at {redacted(uri)} gave an answer that cannot be used: {first_line(error)}",
+            where="tracking.uri",
+            hint="check that an MLflow server is there, and no other program in front of it; then run it again",
         ) from error
 
 
@@ -364,6 +428,16 @@ def _resolve(client: MlflowClient, reference: str) -> ModelVersion:
     aliases = ", ".join(f"{name}@{alias}" for alias in sorted(model.aliases)) or f"{name}/1"
     if not separator or not which:
         raise UserError(f"{reference!r} does not name a version", where=reference, hint=f"there is {aliases}")
+    if "@" in reference and which in model.aliases and not _has_version(client, name, model.aliases[which]):
+        raise UserError(
+            f"the version {model.aliases[which]} that {reference} points at was deleted",
+            where=reference,
+            hint="publish it again: orchestrator publish FILE",
+        )
+    if "@" not in reference and not (which.isdecimal() and int(which) < 2**31):
+        raise UserError(
+            f"{name} has no version {shortened(which, 40)!r}", where=reference, hint=f"there is {aliases}"
+        )
     try:
         if "@" in reference:
             return client.get_model_version_by_alias(name, which)
@@ -375,3 +449,15 @@ def _resolve(client: MlflowClient, reference: str) -> ModelVersion:
         raise UserError(
             f"{name} has no {what} {which!r}", where=reference, hint=f"there is {aliases}"
         ) from error
+
+
+def _has_version(client: MlflowClient, name: str, number: object) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_model_version(name, str(number))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True

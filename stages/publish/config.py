@@ -113,6 +113,7 @@ class Publish(Stage):
                 self.alias,
                 facts=facts,
                 digests=wanted.digests,
+                stop=context.stop,
             )
             published.append(
                 {"name": wanted.name, "version": number, "alias": self.alias, "tags": wanted.tags}
@@ -131,12 +132,20 @@ class Publish(Stage):
     def drift(self, context: Context, tracking_uri: str) -> list[str]:
         """See :meth:`Stage.drift`: what the registry lacks, a line a student."""
         from orchestrator.tracking import registry
+        from orchestrator.tracking.patience import interruptibly
 
-        found = []
-        for one in (self._wanted(context, student) for student in self._chosen(context)):
-            content = registry.content_digest(one.digests)
-            found.append(registry.difference(tracking_uri, one.name, content, one.tags, self.alias))
-        return [line for line in found if line is not None]
+        wanted = [self._wanted(context, student) for student in self._chosen(context)]
+
+        def compare() -> list[str]:
+            found = [
+                registry.difference(
+                    tracking_uri, one.name, registry.content_digest(one.digests), one.tags, self.alias
+                )
+                for one in wanted
+            ]
+            return [line for line in found if line is not None]
+
+        return interruptibly(compare, tracking_uri, context.stop, "comparing with the registry")
 
     def _wanted(self, context: Context, student: str) -> Wanted:
         students = context.inputs["students"]

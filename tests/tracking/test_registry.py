@@ -269,7 +269,7 @@ def test_tries_that_die_halfway_leave_one_logged_model(
     dies_at: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class DiedError(Exception):
+    class DiedError(BaseException):
         pass
 
     def die(*args: Any, **options: Any) -> None:
