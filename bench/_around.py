@@ -54,10 +54,10 @@ def _desk_calls(calls: int) -> float:
     import ray
 
     from orchestrator.teacher_service.coordinator import StepCoordinator, StepRefs
-    from orchestrator.teacher_service.counters import Account
+    from orchestrator.teacher_service.counters import TeacherCounters
 
     coordinator: Any = ray.remote(StepCoordinator).options(num_cpus=0, max_concurrency=1000).remote(
-        {"student": 0}, 10, window=4, patience_s=600.0, account=Account()
+        {"student": 0}, 10, window=4, patience_s=600.0, account=TeacherCounters()
     )  # fmt: skip
     ray.get(coordinator.deliver.remote("teacher", 0, StepRefs({}, {}), 1, 1, 1))
     ray.get([coordinator.step.remote("student", 0) for _ in range(calls // 10)])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.simulation.trace import Event, Trace
+from orchestrator.simulation.trace import Trace, TraceEvent
 from tools.market import SpotMarket
 
 logger = logging.getLogger("orchestrator")
@@ -140,7 +140,7 @@ class Player:
             other.join()
         return sorted(played, key=lambda event: event.done_s)
 
-    def _play(self, events: Sequence[Event], driver: _Driver, played: list[Played]) -> None:
+    def _play(self, events: Sequence[TraceEvent], driver: _Driver, played: list[Played]) -> None:
         for event in events:
             # What takes time is begun so much before it is to have happened.
             while time.monotonic() - driver.began_at < event.at - self._lead[event.kind]:
@@ -153,7 +153,7 @@ class Player:
                 "replay: %s %s at %.1f s, planned %.1f s", event.kind, self._name(event), done, event.at
             )
 
-    def _make(self, event: Event) -> None:
+    def _make(self, event: TraceEvent) -> None:
         name = self._name(event)
         while event.kind != "up" and name not in self._market.machines and not self._over.wait(_LOOK_S):
             pass  # it is late
@@ -172,7 +172,7 @@ class Player:
         act()
         self._lead[kind] = 0.5 * self._lead[kind] + 0.5 * (time.monotonic() - began)
 
-    def _name(self, event: Event) -> str:
+    def _name(self, event: TraceEvent) -> str:
         return self._trace.machines[event.machine].name
 
 

@@ -19,7 +19,7 @@ from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.load import load
 from orchestrator.simulation.costs import Costs
 from orchestrator.simulation.simulate import JobResult, plan_stages, predict
-from orchestrator.simulation.trace import Event, Machine, Trace, in_order
+from orchestrator.simulation.trace import Machine, Trace, TraceEvent, in_order
 from tools.market import SpotMarket
 from tools.synthetic import synthetic
 
@@ -69,10 +69,15 @@ def run(quick: bool) -> Claim:
 def _calibrated(market: SpotMarket, folder: Path, steps: int) -> Costs:
     """Costs from a run that sees each kind of event, and each number of workers, once or twice."""
     machines = tuple(Machine(f"m{i}", "raylet", 1, ((0.0, 1.0),)) for i in range(MACHINES))
-    events = [Event(0.0, "up", i) for i in range(MACHINES)]
-    events += [Event(50.0, "down", 3), Event(70.0, "notice", 2, 85.0), Event(85.0, "down", 2)]
+    events = [TraceEvent(0.0, "up", i) for i in range(MACHINES)]
+    events += [TraceEvent(50.0, "down", 3), TraceEvent(70.0, "notice", 2, 85.0), TraceEvent(85.0, "down", 2)]
     # All gone: the next one to come is waited for, and tells how long its slot takes to be ready.
-    events += [Event(95.0, "down", 1), Event(105.0, "down", 0), Event(112.0, "up", 0), Event(140.0, "up", 1)]
+    events += [
+        TraceEvent(95.0, "down", 1),
+        TraceEvent(105.0, "down", 0),
+        TraceEvent(112.0, "up", 0),
+        TraceEvent(140.0, "up", 1),
+    ]
     done = _replayed(market, Trace("calibration", "", machines, in_order(events)), folder, steps)
     run = from_mlflow(_tracking(folder), _STAGE)
     losses = [event.at for event in done.played if event.kind == "down"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.harness import Claim, interleave, timed
 from orchestrator.simulation.costs import StageCosts
 from orchestrator.simulation.job import JobPlan
-from orchestrator.simulation.simulate import Prediction, StagePlan, predict
+from orchestrator.simulation.simulate import Prediction, SimulatedStage, predict
 from tools.synthetic import synthetic
 
 _DAY_S = 86_400.0
@@ -53,8 +53,8 @@ def run(quick: bool) -> Claim:
     )
 
 
-def _stage(size: int) -> StagePlan:
+def _stage(size: int) -> SimulatedStage:
     """A job that does not end within the trace, with the engine's own time between checkpoints."""
     costs = StageCosts()
     job = JobPlan("bench", 10_000_000, size, (1, size), None, costs)
-    return StagePlan("bench", "pretrain", (job,), costs)
+    return SimulatedStage("bench", "pretrain", (job,), costs)

@@ -26,7 +26,7 @@ from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool
 from orchestrator.training.checkpoint.format import COMMIT, latest, part_name, shard_name, step_name
-from orchestrator.training.checkpoint.shard_file import Slot, file_header, write_file
+from orchestrator.training.checkpoint.shard_file import TensorSlot, file_header, write_file
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +58,7 @@ def _target(folder: Path, through_store: bool) -> CheckpointStorage:
 def _write(target: CheckpointStorage, token: str, step: int) -> None:
     """What `CheckpointWriter` does, for a group of one worker."""
     data = memoryview(np.full(5, step, np.float32).view(np.uint8)).cast("B")
-    header = file_header({"master/w": Slot(0, 5, 0, 5)})
+    header = file_header({"master/w": TensorSlot(0, 5, 0, 5)})
     folder, shard = step_name(step), shard_name(token, 0, 1)
     digest = write_file(target.folder / folder / shard, header, data)
     target.publish(f"{folder}/{shard}")

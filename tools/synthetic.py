@@ -10,7 +10,7 @@ import random
 import sys
 from pathlib import Path
 
-from orchestrator.simulation.trace import Event, Machine, Trace, in_order
+from orchestrator.simulation.trace import Machine, Trace, TraceEvent, in_order
 from orchestrator.simulation.trace_file import as_dict
 
 
@@ -38,17 +38,17 @@ def synthetic(
         seed: of everything drawn.
     """
     draw = random.Random(f"{name}/{seed}")
-    events: list[Event] = []
+    events: list[TraceEvent] = []
     for machine in range(count):
         now = 0.0
         while now < duration_s:
-            events.append(Event(round(now, 3), "up", machine))
+            events.append(TraceEvent(round(now, 3), "up", machine))
             gone = round(now + draw.expovariate(1 / mean_up_s), 3)
             if draw.random() < notice_share and gone <= duration_s:
                 at = round(max(now, gone - notice_s), 3)
-                events.append(Event(at, "notice", machine, gone))
+                events.append(TraceEvent(at, "notice", machine, gone))
             if gone <= duration_s:
-                events.append(Event(gone, "down", machine))
+                events.append(TraceEvent(gone, "down", machine))
             now = round(gone + draw.expovariate(1 / mean_down_s), 3)
     machines = tuple(Machine(f"{name}-{i}", "synthetic", slots, ((0.0, price),)) for i in range(count))
     return Trace(name, "made up", machines, in_order(events), duration_s)

@@ -56,7 +56,7 @@ class DataSource(Settings):
     )
 
 
-class Tracking(Settings):
+class TrackingSettings(Settings):
     """Where MLflow keeps runs and the registry."""
 
     uri: str = Field("sqlite:///runs/mlflow.db", description="The address of the MLflow server or database.")
@@ -214,8 +214,9 @@ class Pipeline(Settings, Generic[S]):
         "runs/",
         description="The store of artifacts, checkpoints and the ledger: a folder, or `s3://bucket/prefix`.",
     )
-    tracking: Tracking = operational(
-        Tracking(), description="The MLflow server or database that keeps runs and the model registry."
+    tracking: TrackingSettings = operational(
+        TrackingSettings(),
+        description="The MLflow server or database that keeps runs and the model registry.",
     )
     cluster: Cluster = operational(Cluster(), description="The Ray cluster that the pipeline runs on.")
     elastic: Elastic = operational(

@@ -21,7 +21,7 @@ from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.workload import Workload
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.distill.profiling import Costs, Material, measured, reckoned
+from orchestrator.stages.distill.profiling import Material, PartCosts, measured, reckoned
 from orchestrator.stages.ssl.pretrain import Pretrain
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class StageSplit:
     """
 
     name: str
-    costs: Costs
+    costs: PartCosts
     phases: tuple[Phase, ...]
     hours: float
     separate: float
@@ -167,7 +167,7 @@ def _hours(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
-def _split(loaded: LoadedPipeline, name: str, costs: Costs, devices: float) -> StageSplit:
+def _split(loaded: LoadedPipeline, name: str, costs: PartCosts, devices: float) -> StageSplit:
     from orchestrator.capacity.measured_costs import cores
 
     # Cores of one machine can be shared by processes; those of many, and GPUs, are given to one each.
@@ -219,7 +219,7 @@ def _recipe(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]], name
     return origin.model_recipe()
 
 
-def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> Costs:
+def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> PartCosts:
     stage = cast(Distill, loaded.spec.stages[name])
     if stage.features is not None and not stage.features.uses_own:
         raise UserError(

@@ -23,7 +23,7 @@ from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import figures_of, made_by
 from orchestrator.stages.common.mlmodel import mlmodel
 from orchestrator.storage.artifacts import MANIFEST, Artifact, folder_name
-from orchestrator.tracking.run import Dataset, Model, Run
+from orchestrator.tracking.run import Dataset, ModelRecord, Run
 
 NOTE = "mlflow.note.content"
 # Kinds of stages whose artifact is a data set.
@@ -91,7 +91,7 @@ def datasets(
 
 def models(
     loaded: LoadedPipeline, workspace: Workspace, stage: ResolvedStage, artifact: Artifact
-) -> list[Model]:
+) -> list[ModelRecord]:
     """The trained models in a stage's artifact; large ones by reference."""
     found = []
     spec = loaded.spec.stages[stage.name]
@@ -104,7 +104,7 @@ def models(
         }
         is_small = sum(entry.size for entry in files.values()) <= MOST_BYTES
         found.append(
-            Model(
+            ModelRecord(
                 name=f"{stage.name}-{name}" if name else stage.name,
                 kind=str(config.get("preset", stage.parts.kind)),
                 folder=folder if is_small else None,

@@ -38,7 +38,7 @@ class JobPlan:
 
 
 @dataclass
-class Account:
+class SimulatedTime:
     """Where a job's seconds went, as `elastic/time_accounting.py` books them, and how often what happened.
 
     `useful`: steps that survived. `startup`: until the first step begins. `lost`: steps that were computed, then
@@ -68,7 +68,7 @@ class Account:
 
 
 @dataclass
-class Job:
+class SimulatedJob:
     """A job from `now` on; `next_time` and `advance` let time go on, `decide` is the controller."""
 
     plan: JobPlan
@@ -76,7 +76,7 @@ class Job:
     now: float
     step: int = 0
     done: bool = False
-    account: Account = field(default_factory=Account)
+    account: SimulatedTime = field(default_factory=SimulatedTime)
     _group: Group | None = None
     _loss_known_at: float | None = None  # the group is lost, and the controller does not know of it yet
     _wake: float = math.inf

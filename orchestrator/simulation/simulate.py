@@ -11,7 +11,7 @@ from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import Pipeline
 from orchestrator.errors import UserError
 from orchestrator.simulation.costs import Costs, StageCosts
-from orchestrator.simulation.job import Account, Job, JobPlan
+from orchestrator.simulation.job import JobPlan, SimulatedJob, SimulatedTime
 from orchestrator.simulation.machines import Machines
 from orchestrator.simulation.trace import Trace, always
 from orchestrator.stages.base import Stage, TrainStage
@@ -31,7 +31,7 @@ _RECORD_ENDS = "the trace ends"
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class SimulatedStage:
     """What a stage has to do; one without jobs takes its costs' `seconds`, on the machine of the driver."""
 
     name: str
@@ -48,7 +48,7 @@ class JobResult:
     steps: int
     num_steps: int
     ended: float | None
-    account: Account
+    account: SimulatedTime
 
     def figures(self) -> dict[str, float]:
         """The names under which the engine tracks them."""
@@ -84,7 +84,7 @@ class Prediction:
     def total(self) -> JobResult:
         """All jobs as if they were one."""
         jobs = [job for stage in self.stages for job in stage.jobs]
-        sums = Account()
+        sums = SimulatedTime()
         for name in (*CAUSES, *COUNTS, "worker_s"):
             setattr(sums, name, sum(getattr(job.account, name) for job in jobs))
         steps, num_steps = sum(job.steps for job in jobs), sum(job.num_steps for job in jobs)
@@ -93,7 +93,7 @@ class Prediction:
 
 def plan_stages(
     spec: Pipeline[Stage], order: Sequence[str], costs: Costs, interval_s: float | str | None = None
-) -> list[StagePlan]:
+) -> list[SimulatedStage]:
     """What the stages have to do, in this order.
 
     Args:
@@ -111,7 +111,7 @@ def plan_stages(
             students: Mapping[str, Any] = getattr(stage, "students", {})
             names = [f"{name}/{student}" for student in students] or [name]
             jobs = tuple(_job_plan(job, stage, elastic, costs.of(job), interval_s) for job in names)
-        plans.append(StagePlan(name, stage.kind, jobs, costs.of(name)))
+        plans.append(SimulatedStage(name, stage.kind, jobs, costs.of(name)))
     if not any(plan.jobs for plan in plans):
         raise UserError(
             f"no stage of the pipeline {spec.name!r} trains, so there is nothing to simulate",
@@ -120,7 +120,7 @@ def plan_stages(
     return plans
 
 
-def predict(plans: Sequence[StagePlan], trace: Trace, *, warm: bool = False) -> Prediction:
+def predict(plans: Sequence[SimulatedStage], trace: Trace, *, warm: bool = False) -> Prediction:
     """Let the stages run one after the other on the machines of `trace`, from its second 0.
 
     Args:
@@ -135,9 +135,9 @@ def predict(plans: Sequence[StagePlan], trace: Trace, *, warm: bool = False) -> 
         if now > trace.duration_s:
             why_not, now = _RECORD_ENDS, trace.duration_s
         machines.advance(now)
-        jobs: list[Job] = []
+        jobs: list[SimulatedJob] = []
         if not why_not and plan.jobs:
-            jobs = [Job(job, machines, now) for job in plan.jobs]
+            jobs = [SimulatedJob(job, machines, now) for job in plan.jobs]
             now, why_not = _train(jobs, machines, now, trace.duration_s)
         done = tuple(
             JobResult(job.plan.name, job.step, job.plan.num_steps, job.now if job.done else None, job.account)
@@ -150,14 +150,14 @@ def predict(plans: Sequence[StagePlan], trace: Trace, *, warm: bool = False) -> 
     return Prediction(now, not why_not, why_not, cost, hours, tuple(results))
 
 
-def on_demand(plans: Sequence[StagePlan], trace: Trace, price: float) -> Prediction:
+def on_demand(plans: Sequence[SimulatedStage], trace: Trace, price: float) -> Prediction:
     """The same stages on machines at `price` an hour that never go, as many as the widest stage uses."""
     slots = max(machine.slots for machine in trace.machines) if trace.machines else 1
     widest = max(sum(job.workers[1] for job in plan.jobs) for plan in plans)
     return predict(plans, always(-(-widest // slots), slots, price))
 
 
-def _train(jobs: list[Job], machines: Machines, now: float, end: float) -> tuple[float, str]:
+def _train(jobs: list[SimulatedJob], machines: Machines, now: float, end: float) -> tuple[float, str]:
     """Run the jobs beside each other from `now`; returns when they ended, and what kept them from it."""
     running = list(jobs)
     _decide(running, machines)
@@ -181,7 +181,7 @@ def _train(jobs: list[Job], machines: Machines, now: float, end: float) -> tuple
     return now, why_not
 
 
-def _decide(jobs: list[Job], machines: Machines) -> None:
+def _decide(jobs: list[SimulatedJob], machines: Machines) -> None:
     reclaimed = machines.pool.num_reclaimed
     for job in jobs:
         job.decide()

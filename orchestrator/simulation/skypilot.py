@@ -15,9 +15,9 @@ from orchestrator.simulation.trace import (
     MAX_EVENTS,
     MAX_MACHINES,
     MAX_SECONDS,
-    Event,
     Machine,
     Trace,
+    TraceEvent,
     in_order,
 )
 
@@ -43,11 +43,11 @@ def convert(file: JsonFile) -> Trace:
     # A worker takes a GPU; the CPU traces count cores, and there a machine is a worker.
     slots = max(1, int(match["slots"])) if match and type_ not in _CPU_TYPES else 1
     machines = tuple(Machine(f"{type_}-{i}", type_, slots, ((0.0, 0.0),)) for i in range(max(counts)))
-    events: list[Event] = []
+    events: list[TraceEvent] = []
     before = 0
     for tick, count in enumerate(counts):
-        events += [Event(tick * gap, "up", machine) for machine in range(before, count)]
-        events += [Event(tick * gap, "down", machine) for machine in range(count, before)]
+        events += [TraceEvent(tick * gap, "up", machine) for machine in range(before, count)]
+        events += [TraceEvent(tick * gap, "down", machine) for machine in range(count, before)]
         before = count
     return Trace(file.path.stem, zone, machines, in_order(events), len(counts) * gap)
 

@@ -41,7 +41,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Event:
+class TraceEvent:
     """What happens to machine number `machine` at second `at`; a notice says when it will be gone."""
 
     at: float
@@ -57,7 +57,7 @@ class Trace:
     name: str
     zone: str
     machines: tuple[Machine, ...]
-    events: tuple[Event, ...]
+    events: tuple[TraceEvent, ...]
     duration_s: float = math.inf
 
     def starting_at(self, seconds: float) -> Trace:
@@ -73,7 +73,7 @@ class Trace:
                 f"the trace {self.name!r} is {self.duration_s:.0f} s long, so nothing can start at {seconds:.0f} s",
                 hint="start earlier",
             )
-        state: dict[int, Event | None] = {}
+        state: dict[int, TraceEvent | None] = {}
         for event in self.events:
             if event.at > seconds:
                 break
@@ -81,10 +81,10 @@ class Trace:
                 state.pop(event.machine, None)
             else:
                 state[event.machine] = event if event.kind == "notice" else None
-        begin = [Event(0.0, "up", machine) for machine in sorted(state)]
+        begin = [TraceEvent(0.0, "up", machine) for machine in sorted(state)]
         for machine, notice in sorted(state.items()):
             if notice is not None:
-                begin.append(Event(0.0, "notice", machine, notice.deadline_at - seconds))
+                begin.append(TraceEvent(0.0, "notice", machine, notice.deadline_at - seconds))
         later = [
             replace(event, at=event.at - seconds, deadline_at=event.deadline_at - seconds)
             for event in self.events
@@ -108,7 +108,7 @@ class Trace:
             else:
                 if event.machine not in noticed and seconds > 0:
                     at = max(up_at[event.machine], event.at - seconds)
-                    events.append(Event(at, "notice", event.machine, event.at))
+                    events.append(TraceEvent(at, "notice", event.machine, event.at))
                 noticed.discard(event.machine)
         return replace(self, events=in_order(events))
 
@@ -135,11 +135,11 @@ class Trace:
 def always(count: int, slots: int, price: float) -> Trace:
     """`count` machines that are there from the start and never go: what on-demand machines are."""
     machines = tuple(Machine(f"on-demand-{i}", "on-demand", slots, ((0.0, price),)) for i in range(count))
-    events = tuple(Event(0.0, "up", i) for i in range(count))
+    events = tuple(TraceEvent(0.0, "up", i) for i in range(count))
     return Trace("on demand", "", machines, events)
 
 
-def in_order(events: Iterable[Event]) -> tuple[Event, ...]:
+def in_order(events: Iterable[TraceEvent]) -> tuple[TraceEvent, ...]:
     """Sorted by time; at the same time machines go before others come."""
     return tuple(sorted(events, key=lambda event: (event.at, _ORDER[event.kind], event.machine)))
 

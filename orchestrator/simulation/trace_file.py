@@ -17,10 +17,10 @@ from orchestrator.simulation.trace import (
     MAX_EVENTS,
     MAX_MACHINES,
     MAX_SECONDS,
-    Event,
     Kind,
     Machine,
     Trace,
+    TraceEvent,
     in_order,
 )
 
@@ -120,7 +120,7 @@ class _Compiler:
         self.up: set[int] = set()
         self.noticed: dict[int, float] = {}  # in the order of the notices
         self.deadlines: list[tuple[float, int]] = []
-        self.events: list[Event] = []
+        self.events: list[TraceEvent] = []
 
     def trace(self) -> Trace:
         spec = self.spec
@@ -171,7 +171,7 @@ class _Compiler:
     def _go(self, at: float, machine: int) -> None:
         self.up.discard(machine)
         self.noticed.pop(machine, None)
-        self.events.append(Event(at, "down", machine))
+        self.events.append(TraceEvent(at, "down", machine))
 
     def _apply(self, index: int, event: EventSpec) -> None:
         at = event.at * self.spec.unit_s
@@ -180,13 +180,13 @@ class _Compiler:
                 self._go(at, machine)
             elif event.event == "up":
                 self.up.add(machine)
-                self.events.append(Event(at, "up", machine))
+                self.events.append(TraceEvent(at, "up", machine))
             else:
                 assert event.deadline is not None
                 gone = at + event.deadline * self.spec.unit_s
                 self.noticed[machine] = gone
                 heapq.heappush(self.deadlines, (gone, machine))
-                self.events.append(Event(at, "notice", machine, gone))
+                self.events.append(TraceEvent(at, "notice", machine, gone))
 
     def _chosen(self, index: int, event: EventSpec) -> list[int]:
         """The machines an event means: of a pool, the first to come and the last to go; announced ones go first."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.teacher_service.counters import Account
+from orchestrator.teacher_service.counters import TeacherCounters
 from orchestrator.teacher_service.window import Window
 
 logger = logging.getLogger("orchestrator")
@@ -65,7 +65,7 @@ class Status:
         trouble: the traceback of the last failed step.
     """
 
-    account: Account
+    account: TeacherCounters
     teachers: Mapping[str, tuple[int | None, float, float]] = field(default_factory=dict)
     depth: int = 0
     held_s: Mapping[str, float] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class StepCoordinator:
         *,
         window: int,
         patience_s: float,
-        account: Account,
+        account: TeacherCounters,
     ) -> None:
         self._num_steps = num_steps
         self._window = Window(students, num_steps, window, patience_s, time.monotonic())

@@ -22,7 +22,7 @@ class Stats:
 
 
 @dataclass
-class Account:
+class TeacherCounters:
     """Counters that outlive the process that counts.
 
     Attributes:
@@ -77,12 +77,12 @@ class Account:
         atomic_write(path, json.dumps(asdict(self)), durable=False, only_writer=True)
 
     @staticmethod
-    def load(path: Path) -> Account:
+    def load(path: Path) -> TeacherCounters:
         """The account kept at `path`; a new one if there is none or it is torn."""
         try:
             kept = json.loads(path.read_text())
             if "desk_restarts" in kept:  # its name before version 0.2
                 kept["coordinator_restarts"] = kept.pop("desk_restarts")
-            return Account(**kept)
+            return TeacherCounters(**kept)
         except (OSError, ValueError, TypeError, RecursionError):
-            return Account()
+            return TeacherCounters()

@@ -12,7 +12,7 @@ _NO_GPU = tuple(sorted(environment(()).items()))
 
 
 @dataclass(frozen=True)
-class Machine:
+class FreeNode:
     """A living node: what it has and what of that is free. `leaving`: it announced its end."""
 
     node: str
@@ -38,7 +38,7 @@ class Placement:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Placement | None:
+def choose(machines: Sequence[FreeNode], gpus: float, copies: int = 1) -> Placement | None:
     """Where the teacher goes; None if no machine will do.
 
     One with room if there is one; else it squeezes in beside the workers: a crowded teacher is slow, but none at
@@ -52,7 +52,7 @@ def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Placeme
         copies: how many processes it has, each of which takes as much.
     """
 
-    def has_room(machine: Machine) -> bool:
+    def has_room(machine: FreeNode) -> bool:
         return machine.free_gpus >= copies * gpus if gpus else machine.free_cpus >= copies
 
     able = [machine for machine in machines if (machine.gpus if gpus else machine.cpus) > 0]
@@ -67,7 +67,7 @@ def choose(machines: Sequence[Machine], gpus: float, copies: int = 1) -> Placeme
     return Placement(best.node, 0.0 if gpus else 1.0, gpus, _NO_GPU if best.gpus and not gpus else ())
 
 
-def machines() -> list[Machine]:
+def machines() -> list[FreeNode]:
     """The cluster's living nodes."""
     import ray
     from ray._private.state import state
@@ -77,7 +77,7 @@ def machines() -> list[Machine]:
     free = state.available_resources_per_node()
     leaving = draining_nodes()
     return [
-        Machine(
+        FreeNode(
             node=node["NodeID"],
             head="node:__internal_head__" in node["Resources"],
             leaving=node["NodeID"] in leaving,

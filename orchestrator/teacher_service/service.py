@@ -20,7 +20,7 @@ from typing import Any
 from orchestrator.data.blocks import BlockSource
 from orchestrator.teacher_service.actor_client import NAMESPACE
 from orchestrator.teacher_service.coordinator import Status, StepCoordinator
-from orchestrator.teacher_service.counters import Account
+from orchestrator.teacher_service.counters import TeacherCounters
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
 from orchestrator.teacher_service.placement import machines
 from orchestrator.teacher_service.shared_blocks import SharedBlocks
@@ -84,7 +84,7 @@ class TeacherService:
             patience_s=hang_s,
             shards=shards,
         )
-        self.account = Account.load(account)
+        self.account = TeacherCounters.load(account)
         self.status = Status(self.account)
         self.supervisors: list[TeacherSupervisor] = []
         self._coordinator: Any = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.teacher_service.coordinator import Status
 from orchestrator.teacher_service.payload import StepTeacher
-from orchestrator.teacher_service.placement import Machine, choose, has_process
+from orchestrator.teacher_service.placement import FreeNode, choose, has_process
 from orchestrator.teacher_service.teacher_actor import TeacherActor
 
 logger = logging.getLogger("orchestrator")
@@ -71,7 +71,7 @@ class TeacherSupervisor:
         """Whether it is time to know what the cluster has: it needs a place, or may have to leave its own."""
         return time.monotonic() - self._looked > (_MACHINES_EVERY_S if self._actor is not None else 0.0)
 
-    def poll(self, coordinator: Any, status: Status, there: Sequence[Machine], *, wanted: bool) -> None:
+    def poll(self, coordinator: Any, status: Status, there: Sequence[FreeNode], *, wanted: bool) -> None:
         """See how its teacher is; fill the post, or let it go where it is not `wanted` any more."""
         self._release_retired(time.monotonic())
         if self._actor is not None:
@@ -181,7 +181,7 @@ class TeacherSupervisor:
 
     # --- its place ----------------------------------------------------------------------------------------------
 
-    def _fill(self, coordinator: Any, there: Sequence[Machine]) -> None:
+    def _fill(self, coordinator: Any, there: Sequence[FreeNode]) -> None:
         """Start an actor where there is a place for it; if there is none, the next look tries again."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -220,7 +220,7 @@ class TeacherSupervisor:
                 "no room for a teacher: it shares node %s with the workers there", placement.node[:8]
             )
 
-    def _leave_if_ending(self, coordinator: Any, there: Sequence[Machine]) -> None:
+    def _leave_if_ending(self, coordinator: Any, there: Sequence[FreeNode]) -> None:
         """Leave a node that announced its end, between two steps, if another one can next_step the teacher."""
         self._looked = time.monotonic()
         leaving = {machine.node for machine in there if machine.leaving}

@@ -45,7 +45,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelRecord:
     """A model that a run made.
 
     Attributes:
@@ -116,7 +116,7 @@ class Run(ABC):
         """Says what the run reads. Saying it again changes nothing."""
         return
 
-    def model(self, made: Model) -> None:
+    def model(self, made: ModelRecord) -> None:
         """Says which model the run made. One of each name a run."""
         return
 
@@ -193,7 +193,7 @@ class SpooledRun(Run):
         if used:
             self._post("datasets", datasets=[asdict(one) for one in used])
 
-    def model(self, made: Model) -> None:
+    def model(self, made: ModelRecord) -> None:
         """See :class:`Run`."""
         self._post(
             "model",

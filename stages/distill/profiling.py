@@ -71,7 +71,7 @@ class Spec(Strict):
 
 
 @dataclass(frozen=True)
-class Costs:
+class PartCosts:
     """What the parts of a stage cost.
 
     Attributes:
@@ -107,7 +107,7 @@ class Material:
 
 def measured(
     material: Material, *, refresh: bool = False, say: Callable[[str], None] = lambda line: None
-) -> Costs:
+) -> PartCosts:
     """Costs measured on this machine: those that are kept, and the others in about a minute.
 
     Args:
@@ -137,12 +137,12 @@ def measured(
     when = min(one.measured_at for one in known.values())
     device = machine["device"] if machine["device"] != "cpu" else f"a core of {machine['processor']}"
     kind = "cpu" if machine["device"] == "cpu" else "gpu"
-    return Costs(known[""].teacher(num_blocks), students, f"measured on {device}, {when}", kind)
+    return PartCosts(known[""].teacher(num_blocks), students, f"measured on {device}, {when}", kind)
 
 
 def reckoned(
     works: Sequence[Workload], flops_per_s: float, fewest: Callable[[Workload], int], source: str
-) -> Costs:
+) -> PartCosts:
     """Costs from operations alone, without crops, optimiser and exchange.
 
     Args:
@@ -154,7 +154,7 @@ def reckoned(
     teacher, *students = works
     devices = fewest(teacher)
     step_s = teacher.flops_per_image * teacher.batch_size / flops_per_s / devices
-    return Costs(
+    return PartCosts(
         TeacherCost(step_s, devices),
         tuple(
             StudentCost(

@@ -22,7 +22,7 @@ from orchestrator.stages.metric import Features, OwnMetric, checked
 
 if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
-    from orchestrator.stages.evaluate.results import Draws, Measured, Results, Score
+    from orchestrator.stages.evaluate.results import ClusterDraws, Measured, Results, Score
     from orchestrator.stages.evaluate.towers import Check, Crops, Tower
     from orchestrator.storage.artifacts import Artifact
 
@@ -374,20 +374,20 @@ def _other_histories(context: Context) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _pool(index: ImageIndex) -> list[Draws]:
+def _pool(index: ImageIndex) -> list[ClusterDraws]:
     """The photos of the index, and those of them that the curation chose, by cluster."""
     import numpy as np
 
     from orchestrator.data.curation.components import HELD_OUT, LEFT_OUT
     from orchestrator.data.curation.mix import by_cluster, effective_number
-    from orchestrator.stages.evaluate.results import Draws
+    from orchestrator.stages.evaluate.results import ClusterDraws
 
     raw_N = np.ones(len(index), dtype=np.int64)
     chosen_N = raw_N.copy()
     chosen_N[index.rows_of(LEFT_OUT)] = chosen_N[index.rows_of(HELD_OUT)] = 0
     left_out = 1 - float(chosen_N.mean())
     return [
-        Draws(name, counts, effective_number(list(counts.values())), share)
+        ClusterDraws(name, counts, effective_number(list(counts.values())), share)
         for name, counts, share in (
             ("raw", by_cluster(index.clusters, raw_N), left_out),
             ("chosen", by_cluster(index.clusters, chosen_N), 0.0),
@@ -395,9 +395,9 @@ def _pool(index: ImageIndex) -> list[Draws]:
     ]
 
 
-def _drawn(context: Context) -> dict[str, Draws]:
+def _drawn(context: Context) -> dict[str, ClusterDraws]:
     """What the stages upstream drew; an artifact of an older version says nothing of it."""
-    from orchestrator.stages.evaluate.results import Draws
+    from orchestrator.stages.evaluate.results import ClusterDraws
 
     found = {}
     for role in (*TEACHER_ROLES, "students", "text"):
@@ -405,7 +405,7 @@ def _drawn(context: Context) -> dict[str, Draws]:
             continue
         kind, record = context.inputs[role].kind, json.loads(path.read_text())
         counts = {int(number): count for number, count in record["clusters"].items()}
-        found[kind] = Draws(kind, counts, record["effective_clusters"], record["left_out"])
+        found[kind] = ClusterDraws(kind, counts, record["effective_clusters"], record["left_out"])
     return found
 
 

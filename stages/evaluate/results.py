@@ -51,7 +51,7 @@ class ZeroShot:
 
 
 @dataclass(frozen=True)
-class Draws:
+class ClusterDraws:
     """What came of a pool by cluster: its photos, or the draws of a stage.
 
     Attributes:
@@ -108,8 +108,8 @@ class Results:
     retrieval: Mapping[str, float] | None = None
     zero_shot: ZeroShot | None = None
     text_maps: Path | None = None
-    pool: Sequence[Draws] = ()
-    drawn: Mapping[str, Draws] = field(default_factory=dict)
+    pool: Sequence[ClusterDraws] = ()
+    drawn: Mapping[str, ClusterDraws] = field(default_factory=dict)
     measured: Measured = field(default_factory=dict)
 
     @property

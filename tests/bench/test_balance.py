@@ -13,7 +13,7 @@ from orchestrator.data import samples
 from orchestrator.pipeline.device_split import StageSplit
 from orchestrator.pipeline.load import load
 from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.distill.profiling import Costs
+from orchestrator.stages.distill.profiling import PartCosts
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -33,10 +33,10 @@ def test_its_pipeline_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_its_figure_is_the_worst_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
     """On two cores, 4 s of work; one stage took half as long again as was said, the other a twentieth."""
     monkeypatch.setattr(balance, "_cores", lambda: 2)
-    costs = Costs(TeacherCost(1.0), (StudentCost("s0", 2, 0.5), StudentCost("s1", 2, 1.0)), "here", "cpu")
+    costs = PartCosts(TeacherCost(1.0), (StudentCost("s0", 2, 0.5), StudentCost("s1", 2, 1.0)), "here", "cpu")
     said = shared_s(Busy(1.0), 1, {"s0": Busy(1.0), "s1": Busy(2.0)}, 2)
     found = [StageSplit(name, costs, (), 0.0, 0.0) for name in ("light", "even")]
-    dearer = Costs(costs.teacher, (costs.students[0], StudentCost("s1", 2, 1.3)), "here", "cpu")
+    dearer = PartCosts(costs.teacher, (costs.students[0], StudentCost("s1", 2, 1.3)), "here", "cpu")
     again = [found[0], StageSplit("even", dearer, (), 0.0, 0.0)]
     real = {"light": Stage(1.5 * said, 6.0), "even": Stage(1.05 * said, 4.2)}
     claim = balance._claim([found, again], real)

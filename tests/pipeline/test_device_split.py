@@ -21,7 +21,7 @@ from orchestrator.pipeline import device_split
 from orchestrator.pipeline.costing import costings
 from orchestrator.pipeline.device_split import print_splits, splits
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.stages.distill.profiling import Costs, Material
+from orchestrator.stages.distill.profiling import Material, PartCosts
 
 HEADLESS = """
 name: headless
@@ -44,7 +44,7 @@ stages:
 ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "conf" / "full_pipeline.yaml"
 FAMILY = ROOT / "conf" / "paper" / "dinov3_family.yaml"
-COSTS = Costs(
+COSTS = PartCosts(
     TeacherCost(1.0),
     (
         StudentCost("vit-nano", 2, 1.0, steps=22),
@@ -61,7 +61,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Material, bool]]:
     """No measuring; what was to be measured."""
     asked: list[tuple[Material, bool]] = []
 
-    def measured(material: Material, *, refresh: bool, say: object) -> Costs:
+    def measured(material: Material, *, refresh: bool, say: object) -> PartCosts:
         asked.append((material, refresh))
         return COSTS
 

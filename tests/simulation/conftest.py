@@ -8,8 +8,8 @@ from typing import Any
 
 from orchestrator.simulation.costs import StageCosts
 from orchestrator.simulation.job import JobPlan
-from orchestrator.simulation.simulate import StagePlan
-from orchestrator.simulation.trace import Event, Machine, Trace, in_order
+from orchestrator.simulation.simulate import SimulatedStage
+from orchestrator.simulation.trace import Machine, Trace, TraceEvent, in_order
 
 # Powers of two: sums of them are exact, so tests can compare with ==.
 EXACT = StageCosts(
@@ -37,7 +37,7 @@ def machines(
 ) -> Trace:
     """A trace of `count` machines; an event is (second, kind, machine[, deadline])."""
     there = tuple(Machine(f"m{i}", "cpu", slots, ((0.0, price),)) for i in range(count))
-    return Trace("test", "", there, in_order(Event(*event) for event in events), duration_s)  # type: ignore[arg-type]
+    return Trace("test", "", there, in_order(TraceEvent(*event) for event in events), duration_s)  # type: ignore[arg-type]
 
 
 def steady(count: int, **more: Any) -> Trace:
@@ -52,6 +52,8 @@ def stage(
     interval_s: float | None = 10.0,
     costs: StageCosts = EXACT,
     name: str = "pretrain",
-) -> StagePlan:
+) -> SimulatedStage:
     """A stage with one job."""
-    return StagePlan(name, "pretrain", (JobPlan(name, steps, blocks, workers, interval_s, costs),), costs)
+    return SimulatedStage(
+        name, "pretrain", (JobPlan(name, steps, blocks, workers, interval_s, costs),), costs
+    )

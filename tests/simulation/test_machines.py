@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.elastic.worker_pool import IDLE_S, SlotState
 from orchestrator.simulation.machines import Machines
-from orchestrator.simulation.simulate import StagePlan, predict
+from orchestrator.simulation.simulate import SimulatedStage, predict
 
 from .conftest import EXACT, machines, stage, steady
 
@@ -113,7 +113,7 @@ def test_all_jobs_of_the_first_stage_find_ready_slots_if_it_is_warm() -> None:
     jobs = tuple(
         job for name in ("a", "b") for job in stage(steps=10, blocks=1, workers=(1, 1), name=name).jobs
     )
-    found = predict([StagePlan("distill", "distill", jobs, EXACT)], steady(2), warm=True)
+    found = predict([SimulatedStage("distill", "distill", jobs, EXACT)], steady(2), warm=True)
     assert [job.account.startup for job in found.stages[0].jobs] == [1.0, 1.0]
-    cold = predict([StagePlan("distill", "distill", jobs, EXACT)], steady(2))
+    cold = predict([SimulatedStage("distill", "distill", jobs, EXACT)], steady(2))
     assert [job.account.startup for job in cold.stages[0].jobs] == [9.0, 9.0]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from orchestrator.simulation import job as job_module
 from orchestrator.simulation.costs import StageCosts
 from orchestrator.simulation.job import JobPlan
-from orchestrator.simulation.simulate import CAUSES, Prediction, StagePlan, on_demand, predict
+from orchestrator.simulation.simulate import CAUSES, Prediction, SimulatedStage, on_demand, predict
 from orchestrator.simulation.trace import Trace
 from orchestrator.training.checkpoint import interval
 from tools.synthetic import synthetic
@@ -180,13 +180,13 @@ def test_on_demand_is_the_same_work_undisturbed() -> None:
 
 
 def test_stages_follow_each_other_and_keep_their_slots() -> None:
-    curate = StagePlan("curate", "curate", (), EXACT)
+    curate = SimulatedStage("curate", "curate", (), EXACT)
     first, second = stage(steps=10, name="a"), stage(steps=10, name="b")
     found = predict([first, second, curate, second], steady(4))
     starts = [job.account.startup for stage in found.stages for job in stage.jobs]
     # warm for the second; 20 s of curating are not long enough to give the machines back
     assert starts == [9.0, 1.0, 1.0]
-    long = StagePlan("curate", "curate", (), EXACT.model_copy(update={"seconds": 100.0}))
+    long = SimulatedStage("curate", "curate", (), EXACT.model_copy(update={"seconds": 100.0}))
     assert [
         s.jobs[0].account.startup for s in predict([first, long, second], steady(4)).stages if s.jobs
     ] == [9, 9]
@@ -204,12 +204,12 @@ def test_slots_that_another_stage_left_are_ready() -> None:
 
 def test_students_share_the_machines() -> None:
     jobs = tuple(JobPlan(f"distill/{i}", 50, 2, (1, 2), 10.0, EXACT) for i in range(3))
-    found = predict([StagePlan("distill", "distill", jobs, EXACT)], steady(4))
+    found = predict([SimulatedStage("distill", "distill", jobs, EXACT)], steady(4))
     assert found.finished
     (distill,) = found.stages
     assert all(job.account.steps_lost == 0 for job in distill.jobs)
     fixed = tuple(replace(job, workers=(1, 1)) for job in jobs)
-    one_each = predict([StagePlan("distill", "distill", fixed, EXACT)], steady(3))
+    one_each = predict([SimulatedStage("distill", "distill", fixed, EXACT)], steady(3))
     alone = predict([stage(steps=50, blocks=2, workers=(1, 1))], steady(1))
     assert one_each.seconds == alone.seconds
 
@@ -218,7 +218,7 @@ def test_a_student_below_its_minimum_gets_a_worker_back() -> None:
     # Both have two workers; then two machines go, and both are those of the second one.
     jobs = tuple(JobPlan(f"distill/{i}", 200, 2, (1, 2), 10.0, EXACT) for i in range(2))
     events = [*((0.0, "up", machine) for machine in range(4)), (60.0, "down", 2), (60.0, "down", 3)]
-    found = predict([StagePlan("distill", "distill", jobs, EXACT)], machines(events, 4))
+    found = predict([SimulatedStage("distill", "distill", jobs, EXACT)], machines(events, 4))
     first, second = (job.account for job in found.stages[0].jobs)
     assert (first.preemptions, first.preemptions_announced, first.lost) == (0, 1, 0)
     assert second.preemptions == 1
@@ -303,7 +303,7 @@ def storms(draw: st.DrawFn, durations: tuple[float, ...] = (100.0, 1000.0, 5000.
 
 
 @st.composite
-def stages(draw: st.DrawFn) -> StagePlan:
+def stages(draw: st.DrawFn) -> SimulatedStage:
     fewest = draw(st.integers(1, 3))
     workers = (fewest, fewest + draw(st.integers(0, 4)))
     steps, blocks = draw(st.integers(1, 600)), draw(st.integers(1, 9))
@@ -317,12 +317,12 @@ def stages(draw: st.DrawFn) -> StagePlan:
     )
     students = draw(st.integers(1, 3))
     jobs = tuple(JobPlan(f"s/{i}", steps, blocks, workers, interval_s, costs) for i in range(students))
-    return StagePlan("s", "distill", jobs, costs)
+    return SimulatedStage("s", "distill", jobs, costs)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(storms(), st.lists(stages(), min_size=1, max_size=3))
-def test_seconds_add_up_and_twice_is_the_same(trace: Trace, plans: list[StagePlan]) -> None:
+def test_seconds_add_up_and_twice_is_the_same(trace: Trace, plans: list[SimulatedStage]) -> None:
     found = predict(plans, trace)
     assert found == predict(plans, trace)
     assert found.seconds <= trace.duration_s
@@ -397,7 +397,7 @@ def test_a_group_that_is_lost_before_its_first_checkpoint_has_stepped() -> None:
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(storms((100.0, 500.0)), stages())
-def test_asking_all_the_time_decides_nothing_else(trace: Trace, plan: StagePlan) -> None:
+def test_asking_all_the_time_decides_nothing_else(trace: Trace, plan: SimulatedStage) -> None:
     """The simulator asks the rules only when their answer can change; asking four times a second says the same.
 
     It is what keeps `scaling_rules.holds_for_s` true to `decide`, and the simulator to both.

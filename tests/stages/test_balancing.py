@@ -10,9 +10,9 @@ from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.distill import balancing
 from orchestrator.stages.distill.balancing import balancer
 from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.distill.profiling import Costs, Material
+from orchestrator.stages.distill.profiling import Material, PartCosts
 
-COSTS = Costs(
+COSTS = PartCosts(
     TeacherCost(0.5),
     (StudentCost("a", 4, 1.0), StudentCost("b", 4, 1.0), StudentCost("c", 4, 1.0)),
     "measured",

@@ -28,7 +28,7 @@ from orchestrator.stages.distill.task import DistillTask, bytes_per_image
 from orchestrator.stages.distill.teacher_kinds import HeadTeaching, teaching
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.storage.artifacts import Artifact, Manifest
-from orchestrator.teacher_service.counters import Account
+from orchestrator.teacher_service.counters import TeacherCounters
 from orchestrator.teacher_service.payload import TEACHER, VIEWS
 from orchestrator.tracking.run import NullRun
 from orchestrator.training.job import Job
@@ -291,7 +291,7 @@ def test_a_student_that_fails_fails_alone_and_is_trained_alone_the_next_time(
     with cluster.start(Cluster(), Distill.preload):
         with pytest.raises(RuntimeError, match=r"bad: .*NonFiniteLossError.*; good finished and is kept"):
             config(good=good, bad=hopeless).run(context)
-        before = Account.load(context.work / "sharing.json")
+        before = TeacherCounters.load(context.work / "sharing.json")
         assert before.spans == [[0, 6]]
         assert before.stats().teacher_forwards_per_image == 1.0
 

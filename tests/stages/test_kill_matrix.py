@@ -36,7 +36,7 @@ from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.storage.artifacts import Artifact, Manifest
-from orchestrator.teacher_service.counters import Account
+from orchestrator.teacher_service.counters import TeacherCounters
 from orchestrator.tracking.run import NullRun
 from tools.market import SpotMarket
 
@@ -134,8 +134,8 @@ class Ended:
                 return int(json.loads(path.read_text())["restarts"])
         return 0
 
-    def account(self) -> Account:
-        return Account.load(self.context.work / "sharing.json")
+    def account(self) -> TeacherCounters:
+        return TeacherCounters.load(self.context.work / "sharing.json")
 
 
 def artifact(kind: str, path: Path) -> Artifact:

@@ -22,7 +22,7 @@ from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.s3 import S3Store
 from orchestrator.tracking.spool import Spool
 from orchestrator.training.checkpoint.format import part_name, shard_name, step_name
-from orchestrator.training.checkpoint.shard_file import Slot, file_header, write_file
+from orchestrator.training.checkpoint.shard_file import TensorSlot, file_header, write_file
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 
 KEY = "0123456789abcdef" * 4
@@ -129,7 +129,7 @@ def test_a_hold_that_fails_halfway_is_nobodys(s3_uri: str, kind: Kind) -> None:
 def save(target: CheckpointStorage, token: str, step: int) -> None:
     """What `CheckpointWriter` does, for a group of one worker."""
     data = memoryview(np.full(5, step, np.float32).view(np.uint8)).cast("B")
-    header = file_header({"master/w": Slot(0, 5, 0, 5)})
+    header = file_header({"master/w": TensorSlot(0, 5, 0, 5)})
     folder, shard = step_name(step), shard_name(token, 0, 1)
     entry = {
         "size": len(header) + data.nbytes,

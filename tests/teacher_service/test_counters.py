@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.teacher_service.counters import Account
-from orchestrator.teacher_service.placement import Machine, Placement, choose
+from orchestrator.teacher_service.counters import TeacherCounters
+from orchestrator.teacher_service.placement import FreeNode, Placement, choose
 
 
 def test_steps_count_once_however_often_they_are_computed() -> None:
-    account = Account(images_per_step=4)
+    account = TeacherCounters(images_per_step=4)
     for step in (3, 4, 7, 6, 5, 4, 0):
         account.computed(step, 4, 100)
     assert account.spans == [[0, 1], [3, 8]]
@@ -17,25 +17,25 @@ def test_steps_count_once_however_often_they_are_computed() -> None:
     assert (stats.images_forwarded, stats.images_needed, stats.steps_recomputed) == (28, 24, 1)
     assert stats.bytes_per_image == 25.0
     assert stats.teacher_forwards_per_image == 28 / 24
-    assert Account().stats().teacher_forwards_per_image == 0.0
+    assert TeacherCounters().stats().teacher_forwards_per_image == 0.0
 
 
 def test_a_later_driver_goes_on_counting(tmp_path: Path) -> None:
     path = tmp_path / "account.json"
-    assert Account.load(path) == Account()
-    account = Account(images_per_step=4, restarts=2)
+    assert TeacherCounters.load(path) == TeacherCounters()
+    account = TeacherCounters(images_per_step=4, restarts=2)
     account.computed(0, 4, 10)
     account.save(path)
-    assert Account.load(path) == account
+    assert TeacherCounters.load(path) == account
     path.write_text(path.read_text()[:-3])
-    assert Account.load(path) == Account(), "a torn file"
+    assert TeacherCounters.load(path) == TeacherCounters(), "a torn file"
     path.write_text('{"something": "else"}')
-    assert Account.load(path) == Account()
+    assert TeacherCounters.load(path) == TeacherCounters()
 
 
-def machine(node: str, free: float, *, cpus: float = 2, gpus: float = 0, **more: bool) -> Machine:
+def machine(node: str, free: float, *, cpus: float = 2, gpus: float = 0, **more: bool) -> FreeNode:
     flags = {"head": False, "leaving": False} | more
-    return Machine(
+    return FreeNode(
         node, flags["head"], flags["leaving"], cpus, gpus, free if cpus else 0, free if gpus else 0
     )
 

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from orchestrator.teacher_service.actor_client import NAMESPACE
-from orchestrator.teacher_service.placement import Machine, machines
+from orchestrator.teacher_service.placement import FreeNode, machines
 from orchestrator.teacher_service.service import TeacherService
 
 from .lab import PATIENCE_S, Lab, entries, eventually, keep
@@ -123,7 +123,7 @@ def test_no_room_anywhere(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if not seen:
         monkeypatch.setattr("orchestrator.teacher_service.supervisor._ROOM_S", 3.0)
         there = machines()
-        stale = [Machine(**{**vars(machine), "free_cpus": machine.cpus}) for machine in there]
+        stale = [FreeNode(**{**vars(machine), "free_cpus": machine.cpus}) for machine in there]
         views = iter([stale])
         monkeypatch.setattr("orchestrator.teacher_service.service.machines", lambda: next(views, there))
     try:

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.teacher_service.coordinator import StepCoordinator
-from orchestrator.teacher_service.counters import Account
+from orchestrator.teacher_service.counters import TeacherCounters
 from orchestrator.teacher_service.shared_blocks import SharedBlocks
 from orchestrator.teacher_service.teacher_actor import TeacherActor
 
@@ -19,7 +19,7 @@ def test_a_mistake_of_the_user_passes_the_desk() -> None:
 
 
 async def _pass_the_coordinator() -> None:
-    coordinator = StepCoordinator({"a": 0}, 4, window=2, patience_s=60.0, account=Account())
+    coordinator = StepCoordinator({"a": 0}, 4, window=2, patience_s=60.0, account=TeacherCounters())
     told: list[tuple[Any, ...]] = []
 
     def make() -> Any:

@@ -22,7 +22,7 @@ from orchestrator.models import build, embed, load_pretrained, save_pretrained
 from orchestrator.stages.common.mlmodel import mlmodel
 from orchestrator.storage.s3 import S3Store
 from orchestrator.tracking import registry
-from orchestrator.tracking.run import Dataset, Model, Run, Tracking
+from orchestrator.tracking.run import Dataset, ModelRecord, Run, Tracking
 
 SIZE = 16
 TAGS = {"orchestrator.pipeline": "food"}
@@ -65,7 +65,9 @@ def told(uri: str, spool: Path, backbone: Path, resume: tuple[str, str] | None =
         texts = {"MLmodel": mlmodel(backbone)}
         figures = {"last_loss": 0.05}
         stage.model(
-            Model("pretrain", "vit_femto", backbone, texts, {"lr": {"peak": 1}}, {"key": "k"}, figures, 20)
+            ModelRecord(
+                "pretrain", "vit_femto", backbone, texts, {"lr": {"peak": 1}}, {"key": "k"}, figures, 20
+            )
         )
         stage.text("artifacts.json", "{}")
         stage.finish("FINISHED")

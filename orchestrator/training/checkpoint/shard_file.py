@@ -19,7 +19,7 @@ _PIECE = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSlot:
     """`length` elements from `offset` of a tensor of `numel`, at `start` of this worker's file, in elements."""
 
     start: int
@@ -28,7 +28,7 @@ class Slot:
     numel: int
 
 
-def file_header(slots: Mapping[str, Slot]) -> bytes:
+def file_header(slots: Mapping[str, TensorSlot]) -> bytes:
     """A safetensors header for fp32 shards that follow each other, padded to 8 bytes.
 
     Its metadata says where each shard lies in its tensor, as `torch.distributed.checkpoint.hf_storage` writes it.

@@ -31,7 +31,7 @@ from orchestrator.training.checkpoint.format import (
     shard_name,
     step_name,
 )
-from orchestrator.training.checkpoint.shard_file import Slot, file_header
+from orchestrator.training.checkpoint.shard_file import TensorSlot, file_header
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.device import assigned_gpus
 from orchestrator.training.engine import Engine
@@ -78,7 +78,7 @@ class CheckpointWriter:
         self.last_bytes = 0
         self._updates = 0
         self._state: dict[str, Any] = {}
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, TensorSlot] = {}
         self._header = b""
         self._host = torch.empty(0)
         self._allocated: Future[None] | None = None
@@ -236,12 +236,12 @@ class CheckpointWriter:
         return json.dumps(manifest, indent=1).encode()
 
 
-def _slots(engine: Engine) -> dict[str, Slot]:
+def _slots(engine: Engine) -> dict[str, TensorSlot]:
     """The places of this worker's shards in its file; the last workers' may be empty."""
-    slots: dict[str, Slot] = {}
+    slots: dict[str, TensorSlot] = {}
     start = 0
     for key, shard in reader.shards(engine, fresh=True):
-        slots[key] = Slot(start, shard.data.numel(), shard.offset, shard.numel)
+        slots[key] = TensorSlot(start, shard.data.numel(), shard.offset, shard.numel)
         start += shard.data.numel()
     return slots
 
