@@ -414,7 +414,7 @@ def test_asking_all_the_time_decides_nothing_else(trace: Trace, plan: SimulatedS
 
     found = predict([plan], trace)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.simulation.simulate.Job", Impatient)
+        patch.setattr("orchestrator.simulation.simulate.SimulatedJob", Impatient)
         impatient = predict([plan], trace)
     assert impatient.finished == found.finished
     assert account(impatient)["resizes"] == account(found)["resizes"]
