@@ -404,7 +404,7 @@ def test_asking_all_the_time_decides_nothing_else(trace: Trace, plan: SimulatedS
     """
     plan = replace(plan, jobs=plan.jobs[:1])
 
-    class Impatient(job_module.Job):
+    class Impatient(job_module.SimulatedJob):
         def next_time(self) -> float:
             return min(super().next_time(), self.now + 0.25)
 
