@@ -16,7 +16,7 @@ from bench.headless import lite0
 from bench.headless.train import SIZE, TEACHER_SIZE
 from bench.learning import measure, sets
 from orchestrator.data.index import ImageRecord
-from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out, knn_vote
+from orchestrator.evaluation.metrics.knn import knn_leave_one_out, knn_vote
 from orchestrator.models import Backbone, normalise
 from orchestrator.models.wrapped import open_module
 

@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from bench.learning.sets import mask_of
 from orchestrator.data.decode import read_rgb
 from orchestrator.data.index import ImageRecord
-from orchestrator.evaluation.metrics.neighbours import knn_vote
+from orchestrator.evaluation.metrics.knn import knn_vote
 from orchestrator.models import Backbone, build, normalise
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
 from orchestrator.training.export import load_export

@@ -8,7 +8,7 @@ from bench.learning.finding import Finding, Question, beats
 from bench.learning.ground import SIZE, Ground
 from bench.learning.lab import Trained
 from orchestrator.data.decode import read_rgb
-from orchestrator.evaluation.metrics.neighbours import retrieval_recall
+from orchestrator.evaluation.metrics.retrieval import retrieval_recall
 from orchestrator.stages.align_text.config import AlignText
 
 POOLS = {"CLS and patches": "cls_and_patches", "CLS only": "cls"}

@@ -195,7 +195,7 @@ class Evaluate(Stage):
         check: Check,
     ) -> tuple[list[Score], dict[str, Path], Measured]:
         """The rows of the k-NN table (none without labels), the PCA maps that were drawn, and what metrics measured."""
-        from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out
+        from orchestrator.evaluation.metrics.knn import knn_leave_one_out
         from orchestrator.stages.evaluate.results import Score
         from orchestrator.stages.evaluate.towers import Crops, embed_crops, patch_crops, pixel_features
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.index import ImageIndex
-from orchestrator.evaluation.metrics.neighbours import retrieval_recall
+from orchestrator.evaluation.metrics.retrieval import retrieval_recall
 from orchestrator.evaluation.report.text_maps import text_maps
 from orchestrator.stages.common.aligned import Aligned
 from orchestrator.stages.evaluate.results import ZeroShot

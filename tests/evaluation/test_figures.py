@@ -157,7 +157,7 @@ def test_the_same_figures_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_neither_pyplot_nor_torch_is_imported() -> None:
     code = (
-        "import sys, orchestrator.evaluation.report.figures, orchestrator.evaluation.metrics.neighbours\n"
+        "import sys, orchestrator.evaluation.report.figures, orchestrator.evaluation.metrics.knn\n"
         "assert not {'matplotlib.pyplot', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(orchestrator.__file__).parents[1])

@@ -21,7 +21,7 @@ from orchestrator.config.elastic import Elastic
 from orchestrator.data.curation.mix import effective_number
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import Stopped, UserError
-from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out
+from orchestrator.evaluation.metrics.knn import knn_leave_one_out
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
 from orchestrator.stages.base import Context
 from orchestrator.stages.evaluate import text as evaluate_text

@@ -5,8 +5,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from orchestrator.evaluation.metrics import neighbours
-from orchestrator.evaluation.metrics.neighbours import knn_leave_one_out, knn_vote, retrieval_recall
+from orchestrator.evaluation.metrics import similarity
+from orchestrator.evaluation.metrics.knn import knn_leave_one_out, knn_vote
+from orchestrator.evaluation.metrics.retrieval import retrieval_recall
 
 
 def naive_knn(features: np.ndarray, labels: list[str], k: int) -> float:
@@ -56,7 +57,7 @@ def exact_vote(bank: np.ndarray, labels: list[str], queries: np.ndarray, k: int)
 
 @pytest.mark.parametrize("k", [1, 2, 5, 80])
 def test_queries_get_the_label_that_a_float64_vote_gives(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_CHUNK", 7)
+    monkeypatch.setattr(similarity, "_CHUNK", 7)
     features, labels = clusters(80, 6, 1.0)
     bank, queries = features[:60].astype(np.float32), features[60:].astype(np.float32)
     votes = knn_vote(bank, labels[:60], queries, k)
@@ -72,7 +73,7 @@ def test_a_query_that_is_in_the_bank_is_its_own_neighbour() -> None:
 def test_knn_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = clusters(60, 6, 1.0)
     expected = knn_leave_one_out(features, labels)
-    monkeypatch.setattr(neighbours, "_CHUNK", 7)
+    monkeypatch.setattr(similarity, "_CHUNK", 7)
     assert knn_leave_one_out(features, labels) == expected
 
 
@@ -122,7 +123,7 @@ def pairs() -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def test_recall_equals_the_naive_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
     image, text, groups = pairs()
-    monkeypatch.setattr(neighbours, "_CHUNK", 8)
+    monkeypatch.setattr(similarity, "_CHUNK", 8)
     scores = retrieval_recall(image, text, groups, ks=(1, 3, 10))
     for k in (1, 3, 10):
         assert scores[f"image_to_text_recall_at_{k}"] == pytest.approx(naive_recall(image, text, groups, k))
