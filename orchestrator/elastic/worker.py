@@ -133,35 +133,22 @@ def _timeout(attempt: Mapping[str, Any]) -> timedelta:
 
 def _train(job: Job, attempt: Mapping[str, Any], client: ControllerClient, rendezvous: Any) -> bool:
     import torch
-    import torch.distributed as dist
     from torch._C._distributed_c10d import TCPStore
     from torch.distributed.distributed_c10d import PrefixStore
 
     from orchestrator.training.loop import train
-    from orchestrator.training.zero import import_deepspeed
+    from orchestrator.training.process_group import join
 
     rank, world = int(attempt["rank"]), int(attempt["world"])
-    gpu = device() != CPU
-    if gpu:
-        torch.cuda.set_device(0)  # a slot's process sees its own GPU only
-    else:
+    if device() == CPU:
         torch.set_num_threads(1)
-    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):
-        os.environ[name] = str(value)
     if attempt["host"] == LOOPBACK:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     timeout = _timeout(attempt)
     if rendezvous is None:
         host, port = client.peers()
         rendezvous = TCPStore(host, port, world, is_master=False, timeout=timeout)
-    dist.init_process_group(
-        "nccl" if gpu else "gloo",
-        store=PrefixStore(attempt["token"], rendezvous),
-        rank=rank,
-        world_size=world,
-        timeout=timeout,
-    )
-    import_deepspeed().init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
+    join(PrefixStore(attempt["token"], rendezvous), rank, world, timeout)
     client.phase("joined")
     return train(job, client, attempt["mtbf_s"])
 

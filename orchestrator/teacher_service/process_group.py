@@ -5,7 +5,6 @@ Its weights are sharded by ZeRO-3, its blocks are shared out; rank 0 speaks for 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore
 
-from orchestrator.training.device import CPU, device
-from orchestrator.training.zero import import_deepspeed, zero_config
+from orchestrator.training.process_group import join as join_group
+from orchestrator.training.zero import zero_config
 
 # A teacher that is ahead waits for its students as long as they take; who is dead is for the driver to see.
 _NO_TIMEOUT = timedelta(days=30)
@@ -32,15 +31,8 @@ def listen(world: int) -> TCPStore:
 def join(rank: int, world: int, port: int, store: TCPStore | None = None) -> None:
     """Make this process one of the group; `store` is rank 0's own."""
     store = store or TCPStore(_HOST, port, world, is_master=False, timeout=_NO_TIMEOUT)
-    gpu = device() != CPU
-    if gpu:
-        torch.cuda.set_device(0)  # Ray shows each process its own
-    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", 0)):
-        os.environ[name] = str(value)
     # Step numbers and codes travel on the CPU, weights between GPUs.
-    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_NO_TIMEOUT)
-    import_deepspeed().init_distributed("nccl" if gpu else "gloo", dist_init_required=False, verbose=False)
+    join_group(store, rank, world, _NO_TIMEOUT, cpu_tensors=True)
 
 
 def broadcast_step(step: int | None) -> int | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import statistics
 import sys
 import tempfile
@@ -43,7 +42,7 @@ from orchestrator.tracking.run import NullRun
 from orchestrator.training.device import CPU, device
 from orchestrator.training.job import Job
 from orchestrator.training.loop import train
-from orchestrator.training.zero import import_deepspeed
+from orchestrator.training.process_group import join
 
 _SEED = 0
 # Steps after a first one that does not count: at least so many, and at least for so long, but not too many.
@@ -56,24 +55,13 @@ def main() -> None:
     """Read a `Spec` from standard input, write seconds of steps into its `out` as JSON."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     spec = Spec.model_validate_json(sys.stdin.read())
-    gpu = device() != CPU
-    if not gpu:
+    if device() == CPU:
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="orchestrator-profile-") as scratch:
-        _join(spec, gpu)
+        join(FileStore(str(spec.meeting), spec.world), spec.rank, spec.world)
         found = _measure(spec, Path(scratch))
     spec.out.write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-def _join(spec: Spec, gpu: bool) -> None:
-    if gpu:
-        torch.cuda.set_device(0)  # each process sees its own
-    for name, value in (("RANK", spec.rank), ("WORLD_SIZE", spec.world), ("LOCAL_RANK", 0)):
-        os.environ[name] = str(value)
-    store = FileStore(str(spec.meeting), spec.world)
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=spec.rank, world_size=spec.world)
-    import_deepspeed().init_distributed(dist.get_backend(), dist_init_required=False, verbose=False)
 
 
 def _measure(spec: Spec, scratch: Path) -> dict[str, dict[str, float]]:
