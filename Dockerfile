@@ -1,7 +1,7 @@
 # One image for the head, the workers and whoever submits a run (conf/clusters/kuberay-*.yaml), built from the wheel:
-#   docker build --tag REGISTRY/dinov3-orchestrator:0.1.0 .
+#   docker build --tag REGISTRY/dinov3-orchestrator:0.2.0 .
 # For NVIDIA GPUs, with the libraries that torch brings along:
-#   docker build --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 --tag REGISTRY/dinov3-orchestrator:0.1.0-cuda .
+#   docker build --build-arg BASE=nvidia/cuda:12.8.1-base-ubuntu24.04 --tag REGISTRY/dinov3-orchestrator:0.2.0-cuda .
 # BASE is any Debian or Ubuntu whose Python is 3.11 or newer. TORCH_INDEX is a package index with the build of torch
 # that you want, say the one without CUDA, which is gigabytes smaller; without it pip takes its usual one.
 ARG BASE=debian:12-slim
