@@ -175,6 +175,8 @@ def _register(
             if refused
             else "check the MLflow server, then run the same command again",
         ) from error
+    with contextlib.suppress(Exception):  # what stays is surplus, and the next run removes it
+        _remove_twins(client, name, marked, version)
     return version
 
 
@@ -355,6 +357,14 @@ def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> tuple
         if one.status == "READY" and tags.items() <= one.tags.items()
     ]
     return (max(found), max(found) == max(versions)) if found else (None, False)
+
+
+def _remove_twins(client: MlflowClient, name: str, tags: Mapping[str, str], version: int) -> None:
+    """Delete versions with these very tags and no alias: where a reply was lost, MLflow's client asked twice."""
+    pointed_at = {int(number) for number in client.get_registered_model(name).aliases.values()}
+    for one in client.search_model_versions(f"name = '{name}'"):
+        if int(one.version) not in {version, *pointed_at} and tags.items() <= one.tags.items():
+            client.delete_model_version(name, one.version)
 
 
 def _version_at(client: MlflowClient, name: str, alias: str) -> int | None:

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator.errors import Stopped, UserError
 from orchestrator.tracking import connect, patience, registry
@@ -59,6 +61,24 @@ def test_a_version_is_a_number(run: SpooledRun, uri: str, tmp_path: Path, which:
     with pytest.raises(UserError, match="has no version") as caught:
         registry.pull(f"vit/{which}", tmp_path / "out", uri)
     assert "vit@best" in (caught.value.hint or "")
+
+
+def test_a_version_that_was_made_twice_is_one_in_the_end(
+    run: SpooledRun, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a reply is lost, MLflow's client asks again, and the registry makes another version."""
+    real = MlflowClient.create_model_version
+
+    def thrice(self: MlflowClient, *args: Any, **options: Any) -> Any:
+        return [real(self, *args, **options) for _ in range(3)][-1]
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", thrice)
+    version = registry.publish(run, "vit", model(tmp_path / "model"), {"a": "b"}, "best")
+    client = MlflowClient(uri, uri)
+    assert [int(one.version) for one in client.search_model_versions("name = 'vit'")] == [version]
+    monkeypatch.undo()
+    other = registry.publish(run, "vit", model(tmp_path / "other", 2.0), {"a": "b"}, "best")
+    assert {int(one.version) for one in client.search_model_versions("name = 'vit'")} == {version, other}
 
 
 # --- servers that are none ----------------------------------------------------------------------------------------
