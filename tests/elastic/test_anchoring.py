@@ -66,7 +66,7 @@ def watched(steps: int) -> dict[str, float]:
     watch = DenseHealthMonitor(DenseHealth.model_validate(CONFIG["gram"]["trigger"]), state, None)
     for done in range(1, steps + 1):
         cosine, locality = HEALTH[done - 1]
-        watch.see(done, {"cls_patch_cosine": cosine, "patch_locality": locality})
+        watch.update(done, {"cls_patch_cosine": cosine, "patch_locality": locality})
     return state
 
 

@@ -136,7 +136,7 @@ def test_parts_survive_the_ledger_with_the_same_key(pipeline: Path) -> None:
 SOURCE = '''
 """A module."""
 import math
-from orchestrator.config.schema import Strict
+from orchestrator.config.settings import Strict
 
 class A(Strict):
     """A class."""

@@ -125,7 +125,7 @@ def test_killed_between_mlflows_commit_and_the_note(
     code = f"""
 import os, signal
 from pathlib import Path
-from orchestrator.tracking import runs
+from orchestrator.tracking import run as runs
 from orchestrator.tracking.mlflow_writer import MlflowSink
 class Dies(MlflowSink):
     def metrics(self, *args):
