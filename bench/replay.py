@@ -18,7 +18,7 @@ from bench.harness import Arm, Claim, summarize
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.load import load
 from orchestrator.simulation.costs import Costs
-from orchestrator.simulation.simulate import JobResult, plan_stages, predict
+from orchestrator.simulation.prediction import JobResult, plan_stages, predict
 from orchestrator.simulation.trace import Machine, Trace, TraceEvent, in_order
 from tools.market import SpotMarket
 from tools.synthetic import synthetic

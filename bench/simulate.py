@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.harness import Claim, interleave, timed
 from orchestrator.simulation.costs import StageCosts
 from orchestrator.simulation.job import JobPlan
-from orchestrator.simulation.simulate import Prediction, SimulatedStage, predict
+from orchestrator.simulation.prediction import Prediction, SimulatedStage, predict
 from tools.synthetic import synthetic
 
 _DAY_S = 86_400.0

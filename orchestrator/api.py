@@ -218,7 +218,9 @@ def load(folder: str | os.PathLike[str]) -> Model:
         from orchestrator.models.convert import load_any
 
         extra = record.get("extra") or {}
-        size = extra.get("image_size") if isinstance(extra, dict) else extra
+        if not isinstance(extra, dict):
+            raise ValueError(f"`extra` of {config.name} is no mapping")
+        size = extra.get("image_size")
         if size is not None:
             _check_number("image_size", size, _MAX_SIDE)
         return Model(load_any(path), size)
@@ -357,15 +359,18 @@ def _loaded(file: str | os.PathLike[str], overrides: Sequence[str], *, needs_dat
 def _choice(only: Sequence[str], first: str | None, last: str | None, force: Sequence[str]) -> Choice:
     from orchestrator.pipeline.plan import Choice
 
-    for what, given in (("only", only), ("force", force), ("first", (first or "",)), ("last", (last or "",))):
-        one = (given,) if isinstance(given, str) else given
-        if not isinstance(one, (list, tuple)) or not all(isinstance(name, str) for name in one):
-            raise UserError(f"`{what}` is no name of a stage: {shortened(repr(given), 100)}")
-    names = [
-        (only,) if isinstance(only, str) else tuple(only),
-        (force,) if isinstance(force, str) else tuple(force),
-    ]
-    return Choice(names[0], first, last, names[1])
+    for what, name in (("first", first), ("last", last)):
+        if name is not None:
+            _names(what, [name])
+    return Choice(_names("only", only), first, last, _names("force", force))
+
+
+def _names(what: str, given: object) -> tuple[str, ...]:
+    """Names of stages: one text, or a list or tuple of them."""
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"`{what}` is no name of a stage: {shortened(repr(given), 100)}")
+    return tuple(names)
 
 
 def _plans(loaded: LoadedPipeline, stages: Sequence[Any], choice: Choice) -> list[StagePlan]:

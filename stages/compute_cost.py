@@ -55,7 +55,7 @@ def workloads(stage: Stage, name: str, upstream: Upstream) -> list[Workload]:
 
 
 @workloads.register
-def _selfsup(stage: SelfSupervised, name: str, upstream: Upstream) -> list[Workload]:
+def _self_supervised(stage: SelfSupervised, name: str, upstream: Upstream) -> list[Workload]:
     origin = cast("Pretrain", upstream.get("origin", stage))
     config, heads = origin.tower, origin.heads
     views = stage.views()

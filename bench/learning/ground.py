@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.learning import measure, sets
 from bench.learning.lab import Lab, Trained
-from bench.learning.measure import ImageReader, Scenes
+from bench.learning.measure import LabelledImages, Scenes
 from orchestrator.data.index import ImageRecord
 from orchestrator.models import Backbone
 from orchestrator.stages.ssl.pretrain import Pretrain
@@ -97,7 +97,7 @@ class Ground:
         """The tower, pretrained on the pool."""
         return self.lab.train("base", self.base_stage, seed, {"index": self.index})
 
-    def knn_pictures(self, name: str, size: int = SIZE) -> tuple[ImageReader, ImageReader]:
+    def knn_pictures(self, name: str, size: int = SIZE) -> tuple[LabelledImages, LabelledImages]:
         """Training pictures to vote and held-out ones to ask, of a set's large groups."""
         both = [sets.labelled(rows) for rows in self.parts(name)]
         groups = {row.label for row in both[0]} & {row.label for row in both[1]}

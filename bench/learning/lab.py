@@ -22,7 +22,10 @@ from orchestrator.storage.artifacts import Artifact, Manifest
 from orchestrator.tracking.run import NullRun
 
 T = TypeVar("T")
-_PRELOAD = tuple(f"orchestrator.stages.tasks.{task}" for task in ("ssl", "distill", "text", "captions"))
+_PRELOAD = tuple(
+    f"orchestrator.stages.{module}"
+    for module in ("ssl.task", "distill.task", "align_text.task", "align_text.captions")
+)
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,17 @@ _PATCHES = 6000
 
 
 @dataclass(frozen=True)
-class ImageReader:
+class LabelledImages:
     """Square pictures (N, 3, H, W) uint8 and their labels."""
 
     images: Pixels
     labels: list[str]
 
 
-def squares(rows: Sequence[ImageRecord], size: int) -> ImageReader:
+def squares(rows: Sequence[ImageRecord], size: int) -> LabelledImages:
     """Each picture's central square at `size` pixels."""
     images = np.stack([_resized(_central(read_rgb(Path(row.root) / row.path)), size) for row in rows])
-    return ImageReader(images.transpose(0, 3, 1, 2), [row.label or "" for row in rows])
+    return LabelledImages(images.transpose(0, 3, 1, 2), [row.label or "" for row in rows])
 
 
 def snapshot(path: Path, model: str) -> Backbone:
@@ -71,19 +71,19 @@ def features(net: Backbone, images_NCHW: Pixels) -> tuple[Floats, Floats]:
     return np.concatenate(cls), np.concatenate(patches)
 
 
-def knn(bank: ImageReader, queries: ImageReader, net: Backbone) -> float:
+def knn(bank: LabelledImages, queries: LabelledImages, net: Backbone) -> float:
     """Share of held-out pictures whose label wins among their 5 nearest training pictures, by cosine of CLS."""
     return _vote(features(net, bank.images)[0], bank.labels, features(net, queries.images)[0], queries.labels)
 
 
-def knn_raw(bank: ImageReader, queries: ImageReader) -> float:
+def knn_raw(bank: LabelledImages, queries: LabelledImages) -> float:
     """The same of pixels, by Euclidean distance or cosine, whichever is better: the stronger baseline."""
     first, second = _raw(bank), _raw(queries)
     plain = KNeighborsClassifier(NEIGHBOURS).fit(first, bank.labels).score(second, queries.labels)
     return max(float(plain), _vote(first, bank.labels, second, queries.labels))
 
 
-def majority(pictures: ImageReader) -> float:
+def majority(pictures: LabelledImages) -> float:
     """Share of the largest group: what saying always the same would score."""
     return max(Counter(pictures.labels).values()) / len(pictures.labels)
 
@@ -202,7 +202,7 @@ def _vote(bank_ND: Floats, labels: Sequence[str], queries_MD: Floats, wanted: Se
     return float((knn_vote(bank_ND, labels, queries_MD, NEIGHBOURS) == np.asarray(wanted)).mean())
 
 
-def _raw(pictures: ImageReader) -> Floats:
+def _raw(pictures: LabelledImages) -> Floats:
     small = [_resized(image.transpose(1, 2, 0), _RAW_SIDE) for image in pictures.images]
     return np.asarray(np.stack(small).reshape(len(small), -1) / 255, np.float32)
 

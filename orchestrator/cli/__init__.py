@@ -45,14 +45,14 @@ def options(
     """The options that come before a command."""
 
 
-# In the order of `--help`.
-for command in (run, resume, publish, plan, status, sync, gc, logs, pull, models, explain, schema, simulate):
+# In the order of `--help`, which lists groups after commands.
+for command in (
+    run, resume, publish, plan, status, sync, gc, logs, pull, models, explain, schema, simulate, verify, doctor
+):  # fmt: skip
     app.command()(command)
 checkpoints = typer.Typer(no_args_is_help=True, help="Inspect the checkpoints of training jobs.")
 checkpoints.command()(inspect)
 app.add_typer(checkpoints, name="checkpoint")
-for command in (verify, doctor):
-    app.command()(command)
 
 
 def main() -> NoReturn:

@@ -70,8 +70,8 @@ def simulate(
 
     from orchestrator.pipeline.dag import order
     from orchestrator.pipeline.load import load
-    from orchestrator.simulation.predict import Options
-    from orchestrator.simulation.predict import simulate as predict
+    from orchestrator.simulation.options import Options
+    from orchestrator.simulation.options import simulate as predict
 
     loaded = load(pipeline, overrides or [], needs_data=False)
     options = Options(trace, costs, cost or (), price, on_demand_price, notice, start, interval or ())

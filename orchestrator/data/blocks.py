@@ -88,7 +88,7 @@ class CropBlocks:
         mask_ratio: smallest and largest masked share of a masked view.
         mask_probability: share of the block's global views that are masked.
         like: other views of the same photographs, whose boxes these are to share.
-        max_unreadable: see :class:`Pictures`.
+        max_unreadable: see :class:`ImageReader`.
 
     Raises:
         UserError: sizes that do not divide.
@@ -110,7 +110,7 @@ class CropBlocks:
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
         self._like = like
-        self._pictures = ImageReader(index, order, max_unreadable)
+        self._reader = ImageReader(index, order, max_unreadable)
         self._order, self._crops = order, crops
         self._patch_size, self._block_size, self._seed = patch_size, block_size, seed
         self._mask_ratio, self._mask_probability = mask_ratio, mask_probability
@@ -144,7 +144,7 @@ class CropBlocks:
                     limit,
                 )
 
-            row, made, met = self._pictures.read(step, drawn, index * self._block_size + sample, views)
+            row, made, met = self._reader.read(step, drawn, index * self._block_size + sample, views)
             ids.append(row)
             unreadable += met
             samples.append(made)
@@ -158,11 +158,11 @@ class CropBlocks:
 
     def pop_troubles(self) -> list[str]:
         """See :meth:`ImageReader.pop_troubles`."""
-        return self._pictures.pop_troubles()
+        return self._reader.pop_troubles()
 
     def paths(self, rows: Iterable[int]) -> list[str]:
         """See :meth:`ImageReader.paths`."""
-        return self._pictures.paths(rows)
+        return self._reader.paths(rows)
 
     def _masks(self, step: int, index: int, config: CropConfig, patch_size: int) -> NDArray[np.bool_]:
         grid = config.global_size // patch_size
@@ -187,7 +187,7 @@ class CaptionBlocks:
         encode: caption → token ids, the last of which is the end-of-text token.
         context: most tokens of a caption; longer ones lose their middle and keep the end-of-text token.
         scale: smallest and largest share of the photograph's area that a crop takes.
-        max_unreadable: see :class:`Pictures`.
+        max_unreadable: see :class:`ImageReader`.
 
     Raises:
         UserError: rows without captions, or sizes that do not divide.
@@ -216,7 +216,7 @@ class CaptionBlocks:
                 hint="give the dataset a `captions` file with a `caption` column, or drop those photos",
             )
         self._index, self._order = index, order
-        self._pictures = ImageReader(index, order, max_unreadable)
+        self._reader = ImageReader(index, order, max_unreadable)
         self._size, self._block_size, self._seed = size, block_size, seed
         self._encode, self._context, self._scale = encode, context, scale
 
@@ -236,7 +236,7 @@ class CaptionBlocks:
                 box = draw_box(image.shape[0], image.shape[1], self._scale, _ASPECT, rng)
                 return cut(image, box, self._size).transpose(2, 0, 1)
 
-            ids[sample], images[sample], met = self._pictures.read(
+            ids[sample], images[sample], met = self._reader.read(
                 step,
                 drawn,
                 index * self._block_size + sample,
@@ -254,11 +254,11 @@ class CaptionBlocks:
 
     def pop_troubles(self) -> list[str]:
         """See :meth:`ImageReader.pop_troubles`."""
-        return self._pictures.pop_troubles()
+        return self._reader.pop_troubles()
 
     def paths(self, rows: Iterable[int]) -> list[str]:
         """See :meth:`ImageReader.paths`."""
-        return self._pictures.paths(rows)
+        return self._reader.paths(rows)
 
 
 def _num_blocks(order: SampleOrder, block_size: int) -> int:

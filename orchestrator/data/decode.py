@@ -73,7 +73,7 @@ class _Memory:
     @contextlib.contextmanager
     def hold(self, num_bytes: int) -> Iterator[None]:
         """Have `num_bytes` for the `with` block; waits for them. Not to be nested in a thread."""
-        # Who waits keeps the door, so that small pictures do not overtake a large one for ever.
+        # The first in line keeps its turn, so that small pictures do not overtake a large one for ever.
         with self._door, self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + num_bytes <= self._capacity)
             self._used += num_bytes

@@ -213,7 +213,7 @@ class ControllerClient(ABC):
     def report(
         self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None:
-        """See :class:`~orchestrator.training.checkpoint.coordinator.Line` (worker 0)."""
+        """See :class:`~orchestrator.training.callback.TrainerCallback` (worker 0)."""
         self.step = step
         self.send(
             {
@@ -261,16 +261,16 @@ class ChannelClient(ControllerClient):
 
     def __init__(self, channel: Channel) -> None:
         super().__init__()
-        self._wire = channel
+        self._channel = channel
         for target in (self._listen, self._beat):
             threading.Thread(target=target, daemon=True).start()
 
     def send(self, body: dict[str, Any]) -> None:
         """See :class:`ControllerClient`."""
-        self._wire.send(body)
+        self._channel.send(body)
 
     def _listen(self) -> None:
-        while (message := self._wire.receive()) is not None:
+        while (message := self._channel.receive()) is not None:
             self.handle(message)
         # The slot is gone, and with it whoever would hear of this worker.
         os._exit(1)

@@ -145,7 +145,7 @@ class LockQueue:
 
         Args:
             who: goes into the queue.
-            usher: tells the living from the dead.
+            liveness: tells the living from the dead.
             above: the number is to be higher than this too.
 
         Raises:

@@ -69,7 +69,7 @@ def open_tracking(
     """
     _mend_places(loaded, workspace)
     spool_backup = workspace.spool_backup(loaded.name)
-    with _mirrored(loaded, workspace):
+    with _backed_up(loaded, workspace):
         tracking = _tracking(loaded, workspace)
         try:
             if spool_backup is not None:
@@ -97,7 +97,7 @@ def send(
         What still waits; None if nothing does.
     """
     _mend_places(loaded, workspace)
-    with _mirrored(loaded, workspace):
+    with _backed_up(loaded, workspace):
         if workspace.spool(loaded.name).is_dir() and pending(_spool(loaded, workspace)):
             begin()
             _tracking(loaded, workspace).close(patience, watch)
@@ -179,7 +179,7 @@ def _mend_places(loaded: LoadedPipeline, workspace: Workspace) -> None:
         relocate.mend_remote(database, experiment, files, workspace.has_tracked_files)
 
 
-def _mirrored(loaded: LoadedPipeline, workspace: Workspace) -> contextlib.AbstractContextManager[None]:
+def _backed_up(loaded: LoadedPipeline, workspace: Workspace) -> contextlib.AbstractContextManager[None]:
     spool_backup = workspace.spool_backup(loaded.name)
     return contextlib.nullcontext() if spool_backup is None else spool_backup.running()
 

@@ -47,7 +47,7 @@ class Workspace:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._mirrors: dict[str, SpoolBackup] = {}
+        self._backups: dict[str, SpoolBackup] = {}
 
     @cached_property
     def root(self) -> Path:
@@ -294,9 +294,9 @@ class Workspace:
         """What keeps the spool in the store too; None if it is there already."""
         if self._remote is None:
             return None
-        if pipeline not in self._mirrors:
-            self._mirrors[pipeline] = SpoolBackup(self._remote, f"spool/{pipeline}/", self.spool(pipeline))
-        return self._mirrors[pipeline]
+        if pipeline not in self._backups:
+            self._backups[pipeline] = SpoolBackup(self._remote, f"spool/{pipeline}/", self.spool(pipeline))
+        return self._backups[pipeline]
 
     def _below(self, name: str) -> Path:
         # Links below a store are its owner's; no name leads out of it.

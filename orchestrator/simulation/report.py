@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.simulation.simulate import CAUSES, JobResult, Prediction
+from orchestrator.simulation.prediction import CAUSES, JobResult, Prediction
 
 _HEADINGS = {
     "useful": "useful",

@@ -1,4 +1,4 @@
-"""A line to a named Ray actor that may die at any time and comes back under its name, on whatever machine."""
+"""A client of a named Ray actor that may die at any time and comes back under its name, on whatever machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ActorClient:
 
         Raises:
             RuntimeError: it was away for too long.
-            ClosedError: this line was closed.
+            ClosedError: this client was closed.
         """
         import ray
 
@@ -57,7 +57,7 @@ class ActorClient:
 
         Raises:
             RayError: of the object, or GetTimeoutError after `limit_s`.
-            ClosedError: this line was closed.
+            ClosedError: this client was closed.
         """
         import ray
 

@@ -1,4 +1,4 @@
-"""What a frozen teacher once said, kept in the store: a student that is trained later pays for no teacher at all.
+"""The outputs of a frozen teacher, kept in the store: a student that is trained later pays for no teacher at all.
 
 Only the teacher's part is kept, which is small beside the views: those follow from the seed and are made again.
 """
@@ -24,7 +24,7 @@ class MakesViews(Protocol):
 
 
 class CachedTeacher:
-    """A `StepTeacher` that says what was said before, and asks the real one only where nothing is kept.
+    """A `StepTeacher` that reads outputs from the store, and asks the real one only for steps that are not there.
 
     Args:
         make_teacher: builds the real one, at the first step that is not kept.

@@ -1,6 +1,6 @@
 """The coordinator of a teacher service: which teacher computes which step, and where each student finds it.
 
-The teachers are frozen, so what they say about step t is a function of t alone: any of them can compute any step,
+The teachers are frozen, so their outputs for step t are a function of t alone: any of them can compute any step,
 running ahead makes nothing stale, and what was thrown away or lost with its actor is computed again. The coordinator
 holds references, not arrays; it computes nothing, so one serves any number of teachers and students.
 """
@@ -73,7 +73,7 @@ class Status:
 
 
 class StepCoordinator:
-    """The Ray actor in the middle. All of it runs in one event loop; nothing here waits but for news.
+    """The Ray actor in the middle. All of it runs in one event loop; nothing here waits, except for changes.
 
     Args:
         students: see :class:`Window`.
@@ -186,7 +186,7 @@ class StepCoordinator:
     # --- what the driver asks -----------------------------------------------------------------------------------
 
     async def give_up(self, why: str) -> None:
-        """Teachers end before they have said anything: students hear why, until one says something."""
+        """Teachers end before their first outputs: students are told why, until there are outputs."""
         self._broken = why
         self._notify()
 

@@ -1,4 +1,4 @@
-"""What a teacher says about one step, and how it is cut: into chunks for the object store, into blocks for workers.
+"""What a teacher puts out for one step, and how it is cut: into chunks for the object store, into blocks for workers.
 
 An array's name says how it is cut: `step/NAME` belongs to the whole step and goes to every block as NAME;
 `ragged/NAME` are rows of all blocks on end, cut at `offsets/NAME` (num_blocks + 1,); `ids` (batch,) are the samples;

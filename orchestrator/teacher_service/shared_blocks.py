@@ -1,4 +1,4 @@
-"""A student's end of the teacher service: a `BlockSource` whose blocks come from what the teachers said."""
+"""A student's end of the teacher service: a `BlockSource` whose blocks come from the teachers' outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SharedBlocks:
         student: the name this student is known by there.
         num_blocks: blocks of a step.
         patience_s: how long the service may be away.
-        parts: which parts of a step this student reads; the first one says the samples.
+        parts: which parts of a step this student reads; the first one names the samples.
         own: where the arrays come from that no part has.
         offset: the teachers' step at the student's step 0.
     """

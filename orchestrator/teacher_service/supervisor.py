@@ -1,4 +1,4 @@
-"""One teacher's post: filled with an actor where there is room, watched, and filled again elsewhere."""
+"""Supervises one teacher: starts its actor where there is room, watches it, and starts it again elsewhere."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _MOVE_S = 45.0
 # What a retired actor has put into the object store lives as long as it does.
 _LINGER_S = 20.0
 _MACHINES_EVERY_S = 2.0
-# Actors whose own code failed, one after the other and with no step said between: there is no use in more.
+# Actors whose own code failed, one after the other with no outputs between: more would fail, too.
 _FAILURES = 3
 
 
 class TeacherSupervisor:
-    """Keeps one teacher at work; :meth:`look` is called again and again and never waits.
+    """Keeps one teacher at work; :meth:`poll` is called again and again and never waits.
 
     Args:
         coordinator: the coordinator's name.
         make_teacher: builds the teacher in its actor's process.
         num_blocks: blocks of a step.
         gpus: share of a GPU for it; 0 for a CPU.
-        stuck_s: after so long at one step it is given up.
-        patience_s: how long it bears that the coordinator is away.
+        stuck_s: seconds at one step after which it is given up.
+        patience_s: seconds that the coordinator may be away.
         squeeze: goes beside the workers where nothing is free.
-        shards: processes that one teacher is sharded over; the first one speaks for all.
+        shards: processes that one teacher is sharded over; the first one answers for all.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TeacherSupervisor:
         return time.monotonic() - self._looked > (_MACHINES_EVERY_S if self._actor is not None else 0.0)
 
     def poll(self, coordinator: Any, status: Status, there: Sequence[FreeNode], *, wanted: bool) -> None:
-        """See how its teacher is; fill the post, or let it go where it is not `wanted` any more."""
+        """Look after the teacher: start it where there is none, retire it where it is not `wanted` any more."""
         self._release_retired(time.monotonic())
         if self._actor is not None:
             self._poll(coordinator, status)
@@ -179,10 +179,10 @@ class TeacherSupervisor:
                 ray.kill(actor)
         self._retired = [(actor, since) for actor, since in self._retired if now - since <= _LINGER_S]
 
-    # --- its place ----------------------------------------------------------------------------------------------
+    # --- its node -----------------------------------------------------------------------------------------------
 
     def _fill(self, coordinator: Any, there: Sequence[FreeNode]) -> None:
-        """Start an actor where there is a place for it; if there is none, the next look tries again."""
+        """Start an actor on a node with room for it; if there is none, the next poll tries again."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -221,7 +221,7 @@ class TeacherSupervisor:
             )
 
     def _leave_if_ending(self, coordinator: Any, there: Sequence[FreeNode]) -> None:
-        """Leave a node that announced its end, between two steps, if another one can next_step the teacher."""
+        """Leave a node that announced its end, between two steps, if another node has room for the teacher."""
         self._looked = time.monotonic()
         leaving = {machine.node for machine in there if machine.leaving}
         if self.node not in leaving:

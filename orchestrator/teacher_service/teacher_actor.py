@@ -26,7 +26,7 @@ class TeacherActor:
     """One of any number of equal teachers; each computes whole steps, so they never talk to each other.
 
     Args:
-        name: known by it at the coordinator.
+        name: by which the coordinator knows it.
         coordinator: the coordinator's name.
         make: builds the network and what it reads, in this process.
         num_blocks: blocks of a step.
@@ -42,7 +42,7 @@ class TeacherActor:
         self._store: Any = None
 
     def work(self) -> None:
-        """Compute steps until the coordinator says that it is enough.
+        """Compute steps until the coordinator has no more for this teacher.
 
         Raises:
             RuntimeError: the coordinator was away for too long.
@@ -58,9 +58,9 @@ class TeacherActor:
 
     def listen(self, world: int) -> int:
         """The port at which the others of one teacher meet this process."""
-        from orchestrator.teacher_service import process_group
+        from orchestrator.teacher_service import sharding
 
-        self._store = process_group.listen(world)
+        self._store = sharding.listen(world)
         return int(self._store.port)
 
     def lead(self, world: int, port: int) -> None:
@@ -73,18 +73,18 @@ class TeacherActor:
         Raises:
             RuntimeError: the coordinator was away for too long.
         """
-        from orchestrator.teacher_service import process_group
+        from orchestrator.teacher_service import sharding
 
-        process_group.join(0, world, port, self._store)
+        sharding.join(0, world, port, self._store)
         # All processes have to be in it at once, so this cannot wait for the first step.
         self._teacher = self._make()
         self.work()
 
     def follow(self, rank: int, world: int, port: int) -> None:
         """Do this process's part of what the first one does, until it ends."""
-        from orchestrator.teacher_service import process_group
+        from orchestrator.teacher_service import sharding
 
-        process_group.join(rank, world, port)
+        sharding.join(rank, world, port)
         teacher: Any = self._make()
         teacher.follow()
 

@@ -41,17 +41,19 @@ def interruptibly(call: Callable[[], Result], uri: str, stop: threading.Event | 
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=target, name="registry", daemon=True)
+    thread = threading.Thread(target=target, name="mlflow", daemon=True)
     thread.start()
     began = time.monotonic()
     at = time.strftime("%H:%M:%S")
-    tell_at = began + _FIRST_S
-    while thread.is_alive():
+    warn_at = began + _FIRST_S
+    while True:
         thread.join(_POLL_S)
-        if stop is not None and stop.is_set() and thread.is_alive():
+        if not thread.is_alive():
+            break
+        if stop is not None and stop.is_set():
             raise Stopped
-        if thread.is_alive() and time.monotonic() >= tell_at:
-            tell_at += _EVERY_S
+        if time.monotonic() >= warn_at:
+            warn_at += _EVERY_S
             logger.warning(
                 "%s: MLflow at %s has not answered since %s; each request is given a minute, three times",
                 what,

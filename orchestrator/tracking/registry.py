@@ -148,9 +148,8 @@ def _register(
     alias: str,
     facts: Facts,
 ) -> int:
-    with _answering(uri):
-        client = connect(uri)
-        _ensure_model(client, name)
+    client = connect(uri)
+    _ensure_model(client, name)
     known, is_newest = _existing(client, name, marked)
     version = _create(client, run_id, name, folder, marked, facts) if known is None else known
     try:
@@ -160,23 +159,22 @@ def _register(
         client.set_registered_model_alias(name, alias, str(version))
     except Exception as error:
         held = _version_at(client, name, alias) if known is None else None
-        if held == version:
-            return version  # only the reply was lost
-        if held is not None:
+        if held not in (None, version):
             # Not where there is no telling: an alias that did move here would go with the version.
             with contextlib.suppress(Exception):
                 client.delete_model_version(name, str(version))
         refused = getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
-        raise UserError(
-            f"the registry did not take tags and alias {alias!r} of {name} version {version}: "
-            f"{shortened(redacted(first_line(error)), 200)}",
-            where="alias" if refused else "tracking.uri",
-            hint="use another alias"
-            if refused
-            else "check the MLflow server, then run the same command again",
-        ) from error
+        if held != version:  # else only the reply was lost
+            what = f"the registry did not take tags and alias {alias!r} of {name} version {version}"
+            raise UserError(
+                f"{what}: {shortened(redacted(first_line(error)), 200)}",
+                where="alias" if refused else "tracking.uri",
+                hint="use another alias"
+                if refused
+                else "check the MLflow server, then run the same command again",
+            ) from error
     with contextlib.suppress(Exception):  # what stays is surplus, and the next run removes it
-        _remove_twins(client, name, marked, version)
+        _remove_twins(client, name, marked, run_id, version)
     return version
 
 
@@ -359,11 +357,14 @@ def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> tuple
     return (max(found), max(found) == max(versions)) if found else (None, False)
 
 
-def _remove_twins(client: MlflowClient, name: str, tags: Mapping[str, str], version: int) -> None:
-    """Delete versions with these very tags and no alias: where a reply was lost, MLflow's client asked twice."""
+def _remove_twins(
+    client: MlflowClient, name: str, tags: Mapping[str, str], run_id: str, version: int
+) -> None:
+    """Delete this run's other versions with these very tags and no alias: if a reply is lost, MLflow's client asks twice."""
     pointed_at = {int(number) for number in client.get_registered_model(name).aliases.values()}
     for one in client.search_model_versions(f"name = '{name}'"):
-        if int(one.version) not in {version, *pointed_at} and tags.items() <= one.tags.items():
+        is_twin = one.run_id == run_id and dict(one.tags) == dict(tags)
+        if is_twin and int(one.version) not in {version, *pointed_at}:
             client.delete_model_version(name, one.version)
 
 

@@ -1,1 +1,1 @@
-"""One training job, step by step: what workers do, whoever started them. Knows nothing of Ray."""
+"""One training job, step by step: what workers do, whoever started them. Ray is asked for device ids only."""

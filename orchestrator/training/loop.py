@@ -23,8 +23,9 @@ from torch import Tensor
 
 from orchestrator.data.blocks import Block, BlockSource, ReportsTroubles
 from orchestrator.errors import UserError
+from orchestrator.training.callback import TrainerCallback
 from orchestrator.training.checkpoint import reader
-from orchestrator.training.checkpoint.coordinator import CheckpointCoordinator, TrainerCallback
+from orchestrator.training.checkpoint.coordinator import CheckpointCoordinator
 from orchestrator.training.checkpoint.format import CheckpointError
 from orchestrator.training.checkpoint.interval import PRIOR_MTBF_S
 from orchestrator.training.collectives import AllWorkers
@@ -48,7 +49,7 @@ class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; the update was not applied."""
 
 
-def train(job: Job, line: TrainerCallback, mtbf_s: float = PRIOR_MTBF_S) -> bool:
+def train(job: Job, callback: TrainerCallback, mtbf_s: float = PRIOR_MTBF_S) -> bool:
     """Train `job` in this worker of an initialised process group, from its newest good checkpoint to its end.
 
     Args:
@@ -66,13 +67,13 @@ def train(job: Job, line: TrainerCallback, mtbf_s: float = PRIOR_MTBF_S) -> bool
         CheckpointError: no checkpoint could be written several times in a row, or at the end.
     """
     with out_of_memory_explained(job, "while the model was built"):
-        trainer = _Trainer(job, line, mtbf_s)
+        trainer = _Trainer(job, callback, mtbf_s)
     return trainer.run()
 
 
 class _Trainer:
-    def __init__(self, job: Job, line: TrainerCallback, mtbf_s: float) -> None:
-        self.job, self.line = job, line
+    def __init__(self, job: Job, callback: TrainerCallback, mtbf_s: float) -> None:
+        self.job, self.callback = job, callback
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device()
         self.workers = AllWorkers(job.elastic.exact)
@@ -92,10 +93,10 @@ class _Trainer:
             num_blocks=self.num_blocks,
             exact=job.elastic.exact,
         )
-        line.phase("built")
+        callback.phase("built")
         self.start = self._restore()
-        line.phase("restored")
-        self.saving = CheckpointCoordinator(job, self.engine, line, mtbf_s, self.device, self.start)
+        callback.phase("restored")
+        self.saving = CheckpointCoordinator(job, self.engine, callback, mtbf_s, self.device, self.start)
 
     def run(self) -> bool:
         for step, blocks in self._feed():
@@ -118,7 +119,7 @@ class _Trainer:
             if agreed.save and not (agreed.stop or last):
                 self.saving.begin(done)
             if self.rank == 0:
-                self.line.report(done, figures, self.saving.stall_s - stalled, held_out)
+                self.callback.report(done, figures, self.saving.stall_s - stalled, held_out)
                 self.saving.tell()
             if done in self.job.export_steps:
                 self._export(done)
@@ -219,7 +220,7 @@ class _Trainer:
         too_many = self.engine.skips.add(step + 1, what, limit)
         if self.rank == 0:
             norms = ", ".join(bad) or "grad_norm"
-            self.line.trouble(
+            self.callback.trouble(
                 f"step {step + 1}: the update was skipped, because {norms} is not finite: {what}"
             )
         if too_many:
@@ -316,7 +317,7 @@ class _Trainer:
         """Hand over what a source met since it was last asked."""
         if isinstance(source, ReportsTroubles):
             for what in source.pop_troubles():
-                self.line.trouble(what)
+                self.callback.trouble(what)
 
     def _load(self, step: int, source: BlockSource | None = None) -> list[Block]:
         source = source or self.blocks

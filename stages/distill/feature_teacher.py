@@ -87,7 +87,7 @@ class FeatureTeacher:
         self._expected: int | None = None
 
     def expect(self, step: int) -> None:
-        """See `Foresees`: its views are made while the networks work on another."""
+        """See `Prefetches`: its views are made while the networks work on another."""
         self._expected = step
 
     def __call__(self, step: int) -> dict[str, dict[str, NDArray[Any]]]:

@@ -1,6 +1,6 @@
 """Distilling from teachers without heads: which they are, what of them is learnt, and what can be checked of both.
 
-A headless teacher is any backbone. It says what it sees (a feature of the image and one of each patch), and students
+A headless teacher is any backbone. It gives what it sees (a feature of the image and one of each patch), and students
 learn to say the same through a projection (AM-RADIO, arXiv 2312.06709).
 """
 

@@ -171,7 +171,7 @@ def _is_enough(seconds: list[float]) -> bool:
 
 
 class _Stopwatch:
-    """A line to nobody that ends the training when enough steps were taken."""
+    """A `TrainerCallback` that reports to nobody and ends the training when enough steps were taken."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

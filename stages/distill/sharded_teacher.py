@@ -1,4 +1,4 @@
-"""A teacher that is larger than one device: its weights over several, its words the same."""
+"""A teacher that is larger than one device: its weights over several, its outputs the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.stages.distill.task import FrozenTeacher
-from orchestrator.teacher_service import process_group
+from orchestrator.teacher_service import sharding
 
 
 class ShardedTeacher(FrozenTeacher):
@@ -36,26 +36,26 @@ class ShardedTeacher(FrozenTeacher):
             for name in ("dino", "ibot")
             if self._rank == 0
         }
-        self._engine = process_group.sharded(self._net, "bf16" if self._half else "fp32")
+        self._engine = sharding.sharded(self._net, "bf16" if self._half else "fp32")
 
     def __call__(self, step: int) -> dict[str, dict[str, NDArray[Any]]]:
         """The parts of a step, on rank 0, while the others :meth:`follow`."""
-        process_group.broadcast_step(step)
+        sharding.broadcast_step(step)
         return super().__call__(step)
 
     @torch.inference_mode()
     def follow(self) -> None:
         """Do this process's part of each step that rank 0 is at, until it ends."""
-        while (step := process_group.broadcast_step(None)) is not None:
+        while (step := sharding.broadcast_step(None)) is not None:
             for turn in range(self._turns):
                 index = turn * self._world + self._rank
                 out = self._forward(self._views.block(step, min(index, self._views.num_blocks - 1)))
                 if index < self._views.num_blocks:
-                    process_group.to_first(out, (), self._rank)
+                    sharding.to_first(out, (), self._rank)
 
     def close(self) -> None:
         """End the others."""
-        process_group.broadcast_step(None)
+        sharding.broadcast_step(None)
 
     @property
     def _turns(self) -> int:
@@ -67,7 +67,7 @@ class ShardedTeacher(FrozenTeacher):
             group = blocks[turn * self._world : (turn + 1) * self._world]
             outs.append(self._forward(group[0]))
             for source, block in enumerate(group[1:], 1):
-                outs.append(process_group.to_first(None, self._shapes(block), source))
+                outs.append(sharding.to_first(None, self._shapes(block), source))
                 self.images_forwarded += len(block.ids)
         return [{name: out[name].to(self._device) for name in out} for out in outs]
 

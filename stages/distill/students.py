@@ -168,7 +168,7 @@ def _train_one(
     balance: Balancer | None,
     student_run: StudentRun,
 ) -> Path:
-    """Train one student to its end and publish it at once; its siblings' fate does not matter to it."""
+    """Train one student to its end and publish it at once; whatever becomes of the other students."""
     from orchestrator.elastic import trainer
 
     # The id follows from the stage's, so a resumed stage finds its students' runs again.

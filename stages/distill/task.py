@@ -74,7 +74,7 @@ class FrozenTeacher:
         self._expected: int | None = None
 
     def expect(self, step: int) -> None:
-        """See `Foresees`: its views are made while the network works on another."""
+        """See `Prefetches`: its views are made while the network works on another."""
         self._expected = step
 
     @torch.inference_mode()
@@ -240,7 +240,7 @@ def _load_teacher(recipe: ModelRecipe, folder: Path) -> HeadedBackbone:
 
 
 def in_half(config: Distill, device: str) -> bool:
-    """Whether the teacher computes in bfloat16 and its words travel as float16."""
+    """Whether the teacher computes in bfloat16 and its outputs travel as float16."""
     if config.precision != "auto":
         return config.precision == "bf16"
     return device != "cpu" and torch.cuda.is_bf16_supported()

@@ -31,8 +31,8 @@ from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
 
 logger = logging.getLogger("orchestrator")
 
-# What decides the teacher's words besides its weights and the data; students' fields do not.
-_SPOKEN = (
+# What decides the teacher's outputs besides its weights and the data; students' fields do not.
+_OUTPUT_FIELDS = (
     "crops", "batch_size", "block_size", "mask_ratio", "mask_probability", "mix", "homogeneous",
     "homogeneous_ratio", "teacher_temperature", "precision", "features",
 )  # fmt: skip
@@ -117,10 +117,10 @@ class Teaching(ABC):
             return {}
         return {view_part(self._config, student): self._config.crops_of(student) for student in students}
 
-    def _spoken(self) -> dict[str, Any]:
+    def _output_identity(self) -> dict[str, Any]:
         """All in the config that decides what the teacher says."""
         identity = self._config.identity()
-        return {name: identity[name] for name in _SPOKEN if name in identity}
+        return {name: identity[name] for name in _OUTPUT_FIELDS if name in identity}
 
     def _cache(self, num_steps: int) -> tuple[Store, str]:
         """Where replayed steps are; says what they will take.
@@ -129,7 +129,7 @@ class Teaching(ABC):
             UserError: they do not fit on this machine's disk.
         """
         # Written object by object, each the same whoever writes it: no need to keep others out.
-        with self._context.part("replay", self._spoken()) as part:
+        with self._context.part("replay", self._output_identity()) as part:
             work, remote = part.work, part.remote
         size = self.output_bytes() * self._config.batch_size * num_steps
         logger.info("replay: the teacher's outputs of %d steps take up to %.2f GB", num_steps, size / 1e9)
@@ -198,7 +198,7 @@ class FeatureTeaching(Teaching):
 
     def _prepare(self) -> feature_teacher.Prepared:
         """What is known of the teachers, once: the same for all teacher actors, and for students added later."""
-        with self._context.part("teachers", self._spoken()) as part:
+        with self._context.part("teachers", self._output_identity()) as part:
             folder = part.artifact or part.work / "teachers"
             prepared = feature_teacher.prepare(
                 self._config,

@@ -95,12 +95,12 @@ class SelfSupervisedTask:
             zero3_leaf_modules=zero3_leaf_modules(recipe.model),
         )
         trigger = config.gram.trigger if config.gram else None
-        self.watch = DenseHealthMonitor(trigger, self.modules.state, self.gram_health)
+        self.monitor = DenseHealthMonitor(trigger, self.modules.state, self.gram_health)
         return self.modules
 
     def prepare_step(self, step: int) -> None:
         """Loss weights and temperature of this step; what belongs to anchoring counts from when that started."""
-        config, started = self.config, self.watch.started
+        config, started = self.config, self.monitor.started
         self.teacher_temperature = config.teacher_temperature.at(step, config.steps)
         if started is None:
             self.local_weight, self.gram_weight = config.local_weight.at(0, config.steps), None
@@ -166,11 +166,11 @@ class SelfSupervisedTask:
         gram, done = self.config.gram, step + 1
         if gram is None:
             return
-        verdict = self.watch.update(done, figures)
-        if verdict is AnchorDecision.START:
+        decision = self.monitor.update(done, figures)
+        if decision is AnchorDecision.START:
             logger.info("dense features have decayed: Gram anchoring starts after step %d", done)
-        started = self.watch.started
-        if verdict is AnchorDecision.KEEP or (started is not None and gram.updates_at(done - started)):
+        started = self.monitor.started
+        if decision is AnchorDecision.KEEP or (started is not None and gram.updates_at(done - started)):
             weights.copy_ema("gram", "backbone.")
 
     def _teacher(self, block: BlockTensors, *, first: bool) -> dict[str, Tensor]:

@@ -104,11 +104,11 @@ def test_knn_votes_with_the_training_pictures_only() -> None:
     which = rng.integers(2, size=30)
     images = (hue[which][:, :, None, None] + rng.integers(-20, 20, (30, 3, 16, 16))).astype(np.uint8)
     labels = ["red" if one == 0 else "green" for one in which]
-    bank = measure.ImageReader(images[:20], labels[:20])
-    assert measure.knn(bank, measure.ImageReader(images[20:], labels[20:]), MeanColour()) == 1.0  # type: ignore[arg-type]
+    bank = measure.LabelledImages(images[:20], labels[:20])
+    assert measure.knn(bank, measure.LabelledImages(images[20:], labels[20:]), MeanColour()) == 1.0  # type: ignore[arg-type]
     swapped = ["green" if one == "red" else "red" for one in labels[20:]]
-    assert measure.knn(bank, measure.ImageReader(images[20:], swapped), MeanColour()) == 0.0  # type: ignore[arg-type]
-    assert measure.knn_raw(bank, measure.ImageReader(images[20:], labels[20:])) == 1.0
+    assert measure.knn(bank, measure.LabelledImages(images[20:], swapped), MeanColour()) == 0.0  # type: ignore[arg-type]
+    assert measure.knn_raw(bank, measure.LabelledImages(images[20:], labels[20:])) == 1.0
 
 
 def test_patch_score_is_one_for_features_that_tell_and_a_half_for_ones_that_do_not() -> None:

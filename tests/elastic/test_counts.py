@@ -47,27 +47,27 @@ class ForkServer:
 
     def run(self, job: Job, world: int, token: str, steps: int) -> dict[int, dict[str, float]]:
         """Train until the end, or for `steps` steps; figures by step."""
-        wires = []
+        channels = []
         for _ in range(world):
             ours, theirs = Channel.pair()
             self.channel.send({}, fd=theirs.socket.fileno())
             theirs.close_here()
-            wires.append(ours)
+            channels.append(ours)
         figures: dict[int, dict[str, float]] = {}
         ends: list[Any] = [None] * world
 
         def listen(rank: int) -> None:
-            while (message := wires[rank].receive()) is not None:
+            while (message := channels[rank].receive()) is not None:
                 body = message.body
                 if body["kind"] == "listening":
-                    for other in wires[1:]:
+                    for other in channels[1:]:
                         other.send({"op": "peers", "host": "127.0.0.1", "port": body["port"]})
                 elif body["kind"] == "step":
                     figures[body["step"]] = body["figures"]
                     if len(figures) == steps:
-                        wires[0].send({"op": "stop"})
+                        channels[0].send({"op": "stop"})
                 elif body["kind"] == "record":
-                    wires[0].send({"op": "recorded", "step": body["step"]})
+                    channels[0].send({"op": "recorded", "step": body["step"]})
                 elif body["kind"] == "ended":
                     ends[rank] = body
 
@@ -75,7 +75,7 @@ class ForkServer:
         for thread in threads:
             thread.start()
         common = {"mtbf_s": 3600.0, "stall_timeout_s": 60.0, "proxied": False, "num_blocks": job.num_blocks}
-        for rank, channel in enumerate(wires):
+        for rank, channel in enumerate(channels):
             attempt = {"rank": rank, "world": world, "token": token, "host": "127.0.0.1"}
             channel.send({"op": "begin", **common, **attempt}, pickle.dumps(job))
         for thread in threads:

@@ -59,11 +59,11 @@ def test_a_message_that_overtakes_begin_is_not_the_workers_first(
     """The token fits before the worker has its job: what is sent then has to wait for it."""
     real, begins = Channel.send, threading.Event()
 
-    def late(wire: Channel, body: Mapping[str, Any], payload: bytes = b"", fd: int | None = None) -> None:
+    def late(channel: Channel, body: Mapping[str, Any], payload: bytes = b"", fd: int | None = None) -> None:
         if body.get("op") == "begin":
             begins.set()
             time.sleep(0.5)
-        real(wire, body, payload, fd)
+        real(channel, body, payload, fd)
 
     monkeypatch.setattr(Channel, "send", late)
     job = tiny_job(tmp_path / "overtaken", 50, 1)

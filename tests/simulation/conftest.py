@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.simulation.costs import StageCosts
 from orchestrator.simulation.job import JobPlan
-from orchestrator.simulation.simulate import SimulatedStage
+from orchestrator.simulation.prediction import SimulatedStage
 from orchestrator.simulation.trace import Machine, Trace, TraceEvent, in_order
 
 # Powers of two: sums of them are exact, so tests can compare with ==.

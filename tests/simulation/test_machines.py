@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.elastic.worker_pool import IDLE_S, SlotState
 from orchestrator.simulation.machines import Machines
-from orchestrator.simulation.simulate import SimulatedStage, predict
+from orchestrator.simulation.prediction import SimulatedStage, predict
 
 from .conftest import EXACT, machines, stage, steady
 

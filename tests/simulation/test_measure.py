@@ -48,7 +48,7 @@ def test_every_cost_is_found() -> None:
     StageCosts.model_validate(section)
 
 
-def test_a_group_that_waited_for_a_machine_tells_how_long_its_seat_took() -> None:
+def test_a_group_that_waited_for_a_machine_tells_how_long_its_slot_took() -> None:
     waited = recovery(decided=129.0, marks={"built": 130.0, "restored": 130.5})
     section = stage_costs(run(), [waited], began=100.0, arrivals=[90.0, 126.5, 128.9])
     assert section["warm_s"] == 129.0 - 126.5

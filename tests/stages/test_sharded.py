@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 sys.path[:0] = [sys.argv[4]]
 from tests.stages.distilling import CONFIG, RECIPE
-from orchestrator.teacher_service import process_group
+from orchestrator.teacher_service import sharding
 from orchestrator.teacher_service.payload import VIEWS
 from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.stages.distill.task import FrozenTeacher
@@ -28,13 +28,13 @@ port = root / "port"
 if rank:
     while not port.exists():
         time.sleep(0.05)
-    process_group.join(rank, world, int(port.read_text()))
+    sharding.join(rank, world, int(port.read_text()))
     ShardedTeacher(*arguments).follow()
     sys.exit()
-store = process_group.listen(world)
+store = sharding.listen(world)
 (root / "draft").write_text(str(store.port))
 (root / "draft").rename(port)
-process_group.join(0, world, store.port, store)
+sharding.join(0, world, store.port, store)
 spread, whole = ShardedTeacher(*arguments), FrozenTeacher(*arguments)
 held = sum(parameter.numel() for parameter in spread._net.parameters())
 assert held < 0.1 * sum(parameter.numel() for parameter in whole._net.parameters()), "weights are spread"

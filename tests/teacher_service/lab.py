@@ -76,22 +76,22 @@ class GroupedTeacher(CountingTeacher):
         (diary.parent / f"teacher-rank-{self._rank}").write_text(str(os.getpid()))
 
     def __call__(self, step: int) -> Parts:
-        from orchestrator.teacher_service import process_group
+        from orchestrator.teacher_service import sharding
 
-        process_group.broadcast_step(step)
+        sharding.broadcast_step(step)
         self._agree()
         return super().__call__(step)
 
     def follow(self) -> None:
-        from orchestrator.teacher_service import process_group
+        from orchestrator.teacher_service import sharding
 
-        while process_group.broadcast_step(None) is not None:
+        while sharding.broadcast_step(None) is not None:
             self._agree()
 
     def close(self) -> None:
-        from orchestrator.teacher_service import process_group
+        from orchestrator.teacher_service import sharding
 
-        process_group.broadcast_step(None)
+        sharding.broadcast_step(None)
 
     def _agree(self) -> None:
         import torch

@@ -88,15 +88,17 @@ def filter_images(
         for status in statuses
     ]
     _drop_repeats(statuses, {i: status.photo.sha256 for i, status in enumerate(statuses)}, "the same bytes")
-    looks = _signatures(statuses, max_pixels or {}, stop)
-    _drop_repeats(statuses, {i: look.pixels for i, look in looks.items()}, "the same pixels")
+    signatures = _signatures(statuses, max_pixels or {}, stop)
+    _drop_repeats(
+        statuses, {i: signature_of.pixels for i, signature_of in signatures.items()}, "the same pixels"
+    )
     rows = _unique(statuses)
-    thumbnails = np.array([looks[i].thumbnail for i in rows], dtype=np.float32)
+    thumbnails = np.array([signatures[i].thumbnail for i in rows], dtype=np.float32)
     aspects = np.array([statuses[i].photo.width / statuses[i].photo.height for i in rows])
     for row, other in near_duplicates(thumbnails, aspects, near_rms).items():
         statuses[rows[row]] = _repeat(statuses[rows[row]], statuses[rows[other]], "nearly the same pixels")
     rows = _unique(statuses)
-    return statuses, np.array([looks[i].descriptor for i in rows], dtype=np.float32)
+    return statuses, np.array([signatures[i].descriptor for i in rows], dtype=np.float32)
 
 
 def left_out(source: str, item: LeftOut, root: Path) -> ImageStatus:
@@ -128,7 +130,7 @@ def _signatures(
 ) -> dict[int, ImageSignature]:
     """What the unique pictures look like; one whose file went or changed since it was scanned becomes corrupt."""
 
-    def look(pixels: Pixels) -> ImageSignature:
+    def signature_of(pixels: Pixels) -> ImageSignature:
         digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
         return ImageSignature(digest, thumbnail(pixels, THUMBNAIL_SIDE).reshape(-1), describe(pixels))
 
@@ -137,19 +139,19 @@ def _signatures(
         photo = statuses[i].photo
         limit = max_pixels.get(photo.source, MAX_PIXELS)
         try:
-            return use_rgb(Path(statuses[i].root) / photo.path, look, max_pixels=limit)
+            return use_rgb(Path(statuses[i].root) / photo.path, signature_of, max_pixels=limit)
         except UnreadableImage as error:
             return error.reason
 
     rows = _unique(statuses)
-    looks = {}
+    signatures = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, found in zip(rows, pool.map(signature_or_reason, rows), strict=True):
             if isinstance(found, ImageSignature):
-                looks[i] = found
+                signatures[i] = found
             else:
                 statuses[i] = replace(statuses[i], status="corrupt", reason=found)
-    return looks
+    return signatures
 
 
 def cluster(

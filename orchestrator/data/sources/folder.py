@@ -87,7 +87,7 @@ def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[
     files = (listing or list_images(source, name)).files
     notes = captions_of(source, name, files).notes
 
-    def look(relative: str) -> ScannedImage:
+    def scan_one(relative: str) -> ScannedImage:
         path = source.path / relative
         caption, label = notes.get(relative, (None, None))
         seen = [(hashlib.sha256().hexdigest(), 0)]
@@ -106,7 +106,7 @@ def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[
 
     # The decoders release the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(look, files))
+        return list(pool.map(scan_one, files))
 
 
 def list_images(source: DataSource, name: str) -> Listing:

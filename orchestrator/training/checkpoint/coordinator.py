@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from orchestrator.training.callback import TrainerCallback
 from orchestrator.training.checkpoint import reader
 from orchestrator.training.checkpoint.format import CheckpointError
 from orchestrator.training.checkpoint.interval import checkpoint_interval
@@ -22,33 +21,6 @@ _MAX_FAILED_SAVES = 3
 _LOOK_S = 0.01
 # A copy that takes no time at all would ask for a checkpoint every step; writing one has its cost, too.
 _LEAST_COST_S = 0.05
-
-
-class TrainerCallback(Protocol):
-    """The line to the controller. Nothing here waits, except for `recorded` to become true in its time."""
-
-    def phase(self, name: str) -> None:
-        """A part of the start is done."""
-
-    def report(
-        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
-    ) -> None:
-        """Hand over the figures of the step that took the count to `step`, and what a checkpoint held it up.
-
-        `held_out` are figures of held-out photos by name; there are none after a step at which nobody looked at them.
-        """
-
-    def recorded(self, step: int) -> bool:
-        """Whether the driver has written down the figures of all steps up to `step`."""
-
-    def saved(self, step: int, figures: dict[str, float]) -> None:
-        """The checkpoint after `step` is committed."""
-
-    def trouble(self, what: str) -> None:
-        """Something went wrong that does not stop the training."""
-
-    def stop_requested(self) -> bool:
-        """Whether the group is to checkpoint and end."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +39,17 @@ class CheckpointCoordinator:
     Args:
         job: what is trained.
         engine: whose state is saved.
-        line: to the controller.
+        callback: to the controller.
         mtbf_s: mean time between losses of a group, for the interval if the job sets none.
         device: of the tensors that workers exchange.
         step: steps done so far.
     """
 
     def __init__(
-        self, job: Job, engine: Engine, line: TrainerCallback, mtbf_s: float, device: str, step: int
+        self, job: Job, engine: Engine, callback: TrainerCallback, mtbf_s: float, device: str, step: int
     ) -> None:
-        self._job, self._engine, self._callback, self._mtbf_s, self._device = (
-            job,
-            engine,
-            line,
-            mtbf_s,
-            device,
-        )
+        self._job, self._engine, self._device = job, engine, device
+        self._callback, self._mtbf_s = callback, mtbf_s
         self._rank = dist.get_rank()
         self._saver = CheckpointWriter(
             job.target,

@@ -1,4 +1,4 @@
-"""Near duplicates and balanced filling."""
+"""Drawing evenly from clusters."""
 
 from __future__ import annotations
 

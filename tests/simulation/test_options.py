@@ -14,8 +14,8 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.simulation.costs import Costs, StageCosts, measured, read_costs
-from orchestrator.simulation.predict import Options, simulate
-from orchestrator.simulation.simulate import plan_stages
+from orchestrator.simulation.options import Options, simulate
+from orchestrator.simulation.prediction import plan_stages
 
 ROOT = Path(__file__).parents[2]
 TRACES = ROOT / "conf" / "traces"

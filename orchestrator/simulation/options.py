@@ -8,8 +8,8 @@ from pathlib import Path
 
 from orchestrator.config.schema import Pipeline
 from orchestrator.simulation.costs import Costs, read_costs
+from orchestrator.simulation.prediction import on_demand, plan_stages, predict, try_intervals
 from orchestrator.simulation.report import Report
-from orchestrator.simulation.simulate import on_demand, plan_stages, predict, try_intervals
 from orchestrator.simulation.trace_file import read_trace
 from orchestrator.stages.base import Stage
 

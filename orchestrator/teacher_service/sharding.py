@@ -1,6 +1,6 @@
 """The processes that hold one teacher together where one device is too small for it: a group on one node.
 
-Its weights are sharded by ZeRO-3, its blocks are shared out; rank 0 speaks for all of them.
+Its weights are sharded by ZeRO-3, its blocks are shared out; rank 0 answers for all of them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from orchestrator.simulation import job as job_module
 from orchestrator.simulation.costs import StageCosts
 from orchestrator.simulation.job import JobPlan
-from orchestrator.simulation.simulate import CAUSES, Prediction, SimulatedStage, on_demand, predict
+from orchestrator.simulation.prediction import CAUSES, Prediction, SimulatedStage, on_demand, predict
 from orchestrator.simulation.trace import Trace
 from orchestrator.training.checkpoint import interval
 from tools.synthetic import synthetic
@@ -414,7 +414,7 @@ def test_asking_all_the_time_decides_nothing_else(trace: Trace, plan: SimulatedS
 
     found = predict([plan], trace)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.simulation.simulate.SimulatedJob", Impatient)
+        patch.setattr("orchestrator.simulation.prediction.SimulatedJob", Impatient)
         impatient = predict([plan], trace)
     assert impatient.finished == found.finished
     assert account(impatient)["resizes"] == account(found)["resizes"]
