@@ -200,7 +200,7 @@ def load(folder: str | os.PathLike[str]) -> Model:
     """
     import json
 
-    path = Path(folder)
+    path = _path(folder)
     for inside in ("model", "aligned"):
         if (path / inside / "config.json").is_file():
             path = path / inside
@@ -334,6 +334,13 @@ def _opened(photo: ImageLike) -> Image.Image:
     return made
 
 
+def _path(given: object) -> Path:
+    """Raises UserError unless `given` is a path."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise UserError(f"this is no path: {shortened(repr(given), 80)}")
+    return Path(given)
+
+
 def _check_number(name: str, value: object, most: int) -> None:
     """Raises UserError unless `value` is a whole number from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -345,7 +352,13 @@ def _check_number(name: str, value: object, most: int) -> None:
 def _model(model: Model | Backbone | str | os.PathLike[str]) -> Model:
     if isinstance(model, Model):
         return model
-    return load(model) if isinstance(model, (str, os.PathLike)) else Model(model)
+    if isinstance(model, (str, os.PathLike)):
+        return load(model)
+    if not callable(model):
+        raise UserError(
+            f"this is no model: {shortened(repr(model), 80)}", hint="give what `load` returns, or its folder"
+        )
+    return Model(model)
 
 
 def _loaded(file: str | os.PathLike[str], overrides: Sequence[str], *, needs_data: bool) -> LoadedPipeline:
@@ -353,7 +366,7 @@ def _loaded(file: str | os.PathLike[str], overrides: Sequence[str], *, needs_dat
 
     if not all(isinstance(override, str) for override in overrides):
         raise UserError("an override is a text", hint='give "key.path=value", such as "seed=1"')
-    return read(Path(file), overrides, needs_data=needs_data, gather=True)
+    return read(_path(file), overrides, needs_data=needs_data, gather=True)
 
 
 def _choice(only: Sequence[str], first: str | None, last: str | None, force: Sequence[str]) -> Choice:

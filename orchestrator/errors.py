@@ -105,6 +105,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
+class TerminatedError(BaseException):
+    """SIGTERM came. Like KeyboardInterrupt it is no Exception, so that nobody takes it for a failure."""
+
+
 def printable(error: Exception) -> Exception:
     """The error itself; another one in its place if its text cannot be made, as of a class of a user's package."""
     try:

@@ -252,3 +252,13 @@ def test_names_that_are_none_are_refused(tmp_path: Path, how: dict[str, Any]) ->
         orchestrator.plan(tmp_path / "p.yaml", **how)
     with pytest.raises(UserError, match="an override is a text"):
         orchestrator.plan(tmp_path / "p.yaml", 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [5, None, [1], b"x"])
+def test_what_is_no_path_is_one_error(value: Any) -> None:
+    with pytest.raises(UserError, match="no path"):
+        orchestrator.load(value)
+    with pytest.raises(UserError, match="no path"):
+        orchestrator.plan(value)
+    with pytest.raises(UserError, match="no model"):
+        orchestrator.embed(value, np.zeros((32, 32, 3), np.uint8), size=32)

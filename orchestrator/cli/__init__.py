@@ -17,7 +17,7 @@ from orchestrator.cli.run import publish, resume, run
 from orchestrator.cli.simulate import simulate
 from orchestrator.cli.state import doctor, gc, inspect, logs, status, sync, verify
 from orchestrator.cli.terminal import print_error, refusal
-from orchestrator.errors import UserError
+from orchestrator.errors import TerminatedError, UserError
 
 app = typer.Typer(
     name="orchestrator",
@@ -55,6 +55,10 @@ checkpoints.command()(inspect)
 app.add_typer(checkpoints, name="checkpoint")
 
 
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise TerminatedError
+
+
 def main() -> NoReturn:
     """Entry point: UserErrors, and what a disk, store or file refuses, are printed without traceback; exits with 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -63,7 +67,7 @@ def main() -> NoReturn:
             # A pipe in an ASCII locale cannot take ✓; losing the symbol is better than dying.
             reconfigure(errors="replace", line_buffering=True)
     # Ends what was begun, such as a folder that is not whole yet; `run` has a handler of its own for it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except UserError as error:
@@ -71,6 +75,8 @@ def main() -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except TerminatedError:
+        sys.exit(128 + signal.SIGTERM)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)

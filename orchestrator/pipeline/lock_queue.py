@@ -29,7 +29,7 @@ from orchestrator.pipeline.process_identity import ProcessIdentity
 from orchestrator.storage.local import Store
 
 _NAME = re.compile(
-    r"(?P<door>[0-9a-f]{32})\.door|(?P<number>[0-9]{1,18})-(?P<id>[0-9a-f]{32})\.ticket|(?P<epoch>[0-9]{1,18})\.epoch"
+    r"(?P<door>[0-9a-f]{32})\.door|(?P<number>[0-9]{1,15})-(?P<id>[0-9a-f]{32})\.ticket|(?P<epoch>[0-9]{1,15})\.epoch"
 )
 _log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.local import Store
 from orchestrator.storage.open import is_remote, open_store
 from orchestrator.training.checkpoint import format as form
-from orchestrator.training.checkpoint.format import COMMIT, CheckpointError
+from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, LaterFormatError
 
 _CHECKPOINT = re.compile(rf"work/(?:.+/)?checkpoints/step-\d{{8,}}/{re.escape(COMMIT)}")
 
@@ -91,7 +91,10 @@ def examine(store: Store) -> Iterator[Finding]:
             yield Finding(prefix, unknown=error.what)
     for name in store.list("work/"):
         if _CHECKPOINT.fullmatch(name):
-            yield Finding(name, tuple(_checkpoint(store, name)))
+            try:
+                yield Finding(name, tuple(_checkpoint(store, name)))
+            except LaterFormatError as error:
+                yield Finding(name, unknown=str(error))
     for name in store.list("ledger/"):
         if ledger.is_event(name):
             yield Finding(name, tuple(_event(store, name)))
@@ -124,6 +127,8 @@ def _checkpoint(store: Store, name: str) -> Iterator[str]:
         saved = form.parse(store.get_bytes(name), Path(folder))
     except FileNotFoundError:  # removed meanwhile, by a driver
         return
+    except LaterFormatError:
+        raise
     except (CheckpointError, NotAFileError) as error:
         yield f"{name}: {error}"
         return

@@ -55,7 +55,9 @@ def progress(spool: Spool, run_id: str) -> Progress:
     known, offset = (
         (noted.get("mlflow_run_id"), noted.get("offset")) if isinstance(noted, dict) else (None, None)
     )
-    if not isinstance(known, str | None) or not isinstance(offset, int) or offset < 0:
+    if not isinstance(known, str | None) or known == "" or not isinstance(offset, int) or offset < 0:
+        return Progress()
+    if offset > spool.size(run_id):  # a note of more than there is belongs to another file
         return Progress()
     return Progress(known, offset)
 

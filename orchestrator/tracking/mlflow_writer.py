@@ -137,6 +137,8 @@ class MlflowSink:
                     self._params(client, mlflow_id, _texts(record["params"]))
                 case "tags":
                     self._tags(client, mlflow_id, _texts(record["tags"]))
+                case "finish" if record["status"] not in ("FINISHED", "FAILED", "KILLED"):
+                    raise RejectedError(f"unknown status: {record['status']!r:.40}")
                 case "finish":
                     client.set_terminated(mlflow_id, record["status"], end_time=record["time_ms"])
                 case "file":

@@ -360,7 +360,7 @@ def _existing(client: MlflowClient, name: str, tags: Mapping[str, str]) -> tuple
 def _remove_twins(
     client: MlflowClient, name: str, tags: Mapping[str, str], run_id: str, version: int
 ) -> None:
-    """Delete this run's other versions with these very tags and no alias: if a reply is lost, MLflow's client asks twice."""
+    """Delete this run's other versions with these tags and no alias: a lost reply makes MLflow's client ask twice."""
     pointed_at = {int(number) for number in client.get_registered_model(name).aliases.values()}
     for one in client.search_model_versions(f"name = '{name}'"):
         is_twin = one.run_id == run_id and dict(one.tags) == dict(tags)

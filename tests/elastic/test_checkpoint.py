@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from orchestrator.errors import UserError
 from orchestrator.pipeline.checkpoint_table import print_checkpoints
 from orchestrator.storage.local import LocalStore
+from orchestrator.training.checkpoint import reader
 from orchestrator.training.checkpoint.format import parse
 from orchestrator.training.checkpoint.inspect import describe, describe_all
 from orchestrator.training.checkpoint.reader import (
@@ -455,3 +456,16 @@ def test_training_uses_the_newest_good_one(run_job: RunJob, tmp_path: Path) -> N
     again = run_job(tmp_path, 1)
     assert min(again["losses"]) == int(kept[0][5:]) + 1
     assert verified(folder / kept[-1]).world == 1
+
+
+def test_a_checkpoint_of_a_later_version_is_not_passed_over(tmp_path: Path) -> None:
+    """It is not damaged: whoever starts from an older one, or anew, loses what it holds."""
+    storage = CheckpointStorage(tmp_path)
+    storage.put("step-00000003/checkpoint.json", b'{"format": 99, "step": 3}')
+    found, wrong, trouble = reader._manifest(storage, 3)
+    assert (found, wrong) == (None, None)
+    assert "format 99" in (trouble or "")
+    storage.put("step-00000003/checkpoint.json", b'{"format": 1, "step": 3}')
+    found, wrong, trouble = reader._manifest(storage, 3)
+    assert (found, trouble) == (None, None)
+    assert "format 1" in (wrong or "")

@@ -65,7 +65,7 @@ class World:
         queue = LockQueue(actor.store, NAME, fenced=self.fenced)
         for _ in range(tries):
             try:
-                place = queue.enter(who(name), _Usher(self, actor))
+                place = queue.enter(who(name), _Liveness(self, actor))
             except LockTakenError:
                 self.refused += 1
                 continue
@@ -107,7 +107,7 @@ class World:
             assert actor.error is None, actor.error
 
 
-class _Usher:
+class _Liveness:
     def __init__(self, world: World, actor: Actor) -> None:
         self._world = world
         self._actor = actor
@@ -206,3 +206,11 @@ def _assert_ledger_has_no_stale_events(world: World) -> None:
     assert len(runs) == len(set(runs)), f"two writers' events are mixed: {owners}"
     epochs = [int(str(run)[1:]) for run in runs]
     assert epochs == sorted(epochs)
+
+
+@pytest.mark.parametrize("name", ["9" * 18 + ".epoch", "9" * 16 + f"-{'a' * 32}.ticket"])
+def test_a_number_that_nobody_reaches_is_not_counted_on(name: str) -> None:
+    """Numbers rise for ever; one of 18 digits would leave none for those who come."""
+    objects = {f"{NAME}.{name}": b""}
+    queue = LockQueue(MemoryStore(objects), NAME)
+    assert queue.read().highest() == 0

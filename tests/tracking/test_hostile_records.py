@@ -206,12 +206,14 @@ def test_a_model_record_neither_uploads_nor_writes_anything_else(
         ('{"mlflow_run_id": "m", "offset": 7, "mood": "fine"}', Progress("m", 7)),
         ('{"mlflow_run_id": "m", "offset": -7}', Progress()),
         ('{"mlflow_run_id": 3, "offset": 7}', Progress()),
+        ('{"mlflow_run_id": "", "offset": 7}', Progress()),
+        ('{"mlflow_run_id": "m", "offset": 1000000000}', Progress()),
         ("null", Progress()),
         ("\x00", Progress()),
     ],
 )
 def test_notes_of_progress(spool: Spool, text: str, found: Progress) -> None:
-    spool.folder.mkdir()
+    spool.append("run", 1, {"loss": 1.0})
     (spool.folder / "run.progress").write_text(text)
     assert progress(spool, "run") == found
 
@@ -243,3 +245,18 @@ def test_no_json_is_too_strange(tmp_path: Path, value: Any) -> None:
     spool.history("run")
     spool.children("run")
     spool.open_children("run")
+
+
+def test_a_status_that_mlflow_does_not_know_holds_up_nothing(
+    tmp_path: Path, spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"sqlite:///{tmp_path}/runs.db"
+    spool.post("run", "open", name="run", parent=None)
+    spool.post("run", "finish", status="EXPLODED")
+    spool.append("run", 1, {"loss": 1.0})
+    flusher = Flusher(spool, MlflowSink(uri, "food"))
+    assert flusher.drain(60.0)
+    flusher.stop(5.0)
+    assert "unknown status: 'EXPLODED'" in caplog.text
+    (run,) = MlflowClient(uri, uri).search_runs(["1"])
+    assert run.data.metrics == {"train/loss": 1.0}

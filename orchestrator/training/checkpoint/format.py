@@ -34,6 +34,10 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be written or used; says which file and why."""
 
 
+class LaterFormatError(CheckpointError):
+    """A later version of this program wrote the checkpoint. It is not damaged, and must not be passed over."""
+
+
 @dataclass(frozen=True)
 class CheckpointManifest:
     """A committed checkpoint: its local folder (files may still have to be fetched into it) and its manifest."""
@@ -113,12 +117,16 @@ def parse(text: str | bytes, path: Path) -> CheckpointManifest:
 
     Raises:
         CheckpointError: it is no manifest of this format.
+        LaterFormatError: a later version of this program wrote it.
     """
     try:
         meta = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{COMMIT} is not JSON: {error}") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    written = meta.get("format") if isinstance(meta, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise LaterFormatError(f"{COMMIT} has format {written}; this version reads format {FORMAT}")
+    if not isinstance(meta, dict) or written != FORMAT:
         found = meta.get("format", 1) if isinstance(meta, dict) else "none"
         raise CheckpointError(f"{COMMIT} has format {found}; this version reads format {FORMAT}")
     expected = {"step": int, "updates": int, "num_workers": int, "token": str, "keys": dict, "files": dict}

@@ -22,6 +22,7 @@ from orchestrator.training.checkpoint.format import (
     COMMIT,
     CheckpointError,
     CheckpointManifest,
+    LaterFormatError,
     latest,
     step_name,
     verified,
@@ -140,7 +141,7 @@ def newest(
             wrong, trouble = _examine(target, saved, rank, world)
         if not agree(trouble is None):
             raise CheckpointError(
-                f"checkpoint {step} cannot be reached: {trouble or 'see the message of another worker'}"
+                f"checkpoint {step} cannot be read: {trouble or 'see the message of another worker'}"
             )
         if agree(wrong is None):
             return saved
@@ -155,6 +156,8 @@ _Findings = tuple[str | None, str | None]
 def _manifest(target: CheckpointStorage, step: int) -> tuple[dict[str, Any] | None, str | None, str | None]:
     try:
         return target.find(step).meta, None, None
+    except LaterFormatError as error:
+        return None, None, f"{error}; go on with the version of orchestrator that wrote it, or a later one"
     except CheckpointError as error:
         return None, str(error), None
     except Exception as error:
