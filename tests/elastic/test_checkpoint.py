@@ -230,7 +230,7 @@ def test_trouble_is_no_damage(tmp_path: Path) -> None:
 
     store = LocalStore(tmp_path / "store")
     store.put_bytes(f"x/step-00000003/{COMMIT}", b"{}")
-    for kind, said in ((Gone, "cannot be listed: ConnectionError: no route"), (Half, "3 cannot be reached")):
+    for kind, said in ((Gone, "cannot be listed: ConnectionError: no route"), (Half, "3 cannot be read")):
         with pytest.raises(CheckpointError, match=said):
             newest(CheckpointStorage(tmp_path / "here", kind(tmp_path / "store"), "x"), 0, 1, bool)
 
