@@ -2,7 +2,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast proofs chaos fuzz lint format docs reference audit sbom lock clean
+.PHONY: help setup setup-dev run test test-fast proofs gpu chaos fuzz lint format docs reference audit sbom lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ test-fast: setup-dev ## run the unit tests only
 
 proofs: setup-dev ## run the slow proofs (minutes each)
 	$(BIN)/python -m pytest -m slow
+
+gpu: setup-dev ## run the tests that need a GPU, and measure a training step on it
+	TEST_GPUS=1 $(BIN)/python -m pytest tests/gpu
+	$(BIN)/python bench/gpu_step.py
 
 MINUTES := 28
 SEED := 1

@@ -1,11 +1,11 @@
-"""A training step on one GPU: images a second, share of the peak, peak memory. Needs only torch and DeepSpeed.
+"""A training step on one GPU: images a second, share of the peak, memory beside what `plan` predicts.
 
-    python bench/gpu_step.py                       # ViT-B and ViT-L at the paper's crops and prototypes
-    python bench/gpu_step.py --model vit_l --batch 96 --arm compiled --steps 30 --out table.json
+    python bench/gpu_step.py                       # the published ViT-L recipe, as conf/paper/vitl_imagenet.yaml has it
+    python bench/gpu_step.py --batch 96 --arm compiled --steps 30 --out table.json
 
-The step is the engine's own: the task of `pretrain` under ZeRO on one rank, bf16, scaled dot product attention; random
-pixels in the place of photographs. Without a GPU it runs a tiny model for a moment, which shows that it works and
-nothing else. No claim of `python -m bench`: its figures mean something on the machine they name only.
+The step is the engine's own: the task of the file's `pretrain` stage under ZeRO on one rank, bf16, scaled dot product
+attention; random pixels in the place of photographs. Without a GPU it runs a tiny model for a moment, which shows that
+it works and nothing else. No claim of `python -m bench`: its figures mean something on the machine they name only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -22,16 +23,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch._C._distributed_c10d import HashStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from orchestrator.stages.common.config import ModelRecipe
+from orchestrator.config.schema import Hardware
+from orchestrator.pipeline.costing import costing
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.stages.ssl.task import SelfSupervisedTask
 from orchestrator.training.collectives import AllWorkers
 from orchestrator.training.device import device as assigned_device
+from orchestrator.training.device import use_deterministic_kernels
 from orchestrator.training.engine import Engine
 from orchestrator.training.task import BlockTensors
 from orchestrator.training.zero import import_deepspeed
@@ -44,16 +48,16 @@ _ARMS: dict[str, dict[str, Any]] = {
     "recomputed": {"activation_checkpointing": True},
     "compiled, recomputed": {"compile": True, "activation_checkpointing": True},
     "compiled, chunked": {"compile": True, "chunk_rows": 256},
+    "compiled, exact": {"compile": True, "elastic": {"exact": True}},
 }
 _WARMUP = 5
-_PAPER = {
-    "heads": {"hidden": 8192, "dino_bottleneck": 512, "dino_prototypes": 262_144,
-              "ibot_bottleneck": 384, "ibot_prototypes": 98_304},
-    "crops": {"global_size": 256, "local_size": 112, "num_local": 8},
-}  # fmt: skip
+_ONE = Hardware(devices=1)
+_PAPER = Path(__file__).parents[1] / "conf" / "paper"
 _TINY = {
     "heads": {"hidden": 64, "dino_prototypes": 256, "ibot_prototypes": 128},
     "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
+    "model_overrides": {},
+    "koleo_group": None,
 }
 
 
@@ -67,12 +71,16 @@ class Row:
     images_per_s: float
     mfu: float | None
     peak_gib: float
+    planned_gib: float
     loss: float
 
 
 def main() -> None:
     """Measure and print a table; the last line is JSON."""
     options = _options()
+    if options.arm != [options.only]:
+        _each_in_its_own_process(options)
+        return
     device = assigned_device()
     cuda = device != "cpu"
     name = torch.cuda.get_device_name() if cuda else "CPU (shows that it works, nothing else)"
@@ -82,42 +90,68 @@ def main() -> None:
     deepspeed = import_deepspeed()
     dist.init_process_group("nccl" if cuda else "gloo", store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed("nccl" if cuda else "gloo", dist_init_required=False, verbose=False)
-    rows = []
-    for model in options.model if cuda else ["vit_femto"]:
-        for arm in options.arm:
-            rows.append(_measure(model, arm, options, device, _peak(name)))
-            _say(_callback(rows[-1]))
-    found = {"device": name, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    row = _measure(options.only, options, device, _peak(name))
+    _say(json.dumps({"device": name, "torch": torch.__version__, "rows": [asdict(row)]}))
+    dist.destroy_process_group()
+
+
+def _each_in_its_own_process(options: argparse.Namespace) -> None:
+    """DeepSpeed's engines do not let go of their memory."""
+    found: dict[str, Any] = {}
+    for arm in options.arm:
+        command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm, "--only", arm]
+        child = subprocess.run(command, capture_output=True, text=True)
+        lines = child.stdout.splitlines()
+        if child.returncode or not lines:
+            reason = [line for line in child.stderr.splitlines() if "Error" in line][-1:]
+            _say(f"{arm}: {' '.join(reason) or 'no result'}")
+            continue
+        one = json.loads(lines[-1])
+        _say(_line(Row(**one["rows"][0])))
+        one["rows"] = found.get("rows", []) + one["rows"]
+        found = one
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     _say(json.dumps(found))
-    dist.destroy_process_group()
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", default=["vit_b", "vit_l"])
+    parser.add_argument("--file", type=Path, default=_PAPER / "vitl_imagenet.yaml", help="a pipeline file")
+    parser.add_argument("--stage", default="pretrain", help="its stage of kind `pretrain`")
+    parser.add_argument("--model", help="another model than the file's")
     parser.add_argument("--arm", nargs="+", default=list(_ARMS), choices=list(_ARMS))
     parser.add_argument("--batch", type=int, default=64, help="images on the GPU at once")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--zero", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _measure(model: str, arm: str, options: argparse.Namespace, device: str, peak: float | None) -> Row:
+def _measure(arm: str, options: argparse.Namespace, device: str, peak: float | None) -> Row:
     cuda = device != "cpu"
     batch = options.batch if cuda else 4
-    shape = _PAPER if cuda else _TINY
+    stage = yaml.safe_load(options.file.read_text())["stages"][options.stage]
+    model = (options.model or stage["model"]) if cuda else "vit_femto"
     config = Pretrain.model_validate(
-        {"kind": "pretrain", "model": model, "steps": 10**6, "batch_size": batch, "block_size": batch,
-         "optimizer": {"lr": {"peak": 1e-4}}, **shape, **_ARMS[arm]}
-    )  # fmt: skip
-    recipe = ModelRecipe(model=model, drop_path=0.0, heads=config.heads, global_size=config.crops.global_size)
+        {
+            **stage,
+            **({} if cuda else _TINY),
+            "model": model,
+            "batch_size": batch,
+            "block_size": batch,
+            **_ARMS[arm],
+        }
+    )
+    recipe = config.model_recipe()
     torch.manual_seed(0)
     task = SelfSupervisedTask(config, recipe, 0, None)
+    exact = config.elastic is not None and bool(config.elastic.exact)
+    if exact:
+        use_deterministic_kernels()
     modules = task.build(device)
     engine = Engine(
         modules,
@@ -125,6 +159,7 @@ def _measure(model: str, arm: str, options: argparse.Namespace, device: str, pea
         zero_stage=options.zero,
         precision="bf16" if cuda else "fp32",
         num_blocks=1,
+        exact=exact,
     )
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -138,6 +173,7 @@ def _measure(model: str, arm: str, options: argparse.Namespace, device: str, pea
         seconds.append(time.perf_counter() - began)
     speed = batch / statistics.median(seconds[_WARMUP:] or seconds)
     (work,) = workloads(config, model, {})
+    planned = costing(work, _ONE, checkpointing=config.activation_checkpointing, chunk_rows=config.chunk_rows)
     return Row(
         model,
         arm,
@@ -145,6 +181,7 @@ def _measure(model: str, arm: str, options: argparse.Namespace, device: str, pea
         speed,
         None if peak is None else speed * work.flops_per_image / (peak * 1e12),
         torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        sum(planned.memory_gib.values()),
         loss,
     )
 
@@ -195,11 +232,11 @@ def _peak(name: str) -> float | None:
     return next((peak for known, peak in _PEAKS.items() if all(word in name for word in known.split())), None)
 
 
-def _callback(row: Row) -> str:
+def _line(row: Row) -> str:
     mfu = "  –  " if row.mfu is None else f"{row.mfu:5.1%}"
     return (
         f"{row.model:<10} {row.arm:<22} batch {row.batch:<4} {row.images_per_s:8.1f} images/s  MFU {mfu}  "
-        f"peak {row.peak_gib:5.1f} GiB  loss {row.loss:.4f}"
+        f"peak {row.peak_gib:5.1f} GiB, planned {row.planned_gib:5.1f}  loss {row.loss:.4f}"
     )
 
 

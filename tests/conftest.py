@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, settings
 
 # Test processes run side by side and start more of them; threads of torch that wait for each other would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The suite is the same on every machine: it computes on CPUs. `make gpu` shows its tests the GPUs that are there.
+if os.environ.get("TEST_GPUS", "") in ("", "0"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).parent))
 
 import suite

@@ -27,6 +27,7 @@ CLUSTER_FILES = (
     "elastic/test_ray_train.py",
     "elastic/test_worker_slot.py",
     "objectives/test_distributed.py",
+    "gpu/*",
     "pipeline/test_kill.py",
     "stages/test_feature_stage.py",
     "stages/test_kill_matrix.py",
@@ -69,6 +70,7 @@ SERVERS = (
 EXPECTED_SKIPS = {
     r"^python -m orchestrator\.data\.weights ": "published weights that have to be downloaded",
     r"^fetch them with: python -m orchestrator\.data\.samples ": "photographs that have to be downloaded",
+    r"^no GPU that torch can use$": "a device",
     r"^PostgreSQL's server is not installed$": "a program that no Python package brings",
     r"^only root may mount a small file system$": "a right of the user",
     r"needs the right to make a mount namespace$": "a right of the user",

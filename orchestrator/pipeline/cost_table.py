@@ -13,7 +13,8 @@ from orchestrator.pipeline.costing import Costing
 from orchestrator.pipeline.table import stage_table
 
 _MEMORY_PARTS = (
-    "weights", "gradients", "optimiser", "EMA", "frozen weights", "gathered", "activations", "logits",
+    "weights", "gradients", "optimiser", "EMA", "frozen weights", "gathered", "reduce bucket",
+    "activations", "logits",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.stages.base import TrainStage
 from orchestrator.stages.common.workload import Net, Workload
 from orchestrator.stages.compute_cost import workloads
+from orchestrator.training.job import REDUCE_BUCKET
 
 _GIB = 2**30
 # Bytes a parameter, of what ZeRO-3 cuts into shards: bf16 weights, fp32 gradients, master and both moments.
@@ -100,6 +101,8 @@ def costing(
         for part, num_bytes in {"trained": _TRAINED, "ema": _EMA, "frozen": _FROZEN}[net.kept].items():
             add(part, num_bytes * net.params / hardware.devices)
         add("activations", min(work.block_size, per_device) * _activations(net, checkpointing))
+    num_trained = sum(net.params for net in work.nets if net.kept == "trained")
+    add("reduce bucket", 4 * min(REDUCE_BUCKET, num_trained))
     # Two units of bf16 weights, one computed and one on its way, and the gradient of one before it is cut.
     unit = max(net.unit for net in work.nets)
     trains = any(net.kept == "trained" for net in work.nets)

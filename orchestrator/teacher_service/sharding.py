@@ -47,7 +47,9 @@ def sharded(module: nn.Module, precision: str) -> Any:
     import deepspeed
 
     module.requires_grad_(False).eval()
-    config = {name: value for name, value in zero_config(3, precision, 1).items() if name != "data_types"}
+    num_weights = sum(param.numel() for param in module.parameters())
+    config = zero_config(3, precision, 1, num_weights)
+    del config["data_types"]
     engine, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
     engine.eval()
     return engine

@@ -77,6 +77,21 @@ def assert_forkable() -> None:
         )
 
 
+def use_deterministic_kernels() -> None:
+    """Have CUDA compute the same bits each time; to be called before this process computes anything.
+
+    By default some kernels add up in the order in which their threads finish, the backward pass of attention among
+    them. Where an operation has no deterministic kernel, torch warns and uses the other. On CPUs nothing changes.
+    """
+    import torch
+
+    # cuBLAS chooses among its workspaces by timing, unless they are of one size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # A check for bugs, at the price of writing all memory once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def _given_by_ray() -> tuple[str, ...] | None:
     """Ids of the GPUs of the actor or task that this process is; None if it is neither."""
     ray = sys.modules.get("ray")

@@ -62,7 +62,8 @@ class Engine:
         # Any: DeepSpeed hangs its `ds_…` attributes on the parameters.
         self._params: dict[str, Any] = dict(modules.trainable.named_parameters())
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        config = zero_config(zero_stage, precision, -(-num_blocks // world))
+        num_trained = sum(param.numel() for param in self._params.values() if param.requires_grad)
+        config = zero_config(zero_stage, precision, -(-num_blocks // world), num_trained)
         if zero_stage == 3 and modules.zero3_leaf_modules:
             for module in (
                 modules.trainable,
@@ -71,7 +72,7 @@ class Engine:
                 *modules.frozen.values(),
             ):
                 _mark_whole(module, modules.zero3_leaf_modules)
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = _AdamW(
             _param_groups(modules),
             lr=optimizer.lr.peak,
             betas=optimizer.betas,
@@ -322,6 +323,22 @@ class Engine:
             for shard, data in shards
             if shard.name.startswith(prefix)
         }
+
+
+class _AdamW(torch.optim.AdamW):
+    """ZeRO steps one parameter group at a time and empties the others, which this one does not look at.
+
+    With a layer-wise learning rate there are dozens of groups: a step of AdamW for each would look at all of them.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["params"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
 
 
 def _named_parameters(module: nn.Module) -> Iterator[tuple[str, Any]]:

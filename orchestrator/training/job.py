@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("orchestrator")
 
+REDUCE_BUCKET = 500_000_000
+"""Weights whose gradients ZeRO reduces at once, at most. Each worker holds a buffer of so many in fp32."""
+
 
 @dataclass(frozen=True)
 class Job:

@@ -29,7 +29,7 @@ from orchestrator.training.checkpoint.coordinator import CheckpointCoordinator
 from orchestrator.training.checkpoint.format import CheckpointError
 from orchestrator.training.checkpoint.interval import PRIOR_MTBF_S
 from orchestrator.training.collectives import AllWorkers
-from orchestrator.training.device import device
+from orchestrator.training.device import CPU, device, use_deterministic_kernels
 from orchestrator.training.engine import Engine
 from orchestrator.training.export import export_ema
 from orchestrator.training.job import Job
@@ -76,6 +76,8 @@ class _Trainer:
         self.job, self.callback = job, callback
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device()
+        if job.elastic.exact and self.device != CPU:
+            use_deterministic_kernels()
         self.workers = AllWorkers(job.elastic.exact)
         torch.manual_seed(job.seed)
         self.task = job.task()
