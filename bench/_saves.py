@@ -67,10 +67,10 @@ class Windows:
         )
         self.cpu_s = 0.0
         shard_file.write_file = self._counted(shard_file.write_file)
-        self.target = CheckpointStorage(self.folder / "ours")
+        self.storage = CheckpointStorage(self.folder / "ours")
         self.saver = CheckpointWriter(
-            self.target,
-            token=reader.share(self.target.take() if self.rank == 0 else None),
+            self.storage,
+            token=reader.share(self.storage.take() if self.rank == 0 else None),
             keep=1,
             keep_every=None,
             meta={},

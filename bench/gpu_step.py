@@ -113,6 +113,8 @@ def _each_in_its_own_process(options: argparse.Namespace) -> None:
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     _say(json.dumps(found))
+    if not found:
+        sys.exit(1)
 
 
 def _options() -> argparse.Namespace:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from orchestrator.models import Backbone
     from orchestrator.pipeline.load import LoadedPipeline
-    from orchestrator.pipeline.plan import Choice, StagePlan
+    from orchestrator.pipeline.plan import Choice
     from orchestrator.pipeline.workspace import Workspace
     from orchestrator.stages.common.aligned import Aligned
     from orchestrator.storage.artifacts import Artifact
@@ -175,6 +175,7 @@ def plan(
     """
     from orchestrator.pipeline.check import check
     from orchestrator.pipeline.load import joined
+    from orchestrator.pipeline.plan import plan_of
 
     choice = _choice(only, first, last, force)
     loaded = _loaded(file, overrides, needs_data=True)
@@ -184,7 +185,7 @@ def plan(
         raise joined(loaded.missing)
     return {
         item.name: Planned(item.name, item.kind, item.action, item.reasons, item.stage.key)
-        for item in _plans(loaded, found.stages, choice)
+        for item in plan_of(loaded, found.stages, choice)
     }
 
 
@@ -384,20 +385,3 @@ def _names(what: str, given: object) -> tuple[str, ...]:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise UserError(f"`{what}` is no name of a stage: {shortened(repr(given), 100)}")
     return tuple(names)
-
-
-def _plans(loaded: LoadedPipeline, stages: Sequence[Any], choice: Choice) -> list[StagePlan]:
-    from orchestrator.pipeline.plan import plan as make_plan
-    from orchestrator.pipeline.workspace import Workspace
-
-    workspace = Workspace(loaded.spec.store)
-    driver = workspace.driver(loaded.name)
-    return make_plan(
-        list(stages),
-        workspace.state(loaded.name),
-        workspace.find,
-        driven=driver is not None and driver.alive,
-        reached=workspace.reached,
-        begun_from=workspace.begun_from,
-        choice=choice,
-    )

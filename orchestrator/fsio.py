@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import io
 import os
+import shutil
 import stat
 import tempfile
 import threading
@@ -26,6 +29,8 @@ _NO_LINK = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 _Identity = tuple[int, int, int, int]
 # A file system's clock may tick this slowly: a file changed later than that may change again and look the same.
 _TICK_NS = 20_000_000
+# A folder in the making is in use for less than that.
+_LEFT_BEHIND_S = 86_400.0
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
@@ -111,11 +116,35 @@ def link(source: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """An empty folder to make `path` in, which :func:`move` then names. It goes at the end with what is left in it."""
-    with tempfile.TemporaryDirectory(
-        prefix=f".{path.name[:_SHOWN]}.partial-", dir=path.parent, ignore_cleanup_errors=True
-    ) as folder:
-        yield Path(folder)
+    """An empty folder to make `path` in, which :func:`move` then names. It goes at the end with what is left in it.
+
+    Those that killed processes left behind go, too, once they are a day old: a new one may not be locked yet, and some
+    network file systems lock for one machine only, or not at all.
+    """
+    prefix = f".{path.name[:_SHOWN]}.partial-"
+    for other in path.parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - other.stat().st_mtime > _LEFT_BEHIND_S:
+                with _locked(other):
+                    shutil.rmtree(other, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
+        )
+        with contextlib.suppress(OSError):
+            stack.enter_context(_locked(Path(name)))
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Have the lock of a folder, which goes with this process and its forks. Raises OSError if another has it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def make_folder(folder: Path) -> None:

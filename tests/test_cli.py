@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,27 @@ def test_help_imports_no_more_than_typer(folder: Path) -> None:
         text=True,
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_ctrl_c_during_the_import_ends_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text(
+        "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])}
+    command = [sys.executable, "-m", "orchestrator", "--help"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == b""
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT
 
 
 def test_a_pipeline_from_plan_to_logs(folder: Path) -> None:

@@ -13,7 +13,16 @@ import pytest
 from disk_faults import KINDS, Kind, every_fault, goes_through
 
 from orchestrator import fsio
-from orchestrator.fsio import atomic_create, atomic_write, folder_beside, link, move, replacing, sha256_of
+from orchestrator.fsio import (
+    _locked,
+    atomic_create,
+    atomic_write,
+    folder_beside,
+    link,
+    move,
+    replacing,
+    sha256_of,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -215,6 +224,28 @@ def test_a_folder_beside_goes_also_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="half"):
         make()
     assert names(tmp_path) == []
+
+
+def test_a_folder_beside_removes_what_killed_processes_left_and_nothing_else(tmp_path: Path) -> None:
+    left = [
+        ".set.partial-dead",
+        ".set.partial-alive",
+        ".sets.partial-other",
+        ".set.partial-new",
+        ".set.partial-file",
+    ]
+    for name in left[:4]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "some").write_bytes(b"1")
+    (tmp_path / left[4]).write_bytes(b"1")
+    for name in left:
+        if not name.endswith("new"):
+            os.utime(tmp_path / name, (1.0, 1.0))
+    with _locked(tmp_path / left[1]), folder_beside(tmp_path / "set") as beside:
+        assert sorted(names(tmp_path)) == sorted([*left[1:], beside.name])
+        with folder_beside(tmp_path / "set"):  # two at once leave each other alone
+            assert beside.is_dir()
+    assert sorted(names(tmp_path)) == sorted(left[1:])
 
 
 @pytest.mark.parametrize("letter", ["x", "é"])

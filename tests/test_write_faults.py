@@ -132,7 +132,7 @@ def _dead() -> ProcessIdentity:
 
 
 def _leases(store: LocalStore, who: ProcessIdentity) -> LeaseManager:
-    # Nobody beats while the disk is failing: the numbers of writes would be other ones each time.
+    # Nobody sends a heartbeat while the disk is failing: the numbers of writes would be other ones each time.
     return LeaseManager(store, Timing(heartbeat_s=1000.0, timeout_s=3000.0), who)
 
 

@@ -67,8 +67,7 @@ def plan(
 def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
     from orchestrator.pipeline.check import check
     from orchestrator.pipeline.console import print_findings, print_plan, print_stages
-    from orchestrator.pipeline.plan import plan as make_plan
-    from orchestrator.pipeline.workspace import Workspace
+    from orchestrator.pipeline.plan import plan_of
 
     found = check(loaded, runs=False, choice=choice)
     if found.errors:
@@ -79,19 +78,7 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
         print_stages(console(), loaded)
         print_findings(console(), found)
         return
-    workspace = Workspace(loaded.spec.store)
-    driver = workspace.driver(loaded.name)
-    driven = driver is not None and driver.alive
-    plans = make_plan(
-        found.stages,
-        workspace.state(loaded.name),
-        workspace.find,
-        driven=driven,
-        reached=workspace.reached,
-        begun_from=workspace.begun_from,
-        choice=choice,
-    )
-    print_plan(console(), loaded.name, plans)
+    print_plan(console(), loaded.name, plan_of(loaded, found.stages, choice))
     print_findings(console(), found)
 
 

@@ -115,8 +115,8 @@ def last_lines(logs: Path) -> list[str]:
             lines = (logs / name).read_text(errors="replace").splitlines()
         except OSError:
             continue
-        said = [line.strip()[:200] for line in lines if line.strip() and "[state-dump]" not in line]
-        found += [f"{name}: {line}" for line in said[-_LOG_LINES:]]
+        output = [line.strip()[:200] for line in lines if line.strip() and "[state-dump]" not in line]
+        found += [f"{name}: {line}" for line in output[-_LOG_LINES:]]
     return found
 
 
@@ -214,8 +214,8 @@ def _ask(address: str) -> None:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_S)
     except subprocess.TimeoutExpired:
         raise UserError(f"Ray could not be imported within {_IMPORT_S} s; load {load()}") from None
-    said = (asked.stderr + asked.stdout).strip()
-    answer = said.rpartition("\n")[2]
+    output = (asked.stderr + asked.stdout).strip()
+    answer = output.rpartition("\n")[2]
     if answer == "well":
         return
     if answer == "no node here":
@@ -224,7 +224,7 @@ def _ask(address: str) -> None:
             hint=f"run `ray start --address={address}` here first, or hand the pipeline to the cluster with "
             "`ray job submit -- orchestrator run …` (docs/clusters.md)",
         )
-    if re.search(r"Unauthenticated|AuthToken|AuthenticationError", said):
+    if re.search(r"Unauthenticated|AuthToken|AuthenticationError", output):
         raise UserError(
             f"the Ray cluster at {address!r} refuses this driver: {_token_here()}",
             hint="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token or RAY_AUTH_TOKEN_PATH to "

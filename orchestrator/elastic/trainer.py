@@ -79,14 +79,14 @@ def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str],
     """Fit until it is done; a controller that dies is replaced, and its workers go on from their checkpoint."""
     lost, cluster = 0, hosts.cluster
     while True:
-        before = max(job.target.committed(), default=0)
+        before = max(job.checkpoint_storage.committed(), default=0)
         host = hosts.current(cluster)
         try:
             outcome = ElasticTrainer(job, host, tracker, stop, on_line).outcome()
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ControllerStuckError) as error:
             if "creation task" in str(error):
                 raise RuntimeError(f"{job.name}: the controller cannot start: {error}") from error
-            lost = 0 if max(job.target.committed(), default=0) > before else lost + 1
+            lost = 0 if max(job.checkpoint_storage.committed(), default=0) > before else lost + 1
             if lost >= _MAX_LOST_CONTROLLERS:
                 what = f"{job.name} makes no progress: its controller died {lost} times in a row"
                 raise RuntimeError(what) from error

@@ -1,13 +1,13 @@
 """Exclusive holds on names in a store, with any number of machines: leases that a live process keeps renewing.
 
 Who may hold is settled by the queue of :mod:`orchestrator.pipeline.lock_queue`; this module tells the living from the
-dead. A process that holds or wants something rewrites one small object, its beat, every few seconds. No two
-machines' clocks are compared: a contender watches by its own clock whether the beat changes. Once it has not for
-`timeout_s` and one beat more, the holder's place is removed. On one machine the kernel is asked instead: a process
+dead. A process that holds or wants something rewrites one small object, its heartbeat, every few seconds. No two
+machines' clocks are compared: a contender watches by its own clock whether the heartbeat changes. Once it has not for
+`timeout_s` and one interval more, the holder's entry is removed. On one machine the kernel is asked instead: a process
 that is gone is replaced at once, and one that is there never is.
 
-A holder that could not renew for `timeout_s`, or finds its place removed, has lost its hold. What it was about to
-write when it fell silent may still arrive: the ledger orders that out by the hold's `epoch`.
+A holder that could not renew for `timeout_s`, or finds its entry removed, has lost its hold. What it was about to
+write before that may still arrive: the ledger orders that out by the hold's `epoch`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LeaseLostError(Exception):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a name, and whether it gave a sign of life."""
+    """Who holds a name, and whether it lives."""
 
     who: ProcessIdentity
     alive: bool
@@ -53,20 +53,20 @@ class Lease:
     """
 
     def __init__(
-        self, leases: LeaseManager, queue: LockQueue, place: QueueEntry, what: str, notes: list[str]
+        self, leases: LeaseManager, queue: LockQueue, entry: QueueEntry, what: str, notes: list[str]
     ) -> None:
-        assert place.number is not None
-        self.epoch = place.number
+        assert entry.number is not None
+        self.epoch = entry.number
         self.notes = notes
         self.lost: str | None = None
         self.on_lost: Callable[[], None] = lambda: None
         self._leases = leases
         self._queue = queue
-        self._place = place
+        self._entry = entry
         self._what = what
         self._lock = threading.RLock()
         self._ended = False
-        self._confirmed = leases.beaten
+        self._confirmed = leases.last_heartbeat
 
     def check(self) -> None:
         """Renew the hold: from now on nobody takes it for `timeout_s`.
@@ -76,10 +76,10 @@ class Lease:
         """
         with self._lock:
             self.renew()
-            if self._silent() >= self._leases.timing.timeout_s:
+            if self._since_renewal() >= self._leases.timing.timeout_s:
                 # The process slept, or the store took its time, in the middle of that.
                 self.renew()
-            if self.lost is None and self._silent() >= self._leases.timing.timeout_s:
+            if self.lost is None and self._since_renewal() >= self._leases.timing.timeout_s:
                 self._lose("the store is too slow to renew it in time")
             self.raise_if_lost()
 
@@ -89,35 +89,37 @@ class Lease:
             raise LeaseLostError(f"lost the lock on {self._what}: {self.lost}")
 
     def renew(self) -> None:
-        """Beat, and look whether the place in the queue is still there. Errors of the store pass through."""
+        """Send a heartbeat, and see that the entry is still in the queue. Errors of the store pass through."""
         timing = self._leases.timing
         with self._lock:
             if self.lost is not None or self._ended:
                 return
-            silent = self._silent()
+            without_s = self._since_renewal()
             try:
-                began = self._leases.beat()
-                if silent >= timing.timeout_s:
-                    # This process slept. Whoever took it for dead just before this beat is removing its place:
+                began = self._leases.send_heartbeat()
+                if without_s >= timing.timeout_s:
+                    # This process slept. Whoever took it for dead just before this heartbeat is removing its entry:
                     # give that the time it needs to be seen.
                     time.sleep(timing.heartbeat_s)
-                there = self._queue.has(self._place)
+                there = self._queue.has(self._entry)
             except Exception:
-                if self._silent() >= timing.timeout_s:
-                    self._lose(f"the store could not be reached for {self._silent():.0f} s")
+                if self._since_renewal() >= timing.timeout_s:
+                    self._lose(f"the store could not be reached for {self._since_renewal():.0f} s")
                 raise
             if there:
                 self._confirmed = began
             else:
-                slept = f"after {silent:.0f} s without a heartbeat " if silent >= timing.timeout_s else ""
+                slept = (
+                    f"after {without_s:.0f} s without a heartbeat " if without_s >= timing.timeout_s else ""
+                )
                 self._lose(f"{slept}its entry in the store was removed, and another process may hold it now")
 
     def end(self) -> None:
-        """It is about to be given up: the beat that is under way must not take that for a loss."""
+        """It is about to be released: the heartbeat that is under way must not take that for a loss."""
         with self._lock:
             self._ended = True
 
-    def _silent(self) -> float:
+    def _since_renewal(self) -> float:
         return clock() - self._confirmed
 
     def _lose(self, why: str) -> None:
@@ -137,13 +139,13 @@ class LeaseManager:
 
     def __init__(self, store: Store, timing: Timing | None = None, me: ProcessIdentity | None = None) -> None:
         self.timing = timing or Timing()
-        self.beaten = 0.0
+        self.last_heartbeat = 0.0
         self._store = store
         self._me = me or this_process()
         self._watch = HeartbeatMonitor(store, self.timing)
         self._leases: list[Lease] = []
-        # Queues with places that were given up and are still there.
-        self._not_given_up: list[LockQueue] = []
+        # Queues with entries that were released and are still there.
+        self._unreleased: list[LockQueue] = []
         self._count = 0
         self._lock = threading.Lock()
         self._users = 0
@@ -156,7 +158,7 @@ class LeaseManager:
         what: str,
         *,
         above: int | None = None,
-        say: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
     ) -> Iterator[Lease]:
         """Hold `name` for this process alone.
 
@@ -164,44 +166,44 @@ class LeaseManager:
             name: letters, digits, dots and dashes.
             what: what is being held, for messages.
             above: number the holders, from above this: the lease's `epoch` tells a later one from an earlier one.
-            say: tells the user why it takes long, and of a dead holder that was replaced.
+            notify: tells the user why it takes long, and of a dead holder that was replaced.
 
         Raises:
             UserError: a living process holds it; the message names it and says since when.
         """
         queue = LockQueue(self._store, f"holds/{name}", fenced=above is not None)
-        with self._beating():
-            self._leave_again()
-            newcomer = Contender(self._watch, self.timing, what, say or _log.warning)
+        with self._heartbeats():
+            self._retry_releases()
+            newcomer = Contender(self._watch, self.timing, what, notify or _log.warning)
             try:
-                place = queue.enter(self._me, newcomer, above=above or 0)
+                entry = queue.acquire(self._me, newcomer, above=above or 0)
             except LockTakenError as error:
                 raise _taken(error.who, what, queue.name) from None
             except OSError as error:
                 raise _unwritable(error, self._store.root) from None
             finally:
-                self._note_not_given_up(queue)
+                self._note_unreleased(queue)
             with contextlib.suppress(OSError):  # at the latest the next one does it
                 self._watch.remove_stale()
-            lease = Lease(self, queue, place, what, newcomer.notes)
+            lease = Lease(self, queue, entry, what, newcomer.notes)
             self._leases.append(lease)
             try:
                 yield lease
             finally:
                 lease.end()
                 self._leases.remove(lease)
-                self._leave(queue, place)
+                self._release(queue, entry)
 
     def holder(self, name: str) -> Holder | None:
         """Who holds `name`. Takes a few seconds if it is on another machine; writes nothing."""
         queue = LockQueue(self._store, f"holds/{name}")
-        found = [who for place in queue.read().waiting() if (who := queue.who(place)) is not None]
+        found = [who for entry in queue.read().waiting() if (who := queue.who(entry)) is not None]
         deadline = clock() + 2 * self.timing.heartbeat_s
-        signs = {who.process: self._watch.alive(who) for who in found}
-        while None in signs.values() and True not in signs.values() and clock() < deadline:
+        found_alive = {who.process: self._watch.alive(who) for who in found}
+        while None in found_alive.values() and True not in found_alive.values() and clock() < deadline:
             time.sleep(min(0.5, self.timing.heartbeat_s / 4))
-            signs = {who.process: self._watch.alive(who) for who in found}
-        alive = next((who for who in found if signs[who.process]), None)
+            found_alive = {who.process: self._watch.alive(who) for who in found}
+        alive = next((who for who in found if found_alive[who.process]), None)
         if alive is not None:
             return Holder(alive, alive=True)
         return Holder(found[0], alive=False) if found else None
@@ -212,46 +214,48 @@ class LeaseManager:
         if holder is not None and holder.alive:
             raise _taken(holder.who, what, f"holds/{name}")
 
-    def beat(self) -> float:
-        """Give a sign of life; returns the time just before it, by this module's clock."""
+    def send_heartbeat(self) -> float:
+        """Returns the time just before it, by this module's clock."""
         with self._lock:
             began = clock()
             self._count += 1
             self._store.put_bytes(heartbeat_name(self._me), b"%d" % self._count)
-            self.beaten = began
+            self.last_heartbeat = began
             return began
 
-    def _leave(self, queue: LockQueue, place: QueueEntry) -> None:
+    def _release(self, queue: LockQueue, entry: QueueEntry) -> None:
         try:
-            queue.leave(place)
+            queue.release(entry)
         except Exception as error:
-            # It is given up all the same: with the next beat, or when this process ends.
+            # It is released all the same: with the next heartbeat, or when this process ends.
             _log.warning("could not release %s yet: %s", queue.name, error)
         finally:
-            self._note_not_given_up(queue)
+            self._note_unreleased(queue)
 
-    def _note_not_given_up(self, queue: LockQueue) -> None:
-        if queue.not_given_up and queue not in self._not_given_up:
-            self._not_given_up.append(queue)
+    def _note_unreleased(self, queue: LockQueue) -> None:
+        if queue.unreleased and queue not in self._unreleased:
+            self._unreleased.append(queue)
 
-    def _leave_again(self) -> None:
-        """Give up what the store did not let go of before; what it still does not is left for the next time."""
-        for queue in list(self._not_given_up):
+    def _retry_releases(self) -> None:
+        """Release what could not be released before; what still cannot be is left for the next time."""
+        for queue in list(self._unreleased):
             with contextlib.suppress(Exception):
-                for place in list(queue.not_given_up):
-                    queue.leave(place)
-                self._not_given_up.remove(queue)
+                for entry in list(queue.unreleased):
+                    queue.release(entry)
+                self._unreleased.remove(queue)
 
     @contextlib.contextmanager
-    def _beating(self) -> Iterator[None]:
-        """While at least one hold is held or wanted, beat."""
+    def _heartbeats(self) -> Iterator[None]:
+        """Send heartbeats while at least one hold is held or wanted."""
         if self._users == 0:
             try:
-                self.beat()
+                self.send_heartbeat()
             except OSError as error:
                 raise _unwritable(error, self._store.root) from None
             self._stop = threading.Event()
-            threading.Thread(target=self._keep_beating, args=(self._stop,), name="holds", daemon=True).start()
+            threading.Thread(
+                target=self._send_heartbeats, args=(self._stop,), name="holds", daemon=True
+            ).start()
         self._users += 1
         try:
             yield
@@ -259,20 +263,22 @@ class LeaseManager:
             self._users -= 1
             if self._users == 0:
                 self._stop.set()
-                self._leave_again()
+                self._retry_releases()
                 with contextlib.suppress(Exception):
                     self._watch.remove_stale()
-                    self._silence()
+                    self._remove_heartbeat()
 
-    def _silence(self) -> None:
-        """Remove the own beat; under the lock, so that none under way comes after it."""
+    def _remove_heartbeat(self) -> None:
+        """Remove the own heartbeat; under the lock, so that none under way comes after it."""
         with self._lock:
             self._store.delete(heartbeat_name(self._me))
 
-    def _keep_beating(self, stop: threading.Event) -> None:
+    def _send_heartbeats(self, stop: threading.Event) -> None:
         failing = False
         while not stop.wait(self.timing.heartbeat_s):
-            renewals: list[Callable[[], object]] = [lease.renew for lease in self._leases] or [self.beat]
+            renewals: list[Callable[[], object]] = [lease.renew for lease in self._leases] or [
+                self.send_heartbeat
+            ]
             failed = False
             for renew in renewals:
                 if stop.is_set():
@@ -283,9 +289,9 @@ class LeaseManager:
                     if not (failing or failed):
                         self._complain(error)
                     failed = True
-            # Of several leases one may fail with every beat, and the others not.
+            # Of several leases one may fail with every heartbeat, and the others not.
             failing = failed
-            self._leave_again()
+            self._retry_releases()
 
     def _complain(self, error: Exception) -> None:
         root = self._store.root

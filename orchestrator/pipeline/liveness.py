@@ -1,4 +1,4 @@
-"""Signs of life: what a process leaves in the store while it lives, and what others make of it."""
+"""Heartbeats: what a process writes to the store while it lives, and what others conclude from it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from orchestrator.storage.local import Store
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds between beats, and without one until a hold is lost."""
+    """Seconds between heartbeats, and without one until a hold is lost."""
 
     heartbeat_s: float = 3.0
     timeout_s: float = 60.0
 
     @property
     def poll_s(self) -> float:
-        """Between looks while waiting for a sign of life."""
+        """Seconds between looks while waiting for a heartbeat."""
         return min(0.5, self.heartbeat_s / 4)
 
 
@@ -41,13 +41,13 @@ def _heartbeat_of(process: str) -> str:
 
 @dataclass
 class _Seen:
-    beat: bytes | None
+    heartbeat: bytes | None
     since: float
-    looked: float
+    last_look: float
 
 
 class HeartbeatMonitor:
-    """What this process saw of others' beats."""
+    """What this process saw of others' heartbeats."""
 
     def __init__(self, store: Store, timing: Timing) -> None:
         self._store = store
@@ -63,18 +63,18 @@ class HeartbeatMonitor:
                 self._dead[who.process] = "which is gone"
             return by_kernel
         # Two clock readings: this process may sleep between one of them and the look.
-        before, beat, after = clock(), self._read(who), clock()
-        seen = self._seen.setdefault(who.process, _Seen(beat, after, before))
-        # After a long time without a look a changed beat only says that it lived at some time in between.
-        fresh = after - seen.looked < self._timing.timeout_s
-        seen.looked = before
-        if beat != seen.beat:
-            seen.beat, seen.since = beat, after
+        before, heartbeat, after = clock(), self._read(who), clock()
+        seen = self._seen.setdefault(who.process, _Seen(heartbeat, after, before))
+        # After a long time without a look a changed heartbeat only says that it lived at some time in between.
+        fresh = after - seen.last_look < self._timing.timeout_s
+        seen.last_look = before
+        if heartbeat != seen.heartbeat:
+            seen.heartbeat, seen.since = heartbeat, after
             return True if fresh else None
-        silent = before - seen.since
-        if silent < self._timing.timeout_s + self._timing.heartbeat_s:
+        without_s = before - seen.since
+        if without_s < self._timing.timeout_s + self._timing.heartbeat_s:
             return None
-        self._dead[who.process] = f"silent for {silent:.0f} s"
+        self._dead[who.process] = f"without a heartbeat for {without_s:.0f} s"
         return False
 
     def why(self, who: ProcessIdentity) -> str:
@@ -101,20 +101,20 @@ class Contender:
         watch: tells the living from the dead.
         timing: the store's.
         what: is wanted, for messages.
-        say: tells the user.
+        notify: tells the user.
 
     Attributes:
         notes: of the dead holders that were replaced.
     """
 
     def __init__(
-        self, watch: HeartbeatMonitor, timing: Timing, what: str, say: Callable[[str], None]
+        self, watch: HeartbeatMonitor, timing: Timing, what: str, notify: Callable[[str], None]
     ) -> None:
         self.notes: list[str] = []
         self._watch = watch
         self._timing = timing
         self._what = what
-        self._say = say
+        self._notify = notify
         self._met: dict[str, float] = {}
         self._mentioned: set[str] = set()
         self._pauses = 0
@@ -133,17 +133,17 @@ class Contender:
             and who.process not in self._mentioned
         ):
             self._mentioned.add(who.process)
-            lapse = f"{self._timing.timeout_s:.0f} s"
-            self._say(f"{who} sends no heartbeat; {self._what} is taken over after {lapse} without one")
+            timeout = f"{self._timing.timeout_s:.0f} s"
+            self._notify(f"{who} sends no heartbeat; {self._what} is taken over after {timeout} without one")
         return alive
 
-    def removed(self, who: ProcessIdentity, place: QueueEntry) -> None:
+    def removed(self, who: ProcessIdentity, entry: QueueEntry) -> None:
         """Note that a dead holder was replaced."""
         note = f"taken over from {who}, {self._watch.why(who)}"
-        # It may have left more than one place.
-        if place.number is not None and note not in self.notes:
+        # It may have left more than one entry.
+        if entry.number is not None and note not in self.notes:
             self.notes.append(note)
-            self._say(note)
+            self._notify(note)
 
     def pause(self) -> None:
         """Wait, a little longer every time."""

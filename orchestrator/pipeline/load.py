@@ -382,14 +382,15 @@ def _check_store(loaded: LoadedPipeline) -> list[UserError]:
 
 
 def _odd_folders(store: Path, pipeline: str, where: str) -> list[UserError]:
-    """What is in a store, but no folder, and has the name of a folder that a run writes to."""
+    """What is in a store where a run writes, and is no folder, or one that cannot be written."""
     names = [*_STORE_FOLDERS, *(f"{name}/{pipeline}" for name in ("ledger", "logs", "pipelines", "spool"))]
-    return [
-        UserError(
-            f"{store / name} is not a folder, so the store cannot be used",
-            where=where,
-            hint="move away what is there",
-        )
-        for name in names
-        if os.path.lexists(store / name) and not (store / name).is_dir()
-    ]
+    found = []
+    for name in names:
+        folder = store / name
+        if os.path.lexists(folder) and not folder.is_dir():
+            what, hint = f"{folder} is not a folder, so the store cannot be used", "move away what is there"
+            found.append(UserError(what, where=where, hint=hint))
+        elif os.path.lexists(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            what, hint = f"{folder} cannot be written, so the store cannot be used", "change its permissions"
+            found.append(UserError(what, where=where, hint=hint))
+    return found

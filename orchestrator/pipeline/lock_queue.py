@@ -4,13 +4,13 @@ From L. Lamport, "A New Solution of Dijkstra's Concurrent Programming Problem", 
 whole-object put, get, delete and a list that shows what was put before it began: no rename, no conditional put,
 no file locks, so any store will do. Who queues has up to two objects under the queue's name:
 
-    <id>.door              put first, removed last but one: its owner is here, and chooses until it has a ticket
+    <id>.door              put first, removed last but one: who the owner is. It chooses a number until it has a ticket
     <number>-<id>.ticket   put once the number is chosen, one above all that were seen
-    <number>.epoch         left by whoever entered with that number, so that numbers never come again
+    <number>.epoch         left by the one that got the lock with that number, so that numbers never come again
 
 The one with the lowest (number, id) is served. Listed objects are never rewritten: while an object is replaced,
-some file systems' listings skip it. A ticket without a door counts for nothing: its owner is leaving, or was
-taken for dead and had its place removed, which it notices before it enters.
+some file systems' listings skip it. A ticket without a `.door` counts for nothing: its owner is releasing it, or was
+taken for dead and had its entry removed, which it notices before it has the lock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from orchestrator.pipeline.process_identity import ProcessIdentity
 from orchestrator.storage.local import Store
 
 _NAME = re.compile(
-    r"(?P<door>[0-9a-f]{32})\.door|(?P<number>[0-9]{1,15})-(?P<id>[0-9a-f]{32})\.ticket|(?P<epoch>[0-9]{1,15})\.epoch"
+    r"(?P<owner>[0-9a-f]{32})\.door|(?P<number>[0-9]{1,15})-(?P<id>[0-9a-f]{32})\.ticket|(?P<epoch>[0-9]{1,15})\.epoch"
 )
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class LockTakenError(Exception):
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """A place in the queue; `number` is None while its owner is choosing one."""
+    """An entry in the queue; `number` is None while its owner is choosing one."""
 
     id: str
     number: int | None = None
@@ -56,8 +56,8 @@ class LivenessCheck(Protocol):
     def judge(self, who: ProcessIdentity) -> bool | None:
         """Whether it lives; None if that is open, then it is asked again."""
 
-    def removed(self, who: ProcessIdentity, place: QueueEntry) -> None:
-        """A dead one's place was removed."""
+    def removed(self, who: ProcessIdentity, entry: QueueEntry) -> None:
+        """A dead process's entry was removed."""
 
     def pause(self) -> None:
         """Wait a little."""
@@ -67,13 +67,13 @@ class LivenessCheck(Protocol):
 class QueueState:
     """What one listing of the queue shows."""
 
-    entered: set[str] = field(default_factory=set)
+    present: set[str] = field(default_factory=set)
     tickets: dict[str, int] = field(default_factory=dict)
     epochs: set[int] = field(default_factory=set)
 
-    def has(self, place: QueueEntry) -> bool:
-        """Whether nobody removed the place."""
-        return place.id in self.entered and place.id in self.tickets
+    def has(self, entry: QueueEntry) -> bool:
+        """Whether nobody removed the entry."""
+        return entry.id in self.present and entry.id in self.tickets
 
     def highest(self) -> int:
         """The highest number ever seen."""
@@ -81,12 +81,12 @@ class QueueState:
 
     def waiting(self) -> list[QueueEntry]:
         """Who has a ticket, first come first."""
-        places = [QueueEntry(id, number) for id, number in self.tickets.items() if id in self.entered]
-        return sorted(places, key=_order)
+        entries = [QueueEntry(id, number) for id, number in self.tickets.items() if id in self.present]
+        return sorted(entries, key=_order)
 
     def choosing(self) -> list[QueueEntry]:
         """Who is here without a ticket: it may turn out to be ahead of anybody."""
-        return [QueueEntry(id) for id in sorted(self.entered - self.tickets.keys())]
+        return [QueueEntry(id) for id in sorted(self.present - self.tickets.keys())]
 
 
 class LockQueue:
@@ -95,37 +95,37 @@ class LockQueue:
     Args:
         store: holds it.
         name: the start of its objects' names; no other thing's is the same.
-        fenced: keep epochs: numbers of those who entered rise for ever.
+        fenced: keep epochs: the numbers of those who had the lock only rise.
 
     Attributes:
-        not_given_up: places that were given up, while the store did not take that: they are still in the way.
+        unreleased: entries that were released while the store did not answer: they still block others.
     """
 
     def __init__(self, store: Store, name: str, *, fenced: bool = True) -> None:
         self._store = store
         self.name = name
         self._fenced = fenced
-        self.not_given_up: list[QueueEntry] = []
+        self.unreleased: list[QueueEntry] = []
 
     def read(self) -> QueueState:
         """The queue now."""
-        view = QueueState()
+        state = QueueState()
         start = f"{self.name}."
         for name in self._store.list(start):
             found = _NAME.fullmatch(name.removeprefix(start))
             if found is None:
                 continue
-            if found["door"]:
-                view.entered.add(found["door"])
+            if found["owner"]:
+                state.present.add(found["owner"])
             elif found["id"]:
-                view.tickets[found["id"]] = int(found["number"])
+                state.tickets[found["id"]] = int(found["number"])
             else:
-                view.epochs.add(int(found["epoch"]))
-        return view
+                state.epochs.add(int(found["epoch"]))
+        return state
 
-    def who(self, place: QueueEntry) -> ProcessIdentity | None:
-        """Whose place it is; None once it has gone, or if nobody can tell: then it counts as a dead one's."""
-        name = self.door(place)
+    def who(self, entry: QueueEntry) -> ProcessIdentity | None:
+        """Whose entry it is; None once it has gone, or if it cannot be read: then it counts as a dead process's."""
+        name = self.owner_name(entry)
         try:
             return ProcessIdentity.model_validate_json(self._store.get_bytes(name))
         except FileNotFoundError:
@@ -134,14 +134,14 @@ class LockQueue:
             _log.warning("%s has no valid owner and is treated as left behind by a dead process", name)
             return None
 
-    def enter(
+    def acquire(
         self,
         who: ProcessIdentity,
         liveness: LivenessCheck,
         *,
         above: int = 0,
     ) -> QueueEntry:
-        """Queue up and come back with the place that is served, or not at all.
+        """Wait for the lock; returns the entry that has it.
 
         Args:
             who: goes into the queue.
@@ -152,71 +152,73 @@ class LockQueue:
             LockTakenError: somebody who lives is ahead.
         """
         while True:
-            place = QueueEntry(uuid.uuid4().hex)
+            entry = QueueEntry(uuid.uuid4().hex)
             try:
-                place = self._take_ticket(place, who, above)
-                if self._is_served(place, liveness):
-                    return place
+                entry = self._take_ticket(entry, who, above)
+                if self._is_served(entry, liveness):
+                    return entry
             except BaseException:
-                # The first error is the one to tell; a place that stays behind is in `not_given_up`.
+                # The first error is the one to tell; an entry that stays behind is in `unreleased`.
                 with contextlib.suppress(Exception):
-                    self.leave(place)
+                    self.release(entry)
                 raise
-            self.leave(place)
+            self.release(entry)
 
-    def leave(self, place: QueueEntry) -> None:
-        """Give the place up, or remove a dead one's. The door first: from then on the ticket is void."""
-        if place not in self.not_given_up:
-            self.not_given_up.append(place)
-        self._store.delete(self.door(place))
-        if place.number is not None:
-            self._store.delete(self._ticket(place))
-        self.not_given_up.remove(place)
+    def release(self, entry: QueueEntry) -> None:
+        """Remove an entry, one's own or a dead process's. The owner's file first: from then on the ticket is void."""
+        if entry not in self.unreleased:
+            self.unreleased.append(entry)
+        self._store.delete(self.owner_name(entry))
+        if entry.number is not None:
+            self._store.delete(self._ticket(entry))
+        self.unreleased.remove(entry)
 
-    def has(self, place: QueueEntry) -> bool:
-        """Whether nobody removed the place; two look-ups."""
-        return all(self._store.stat(name) is not None for name in (self.door(place), self._ticket(place)))
+    def has(self, entry: QueueEntry) -> bool:
+        """Whether nobody removed the entry; two look-ups."""
+        return all(
+            self._store.stat(name) is not None for name in (self.owner_name(entry), self._ticket(entry))
+        )
 
-    def door(self, place: QueueEntry) -> str:
-        """The object that says who has the place."""
-        return f"{self.name}.{place.id}.door"
+    def owner_name(self, entry: QueueEntry) -> str:
+        """The object that names the owner of an entry."""
+        return f"{self.name}.{entry.id}.door"
 
-    def _take_ticket(self, place: QueueEntry, who: ProcessIdentity, above: int) -> QueueEntry:
-        said = who.model_dump_json().encode()
-        self._store.put_bytes(self.door(place), said)
-        numbered = QueueEntry(place.id, 1 + max(above, self.read().highest()))
-        self._store.put_bytes(self._ticket(numbered), said)
+    def _take_ticket(self, entry: QueueEntry, who: ProcessIdentity, above: int) -> QueueEntry:
+        data = who.model_dump_json().encode()
+        self._store.put_bytes(self.owner_name(entry), data)
+        numbered = QueueEntry(entry.id, 1 + max(above, self.read().highest()))
+        self._store.put_bytes(self._ticket(numbered), data)
         return numbered
 
     def _is_served(
         self,
-        place: QueueEntry,
+        entry: QueueEntry,
         liveness: LivenessCheck,
     ) -> bool:
-        """Wait until nobody is ahead. False: start again, with another place."""
+        """Wait until nobody is ahead. False: start again, with another entry."""
         while True:
-            view = self.read()
-            if not view.has(place):
+            state = self.read()
+            if not state.has(entry):
                 return False
-            ahead = [other for other in view.waiting() if _order(other) < _order(place)]
-            waiting = [*ahead, *(other for other in view.choosing() if other.id != place.id)]
+            ahead = [other for other in state.waiting() if _order(other) < _order(entry)]
+            waiting = [*ahead, *(other for other in state.choosing() if other.id != entry.id)]
             if waiting:
                 if not self._remove_dead(waiting, liveness):
                     liveness.pause()
                 continue
-            if self._fenced and not self._claim(view, place):
+            if self._fenced and not self._claim(state, entry):
                 return False
-            self._tidy(view, place)
+            self._tidy(state, entry)
             return True
 
-    def _claim(self, view: QueueState, place: QueueEntry) -> bool:
+    def _claim(self, state: QueueState, entry: QueueEntry) -> bool:
         """Put on record that the number was used."""
-        if view.epochs and max(view.epochs) >= _number(place):
+        if state.epochs and max(state.epochs) >= _number(entry):
             return False
-        self._store.put_bytes(self._epoch(_number(place)), b"")
-        # Whoever was taken for dead meanwhile finds its place removed now. And who removed it looked for epochs
-        # later than that: either it saw this one and took a higher number, or this look comes too late to enter.
-        return self.has(place)
+        self._store.put_bytes(self._epoch(_number(entry)), b"")
+        # Whoever was taken for dead meanwhile finds its entry removed now. And who removed it looked for epochs
+        # later than that: either it saw this one and took a higher number, or this look comes too late to win.
+        return self.has(entry)
 
     def _remove_dead(
         self,
@@ -229,7 +231,7 @@ class LockQueue:
             who = self.who(other)
             verdict = liveness.judge(who) if who is not None else False
             if verdict is False:
-                self.leave(other)
+                self.release(other)
                 changed = True
                 if who is not None:
                     liveness.removed(who, other)
@@ -237,26 +239,26 @@ class LockQueue:
                 raise LockTakenError(who)
         return changed
 
-    def _tidy(self, view: QueueState, place: QueueEntry) -> None:
+    def _tidy(self, state: QueueState, entry: QueueEntry) -> None:
         """Remove void tickets and epochs below the served one's."""
-        for id, number in view.tickets.items():
-            if id not in view.entered and number < _number(place):
+        for id, number in state.tickets.items():
+            if id not in state.present and number < _number(entry):
                 self._store.delete(self._ticket(QueueEntry(id, number)))
-        for number in view.epochs:
-            if number < _number(place):
+        for number in state.epochs:
+            if number < _number(entry):
                 self._store.delete(self._epoch(number))
 
-    def _ticket(self, place: QueueEntry) -> str:
-        return f"{self.name}.{_number(place):08d}-{place.id}.ticket"
+    def _ticket(self, entry: QueueEntry) -> str:
+        return f"{self.name}.{_number(entry):08d}-{entry.id}.ticket"
 
     def _epoch(self, number: int) -> str:
         return f"{self.name}.{number:08d}.epoch"
 
 
-def _number(place: QueueEntry) -> int:
-    assert place.number is not None
-    return place.number
+def _number(entry: QueueEntry) -> int:
+    assert entry.number is not None
+    return entry.number
 
 
-def _order(place: QueueEntry) -> tuple[int, str]:
-    return _number(place), place.id
+def _order(entry: QueueEntry) -> tuple[int, str]:
+    return _number(entry), entry.id

@@ -16,6 +16,7 @@ from orchestrator.pipeline import code_digest, crop_checks, dag
 from orchestrator.pipeline.cache_key import KeyParts, diff, key_parts, short
 from orchestrator.pipeline.ledger import PipelineState, StageState
 from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Stage
 from orchestrator.storage.artifacts import Artifact
 
@@ -163,6 +164,23 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
             found = found | code_digest.code_of(type(extension).__module__)
         resolved.append(ResolvedStage(name, parts, parts.key, roles[name], stage.needs, found, stage.effects))
     return resolved
+
+
+def plan_of(
+    loaded: LoadedPipeline, stages: list[ResolvedStage], choice: Choice = EVERYTHING
+) -> list[StagePlan]:
+    """:func:`plan` for what is in the pipeline's store now."""
+    workspace = Workspace(loaded.spec.store)
+    driver = workspace.driver(loaded.name)
+    return plan(
+        stages,
+        workspace.state(loaded.name),
+        workspace.find,
+        driven=driver is not None and driver.alive,
+        reached=workspace.reached,
+        begun_from=workspace.begun_from,
+        choice=choice,
+    )
 
 
 def plan(

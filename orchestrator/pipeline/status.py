@@ -16,6 +16,7 @@ from orchestrator.pipeline.console import duration, figures, mark
 from orchestrator.pipeline.gc import orphans, summary
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.process_identity import is_suspended
 from orchestrator.pipeline.table import Rows
 from orchestrator.pipeline.tracking_run import waiting
 from orchestrator.pipeline.workspace import Workspace
@@ -72,6 +73,9 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
     if driver is not None:
         what = "It is being run by" if driven else "It was interrupted: there is no heartbeat from"
         console.print(Text(f"{what} {driver.who}."), soft_wrap=True)
+        if driven and is_suspended(driver.who):
+            text = f"! That process is suspended: `kill -CONT {driver.who.pid}` resumes it."
+            console.print(Text(text, style="yellow"), soft_wrap=True)
 
 
 def _print_orphans(console: Console, loaded: LoadedPipeline, workspace: Workspace) -> None:

@@ -100,7 +100,7 @@ def examine(store: Store) -> Iterator[Finding]:
             yield Finding(name, tuple(_event(store, name)))
     for name in store.list("holds/"):
         if name.endswith(".door"):
-            yield Finding(name, tuple(_door(store, name)))
+            yield Finding(name, tuple(_lock_owner(store, name)))
 
 
 def _uri(target: str) -> str:
@@ -166,7 +166,7 @@ def _event(store: Store, name: str) -> Iterator[str]:
         yield f"{name}: {error}"
 
 
-def _door(store: Store, name: str) -> Iterator[str]:
+def _lock_owner(store: Store, name: str) -> Iterator[str]:
     try:
         ProcessIdentity.model_validate_json(store.get_bytes(name))
     except FileNotFoundError:

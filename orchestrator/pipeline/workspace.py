@@ -158,7 +158,7 @@ class Workspace:
     def _held(self, pipeline: str, say: Callable[[str], None] | None = None) -> Iterator[Lease]:
         highest = Ledger(self.store(), pipeline).epoch
         name = pipeline_hold(pipeline)
-        with self.leases.hold(name, f"pipeline {pipeline!r}", above=highest, say=say) as lease:
+        with self.leases.hold(name, f"pipeline {pipeline!r}", above=highest, notify=say) as lease:
             yield lease
 
     def driver(self, pipeline: str) -> Holder | None:

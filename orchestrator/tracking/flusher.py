@@ -218,15 +218,17 @@ class Flusher:
         try:
             if first["op"] == "open":
                 parent = first.get("parent")
-                if parent is not None and not is_run_id(parent):
-                    raise RejectedError(f"not a run id: {parent!r:.80}")
+                if not is_run_id(parent):  # none, or a damaged one, which costs the nesting only
+                    parent = None
                 parent_id = progress(self._spool, parent).mlflow_run_id if parent else None
                 if parent and parent_id is None and self._spool.size(parent):
                     return False
                 state.mlflow_run_id = self._sink.open(run_id, first, state.mlflow_run_id, parent_id)
-            elif state.mlflow_run_id is None:
-                raise RejectedError("the run was never opened")
-            elif first["op"] == "metrics":
+                return True
+            if state.mlflow_run_id is None:
+                state.mlflow_run_id = self._reopened(run_id, first)
+                self._note(run_id, state)
+            if first["op"] == "metrics":
                 self._sink.metrics(state.mlflow_run_id, batch)
             else:
                 self._sink.apply(state.mlflow_run_id, first, self._spool.files(run_id))
@@ -239,6 +241,16 @@ class Flusher:
                 self._refused.add((run_id, first["op"]))
                 _log.warning("MLflow refuses a %s record of run %s: %s", first["op"], run_id, error)
         return True
+
+    def _reopened(self, run_id: str, first: Record) -> str:
+        """The MLflow id of a run whose own record is missing or refused: name, tags and parent are lost, no more."""
+        found = self._sink.open(run_id, {"name": run_id, "time_ms": first["time_ms"]}, None, None)
+        _log.warning(
+            "run %s is logged to MLflow without its name, tags and parent: the record that has them is damaged or was "
+            "refused",
+            run_id,
+        )
+        return found
 
     def _begin(self, record: Record, run_id: str) -> None:
         """A request is about to be sent."""

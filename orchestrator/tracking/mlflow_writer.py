@@ -151,7 +151,7 @@ class MlflowSink:
                 case "model":
                     self._model(client, mlflow_id, record)
                 case op:
-                    raise RejectedError(f"unknown kind of record: {op}")
+                    raise RejectedError(f"this version does not know records of kind {op!r:.40}")
 
     def _params(self, client: MlflowClient, mlflow_id: str, params: dict[str, str]) -> None:
         """Params never change in MLflow: those that are new are logged, the changed ones become tags."""

@@ -86,7 +86,7 @@ def trouble(uri: str, error: BaseException, spool: Path | None = None) -> Troubl
 def _of_a_file(uri: str, error: BaseException) -> Trouble:
     path = database_path(uri)
     assert path is not None
-    said = " ".join(str(one) for one in causes(error))
+    messages = " ".join(str(one) for one in causes(error))
     if disk.is_full_at(error, path.parent):
         why = disk.described(error, [path.parent])
         return Trouble(
@@ -100,25 +100,25 @@ def _of_a_file(uri: str, error: BaseException) -> Trouble:
             "it is a file",
             "name a file in it, such as mlflow.db",
         )
-    if "file is not a database" in said:
+    if "file is not a database" in messages:
         return Trouble(
             f"the tracking database {path} is not an SQLite database",
             "it is one",
             "restore a copy of the database, or name another file",
         )
-    if "is locked" in said:
+    if "is locked" in messages:
         return Trouble(
             f"the tracking database {path} is locked by another program",
             "it is free",
             f"stop the program that locks it: `fuser {path}` shows which one",
         )
-    if "readonly" in said or "read-only" in said or isinstance(error, PermissionError):
+    if "readonly" in messages or "read-only" in messages or isinstance(error, PermissionError):
         return Trouble(
             f"the tracking database {path} cannot be written",
             "it can be written",
             f"make it and its folder {path.parent} writable for you",
         )
-    if isinstance(error, OSError) or "unable to open" in said:
+    if isinstance(error, OSError) or "unable to open" in messages:
         why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         return Trouble(
             f"the tracking database {path} cannot be opened{why}",
@@ -156,15 +156,20 @@ def _of_a_server(uri: str, error: BaseException) -> Trouble:
 
 def _why_silent(error: BaseException) -> str | None:
     """Why nothing came back; None if something did."""
-    said = [f"{type(one).__name__} {one}" for one in causes(error)]
-    if any(isinstance(one, ConnectionRefusedError) for one in causes(error)) or _has(said, "refused"):
+    messages = [f"{type(one).__name__} {one}" for one in causes(error)]
+    if any(isinstance(one, ConnectionRefusedError) for one in causes(error)) or _has(messages, "refused"):
         return "connection refused"
-    if any(isinstance(one, socket.gaierror) for one in causes(error)) or _has(said, "NameResolution"):
+    if any(isinstance(one, socket.gaierror) for one in causes(error)) or _has(messages, "NameResolution"):
         return "its name is not known"
-    if any(isinstance(one, TimeoutError) for one in causes(error)) or _has(said, "timed out", "Timeout"):
+    if any(isinstance(one, TimeoutError) for one in causes(error)) or _has(messages, "timed out", "Timeout"):
         return "no answer in time"
     if any(isinstance(one, ConnectionError) or _is_unreachable(one) for one in causes(error)) or _has(
-        said, "ConnectionError", "Connection aborted", "RemoteDisconnected", "too many 50", "error code 50"
+        messages,
+        "ConnectionError",
+        "Connection aborted",
+        "RemoteDisconnected",
+        "too many 50",
+        "error code 50",
     ):
         return _reason(_causes_last(error))
     return None
@@ -174,8 +179,8 @@ def _is_unreachable(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _UNREACHABLE
 
 
-def _has(said: list[str], *texts: str) -> bool:
-    return any(text in one for one in said for text in texts)
+def _has(messages: list[str], *texts: str) -> bool:
+    return any(text in one for one in messages for text in texts)
 
 
 def _causes_last(error: BaseException) -> BaseException:

@@ -113,7 +113,7 @@ class Job:
         return self.work / "checkpoints"
 
     @property
-    def target(self) -> CheckpointStorage:
+    def checkpoint_storage(self) -> CheckpointStorage:
         """Where this job's elastic checkpoints go."""
         if self.remote is None:
             return CheckpointStorage(self.checkpoints)
@@ -152,7 +152,7 @@ class Job:
         """
         if self.remote is None:
             return
-        self.target.whole(self.num_steps)
+        self.checkpoint_storage.whole(self.num_steps)
         store, prefix = self.remote
         for name in store.list(f"{prefix}exports/"):
             path = inside(self.work / "exports", name.removeprefix(f"{prefix}exports/"))

@@ -98,7 +98,9 @@ class _Trainer:
         callback.phase("built")
         self.start = self._restore()
         callback.phase("restored")
-        self.saving = CheckpointCoordinator(job, self.engine, callback, mtbf_s, self.device, self.start)
+        self.checkpointing = CheckpointCoordinator(
+            job, self.engine, callback, mtbf_s, self.device, self.start
+        )
 
     def run(self) -> bool:
         for step, blocks in self._feed():
@@ -113,23 +115,23 @@ class _Trainer:
             if self._is_looked_at(done):
                 with out_of_memory_explained(self.job, f"with held-out photos after step {done}"):
                     held_out = self._validated()
-            stalled = self.saving.stall_s
-            agreed = self.saving.agree()
+            stalled = self.checkpointing.stall_s
+            agreed = self.checkpointing.agree()
             last = done == self.job.num_steps
             if agreed.written or agreed.failed:
-                self.saving.conclude(agreed)
+                self.checkpointing.conclude(agreed)
             if agreed.save and not (agreed.stop or last):
-                self.saving.begin(done)
+                self.checkpointing.begin(done)
             if self.rank == 0:
-                self.callback.report(done, figures, self.saving.stall_s - stalled, held_out)
-                self.saving.tell()
+                self.callback.report(done, figures, self.checkpointing.stall_s - stalled, held_out)
+                self.checkpointing.tell()
             if done in self.job.export_steps:
                 self._export(done)
             if agreed.stop and not last:
-                self.saving.now(done)
+                self.checkpointing.now(done)
                 return False
         if self.start < self.job.num_steps:
-            self.saving.now(self.job.num_steps)
+            self.checkpointing.now(self.job.num_steps)
         self._export(self.job.num_steps)
         return True
 
@@ -338,13 +340,13 @@ class _Trainer:
             store.put_file(f"{prefix}exports/{self.job.export(done).name}", self.job.export(done))
 
     def _restore(self) -> int:
-        saved = reader.newest(self.job.target, self.rank, self.world, self._all, self.device)
-        if saved is not None:
+        manifest = reader.newest(self.job.checkpoint_storage, self.rank, self.world, self._all, self.device)
+        if manifest is not None:
             self.engine.modules.state.clear()
-            self.engine.modules.state.update(saved.state)
-            self.engine.skips = saved.skips
-            self.engine.unreadable = saved.unreadable
-            return reader.restore(saved, self.engine)
+            self.engine.modules.state.update(manifest.state)
+            self.engine.skips = manifest.skips
+            self.engine.unreadable = manifest.unreadable
+            return reader.restore(manifest, self.engine)
         if self.job.start_from is not None:
             # An earlier stage's weights and moments; the count of this stage's steps starts anew.
             try:

@@ -47,8 +47,8 @@ def out_of_memory_explained(job: Job, doing: str, blocks: Sequence[BlockTensors]
         if not is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [""])[0][:_LONGEST_REASON]
-        said = f"{job.name}: out of memory {doing}{_sizes(job, blocks)}"
-        raise UserError(f"{said}: {reason}" if reason else said, where=job.where, hint=_HINT) from error
+        text = f"{job.name}: out of memory {doing}{_sizes(job, blocks)}"
+        raise UserError(f"{text}: {reason}" if reason else text, where=job.where, hint=_HINT) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

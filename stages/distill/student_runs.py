@@ -33,7 +33,7 @@ class StudentRun:
     @property
     def next_step(self) -> int:
         """The teachers' step that it needs next."""
-        return self.offset + max(self.job.target.committed(), default=0)
+        return self.offset + max(self.job.checkpoint_storage.committed(), default=0)
 
 
 def student_runs_of(
@@ -153,7 +153,7 @@ def _on_gpus(job: Job, share: float) -> Job:
 
 def _front(config: Distill, jobs: Mapping[str, Job], parts: Mapping[str, Part]) -> int:
     """Where the others are: the slowest that still trains, or else the end of the last one."""
-    at = {name: max(job.target.committed(), default=0) for name, job in jobs.items()}
+    at = {name: max(job.checkpoint_storage.committed(), default=0) for name, job in jobs.items()}
     under_way = [step for name, step in at.items() if config.students[name].joins == "start"]
     done = [
         config.steps_of(config.students[name]) for name, part in parts.items() if part.artifact is not None

@@ -190,7 +190,7 @@ def test_killed_and_stopped_on_the_gpu_the_same_model_comes_out(
 
 
 def test_device_cpu_leaves_the_gpu_alone(photos: Path, tmp_path: Path) -> None:
-    """No process of a run with `device: cpu` opens the GPU, though each could see it."""
+    """No process below the driver of a run with `device: cpu` opens the GPU, though each could see it."""
     driver = Driver(tmp_path / "cpu", photos, "elastic.device=cpu", "--until", "pretrain")
     opened: set[str] = set()
     while driver.process.poll() is None:

@@ -171,6 +171,8 @@ def test_killed_inside_a_stage_it_goes_on_in_the_same_folder(
     driver = start("run", "toy.yaml", SLOW)
     wait_until(lambda: ticks() > 5)
     assert f"It is being run by process {driver.pid} on " in start("status", "toy.yaml").communicate()[0]
+    driver.send_signal(signal.SIGSTOP)
+    assert f"suspended: `kill -CONT {driver.pid}` resumes it" in start("status", "toy.yaml").communicate()[0]
     driver.kill()
     driver.communicate()
     reached = ticks()
@@ -206,7 +208,7 @@ def test_a_suspended_driver_that_was_replaced_ends_and_writes_nothing(
     workspace = Workspace("runs/")
     workspace.leases = LeaseManager(workspace.store(), Timing(heartbeat_s=0.2, timeout_s=1.5))
     with workspace.drive("toy") as lease:
-        assert "silent for " in lease.notes[0]
+        assert "without a heartbeat for " in lease.notes[0]
         ledger = workspace.ledger("toy", lease)
         ledger.append("opened", run_id="ours")
         before = ledger_texts()

@@ -144,7 +144,7 @@ def test_on_one_machine_a_killed_holder_is_replaced_at_once(
     assert seen is not None
     assert not seen.alive
     said: list[str] = []
-    with leases(tmp_path, NEVER).hold("it", "thing it", above=0, say=said.append) as lease:
+    with leases(tmp_path, NEVER).hold("it", "thing it", above=0, notify=said.append) as lease:
         assert lease.epoch == 2
         assert said == lease.notes
         assert f"taken over from process {holder.pid} on " in said[0]
@@ -163,10 +163,10 @@ def test_a_silent_holder_elsewhere_is_replaced_after_the_lapse(
     assert seen is not None
     assert not seen.alive
     began = time.monotonic()
-    with leases(tmp_path, QUICK).hold("it", "thing it", above=0, say=said.append):
+    with leases(tmp_path, QUICK).hold("it", "thing it", above=0, notify=said.append):
         assert time.monotonic() - began >= QUICK.timeout_s
     assert "sends no heartbeat" in said[0]
-    assert "silent for " in said[1]
+    assert "without a heartbeat for " in said[1]
     # The other thing it held needs no second wait by one who saw it silent for so long.
     waited = leases(tmp_path, QUICK)
     with waited.hold("it", "thing it"), pytest.MonkeyPatch.context() as patch:
@@ -179,8 +179,8 @@ def test_a_silent_holder_elsewhere_is_replaced_after_the_lapse(
 
 
 def holder_of(root: Path, name: str) -> ProcessIdentity:
-    door = next((root / "holds").glob(f"{name}.*.door"))
-    return ProcessIdentity.model_validate_json(door.read_bytes())
+    owner_name = next((root / "holds").glob(f"{name}.*.door"))
+    return ProcessIdentity.model_validate_json(owner_name.read_bytes())
 
 
 def test_a_suspended_holder_that_was_replaced_learns_it(tmp_path: Path, child: Callable[..., Child]) -> None:
@@ -315,8 +315,8 @@ def test_only_silence_that_was_watched_counts(monkeypatch: pytest.MonkeyPatch) -
     who = this_process().model_copy(update={"machine": None})
     watch = HeartbeatMonitor(MemoryStore(objects), Timing(3.0, 20.0))
 
-    def read(at: float, beat: bytes) -> bool | None:
-        clock.now, objects[liveness.heartbeat_name(who)] = at, beat
+    def read(at: float, heartbeat: bytes) -> bool | None:
+        clock.now, objects[liveness.heartbeat_name(who)] = at, heartbeat
         return watch.alive(who)
 
     assert read(0.0, b"1") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -279,6 +280,18 @@ def test_an_address_that_is_no_store_is_an_error_with_its_line(pipeline: Path, s
     assert f"{pipeline}:2" in str(caught.value)
     with pytest.raises(UserError):
         open_store(store)
+
+
+@pytest.mark.parametrize("name", ["artifacts", "work", "spool/toy"])
+def test_a_folder_of_the_store_that_cannot_be_written_is_an_error_before_the_first_step(
+    pipeline: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("runs", name).mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(name) and access(path, mode))
+    with pytest.raises(UserError, match=f"{name} cannot be written, so the store cannot be used") as caught:
+        load(pipeline, stage_type=toys.ToyStage)
+    assert f"{pipeline}:2" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ledger", "ledger/toy", "artifacts", "work", "holds", "spool/toy"])

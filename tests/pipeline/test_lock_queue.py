@@ -55,7 +55,7 @@ class World:
         self.actors = {name: Actor(name, self.objects) for name in "abc"[:contenders]}
         self.slept: set[str] = set()
         self.inside: dict[str, QueueEntry] = {}
-        self.entered: list[tuple[str, int]] = []
+        self.acquired: list[tuple[str, int]] = []
         self.refused = 0
         for name, actor in self.actors.items():
             actor.begin(lambda name=name: self._contend(name, tries))  # type: ignore[misc]
@@ -65,26 +65,26 @@ class World:
         queue = LockQueue(actor.store, NAME, fenced=self.fenced)
         for _ in range(tries):
             try:
-                place = queue.enter(who(name), _Liveness(self, actor))
+                entry = queue.acquire(who(name), _Liveness(self, actor))
             except LockTakenError:
                 self.refused += 1
                 continue
-            self.inside[name] = place
-            assert place.number is not None
-            self.entered.append((name, place.number))
+            self.inside[name] = entry
+            assert entry.number is not None
+            self.acquired.append((name, entry.number))
             for _ in range(6):
                 actor.turn()
             if self.fenced:
-                ledger = Ledger(actor.store, "toy", Fence(place.number))
+                ledger = Ledger(actor.store, "toy", Fence(entry.number))
                 for _ in range(2):
-                    ledger.append("opened", run_id=f"{name}{place.number}")
+                    ledger.append("opened", run_id=f"{name}{entry.number}")
             del self.inside[name]
-            queue.leave(place)
+            queue.release(entry)
 
     def holders(self) -> list[str]:
         """Who is inside and was not taken for dead."""
-        view = LockQueue(MemoryStore(self.objects), NAME).read()
-        return [name for name, place in self.inside.items() if view.has(place)]
+        state = LockQueue(MemoryStore(self.objects), NAME).read()
+        return [name for name, entry in self.inside.items() if state.has(entry)]
 
     def run(self, schedule: Sequence[int], crashes: dict[int, int] | None = None) -> None:
         """Follow the schedule, then give everybody its turn until all are through."""
@@ -117,7 +117,7 @@ class _Liveness:
             return False
         return other.process not in self._world.slept
 
-    def removed(self, other: ProcessIdentity, place: QueueEntry) -> None:
+    def removed(self, other: ProcessIdentity, entry: QueueEntry) -> None:
         pass
 
     def pause(self) -> None:
@@ -137,9 +137,9 @@ def test_one_of_those_that_race_gets_in(
 ) -> None:
     world = World(contenders, tries, fenced=fenced)
     world.run(schedule)
-    assert world.entered
-    assert len(world.entered) + world.refused == contenders * tries
-    numbers = [number for _, number in world.entered]
+    assert world.acquired
+    assert len(world.acquired) + world.refused == contenders * tries
+    numbers = [number for _, number in world.acquired]
     left = [name for name in world.objects if name.startswith("holds/")]
     if fenced:
         assert numbers == sorted(set(numbers)), "numbers rise"
@@ -159,13 +159,13 @@ def test_whoever_dies_wherever_it_stands_is_replaced(
 ) -> None:
     world = World(3, fenced=fenced)
     world.run(schedule, crashes)
-    numbers = [number for _, number in world.entered]
+    numbers = [number for _, number in world.acquired]
     assert not fenced or numbers == sorted(set(numbers))
     last = Actor("d", world.objects)
     world.actors = {**world.actors, "d": last}
     last.begin(lambda: world._contend("d", 1))
     world.run([])
-    assert world.entered[-1][0] == "d", "a crash leaves nothing that keeps others out"
+    assert world.acquired[-1][0] == "d", "a crash leaves nothing that keeps others out"
 
 
 @settings(max_examples=250, deadline=None)
@@ -193,7 +193,7 @@ def test_a_sleeper_that_was_taken_for_dead_does_no_harm(
         pytest.fail("it never ended")
     for actor in world.actors.values():
         assert actor.error is None, actor.error
-    numbers = [number for _, number in world.entered]
+    numbers = [number for _, number in world.acquired]
     assert len(set(numbers)) == len(numbers), "no two holders have one number"
     _assert_ledger_has_no_stale_events(world)
 

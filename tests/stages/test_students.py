@@ -36,7 +36,7 @@ def part(folder: Path, *, done: bool = False, remote: tuple[LocalStore, str] | N
 def job(step: int) -> Any:
     """A student's job whose newest checkpoint is after `step` updates."""
     committed = [step] if step else []
-    return SimpleNamespace(target=SimpleNamespace(committed=lambda: committed))
+    return SimpleNamespace(checkpoint_storage=SimpleNamespace(committed=lambda: committed))
 
 
 @pytest.mark.parametrize(

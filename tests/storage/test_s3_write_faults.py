@@ -108,7 +108,7 @@ def test_an_event_is_on_record_or_not_and_never_overwritten(s3_uri: str, kind: K
 def test_a_hold_that_fails_halfway_is_nobodys(s3_uri: str, kind: Kind) -> None:
     for server in every_fault(kind, at_least=6):
         store = place(s3_uri, server.fail_at)
-        # Nobody beats while the server is failing: the numbers of requests would be other ones each time.
+        # Nobody sends a heartbeat while the server is failing: the numbers of requests would be other ones each time.
         leases = LeaseManager(store, Timing(heartbeat_s=1000.0, timeout_s=3000.0), this_process())
         epochs = [0]
 

@@ -79,10 +79,15 @@ def test_a_folder_in_mlflow_is_below_the_runs(tmp_path: Path) -> None:
         _copy_of({"copy": "a", "name": "b", "folder": "../../other-run"}, tmp_path)
 
 
-def test_a_parent_that_is_no_run_is_refused(spool: Spool) -> None:
+def test_without_a_usable_first_record_the_rest_is_sent(
+    spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
     spool.post("run", "open", name="run", parent="../../x")
     spool.append("run", 1, {"loss": 1.0})
-    assert send(spool) == []
+    spool.append("other", 2, {"loss": 1.0})
+    assert sorted(send(spool)) == [1, 2]
+    assert caplog.text.count("run other is logged to MLflow without its name, tags and parent") == 1
+    assert "run run is" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -51,14 +51,14 @@ class CheckpointCoordinator:
         self._job, self._engine, self._device = job, engine, device
         self._callback, self._mtbf_s = callback, mtbf_s
         self._rank = dist.get_rank()
-        self._saver = CheckpointWriter(
-            job.target,
+        self._writer = CheckpointWriter(
+            job.checkpoint_storage,
             token=reader.share(_take_over(job) if self._rank == 0 else None, device),
             keep=job.elastic.keep_checkpoints,
             keep_every=job.elastic.keep_every,
             meta={"job": job.name, "num_steps": job.num_steps, "seed": job.seed},
         )
-        self._saver.prepare(engine)
+        self._writer.prepare(engine)
         self._began_at = time.monotonic()
         self._told = step
         self._failures = 0
@@ -66,15 +66,15 @@ class CheckpointCoordinator:
     @property
     def stall_s(self) -> float:
         """Seconds that saving has held this worker up, all in all."""
-        return self._saver.stall_s
+        return self._writer.stall_s
 
     def agree(self) -> Agreement:
         """What to do now, in one small collective: worker 0 says when to save and to stop, each whether it wrote."""
         due = stop = recorded = True
         if self._rank == 0:
-            due = time.monotonic() - self._began_at >= self._interval_s() and self._saver.pending is None
+            due = time.monotonic() - self._began_at >= self._interval_s() and self._writer.pending is None
             stop = self._callback.stop_requested()
-            recorded = self._saver.pending is None or self._callback.recorded(self._saver.pending)
+            recorded = self._writer.pending is None or self._callback.recorded(self._writer.pending)
         own = [float(due), float(stop), float(recorded), self._progress()]
         flags = torch.tensor(own, device=self._device)
         dist.all_reduce(flags, dist.ReduceOp.MIN)
@@ -86,17 +86,17 @@ class CheckpointCoordinator:
 
     def _progress(self) -> float:
         """How far this worker is with writing its part of the pending checkpoint."""
-        if self._saver.pending is None:
+        if self._writer.pending is None:
             return _IDLE
         try:
-            return _WRITTEN if self._saver.written() else _WRITING
+            return _WRITTEN if self._writer.written() else _WRITING
         except CheckpointError as error:
             self._callback.trouble(str(error))
             return _FAILED
 
     def begin(self, done: int) -> None:
         """Copy the state after `done` updates, and write it behind the next steps' back."""
-        self._saver.begin(self._engine, done)
+        self._writer.begin(self._engine, done)
         self._began_at = time.monotonic()
 
     def conclude(self, agreed: Agreement) -> None:
@@ -107,36 +107,36 @@ class CheckpointCoordinator:
         """
         if agreed.written:
             self._failures = 0
-            self._saver.commit()
+            self._writer.commit()
             return
         self._failures += 1
-        step = self._saver.pending
+        step = self._writer.pending
         if self._failures >= _MAX_FAILED_SAVES:
-            self._saver.wait()  # raises what this worker met
+            self._writer.wait()  # raises what this worker met
             raise CheckpointError(f"checkpoint {step}: another worker could not write its part")
-        self._saver.drop()
+        self._writer.drop()
 
     def now(self, done: int) -> None:
         """Write the checkpoint after `done` updates and wait until it is committed."""
         # What is on its way is worth finishing: a machine that goes during this must not lose more than it had to.
-        if self._saver.pending is not None:
+        if self._writer.pending is not None:
             self._finish_pending()
-        self._saver.begin(self._engine, done)
-        self._saver.wait()
+        self._writer.begin(self._engine, done)
+        self._writer.wait()
         while self._rank == 0 and not self._callback.recorded(done):
             time.sleep(_LOOK_S)
         dist.barrier()
-        self._saver.commit()
-        self._saver.finish()
+        self._writer.commit()
+        self._writer.finish()
         if self._rank == 0:
             self.tell()
         dist.barrier()
 
     def _finish_pending(self) -> None:
-        step, written = self._saver.pending, True
+        step, written = self._writer.pending, True
         assert step is not None
         try:
-            self._saver.wait()
+            self._writer.wait()
         except CheckpointError as error:
             self._callback.trouble(str(error))
             written = False
@@ -145,30 +145,30 @@ class CheckpointCoordinator:
         flag = torch.tensor([float(written)], device=self._device)
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         if flag.item():
-            self._saver.commit()
+            self._writer.commit()
         else:
-            self._saver.drop()
+            self._writer.drop()
 
     def tell(self) -> None:
         """Tell the controller of a checkpoint that was committed since (worker 0)."""
-        step = self._saver.committed
+        step = self._writer.committed
         if step is not None and step > self._told:
             self._told = step
             figures = {
-                "stall_seconds": self._saver.last_stall_s,
-                "write_seconds": self._saver.last_write_s,
-                "bytes": float(self._saver.last_bytes),
+                "stall_seconds": self._writer.last_stall_s,
+                "write_seconds": self._writer.last_write_s,
+                "bytes": float(self._writer.last_bytes),
                 "interval_seconds": self._interval_s(),
             }
             self._callback.saved(step, figures)
 
     def _interval_s(self) -> float:
         wanted = self._job.elastic.checkpoint_every_s
-        return wanted or checkpoint_interval(max(self._saver.last_stall_s, _LEAST_COST_S), self._mtbf_s)
+        return wanted or checkpoint_interval(max(self._writer.last_stall_s, _LEAST_COST_S), self._mtbf_s)
 
 
 def _take_over(job: Job) -> str:
     try:
-        return job.target.take()
+        return job.checkpoint_storage.take()
     except OSError as error:
         raise CheckpointError(f"{job.checkpoints} cannot be written: {error.strerror or error}") from error

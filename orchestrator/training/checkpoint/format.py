@@ -138,24 +138,24 @@ def parse(text: str | bytes, path: Path) -> CheckpointManifest:
     wrong = [name for name, least in counts.items() if not least <= meta[name] <= _MOST or meta[name] is True]
     if wrong:
         raise CheckpointError(f"{COMMIT} has no valid {', '.join(wrong)}")
-    saved = CheckpointManifest(path, meta)
+    manifest = CheckpointManifest(path, meta)
     # Names are made, not taken from the file: one that leads elsewhere must never be opened or fetched.
     if (
-        not TOKEN.fullmatch(saved.token)
-        or len(saved.files) != saved.world
-        or set(saved.files) != set(map(saved.shard, range(saved.world)))
+        not TOKEN.fullmatch(manifest.token)
+        or len(manifest.files) != manifest.world
+        or set(manifest.files) != set(map(manifest.shard, range(manifest.world)))
     ):
-        raise CheckpointError(f"{COMMIT} lists other files than {saved.world} workers write")
+        raise CheckpointError(f"{COMMIT} lists other files than {manifest.world} workers write")
     state = meta.get("state", {})
     if not isinstance(state, dict) or not all(isinstance(value, int | float) for value in state.values()):
         raise CheckpointError(f"{COMMIT} has no valid state")
-    entries = saved.files.items()
+    entries = manifest.files.items()
     unusable = sorted(name for name, entry in entries if not _is_entry(entry)) + sorted(
-        key for key, numel in saved.keys.items() if not isinstance(numel, int) or numel < 0
+        key for key, numel in manifest.keys.items() if not isinstance(numel, int) or numel < 0
     )
     if unusable:
         raise CheckpointError(f"{COMMIT} has no valid entry for {unusable[0]}")
-    return saved
+    return manifest
 
 
 def _is_entry(entry: object) -> bool:
@@ -202,12 +202,12 @@ def verified(path: Path) -> CheckpointManifest:
     Raises:
         CheckpointError: it is not committed, or a file's size or sha256 differs; says which.
     """
-    saved = read(path)
-    for name, entry in saved.files.items():
+    manifest = read(path)
+    for name, entry in manifest.files.items():
         wrong = problem(path / name, entry)
         if wrong:
             raise CheckpointError(f"{name} {wrong}")
-    return saved
+    return manifest
 
 
 def latest(folder: Path) -> CheckpointManifest | None:

@@ -69,32 +69,32 @@ class Description:
 def describe(path: Path) -> Description:
     """The checkpoint in folder `path`; reads and hashes every file of it."""
     try:
-        saved = form.read(path)
+        manifest = form.read(path)
     except CheckpointError as error:
         return Description(path, str(error), step_of(path.name))
     files = tuple(
         FileState(name, entry["size"], form.problem(path / name, entry))
-        for name, entry in sorted(saved.files.items())
+        for name, entry in sorted(manifest.files.items())
     )
     bad = [file for file in files if file.problem]
     tensors, elements = Counter[str](), Counter[str]()
-    for key, numel in saved.keys.items():
+    for key, numel in manifest.keys.items():
         kind = key.split("/", 1)[0]
         tensors[kind] += 1
         elements[kind] += numel
     return Description(
         path,
         f"{bad[0].name} {bad[0].problem}" if bad else None,
-        saved.step,
-        updates=int(saved.meta["updates"]),
-        skips=saved.skips,
-        workers=saved.world,
-        token=saved.token,
-        created=str(saved.meta.get("created", "")),
+        manifest.step,
+        updates=int(manifest.meta["updates"]),
+        skips=manifest.skips,
+        workers=manifest.world,
+        token=manifest.token,
+        created=str(manifest.meta.get("created", "")),
         kinds=tuple(Kind(name, count, elements[name]) for name, count in tensors.items()),
         files=files,
-        meta=saved.meta.get("meta", {}),
-        versions=saved.meta.get("versions", {}),
+        meta=manifest.meta.get("meta", {}),
+        versions=manifest.meta.get("versions", {}),
     )
 
 

@@ -109,7 +109,7 @@ def share(value: Any, device: str = "cpu") -> Any:
 
 
 def newest(
-    target: CheckpointStorage, rank: int, world: int, agree: Callable[[bool], bool], device: str = "cpu"
+    storage: CheckpointStorage, rank: int, world: int, agree: Callable[[bool], bool], device: str = "cpu"
 ) -> CheckpointManifest | None:
     """The newest good checkpoint, the same for all workers, its files at hand for this one's :func:`restore`.
 
@@ -127,35 +127,35 @@ def newest(
     trouble = None
     if rank == 0:
         try:
-            steps = target.committed()
+            steps = storage.committed()
         except Exception as error:
             trouble = f"{type(error).__name__}: {error}"
     steps, trouble = share([steps, trouble], device)
     if trouble is not None:
-        raise CheckpointError(f"the checkpoints in {target.folder} cannot be listed: {trouble}")
+        raise CheckpointError(f"the checkpoints in {storage.folder} cannot be listed: {trouble}")
     for step in steps:
-        found, wrong, trouble = _manifest(target, step) if rank == 0 else (None, None, None)
+        found, wrong, trouble = _manifest(storage, step) if rank == 0 else (None, None, None)
         found, wrong, trouble = share([found, wrong, trouble], device)
-        saved = CheckpointManifest(target.folder / step_name(step), found) if found is not None else None
-        if saved is not None:
-            wrong, trouble = _examine(target, saved, rank, world)
+        manifest = CheckpointManifest(storage.folder / step_name(step), found) if found is not None else None
+        if manifest is not None:
+            wrong, trouble = _examine(storage, manifest, rank, world)
         if not agree(trouble is None):
             raise CheckpointError(
                 f"checkpoint {step} cannot be read: {trouble or 'see the message of another worker'}"
             )
         if agree(wrong is None):
-            return saved
-        if wrong is not None and (rank == 0 or saved is not None):
-            logger.warning("checkpoint %s is skipped: %s", target.folder / step_name(step), wrong)
+            return manifest
+        if wrong is not None and (rank == 0 or manifest is not None):
+            logger.warning("checkpoint %s is skipped: %s", storage.folder / step_name(step), wrong)
     return None
 
 
 _Findings = tuple[str | None, str | None]
 
 
-def _manifest(target: CheckpointStorage, step: int) -> tuple[dict[str, Any] | None, str | None, str | None]:
+def _manifest(storage: CheckpointStorage, step: int) -> tuple[dict[str, Any] | None, str | None, str | None]:
     try:
-        return target.find(step).meta, None, None
+        return storage.find(step).meta, None, None
     except LaterFormatError as error:
         return None, None, f"{error}; go on with the version of orchestrator that wrote it, or a later one"
     except CheckpointError as error:
@@ -164,19 +164,21 @@ def _manifest(target: CheckpointStorage, step: int) -> tuple[dict[str, Any] | No
         return None, None, f"{type(error).__name__}: {error}"
 
 
-def _examine(target: CheckpointStorage, saved: CheckpointManifest, rank: int, world: int) -> _Findings:
-    """What is wrong with this worker's files of `saved`, and why it cannot tell; None and None if all is well."""
-    if target.store is not None:
+def _examine(storage: CheckpointStorage, manifest: CheckpointManifest, rank: int, world: int) -> _Findings:
+    """What is wrong with this worker's files of `manifest`, and why it cannot tell; None and None if all is well."""
+    if storage.store is not None:
         # Each worker may be on a machine of its own: it fetches what it will read, and that is what it checks.
         writers = {
-            part.rank for numel in saved.keys.values() for part in overlaps(numel, saved.world, rank, world)
+            part.rank
+            for numel in manifest.keys.values()
+            for part in overlaps(numel, manifest.world, rank, world)
         }
-        names = [saved.shard(writer) for writer in sorted(writers)]
+        names = [manifest.shard(writer) for writer in sorted(writers)]
     else:
-        names = sorted(saved.files)[rank::world]
+        names = sorted(manifest.files)[rank::world]
     try:
         for name in names:
-            target.fetch(saved, name)
+            storage.fetch(manifest, name)
     except CheckpointError as error:
         return str(error), None
     except Exception as error:
@@ -184,13 +186,13 @@ def _examine(target: CheckpointStorage, saved: CheckpointManifest, rank: int, wo
     return None, None
 
 
-def restore(saved: CheckpointManifest, engine: Engine) -> int:
-    """Load `saved` into `engine` at whatever worker count runs now; returns the steps done. Collective.
+def restore(manifest: CheckpointManifest, engine: Engine) -> int:
+    """Load `manifest` into `engine` at whatever worker count runs now; returns the steps done. Collective.
 
     Raises:
         CheckpointError: it holds other tensors than the engine's.
     """
-    known = saved.keys
+    known = manifest.keys
     local: dict[str, Tensor] = {}
     wanted: dict[int, list[tuple[str, Slice]]] = {}
     for key, shard in shards(engine, fresh=True):
@@ -201,20 +203,20 @@ def restore(saved: CheckpointManifest, engine: Engine) -> int:
             held = f"has {known[key]} elements of" if key in known else "lacks"
             raise CheckpointError(f"it {held} {key}, where the model has {shard.numel} elements")
         local[key] = torch.empty_like(shard.data)
-        for part in overlaps(shard.numel, saved.world, dist.get_rank(), dist.get_world_size()):
+        for part in overlaps(shard.numel, manifest.world, dist.get_rank(), dist.get_world_size()):
             wanted.setdefault(part.rank, []).append((key, part))
     for writer, parts in wanted.items():
-        _read(saved, writer, parts, local)
-    _put(engine, local, int(saved.meta["updates"]))
-    return saved.step
+        _read(manifest, writer, parts, local)
+    _put(engine, local, int(manifest.meta["updates"]))
+    return manifest.step
 
 
 def _read(
-    saved: CheckpointManifest, writer: int, parts: list[tuple[str, Slice]], local: dict[str, Tensor]
+    manifest: CheckpointManifest, writer: int, parts: list[tuple[str, Slice]], local: dict[str, Tensor]
 ) -> None:
     from safetensors import safe_open
 
-    with safe_open(saved.path / saved.shard(writer), framework="pt") as file:
+    with safe_open(manifest.path / manifest.shard(writer), framework="pt") as file:
         for key, part in parts:
             into = local[key][part.into : part.into + part.stop - part.start]
             into.copy_(file.get_slice(key)[part.start : part.stop])

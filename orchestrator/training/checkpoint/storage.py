@@ -46,12 +46,12 @@ class CheckpointStorage:
         Where the record of it is damaged, that of the newest group that wrote anything.
         """
         try:
-            said = json.loads(self.read(_OWNER))
+            record = json.loads(self.read(_OWNER))
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError):
-            said = None
-        token = said.get("token") if isinstance(said, dict) else None
+            record = None
+        token = record.get("token") if isinstance(record, dict) else None
         if isinstance(token, str) and form.TOKEN.fullmatch(token):
             return token
         logger.warning(
@@ -136,26 +136,26 @@ class CheckpointStorage:
         return sorted({step for step in steps if step is not None}, reverse=True)
 
     def find(self, step: int) -> CheckpointManifest:
-        """The checkpoint of `step`, by its manifest alone. Raises CheckpointError as :func:`saved.parse` does."""
+        """The checkpoint of `step`, by its manifest alone. Raises CheckpointError as :func:`format.parse` does."""
         path = self.folder / step_name(step)
         try:
             return form.parse(self.read(f"{step_name(step)}/{COMMIT}"), path)
         except FileNotFoundError:
             raise CheckpointError("it was never committed") from None
 
-    def fetch(self, saved: CheckpointManifest, name: str) -> None:
-        """See that file `name` of `saved` is whole and in the local folder.
+    def fetch(self, manifest: CheckpointManifest, name: str) -> None:
+        """See that file `name` of `manifest` is whole and in the local folder.
 
         Raises:
             CheckpointError: it is damaged or gone.
             OSError: the store cannot be reached, or the local disk cannot take it.
         """
-        file, entry = saved.path / name, saved.files[name]
+        file, entry = manifest.path / name, manifest.files[name]
         wrong = form.problem(file, entry)
         if wrong and self.store is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.store.get_file(self._stored(f"{step_name(saved.step)}/{name}"), file)
+                self.store.get_file(self._stored(f"{step_name(manifest.step)}/{name}"), file)
             except FileNotFoundError:
                 raise CheckpointError(f"{name} is missing") from None
             wrong = form.problem(file, entry)
@@ -169,14 +169,14 @@ class CheckpointStorage:
             CheckpointError: it is not committed, or damaged.
             OSError: the store cannot be reached, or the local disk cannot take it.
         """
-        saved = self.find(step)
-        for name in saved.files:
-            self.fetch(saved, name)
+        manifest = self.find(step)
+        for name in manifest.files:
+            self.fetch(manifest, name)
         if self.store is not None:
             CheckpointStorage(self.folder).put(
-                f"{step_name(step)}/{COMMIT}", json.dumps(saved.meta, indent=1).encode()
+                f"{step_name(step)}/{COMMIT}", json.dumps(manifest.meta, indent=1).encode()
             )
-        return saved
+        return manifest
 
     # --- pruning ----------------------------------------------------------------------------------------------
 

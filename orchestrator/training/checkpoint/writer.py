@@ -45,7 +45,7 @@ class CheckpointWriter:
     """Writes one worker's part of each checkpoint behind training's back.
 
     Args:
-        target: where checkpoints go.
+        storage: where checkpoints go.
         token: of this group of workers, from `CheckpointStorage.take`.
         keep: newest committed checkpoints that stay.
         keep_every: those of steps that are multiples of it stay too; None for none.
@@ -62,14 +62,14 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        target: CheckpointStorage,
+        storage: CheckpointStorage,
         *,
         token: str,
         keep: int,
         keep_every: int | None,
         meta: Mapping[str, Any],
     ) -> None:
-        self.target, self.token, self.meta = target, token, dict(meta)
+        self.storage, self.token, self.meta = storage, token, dict(meta)
         self.keep, self.keep_every = keep, keep_every
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.pending: int | None = None
@@ -139,7 +139,7 @@ class CheckpointWriter:
         self.pending = self._written = None
         if self.rank == 0:
             self._manifest_put = self._thread.submit(lambda: self._commit(step, updates, state))
-        self._thread.submit(lambda: self.target.forget(step, self.keep))
+        self._thread.submit(lambda: self.storage.forget(step, self.keep))
 
     def drop(self) -> None:
         """Give the pending step up; to be called by all workers. What was written of it is pruned later."""
@@ -179,10 +179,10 @@ class CheckpointWriter:
 
     def _sweep(self) -> None:
         try:
-            self.target.sweep(self.token)
+            self.storage.sweep(self.token)
         except Exception as error:
             logger.warning(
-                "files that earlier workers left in %s cannot be removed: %s", self.target.folder, error
+                "files that earlier workers left in %s cannot be removed: %s", self.storage.folder, error
             )
 
     def _write(self, step: int) -> None:
@@ -190,32 +190,32 @@ class CheckpointWriter:
         folder, shard = step_name(step), shard_name(self.token, self.rank, self.world)
         needed = len(self._header) + self._host.nbytes
         data = memoryview(cast(Any, self._host.numpy().view("uint8")))
-        with _explained(self.target, f"{folder}/{shard}", needed):
-            digest = shard_file.write_file(self.target.folder / folder / shard, self._header, data)
-            self.target.publish(f"{folder}/{shard}")
+        with _explained(self.storage, f"{folder}/{shard}", needed):
+            digest = shard_file.write_file(self.storage.folder / folder / shard, self._header, data)
+            self.storage.publish(f"{folder}/{shard}")
             part = json.dumps({"size": needed, "sha256": digest}).encode()
-            self.target.put(f"{folder}/{part_name(self.token, self.rank, self.world)}", part)
+            self.storage.put(f"{folder}/{part_name(self.token, self.rank, self.world)}", part)
         self.last_write_s, self.last_bytes = time.monotonic() - started, needed
 
     def _commit(self, step: int, updates: int, state: Mapping[str, Any]) -> None:
         try:
-            with _explained(self.target, f"{step_name(step)}/{COMMIT}"):
+            with _explained(self.storage, f"{step_name(step)}/{COMMIT}"):
                 # First of all: a newer group removes what an older one left, and that would look like damage.
-                self.target.check_owner(self.token)
-                self.target.commit(step, self.token, self._manifest(step, updates, state))
+                self.storage.check_owner(self.token)
+                self.storage.commit(step, self.token, self._manifest(step, updates, state))
         except CheckpointError as error:
             logger.warning("checkpoint %d does not exist: %s", step, error)
             raise
         self.committed = step
         try:
-            self.target.prune(step, self.token, self.keep, self.keep_every)
+            self.storage.prune(step, self.token, self.keep, self.keep_every)
         except Exception as error:
-            logger.warning("old checkpoints in %s could not be pruned: %s", self.target.folder, error)
+            logger.warning("old checkpoints in %s could not be pruned: %s", self.storage.folder, error)
 
     def _manifest(self, step: int, updates: int, state: Mapping[str, Any]) -> bytes:
         files = {
             shard_name(self.token, rank, self.world): json.loads(
-                self.target.read(f"{step_name(step)}/{part_name(self.token, rank, self.world)}")
+                self.storage.read(f"{step_name(step)}/{part_name(self.token, rank, self.world)}")
             )
             for rank in range(self.world)
         }
@@ -247,17 +247,17 @@ def _slots(engine: Engine) -> dict[str, TensorSlot]:
 
 
 @contextlib.contextmanager
-def _explained(target: CheckpointStorage, name: str, needed: int | None = None) -> Iterator[None]:
+def _explained(storage: CheckpointStorage, name: str, needed: int | None = None) -> Iterator[None]:
     """Any failure as a CheckpointError that names the file and, where the disk is full, what was lacking."""
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        lacking = f" ({disk.room(target.folder, needed)})" if disk.is_full(error) else ""
+        lacking = f" ({disk.room(storage.folder, needed)})" if disk.is_full(error) else ""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CheckpointError(
-            f"{target.folder / name} cannot be written: {reason or type(error).__name__}{lacking}"
+            f"{storage.folder / name} cannot be written: {reason or type(error).__name__}{lacking}"
         ) from error
 
 
