@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -351,3 +351,40 @@ def test_lost_records_are_one_line(
     assert "the disk of " in said[0]
     assert "MB free" in said[0]
     assert said[1] == "tracking records are written again; lost: 50"
+
+
+def test_metrics_go_out_together_and_other_records_at_once(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    calls: list[list[Any]] = []
+
+    class Sink(Server):
+        def open(self, run_id: str, record: Record, known: str | None, parent: str | None) -> str:
+            return "m"
+
+        def metrics(self, mlflow_id: str, records: Sequence[Record]) -> None:
+            calls.append([record["step"] for record in records])
+
+        def apply(self, mlflow_id: str, record: Record, files: Path) -> None:
+            calls.append([record["op"]])
+
+    def until(number: int) -> None:
+        deadline = time.monotonic() + 20
+        while len(calls) < number:
+            assert time.monotonic() < deadline, calls
+            time.sleep(0.01)
+
+    flusher = Flusher(spool, Sink(lambda: None), interval_s=0.02, metrics_every_s=1000.0)
+    spool.post("run", "open", name="run", parent=None)
+    spool.append("run", 1, {"loss": 1.0})
+    flusher.start()
+    until(1)
+    for step in (2, 3):
+        spool.append("run", step, {"loss": 1.0})
+    time.sleep(0.3)
+    assert calls == [[1]]
+    spool.post("run", "tags", tags={"a": "b"})
+    until(3)
+    spool.append("run", 4, {"loss": 1.0})
+    assert flusher.drain(20), "whoever waits gets all"
+    flusher.stop()
+    assert calls == [[1], [2, 3], ["tags"], [4]]
