@@ -222,12 +222,12 @@ class Flusher:
         return sent
 
     def _are_due(self, run_id: str, records: Sequence[tuple[Record, int]]) -> bool:
-        # In an outage an attempt shows whether it is over.
-        waits = self._outage is None and not self._hurried
-        if not waits or any(record["op"] != "metrics" for record, _ in records):
-            return True
         now = time.monotonic()
-        if now - self._metrics_sent.get(run_id, -math.inf) < self._metrics_every_s:
+        # In an outage an attempt shows whether it is over.
+        waits = (
+            self._outage is None and not self._hurried and all(one["op"] == "metrics" for one, _ in records)
+        )
+        if waits and now - self._metrics_sent.get(run_id, -math.inf) < self._metrics_every_s:
             return False
         self._metrics_sent[run_id] = now
         return True
