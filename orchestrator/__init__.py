@@ -11,10 +11,10 @@ Attributes:
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from orchestrator.api import Model, Planned, Result, RunError, embed, load, plan, run
     from orchestrator.config.settings import in_key_if_set, operational
     from orchestrator.data.augmentation import Augmentation
@@ -89,18 +89,26 @@ __all__ = [
     "run",
 ]
 
-try:
-    __version__ = version("dinov3-orchestrator")
-except PackageNotFoundError:
-    __version__ = "0+unknown"
-
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
     globals()[name] = found
     return found
+
+
+def _version() -> str:
+    # A tenth of a second to import, in which Ctrl-C would be a traceback.
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dinov3-orchestrator")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import UserError, first_line, printable, shortened
 from orchestrator.pipeline import crop_checks, dag, memory_and_disk
 from orchestrator.pipeline.attempt import merged_elastic
-from orchestrator.pipeline.load import LoadedPipeline, joined
+from orchestrator.pipeline.load import LoadedPipeline, joined, unwritable_folders
 from orchestrator.pipeline.plan import (
     EVERYTHING,
     Choice,
@@ -130,6 +130,9 @@ def _conclude(
     """Who answered; returns the stages to run, as far as they are known."""
     if trouble := probes.store.result():
         found.errors.append(trouble)
+        to_run = None
+    elif unwritable := unwritable_folders(loaded):
+        found.errors += unwritable
         to_run = None
     else:
         to_run = _to_run(loaded, found, choice)

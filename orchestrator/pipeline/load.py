@@ -26,6 +26,7 @@ from orchestrator.data.sources.captions import captions_path
 from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.redact import redacted, redacted_values, secret_in
 from orchestrator.stages.base import Stage
+from orchestrator.storage.local import SCRATCH
 from orchestrator.storage.open import folder_of, is_remote, open_store
 from orchestrator.tracking.connect import absolute_uri
 
@@ -33,6 +34,7 @@ logger = logging.getLogger("orchestrator")
 
 # Folders of a store that a run writes to.
 _STORE_FOLDERS = ("artifacts", "work", "ledger", "holds", "logs", "pipelines", "spool")
+_OF_A_PIPELINE = ("ledger", "logs", "pipelines", "spool")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,99}")
 # Mistakes that are shown at once.
 _COMPLAINTS = 20
@@ -382,15 +384,30 @@ def _check_store(loaded: LoadedPipeline) -> list[UserError]:
 
 
 def _odd_folders(store: Path, pipeline: str, where: str) -> list[UserError]:
-    """What is in a store where a run writes, and is no folder, or one that cannot be written."""
-    names = [*_STORE_FOLDERS, *(f"{name}/{pipeline}" for name in ("ledger", "logs", "pipelines", "spool"))]
-    found = []
-    for name in names:
-        folder = store / name
-        if os.path.lexists(folder) and not folder.is_dir():
-            what, hint = f"{folder} is not a folder, so the store cannot be used", "move away what is there"
-            found.append(UserError(what, where=where, hint=hint))
-        elif os.path.lexists(folder) and not os.access(folder, os.W_OK | os.X_OK):
-            what, hint = f"{folder} cannot be written, so the store cannot be used", "change its permissions"
-            found.append(UserError(what, where=where, hint=hint))
-    return found
+    """What is in a store, but no folder, and has the name of a folder that a run writes to."""
+    names = [*_STORE_FOLDERS, *(f"{name}/{pipeline}" for name in _OF_A_PIPELINE)]
+    return [
+        UserError(
+            f"{store / name} is not a folder, so the store cannot be used",
+            where=where,
+            hint="move away what is there",
+        )
+        for name in names
+        if os.path.lexists(store / name) and not (store / name).is_dir()
+    ]
+
+
+def unwritable_folders(loaded: LoadedPipeline) -> list[UserError]:
+    """What a run writes to in a local store and cannot; none if the store is not there yet, or elsewhere."""
+    if is_remote(loaded.spec.store):
+        return []
+    store = folder_of(loaded.spec.store)
+    return [
+        UserError(
+            f"{store / name} cannot be written, so the store cannot be used",
+            where=loaded.where("store"),
+            hint="change its permissions",
+        )
+        for name in (*_STORE_FOLDERS, *(f"{name}/{loaded.name}" for name in _OF_A_PIPELINE), SCRATCH)
+        if os.path.lexists(store / name) and not os.access(store / name, os.W_OK | os.X_OK)
+    ]

@@ -9,7 +9,7 @@ import uuid
 from datetime import datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class ProcessIdentity(BaseModel):
@@ -27,12 +27,12 @@ class ProcessIdentity(BaseModel):
     # A newer version may say more about itself.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    process: str
+    process: str = Field(pattern=r"^[0-9A-Za-z-]{1,64}$")
     host: str
-    pid: int
+    pid: int = Field(ge=1, lt=2**31)
     machine: str | None
     started: int | None
-    since: float
+    since: float = Field(ge=0, le=253_402_300_799)  # the end of the year 9999
 
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.since).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -89,6 +89,8 @@ def examine(store: Store) -> Iterator[Finding]:
             yield Finding(prefix, finished=False)
         except UserError as error:
             yield Finding(prefix, unknown=error.what)
+        except OSError as error:
+            yield Finding(prefix, (f"{prefix}: {error}",))
     for name in store.list("work/"):
         if _CHECKPOINT.fullmatch(name):
             try:
@@ -162,7 +164,7 @@ def _event(store: Store, name: str) -> Iterator[str]:
         ledger.parse(store.get_bytes(name))
     except FileNotFoundError:
         return
-    except (ledger.UnreadableRecordError, NotAFileError) as error:
+    except (ledger.UnreadableRecordError, OSError) as error:
         yield f"{name}: {error}"
 
 

@@ -7,9 +7,9 @@ import json
 import time
 from dataclasses import asdict, dataclass
 
-from orchestrator.fsio import atomic_write
+from orchestrator.fsio import NotAFileError, atomic_write, open_regular
 from orchestrator.tracking.outage import Trouble
-from orchestrator.tracking.spool import Spool
+from orchestrator.tracking.spool import LATEST_S, Spool
 
 # A hidden file: the copy of the spool in the store leaves those out.
 _OUTAGE = ".outage.json"
@@ -49,8 +49,9 @@ class Outage:
 def progress(spool: Spool, run_id: str) -> Progress:
     """The noted progress of a run; none if there is no note or it is torn (sending twice does no harm)."""
     try:
-        noted = json.loads(spool.path(run_id).with_suffix(".progress").read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
+        with open_regular(spool.path(run_id).with_suffix(".progress")) as file:
+            noted = json.loads(file.read())
+    except (FileNotFoundError, NotAFileError, IsADirectoryError, ValueError, RecursionError):
         return Progress()
     known, offset = (
         (noted.get("mlflow_run_id"), noted.get("offset")) if isinstance(noted, dict) else (None, None)
@@ -101,10 +102,12 @@ def note_outage(spool: Spool, outage: Outage | None) -> None:
 def noted_outage(spool: Spool) -> Outage | None:
     """Why nothing is taken, as far as a process has noted it."""
     try:
-        noted = json.loads((spool.folder / _OUTAGE).read_text())
-        return Outage(
-            Trouble(*(str(noted[name]) for name in ("what", "until", "cure"))), float(noted["since"])
-        )
+        with open_regular(spool.folder / _OUTAGE) as file:
+            noted = json.loads(file.read())
+        since = float(noted["since"])
+        if not 0 <= since <= LATEST_S:
+            return None
+        return Outage(Trouble(*(str(noted[name]) for name in ("what", "until", "cure"))), since)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

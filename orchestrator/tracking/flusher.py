@@ -241,8 +241,14 @@ class Flusher:
                 if not is_run_id(parent):  # none, or a damaged one, which costs the nesting only
                     parent = None
                 parent_id = progress(self._spool, parent).mlflow_run_id if parent else None
-                if parent and parent_id is None and self._spool.size(parent):
-                    return False
+                if parent and parent_id is None:
+                    if self._will_be_opened(parent):
+                        return False
+                    _log.warning(
+                        "run %s is logged to MLflow without its parent: %s has no record to open it by",
+                        run_id,
+                        self._spool.path(parent),
+                    )
                 state.mlflow_run_id = self._sink.open(run_id, first, state.mlflow_run_id, parent_id)
                 return True
             if state.mlflow_run_id is None:
@@ -261,6 +267,10 @@ class Flusher:
                 self._refused.add((run_id, first["op"]))
                 _log.warning("MLflow refuses a %s record of run %s: %s", first["op"], run_id, error)
         return True
+
+    def _will_be_opened(self, run_id: str) -> bool:
+        """Whether there is a record that opens the run when its turn comes."""
+        return bool(self._spool.read_all(run_id, progress(self._spool, run_id).offset)[0])
 
     def _reopened(self, run_id: str, first: Record) -> str:
         """The MLflow id of a run whose own record is missing or refused: name, tags and parent are lost, no more."""

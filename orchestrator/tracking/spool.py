@@ -30,6 +30,8 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_\-]+")
 _log = logging.getLogger(__name__)
 _TELL_EVERY_S = 60.0
 # Of these kinds of records, what they must have besides `op` and `time_ms`, and of what type.
+LATEST_S = 253_402_300_799
+"""The end of the year 9999 in seconds since 1970: no clock shows a later time, and no date can be made of it."""
 _FIELDS: dict[str, dict[str, type | UnionType]] = {
     "open": {"name": str, "tags": dict | None},
     "params": {"params": dict},
@@ -148,10 +150,10 @@ class Spool:
     def read_all(self, run_id: str, offset: int = 0) -> tuple[list[tuple[Record, int]], int]:
         """As :meth:`read`, and the offset after the last whole line, which need not be a record."""
         try:
-            with self.path(run_id).open("rb") as file:
+            with fsio.open_regular(self.path(run_id)) as file:
                 file.seek(offset)
                 data = file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, fsio.NotAFileError, IsADirectoryError):
             return [], offset
         return list(_parse(data, offset, self._complain(run_id))), offset + data.rfind(b"\n") + 1
 
@@ -164,7 +166,9 @@ class Spool:
 
     def run_ids(self) -> list[str]:
         """Runs that have records."""
-        return sorted(path.stem for path in self.folder.glob("*.jsonl") if is_run_id(path.stem))
+        return sorted(
+            path.stem for path in self.folder.glob("*.jsonl") if is_run_id(path.stem) and path.is_file()
+        )
 
     def open_children(self, run_id: str) -> list[str]:
         """Runs that were opened below `run_id` and have not ended since they were last opened."""
@@ -187,11 +191,11 @@ class Spool:
 
     def _first(self, run_id: str) -> Record | None:
         try:
-            with self.path(run_id).open("rb") as file:
+            with fsio.open_regular(self.path(run_id)) as file:
                 return next(
                     (record for record, _ in _parse(file.readline(), 0, self._complain(run_id))), None
                 )
-        except FileNotFoundError:
+        except (FileNotFoundError, fsio.NotAFileError, IsADirectoryError):
             return None
 
     def secure(self) -> bool:
@@ -300,6 +304,8 @@ def _is_record(record: object) -> bool:
     if not isinstance(record, dict) or not isinstance(record.get("op"), str):
         return False
     if not _has(record, _FIELDS.get(record["op"], {}) | {"time_ms": int}):
+        return False
+    if not 0 <= record["time_ms"] <= 1000 * LATEST_S:
         return False
     match record["op"]:
         case "metrics" | "model":

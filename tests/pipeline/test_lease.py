@@ -6,6 +6,7 @@ A holder "elsewhere" is a process whose machine the others do not know: they hav
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -16,8 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from scheduled import MemoryStore
 
 from orchestrator.errors import UserError
@@ -384,3 +387,14 @@ def test_garbage_in_a_door_counts_as_a_dead_holders(
         assert lease.epoch > 7
     assert "holds/thing." + "a" * 32 in caplog.text
     assert not [name for name in store.list("holds/") if "a" * 32 in name]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"pid": 10**21}, {"pid": 0}, {"pid": -1}, {"since": 1e30}, {"since": "nan"}, {"process": "../x"}],
+)
+def test_an_owner_that_cannot_be_is_none(field: dict[str, Any]) -> None:
+    known = json.loads(this_process().model_dump_json())
+    assert ProcessIdentity.model_validate(known) is not None
+    with pytest.raises(ValidationError):
+        ProcessIdentity.model_validate({**known, **field})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
+from orchestrator.tracking.backlog import backlog, noted_outage
 from orchestrator.tracking.flusher import Flusher, Progress, progress
 from orchestrator.tracking.mlflow_writer import MlflowSink, RejectedError, _copy_of
 from orchestrator.tracking.spool import Spool
@@ -265,3 +268,50 @@ def test_a_status_that_mlflow_does_not_know_holds_up_nothing(
     assert "unknown status: 'EXPLODED'" in caplog.text
     (run,) = MlflowClient(uri, uri).search_runs(["1"])
     assert run.data.metrics == {"train/loss": 1.0}
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 64, b"garbage\n", None])
+def test_a_child_of_a_run_without_a_usable_record_is_sent_without_a_parent(
+    spool: Spool, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool.post("parent", "open", name="parent", parent=None)
+    path = spool.path("parent")
+    if damage is not None:
+        path.write_bytes(damage)
+    else:
+        path.with_suffix(".progress").write_text(
+            json.dumps({"mlflow_run_id": None, "offset": path.stat().st_size})
+        )
+    spool.post("parent-child", "open", name="child", parent="parent")
+    spool.append("parent-child", 7, {"loss": 1.0})
+    sink = Sink()
+    flusher = Flusher(Spool(spool.folder), sink)
+    flusher.drain(1.0)  # a line without an end may be one that is being written: the parent's waits
+    flusher.stop(5.0)
+    assert sink.taken == [7]
+    assert f"without its parent: {path} has no record to open it by" in caplog.text
+
+
+@pytest.mark.parametrize("time_ms", [10**30, 10**400, -1])
+def test_a_record_of_no_time_is_none(spool: Spool, time_ms: int) -> None:
+    spool.post("run", "open", name="run", parent=None)
+    with spool.path("run").open("a") as file:
+        file.write(json.dumps({"op": "tags", "tags": {}, "time_ms": time_ms}) + "\n")
+    assert [record["op"] for record, _ in Spool(spool.folder).read("run")] == ["open"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["run.jsonl", "run.progress", ".outage.json"])
+def test_what_is_no_file_in_a_spool_holds_nothing_up(
+    spool: Spool, make: Callable[[Path], None], name: str
+) -> None:
+    spool.post("other", "open", name="other", parent=None)
+    make(spool.folder / name)
+    later = Spool(spool.folder)
+    assert later.read("run") == []
+    assert progress(later, "run") == Progress()
+    assert noted_outage(later) is None
+    assert later.children("other") == {}
+    waits = backlog(later)
+    assert waits is not None
+    assert waits.records == 1
