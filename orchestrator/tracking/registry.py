@@ -240,7 +240,9 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
             _require_plain(folder, staging, reference)
             if version.tags.get(CONTENT_TAG, "") != content_digest(_contents(folder)):
                 raise UserError(f"the files of {reference} are not those that were published", where=source)
-            folder.chmod(0o755)
+            # What was written by safetensors only its owner may read, and copies are like it.
+            for path in (folder, *folder.rglob("*")):
+                path.chmod(0o755 if path.is_dir() else 0o644)
             move(folder, out)
         except UserError:
             raise

@@ -265,11 +265,13 @@ def _column(history: History, name: str) -> tuple[list[float], list[float]]:
 
 
 def _tiles(results: Results) -> list[Tile]:
+    best = max(results.students.values(), key=lambda score: score.accuracy, default=None)
     scores = {
         "teacher": results.teacher,
-        "best student": max(results.students.values(), key=lambda score: score.accuracy, default=None),
+        "best student": best,
         "raw pixels": results.named("baseline", 1),
-        "random weights": results.named("random weights", 0),
+        # Of the same model at the same size: others' are no baseline of it.
+        "random weights": results.untrained(best or results.teacher),
     }
     tiles = [
         Tile(f"{results.k}-NN, {name}", f"{score.accuracy:.3f}", score.student or score.model)

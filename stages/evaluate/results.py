@@ -127,6 +127,20 @@ class Results:
         """The students' scores by name."""
         return {score.student: score for score in self.scores if score.student is not None}
 
+    def untrained(self, score: Score | None) -> Score | None:
+        """Random weights of the model of `score`, at its size of photos."""
+        if score is None:
+            return self.named("random weights", 0)
+        of = (score.model, score.image_size)
+        return next(
+            (
+                one
+                for one in self.scores
+                if one.family == "random weights" and (one.model, one.image_size) == of
+            ),
+            None,
+        )
+
     def named(self, family: str, at: int) -> Score | None:
         """Row `at` of a family, if there is one."""
         members = [score for score in self.scores if score.family == family]

@@ -93,6 +93,14 @@ def test_publishing_again_makes_no_second_version_of_the_same(
     ).all()
 
 
+def test_what_is_pulled_others_may_read(run: SpooledRun, uri: str, tmp_path: Path) -> None:
+    made = model(tmp_path / "model")
+    (made / "model.safetensors").chmod(0o600)
+    registry.publish(run, "food-vit", made, LINEAGE, "best")
+    out = registry.pull("food-vit@best", tmp_path / "out", uri)
+    assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o644}
+
+
 @pytest.mark.parametrize(
     ("reference", "hint"),
     [
