@@ -25,7 +25,7 @@ from orchestrator.models.vit import VisionTransformer
 from orchestrator.training.checkpoint import reader, shard_file
 from orchestrator.training.checkpoint.reader import CheckpointStorage
 from orchestrator.training.checkpoint.writer import CheckpointWriter
-from orchestrator.training.engine import Engine
+from orchestrator.training.engine import build_engine
 from orchestrator.training.task import Modules
 from orchestrator.training.zero import import_deepspeed
 
@@ -58,7 +58,7 @@ class Windows:
     def __init__(self, spec: dict[str, Any]) -> None:
         self.folder, self.rank = Path(spec["folder"]), dist.get_rank()
         self.images = torch.randn(2, 3, 96, 96)
-        self.engine = Engine(
+        self.engine = build_engine(
             Modules(Student(spec["model"]), ema=Student(spec["model"]), zero3_leaf_modules=(Block,)),
             Optimizer.model_validate({"lr": {"peak": 1e-4}}),
             zero_stage=3,

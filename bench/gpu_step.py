@@ -36,7 +36,7 @@ from orchestrator.stages.ssl.task import SelfSupervisedTask
 from orchestrator.training.collectives import AllWorkers
 from orchestrator.training.device import device as assigned_device
 from orchestrator.training.device import use_deterministic_kernels
-from orchestrator.training.engine import Engine
+from orchestrator.training.engine import Engine, build_engine
 from orchestrator.training.task import BlockTensors
 from orchestrator.training.zero import import_deepspeed
 
@@ -155,7 +155,7 @@ def _measure(arm: str, options: argparse.Namespace, device: str, peak: float | N
     if exact:
         use_deterministic_kernels()
     modules = task.build(device)
-    engine = Engine(
+    engine = build_engine(
         modules,
         config.optimizer,
         zero_stage=options.zero,

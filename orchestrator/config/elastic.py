@@ -251,7 +251,8 @@ class Elastic(Settings):
     exact: bool = operational(
         False,
         description="Whether gradients are summed in float64, so that the weights are bit-identical for any number "
-        "of workers. Gradients then take twice the memory and the network traffic. Requires `zero_stage: 3`.",
+        "of workers. Gradients then take twice the memory and the network traffic. Does not work with `zero_stage` 1 "
+        "and 2.",
     )
     workers_from: Literal["warm", "stock"] = operational(
         "warm",

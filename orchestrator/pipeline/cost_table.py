@@ -57,6 +57,7 @@ def as_dict(hardware: Hardware, costings: Sequence[Costing]) -> dict[str, Any]:
                 "gpu_hours": item.hours,
                 "days": item.days,
                 "memory_gib": item.memory_gib,
+                "zero_stage": item.zero_stage,
                 "step_s": item.step_s,
                 "gpu_hours_overlapped": item.hours_overlapped,
                 "gpu_hours_apart": item.hours_apart,
@@ -114,11 +115,11 @@ def _print_parts(console: Console, costings: Sequence[Costing]) -> None:
 def _print_memory(console: Console, hardware: Hardware, costings: Sequence[Costing]) -> None:
     console.print()
     parts = [part for part in _MEMORY_PARTS if any(part in item.memory_gib for item in costings)]
-    table = stage_table("GiB on each device", *parts, "all")
+    table = stage_table("GiB on each device", "ZeRO", *parts, "all")
     for item in costings:
         total = sum(item.memory_gib.values())
         style = "red" if total > hardware.memory_gib else ""
         cells = [f"{item.memory_gib[part]:.2g}" if part in item.memory_gib else "" for part in parts]
         fits = "" if total <= hardware.memory_gib else f", more than {hardware.memory_gib:g}"
-        table.add_row(item.work.name, *cells, Text(f"{total:.3g}{fits}", style=style))
+        table.add_row(item.work.name, str(item.zero_stage), *cells, Text(f"{total:.3g}{fits}", style=style))
     console.print(table)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.config.schema import Hardware
+from orchestrator.config.zero_stage import ZeroStage, chosen_stage
 from orchestrator.pipeline import crop_checks, dag
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.stages.base import TrainStage
+from orchestrator.stages.base import Stage, TrainStage
 from orchestrator.stages.common.workload import Net, Workload
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.training.job import REDUCE_BUCKET
 
 _GIB = 2**30
-# Bytes a parameter, of what ZeRO-3 cuts into shards: bf16 weights, fp32 gradients, master and both moments.
+# Bytes a parameter: bf16 weights, fp32 gradients, master and both moments.
 _TRAINED = {"weights": 2, "gradients": 4, "optimiser": 12}
+# Replicated, a block's bf16 gradient is apart from the fp32 sum.
+_REPLICATED = {**_TRAINED, "gradients": 6}
 # The fp32 average, and the bf16 copy that computes with it.
 _EMA = {"EMA": 4, "frozen weights": 2}
 _FROZEN = {"frozen weights": 2}
@@ -25,9 +28,16 @@ _STUDENT_LOGIT_BYTES, _TEACHER_LOGIT_BYTES = 8, 6
 # Of the tensors that a block's backward needs, per token and channel: in bf16, with attention that does not keep
 # its scores; 18 of norms, queries, keys, values and sums, and 4 for each channel of the hidden layer over `dim`.
 _BLOCK_BYTES, _HIDDEN_BYTES = 18.0, 4.0
-# Bytes a parameter that ZeRO-3 moves for each block: bf16 weights for the forward pass, again for the backward one, and
-# fp32 gradients; of a network that only computes, its weights.
-_TRAINED_TRAFFIC, _FROZEN_TRAFFIC = 2 + 2 + 4, 2
+# What each ZeRO stage cuts into shards; the rest is whole on every device.
+_SHARDED: Mapping[int, frozenset[str]] = {
+    0: frozenset(),
+    1: frozenset({"optimiser", "EMA"}),
+    2: frozenset({"optimiser", "EMA", "gradients"}),
+    3: frozenset({"optimiser", "EMA", "gradients", "weights", "frozen weights"}),
+}
+# Bytes a parameter that is moved. bf16 weights are gathered, and fp32 gradients summed to where they are needed; a sum
+# that everybody gets is as much again.
+_WEIGHTS, _GRADIENTS = 2, 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Costing:
     Attributes:
         hours: of all devices together, at the stated share of the peak, computing alone.
         memory_gib: on each device, by part.
+        zero_stage: what `auto` stands for, too.
         step_s: seconds of a step by cause: computing, and what else the hardware says the speed of.
     """
 
@@ -44,6 +55,7 @@ class Costing:
     devices: int
     hours: float
     memory_gib: dict[str, float]
+    zero_stage: int
     step_s: dict[str, float]
 
     @property
@@ -75,12 +87,31 @@ def costings(loaded: LoadedPipeline, hardware: Hardware) -> Iterator[Costing]:
         for work in workloads(stage, name, upstream):
             recompute = isinstance(stage, TrainStage) and stage.activation_checkpointing
             yield costing(
-                work, hardware, checkpointing=recompute, chunk_rows=getattr(stage, "chunk_rows", None)
+                work,
+                hardware,
+                checkpointing=recompute,
+                chunk_rows=getattr(stage, "chunk_rows", None),
+                zero_stage=zero_stage(stage, work),
             )
 
 
+def zero_stage(stage: Stage, work: Workload) -> ZeroStage:
+    """How a job's weights are spread: a student says so itself, and a shared teacher is always sharded."""
+    part = work.name.partition("/")[2]
+    if part == "teacher":
+        return 3
+    settings = getattr(stage, "students", {}).get(part, stage)
+    wanted: ZeroStage = getattr(settings, "zero_stage", 3)
+    return wanted
+
+
 def costing(
-    work: Workload, hardware: Hardware, *, checkpointing: bool = False, chunk_rows: int | None = None
+    work: Workload,
+    hardware: Hardware,
+    *,
+    checkpointing: bool = False,
+    chunk_rows: int | None = None,
+    zero_stage: ZeroStage = 3,
 ) -> Costing:
     """One job by itself on all devices.
 
@@ -89,7 +120,13 @@ def costing(
         hardware: the machines.
         checkpointing: whether blocks are computed again in the backward pass instead of kept.
         chunk_rows: rows of logits that are held at once; None is all.
+        zero_stage: how weights are spread over the devices.
     """
+    params = {
+        kept: sum(net.params for net in work.nets if net.kept == kept)
+        for kept in ("trained", "ema", "frozen")
+    }
+    zero = chosen_stage(zero_stage, *params.values())
     per_device = -(-work.batch_size // hardware.devices)
     memory: dict[str, float] = {}
 
@@ -97,16 +134,17 @@ def costing(
         if num_bytes:
             memory[part] = memory.get(part, 0.0) + num_bytes / _GIB
 
+    trained = _TRAINED if zero else _REPLICATED
     for net in work.nets:
-        for part, num_bytes in {"trained": _TRAINED, "ema": _EMA, "frozen": _FROZEN}[net.kept].items():
-            add(part, num_bytes * net.params / hardware.devices)
+        for part, num_bytes in {"trained": trained, "ema": _EMA, "frozen": _FROZEN}[net.kept].items():
+            add(part, num_bytes * net.params / (hardware.devices if part in _SHARDED[zero] else 1))
         add("activations", min(work.block_size, per_device) * _activations(net, checkpointing))
-    num_trained = sum(net.params for net in work.nets if net.kept == "trained")
-    add("reduce bucket", 4 * min(REDUCE_BUCKET, num_trained))
-    # Two units of bf16 weights, one computed and one on its way, and the gradient of one before it is cut.
-    unit = max(net.unit for net in work.nets)
-    trains = any(net.kept == "trained" for net in work.nets)
-    add("gathered", unit * (2 * 2 + (4 if trains else 0)))
+    if zero:
+        add("reduce bucket", 4 * min(REDUCE_BUCKET, params["trained"]))
+    if zero == 3:
+        # Two units of bf16 weights, one computed and one on its way, and the gradient of one before it is cut.
+        unit = max(net.unit for net in work.nets)
+        add("gathered", unit * (2 * 2 + (4 if params["trained"] else 0)))
     # A block goes backward before the next goes forward; targets are there for all of a worker's blocks.
     student, teacher = (images * logits for images, logits in
                         zip((min(work.block_size, per_device), per_device), work.logits, strict=True))  # fmt: skip
@@ -116,15 +154,17 @@ def costing(
     add("logits", _STUDENT_LOGIT_BYTES * student + _TEACHER_LOGIT_BYTES * teacher)
     flops_per_hour = hardware.peak_tflops * 1e12 * hardware.mfu * 3600
     hours = work.total_flops / flops_per_hour
-    return Costing(work, hardware.devices, hours, memory, _step_s(work, hardware, hours))
+    return Costing(work, hardware.devices, hours, memory, zero, _step_s(work, hardware, hours, zero))
 
 
-def _step_s(work: Workload, hardware: Hardware, hours: float) -> dict[str, float]:
+def _step_s(work: Workload, hardware: Hardware, hours: float, zero: int) -> dict[str, float]:
     per_device = -(-work.batch_size // hardware.devices)
     found = {"computing": hours * 3600 / hardware.devices / work.steps}
     if hardware.collective_gb_s is not None:
         blocks = -(-per_device // work.block_size)
-        bytes_moved = blocks * sum(_traffic(net) * net.params for net in work.nets if _computes(net, work))
+        bytes_moved = sum(
+            _traffic(net, zero, blocks) * net.params for net in work.nets if _computes(net, work)
+        )
         found["weights and gradients"] = bytes_moved / (hardware.collective_gb_s * 1e9)
     # Students get their views from the teacher.
     if hardware.input_images_s is not None and work.name.partition("/")[2] in ("", "teacher"):
@@ -132,8 +172,16 @@ def _step_s(work: Workload, hardware: Hardware, hours: float) -> dict[str, float
     return found
 
 
-def _traffic(net: Net) -> int:
-    return _TRAINED_TRAFFIC if net.kept == "trained" else _FROZEN_TRAFFIC
+def _traffic(net: Net, zero: int, blocks: int) -> int:
+    """Bytes a parameter and step that a device exchanges."""
+    if net.kept != "trained":
+        return _WEIGHTS * blocks if zero == 3 else 0
+    return {
+        0: 2 * _GRADIENTS,
+        1: _GRADIENTS + _WEIGHTS,
+        2: _GRADIENTS * blocks + _WEIGHTS,
+        3: (2 * _WEIGHTS + _GRADIENTS) * blocks,
+    }[zero]
 
 
 def _computes(net: Net, work: Workload) -> bool:

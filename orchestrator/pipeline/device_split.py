@@ -14,7 +14,7 @@ from orchestrator.capacity.allocate import Phase, device_hours, schedule, separa
 from orchestrator.config.schema import Hardware
 from orchestrator.errors import UserError
 from orchestrator.pipeline import crop_checks, dag
-from orchestrator.pipeline.costing import costing
+from orchestrator.pipeline.costing import costing, zero_stage
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.table import stage_table
 from orchestrator.stages.common.config import ModelRecipe
@@ -239,6 +239,7 @@ def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> PartCost
                 machines,
                 checkpointing=stage.activation_checkpointing,
                 chunk_rows=stage.chunk_rows,
+                zero_stage=zero_stage(stage, work),
             )
             if sum(cost.memory_gib.values()) <= hardware.memory_gib:
                 return devices

@@ -318,7 +318,7 @@ def _check_index(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserEr
 
 
 def _check_exact(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserError]:
-    """Sums are exact on ZeRO-3 only: a stage, or its students, say which ZeRO they train with."""
+    """ZeRO 1 and 2 cannot sum exactly: a stage, or its students, say which ZeRO they train with."""
     own: Elastic | None = getattr(stage, "elastic", None)
     if not loaded.spec.elastic.overlaid(own).exact:
         return []
@@ -328,12 +328,12 @@ def _check_exact(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserEr
     }
     return [
         UserError(
-            "elastic.exact needs ZeRO-3",
+            "elastic.exact does not work with ZeRO 1 and 2",
             where=loaded.where(*place, "zero_stage"),
-            hint="set zero_stage to 3, or elastic.exact of this stage to false",
+            hint="set zero_stage to auto, 0 or 3, or elastic.exact of this stage to false",
         )
         for place, settings in places.items()
-        if getattr(settings, "zero_stage", 3) != 3
+        if getattr(settings, "zero_stage", 3) in (1, 2)
     ]
 
 

@@ -16,7 +16,7 @@ from orchestrator.disk import space
 from orchestrator.errors import UserError
 from orchestrator.pipeline import dag
 from orchestrator.pipeline.attempt import merged_elastic
-from orchestrator.pipeline.costing import costing
+from orchestrator.pipeline.costing import costing, zero_stage
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import StagePlan
 from orchestrator.pipeline.workspace import Workspace
@@ -112,10 +112,16 @@ def _most_workers(stage: TrainStage, work: Workload, workers: tuple[int, int]) -
 
 
 def _memory(stage: TrainStage, work: Workload, max_workers: int) -> float:
-    """Of all workers of a job on one machine: what ZeRO-3 cuts into shards is there once."""
+    """Of all workers of a job on one machine: what is cut into shards is there once."""
     hardware = Hardware(devices=max_workers)
     chunk_rows = getattr(stage, "chunk_rows", None)
-    one = costing(work, hardware, checkpointing=stage.activation_checkpointing, chunk_rows=chunk_rows)
+    one = costing(
+        work,
+        hardware,
+        checkpointing=stage.activation_checkpointing,
+        chunk_rows=chunk_rows,
+        zero_stage=zero_stage(stage, work),
+    )
     # On a CPU weights are in fp32: twice the bf16 that is counted for devices.
     doubled = ("weights", "frozen weights", "gathered", "activations")
     each = sum(gib * (2 if part in doubled else 1) for part, gib in one.memory_gib.items()) * _GIB

@@ -1,4 +1,4 @@
-"""Gradient clipping by submodule, on ZeRO's partitioned gradients (DINOv3: norm 30 for the backbone and each head).
+"""Gradient clipping by submodule, whole or partitioned (DINOv3: norm 30 for the backbone and each head).
 
 DeepSpeed clips by the norm of the whole gradient: a spike in one head would then shrink the step of the backbone.
 """
@@ -6,8 +6,7 @@ DeepSpeed clips by the norm of the whole gradient: a spike in one head would the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,55 +20,50 @@ class Clipper:
     A submodule is a direct child of the trainable module (`backbone`, `dino_head`, …), or a parameter of its own.
 
     Args:
-        zero: DeepSpeed's optimiser, of ZeRO 1, 2 or 3. Each of its groups must lie in one submodule.
-        names: parameters by name, as the trainable module has them.
-        max_norm: the largest norm.
+        homes: the submodule of each parameter group.
+        max_norm: the largest norm; None clips nothing.
     """
 
-    def __init__(self, zero: Any, names: Mapping[str, Tensor], max_norm: float) -> None:
-        self.zero, self.max_norm = zero, max_norm
-        name_of = {id(param): name for name, param in names.items()}
-        groups = zero.fp16_groups if hasattr(zero, "fp16_groups") else zero.bit16_groups
-        homes = [{submodule(name_of[id(param)]) for param in group} for group in groups]
-        assert all(len(home) == 1 for home in homes), homes
-        self.names = sorted(set().union(*homes))
-        self.slots = [self.names.index(home.pop()) for home in homes]
+    def __init__(self, homes: Sequence[str], max_norm: float | None) -> None:
+        self.names = sorted(set(homes))
+        self.slots = [self.names.index(home) for home in homes]
+        self.max_norm = math.inf if max_norm is None else max_norm
 
-    def clip(self, scale: float) -> dict[str, float]:
+    @property
+    def num_groups(self) -> int:
+        return len(self.slots)
+
+    def clip(
+        self, gradients: Sequence[Sequence[Tensor]], scale: float, *, sharded: bool = False
+    ) -> dict[str, float]:
         """Multiply by `scale`, then clip; returns each submodule's norm between the two, equal on all workers.
 
-        Nothing is clipped if a norm is not finite. Collective.
+        Nothing is clipped if a norm is not finite. Collective if sharded.
+
+        Args:
+            gradients: the parts of each parameter group's gradient, changed in place.
+            scale: a factor.
+            sharded: each worker has parts of its own; else all have the same.
         """
         squares: Tensor | None = None
-        for index, slot in enumerate(self.slots):
-            for gradient in self.zero.averaged_gradients[index]:
+        for slot, parts in zip(self.slots, gradients, strict=True):
+            for gradient in parts:
                 if squares is None:
                     squares = torch.zeros(len(self.names), dtype=torch.float64, device=gradient.device)
                 gradient.mul_(scale)
                 squares[slot] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         assert squares is not None
-        if dist.get_world_size() > 1:
+        if sharded and dist.get_world_size() > 1:
             dist.all_reduce(squares)
         norms = squares.sqrt().tolist()
         finite = all(map(math.isfinite, norms))
-        for index, slot in enumerate(self.slots):
+        for slot, parts in zip(self.slots, gradients, strict=True):
             if finite and norms[slot] > self.max_norm:
                 # Norms are sums, whose last bits depend on the number of workers; this factor's do not, once rounded.
                 factor = float(np.float32(self.max_norm / norms[slot]))
-                for gradient in self.zero.averaged_gradients[index]:
+                for gradient in parts:
                     gradient.mul_(factor)
         return dict(zip(self.names, norms, strict=True))
-
-    def spoil(self) -> list[Tensor]:
-        """Make the whole gradient NaN, which DeepSpeed never applies, whatever the precision and ZeRO stage.
-
-        Returns:
-            What is NaN now. ZeRO-3 uses that memory again and never writes to its padding, so it is to be zeroed.
-        """
-        spoilt = [one for index in range(len(self.slots)) for one in self.zero.averaged_gradients[index]]
-        for gradient in spoilt:
-            gradient.fill_(math.nan)
-        return spoilt
 
 
 def submodule(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.config.elastic import Elastic, Resources
 from orchestrator.config.schedules import Optimizer
+from orchestrator.config.zero_stage import ZeroStage
 from orchestrator.names import inside
 from orchestrator.storage.local import Store
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified
@@ -36,7 +37,7 @@ class Job:
         num_blocks: blocks of a step.
         num_steps: optimiser updates of the whole job.
         optimizer: AdamW and its schedules.
-        zero_stage: 1, 2 or 3.
+        zero_stage: how weights are spread over the workers.
         precision: `auto` is bf16 where a GPU has it, else fp32.
         work: the job's folder; checkpoints and exports live below it.
         seed: of weight initialisation.
@@ -62,7 +63,7 @@ class Job:
     num_blocks: int
     num_steps: int
     optimizer: Optimizer
-    zero_stage: int
+    zero_stage: ZeroStage
     precision: str
     work: Path
     seed: int

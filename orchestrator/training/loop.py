@@ -30,7 +30,7 @@ from orchestrator.training.checkpoint.format import CheckpointError
 from orchestrator.training.checkpoint.interval import PRIOR_MTBF_S
 from orchestrator.training.collectives import AllWorkers
 from orchestrator.training.device import CPU, device, use_deterministic_kernels
-from orchestrator.training.engine import Engine
+from orchestrator.training.engine import build_engine
 from orchestrator.training.export import export_ema
 from orchestrator.training.job import Job
 from orchestrator.training.out_of_memory import out_of_memory_explained
@@ -87,7 +87,7 @@ class _Trainer:
         self.held_out = job.validation() if job.validation is not None else None
         self.num_blocks = job.num_blocks
         self.slots = -(-self.num_blocks // self.world)
-        self.engine = Engine(
+        self.engine = build_engine(
             modules,
             job.optimizer,
             zero_stage=job.zero_stage,

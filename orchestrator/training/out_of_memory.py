@@ -27,7 +27,7 @@ _HINT = (
     "set `activation_checkpointing: true` and, if the stage has it, a smaller `chunk_rows`: both keep the results "
     "the same up to rounding. A smaller `block_size` (with the same `batch_size`) or smaller `crops` need less memory, "
     "too, but change the results, since masks, dropped rows, KoLeo groups and random numbers depend on blocks. More "
-    "workers do not change the results; with `zero_stage: 3` each holds a smaller part of the weights, but a block "
+    "workers do not change the results, nor does `zero_stage: 3`, which shards the weights over the workers; a block "
     "needs as much memory as before"
 )
 

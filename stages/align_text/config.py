@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 from orchestrator.config.schedules import Decay, Optimizer, Schedule, check_warmup
 from orchestrator.config.schema import LocalPath
 from orchestrator.config.settings import MAX_DEPTH, MAX_WIDTH, Settings, operational
+from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import Side
 from orchestrator.errors import UserError, nearest
 from orchestrator.stages.base import Context, Input, PlanContext
@@ -196,9 +197,7 @@ class AlignText(MixStage):
     max_scale: float = Field(
         100.0, gt=0, description="The maximum of the learned logit scale, which is 1/temperature."
     )
-    zero_stage: Literal[1, 2, 3] = operational(
-        3, description="The ZeRO stage of DeepSpeed. In bf16, 1 behaves like 2."
-    )
+    zero_stage: ZeroStage = zero_stage_field()
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
     )

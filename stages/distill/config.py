@@ -12,6 +12,7 @@ from orchestrator.config.elastic import Resources, Workers
 from orchestrator.config.extension import versions
 from orchestrator.config.schedules import Momentum, Optimizer, Schedule, Share, check_ratio, check_warmup
 from orchestrator.config.settings import Settings, operational
+from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
 from orchestrator.errors import UserError
 from orchestrator.models.configs import Config
@@ -94,9 +95,7 @@ class Student(Settings):
     precision: Literal["auto", "fp32", "bf16"] | None = Field(
         None, description="The training precision of this student. Default: the stage's."
     )
-    zero_stage: Literal[1, 2, 3] = operational(
-        3, description="The ZeRO stage of DeepSpeed for this student. In bf16, 1 behaves like 2."
-    )
+    zero_stage: ZeroStage = zero_stage_field()
     workers: Workers | None = operational(
         None,
         description="The number of workers of this student, as in `elastic.workers`. Default: the stage's.",

@@ -21,6 +21,7 @@ from orchestrator.config.schedules import (
     check_warmup,
 )
 from orchestrator.config.settings import Settings, in_key_if_set, operational
+from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError
 from orchestrator.names import inside
@@ -143,9 +144,7 @@ class SelfSupervised(HomogeneousMixStage):
         description="The maximum number of rows whose logits are in memory at once. A change alters results in their "
         "last bits, even with `elastic.exact`, but runs no stage again. Default: all rows of a block.",
     )
-    zero_stage: Literal[1, 2, 3] = operational(
-        3, description="The ZeRO stage of DeepSpeed. In bf16, 1 behaves like 2."
-    )
+    zero_stage: ZeroStage = zero_stage_field()
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
     )

@@ -32,7 +32,7 @@ from orchestrator.training.checkpoint import reader, shard_file, storage
 from orchestrator.training.checkpoint.partition import gather
 from orchestrator.training.checkpoint.reader import CheckpointError, CheckpointStorage, newest, restore
 from orchestrator.training.checkpoint.writer import CheckpointWriter
-from orchestrator.training.engine import Engine
+from orchestrator.training.engine import Engine, build_engine
 from orchestrator.training.task import Modules
 from orchestrator.training.zero import import_deepspeed
 
@@ -63,7 +63,7 @@ class Odd(nn.Module):
 def make_engine(spec: Spec) -> Engine:
     seed = spec.get("seed", 0)
     copies: dict[str, nn.Module] = {name: Odd(seed + 5) for name in spec.get("copies", ["gram"])}
-    return Engine(
+    return build_engine(
         Modules(Odd(seed), ema=Odd(seed), copies=copies),
         Optimizer.model_validate(
             {"lr": {"peak": 1e-2, "warmup_steps": 0}, "clip_norm": spec.get("clip_norm", 30.0)}

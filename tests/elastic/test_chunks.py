@@ -20,7 +20,7 @@ def plain(run_job: RunJob, tmp_path: Path) -> tuple[dict[str, Any], Path]:
     return run_job(tmp_path / "plain", 1, config=CONFIG), tmp_path / "plain"
 
 
-@pytest.mark.parametrize(("world", "zero_stage"), [(1, 3), (2, 3), (2, 1)])
+@pytest.mark.parametrize(("world", "zero_stage"), [(1, 3), (2, 3), (2, 1), (2, 0)])
 def test_losses_weights_and_moments_are_those_of_whole_logits(
     plain: tuple[dict[str, Any], Path], run_job: RunJob, tmp_path: Path, world: int, zero_stage: int
 ) -> None:

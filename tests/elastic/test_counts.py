@@ -101,7 +101,7 @@ SEGMENTS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(num_blocks=st.integers(1, 7), segments=SEGMENTS, zero_stage=st.sampled_from([1, 2, 3]))
+@given(num_blocks=st.integers(1, 7), segments=SEGMENTS, zero_stage=st.sampled_from([0, 1, 2, 3]))
 def test_counts_blocks_and_steps_drawn_at_random(
     forkserver: ForkServer, tmp_path: Path, num_blocks: int, segments: list[tuple[int, int]], zero_stage: int
 ) -> None:

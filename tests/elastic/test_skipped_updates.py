@@ -52,7 +52,16 @@ def assert_equal(ours: dict[str, NDArray[Any]], theirs: dict[str, NDArray[Any]])
 
 @pytest.mark.parametrize(
     ("zero", "world", "precision"),
-    [(1, 2, "fp32"), (2, 3, "fp32"), (3, 1, "fp32"), (3, 3, "fp32"), (3, 2, "bf16"), (2, 2, "bf16")],
+    [
+        (0, 2, "fp32"),
+        (0, 1, "bf16"),
+        (1, 2, "fp32"),
+        (2, 3, "fp32"),
+        (3, 1, "fp32"),
+        (3, 3, "fp32"),
+        (3, 2, "bf16"),
+        (2, 2, "bf16"),
+    ],
 )
 def test_a_skipped_update_leaves_everything_as_it_was(
     run_job: RunJob, index: Path, tmp_path: Path, zero: int, world: int, precision: str
@@ -76,7 +85,7 @@ def test_a_skipped_update_leaves_everything_as_it_was(
     assert np.isfinite(figures[3]["loss"])
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_training_goes_on_after_it(run_job: RunJob, tmp_path: Path, zero: int) -> None:
     """Checkpoints from before the first update load, and later updates move the weights."""
     first = run_job(tmp_path, 2, stop_after=1, spikes=SPIKES, zero_stage=zero)

@@ -61,7 +61,7 @@ def test_stage_1_trains_in_bf16_as_stage_2_does(run_job: RunJob, tmp_path: Path,
     common = {"config": config, "precision": "bf16"}
     stages = {
         zero_stage: run_job(tmp_path / f"zero-{zero_stage}", world, zero_stage=zero_stage, **common)
-        for zero_stage in (1, 2, 3)
+        for zero_stage in (0, 1, 2, 3)
     }
     assert all(result["complete"] for result in stages.values())
     assert stages[1]["losses"] == stages[2]["losses"]
@@ -69,6 +69,7 @@ def test_stage_1_trains_in_bf16_as_stage_2_does(run_job: RunJob, tmp_path: Path,
     assert max(norms) > 0.3
     for step, loss in stages[3]["losses"].items():
         assert stages[1]["losses"][step] == pytest.approx(loss, rel=1e-2)
+        assert stages[0]["losses"][step] == pytest.approx(loss, rel=1e-2)
     assert not run_job(tmp_path / "stopped", world, zero_stage=1, stop_after=3, **common)["complete"]
     rest = run_job(tmp_path / "stopped", world, zero_stage=1, **common)
     assert rest["losses"] == {step: loss for step, loss in stages[1]["losses"].items() if step > 3}
@@ -76,7 +77,35 @@ def test_stage_1_trains_in_bf16_as_stage_2_does(run_job: RunJob, tmp_path: Path,
         np.testing.assert_array_equal(exported(tmp_path / "stopped")[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_exact_weights_do_not_depend_on_who_holds_them(
+    run_job: RunJob, tmp_path: Path, world: int, precision: str
+) -> None:
+    """Replicated or sharded, clipped or not: the same bits of weights, average and moments, through a hand-over."""
+    config = {"optimizer": {**CONFIG["optimizer"], "clip_norm": 0.3}, "frozen_prototype_steps": 1}
+    common = {"config": config, "precision": precision, "exact": True}
+    sharded = run_job(tmp_path / "sharded", 2, zero_stage=3, **common)
+    replicated = run_job(tmp_path / "replicated", world, zero_stage=0, **common)
+    norms = [figures["grad_norm_backbone"] for _, figures in sharded["figures"]]
+    assert max(norms) > 0.3
+    moved = tmp_path / "moved"
+    first = run_job(moved, world, zero_stage=0, stop_after=2, **common)
+    second = run_job(moved, 3 - world, zero_stage=3, stop_after=2, **common)
+    third = run_job(moved, 3, zero_stage=0, **common)
+    assert third["complete"]
+    assert sharded["losses"] == replicated["losses"]
+    assert sharded["losses"] == {**first["losses"], **second["losses"], **third["losses"]}
+    truth = saved(tmp_path / "sharded")
+    assert {name.partition("/")[0] for name in truth} == {"master", "ema", "exp_avg", "exp_avg_sq"}
+    for work in ("replicated", "moved"):
+        found = saved(tmp_path / work)
+        assert found.keys() == truth.keys()
+        for name, value in truth.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=f"{work} {name}")
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_checkpoint_moves_between_zero_stages(
     undisturbed: tuple[dict[str, Any], Path], run_job: RunJob, tmp_path: Path, zero_stage: int
 ) -> None:
@@ -123,6 +152,14 @@ def test_prototypes_are_frozen_at_first(run_job: RunJob, tmp_path: Path) -> None
     np.testing.assert_array_equal(early[name], start[name])
     assert not np.array_equal(late[name], start[name])
     assert not np.array_equal(early["master/dino_head.mlp.0.weight"], start["master/dino_head.mlp.0.weight"])
+
+
+def saved(work: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Every tensor of the last checkpoint, whole: its workers' parts one after another."""
+    folder = work / "checkpoints" / f"step-{STEPS:08d}"
+    parts = [load_file(file) for file in sorted(folder.rglob("shard-*.safetensors"))]
+    names = {name for part in parts for name in part}
+    return {name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
 
 
 def load_master(folder: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -43,7 +43,7 @@ def split(index: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_looking_at_them_changes_no_weight(
     run_job: RunJob, split: Path, tmp_path: Path, zero_stage: int
 ) -> None:

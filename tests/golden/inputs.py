@@ -26,7 +26,7 @@ from orchestrator.stages.common.nets import HeadedBackbone, zero3_leaf_modules
 from orchestrator.training.checkpoint import reader
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.checkpoint.writer import CheckpointWriter
-from orchestrator.training.engine import Engine
+from orchestrator.training.engine import build_engine
 from orchestrator.training.task import Modules
 
 HEADS = {
@@ -126,7 +126,7 @@ def backbone(folder: Path) -> Path:
 def _checkpoint(folder: Path, net: nn.Module, ema: nn.Module) -> None:
     optimizer = Optimizer.model_validate({"lr": {"peak": 1e-3}})
     modules = Modules(net, ema=ema, zero3_leaf_modules=zero3_leaf_modules(RECIPE.model))
-    engine = Engine(modules, optimizer, zero_stage=3, precision="fp32", num_blocks=1)
+    engine = build_engine(modules, optimizer, zero_stage=3, precision="fp32", num_blocks=1)
     weights = {shard.name: shard.data.clone() for shard in engine.master()}
     moments = {
         "exp_avg": {name: torch.zeros_like(value) for name, value in weights.items()},

@@ -121,7 +121,10 @@ def test_booleans_are_no_numbers(where: str, tmp_path: Path) -> None:
         ("elastic.workers=true", "must be a number, two numbers such as [1, 4], or auto, not True"),
         ("elastic.workers=[true, 2]", "elastic.workers.0: must be an integer, not true"),
         ("stages.pretrain.optimizer.betas=[0.9, true]", "betas.1: must be a number, not true"),
-        ("stages.distill.students.vit-nano.zero_stage=true", "zero_stage: must be 1 or 2 or 3, not true"),
+        (
+            "stages.distill.students.vit-nano.zero_stage=true",
+            "zero_stage: must be auto or 0 or 1 or 2 or 3, not true",
+        ),
         ("stages.pretrain.model_overrides={patch_size: true}", "patch_size is True; it must be a number"),
         ("stages.pretrain.model_overrides={ffn: true}", "ffn is True; it must be 'mlp' or 'swiglu'"),
     ],

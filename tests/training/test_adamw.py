@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orchestrator.training.engine import _AdamW
+from orchestrator.training.zero_engine import _AdamW
 
 
 def test_groups_stepped_one_at_a_time_are_a_step_of_all() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,3 +43,26 @@ def gather(part: Tensor, numel: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(parts, padded)
     return torch.cat(parts)[:numel]
+
+
+def gather_all(parts: Mapping[str, Tensor], numels: Mapping[str, int]) -> dict[str, Tensor]:
+    """As :func:`gather`, of many tensors of one type in one exchange. With one worker they are the parts themselves.
+
+    Args:
+        parts: this worker's, by name; all workers have the same names in the same order.
+        numels: elements of each whole tensor.
+    """
+    world = dist.get_world_size()
+    if world == 1 or not parts:
+        return dict(parts)
+    sizes = {name: -(-numels[name] // world) for name in parts}
+    first = next(iter(parts.values()))
+    padded = torch.zeros(sum(sizes.values()), dtype=first.dtype, device=first.device)
+    offset = 0
+    for name, part in parts.items():
+        padded[offset : offset + part.numel()] = part
+        offset += sizes[name]
+    rows = torch.empty(world, padded.numel(), dtype=padded.dtype, device=padded.device)
+    dist.all_gather(list(rows.unbind()), padded)
+    pieces = rows.split(list(sizes.values()), dim=1)
+    return {name: piece.flatten()[: numels[name]] for name, piece in zip(sizes, pieces, strict=True)}

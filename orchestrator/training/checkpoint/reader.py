@@ -230,8 +230,6 @@ def _put(engine: Engine, local: dict[str, Tensor], updates: int) -> None:
 
     engine.load(part("master"), {key: part(key) for key in _MOMENTS}, updates)
     if engine.modules.ema is not None:
-        for name, value in part("ema").items():
-            engine.ema[name].copy_(value)
-        engine.write(engine.modules.ema, engine.ema)
+        engine.load_ema(part("ema"))
     for name, module in engine.modules.copies.items():
         engine.write(module, part(f"copies.{name}"))
