@@ -48,6 +48,7 @@ _ARMS: dict[str, dict[str, Any]] = {
     "recomputed": {"activation_checkpointing": True},
     "compiled, recomputed": {"compile": True, "activation_checkpointing": True},
     "compiled, chunked": {"compile": True, "chunk_rows": 256},
+    "replicated": {"zero_stage": 0},
     "compiled, exact": {"compile": True, "elastic": {"exact": True}},
 }
 _WARMUP = 5
@@ -127,7 +128,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--arm", nargs="+", default=list(_ARMS), choices=list(_ARMS))
     parser.add_argument("--batch", type=int, default=64, help="images on the GPU at once")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
-    parser.add_argument("--zero", type=int, default=3, choices=(1, 2, 3))
+    parser.add_argument(
+        "--zero", type=int, default=3, choices=(0, 1, 2, 3), help="not of the arm `replicated`"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -155,10 +158,11 @@ def _measure(arm: str, options: argparse.Namespace, device: str, peak: float | N
     if exact:
         use_deterministic_kernels()
     modules = task.build(device)
+    zero_stage = _ARMS[arm].get("zero_stage", options.zero)
     engine = build_engine(
         modules,
         config.optimizer,
-        zero_stage=options.zero,
+        zero_stage=zero_stage,
         precision="bf16" if cuda else "fp32",
         num_blocks=1,
         exact=exact,
@@ -175,7 +179,13 @@ def _measure(arm: str, options: argparse.Namespace, device: str, peak: float | N
         seconds.append(time.perf_counter() - began)
     speed = batch / statistics.median(seconds[_WARMUP:] or seconds)
     (work,) = workloads(config, model, {})
-    planned = costing(work, _ONE, checkpointing=config.activation_checkpointing, chunk_rows=config.chunk_rows)
+    planned = costing(
+        work,
+        _ONE,
+        checkpointing=config.activation_checkpointing,
+        chunk_rows=config.chunk_rows,
+        zero_stage=zero_stage,
+    )
     return Row(
         model,
         arm,
