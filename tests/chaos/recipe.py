@@ -37,6 +37,8 @@ def pipeline(photos: Path, steps: int, students: int) -> dict[str, Any]:
             "pretrain": {
                 **common,
                 "kind": "pretrain",
+                # Sharded; the students' weights are whole in every worker.
+                "zero_stage": 3,
                 "needs": "curate",
                 "model": "vit_femto",
                 "drop_path": 0.2,
