@@ -94,29 +94,29 @@ def _knn(results: Results, out: Path) -> Section:
         out / "knn.png",
         f"Leave-one-out {results.k}-NN accuracy, n={results.num_photos}",
         {"majority group": results.scores[0].accuracy},
+        [_error(score.accuracy, results.num_photos) for score in results.scores[1:]],
     )
     note = (
         f"Leave-one-out on n={results.num_photos} photos of the {len(results.groups)} largest groups. The "
         "curation removed copies of photos, so none can vote for itself. CLS features, cosine similarity, one vote per "
-        "neighbour. ± is one standard error for n photos. Training used these photos, but no labels."
+        "neighbour. ± and the error bars are one standard error for n photos. Training used these photos, but no "
+        "labels. Shaded: the students and their teacher."
     )
     rows = [
         (
             score.name,
-            score.family,
+            f"{score.accuracy:.3f} ± {_error(score.accuracy, results.num_photos):.3f}",
             score.model,
             _count(score.num_parameters),
             "" if score.image_size is None else f"{score.image_size} px",
             "" if score.dim is None else str(score.dim),
-            f"{score.accuracy:.3f}",
-            f"± {_error(score.accuracy, results.num_photos):.3f}",
         )
         for score in results.scores
     ]
     strong = [at for at, score in enumerate(results.scores) if score.student or score is results.teacher]
-    header = ("features", "family", "model", "weights", "photos at", "dim", "accuracy", "s.e.")
-    table = Table(header, rows, num_names=3, strong=strong)
-    return Section(title, [Text(note), table, Picture(out / "knn.png", "The same as bars")])
+    header = ("features", "accuracy", "model", "weights", "photos at", "dim")
+    picture = Picture(out / "knn.png", alt=f"The accuracy of each row of the table as a bar, {title}")
+    return Section(title, [Text(note), Table(header, rows, strong=strong), picture])
 
 
 def _measured(metric: tuple[str, Mapping[str, Mapping[str, float]]]) -> Section:
@@ -202,7 +202,7 @@ def _drawn(results: Results, out: Path) -> list[Section]:
     note = (
         f"The index has {len(numbers)} clusters. Clusters in effect are exp(entropy): the number of equally large "
         "clusters that would be as diverse. Stages draw the photos that the curation chose; those that it left "
-        "out are drawn only by stages whose `mix` or `homogeneous` names them. The line `drawn` is the sum over: "
+        "out are drawn only by stages whose `mix` or `homogeneous` names them. In the chart, `drawn` is the sum of "
         f"{', '.join(one.name for one in trained)}."
     )
     header = ("what", "photos or draws", "clusters in effect", "left out by the curation")
@@ -254,7 +254,7 @@ def _picture(
     if not any(steps for steps, _ in series.values()):
         return []
     curves(series, path, title, ylabel, marks)
-    return [Picture(path, title)]
+    return [Picture(path, alt=title)]
 
 
 def _column(history: History, name: str) -> tuple[list[float], list[float]]:

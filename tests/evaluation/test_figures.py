@@ -132,6 +132,18 @@ def test_bars_are_as_long_as_their_values(tmp_path: Path) -> None:
     assert lengths[1] / lengths[0] == pytest.approx(4.0, rel=0.02)
 
 
+def test_bars_show_how_sure_they_are(tmp_path: Path) -> None:
+    table = [("ours", 0.5, "model")]
+    bars(table, tmp_path / "plain.png", "k-NN")
+    bars(table, tmp_path / "sure.png", "k-NN", errors=[0.1])
+    bar = [0x00, 0x72, 0xB2]
+    plain, sure = pixels(tmp_path / "plain.png"), pixels(tmp_path / "sure.png")
+    # The error bar lies across the bar, and the axis reaches out to its end.
+    assert (sure == bar).all(axis=-1).sum() < (plain == bar).all(axis=-1).sum()
+    with pytest.raises(ValueError, match="2 errors for 1 bars"):
+        bars(table, tmp_path / "x.png", "k-NN", errors=[0.1, 0.1])
+
+
 def test_bars_mark_baselines(tmp_path: Path) -> None:
     table = [("ours", 0.2, "model")]
     bars(table, tmp_path / "plain.png", "k-NN")

@@ -238,7 +238,7 @@ def test_everything_upstream_is_scored_and_shown(small: Context, tmp_path: Path)
     assert "What training drew" in page
     assert "n=14" in page
     assert "n=14" in (full.out / "table.md").read_text()
-    assert "1.000 |" in (full.out / "table.md").read_text()
+    assert "1.000 ± 0.000" in (full.out / "table.md").read_text()
 
 
 class Hues:

@@ -158,6 +158,7 @@ def bars(
     path: Path,
     title: str,
     baselines: Mapping[str, float] | None = None,
+    errors: Sequence[float] | None = None,
 ) -> None:
     """Horizontal bars from top to bottom, coloured by group, each with its value; baselines as dashed lines.
 
@@ -166,12 +167,15 @@ def bars(
         path: the PNG to write.
         title: plain text.
         baselines: name → value, such as the level of chance.
+        errors: half the length of each bar's error bar.
 
     Raises:
-        ValueError: nothing to draw.
+        ValueError: nothing to draw, or not as many errors as bars.
     """
     if not table:
         raise ValueError(f"no bars to draw for '{title}'")
+    if errors is not None and len(errors) != len(table):
+        raise ValueError(f"{len(errors)} errors for {len(table)} bars")
     baselines = baselines or {}
     groups = list(dict.fromkeys(group for _, _, group in table))
     figure = Figure(figsize=(7.0, 1.3 + 0.34 * len(table)), dpi=DPI, layout="constrained")
@@ -179,7 +183,16 @@ def bars(
     for at, group in enumerate(groups):
         rows = [row for row, (_, _, of) in enumerate(table) if of == group]
         widths = [table[row][1] for row in rows]
-        drawn = axis.barh(rows, widths, height=0.68, color=COLORS[at % len(COLORS)], label=group)
+        spread = None if errors is None else [errors[row] for row in rows]
+        drawn = axis.barh(
+            rows,
+            widths,
+            height=0.68,
+            color=COLORS[at % len(COLORS)],
+            label=group,
+            xerr=spread,
+            error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 2.5},
+        )
         value_labels = axis.bar_label(drawn, fmt="{:.3g}", padding=4, fontsize=9, color=INK)
         for value_label in value_labels:
             value_label.set_bbox({"color": "white", "pad": 1.0})
@@ -214,7 +227,9 @@ def _photo_grid(
     num_columns = min(pairs_per_row, len(photos))
     num_rows = -(-len(photos) // num_columns)
     side = 2.0
-    title_height = 0.24 if titles else 0.0
+    # Wide pictures are shown smaller, and their titles have to be read there, too.
+    font_size = 8.0 * (1 + num_columns) / 2
+    title_height = 0.03 * font_size if titles else 0.0
     size = 2 * side * num_columns, (side + title_height) * num_rows
     layout = ConstrainedLayoutEngine(w_pad=0.025, h_pad=0.025, wspace=0.0, hspace=0.0)
     figure = Figure(figsize=size, dpi=DPI, layout=layout)
@@ -223,7 +238,7 @@ def _photo_grid(
         axis.set_axis_off()
     pairs = [(row[2 * at], row[2 * at + 1]) for row in grid for at in range(num_columns)][: len(photos)]
     for (left, _), title in zip(pairs, titles or (), strict=bool(titles)):
-        left.set_title(title, fontsize=8, color=INK, loc="left", pad=3)
+        left.set_title(title, fontsize=font_size, color=INK, loc="left", pad=3)
     return figure, pairs
 
 

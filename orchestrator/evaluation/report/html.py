@@ -43,10 +43,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file; it is copied into the page. The caption is also what a screen reader says."""
+    """A PNG file; it is copied into the page.
+
+    A picture with a title in it needs no caption. `alt` is what a screen reader says; without it, the caption is.
+    """
 
     path: Path
-    caption: str
+    caption: str = ""
+    alt: str = ""
 
 
 Block = Text | Table | Picture
