@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.config.schema import Hardware
+from orchestrator.config.zero_stage import ZeroStage
 from orchestrator.elastic.cluster import most_object_store
 from orchestrator.errors import UserError
 from orchestrator.pipeline import crop_checks, dag
@@ -117,6 +118,38 @@ def test_memory_by_hand() -> None:
     assert less["activations"] == pytest.approx(8 * (4 * 1024 * 1024 * 2 / 2**30 + per_block))
     assert less["logits"] == pytest.approx(2 * 65536 * (8 + 6) / 2**30)
     assert less["weights"] == memory["weights"]
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "whole"),
+    [
+        (0, {"weights", "gradients", "optimiser", "EMA", "frozen weights"}),
+        (1, {"weights", "gradients", "frozen weights"}),
+        (2, {"weights", "frozen weights"}),
+        (3, set()),
+    ],
+)
+def test_memory_goes_by_what_is_sharded(zero_stage: ZeroStage, whole: set[str]) -> None:
+    nets = (Net("student", "trained", 2**30, 2**20), Net("EMA", "ema", 2**30, 2**20))
+    work = Workload("x", 10, 64, 8, nets, {"student": 1e12, "EMA": 1e12})
+    hardware = Hardware(devices=4, peak_tflops=100, memory_gib=80, mfu=0.5)
+    memory = costing(work, hardware, zero_stage=zero_stage).memory_gib
+    gradients = 4 if zero_stage else 6  # a block's own in bf16, and the fp32 sum
+    each = {"weights": 2, "gradients": gradients, "optimiser": 12, "EMA": 4, "frozen weights": 2}
+    for part, gib in each.items():
+        assert memory[part] == pytest.approx(gib if part in whole else gib / 4), part
+    assert ("reduce bucket" in memory) == (zero_stage > 0)
+    assert ("gathered" in memory) == (zero_stage == 3)
+
+
+@pytest.mark.parametrize(("zero_stage", "per_parameter"), [(0, 8), (1, 6), (2, 4 * 4 + 2), (3, 4 * (8 + 2))])
+def test_traffic_goes_by_what_is_sharded(zero_stage: ZeroStage, per_parameter: int) -> None:
+    """4 blocks a device: replicated gradients are summed once a step, sharded ones and weights go by block."""
+    nets = (Net("student", "trained", 10**9, 1), Net("teacher", "frozen", 10**9, 1))
+    work = Workload("x", 1000, 640, 16, nets, {"student": 3e12, "teacher": 1e12})
+    hardware = Hardware(devices=10, peak_tflops=100, mfu=0.5, collective_gb_s=100)
+    found = costing(work, hardware, zero_stage=zero_stage).step_s["weights and gradients"]
+    assert found == pytest.approx(per_parameter * 1e9 / 100e9)
 
 
 def test_hours_follow_from_the_share_of_the_peak() -> None:
