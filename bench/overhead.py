@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from bench._plain import PlainWeights
 from bench.harness import Arm, Claim, require_same_losses, summarize
@@ -50,7 +50,7 @@ def run(quick: bool) -> Claim:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     from orchestrator.training.process_group import join
 
-    join(dist.HashStore(), 0, 1)
+    join(HashStore(), 0, 1)
     stage = yaml.safe_load(_FILE.read_text())["stages"]["pretrain"]
     config = Pretrain.model_validate({**stage, "needs": ()})
     arms: dict[str, Callable[[int], float]] = {_PLAIN: _plain(config)}
