@@ -45,7 +45,7 @@ _LR, _DECAY, _MOMENTUM, _WARM_UP = 1e-4, 0.04, 0.99, 2
 
 
 def run(quick: bool) -> Claim:
-    """A few steps of each arm, forty in the full run."""
+    """Four steps of each arm, twenty in the full run."""
     torch.set_num_threads(1)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     from orchestrator.training.process_group import join
@@ -58,7 +58,7 @@ def run(quick: bool) -> Claim:
     cpu: dict[str, list[float]] = {name: [] for name in arms}
     losses: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
-    for step in range(_WARM_UP + (4 if quick else 40)):
+    for step in range(_WARM_UP + (4 if quick else 20)):
         for name in names[step % len(names) :] + names[: step % len(names)]:
             began = time.process_time()
             losses[name].append(arms[name](step))
