@@ -28,7 +28,7 @@ NOT_DURABLE = {
     "orchestrator/storage/artifacts.py",
     "orchestrator/storage/bytes_store.py",
     "orchestrator/storage/local.py",
-    "orchestrator/storage/s3_download.py",
+    "orchestrator/storage/s3.py",
     "orchestrator/tracking/backlog.py",
     "orchestrator/tracking/flusher.py",
 }

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from orchestrator.errors import UserError
+from orchestrator.fsio import replacing
 from orchestrator.storage.cache_folder import cache_folder
 from orchestrator.storage.local import SCRATCH, Stat, parts_of, usable
 from orchestrator.storage.s3_client import (
@@ -25,9 +27,11 @@ from orchestrator.storage.s3_client import (
     plain_errors,
     unreachable,
 )
-from orchestrator.storage.s3_download import PART, THREADS, Download
 from orchestrator.storage.scratch import Scratch
 
+PART = 16 * 2**20
+THREADS = 4
+_CHUNK = 65536
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
 _AGAIN = 3
 _PAGE = 1000
@@ -38,8 +42,8 @@ _log = logging.getLogger(__name__)
 class S3Store:
     """Objects below a prefix of a bucket. Making one connects to nothing; every use may raise as below.
 
-    Requests are tried again by botocore, downloads that break off go on where they were. Safe to use from
-    several threads, to pickle, and to keep over a fork.
+    botocore tries requests again, and boto3's managed transfer the parts of a download whose replies break off. Safe
+    to use from several threads, to pickle, and to keep over a fork.
 
     Args:
         uri: `s3://bucket/prefix`.
@@ -90,19 +94,13 @@ class S3Store:
 
     def put_file(self, name: str, source: Path, *, consume: bool = False) -> None:
         """See :class:`Store`. Above 16 MiB in parts, which are given up if it fails."""
-        from boto3.s3.transfer import TransferConfig, create_transfer_manager
+        from boto3.s3.transfer import create_transfer_manager
         from botocore.exceptions import ClientError
 
         key = self._key(name)
-        plan = TransferConfig(
-            multipart_threshold=PART,
-            multipart_chunksize=PART,
-            max_concurrency=THREADS,
-            preferred_transfer_client="classic",
-        )
 
         def upload(client: Any) -> None:
-            with create_transfer_manager(client, plan) as manager:
+            with create_transfer_manager(client, self._transfer_config()) as manager:
                 manager.upload(str(source), self.bucket, key).result()
 
         with self._using(f"take {name}") as client:
@@ -121,14 +119,22 @@ class S3Store:
     def get_bytes(self, name: str) -> bytes:
         """See :class:`Store`."""
         key = self._key(name)
+        buffer = io.BytesIO()
         with self._using(f"give {name}") as client:
-            return Download(client, self.bucket, key, self._patience).read()
+            self._download(client, key, buffer, threads=False)
+        return buffer.getvalue()
 
     def get_file(self, name: str, target: Path) -> None:
         """See :class:`Store`. In parts of 16 MiB, several at a time."""
         key = self._key(name)
-        with self._using(f"give {name}") as client:
-            Download(client, self.bucket, key, self._patience).write(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A copy: who reads it compares it with what it should be, or fetches it again.
+        with (
+            self._using(f"give {name}") as client,
+            replacing(target, durable=False) as draft,
+            draft.open("wb") as file,
+        ):
+            self._download(client, key, file)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See :class:`Store`."""
@@ -192,6 +198,35 @@ class S3Store:
         except (OSError, UserError) as error:
             _log.debug("abandoned uploads stay: %s", error)
         return count
+
+    def _download(self, client: Any, key: str, file: BinaryIO, *, threads: bool = True) -> None:
+        """The whole object into an empty file. Anew if the object is replaced while it is read."""
+        from s3transfer.exceptions import S3DownloadFailedError
+
+        for last in (False,) * (_AGAIN - 1) + (True,):
+            try:
+                client.download_fileobj(self.bucket, key, file, Config=self._transfer_config(threads=threads))
+                return
+            except S3DownloadFailedError:
+                # All parts ask for the version that the first one had.
+                if last:
+                    raise
+            file.seek(0)
+            file.truncate()
+
+    def _transfer_config(self, *, threads: bool = True) -> Any:
+        from boto3.s3.transfer import TransferConfig
+
+        return TransferConfig(
+            multipart_threshold=PART,
+            multipart_chunksize=PART,
+            max_concurrency=THREADS,
+            num_download_attempts=self._patience.attempts,
+            io_chunksize=_CHUNK,
+            use_threads=threads,
+            # The other client, where it is installed, has its own connections, retries and time limits.
+            preferred_transfer_client="classic",
+        )
 
     @contextlib.contextmanager
     def _using(self, what: str) -> Iterator[Any]:

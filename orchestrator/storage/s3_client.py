@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Patience:
     Attributes:
         connect_s: for a connection, and for each piece of a request to leave.
         read_s: for the next bytes of a reply.
-        attempts: tries of one request; the pauses between them grow to 20 s.
+        attempts: tries of one request, with pauses that grow to 20 s; and of one part whose reply breaks off.
         slowest: bytes a second below which a reply counts as broken off.
     """
 
@@ -99,7 +100,43 @@ def make_client(patience: Patience) -> Any:
         # Few servers other than AWS's own have a DNS name for every bucket.
         s3={"addressing_style": "path"} if address and not styled else None,
     )
-    return boto3.session.Session(botocore_session=core).client("s3", config=config)
+    client = boto3.session.Session(botocore_session=core).client("s3", config=config)
+
+    def watch(parsed: dict[str, Any], **_: Any) -> None:
+        if "Body" in parsed:
+            parsed["Body"] = _WatchedBody(parsed["Body"], patience)
+
+    client.meta.events.register("after-call.s3.GetObject", watch)
+    return client
+
+
+class _WatchedBody:
+    """The body of a reply; one that crawls counts as broken off, so that its part is asked for again.
+
+    botocore's own time limit is for each packet, and a server that sends one byte at a time keeps it for hours.
+    """
+
+    def __init__(self, body: Any, patience: Patience) -> None:
+        self._body, self._patience = body, patience
+        self._began, self._got = time.monotonic(), 0
+
+    def read(self, amount: int | None = None) -> bytes:
+        """The next bytes, as `StreamingBody.read`.
+
+        Raises:
+            ReadTimeoutError: (botocore's) the bytes came too slowly so far.
+        """
+        chunk: bytes = self._body.read(amount)
+        self._got += len(chunk)
+        took = time.monotonic() - self._began
+        if took > self._patience.read_s + self._got / self._patience.slowest:
+            from botocore.exceptions import ReadTimeoutError
+
+            raise ReadTimeoutError(endpoint_url=f"only {self._got} bytes in {took:.0f} s")
+        return chunk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
 
 
 @contextlib.contextmanager
@@ -116,6 +153,7 @@ def plain_errors(bucket: str, what: str) -> Iterator[None]:
         StoreError: anything else that the server or the network did.
     """
     from botocore import exceptions as boto
+    from s3transfer import exceptions as transfer
 
     try:
         yield
@@ -129,7 +167,13 @@ def plain_errors(bucket: str, what: str) -> Iterator[None]:
         ) from None
     except boto.ParamValidationError as error:
         raise _mistake(f"{bucket!r} cannot be used: {error}", "correct `store`") from None
-    except (boto.BotoCoreError, boto.HTTPClientError) as error:
+    except transfer.RetriesExceededError as error:
+        raise StoreError(
+            f"the store could not {what}: its replies keep breaking off: {error.last_exception}"
+        ) from error
+    except transfer.S3DownloadFailedError as error:
+        raise StoreError(f"the store could not {what}: it was replaced again and again") from error
+    except (boto.BotoCoreError, boto.HTTPClientError, transfer.S3ValidationError) as error:
         raise StoreError(f"the store could not {what}: {error}") from error
     except ValueError as error:
         if "endpoint" not in str(error).lower():

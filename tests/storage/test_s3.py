@@ -86,6 +86,34 @@ def test_a_download_goes_on_where_its_replies_broke_off(
     assert len(gets) == 3 + 4, "three parts, four of which were asked for again"
 
 
+def test_an_object_that_is_replaced_while_it_is_read_is_read_anew(
+    store: S3Store, proxy: FaultyProxy, s3: S3Server, tmp_path: Path
+) -> None:
+    old, new = pattern(40 * MIB), pattern(39 * MIB)
+    (tmp_path / "file").write_bytes(old)
+    store.put_file("big", tmp_path / "file")
+    gets = 0
+
+    def second_get(method: str, path: str) -> bool:
+        nonlocal gets
+        gets += is_get(method, path)
+        if gets == 2:
+            s3.client().put_object(Bucket=store.bucket, Key=store._key("big"), Body=new)
+        return False
+
+    proxy.next("500", when=second_get)
+    store.get_file("big", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == new
+    assert gets > 3
+
+
+def test_an_empty_object_is_read(store: S3Store, tmp_path: Path) -> None:
+    store.put_bytes("empty", b"")
+    assert store.get_bytes("empty") == b""
+    store.get_file("empty", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b""
+
+
 def test_a_storm_of_faults_loses_nothing(store: S3Store, proxy: FaultyProxy, tmp_path: Path) -> None:
     store.put_bytes("warm", b"")
     proxy.rate, proxy.kinds = 0.3, ("500", "503", "drop", "lost", "truncate", "slow")
