@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import logging
+import os
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -51,6 +52,9 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
 
 GROUP = "orchestrator.models"
 """Where users' packages say which shapes they bring: entry points of configs, each below the name of its model."""
+
+REGISTERED = "ORCHESTRATOR_REGISTERED"
+"""The environment variable with what a program registered, such as `models/NAME=package.module:CONFIG`."""
 
 
 def all_presets() -> dict[str, Config]:
@@ -118,12 +122,21 @@ def _named(name: str) -> Config:
     return config
 
 
-@cache
 def _offers() -> dict[str, tuple[str, ...]]:
-    """The import paths of installed models by name, without importing any."""
+    """The import paths by name of models of installed packages, and of those that were registered; imports none."""
+    return _found(os.environ.get(REGISTERED, ""))
+
+
+@cache
+def _found(registered: str) -> dict[str, tuple[str, ...]]:
+    offers = [(entry.name, entry.value.replace(" ", "")) for entry in entry_points(group=GROUP)]
+    for item in registered.split():
+        key, _, path = item.partition("=")
+        if key.startswith("models/"):
+            offers.append((key.removeprefix("models/"), path))
     found: dict[str, tuple[str, ...]] = {}
-    for entry in entry_points(group=GROUP):
-        found[entry.name] = tuple(dict.fromkeys((*found.get(entry.name, ()), entry.value.replace(" ", ""))))
+    for name, path in offers:
+        found[name] = tuple(dict.fromkeys((*found.get(name, ()), path)))
     return found
 
 

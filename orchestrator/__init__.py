@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from orchestrator.models.configs import ConvNeXtConfig, ViTConfig
     from orchestrator.models.convnext import ConvNeXt
     from orchestrator.models.vit import VisionTransformer
+    from orchestrator.registers import (
+        register_augmentation,
+        register_metric,
+        register_model,
+        register_objective,
+        register_stage,
+        register_store,
+        register_teacher,
+    )
     from orchestrator.stages.base import Context, Input, Stage, TrainStage
     from orchestrator.stages.metric import Features, Metric
     from orchestrator.stages.objective import Objective, StudentOutput
@@ -42,6 +51,15 @@ _HOMES = {
     "models.convnext": ("ConvNeXt",),
     "models.vit": ("VisionTransformer",),
     "config.settings": ("in_key_if_set", "operational"),
+    "registers": (
+        "register_augmentation",
+        "register_metric",
+        "register_model",
+        "register_objective",
+        "register_stage",
+        "register_store",
+        "register_teacher",
+    ),
     "stages.base": ("Context", "Input", "Stage", "TrainStage"),
     "stages.metric": ("Features", "Metric"),
     "stages.objective": ("Objective", "StudentOutput"),
@@ -86,6 +104,13 @@ __all__ = [
     "load",
     "operational",
     "plan",
+    "register_augmentation",
+    "register_metric",
+    "register_model",
+    "register_objective",
+    "register_stage",
+    "register_store",
+    "register_teacher",
     "run",
 ]
 

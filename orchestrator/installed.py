@@ -6,18 +6,21 @@ A package says in its `pyproject.toml` what it has, for example
     effective_rank = "my_package.rank:EffectiveRank"
 
 Nothing of it is imported before a pipeline file names it, so a package that is broken stops only those who use it.
+A program may register names of its own beside those (`orchestrator/registers.py`). They are in an environment
+variable, so that the processes that it starts know them.
 Whoever reads a name out of a store or a model folder must not take it for an import path: see docs/security.md.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from orchestrator.errors import UserError, nearest, printable, shortened
 
@@ -25,6 +28,10 @@ Group = Literal["augmentations", "metrics", "models", "objectives", "stages", "s
 
 PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 """An import path: `package.module:Name`."""
+
+REGISTERED = "ORCHESTRATOR_REGISTERED"
+"""The environment variable with what was registered: `group/name=package.module:Name`, with spaces between."""
+_BY_CALL = "this program"
 
 # In a message: what one thing of a group is called.
 _WORDS = {
@@ -45,15 +52,49 @@ class ExtensionError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Offer:
-    """One entry point.
+    """One entry point, or one registration.
 
     Attributes:
         path: the import path of the thing.
-        package: the distribution that brings it.
+        package: the distribution that brings it; of a registration `this program`.
     """
 
     path: str
     package: str
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_clearing: list[Callable[[], None]] = []
+
+
+def until_registered(function: F) -> F:
+    """`functools.cache` for what depends on the names that there are: forgotten when one is registered."""
+    cached: Any = cache(function)
+    _clearing.append(cached.cache_clear)
+    return cached  # type: ignore[no-any-return]
+
+
+def register(group: Group, name: str, path: str) -> None:
+    """Let a name stand for an import path, in this process and in those that it starts from now on.
+
+    Raises:
+        ExtensionError: the name stands for something else already.
+    """
+    for offer in _offers(group).get(name, ()):
+        if offer.path != path:
+            raise ExtensionError(
+                f"there is a {_WORDS[group]} {name!r} already: {offer.path} of {offer.package}",
+                hint="give it another name",
+            )
+        return
+    os.environ[REGISTERED] = f"{os.environ.get(REGISTERED, '')} {group}/{name}={path}".strip()
+    forget()
+
+
+def forget() -> None:
+    """Look for all names anew."""
+    for clear in _clearing:
+        clear()
 
 
 def is_path(name: str) -> bool:
@@ -128,11 +169,16 @@ def _unknown(group: Group, name: str, known: list[str]) -> ExtensionError:
     return ExtensionError(f"there is no {_WORDS[group]} {shortened(name, 80)!r}", hint=hint)
 
 
-@cache
+@until_registered
 def _offers(group: Group) -> dict[str, tuple[Offer, ...]]:
     found: dict[str, tuple[Offer, ...]] = {}
     for entry in entry_points(group=f"orchestrator.{group}"):
         package = entry.dist.name if entry.dist is not None else "an unknown package"
         # An editable install may be listed twice.
         found[entry.name] = (*found.get(entry.name, ()), Offer(entry.value.replace(" ", ""), package))
+    for item in os.environ.get(REGISTERED, "").split():
+        key, _, path = item.partition("=")
+        of, _, name = key.partition("/")
+        if of == group and is_path(path):
+            found[name] = (*found.get(name, ()), Offer(path, _BY_CALL))
     return found

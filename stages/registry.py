@@ -110,7 +110,7 @@ def file_of(stages: Any) -> type[Pipeline[Stage]]:
     return found
 
 
-@functools.cache
+@installed.until_registered
 def every_stage() -> Any:
     """The union of our stage kinds and those of all installed packages; what cannot be used is left out with a line."""
     union: Any = AnyStage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,9 @@ def test_a_name_that_is_not_there_is_said() -> None:
 
 def test_the_names_that_load_late_are_those_that_types_know() -> None:
     source = (ROOT / "orchestrator/__init__.py").read_text()
+    source = re.sub(
+        r"import \((.+?),\s*\)", lambda names: f"import {' '.join(names[1].split())}", source, flags=re.S
+    )
     for module, names in orchestrator._HOMES.items():
         assert f"    from orchestrator.{module} import {', '.join(names)}\n" in source, module
     late = {name for names in orchestrator._HOMES.values() for name in names}

@@ -16,7 +16,6 @@ import orchestrator
 from orchestrator import installed
 from orchestrator.errors import UserError
 from orchestrator.models import presets
-from orchestrator.pipeline import reference
 from orchestrator.pipeline.cache_key import KeyParts, key_parts
 from orchestrator.pipeline.explain import explain
 from orchestrator.pipeline.json_schema import schema
@@ -148,14 +147,8 @@ SSL: dict[str, Any] = {
 def forget() -> None:
     """Look for installed packages anew."""
     importlib.invalidate_caches()
-    for cached in (
-        installed._offers,
-        presets._offers,
-        registry.every_stage,
-        reference.described,
-        reference._reached,
-    ):
-        cached.cache_clear()
+    installed.forget()
+    presets._found.cache_clear()
 
 
 @pytest.fixture

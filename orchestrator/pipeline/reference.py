@@ -8,7 +8,6 @@ import sys
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -20,6 +19,7 @@ from pydantic_core import PydanticUndefined
 from orchestrator.config.elastic import EVERY_DEVICE
 from orchestrator.config.schema import Pipeline, StageSpec
 from orchestrator.config.settings import Strict
+from orchestrator.installed import until_registered
 from orchestrator.pipeline.json_schema import EXTENDS
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage, TrainStage
@@ -92,7 +92,7 @@ def sections() -> list[type[BaseModel]]:
     return sorted(found, key=lambda model: model.__name__)
 
 
-@cache
+@until_registered
 def _reached(*, operational: bool, extended: bool = False) -> frozenset[type[BaseModel]]:
     """The models that keys hold, at any depth.
 
@@ -150,7 +150,7 @@ def _row(key: Key) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-@cache
+@until_registered
 def described(model: type[BaseModel]) -> Sequence[Key]:
     """The keys of a section, in the schema's order."""
     decides = {Pipeline[AnyStage], *_SHARED, *_reached(operational=False, extended=True)}
