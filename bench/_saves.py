@@ -23,7 +23,7 @@ from orchestrator.models.configs import ViTConfig
 from orchestrator.models.presets import preset
 from orchestrator.models.vit import VisionTransformer
 from orchestrator.training.checkpoint import reader, shard_file
-from orchestrator.training.checkpoint.reader import CheckpointStorage
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.checkpoint.writer import CheckpointWriter
 from orchestrator.training.engine import build_engine
 from orchestrator.training.task import Modules
@@ -68,7 +68,7 @@ class Windows:
         self.cpu_s = 0.0
         shard_file.write_file = self._counted(shard_file.write_file)
         self.storage = CheckpointStorage(self.folder / "ours")
-        self.saver = CheckpointWriter(
+        self.writer = CheckpointWriter(
             self.storage,
             token=reader.share(self.storage.take() if self.rank == 0 else None),
             keep=1,
@@ -79,7 +79,7 @@ class Windows:
         self.saves: dict[str, Callable[[], None]] = {
             NEVER: lambda: None,
             AGAIN: lambda: None,
-            BEHIND: lambda: self.saver.begin(self.engine, self.updates),
+            BEHIND: lambda: self.writer.begin(self.engine, self.updates),
             WAITING: self._save_and_wait,
             TORCH: self._save_with_torch,
         }
@@ -99,10 +99,10 @@ class Windows:
         self.engine.step(1e-4, self.updates, 0.04)
         self.engine.update_ema(0.99)
         self.updates += 1
-        written = torch.tensor(float(self.saver.pending is not None and self.saver.written()))
+        written = torch.tensor(float(self.writer.pending is not None and self.writer.written()))
         dist.all_reduce(written, dist.ReduceOp.MIN)
         if written:
-            self.saver.commit()
+            self.writer.commit()
 
     def window(self, arm: str, steps: int) -> dict[str, float]:
         """Wall seconds of `steps` steps with one save after the first, until all of it is durable."""
@@ -114,25 +114,25 @@ class Windows:
         self.saves[arm]()
         for _ in range(steps - 1):
             self.step()
-        if self.saver.pending is not None:
-            self.saver.wait()
+        if self.writer.pending is not None:
+            self.writer.wait()
             dist.barrier()
-            self.saver.commit()
-        self.saver.finish()
+            self.writer.commit()
+        self.writer.finish()
         dist.barrier()
         return {
             "wall_s": time.perf_counter() - started,
-            "stall_s": self.saver.last_stall_s,
-            "write_s": self.saver.last_write_s,
+            "stall_s": self.writer.last_stall_s,
+            "write_s": self.writer.last_write_s,
             "cpu_s": self.cpu_s,
         }
 
     def _save_and_wait(self) -> None:
-        self.saver.begin(self.engine, self.updates)
-        self.saver.wait()
+        self.writer.begin(self.engine, self.updates)
+        self.writer.wait()
         dist.barrier()
-        self.saver.commit()
-        self.saver.finish()
+        self.writer.commit()
+        self.writer.finish()
         dist.barrier()
 
     def _save_with_torch(self) -> None:
@@ -168,7 +168,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     for number in range(spec["rounds"]):
         order = ARMS[number % len(ARMS) :] + ARMS[: number % len(ARMS)]
         rounds.append({arm: windows.window(arm, steps) for arm in order})
-    return {"steps": steps, "bytes": windows.saver.last_bytes, "first": first, "rounds": rounds}
+    return {"steps": steps, "bytes": windows.writer.last_bytes, "first": first, "rounds": rounds}
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from orchestrator.stages.metric import Features, Metric
     from orchestrator.stages.objective import Objective, StudentOutput
     from orchestrator.storage.bytes_store import CachedStore, checked_name
-    from orchestrator.storage.local import Stat, Store
+    from orchestrator.storage.store import Stat, Store
     from orchestrator.training.job import Job
     from orchestrator.training.task import BlockTensors, Losses, Modules, Task
 
@@ -64,7 +64,7 @@ _HOMES = {
     "stages.metric": ("Features", "Metric"),
     "stages.objective": ("Objective", "StudentOutput"),
     "storage.bytes_store": ("CachedStore", "checked_name"),
-    "storage.local": ("Stat", "Store"),
+    "storage.store": ("Stat", "Store"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

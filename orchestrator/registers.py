@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.stages.base import Stage
     from orchestrator.stages.metric import Metric
     from orchestrator.stages.objective import Objective
-    from orchestrator.storage.local import Store
+    from orchestrator.storage.store import Store
 
 AStage = TypeVar("AStage", bound="type[Stage]")
 AMetric = TypeVar("AMetric", bound="type[Metric]")

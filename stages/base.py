@@ -21,7 +21,7 @@ from orchestrator.config.settings import operational
 from orchestrator.errors import UserError
 from orchestrator.fsio import move
 from orchestrator.storage.artifacts import Artifact
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 from orchestrator.tracking.run import Run
 
 if TYPE_CHECKING:

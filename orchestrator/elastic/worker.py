@@ -207,7 +207,7 @@ class ControllerClient(ABC):
                 self._blocks.pop((body["step"], body["index"])).set_result(message)
 
     def phase(self, name: str) -> None:
-        """A part of the start is done: a sign of life, and a line in the account of a restart."""
+        """A part of the start is done. This counts as a heartbeat, and is a line in the account of a restart."""
         self.send({"kind": "phase", "name": name, "time": time.time()})
 
     def report(

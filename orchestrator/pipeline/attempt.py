@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator import disk
-from orchestrator.config.elastic import Elastic
 from orchestrator.errors import Stopped, UserError, first_line, printable, shortened
 from orchestrator.pipeline.code_digest import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread, nothing
@@ -186,7 +185,7 @@ class Attempt:
             sources=spec.data,
             out=out,
             work=work,
-            elastic=merged_elastic(spec.elastic, getattr(stage, "elastic", None)),
+            elastic=spec.elastic.overlaid(getattr(stage, "elastic", None)),
             run=self.run,
             remote=self.workspace.remote_work(self.stage.parts.kind, self.stage.key),
             stop=self.interrupt.stop,
@@ -263,11 +262,6 @@ def full_disk(error: BaseException, workspace: Workspace) -> UserError:
         hint="free some space on it and run the same command again: finished stages and complete checkpoints are "
         "kept, and the run continues from there",
     )
-
-
-def merged_elastic(default: Elastic, own: Elastic | None) -> Elastic:
-    """The pipeline's `elastic` section with what the stage says itself laid over it."""
-    return default.overlaid(own)
 
 
 def _checked_figures(returned: object) -> dict[str, float]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError, first_line, printable, shortened
 from orchestrator.pipeline import crop_checks, dag, memory_and_disk
-from orchestrator.pipeline.attempt import merged_elastic
 from orchestrator.pipeline.load import LoadedPipeline, joined, unwritable_folders
 from orchestrator.pipeline.plan import (
     EVERYTHING,
@@ -86,12 +85,12 @@ def check(
     is_here = runs or not (loaded.missing or loaded.spec.hardware)
     probes = Probes(loaded, runs) if is_here else None
     foreseen: dict[str, list[UserError]] = {}
-    graph_errors = dag.validation_errors(loaded)
+    graph_errors = dag.graph_errors(loaded)
     found.errors += graph_errors
     counts = _count_photos(loaded, found)
     if not graph_errors:
         roles = dag.roles(loaded)
-        fit_errors = list(crop_checks.validation_errors(loaded, roles))
+        fit_errors = list(crop_checks.fit_errors(loaded, roles))
         found.errors += fit_errors
         foreseen = dict(_preflight(loaded, roles, counts))
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
@@ -296,7 +295,7 @@ def _callbacks(loaded: LoadedPipeline, *, deep: bool) -> Iterator[UserError]:
             continue
         own = stage.elastic is not None and "ray_train_callbacks" in stage.elastic.model_fields_set
         section = ("stages", name, "elastic") if own else ("elastic",)
-        for path in merged_elastic(loaded.spec.elastic, stage.elastic).ray_train_callbacks:
+        for path in loaded.spec.elastic.overlaid(stage.elastic).ray_train_callbacks:
             if path in told or (why := _import_trouble(path, deep=deep)) is None:
                 continue
             told.add(path)

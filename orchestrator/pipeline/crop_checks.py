@@ -17,16 +17,16 @@ from orchestrator.stages.ssl.pretrain import Pretrain
 
 
 def check(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise the first of :func:`validation_errors`.
+    """Raise the first of :func:`fit_errors`.
 
     Raises:
         UserError: as there.
     """
-    for error in validation_errors(loaded, roles):
+    for error in fit_errors(loaded, roles):
         raise error
 
 
-def validation_errors(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Iterator[UserError]:
+def fit_errors(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Iterator[UserError]:
     """Look at every stage that goes on from, or learns from, a backbone that the file describes: whether its patch
     divides the crops, and whether a distillation holds more views than this machine can.
     """

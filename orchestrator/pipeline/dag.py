@@ -55,7 +55,7 @@ def roles(loaded: LoadedPipeline) -> dict[str, dict[str, str]]:
     return {name: _roles_of(loaded, name) for name in loaded.spec.stages}
 
 
-def validation_errors(loaded: LoadedPipeline) -> list[UserError]:
+def graph_errors(loaded: LoadedPipeline) -> list[UserError]:
     """Everything that is wrong with the graph: what :func:`order` or :func:`roles` would raise, for every stage."""
     stages = loaded.spec.stages
     unknown = [

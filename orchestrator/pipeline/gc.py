@@ -22,7 +22,7 @@ from orchestrator.pipeline.plan import ResolvedStage
 from orchestrator.pipeline.table import stage_table
 from orchestrator.pipeline.workspace import Workspace, removal_order
 from orchestrator.storage.artifacts import MANIFEST, ArtifactStore, folder_name
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 
 _PLACES = ("artifacts", "work")
 # What :func:`folder_name` makes: other folders were put there by others.

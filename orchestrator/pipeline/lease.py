@@ -25,7 +25,7 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline.liveness import Contender, HeartbeatMonitor, Timing, clock, heartbeat_name
 from orchestrator.pipeline.lock_queue import LockQueue, LockTakenError, QueueEntry
 from orchestrator.pipeline.process_identity import ProcessIdentity, is_suspended, lives, this_process
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 
 _log = logging.getLogger(__name__)
 

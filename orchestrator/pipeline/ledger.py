@@ -18,7 +18,7 @@ from orchestrator.errors import UserError, first_line
 from orchestrator.fsio import NotAFileError
 from orchestrator.names import parts_of
 from orchestrator.pipeline.cache_key import KeyParts
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 
 StageStateName = Literal["pending", "running", "done", "failed", "stopped"]
 Happening = Literal["opened", "running", "done", "failed", "stopped", "closed", "settled"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from orchestrator.fsio import NotAFileError
 from orchestrator.pipeline.lock_queue import LockTakenError, QueueEntry
 from orchestrator.pipeline.process_identity import ProcessIdentity, lives
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from orchestrator.fsio import NotAFileError
 from orchestrator.pipeline.process_identity import ProcessIdentity
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 
 _NAME = re.compile(
     r"(?P<owner>[0-9a-f]{32})\.door|(?P<number>[0-9]{1,15})-(?P<id>[0-9a-f]{32})\.ticket|(?P<epoch>[0-9]{1,15})\.epoch"

@@ -15,7 +15,6 @@ from orchestrator.config.schema import Hardware
 from orchestrator.disk import space
 from orchestrator.errors import UserError
 from orchestrator.pipeline import dag
-from orchestrator.pipeline.attempt import merged_elastic
 from orchestrator.pipeline.costing import costing, zero_stage
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import StagePlan
@@ -79,7 +78,7 @@ def needs(loaded: LoadedPipeline, names: Sequence[str]) -> list[Need]:
 def _need(
     loaded: LoadedPipeline, name: str, stage: TrainStage, works: Sequence[Workload], origin: Stage | None
 ) -> Need:
-    elastic = merged_elastic(loaded.spec.elastic, stage.elastic)
+    elastic = loaded.spec.elastic.overlaid(stage.elastic)
     artifact, work, memory = stage.kept_bytes(origin), 0.0, 0.0
     for one in works:
         checkpoint = sum(_CHECKPOINT[net.kept] * net.params for net in one.nets)
@@ -231,7 +230,7 @@ def here(loaded: LoadedPipeline, found: Sequence[Need]) -> Iterator[UserError]:
 
 
 def _may_use_gpu(loaded: LoadedPipeline, stage: Stage) -> bool:
-    elastic = merged_elastic(loaded.spec.elastic, getattr(stage, "elastic", None))
+    elastic = loaded.spec.elastic.overlaid(getattr(stage, "elastic", None))
     return elastic.device != "cpu" and (elastic.device == "gpu" or any(Path("/dev").glob("nvidia[0-9]*")))
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from orchestrator.errors import UserError, first_line
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.storage.local import Store
 from orchestrator.storage.open import can_be_opened, open_store
 from orchestrator.storage.s3 import S3Store
 from orchestrator.storage.s3_client import Patience
+from orchestrator.storage.store import Store
 from orchestrator.tracking import reachable
 
 # A server in the same building answers within milliseconds, one across the world within a second.

@@ -19,7 +19,7 @@ from orchestrator.config.schema import Cluster
 from orchestrator.elastic.cluster import JoinedCluster
 from orchestrator.errors import ClusterLostError, Stopped, UserError
 from orchestrator.pipeline import dag, mlflow_record, system_metrics, tracking_run
-from orchestrator.pipeline.attempt import Attempt, Outcome, full_disk, merged_elastic
+from orchestrator.pipeline.attempt import Attempt, Outcome, full_disk
 from orchestrator.pipeline.check import check_cluster
 from orchestrator.pipeline.code_digest import digest_of
 from orchestrator.pipeline.console import Reporter
@@ -602,7 +602,7 @@ def _start_cluster(
     from orchestrator.elastic.cluster import start
 
     preload = {module for stage in training.values() for module in stage.preload}
-    sections = [merged_elastic(default, stage.elastic) for stage in training.values()]
+    sections = [default.overlaid(stage.elastic) for stage in training.values()]
     # `workers: auto` takes as many as the cluster turns out to have: that is known when the job asks.
     workers = [section.workers[0 if section.every_device else 1] for section in sections]
     return start(cluster, sorted(preload), max(workers, default=0), default, say)

@@ -15,7 +15,7 @@ from orchestrator.errors import UserError
 from orchestrator.fsio import atomic_write, make_folder
 from orchestrator.names import inside, is_name
 from orchestrator.pipeline.lease import LeaseLostError
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 
 _EVERY_S = 30.0
 _PIECE = 4 * 2**20

@@ -20,8 +20,8 @@ from orchestrator.pipeline import ledger
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.process_identity import ProcessIdentity
 from orchestrator.storage.artifacts import ArtifactStore
-from orchestrator.storage.local import Store
 from orchestrator.storage.open import is_remote, open_store
+from orchestrator.storage.store import Store
 from orchestrator.training.checkpoint import format as form
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, LaterFormatError
 

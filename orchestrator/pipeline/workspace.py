@@ -18,9 +18,10 @@ from orchestrator.pipeline.lease import Holder, Lease, LeaseManager
 from orchestrator.pipeline.ledger import Ledger, PipelineState
 from orchestrator.pipeline.spool_backup import SpoolBackup
 from orchestrator.storage.artifacts import Artifact, ArtifactStore, folder_name
-from orchestrator.storage.local import Store, not_followed
+from orchestrator.storage.local import not_followed
 from orchestrator.storage.open import folder_of, is_remote, open_store
 from orchestrator.storage.s3 import S3Store
+from orchestrator.storage.store import Store
 from orchestrator.tracking import relocate
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 
@@ -117,13 +118,13 @@ class Workspace:
         return LeaseManager(self.store())
 
     @contextlib.contextmanager
-    def drive(self, pipeline: str, say: Callable[[str], None] | None = None) -> Iterator[Lease]:
+    def drive(self, pipeline: str, notify: Callable[[str], None] | None = None) -> Iterator[Lease]:
         """Hold the pipeline for this process alone, so as to run it.
 
         Raises:
             UserError: a living driver has it, somebody deletes from the store, or the store cannot be used.
         """
-        with self._held(pipeline, say) as lease:
+        with self._held(pipeline, notify) as lease:
             # Who deletes takes that hold first and looks for pipelines then: one of the two sees the other.
             self.leases.raise_unless_free(_DELETING, _DELETER)
             yield lease
@@ -155,10 +156,10 @@ class Workspace:
         return sorted(ran | {name.removeprefix(prefix).partition(".")[0] for name in store.list(prefix)})
 
     @contextlib.contextmanager
-    def _held(self, pipeline: str, say: Callable[[str], None] | None = None) -> Iterator[Lease]:
+    def _held(self, pipeline: str, notify: Callable[[str], None] | None = None) -> Iterator[Lease]:
         highest = Ledger(self.store(), pipeline).epoch
         name = pipeline_hold(pipeline)
-        with self.leases.hold(name, f"pipeline {pipeline!r}", above=highest, notify=say) as lease:
+        with self.leases.hold(name, f"pipeline {pipeline!r}", above=highest, notify=notify) as lease:
             yield lease
 
     def driver(self, pipeline: str) -> Holder | None:

@@ -26,7 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from orchestrator.errors import UserError, first_line
 from orchestrator.fsio import DIGESTS, move
 from orchestrator.names import inside, parts_of
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from orchestrator.fsio import atomic_write
 from orchestrator.storage.cache_folder import cache_folder
-from orchestrator.storage.local import SCRATCH, parts_of
 from orchestrator.storage.scratch import Scratch
+from orchestrator.storage.store import SCRATCH, parts_of
 
 
 class CachedStore:

@@ -8,12 +8,13 @@ from orchestrator import installed
 from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.installed import ExtensionError
 from orchestrator.storage.artifacts import ArtifactStore, folder_name
-from orchestrator.storage.local import LocalStore, Store
+from orchestrator.storage.local import LocalStore
 from orchestrator.storage.s3 import S3Store
 from orchestrator.storage.s3_client import Patience
+from orchestrator.storage.store import Store
 
 _OURS = ("file", "s3")
-# What a store of a user's package has: see :class:`orchestrator.storage.local.Store`.
+# What a store of a user's package has: see :class:`orchestrator.storage.store.Store`.
 _METHODS = ("put_bytes", "put_file", "get_bytes", "get_file", "list", "delete", "stat", "local", "scratch")
 
 

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 from orchestrator.errors import UserError
 from orchestrator.fsio import replacing
 from orchestrator.storage.cache_folder import cache_folder
-from orchestrator.storage.local import SCRATCH, Stat, parts_of, usable
 from orchestrator.storage.s3_client import (
     Patience,
     StoreError,
@@ -28,6 +27,7 @@ from orchestrator.storage.s3_client import (
     unreachable,
 )
 from orchestrator.storage.scratch import Scratch
+from orchestrator.storage.store import SCRATCH, Stat, parts_of, usable
 
 PART = 16 * 2**20
 THREADS = 4

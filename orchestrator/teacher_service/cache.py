@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 from orchestrator.teacher_service.payload import TEACHER, Parts, StepOutputs, StepTeacher
 
 logger = logging.getLogger("orchestrator")

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from orchestrator.fsio import atomic_write
 from orchestrator.names import BadNameError, inside
 from orchestrator.tracking.backlog import Outage, Progress, clock, note_outage, pending, progress
-from orchestrator.tracking.mlflow_writer import MAX_METRICS, MlflowSink, RejectedError, RunGoneError
+from orchestrator.tracking.mlflow_writer import MAX_METRICS, MlflowWriter, RejectedError, RunGoneError
 from orchestrator.tracking.outage import silent, trouble
 from orchestrator.tracking.spool import Record, Spool, is_run_id
 
@@ -42,7 +42,7 @@ class Flusher:
     """
 
     def __init__(
-        self, spool: Spool, sink: MlflowSink, *, interval_s: float = 1.0, metrics_every_s: float = 5.0
+        self, spool: Spool, sink: MlflowWriter, *, interval_s: float = 1.0, metrics_every_s: float = 5.0
     ) -> None:
         self._spool = spool
         self._sink = sink

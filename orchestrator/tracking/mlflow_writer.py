@@ -47,7 +47,7 @@ class RejectedError(Exception):
     """MLflow will never take this record."""
 
 
-class MlflowSink:
+class MlflowWriter:
     """One experiment of one MLflow server. Connects on first use; not for several threads.
 
     Args:

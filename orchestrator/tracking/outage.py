@@ -141,7 +141,7 @@ def _of_a_server(uri: str, error: BaseException) -> Trouble:
             "MLflow answers there",
             "set `tracking.uri` to MLflow's address",
         )
-    why = _why_silent(error)
+    why = _no_answer_reason(error)
     if why is not None:
         return Trouble(f"{who} does not answer ({why})", "it answers", _start(shown))
     code = getattr(error, "error_code", None)
@@ -154,7 +154,7 @@ def _of_a_server(uri: str, error: BaseException) -> Trouble:
     return Trouble(f"{who} answers with an error ({_short(error)})", "it works", "check its log")
 
 
-def _why_silent(error: BaseException) -> str | None:
+def _no_answer_reason(error: BaseException) -> str | None:
     """Why nothing came back; None if something did."""
     messages = [f"{type(one).__name__} {one}" for one in causes(error)]
     if any(isinstance(one, ConnectionRefusedError) for one in causes(error)) or _has(messages, "refused"):

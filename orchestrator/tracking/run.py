@@ -17,7 +17,7 @@ from typing import Any, Literal
 from orchestrator.tracking.backlog import Outage, noted_outage, progress, sent
 from orchestrator.tracking.connect import absolute_uri
 from orchestrator.tracking.flusher import Flusher
-from orchestrator.tracking.mlflow_writer import MlflowSink
+from orchestrator.tracking.mlflow_writer import MlflowWriter
 from orchestrator.tracking.spool import Record, Spool, clean_name
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -330,7 +330,7 @@ class Tracking:
     ) -> None:
         self.uri = absolute_uri(uri)
         self._spool = Spool(folder)
-        self._flusher = Flusher(self._spool, MlflowSink(self.uri, experiment, files, artifacts))
+        self._flusher = Flusher(self._spool, MlflowWriter(self.uri, experiment, files, artifacts))
         self._flusher.start()
 
     def kept_by(self, keep: Callable[[], bool]) -> None:

@@ -13,7 +13,7 @@ from orchestrator.config.elastic import Elastic, Resources
 from orchestrator.config.schedules import Optimizer
 from orchestrator.config.zero_stage import ZeroStage
 from orchestrator.names import inside
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 

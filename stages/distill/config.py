@@ -38,7 +38,7 @@ from orchestrator.stages.distill.features import FeatureObjective
 StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 _STAGE_ONLY = ("kind", "needs", "students")
-# Of what a teacher says, in fp32.
+# Of a number in a teacher's outputs, in fp32.
 _NUMBER_BYTES = 4
 
 
@@ -289,7 +289,7 @@ class Distill(HomogeneousMixStage):
         return float((self.window_of(self.num_teachers) + 1) * self.view_bytes(self.students.values()))
 
     def kept_bytes(self, origin: Stage | None) -> float:
-        """See :class:`TrainStage`: with `replay` what the teacher says in all steps, but for what is small in it.
+        """See :class:`TrainStage`: with `replay` the teacher's outputs of all steps, but for what is small in them.
 
         Of teachers from elsewhere it is not known before they are opened.
         """

@@ -97,8 +97,8 @@ class FeatureTeacher:
         if self._expected is not None:
             self._views.expect(self._expected)
         features = [self._features(block) for block in blocks]
-        said = {name: np.concatenate([one[name] for one in features], axis=1) for name in features[0]}
-        return {TEACHER: {**said, **samples(blocks)}, **parts}
+        outputs = {name: np.concatenate([one[name] for one in features], axis=1) for name in features[0]}
+        return {TEACHER: {**outputs, **samples(blocks)}, **parts}
 
     def _features(self, block: Block) -> dict[str, NDArray[Any]]:
         globals_GBCHW = torch.from_numpy(block.arrays["globals"])

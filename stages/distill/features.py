@@ -124,7 +124,7 @@ class TeacherSource(Settings):
         return installed.path_of("teachers", self.module)
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
-        """Files whose content decides what this teacher says, by field; those of a `module` are its own source."""
+        """Files whose content decides this teacher's outputs, by field; those of a `module` are its own source."""
         if self.from_ is not None:
             return {"from": _weight_files(self.from_)}
         if self.transformers is not None and Path(self.transformers).is_dir():

@@ -1,7 +1,7 @@
 """Measures what a step costs a teacher and its students: `python -m orchestrator.stages.distill.measure < spec`.
 
 A process of its own, with the environment that workers have: the real teacher on real or made-up photographs, and
-the real tasks in the real loop under the real engine, on what the teacher said. See `profiling.py`.
+the real tasks in the real loop under the real engine, on the teacher's outputs. See `profiling.py`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _measure(spec: Spec, scratch: Path) -> dict[str, dict[str, float]]:
         places["teacher"] = spec.teacher or _made_up_teacher(spec.recipe, scratch / "teacher")
 
     def sized(num_blocks: int) -> Teaching:
-        # Replayed, a teacher would only read what it said the first time.
+        # Replayed, a teacher would only read its outputs of the first time.
         own = {"batch_size": num_blocks * config.block_size, "replay": False}
         return _teaching(config.model_copy(update=own), places, spec.sources, scratch)
 
@@ -125,8 +125,8 @@ def _teacher_step(teacher: StepTeacher, num_blocks: int) -> float:
     seconds: list[float] = []
     while not _is_enough(seconds):
         began = _clock()
-        for bundle in teacher(len(seconds)).values():
-            chunks(bundle, num_blocks, blocks_per_chunk(bundle, num_blocks))
+        for part in teacher(len(seconds)).values():
+            chunks(part, num_blocks, blocks_per_chunk(part, num_blocks))
         seconds.append(_clock() - began)
     return statistics.median(seconds[1:])
 
@@ -204,16 +204,14 @@ class _Repeated:
     def __init__(
         self, parts: Parts, teach: Teaching, student: Student, cut_into: int, num_blocks: int
     ) -> None:
-        self._bundle = {
-            name: array for part in teach.parts_of(student) for name, array in parts[part].items()
-        }
+        self._parts = {name: array for part in teach.parts_of(student) for name, array in parts[part].items()}
         self._cut_into, self.num_blocks = cut_into, num_blocks
         make = teach.own_views(student)
         self._own = make() if make is not None else None
 
     def load(self, step: int, index: int) -> Block:
         """See :class:`orchestrator.data.blocks.BlockSource`."""
-        ids, arrays = block(self._bundle, index, self._cut_into)
+        ids, arrays = block(self._parts, index, self._cut_into)
         assert ids is not None
         if self._own is not None:
             arrays |= self._own.load(step, index).arrays

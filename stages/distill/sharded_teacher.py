@@ -72,7 +72,7 @@ class ShardedTeacher(FrozenTeacher):
         return [{name: out[name].to(self._device) for name in out} for out in outs]
 
     def _shapes(self, block: Block) -> tuple[tuple[str, tuple[int, int], torch.dtype], ...]:
-        """Of what another process says about a block."""
+        """Of another process's outputs for a block."""
         heads = self._recipe.heads
         views, images = block.arrays["masks"].shape[:2]
         masked = int(block.arrays["masks"].sum())

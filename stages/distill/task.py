@@ -39,7 +39,7 @@ from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, We
 
 
 class FrozenTeacher:
-    """What the teacher says about a step: the heads' bottleneck vectors and the Sinkhorn scaling of the global batch.
+    """What the teacher computes for a step: the heads' bottleneck vectors and the Sinkhorn scaling of the global batch.
 
     Students rebuild their targets as softmax(bottleneck · prototypes / temperature + scaling), so the logits, a
     hundred times larger, never travel. The vectors have unit length and travel as float16 where the student
@@ -88,7 +88,7 @@ class FrozenTeacher:
         views = blocks[0].arrays["globals"].shape[0]
         dino = self._rounded(torch.cat([out["dino"].unflatten(0, (views, -1)) for out in outs], dim=1))
         ibot = self._rounded(torch.cat([out["ibot"] for out in outs]))
-        said = {
+        outputs = {
             **samples(blocks),
             "masks": np.concatenate([block.arrays["masks"] for block in blocks], axis=1),
             "dino": dino.cpu().numpy(),
@@ -97,7 +97,7 @@ class FrozenTeacher:
             "step/dino_scaling": self._scaling("dino", dino.flatten(0, 1).float()),
             "step/ibot_scaling": self._scaling("ibot", ibot.float()),
         }
-        return {TEACHER: said, **parts}
+        return {TEACHER: outputs, **parts}
 
     def _forwards(self, blocks: list[Block]) -> list[dict[str, Tensor]]:
         return [self._forward(block) for block in blocks]
@@ -247,7 +247,7 @@ def in_half(config: Distill, device: str) -> bool:
 
 
 def bytes_per_image(config: Distill, recipe: ModelRecipe, device: str = "cpu") -> float:
-    """Bytes of what the teacher says about one image, on average."""
+    """Bytes of the teacher's outputs for one image, on average."""
     heads, crops = recipe.heads, config.crops
     patches = (crops.global_size // recipe.tower.patch_size) ** 2
     num_views = config.block_size * crops.num_global

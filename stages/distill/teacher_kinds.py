@@ -24,8 +24,8 @@ from orchestrator.stages.distill.features import FeatureObjective
 from orchestrator.stages.distill.sharded_teacher import ShardedTeacher
 from orchestrator.stages.distill.step_views import StepViews, regenerated_views
 from orchestrator.stages.distill.task import DistillTask, FrozenTeacher, bytes_per_image
-from orchestrator.storage.local import Store
 from orchestrator.storage.open import open_store
+from orchestrator.storage.store import Store
 from orchestrator.teacher_service.cache import CachedTeacher
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
 
@@ -68,7 +68,7 @@ class Teaching(ABC):
 
     @abstractmethod
     def output_bytes(self) -> float:
-        """Bytes of what the teacher says about one image."""
+        """Bytes of the teacher's outputs for one image."""
 
     @abstractmethod
     def _teacher(self, make_views: Callable[[], StepViews]) -> Callable[[], StepTeacher]:
@@ -118,12 +118,12 @@ class Teaching(ABC):
         return {view_part(self._config, student): self._config.crops_of(student) for student in students}
 
     def _output_identity(self) -> dict[str, Any]:
-        """All in the config that decides what the teacher says."""
+        """All in the config that decides the teacher's outputs."""
         identity = self._config.identity()
         return {name: identity[name] for name in _OUTPUT_FIELDS if name in identity}
 
     def _cache(self, num_steps: int) -> tuple[Store, str]:
-        """Where replayed steps are; says what they will take.
+        """Where replayed steps are; logs what they will take.
 
         Raises:
             UserError: they do not fit on this machine's disk.

@@ -104,11 +104,11 @@ def _examine(here: Scene, calm: Run, run: Run, storm: Storm) -> tuple[list[str],
 
 def _pending(run: Run) -> int:
     from orchestrator.tracking.flusher import Flusher
-    from orchestrator.tracking.mlflow_writer import MlflowSink
+    from orchestrator.tracking.mlflow_writer import MlflowWriter
     from orchestrator.tracking.spool import Spool
 
     folder = run.sight.root / "spool" / run.pipeline["name"]
-    return Flusher(Spool(folder), MlflowSink("sqlite:///unused.db", "unused")).pending()
+    return Flusher(Spool(folder), MlflowWriter("sqlite:///unused.db", "unused")).pending()
 
 
 def keep(folder: Path, where: Path) -> None:

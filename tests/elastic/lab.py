@@ -29,8 +29,10 @@ from orchestrator.errors import UserError
 from orchestrator.storage.local import LocalStore
 from orchestrator.training import loop
 from orchestrator.training.checkpoint import reader, shard_file, storage
+from orchestrator.training.checkpoint.format import CheckpointError
 from orchestrator.training.checkpoint.partition import gather
-from orchestrator.training.checkpoint.reader import CheckpointError, CheckpointStorage, newest, restore
+from orchestrator.training.checkpoint.reader import newest, restore
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.checkpoint.writer import CheckpointWriter
 from orchestrator.training.engine import Engine, build_engine
 from orchestrator.training.task import Modules
@@ -98,7 +100,7 @@ def everything(engine: Engine) -> dict[str, Tensor]:
     return whole
 
 
-def make_target(spec: Spec) -> CheckpointStorage:
+def make_storage(spec: Spec) -> CheckpointStorage:
     folder = Path(spec["folder"])
     if spec.get("own_disks"):  # each worker on a machine of its own
         folder = folder / f"machine-{dist.get_rank()}"
@@ -109,7 +111,7 @@ def make_target(spec: Spec) -> CheckpointStorage:
     )
 
 
-def make_saver(spec: Spec, where: CheckpointStorage) -> CheckpointWriter:
+def make_writer(spec: Spec, where: CheckpointStorage) -> CheckpointWriter:
     token = reader.share(where.take() if dist.get_rank() == 0 else None)
     return CheckpointWriter(
         where,
@@ -142,7 +144,7 @@ def save(spec: Spec) -> Any:
     """Train two steps, save as each of `steps`, and leave all weights in `truth` if given."""
     engine = make_engine(spec)
     train(engine, 2)
-    writer = make_saver(spec, make_target(spec))
+    writer = make_writer(spec, make_storage(spec))
     for step in spec["steps"]:
         save_now(writer, engine, step)
     whole = everything(engine)
@@ -156,7 +158,7 @@ def load(spec: Spec) -> Any:
     steps = []
     for folder, result in zip(spec["folders"], spec["results"], strict=True):
         engine = make_engine({**spec, "seed": 3})
-        where = make_target({**spec, "folder": folder})
+        where = make_storage({**spec, "folder": folder})
         found = newest(where, dist.get_rank(), dist.get_world_size(), agree)
         assert found is not None
         steps.append(restore(found, engine))
@@ -201,13 +203,13 @@ def clip(spec: Spec) -> Any:
 
 def find(spec: Spec) -> Any:
     """The step that `newest` agrees on."""
-    found = newest(make_target(spec), dist.get_rank(), dist.get_world_size(), agree)
+    found = newest(make_storage(spec), dist.get_rank(), dist.get_world_size(), agree)
     return found.step if found else None
 
 
 def restore_other(spec: Spec) -> Any:
     """Try to restore what was saved with other copies or other tensors."""
-    where = make_target(spec)
+    where = make_storage(spec)
     found = newest(where, dist.get_rank(), dist.get_world_size(), agree)
     assert found is not None
     engine = make_engine(spec)
@@ -222,7 +224,7 @@ def killed(spec: Spec) -> Any:
     """Save step 1, then die at point `at` while saving step 2."""
     engine = make_engine(spec)
     train(engine, 1)
-    writer = make_saver(spec, make_target(spec))
+    writer = make_writer(spec, make_storage(spec))
     save_now(writer, engine, 1)
     module, name, calls = {
         "data": (shard_file, "_pieces", 0),
@@ -261,8 +263,8 @@ def full(spec: Spec) -> Any:
     """Save to a full disk, go on, and save again once there is room."""
     engine = make_engine(spec)
     train(engine, 1)
-    where = make_target(spec)
-    writer = make_saver(spec, where)
+    where = make_storage(spec)
+    writer = make_writer(spec, where)
     hog = where.folder / "hog"
     real = shutil.disk_usage
     if spec["inject"]:
@@ -294,7 +296,7 @@ def asynchronous(spec: Spec) -> Any:
     """Training goes on while a slow disk takes the file, and what is written is the step's state, not a later one."""
     engine = make_engine(spec)
     train(engine, 1)
-    writer = make_saver(spec, make_target(spec))
+    writer = make_writer(spec, make_storage(spec))
     save_now(writer, engine, 1)
     train(engine, 1)
     truth = everything(engine)
@@ -330,8 +332,8 @@ def gone_store(spec: Spec) -> Any:
 
     engine = make_engine(spec)
     train(engine, 1)
-    where = CheckpointStorage(make_target(spec).folder, Failing(spec["store"]), "job/checkpoints")
-    writer = make_saver(spec, where)
+    where = CheckpointStorage(make_storage(spec).folder, Failing(spec["store"]), "job/checkpoints")
+    writer = make_writer(spec, where)
     save_now(writer, engine, 1)
     writer.begin(engine, 2)
     said = ""
@@ -351,12 +353,12 @@ def zombie(spec: Spec) -> Any:
     """A worker thought dead wakes up after a newer group has saved the same step, and tries to commit and prune."""
     engine = make_engine(spec)
     train(engine, 1)
-    where = make_target(spec)
-    old = make_saver({**spec, "keep": 1}, where)
+    where = make_storage(spec)
+    old = make_writer({**spec, "keep": 1}, where)
     save_now(old, engine, 1)
     old.begin(engine, 2)
     old.wait()
-    new = make_saver(spec, where)
+    new = make_writer(spec, where)
     save_now(new, engine, 2)
     old.commit()
     try:

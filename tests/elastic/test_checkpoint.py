@@ -23,18 +23,11 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline.checkpoint_table import print_checkpoints
 from orchestrator.storage.local import LocalStore
 from orchestrator.training.checkpoint import reader
-from orchestrator.training.checkpoint.format import parse
+from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, latest, parse, verified
 from orchestrator.training.checkpoint.inspect import describe, describe_all
-from orchestrator.training.checkpoint.reader import (
-    COMMIT,
-    CheckpointError,
-    CheckpointStorage,
-    latest,
-    newest,
-    overlaps,
-    verified,
-)
+from orchestrator.training.checkpoint.reader import newest, overlaps
 from orchestrator.training.checkpoint.shard_file import TensorSlot, file_header, write_file
+from orchestrator.training.checkpoint.storage import CheckpointStorage
 
 from .conftest import Group, RunJob, run_group
 

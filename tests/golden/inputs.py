@@ -134,18 +134,18 @@ def _checkpoint(folder: Path, net: nn.Module, ema: nn.Module) -> None:
     }
     engine.load(weights, moments, 100)
     work = folder.with_name("checkpointing")
-    target = CheckpointStorage(work)
-    saver = CheckpointWriter(
-        target,
-        token=reader.share(target.take()),
+    storage = CheckpointStorage(work)
+    writer = CheckpointWriter(
+        storage,
+        token=reader.share(storage.take()),
         keep=1,
         keep_every=None,
         meta={"job": "golden", "seed": 0},
     )
-    saver.begin(engine, 4)
-    saver.wait()
-    saver.commit()
-    saver.finish()
+    writer.begin(engine, 4)
+    writer.wait()
+    writer.commit()
+    writer.finish()
     (work / "step-00000004").rename(folder)
 
 

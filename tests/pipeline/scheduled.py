@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from orchestrator.storage.local import Stat
+from orchestrator.storage.store import Stat
 
 
 class Crash(BaseException):

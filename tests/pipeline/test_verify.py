@@ -23,8 +23,9 @@ from orchestrator.pipeline.doctor import _store as store_row
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.verify import verify
 from orchestrator.pipeline.workspace import Workspace
-from orchestrator.storage.local import LocalStore, Store
+from orchestrator.storage.local import LocalStore
 from orchestrator.storage.s3 import S3Store
+from orchestrator.storage.store import Store
 from orchestrator.training.checkpoint.format import COMMIT, FORMAT, shard_name
 from orchestrator.training.checkpoint.inspect import describe_all
 

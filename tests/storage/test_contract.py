@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.storage.local import LocalStore, Store
+from orchestrator.storage.local import LocalStore
 from orchestrator.storage.s3 import S3Store
+from orchestrator.storage.store import Store
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.cluster)])

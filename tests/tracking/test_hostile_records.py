@@ -16,11 +16,11 @@ from mlflow import MlflowClient
 
 from orchestrator.tracking.backlog import backlog, noted_outage
 from orchestrator.tracking.flusher import Flusher, Progress, progress
-from orchestrator.tracking.mlflow_writer import MlflowSink, RejectedError, _copy_of
+from orchestrator.tracking.mlflow_writer import MlflowWriter, RejectedError, _copy_of
 from orchestrator.tracking.spool import Spool
 
 
-class Sink(MlflowSink):
+class Sink(MlflowWriter):
     """Takes everything and keeps it, and looks at files' names as the real one does."""
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ def test_a_model_record_neither_uploads_nor_writes_anything_else(
     good = {"folder": f"{tmp_path}/store/artifacts/a", "texts": {"MLmodel": "flavors: {}"}}
     spool.post("run", "model", **{**MODEL, "name": "good", **good})
     spool.post("run", "model", **{**MODEL, "name": "elsewhere", "folder": f"{tmp_path}/{'gone' * 100}"})
-    sink = MlflowSink(uri, "food", artifacts=tmp_path / "store" / "artifacts")
+    sink = MlflowWriter(uri, "food", artifacts=tmp_path / "store" / "artifacts")
     flusher = Flusher(spool, sink)
     assert flusher.drain(60.0), "nothing holds up the rest"
     flusher.stop(5.0)
@@ -262,7 +262,7 @@ def test_a_status_that_mlflow_does_not_know_holds_up_nothing(
     spool.post("run", "open", name="run", parent=None)
     spool.post("run", "finish", status="EXPLODED")
     spool.append("run", 1, {"loss": 1.0})
-    flusher = Flusher(spool, MlflowSink(uri, "food"))
+    flusher = Flusher(spool, MlflowWriter(uri, "food"))
     assert flusher.drain(60.0)
     flusher.stop(5.0)
     assert "unknown status: 'EXPLODED'" in caplog.text

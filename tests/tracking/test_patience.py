@@ -20,7 +20,7 @@ from orchestrator import disk
 from orchestrator.tracking import flusher as flusher_module
 from orchestrator.tracking.backlog import backlog, noted_outage
 from orchestrator.tracking.flusher import Flusher
-from orchestrator.tracking.mlflow_writer import MlflowSink
+from orchestrator.tracking.mlflow_writer import MlflowWriter
 from orchestrator.tracking.outage import trouble
 from orchestrator.tracking.run import Tracking, open_run
 from orchestrator.tracking.spool import Record, Spool
@@ -30,7 +30,7 @@ SERVER = "http://mlflow:5000"
 MANY = 1000
 
 
-class Server(MlflowSink):
+class Server(MlflowWriter):
     """Takes a record each time `answer` returns; `imports_s` is what MLflow's import takes."""
 
     def __init__(
@@ -73,7 +73,7 @@ def full_disks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "space", lambda path: (0, 40_000_000))
 
 
-def drained(spool: Spool, sink: MlflowSink, patience: float) -> tuple[bool, bool]:
+def drained(spool: Spool, sink: MlflowWriter, patience: float) -> tuple[bool, bool]:
     """Whether all was sent, and whether the waiting ended by itself and not after `MANY` looks."""
     looks = itertools.count(1)
     flusher = Flusher(spool, sink)

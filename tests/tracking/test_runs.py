@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from orchestrator.errors import UserError
 from orchestrator.tracking.flusher import Progress
-from orchestrator.tracking.mlflow_writer import MlflowSink
+from orchestrator.tracking.mlflow_writer import MlflowWriter
 from orchestrator.tracking.run import NullRun, Run, Tracking, open_run
 from orchestrator.tracking.spool import Spool
 
@@ -126,12 +126,12 @@ def test_killed_between_mlflows_commit_and_the_note(
 import os, signal
 from pathlib import Path
 from orchestrator.tracking import run as runs
-from orchestrator.tracking.mlflow_writer import MlflowSink
-class Dies(MlflowSink):
+from orchestrator.tracking.mlflow_writer import MlflowWriter
+class Dies(MlflowWriter):
     def metrics(self, *args):
         super().metrics(*args)
         os.kill(os.getpid(), signal.SIGKILL)
-runs.MlflowSink = Dies
+runs.MlflowWriter = Dies
 tracking = runs.Tracking({uri!r}, "food", Path({str(tmp_path / "spool")!r}))
 run = tracking.run("food")
 print(run.run_id, flush=True)
@@ -152,13 +152,13 @@ tracking.drain(30)
 def test_an_outage_costs_nothing_but_time(
     uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded, prepare = threading.Event(), MlflowSink.prepare
+    recorded, prepare = threading.Event(), MlflowWriter.prepare
 
-    def late(sink: MlflowSink) -> None:
+    def late(sink: MlflowWriter) -> None:
         assert recorded.wait(60), "who records waits for MLflow"
         prepare(sink)
 
-    monkeypatch.setattr(MlflowSink, "prepare", late)
+    monkeypatch.setattr(MlflowWriter, "prepare", late)
     folder = tmp_path / "away"
     folder.touch()  # a file where the database's folder should be
     tracking = Tracking(f"sqlite:///{folder}/mlflow.db", "food", tmp_path / "spool")
@@ -228,12 +228,12 @@ def test_new_database_keeps_its_artifacts_beside_it(tmp_path: Path) -> None:
 import threading
 from pathlib import Path
 from orchestrator.tracking.run import Tracking
-from orchestrator.tracking.mlflow_writer import MlflowSink
-recorded, prepare = threading.Event(), MlflowSink.prepare
+from orchestrator.tracking.mlflow_writer import MlflowWriter
+recorded, prepare = threading.Event(), MlflowWriter.prepare
 def late(sink):
     assert recorded.wait(60), "the caller waits for the import or for the schema"
     prepare(sink)
-MlflowSink.prepare = late
+MlflowWriter.prepare = late
 tracking = Tracking("sqlite:///deep/er/mlflow.db", "food", Path("deep/spool"))
 run = tracking.run("food")
 recorded.set()

@@ -19,32 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.training.checkpoint.format import (
-    COMMIT,
     CheckpointError,
     CheckpointManifest,
     LaterFormatError,
-    latest,
     step_name,
-    verified,
 )
 from orchestrator.training.checkpoint.partition import Shard
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.engine import Engine
-
-__all__ = [
-    "COMMIT",
-    "CheckpointError",
-    "CheckpointManifest",
-    "CheckpointStorage",
-    "Slice",
-    "latest",
-    "newest",
-    "overlaps",
-    "restore",
-    "shards",
-    "share",
-    "verified",
-]
 
 logger = logging.getLogger("orchestrator")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.fsio import atomic_create, atomic_write, make_folder, open_regular, sync_folder
-from orchestrator.storage.local import Store
+from orchestrator.storage.store import Store
 from orchestrator.training.checkpoint import format as form
 from orchestrator.training.checkpoint.format import (
     COMMIT,
