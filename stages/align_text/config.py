@@ -17,7 +17,14 @@ from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import Side
 from orchestrator.errors import UserError, nearest
 from orchestrator.stages.base import Context, Input, PlanContext
-from orchestrator.stages.common.config import INDEX_KINDS, check_blocks, stage_seed, summary
+from orchestrator.stages.common.config import (
+    INDEX_KINDS,
+    PRECISION,
+    Precision,
+    check_blocks,
+    stage_seed,
+    summary,
+)
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, MixStage, draws_of
 
 if TYPE_CHECKING:
@@ -198,9 +205,7 @@ class AlignText(MixStage):
         100.0, gt=0, description="The maximum of the learned logit scale, which is 1/temperature."
     )
     zero_stage: ZeroStage = zero_stage_field()
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
-    )
+    precision: Precision = PRECISION
 
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.align_text.captions",

@@ -43,16 +43,9 @@ OVERRIDES = (
 
 
 KoLeoViews = Literal["first", "both"]
-KOLEO_VIEWS: KoLeoViews = Field(
-    "first",
-    description="The global crops that the KoLeo loss is computed on: first, as in the paper, or both, with the sum "
-    "of both losses, as in the published code.",
-)
-KOLEO_GROUP: int | None = Field(
-    None,
-    ge=2,
-    description="The number of images in a KoLeo group: the nearest neighbour of each image is searched within its "
-    "group. It must divide `block_size`. Default: 16, or `block_size` if that is smaller.",
+Precision = Literal["auto", "fp32", "bf16"]
+PRECISION: Precision = Field(
+    "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
 )
 
 

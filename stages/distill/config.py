@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from orchestrator.config.elastic import Resources, Workers
 from orchestrator.config.extension import versions
-from orchestrator.config.schedules import Momentum, Optimizer, Schedule, Share, check_ratio, check_warmup
+from orchestrator.config.schedules import Momentum, Optimizer, Schedule, check_warmup
 from orchestrator.config.settings import Settings, operational
 from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
@@ -21,17 +21,14 @@ from orchestrator.stages.base import Context, Input, Stage
 from orchestrator.stages.common.config import (
     BACKBONE_KINDS,
     INDEX_KINDS,
-    KOLEO_GROUP,
-    KOLEO_VIEWS,
     OVERRIDES,
-    KoLeoViews,
     ModelName,
     Overrides,
-    check_blocks,
+    Precision,
     check_crops,
-    check_group,
 )
-from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, HomogeneousMixStage
+from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS
+from orchestrator.stages.common.multi_crop import MultiCropStage
 from orchestrator.stages.distill.features import FeatureObjective
 
 # Names folders, runs and models.
@@ -92,7 +89,7 @@ class Student(Settings):
         description="The teacher step at which the student starts. start: the first step, whose outputs are computed "
         "again if necessary. now: the step that the other students are at when this one first starts.",
     )
-    precision: Literal["auto", "fp32", "bf16"] | None = Field(
+    precision: Precision | None = Field(
         None, description="The training precision of this student. Default: the stage's."
     )
     zero_stage: ZeroStage = zero_stage_field()
@@ -112,7 +109,7 @@ class Student(Settings):
         return preset(self.model, **self.model_overrides)
 
 
-class Distill(HomogeneousMixStage):
+class Distill(MultiCropStage):
     """Multi-student distillation (arXiv 2508.10104, section 5.2).
 
     The losses are those of pretraining, with a frozen teacher instead of the EMA teacher. The teacher's forward pass
@@ -123,15 +120,6 @@ class Distill(HomogeneousMixStage):
     students: dict[StudentName, Student] = Field(min_length=1, description="The students by name.")
     steps: int = Field(ge=1, description="The number of optimizer steps. A student can override it.")
     batch_size: int = Field(ge=1, description="The number of images per step, the same for all students.")
-    block_size: int = Field(
-        16,
-        ge=2,
-        description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
-        "`batch_size`.",
-    )
-    crops: CropConfig = Field(
-        CropConfig(), description="The sizes and augmentations of global and local crops."
-    )
     features: FeatureObjective | None = Field(
         None,
         description="The objective for teachers without heads: students regress the teacher's features. Default: "
@@ -145,31 +133,8 @@ class Distill(HomogeneousMixStage):
         description="The momentum of each student's EMA by step, from 0 to 1. The EMA weights are the ones that are "
         "exported.",
     )
-    student_temperature: float = Field(
-        0.1, gt=0, description="The temperature of the students' softmax in the DINO and iBOT losses."
-    )
     teacher_temperature: float = Field(0.07, gt=0, description="The temperature of the teacher's targets.")
     local_weight: float = Field(1.0, ge=0, description="The weight of the DINO loss on local crops.")
-    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (section 3.2).")
-    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss (section 3.2: 0.1).")
-    koleo_views: KoLeoViews = KOLEO_VIEWS
-    koleo_group: int | None = KOLEO_GROUP
-    mask_ratio: tuple[Share, Share] = Field(
-        (0.1, 0.5),
-        description="The minimum and maximum share of masked patches in a masked global crop, from 0 to 1.",
-    )
-    mask_probability: float = Field(
-        0.5, ge=0, le=1, description="The share of global crops that are masked, from 0 to 1."
-    )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
-    )
-    chunk_rows: int | None = operational(
-        None,
-        ge=1,
-        description="The maximum number of rows whose logits are in memory at once. A change alters results in their "
-        "last bits, even with `elastic.exact`, but runs no stage again. Default: all rows of a block.",
-    )
     window: int = operational(
         4,
         ge=2,
@@ -226,7 +191,6 @@ class Distill(HomogeneousMixStage):
 
     @model_validator(mode="after")
     def _fits(self) -> Distill:
-        check_blocks(self, self.batch_size, self.block_size)
         if isinstance(self.teachers, int) and self.teachers < 1:
             raise ValueError(f"teachers is {self.teachers}: at least 1 is needed")
         if self.teacher_shards > 1 and self.features is not None:
@@ -235,8 +199,6 @@ class Distill(HomogeneousMixStage):
             )
         if self.teacher_shards > 1 and self.replay:
             raise ValueError("replay and teacher_shards cannot be combined: leave one of them out")
-        check_group(self.koleo_group, self.block_size)
-        check_ratio("mask_ratio", self.mask_ratio)
         for name, student in self.students.items():
             at = "crops" if student.views is None else f"students.{name}.views"
             check_crops(self.crops_of(student), student.model, student.model_overrides, at)

@@ -7,17 +7,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
 from orchestrator.config.schedules import (
     Momentum,
-    Optimizer,
     Schedule,
-    Share,
     Temperature,
-    check_ratio,
     check_warmup,
 )
 from orchestrator.config.settings import Settings, in_key_if_set, operational
@@ -28,16 +25,12 @@ from orchestrator.names import inside
 from orchestrator.stages.base import Context, PlanContext
 from orchestrator.stages.common import lineage
 from orchestrator.stages.common.config import (
-    KOLEO_GROUP,
-    KOLEO_VIEWS,
-    KoLeoViews,
     ModelRecipe,
-    check_blocks,
-    check_group,
     stage_seed,
     summary,
 )
-from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, Draws, HomogeneousMixStage, draws_of
+from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, Draws, draws_of
+from orchestrator.stages.common.multi_crop import MultiCropStage
 from orchestrator.stages.objective import Objective, OwnObjective
 from orchestrator.stages.ssl.gram import Gram
 
@@ -72,43 +65,17 @@ class Resolution(Settings):
     )
 
 
-class SelfSupervised(HomogeneousMixStage):
+class SelfSupervised(MultiCropStage):
     """DINO with Sinkhorn-Knopp centring, iBOT and KoLeo over multi-crop views (arXiv 2508.10104, section 3.2)."""
 
-    steps: int = Field(ge=1, description="The number of optimizer steps.")
-    batch_size: int = Field(ge=1, description="The number of images per step, over all workers.")
-    block_size: int = Field(
-        16,
-        ge=2,
-        description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
-        "`batch_size`.",
-    )
-    crops: CropConfig = Field(
-        CropConfig(), description="The sizes and augmentations of global and local crops."
-    )
-    optimizer: Optimizer = Field(description="The settings of AdamW, with its learning rate schedule.")
     ema: Momentum = Field(
         Schedule(peak=0.999), description="The momentum of the EMA teacher by step, from 0 to 1."
-    )
-    student_temperature: float = Field(
-        0.1, gt=0, description="The temperature of the student's softmax in the DINO and iBOT losses."
     )
     teacher_temperature: Temperature = Field(
         Schedule(peak=0.07), description="The temperature of the teacher's targets by step."
     )
     local_weight: Schedule = Field(
         Schedule(peak=1.0), description="The weight of the DINO loss on local crops by step."
-    )
-    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (section 3.2).")
-    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss (section 3.2: 0.1).")
-    koleo_views: KoLeoViews = KOLEO_VIEWS
-    koleo_group: int | None = KOLEO_GROUP
-    mask_ratio: tuple[Share, Share] = Field(
-        (0.1, 0.5),
-        description="The minimum and maximum share of masked patches in a masked global crop, from 0 to 1.",
-    )
-    mask_probability: float = Field(
-        0.5, ge=0, le=1, description="The share of global crops that are masked, from 0 to 1."
     )
     frozen_prototype_steps: int = Field(
         0,
@@ -138,16 +105,7 @@ class SelfSupervised(HomogeneousMixStage):
         "after the last step. 0 turns them off. The metrics are `val/loss` and so on, computed without drop-path on "
         "one batch that is always the same. `holdout` of `curate` sets the share of held-out photos.",
     )
-    chunk_rows: int | None = operational(
-        None,
-        ge=1,
-        description="The maximum number of rows whose logits are in memory at once. A change alters results in their "
-        "last bits, even with `elastic.exact`, but runs no stage again. Default: all rows of a block.",
-    )
     zero_stage: ZeroStage = zero_stage_field()
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="The training precision. auto is bf16 on GPUs that support it, else fp32."
-    )
 
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.common.crops",
@@ -166,10 +124,7 @@ class SelfSupervised(HomogeneousMixStage):
 
     @model_validator(mode="after")
     def _fits(self) -> SelfSupervised:
-        check_blocks(self, self.batch_size, self.block_size)
-        check_group(self.koleo_group, self.block_size)
         check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
-        check_ratio("mask_ratio", self.mask_ratio)
         check_titles(self.objectives)
         return self
 
