@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from orchestrator import disk
-from orchestrator.config.elastic import Elastic
-from orchestrator.config.schema import Cluster
-from orchestrator.elastic.cluster import JoinedCluster
-from orchestrator.errors import ClusterLostError, Stopped, UserError
-from orchestrator.pipeline import dag, mlflow_record, system_metrics, tracking_run
+from orchestrator.errors import Stopped, UserError
+from orchestrator.pipeline import dag, system_metrics, tracking_run
 from orchestrator.pipeline.attempt import Attempt, Outcome, full_disk
-from orchestrator.pipeline.check import check_cluster
 from orchestrator.pipeline.code_digest import digest_of
 from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.interrupt import ABORTED, Interrupt
@@ -38,25 +30,22 @@ from orchestrator.pipeline.plan import (
     other_inputs,
     plan,
 )
+from orchestrator.pipeline.run_cluster import RunCluster, StartCluster, starting_cluster
+from orchestrator.pipeline.run_record import RunRecord, sum_up
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.shell_command import command
-from orchestrator.stages.base import TrainStage
 from orchestrator.storage.artifacts import Artifact, DamagedError
 from orchestrator.tracking.run import NullRun, Run, Status
-from orchestrator.tracking.spool import clean_name
 
 logger = logging.getLogger("orchestrator")
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 # What a stage makes to be looked at: a page, or else lists.
 REPORTS = ("report.html", "report.json")
-# A cluster that is lost more often than that is not lost by chance.
-_MOST_LOSSES, _WITHIN_S = 3, 3600.0
 _STATUS: dict[int, Status] = {DONE: "FINISHED", ABORTED: "KILLED"}
 _NOT_FINISHED: dict[str, Status] = {"FAILED": "FAILED", "KILLED": "KILLED"}
 _OUTCOME_STATUS: dict[str, Status] = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
-StartCluster = Callable[[Cluster], AbstractContextManager[Any]]
 # The pipeline, its workspace and the id of the pipeline's run (new or to be resumed) → the pipeline's run.
 OpenTracking = Callable[[LoadedPipeline, Workspace, str], AbstractContextManager[Run]]
 
@@ -88,8 +77,7 @@ def execute(
     try:
         with workspace.drive(loaded.name, reporter.note) as lease:
             workspace.tidy()
-            training = _training(loaded, stages)
-            start = start_cluster or partial(_start_cluster, training, loaded.spec.elastic, reporter.note)
+            start = start_cluster or starting_cluster(loaded, stages, reporter.note)
             return _Driver(loaded, stages, workspace, lease, reporter, start, open_tracking, choice).execute()
     except LeaseLostError as error:
         reporter.lost(str(error))
@@ -116,7 +104,6 @@ class _Driver:
         self._workspace = workspace
         self._lease = lease
         self._reporter = reporter
-        self._start_cluster = start_cluster
         self._ledger = workspace.ledger(loaded.name, lease)
         self._plans = plan(
             stages,
@@ -126,6 +113,7 @@ class _Driver:
             begun_from=workspace.begun_from,
             choice=choice,
         )
+        self._record = RunRecord(loaded, workspace)
         self._artifacts: dict[str, Artifact] = {}
         self._exit_code = DONE
         self._interrupt = Interrupt()
@@ -137,8 +125,7 @@ class _Driver:
         if self._spool_backup is not None:
             self._spool_backup.check = lease.check
         self._open_runs: list[Run] = []
-        self._cluster_started = False
-        self._losses: list[float] = []
+        self._cluster = RunCluster(loaded, workspace, reporter, self._interrupt, start_cluster)
         self._drifts: dict[str, tuple[str, ...]] = {}
 
     def execute(self) -> int:
@@ -164,15 +151,15 @@ class _Driver:
             self._open_runs.append(root)
             status: Status = "FAILED"
             try:
-                self._record_pipeline(root)
+                self._record.pipeline(root, self._plans, self._ledger.state)
                 self._settle(root)
-                with ExitStack() as cluster:
-                    self._run_all(root, cluster)
+                with self._cluster:
+                    self._run_all(root)
                 status = _STATUS.get(self._exit_code, "FAILED")
                 if status == "FINISHED" and any(self._missing(item) for item in self._plans):
                     # Some of the pipeline is missing still: it has not finished because a part of it has.
                     status = _NOT_FINISHED.get(before or "", "KILLED")
-                self._record_results(root)
+                self._record.results(root, self._artifacts, self._plans, self._ledger.state)
             finally:
                 # The runs of a pipeline that another driver took over are that one's to finish.
                 self._lease.check()
@@ -192,35 +179,6 @@ class _Driver:
                 self._reporter.report(name, path)
         if waiting := tracking_run.waiting(self._loaded, self._workspace):
             self._reporter.note(str(waiting))
-
-    def _record_pipeline(self, root: Run) -> None:
-        """Keep the resolved file in the store and in the pipeline's run."""
-        name = f"pipelines/{self._loaded.name}/pipeline.yaml"
-        path = self._workspace.record(name, self._loaded.resolved().encode())
-        root.tags({"orchestrator.pipeline": self._loaded.name, "orchestrator.file": str(self._loaded.path)})
-        root.file(path, "pipeline")
-        with _telling():
-            mlflow_record.describe(root, self._loaded)
-            root.tags(
-                {
-                    mlflow_record.NOTE: mlflow_record.pipeline_note(
-                        self._loaded, self._plans, self._ledger.state
-                    )
-                }
-            )
-
-    def _record_results(self, root: Run) -> None:
-        """Every artifact by address and digest, what it was made of, and the figures of each stage."""
-        with _telling():
-            references = mlflow_record.references(self._workspace, self._artifacts)
-            root.text("artifacts.json", json.dumps(references, indent=1) + "\n")
-            root.tags(
-                {
-                    mlflow_record.NOTE: mlflow_record.pipeline_note(
-                        self._loaded, self._plans, self._ledger.state
-                    )
-                }
-            )
 
     def _settle(self, root: Run) -> None:
         """Close the runs that a dead driver left open and that nobody will resume."""
@@ -243,7 +201,7 @@ class _Driver:
         found = self._workspace.find(state.parts.kind, state.parts.key) if state.parts else None
         return None if found is None or is_awaited(state, found) else found
 
-    def _run_all(self, root: Run, cluster: ExitStack) -> None:
+    def _run_all(self, root: Run) -> None:
         """Run stages in order. One that fails takes those that need it along, and no others."""
         self._reporter.begin(self._plans)
         for item in list(self._plans):
@@ -256,7 +214,7 @@ class _Driver:
                 self._exit_code = ABORTED
                 return
             if item.action == "run" or drift:
-                self._mend_inputs(item, root, cluster)
+                self._mend_inputs(item, root)
             lacking = self._lacking(item)
             if item.action == "left out":
                 if item.artifact is not None:
@@ -265,7 +223,7 @@ class _Driver:
             elif item.action == "cached" and item.artifact is not None and not drift:
                 self._artifacts[item.name] = item.artifact
                 self._note_cached(item)
-                _sum_up(root, item.name, item.artifact.manifest.summary)
+                sum_up(root, item.name, item.artifact.manifest.summary)
                 root.tags({f"stage.{item.name}": f"cached {item.stage.key[:16]}"})
                 self._reporter.cached(item)
             elif lacking:
@@ -273,7 +231,7 @@ class _Driver:
             else:
                 # What was put outside now is what the artifact is to say, whatever it said before.
                 anew = item.anew or bool(drift)
-                self._run_one(replace(item, reasons=drift or item.reasons, anew=anew), root, cluster)
+                self._run_one(replace(item, reasons=drift or item.reasons, anew=anew), root)
 
     def _blocked(self, item: StagePlan, lacking: list[str]) -> None:
         self._exit_code = self._exit_code or FAILED
@@ -306,7 +264,7 @@ class _Driver:
         """What a stage needs that is not there, because it failed or was stopped."""
         return [need for need in item.stage.roles.values() if need not in self._artifacts]
 
-    def _mend_inputs(self, item: StagePlan, root: Run, cluster: ExitStack) -> None:
+    def _mend_inputs(self, item: StagePlan, root: Run) -> None:
         """Compare what a stage is about to read with its manifests, and make anew what is damaged."""
         for need in dict.fromkeys(item.stage.roles.values()):
             artifact = self._artifacts.get(need)
@@ -316,25 +274,25 @@ class _Driver:
                 self._workspace.artifacts().fetch(artifact)
             except DamagedError as error:
                 del self._artifacts[need]
-                self._make_anew(need, error, root, cluster)
+                self._make_anew(need, error, root)
 
-    def _make_anew(self, name: str, damage: DamagedError, root: Run, cluster: ExitStack) -> None:
+    def _make_anew(self, name: str, damage: DamagedError, root: Run) -> None:
         self._reporter.note(f"the artifact of {name} is damaged and is made again: {damage.what}")
         index = next(index for index, item in enumerate(self._plans) if item.name == name)
         reasons = (f"its artifact is damaged: {damage.what}",)
         item = replace(self._plans[index], action="run", reasons=reasons, artifact=None)
         self._plans[index] = item
-        self._mend_inputs(item, root, cluster)
+        self._mend_inputs(item, root)
         if lacking := self._lacking(item):
             self._blocked(item, lacking)
         elif self._interrupt.stop.is_set():
             self._exit_code = ABORTED
         else:
-            self._run_one(item, root, cluster)
+            self._run_one(item, root)
 
-    def _run_one(self, item: StagePlan, root: Run, cluster: ExitStack) -> None:
-        if self._wants_cluster(item):
-            self._enter_cluster(cluster)
+    def _run_one(self, item: StagePlan, root: Run) -> None:
+        if self._cluster.is_wanted(item.name, self._to_come()):
+            self._cluster.start(self._to_run())
             if self._interrupt.stop.is_set():
                 self._exit_code = ABORTED
                 return
@@ -356,16 +314,23 @@ class _Driver:
         state = self._ledger.state.stages[item.name]
         run = root.child(item.name, resume_id=run_id)
         self._open_runs.append(run)
-        self._describe(run, root, item)
+        inputs = {role: self._artifacts[need] for role, need in item.stage.roles.items()}
+        self._record.stage(run, root, item, inputs)
         self._reporter.started(item, state.attempts)
         with self._reporter.working(item), system_metrics.watched(root, run, item.name):
             outcome = self._attempt(item, state, run, fresh=item.fresh).execute()
-            while self._has_new_cluster(outcome, cluster):
+            while self._cluster.is_new_after(outcome, self._to_run()):
                 before = outcome.seconds
                 outcome = self._attempt(item, state, run, fresh=False).execute()
                 outcome.seconds += before
-        _sum_up(root, item.name, outcome.summary)
+        sum_up(root, item.name, outcome.summary)
         self._conclude(item, run, run_id, outcome)
+
+    def _to_run(self) -> list[str]:
+        return [item.name for item in self._plans if item.action == "run"]
+
+    def _to_come(self) -> list[str]:
+        return [name for name in self._to_run() if name not in self._artifacts]
 
     def _over_if_outdated(self, item: StagePlan) -> StagePlan:
         """Let a stage start over whose unfinished work read what this very run has made anew."""
@@ -374,78 +339,6 @@ class _Driver:
         if item.fresh or not earlier:
             return item
         return replace(item, fresh=True, reasons=(*item.reasons, begun_with(earlier)))
-
-    def _enter_cluster(self, cluster: ExitStack) -> None:
-        address = self._loaded.spec.cluster.address
-        self._reporter.starting_cluster(address)
-        try:
-            running = cluster.enter_context(self._start_cluster(self._loaded.spec.cluster))
-        except Stopped:
-            return
-        except UserError as error:
-            where = None if address == "local" else self._loaded.where("cluster", "address")
-            raise UserError(error.what, where=error.where or where, hint=error.hint) from error
-        self._interrupt.watch = getattr(running, "check", self._interrupt.watch)
-        if isinstance(running, JoinedCluster):
-            # Of an own one, which is this machine, all was known before.
-            self._look_around()
-        if url := getattr(running, "dashboard_url", ""):
-            self._reporter.note(f"Ray's dashboard is at {url}; its access token is in {running.token_file}")
-        self._cluster_started = True
-
-    def _wants_cluster(self, item: StagePlan) -> bool:
-        """Whether the cluster has to be there before this stage runs.
-
-        An own one is started before the first stage if any that is to come needs it: worker slots then import what
-        they need while `curate` runs. It cannot start beside a stage, since Ray forks this process, and a fork
-        while another thread computes in OpenBLAS may never return.
-        """
-        if self._cluster_started:
-            return False
-        stages = self._loaded.spec.stages
-        if stages[item.name].needs_ray or self._loaded.spec.cluster.address != "local":
-            return stages[item.name].needs_ray
-        to_come = [item for item in self._plans if item.action == "run" and item.name not in self._artifacts]
-        return any(stages[item.name].needs_ray for item in to_come)
-
-    def _look_around(self) -> None:
-        """Tell what the machines of the cluster lack.
-
-        Raises:
-            UserError: none of them sees the photos, or the store.
-        """
-        names = [item.name for item in self._plans if item.action == "run"]
-        found = check_cluster(self._loaded, names, self._workspace)
-        for warning in found.warnings:
-            self._reporter.warning(warning)
-        found.raise_if_any()
-
-    def _has_new_cluster(self, outcome: Outcome, cluster: ExitStack) -> bool:
-        """Whether an attempt ended only because its cluster was lost, and there is a new one to go on with."""
-        lost = outcome.error
-        if not isinstance(lost, ClusterLostError):
-            return False
-        cluster.close()
-        self._cluster_started = False
-        if self._interrupt.stop.is_set():
-            outcome.state, outcome.error = "stopped", None
-            return False
-        if not lost.own:
-            return False
-        now = time.monotonic()
-        self._losses = [at for at in self._losses if now - at < _WITHIN_S] + [now]
-        if len(self._losses) > _MOST_LOSSES:
-            outcome.error = RuntimeError(f"{lost}, for the {len(self._losses)}th time within an hour")
-            return False
-        logger.warning("%s: a new one is started, and the stage continues from its latest checkpoint", lost)
-        try:
-            self._enter_cluster(cluster)
-        except UserError as error:
-            outcome.error = error
-            return False
-        if self._interrupt.stop.is_set():
-            outcome.state, outcome.error = "stopped", None
-        return self._cluster_started and not self._interrupt.stop.is_set()
 
     def _attempt(self, item: StagePlan, state: StageState, run: Run, *, fresh: bool) -> Attempt:
         needs = {other.name: other.stage.needs for other in self._plans}
@@ -471,8 +364,7 @@ class _Driver:
             run.metrics(outcome.summary, 0, "summary")
         run.file(log, "logs")
         if outcome.artifact is not None:
-            with _telling():
-                self._record_artifact(run, item, outcome.artifact)
+            self._record.artifact(run, item, outcome.artifact)
         self._open_runs.remove(run)
         run.finish(_OUTCOME_STATUS[outcome.state])
         self._ledger.append(
@@ -497,38 +389,6 @@ class _Driver:
             self._exit_code = MISTAKE if mistake and self._exit_code != FAILED else FAILED
             self._reporter.failed(item, outcome, log)
 
-    def _record_artifact(self, run: Run, item: StagePlan, artifact: Artifact) -> None:
-        (own, *pieces) = mlflow_record.references(self._workspace, {item.name: artifact})[item.name]
-        run.text("artifacts.json", json.dumps([own, *pieces], indent=1) + "\n")
-        run.tags(
-            {f"orchestrator.artifact.{name}": own[name] for name in ("uri", "sha256_of_manifest", "bytes")}
-        )
-        for model in mlflow_record.models(self._loaded, self._workspace, item.stage, artifact):
-            run.model(model)
-
-    def _describe(self, run: Run, root: Run, item: StagePlan) -> None:
-        parts = item.stage.parts
-        inputs = {role: self._artifacts[need] for role, need in item.stage.roles.items()}
-        with _telling():
-            used = mlflow_record.datasets(self._loaded, self._workspace, item.stage, inputs.values())
-            run.datasets(used)
-            root.datasets(used)
-            mlflow_record.describe(run, self._loaded)
-            run.tags({mlflow_record.NOTE: mlflow_record.stage_note(item, inputs, used)})
-        run.params(parts.config)
-        run.tags(
-            {
-                "orchestrator.stage": item.name,
-                "orchestrator.kind": parts.kind,
-                "orchestrator.key": item.stage.key,
-                "orchestrator.kind_version": str(parts.version),
-                "orchestrator.code": digest_of(item.stage.code),
-                "orchestrator.reasons": "; ".join(item.reasons),
-                **{f"orchestrator.input.{role}": key for role, key in parts.inputs.items()},
-                **{f"orchestrator.data.{name}": value for name, value in parts.data.items()},
-            }
-        )
-
     def _abort(self) -> None:
         """Best effort: the ledger keeps `running`, so the next driver resumes or closes the runs anyway."""
         self._reporter.aborted(self._plans)
@@ -543,27 +403,6 @@ class _Driver:
             return
         summary = item.artifact.manifest.summary
         self._ledger.append("done", stage=item.name, parts=item.stage.parts, summary=summary, reused=True)
-
-
-@contextlib.contextmanager
-def _telling() -> Iterator[None]:
-    """What MLflow is told is not worth a stage: trouble with it is a warning."""
-    try:
-        yield
-    except LeaseLostError:
-        raise
-    except Exception as error:  # a store that is away, a file that somebody removed
-        logger.warning("MLflow is missing a record: %s: %s", type(error).__name__, error)
-
-
-def _sum_up(root: Run, stage: str, summary: Mapping[str, float]) -> None:
-    """A stage's figures on the pipeline's run: a further point only where they changed since the last."""
-    channel = f"summary/{stage}"
-    known = root.history(channel)
-    # As text: a figure may be NaN, which equals nothing.
-    text = json.dumps({clean_name(name): float(value) for name, value in summary.items()})
-    if summary and (not known or json.dumps(known[-1]["metrics"]) != text):
-        root.metrics(summary, len(known), channel)
 
 
 def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> Choice:
@@ -589,20 +428,3 @@ def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> Choice:
                 hint=f"first run: {command('run', str(loaded.path))}",
             )
     return Choice(only=tuple(names))
-
-
-def _training(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> dict[str, TrainStage]:
-    specs = {stage.name: loaded.spec.stages[stage.name] for stage in stages}
-    return {name: spec for name, spec in specs.items() if isinstance(spec, TrainStage)}
-
-
-def _start_cluster(
-    training: dict[str, TrainStage], default: Elastic, say: Callable[[str], None], cluster: Cluster
-) -> AbstractContextManager[Any]:
-    from orchestrator.elastic.cluster import start
-
-    preload = {module for stage in training.values() for module in stage.preload}
-    sections = [default.overlaid(stage.elastic) for stage in training.values()]
-    # `workers: auto` takes as many as the cluster turns out to have: that is known when the job asks.
-    workers = [section.workers[0 if section.every_device else 1] for section in sections]
-    return start(cluster, sorted(preload), max(workers, default=0), default, say)
