@@ -20,7 +20,8 @@ from orchestrator.elastic.cloud_metadata import (
     detect_cloud,
     metadata_client,
 )
-from orchestrator.elastic.preemption_agent import NodeDrainer, NoticeWatcher, watched_cloud
+from orchestrator.elastic.node_drainer import NodeDrainer
+from orchestrator.elastic.preemption_agent import NoticeWatcher, watched_cloud
 from orchestrator.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent))

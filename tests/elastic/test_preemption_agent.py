@@ -22,7 +22,8 @@ from s3_server import free_port
 
 from orchestrator.config.schema import PreemptionNotices
 from orchestrator.elastic.cloud_metadata import Notice
-from orchestrator.elastic.preemption_agent import NodeDrainer, PreemptionAgents, watch_for_preemption
+from orchestrator.elastic.node_drainer import NodeDrainer
+from orchestrator.elastic.preemption_agent import PreemptionAgents, watch_for_preemption
 from tools.market import SpotMarket
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -212,7 +213,7 @@ def test_nobody_is_asked_on_machines_of_no_cloud(
     local = PreemptionAgents("auto")
     local.poll()
     assert agent_processes() == []
-    monkeypatch.setattr("orchestrator.elastic.preemption_agent._addresses", lambda: {"192.0.2.99"})
+    monkeypatch.setattr("orchestrator.elastic.preemption_agent.own_addresses", lambda: {"192.0.2.99"})
     remote = PreemptionAgents("auto")
 
     def answered() -> bool:
