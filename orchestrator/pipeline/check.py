@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError, first_line, printable, shortened
 from orchestrator.pipeline import crop_checks, dag, memory_and_disk
-from orchestrator.pipeline.load import LoadedPipeline, joined, unwritable_folders
+from orchestrator.pipeline.load import LoadedPipeline, joined, unusable_work, unwritable_folders
 from orchestrator.pipeline.plan import (
     EVERYTHING,
     Choice,
@@ -29,6 +29,8 @@ from orchestrator.pipeline.plan import (
 from orchestrator.pipeline.probes import Probes
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import ImageCount, PlanContext, Stage, TrainStage
+from orchestrator.storage.artifacts import folder_name
+from orchestrator.storage.open import is_remote
 
 if TYPE_CHECKING:
     from orchestrator.data.sources.captions import Captions
@@ -135,6 +137,7 @@ def _conclude(
         to_run = None
     else:
         to_run = _to_run(loaded, found, choice)
+        found.errors += _unwritable_work(loaded, to_run or [])
     if trouble := probes.tracking.result():
         publishers = [name for name, stage in loaded.spec.stages.items() if stage.effects]
         also = f"; {', '.join(publishers)} cannot run without the model registry there" if publishers else ""
@@ -174,6 +177,19 @@ def _to_run(loaded: LoadedPipeline, found: Checked, choice: Choice) -> list[Stag
         found.errors.append(error)
         return None
     return [item for item in plans if item.action == "run"]
+
+
+def _unwritable_work(loaded: LoadedPipeline, to_run: Sequence[StagePlan]) -> list[UserError]:
+    """What earlier attempts of the stages to run left in a local store, if these cannot go on with it."""
+    workspace = Workspace(loaded.spec.store)
+    if is_remote(loaded.spec.store) or not workspace.exists():
+        return []
+    names: list[str] = []
+    for item in to_run:
+        own = folder_name(item.kind, item.stage.key)
+        names += [own, *(folder_name(*piece) for piece in workspace.pieces(own).values())]
+    tops = ("work", "artifacts")
+    return unusable_work(loaded, [f"{top}/{name}" for name in dict.fromkeys(names) for top in tops])
 
 
 # --- data -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ which the command runs, not to the file, so that one file serves several checkou
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -401,13 +402,37 @@ def unwritable_folders(loaded: LoadedPipeline) -> list[UserError]:
     """What a run writes to in a local store and cannot; none if the store is not there yet, or elsewhere."""
     if is_remote(loaded.spec.store):
         return []
+    names = (*_STORE_FOLDERS, *(f"{name}/{loaded.name}" for name in _OF_A_PIPELINE), SCRATCH)
     store = folder_of(loaded.spec.store)
-    return [
-        UserError(
-            f"{store / name} cannot be written, so the store cannot be used",
-            where=loaded.where("store"),
-            hint="change its permissions",
-        )
-        for name in (*_STORE_FOLDERS, *(f"{name}/{loaded.name}" for name in _OF_A_PIPELINE), SCRATCH)
-        if os.path.lexists(store / name) and not os.access(store / name, os.W_OK | os.X_OK)
-    ]
+    return [_unwritable(store / name, loaded) for name in names if _is_unwritable(store / name)]
+
+
+def unusable_work(loaded: LoadedPipeline, names: Sequence[str]) -> list[UserError]:
+    """What is below these folders of a local store, where earlier attempts left something, and ends the next one."""
+    store = folder_of(loaded.spec.store)
+    found = []
+    for top in (store / name for name in names):
+        if top.is_symlink():
+            error = not_followed(top)
+            found.append(UserError(f"{error.what}: {top}", where=loaded.where("store"), hint=error.hint))
+            continue
+        if os.path.lexists(top) and not top.is_dir():
+            what = f"{top} is not a folder, so its stage cannot run"
+            found.append(UserError(what, where=loaded.where("store"), hint="move away what is there"))
+            continue
+        folders = (Path(folder) for folder, _, _ in os.walk(top))
+        # The first one of each place is enough: what has the wrong owner has it as a whole.
+        found += [_unwritable(one, loaded) for one in itertools.islice(filter(_is_unwritable, folders), 1)]
+    return found
+
+
+def _is_unwritable(folder: Path) -> bool:
+    return os.path.lexists(folder) and not os.access(folder, os.W_OK | os.X_OK)
+
+
+def _unwritable(folder: Path, loaded: LoadedPipeline) -> UserError:
+    return UserError(
+        f"{folder} cannot be written, so the store cannot be used",
+        where=loaded.where("store"),
+        hint="change its permissions",
+    )
