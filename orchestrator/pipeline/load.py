@@ -413,6 +413,8 @@ def unusable_work(loaded: LoadedPipeline, names: Sequence[str]) -> list[UserErro
     found = []
     for top in (store / name for name in names):
         if top.is_symlink():
+            if top.parent.name == "artifacts":
+                continue  # making the artifact replaces it
             error = not_followed(top)
             found.append(UserError(f"{error.what}: {top}", where=loaded.where("store"), hint=error.hint))
             continue

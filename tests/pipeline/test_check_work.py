@@ -91,6 +91,10 @@ def test_what_is_no_folder_where_that_of_a_stage_belongs(pipeline: Path, top: st
         place.write_text("")
     else:
         place.symlink_to(pipeline.parent if what == "link" else "/nowhere")
-    (error,) = errors(pipeline)
+    found = errors(pipeline)
+    if top == "artifacts" and what != "file":
+        assert not found, "a run replaces a link in place of an artifact"
+        return
+    (error,) = found
     assert str(place) in str(error)
     assert "move" in str(error)
