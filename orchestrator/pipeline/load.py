@@ -27,6 +27,7 @@ from orchestrator.data.sources.captions import captions_path
 from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.redact import redacted, redacted_values, secret_in
 from orchestrator.stages.base import Stage
+from orchestrator.storage.local import not_followed
 from orchestrator.storage.open import folder_of, is_remote, open_store
 from orchestrator.storage.store import SCRATCH
 from orchestrator.tracking.connect import absolute_uri

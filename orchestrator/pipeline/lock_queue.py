@@ -25,7 +25,7 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from orchestrator.fsio import NotAFileError
-from orchestrator.pipeline.process_identity import ProcessIdentity
+from orchestrator.pipeline.process_identity import ProcessIdentity, owner_in
 from orchestrator.storage.store import Store
 
 _NAME = re.compile(
@@ -124,10 +124,14 @@ class LockQueue:
         return state
 
     def who(self, entry: QueueEntry) -> ProcessIdentity | None:
-        """Whose entry it is; None once it has gone, or if it cannot be read: then it counts as a dead process's."""
+        """Whose entry it is; None once it has gone, or if it cannot be read: then it counts as a dead process's.
+
+        Raises:
+            UserError: a later version of this program made it.
+        """
         name = self.owner_name(entry)
         try:
-            return ProcessIdentity.model_validate_json(self._store.get_bytes(name))
+            return owner_in(self._store.get_bytes(name), f"{name} in store {self._store.uri}")
         except FileNotFoundError:
             return None
         except (ValidationError, NotAFileError):

@@ -11,11 +11,16 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.errors import UserError
+
+FORMAT = 1
+
 
 class ProcessIdentity(BaseModel):
     """A process that wants or has something.
 
     Attributes:
+        format: of the record; one with a higher format is of a later version.
         process: a name that no other process ever has.
         host: its machine's name, for people.
         pid: its number there.
@@ -27,6 +32,7 @@ class ProcessIdentity(BaseModel):
     # A newer version may say more about itself.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+    format: int = Field(FORMAT, ge=1, le=FORMAT)
     process: str = Field(pattern=r"^[0-9A-Za-z-]{1,64}$")
     host: str
     pid: int = Field(ge=1, lt=2**31)
@@ -37,6 +43,33 @@ class ProcessIdentity(BaseModel):
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.since).astimezone().strftime("%Y-%m-%d %H:%M:%S")
         return f"process {self.pid} on {self.host} since {since}"
+
+
+class _Format(BaseModel):
+    """As much of a record as any version can read."""
+
+    format: int = 1
+
+
+def owner_in(data: bytes, where: str) -> ProcessIdentity:
+    """The process that a record names.
+
+    Args:
+        data: the record.
+        where: it is, for the message.
+
+    Raises:
+        ValidationError: it names none.
+        UserError: a later version wrote it. Nobody here can tell whether its process lives, so it counts as held.
+    """
+    if (version := _Format.model_validate_json(data).format) > FORMAT:
+        raise UserError(
+            f"a later version of orchestrator holds this: its record has format {version}, and this version reads "
+            f"formats up to {FORMAT}",
+            where=where,
+            hint="use that version; or, if none of its processes runs any more, remove the file",
+        )
+    return ProcessIdentity.model_validate_json(data)
 
 
 def this_process() -> ProcessIdentity:

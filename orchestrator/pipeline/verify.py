@@ -18,7 +18,7 @@ from orchestrator.errors import UserError
 from orchestrator.fsio import NotAFileError
 from orchestrator.pipeline import ledger
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.process_identity import ProcessIdentity
+from orchestrator.pipeline.process_identity import owner_in
 from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.open import is_remote, open_store
 from orchestrator.storage.store import Store
@@ -102,7 +102,10 @@ def examine(store: Store) -> Iterator[Finding]:
             yield Finding(name, tuple(_event(store, name)))
     for name in store.list("holds/"):
         if name.endswith(".door"):
-            yield Finding(name, tuple(_lock_owner(store, name)))
+            try:
+                yield Finding(name, tuple(_lock_owner(store, name)))
+            except UserError as error:
+                yield Finding(name, unknown=error.what)
 
 
 def _uri(target: str) -> str:
@@ -170,7 +173,7 @@ def _event(store: Store, name: str) -> Iterator[str]:
 
 def _lock_owner(store: Store, name: str) -> Iterator[str]:
     try:
-        ProcessIdentity.model_validate_json(store.get_bytes(name))
+        owner_in(store.get_bytes(name), name)
     except FileNotFoundError:
         return
     except (ValidationError, NotAFileError):

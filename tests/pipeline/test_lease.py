@@ -398,3 +398,20 @@ def test_an_owner_that_cannot_be_is_none(field: dict[str, Any]) -> None:
     assert ProcessIdentity.model_validate(known) is not None
     with pytest.raises(ValidationError):
         ProcessIdentity.model_validate({**known, **field})
+
+
+@pytest.mark.parametrize("extra", [{}, {"pid": "many"}], ids=["known fields", "other fields"])
+def test_what_a_later_version_holds_is_refused_and_left_alone(tmp_path: Path, extra: dict[str, Any]) -> None:
+    store = LocalStore(tmp_path)
+    known = json.loads(this_process().model_dump_json())
+    text = json.dumps({**known, "machine": "elsewhere", "format": 2, **extra}).encode()
+    names = [f"holds/thing.{'a' * 32}.door", f"holds/thing.00000007-{'a' * 32}.ticket"]
+    for name in names:
+        store.put_bytes(name, text)
+    own = leases(tmp_path, QUICK)
+    for attempt in (lambda: own.hold("thing", "the thing").__enter__(), lambda: own.holder("thing")):
+        with pytest.raises(UserError, match="a later version of orchestrator holds this") as caught:
+            attempt()
+        assert "remove the file" in str(caught.value)
+        assert names[0] in str(caught.value)
+    assert [name for name in store.list("holds/") if not name.endswith(".beat")] == sorted(names)

@@ -293,3 +293,10 @@ def test_a_path_that_no_file_can_have_is_one_error(target: str) -> None:
     fine, _, said = store_row(target)
     assert fine is False
     assert "the path cannot be used" in said
+
+
+def test_what_a_later_version_holds_is_no_damage(folder: Path) -> None:
+    LocalStore("runs").put_bytes(f"holds/x.{'a' * 32}.door", b'{"format": 2}')
+    output = io.StringIO()
+    assert verify(Console(file=output, width=300), "runs")
+    assert "was not compared: a later version of orchestrator holds this" in output.getvalue()
