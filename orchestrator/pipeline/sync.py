@@ -12,6 +12,7 @@ from orchestrator.pipeline import tracking_run
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.tracking.backlog import backlog, clock, counted, pending
+from orchestrator.tracking.flusher import Counts
 from orchestrator.tracking.run import PATIENCE_S
 from orchestrator.tracking.spool import Spool
 
@@ -40,25 +41,30 @@ def sync(console: Console, loaded: LoadedPipeline, patience: float = PATIENCE_S)
         workspace.drive(loaded.name, console.print),
         _Shown(console, Spool(workspace.spool(loaded.name))) as shown,
     ):
-        after = tracking_run.send(loaded, workspace, shown.watch, patience, shown.begin)
-    done = max(0, shown.records - (after.backlog.records if after else 0))
+        counts, after = tracking_run.send(loaded, workspace, shown.watch, patience, shown.begin)
+    lost = _lost(counts)
     if after is None:
-        text = f" Sent {counted(done)} to {tracking_run.where(loaded)}; nothing waits." if done else _NOTHING
-        console.print(Text("✓", "green").append(text, "default"), soft_wrap=True)
+        text = f" Sent {counted(counts.sent)} to {tracking_run.where(loaded)}{lost}; nothing waits."
+        text = text if counts.sent or lost else _NOTHING
+        mark = Text("!", "yellow") if lost else Text("✓", "green")
+        console.print(mark.append(text, "default"), soft_wrap=True)
         return True
-    text = f" Sent {done:,}; {after}"
+    text = f" Sent {counts.sent:,}{lost}; {after}"
     console.print(Text("✗", "red").append(text, "default"), soft_wrap=True)
     if after.outage is not None:
         console.print(Text(f"  hint {after.outage.trouble.cure}", "bright_black"), soft_wrap=True)
     return False
 
 
-class _Shown:
-    """How far the sending is: a bar on a terminal, lines elsewhere.
+def _lost(counts: Counts) -> str:
+    """Of records that will never be in MLflow, how many there were."""
+    refused = f"; MLflow refused {counts.refused:,}" if counts.refused else ""
+    unknown = f"; {counts.unknown:,} skipped, of a kind that this version does not know"
+    return refused + (unknown if counts.unknown else "")
 
-    Attributes:
-        records: that waited.
-    """
+
+class _Shown:
+    """How far the sending is: a bar on a terminal, lines elsewhere."""
 
     def __init__(self, console: Console, spool: Spool) -> None:
         self._console, self._spool = console, spool
@@ -74,7 +80,6 @@ class _Shown:
         self._task = self._bar.add_task("", total=None, visible=False)
         self._looked = self._line = time.monotonic()
         self._bytes, self._what = 0, ""
-        self.records = 0
 
     def __enter__(self) -> _Shown:
         self._bar.start()
@@ -87,7 +92,6 @@ class _Shown:
         """The sending is about to begin. Records are counted now and not again: all of them have to be read for it."""
         self._bytes = pending(self._spool)
         if found := backlog(self._spool):
-            self.records = found.records
             self._what = f"{counted(found.records)}, the oldest of {clock(found.since)}"
         self._bar.update(self._task, total=self._bytes, visible=True)
 

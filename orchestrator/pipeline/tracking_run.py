@@ -16,6 +16,7 @@ from orchestrator.shell_command import command
 from orchestrator.tracking import relocate
 from orchestrator.tracking.backlog import Backlog, Outage, backlog, clock, counted, noted_outage, pending
 from orchestrator.tracking.connect import database_path
+from orchestrator.tracking.flusher import Counts
 from orchestrator.tracking.run import PATIENCE_S, Run, Tracking
 from orchestrator.tracking.spool import Spool
 
@@ -85,7 +86,7 @@ def send(
     watch: Callable[[], bool] = lambda: True,
     patience: float = PATIENCE_S,
     begin: Callable[[], None] = lambda: None,
-) -> Waiting | None:
+) -> tuple[Counts, Waiting | None]:
     """Send what earlier drivers left in the spool, if anything; MLflow is imported only then.
 
     Args:
@@ -94,14 +95,17 @@ def send(
         begin: called before anything is sent, with everything that waits on this machine; not if nothing does.
 
     Returns:
-        What still waits; None if nothing does.
+        What became of the records, and what still waits; None if nothing does.
     """
+    counts = Counts()
     _mend_places(loaded, workspace)
     with _backed_up(loaded, workspace):
         if workspace.spool(loaded.name).is_dir() and pending(_spool(loaded, workspace)):
             begin()
-            _tracking(loaded, workspace).close(patience, watch)
-    return waiting(loaded, workspace)
+            tracking = _tracking(loaded, workspace)
+            tracking.close(patience, watch)
+            counts = tracking.counts
+    return counts, waiting(loaded, workspace)
 
 
 def send_leftovers(loaded: LoadedPipeline, workspace: Workspace, say: Say = lambda text: None) -> None:

@@ -11,12 +11,18 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from orchestrator.fsio import atomic_write
 from orchestrator.names import BadNameError, inside
 from orchestrator.tracking.backlog import Outage, Progress, clock, note_outage, pending, progress
-from orchestrator.tracking.mlflow_writer import MAX_METRICS, MlflowWriter, RejectedError, RunGoneError
+from orchestrator.tracking.mlflow_writer import (
+    MAX_METRICS,
+    MlflowWriter,
+    RejectedError,
+    RunGoneError,
+    UnknownRecordError,
+)
 from orchestrator.tracking.outage import silent, trouble
 from orchestrator.tracking.spool import Record, Spool, is_run_id
 
@@ -28,6 +34,36 @@ _HURRIED_S = 1.0
 _LOCAL_WORK_S = 120.0
 # One request may carry a file of any size. What is slower than this counts as standing still.
 _SLOWEST = 2**20
+# Records that carry files. These may go elsewhere than the rest, such as into a bucket that is not there.
+_UPLOADS = ("file", "model")
+
+
+@dataclass
+class Counts:
+    """What became of the records that a flusher has sent.
+
+    Attributes:
+        sent: MLflow has them.
+        refused: MLflow will never take them.
+        unknown: they are of kinds that this version does not know.
+    """
+
+    sent: int = 0
+    refused: int = 0
+    unknown: int = 0
+
+
+@dataclass
+class _Aside:
+    """A run whose upload fails: how often it has, the last time at `at` by the monotonic clock."""
+
+    at: float
+    failures: int = 1
+
+    def waits(self, hurried: bool) -> bool:
+        """Whether it is too early to try again."""
+        pause = _pause(self.failures - 1)
+        return time.monotonic() < self.at + (min(pause, _HURRIED_S) if hurried else pause)
 
 
 class Flusher:
@@ -39,11 +75,15 @@ class Flusher:
         interval_s: pause between looks at the spool.
         metrics_every_s: pause between metrics of one run: MLflow takes 9 ms for those of one step, and 3 ms each for
             those of five. Other records are sent at once, and what is there before them.
+
+    Attributes:
+        counts: of the records so far.
     """
 
     def __init__(
         self, spool: Spool, sink: MlflowWriter, *, interval_s: float = 1.0, metrics_every_s: float = 5.0
     ) -> None:
+        self.counts = Counts()
         self._spool = spool
         self._sink = sink
         self._interval_s = interval_s
@@ -59,6 +99,8 @@ class Flusher:
         # A process before this one may have left a note.
         self._noted = True
         self._refused: set[tuple[str, str]] = set()
+        self._aside: dict[str, _Aside] = {}
+        self._uploading = False
         # When the newest answer came, and how long what was begun then may take beyond anybody's patience.
         self._heard = time.monotonic()
         self._extra_s = _LOCAL_WORK_S
@@ -131,7 +173,8 @@ class Flusher:
                 self._prepare()
                 while self._flush_all() and not self._stopping:
                     pass
-                self._recovered()
+                if not self._aside:
+                    self._recovered()
                 pause = self._interval_s
             except Exception as error:  # whatever a server or a driver can throw: training goes on
                 self._failed(error)
@@ -145,7 +188,8 @@ class Flusher:
             self._prepared = True
             self._answered(_LOCAL_WORK_S if self._sink.makes_database else 0.0)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, run_id: str | None = None) -> None:
+        """Of one run only, if it is named: those of others go on."""
         self._failures += 1
         self._extra_s = 0.0
         found = trouble(self._sink.uri, error, self._spool.folder)
@@ -157,9 +201,10 @@ class Flusher:
         # What an error says may be another thing each time.
         if known is None or known.trouble.until != found.until:
             _log.warning(
-                "%s since %s: tracking records are kept in %s and sent as soon as %s",
+                "%s since %s: %s are kept in %s and sent as soon as %s",
                 found.what,
                 clock(since),
+                "tracking records" if run_id is None else f"the tracking records of run {run_id}",
                 self._spool.folder,
                 found.until,
             )
@@ -181,7 +226,21 @@ class Flusher:
         """One round over all runs; True if anything was sent. A run waits until its parent is there."""
         sent = False
         for run_id in self._spool.run_ids():
-            sent = self._flush(run_id) or sent
+            aside = self._aside.get(run_id)
+            if aside is not None and aside.waits(self._hurried):
+                continue
+            self._uploading = False
+            try:
+                sent = self._flush(run_id) or sent
+            except Exception as error:
+                if not self._uploading:
+                    raise
+                # Files may go elsewhere than records do: that place is away, and MLflow takes what others have.
+                self._failed(error, run_id)
+                failures = 0 if aside is None else aside.failures
+                self._aside[run_id] = _Aside(time.monotonic(), failures + 1)
+            else:
+                self._aside.pop(run_id, None)
         return sent
 
     def _flush(self, run_id: str) -> bool:
@@ -198,7 +257,9 @@ class Flusher:
             count = _batch(records)
             try:
                 self._begin(records[0][0], run_id)
+                left_out = self._left_out
                 done = self._send(run_id, [record for record, _ in records[:count]], state)
+                self._uploading = False
             except RunGoneError as error:
                 if state.mlflow_run_id is None:
                     raise
@@ -207,6 +268,7 @@ class Flusher:
                 return True
             if not done:
                 return sent
+            self.counts.sent += count - (self._left_out - left_out)
             state.offset = records[count - 1][1]
             self._note(run_id, state)
             self._answered()
@@ -219,7 +281,14 @@ class Flusher:
             # Damaged lines at the end: there is nothing in them to send.
             state.offset = end
             self._note(run_id, state)
+        if not records and self._spool.size(run_id) > end:
+            # A line without an end. Nobody may ever add to this file, and what is not sent is waited for.
+            self._spool.cut_torn_line(run_id)
         return sent
+
+    @property
+    def _left_out(self) -> int:
+        return self.counts.refused + self.counts.unknown
 
     def _are_due(self, run_id: str, records: Sequence[tuple[Record, int]]) -> bool:
         now = time.monotonic()
@@ -263,9 +332,17 @@ class Flusher:
                 for record in batch:
                     self._send(run_id, [record], state)
                 return True
+            is_unknown = isinstance(error, UnknownRecordError)
+            self.counts.unknown += is_unknown
+            self.counts.refused += not is_unknown
             if (run_id, first["op"]) not in self._refused:
                 self._refused.add((run_id, first["op"]))
-                _log.warning("MLflow refuses a %s record of run %s: %s", first["op"], run_id, error)
+                what = (
+                    "a record is skipped"
+                    if is_unknown
+                    else f"MLflow refuses a record of kind {first['op']!r:.40}"
+                )
+                _log.warning("run %s: %s: %s", run_id, what, error)
         return True
 
     def _will_be_opened(self, run_id: str) -> bool:
@@ -284,6 +361,7 @@ class Flusher:
 
     def _begin(self, record: Record, run_id: str) -> None:
         """A request is about to be sent."""
+        self._uploading = record["op"] in _UPLOADS
         size = self._sink.upload_size(record, self._spool.files(run_id))
         self._extra_s = max(self._extra_s, size / _SLOWEST)
 

@@ -47,6 +47,10 @@ class RejectedError(Exception):
     """MLflow will never take this record."""
 
 
+class UnknownRecordError(RejectedError):
+    """A record of a kind that a later version writes."""
+
+
 class MlflowWriter:
     """One experiment of one MLflow server. Connects on first use; not for several threads.
 
@@ -151,7 +155,7 @@ class MlflowWriter:
                 case "model":
                     self._model(client, mlflow_id, record)
                 case op:
-                    raise RejectedError(f"this version does not know records of kind {op!r:.40}")
+                    raise UnknownRecordError(f"this version does not know records of kind {op!r:.40}")
 
     def _params(self, client: MlflowClient, mlflow_id: str, params: dict[str, str]) -> None:
         """Params never change in MLflow: those that are new are logged, the changed ones become tags."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from orchestrator.tracking.backlog import Outage, noted_outage, progress, sent
 from orchestrator.tracking.connect import absolute_uri
-from orchestrator.tracking.flusher import Flusher
+from orchestrator.tracking.flusher import Counts, Flusher
 from orchestrator.tracking.mlflow_writer import MlflowWriter
 from orchestrator.tracking.spool import Record, Spool, clean_name
 
@@ -350,6 +350,11 @@ class Tracking:
         done = self._flusher.drain(timeout, watch)
         self._flusher.stop()
         return done
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the records that were sent."""
+        return self._flusher.counts
 
     def __enter__(self) -> Tracking:
         return self

@@ -29,9 +29,11 @@ Record = dict[str, Any]
 _RUN_ID = re.compile(r"[A-Za-z0-9_\-]+")
 _log = logging.getLogger(__name__)
 _TELL_EVERY_S = 60.0
-# Of these kinds of records, what they must have besides `op` and `time_ms`, and of what type.
+# Files whose damage this process has told, by whichever of its spools.
+_DAMAGE_TOLD: set[Path] = set()
 LATEST_S = 253_402_300_799
 """The end of the year 9999 in seconds since 1970: no clock shows a later time, and no date can be made of it."""
+# Of these kinds of records, what they must have besides `op` and `time_ms`, and of what type.
 _FIELDS: dict[str, dict[str, type | UnionType]] = {
     "open": {"name": str, "tags": dict | None},
     "params": {"params": dict},
@@ -76,7 +78,6 @@ class Spool:
         self.folder = folder.absolute()
         self.keep: Callable[[], bool] | None = None
         self._logs: dict[str, _Log] = {}
-        self._said: set[str] = set()
         self._lost, self._tell_at = 0, 0.0
         self._lock = threading.Lock()
 
@@ -202,6 +203,11 @@ class Spool:
         """Make what is recorded outlive this machine, if the folder does not; False if that is not possible now."""
         return self.keep is None or self.keep()
 
+    def cut_torn_line(self, run_id: str) -> None:
+        """Removes what follows the last whole line: its writer died. One who is writing is waited for."""
+        with self._locked(run_id):
+            pass
+
     def sync(self, run_id: str) -> None:
         """Makes what is recorded for the run survive a power cut."""
         fsio.sync(self.path(run_id))
@@ -220,12 +226,11 @@ class Spool:
         """Says once a process that lines of a run's file are passed over."""
 
         def complain(offset: int) -> None:
-            if run_id not in self._said:
-                self._said.add(run_id)
+            path = self.path(run_id)
+            if path not in _DAMAGE_TOLD:
+                _DAMAGE_TOLD.add(path)
                 _log.warning(
-                    "%s is damaged before byte %d: lines that are not records are skipped",
-                    self.path(run_id),
-                    offset,
+                    "%s is damaged before byte %d: lines that are not records are skipped", path, offset
                 )
 
         return complain
