@@ -23,6 +23,7 @@ from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
 from orchestrator.errors import UserError, nearest, printable, shortened
+from orchestrator.slow_import import told_if_slow
 
 Group = Literal["augmentations", "metrics", "models", "objectives", "stages", "stores", "teachers"]
 
@@ -142,7 +143,8 @@ def find(group: Group, name: str, ours: Iterable[str] = ()) -> Any:
     module, _, attribute = path.partition(":")
     shown = f"the {_WORDS[group]} {shortened(name, 80)!r}" + (f" ({path})" if path != name else "")
     try:
-        found = importlib.import_module(module)
+        with told_if_slow(module):
+            found = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # a user's module may raise anything when it is imported
         said = printable(error) if isinstance(error, Exception) else error
         raise ExtensionError(

@@ -35,6 +35,7 @@ from orchestrator.elastic.time_accounting import TimeAccounting, report_figures
 from orchestrator.elastic.worker_group import AttemptConfig
 from orchestrator.elastic.worker_slot import train_fn
 from orchestrator.errors import Stopped, UserError
+from orchestrator.slow_import import told_if_slow
 from orchestrator.tracking.run import Run
 
 if TYPE_CHECKING:
@@ -276,7 +277,9 @@ def _callbacks(paths: Sequence[str]) -> list[Any]:
     for path in paths:
         module, _, name = path.partition(":")
         try:
-            made.append(getattr(importlib.import_module(module), name)())
+            with told_if_slow(module):
+                found = importlib.import_module(module)
+            made.append(getattr(found, name)())
         except Exception as error:
             raise UserError(
                 f"the Ray Train callback {path!r} cannot be instantiated: {type(error).__name__}: {error}",

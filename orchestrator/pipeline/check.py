@@ -28,6 +28,7 @@ from orchestrator.pipeline.plan import (
 )
 from orchestrator.pipeline.probes import Probes
 from orchestrator.pipeline.workspace import Workspace
+from orchestrator.slow_import import told_if_slow
 from orchestrator.stages.base import ImageCount, PlanContext, Stage, TrainStage
 from orchestrator.storage.artifacts import folder_name
 from orchestrator.storage.open import is_remote
@@ -327,10 +328,12 @@ def _import_trouble(path: str, *, deep: bool) -> str | None:
     if not (module and colon and name):
         return "it has no colon between module and class"
     try:
-        if importlib.util.find_spec(module) is None:
-            return f"there is no module {module}"
-        if deep and not hasattr(importlib.import_module(module), name):
-            return f"{module} has no {name}"
+        # To find a module its packages are imported.
+        with told_if_slow(module):
+            if importlib.util.find_spec(module) is None:
+                return f"there is no module {module}"
+            if deep and not hasattr(importlib.import_module(module), name):
+                return f"{module} has no {name}"
     except Exception as error:  # whatever importing it runs
         return f"{type(error).__name__}: {error}"
     return None

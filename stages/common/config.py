@@ -14,6 +14,7 @@ from orchestrator.data.views import CropConfig
 from orchestrator.errors import KeyMistakeError
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import preset
+from orchestrator.slow_import import told_if_slow
 from orchestrator.stages.base import Context
 
 INDEX_KINDS = ("curate",)
@@ -21,7 +22,8 @@ BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
 
 
 def _known_model(name: str) -> str:
-    preset(name)
+    with told_if_slow(f"of the model {name}"):
+        preset(name)
     return name
 
 

@@ -21,12 +21,14 @@ from orchestrator.fsio import atomic_write, replacing
 from orchestrator.models.wrapped import (
     ForeignNet,
     Tokens,
+    find_callable,
     open_any,
     open_module,
     open_timm,
     open_transformers,
 )
 from orchestrator.objectives.whitening import Moments, Whitening
+from orchestrator.slow_import import told_if_slow
 from orchestrator.stages.common.nets import flat_views
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.features import OWN, FeatureObjective, TeacherShape, TeacherSource
@@ -169,6 +171,8 @@ def open_teacher(name: str, source: TeacherSource, size: int) -> ForeignNet:
             return open_timm(source.timm, size)
         if source.transformers is not None:
             return open_transformers(source.transformers, size)
+        with told_if_slow(source.path.partition(":")[0]):
+            find_callable(source.path)
         return open_module(source.path, source.weights, size)
     except ModuleNotFoundError as error:
         raise UserError(str(error), where=where, hint=f"pip install {error.name}") from error

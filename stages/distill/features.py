@@ -21,6 +21,7 @@ from orchestrator.config.schema import LocalPath
 from orchestrator.config.settings import Settings, Strict, operational
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError, nearest
+from orchestrator.slow_import import told_if_slow
 
 OWN = "self"
 """The name of the stage's own teacher artifact, where no other teacher is named."""
@@ -300,7 +301,8 @@ def _check_installed(package: str) -> None:
 def _check_timm(name: str) -> None:
     _check_installed("timm")
     try:
-        timm = importlib.import_module("timm")
+        with told_if_slow("timm"):
+            timm = importlib.import_module("timm")
     except Exception as error:  # an installation may be broken in any way
         what = f"timm cannot be imported: {type(error).__name__}: {error}"
         raise UserError(what, where="timm", hint="install a torchvision that fits torch") from error
@@ -319,7 +321,8 @@ def _check_module(source: TeacherSource) -> None:
     except UserError as error:
         raise UserError(error.what, where="module", hint=error.hint) from None
     try:
-        find_callable(path)
+        with told_if_slow(path.partition(":")[0]):
+            find_callable(path)
     except ValueError as error:
         hint = "install its package, or put its folder on PYTHONPATH, here and on all machines"
         raise UserError(str(error), where="module", hint=hint) from None
