@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,16 +13,19 @@ from typing import Any
 import jsonschema
 import pytest
 from pydantic import TypeAdapter
+from rich.console import Console
 
 import orchestrator
 from orchestrator import installed
 from orchestrator.errors import UserError
 from orchestrator.models import presets
 from orchestrator.pipeline.cache_key import KeyParts, key_parts
+from orchestrator.pipeline.console import print_plan, print_stages
 from orchestrator.pipeline.explain import explain
 from orchestrator.pipeline.json_schema import schema
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.model_table import model_rows
+from orchestrator.pipeline.plan import plan_of, resolve
 from orchestrator.stages import AnyStage, registry
 from orchestrator.stages.base import Stage
 from orchestrator.storage.open import open_store
@@ -207,6 +212,11 @@ def test_a_stage_is_found_by_its_name_or_path(read: Callable[..., LoadedPipeline
     found = parts(stage)
     assert (found.kind, found.version, found.config) == ("rate", 4, {"level": 5})
     assert f"kind: {kind}" in loaded.resolved(), "what is recorded can be read again"
+    assert loaded.where("stages", "own", "kind").endswith(f"stages.own.kind = {kind}")
+    output = io.StringIO()
+    print_stages(Console(file=output, width=200), loaded)
+    print_plan(Console(file=output, width=200), loaded, plan_of(loaded, resolve(loaded, lambda *_: "0" * 64)))
+    assert len(re.findall(rf"own +{kind} +curate", output.getvalue())) == 2
 
 
 BAD = {

@@ -78,7 +78,7 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
         print_stages(console(), loaded)
         print_findings(console(), found)
         return
-    print_plan(console(), loaded.name, plan_of(loaded, found.stages, choice))
+    print_plan(console(), loaded, plan_of(loaded, found.stages, choice))
     print_findings(console(), found)
 
 

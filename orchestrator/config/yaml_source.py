@@ -58,6 +58,7 @@ class Document:
         lines: 1-based line of every key path.
         files: the file of every key path that another one wrote, which `path` extends.
         overrides: the command-line argument that wrote a key path.
+        written: what a message shows in place of a value that was put into `data` since.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Document:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     files: dict[KeyPath, Path] = field(default_factory=dict)
     overrides: dict[KeyPath, str] = field(default_factory=dict)
+    written: dict[KeyPath, Any] = field(default_factory=dict)
 
     def where(self, path: KeyPath, *, value: bool = True) -> str:
         """`file:line  key.path = value`, by the nearest enclosing key path that was written down.
@@ -79,6 +81,7 @@ class Document:
 
         dotted = ".".join(str(part) for part in path)
         found, known = lookup(self.data, path)
+        found = self.written.get(path, found)
         shown = dotted
         if value and known and not is_private(path) and not _is_container(found):
             shown = f"{dotted} = {show(found)}"

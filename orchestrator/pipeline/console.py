@@ -245,13 +245,13 @@ class _ToConsole(logging.Handler):
             self._console.print(Text(f"  ! {first}", style="yellow"), soft_wrap=True)
 
 
-def print_plan(console: Console, name: str, plans: Sequence[StagePlan]) -> None:
+def print_plan(console: Console, loaded: LoadedPipeline, plans: Sequence[StagePlan]) -> None:
     """The DAG in running order: what each stage needs, whether it runs, and every reason."""
     table = Rows(("stage", "kind", "needs", "action", "why"), expendable=("needs", "kind"))
     for item in plans:
         needs = ", ".join(item.stage.needs) or "—"
-        table.add(item.name, item.kind, needs, mark(item.action), "\n".join(item.reasons))
-    console.print(Text(f"Pipeline {name}", style="bold"))
+        table.add(item.name, loaded.kind_of(item.name), needs, mark(item.action), "\n".join(item.reasons))
+    console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     table.print(console)
     running = [item.name for item in plans if item.action == "run"]
     to_run = f"{len(running)} of {len(plans)} stages to run: {', '.join(running)}"
@@ -270,7 +270,7 @@ def print_stages(console: Console, loaded: LoadedPipeline) -> None:
     table = Rows(("stage", "kind", "needs"), expendable=("kind",))
     for name in order(loaded):
         stage = loaded.spec.stages[name]
-        table.add(name, stage.kind, ", ".join(stage.needs) or "—")
+        table.add(name, loaded.kind_of(name), ", ".join(stage.needs) or "—")
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     table.print(console)
     for missing in loaded.missing:

@@ -68,6 +68,10 @@ class LoadedPipeline:
         """The pipeline file."""
         return self.document.path
 
+    def kind_of(self, stage: str) -> str:
+        """The kind of a stage, as the file says it."""
+        return dict(self.imported).get(stage, self.spec.stages[stage].kind)
+
     def where(self, *path: str | int) -> str:
         """`file:line  key.path = value` for error messages."""
         return self.document.where(path)
@@ -225,6 +229,7 @@ def _with_own_kinds(document: yaml_source.Document, stages: Any) -> tuple[Any, t
         if is_path:
             imported.append((name, kind))
             section["kind"] = kind_of(found)
+            document.written["stages", name, "kind"] = kind
     if problems:
         raise joined(problems)
     return stages, tuple(imported)

@@ -168,7 +168,8 @@ def pipeline_note(loaded: LoadedPipeline, plans: Sequence[StagePlan], state: Pip
         status = known.state if known and known.key == item.stage.key else item.action
         summary = known.summary if known and known.key == item.stage.key else {}
         lines.append(
-            f"| {item.name} | {item.kind} | {made_of} | {status} | `{short(item.stage.key)}` | {figures(summary, 3)} |"
+            f"| {item.name} | {loaded.kind_of(item.name)} | {made_of} | {status} | `{short(item.stage.key)}` | "
+            f"{figures(summary, 3)} |"
         )
     return "\n".join(lines)
 

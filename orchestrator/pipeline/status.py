@@ -50,7 +50,7 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
     spool = Spool(spool_folder) if spool_folder.is_dir() else None
     columns = ("stage", "kind", "state", "attempts", "time", "goodput", "key", "newest figures")
     table = Rows(columns, expendable=("kind", "key", "goodput", "attempts"))
-    for name, stage in loaded.spec.stages.items():
+    for name in loaded.spec.stages:
         known = state.stages.get(name, StageState(name))
         shown = "interrupted" if known.state == "running" and not driven else known.state
         attempts = "reused" if known.reused and not known.attempts else str(known.attempts or "")
@@ -59,7 +59,7 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
         key = short(known.key) if known.key else ""
         time_text = duration(spent) if spent else ""
         good = _goodput(spool, known)
-        table.add(name, stage.kind, mark(shown), attempts, time_text, good, key, detail)
+        table.add(name, loaded.kind_of(name), mark(shown), attempts, time_text, good, key, detail)
     console.print(Text(f"Pipeline {loaded.name}", style="bold"))
     table.print(console)
     known_stages = [state.stages[name] for name in loaded.spec.stages if name in state.stages]
