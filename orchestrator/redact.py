@@ -17,18 +17,31 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 
-# Also a password with a slash in it, which is no valid address and common. A port before a path is none, but where one
-# word before it is likelier to be a user.
-_USER_PART = (
-    r"(?:[^{space}/?#@]*|[^{space}/@]*:(?!\d+(?:[/?#'\",;)\]}}>\s]|$))[^{space}]*"
-    r"|(?!localhost:)[^\s/?#@.:'\"]+:\d+/[^{space}]*)@"
-)
-_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)" + _USER_PART.format(space=r"\s"))
+# Everything that repeats is bounded, and begins where a word does: texts of any kind and length come by here.
+_SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]{0,60}://"
+# A port before a path is no password, but where one word before it is likelier to be a user.
+_NO_PORT = r"(?!\d{1,20}(?:[/?#'\",;)\]}>\s]|$))"
+
+
+def _user_part(space: str) -> str:
+    """User and password up to the @, also a password with a slash in it: no valid address, and common."""
+    return (
+        rf"(?:[^{space}/?#@]{{0,2000}}|[^{space}/@:]{{0,200}}:{_NO_PORT}[^{space}]{{0,2000}}"
+        rf"|(?!localhost:)[^\s/?#@.:'\"]{{1,200}}:\d{{1,20}}/[^{space}]{{0,2000}})@"
+    )
+
+
+_USER = re.compile(rf"(?P<scheme>{_SCHEME})" + _user_part(r"\s"))
 # An address without its scheme.
-_BARE_USER = re.compile(r"(?P<scheme>(?<![\w:/])//)[^\s/?#@:]*:[^\s/?#@]*@")
+_BARE_USER = re.compile(r"(?P<scheme>(?<![\w:/])//)[^\s/?#@:]{0,200}:[^\s/?#@]{0,2000}@")
 # An address at the beginning of a value, whose password may have spaces in it.
-_WHOLE_USER = re.compile(
-    r"\s*(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://|//(?=[^/?#@]*:))" + _USER_PART.format(space=r"\0")
+_WHOLE_USER = re.compile(rf"\s*(?P<scheme>{_SCHEME}|//(?=[^/?#@]{{0,200}}:))" + _user_part(r"\0"))
+# An address inside a text, whose password has spaces in it: these end at a later @ of the line. Where a whole address
+# seems to end before the space, with a host that has a dot, a port or a path, what follows is text, not password.
+_SPACED_USER = re.compile(
+    rf"(?P<scheme>{_SCHEME})[^\s/?#@:\[]{{1,100}}:{_NO_PORT}"
+    r"(?:[^\s@]{1,100}|(?:[^\s@]{0,100}@){1,5}[^\s@./:]{0,100})"
+    r"(?:[ \t][^\n@]{0,80}@[^\s@./:]{0,100}){0,4}[ \t][^\n@]{0,80}@(?=[\w\[])"
 )
 _KEY = (
     r"(?:api|access|account|auth|client|function|master|private|secret|shared|signing|subscription)[._\-]?key"
@@ -36,9 +49,8 @@ _KEY = (
 _WORD = rf"token|secret|pass(?:w(?:or)?d)?|pwd|jwt|signature|credential|{_KEY}"
 _SECRET_NAME = re.compile(rf"[\w.\-]*(?:{_WORD})[\w.\-]*|sig|auth|key|code|pat|bearer", re.IGNORECASE)
 # A name may be written with %, a value may have quotes inside.
-_PARAMETER = re.compile(
-    r"(?P<name>(?:[?&;#]|%3B)(?P<word>[\w.\-%]+)=)(?P<value>[^&;#\s]*[^&;#\s'\"])", re.IGNORECASE
-)
+_PARAMETER = re.compile(r"(?:[?&;#]|%3B)(?P<word>[\w.\-%]{1,200})=", re.IGNORECASE)
+_VALUE = re.compile(r"[^&;#\s]*[^&;#\s'\"]")
 # Of a connection string of a database: `password='x y z'`.
 _SETTING = re.compile(
     r"(?P<name>(?<![\w.\-/?&;#%])(?:[\w.\-]*(?:pass(?:w(?:or)?d)|pwd|secret|token)\s*=\s*(?=['\"])"
@@ -57,8 +69,9 @@ _SHORTEST = 8
 def redacted(text: str) -> str:
     """`text` without what may be a secret in it; `***` stands for each."""
     # Most texts have none of the marks, and this is called for every line of a log.
-    if "//" in text:
+    if "//" in text and "@" in text:
         text = _WHOLE_USER.sub(rf"\g<scheme>{HIDDEN}@", text, count=1) if _WHOLE_USER.match(text) else text
+        text = _SPACED_USER.sub(rf"\g<scheme>{HIDDEN}@", text)
         text = _USER.sub(rf"\g<scheme>{HIDDEN}@", text)
         text = _BARE_USER.sub(rf"\g<scheme>{HIDDEN}@", text)
     if "=" in text:
@@ -87,7 +100,8 @@ def redacted_values(value: Any) -> Any:
 def secret_in(text: str) -> str | None:
     """What kind of secret a text holds, in words; None if there is none. A user's name without a password is none."""
     whole = _WHOLE_USER.match(text)
-    users = [*([whole] if whole else ()), *_USER.finditer(text), *_BARE_USER.finditer(text)]
+    patterns = (_SPACED_USER, _USER, _BARE_USER)
+    users = [*([whole] if whole else ()), *(found for one in patterns for found in one.finditer(text))]
     for found in users:
         user = found[0].strip().removeprefix(found["scheme"]).removesuffix("@")
         is_database = found["scheme"].partition("+")[0].partition(":")[0] in ("postgresql", "mysql", "mssql")
@@ -102,10 +116,12 @@ def secret_in(text: str) -> str | None:
 
 def _without_parameters(text: str) -> str:
     """`text` without the values of parameters that are secrets by their names."""
-    return _PARAMETER.sub(_hidden, text)
-
-
-def _hidden(parameter: re.Match[str]) -> str:
-    is_secret = _SECRET_NAME.fullmatch(unquote(parameter["word"])) is not None
-    # The value of another one may be an address with parameters of its own.
-    return parameter["name"] + (HIDDEN if is_secret else _without_parameters(parameter["value"]))
+    kept, done = [], 0
+    # The value of another one may be an address with parameters of its own: the search goes on inside it.
+    for name in _PARAMETER.finditer(text):
+        if name.start() < done or not _SECRET_NAME.fullmatch(unquote(name["word"])):
+            continue
+        if value := _VALUE.match(text, name.end()):
+            kept += [text[done : name.end()], HIDDEN]
+            done = value.end()
+    return "".join([*kept, text[done:]])
