@@ -6,7 +6,9 @@ Fields made with :func:`operational` say *how* something runs (worker counts, ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,24 @@ MAX_WIDTH = 2**20
 MAX_DEPTH = 4096
 _INT_RANGE = (-(2**63), 2**63 - 1)
 _FLOAT_RANGE = (-1e30, 1e30)
+_TRUE_OR_FALSE = ("true", "false", "yes", "no", "on", "off")
+_EXPONENT = re.compile(r"[+-]?\d{1,20}(?:\.\d{0,20})?[eE][+-]?\d{1,3}")
+# Of a number that is read; its field says that it is too large.
+_DIGITS = 50
 
 
 class _NoBoolean:
-    """Refuses booleans where numbers belong: Python's are integers, so pydantic takes them for 0 and 1."""
+    """Refuses booleans where numbers belong: Python's are integers, so pydantic takes them for 0 and 1.
+
+    YAML 1.1 takes 1e3 for a text. pydantic makes a number of it where a fraction belongs; here it is done for integers.
+    """
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         self._schema = schema
 
     def __call__(self, value: Any) -> Any:
         if not isinstance(value, bool):
-            return value
+            return _whole(value) if self._schema["type"] == "int" and isinstance(value, str) else value
         match self._schema["type"]:
             case "int":
                 raise PydanticKnownError("int_type")
@@ -44,6 +53,23 @@ class _NoBoolean:
                 raise PydanticKnownError("float_type")
         expected = " or ".join(map(str, self._schema["expected"]))
         raise PydanticKnownError("literal_error", {"expected": expected})
+
+
+class _OnlyBoolean:
+    """Takes YAML's words for true and false only: pydantic takes numbers and letters, too."""
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, bool) or (isinstance(value, str) and value.lower() in _TRUE_OR_FALSE):
+            return value
+        raise PydanticKnownError("bool_type")
+
+
+def _whole(text: str) -> int | str:
+    """The integer that a text such as 1e3 or 2.5e3 is; the text itself if it is none."""
+    if not _EXPONENT.fullmatch(text):
+        return text
+    number = Decimal(text)
+    return int(number) if number.adjusted() < _DIGITS and number == number.to_integral_value() else text
 
 
 def _takes_numbers(schema: Mapping[str, Any]) -> bool:
@@ -60,8 +86,15 @@ def _bound(schema: Any) -> None:
             _bound(item)
     if not isinstance(schema, dict):
         return
-    if schema.get("type") == "function-before" and isinstance(schema["function"]["function"], _NoBoolean):
+    if schema.get("type") == "function-before" and isinstance(
+        schema["function"]["function"], (_NoBoolean, _OnlyBoolean)
+    ):
         return  # in a section that had its turn
+    if schema.get("type") == "bool":
+        boolean: Any = dict(schema)
+        schema.clear()
+        schema.update(core_schema.no_info_before_validator_function(_OnlyBoolean(), boolean))
+        return
     if schema.get("type") in ("int", "float"):
         if schema["type"] == "float":
             schema["allow_inf_nan"] = False
@@ -108,12 +141,12 @@ class Strict(BaseModel):
 class Settings(Strict):
     """What users write: every number in it, at any depth, is finite and has bounds, its field's own or these here.
 
-    `true` and `false` are no numbers.
+    `true` and `false` are no numbers, nor are numbers `true` and `false`.
     """
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """The model's schema, with bounds for every number in it, and without booleans for numbers."""
+        """The model's schema, with bounds for every number in it, and without booleans for numbers or the other way."""
         schema = handler(source)
         _bound(schema)
         return schema

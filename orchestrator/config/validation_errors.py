@@ -139,11 +139,28 @@ def _bad_value(
     if known and not is_private(path) and group[0]["type"] not in ("value_error", "assertion_error"):
         what += f", not {show(value)}"
     hint = f"did you mean {close!r}?" if close else None
-    if isinstance(value, bool) and any(details["type"] in ("int_type", "float_type") for details in group):
+    if known and value is None:
+        what = f"{name}: null is no value here: it {' or '.join(message for message in messages)}"
+        hint = _hint_null(path, model, document)
+    elif any(details["type"] == "bool_type" for details in group) and value in (0, 1):
+        hint = f"write {str(bool(value)).lower()}"
+    elif isinstance(value, bool) and any(details["type"] in ("int_type", "float_type") for details in group):
         hint = f"write {int(value)} if you mean that number"
     elif path and _is_number(value) and "peak" in _field_names(model, path, document.data):
         hint = f"write `{path[-1]}: {{peak: {show(value)}}}`"
     return UserError(what, where=document.where(path), hint=hint)
+
+
+def _hint_null(path: KeyPath, model: type[BaseModel], document: Document) -> str:
+    """What to write instead of nothing."""
+    for section in _models_at(model, path[:-1], document.data):
+        for name, field in section.model_fields.items():
+            if (field.alias or name) != str(path[-1]) or field.is_required():
+                continue
+            default = field.get_default(call_default_factory=True, validated_data={})
+            shown = "" if isinstance(default, BaseModel) or not default else f", {show(default)}"
+            return f"leave the key out for its default{shown}"
+    return "give it a value, or leave the key out"
 
 
 def _is_number(value: Any) -> bool:
@@ -162,6 +179,7 @@ def _message(details: ErrorDetails) -> str:
         if message.startswith(prefix):
             message = instead + message.removeprefix(prefix)
             break
+    message = message.replace("a valid boolean", "true or false")
     message = message.replace("a valid ", "a ").replace("a integer", "an integer")
     message = re.sub(r", (unable to parse|got a number|unable to interpret).*", "", message)
     message = re.sub(

@@ -140,8 +140,8 @@ def show(value: Any, limit: int = 80) -> str:
 def read(path: Path, overrides: Sequence[str] = ()) -> Document:
     """Parse `path`, lay it over the file that it `extends` if any, and apply `key.path=value` overrides.
 
-    Mappings are merged key by key, everything else is replaced; a key set to null takes the other file's away. The
-    path of the other file is relative to this one's folder.
+    Mappings are merged key by key, everything else is replaced; a key set to null takes the other file's away, and is
+    null if that has none. The path of the other file is relative to this one's folder.
 
     Raises:
         UserError: no such file, not UTF-8, not YAML, a key written twice, a file that extends itself, or an
@@ -190,8 +190,8 @@ def _laid_over(top: Document, below: Document) -> Document:
 def _merged(below: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for key, value in top.items():
-        if value is None:
-            result.pop(key, None)
+        if value is None and key in below:
+            del result[key]
         elif isinstance(value, Mapping) and isinstance(below.get(key), Mapping):
             result[key] = _merged(below[key], value)
         else:

@@ -47,7 +47,10 @@ BAD = {
         HEAD + "  evaluat: {ticks: 3}\n",
         ["is missing the key 'kind'", "toy.yaml:3", "kind: evaluate"],
     ),
-    "empty stage": (HEAD + "  a:\n", ["stages.a: must be a mapping", "toy.yaml:3", "(empty)"]),
+    "empty stage": (
+        HEAD + "  a:\n",
+        ["stages.a: null is no value here: it must be a mapping", "toy.yaml:3", "(empty)"],
+    ),
     "stage is a list": (HEAD + "  a: [1]\n", ["stages.a: must be a mapping", "toy.yaml:3"]),
     "wrong type": (
         HEAD + "  a: {kind: curate, ticks: many}\n",

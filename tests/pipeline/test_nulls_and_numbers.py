@@ -1,0 +1,149 @@
+"""Values that YAML takes for something else than their writer: null, 1 for true, 1e3 for a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import UserError
+from orchestrator.pipeline.load import LoadedPipeline, load
+
+PIPELINE = """\
+name: odd
+data: {photos: {path: photos}}
+stages:
+  curate: {kind: curate, data: photos}
+  pretrain:
+    kind: pretrain
+    needs: curate
+    model: vit_femto
+    steps: 20
+    batch_size: 4
+    block_size: 2
+    optimizer: {lr: {peak: 0.001}}
+  distill:
+    kind: distill
+    needs: [curate, pretrain]
+    steps: 20
+    batch_size: 4
+    block_size: 2
+    optimizer: {lr: {peak: 0.001}}
+    students: {small: {model: vit_femto}}
+    features:
+      teachers:
+        other: {module: "json:dumps", size: 32}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "base.yaml"
+    path.write_text(PIPELINE)
+    return path
+
+
+def read(path: Path, *overrides: str) -> LoadedPipeline:
+    return load(path, overrides, needs_data=False, gather=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("seed", "leave the key out for its default"),
+        ("elastic", "leave the key out for its default"),
+        ("elastic.exact", "leave the key out for its default"),
+        ("elastic.max_failures", "leave the key out for its default, 3"),
+        ("stages.pretrain.steps", "leave the key out"),
+        ("stages.pretrain.crops", "leave the key out for its default"),
+        ("stages.distill.students.small", "give it a value, or leave the key out"),
+        (
+            "stages.distill.features.teachers.other.mean",
+            "leave the key out for its default, [0.485, 0.456, 0.406]",
+        ),
+        (
+            "stages.distill.features.teachers.other.std",
+            "leave the key out for its default, [0.229, 0.224, 0.225]",
+        ),
+    ],
+)
+def test_null_is_refused_where_it_means_nothing(base: Path, key: str, hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(base, f"{key}=null")
+    said = str(caught.value)
+    assert f"{key}: null is no value here: it must be" in said
+    assert hint in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stages: {distill: {features: {teachers: {other: {mean: null}}}}}",
+        "stages: {curte: null}",
+        "sead: null",
+        "elastic: {exact: null}",
+    ],
+)
+def test_null_takes_away_only_what_the_other_file_has(base: Path, text: str) -> None:
+    top = base.with_name("top.yaml")
+    top.write_text(f"extends: base.yaml\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        read(top)
+    assert f"{top}:2" in str(caught.value)
+
+
+def test_null_is_taken_where_it_means_something(base: Path) -> None:
+    top = base.with_name("top.yaml")
+    text = (
+        "extends: base.yaml\nstages: {pretrain: {optimizer: {clip_norm: null}}, distill: {features: null}}\n"
+    )
+    top.write_text(text)
+    stages = read(top).spec.stages
+    assert stages["pretrain"].optimizer.clip_norm is None  # type: ignore[attr-defined]
+    assert stages["distill"].features is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [("1", "write true"), ("0", "write false"), ("1.0", "write true"), ("2", ""), ("y", ""), ('"1"', "")],
+)
+@pytest.mark.parametrize("key", ["elastic.exact", "stages.pretrain.crops.flip", "cluster.dashboard"])
+def test_a_number_is_neither_true_nor_false(base: Path, key: str, value: str, hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(base, f"{key}={value}")
+    shown = value.strip('"')
+    assert f"{key}: must be true or false, not {shown}" in str(caught.value)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["true", "True", "yes", "on"])
+def test_yamls_words_for_true_are(base: Path, value: str) -> None:
+    assert read(base, f"elastic.exact={value}").spec.elastic.exact is True
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [("1e3", 1000), ("1E3", 1000), ("2.5e3", 2500), ("1.e2", 100), ("+3e0", 3), ("-0e0", 0), ("100e-2", 1)],
+)
+def test_an_integer_may_have_an_exponent(base: Path, value: str, number: int) -> None:
+    assert read(base, f"seed={value}").spec.seed == number
+    # Key and record are those of the number.
+    assert f"seed: {number}\n" in read(base, f"seed={value}").resolved()
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("1.5e-3", "must be an integer, not"),
+        ("25e-1", "must be an integer, not 25e-1"),
+        ("1e30", "must be less than or equal to"),
+        ("1e400", "must be an integer, not 1e400"),
+        ("1e999999999", "must be an integer, not 1e999999999"),
+        ("e3", "must be an integer, not e3"),
+        ("1e3x", "must be an integer, not 1e3x"),
+    ],
+)
+def test_what_is_no_integer_stays_none(base: Path, value: str, what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        read(base, f"seed={value}")
