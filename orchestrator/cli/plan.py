@@ -109,7 +109,13 @@ def _print_splits(loaded: LoadedPipeline, devices: float, *, refresh: bool, as_j
 
     notes = console(stderr=True)
     with notes.status("estimating costs") as status:
-        found = splits(loaded, devices, refresh=refresh, say=status.update)
+
+        def say(line: str) -> None:
+            status.update(line)
+            if not notes.is_terminal:  # where a status shows nothing
+                notes.print(line, highlight=False, soft_wrap=True, markup=False)
+
+        found = splits(loaded, devices, refresh=refresh, say=say)
     if as_json:
         typer.echo(json.dumps(as_dict(found), indent=1))
     else:

@@ -38,7 +38,8 @@ def simulate(
         ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(help="Hourly price per machine; overrides the trace.", min=0)
+        float | None,
+        typer.Option(help="Hourly price per machine, in any currency; overrides the trace.", min=0),
     ] = None,
     on_demand_price: Annotated[
         float | None,

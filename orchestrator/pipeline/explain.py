@@ -90,7 +90,9 @@ def text(explanation: Explanation, width: int = 100) -> str:
     lines = list(explanation.paths) or ["A pipeline file"]
     if key := explanation.key:
         again = "stages run again" if key.again else "no stage runs again"
-        said = (_plain(key.type), _told_default(key.default), f"when it changes, {again}")
+        # Where what happens without the key is no value, its description says it.
+        default = "" if key.default == "–" and "Default:" in key.meaning else _told_default(key.default)
+        said = (_plain(key.type), default, f"when it changes, {again}")
         lines += [*_wrapped("; ".join(filter(None, said)), width), "", *_wrapped(_plain(key.meaning), width)]
     if explanation.prose:
         lines += ["", *_wrapped(_plain(explanation.prose), width)]

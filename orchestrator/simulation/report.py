@@ -84,7 +84,9 @@ class Report:
             done = f"{total.steps} of {total.num_steps} steps of the stages so far"
             line = f"[red]✗[/] never finishes: {main.why_not} after {span(main.seconds)}, {done} are done"
             console.print(line, highlight=False, soft_wrap=True)
-        cost = f"  costs [bold]{main.cost:,.2f}[/] for {main.machine_hours:,.1f} machine hours"
+        # Traces and options give prices without a currency.
+        cost = f"  costs [bold]{main.cost:,.2f}[/], in the currency of the prices, "
+        cost += f"for {main.machine_hours:,.1f} machine hours"
         if other is not None:
             cost += f"; on demand {other.cost:,.2f} and {span(other.seconds)}"
             if main.finished and other.cost:
@@ -130,7 +132,8 @@ def _row(job: JobResult) -> list[str]:
 
 def _intervals(intervals: Mapping[str, Prediction]) -> Table:
     table = Table(title="time between checkpoints", title_justify="left", title_style="bold")
-    for column in ("seconds", "ends after", "goodput", "lost steps", "checkpoint", "checkpoints", "cost"):
+    headings = ("seconds", "ends after", "goodput", "lost steps", "checkpoint", "checkpoints")
+    for column in (*headings, "cost (currency of the prices)"):
         table.add_column(column, justify="right")
     for name, prediction in intervals.items():
         figures = prediction.total().figures()

@@ -113,7 +113,7 @@ def measured(
     Args:
         material: what to measure.
         refresh: measure also what is kept.
-        say: gets a line when a measurement begins.
+        say: gets a line when a measurement begins, with what it is of and how long it takes.
 
     Raises:
         UserError: a part cannot be run on this machine.
@@ -125,8 +125,9 @@ def measured(
     )
     missing = [name for name in identities if found.get(name) is None]
     if missing:
-        say(f"measuring {', '.join(name or 'the teacher' for name in missing)}: about a minute")
-        for name, made in _measure(material, missing, machine).items():
+        parts = ", ".join(name or "the teacher" for name in missing)
+        say(f"measuring {parts}: about a minute, and at most {_TIMEOUT_S / 60:.0f} min on a busy machine")
+        for name, made in _measure(material, missing, machine, say).items():
             profiles.save(made, identities[name])
             found[name] = made
     known = {name: one for name, one in found.items() if one is not None}
@@ -190,7 +191,9 @@ def _identity(material: Material, student: str) -> dict[str, Any]:
     return {**identity, "part": "student", "student": {**costly, "zero_stage": own.zero_stage}}
 
 
-def _measure(material: Material, missing: Sequence[str], machine: Mapping[str, Any]) -> dict[str, Profile]:
+def _measure(
+    material: Material, missing: Sequence[str], machine: Mapping[str, Any], say: Callable[[str], None]
+) -> dict[str, Profile]:
     students = tuple(name for name in missing if name)
     gpu = machine["device"] != "cpu"
     with tempfile.TemporaryDirectory(prefix="orchestrator-profile-") as folder:
@@ -210,6 +213,7 @@ def _measure(material: Material, missing: Sequence[str], machine: Mapping[str, A
             both = [
                 _spec(material, here / "pair", students, _BLOCKS[1:], rank=rank, world=2) for rank in range(2)
             ]
+            say("measuring what two workers of a student exchange: about as long again")
             pair = _run(both, gpu)[0]
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     made = {}

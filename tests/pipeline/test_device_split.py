@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,17 @@ def test_a_laptop_shares_its_cores(measuring: list[tuple[Material, bool]]) -> No
     (asked,) = measuring
     assert asked[0].recipe.model == "vit_nano", "the backbone where the lineage began"
     assert not asked[1]
+
+
+def test_without_a_terminal_each_measurement_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(material: Material, *, refresh: bool, say: Callable[[str], None]) -> PartCosts:
+        say("measuring the teacher: about a minute")
+        return COSTS
+
+    monkeypatch.setattr(device_split, "measured", measured)
+    said = CliRunner().invoke(app, ["plan", str(LAPTOP), "--devices", "2", "--json"])
+    assert said.stderr == "distill: measuring the teacher: about a minute\n"
+    json.loads(said.stdout)
 
 
 def test_more_cores_than_parts_are_given_out(measuring: list[tuple[Material, bool]]) -> None:

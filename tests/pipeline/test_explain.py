@@ -58,6 +58,13 @@ def test_keys_that_no_model_says_itself_are_explained() -> None:
     assert "  The kind of the stage, such as pretrain." in said("stages.pretrain.kind")
 
 
+def test_a_key_whose_description_says_what_happens_without_it_has_no_other_default() -> None:
+    text = said("stages.pretrain.mix")
+    assert "Default: what curate selected." in " ".join(text.split())
+    assert "no default" not in text
+    assert "; when it changes, stages run again" in text
+
+
 def test_the_start_of_a_path_may_be_left_out() -> None:
     assert said("pretrain.heads.hidden") == said("stages.pretrain.heads.hidden")
     first, *rest = said("homogeneous").splitlines()

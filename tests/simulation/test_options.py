@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from orchestrator.config.elastic import Elastic
 from orchestrator.errors import UserError
@@ -88,6 +90,14 @@ def test_every_example_can_be_simulated(pipeline: LoadedPipeline, trace: str) ->
     assert set(report["intervals"]) == {"5", "auto"}
     assert report["on_demand"]["cost"] == pytest.approx(4.0 * report["on_demand"]["machine_hours"])
     json.dumps(report, allow_nan=False)
+
+
+def test_what_a_run_costs_is_in_the_currency_of_its_prices(pipeline: LoadedPipeline) -> None:
+    output = io.StringIO()
+    options = Options(TRACES / "stormy.json", price=1.5, intervals=["5"])
+    simulate(pipeline.spec, order(pipeline), options).print(Console(file=output, width=200))
+    assert ", in the currency of the prices, for " in output.getvalue()
+    assert "cost (currency of the prices)" in output.getvalue()
 
 
 @pytest.mark.parametrize(
