@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from command_line import command_line
 
 FILE = """\
 name: mistakes
@@ -37,12 +38,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def complaint(folder: Path, text: str, *arguments: str) -> str:
+def complaint(folder: Path, text: str, *arguments: str, own_process: bool = False) -> str:
     (folder / "pipeline.yaml").write_text(text)
-    command = [sys.executable, "-m", "orchestrator", "run", "pipeline.yaml", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    said = done.stdout + done.stderr
-    assert done.returncode == 2, said
+    words = ["run", "pipeline.yaml", *arguments]
+    if own_process:
+        command = [sys.executable, "-m", "orchestrator", *words]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        code, said = done.returncode, done.stdout + done.stderr
+    else:
+        code, said = command_line(*words, folder=folder, toy=False)
+    assert code == 2, said
     assert "Traceback" not in said
     assert not list(folder.glob("runs/artifacts/*")), "nothing half-written"
     return said
@@ -85,7 +90,7 @@ def test_no_photos(folder: Path) -> None:
 def test_unreadable_photos(folder: Path) -> None:
     for photo in (folder / "photos").iterdir():
         photo.write_bytes(b"\x89PNG not really")
-    assert "read" in complaint(folder, FILE)
+    assert "read" in complaint(folder, FILE, own_process=True), "curation begins and finds out"
 
 
 def test_missing_file(folder: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import command_line
 
 from orchestrator import cli, disk
 from orchestrator.storage.s3_client import StoreError
@@ -34,6 +35,13 @@ def command(folder: Path, *arguments: str, code: int = 0, **environment: str) ->
     )
     said = done.stdout + done.stderr
     assert done.returncode == code, said
+    return said
+
+
+def here(folder: Path, *arguments: str, code: int = 0) -> str:
+    """The same in this process."""
+    ended, said = command_line(*arguments, folder=folder)
+    assert ended == code, said
     return said
 
 
@@ -135,7 +143,7 @@ def test_a_pipeline_from_plan_to_logs(folder: Path) -> None:
 def test_a_mistake_exits_with_two_and_leaves_nothing(
     folder: Path, arguments: list[str], expected: str
 ) -> None:
-    said = command(folder, *arguments, code=2)
+    said = here(folder, *arguments, code=2)
     assert expected in said
     assert "Traceback" not in said
     assert [path.name for path in folder.iterdir()] == ["toy.yaml"]
@@ -146,7 +154,7 @@ def test_a_data_source_without_images_is_named_by_its_line(folder: Path) -> None
     (folder / "toy.yaml").write_text(
         "name: toy\ndata:\n  p: {path: photos}\nstages:\n  curate: {kind: curate, data: p}\n"
     )
-    said = command(folder, "run", "toy.yaml", code=2)
+    said = here(folder, "run", "toy.yaml", code=2)
     assert "no images in photos" in said
     assert "toy.yaml:3  data.p.path = photos" in said
     assert not (folder / "runs").exists()
@@ -189,16 +197,16 @@ def test_doctor_looks_at_what_ray_needs(folder: Path) -> None:
 
 
 def test_options_choose_stages_and_make_them_anew(folder: Path) -> None:
-    said = command(folder, "run", "toy.yaml", "--until", "curate")
+    said = here(folder, "run", "toy.yaml", "--until", "curate")
     assert "1 of 2" not in said
     assert "left out" in said
-    assert "1 of 2 stages to run: pretrain" in command(folder, "plan", "toy.yaml")
-    command(folder, "run", "toy.yaml", "--from", "pretrain")
-    assert "Nothing to do: curate is up to date." in command(folder, "plan", "toy.yaml", "--only", "curate")
-    assert "made again: --force" in command(folder, "plan", "toy.yaml", "--force", "curate")
-    said = command(folder, "run", "toy.yaml", "--force", "pretrain", "--accept-code")
+    assert "1 of 2 stages to run: pretrain" in here(folder, "plan", "toy.yaml")
+    here(folder, "run", "toy.yaml", "--from", "pretrain")
+    assert "Nothing to do: curate is up to date." in here(folder, "plan", "toy.yaml", "--only", "curate")
+    assert "made again: --force" in here(folder, "plan", "toy.yaml", "--force", "curate")
+    said = here(folder, "run", "toy.yaml", "--force", "pretrain", "--accept-code")
     assert "pretrain  started  made again: --force" in said
-    assert "Nothing to do" in command(folder, "run", "toy.yaml", "--rerun-on", "code")
+    assert "Nothing to do" in here(folder, "run", "toy.yaml", "--rerun-on", "code")
 
 
 @pytest.mark.parametrize(
@@ -212,20 +220,20 @@ def test_options_choose_stages_and_make_them_anew(folder: Path) -> None:
 )
 def test_options_that_cannot_be_exit_with_two(folder: Path, options: list[str], expected: str) -> None:
     for name in ("run", "plan"):
-        said = command(folder, name, "toy.yaml", *options, code=2)
+        said = here(folder, name, "toy.yaml", *options, code=2)
         assert expected in said
         assert "Traceback" not in said
 
 
 def test_gc_lists_and_deletes(folder: Path) -> None:
-    assert "no store yet" in command(folder, "gc", "toy.yaml")
-    command(folder, "run", "toy.yaml", "stages.pretrain.ticks=3")
-    command(folder, "run", "toy.yaml")
-    assert "1 artifact that no ledger needs" in command(folder, "gc", "toy.yaml")
-    assert "`orchestrator gc toy.yaml` lists and deletes them" in command(folder, "status", "toy.yaml")
-    assert "Deleted" in command(folder, "gc", "toy.yaml", "--yes")
-    assert "Everything in the store is needed" in command(folder, "gc", "toy.yaml")
-    assert "Nothing to do" in command(folder, "run", "toy.yaml")
+    assert "no store yet" in here(folder, "gc", "toy.yaml")
+    here(folder, "run", "toy.yaml", "stages.pretrain.ticks=3")
+    here(folder, "run", "toy.yaml")
+    assert "1 artifact that no ledger needs" in here(folder, "gc", "toy.yaml")
+    assert "`orchestrator gc toy.yaml` lists and deletes them" in here(folder, "status", "toy.yaml")
+    assert "Deleted" in here(folder, "gc", "toy.yaml", "--yes")
+    assert "Everything in the store is needed" in here(folder, "gc", "toy.yaml")
+    assert "Nothing to do" in here(folder, "run", "toy.yaml")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +282,7 @@ def test_what_a_disk_or_a_store_refuses_is_one_message(
 
 
 def test_status_and_logs_take_overrides_as_run_does(folder: Path) -> None:
-    command(folder, "run", "toy.yaml", "store=elsewhere")
-    assert "was never run" in command(folder, "status", "toy.yaml")
-    assert "done" in command(folder, "status", "toy.yaml", "store=elsewhere")
-    assert "tick 2 of 2" in command(folder, "logs", "toy.yaml", "pretrain", "store=elsewhere")
+    here(folder, "run", "toy.yaml", "store=elsewhere")
+    assert "was never run" in here(folder, "status", "toy.yaml")
+    assert "done" in here(folder, "status", "toy.yaml", "store=elsewhere")
+    assert "tick 2 of 2" in here(folder, "logs", "toy.yaml", "pretrain", "store=elsewhere")

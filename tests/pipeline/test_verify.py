@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import toys
+from command_line import command_line
 from rich.console import Console
 
 from orchestrator.errors import UserError
@@ -38,6 +39,18 @@ def command(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setenv("TOY_TRACKING", "recorded")
     monkeypatch.setenv("TOY_TRACE", "trace")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+    def run(*arguments: str) -> tuple[int, str]:
+        code, said = command_line(*arguments)
+        assert "Traceback" not in said, said
+        return code, said
+
+    return run
+
+
+@pytest.fixture
+def own_process(command: Command) -> Command:
+    """The same in a process of its own."""
 
     def run(*arguments: str) -> tuple[int, str]:
         done = subprocess.run(
@@ -225,21 +238,22 @@ def test_no_command_stumbles_over_a_damaged_or_later_event(command: Command) -> 
             assert said.count(events[1].name) == said.count(events[3].name) == 1, said
 
 
+@pytest.mark.cluster
 def test_a_store_in_another_folder_works_and_leaves_the_old_one_alone(
-    command: Command, pipeline: Path
+    own_process: Command, pipeline: Path
 ) -> None:
-    command("run", "toy.yaml")
+    own_process("run", "toy.yaml")
     ran()
     shutil.copytree("runs", "elsewhere")
     Path("runs").rename("gone")
     Path("runs").touch()  # whoever goes there stumbles
     pipeline.write_text(pipeline.read_text().replace("store: runs/", "store: elsewhere"))
-    assert command("plan", "toy.yaml")[1].count("nothing changed") == 3
-    assert "up to date" in command("run", "toy.yaml")[1]
-    assert command("run", "toy.yaml", "stages.evaluate.ticks=2")[0] == 0
+    assert own_process("plan", "toy.yaml")[1].count("nothing changed") == 3
+    assert "up to date" in own_process("run", "toy.yaml")[1]
+    assert own_process("run", "toy.yaml", "stages.evaluate.ticks=2")[0] == 0
     assert ran() == ["evaluate"]
-    assert command("verify", "elsewhere")[0] == 0
-    assert "tick 1 of 1" in command("logs", "toy.yaml", "pretrain")[1]
+    assert own_process("verify", "elsewhere")[0] == 0
+    assert "tick 1 of 1" in own_process("logs", "toy.yaml", "pretrain")[1]
 
 
 def test_a_store_in_another_bucket_works_and_leaves_the_old_one_alone(
