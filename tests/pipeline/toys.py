@@ -27,7 +27,10 @@ class Optim(Strict):
 
 
 class Toy(Stage):
-    """`ticks` waits of 20 ms each, one metric per tick, a count of ticks in the work folder and what keeps it."""
+    """`ticks` waits of 20 ms each, one metric per tick, a count of ticks in the work folder and what keeps it.
+
+    A file `hold-30` in the folder TOY_HOLDS holds tick 30 up until the file is removed.
+    """
 
     needs_ray: ClassVar[bool] = False
     outputs: ClassVar[Mapping[str, str]] = {"result.json": "what came out"}
@@ -51,6 +54,8 @@ class Toy(Stage):
                 file.write(f"{context.name} {start} {context.run.run_id}\n")
         for tick in range(start, self.ticks):
             time.sleep(0.02)
+            while (hold := os.environ.get("TOY_HOLDS")) and Path(hold, f"hold-{tick}").exists():
+                time.sleep(0.02)
             if context.stop.is_set() and self.mode != "stubborn":
                 raise Stopped
             context.run.metrics({"loss": 1.0 / (tick + 1)}, tick)
