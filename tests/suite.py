@@ -43,13 +43,18 @@ CLUSTER_FILES = (
     "tracking/test_server.py",
 )
 
-# Files, relative to tests/, whose tests compute for seconds, or make MLflow's databases again and again.
+# Files, relative to tests/, whose tests take seconds, start programs, or make MLflow's databases again and again.
 HEAVY_FILES = (
+    "data/test_weights.py",
     "fuzz/*",
     "pipeline/test_mlflow_record.py",
     "stages/test_evaluate.py",
     "stages/test_publish.py",
+    "storage/test_disk_faults.py",
+    "test_imports.py",
     "test_site.py",
+    "test_write_faults.py",
+    "tracking/test_odd_registry.py",
     "tracking/test_publish_faults.py",
     "tracking/test_registry.py",
     "tracking/test_runs.py",

@@ -240,6 +240,7 @@ def ours(pytester: pytest.Pytester) -> None:
         (pytester.path / name).write_text((suite.TESTS / name).read_text())
 
 
+@pytest.mark.heavy
 def test_marks_are_set_before_tests_are_selected(pytester: pytest.Pytester) -> None:
     ours(pytester)
     pytester.makepyfile(test_whole_proof="def test_one(): pass", test_small="def test_two(): pass")
@@ -268,6 +269,7 @@ def test_known(): assert False
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "ci", "failed"), [([], "", 0), (["--strict-skips"], "", 3), ([], "1", 3)]
 )

@@ -89,6 +89,7 @@ def allow(id: str, until: str = "2026-06-01", reason: str = "the hole is not rea
     audit.ALLOWED.write_text(f'[[allow]]\nid = "{id}"\nreason = "{reason}"\nuntil = {until}\n')
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("service")
 def test_a_known_flaw_fails_unless_it_is_allowed_and_only_until_its_day(
     lock: Path, capsys: pytest.CaptureFixture[str]
@@ -107,6 +108,7 @@ def test_a_known_flaw_fails_unless_it_is_allowed_and_only_until_its_day(
     assert "CVE-2026-1 in audit.toml is not needed any more" in out
 
 
+@pytest.mark.heavy
 def test_no_network_is_one_line_and_no_failure(
     lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +120,7 @@ def test_no_network_is_one_line_and_no_failure(
     assert out.count("\n") == 1
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("service")
 @pytest.mark.parametrize(
     ("code", "status", "line"),
@@ -165,6 +168,7 @@ def test_what_is_not_looked_at_is_named(
     assert (status, "odd was not audited: it has no version" in out) == (0, True), out
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("service")
 def test_a_lock_that_cannot_be_read_is_a_failure(lock: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock.write_text("holey\n")

@@ -132,6 +132,7 @@ def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.heavy
 def test_last_line_is_the_claim_and_a_missed_goal_exits_with_0(tmp_path: Path) -> None:
     done = bench(tmp_path, "fake", "--quick")
     assert done.returncode == 0, done.stderr

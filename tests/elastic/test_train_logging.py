@@ -50,6 +50,7 @@ for round in range(int(sys.argv[3])):
 """
 
 
+@pytest.mark.heavy
 def test_controllers_that_start_at_once_do_not_wait_for_each_other_and_keep_their_names(
     tmp_path: Path,
 ) -> None:

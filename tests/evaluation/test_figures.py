@@ -167,6 +167,7 @@ def test_the_same_figures_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.heavy
 def test_neither_pyplot_nor_torch_is_imported() -> None:
     code = (
         "import sys, orchestrator.evaluation.report.figures, orchestrator.evaluation.metrics.knn\n"

@@ -77,11 +77,13 @@ def assert_same_tokens(found: dict[parity.Direction, list[parity.Difference]]) -
         assert 1 < difference.scale < 100
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [*parity.VITS, *parity.CONVNEXTS])
 def test_same_tokens_as_transformers(name: str) -> None:
     assert_same_tokens(parity.compare(PRESETS[name], "transformers", NOT_SQUARE))
 
 
+@pytest.mark.heavy
 @needs_timm
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in parity.TIMM]
@@ -90,6 +92,7 @@ def test_same_tokens_as_timm(name: str) -> None:
     assert_same_tokens(parity.compare(PRESETS[name], "timm", NOT_SQUARE, timm_name=parity.TIMM[name]))
 
 
+@pytest.mark.heavy
 @needs_timm
 def test_same_tokens_as_timm_without_biases() -> None:
     config = dataclasses.replace(PRESETS["vit_s"], qkv_bias=False)
@@ -103,6 +106,7 @@ def test_any_patch_size_and_aspect_ratio(config: ViTConfig) -> None:
     assert_same_tokens(parity.compare(config, "transformers", sizes))
 
 
+@pytest.mark.heavy
 @needs_timm
 @pytest.mark.parametrize("name", ["vit_s", "vit_s_plus", "convnext_t"])
 def test_timm_reads_the_hub_layout_we_write(name: str) -> None:

@@ -39,7 +39,13 @@ _ODD = [
 ]
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), *_ODD], ids=[*PRESETS, "odd0", "odd1", "odd2"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(pytest.param(config, id=name, marks=pytest.mark.heavy) for name, config in PRESETS.items()),
+        *(pytest.param(config, id=f"odd{number}") for number, config in enumerate(_ODD)),
+    ],
+)
 def test_equals_what_torch_counts(config: Config) -> None:
     with torch.device("meta"):
         model = from_config(config).eval()

@@ -274,6 +274,7 @@ def test_a_run_says_no_secret(ran: tuple[Path, str]) -> None:
     assert not [name for name, secret in PLANTED.items() if secret in said], said
 
 
+@pytest.mark.cluster
 def test_a_run_writes_no_secret(ran: tuple[Path, str]) -> None:
     folder, _ = ran
     found = [

@@ -152,6 +152,7 @@ def test_measured_steps_go_before_the_model() -> None:
     assert costs.step(2, 2) == pytest.approx(2.05)
 
 
+@pytest.mark.heavy
 def test_command_line(pipeline: LoadedPipeline) -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -215,6 +215,7 @@ def test_an_outage_is_said_once_with_its_time_and_its_end(
     assert said[1].startswith("tracking works again after ")
 
 
+@pytest.mark.heavy
 def test_a_locked_database_is_no_server(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     holder = sqlite3.connect(path)
