@@ -60,6 +60,7 @@ def installed(wheel: Path) -> Path:
     return target
 
 
+@pytest.mark.heavy
 def test_wheel_holds_every_module_of_the_tree(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.endswith(".py")}
@@ -67,6 +68,7 @@ def test_wheel_holds_every_module_of_the_tree(wheel: Path) -> None:
     assert {f"orchestrator/{name}/__init__.py" for name in LINKED} <= packed
 
 
+@pytest.mark.heavy
 def test_wheel_is_marked_as_typed(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         assert "orchestrator/py.typed" in archive.namelist()

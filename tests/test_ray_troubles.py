@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,8 +38,8 @@ Run = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A user's folder with a few pictures and a pipeline."""
+def folder(tmp_path: Path, empty_database: Path) -> Path:
+    """A user's folder with a few pictures, a pipeline, and MLflow's database of earlier times."""
     photos = tmp_path / "photos"
     photos.mkdir()
     rng = np.random.default_rng(0)
@@ -48,6 +49,8 @@ def folder(tmp_path: Path) -> Path:
             str(photos / f"{number:02}.jpg"), cv2.resize(small, (80, 60), interpolation=cv2.INTER_CUBIC)
         )
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(PIPELINE, sort_keys=False))
+    (tmp_path / "runs").mkdir()
+    shutil.copyfile(empty_database, tmp_path / "runs" / "mlflow.db")
     return tmp_path
 
 

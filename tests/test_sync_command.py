@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,8 +95,9 @@ def test_what_waits_is_said_and_sent_later(folder: Path, port: int, tmp_path: Pa
 
 
 def test_a_server_that_comes_back_in_the_middle_has_all_at_the_end(
-    folder: Path, port: int, tmp_path: Path
+    folder: Path, port: int, tmp_path: Path, empty_database: Path
 ) -> None:
+    shutil.copyfile(empty_database, tmp_path / "server.db")
     hold = folder / "hold-100"
     hold.touch()
     with subprocess.Popen(

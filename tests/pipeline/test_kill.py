@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -259,9 +260,11 @@ def test_the_second_interrupt_aborts_at_once(start: Callable[..., subprocess.Pop
 
 
 def test_with_mlflow_a_killed_driver_leaves_no_run_running(
-    start: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch, empty_database: Path
 ) -> None:
     monkeypatch.delenv("TOY_TRACKING")
+    Path("runs").mkdir()
+    shutil.copyfile(empty_database, "runs/mlflow.db")
 
     def statuses() -> dict[str, list[str]]:
         try:

@@ -31,7 +31,6 @@ from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.pipeline.plan import resolve
 from orchestrator.pipeline.run import execute
 from orchestrator.stages.base import Context
-from orchestrator.tracking.connect import connect
 from orchestrator.tracking.run import NullRun, open_run
 from orchestrator.tracking.spool import Record, Spool
 
@@ -62,13 +61,6 @@ class Trained(toys.Pretrain):
                 (draft / "value").write_text("1")
                 part.publish(draft, {})
         return figures
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    connect(f"sqlite:///{path}")
-    return path
 
 
 def database() -> str:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +29,6 @@ from orchestrator.stages.base import Context, figures_of
 from orchestrator.stages.publish.config import Publish
 from orchestrator.storage.artifacts import Artifact, FileEntry, Manifest
 from orchestrator.tracking import registry
-from orchestrator.tracking.connect import connect
 from orchestrator.tracking.run import NullRun, Run, Tracking
 
 KEYS = {"distill": "d" * 64, "pretrain": "b" * 64, "curate": "c" * 64}
@@ -42,11 +42,11 @@ SIZE = 16
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tracking]]:
-    """One database for the module: building MLflow's schema takes seconds."""
+def tracked(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[tuple[str, Tracking]]:
+    """One database for the module."""
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
-    connect(uri)
+    shutil.copyfile(empty_database, folder / "mlflow.db")
     with Tracking(uri, "publish", folder / "spool") as tracking:
         yield uri, tracking
 

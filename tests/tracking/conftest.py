@@ -6,16 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.tracking.connect import connect
 from orchestrator.tracking.run import Tracking
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's schema: building one takes seconds, so it is built once and copied."""
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    connect(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from orchestrator.tracking.registry import publish, pull
 from orchestrator.tracking.run import Tracking
 
 
+@pytest.mark.heavy
 def test_only_a_new_experiment_takes_the_place(uri: str) -> None:
     client = connect(uri)
     beside = ensure_experiment(client, uri, "old")

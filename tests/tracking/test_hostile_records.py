@@ -255,6 +255,7 @@ def test_no_json_is_too_strange(tmp_path: Path, value: Any) -> None:
     spool.open_children("run")
 
 
+@pytest.mark.heavy
 def test_a_status_that_mlflow_does_not_know_holds_up_nothing(
     tmp_path: Path, spool: Spool, caplog: pytest.LogCaptureFixture
 ) -> None:

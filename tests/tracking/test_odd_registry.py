@@ -123,22 +123,23 @@ def server() -> Iterator[Callable[..., str]]:
 
 @pytest.mark.parametrize("answer", [b"{}", b"", b"null", b"[]", b"<html>Sign in</html>"])
 def test_an_answer_without_an_id_is_an_outage_and_nothing_is_lost(
-    server: Callable[..., str], tmp_path: Path, answer: bytes
+    server: Callable[..., str], uri: str, tmp_path: Path, answer: bytes
 ) -> None:
     spool = tmp_path / "spool"
     tracking = Tracking(server(answer=answer), "food", spool)
     one = tracking.run("one")
     one.params({"steps": 3})
-    assert one.mlflow_run_id(3.0) is None
-    outage = one.outage()
+    deadline = time.monotonic() + 60
+    while (outage := one.outage()) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert one.mlflow_run_id(0.5) is None
     tracking.close(timeout=0.5)
     assert outage is not None
     # What was recorded is sent once a server is there that gives ids.
-    database = f"sqlite:///{tmp_path}/mlflow.db"
-    later = Tracking(database, "food", spool)
+    later = Tracking(uri, "food", spool)
     later.run("one", resume_id=one.run_id)
     assert later.close(timeout=60)
-    (found,) = connect.connect(database).search_runs(["1"])
+    (found,) = connect.connect(uri).search_runs(["1"])
     assert found.data.params == {"steps": "3"}
 
 

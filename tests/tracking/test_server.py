@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,8 +30,11 @@ TAGS = {"orchestrator.pipeline": "food"}
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def server(request: pytest.FixtureRequest, tmp_path: Path, s3_uri: str) -> Iterator[str]:
+def server(
+    request: pytest.FixtureRequest, tmp_path: Path, s3_uri: str, empty_database: Path
+) -> Iterator[str]:
     if request.param == "sqlite":
+        shutil.copyfile(empty_database, tmp_path / "server.db")
         with mlflow_server.mlflow_server(
             tmp_path, f"sqlite:///{tmp_path}/server.db", f"{s3_uri}/files"
         ) as uri:
