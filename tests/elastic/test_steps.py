@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 from .conftest import CONFIG, RunJob
 
 STEPS = CONFIG["steps"]
+CLIP_NORM = 5.0
+NORMS = ("grad_norm_backbone", "grad_norm_dino_head", "grad_norm_ibot_head")
 
 
 def exported(work: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -83,12 +85,16 @@ def test_exact_weights_do_not_depend_on_who_holds_them(
     run_job: RunJob, tmp_path: Path, world: int, precision: str
 ) -> None:
     """Replicated or sharded, clipped or not: the same bits of weights, average and moments, through a hand-over."""
-    config = {"optimizer": {**CONFIG["optimizer"], "clip_norm": 0.3}, "frozen_prototype_steps": 1}
+    config = {"optimizer": {**CONFIG["optimizer"], "clip_norm": CLIP_NORM}, "frozen_prototype_steps": 1}
     common = {"config": config, "precision": precision, "exact": True}
     sharded = run_job(tmp_path / "sharded", 2, zero_stage=3, **common)
     replicated = run_job(tmp_path / "replicated", world, zero_stage=0, **common)
-    norms = [figures["grad_norm_backbone"] for _, figures in sharded["figures"]]
-    assert max(norms) > 0.3
+    norms = {name: [figures[name] for _, figures in sharded["figures"]] for name in NORMS}
+    assert any(min(each) < CLIP_NORM for each in norms.values()), "all is clipped: a factor would not show"
+    assert any(max(each) > CLIP_NORM for each in norms.values())
+    for name, each in norms.items():
+        found = [figures[name] for _, figures in replicated["figures"]]
+        assert found == pytest.approx(each, rel=1e-12), name
     moved = tmp_path / "moved"
     first = run_job(moved, world, zero_stage=0, stop_after=2, **common)
     second = run_job(moved, 3 - world, zero_stage=3, stop_after=2, **common)
