@@ -174,6 +174,22 @@ def test_a_callback_that_raises_ends_the_run_with_it(machines: SpotMarket, tmp_p
         running.finish()
 
 
+def test_stock_workers_train_the_same_through_a_kill(
+    machines: SpotMarket, undisturbed: Running, tmp_path: Path
+) -> None:
+    job = tiny_job(tmp_path / "plain", 60, (1, 2), step_s=0.1, checkpoint_every_s=0.5, workers_from="stock")
+    running = Running(job)
+    running.wait(lambda: running.step() >= 10)
+    machines.kill(next(iter(machines.machines)))
+    account = running.finish()
+    (killed,) = account.recoveries
+    assert not killed.planned
+    _, attempts = train_runs("plain")
+    assert [attempt.status.name for attempt in attempts] == ["ERRORED", "FINISHED"]
+    assert_same(running, undisturbed)
+
+
+@pytest.mark.slow
 def test_stock_workers_train_the_same_through_a_drain_and_a_kill(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
