@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import recorded
 import toys
+from command_line import command_line
 from rich.console import Console
 
 from orchestrator.pipeline import process_identity
@@ -171,16 +172,16 @@ def test_killed_inside_a_stage_it_goes_on_in_the_same_folder(
 ) -> None:
     driver = start("run", "toy.yaml", SLOW)
     wait_until(lambda: ticks() > 5)
-    assert f"It is being run by process {driver.pid} on " in start("status", "toy.yaml").communicate()[0]
+    assert f"It is being run by process {driver.pid} on " in command_line("status", "toy.yaml")[1]
     driver.send_signal(signal.SIGSTOP)
-    assert f"suspended: `kill -CONT {driver.pid}` resumes it" in start("status", "toy.yaml").communicate()[0]
+    assert f"suspended: `kill -CONT {driver.pid}` resumes it" in command_line("status", "toy.yaml")[1]
     driver.kill()
     driver.communicate()
     reached = ticks()
-    said = start("status", "toy.yaml").communicate()[0]
+    said = command_line("status", "toy.yaml")[1]
     assert "interrupted" in said
     assert f"no heartbeat from process {driver.pid} on " in said
-    assert "attempt 1 was interrupted" in start("plan", "toy.yaml", SLOW).communicate()[0]
+    assert "attempt 1 was interrupted" in command_line("plan", "toy.yaml", SLOW)[1]
 
     driver = start("run", "toy.yaml", SLOW)
     wait_until(lambda: ticks() > reached + 3)
@@ -238,7 +239,7 @@ def test_the_first_interrupt_stops_cleanly(start: Callable[..., subprocess.Popen
     state = Workspace("runs/").state("toy")
     assert state.stages["pretrain"].state == "stopped"
     assert "evaluate" not in state.stages
-    assert "stopped" in start("status", "toy.yaml").communicate()[0]
+    assert "stopped" in command_line("status", "toy.yaml")[1]
 
 
 def test_the_second_interrupt_aborts_at_once(start: Callable[..., subprocess.Popen[str]]) -> None:
