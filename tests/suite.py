@@ -48,6 +48,7 @@ HEAVY_FILES = (
     "data/test_weights.py",
     "fuzz/*",
     "pipeline/test_mlflow_record.py",
+    "simulation/test_replay.py",
     "stages/test_evaluate.py",
     "stages/test_publish.py",
     "storage/test_disk_faults.py",

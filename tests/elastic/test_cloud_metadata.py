@@ -135,7 +135,7 @@ def test_azure_events_of_other_machines_and_those_called_off_are_not_ours(serve:
 
 
 @pytest.mark.parametrize(("cloud", "kind"), [("aws", AwsServer), ("gce", GceServer), ("azure", AzureServer)])
-@pytest.mark.parametrize("how", ["silent", "error", "garbage"])
+@pytest.mark.parametrize("how", [pytest.param("silent", marks=pytest.mark.heavy), "error", "garbage"])
 def test_what_no_cloud_would_say_is_an_outage(
     serve: Serve, cloud: Cloud, kind: type[MetadataServer], how: str
 ) -> None:

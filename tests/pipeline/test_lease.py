@@ -156,6 +156,7 @@ def test_on_one_machine_a_killed_holder_is_replaced_at_once(
     assert left == ["it.00000002.epoch"]
 
 
+@pytest.mark.heavy
 def test_a_silent_holder_elsewhere_is_replaced_after_the_lapse(
     tmp_path: Path, child: Callable[..., Child]
 ) -> None:
@@ -186,6 +187,7 @@ def holder_of(root: Path, name: str) -> ProcessIdentity:
     return ProcessIdentity.model_validate_json(owner_name.read_bytes())
 
 
+@pytest.mark.heavy
 def test_a_suspended_holder_that_was_replaced_learns_it(tmp_path: Path, child: Callable[..., Child]) -> None:
     holder = child(QUICK, elsewhere=True)
     os.kill(holder.pid, signal.SIGSTOP)
@@ -200,6 +202,7 @@ def test_a_suspended_holder_that_was_replaced_learns_it(tmp_path: Path, child: C
         assert lease.epoch == 3
 
 
+@pytest.mark.heavy
 def test_a_suspended_holder_that_nobody_replaced_goes_on(child: Callable[..., Child]) -> None:
     holder = child(QUICK, elsewhere=True)
     os.kill(holder.pid, signal.SIGSTOP)

@@ -63,7 +63,6 @@ def play(market: Book, trace: Any, *, seconds: float, code: int = 0, timeout_s: 
     )
 
 
-@pytest.mark.heavy
 def test_events_happen_in_time_and_machines_are_kept() -> None:
     events = [
         (0, "up", 0),

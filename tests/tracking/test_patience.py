@@ -82,6 +82,7 @@ def drained(spool: Spool, sink: MlflowWriter, patience: float) -> tuple[bool, bo
     return done, next(looks) <= MANY
 
 
+@pytest.mark.heavy
 def test_a_slow_server_is_waited_for_while_it_takes_records(spool: Spool) -> None:
     done, _ = drained(spool, Server(lambda: time.sleep(0.3)), patience=0.8)
     assert done
@@ -112,6 +113,7 @@ def test_runs_that_wait_for_their_parent_are_no_answer(tmp_path: Path) -> None:
     assert by_itself
 
 
+@pytest.mark.heavy
 def test_one_that_stops_answering_costs_it_once_too(spool: Spool) -> None:
     hangs = threading.Event()
     answers = iter([None, None, None])
@@ -187,6 +189,7 @@ def test_the_waiting_can_be_ended(spool: Spool) -> None:
     assert next(looks) == 6
 
 
+@pytest.mark.heavy
 def test_an_outage_is_said_once_with_its_time_and_its_end(
     spool: Spool, caplog: pytest.LogCaptureFixture
 ) -> None:
