@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from orchestrator.errors import shortened
 from orchestrator.pipeline.cache_key import short
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.table import Rows
@@ -237,7 +238,7 @@ class _ToConsole(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """The newest message goes to the ticker, or a line of its own where there is none; warnings stay."""
-        first = redacted(next(iter(record.getMessage().splitlines()), ""))
+        first = shortened(redacted(next(iter(record.getMessage().splitlines()), "")))
         self._ticker.message = first
         if record.levelno == logging.INFO and not self._console.is_terminal:
             self._console.print(Text(f"  · {first}", style="bright_black"), soft_wrap=True)

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from orchestrator.config.schema import Names
 from orchestrator.config.settings import in_key_if_set
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
-from orchestrator.errors import Stopped, UserError, nearest
+from orchestrator.errors import Stopped, UserError, nearest, shortened
 from orchestrator.stages.base import Context, PlanContext, Stage
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ logger = logging.getLogger("orchestrator")
 
 # Names in the report; `provenance.parquet` has all.
 _LISTED = 1000
-# Names in the log.
+# Names in the log, and characters of each with what is said of it.
 _NAMED = 3
+_NAME = 300
 
 
 class Curate(Stage):
@@ -216,7 +217,10 @@ def _tell(stage: str, report: Mapping[str, Any]) -> None:
 
 def _first(named: Sequence[str]) -> str:
     more = len(named) - _NAMED
-    return "; ".join(named[:_NAMED]) + (f"; and {more} more in report.json" if more > 0 else "")
+    # A file's name may hold an end of line, or what a terminal takes for a command.
+    return "; ".join(shortened(one, _NAME) for one in named[:_NAMED]) + (
+        f"; and {more} more in report.json" if more > 0 else ""
+    )
 
 
 def _write_provenance(path: Path, statuses: Sequence[ImageStatus], index: ImageIndex) -> None:

@@ -157,6 +157,16 @@ def test_the_log_names_the_first_files_that_are_not_used(
     assert said["INFO"].endswith("; and 1 more in report.json")
 
 
+def test_a_files_name_does_not_break_a_line_of_the_log(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (photos / "a\nb\x1b[2J.png").write_bytes(b"")
+    Curate(kind="curate", data="photos", clusters=4).run(_context(tmp_path, photos=_source(photos)))
+    said = next(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "photos/a\\nb\\x1b[2J.png (the file is empty)" in said
+    assert said.isprintable()
+
+
 def test_what_is_no_photo_is_in_the_report_with_its_reason(photos: Path, tmp_path: Path) -> None:
     os.mkfifo(photos / "pipe.jpg")
     (photos / "scan.dcm").write_bytes(b"DICM")
