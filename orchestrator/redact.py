@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "***"
 
@@ -79,11 +80,18 @@ def redacted(text: str) -> str:
         text = _SETTING.sub(rf"\g<name>{HIDDEN}", text)
     text = _FORMS.sub(HIDDEN, text)
     for name, value in os.environ.items():
-        # The path of a file with a secret is none.
-        is_path = name.upper().endswith(("_FILE", "_PATH", "_DIR", "_CREDENTIALS"))
-        if len(value) >= _SHORTEST and not is_path and value in text and _VARIABLE.search(name):
-            text = text.replace(value, HIDDEN)
+        if len(value) >= _SHORTEST and _holds_secret(name):
+            # As it is, and as an address has it.
+            for form in (value, quote(value, safe=""), quote_plus(value)):
+                text = text.replace(form, HIDDEN)
     return text
+
+
+@cache
+def _holds_secret(name: str) -> bool:
+    """Whether a variable is called like a secret. The path of a file with a secret is none."""
+    is_path = name.upper().endswith(("_FILE", "_PATH", "_DIR", "_CREDENTIALS"))
+    return not is_path and _VARIABLE.search(name) is not None
 
 
 def redacted_values(value: Any) -> Any:

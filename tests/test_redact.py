@@ -51,6 +51,20 @@ def test_parameters_in_parameters_are_found_at_any_depth() -> None:
     assert redacted(deep) == deep.replace("hush", "***")
 
 
+@pytest.mark.parametrize(
+    "form",
+    ["hush & h@sh/1", "hush%20%26%20h%40sh%2F1", "hush+%26+h%40sh%2F1"],
+    ids=["plain", "quoted", "plus"],
+)
+def test_a_secret_of_the_environment_is_hidden_as_an_address_has_it_too(
+    monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("SHOP_DB_PASSWORD", "hush & h@sh/1")
+    assert redacted(f"refused {form} today") == "refused *** today"
+    monkeypatch.setenv("SHOP_DB_PASSWORD_FILE", "/run/secrets/db")
+    assert redacted("read /run/secrets/db") == "read /run/secrets/db"
+
+
 LONG = {
     "schemes": "'a://u:' * 20_000",
     "letters": "'a://' + 'u' * 200_000",
