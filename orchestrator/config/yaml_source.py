@@ -29,6 +29,9 @@ _MAX_NODES = 100_000
 _MAX_FILES = 20
 # Digits that a number may have; 10³⁰ is read, and refused by its field.
 _MAX_NUMBER = 50
+# As YAML 1.1 has them: 010 is 8, and 1:30 is 90.
+_OCTAL = re.compile(r"[+-]?0[0-7_]*[1-9][0-7_]*")
+_SIXTIES = re.compile(r"[+-]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
 
 # A worker's environment, which may hold tokens and passwords, also under a name that is not quite right.
 _PRIVATE = re.compile(r"runtime_?env|env(?:ironment)?[_\-]?var|environment", re.IGNORECASE)
@@ -244,7 +247,7 @@ def _check_size(text: str, where: str) -> None:
             total += 1
             if event.anchor:
                 sizes[event.anchor] = 1
-            _check_number(event, here)
+            _check_number(event, here, hides=is_private_text(text) or is_private_text(where))
         elif isinstance(event, yaml.CollectionStartEvent):
             total += 1
             open_nodes.append((event.anchor, total))
@@ -261,17 +264,30 @@ def _check_size(text: str, where: str) -> None:
             )
 
 
-def _check_number(event: yaml.ScalarEvent, where: str) -> None:
-    """Python takes long to read a number of many digits, or does not."""
-    if event.style is None and len(event.value) > _MAX_NUMBER and event.value[:1] in "+-0123456789":
-        loader: Any = _Loader("")
-        kind = loader.resolve(yaml.ScalarNode, event.value, (True, False))
-        if kind in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
-            raise UserError(
-                f"a number of {len(event.value):,} digits: {shortened(event.value, 40)}",
-                where=where,
-                hint="put it in quotes if it is a text",
-            )
+def _check_number(event: yaml.ScalarEvent, where: str, *, hides: bool) -> None:
+    """Python takes long to read a number of many digits, or does not; and YAML 1.1 reads some as another number.
+
+    Args:
+        hides: no number is shown, since each may be a secret.
+    """
+    text = event.value
+    is_odd, is_long = _OCTAL.fullmatch(text) or _SIXTIES.fullmatch(text), len(text) > _MAX_NUMBER
+    if event.style is not None or not (is_odd or is_long) or text[:1] not in "+-0123456789":
+        return
+    loader: Any = _Loader("")
+    kind = loader.resolve(yaml.ScalarNode, text, (True, False))
+    if kind not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+        return
+    if hides:
+        what, hint = "a number is too long, or YAML takes it for another one", "put it in quotes"
+    elif is_long:
+        what, hint = f"a number of {len(text):,} digits: {shortened(text, 40)}", "put it in quotes"
+    else:
+        number = loader.construct_object(yaml.ScalarNode(kind, text))
+        what = f"YAML takes {text} for the number {number}"
+        without_zeros = re.sub(r"^([+-]?)[0_]+", r"\1", text)
+        hint = f"write {number if ':' in text else f'{without_zeros} or {number}'}, or put it in quotes"
+    raise UserError(what, where=where, hint=f"{hint} if it is a text")
 
 
 def _constructed(node: yaml.Node, where: str) -> Any:

@@ -147,3 +147,49 @@ def test_an_integer_may_have_an_exponent(base: Path, value: str, number: int) ->
 def test_what_is_no_integer_stays_none(base: Path, value: str, what: str) -> None:
     with pytest.raises(UserError, match=what):
         read(base, f"seed={value}")
+
+
+@pytest.mark.parametrize(
+    ("value", "number", "hint"),
+    [
+        ("010", 8, "write 10 or 8"),
+        ("-0_17", -15, "write -17 or -15"),
+        ("1:30", 90, "write 90"),
+        ("12:30:00", 45000, "write 45000"),
+        ("1:30.5", 90.5, "write 90.5"),
+    ],
+)
+def test_a_number_that_yaml_takes_for_another_is_refused(
+    base: Path, value: str, number: float, hint: str
+) -> None:
+    top = base.with_name("top.yaml")
+    top.write_text(f"seed: {value}\n{PIPELINE}")
+    for path, arguments, where in (
+        (top, (), f"{top}:1"),
+        (base, (f"seed={value}",), "command line `seed=…`"),
+    ):
+        with pytest.raises(UserError, match=f"YAML takes {value} for the number {number}\n") as caught:
+            read(path, *arguments)
+        assert f"hint {hint}, or put it in quotes if it is a text" in str(caught.value)
+        assert where in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["0", "00", "8", "0x10", "0b11", "1_000"])
+def test_other_numbers_are_what_they_look_like(base: Path, value: str) -> None:
+    assert read(base, f"seed={value}").spec.seed == int(value, 0 if value != "00" else 10)
+
+
+@pytest.mark.parametrize("value", ["0472", "9" * 60])
+def test_a_number_among_environment_variables_is_not_shown(base: Path, value: str) -> None:
+    top = base.with_name("top.yaml")
+    top.write_text(
+        f"extends: base.yaml\nelastic: {{resources: {{runtime_env: {{env_vars: {{PIN: {value}}}}}}}}}\n"
+    )
+    override = f"elastic.resources.runtime_env.env_vars.PIN={value}"
+    for path, arguments in ((top, ()), (base, (override,))):
+        with pytest.raises(
+            UserError, match="a number is too long, or YAML takes it for another one"
+        ) as caught:
+            read(path, *arguments)
+        assert value not in str(caught.value)
+        assert "put it in quotes" in str(caught.value)
