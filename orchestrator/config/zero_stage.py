@@ -11,9 +11,10 @@ ZeroStage = Literal["auto", 0, 1, 2, 3]
 MAX_REPLICATED_BYTES = 4 * 2**30
 """What every worker may hold of a job's weights, gradients and moments before `auto` shards them."""
 
-# Bytes a weight where every worker holds all of them, in the precision that takes more. Trained: the fp32 weight, both
-# moments, a block's gradient, and its sum in float64. The average is in fp32, with a copy that computes.
-_TRAINED, _AVERAGED, _FROZEN = 4 + 8 + 4 + 8, 8, 4
+# Bytes a weight where every worker holds all of them, with `elastic.exact`. Trained: the fp32 weight, both moments, a
+# block's gradient, the sum in float64, and its fp32 copy for AdamW; in bf16 two copies of 2 bytes replace the gradient.
+# The average is in fp32, and in bf16 has a copy that computes. Frozen weights are in fp32 at most.
+_TRAINED, _AVERAGED, _FROZEN = 4 + 8 + 4 + 8 + 4, 6, 4
 
 
 def zero_stage_field() -> Any:

@@ -28,16 +28,15 @@ _STUDENT_LOGIT_BYTES, _TEACHER_LOGIT_BYTES = 8, 6
 # Of the tensors that a block's backward needs, per token and channel: in bf16, with attention that does not keep
 # its scores; 18 of norms, queries, keys, values and sums, and 4 for each channel of the hidden layer over `dim`.
 _BLOCK_BYTES, _HIDDEN_BYTES = 18.0, 4.0
-# What each ZeRO stage cuts into shards; the rest is whole on every device.
+# What each ZeRO stage cuts into shards; the rest is whole on every device. In bf16, 1 is 2 (see `zero_config`).
 _SHARDED: Mapping[int, frozenset[str]] = {
     0: frozenset(),
-    1: frozenset({"optimiser", "EMA"}),
     2: frozenset({"optimiser", "EMA", "gradients"}),
     3: frozenset({"optimiser", "EMA", "gradients", "weights", "frozen weights"}),
 }
 # Bytes a parameter that is moved. bf16 weights are gathered, and fp32 gradients summed to where they are needed; a sum
 # that everybody gets is as much again.
-_WEIGHTS, _GRADIENTS = 2, 4
+_WEIGHTS, _GRADIENTS, _AVERAGE = 2, 4, 4
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,7 @@ def costing(
         for kept in ("trained", "ema", "frozen")
     }
     zero = chosen_stage(zero_stage, *params.values())
+    zero = 2 if zero == 1 else zero
     per_device = -(-work.batch_size // hardware.devices)
     memory: dict[str, float] = {}
 
@@ -162,9 +162,7 @@ def _step_s(work: Workload, hardware: Hardware, hours: float, zero: int) -> dict
     found = {"computing": hours * 3600 / hardware.devices / work.steps}
     if hardware.collective_gb_s is not None:
         blocks = -(-per_device // work.block_size)
-        bytes_moved = sum(
-            _traffic(net, zero, blocks) * net.params for net in work.nets if _computes(net, work)
-        )
+        bytes_moved = sum(_traffic(net, zero, blocks if _computes(net, work) else 0) for net in work.nets)
         found["weights and gradients"] = bytes_moved / (hardware.collective_gb_s * 1e9)
     # Students get their views from the teacher.
     if hardware.input_images_s is not None and work.name.partition("/")[2] in ("", "teacher"):
@@ -173,15 +171,18 @@ def _step_s(work: Workload, hardware: Hardware, hours: float, zero: int) -> dict
 
 
 def _traffic(net: Net, zero: int, blocks: int) -> int:
-    """Bytes a parameter and step that a device exchanges."""
-    if net.kept != "trained":
-        return _WEIGHTS * blocks if zero == 3 else 0
-    return {
-        0: 2 * _GRADIENTS,
-        1: _GRADIENTS + _WEIGHTS,
-        2: _GRADIENTS * blocks + _WEIGHTS,
-        3: (2 * _WEIGHTS + _GRADIENTS) * blocks,
-    }[zero]
+    """Bytes of a network that a device exchanges in a step, in which it computes so many blocks."""
+    by_stage = {
+        "trained": {
+            0: 2 * _GRADIENTS,
+            2: _GRADIENTS * blocks + _WEIGHTS,
+            3: (2 * _WEIGHTS + _GRADIENTS) * blocks,
+        },
+        # ZeRO-2's average is in fp32 shards, and is gathered where it computes with whole weights.
+        "ema": {0: 0, 2: _AVERAGE, 3: _WEIGHTS * blocks},
+        "frozen": {0: 0, 2: 0, 3: _WEIGHTS * blocks},
+    }
+    return by_stage[net.kept][zero] * net.params
 
 
 def _computes(net: Net, work: Workload) -> bool:

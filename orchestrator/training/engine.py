@@ -195,14 +195,14 @@ class Engine(ABC):
     def write(self, module: nn.Module, shards: Mapping[str, Tensor]) -> None:
         """Overwrite a frozen module's weights from fp32 shards, in its own precision. Collective."""
         params = {name: param for name, param in named_parameters(module) if name in shards}
-        apart = {name: param for name, param in params.items() if hasattr(param, "ds_tensor")}
-        whole = {name: param for name, param in params.items() if name not in apart}
+        sharded = {name: param for name, param in params.items() if hasattr(param, "ds_tensor")}
+        replicated = {name: param for name, param in params.items() if name not in sharded}
         with torch.no_grad():
-            for name, param in apart.items():
+            for name, param in sharded.items():
                 param.ds_tensor[: shards[name].numel()].copy_(shards[name])
-            numels = {name: param.numel() for name, param in whole.items()}
-            for name, value in gather_all({name: shards[name] for name in whole}, numels).items():
-                whole[name].copy_(value.view(whole[name].shape))
+            numels = {name: param.numel() for name, param in replicated.items()}
+            for name, value in gather_all({name: shards[name] for name in replicated}, numels):
+                replicated[name].copy_(value.view(replicated[name].shape))
 
     def read(self, module: nn.Module) -> Iterator[Shard]:
         """A frozen module's weights as fp32 shards."""
@@ -240,11 +240,11 @@ def param_groups(modules: Modules) -> list[dict[str, Any]]:
 def _sizes(modules: Modules) -> tuple[int, int, int]:
     """Numbers of weights: trained, averaged and frozen ones."""
 
-    def count(*those: nn.Module, trained: bool | None = None) -> int:
-        params = (param for module in those for param in module.parameters())
+    def count(*several: nn.Module, trained: bool | None = None) -> int:
+        params = (param for module in several for param in module.parameters())
         return sum(param.numel() for param in params if trained in (None, param.requires_grad))
 
-    still = count(modules.trainable, trained=False)
+    untrained = count(modules.trainable, trained=False)
     frozen = count(*modules.copies.values(), *modules.frozen.values())
     averaged = count(modules.ema) if modules.ema is not None else 0
-    return count(modules.trainable, trained=True), averaged, still + frozen
+    return count(modules.trainable, trained=True), averaged, untrained + frozen

@@ -20,18 +20,14 @@ class Clipper:
     A submodule is a direct child of the trainable module (`backbone`, `dino_head`, …), or a parameter of its own.
 
     Args:
-        homes: the submodule of each parameter group.
+        submodules: the one of each parameter group.
         max_norm: the largest norm; None clips nothing.
     """
 
-    def __init__(self, homes: Sequence[str], max_norm: float | None) -> None:
-        self.names = sorted(set(homes))
-        self.slots = [self.names.index(home) for home in homes]
+    def __init__(self, submodules: Sequence[str], max_norm: float | None) -> None:
+        self.names = sorted(set(submodules))
+        self._indices = [self.names.index(name) for name in submodules]
         self.max_norm = math.inf if max_norm is None else max_norm
-
-    @property
-    def num_groups(self) -> int:
-        return len(self.slots)
 
     def clip(
         self, gradients: Sequence[Sequence[Tensor]], scale: float, *, sharded: bool = False
@@ -46,21 +42,21 @@ class Clipper:
             sharded: each worker has parts of its own; else all have the same.
         """
         squares: Tensor | None = None
-        for slot, parts in zip(self.slots, gradients, strict=True):
+        for index, parts in zip(self._indices, gradients, strict=True):
             for gradient in parts:
                 if squares is None:
                     squares = torch.zeros(len(self.names), dtype=torch.float64, device=gradient.device)
                 gradient.mul_(scale)
-                squares[slot] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+                squares[index] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         assert squares is not None
         if sharded and dist.get_world_size() > 1:
             dist.all_reduce(squares)
         norms = squares.sqrt().tolist()
         finite = all(map(math.isfinite, norms))
-        for slot, parts in zip(self.slots, gradients, strict=True):
-            if finite and norms[slot] > self.max_norm:
+        for index, parts in zip(self._indices, gradients, strict=True):
+            if finite and norms[index] > self.max_norm:
                 # Norms are sums, whose last bits depend on the number of workers; this factor's do not, once rounded.
-                factor = float(np.float32(self.max_norm / norms[slot]))
+                factor = float(np.float32(self.max_norm / norms[index]))
                 for gradient in parts:
                     gradient.mul_(factor)
         return dict(zip(self.names, norms, strict=True))

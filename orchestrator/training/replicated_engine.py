@@ -35,14 +35,14 @@ class ReplicatedEngine(Engine):
         name_of = {id(param): name for name, param in self._params.items()}
         # Where each parameter and each group lies in the flat buffers.
         self._spans: dict[str, slice] = {}
-        group_spans, homes, stop = [], [], 0
+        group_spans, submodules, stop = [], [], 0
         for group in groups:
             start = stop
             for param in group["params"]:
                 self._spans[name_of[id(param)]] = slice(stop, stop + param.numel())
                 stop += param.numel()
             group_spans.append(slice(start, stop))
-            homes.append(submodule(name_of[id(group["params"][0])]))
+            submodules.append(submodule(name_of[id(group["params"][0])]))
         self._shapes = {name: self._params[name].shape for name in self._spans}
 
         self._master = torch.cat([self._params[name].detach().float().flatten() for name in self._spans])
@@ -74,7 +74,7 @@ class ReplicatedEngine(Engine):
             betas=optimizer.betas,
         )
         self._link_moments(0)
-        self._clipper = Clipper(homes, optimizer.clip_norm)
+        self._clipper = Clipper(submodules, optimizer.clip_norm)
 
         for module in (*modules.copies.values(), *modules.frozen.values()):
             self._freeze(module)
@@ -143,8 +143,9 @@ class ReplicatedEngine(Engine):
             self._working.copy_(self._master)
 
     def _forget_gradient(self) -> None:
-        self._sum.zero_()
         self._gradient.zero_()
+        if self._sum is not self._gradient:
+            self._sum.zero_()
 
     # --- sharded weights ----------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class ReplicatedEngine(Engine):
 
     def _fill(self, flat: Tensor, shards: Mapping[str, Tensor]) -> None:
         numels = {name: self._shapes[name].numel() for name in shards}
-        for name, whole in gather_all(shards, numels).items():
+        for name, whole in gather_all(shards, numels):
             flat[self._spans[name]] = whole
 
     def _link_moments(self, updates: int) -> None:
@@ -205,7 +206,7 @@ class ReplicatedEngine(Engine):
     def full_ema(self, prefix: str = "") -> dict[str, Tensor]:
         flat = self._average if self.modules.ema is not None else self._master
         return {
-            name.removeprefix(prefix): self._view(flat, name).cpu().clone()
+            name.removeprefix(prefix): self._view(flat, name).to("cpu", copy=True)
             for name in self._params
             if name in self._spans and name.startswith(prefix)
         }

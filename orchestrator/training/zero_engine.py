@@ -65,7 +65,7 @@ class ZeroEngine(Engine):
         modules.trainable = self._engine
         if exact:
             sum_exactly(self._engine.optimizer)
-        self._clipper = Clipper(self._homes(), optimizer.clip_norm)
+        self._clipper = Clipper(self._submodules(), optimizer.clip_norm)
         if ema_source is not None:
             modules.ema = self._freeze(ema_source, config)
         modules.copies = {name: self._freeze(module, config) for name, module in modules.copies.items()}
@@ -74,14 +74,14 @@ class ZeroEngine(Engine):
             self.ema = {shard.name: shard.data.clone() for shard in self.master()}
             self._spread_ema()
 
-    def _homes(self) -> list[str]:
+    def _submodules(self) -> list[str]:
         """The submodule of each of DeepSpeed's parameter groups."""
         zero = self._engine.optimizer
         name_of = {id(param): name for name, param in self._params.items()}
         groups = zero.fp16_groups if hasattr(zero, "fp16_groups") else zero.bit16_groups
-        homes = [{submodule(name_of[id(param)]) for param in group} for group in groups]
-        assert all(len(home) == 1 for home in homes), homes
-        return [home.pop() for home in homes]
+        found = [{submodule(name_of[id(param)]) for param in group} for group in groups]
+        assert all(len(names) == 1 for names in found), found
+        return [names.pop() for names in found]
 
     def _freeze(self, module: nn.Module, config: dict[str, Any]) -> nn.Module:
         import deepspeed
@@ -132,7 +132,7 @@ class ZeroEngine(Engine):
     def _gradients(self) -> list[list[Tensor]]:
         """This worker's parts of the gradient, by parameter group."""
         averaged = self._engine.optimizer.averaged_gradients
-        return [averaged[index] for index in range(self._clipper.num_groups)]
+        return [averaged[index] for index in range(len(self._optimizer_groups()))]
 
     def _clip(self) -> dict[str, float]:
         return self._clipper.clip(self._gradients(), self._scale, sharded=True)

@@ -24,7 +24,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def test_auto_goes_by_what_a_worker_would_hold() -> None:
-    trained = MAX_REPLICATED_BYTES // 32  # 24 bytes a trained weight, 8 of its average
+    trained = MAX_REPLICATED_BYTES // 34  # 28 bytes a trained weight, 6 of its average
     assert chosen_stage("auto", trained, trained, 0) == 0
     assert chosen_stage("auto", trained + 1, trained + 1, 0) == 3
     assert chosen_stage("auto", 1000, 1000, MAX_REPLICATED_BYTES // 4) == 3, "a frozen teacher is held, too"
@@ -72,7 +72,7 @@ def test_the_engine_is_the_chosen_one(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     assert isinstance(engine(), ReplicatedEngine)
-    monkeypatch.setattr(zero_stage, "MAX_REPLICATED_BYTES", 8 * 32 - 1)
+    monkeypatch.setattr(zero_stage, "MAX_REPLICATED_BYTES", 8 * 34 - 1)
     assert isinstance(engine(), ZeroEngine)
 
 

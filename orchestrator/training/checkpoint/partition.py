@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Elements of whole tensors that are gathered in one exchange; a larger tensor has one of its own.
+_GATHERED_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -45,24 +48,39 @@ def gather(part: Tensor, numel: int) -> Tensor:
     return torch.cat(parts)[:numel]
 
 
-def gather_all(parts: Mapping[str, Tensor], numels: Mapping[str, int]) -> dict[str, Tensor]:
-    """As :func:`gather`, of many tensors of one type in one exchange. With one worker they are the parts themselves.
+def gather_all(parts: Mapping[str, Tensor], numels: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
+    """As :func:`gather`, of many tensors of one type, many in one exchange. Collective until it is used up.
+
+    With one worker they are the parts themselves.
 
     Args:
         parts: this worker's, by name; all workers have the same names in the same order.
         numels: elements of each whole tensor.
     """
-    world = dist.get_world_size()
-    if world == 1 or not parts:
-        return dict(parts)
-    sizes = {name: -(-numels[name] // world) for name in parts}
-    first = next(iter(parts.values()))
-    padded = torch.zeros(sum(sizes.values()), dtype=first.dtype, device=first.device)
-    offset = 0
+    if dist.get_world_size() == 1:
+        yield from parts.items()
+        return
+    group: dict[str, Tensor] = {}
+    size = 0
     for name, part in parts.items():
-        padded[offset : offset + part.numel()] = part
-        offset += sizes[name]
+        if group and size + numels[name] > _GATHERED_AT_ONCE:
+            yield from _gather_group(group, numels)
+            group, size = {}, 0
+        group[name] = part
+        size += numels[name]
+    yield from _gather_group(group, numels)
+
+
+def _gather_group(parts: Mapping[str, Tensor], numels: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
+    if not parts:
+        return
+    world = dist.get_world_size()
+    sizes = [-(-numels[name] // world) for name in parts]
+    first = next(iter(parts.values()))
+    padded = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+    for part, slot in zip(parts.values(), padded.split(sizes), strict=True):
+        slot[: part.numel()] = part
     rows = torch.empty(world, padded.numel(), dtype=padded.dtype, device=padded.device)
     dist.all_gather(list(rows.unbind()), padded)
-    pieces = rows.split(list(sizes.values()), dim=1)
-    return {name: piece.flatten()[: numels[name]] for name, piece in zip(sizes, pieces, strict=True)}
+    for name, columns in zip(parts, rows.split(sizes, dim=1), strict=True):
+        yield name, columns.flatten()[: numels[name]]
