@@ -108,6 +108,9 @@ def check(
         to_run = _conclude(loaded, found, probes, choice, runs)
         # What a stage that cannot work takes is nobody's guess.
         _measure(loaded, found, [item for item in to_run if not foreseen.get(item.name)])
+    if found.errors and not runs:
+        # Alone it is a note, since a file can be planned without its data; beside mistakes it is told with them.
+        found.errors[:0] = loaded.missing
     return found
 
 

@@ -64,7 +64,8 @@ class Reporter:
         """Everything is there already, in the store and outside, where what the `compared` stages did is."""
         also = "".join(f" The registry already has what {name} publishes." for name in compared)
         self._console.print(
-            Text("✓", "green").append(f" {_up_to_date(plans)}{also}", "default"), soft_wrap=True
+            Text("✓", "green").append(f" Nothing to do: {_up_to_date(plans)}{also}", "default"),
+            soft_wrap=True,
         )
         if note := _other_code(plans):
             self._console.print(Text(f"  {note}", style="bright_black"), soft_wrap=True)
@@ -256,12 +257,13 @@ def print_plan(console: Console, loaded: LoadedPipeline, plans: Sequence[StagePl
     table.print(console)
     running = [item.name for item in plans if item.action == "run"]
     to_run = f"{len(running)} of {len(plans)} stages to run: {', '.join(running)}"
-    console.print(Text(to_run if running else _up_to_date(plans)), soft_wrap=True)
     compared = [item.name for item in plans if item.action == "cached" and item.stage.effects]
+    nothing = f"{'Nothing to train' if compared else 'Nothing to do'}: {_up_to_date(plans)}"
+    console.print(Text(to_run if running else nothing), soft_wrap=True)
     if compared:
-        console.print(
-            Text(f"A run compares what {', '.join(compared)} publishes with the registry."), soft_wrap=True
-        )
+        names = ", ".join(compared)
+        text = f"A run compares what {names} publishes with the registry, and moves an alias that differs."
+        console.print(Text(text), soft_wrap=True)
     if note := _other_code(plans):
         console.print(Text(note, style="bright_black"), soft_wrap=True)
 
@@ -307,7 +309,7 @@ def _up_to_date(plans: Sequence[StagePlan]) -> str:
     number = f"all {len(chosen)} stages are" if len(chosen) > 1 else "the stage is"
     if len(chosen) < len(plans):
         number = f"{', '.join(item.name for item in chosen)} {'are' if len(chosen) > 1 else 'is'}"
-    return f"Nothing to do: {number} up to date."
+    return f"{number} up to date."
 
 
 def _other_code(plans: Sequence[StagePlan]) -> str:

@@ -33,7 +33,7 @@ _ENDED = {"FINISHED", "ERRORED", "ABORTED"}
 _ORPHANS = 5
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
 # Channels of metrics that are not the figures of training.
-_OTHER_CHANNELS = ("goodput", "checkpoint", "system", "val")
+_OTHER_CHANNELS = ("goodput", "checkpoint", "sharing", "system", "val")
 
 
 def print_status(console: Console, loaded: LoadedPipeline) -> None:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 
 
+def captions_hint(captions: int) -> str:
+    """What to do about a batch that is larger than the number of photos with a caption."""
+    return f"use a batch_size of at most {captions}" if captions > 1 else "give more photos a caption"
+
+
 def caption_order(config: AlignText, index: ImageIndex, seed: int) -> SampleOrder:
     """The order in which an `align_text` stage draws the photos of its `mix` that have a caption.
 
@@ -39,7 +44,7 @@ def caption_order(config: AlignText, index: ImageIndex, seed: int) -> SampleOrde
         )
     order = sample_order(index, config.mix, batch_size=config.batch_size, seed=seed, keep_N=has)
     if len(order.rows) < config.batch_size:
-        hint = f"use a batch_size of at most {len(order.rows)}"
+        hint = captions_hint(len(order.rows))
         if has.sum() >= config.batch_size:
             hint += f", or a `mix` that takes in more of the {has.sum()} photos of the index that have one"
         raise UserError(

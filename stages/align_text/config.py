@@ -265,12 +265,18 @@ class AlignText(MixStage):
                 )
             )
         elif plan_context.photos.captions < self.batch_size:
+            from orchestrator.stages.align_text.captions import captions_hint
+
             found.append(
                 UserError(
-                    f"a batch of {self.batch_size} pairs is more than the {plan_context.photos.captions} photos that "
-                    "have a caption",
+                    f"a batch of {self.batch_size} pairs is more than the {plan_context.photos.captions} "
+                    + (
+                        "photos that have a caption"
+                        if plan_context.photos.captions > 1
+                        else "photo that has a caption"
+                    ),
                     where="batch_size",
-                    hint=f"use a batch_size of at most {plan_context.photos.captions}",
+                    hint=captions_hint(plan_context.photos.captions),
                 )
             )
         return found

@@ -51,4 +51,5 @@ def width(folder: Path) -> int:
     if "output_dim" in config:
         return int(config["output_dim"])
     fields = config["config"]
-    return int(fields["dim"] if config["architecture"] == "vit" else fields["dims"][-1])
+    # A package's model says `preset` for its architecture; its shape has the fields of ours.
+    return int(fields["dims"][-1] if "dims" in fields else fields["dim"])

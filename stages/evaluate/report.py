@@ -67,8 +67,10 @@ def write(results: Results, out: Path) -> None:
 def _sections(results: Results, out: Path) -> list[Section]:
     sections = [_knn(results, out), *map(_measured, results.measured.items()), _dense(results, out)]
     if results.pca:
-        pictures = [Picture(path, name) for name, path in results.pca.items()]
-        sections.append(Section("PCA of patch features", [Text(_PCA_NOTE), *pictures]))
+        maps = [
+            block for name, path in results.pca.items() for block in (Text(name), Picture(path, alt=name))
+        ]
+        sections.append(Section("PCA of patch features", [Text(_PCA_NOTE), *maps]))
     if results.retrieval:
         sections.append(_retrieval(results.retrieval))
     if results.zero_shot:

@@ -192,7 +192,9 @@ def test_of_missing_data_the_rest_is_told_too(folder: Path) -> None:
     assert "no such folder: photos" in said
     assert "'smal'" in said
     assert "no such folder" not in told(checked(runs=False).errors), "a plan needs no data"
-    assert "'smal'" in told(checked("stages.publish.names=[smal]", runs=False).errors)
+    planned = told(checked("stages.publish.names=[smal]", runs=False).errors)
+    assert "'smal'" in planned
+    assert "no such folder: photos" in planned, "beside a mistake, all is told at once"
 
 
 @pytest.mark.parametrize(

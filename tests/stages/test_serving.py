@@ -25,7 +25,7 @@ from PIL import Image
 from s3_server import free_port
 
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
-from orchestrator.stages.common.mlmodel import mlmodel
+from orchestrator.stages.common.mlmodel import mlmodel, width
 from orchestrator.stages.serving import _load_pyfunc
 
 SIZE = 16
@@ -67,6 +67,24 @@ def test_mlflow_loads_it_and_embeds(model: Path, monkeypatch: pytest.MonkeyPatch
         np.testing.assert_allclose(vector, expected(model, photo), atol=1e-6)
     outputs = loaded.metadata.signature.outputs.to_dict()
     assert outputs[0]["tensor-spec"]["shape"] == (-1, vectors.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architecture": "vit", "config": {"dim": 48}}, 48),
+        ({"architecture": "convnext", "config": {"dims": [8, 16, 32, 64]}}, 64),
+        ({"architecture": "preset", "preset": "theirs", "config": {"dim": 48, "overlap": 2}}, 48),
+        ({"architecture": "preset", "preset": "theirs", "config": {"dims": [8, 16, 32, 64]}}, 64),
+        ({"architecture": "vit", "config": {"dim": 48}, "output_dim": 128}, 128),
+    ],
+)
+def test_the_width_of_an_embedding_goes_by_the_shape(
+    tmp_path: Path, config: dict[str, object], expected: int
+) -> None:
+    """Also of a model that a package brings."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert width(tmp_path) == expected
 
 
 def test_what_is_no_photo_is_named(tmp_path: Path) -> None:
