@@ -36,7 +36,7 @@ class Case:
 
     Attributes:
         costs: of starting groups and actors, checkpoints and new machines.
-        drift: each part's steps take exp(drift · a normal number) times as long, drawn anew for each minute.
+        drift: each part's steps take exp(drift · a normal number) times as long, drawn again for each minute.
         seed: of the drift.
     """
 
