@@ -11,46 +11,43 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, lru_cache
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "***"
 
-# Everything that repeats is bounded, and begins where a word does: texts of any kind and length come by here.
-_SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]{0,60}://"
+# Texts of any kind and length come by here, so the time grows in proportion to the text. What repeats either ends where
+# the next address begins, or is bounded, or is measured once for all addresses of a word. Schemes, users and passwords
+# without spaces have no bound: beyond one they would be shown.
+_SCHEME_END = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]{0,60}\Z")
 # A port before a path is no password, but where one word before it is likelier to be a user.
 _NO_PORT = r"(?!\d{1,20}(?:[/?#'\",;)\]}>\s]|$))"
-
-
-def _user_part(space: str) -> str:
-    """User and password up to the @, also a password with a slash in it: no valid address, and common."""
-    return (
-        rf"(?:[^{space}/?#@]{{0,2000}}|[^{space}/@:]{{0,200}}:{_NO_PORT}[^{space}]{{0,2000}}"
-        rf"|(?!localhost:)[^\s/?#@.:'\"]{{1,200}}:\d{{1,20}}/[^{space}]{{0,2000}})@"
-    )
-
-
-_USER = re.compile(rf"(?P<scheme>{_SCHEME})" + _user_part(r"\s"))
+_USER_AND_PORT = r"(?!localhost:)[^\s/?#@.:'\"]++:\d{1,20}/"
+# An address: up to the @, or to where the password begins. That may have a slash in it: no valid address, and common.
+_USER = re.compile(rf"://(?:(?P<whole>[^\s/?#@]*+@)|[^\s/@:]*+:{_NO_PORT}|{_USER_AND_PORT})")
 # An address without its scheme.
-_BARE_USER = re.compile(r"(?P<scheme>(?<![\w:/])//)[^\s/?#@:]{0,200}:[^\s/?#@]{0,2000}@")
-# An address at the beginning of a value, whose password may have spaces in it.
-_WHOLE_USER = re.compile(rf"\s*(?P<scheme>{_SCHEME}|//(?=[^/?#@]{{0,200}}:))" + _user_part(r"\0"))
+_BARE_USER = re.compile(r"(?<![\w:/])//[^\s/?#@:]*+:[^\s/?#@]*+@")
+# An address at the beginning of a value, whose password may have spaces in it. It is looked for once.
+_WHOLE_USER = re.compile(
+    r"\s*+(?:[A-Za-z0-9+.\-]*+://|//(?=[^/?#@]*+:))"
+    rf"(?P<user>(?:[^\0/?#@]{{0,16384}}|[^\0/@:]*+:{_NO_PORT}[^\0]{{0,16384}}|{_USER_AND_PORT}[^\0]{{0,16384}})@)"
+)
 # An address inside a text, whose password has spaces in it: these end at a later @ of the line. Where a whole address
 # seems to end before the space, with a host that has a dot, a port or a path, what follows is text, not password.
-_SPACED_USER = re.compile(
-    rf"(?P<scheme>{_SCHEME})[^\s/?#@:\[]{{1,100}}:{_NO_PORT}"
-    r"(?:[^\s@]{1,100}|(?:[^\s@]{0,100}@){1,5}[^\s@./:]{0,100})"
-    r"(?:[ \t][^\n@]{0,80}@[^\s@./:]{0,100}){0,4}[ \t][^\n@]{0,80}@(?=[\w\[])"
-)
+_SPACED_USER = re.compile(rf"://[^\s/?#@:\[]++:{_NO_PORT}")
+_AFTER_SPACE = re.compile(r"(?:[ \t][^\n@]{0,80}@[^\s@./:]{0,100}){0,4}[ \t][^\n@]{0,80}@(?=[\w\[])")
+_END_OF_HOST = re.compile(r"[./:]")
+_SPACE = re.compile(r"\s")
 _KEY = (
     r"(?:api|access|account|auth|client|function|master|private|secret|shared|signing|subscription)[._\-]?key"
 )
 _WORD = rf"token|secret|pass(?:w(?:or)?d)?|pwd|jwt|signature|credential|{_KEY}"
-_SECRET_NAME = re.compile(rf"[\w.\-]*(?:{_WORD})[\w.\-]*|sig|auth|key|code|pat|bearer", re.IGNORECASE)
-# A name may be written with %, a value may have quotes inside.
-_PARAMETER = re.compile(r"(?:[?&;#]|%3B)(?P<word>[\w.\-%]{1,200})=", re.IGNORECASE)
+_SECRET_NAME = re.compile(rf"{_WORD}|\A(?:sig|auth|key|code|pat|bearer)\Z", re.IGNORECASE)
+# A name may be written with %, and so may what is before it; a value may have quotes inside.
+_PARAMETER = re.compile(r"(?<![\w.\-%])(?P<word>[\w.\-%]++)=")
+_SEPARATOR = re.compile(r"[?&;#]")
 _VALUE = re.compile(r"[^&;#\s]*[^&;#\s'\"]")
 # Of a connection string of a database: `password='x y z'`.
 _SETTING = re.compile(
@@ -71,20 +68,25 @@ def redacted(text: str) -> str:
     """`text` without what may be a secret in it; `***` stands for each."""
     # Most texts have none of the marks, and this is called for every line of a log.
     if "//" in text and "@" in text:
-        text = _WHOLE_USER.sub(rf"\g<scheme>{HIDDEN}@", text, count=1) if _WHOLE_USER.match(text) else text
-        text = _SPACED_USER.sub(rf"\g<scheme>{HIDDEN}@", text)
-        text = _USER.sub(rf"\g<scheme>{HIDDEN}@", text)
-        text = _BARE_USER.sub(rf"\g<scheme>{HIDDEN}@", text)
+        for users in _USERS:
+            text = _hidden(text, users(text))
     if "=" in text:
         text = _without_parameters(text)
         text = _SETTING.sub(rf"\g<name>{HIDDEN}", text)
     text = _FORMS.sub(HIDDEN, text)
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _holds_secret(name):
-            # As it is, and as an address has it.
-            for form in (value, quote(value, safe=""), quote_plus(value)):
+            for form in _forms(value):
                 text = text.replace(form, HIDDEN)
     return text
+
+
+@lru_cache(maxsize=100)
+def _forms(value: str) -> tuple[str, ...]:
+    """A secret as it is, and as addresses have it: with or without %2F for a slash, and in both cases."""
+    quoted = [how(value, safe=safe) for how in (quote, quote_plus) for safe in ("", "/")]
+    lower = [re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), one) for one in quoted]
+    return tuple(dict.fromkeys((value, *quoted, *lower)))
 
 
 @cache
@@ -107,12 +109,10 @@ def redacted_values(value: Any) -> Any:
 
 def secret_in(text: str) -> str | None:
     """What kind of secret a text holds, in words; None if there is none. A user's name without a password is none."""
-    whole = _WHOLE_USER.match(text)
-    patterns = (_SPACED_USER, _USER, _BARE_USER)
-    users = [*([whole] if whole else ()), *(found for one in patterns for found in one.finditer(text))]
-    for found in users:
-        user = found[0].strip().removeprefix(found["scheme"]).removesuffix("@")
-        is_database = found["scheme"].partition("+")[0].partition(":")[0] in ("postgresql", "mysql", "mssql")
+    for start, end in (span for users in _USERS for span in users(text)):
+        user = text[start : end - 1]
+        scheme = _SCHEME_END.search(text[max(0, start - 64) : max(0, start - 3)])
+        is_database = scheme is not None and scheme[0].partition("+")[0] in ("postgresql", "mysql", "mssql")
         if user != HIDDEN and (":" in user or not is_database):
             return "user information"
     if _without_parameters(text) != text:
@@ -122,12 +122,75 @@ def secret_in(text: str) -> str | None:
     return "an access key or a token" if _FORMS.search(text) else None
 
 
+def _hidden(text: str, spans: Iterable[tuple[int, int]]) -> str:
+    kept, done = [], 0
+    for start, end in spans:
+        kept += [text[done:start], f"{HIDDEN}@"]
+        done = end
+    return "".join([*kept, text[done:]])
+
+
+def _whole_user(text: str) -> Iterator[tuple[int, int]]:
+    """Where user and password are, with the @ behind them, of an address that a value begins with."""
+    if found := _WHOLE_USER.match(text):
+        yield found.span("user")
+
+
+def _spaced_users(text: str) -> Iterator[tuple[int, int]]:
+    """The same of addresses inside a text, whose passwords have spaces in them."""
+    at = word_end = last = -1
+    rest: re.Match[str] | None = None
+    while found := _SPACED_USER.search(text, max(at, 0)):
+        at = found.end()
+        if at > word_end:
+            word_end, last = _word(text, at)
+            rest = _AFTER_SPACE.match(text, word_end)
+        seems_whole = last >= at and _END_OF_HOST.search(text, last, word_end)
+        if rest and at < word_end and not seems_whole:
+            yield found.start() + 3, rest.end()
+            at = rest.end()
+
+
+def _users(text: str) -> Iterator[tuple[int, int]]:
+    """The same of addresses inside a text, whose passwords have none."""
+    at = word_end = last = -1
+    while found := _USER.search(text, max(at, 0)):
+        at = found.end()
+        if not found["whole"]:
+            if at > word_end:
+                word_end, last = _word(text, at)
+            if last < at:
+                continue
+            at = last + 1
+        yield found.start() + 3, at
+
+
+def _bare_users(text: str) -> Iterator[tuple[int, int]]:
+    for found in _BARE_USER.finditer(text):
+        yield found.start() + 2, found.end()
+
+
+def _word(text: str, at: int) -> tuple[int, int]:
+    """The end of the word that goes on at `at`, and the last @ in it from there, -1 if there is none."""
+    space = _SPACE.search(text, at)
+    end = space.start() if space else len(text)
+    return end, text.rfind("@", at, end)
+
+
+# What one has hidden, the next one finds hidden.
+_USERS = (_whole_user, _spaced_users, _users, _bare_users)
+
+
 def _without_parameters(text: str) -> str:
     """`text` without the values of parameters that are secrets by their names."""
     kept, done = [], 0
     # The value of another one may be an address with parameters of its own: the search goes on inside it.
     for name in _PARAMETER.finditer(text):
-        if name.start() < done or not _SECRET_NAME.fullmatch(unquote(name["word"])):
+        if name.start() < done:
+            continue
+        *before, word = _SEPARATOR.split(unquote(name["word"]))
+        is_parameter = before or text[max(0, name.start() - 1) : name.start()] in ("?", "&", ";", "#")
+        if not (is_parameter and _SECRET_NAME.search(word)):
             continue
         if value := _VALUE.match(text, name.end()):
             kept += [text[done : name.end()], HIDDEN]
