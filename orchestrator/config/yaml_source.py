@@ -237,6 +237,7 @@ def _check_size(text: str, where: str) -> None:
     sizes: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []
     total = 0
+    hides = is_private_text(text) or is_private_text(where)
     for event in yaml.parse(text, _Loader):
         mark = event.start_mark
         here = f"{where}:{mark.line + 1}" if mark else where
@@ -247,7 +248,7 @@ def _check_size(text: str, where: str) -> None:
             total += 1
             if event.anchor:
                 sizes[event.anchor] = 1
-            _check_number(event, here, hides=is_private_text(text) or is_private_text(where))
+            _check_number(event, here, hides=hides)
         elif isinstance(event, yaml.CollectionStartEvent):
             total += 1
             open_nodes.append((event.anchor, total))
@@ -271,19 +272,24 @@ def _check_number(event: yaml.ScalarEvent, where: str, *, hides: bool) -> None:
         hides: no number is shown, since each may be a secret.
     """
     text = event.value
-    is_odd, is_long = _OCTAL.fullmatch(text) or _SIXTIES.fullmatch(text), len(text) > _MAX_NUMBER
-    if event.style is not None or not (is_odd or is_long) or text[:1] not in "+-0123456789":
+    if event.style is not None or text[:1] not in "+-0123456789":
+        return
+    # The length is looked at first: the patterns take long on long texts.
+    is_long = len(text) > _MAX_NUMBER
+    if not (is_long or _OCTAL.fullmatch(text) or _SIXTIES.fullmatch(text)):
         return
     loader: Any = _Loader("")
     kind = loader.resolve(yaml.ScalarNode, text, (True, False))
     if kind not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
         return
+    number = None if is_long else loader.construct_object(yaml.ScalarNode(kind, text))
+    if not is_long and ":" not in text and number == int(text.replace("_", "")):
+        return  # 007 is 7 either way
     if hides:
         what, hint = "a number is too long, or YAML takes it for another one", "put it in quotes"
     elif is_long:
         what, hint = f"a number of {len(text):,} digits: {shortened(text, 40)}", "put it in quotes"
     else:
-        number = loader.construct_object(yaml.ScalarNode(kind, text))
         what = f"YAML takes {text} for the number {number}"
         without_zeros = re.sub(r"^([+-]?)[0_]+", r"\1", text)
         hint = f"write {number if ':' in text else f'{without_zeros} or {number}'}, or put it in quotes"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,9 +176,24 @@ def test_a_number_that_yaml_takes_for_another_is_refused(
         assert where in str(caught.value)
 
 
-@pytest.mark.parametrize("value", ["0", "00", "8", "0x10", "0b11", "1_000"])
+@pytest.mark.parametrize("value", ["0", "00", "8", "0x10", "0b11", "1_000", "007", "0_7", "+07"])
 def test_other_numbers_are_what_they_look_like(base: Path, value: str) -> None:
-    assert read(base, f"seed={value}").spec.seed == int(value, 0 if value != "00" else 10)
+    assert read(base, f"seed={value}").spec.seed == int(value, 0 if "x" in value or "b" in value else 10)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"a: '0{'1' * 900_000}x'", f"a: 0{'1' * 900_000}x", f"a: [{'1, ' * 90_000}]\nb: '{'x' * 700_000}'"],
+)
+def test_no_text_takes_long_to_be_told_from_a_number(tmp_path: Path, text: str) -> None:
+    """A killed process is the failure: these took hours."""
+    path = tmp_path / "long.yaml"
+    path.write_text(f"{text}\n")
+    program = (
+        "import pathlib, sys; from orchestrator.config.yaml_source import _check_size; "
+        "_check_size(pathlib.Path(sys.argv[1]).read_text(), 'x')"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("value", ["0472", "9" * 60])
