@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,10 @@ from orchestrator.errors import UserError
 # These log whole requests and replies: session tokens, and the secrets that a token service hands out.
 _TELLTALE = ("auth", "awsrequest", "credentials", "endpoint", "handlers", "parsers", "tokens", "utils")
 _CONNECTIONS = 16
+_LONGEST_PAUSE_S = 20.0
+# Where the context of a request has the part of the object that was asked for.
+_PART = "orchestrator_part"
+_sleep = time.sleep
 
 _CHAIN = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
 _RIGHTS = "allow it to list the bucket and to get, put and delete objects below the prefix (docs/s3.md)"
@@ -102,37 +107,104 @@ def make_client(patience: Patience) -> Any:
     )
     client = boto3.session.Session(botocore_session=core).client("s3", config=config)
 
-    def watch(parsed: dict[str, Any], **_: Any) -> None:
-        if "Body" in parsed:
-            parsed["Body"] = _WatchedBody(parsed["Body"], patience)
+    breaks = _Breaks(patience)
 
+    def remember(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+        context[_PART] = str([params.get(name) for name in ("Bucket", "Key", "Range")])
+
+    def watch(http_response: Any, parsed: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+        if "Body" in parsed:
+            http_response.raw.read = _WatchedStream(http_response.raw, patience).read
+            parsed["Body"] = _PausingBody(parsed["Body"], context.get(_PART, ""), breaks)
+
+    client.meta.events.register("before-parameter-build.s3.GetObject", remember)
     client.meta.events.register("after-call.s3.GetObject", watch)
     return client
 
 
-class _WatchedBody:
-    """The body of a reply; one that crawls counts as broken off, so that its part is asked for again.
+class _WatchedStream:
+    """The bytes of a reply; one that crawls counts as broken off, so that its part is asked for again.
 
     botocore's own time limit is for each packet, and a server that sends one byte at a time keeps it for hours.
+
+    Args:
+        raw: urllib3's response.
     """
 
-    def __init__(self, body: Any, patience: Patience) -> None:
-        self._body, self._patience = body, patience
+    def __init__(self, raw: Any, patience: Patience) -> None:
+        self._patience = patience
+        # What has come so far, rather than as much as was asked for. urllib3 before 2.1 has no such method.
+        self._read_some: Callable[[int | None], bytes | None] = getattr(raw, "read1", raw.read)
         self._began, self._got = time.monotonic(), 0
+
+    def read(self, amount: int | None = None) -> bytes:
+        """The next bytes: so many unless the reply ends, or all.
+
+        Raises:
+            ReadTimeoutError: (botocore's) the bytes came too slowly so far.
+        """
+        pieces: list[bytes] = []
+        left = amount
+        while left is None or left > 0:
+            piece = self._read_some(left)
+            if not piece:
+                break
+            pieces.append(piece)
+            left = None if left is None else left - len(piece)
+            self._got += len(piece)
+            took = time.monotonic() - self._began
+            if took > self._patience.read_s + self._got / self._patience.slowest:
+                from botocore.exceptions import ReadTimeoutError
+
+                raise ReadTimeoutError(endpoint_url=f"only {self._got} bytes in {took:.0f} s")
+        return b"".join(pieces)
+
+
+class _Breaks:
+    """How often the replies to each request for a part have broken off in a row, and the pauses before the next."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._counts: dict[str, int] = {}
+
+    def broke_off(self, part: str) -> None:
+        """Waits: a proxy that restarts is given the time for it. s3transfer itself asks again at once."""
+        failures = self._counts.get(part, 0) + 1
+        if failures >= self._patience.attempts:
+            self._counts.pop(part, None)
+            return
+        self._counts[part] = failures
+        _sleep(random.uniform(0.5, 1.0) * min(2.0 ** (failures - 1), _LONGEST_PAUSE_S))
+
+    def ended(self, part: str) -> None:
+        """The reply came as a whole."""
+        self._counts.pop(part, None)
+
+
+class _PausingBody:
+    """The body of a reply. Where it breaks off, it pauses before it says so.
+
+    Args:
+        body: botocore's.
+        part: what was asked for.
+    """
+
+    def __init__(self, body: Any, part: str, breaks: _Breaks) -> None:
+        self._body, self._part, self._breaks = body, part, breaks
 
     def read(self, amount: int | None = None) -> bytes:
         """The next bytes, as `StreamingBody.read`.
 
         Raises:
-            ReadTimeoutError: (botocore's) the bytes came too slowly so far.
+            BotoCoreError, HTTPClientError: the reply broke off, or came too slowly.
         """
-        chunk: bytes = self._body.read(amount)
-        self._got += len(chunk)
-        took = time.monotonic() - self._began
-        if took > self._patience.read_s + self._got / self._patience.slowest:
-            from botocore.exceptions import ReadTimeoutError
-
-            raise ReadTimeoutError(endpoint_url=f"only {self._got} bytes in {took:.0f} s")
+        try:
+            chunk: bytes = self._body.read(amount)
+        except Exception:
+            self._breaks.broke_off(self._part)
+            raise
+        if not chunk or amount is None:
+            self._breaks.ended(self._part)
         return chunk
 
     def __getattr__(self, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -9,9 +10,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from faulty_proxy import KINDS, FaultyProxy
 from s3_server import S3Server, free_port
 
 from orchestrator.errors import UserError
+from orchestrator.storage import s3_client
 from orchestrator.storage.open import open_store
 from orchestrator.storage.s3 import S3Store
 from orchestrator.storage.s3_client import Patience, StoreError
@@ -71,7 +75,7 @@ def test_every_operation_survives_every_fault(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file"]
 
 
-def test_a_download_goes_on_where_its_replies_broke_off(
+def test_parts_whose_replies_break_off_are_asked_for_again(
     store: S3Store, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     data = pattern(40 * MIB)
@@ -141,6 +145,60 @@ def test_a_completed_upload_whose_reply_was_lost_is_whole(
     store.put_file("big", tmp_path / "file")
     assert proxy.injected["lost"] == 1
     assert hashlib.sha256(store.get_bytes("big")).digest() == hashlib.sha256(pattern(20 * MIB)).digest()
+
+
+def test_parts_that_break_off_are_asked_for_again_after_growing_pauses(
+    store: S3Store, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put_bytes("file", pattern(1000))
+    for end in ("truncate", ""):
+        pauses: list[float] = []
+        monkeypatch.setattr(s3_client, "_sleep", pauses.append)
+        proxy.next(*["truncate"] * 9, end, when=is_get)
+        if end:
+            with pytest.raises(StoreError, match="its replies keep breaking off"):
+                store.get_bytes("file")
+        else:
+            assert store.get_bytes("file") == pattern(1000)
+        bounds = [min(2**number, 20) for number in range(9)]
+        assert len(pauses) == 9, "none after the last time"
+        assert all(bound / 2 <= pause <= bound for pause, bound in zip(pauses, bounds, strict=True))
+
+
+class _Dripping(BaseHTTPRequestHandler):
+    """Answers with one byte at a time, 30 s in all."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1500")
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(1500):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_reply_of_single_bytes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them comes in time: it is given up before they are all there."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Dripping)
+    server.daemon_threads, server.block_on_close = True, False
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    store = S3Store("s3://bucket/prefix", Patience(connect_s=5.0, read_s=0.5, attempts=1, slowest=1e6))
+    try:
+        with pytest.raises(StoreError, match=r"only [0-9]{1,3} bytes in"):
+            store.get_bytes("file")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_reply_that_crawls_for_ever_is_given_up(proxy: FaultyProxy, s3_uri: str) -> None:
