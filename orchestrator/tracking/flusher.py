@@ -95,6 +95,8 @@ class Flusher:
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._outage: Outage | None = None
+        # Whose records a warning of this outage has named: a run's, or, as None, those of all.
+        self._told: set[str | None] = set()
         self._prepared = False
         # A process before this one may have left a note.
         self._noted = True
@@ -160,6 +162,7 @@ class Flusher:
         """A server that says nothing at all causes no error for a long time."""
         if patience > 0 and self._outage is None:
             self._outage = Outage(silent(self._sink.uri, patience), time.time() - patience)
+            self._told = {None}
             note_outage(self._spool, self._outage)
             self._noted = True
 
@@ -200,6 +203,9 @@ class Flusher:
         self._noted = True
         # What an error says may be another thing each time.
         if known is None or known.trouble.until != found.until:
+            self._told.clear()
+        if not self._told & {None, run_id}:
+            self._told.add(run_id)
             _log.warning(
                 "%s since %s: %s are kept in %s and sent as soon as %s",
                 found.what,
@@ -257,8 +263,9 @@ class Flusher:
             count = _batch(records)
             try:
                 self._begin(records[0][0], run_id)
-                left_out = self._left_out
-                done = self._send(run_id, [record for record, _ in records[:count]], state)
+                # Counted once all are sent: what fails in the middle is sent again as a whole.
+                left_out = Counts()
+                done = self._send(run_id, [record for record, _ in records[:count]], state, left_out)
                 self._uploading = False
             except RunGoneError as error:
                 if state.mlflow_run_id is None:
@@ -268,7 +275,9 @@ class Flusher:
                 return True
             if not done:
                 return sent
-            self.counts.sent += count - (self._left_out - left_out)
+            self.counts.refused += left_out.refused
+            self.counts.unknown += left_out.unknown
+            self.counts.sent += count - left_out.refused - left_out.unknown
             state.offset = records[count - 1][1]
             self._note(run_id, state)
             self._answered()
@@ -286,10 +295,6 @@ class Flusher:
             self._spool.cut_torn_line(run_id)
         return sent
 
-    @property
-    def _left_out(self) -> int:
-        return self.counts.refused + self.counts.unknown
-
     def _are_due(self, run_id: str, records: Sequence[tuple[Record, int]]) -> bool:
         now = time.monotonic()
         # In an outage an attempt shows whether it is over.
@@ -301,8 +306,12 @@ class Flusher:
         self._metrics_sent[run_id] = now
         return True
 
-    def _send(self, run_id: str, batch: list[Record], state: Progress) -> bool:
-        """Sends records of one kind. False if the run cannot be opened before its parent is."""
+    def _send(self, run_id: str, batch: list[Record], state: Progress, left_out: Counts) -> bool:
+        """Sends records of one kind. False if the run cannot be opened before its parent is.
+
+        Args:
+            left_out: gets those added that are refused or unknown.
+        """
         first = batch[0]
         try:
             if first["op"] == "open":
@@ -330,11 +339,11 @@ class Flusher:
         except RejectedError as error:
             if len(batch) > 1:  # find the one record that MLflow refuses
                 for record in batch:
-                    self._send(run_id, [record], state)
+                    self._send(run_id, [record], state, left_out)
                 return True
             is_unknown = isinstance(error, UnknownRecordError)
-            self.counts.unknown += is_unknown
-            self.counts.refused += not is_unknown
+            left_out.unknown += is_unknown
+            left_out.refused += not is_unknown
             if (run_id, first["op"]) not in self._refused:
                 self._refused.add((run_id, first["op"]))
                 what = (

@@ -130,6 +130,38 @@ def test_an_upload_that_fails_holds_up_its_own_run_only(
     assert caplog.text.count("tracking works again") == 1
 
 
+def test_an_outage_that_grows_from_one_run_to_all_is_told_again(
+    spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
+    flusher = Flusher(spool, Sink())
+    with caplog.at_level(logging.WARNING):
+        for run in ("a", "a", None, None, "a", "b"):
+            flusher._failed(ConnectionError("away"), run)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "the tracking records of run a are kept in" in said[0]
+    assert ": tracking records are kept in" in said[1]
+
+
+def test_records_of_a_batch_that_fails_in_the_middle_are_counted_once(spool: Spool) -> None:
+    spool.post("run", "open", name="run", parent=None)
+    for step in (-1, -2, 1, 2):
+        spool.append("run", step, {"loss": 1.0})
+    sink = Sink()
+    real, failures = sink.metrics, [ConnectionError("away"), ConnectionError("away")]
+
+    def metrics(mlflow_id: str, records: Any) -> None:
+        if len(records) == 1 and records[0]["step"] == 2 and failures:
+            raise failures.pop()
+        real(mlflow_id, records)
+
+    sink.metrics = metrics  # type: ignore[method-assign]
+    flusher = Flusher(spool, sink, interval_s=0.01, metrics_every_s=0.0)
+    assert flusher.drain(30.0)
+    flusher.stop(5.0)
+    assert flusher.counts == Counts(sent=3, refused=2)
+
+
 PIPELINE = """\
 name: toy
 store: runs/
