@@ -8,10 +8,11 @@ import time
 import uuid
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, shortened
 
 FORMAT = 1
 
@@ -48,7 +49,7 @@ class ProcessIdentity(BaseModel):
 class _Format(BaseModel):
     """As much of a record as any version can read."""
 
-    format: int = 1
+    format: Any = 1
 
 
 def owner_in(data: bytes, where: str) -> ProcessIdentity:
@@ -62,10 +63,12 @@ def owner_in(data: bytes, where: str) -> ProcessIdentity:
         ValidationError: it names none.
         UserError: a later version wrote it. Nobody here can tell whether its process lives, so it counts as held.
     """
-    if (version := _Format.model_validate_json(data).format) > FORMAT:
+    version = _Format.model_validate_json(data).format
+    # What is no number, or no number of ours, is a later version's way to say it.
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise UserError(
-            f"a later version of orchestrator holds this: its record has format {version}, and this version reads "
-            f"formats up to {FORMAT}",
+            f"a later version of orchestrator holds this: its record has format "
+            f"{shortened(str(version), 40)}, and this version reads formats up to {FORMAT}",
             where=where,
             hint="use that version; or, if none of its processes runs any more, remove the file",
         )

@@ -403,7 +403,11 @@ def test_an_owner_that_cannot_be_is_none(field: dict[str, Any]) -> None:
         ProcessIdentity.model_validate({**known, **field})
 
 
-@pytest.mark.parametrize("extra", [{}, {"pid": "many"}], ids=["known fields", "other fields"])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"pid": "many"}, *({"format": one} for one in ("v2", "2.1", 2.1, "1", 0, -1, None, True, [2]))],
+    ids=str,
+)
 def test_what_a_later_version_holds_is_refused_and_left_alone(tmp_path: Path, extra: dict[str, Any]) -> None:
     store = LocalStore(tmp_path)
     known = json.loads(this_process().model_dump_json())
