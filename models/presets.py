@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import importlib
 import logging
-import os
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -14,6 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+
+from orchestrator.registrations import registered
 
 from .configs import Config, ConvNeXtConfig, ViTConfig
 
@@ -52,9 +53,6 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
 
 GROUP = "orchestrator.models"
 """Where users' packages say which shapes they bring: entry points of configs, each below the name of its model."""
-
-REGISTERED = "ORCHESTRATOR_REGISTERED"
-"""The environment variable with what a program registered, such as `models/NAME=package.module:CONFIG`."""
 
 
 def all_presets() -> dict[str, Config]:
@@ -124,18 +122,14 @@ def _named(name: str) -> Config:
 
 def _offers() -> dict[str, tuple[str, ...]]:
     """The import paths by name of models of installed packages, and of those that were registered; imports none."""
-    return _found(os.environ.get(REGISTERED, ""))
+    return _found(registered("models"))
 
 
 @cache
-def _found(registered: str) -> dict[str, tuple[str, ...]]:
+def _found(by_call: tuple[tuple[str, str], ...]) -> dict[str, tuple[str, ...]]:
     offers = [(entry.name, entry.value.replace(" ", "")) for entry in entry_points(group=GROUP)]
-    for item in registered.split():
-        key, _, path = item.partition("=")
-        if key.startswith("models/"):
-            offers.append((key.removeprefix("models/"), path))
     found: dict[str, tuple[str, ...]] = {}
-    for name, path in offers:
+    for name, path in (*offers, *by_call):
         found[name] = tuple(dict.fromkeys((*found.get(name, ()), path)))
     return found
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -23,15 +22,14 @@ from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
 from orchestrator.errors import UserError, nearest, printable, shortened
+from orchestrator.registrations import PATH as PATH
+from orchestrator.registrations import REGISTERED as REGISTERED
+from orchestrator.registrations import is_path as is_path
+from orchestrator.registrations import registered
 from orchestrator.slow_import import told_if_slow
 
 Group = Literal["augmentations", "metrics", "models", "objectives", "stages", "stores", "teachers"]
 
-PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-"""An import path: `package.module:Name`."""
-
-REGISTERED = "ORCHESTRATOR_REGISTERED"
-"""The environment variable with what was registered: `group/name=package.module:Name`, with spaces between."""
 _BY_CALL = "this program"
 
 # In a message: what one thing of a group is called.
@@ -81,12 +79,13 @@ def register(group: Group, name: str, path: str) -> None:
     Raises:
         ExtensionError: the name stands for something else already.
     """
-    for offer in _offers(group).get(name, ()):
-        if offer.path != path:
-            raise ExtensionError(
-                f"there is a {_WORDS[group]} {name!r} already: {offer.path} of {offer.package}",
-                hint="give it another name",
-            )
+    offers = _offers(group).get(name, ())
+    if others := [offer for offer in offers if offer.path != path]:
+        raise ExtensionError(
+            f"there is a {_WORDS[group]} {name!r} already: {others[0].path} of {others[0].package}",
+            hint="give it another name",
+        )
+    if offers:
         return
     os.environ[REGISTERED] = f"{os.environ.get(REGISTERED, '')} {group}/{name}={path}".strip()
     forget()
@@ -96,11 +95,6 @@ def forget() -> None:
     """Look for all names anew."""
     for clear in _clearing:
         clear()
-
-
-def is_path(name: str) -> bool:
-    """Whether `name` is an import path, and not the name of an entry point."""
-    return re.fullmatch(PATH, name) is not None
 
 
 def names(group: Group) -> list[str]:
@@ -178,9 +172,6 @@ def _offers(group: Group) -> dict[str, tuple[Offer, ...]]:
         package = entry.dist.name if entry.dist is not None else "an unknown package"
         # An editable install may be listed twice.
         found[entry.name] = (*found.get(entry.name, ()), Offer(entry.value.replace(" ", ""), package))
-    for item in os.environ.get(REGISTERED, "").split():
-        key, _, path = item.partition("=")
-        of, _, name = key.partition("/")
-        if of == group and is_path(path):
-            found[name] = (*found.get(name, ()), Offer(path, _BY_CALL))
+    for name, path in registered(group):
+        found[name] = (*found.get(name, ()), Offer(path, _BY_CALL))
     return found

@@ -15,15 +15,16 @@ _log = logging.getLogger("orchestrator")
 
 
 @contextlib.contextmanager
-def told_if_slow(module: str) -> Iterator[None]:
+def told_if_slow(what: str) -> Iterator[None]:
     """Around an import: after some seconds one line names the module. One that holds the GIL all the while is not told.
 
     Args:
-        module: is imported; one that has been imported already costs nothing.
+        what: the module's name, or whose it is, such as `of the model vit_thin`; a module that has been imported
+            already costs nothing.
     """
     # One that hangs halfway is among them too, until it fails.
-    spec = getattr(sys.modules.get(module), "__spec__", None)
-    if module in sys.modules and not getattr(spec, "_initializing", False):
+    spec = getattr(sys.modules.get(what), "__spec__", None)
+    if what in sys.modules and not getattr(spec, "_initializing", False):
         yield
         return
     since = time.strftime("%H:%M:%S")
@@ -31,7 +32,7 @@ def told_if_slow(module: str) -> Iterator[None]:
     def tell() -> None:
         _log.warning(
             "still importing the module %s since %s: the command goes on once its import ends; Ctrl-C stops it",
-            module,
+            what,
             since,
         )
 

@@ -18,6 +18,7 @@ from PIL import Image
 import orchestrator
 from orchestrator import installed
 from orchestrator.errors import UserError
+from orchestrator.models import presets
 from orchestrator.pipeline.explain import explain
 from orchestrator.pipeline.json_schema import schema
 from orchestrator.pipeline.load import load
@@ -219,6 +220,25 @@ def test_what_was_worked_out_before_is_worked_out_anew(mine: Any) -> None:
         assert orchestrator.register_metric("third_moment")(mine.Plain) is mine.Plain
     assert "third_moment" in str(schema())
     assert registry.every_stage() is not before
+
+
+def test_what_is_no_import_path_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(installed.REGISTERED, "models/odd=os models/odd2=:x models/fine=mine:THIN")
+    assert presets.registered("models") == (("fine", "mine:THIN"),)
+    for name in ("odd", "odd2"):
+        with pytest.raises(ValueError, match=f"unknown model '{name}'"):
+            presets.preset(name)
+
+
+def test_a_name_with_two_paths_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(installed.REGISTERED, "metrics/twice=mine:Plain metrics/twice=mine:Other")
+    installed.forget()
+    try:
+        with pytest.raises(UserError, match="a metric 'twice' already: mine:Other"):
+            installed.register("metrics", "twice", "mine:Plain")
+    finally:
+        monkeypatch.setenv(installed.REGISTERED, "")
+        installed.forget()
 
 
 def test_a_name_is_registered_once_and_for_what_can_be_imported(mine: Any) -> None:

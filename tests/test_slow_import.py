@@ -48,6 +48,14 @@ def test_a_module_that_takes_long_is_named_once(
     assert caplog.text.count(LINE.format(module)) == 1
 
 
+def test_our_own_models_start_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timer(*_: object) -> None:
+        raise AssertionError("a timer for nothing")
+
+    monkeypatch.setattr(slow_import.threading, "Timer", timer)
+    assert _known_model("vit_s") == "vit_s"
+
+
 def test_the_module_of_a_model_is_named_by_the_model(
     slow: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

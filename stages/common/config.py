@@ -13,7 +13,7 @@ from orchestrator.config.settings import MAX_WIDTH, Settings, Strict
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import KeyMistakeError
 from orchestrator.models.configs import Config
-from orchestrator.models.presets import preset
+from orchestrator.models.presets import PRESETS, preset
 from orchestrator.slow_import import told_if_slow
 from orchestrator.stages.base import Context
 
@@ -22,8 +22,9 @@ BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
 
 
 def _known_model(name: str) -> str:
-    with told_if_slow(f"of the model {name}"):
-        preset(name)
+    if name not in PRESETS:
+        with told_if_slow(f"of the model {name}"):
+            preset(name)
     return name
 
 
