@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 from typing import Any
@@ -10,12 +9,10 @@ from typing import Any
 from orchestrator.elastic.cloud_metadata import Notice
 from orchestrator.errors import UserError
 
-logger = logging.getLogger("orchestrator")
-
 # A drained node is drained again only for an end that comes earlier by more than this.
 _EARLIER_S = 3.0
 _PREEMPTION = 2  # DRAIN_NODE_REASON_PREEMPTION
-_RPC_TIMEOUT_S = 5.0
+RPC_TIMEOUT_S = 5.0
 
 
 class NodeDrainer:
@@ -50,7 +47,7 @@ class NodeDrainer:
         client = ray._raylet.GcsClient(address=self._address)
         deadline_ms = int(notice.deadline * 1000)
         accepted, why = client.drain_node(
-            node_id, _PREEMPTION, notice.source, deadline_ms, timeout=_RPC_TIMEOUT_S
+            node_id, _PREEMPTION, notice.source, deadline_ms, timeout=RPC_TIMEOUT_S
         )
         if not accepted:
             raise RuntimeError(f"Ray refused to drain node {node_id}: {why}")
@@ -94,7 +91,7 @@ class NodeDrainer:
 
             # Ray's own client would try for 15 s, and print lines of C++.
             host, _, port = self._address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_RPC_TIMEOUT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=RPC_TIMEOUT_S).close()
             state = GlobalState()
             state._initialize_global_state(
                 ray._raylet.GcsClientOptions.create(

@@ -39,14 +39,13 @@ from orchestrator.elastic.cloud_metadata import (
     detect_cloud,
     metadata_client,
 )
-from orchestrator.elastic.node_drainer import NodeDrainer, own_addresses
+from orchestrator.elastic.node_drainer import RPC_TIMEOUT_S, NodeDrainer, own_addresses
 from orchestrator.errors import UserError
 
 logger = logging.getLogger("orchestrator")
 
 # A notice that comes earlier waits until then: a drained node trains nothing, and is paid for.
 _LONGEST_DRAIN_S = 300.0
-_RPC_TIMEOUT_S = 5.0
 _SLOWEST_POLL_S = 15.0
 _ROUND_S = 2.0
 _LONG_POLL_S = 30.0
@@ -214,7 +213,7 @@ class PreemptionAgents:
         """End all agents; to be called before the driver disconnects."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(timeout=_RPC_TIMEOUT_S)
+            self._thread.join(timeout=RPC_TIMEOUT_S)
         for node_id in list(self._agents):
             self._remove(node_id)
 

@@ -6,7 +6,6 @@ which the command runs, not to the file, so that one file serves several checkou
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import re
@@ -430,7 +429,8 @@ def unusable_work(loaded: LoadedPipeline, names: Sequence[str]) -> list[UserErro
             continue
         folders = (Path(folder) for folder, _, _ in os.walk(top))
         # The first one of each place is enough: what has the wrong owner has it as a whole.
-        found += [_unwritable(one, loaded) for one in itertools.islice(filter(_is_unwritable, folders), 1)]
+        if first := next(filter(_is_unwritable, folders), None):
+            found.append(_unwritable(first, loaded))
     return found
 
 
