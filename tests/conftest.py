@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -35,7 +36,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 # Stores and databases sync all that they write, which waits for a disk that others use, too; a RAM disk does not.
 _RAM = Path("/dev/shm")
-if _RAM.is_dir() and os.access(_RAM, os.W_OK) and shutil.disk_usage(_RAM).free > 8 * 2**30:
+_ROOM = 8 * 2**30
+# What it may hold says nothing of the memory that is left for it.
+_HAS_ROOM = _RAM.is_dir() and min(shutil.disk_usage(_RAM).free, psutil.virtual_memory().available) > _ROOM
+if _HAS_ROOM and os.access(_RAM, os.W_OK):
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_RAM))
 
 _ROOT = Path(__file__).parents[1]

@@ -70,7 +70,7 @@ def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(profiles, "hardware", lambda wanted: dict(MACHINE))
     said: list[str] = []
     costs = measured(material(students={"a": {"model": "vit_femto"}}), say=said.append)
-    assert said[0] == "measuring the teacher, a: about a minute, and at most 15 min on a busy machine"
+    assert said == ["measuring the teacher, a: about a minute, and at most 15 min on a busy machine"]
     assert 0 < costs.teacher.step_s < 60
     (student,) = costs.students
     assert (student.name, student.num_blocks, student.steps) == ("a", 4, 10)

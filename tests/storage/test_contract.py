@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,8 +135,11 @@ def test_readers_see_whole_objects_while_they_are_replaced(store: Store) -> None
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
         reader.start()
-    for number in range(30):
+    # All puts may end before a reader has looked twice.
+    deadline, number = time.monotonic() + 60, 0
+    while number < 30 or (len(seen) < 2 and time.monotonic() < deadline):
         store.put_bytes("object", contents[number % 3])
+        number += 1
     end.set()
     for reader in readers:
         reader.join()
