@@ -29,6 +29,7 @@ _NO_LINK = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 _Identity = tuple[int, int, int, int]
 # A file system's clock may tick this slowly: a file changed later than that may change again and look the same.
 _TICK_NS = 20_000_000
+_PIECE = 1 << 20
 # A folder in the making is in use for less than that.
 _LEFT_BEHIND_S = 86_400.0
 
@@ -252,6 +253,23 @@ def sha256_of(file: Path | io.BufferedReader) -> str:
         with open_regular(file) as opened:
             return sha256_of(opened)
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pieces_of(file: io.BufferedReader, most: int) -> Iterator[bytes]:
+    """What is in a file of which nothing was read yet, in pieces of at most 1 MiB.
+
+    Args:
+        file: open for reading bytes.
+        most: bytes that it may have, whatever its size was said to be: some files grow, and some have no end.
+
+    Raises:
+        OSError: it cannot be read, or it has more bytes.
+    """
+    while piece := os.read(file.fileno(), _PIECE):
+        most -= len(piece)
+        if most < 0:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(file.name))
+        yield piece
 
 
 class Digests:

@@ -7,6 +7,7 @@ file claims is compared with a limit before any pixel is; and threads share a bo
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -127,19 +128,39 @@ def use_rgb(
     with file:
         with _reading(path):
             size = os.fstat(file.fileno()).st_size
-        if size > 4 * max_pixels + _EXTRA_BYTES:
-            raise UnreadableImage(path, f"{size:,} bytes are more than {max_pixels:,} pixels take")
+        if (reason := too_many_bytes(size, max_pixels)) is not None:
+            raise UnreadableImage(path, reason)
         if size > _SMALL_FILE:
             with _memory.hold(size + _BYTES_PER_PIXEL * max_pixels):
                 with _reading(path):
-                    data = file.read(size)
+                    data = _read(file, size)
                 on_bytes(data)
                 return use(decode_rgb(data, path, min_side, max_pixels))
         with _reading(path):
-            data = file.read(_SMALL_FILE)
+            data = _read(file, _SMALL_FILE)
     on_bytes(data)
     with _memory.hold(_BYTES_PER_PIXEL * _num_pixels(data, path, max_pixels)):
         return use(_decode(data, path, min_side, max_pixels))
+
+
+def _read(file: io.BufferedReader, most: int) -> bytes:
+    """The first bytes of a file, or all: it may have grown since its size was asked for."""
+    data: bytes | None = file.read(most)
+    if data is None:  # a file that waits for what comes next, such as /proc/kmsg
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return data
+
+
+def most_bytes(max_pixels: int) -> int:
+    """How many bytes the file of a picture of so many pixels can have."""
+    return 4 * max_pixels + _EXTRA_BYTES
+
+
+def too_many_bytes(size: int, max_pixels: int) -> str | None:
+    """Why a file of `size` bytes is not read; None if it may be."""
+    return (
+        f"{size:,} bytes are more than {max_pixels:,} pixels take" if size > most_bytes(max_pixels) else None
+    )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ from PIL import Image
 from orchestrator.config.schema import DataSource
 from orchestrator.data import decode
 from orchestrator.data.decode import UnreadableImage, read_rgb
+from orchestrator.data.sources import folder as folder_module
 from orchestrator.data.sources.folder import fingerprint, list_images, scan
 from orchestrator.errors import UserError
+from orchestrator.fsio import open_regular, pieces_of
 
 
 def _picture(height: int = 24, width: int = 32, seed: int = 0) -> Image.Image:
@@ -427,3 +430,75 @@ def test_large_pictures_do_not_pile_up_over_threads(folder: Path, monkeypatch: p
     photos = scan(DataSource(path=folder), "photos")
     assert all(photo.error is None for photo in photos)
     assert most <= 4, "the two small ones may run beside two large ones"
+
+
+# --- files that are larger than pictures ----------------------------------------------------------------------------
+
+
+def test_a_file_of_more_bytes_than_a_picture_is_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(DataSource(path=folder))
+    (folder / "big.jpg").touch()
+    os.truncate(folder / "big.jpg", 300 << 30)
+    (folder / "link.png").symlink_to("big.jpg")
+    opened: list[str] = []
+    monkeypatch.setattr(
+        folder_module, "open_regular", lambda path: opened.append(path.name) or open_regular(path)
+    )
+    source = DataSource(path=folder)
+    assert fingerprint(source) == before
+    assert sorted(opened) == ["a.jpg", "b.png"]
+    reason = "322,122,547,200 bytes are more than 120,000,000 pixels take"
+    assert _left_out(folder) == {"big.jpg": reason, "link.png": reason}
+    assert [image.path for image in scan(source, "photos")] == ["a.jpg", "b.png"]
+
+
+def test_a_file_that_grows_while_it_is_read_is_no_part_of_the_digest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(DataSource(path=folder))
+    (folder / "c.png").write_bytes(b"x" * 5_000_000)
+    assert fingerprint(DataSource(path=folder)) != before
+    # As if it had been small when it was listed.
+    monkeypatch.setattr(folder_module, "most_bytes", lambda max_pixels: 4_000_000)
+    assert fingerprint(DataSource(path=folder)) == before
+
+
+def test_a_file_that_would_have_to_be_waited_for_is_unreadable(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waits(io.BytesIO):
+        def fileno(self) -> int:
+            return opened.fileno()
+
+        def read(self, size: int | None = -1) -> bytes:
+            return None  # type: ignore[return-value]  # what a BufferedReader says
+
+    with (folder / "a.jpg").open("rb") as opened:
+        monkeypatch.setattr(decode, "open_regular", lambda path: Waits())
+        with pytest.raises(UnreadableImage, match="temporarily unavailable"):
+            read_rgb(folder / "a.jpg")
+
+
+def test_ctrl_c_ends_the_reading_of_large_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(6):
+        (folder / f"{number}.png").touch()
+        os.truncate(folder / f"{number}.png", 500 << 20)
+    seen, main = [], threading.main_thread().ident
+    assert main is not None
+
+    def pieces(file: io.BufferedReader, most: int) -> Iterator[bytes]:
+        for piece in pieces_of(file, most):
+            seen.append(len(piece))
+            if len(seen) == 10:
+                signal.pthread_kill(main, signal.SIGINT)
+            yield piece
+
+    monkeypatch.setattr(folder_module, "pieces_of", pieces)
+    with pytest.raises(KeyboardInterrupt):
+        fingerprint(DataSource(path=folder))
+    for thread in threading.enumerate():
+        if thread.name.startswith("photos"):
+            thread.join()
+    assert sum(seen) < 6 * (500 << 20)

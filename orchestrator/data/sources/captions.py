@@ -8,12 +8,16 @@ than the file system's.
 from __future__ import annotations
 
 import csv
+import io
+import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 
 from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.fsio import open_regular
 
 FILE, CAPTION, LABEL = "file", "caption", "label"
 _COLUMNS = (FILE, CAPTION, LABEL)
@@ -27,6 +31,11 @@ _DELIMITERS = (",", ";", "\t")
 # Names of a folder that are looked through for the nearest one.
 _LOOKED_THROUGH = 2000
 _SHOWN = 3
+# A file that has more, or a line that is longer, is no table that anybody wrote: it is not read.
+MOST_BYTES = 16 << 30
+_LONGEST_LINE = 16 << 20
+# What follows the last line: a value whose quote is not closed ends in it.
+_END = "\ue000the end of the captions file\ue000"
 # Columns of a table; one that has more is something else.
 _MOST_COLUMNS = 1000
 
@@ -174,10 +183,25 @@ class _Table:
     def _lines(self, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         line = 0
         try:
-            with self._path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.reader(file, delimiter=delimiter, skipinitialspace=self._skips_spaces(delimiter))
+            skips = self._skips_spaces(delimiter)
+            with _opened(self._path) as file:
+                reader = csv.reader(self._texts(file), delimiter=delimiter, skipinitialspace=skips)
                 for row in reader:
+                    if row == [_END]:
+                        break
+                    if row and row[-1].endswith(_END):
+                        raise UserError(
+                            "a quote in the last row of the captions file is not closed",
+                            where=f"{self._path}:{line + 1}",
+                            hint='close the quote; a quote inside a quoted text is written twice, ""',
+                        )
                     line = reader.line_num
+                    if any("\0" in value for value in row):
+                        raise UserError(
+                            "a row of the captions file has a NUL character in it",
+                            where=f"{self._path}, row that ends on line {line}",
+                            hint="remove the character: it is no part of a text",
+                        )
                     yield line, row
         except csv.Error as error:
             raise UserError(
@@ -192,11 +216,25 @@ class _Table:
             what = f"the captions file is not UTF-8: {error}"
             raise UserError(what, where=str(self._path), hint=hint) from error
 
+    def _texts(self, file: TextIO) -> Iterator[str]:
+        """The lines of the file, and the mark of its end."""
+        number = 0
+        while text := file.readline(_LONGEST_LINE):
+            number += 1
+            if len(text) == _LONGEST_LINE:
+                raise UserError(
+                    f"a line of the captions file has more than {_LONGEST_LINE:,} characters",
+                    where=f"{self._path}:{number}",
+                    hint="name a table with a line for each photo",
+                )
+            yield text
+        yield _END
+
     def _skips_spaces(self, delimiter: str) -> bool:
         """Whether a value, or the quote that it is in, begins after the spaces: where the header has them, rows do."""
         if delimiter != ",":
             return True
-        with self._path.open(encoding="utf-8-sig") as file:
+        with _opened(self._path) as file:
             return ", " in file.readline(1 << 16)
 
     def _no_file(self, header: Sequence[str]) -> UserError:
@@ -210,6 +248,25 @@ class _Table:
             where=str(self._path),
             hint=f"rename the column {near!r} to `file`" if near else "its first line names the columns",
         )
+
+
+def _opened(path: Path) -> TextIO:
+    """The captions file as text with its line ends as they are.
+
+    Raises:
+        UserError: it has more bytes than are read.
+        OSError: it cannot be opened.
+    """
+    file = open_regular(path)
+    size = os.fstat(file.fileno()).st_size
+    if size > MOST_BYTES:
+        file.close()
+        raise UserError(
+            f"the captions file has {size:,} bytes, more than {MOST_BYTES:,}",
+            where=str(path),
+            hint="name a table with a line for each photo",
+        )
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
 class _Names:

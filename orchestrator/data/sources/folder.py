@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from orchestrator.config.schema import MAX_PIXELS, DataSource
-from orchestrator.data.decode import UnreadableImage, use_rgb
-from orchestrator.data.sources.captions import Captions, captions_path, reads_as_before
+from orchestrator.data.decode import UnreadableImage, most_bytes, too_many_bytes, use_rgb
+from orchestrator.data.sources.captions import MOST_BYTES, Captions, captions_path, reads_as_before
 from orchestrator.data.sources.captions import read as read_captions
 from orchestrator.errors import UserError
-from orchestrator.fsio import open_regular, sha256_of, why
+from orchestrator.fsio import open_regular, pieces_of, why
 
 # Endings of the formats that `decode` knows.
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -24,6 +26,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif",
 # Folders by which a store is known, and all that runs make in one, MLflow's included.
 _OF_EACH_STORE = frozenset({"ledger", "pipelines"})
 _OF_STORES = _OF_EACH_STORE | {"artifacts", "work", "holds", "logs", "spool", "tracking", "mlartifacts"}
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,20 @@ def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[
         return ScannedImage(name, relative, *seen[-1], width, height, caption, label, error)
 
     # The decoders release the interpreter lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(scan_one, files))
+    return _side_by_side(scan_one, files, threading.Event())
+
+
+def _side_by_side(call: Callable[[T], R], items: Sequence[T], stop: threading.Event) -> list[R]:
+    """What `call` makes of each item, by several threads. What ends the wait, Ctrl-C included, sets `stop`."""
+    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="photos")
+    try:
+        return list(pool.map(call, items))
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        # Whoever ends this process need not wait for files that nobody asks for any more.
+        pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
 
 
 def list_images(source: DataSource, name: str) -> Listing:
@@ -130,7 +146,7 @@ def list_images(source: DataSource, name: str) -> Listing:
             where=f"data.{name}.path",
             hint="rename it: the index of the photos holds the names of files as text",
         )
-    listing = _Walk(source.path).listing()
+    listing = _Walk(source.path, source.max_pixels).listing()
     if source.captions is not None:
         kept = tuple(item for item in listing.left_out if not _is_captions(source, item.path))
         listing = Listing(listing.files, kept)
@@ -152,8 +168,8 @@ def _is_captions(source: DataSource, path: str) -> bool:
 class _Walk:
     """A walk through all folders below one: real ones before linked ones, so that a photo's path is the shorter way."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, max_pixels: int) -> None:
+        self._root, self._max_pixels = root, max_pixels
         self._files: list[str] = []
         self._left_out: list[LeftOut] = []
         # By device and inode: the path under which a folder was walked.
@@ -238,7 +254,7 @@ class _Walk:
             return f"its name ends in {ending}" if ending else "its name has no ending"
         if not os.access(self._root / path, os.R_OK):
             return "no permission to read it"
-        return None
+        return too_many_bytes(entry.stat().st_size, self._max_pixels)
 
     def _leave(self, path: str, reason: str) -> None:
         self._left_out.append(LeftOut(shown(path), reason))
@@ -283,13 +299,13 @@ def fingerprint(source: DataSource, name: str = "data") -> str:
     """
     files = list_images(source, name).files
     captions = _captions_path(source, name)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = list(pool.map(_digest_or_none, [source.path / file for file in files]))
+    stop, most = threading.Event(), most_bytes(source.max_pixels)
+    digests = _side_by_side(lambda file: _digest_or_none(source.path / file, most, stop), files, stop)
     whole = hashlib.sha256()
     for file, digest in zip(files, digests, strict=True):
         if digest is not None:
             whole.update(f"{len(file)}:{file}={digest};".encode())
-    whole.update(f"captions={_digest_or_none(captions) if captions else None}".encode())
+    whole.update(f"captions={_digest_or_none(captions, MOST_BYTES, stop) if captions else None}".encode())
     if captions is not None and not _reads_as_before(captions):
         # Versions that did not know such a header made something else of it.
         whole.update(b"captions with a loose header")
@@ -298,12 +314,18 @@ def fingerprint(source: DataSource, name: str = "data") -> str:
     return whole.hexdigest()
 
 
-def _digest_or_none(path: Path) -> str | None:
+def _digest_or_none(path: Path, most: int, stop: threading.Event) -> str | None:
+    """The sha256 of a file; None if it cannot be read, has more than `most` bytes, or nobody waits for it any more."""
+    whole = hashlib.sha256()
     try:
         with open_regular(path) as file:
-            return sha256_of(file)
+            for piece in pieces_of(file, most):
+                if stop.is_set():
+                    return None
+                whole.update(piece)
     except OSError:
         return None
+    return whole.hexdigest()
 
 
 def captions_of(source: DataSource, name: str, files: Sequence[str]) -> Captions:

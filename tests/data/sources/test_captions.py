@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import unicodedata
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_a_header_of_very_many_columns_is_refused_at_once(tmp_path: Path) -> Non
 
 def test_a_quote_that_is_not_closed_is_a_warning_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "captions.csv"
-    path.write_text('file,caption\na.jpg,"a cat\nb.jpg,a dog\n')
+    path.write_text('file,caption\na.jpg,"a cat\nb.jpg,a "dog\n')
     (warning,) = read(path, tmp_path, ["a.jpg", "b.jpg"]).warnings
     assert "a quote is probably not closed" in str(warning)
     assert "line 3" in str(warning)
@@ -152,3 +153,42 @@ def test_a_value_that_is_too_long_is_an_error_with_the_line_it_begins_on(tmp_pat
         read(path, tmp_path, ["a.jpg", "b.jpg"])
     assert "captions.csv:3" in str(raised.value)
     assert "close every quote" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('file,caption\na.jpg,a cat\nb.jpg,"a dog\n', ["quote in the last row", ".csv:3"]),
+        ('file,caption\na.jpg,a cat\nb.jpg,"a dog', ["quote in the last row", ".csv:3"]),
+        ('file,caption\na.jpg,"a cat\nb.jpg,a dog\n', ["quote in the last row", ".csv:2"]),
+        ('file;caption\na.jpg;"a cat""\n', ["quote in the last row", ".csv:2"]),
+        ('file,"caption\na.jpg,a cat\n', ["quote in the last row", ".csv:1"]),
+        ("file,caption\na.jpg,a cat\nb.jpg,a\0dog\n", ["NUL character", "line 3"]),
+        ("file,caption,label\na.jpg,a cat,\0\n", ["NUL character", "line 2"]),
+    ],
+    ids=["last", "no line end", "over rows", "doubled", "header", "NUL caption", "NUL label"],
+)
+def test_what_no_text_is_has_its_row_named(tmp_path: Path, text: str, said: list[str]) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read(path, tmp_path, ["a.jpg", "b.jpg"])
+    assert not [part for part in said if part not in str(caught.value)], caught.value
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
+def test_closed_quotes_in_the_last_row_are_read(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text(f'file,caption\na.jpg,"a ""cat"""{end}', newline="")
+    assert read(path, tmp_path, ["a.jpg"]).notes == {"a.jpg": ('a "cat"', None)}
+
+
+def test_a_captions_file_that_nobody_wrote_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("file,caption\n")
+    os.truncate(path, 300 << 30)
+    with pytest.raises(UserError, match="322,122,547,200 bytes, more than"):
+        read(path, tmp_path, ["a.jpg"])
+    os.truncate(path, 64 << 20)
+    with pytest.raises(UserError, match=r"a line of the captions file has more than 16,777,216 characters"):
+        read(path, tmp_path, ["a.jpg"])
