@@ -43,10 +43,9 @@ def gc(
     from orchestrator.pipeline.gc import collect
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.plan import resolve
-    from orchestrator.pipeline.workspace import Workspace
 
     loaded = load(file, overrides or [])
-    collect(console(), Workspace(loaded.spec.store), resolve(loaded), delete=yes)
+    collect(console(), loaded, resolve(loaded), delete=yes)
 
 
 def logs(

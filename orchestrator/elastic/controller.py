@@ -244,7 +244,6 @@ class ElasticRun:
                 self.monitor.saved(event)
             case "trouble":
                 self.monitor.log(logging.WARNING, event["what"])
-                self.monitor.line(event["what"])
             case "phase":
                 self.monitor.phase(event)
 

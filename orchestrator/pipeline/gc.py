@@ -18,7 +18,8 @@ from rich.text import Text
 from orchestrator.errors import UserError
 from orchestrator.pipeline.cache_key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
-from orchestrator.pipeline.plan import ResolvedStage
+from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.plan import ResolvedStage, as_recorded
 from orchestrator.pipeline.table import stage_table
 from orchestrator.pipeline.workspace import Workspace, removal_order
 from orchestrator.storage.artifacts import MANIFEST, ArtifactStore, folder_name
@@ -40,36 +41,62 @@ class Orphan:
     size: int
 
 
-def collect(console: Console, workspace: Workspace, stages: Sequence[ResolvedStage], *, delete: bool) -> None:
+def collect(
+    console: Console, loaded: LoadedPipeline, stages: Sequence[ResolvedStage], *, delete: bool
+) -> None:
     """Print the orphans of a store, and delete them if asked to.
 
     Args:
         console: where to.
-        workspace: of the store.
-        stages: of a pipeline as it is now; what it would use is needed too.
+        loaded: a pipeline of the store.
+        stages: of that pipeline with its data as it is now; what it would use is needed too.
         delete: whether to.
 
     Raises:
         UserError: what is needed is not known: a pipeline of the store is running, or see :func:`orphans`.
     """
+    workspace = Workspace(loaded.spec.store)
     if not workspace.exists():
         console.print(Text("There is no store yet."))
         return
     current = [stage.parts for stage in stages]
     _print_foreign(console, foreign(workspace))
     if not delete:
-        found = orphans(workspace, current)
+        found = left_behind(loaded, workspace, current)
         _print(console, found)
         if found:
             console.print(Text("Nothing was deleted. Add --yes to delete."))
         return
     with workspace.idle():
-        found = orphans(workspace, current)
+        found = left_behind(loaded, workspace, current)
         _print(console, found)
         for orphan in found:
             _delete(workspace, orphan)
     if found:
         console.print(Text("✓", "green").append(f" Deleted {_size(found)}.", "default"))
+
+
+def left_behind(
+    loaded: LoadedPipeline, workspace: Workspace, current: Iterable[KeyParts] = ()
+) -> list[Orphan]:
+    """What neither a ledger of the store needs nor the pipeline, if its data is what its ledger last said it was.
+
+    So says `status`, which reads no data, and so says `gc`.
+
+    Args:
+        loaded: the pipeline.
+        workspace: its own.
+        current: other keys that are needed.
+
+    Raises:
+        UserError: see :func:`orphans`.
+    """
+    current = list(current)
+    found = orphans(workspace, current)
+    if not found:
+        return found
+    stages = as_recorded(loaded, workspace.state(loaded.name))
+    return orphans(workspace, [*current, *(stage.parts for stage in stages)])
 
 
 def orphans(workspace: Workspace, current: Iterable[KeyParts] = ()) -> list[Orphan]:

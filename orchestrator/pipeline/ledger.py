@@ -17,7 +17,8 @@ from orchestrator.config.settings import Strict
 from orchestrator.errors import UserError, first_line
 from orchestrator.fsio import NotAFileError
 from orchestrator.names import parts_of
-from orchestrator.pipeline.cache_key import KeyParts
+from orchestrator.pipeline.cache_key import FORMAT as KEY_FORMAT
+from orchestrator.pipeline.cache_key import KeyParts, short
 from orchestrator.storage.store import Store
 
 StageStateName = Literal["pending", "running", "done", "failed", "stopped"]
@@ -69,6 +70,7 @@ class Event(Strict):
         event: what happened. `settled` says that a dead attempt's tracking run was closed.
         stage: the stage's name.
         parts: what decided the stage's key.
+        key: the key of these parts; events of earlier versions have none.
         reasons: why the stage ran.
         run_id: the tracking run of the stage or of the pipeline.
         seconds: how long the attempt took.
@@ -88,6 +90,7 @@ class Event(Strict):
     event: Happening
     stage: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_\-]*$")
     parts: Annotated[SerializeAsAny[KeyParts], BeforeValidator(_stored_parts)] | None = None
+    key: str | None = None
     reasons: tuple[str, ...] = ()
     run_id: str | None = Field(None, pattern=r"^[A-Za-z0-9_\-]+$")
     seconds: float | None = Field(None, ge=-_LONGEST_S, le=_LONGEST_S, allow_inf_nan=False)
@@ -248,7 +251,8 @@ class Ledger:
         """
         assert self._fence is not None, "only the driver that holds the pipeline appends"
         self._fence.check()
-        written = Event(time=time.time(), event=event, **fields)
+        parts = fields.get("parts")
+        written = Event(time=time.time(), event=event, key=parts.key if parts else None, **fields)
         self._tried = 1 + max(self._tried, *(name.number for name in self._events), -1)
         name = _Name(self._tried, self._fence.epoch)
         fields = {"format": written.format} | written.model_dump(mode="json", exclude_defaults=True)
@@ -291,9 +295,14 @@ def parse(data: bytes) -> Event:
             raise UnreadableRecordError(
                 f"it has format {found}, and this version reads formats up to {FORMAT}"
             )
-        return Event.model_validate_json(data)
+        event = Event.model_validate_json(data)
     except ValidationError as error:
         raise UnreadableRecordError(first_line(error)) from None
+    parts, key = event.parts, event.key
+    # How keys of another format are made is not known here.
+    if parts is not None and parts.format == KEY_FORMAT and key not in (None, parts.key):
+        raise UnreadableRecordError(f"its key {short(key or '')} does not fit its parts")
+    return event
 
 
 class _Name(NamedTuple):

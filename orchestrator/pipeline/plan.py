@@ -22,6 +22,7 @@ from orchestrator.storage.artifacts import Artifact
 
 # A dataset and its name → the hash of its content.
 Fingerprint = Callable[[DataSource, str], str]
+Hashes = Callable[[str, Stage], dict[str, str]]
 # A kind and a key → how far the unfinished work on it is, such as `step 40`; nothing if that is not known.
 Reached = Callable[[str, str], str]
 # A kind and a key → the content that the unfinished work on it reads, by role; None if that is not known.
@@ -134,12 +135,15 @@ class StagePlan:
         return self.stage.parts.kind
 
 
-def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> list[ResolvedStage]:
+def resolve(
+    loaded: LoadedPipeline, fingerprint: Fingerprint | None = None, hashes: Hashes | None = None
+) -> list[ResolvedStage]:
     """Every stage with its key, in running order.
 
     Args:
         loaded: the pipeline.
         fingerprint: the content hash of a dataset; default: the package's.
+        hashes: of the files that a stage's fields name, by field; default: they are read.
 
     Raises:
         UserError: the graph does not work out, or a dataset cannot be read.
@@ -155,7 +159,8 @@ def resolve(loaded: LoadedPipeline, fingerprint: Fingerprint | None = None) -> l
         parts = key_parts(
             stage,
             inputs={role: keys[need] for role, need in roles[name].items()},
-            data={source: prints[source] for source in stage.data_sources()} | contents(stage),
+            data={source: prints[source] for source in stage.data_sources()}
+            | (hashes(name, stage) if hashes else contents(stage)),
             seed=loaded.spec.seed,
         )
         keys[name] = parts.key
@@ -406,6 +411,25 @@ def _fingerprints(loaded: LoadedPipeline, fingerprint: Fingerprint) -> dict[str,
             where = loaded.where("data", name, "captions" if is_captions else "path")
             raise UserError(error.what, where=where, hint=error.hint) from None
     return prints
+
+
+def as_recorded(loaded: LoadedPipeline, state: PipelineState) -> list[ResolvedStage]:
+    """Every stage with the key that it has if its data is what the ledger last said it was; no data is read.
+
+    Empty if the stages do not work out.
+    """
+    parts = {name: stage.parts for name, stage in state.stages.items() if stage.parts is not None}
+    # The newest of a name; one that no stage has read yet has no artifact either.
+    datasets = {name: print_ for one in parts.values() for name, print_ in one.data.items()}
+
+    def hashes(name: str, stage: Stage) -> dict[str, str]:
+        known = parts[name].data if name in parts else {}
+        return {field: known.get(field, "") for field in stage.files()}
+
+    try:
+        return resolve(loaded, lambda source, name: datasets.get(name, ""), hashes)
+    except UserError:
+        return []
 
 
 def _fingerprint(source: DataSource, name: str) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.cache_key import short
 from orchestrator.pipeline.console import duration, figures, mark
-from orchestrator.pipeline.gc import orphans, summary
+from orchestrator.pipeline.gc import left_behind, summary
 from orchestrator.pipeline.ledger import StageState
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.process_identity import is_suspended
@@ -79,9 +79,9 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
 
 
 def _print_orphans(console: Console, loaded: LoadedPipeline, workspace: Workspace) -> None:
-    """What no ledger needs any more, or why that is not known."""
+    """What is needed no more, or why that is not known."""
     try:
-        found = orphans(workspace)
+        found = left_behind(loaded, workspace)
     except UserError as error:
         console.print(Text(f"! {error.what} ({error.where})", style="yellow"), soft_wrap=True)
         return

@@ -26,7 +26,7 @@ def gc(path: Path, *overrides: str, delete: bool = False) -> str:
     loaded = load(path, overrides, stage_type=toys.ToyStage)
     output = io.StringIO()
     console = Console(file=output, width=200)
-    collect(console, Workspace(loaded.spec.store), resolve(loaded, content), delete=delete)
+    collect(console, loaded, resolve(loaded, content), delete=delete)
     return output.getvalue()
 
 
@@ -125,6 +125,51 @@ def test_status_tells_of_orphans(pipeline: Path) -> None:
     (left,) = folders() - {f"artifacts/{path.name}" for path in Path("runs/artifacts").iterdir()}
     assert f"  {left}\n" in status(pipeline)
     assert left.startswith("work/pretrain-")
+
+
+def _changed_events(kind: str, *, with_key: bool) -> None:
+    """Another setting in each event of a stage, as a damaged disk or a hand may leave it."""
+    for path in Path("runs/ledger/toy").glob("*.json"):
+        event = json.loads(path.read_text())
+        if event.get("parts", {}).get("kind") == kind:
+            event["parts"]["config"]["ticks"] = {}
+            if not with_key:
+                del event["key"]
+            path.write_text(json.dumps(event))
+
+
+def test_an_event_whose_key_does_not_fit_its_parts_is_named(
+    pipeline: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(pipeline)
+    _changed_events("pretrain", with_key=True)
+    text = "records cannot be read, so it is unknown which artifacts are needed"
+    assert text in status(pipeline)
+    with pytest.raises(UserError, match=text):
+        gc(pipeline)
+    said = [
+        record.getMessage() for record in caplog.records if "does not fit its parts" in record.getMessage()
+    ]
+    assert len(said) == len(set(said)) == 2
+    assert all("ledger/toy/0" in line for line in said)
+
+
+def test_status_and_gc_agree_on_a_changed_event_of_an_earlier_version(pipeline: Path) -> None:
+    run(pipeline)
+    _changed_events("pretrain", with_key=False)
+    assert "Everything in the store is needed." in gc(pipeline)
+    assert "Left behind" not in status(pipeline)
+
+
+def test_status_and_gc_agree_when_settings_are_as_they_were(pipeline: Path) -> None:
+    run(pipeline)
+    run(pipeline, "stages.pretrain.ticks=2")
+    run(pipeline, "stages.pretrain.ticks=3")
+    # The file is as it was in the first run.
+    listed = {line.split()[0] for line in gc(pipeline).splitlines() if line.strip().startswith("artifacts/")}
+    assert kinds(listed) == ["artifacts/evaluate", "artifacts/pretrain"]
+    shown = {line.strip() for line in status(pipeline).splitlines() if line.startswith("  artifacts/")}
+    assert shown == listed
 
 
 def test_unfinished_work_and_the_last_good_artifact_are_needed(pipeline: Path) -> None:
