@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,6 +36,8 @@ _TURN_POLL_S = 0.1
 _FETCH_TRIES = 3
 _AT_ONCE = 8
 _log = logging.getLogger(__name__)
+# Damage to manifests that this process has said: a command reads them more than once.
+_said: set[tuple[str, str, str]] = set()
 
 
 class FileEntry(BaseModel):
@@ -52,6 +54,52 @@ def _file_name(name: str) -> str:
     if name == MANIFEST:
         raise ValueError(f"{MANIFEST} does not list itself")
     return name
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_pieces(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(one, list | tuple) and len(one) == 2 and all(isinstance(text, str) for text in one)
+        for one in value
+    )
+
+
+def _is_code(value: object) -> bool:
+    """Of earlier versions it is one hash."""
+    if isinstance(value, str):
+        return True
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("digest", ""), str)
+        and _is_texts(value.get("files", {}))
+    )
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+# What is read of a provenance, and how it looks; the rest may be anything.
+_READ: dict[str, Callable[[object], bool]] = {
+    "parts": lambda value: isinstance(value, dict) and _is_texts(value.get("inputs", {})),
+    "inputs": _is_texts,
+    "pieces": _is_pieces,
+    "code": _is_code,
+    "versions": _is_texts,
+    "made_by": _is_texts,
+    "stage": _is_text,
+    "run_id": _is_text,
+}
+
+
+def _readable(provenance: dict[str, Any]) -> dict[str, Any]:
+    wrong = [name for name, fits in _READ.items() if name in provenance and not fits(provenance[name])]
+    if wrong:
+        raise ValueError(f"no valid {', '.join(wrong)}")
+    return provenance
 
 
 class Manifest(BaseModel):
@@ -75,7 +123,7 @@ class Manifest(BaseModel):
     key: str
     created: str
     files: dict[Annotated[str, AfterValidator(_file_name)], FileEntry]
-    provenance: dict[str, Any]
+    provenance: Annotated[dict[str, Any], AfterValidator(_readable)]
     summary: dict[str, float]
 
     @property
@@ -319,7 +367,10 @@ class ArtifactStore:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            _log.warning("%s is damaged, the artifact will be made again: %s", name, first_line(error))
+            said = (self.store.uri, name, first_line(error))
+            if said not in _said:
+                _said.add(said)
+                _log.warning("%s is damaged, the artifact will be made again: %s", name, said[2])
             return None
         except UserError as error:
             raise UserError(error.what, where=f"{name} in store {self.store.uri}", hint=error.hint) from None

@@ -196,7 +196,8 @@ def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[s
     }
     if "index" in parts.get("inputs", {}):
         tags["orchestrator.index"] = parts["inputs"]["index"]
-    if code := distilled.manifest.provenance.get("code"):
+    code = distilled.manifest.provenance.get("code")
+    if isinstance(code, dict) and code.get("digest"):
         tags["orchestrator.code"] = code["digest"]
     # Not that of whoever publishes: an upgrade would register the same weights once more.
     if version := made_by(distilled).get(PACKAGE):

@@ -127,6 +127,43 @@ def test_status_tells_of_orphans(pipeline: Path) -> None:
     assert left.startswith("work/pretrain-")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("parts", 7),
+        ("parts", {"inputs": [1]}),
+        ("parts", {"inputs": {"index": 7}}),
+        ("pieces", {"a": 1}),
+        ("pieces", [["pretrain", 7]]),
+        ("pieces", 3),
+        ("inputs", "x"),
+        ("code", 7),
+        ("code", {"files": [1]}),
+        ("versions", ["torch"]),
+        ("made_by", 1),
+        ("stage", {}),
+        ("run_id", 1),
+    ],
+)
+def test_a_provenance_that_cannot_be_is_damage_and_named_once(
+    pipeline: Path, caplog: pytest.LogCaptureFixture, name: str, value: object
+) -> None:
+    run(pipeline)
+    run(pipeline, "stages.pretrain.ticks=2")
+    run(pipeline)
+    for folder in artifacts("pretrain"):
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["provenance"][name] = value
+        path.write_text(json.dumps(manifest))
+    assert "artifacts that no ledger needs" in status(pipeline)
+    assert "2 artifacts that no ledger needs" in gc(pipeline).lower()
+    assert planned(pipeline)["pretrain"].action == "run"
+    said = [text for text in map(str, (one.getMessage() for one in caplog.records)) if "is damaged" in text]
+    assert len(said) == len(set(said)) == 2
+    assert all(f"no valid {name}" in text for text in said)
+
+
 def _changed_events(kind: str, *, with_key: bool) -> None:
     """Another setting in each event of a stage, as a damaged disk or a hand may leave it."""
     for path in Path("runs/ledger/toy").glob("*.json"):
@@ -156,7 +193,7 @@ def test_an_event_whose_key_does_not_fit_its_parts_is_named(
 
 def test_status_and_gc_agree_on_a_changed_event_of_an_earlier_version(pipeline: Path) -> None:
     run(pipeline)
-    _changed_events("pretrain", with_key=False)
+    _changed_events("evaluate", with_key=False)
     assert "Everything in the store is needed." in gc(pipeline)
     assert "Left behind" not in status(pipeline)
 

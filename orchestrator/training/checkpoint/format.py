@@ -149,6 +149,10 @@ def parse(text: str | bytes, path: Path) -> CheckpointManifest:
     state = meta.get("state", {})
     if not isinstance(state, dict) or not all(isinstance(value, int | float) for value in state.values()):
         raise CheckpointError(f"{COMMIT} has no valid state")
+    # What is only shown: `meta` and `versions` of earlier versions may be missing.
+    wrong = [name for name in ("meta", "versions") if not isinstance(meta.get(name, {}), dict)]
+    if wrong:
+        raise CheckpointError(f"{COMMIT} has no valid {', '.join(wrong)}")
     entries = manifest.files.items()
     unusable = sorted(name for name, entry in entries if not _is_entry(entry)) + sorted(
         key for key, numel in manifest.keys.items() if not isinstance(numel, int) or numel < 0
