@@ -174,6 +174,8 @@ def _is_number(value: Any) -> bool:
 
 def _message(details: ErrorDetails) -> str:
     """Pydantic's message in the words of the file: what the value must be."""
+    if details["type"] in ("path_type", "path_error"):
+        return "must be a path"
     message = shortened(details["msg"], 300)
     for prefix, instead in _PREFIXES.items():
         if message.startswith(prefix):

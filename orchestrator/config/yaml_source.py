@@ -125,7 +125,7 @@ def lookup(data: Any, path: Sequence[str | int]) -> tuple[Any, bool]:
 def show(value: Any, limit: int = 80) -> str:
     """A value as the user could have written it, on one line."""
     if isinstance(value, str):
-        text = value if value and value == value.strip() and "\n" not in value else repr(value)
+        text = value if value == value.strip() and "\n" not in value and _is_text(value) else repr(value)
     elif value is None:
         text = "(empty)"
     elif isinstance(value, bool):
@@ -138,6 +138,12 @@ def show(value: Any, limit: int = 80) -> str:
     else:
         text = str(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _is_text(value: str) -> bool:
+    """Whether a value without quotes is read as this text, and not as a number, true, false or null."""
+    kind: str = _Loader("").resolve(yaml.ScalarNode, value, (True, False))
+    return kind == "tag:yaml.org,2002:str"
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Document:

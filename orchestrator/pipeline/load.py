@@ -287,12 +287,13 @@ def _missing_data(loaded: LoadedPipeline) -> list[UserError]:
             what = "no such folder" if not source.path.exists() else "not a folder"
             problems.append(_missing(loaded, what, ("data", name, "path"), source.path))
         if source.captions is not None and captions_path(source.captions, source.path) is None:
-            problems.append(_missing(loaded, "no such file", ("data", name, "captions"), source.captions))
+            what = _no_file(source.captions, source.path / source.captions)
+            problems.append(_missing(loaded, what, ("data", name, "captions"), source.captions))
     for name, stage in loaded.spec.stages.items():
         for field, paths in stage.files().items():
             where = ("stages", name, *field.split("."))
             problems += [
-                _missing(loaded, "no such file", where, path) for path in paths if not path.is_file()
+                _missing(loaded, _no_file(path), where, path) for path in paths if not path.is_file()
             ]
     return problems
 
@@ -343,8 +344,18 @@ def _check_exact(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserEr
     ]
 
 
+def _no_file(*places: Path) -> str:
+    """Why there is no file to read in any of the places."""
+    there = next((path for path in places if path.exists()), None)
+    if there is None:
+        return "no such file"
+    return "a folder and no file" if there.is_dir() else "not a regular file"
+
+
 def _missing(loaded: LoadedPipeline, what: str, path: tuple[str, ...], value: Path) -> UserError:
     beside = [item.name for item in value.parent.iterdir()] if value.parent.is_dir() else []
+    # What has the very name is something else than was wanted.
+    beside = [name for name in beside if name != value.name]
     close = nearest(value.name, beside)
     if close:
         hint = f"did you mean {value.parent / close}?"

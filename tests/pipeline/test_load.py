@@ -315,3 +315,43 @@ def test_what_is_no_folder_in_a_store_is_an_error_with_its_line(
         load(pipeline, stage_type=toys.ToyStage)
     assert f"{pipeline}:2" in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["not a regular file", "a folder and no file"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_captions_that_are_no_regular_file_are_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, inside: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    odd = (photos if inside else tmp_path) / "odd.csv"
+    if what == "not a regular file":
+        os.mkfifo(odd)
+    else:
+        odd.mkdir()
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "name: p\ndata: {photos: {path: photos, captions: odd.csv}}\nstages: {a: {kind: curate, data: [photos]}}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert f"{what}: odd.csv" in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_a_link_to_a_device_and_a_file_in_place_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").write_text("")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "name: p\ndata: {photos: {path: photos, captions: zero.csv}}\nstages: {a: {kind: curate, data: [photos]}}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert "not a folder: photos" in str(caught.value)
+    assert "not a regular file: zero.csv" in str(caught.value)
+    assert "did you mean" not in str(caught.value)

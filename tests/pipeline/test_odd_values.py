@@ -399,3 +399,28 @@ def test_any_text_loads_or_is_a_user_error(write: Callable[[str], Path], text: s
 @given(st.sampled_from(PATHS), st.text(max_size=12) | VALUES.map(str))
 def test_any_override_loads_or_is_a_user_error(path: tuple[Any, ...], text: str) -> None:
     loads_or_complains(ROOT / "conf" / "full_pipeline.yaml", ".".join(map(str, path)) + "=" + text)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.distill.students.vit-nano.zero_stage='3'", "must be 'auto', 0, 1, 2 or 3, not '3'"),
+        ("stages.distill.students.vit-nano.zero_stage='true'", "not 'true'"),
+        ("stages.distill.students.vit-nano.zero_stage='null'", "not 'null'"),
+        ("stages.distill.students.vit-nano.zero_stage=three", "not three"),
+    ],
+)
+def test_a_text_that_reads_like_a_number_is_in_quotes(tmp_path: Path, override: str, expected: str) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(_changed("name", "odd"))
+    assert expected in said(path, override)
+
+
+@pytest.mark.parametrize("value", ["null", "7", "[a]"])
+def test_what_is_no_path_is_told_in_plain_words(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(_changed("name", "odd"))
+    message = said(path, "data={photos: {path: " + value + "}}")
+    assert "must be a path" in message
+    assert "pathlib" not in message
+    assert "input" not in message.splitlines()[0]

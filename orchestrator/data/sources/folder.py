@@ -350,11 +350,17 @@ def _captions_path(source: DataSource, name: str) -> Path | None:
     path = captions_path(source.captions, source.path)
     if path is None:
         raise UserError(
-            f"the captions file {source.captions} of dataset {name!r} does not exist",
+            f"the captions file {source.captions} of dataset {name!r} {_lacking(source)}",
             where=f"data.{name}.captions",
             hint="give its path from here or from the source's folder",
         )
     return path
+
+
+def _lacking(source: DataSource) -> str:
+    captions = source.captions
+    there = captions is not None and (captions.exists() or (source.path / captions).exists())
+    return "is not a regular file" if there else "does not exist"
 
 
 def _reads_as_before(captions: Path) -> bool:
