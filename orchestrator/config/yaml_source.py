@@ -142,7 +142,8 @@ def show(value: Any, limit: int = 80) -> str:
 
 def _is_text(value: str) -> bool:
     """Whether a value without quotes is read as this text, and not as a number, true, false or null."""
-    kind: str = _Loader("").resolve(yaml.ScalarNode, value, (True, False))
+    loader: Any = _Loader("")
+    kind: str = loader.resolve(yaml.ScalarNode, value, (True, False))
     return kind == "tag:yaml.org,2002:str"
 
 

@@ -27,7 +27,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif",
 _OF_EACH_STORE = frozenset({"ledger", "pipelines"})
 _OF_STORES = _OF_EACH_STORE | {"artifacts", "work", "holds", "logs", "spool", "tracking", "mlartifacts"}
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
