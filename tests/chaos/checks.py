@@ -235,8 +235,9 @@ def _title(process: Any) -> str:
 
 
 def shared_memory() -> set[str]:
-    """What is in shared memory under a name now: files of /dev/shm and System V segments."""
-    names = {str(path) for path in _SHM.rglob("*") if not path.is_dir()}
+    """What is in shared memory under a name now: files of /dev/shm, but for those of tests, and System V segments."""
+    tops = (path for path in _SHM.iterdir() if not path.name.startswith("pytest-of-"))
+    names = {str(path) for top in tops for path in (top, *top.rglob("*")) if not path.is_dir()}
     with contextlib.suppress(OSError):
         lines = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
         names |= {f"System V segment {line.split()[1]}" for line in lines}
