@@ -18,7 +18,7 @@ from orchestrator.errors import shortened
 from orchestrator.pipeline.cache_key import short
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.table import Rows
-from orchestrator.redact import redacted
+from orchestrator.redact import HIDDEN, KeyBlocks, redacted
 
 if TYPE_CHECKING:
     from orchestrator.errors import UserError
@@ -236,10 +236,13 @@ class _ToConsole(logging.Handler):
         super().__init__(logging.INFO)
         self._console = console
         self._ticker = ticker
+        self._keys = KeyBlocks()
 
     def emit(self, record: logging.LogRecord) -> None:
         """The newest message goes to the ticker, or a line of its own where there is none; warnings stay."""
-        first = shortened(redacted(next(iter(record.getMessage().splitlines()), "")))
+        message = record.getMessage()
+        hides = self._keys.hides(message)
+        first = HIDDEN if hides else shortened(redacted(next(iter(message.splitlines()), "")))
         self._ticker.message = first
         if record.levelno == logging.INFO and not self._console.is_terminal:
             self._console.print(Text(f"  · {first}", style="bright_black"), soft_wrap=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.redact import redacted
+from orchestrator.redact import HIDDEN, KeyBlocks, redacted
 
 _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 
@@ -17,7 +18,14 @@ _FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 class _Formatter(logging.Formatter):
     """Lines without what may be a secret, in tracebacks too."""
 
+    def __init__(self) -> None:
+        super().__init__(_FORMAT)
+        self._keys = KeyBlocks()
+
     def format(self, record: logging.LogRecord) -> str:
+        if self._keys.hides(record.getMessage()):
+            record = copy.copy(record)
+            record.msg, record.args = HIDDEN, None
         return redacted(super().format(record))
 
 
@@ -41,7 +49,7 @@ def stage_log(path: Path, title: str) -> Iterator[logging.Logger]:
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = logging.getLogger("orchestrator")
     handler = _File(path, encoding="utf-8")
-    handler.setFormatter(_Formatter(_FORMAT))
+    handler.setFormatter(_Formatter())
     handler.setLevel(logging.INFO)
     level = logger.level
     logger.addHandler(handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -214,6 +215,10 @@ PLANTED = {
     "of the package index": "planted-index-password",
     "of the stage": "planted-in-an-exception",
     "of an override": "planted-in-an-override",
+    "of a cloud": 'planted-"cloud"-credentials',
+    "of a passphrase": "planted-passphrase",
+    "of a header": "planted-in-1-header",
+    "of a field": "planted-in-a-field",
 }
 PIPELINE = f"""\
 name: toy
@@ -240,8 +245,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         "MLFLOW_TRACKING_PASSWORD": PLANTED["of the server"],
         "AWS_SECRET_ACCESS_KEY": PLANTED["of the store"],
         "AWS_SESSION_TOKEN": PLANTED["of the session"],
+        "CLOUD_CREDENTIALS": PLANTED["of a cloud"],
+        "GPG_PASSPHRASE": PLANTED["of a passphrase"],
         "TOY_LEAK": f"https://me:{PLANTED['of the stage']}@host/?token={PLANTED['of the stage']} "
-        f"{PLANTED['of the server']} {PLANTED['of the store']} {PLANTED['of the session']}",
+        f"{PLANTED['of the server']} {PLANTED['of the store']} {PLANTED['of the session']} "
+        f"{PLANTED['of a cloud']} {json.dumps(PLANTED['of a cloud'])} {PLANTED['of a passphrase']} "
+        f"Authorization: Bearer {PLANTED['of a header']} {json.dumps({'password': PLANTED['of a field']})}",
     }
     override = f"elastic.resources.runtime_env.env_vars.OTHER_TOKEN={PLANTED['of an override']}"
     said = ""
