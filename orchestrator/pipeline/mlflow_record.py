@@ -107,7 +107,7 @@ def models(
             ModelRecord(
                 name=f"{stage.name}-{name}" if name else stage.name,
                 kind=str(config.get("preset", stage.parts.kind)),
-                folder=folder if is_small else None,
+                folder=below_artifacts(workspace, folder) if is_small else None,
                 texts={"MLmodel": mlmodel(folder, made_by(artifact).get("python"))} if is_small else {},
                 params={**_params(stage, name), "model": config.get("config", config)},
                 tags={
@@ -121,6 +121,12 @@ def models(
             )
         )
     return found
+
+
+def below_artifacts(workspace: Workspace, folder: Path) -> Path:
+    """A folder of an artifact as a record may have it, which is sent from where the store is then."""
+    root = workspace.artifacts_folder
+    return folder.relative_to(root) if folder.is_relative_to(root) else folder.absolute()
 
 
 def _params(stage: ResolvedStage, student: str) -> dict[str, Any]:

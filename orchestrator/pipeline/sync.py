@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
@@ -12,6 +13,7 @@ from orchestrator.pipeline import tracking_run
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.tracking.backlog import backlog, clock, counted, pending
+from orchestrator.tracking.connect import database_path
 from orchestrator.tracking.flusher import Counts
 from orchestrator.tracking.run import PATIENCE_S
 from orchestrator.tracking.spool import Spool
@@ -19,6 +21,7 @@ from orchestrator.tracking.spool import Spool
 # Where there is no terminal, a line so often.
 _LINE_S = 5.0
 _LOOK_S = 0.5
+_SENDING = "sending tracking records"
 _NOTHING = " Nothing waits: MLflow has all that was recorded."
 
 
@@ -39,7 +42,9 @@ def sync(console: Console, loaded: LoadedPipeline, patience: float = PATIENCE_S)
         return True
     with (
         workspace.drive(loaded.name, console.print),
-        _Shown(console, Spool(workspace.spool(loaded.name))) as shown,
+        _Shown(
+            console, Spool(workspace.spool(loaded.name)), database_path(loaded.spec.tracking.uri)
+        ) as shown,
     ):
         counts, after = tracking_run.send(loaded, workspace, shown.watch, patience, shown.begin)
     lost = _lost(counts)
@@ -60,16 +65,17 @@ def _lost(counts: Counts) -> str:
     """Of records that will never be in MLflow, how many there were."""
     refused = f"; MLflow refused {counts.refused:,}" if counts.refused else ""
     unknown = f"; {counts.unknown:,} skipped, of a kind that this version does not know"
-    return refused + (unknown if counts.unknown else "")
+    unusable = f"; {counts.unusable:,} left out, whose content or files cannot be used"
+    return refused + (unknown if counts.unknown else "") + (unusable if counts.unusable else "")
 
 
 class _Shown:
     """How far the sending is: a bar on a terminal, lines elsewhere."""
 
-    def __init__(self, console: Console, spool: Spool) -> None:
-        self._console, self._spool = console, spool
+    def __init__(self, console: Console, spool: Spool, database: Path | None = None) -> None:
+        self._console, self._spool, self._database = console, spool, database
         self._bar = Progress(
-            TextColumn("  sending tracking records"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TimeElapsedColumn(),
@@ -77,7 +83,7 @@ class _Shown:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=None, visible=False)
+        self._task = self._bar.add_task(_SENDING, total=None, visible=False)
         self._looked = self._line = time.monotonic()
         self._bytes, self._what = 0, ""
 
@@ -104,8 +110,13 @@ class _Shown:
         return True
 
     def _show(self, sent: int, now: float) -> None:
-        self._bar.update(self._task, completed=sent)
+        # It gets its name once it is whole.
+        creates = self._database is not None and not self._database.exists()
+        doing = f"creating the tracking database {self._database}" if creates else _SENDING
+        self._bar.update(self._task, completed=sent, description=doing)
         if not self._console.is_terminal and now - self._line >= _LINE_S:
             self._line = now
-            text = f"  sent {sent / 1e6:,.1f} of {self._bytes / 1e6:,.1f} MB: {self._what}"
+            text = f"  {doing} for {self._what}"
+            if not creates:
+                text = f"  sent {sent / 1e6:,.1f} of {self._bytes / 1e6:,.1f} MB: {self._what}"
             self._console.print(Text(text), soft_wrap=True)

@@ -165,6 +165,13 @@ class _Watch:
 
     def _tell(self, found: Backlog, seconds: float) -> None:
         end = " Ctrl-C stops it and keeps the records." if self._may_end else ""
+        database = database_path(self._loaded.spec.tracking.uri)
+        if database is not None and not database.exists():
+            self._say(
+                f"The tracking database {database} is being created, for {seconds:.0f} s so far: "
+                f"{counted(found.records)} are sent to it then.{end}"
+            )
+            return
         self._say(
             f"Still sending after {seconds:.0f} s: {counted(found.records)} to {where(self._loaded)}. This ends when "
             f"all are accepted, or when none was for {PATIENCE_S:.0f} s.{end}"

@@ -22,6 +22,7 @@ from orchestrator.tracking.mlflow_writer import (
     RejectedError,
     RunGoneError,
     UnknownRecordError,
+    UnusableRecordError,
 )
 from orchestrator.tracking.outage import silent, trouble
 from orchestrator.tracking.spool import Record, Spool, is_run_id
@@ -46,11 +47,13 @@ class Counts:
         sent: MLflow has them.
         refused: MLflow will never take them.
         unknown: they are of kinds that this version does not know.
+        unusable: they are damaged, or their files are not in the store.
     """
 
     sent: int = 0
     refused: int = 0
     unknown: int = 0
+    unusable: int = 0
 
 
 @dataclass
@@ -277,7 +280,8 @@ class Flusher:
                 return sent
             self.counts.refused += left_out.refused
             self.counts.unknown += left_out.unknown
-            self.counts.sent += count - left_out.refused - left_out.unknown
+            self.counts.unusable += left_out.unusable
+            self.counts.sent += count - left_out.refused - left_out.unknown - left_out.unusable
             state.offset = records[count - 1][1]
             self._note(run_id, state)
             self._answered()
@@ -310,7 +314,7 @@ class Flusher:
         """Sends records of one kind. False if the run cannot be opened before its parent is.
 
         Args:
-            left_out: gets those added that are refused or unknown.
+            left_out: gets those added that are not sent.
         """
         first = batch[0]
         try:
@@ -343,12 +347,16 @@ class Flusher:
                 return True
             is_unknown = isinstance(error, UnknownRecordError)
             left_out.unknown += is_unknown
-            left_out.refused += not is_unknown
+            is_unusable = isinstance(error, UnusableRecordError)
+            left_out.unusable += is_unusable
+            left_out.refused += not (is_unknown or is_unusable)
             if (run_id, first["op"]) not in self._refused:
                 self._refused.add((run_id, first["op"]))
                 what = (
                     "a record is skipped"
                     if is_unknown
+                    else f"a record of kind {first['op']!r:.40} is left out"
+                    if is_unusable
                     else f"MLflow refuses a record of kind {first['op']!r:.40}"
                 )
                 _log.warning("run %s: %s: %s", run_id, what, error)

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,10 @@ class RunGoneError(Exception):
 
 class RejectedError(Exception):
     """MLflow will never take this record."""
+
+
+class UnusableRecordError(RejectedError):
+    """A record that is not sent: what it says cannot be right, or its files are not where it may take them from."""
 
 
 class UnknownRecordError(RejectedError):
@@ -142,7 +146,7 @@ class MlflowWriter:
                 case "tags":
                     self._tags(client, mlflow_id, _texts(record["tags"]))
                 case "finish" if record["status"] not in ("FINISHED", "FAILED", "KILLED"):
-                    raise RejectedError(f"unknown status: {record['status']!r:.40}")
+                    raise UnusableRecordError(f"unknown status: {record['status']!r:.40}")
                 case "finish":
                     client.set_terminated(mlflow_id, record["status"], end_time=record["time_ms"])
                 case "file":
@@ -271,26 +275,41 @@ def _copy_of(record: Record, files: Path) -> tuple[Path, str | None]:
             parts_of(str(folder))
         return inside(files, f"{record['copy']}/{record['name']}"), folder
     except BadNameError as error:
-        raise RejectedError(str(error)) from error
+        raise UnusableRecordError(str(error)) from error
 
 
 def _model_folder(record: Record, artifacts: Path | None) -> Path | None:
     """The folder of a model's files, or None if none are here; see :func:`_copy_of`.
 
+    A record names a folder below the store's artifacts. Those of earlier versions have its absolute path, of a store
+    that may have been moved since: what follows `artifacts/` in it is looked for in this one.
+
     Raises:
-        RejectedError: it is not one of the store's artifacts.
+        UnusableRecordError: it is not one of the store's artifacts.
     """
     if record.get("folder") is None:
         return None
-    if not os.path.isdir(record["folder"]):  # noqa: PTH112 (Path.is_dir raises for names that are too long)
+    name = record["folder"]
+    known = [] if artifacts is None else [f"{artifacts.absolute()}/{one}" for one in _below_artifacts(name)]
+    places = (*known, name) if name.startswith("/") else known
+    path = next((one for one in places if os.path.isdir(one)), None)  # noqa: PTH112 (Path.is_dir raises for names that are too long)
+    if path is None:
         return None
     # With links resolved: `..` and links would lead out of a folder that only looks like one of the store's.
-    folder = Path(record["folder"]).resolve()
+    folder = Path(path).resolve()
     if artifacts is None or not folder.is_relative_to(artifacts.resolve()):
-        raise RejectedError(
-            f"the files of a model are not in the store's artifacts: {record['folder']!r:.80}"
-        )
+        raise UnusableRecordError(f"the files of a model are not in the store's artifacts: {name!r:.80}")
     return folder
+
+
+def _below_artifacts(name: str) -> Iterator[str]:
+    """What of a folder's name may be its path below the store's artifacts."""
+    if not name.startswith("/"):
+        yield name
+        return
+    parts = name.split("/")
+    # A folder above the store may have the same name.
+    yield from ("/".join(parts[at + 1 :]) for at in range(len(parts) - 1) if parts[at] == "artifacts")
 
 
 def _check_texts(record: Record) -> None:
@@ -298,9 +317,9 @@ def _check_texts(record: Record) -> None:
         try:
             parts = parts_of(name)
         except BadNameError as error:
-            raise RejectedError(str(error)) from error
+            raise UnusableRecordError(str(error)) from error
         if len(parts) > 1 or not isinstance(text, str):
-            raise RejectedError(f"not the name or not the text of a file: {name!r:.80}")
+            raise UnusableRecordError(f"not the name or not the text of a file: {name!r:.80}")
 
 
 class _Translated:
@@ -310,6 +329,8 @@ class _Translated:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RejectedError):  # our own word on it
+            return
         code: Any = getattr(error, "error_code", None)
         if code == "RESOURCE_DOES_NOT_EXIST":
             raise RunGoneError(str(error)) from error

@@ -51,8 +51,8 @@ class ModelRecord:
     Attributes:
         name: for people.
         kind: such as `vit_nano`.
-        folder: its files, which nobody changes any more, in an artifact of the store; None leaves them where `tags`
-            says.
+        folder: its files, which nobody changes any more, in an artifact of the store: a path below the store's
+            artifacts, so that the store may be moved, or an absolute one; None leaves them where `tags` says.
         texts: further small files, by name.
         params: dotted names or nested.
         tags: likewise.
@@ -199,7 +199,7 @@ class SpooledRun(Run):
             "model",
             name=made.name,
             kind=made.kind,
-            folder=str(made.folder.absolute()) if made.folder else None,
+            folder=made.folder.as_posix() if made.folder else None,
             texts=dict(made.texts),
             params=flatten(made.params),
             tags=flatten(made.tags),

@@ -40,9 +40,33 @@ def test_records_are_counted_once_and_bytes_are_shown(
             spool.path("run").with_suffix(".progress").write_text(json.dumps({"offset": end}))
             assert shown.watch()
             shown._bar.refresh()
-    assert len(counts) == 1
-    assert shown.records == 4
+    assert [found and found.records for found in counts] == [4]
     assert isinstance(console.file, io.StringIO)
     said = console.file.getvalue()
     assert ("1.0/1.5 MB" if terminal else "  sent 1.0 of 1.5 MB: 4 tracking records, the oldest of ") in said
     assert ("1.5/1.5 MB" if terminal else "  sent 1.5 of 1.5 MB: ") in said
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_database_that_is_being_created_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr(sync, "_LOOK_S", 0.0)
+    monkeypatch.setattr(sync, "_LINE_S", 0.0)
+    spool, database = Spool(tmp_path / "spool"), tmp_path / "[new].db"
+    spool.post("run", "open", name="toy", tags=None)
+    console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
+    with sync._Shown(console, spool, database) as shown:
+        shown.begin()
+        shown.watch()
+        shown._bar.refresh()
+        assert isinstance(console.file, io.StringIO)
+        said = console.file.getvalue()
+        assert f"  creating the tracking database {database}" in said
+        assert "  sent " not in said
+        database.touch()
+        shown.watch()
+        shown._bar.refresh()
+    assert ("sending tracking records" if terminal else "  sent 0.0 of 0.0 MB: ") in console.file.getvalue()[
+        len(said) :
+    ]

@@ -197,7 +197,8 @@ def test_a_model_record_neither_uploads_nor_writes_anything_else(
     assert flusher.drain(60.0), "nothing holds up the rest"
     flusher.stop(5.0)
 
-    assert "MLflow refuses a record of kind 'model'" in caplog.text
+    assert "a record of kind 'model' is left out: " in caplog.text
+    assert "MLflow refuses" not in caplog.text
     kept = sorted(path.name for path in (tmp_path / "runs" / "mlartifacts").rglob("*") if path.is_file())
     assert kept == ["MLmodel", "config.json"]
     assert not list(tmp_path.rglob("escaped"))
@@ -316,3 +317,31 @@ def test_what_is_no_file_in_a_spool_holds_nothing_up(
     waits = backlog(later)
     assert waits is not None
     assert waits.records == 1
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "pretrain-k/model",
+        "{tmp}/old/artifacts/pretrain-k/model",
+        "{tmp}/artifacts/old/artifacts/pretrain-k/model",
+    ],
+)
+@pytest.mark.parametrize("old", ["gone", "there"])
+def test_a_model_of_a_store_that_was_moved_is_sent(
+    uri: str, spool: Spool, tmp_path: Path, folder: str, old: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Records of version 0.2 have the absolute path of the folder."""
+    folder = folder.format(tmp=tmp_path)
+    here = tmp_path / "store" / "artifacts" / "pretrain-k" / "model"
+    for place in (here, Path(folder)) if old == "there" and folder.startswith("/") else (here,):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text("here" if place == here else "there")
+    spool.post("run", "open", name="run", parent=None)
+    spool.post("run", "model", **{**MODEL, "name": "moved", "folder": folder})
+    flusher = Flusher(spool, MlflowWriter(uri, "food", artifacts=tmp_path / "store" / "artifacts"))
+    assert flusher.drain(60.0)
+    flusher.stop(5.0)
+    assert flusher.counts.unusable == 0, caplog.text
+    (kept,) = (tmp_path / "runs" / "mlartifacts").rglob("config.json")
+    assert kept.read_text() == "here"
