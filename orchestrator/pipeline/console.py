@@ -78,10 +78,12 @@ class Reporter:
         """Something that may be wrong, with its place and the nearest right thing."""
         _print_warning(self._console, warning)
 
-    def lost(self, why: str) -> None:
+    def lost(self, why: str, hint: str | None = None) -> None:
         """Another driver may have the pipeline by now, so this one ends."""
         line = Text("✗", "red").append(f" Ended: {why}.", "default")
         self._console.print(line.append(" Nothing more was written.", "default"), soft_wrap=True)
+        if hint is not None:
+            self._console.print(Text(f"  hint {hint}", "bright_black"), soft_wrap=True)
 
     def begin(self, plans: Sequence[StagePlan]) -> None:
         """The run starts."""

@@ -21,17 +21,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import disk
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, first_line, shortened
 from orchestrator.pipeline.liveness import Contender, HeartbeatMonitor, Timing, clock, heartbeat_name
 from orchestrator.pipeline.lock_queue import LockQueue, LockTakenError, QueueEntry
 from orchestrator.pipeline.process_identity import ProcessIdentity, is_suspended, lives, this_process
+from orchestrator.redact import redacted
 from orchestrator.storage.store import Store
 
 _log = logging.getLogger(__name__)
 
 
 class LeaseLostError(Exception):
-    """The hold on a name was lost: another process may have it by now, so nothing more may be written."""
+    """The hold on a name was lost: another process may have it by now, so nothing more may be written.
+
+    Attributes:
+        hint: what to do about it, if that is known.
+    """
+
+    def __init__(self, what: str, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class Lease:
         self.epoch = entry.number
         self.notes = notes
         self.lost: str | None = None
+        self._hint: str | None = None
         self.on_lost: Callable[[], None] = lambda: None
         self._leases = leases
         self._queue = queue
@@ -86,7 +96,7 @@ class Lease:
     def raise_if_lost(self) -> None:
         """Raises LeaseLostError if the hold is known to be lost; asks nobody."""
         if self.lost is not None:
-            raise LeaseLostError(f"lost the lock on {self._what}: {self.lost}")
+            raise LeaseLostError(f"lost the lock on {self._what}: {self.lost}", self._hint)
 
     def renew(self) -> None:
         """Send a heartbeat, and see that the entry is still in the queue. Errors of the store pass through."""
@@ -102,9 +112,9 @@ class Lease:
                     # give that the time it needs to be seen.
                     time.sleep(timing.heartbeat_s)
                 there = self._queue.has(self._entry)
-            except Exception:
+            except Exception as error:
                 if self._since_renewal() >= timing.timeout_s:
-                    self._lose(f"the store could not be reached for {self._since_renewal():.0f} s")
+                    self._lose_for(error)
                 raise
             if there:
                 self._confirmed = began
@@ -121,6 +131,17 @@ class Lease:
 
     def _since_renewal(self) -> float:
         return clock() - self._confirmed
+
+    def _lose_for(self, error: Exception) -> None:
+        without = f"for {self._since_renewal():.0f} s"
+        if disk.is_full(error):
+            self._hint = "free some space on it and run the same command again: it continues there"
+            self._lose(
+                f"{disk.described(error, [self._leases.root])}, and its heartbeat could not be written {without}"
+            )
+            return
+        self._hint = "check the store, then run the same command again: it continues there"
+        self._lose(f"the store could not be reached {without}: {shortened(redacted(first_line(error)), 200)}")
 
     def _lose(self, why: str) -> None:
         self.lost = why
@@ -150,6 +171,11 @@ class LeaseManager:
         self._lock = threading.Lock()
         self._users = 0
         self._stop = threading.Event()
+
+    @property
+    def root(self) -> Path:
+        """Where the store is on this machine."""
+        return self._store.root
 
     @contextlib.contextmanager
     def hold(

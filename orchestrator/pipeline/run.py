@@ -80,7 +80,7 @@ def execute(
             start = start_cluster or starting_cluster(loaded, stages, reporter.note)
             return _Driver(loaded, stages, workspace, lease, reporter, start, open_tracking, choice).execute()
     except LeaseLostError as error:
-        reporter.lost(str(error))
+        reporter.lost(str(error), error.hint)
         return FAILED
     except Exception as error:
         if isinstance(error, UserError) or not disk.is_full(error):

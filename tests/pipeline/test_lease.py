@@ -6,6 +6,8 @@ A holder "elsewhere" is a process whose machine the others do not know: they hav
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import multiprocessing
 import os
@@ -21,10 +23,12 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 from scheduled import MemoryStore
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline import liveness, process_identity
+from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.lease import LeaseLostError, LeaseManager
 from orchestrator.pipeline.liveness import HeartbeatMonitor, Timing
 from orchestrator.pipeline.process_identity import ProcessIdentity, is_suspended, lives, this_process
@@ -227,10 +231,11 @@ class Away(LocalStore):
     """A store that can be out of reach."""
 
     away = False
+    error = OSError("no route to host")
 
     def put_bytes(self, name: str, data: bytes) -> None:
         if self.away:
-            raise OSError("no route to host")
+            raise self.error
         super().put_bytes(name, data)
 
 
@@ -252,6 +257,36 @@ def test_a_store_that_stays_away_ends_the_hold(tmp_path: Path) -> None:
         store.away = False
         with pytest.raises(LeaseLostError, match="the store could not be reached for"):
             lease.check()
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "hint"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "disk",
+            "free some space on it and run the same command",
+        ),
+        (OSError("no route to host"), "no route to host", "check the store, then run the same command"),
+    ],
+)
+def test_why_a_hold_was_lost_and_what_to_do_are_said(
+    tmp_path: Path, error: OSError, cause: str, hint: str
+) -> None:
+    store, lost, out = Away(tmp_path), threading.Event(), io.StringIO()
+    store.error = error
+    with LeaseManager(store, Timing(0.1, 1.0)).hold("it", "thing it") as lease:
+        lease.on_lost = lost.set
+        store.away = True
+        assert lost.wait(20)
+        store.away = False
+        with pytest.raises(LeaseLostError, match=cause) as caught:
+            lease.check()
+    Reporter(Console(file=out, width=200)).lost(str(caught.value), caught.value.hint)
+    (said, shown) = out.getvalue().splitlines()
+    assert cause in said
+    assert said.endswith("Nothing more was written.")
+    assert shown.startswith(f"  hint {hint}")
 
 
 def test_of_two_holds_one_that_cannot_be_renewed_is_one_warning(
