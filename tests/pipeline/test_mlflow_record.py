@@ -109,6 +109,10 @@ def test_everything_is_in_mlflow_or_referenced(pipeline: Path, empty_database: P
 
     check_datasets(root, curate, pretrain)
     check_model(client, pretrain)
+    # The store may be moved before this is sent.
+    spool = Spool(Path("runs/spool/toy"))
+    folders = [one["folder"] for run in spool.run_ids() for one, _ in spool.read(run) if one["op"] == "model"]
+    assert folders == [f"pretrain-{pretrain.data.tags['orchestrator.key'][:16]}/model"]
     check_artifacts(client, root, pretrain)
     check_description(client, root, pretrain)
 
