@@ -436,7 +436,7 @@ def _parsed(text: bytes) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise ValueError(first_line(error)) from None
+        raise ValueError(first_line(error).replace(": Value error, ", ": ")) from None
     if not manifest.files:
         raise ValueError("it lists no files")
     return manifest
