@@ -19,6 +19,7 @@ class MemoryStore:
     A listing shows what was there all the while; of what came or went meanwhile every other object.
     """
 
+    uri = "memory:"
     remote = False
 
     def __init__(self, objects: dict[str, bytes], turn: Callable[[], None] = lambda: None) -> None:

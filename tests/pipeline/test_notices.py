@@ -21,7 +21,8 @@ def test_a_dead_driver_with_several_places_is_named_once() -> None:
 def test_a_sending_that_takes_long_says_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(tracking_run, "where", lambda loaded: "http://mlflow")
-    watch = tracking_run._Watch(SimpleNamespace(), SimpleNamespace(), said.append, None)  # type: ignore[arg-type]
+    loaded: Any = SimpleNamespace(spec=SimpleNamespace(tracking=SimpleNamespace(uri="http://mlflow")))
+    watch = tracking_run._Watch(loaded, SimpleNamespace(), said.append, None)  # type: ignore[arg-type]
     watch._tell(SimpleNamespace(records=19), 6.0)  # type: ignore[arg-type]
     assert said == [
         "Still sending after 6 s: 19 tracking records to http://mlflow. This ends when all are accepted, or when "
