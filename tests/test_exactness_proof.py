@@ -29,8 +29,8 @@ from safetensors.numpy import load_file
 from orchestrator.tracking.spool import Spool
 from tools.market import SpotMarket
 
-# A student's steps are the shortest: a machine that is added takes some 50 of them to warm up.
-STEPS = {"pretrain": 80, "gram": 80, "high_res": 80, "distill/vit": 240, "align_text": 80}
+# A machine that is added takes seconds to warm up: some 50 steps of a student, or of a stage that is not sharded.
+STEPS = {"pretrain": 80, "gram": 240, "high_res": 240, "distill/vit": 240, "align_text": 240}
 TRAINING = tuple(STEPS)
 # Of the disturbed runs; the undisturbed one has 3 for 0 and 0 for 3.
 ZERO_STAGES = {"pretrain": 3, "gram": 0, "high_res": 0, "distill.students.vit": 3, "align_text": 0}
@@ -55,10 +55,11 @@ PIPELINE: dict[str, Any] = {
         },
         "gram": {
             **SSL, "kind": "gram_anchor", "needs": ["curate", "pretrain"], "crops": {**CROPS, "gram_size": 64},
+            "steps": STEPS["gram"],
             "gram": {"teacher": 40, "first_update": 30, "update_every": 40},
         },
         "high_res": {
-            **SSL, "kind": "high_res", "needs": ["curate", "gram"],
+            **SSL, "kind": "high_res", "needs": ["curate", "gram"], "steps": STEPS["high_res"],
             "crops": {"num_local": 2, "blur_sigma": [0.1, 0.6]},
             "resolutions": [
                 {"global_size": 32, "local_size": 16, "gram_size": 48, "p": 0.5},
@@ -71,6 +72,7 @@ PIPELINE: dict[str, Any] = {
         },
         "align_text": {
             **COMMON, "kind": "align_text", "needs": ["curate", "distill"], "student": "vit", "image_size": 32,
+            "steps": STEPS["align_text"],
             "text": {"dim": 32, "depth": 2, "num_heads": 2}, "optimizer": {"lr": {"peak": 1e-3}},
         },
     },
