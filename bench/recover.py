@@ -228,7 +228,10 @@ class _Session:
 
     def stages(self) -> list[float]:
         """Seconds from the end of each stage to the first step of the next one, in one driver."""
-        command = [sys.executable, "-P", str(_ROOT / "bench" / "_recover.py"), "stages"]
+        # An earlier checkout's own names are in its own driver, if it has one.
+        own = self._checkout / "bench" / "_recover.py"
+        driver_file = own if own.is_file() else _ROOT / "bench" / "_recover.py"
+        command = [sys.executable, "-P", str(driver_file), "stages"]
         with (self._work / "log").open("w") as log:
             driver = self._start(command, log)
             try:
