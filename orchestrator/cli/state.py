@@ -88,13 +88,14 @@ def doctor(
 
 
 def inspect(
-    folder: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="A checkpoint, or a folder of checkpoints.", show_default=False),
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Checkpoints, or folders of checkpoints.", show_default=False),
     ],
 ) -> None:
-    """Show what a checkpoint contains and verify its checksums. The exit code is 1 if it is damaged."""
+    """Show what checkpoints contain and verify their checksums. The exit code is 1 if any is damaged."""
     from orchestrator.pipeline.checkpoint_table import print_checkpoints
     from orchestrator.training.checkpoint.inspect import describe_all
 
-    raise typer.Exit(0 if print_checkpoints(console(), describe_all(folder)) else 1)
+    found = [checkpoint for folder in folders for checkpoint in describe_all(folder)]
+    raise typer.Exit(0 if print_checkpoints(console(), found) else 1)

@@ -39,7 +39,7 @@ class RunMonitor:
         name: of the job, for lines.
         num_steps: of the job.
         account: file that keeps the account over drivers.
-        emit: takes events for the driver: `metrics`, `line`, `log` and `record`.
+        emit: takes events for the driver: `metrics`, `line`, `routine`, `log` and `record`.
     """
 
     def __init__(self, name: str, num_steps: int, account: Path, emit: Callable[[Event], None]) -> None:
@@ -137,7 +137,7 @@ class RunMonitor:
             left = (self.num_steps - self.step) * metrics["step_seconds"]
             self._emit(
                 {
-                    "kind": "line",
+                    "kind": "routine",
                     "text": f"{self.name}: step {self.step}/{self.num_steps}, loss {metrics['loss']:.3f}, "
                     f"{metrics['step_seconds']:.2f} s a step, about {left:.0f} s to go",
                 }
@@ -167,8 +167,7 @@ class RunMonitor:
         else:
             self._unkept = False
         if last:
-            text = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            self.log(logging.INFO, text)
+            self.log(logging.INFO, self.goodput.described())
 
     def line(self, text: str) -> None:
         """A line for the user."""

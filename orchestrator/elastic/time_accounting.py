@@ -15,6 +15,22 @@ logger = logging.getLogger("orchestrator")
 
 State = Literal["startup", "training", "restart", "waiting"]
 
+# Causes of time that trained nothing, and events, as a sentence names them.
+_SPENT = {
+    "startup": "startup",
+    "restart": "restarts",
+    "waiting": "waiting",
+    "lost": "lost",
+    "checkpoint": "checkpoints",
+}
+_COUNTED = {
+    "preemptions": "preemptions",
+    "failures": "failures",
+    "resizes": "resizes",
+    "steps_lost": "lost steps",
+}
+_SHOWN_S = 0.05
+
 
 @dataclass
 class Recovery:
@@ -151,6 +167,22 @@ class TimeAccounting:
                 for name in ("preemptions", "restarts", "resizes", "failures", "steps_lost")
             },
         }
+
+    def described(self) -> str:
+        """The account in a sentence, without what did not happen: `86 % of 38.5 s trained; 5.2 s startup`."""
+        seconds = [
+            f"{getattr(self, name):.1f} s {words}"
+            for name, words in _SPENT.items()
+            if getattr(self, name) >= _SHOWN_S
+        ]
+        counts = [
+            f"{self.counts[name]} {words if self.counts[name] > 1 else words.removesuffix('s')}"
+            for name, words in _COUNTED.items()
+            if self.counts.get(name)
+        ]
+        share = self.useful / self.total if self.total else 0.0
+        parts = [f"{share:.0%} of {self.total:.1f} s trained", ", ".join(seconds), ", ".join(counts)]
+        return "; ".join(part for part in parts if part)
 
     def save(self, path: Path) -> None:
         """Keep the account for a later driver."""

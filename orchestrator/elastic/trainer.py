@@ -12,7 +12,7 @@ import pickle
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from orchestrator import progress
 from orchestrator.elastic.controller import ControllerStuckError, RunSpec
 from orchestrator.elastic.controller_host import hosts
 from orchestrator.elastic.resources import SlotShape, slot_of, workers_of
@@ -60,7 +61,7 @@ def run(
         job: what to train.
         tracker: the run that gets its metrics.
         stop: when set, the job checkpoints and ends.
-        on_line: gets a progress line every few seconds, and one for each event.
+        on_line: gets a line for each event that the user should know of.
 
     Returns:
         The job's goodput and what was lost, for a summary.
@@ -114,7 +115,7 @@ class ElasticTrainer(DataParallelTrainer):  # type: ignore[misc]
         host: the controller host's actor.
         tracker: the run that gets its metrics.
         stop: when set, the job checkpoints and ends.
-        on_line: gets a progress line every few seconds, and one for each event.
+        on_line: gets a line for each event that the user should know of.
 
     Raises:
         UserError: the cluster cannot run the job, or a callback cannot be made.
@@ -241,14 +242,23 @@ class _Session:
             match event["kind"]:
                 case "metrics":
                     self._tracker.metrics(event["values"], event["step"], event["channel"])
+                    if event["channel"] == "train":
+                        self._report(event["step"], event["values"])
                 case "tags":
                     self._tracker.tags(event["values"])
                 case "line":
                     self._on_line(event["text"])
+                case "routine":
+                    logger.info("%s", event["text"], extra=progress.ROUTINE)
                 case "log":
                     logger.log(event["level"], "%s", event["text"])
                 case "record":
                     self._recorder.submit(self._record, event["step"])
+
+    def _report(self, step: int, metrics: Mapping[str, float]) -> None:
+        seconds, total = metrics["step_seconds"], self._job.num_steps
+        detail = f"loss {metrics['loss']:.3f}, {seconds:.2f} s a step"
+        progress.report(progress.Progress(self._job.name, step, total, detail, (total - step) * seconds))
 
     def _record(self, step: int) -> None:
         """Tell the workers once the curve up to `step` is where no lost machine can take it."""

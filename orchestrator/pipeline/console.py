@@ -9,15 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
+from rich.table import Table
 from rich.text import Text
 
 from orchestrator.errors import shortened
 from orchestrator.pipeline.cache_key import short
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.table import Rows
+from orchestrator.progress import BARS, Progress
 from orchestrator.redact import HIDDEN, KeyBlocks, redacted
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ STYLES = {
     "left out": ("·", "bright_black"),
     "pending": ("·", "bright_black"),
 }
+
+_BAR_WIDTH = 24
+_TROUBLES = {"corrupt", "restarts", "preemptions", "steps_lost"}
 
 
 class Reporter:
@@ -176,11 +182,12 @@ class Reporter:
         # The line that changes had hidden it.
         self._console.show_cursor()
 
-    def report(self, name: str, path: Path) -> None:
-        """A stage made a page to be looked at."""
+    def next_step(self, what: str, how: str | Path) -> None:
+        """Where the user goes on from here: a page to look at, or a command."""
         here = Path.cwd()
-        path = path.relative_to(here) if path.is_relative_to(here) else path
-        self._console.print(Text(f"  report of {name}: {path}", style="default"), soft_wrap=True)
+        if isinstance(how, Path) and how.is_relative_to(here):
+            how = how.relative_to(here)
+        self._console.print(Text(f"  {what}: {how}", style="default"), soft_wrap=True)
 
     def _table(self, plans: Sequence[StagePlan]) -> None:
         table = Rows(("stage", "result", "time", "key", "figures"), expendable=("key",))
@@ -193,18 +200,20 @@ class Reporter:
 
     @contextlib.contextmanager
     def working(self, item: StagePlan) -> Iterator[None]:
-        """While a stage runs: its clock and newest log line on a terminal, all lines elsewhere; warnings always."""
+        """While a stage runs: clock, bars and newest log line on a terminal, all lines elsewhere; warnings always."""
         ticker = _Ticker(item.name)
         handler = _ToConsole(self._console, ticker)
         logger = logging.getLogger("orchestrator")
         logger.addHandler(handler)
         live: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._console.is_terminal:
+            BARS.setLevel(logging.DEBUG)
             live = Live(ticker, console=self._console, refresh_per_second=4, transient=True)
         try:
             with live:
                 yield
         finally:
+            BARS.setLevel(logging.NOTSET)
             logger.removeHandler(handler)
 
     def _line(self, state: str, name: str, what: str, detail: str, style: str = "") -> None:
@@ -219,29 +228,55 @@ class Reporter:
 
 
 class _Ticker:
-    """One changing line: spinner, stage, clock, newest message."""
+    """What changes while a stage runs: spinner, clock and newest message, and below a bar for each thing counted."""
 
     def __init__(self, name: str) -> None:
         self._spinner = Spinner("dots")
         self._name = name
         self._started = time.monotonic()
+        self._bars: dict[str, Progress] = {}
         self.message = ""
+
+    def show(self, progress: Progress) -> None:
+        """The bar of what `progress` is about, new or moved on."""
+        # By another thread than the one that draws: a new mapping, not a changed one.
+        self._bars = {**self._bars, progress.name: progress}
 
     def __rich__(self) -> RenderableType:
         text = f" {self._name}  {duration(time.monotonic() - self._started)}  {self.message}"
         self._spinner.text = Text(text, no_wrap=True, overflow="ellipsis", style="bright_black")
-        return self._spinner
+        if not self._bars:
+            return self._spinner
+        bars = Table.grid(padding=(0, 1, 0, 0))
+        bars.add_column(no_wrap=True)
+        bars.add_column(width=_BAR_WIDTH)
+        bars.add_column(justify="right", no_wrap=True)
+        bars.add_column(no_wrap=True, overflow="ellipsis")
+        for name, bar in self._bars.items():
+            left = f"{duration(bar.left_s)} left" if bar.left_s else ""
+            bars.add_row(
+                Text(f"  {name.removeprefix(f'{self._name}/')}"),
+                ProgressBar(total=bar.total, completed=bar.done),
+                Text(f"{bar.done:,}/{bar.total:,}"),
+                Text(" · ".join(filter(None, (left, bar.detail))), style="bright_black"),
+            )
+        return Group(self._spinner, bars)
 
 
 class _ToConsole(logging.Handler):
     def __init__(self, console: Console, ticker: _Ticker) -> None:
-        super().__init__(logging.INFO)
+        super().__init__(logging.DEBUG)
         self._console = console
         self._ticker = ticker
         self._keys = KeyBlocks()
 
     def emit(self, record: logging.LogRecord) -> None:
         """The newest message goes to the ticker, or a line of its own where there is none; warnings stay."""
+        progress = getattr(record, "progress", None)
+        if progress is not None:
+            self._ticker.show(progress)
+        if record.levelno < logging.INFO or (getattr(record, "routine", False) and self._console.is_terminal):
+            return
         message = record.getMessage()
         hides = self._keys.hides(message)
         first = HIDDEN if hides else shortened(redacted(next(iter(message.splitlines()), "")))
@@ -335,9 +370,13 @@ def mark(state: str) -> Text:
 
 
 def figures(summary: Mapping[str, float], limit: int = 6) -> str:
-    """`loss 3.21 · knn 0.713`."""
-    shown = [f"{name} {figure(value)}" for name, value in list(summary.items())[:limit]]
-    return " · ".join(shown) + (" · …" if len(summary) > limit else "")
+    """`loss 3.21 · knn 0.713`; without what has a column of its own, and without troubles that there were none of."""
+    told = [
+        f"{name} {figure(value)}"
+        for name, value in summary.items()
+        if name != "seconds_total" and (value or name not in _TROUBLES)
+    ]
+    return " · ".join(told[:limit]) + (" · …" if len(told) > limit else "")
 
 
 def figure(value: float) -> str:

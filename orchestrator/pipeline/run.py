@@ -171,12 +171,13 @@ class _Driver:
         return self._exit_code
 
     def _tell_rest(self) -> None:
-        """Where the reports are, and what MLflow has not taken yet."""
+        """Where to go on from here: reports, models and runs; and what MLflow has not taken yet."""
         for name, artifact in self._artifacts.items():
             # One that another machine made is in the remote store only.
             made = (artifact.path / report for report in REPORTS if report in artifact.manifest.files)
             if path := next((path for path in made if path.is_file()), None):
-                self._reporter.report(name, path)
+                self._reporter.next_step(f"report of {name}", path)
+        self._reporter.next_step("runs and models", tracking_run.how_to_look(self._loaded))
         if waiting := tracking_run.waiting(self._loaded, self._workspace):
             self._reporter.note(str(waiting))
 

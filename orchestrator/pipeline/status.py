@@ -34,6 +34,8 @@ _ORPHANS = 5
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
 # Channels of metrics that are not the figures of training.
 _OTHER_CHANNELS = ("goodput", "checkpoint", "sharing", "system", "val")
+# Metrics of a step that compare runs and tell nothing of how this one does.
+_NOT_FIGURES = ("sample_order",)
 
 
 def print_status(console: Console, loaded: LoadedPipeline) -> None:
@@ -197,7 +199,8 @@ def _newest(spool: Spool | None, run_id: str | None) -> str:
     if not history:
         return ""
     newest = max(history, key=lambda record: record["time_ms"])
-    return f"step {newest['step']}: {figures(newest['metrics'])}"
+    metrics = {name: value for name, value in newest["metrics"].items() if name not in _NOT_FIGURES}
+    return f"step {newest['step']}: {figures(metrics)}"
 
 
 def _goodput(spool: Spool | None, stage: StageState) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -135,6 +136,14 @@ def where(loaded: LoadedPipeline) -> str:
     uri = loaded.spec.tracking.uri
     database = database_path(uri)
     return f"MLflow at {redacted(uri)}" if database is None else f"the tracking database {database}"
+
+
+def how_to_look(loaded: LoadedPipeline) -> str:
+    """The address of the pages that show the pipeline's runs, or the command that serves them."""
+    uri = loaded.spec.tracking.uri
+    if uri.startswith(("http://", "https://")):
+        return redacted(uri)
+    return shlex.join(["mlflow", "ui", "--backend-store-uri", redacted(uri)])
 
 
 class _Watch:

@@ -20,6 +20,7 @@ from orchestrator.config.schema import Names
 from orchestrator.config.settings import in_key_if_set
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
 from orchestrator.errors import Stopped, UserError, nearest, shortened
+from orchestrator.progress import Meter
 from orchestrator.stages.base import Context, PlanContext, Stage
 
 if TYPE_CHECKING:
@@ -133,9 +134,16 @@ class Curate(Stage):
 
         photos, left_out = self._scan(context)
         stop()
+        different = {photo.sha256 for photo in photos if not photo.error}
+        described = Meter(context.name, len(different), "photos described")
         roots = {name: context.sources[name].path.resolve() for name in self.data}
         limits = {name: context.sources[name].max_pixels for name in self.data}
-        statuses, embeddings = selection.filter_images(photos, roots, self.near_duplicate, stop, limits)
+
+        def step() -> None:
+            stop()
+            described.add()
+
+        statuses, embeddings = selection.filter_images(photos, roots, self.near_duplicate, step, limits)
         target = self._target(len(embeddings), context.name)
         clusters, distances = selection.cluster(embeddings, self.clusters, context.seed)
         stop()
@@ -163,8 +171,7 @@ class Curate(Stage):
         """The photos of all sources, and what else is there."""
         from orchestrator.data.sources.folder import list_images, scan
 
-        photos: list[ScannedImage] = []
-        left_out: list[tuple[str, LeftOut]] = []
+        listings = {}
         for name in self.data:
             if name not in context.sources:
                 near = nearest(name, context.sources)
@@ -173,8 +180,12 @@ class Curate(Stage):
                     where=f"stages.{context.name}.data",
                     hint=f"did you mean {near!r}?" if near else f"name one of {sorted(context.sources)}",
                 )
-            listing = list_images(context.sources[name], name)
-            photos += scan(context.sources[name], name, listing)
+            listings[name] = list_images(context.sources[name], name)
+        read = Meter(context.name, sum(len(listing.files) for listing in listings.values()), "photos read")
+        photos: list[ScannedImage] = []
+        left_out: list[tuple[str, LeftOut]] = []
+        for name, listing in listings.items():
+            photos += scan(context.sources[name], name, listing, read.add)
             left_out += [(name, item) for item in listing.left_out]
         if all(photo.error for photo in photos):
             raise UserError(

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 from orchestrator.config.settings import in_key_if_set, operational
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError
+from orchestrator.progress import ROUTINE, Meter
 from orchestrator.stages.base import Context, Input, PlanContext, Stage
 from orchestrator.stages.common.mixing import DRAWN
 from orchestrator.stages.metric import Features, OwnMetric, checked
@@ -213,6 +214,7 @@ class Evaluate(Stage):
         taken = crops if groups or not self.metrics else Crops(index, range(len(index)), check)
         pictures: dict[str, Path] = {}
         candidates = list(self._candidates(context, backbones))
+        meter = Meter(context.name, len(candidates), "models scored")
         for number, candidate in enumerate(candidates, 1):
             name, tower = candidate.name, candidate.load()
             what = (
@@ -220,11 +222,15 @@ class Evaluate(Stage):
                 if taken.rows
                 else "its maps, as no photo has a label"
             )
-            logger.info("%s: %s of %d, %s: %s", context.name, number, len(candidates), name, what)
+            meter.add(0, name)
+            logger.info(
+                "%s: %s of %d, %s: %s", context.name, number, len(candidates), name, what, extra=ROUTINE
+            )
             if candidate.picture:
                 pictures[name] = context.out / f"pca_{candidate.picture}.png"
                 _draw_maps(tower, shown, index, pictures[name])
             if not taken.rows:
+                meter.add()
                 continue
             cls_ND = embed_crops(tower, taken.at(tower.size), self.batch, check)
             features = Features(
@@ -241,6 +247,7 @@ class Evaluate(Stage):
             if groups:
                 shape = tower.preset, tower.size, cls_ND.shape[1], tower.num_parameters
                 scores.append(Score(name, candidate.family, accuracy(cls_ND), *shape, candidate.student))
+            meter.add(1, name)
         return scores, pictures, measured
 
     def _candidates(self, context: Context, backbones: Mapping[str, Artifact]) -> Iterator[_Candidate]:

@@ -77,13 +77,19 @@ class Listing:
     left_out: tuple[LeftOut, ...]
 
 
-def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[ScannedImage]:
+def scan(
+    source: DataSource,
+    name: str,
+    listing: Listing | None = None,
+    on_each: Callable[[], object] = lambda: None,
+) -> list[ScannedImage]:
     """All image files below the source's folder in order of their paths, each fully decoded.
 
     Args:
         source: the folder.
         name: the source's name, for messages.
         listing: what is in the folder, where it is known; else it is looked up.
+        on_each: called after each file, by any thread.
 
     Raises:
         UserError: no such folder, no images in it, or a captions file that is missing, lacks a `file` column,
@@ -107,6 +113,7 @@ def scan(source: DataSource, name: str, listing: Listing | None = None) -> list[
             )
         except UnreadableImage as problem:
             error = problem.reason
+        on_each()
         return ScannedImage(name, relative, *seen[-1], width, height, caption, label, error)
 
     # The decoders release the interpreter lock.
