@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .configs import Config, ConvNeXtConfig, ViTConfig
+from .network_spec import LIBRARIES
 from .pixels import MEAN, STD, normalise
 from .presets import preset
 from .towers import Backbone, from_config
@@ -25,7 +26,7 @@ from .vit import Features, Layers
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-_FORMAT = 1
+FORMAT = 1
 _ARCHITECTURES = {ViTConfig: "vit", ConvNeXtConfig: "convnext"}
 # The class of the config is that of the installed package which has the preset.
 _OWN = "preset"
@@ -61,9 +62,9 @@ def save_pretrained(
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module_state.items()}
     partial = folder / (WEIGHTS + ".partial")
     save_file(weights, partial, metadata={"format": "pt"})
-    _settle(partial, folder / WEIGHTS)
+    settle(partial, folder / WEIGHTS)
     record = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "architecture": _ARCHITECTURES.get(type(config), _OWN),
         "preset": preset_name,
         "config": dataclasses.asdict(config),
@@ -73,7 +74,7 @@ def save_pretrained(
     }
     partial = folder / (CONFIG + ".partial")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    _settle(partial, folder / CONFIG)
+    settle(partial, folder / CONFIG)
 
 
 def load_pretrained(folder: str | Path) -> Backbone:
@@ -88,9 +89,9 @@ def load_pretrained(folder: str | Path) -> Backbone:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a pretrained model: it has no {name}")
     record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if record.get("format") != _FORMAT:
+    if record.get("format") != FORMAT:
         raise ValueError(
-            f"{folder / CONFIG} has format {record.get('format')!r}; this version reads {_FORMAT}"
+            f"{folder / CONFIG} has format {record.get('format')!r}; this version reads {FORMAT}"
         )
     config = read_config(record)
     state = load_file(folder / WEIGHTS)
@@ -185,6 +186,11 @@ def read_config(record: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: it is of a package that is not installed here, or describes no tower.
     """
+    if record.get("architecture") in LIBRARIES:
+        raise ValueError(
+            f"this is a network from elsewhere ({record.get('preset')!s:.100}), not a tower of ours: "
+            "orchestrator.load loads it"
+        )
     if not isinstance(record.get("config"), dict) or record.get("architecture") not in (
         "vit",
         "convnext",
@@ -212,7 +218,7 @@ def _check_state(state: Mapping[str, Tensor], config: Config) -> None:
         raise ValueError(f"{len(wrong)} weights do not fit the model: {listed}")
 
 
-def _settle(partial: Path, final: Path) -> None:
+def settle(partial: Path, final: Path) -> None:
     """Gives a written file its name, durably."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())

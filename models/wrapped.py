@@ -1,4 +1,6 @@
-"""Any backbone as a headless teacher: CLS and patches out of whatever its forward gives.
+"""Any network as a backbone: CLS and patches out of whatever its forward gives.
+
+A headless teacher is a :class:`ForeignNet`, frozen; a student is a `WrappedBackbone` (`wrapped_backbone.py`).
 
 What a network gives is told apart by one probing forward on a square image of the size that it will see. Nothing is
 guessed: an output that could mean two things, or none, is a ValueError that says what came out.
@@ -6,8 +8,6 @@ guessed: an output that could mean two things, or none, is a ValueError that say
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .convert.files import load_any, read_weights
+from .convert.files import load_any
+from .network_spec import Blocks
+from .networks import Network, module_network, of_tower, timm_network, transformers_network
 
 _EXPECTED = (
     "a map (B, D, h, w), tokens (B, N, D) of a square grid with or without one CLS before, or cls and patches"
@@ -33,21 +35,21 @@ class Tokens(NamedTuple):
     grid: tuple[int, int]
 
 
-class ForeignNet(nn.Module):
-    """A frozen network in eval mode that gives :class:`Tokens`.
+class WrappedNet(nn.Module):
+    """A network from elsewhere, how it is asked, and how its output is read.
 
     Attributes:
         net: the network.
         dim: width of its features.
         grid: rows and columns of its patches at `size`.
-        size: pixels a side of the images it takes.
+        size: pixels a side of the images that it was probed with.
 
     Args:
         net: any module that takes normalised images (B, 3, size, size).
         size: see above.
         call: how it is asked; default: its forward.
         num_prefix: tokens before the patches, where that is known.
-        num_patches: tokens after those, where that is known instead.
+        patch: pixels a side of a patch, where that is known instead.
         dim: width of its features, where that is known: tells channels from positions.
         has_cls: whether the first of the tokens before the patches stands for the whole image.
 
@@ -62,53 +64,83 @@ class ForeignNet(nn.Module):
         *,
         call: Callable[[Tensor], Any] | None = None,
         num_prefix: int | None = None,
-        num_patches: int | None = None,
+        patch: int | None = None,
         dim: int | None = None,
         has_cls: bool = True,
     ) -> None:
         super().__init__()
-        self.net = net.requires_grad_(False).eval()
+        self.net = net
         self.size = size
-        self._call = call or net
-        self._layout = _Layout(num_prefix, num_patches, dim, has_cls)
-        probe = self._probe()
+        self._call = call
+        self._layout = _Layout(num_prefix, patch, dim, has_cls)
+        probe = self.probe(size)
         self.dim, self.grid = probe.patches.shape[-1], probe.grid
 
+    def read(self, images_BCHW: Tensor) -> Tokens:
+        """Tokens of normalised square images (B, 3, size, size), in the network's own precision."""
+        out = self.net(images_BCHW) if self._call is None else self._call(images_BCHW)
+        return self._layout.read(out, images_BCHW.shape[-1])
+
     @torch.no_grad()
-    def forward(self, images_BCHW: Tensor) -> Tokens:
-        """Tokens of normalised images (B, 3, size, size), in the network's own precision."""
-        return self._layout.read(self._call(images_BCHW))
+    def probe(self, size: int) -> Tokens:
+        """What it gives for two black images of `size` pixels a side, in eval mode.
 
-    def train(self, mode: bool = True) -> ForeignNet:
-        """Frozen: stays in eval mode."""
-        return super().train(False)
-
-    def _probe(self) -> Tokens:
+        Raises:
+            ValueError: it cannot take them, or what it gives is not clear.
+        """
         first = next(self.net.parameters(), torch.zeros(1))
-        images_BCHW = torch.zeros(2, 3, self.size, self.size, device=first.device)
+        images_BCHW = torch.zeros(2, 3, size, size, device=first.device)
+        was_training = self.net.training
+        self.net.eval()
         try:
-            out = self._call(images_BCHW)
+            out = self.net(images_BCHW) if self._call is None else self._call(images_BCHW)
         except Exception as error:
-            what = f"it cannot take images of {self.size} x {self.size} pixels"
+            what = f"it cannot take images of {size} x {size} pixels"
             raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
-        tokens = self._layout.read(out)
+        finally:
+            self.net.train(was_training)
+        tokens = self._layout.read(out, size)
         if len(tokens.cls) != 2 or tokens.cls.shape[1] != tokens.patches.shape[2]:
             got = f"cls {tuple(tokens.cls.shape)} and patches {tuple(tokens.patches.shape)}"
             raise ValueError(f"for 2 images it gives {got}; expected (2, D) and (2, P, D)")
         return tokens
 
+    def takes(self, size: int) -> bool:
+        """Whether it can be asked for images of `size` pixels a side."""
+        try:
+            self.probe(size)
+        except ValueError:
+            return False
+        return True
+
+
+class ForeignNet(WrappedNet):
+    """A frozen network in eval mode that gives :class:`Tokens`; see :class:`WrappedNet`."""
+
+    def __init__(self, net: nn.Module, size: int, **known: Any) -> None:
+        super().__init__(net.requires_grad_(False).eval(), size, **known)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tokens:
+        """Tokens of normalised images (B, 3, size, size), in the network's own precision."""
+        return self.read(images_BCHW)
+
+    def train(self, mode: bool = True) -> ForeignNet:
+        """Frozen: stays in eval mode."""
+        return super().train(False)
+
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a network's output is read; see :class:`ForeignNet`."""
+    """How a network's output is read; see :class:`WrappedNet`."""
 
     num_prefix: int | None
-    num_patches: int | None
+    patch: int | None
     dim: int | None
     has_cls: bool
 
-    def read(self, out: Any) -> Tokens:
-        """Tokens of what the network gave.
+    def read(self, out: Any, size: int) -> Tokens:
+        """Tokens of what the network gave for images of `size` pixels a side.
 
         Raises:
             ValueError: says what that was.
@@ -118,7 +150,7 @@ class _Layout:
             raise ValueError(f"it gives {_described(out)}; expected {_EXPECTED}")
         if patches.ndim == 4:
             return self._map(cls, patches)
-        num_prefix = 0 if is_told else self._prefix(patches.shape[1])
+        num_prefix = 0 if is_told else self._prefix(patches.shape[1], size)
         side = _side(patches.shape[1] - num_prefix)
         if side is None:
             after = f"after {num_prefix} tokens in front, " if num_prefix else ""
@@ -135,119 +167,80 @@ class _Layout:
         height, width = map_BCHW.shape[2:]
         return Tokens(_image(cls, patches_BPD), patches_BPD, (height, width))
 
-    def _prefix(self, num_tokens: int) -> int:
+    def _prefix(self, num_tokens: int, size: int) -> int:
         """How many tokens come before the patches."""
         if self.num_prefix is not None:
             return self.num_prefix
-        if self.num_patches is not None:
-            return max(0, num_tokens - self.num_patches)
+        if self.patch is not None:
+            # Registers lie between CLS and patches: how many tokens are none of the grid follows from the patch.
+            return max(0, num_tokens - (size // self.patch) ** 2)
         # A sequence of a whole grid has no CLS in it; one more than a grid begins with it.
         return 1 if _side(num_tokens) is None else 0
 
 
-def open_any(path: Path, size: int) -> ForeignNet:
+def wrapped(network: Network, size: int) -> ForeignNet:
+    """A network as a teacher that sees images of `size` pixels a side; raises as :class:`WrappedNet`."""
+    return ForeignNet(network.net, size, **network.known)
+
+
+def open_any(path: Path, size: int, blocks: Blocks | None = None) -> ForeignNet:
     """A teacher of a folder of ours, or of weights in any layout that `convert.load_any` reads.
+
+    Args:
+        path: see `load_any`.
+        size: pixels a side.
+        blocks: whose features it gives; default: the last one's. So for the others below.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: not such weights, or they cannot take such images.
+        ValueError: not such weights, they cannot take such images, or there is no such block.
     """
-    return ForeignNet(load_any(path).float(), size)
+    return wrapped(of_tower(load_any(path).float(), blocks), size)
 
 
-def open_timm(name: str, size: int, *, pretrained: bool = True) -> ForeignNet:
-    """A teacher of timm: its `forward_features`, before any head.
-
-    Args:
-        name: as `timm.create_model` takes it.
-        size: pixels a side; networks that are made for one size are told.
-        pretrained: whether weights are fetched; without, they are random.
+def open_timm(
+    name: str,
+    size: int,
+    *,
+    pretrained: bool = True,
+    kwargs: Mapping[str, Any] | None = None,
+    blocks: Blocks | None = None,
+) -> ForeignNet:
+    """A teacher of timm: its `forward_features`, before any head; arguments as of :func:`timm_network`.
 
     Raises:
         ModuleNotFoundError: timm is not installed.
         ValueError: no such model or weights, or it is not clear what it gives.
     """
-    timm = importlib.import_module("timm")
-    try:
-        net = timm.create_model(name, pretrained=pretrained, num_classes=0)
-        if hasattr(net, "set_input_size"):
-            net.set_input_size(img_size=(size, size))
-    except Exception as error:  # what a name or a download can raise is not said anywhere
-        raise ValueError(f"timm does not give {name!r}: {type(error).__name__}: {error}") from error
-    return ForeignNet(
-        net,
-        size,
-        call=net.forward_features,
-        num_prefix=int(getattr(net, "num_prefix_tokens", 0)),
-        dim=net.num_features,
-        has_cls=getattr(net, "cls_token", None) is not None,
-    )
+    return wrapped(timm_network(name, size, pretrained=pretrained, kwargs=kwargs, blocks=blocks), size)
 
 
-def open_transformers(name: str, size: int) -> ForeignNet:
-    """A teacher of transformers, with the weights that belong to it; of a model of image and text its vision tower.
-
-    Args:
-        name: of a model, or a local folder; safetensors only.
-        size: pixels a side.
+def open_transformers(
+    name: str, size: int, kwargs: Mapping[str, Any] | None = None, blocks: Blocks | None = None
+) -> ForeignNet:
+    """A teacher of transformers, with the weights that belong to it; arguments as of :func:`transformers_network`.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
         ValueError: no such model, or it is not clear what it gives.
     """
-    transformers = importlib.import_module("transformers")
-    try:
-        model = transformers.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    except Exception as error:  # what a name or a download can raise is not said anywhere
-        raise ValueError(f"transformers does not give {name!r}: {type(error).__name__}: {error}") from error
-    net = getattr(model, "vision_model", model)
-    patch = getattr(net.config, "patch_size", None)
-    # Registers lie between CLS and patches: how many tokens are none of the grid follows from the patch.
-    num_patches = (size // patch) ** 2 if isinstance(patch, int) else None
-    call: Callable[[Tensor], Any] = net
-    if "interpolate_pos_encoding" in inspect.signature(net.forward).parameters:
-        call = partial(net, interpolate_pos_encoding=True)
-    return ForeignNet(net, size, call=call, num_patches=num_patches)
+    return wrapped(transformers_network(name, kwargs=kwargs, blocks=blocks), size)
 
 
-def open_module(spec: str, weights: Path | None, size: int) -> ForeignNet:
-    """A teacher made by a user's own function or class.
-
-    Args:
-        spec: `package.module:callable`; called without arguments it gives an `nn.Module`.
-        weights: its whole state dict, as safetensors or as what `torch.save` wrote, read without running code.
-        size: pixels a side.
+def open_module(
+    spec: str,
+    weights: Path | None,
+    size: int,
+    kwargs: Mapping[str, Any] | None = None,
+    blocks: Blocks | None = None,
+) -> ForeignNet:
+    """A teacher made by a user's own function or class; arguments as of :func:`module_network`.
 
     Raises:
         ValueError: nothing to call there, it gives no module, the weights do not fit it, or it is not clear what
             the module gives.
     """
-    net = find_callable(spec)()
-    if not isinstance(net, nn.Module):
-        raise ValueError(f"{spec} gives {type(net).__name__}, not an nn.Module")
-    if weights is not None:
-        try:
-            net.load_state_dict(read_weights(weights), strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"{weights} does not fit {spec}: {error}") from error
-    return ForeignNet(net, size)
-
-
-def find_callable(spec: str) -> Callable[[], Any]:
-    """What `package.module:callable` names.
-
-    Raises:
-        ValueError: it does not import, or there is nothing to call.
-    """
-    module, _, name = spec.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # a user's module may raise anything when it is imported
-        raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{module} has nothing called {name!r} that can be called")
-    made: Callable[[], Any] = found
-    return made
+    return wrapped(module_network(spec, weights, kwargs=kwargs, blocks=blocks), size)
 
 
 def _parts(out: Any) -> tuple[Tensor | None, Tensor | None, bool]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from orchestrator.models import Backbone
+    from orchestrator.models.wrapped_backbone import WrappedBackbone
     from orchestrator.pipeline.load import LoadedPipeline
     from orchestrator.pipeline.plan import Choice
     from orchestrator.pipeline.workspace import Workspace
@@ -98,7 +99,7 @@ class Model:
         image_size: pixels a side that it was trained for; None where that is not known.
     """
 
-    module: Backbone | Aligned
+    module: Backbone | WrappedBackbone | Aligned
     image_size: int | None = None
 
 
@@ -189,19 +190,24 @@ def plan(
     }
 
 
-def load(folder: str | os.PathLike[str]) -> Model:
+def load(folder: str | os.PathLike[str], *, trust_module: str | Sequence[str] = ()) -> Model:
     """A trained model from a folder, on the CPU, in eval mode.
 
     Args:
         folder: what `orchestrator pull` fetched, `model/` or `aligned/` of a stage's artifact, or the artifact itself.
             Weights in other layouts that are known (docs/models.md) load as well.
+        trust_module: packages or modules that may be imported if the folder says that its network is made by them,
+            such as "my_nets". That runs their code, so by default none is.
 
     Raises:
-        UserError: nothing there, or no model that is known.
+        UserError: nothing there, no model that is known, or one that a module makes which is not trusted.
     """
     import json
 
+    from orchestrator.models.wrapped_backbone import UntrustedModuleError, is_wrapped, load_wrapped
+
     path = _path(folder)
+    trusted = (trust_module,) if isinstance(trust_module, str) else tuple(trust_module)
     for inside in ("model", "aligned"):
         if (path / inside / "config.json").is_file():
             path = path / inside
@@ -224,7 +230,12 @@ def load(folder: str | os.PathLike[str]) -> Model:
         size = extra.get("image_size")
         if size is not None:
             _check_number("image_size", size, _MAX_SIDE)
+        if is_wrapped(path):
+            return Model(load_wrapped(path, trusted), size)
         return Model(load_any(path), size)
+    except UntrustedModuleError as error:
+        hint = f"if you trust it, give trust_module={error.module.partition('.')[0]!r}"
+        raise UserError(str(error), where=str(path), hint=hint) from error
     except Exception as error:
         # Files from anywhere may be anything; what they make json, safetensors or torch raise is of any type.
         raise UserError(

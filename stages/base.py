@@ -83,6 +83,7 @@ class Context:
             ends in a slash. None if `work` is in the store itself.
         stop: set when the user asked for a clean stop; long stages check it and raise `Stopped`.
         parts: holds a piece of the result by kind and identity, see :class:`Part`; None keeps them in `work`.
+        modules: what the stages of the pipeline file say in :meth:`Stage.modules`.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Context:
     remote: tuple[Store, str] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     parts: MakePart | None = None
+    modules: tuple[str, ...] = ()
 
     @property
     def roots(self) -> dict[str, str]:
@@ -199,6 +201,22 @@ class Stage(StageSpec):
         """Files that fields name, by dotted field: they must be there, and their content is part of the key."""
         return {}
 
+    def concerns(self, field: str, part: Mapping[str, Any]) -> bool:
+        """Whether a file that `field` names decides a piece of the result, too; see :meth:`Context.part`.
+
+        Args:
+            field: of :meth:`files`.
+            part: what identifies the piece.
+        """
+        return True
+
+    def modules(self) -> tuple[str, ...]:
+        """Import paths, `package.module:callable`, of networks whose weights this stage trains.
+
+        The folders of these models name them. What a folder names is imported only if the pipeline file names it, too.
+        """
+        return ()
+
     def check(self) -> None:
         """Look, before anything runs, at what the types cannot say; the files are there.
 
@@ -239,8 +257,11 @@ class Stage(StageSpec):
         """How to build the model that this stage begins with random weights; None if it begins none."""
         return None
 
-    def student_towers(self) -> Mapping[str, Config]:
-        """The shapes of the students that this stage trains, by name; none if it trains none."""
+    def student_towers(self) -> Mapping[str, Config | None]:
+        """The shapes of the students that this stage trains, by name; none if it trains none.
+
+        None stands for a network from elsewhere, whose shape is not known before it is built.
+        """
         return {}
 
     def drift(self, context: Context, tracking_uri: str) -> list[str]:

@@ -112,6 +112,8 @@ def _distill(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
     students = []
     for student_name, student in stage.students.items():
         own, seen = student.tower, [(1.0, stage.crops_of(student))]
+        if own is None:
+            continue  # a network from elsewhere: as for teachers, it is not known before it is built
         forward = tower_flops(own, seen, 1 - student.drop_path) + heads_flops(own, heads, seen, masked)
         students.append(
             Workload(
@@ -132,7 +134,7 @@ def _distill(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
 
 
 def _distill_features(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
-    """From backbones without heads. One from elsewhere is not known before it is opened, so it is not counted."""
+    """From backbones without heads. Those from elsewhere are not known before they are opened, so they do not count."""
 
     def work(part: str, steps: int, nets: tuple[Net, ...], flops: Mapping[str, float]) -> Workload:
         return Workload(f"{name}/{part}", steps, stage.batch_size, stage.block_size, nets, flops)
@@ -146,6 +148,8 @@ def _distill_features(stage: Distill, name: str, upstream: Upstream) -> list[Wor
         found.append(work("teacher", stage.steps, frozen, {"teacher": flops}))
     for student_name, student in stage.students.items():
         own, seen = student.tower, [(1.0, stage.crops_of(student))]
+        if own is None:
+            continue  # as above
         nets = (_tower("student", "trained", own, None, seen), _tower("EMA", "ema", own, None, ()))
         forward = tower_flops(own, seen, 1 - student.drop_path)
         flops_of = {"student": (1 + _BACKWARD) * forward}
@@ -161,7 +165,10 @@ def _align(stage: AlignText, name: str, upstream: Upstream) -> list[Workload]:
         if mistake := student_mistake(sorted(tower_stage.students), stage.student):
             raise UserError(mistake.what, where=f"stages.{name}.student", hint=mistake.hint)
         chosen = stage.student or next(iter(tower_stage.students))
-        config, trained_at = tower_stage.students[chosen].tower, tower_stage.crops.global_size
+        found = tower_stage.students[chosen].tower
+        if found is None:
+            return []  # refused by the stage itself
+        config, trained_at = found, tower_stage.crops.global_size
     else:
         config, trained_at = origin.tower, cast("SelfSupervised", tower_stage).crops.global_size
     size = stage.image_size or trained_at

@@ -57,8 +57,11 @@ def _backbone(folder: Path, config: Mapping[str, Any]) -> Callable[[Sequence[Ima
     import torch
 
     from orchestrator.models import load_pretrained, preprocess
+    from orchestrator.models.wrapped_backbone import is_wrapped, load_wrapped
 
-    model, size = load_pretrained(folder), int(config["extra"].get("image_size", _SIZE))
+    # A module of somebody's is not imported here: whoever wants that calls `orchestrator.load`.
+    model = load_wrapped(folder) if is_wrapped(folder) else load_pretrained(folder)
+    size = int(config["extra"].get("image_size", _SIZE))
 
     @torch.no_grad()
     def embed(photos: Sequence[Image.Image]) -> Floats:

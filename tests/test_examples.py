@@ -64,7 +64,7 @@ def ran(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
 def test_each_thing_is_one_small_file() -> None:
     files = [path for path in (EXAMPLES / "field_kit").glob("*.py") if path.name != "__init__.py"]
     assert {path.stem for path in files} == {
-        "augmentation", "metric", "model", "objective", "stage", "store", "teacher",
+        "augmentation", "metric", "model", "objective", "stage", "store", "student", "teacher",
     }  # fmt: skip
     for path in files:
         code = [
@@ -108,7 +108,10 @@ print(json.dumps({
     assert all(term > 0 for term in found["term"])
     assert set(found["metrics"]) == {"effective_rank", "rank_uncentred"}
     models = set(found["metrics"]["effective_rank"])
-    assert {"random vit_stem", "pretrain, step 4 (teacher)", "student stem"} == models
+    assert models == {
+        "random vit_stem", "pretrain, step 4 (teacher)", "student stem",
+        "random field_kit.student:SmallCNN", "student cnn",
+    }  # fmt: skip
     assert 1 <= found["summary"]["effective_rank_rank_teacher"] <= 48
     assert "rank_uncentred_share_stem" in found["summary"]
 

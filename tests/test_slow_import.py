@@ -12,7 +12,7 @@ import pytest
 from orchestrator import installed, slow_import
 from orchestrator.pipeline.check import _import_trouble
 from orchestrator.stages.common.config import _known_model
-from orchestrator.stages.distill.features import TeacherSource, _check_module
+from orchestrator.stages.common.network_source import check_module
 
 LINE = "still importing the module {} since "
 
@@ -35,7 +35,7 @@ def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("plug_slow", lambda: installed.find("metrics", "plug_slow:made")),
         ("plug_slow", lambda: _import_trouble("plug_slow:made", deep=True)),
         ("plug_slow.part", lambda: _import_trouble("plug_slow.part:made", deep=False)),
-        ("plug_slow", lambda: _check_module(TeacherSource(module="plug_slow:made", size=32))),
+        ("plug_slow", lambda: check_module("plug_slow:made")),
     ],
     ids=["extension", "callback", "package of a callback", "teacher"],
 )

@@ -151,6 +151,7 @@ def distilled(rows: Sequence[ImageRecord], weights: Path, plan: Plan) -> dict[st
         words = [teacher(step) for step in range(config.steps)]
     nets = {}
     for name, student in config.students.items():
+        assert student.model is not None
         seed = derive(0, name)
         task = partial(FeatureTask, config, student, wanted, prepared.shapes, seed)
         nets[name] = _train(task, partial(_Kept, words), config.steps, config.optimizer, student.model, seed)

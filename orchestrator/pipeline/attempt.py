@@ -190,12 +190,21 @@ class Attempt:
             remote=self.workspace.remote_work(self.stage.parts.kind, self.stage.key),
             stop=self.interrupt.stop,
             parts=self._part,
+            modules=tuple(module for each in spec.stages.values() for module in each.modules()),
         )
 
     @contextlib.contextmanager
     def _part(self, kind: str, identity: Mapping[str, Any]) -> Iterator[Part]:
         """See `Part`. Its version and what it reads are the stage's; its config is its own."""
-        parts = self.stage.parts.model_copy(update={"kind": kind, "config": json.loads(json.dumps(identity))})
+        stage = self.loaded.spec.stages[self.stage.name]
+        data = {
+            field: digest
+            for field, digest in self.stage.parts.data.items()
+            if stage.concerns(field, identity)
+        }
+        parts = self.stage.parts.model_copy(
+            update={"kind": kind, "config": json.loads(json.dumps(identity)), "data": data}
+        )
         key = parts.key
         hold = work_hold(kind, key)
         artifacts = self.workspace.artifacts()

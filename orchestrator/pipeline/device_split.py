@@ -221,6 +221,12 @@ def _recipe(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]], name
 
 def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> PartCosts:
     stage = cast(Distill, loaded.spec.stages[name])
+    if outside := [each for each, student in stage.students.items() if student.model is None]:
+        raise UserError(
+            "the cost of a network from elsewhere cannot be estimated, only measured",
+            where=loaded.where("stages", name, "students", outside[0]),
+            hint="run this on such a machine, or leave out the `hardware` section to measure on this one",
+        )
     if stage.features is not None and not stage.features.uses_own:
         raise UserError(
             "the cost of a teacher from elsewhere cannot be estimated, only measured",

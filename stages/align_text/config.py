@@ -288,7 +288,14 @@ class AlignText(MixStage):
             return [UserError(mistake.what, where="student", hint=mistake.hint)]
         recipe = plan_context.lineage[0].model_recipe() if plan_context.lineage else None
         if students:
-            patch = students[self.student or next(iter(students))].patch_size
+            chosen = self.student or next(iter(students))
+            shape = students[chosen]
+            if shape is None:
+                what = (
+                    f"the student {chosen!r} is a network from elsewhere, which texts cannot be aligned with"
+                )
+                return [UserError(what, where="student", hint="name a student that has a `model`")]
+            patch = shape.patch_size
         elif recipe is not None:
             patch = recipe.tower.patch_size
         else:

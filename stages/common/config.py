@@ -28,7 +28,20 @@ def _known_model(name: str) -> str:
     return name
 
 
+def _known_or_none(name: str | None) -> str | None:
+    try:
+        return name if name is None else _known_model(name)
+    except ValueError as error:
+        if not str(error).endswith("?"):
+            raise
+        raise ValueError(
+            f"{error} A network from elsewhere is given as module, timm or transformers"
+        ) from None
+
+
 ModelName = Annotated[str, AfterValidator(_known_model), MODEL_NAME]
+# As one annotation, so that the field still has the mark of a model's name.
+OptionalModelName = Annotated[str | None, AfterValidator(_known_or_none), MODEL_NAME]
 
 
 def _no_drop_path(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from orchestrator.models import (
 from orchestrator.models.blocks import Block
 from orchestrator.models.heads import Score
 from orchestrator.models.speed import compile_blocks, recompute_blocks
+from orchestrator.models.wrapped_backbone import WrappedBackbone
 from orchestrator.objectives.koleo import koleo
 from orchestrator.stages.base import TrainStage
 from orchestrator.stages.common.config import Heads, KoLeoViews
@@ -32,17 +33,22 @@ _KOLEO_GROUP = 16
 
 
 class HeadedBackbone(nn.Module):
-    """Backbone, DINO head and iBOT head as one module, so that one call is one forward for ZeRO-3."""
+    """Backbone, DINO head and iBOT head as one module, so that one call is one forward for ZeRO-3.
+
+    Args:
+        model, drop_path, overrides: see :func:`build_backbone`.
+        heads: their sizes.
+    """
 
     def __init__(
         self,
-        model: str,
+        model: str | WrappedBackbone,
         drop_path: float,
         heads: Heads,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = build(model, **{**(overrides or {}), "drop_path": drop_path})
+        self.backbone = build_backbone(model, drop_path, overrides)
         dim = self.backbone.dim
         self.dino_head = PrototypeHead(dim, heads.hidden, heads.dino_bottleneck, heads.dino_prototypes)
         self.ibot_head = PrototypeHead(dim, heads.hidden, heads.ibot_bottleneck, heads.ibot_prototypes)
@@ -97,13 +103,28 @@ class HeadedBackbone(nn.Module):
         return out
 
 
-def zero3_leaf_modules(*models: str) -> tuple[type[nn.Module], ...]:
-    """What ZeRO-3 fetches as one unit: transformer blocks, which are called once a forward.
+def build_backbone(
+    model: str | WrappedBackbone, drop_path: float, overrides: Mapping[str, Any] | None = None
+) -> Backbone | WrappedBackbone:
+    """A backbone, freshly initialised.
+
+    Args:
+        model: its name; or a network from elsewhere, which is built already and is taken as it is.
+        drop_path: share of rows that skip a branch in training.
+        overrides: the preset's fields that are replaced.
+    """
+    if isinstance(model, WrappedBackbone):
+        return model
+    return build(model, **{**(overrides or {}), "drop_path": drop_path})
+
+
+def zero3_leaf_modules(*models: str | None) -> tuple[type[nn.Module], ...]:
+    """What ZeRO-3 fetches as one unit: transformer blocks, which are called once a forward; None: no model of ours.
 
     A ConvNeXt block is called once for global and once for local crops, and ZeRO-3 would reduce the gradients
     of such a unit twice.
     """
-    return (Block,) if all(isinstance(preset(model), ViTConfig) for model in models) else ()
+    return (Block,) if all(model and isinstance(preset(model), ViTConfig) for model in models) else ()
 
 
 def tune(net: nn.Module, stage: TrainStage) -> None:
@@ -177,11 +198,16 @@ class HasBackbone(Protocol):
     """A backbone with heads of any kind beside it."""
 
     @property
-    def backbone(self) -> Backbone: ...
+    def backbone(self) -> Backbone | WrappedBackbone: ...
 
 
 def learning_rate_scales(net: HasBackbone, optimizer: Optimizer) -> dict[str, float]:
-    """Layer-wise decay for the backbone, the patch embedding's own factor; heads learn at the full rate."""
+    """Layer-wise decay for the backbone, the patch embedding's own factor; heads learn at the full rate.
+
+    So do networks from elsewhere, whose layers are not known.
+    """
+    if isinstance(net.backbone, WrappedBackbone):
+        return {}
     depths = layer_depths(net.backbone)
     top = max(depths.values())
     scales = {}

@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from orchestrator import installed
 from orchestrator.config.elastic import Resources, Workers
 from orchestrator.config.extension import versions
 from orchestrator.config.schedules import Momentum, Optimizer, Schedule, check_warmup
-from orchestrator.config.settings import Settings, operational
+from orchestrator.config.settings import Settings, in_key_if_set, operational
 from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
-from orchestrator.errors import UserError
-from orchestrator.models.configs import Config
+from orchestrator.errors import KeyMistakeError, UserError
+from orchestrator.models.configs import Config, ConvNeXtConfig, ViTConfig
+from orchestrator.models.network_spec import LIBRARIES, NetworkSpec
 from orchestrator.models.presets import preset
 from orchestrator.stages.base import Context, Input, Stage
 from orchestrator.stages.common.config import (
     BACKBONE_KINDS,
     INDEX_KINDS,
     OVERRIDES,
-    ModelName,
+    OptionalModelName,
     Overrides,
     Precision,
     check_crops,
 )
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS
 from orchestrator.stages.common.multi_crop import MultiCropStage
+from orchestrator.stages.common.network_source import (
+    MODULE,
+    check_installed,
+    check_kwargs,
+    check_module,
+    check_timm,
+    module_files,
+)
 from orchestrator.stages.distill.features import FeatureObjective
 
 # Names folders, runs and models.
 StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
+# Before the name of a student, in the dotted name of a field.
+_STUDENTS = "students."
 _STAGE_ONLY = ("kind", "needs", "students")
 # Of a number in a teacher's outputs, in fp32.
 _NUMBER_BYTES = 4
@@ -57,15 +70,39 @@ class Views(Settings):
 class Student(Settings):
     """One student. Its heads have the same sizes and numbers of prototypes as the teacher's."""
 
-    model: ModelName = Field(
-        description="The name of the student's backbone. `orchestrator models` lists them all."
+    model: OptionalModelName = Field(
+        None,
+        description="The name of the student's backbone. `orchestrator models` lists them all. Exactly one of model, "
+        "module, timm and transformers is given.",
     )
     model_overrides: Overrides = Field({}, description=OVERRIDES)
+    module: str | None = in_key_if_set(
+        None,
+        pattern=MODULE,
+        description="A callable that returns the student's backbone as an nn.Module, as package.module:callable, or by "
+        "the name of an installed package's entry point. It gives what a teacher's module gives.",
+    )
+    timm: str | None = in_key_if_set(
+        None,
+        min_length=1,
+        description="The name of a timm model, which the student has with random weights. timm must be installed.",
+    )
+    transformers: str | None = in_key_if_set(
+        None,
+        min_length=1,
+        description="The name or local folder of a transformers model, which the student has with random weights. "
+        "transformers must be installed.",
+    )
+    kwargs: dict[str, Any] = in_key_if_set(
+        {},
+        description="Arguments of the callable of `module`, or settings of the model of timm or transformers, by name.",
+    )
     drop_path: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="The drop-path rate: the share of a batch's samples that each residual branch skips, from 0 to 1.",
+        description="The drop-path rate: the share of a batch's samples that each residual branch skips, from 0 to 1. "
+        "Only for `model`; other networks have it in `kwargs`.",
     )
     optimizer: Optimizer | None = Field(
         None, description="The settings of AdamW for this student. Default: the stage's."
@@ -76,7 +113,7 @@ class Student(Settings):
     mask_inputs: bool = Field(
         True,
         description="Whether the student sees masked global crops, as in the paper. The published code shows it "
-        "unmasked crops.",
+        "unmasked crops. Only for `model`: other networks have no mask token and see unmasked crops.",
     )
     views: Views | None = Field(
         None, description="The sizes and number of this student's crops. Default: the stage's."
@@ -103,10 +140,106 @@ class Student(Settings):
         "key.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_shape(cls, data: Any) -> Any:
+        known = {field.name for shape in (ViTConfig, ConvNeXtConfig) for field in fields(shape)} - set(
+            cls.model_fields
+        )
+        for key in data if isinstance(data, dict) else ():
+            if key in known:
+                what, hint = (
+                    f"{key} is a setting of the model",
+                    f"write model_overrides: {{{key}: {data[key]}}}",
+                )
+                raise KeyMistakeError(what, key=key, hint=hint)
+        return data
+
+    @model_validator(mode="after")
+    def _one(self) -> Student:
+        places = ("model", *LIBRARIES)
+        given = [place for place in places if getattr(self, place) is not None]
+        if len(given) != 1:
+            what = f"it has {' and '.join(given)}" if given else "it has none of them"
+            raise ValueError(f"a student is exactly one of {', '.join(places)}: {what}")
+        if given == ["model"]:
+            if self.kwargs:
+                raise ValueError(
+                    "`kwargs` are for module, timm and transformers: set fields of a model in model_overrides"
+                )
+            return self
+        check_kwargs(self.timm, self.kwargs)
+        for field in ("model_overrides", "drop_path"):
+            if getattr(self, field):
+                raise ValueError(f"{field} is for `model`: set what {given[0]} has of it in kwargs")
+        if self.mask_inputs and "mask_inputs" in self.model_fields_set:
+            raise ValueError("mask_inputs is for `model`, which has a mask token: leave it out")
+        own = set() if self.optimizer is None else self.optimizer.model_fields_set
+        if layered := sorted(own & {"layer_decay", "patch_embed_scale"}):
+            raise ValueError(
+                f"optimizer.{layered[0]} is for `model`, whose layers are known: leave it out, all weights of "
+                f"{given[0]} learn at the full rate"
+            )
+        return self
+
     @property
-    def tower(self) -> Config:
-        """The shape of the student, without drop-path."""
-        return preset(self.model, **self.model_overrides)
+    def tower(self) -> Config | None:
+        """The shape of the student, without drop-path; None of a network from elsewhere."""
+        return None if self.model is None else preset(self.model, **self.model_overrides)
+
+    @property
+    def network(self) -> NetworkSpec | None:
+        """What makes the student's network from elsewhere; None if it is one of ours.
+
+        Raises:
+            ExtensionError: no installed package has the name of its module.
+        """
+        if self.module is not None:
+            return NetworkSpec("module", installed.path_of("teachers", self.module), self.kwargs)
+        if self.timm is not None:
+            return NetworkSpec("timm", self.timm, self.kwargs)
+        return (
+            None if self.transformers is None else NetworkSpec("transformers", self.transformers, self.kwargs)
+        )
+
+    @property
+    def sees_masks(self) -> bool:
+        """Whether it is shown masked crops."""
+        return self.mask_inputs and self.model is not None
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """Files whose content decides what network it is, by field."""
+        if self.transformers is not None and Path(self.transformers).is_dir():
+            return {"transformers": (Path(self.transformers) / "config.json",)}
+        return module_files(self.module)
+
+    def check(self, crops: CropConfig, locals_too: bool) -> None:
+        """Build a network from elsewhere and see that it can be trained on such crops; nothing else is looked at.
+
+        Args:
+            crops: of the student.
+            locals_too: whether it sees the local ones.
+
+        Raises:
+            UserError: `where` is the field.
+        """
+        if self.module is not None:
+            check_module(self.module)
+        if self.timm is not None:
+            check_timm(self.timm)
+        if self.transformers is not None:
+            check_installed("transformers")
+        spec = self.network
+        if spec is None:
+            return
+        from orchestrator.models.wrapped_backbone import build_wrapped, ready_to_train
+
+        sizes = (crops.local_size,) if locals_too and crops.num_local else ()
+        try:
+            ready_to_train(build_wrapped(spec, crops.global_size, 0), *sizes)
+        except ValueError as error:
+            hint = "give crop sizes that it takes, or wrap it in a module that gives cls and patches"
+            raise UserError(f"{spec}: {error}", where=spec.library, hint=hint) from error
 
 
 class Distill(MultiCropStage):
@@ -201,7 +334,8 @@ class Distill(MultiCropStage):
             raise ValueError("replay and teacher_shards cannot be combined: leave one of them out")
         for name, student in self.students.items():
             at = "crops" if student.views is None else f"students.{name}.views"
-            check_crops(self.crops_of(student), student.model, student.model_overrides, at)
+            if student.model is not None:
+                check_crops(self.crops_of(student), student.model, student.model_overrides, at)
             own = student.optimizer is not None
             optimizer = student.optimizer or self.optimizer
             check_warmup(
@@ -242,7 +376,7 @@ class Distill(MultiCropStage):
         """See :class:`TrainStage`: a student's model is in its own artifact and in its stage's."""
         return 2
 
-    def student_towers(self) -> Mapping[str, Config]:
+    def student_towers(self) -> Mapping[str, Config | None]:
         """See :meth:`Stage.student_towers`."""
         return {name: student.tower for name, student in self.students.items()}
 
@@ -328,19 +462,39 @@ class Distill(MultiCropStage):
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :class:`Stage`."""
-        if self.features is None:
-            return {}
-        return {f"features.{field}": paths for field, paths in self.features.files().items()}
+        found = {
+            f"{_STUDENTS}{name}.{field}": paths
+            for name, student in self.students.items()
+            for field, paths in student.files().items()
+        }
+        if self.features is not None:
+            found |= {f"features.{field}": paths for field, paths in self.features.files().items()}
+        return found
+
+    def concerns(self, field: str, part: Mapping[str, Any]) -> bool:
+        """See :class:`Stage`: the files of one student are nothing to the others, nor to the teachers."""
+        return not field.startswith(_STUDENTS) or field.startswith(f"{_STUDENTS}{part.get('name')}.")
+
+    def modules(self) -> tuple[str, ...]:
+        """See :class:`Stage`."""
+        specs = [student.network for student in self.students.values()]
+        return tuple(spec.name for spec in specs if spec is not None and spec.library == "module")
 
     def check(self) -> None:
         """See :class:`Stage`."""
         super().check()
-        if self.features is None:
-            return
-        try:
-            self.features.check(self.crops)
-        except UserError as error:
-            raise UserError(error.what, where=f"features.{error.where}", hint=error.hint) from None
+        if self.features is not None:
+            try:
+                self.features.check(self.crops)
+            except UserError as error:
+                raise UserError(error.what, where=f"features.{error.where}", hint=error.hint) from None
+        locals_too = self.features is None or self.features.local_weight > 0
+        for name, student in self.students.items():
+            try:
+                student.check(self.crops_of(student), locals_too)
+            except UserError as error:
+                where = f"{_STUDENTS}{name}.{error.where}"
+                raise UserError(error.what, where=where, hint=error.hint) from None
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Train all students beside one teacher; one that fails does not stop the others."""

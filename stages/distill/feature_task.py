@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.models import build, normalise
+from orchestrator.models import normalise
+from orchestrator.models.wrapped_backbone import WrappedBackbone
 from orchestrator.objectives.features import Grid, common_grid, feature_loss, resize_tokens
 from orchestrator.stages.common.nets import (
     block_generator,
+    build_backbone,
     flat_views,
     learning_rate_scales,
     tune,
@@ -19,6 +21,7 @@ from orchestrator.stages.common.nets import (
 )
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.features import FeatureObjective, TeacherShape
+from orchestrator.stages.distill.student_backbone import backbone_of
 from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, Weights
 
 
@@ -31,14 +34,14 @@ class ProjectedBackbone(nn.Module):
 
     def __init__(
         self,
-        model: str,
+        model: str | WrappedBackbone,
         drop_path: float,
         objective: FeatureObjective,
         shapes: Mapping[str, TeacherShape],
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = build(model, **{**(overrides or {}), "drop_path": drop_path})
+        self.backbone = build_backbone(model, drop_path, overrides)
         has_cls = objective.cls_weight + objective.local_weight > 0
 
         def heads() -> nn.ModuleDict:
@@ -124,8 +127,10 @@ class FeatureTask:
         """See `Task`."""
         student = self.student
         more = self.objective, self.shapes, student.model_overrides
-        net = ProjectedBackbone(student.model, student.drop_path, *more).to(device)
-        ema = ProjectedBackbone(student.model, 0.0, *more).to(device)
+        net, ema = (
+            ProjectedBackbone(backbone_of(self.config, student, self.seed), drop_path, *more).to(device)
+            for drop_path in (student.drop_path, 0.0)
+        )
         ema.load_state_dict(net.state_dict())
         for each in (net, ema):
             tune(each, self.config)

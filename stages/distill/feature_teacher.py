@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
@@ -18,18 +17,10 @@ from torch import Tensor
 from orchestrator.data.blocks import Block
 from orchestrator.errors import UserError
 from orchestrator.fsio import atomic_write, replacing
-from orchestrator.models.wrapped import (
-    ForeignNet,
-    Tokens,
-    find_callable,
-    open_any,
-    open_module,
-    open_timm,
-    open_transformers,
-)
+from orchestrator.models.wrapped import Tokens
 from orchestrator.objectives.whitening import Moments, Whitening
-from orchestrator.slow_import import told_if_slow
 from orchestrator.stages.common.nets import flat_views
+from orchestrator.stages.common.open_network import as_seen, open_network
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.features import OWN, FeatureObjective, TeacherShape, TeacherSource
 from orchestrator.stages.distill.step_views import StepViews
@@ -137,7 +128,12 @@ class Teachers:
             sources = {OWN: TeacherSource.model_validate({"from": own})}
         self._sources = sources
         self._nets = {
-            name: open_teacher(name, source, source.size or config.crops.global_size).to(self._device)
+            name: open_network(
+                source,
+                source.size or config.crops.global_size,
+                f"the teacher {name!r}",
+                f"features.teachers.{name}",
+            ).to(self._device)
             for name, source in sources.items()
         }
 
@@ -150,35 +146,11 @@ class Teachers:
     def __call__(self, images_NCHW: Tensor) -> Iterator[tuple[str, Tensor]]:
         """NAME.cls (N, D) and NAME.patches (N, P, D) of uint8 images, fp32 on the CPU, teacher by teacher."""
         for name, net in self._nets.items():
-            seen_NCHW = _seen(images_NCHW.to(self._device), self._sources[name], net.size)
+            seen_NCHW = as_seen(images_NCHW.to(self._device), self._sources[name], net.size)
             with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
                 tokens: Tokens = net(seen_NCHW)
             yield f"{name}.cls", tokens.cls.float().cpu()
             yield f"{name}.patches", tokens.patches.float().cpu()
-
-
-def open_teacher(name: str, source: TeacherSource, size: int) -> ForeignNet:
-    """A teacher's network.
-
-    Raises:
-        UserError: it cannot be had, or what it gives is not clear.
-    """
-    where = f"features.teachers.{name}"
-    try:
-        if source.from_ is not None:
-            return open_any(source.from_, size)
-        if source.timm is not None:
-            return open_timm(source.timm, size)
-        if source.transformers is not None:
-            return open_transformers(source.transformers, size)
-        with told_if_slow(source.path.partition(":")[0]):
-            find_callable(source.path)
-        return open_module(source.path, source.weights, size)
-    except ModuleNotFoundError as error:
-        raise UserError(str(error), where=where, hint=f"pip install {error.name}") from error
-    except (ValueError, FileNotFoundError) as error:
-        hint = "set `size` to what it takes, or wrap it in a module that gives cls and patches"
-        raise UserError(f"the teacher {name!r}: {error}", where=where, hint=hint) from error
 
 
 def prepare(
@@ -213,18 +185,6 @@ def bytes_per_image(config: Distill, objective: FeatureObjective, shapes: Mappin
     width = 2 if objective.dtype == "fp16" else 4
     features = sum(shape.dim * (1 + shape.grid[0] * shape.grid[1]) for shape in shapes.values())
     return config.crops.num_global * width * features + 8
-
-
-def _seen(images_NCHW: Tensor, source: TeacherSource, size: int) -> Tensor:
-    """What a teacher sees of uint8 images: its size, its mean and deviation."""
-    x_NCHW = images_NCHW.float() / 255
-    if x_NCHW.shape[-2:] != (size, size):
-        x_NCHW = F.interpolate(x_NCHW, (size, size), mode="bicubic", align_corners=False, antialias=True)
-        x_NCHW = x_NCHW.clamp(0, 1)  # bicubic overshoots
-    mean, std = (
-        torch.tensor(values, device=x_NCHW.device)[:, None, None] for values in (source.mean, source.std)
-    )
-    return (x_NCHW - mean) / std
 
 
 def _measured(teachers: Teachers, objective: FeatureObjective, views: StepViews | None) -> Prepared:

@@ -32,6 +32,7 @@ from orchestrator.stages.common.nets import (
 )
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.step_views import StepViews
+from orchestrator.stages.distill.student_backbone import backbone_of
 from orchestrator.teacher_service.payload import TEACHER, samples
 from orchestrator.training.device import device_type
 from orchestrator.training.export import load_export
@@ -155,8 +156,12 @@ class DistillTask:
     def build(self, device: str) -> Modules:
         """See `Task`."""
         student, heads = self.student, self.recipe.heads
-        net = HeadedBackbone(student.model, student.drop_path, heads, student.model_overrides).to(device)
-        ema = HeadedBackbone(student.model, 0.0, heads, student.model_overrides).to(device)
+        net, ema = (
+            HeadedBackbone(
+                backbone_of(self.config, student, self.seed), drop_path, heads, student.model_overrides
+            ).to(device)
+            for drop_path in (student.drop_path, 0.0)
+        )
         ema.load_state_dict(net.state_dict())
         for each in (net, ema):
             tune(each, self.config)
@@ -219,7 +224,7 @@ class DistillTask:
             flat_views(tensors["locals"]) if "locals" in tensors else None,
             target.tokens_M,
             self.grid,
-            resize_masks(masks_NP, self.grid, own) if self.student.mask_inputs else None,
+            resize_masks(masks_NP, self.grid, own) if self.student.sees_masks else None,
             block_generator(self.seed, block.step, block.index),
             scores=distillation.scores(),
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator import disk
 from orchestrator.data.blocks import BlockSource
+from orchestrator.data.rng import derive
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 from orchestrator.stages.base import Context
@@ -23,11 +24,13 @@ from orchestrator.stages.distill.feature_task import FeatureTask
 from orchestrator.stages.distill.features import FeatureObjective
 from orchestrator.stages.distill.sharded_teacher import ShardedTeacher
 from orchestrator.stages.distill.step_views import StepViews, regenerated_views
+from orchestrator.stages.distill.student_backbone import save_network
 from orchestrator.stages.distill.task import DistillTask, FrozenTeacher, bytes_per_image
 from orchestrator.storage.open import open_store
 from orchestrator.storage.store import Store
 from orchestrator.teacher_service.cache import CachedTeacher
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
+from orchestrator.training.device import device_type
 
 logger = logging.getLogger("orchestrator")
 
@@ -111,6 +114,14 @@ class Teaching(ABC):
             StepViews, self._config, self._recipe, self._index, self._seed, sets, roots=self._roots
         )
 
+    def _save_network(self, name: str, export: Path, folder: Path) -> None:
+        """A student that is a network from elsewhere; its heads or projections are in the checkpoint only."""
+        student = self._config.students[name]
+        crops = self._config.crops_of(student)
+        views = regenerated_views(self._config, self._index, self._seed, crops, roots=self._roots)
+        device = device_type(self._context.elastic.device)
+        save_network(self._config, student, derive(self._seed, name), export, folder, views, device)
+
     def _view_sets(self, students: Sequence[Student]) -> dict[str, CropConfig]:
         """The views to make, by part: those of students in play that do not make their own."""
         if self._config.views == "regenerated":
@@ -174,6 +185,9 @@ class HeadTeaching(Teaching):
     def save(self, name: str, export: Path, folder: Path) -> None:
         """See `Teaching`; the recipe has the heads."""
         student = self._config.students[name]
+        if student.model is None:
+            self._save_network(name, export, folder)
+            return
         size = self._config.crops_of(student).global_size
         own = self.recipe.model_copy(
             update={
@@ -234,6 +248,9 @@ class FeatureTeaching(Teaching):
     def save(self, name: str, export: Path, folder: Path) -> None:
         """See `Teaching`; the projections are in the checkpoint only."""
         student = self._config.students[name]
+        if student.model is None:
+            self._save_network(name, export, folder)
+            return
         size = self._config.crops_of(student).global_size
         save_backbone(export, student.model, folder / "model", size, student.model_overrides)
         recipe = {

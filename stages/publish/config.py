@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from orchestrator.config.schema import Names
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.fsio import DIGESTS
+from orchestrator.models.network_spec import LIBRARIES
 from orchestrator.stages.base import PACKAGE, Context, Input, PlanContext, Stage, figures_of, made_by
 from orchestrator.stages.common.mlmodel import mlmodel
 
@@ -216,9 +217,12 @@ def card(name: str, folder: Path, tags: Mapping[str, str]) -> str:
     facts = "\n".join(
         f"| {tag.removeprefix('orchestrator.')} | {value} |" for tag, value in sorted(tags.items())
     )
+    module = config["config"]["name"].partition(":")[0] if config["architecture"] == "module" else None
+    code = _CODE if config["architecture"] not in LIBRARIES else _CODE_OF_A_NETWORK
     return _CARD.format(
         name=name,
         size=size,
+        code=code.format(name=name, size=size, trust=f", trust_module={module!r}" if module else ""),
         preset=config["preset"],
         architecture=config["architecture"],
         megabytes=f"{megabytes:.1f}",
@@ -254,15 +258,7 @@ def _figures(context: Context, student: str) -> dict[str, float]:
     return own if accuracy is None else {**own, "knn_accuracy": float(accuracy)}
 
 
-_CARD = """# {name}
-
-A vision backbone distilled from a self-supervised teacher (the DINOv3 recipe, arXiv 2508.10104):
-`{preset}`, {megabytes} MB of safetensors. It turns a photo into one vector (CLS) and a map of patch features.
-
-    orchestrator pull {name}@ALIAS --out {name}
-
-```python
-from PIL import Image
+_CODE = """from PIL import Image
 
 from orchestrator.models import embed, load_pretrained, preprocess
 
@@ -271,7 +267,23 @@ photo = Image.open("photo.jpg")
 vector = embed(model, photo, size={size})  # (D,), unit length: compare photos by dot product
 features = model(preprocess(photo, {size}))
 patches = features.patches  # (1, P, D), row by row over the grid of patches
-```
+"""
+# Of a network from elsewhere.
+_CODE_OF_A_NETWORK = """import orchestrator
+
+model = orchestrator.load("{name}"{trust})
+vector = orchestrator.embed(model, "photo.jpg")  # (D,), unit length: compare photos by dot product
+network = model.module.net  # as its own library has it; model.safetensors is its state dict
+"""
+_CARD = """# {name}
+
+A vision backbone distilled from a self-supervised teacher (the DINOv3 recipe, arXiv 2508.10104):
+`{preset}`, {megabytes} MB of safetensors. It turns a photo into one vector (CLS) and a map of patch features.
+
+    orchestrator pull {name}@ALIAS --out {name}
+
+```python
+{code}```
 
 Trained for photos of {size} × {size} pixels; any multiple of the patch size works. `config.json` has the
 architecture ({architecture}) in full, and the mean and standard deviation that pixels are normalised with.

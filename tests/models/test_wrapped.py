@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from bench import parity
 from orchestrator.models import build, save_pretrained
 from orchestrator.models.convert import save_as
+from orchestrator.models.network_spec import Blocks
 from orchestrator.models.wrapped import ForeignNet, open_any, open_module, open_timm, open_transformers
 
 SIZE = 64
@@ -137,6 +139,13 @@ def test_a_module_path_with_weights(package: Path, suffix: str) -> None:
     torch.testing.assert_close(teacher(images()).patches, wanted.flatten(2).transpose(1, 2))
 
 
+def test_a_module_path_with_arguments(package: Path) -> None:
+    kwargs = {"in_channels": 3, "out_channels": 7, "kernel_size": 16, "stride": 16}
+    assert open_module("torch.nn:Conv2d", None, SIZE, kwargs).dim == 7
+    with pytest.raises(ValueError, match=r"torch\.nn:Conv2d\(width=3\) fails: TypeError"):
+        open_module("torch.nn:Conv2d", None, SIZE, {"width": 3})
+
+
 def test_modules_and_weights_that_do_not_fit(package: Path) -> None:
     save_file({"0.weight": torch.zeros(5, 3, 16, 16)}, package / "half.safetensors")
     with pytest.raises(ValueError, match=r"does not fit their_nets.small:make: (.|\n)*0.bias"):
@@ -238,3 +247,113 @@ def test_models_of_timm_with_random_weights(name: str, num_prefix: int | None) -
 def test_no_such_model_of_timm() -> None:
     with pytest.raises(ValueError, match="timm does not give 'vit_tinny'"):
         open_timm("vit_tinny", SIZE, pretrained=False)
+
+
+# --- single blocks ------------------------------------------------------------------------------------------------
+
+
+def seen_by(layer: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a layer gave while `run` ran, by a hook: independent of how the network hands its blocks out."""
+    found: list[Tensor] = []
+    handle = layer.register_forward_hook(
+        lambda module, args, out: found.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return found[-1]
+
+
+def test_blocks_of_our_towers(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    net = build("vit_femto", depth=3).eval()
+    save_pretrained(tmp_path, net.state_dict(), "vit_femto", overrides={"depth": 3})
+    first, second = (net.norm(seen_by(net.blocks[at], lambda: net(images()))) for at in (0, 1))
+    said = open_any(tmp_path, SIZE, Blocks(cls=1, patches=2))(images())
+    torch.testing.assert_close(said.cls, first[:, 0])
+    torch.testing.assert_close(said.patches, second[:, 5:])
+    last = open_any(tmp_path, SIZE)(images())
+    torch.testing.assert_close(open_any(tmp_path, SIZE, Blocks(cls=1))(images()).patches, last.patches)
+    with pytest.raises(ValueError, match="there is no block 4: it has blocks 1 to 3"):
+        open_any(tmp_path, SIZE, Blocks(patches=4))
+
+
+def test_stages_of_our_convnext(tmp_path: Path) -> None:
+    net = build("convnext_mini").eval()
+    save_pretrained(tmp_path, net.state_dict(), "convnext_mini")
+    teacher = open_any(tmp_path, SIZE, Blocks(3, 3))
+    assert (teacher.dim, teacher.grid) == (96, (8, 8))
+    with pytest.raises(ValueError, match=r"it gives cls \(2, 96\) and patches \(2, 16, 192\)"):
+        open_any(tmp_path, SIZE, Blocks(3, 4))
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "vit", "dinov3"])
+def test_blocks_of_transformers(kind: str, tmp_path: Path) -> None:
+    """CLS of the block before the last, patches of the last, as the DINOv2 relative of the demo speaks."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {
+        "dinov2": lambda: transformers.Dinov2Config(**sizes, image_size=SIZE, patch_size=16),
+        "vit": lambda: transformers.ViTConfig(**sizes, image_size=SIZE, patch_size=16),
+        "dinov3": lambda: transformers.DINOv3ViTConfig(**sizes, num_register_tokens=4),
+    }[kind]()
+    torch.manual_seed(2)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    norm = model.norm if kind == "dinov3" else model.layernorm
+    with torch.no_grad():
+        norm.weight.mul_(torch.linspace(0.5, 2, 16))
+    model.save_pretrained(tmp_path)
+    layers = [each for name, each in model.named_modules() if re.search(r"(layer|layers)\.\d+$", name)]
+    assert len(layers) == 3
+    second, third = (norm(seen_by(layers[at], lambda: model(images()))) for at in (1, 2))
+    said = open_transformers(str(tmp_path), SIZE, blocks=Blocks(cls=2))(images())
+    torch.testing.assert_close(said.cls, second[:, 0])
+    torch.testing.assert_close(said.patches, third[:, 5 if kind == "dinov3" else 1 :])
+    with pytest.raises(ValueError, match="there is no block 12: it has blocks 1 to 3"):
+        open_transformers(str(tmp_path), SIZE, blocks=Blocks(cls=12))
+
+
+@pytest.mark.skipif(parity.timm() is None, reason="timm is not installed")
+def test_blocks_of_timm() -> None:
+    torch.manual_seed(3)
+    teacher = open_timm(
+        "vit_tiny_patch16_224", SIZE, pretrained=False, kwargs={"depth": 3}, blocks=Blocks(cls=1, patches=2)
+    )
+    net: Any = teacher.net
+    first, second = (
+        net.norm(seen_by(net.blocks[at], lambda: net.forward_features(images()))) for at in (0, 1)
+    )
+    said = teacher(images())
+    torch.testing.assert_close(said.cls, first[:, 0])
+    torch.testing.assert_close(said.patches, second[:, 1:])
+    with pytest.raises(ValueError, match="timm's resnet10t is no transformer"):
+        open_timm("resnet10t", SIZE, pretrained=False, blocks=Blocks(1, 1))
+
+
+class Offering(nn.Module):
+    """A network that offers its blocks as DINO's networks do; block b adds b to the mean colours of a grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Identity() for _ in range(4))
+
+    def get_intermediate_layers(
+        self, x: Tensor, n: Any, return_class_token: bool, norm: bool
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        assert return_class_token
+        assert norm
+        tokens = nn.functional.adaptive_avg_pool2d(x, 4).flatten(2).transpose(1, 2)
+        return tuple((tokens + 1 + at, tokens.mean(dim=1) - 1 - at) for at in range(4) if at in n)
+
+
+def test_blocks_of_a_users_module() -> None:
+    teacher = open_module(f"{__name__}:Offering", None, SIZE, blocks=Blocks(cls=4, patches=2))
+    said = teacher(images())
+    tokens = nn.functional.adaptive_avg_pool2d(images(), 4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(said.cls, tokens.mean(dim=1) - 4)
+    torch.testing.assert_close(said.patches, tokens + 2)
+    with pytest.raises(ValueError, match="there is no block 5: it has blocks 1 to 4"):
+        open_module(f"{__name__}:Offering", None, SIZE, blocks=Blocks(cls=5))
+    with pytest.raises(ValueError, match="does not offer its blocks: it needs `blocks` and the method"):
+        open_module(f"{__name__}:Says", None, SIZE, {"form": "map"}, Blocks(1, 1))

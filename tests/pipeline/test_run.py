@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import recorded
@@ -479,3 +479,40 @@ def test_a_full_disk_under_the_store_is_one_sentence(pipeline: Path, monkeypatch
             run(pipeline)
         assert "are kept" in (caught.value.hint or "")
     assert run(pipeline)[0] == 0
+
+
+def test_a_file_that_concerns_one_piece_makes_no_other_anew(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with the source of a student's own network."""
+    made: list[str] = []
+
+    def run_pieces(self: toys.Pretrain, context: Context) -> dict[str, float]:
+        for name in ("a", "b"):
+            with context.part("piece", {"name": name}) as part:
+                if part.artifact is None:
+                    made.append(name)
+                    draft = context.out.with_name(f"draft-{name}")
+                    draft.mkdir()
+                    (draft / "value").touch()
+                    part.publish(draft, {})
+        (context.out / "result.json").write_text("{}")
+        return {}
+
+    def files(self: toys.Pretrain) -> dict[str, tuple[Path, ...]]:
+        return {f"pieces.{name}": (Path(f"{name}.py").absolute(),) for name in ("a", "b", "all")}
+
+    def concerns(self: toys.Pretrain, field: str, part: Mapping[str, Any]) -> bool:
+        return not field.startswith("pieces.") or field in ("pieces.all", f"pieces.{part['name']}")
+
+    for name in ("a", "b", "all"):
+        Path(f"{name}.py").write_text("1")
+    monkeypatch.setattr(toys.Pretrain, "run", run_pieces)
+    monkeypatch.setattr(toys.Pretrain, "files", files)
+    monkeypatch.setattr(toys.Pretrain, "concerns", concerns)
+    for changed, wanted in ((None, ["a", "b"]), ("b", ["b"]), ("all", ["a", "b"])):
+        if changed:
+            Path(f"{changed}.py").write_text("2")
+        made.clear()
+        assert run(pipeline)[0] == 0
+        assert made == wanted

@@ -40,6 +40,9 @@ def folder(tmp_path: Path) -> Path:
         ({"from": "a", "timm": "b"}, "it has from and timm"),
         ({"from": "a", "weights": "b"}, "`weights` are for `module`"),
         ({"module": "no colon"}, "should match pattern"),
+        ({"from": "a", "kwargs": {"width": 3}}, "`kwargs` are for `module`, `timm` and `transformers`"),
+        ({"timm": "b", "kwargs": {"checkpoint_path": "c"}}, "checkpoint_path is none"),
+        ({"timm": "b", "block": 0}, "greater than or equal to 1"),
         ({"timm": "b", "weight": 0}, "greater than 0"),
         ({"timm": "b", "std": [1, 0, 1]}, "greater than 0"),
     ],
@@ -101,23 +104,27 @@ def test_weights_that_no_tower_here_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "complaint"),
+    ("spec", "complaint", "hint"),
     [
-        ("no_such_nets.small:make", "no_such_nets.small cannot be imported: ModuleNotFoundError"),
-        ("torch.nn:Idendity", "torch.nn has nothing called 'Idendity'"),
-        ("torch.nn:__name__", "has nothing called '__name__' that can be called"),
+        (
+            "no_such_nets.small:make",
+            "no_such_nets.small cannot be imported: ModuleNotFoundError",
+            "PYTHONPATH",
+        ),
+        ("torch.nn:Idendity", "torch.nn has nothing called 'Idendity'", "did you mean torch.nn:Identity?"),
+        ("torch.nn:q", "has nothing called 'q' that can be called", "PYTHONPATH"),
     ],
 )
-def test_module_paths_that_lead_nowhere(spec: str, complaint: str) -> None:
+def test_module_paths_that_lead_nowhere(spec: str, complaint: str, hint: str) -> None:
     with pytest.raises(UserError, match=complaint) as caught:
         objective(theirs={"module": spec}).check(crops(64))
     assert caught.value.where == "teachers.theirs.module"
-    assert "PYTHONPATH" in str(caught.value.hint)
+    assert hint in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("package", ["timm", "transformers"])
 def test_libraries_that_are_not_installed(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.stages.distill.features.find_spec", lambda name: None)
+    monkeypatch.setattr("orchestrator.stages.common.network_source.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"{package} is not installed") as caught:
         objective(big={package: "some_model"}).check(crops(64))
     assert caught.value.where == f"teachers.big.{package}"
@@ -144,7 +151,7 @@ def test_a_broken_timm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.delitem(sys.modules, "timm")
-    monkeypatch.setattr("orchestrator.stages.distill.features.find_spec", lambda name: True)
+    monkeypatch.setattr("orchestrator.stages.common.network_source.find_spec", lambda name: True)
     with pytest.raises(UserError, match="timm cannot be imported: RuntimeError: operator torchvision::nms"):
         objective(big={"timm": "resnet18"}).check(crops(64))
 
@@ -165,11 +172,27 @@ def test_a_size_that_the_patch_does_not_divide(form: str, folder: Path, tmp_path
     patch = 8 if form == "ours" else 16
     with pytest.raises(UserError, match=f"patches of {patch} pixels do not divide .* 68 pixels") as caught:
         objective(big=source).check(crops(68))
-    assert (caught.value.where, caught.value.hint) == ("teachers.big.from", "set the teacher's size to 64")
+    assert (caught.value.where, caught.value.hint) == ("teachers.big.from", "set its size to 64")
     with pytest.raises(UserError, match="100 pixels a side") as caught:
         objective(big={**source, "size": 100}).check(crops(64))
     assert caught.value.where == "teachers.big.size"
     objective(big={**source, "size": 96}).check(crops(68))
+
+
+@pytest.mark.parametrize("field", ["block", "cls_block", "patch_block"])
+def test_a_block_that_is_not_there(field: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no block 3: .* has blocks 1 to 2") as caught:
+        objective(big={"from": folder, field: 3}).check(crops(64))
+    assert caught.value.where == f"teachers.big.{field}"
+    objective(big={"from": folder, field: 2}).check(crops(64))
+
+
+def test_blocks_are_part_of_the_key_where_they_are_set() -> None:
+    plain = objective(a={"timm": "b"}).identity()
+    assert not {"block", "cls_block", "patch_block", "kwargs"} & plain["teachers"]["a"].keys()
+    assert objective(a={"timm": "b", "block": 1}).identity() != plain
+    assert TeacherSource.model_validate({"timm": "b"}).blocks is None
+    assert TeacherSource.model_validate({"timm": "b", "block": 3, "cls_block": 2}).blocks == (2, 3)
 
 
 def test_what_is_fine_is_let_through(folder: Path, tmp_path: Path) -> None:
