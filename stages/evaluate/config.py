@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from orchestrator.config.settings import in_key_if_set, operational
 from orchestrator.data.views import Side
@@ -19,6 +19,7 @@ from orchestrator.errors import Stopped, UserError
 from orchestrator.progress import ROUTINE, Meter
 from orchestrator.stages.base import Context, Input, PlanContext, Stage
 from orchestrator.stages.common.mixing import DRAWN
+from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.metric import Features, OwnMetric, checked
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ logger = logging.getLogger("orchestrator")
 # In the order of the recipe: the last one there is gives the teacher.
 TEACHER_ROLES = ("pretrain", "gram", "high_res")
 RAW_SIDE = 32
+# Of a model from elsewhere, where nothing says a size.
+_SIZE = 224
 _Item = TypeVar("_Item")
 
 
@@ -41,6 +44,7 @@ def _with_place(template: str) -> str:
     return template
 
 
+ModelTitle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Template = Annotated[str, AfterValidator(_with_place)]
 
 
@@ -55,12 +59,24 @@ class _Candidate:
     picture: str | None = None
 
 
+class OutsideModel(NetworkSource):
+    """A model from elsewhere that is evaluated beside the pipeline's. It is given as a headless teacher is."""
+
+    size: Side | None = Field(
+        None,
+        description="The side of the images that this model sees, in pixels. Default: `image_size`, or what the last "
+        "backbone or the first student was trained at.",
+    )
+
+
 class Evaluate(Stage):
     """Leave-one-out k-NN, retrieval, zero-shot classification, dense health, feature maps and a report.
 
     Nothing is trained, so the figures measure the features as they are. The stage runs in the driver's process,
     which is fast enough for thousands of photos.
     """
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     kind: Literal["evaluate"]
     k: int = Field(5, ge=1, description="The number of nearest neighbours that vote in k-NN.")
@@ -93,6 +109,12 @@ class Evaluate(Stage):
         description="Metrics of users' packages, computed of each model: a name, or a mapping with the name as `use` "
         "and its settings (docs/extending.md).",
     )
+    # `models` is a method of every stage.
+    outside: dict[ModelTitle, OutsideModel] = in_key_if_set(
+        {},
+        alias="models",
+        description="Models from elsewhere that are evaluated, too, by the name of their row.",
+    )
     batch: int = operational(64, ge=1, description="The number of images per forward pass.")
 
     needs_ray: ClassVar[bool] = False
@@ -104,13 +126,13 @@ class Evaluate(Stage):
         Input("students", ("distill",), required=False),
         Input("text", ("align_text",), required=False),
     )
-    # Also knn.png where photos have labels, text_maps.png where there are texts, dense_health.png and
-    # losses_*.png where histories have records, clusters.png where there are clusters.
+    # Also pca_teacher.png where there is a backbone, pca_<student>.png, pca_model_<name>.png, knn.png where photos have
+    # labels, text_maps.png where there are texts, dense_health.png and losses_*.png where histories have records,
+    # clusters.png where there are clusters.
     outputs: ClassVar[Mapping[str, str]] = {
         "table.json": "every figure",
         "table.md": "the tables to read",
         "report.html": "one page with tables and pictures, nothing to load",
-        "pca_teacher.png": "PCA of the teacher's patch features; likewise pca_<student>.png",
     }
 
     @model_validator(mode="after")
@@ -121,15 +143,36 @@ class Evaluate(Stage):
                 raise ValueError(f"{count} metrics are called {title!r}: give each a `name` of its own")
         return self
 
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """See :class:`Stage`."""
+        return {
+            f"models.{name}.{field}": paths
+            for name, source in self.outside.items()
+            for field, paths in source.files().items()
+        }
+
+    def check(self) -> None:
+        """See :class:`Stage`: models from elsewhere."""
+        for name, source in self.outside.items():
+            try:
+                # At which size it is seen may only be known once the pipeline's models are there.
+                source.check(self.image_size or 0)
+            except UserError as error:
+                where = f"models.{name}.{error.where}"
+                raise UserError(error.what, where=where, hint=error.hint) from None
+
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
-        """See :class:`Stage`: no backbone, or a size that a model cannot take."""
-        if not any(role in plan_context.upstream for role in TEACHER_ROLES):
+        """See :class:`Stage`: no model, or a size that a model cannot take."""
+        if not self.outside and not any(
+            role in plan_context.upstream for role in (*TEACHER_ROLES, "students")
+        ):
             return [_no_backbone("there is no backbone to evaluate", "needs")]
         distill = plan_context.upstream.get("students")
         recipes = [stage.model_recipe() for stage in plan_context.lineage]
         towers = {recipe.model: recipe.tower for recipe in recipes if recipe is not None}
         if distill is not None:
-            towers |= {f"student {name}": tower for name, tower in distill.student_towers().items()}
+            shapes = distill.student_towers().items()
+            towers |= {f"student {name}": shape for name, shape in shapes if shape is not None}
         size = self.image_size or 0
         return [
             UserError(
@@ -145,7 +188,7 @@ class Evaluate(Stage):
         """Scores everything that is upstream and writes the report.
 
         Raises:
-            UserError: no backbone among the inputs, a photo that is gone, or a size no model can take.
+            UserError: no model among the inputs, a photo that is gone, or a size no model can take.
             Stopped: the user asked for it; the stage starts over next time.
         """
         from orchestrator.data.index import ImageIndex
@@ -161,7 +204,7 @@ class Evaluate(Stage):
             for role in TEACHER_ROLES
             if role in context.inputs
         }
-        if not backbones:
+        if not backbones and "students" not in context.inputs and not self.outside:
             what = f"stage {context.name!r} has no backbone to evaluate"
             raise _no_backbone(what, f"stages.{context.name}.needs")
         index = ImageIndex.load(context.inputs["index"].path, context.roots)
@@ -251,8 +294,8 @@ class Evaluate(Stage):
         return scores, pictures, measured
 
     def _candidates(self, context: Context, backbones: Mapping[str, Artifact]) -> Iterator[_Candidate]:
-        """Random weights of every architecture, the backbone's way through the stages, the students."""
-        from orchestrator.stages.evaluate.towers import load_tower, random_tower, read_settings
+        """Random weights of every architecture, the backbone's way through the stages, others' models, the students."""
+        from orchestrator.stages.evaluate.towers import load_tower, outside_tower, random_tower, read_settings
 
         students = student_folders(context.inputs.get("students"))
         load = partial(
@@ -260,14 +303,16 @@ class Evaluate(Stage):
             size=self.image_size,
             where=f"stages.{context.name}.image_size",
             wanted=context.elastic.device,
+            trusted=context.modules,
         )
 
         def load_random(folder: Path) -> Tower:
             return random_tower(load(folder), context.seed)
 
-        last = list(backbones.values())[-1].path / "model"
+        last = list(backbones.values())[-1].path / "model" if backbones else None
+        trained = [*([last] if last else []), *(folder / "model" for folder in students.values())]
         drawn: dict[tuple[str, int], Path] = {}
-        for folder in [last, *(folder / "model" for folder in students.values())]:
+        for folder in trained:
             drawn.setdefault(read_settings(folder), folder)
         sizes = Counter(preset for preset, _ in drawn)
         for (preset, size), folder in drawn.items():
@@ -286,6 +331,15 @@ class Evaluate(Stage):
                 "backbone",
                 partial(load, model),
                 picture="teacher" if is_teacher else None,
+            )
+        size = self.image_size or (read_settings(trained[0])[1] if trained else _SIZE)
+        for name, source in self.outside.items():
+            where = f"stages.{context.name}.models.{name}"
+            yield _Candidate(
+                f"model {name}",
+                "from elsewhere",
+                partial(outside_tower, source, name, size, where, context.elastic.device),
+                picture=f"model_{name}",
             )
         for student, folder in students.items():
             yield _Candidate(
@@ -319,7 +373,8 @@ class Evaluate(Stage):
 
 
 def _no_backbone(what: str, where: str) -> UserError:
-    return UserError(what, where=where, hint="add a stage of kind pretrain, gram_anchor or high_res")
+    hint = "add a stage of kind pretrain, gram_anchor, high_res or distill, or name `models` from elsewhere"
+    return UserError(what, where=where, hint=hint)
 
 
 def largest_groups(labels: Sequence[str | None], num_groups: int) -> dict[str, int]:
@@ -355,11 +410,11 @@ def student_folders(artifact: Artifact | None) -> dict[str, Path]:
 
 
 def _draw_maps(tower: Tower, shown: Crops, index: ImageIndex, path: Path) -> None:
-    """PCA maps at twice the size of training, which the position encoding allows and the eye likes."""
+    """PCA maps, see :attr:`Tower.map_size`."""
     from orchestrator.evaluation.report.figures import pca_maps
     from orchestrator.stages.evaluate.towers import feature_maps
 
-    photos = shown.at(2 * tower.size)
+    photos = shown.at(tower.map_size)
     captions = [index[row].caption or index[row].path for row in shown.rows]
     titles = [caption if len(caption) < 32 else caption[:30] + "…" for caption in captions]
     pca_maps(list(photos), feature_maps(tower, photos), path, titles, pairs_per_row=min(3, len(photos)))

@@ -20,7 +20,7 @@ _STUDENT, _TEACHER = "student ", " (teacher)"
 
 @dataclass(frozen=True)
 class Score:
-    """A row of the k-NN table. `family` is baseline, random weights, backbone or student."""
+    """A row of the k-NN table. `family` is baseline, random weights, backbone, from elsewhere or student."""
 
     name: str
     family: str

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,10 @@ from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.errors import UserError
 from orchestrator.models import Backbone, Features, count_params, from_config, load_pretrained, normalise
+from orchestrator.models.wrapped import ForeignNet, Tokens, WrappedNet
+from orchestrator.models.wrapped_backbone import WrappedBackbone, build_wrapped, is_wrapped, load_wrapped
+from orchestrator.stages.common.network_source import NetworkSource
+from orchestrator.stages.common.open_network import as_seen, open_network
 from orchestrator.training.device import device_type
 from orchestrator.training.export import load_export
 
@@ -30,11 +35,24 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True)
 class Tower:
-    """A backbone in eval mode, the preset it was made from, and the side in pixels of its photos."""
+    """A backbone in eval mode, the preset it was made from, and the side in pixels of its photos.
 
-    model: Backbone
+    `source` is where a model from elsewhere comes from: it says how its pixels are normalised.
+    """
+
+    model: Backbone | WrappedBackbone | ForeignNet
     preset: str
     size: int
+    source: NetworkSource | None = None
+
+    @property
+    def map_size(self) -> int:
+        """The side at which feature maps are drawn: twice that of training where the network takes it.
+
+        Position encodings of the towers allow it, and the eye likes it.
+        """
+        twice = 2 * self.size
+        return twice if not isinstance(self.model, WrappedNet) or self.model.takes(twice) else self.size
 
     @property
     def num_parameters(self) -> int:
@@ -93,7 +111,12 @@ def read_settings(folder: Path) -> tuple[str, int]:
 
 
 def load_tower(
-    folder: Path, size: int | None, where: str, weights: Path | None = None, wanted: str = "auto"
+    folder: Path,
+    size: int | None,
+    where: str,
+    weights: Path | None = None,
+    wanted: str = "auto",
+    trusted: Sequence[str] = (),
 ) -> Tower:
     """The model of a folder, on the device that this process may use.
 
@@ -103,12 +126,22 @@ def load_tower(
         where: key path of `size`, for the error message.
         weights: a snapshot, whose backbone replaces the folder's weights.
         wanted: an `elastic.device`: `cpu` uses no GPU.
+        trusted: modules that may be imported, see `load_wrapped`.
 
     Raises:
-        UserError: `size` is not a multiple of the model's patch.
+        UserError: `size` is not a multiple of the model's patch, or the folder names a module that the pipeline does
+            not.
     """
     preset, own_size = read_settings(folder)
-    model = load_pretrained(folder)
+    model: Backbone | WrappedBackbone
+    if is_wrapped(folder):
+        try:
+            model = load_wrapped(folder, trusted)
+        except (ValueError, ModuleNotFoundError) as error:
+            hint = "run the stage that trains it again, with the same `module`"
+            raise UserError(str(error), where=str(folder), hint=hint) from error
+    else:
+        model = load_pretrained(folder)
     size = size or own_size
     if size % model.patch_size:
         raise UserError(
@@ -121,11 +154,35 @@ def load_tower(
     return Tower(model.to(device_type(wanted)), preset, size)
 
 
+def outside_tower(source: NetworkSource, name: str, size: int, where: str, wanted: str = "auto") -> Tower:
+    """A model from elsewhere, on the device that this process may use.
+
+    Args:
+        source: where it comes from.
+        name: that the pipeline file gives it.
+        size: pixels a side of its photos, if it says no other.
+        where: key path of the source, for the error message.
+        wanted: an `elastic.device`: `cpu` uses no GPU.
+
+    Raises:
+        UserError: it is not there, or what it gives is not clear.
+    """
+    size = source.size or size
+    net = open_network(source, size, f"the model {name!r}", where)
+    return Tower(net.to(device_type(wanted)), source.shown, size, source)
+
+
 def random_tower(tower: Tower, seed: int) -> Tower:
     """The same architecture as it was before any training: one draw of its initial weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "random weights", tower.preset) % 2**63)
-        model = from_config(tower.model.config)
+    drawn = derive(seed, "random weights", tower.preset) % 2**63
+    model: Backbone | WrappedBackbone
+    if isinstance(tower.model, WrappedBackbone):
+        model = build_wrapped(tower.model.spec, tower.model.size, drawn)
+    else:
+        assert not isinstance(tower.model, ForeignNet), "there is no untrained one to compare it with"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(drawn)
+            model = from_config(tower.model.config)
     return Tower(model.eval().to(_device_of(tower)), tower.preset, tower.size)
 
 
@@ -152,8 +209,8 @@ def patch_crops(tower: Tower, crops_NHWC: Pixels, batch: int, check: Check) -> F
 @torch.inference_mode()
 def feature_maps(tower: Tower, crops_NHWC: Pixels) -> list[Floats]:
     """Patch features of square crops of any side the patch divides: (h, w, D) each."""
-    side = crops_NHWC.shape[1] // tower.model.patch_size
     patches_NPD: Floats = _features(tower, crops_NHWC).patches.float().cpu().numpy()
+    side = isqrt(patches_NPD.shape[1])
     return list(patches_NPD.reshape(len(patches_NPD), side, side, -1))
 
 
@@ -164,9 +221,16 @@ def pixel_features(crops_NHWC: Pixels) -> Floats:
     return flat_ND
 
 
-def _features(tower: Tower, crops_NHWC: Pixels) -> Features:
-    images_NCHW = torch.from_numpy(np.ascontiguousarray(crops_NHWC.transpose(0, 3, 1, 2)))
-    features: Features = tower.model(normalise(images_NCHW.to(_device_of(tower))))
+def _features(tower: Tower, crops_NHWC: Pixels) -> Features | Tokens:
+    images_NCHW = torch.from_numpy(np.ascontiguousarray(crops_NHWC.transpose(0, 3, 1, 2))).to(
+        _device_of(tower)
+    )
+    seen_NCHW = (
+        normalise(images_NCHW)
+        if tower.source is None
+        else as_seen(images_NCHW, tower.source, images_NCHW.shape[-1])
+    )
+    features: Features | Tokens = tower.model(seen_NCHW)
     return features
 
 
