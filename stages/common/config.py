@@ -18,6 +18,8 @@ from orchestrator.slow_import import told_if_slow
 from orchestrator.stages.base import Context
 
 INDEX_KINDS = ("curate",)
+# Of a model's name: where more are listed, none of them is near.
+_CLOSE = 2
 BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
 
 
@@ -32,11 +34,12 @@ def _known_or_none(name: str | None) -> str | None:
     try:
         return name if name is None else _known_model(name)
     except ValueError as error:
-        if not str(error).endswith("?"):
+        said, is_unknown = str(error), str(error).endswith("?")
+        if not is_unknown:
             raise
-        raise ValueError(
-            f"{error} A network from elsewhere is given as module, timm or transformers"
-        ) from None
+        if said.count(" or ") > _CLOSE:
+            said = f"unknown model {name!r}: `orchestrator models` lists those that there are."
+        raise ValueError(f"{said} A network from elsewhere is given as module, timm or transformers") from None
 
 
 ModelName = Annotated[str, AfterValidator(_known_model), MODEL_NAME]
