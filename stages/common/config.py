@@ -39,7 +39,9 @@ def _known_or_none(name: str | None) -> str | None:
             raise
         if said.count(" or ") > _CLOSE:
             said = f"unknown model {name!r}: `orchestrator models` lists those that there are."
-        raise ValueError(f"{said} A network from elsewhere is given as module, timm or transformers") from None
+        raise ValueError(
+            f"{said} A network from elsewhere is given as module, timm or transformers"
+        ) from None
 
 
 ModelName = Annotated[str, AfterValidator(_known_model), MODEL_NAME]

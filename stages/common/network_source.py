@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import sys
 from collections.abc import Mapping
 from importlib.machinery import PathFinder
@@ -26,6 +27,7 @@ from orchestrator.slow_import import told_if_slow
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CONFIG = "config.json"
 _SAFE = "load it where you trust it, and save its state dict with safetensors.torch.save_file"
+BLOCKS_HINT = "set block, cls_block and patch_block to blocks that it has, or leave them out"
 _OTHER = "give another sort of network as `module: package.module:callable` with `weights:`"
 
 MODULE = installed.PATH + r"|^[A-Za-z0-9_][\w.\-]*$"
@@ -163,10 +165,14 @@ class NetworkSource(Settings):
             check_timm(self.timm)
         elif self.transformers is not None:
             check_installed("transformers")
+            if self.blocks is not None:
+                _check_blocks(self, _num_layers(Path(self.transformers) / _CONFIG))
         elif self.module is not None:
             check_module(self.module)
             if self.weights is not None:
                 _check_weights(self.weights)
+            if self.blocks is not None:
+                _check_blocks_of_module(self)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
@@ -223,11 +229,34 @@ def _check_tower(source: NetworkSource, path: Path, size: int) -> None:
             where="from" if source.size is None else "size",
             hint=f"set its size to {max(1, round(size / patch)) * patch}",
         )
-    num_blocks = config.depth if isinstance(config, ViTConfig) else len(config.depths)
+    _check_blocks(source, config.depth if isinstance(config, ViTConfig) else len(config.depths))
+
+
+def _num_layers(config: Path) -> Any:
+    """What a local config.json of transformers says; None if there is none, or it says nothing."""
+    try:
+        record = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record.get("num_hidden_layers") if isinstance(record, dict) else None
+
+
+def _check_blocks(source: NetworkSource, num_blocks: Any) -> None:
     for field in ("block", "cls_block", "patch_block"):
-        if (getattr(source, field) or 1) > num_blocks:
-            what = f"there is no block {getattr(source, field)}: {path} has blocks 1 to {num_blocks}"
+        wanted = getattr(source, field)
+        if isinstance(num_blocks, int) and wanted is not None and wanted > num_blocks:
+            what = f"there is no block {wanted}: {source.shown} has blocks 1 to {num_blocks}"
             raise UserError(what, where=field, hint=f"use {num_blocks}, the last one, or leave it out")
+
+
+def _check_blocks_of_module(source: NetworkSource) -> None:
+    """Only the network itself knows which it has."""
+    from orchestrator.models.networks import module_network
+
+    try:
+        module_network(source.path, kwargs=source.kwargs, blocks=source.blocks)
+    except ValueError as error:
+        raise UserError(str(error), where="module", hint=BLOCKS_HINT) from None
 
 
 def _check_weights(path: Path) -> None:

@@ -10,7 +10,7 @@ from orchestrator.errors import UserError
 from orchestrator.models.networks import find_callable
 from orchestrator.models.wrapped import ForeignNet, open_any, open_module, open_timm, open_transformers
 from orchestrator.slow_import import told_if_slow
-from orchestrator.stages.common.network_source import NetworkSource
+from orchestrator.stages.common.network_source import BLOCKS_HINT, NetworkSource
 
 
 def open_network(source: NetworkSource, size: int, what: str, where: str) -> ForeignNet:
@@ -40,7 +40,7 @@ def open_network(source: NetworkSource, size: int, what: str, where: str) -> For
     except (ValueError, FileNotFoundError) as error:
         hint = "set `size` to what it takes, or wrap it in a module that gives cls and patches"
         if source.blocks is not None and "block" in str(error):
-            hint = "set block, cls_block and patch_block to blocks that it has, or leave them out"
+            hint = BLOCKS_HINT
         raise UserError(f"{what}: {error}", where=where, hint=hint) from error
 
 

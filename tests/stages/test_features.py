@@ -187,6 +187,20 @@ def test_a_block_that_is_not_there(field: str, folder: Path) -> None:
     objective(big={"from": folder, field: 2}).check(crops(64))
 
 
+def test_a_block_of_others_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2", "num_hidden_layers": 12}')
+    source = {"transformers": str(tmp_path), "cls_block": 13}
+    with pytest.raises(
+        UserError, match=r"there is no block 13: transformers .* has blocks 1 to 12"
+    ) as caught:
+        objective(big=source).check(crops(64))
+    assert caught.value.where == "teachers.big.cls_block"
+    objective(big={**source, "cls_block": 11}).check(crops(64))
+    with pytest.raises(UserError, match="Identity, which does not offer its blocks") as caught:
+        objective(theirs={"module": "torch.nn:Identity", "block": 1}).check(crops(64))
+    assert caught.value.where == "teachers.theirs.module"
+
+
 def test_blocks_are_part_of_the_key_where_they_are_set() -> None:
     plain = objective(a={"timm": "b"}).identity()
     assert not {"block", "cls_block", "patch_block", "kwargs"} & plain["teachers"]["a"].keys()
