@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import orchestrator
 from orchestrator.errors import UserError
-from orchestrator.models import normalise
+from orchestrator.models import load_pretrained, normalise
+from orchestrator.stages.common.mlmodel import width
 from orchestrator.stages.distill import student_backbone
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.feature_task import FeatureTask
@@ -25,6 +26,8 @@ from orchestrator.stages.distill.features import FeatureObjective, TeacherShape
 from orchestrator.stages.distill.step_views import StepViews, regenerated_views
 from orchestrator.stages.distill.student_backbone import save_network
 from orchestrator.stages.distill.task import DistillTask
+from orchestrator.stages.publish.config import card
+from orchestrator.stages.serving import _load_pyfunc
 from orchestrator.teacher_service.payload import VIEWS, block
 from orchestrator.training.task import BlockTensors
 
@@ -292,7 +295,12 @@ def test_a_folder_of_an_own_network_is_told_apart(
     with pytest.raises(UserError, match=f"its network is made by {__name__}:Own") as caught:
         orchestrator.load(tmp_path / "out")
     assert "trust_module=" in str(caught.value.hint)
-    from orchestrator.models import load_pretrained
-
+    model = tmp_path / "out" / "model"
     with pytest.raises(ValueError, match="this is a network from elsewhere"):
-        load_pretrained(tmp_path / "out" / "model")
+        load_pretrained(model)
+    with pytest.raises(ValueError, match="its network is made by"):
+        _load_pyfunc(str(model))
+    text = card("cnn", model, {})
+    assert f"orchestrator.load(\"cnn\", trust_module='{__name__}')" in text
+    assert "load_pretrained" not in text
+    assert width(model) == 5
