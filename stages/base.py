@@ -34,11 +34,17 @@ PACKAGE = "dinov3-orchestrator"
 
 @dataclass(frozen=True)
 class Input:
-    """One thing a stage needs: exactly one of its `needs` must be of one of these kinds."""
+    """One thing a stage needs: exactly one of its `needs` must be of one of these kinds.
+
+    Attributes:
+        models: whether it takes, whatever its kind, each of the `needs` that makes models (:meth:`Stage.models`) and
+            that no input before this one takes. The stage `NAME` fills the role `<role>.NAME`; there may be none.
+    """
 
     role: str
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
     required: bool = True
+    models: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,10 @@ class Context:
         key: the stage's content key.
         inputs: artifacts by the role of the declared :class:`Input`.
         keys: content keys of every stage upstream of this one, by stage name (lineage for `publish`).
+        stages: the stages that made the inputs, by role.
+        names: their names in the pipeline file, by role.
+        ancestors: the artifacts of every stage upstream, by stage name. Only the inputs are sure to be on this machine;
+            of the others there is the manifest.
         sources: the pipeline's datasets.
         out: an empty folder; what is in it when `run` returns becomes the artifact.
         work: a folder that outlives the attempt (same key, same folder): checkpoints live here.
@@ -84,6 +94,7 @@ class Context:
         stop: set when the user asked for a clean stop; long stages check it and raise `Stopped`.
         parts: holds a piece of the result by kind and identity, see :class:`Part`; None keeps them in `work`.
         modules: what the stages of the pipeline file say in :meth:`Stage.modules`.
+        forced: whether the user asked for this stage by name with `--force`.
     """
 
     name: str
@@ -101,6 +112,10 @@ class Context:
     stop: threading.Event = field(default_factory=threading.Event)
     parts: MakePart | None = None
     modules: tuple[str, ...] = ()
+    stages: Mapping[str, Stage] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    ancestors: Mapping[str, Artifact] = field(default_factory=dict)
+    forced: bool = False
 
     @property
     def roots(self) -> dict[str, str]:
@@ -160,11 +175,13 @@ class PlanContext:
         lineage: the backbone stages that led to it, the first one first.
         photos: what the datasets have that it reads, or that the index it reads is made of; None where that is
             not known, because they are not there.
+        names: the names in the pipeline file of the stages that fill its inputs, by role.
     """
 
     upstream: Mapping[str, Stage]
     lineage: tuple[Stage, ...] = ()
     photos: ImageCount | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Stage(StageSpec):
@@ -252,6 +269,13 @@ class Stage(StageSpec):
         The name is added to the stage's; the only model of a stage has none.
         """
         return {}
+
+    def scored(self, kind: str) -> tuple[str, ...]:
+        """Names of the metrics that this stage computes of the models of a stage of `kind`; none if it scores none.
+
+        `conditions` of `publish` name them. A metric of several figures is followed by a slash and the figure's name.
+        """
+        return ()
 
     def model_recipe(self) -> ModelRecipe | None:
         """How to build the model that this stage begins with random weights; None if it begins none."""

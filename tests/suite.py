@@ -49,7 +49,9 @@ HEAVY_FILES = (
     "fuzz/*",
     "pipeline/test_mlflow_record.py",
     "simulation/test_replay.py",
+    "stages/test_any_model.py",
     "stages/test_evaluate.py",
+    "stages/test_gate.py",
     "stages/test_publish.py",
     "storage/test_disk_faults.py",
     "test_imports.py",
@@ -58,6 +60,7 @@ HEAVY_FILES = (
     "tracking/test_odd_registry.py",
     "tracking/test_publish_faults.py",
     "tracking/test_registry.py",
+    "tracking/test_rollback.py",
     "tracking/test_runs.py",
 )
 

@@ -13,6 +13,7 @@ from orchestrator.cli.models import models
 from orchestrator.cli.plan import plan
 from orchestrator.cli.pull import pull
 from orchestrator.cli.reference import explain, schema
+from orchestrator.cli.rollback import rollback
 from orchestrator.cli.run import publish, resume, run
 from orchestrator.cli.simulate import simulate
 from orchestrator.cli.state import doctor, gc, inspect, logs, status, sync, verify
@@ -47,7 +48,8 @@ def options(
 
 # In the order of `--help`, which lists groups after commands.
 for command in (
-    run, resume, publish, plan, status, sync, gc, logs, pull, models, explain, schema, simulate, verify, doctor
+    run, resume, publish, plan, status, sync, gc, logs, pull, rollback, models, explain, schema, simulate, verify,
+    doctor,
 ):  # fmt: skip
     app.command()(command)
 checkpoints = typer.Typer(no_args_is_help=True, help="Inspect the checkpoints of training jobs.")

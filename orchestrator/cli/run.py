@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -45,7 +45,16 @@ def resume(file: File, overrides: Overrides = None) -> None:
     _run(file, overrides or [], must_exist=True)
 
 
-def publish(file: File, overrides: Overrides = None) -> None:
+def publish(
+    file: File,
+    overrides: Overrides = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Move the alias even if a condition does not hold or the version was rolled back."
+        ),
+    ] = False,
+) -> None:
     """Update the model registry so that it matches the pipeline file. Runs no other stage."""
     from orchestrator.pipeline.load import load
     from orchestrator.pipeline.plan import resolve
@@ -53,7 +62,7 @@ def publish(file: File, overrides: Overrides = None) -> None:
 
     loaded = load(file, overrides or [])
     stages = resolve(loaded)
-    _execute(loaded, stages, "publish", overrides or [], publishing(loaded, stages))
+    _execute(loaded, stages, "publish", overrides or [], publishing(loaded, stages, force=force))
 
 
 def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choice | None = None) -> None:

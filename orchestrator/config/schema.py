@@ -54,6 +54,12 @@ class DataSource(Settings):
         description="The maximum width × height of an image, in pixels. Larger images are left out. The size is read "
         "from the file's header, before the image is decoded.",
     )
+    licence: str | None = operational(
+        None,
+        max_length=500,
+        description="The licence of the images, as a free text such as `CC-BY-4.0`. The cards of published models "
+        "name it. Default: the cards say that it is not stated.",
+    )
 
 
 class TrackingSettings(Settings):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import shlex
 import shutil
 import time
 import traceback
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator import disk
+from orchestrator.config.yaml_source import without_secrets
 from orchestrator.errors import Stopped, UserError, first_line, printable, shortened
 from orchestrator.pipeline.code_digest import PACKAGES, digest_of, versions
 from orchestrator.pipeline.interrupt import Interrupt, in_thread, nothing
@@ -59,8 +61,10 @@ class Attempt:
     Attributes:
         inputs: artifacts by role.
         keys: those of all stages upstream.
+        ancestors: the artifacts of all stages upstream that are there, by stage name.
         anew: its artifact replaces one of the same key.
         fresh: it starts over; unfinished work of the key is dropped first.
+        forced: the user named the stage with `--force`.
         pieces: kinds and keys of artifacts that are parts of the stage's result, filled as it runs.
     """
 
@@ -74,6 +78,8 @@ class Attempt:
     interrupt: Interrupt
     anew: bool = False
     fresh: bool = False
+    forced: bool = False
+    ancestors: Mapping[str, Artifact] = field(default_factory=dict)
     pieces: set[tuple[str, str]] = field(default_factory=set)
 
     def drift(self) -> list[str]:
@@ -191,6 +197,10 @@ class Attempt:
             stop=self.interrupt.stop,
             parts=self._part,
             modules=tuple(module for each in spec.stages.values() for module in each.modules()),
+            stages={role: spec.stages[need] for role, need in self.stage.roles.items()},
+            names=self.stage.roles,
+            ancestors=self.ancestors,
+            forced=self.forced,
         )
 
     @contextlib.contextmanager
@@ -254,12 +264,19 @@ class Attempt:
             "parts": self.stage.parts.model_dump(mode="json"),
             "upstream": dict(self.keys),
             "run_id": self.run.run_id,
+            "command": run_command(self.loaded),
             "versions": versions(PACKAGES),
             # No reason to make anything anew, unlike those: what is published says it, whoever publishes it.
             "made_by": {"python": ".".join(platform.python_version_tuple()[:2]), **versions((PACKAGE,))},
             "code": {"digest": digest_of(self.stage.code), "files": dict(self.stage.code)},
             "inputs": self._digests,
         }
+
+
+def run_command(loaded: LoadedPipeline) -> str:
+    """The command that runs a pipeline as it was loaded, for any shell and without secrets."""
+    overrides = dict.fromkeys(loaded.document.overrides.values())
+    return shlex.join(["orchestrator", "run", str(loaded.path), *map(without_secrets, overrides)])
 
 
 def full_disk(error: BaseException, workspace: Workspace) -> UserError:

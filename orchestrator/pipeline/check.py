@@ -290,7 +290,7 @@ def _plan_context(
     lineage = tuple(stages[one] for one in dag.lineage(roles, name))
     if lineage:
         upstream["origin"] = lineage[0]
-    return PlanContext(upstream, lineage, _photos(stages[name], upstream, counts))
+    return PlanContext(upstream, lineage, _photos(stages[name], upstream, counts), roles[name])
 
 
 def _photos(

@@ -216,6 +216,18 @@ class Reporter:
             BARS.setLevel(logging.NOTSET)
             logger.removeHandler(handler)
 
+    @contextlib.contextmanager
+    def comparing(self) -> Iterator[None]:
+        """While a stage is compared with what is outside the store: warnings are shown."""
+        handler = _ToConsole(self._console, None)
+        handler.setLevel(logging.WARNING)
+        logger = logging.getLogger("orchestrator")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+
     def _line(self, state: str, name: str, what: str, detail: str, style: str = "") -> None:
         symbol, colour = STYLES[state]
         line = Text()
@@ -264,24 +276,29 @@ class _Ticker:
 
 
 class _ToConsole(logging.Handler):
-    def __init__(self, console: Console, ticker: _Ticker) -> None:
+    def __init__(self, console: Console, ticker: _Ticker | None) -> None:
         super().__init__(logging.DEBUG)
         self._console = console
         self._ticker = ticker
         self._keys = KeyBlocks()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """The newest message goes to the ticker, or a line of its own where there is none; warnings stay."""
+        """The newest message goes to the ticker, or a line of its own where there is none; warnings stay.
+
+        So does what is logged with `extra={"kept": True}`: a result that the user is to see.
+        """
         progress = getattr(record, "progress", None)
-        if progress is not None:
+        if progress is not None and self._ticker is not None:
             self._ticker.show(progress)
         if record.levelno < logging.INFO or (getattr(record, "routine", False) and self._console.is_terminal):
             return
         message = record.getMessage()
         hides = self._keys.hides(message)
         first = HIDDEN if hides else shortened(redacted(next(iter(message.splitlines()), "")))
-        self._ticker.message = first
-        if record.levelno == logging.INFO and not self._console.is_terminal:
+        if self._ticker is not None:
+            self._ticker.message = first
+        stays = not self._console.is_terminal or getattr(record, "kept", False)
+        if record.levelno == logging.INFO and stays:
             self._console.print(Text(f"  · {first}", style="bright_black"), soft_wrap=True)
         if record.levelno == logging.WARNING:
             self._console.print(Text(f"  ! {first}", style="yellow"), soft_wrap=True)

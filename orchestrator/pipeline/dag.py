@@ -116,6 +116,10 @@ def _roles_of(loaded: LoadedPipeline, name: str) -> dict[str, str]:
     stage = stages[name]
     filled: dict[str, str] = {}
     for wanted in stage.wants():
+        if wanted.models:
+            left = [need for need in dict.fromkeys(stage.needs) if need not in filled.values()]
+            filled |= {f"{wanted.role}.{need}": need for need in left if stages[need].models()}
+            continue
         fitting = [need for need in dict.fromkeys(stage.needs) if stages[need].kind in wanted.kinds]
         kinds = " or ".join(wanted.kinds)
         if len(fitting) > 1:
@@ -153,7 +157,10 @@ def _unknown_need(loaded: LoadedPipeline, name: str, position: int, need: str) -
 
 def _idle_need(loaded: LoadedPipeline, name: str, position: int, need: str) -> UserError:
     stage = loaded.spec.stages[name]
-    takes = "; ".join(f"{wanted.role} ({' or '.join(wanted.kinds)})" for wanted in stage.wants())
+    takes = "; ".join(
+        f"{wanted.role} ({'any stage that makes a model' if wanted.models else ' or '.join(wanted.kinds)})"
+        for wanted in stage.wants()
+    )
     return UserError(
         f"stage {name!r} needs {need!r} of kind {loaded.spec.stages[need].kind}, "
         f"which is not an input of kind {stage.kind}",

@@ -114,6 +114,7 @@ class StagePlan:
         anew: what it makes replaces what is there already: the artifact of its key, and pieces of it.
         fresh: it starts over; unfinished work of its key is dropped.
         other_code: files and packages that are not what they were when the artifact was made.
+        forced: the user named it with `--force`.
     """
 
     stage: ResolvedStage
@@ -123,6 +124,7 @@ class StagePlan:
     anew: bool = False
     fresh: bool = False
     other_code: tuple[str, ...] = ()
+    forced: bool = False
 
     @property
     def name(self) -> str:
@@ -241,7 +243,7 @@ def _planned(
     begun_by_other = known is not None and going and known.code not in ("", code_digest.digest_of(stage.code))
     anew = [role for role, need in stage.roles.items() if before[need].anew]
     if stage.name in choice.force:
-        return StagePlan(stage, "run", ("made again: --force",), artifact, anew=True, fresh=True)
+        return StagePlan(stage, "run", ("made again: --force",), artifact, anew=True, fresh=True, forced=True)
     if anew:
         # Pieces may be there where the artifact is not, also from another key of the stage.
         inputs = [f"{_input(role, stage.roles)} is made again" for role in anew]

@@ -255,10 +255,9 @@ class _Driver:
         if not item.stage.effects:
             return ()
         if item.name not in self._drifts:
-            run = NullRun()
-            self._drifts[item.name] = tuple(
-                self._attempt(item, StageState(item.name), run, fresh=False).drift()
-            )
+            attempt = self._attempt(item, StageState(item.name), NullRun(), fresh=False)
+            with self._reporter.comparing():
+                self._drifts[item.name] = tuple(attempt.drift())
         return self._drifts[item.name]
 
     def _lacking(self, item: StagePlan) -> list[str]:
@@ -344,17 +343,20 @@ class _Driver:
     def _attempt(self, item: StagePlan, state: StageState, run: Run, *, fresh: bool) -> Attempt:
         needs = {other.name: other.stage.needs for other in self._plans}
         keys = {other.name: other.stage.key for other in self._plans}
+        upstream = dag.upstream(item.name, needs)
         return Attempt(
             loaded=self._loaded,
             stage=item.stage,
             number=state.attempts,
             workspace=self._workspace,
             inputs={role: self._artifacts[need] for role, need in item.stage.roles.items()},
-            keys={name: keys[name] for name in dag.upstream(item.name, needs)},
+            keys={name: keys[name] for name in upstream},
+            ancestors={name: self._artifacts[name] for name in upstream if name in self._artifacts},
             run=run,
             interrupt=self._interrupt,
             anew=item.anew,
             fresh=fresh,
+            forced=item.forced,
         )
 
     def _conclude(self, item: StagePlan, run: Run, run_id: str, outcome: Outcome) -> None:
@@ -406,8 +408,13 @@ class _Driver:
         self._ledger.append("done", stage=item.name, parts=item.stage.parts, summary=summary, reused=True)
 
 
-def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> Choice:
+def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage], *, force: bool = False) -> Choice:
     """The choice of the stages that change something outside the store, once what they need is there.
+
+    Args:
+        loaded: the pipeline.
+        stages: its resolved stages.
+        force: whether they act in any case.
 
     Raises:
         UserError: there is no such stage, or a stage that one needs is not done.
@@ -428,4 +435,4 @@ def publishing(loaded: LoadedPipeline, stages: list[ResolvedStage]) -> Choice:
                 where=loaded.where("stages", need),
                 hint=f"first run: {command('run', str(loaded.path))}",
             )
-    return Choice(only=tuple(names))
+    return Choice(only=tuple(names), force=tuple(names) if force else ())

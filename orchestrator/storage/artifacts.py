@@ -92,6 +92,7 @@ _READ: dict[str, Callable[[object], bool]] = {
     "made_by": _is_texts,
     "stage": _is_text,
     "run_id": _is_text,
+    "command": _is_text,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,11 +14,13 @@ from orchestrator import disk
 from orchestrator.errors import UserError, first_line, nearest, shortened
 from orchestrator.fsio import DIGESTS, folder_beside, move, why
 from orchestrator.redact import redacted
-from orchestrator.tracking import relocate
+from orchestrator.tracking import aliases, relocate
+from orchestrator.tracking.aliases import OPEN, Gate
+from orchestrator.tracking.answers import answering, require_database, understood
 from orchestrator.tracking.backlog import clock
 from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.mlflow_writer import model_name
-from orchestrator.tracking.outage import silent, trouble
+from orchestrator.tracking.outage import silent
 from orchestrator.tracking.patience import interruptibly
 from orchestrator.tracking.run import Run
 from orchestrator.tracking.spool import now_ms
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CONTENT_TAG = "orchestrator.sha256"
-_SUFFIXES = (".safetensors", ".json", ".md")
+_SUFFIXES = (".safetensors", ".json", ".md", ".png")
 # MLflow reads it and finds there how to load the model.
 _MLMODEL = "MLmodel"
 
@@ -44,11 +46,14 @@ class Facts:
     step: int = 0
 
 
-def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias: str) -> str | None:
+def difference(
+    uri: str, name: str, content: str, tags: Mapping[str, str], alias: str, gate: Gate = OPEN
+) -> str | None:
     """What `publish` would change in the registry at `uri`, on one line; None if it has all of it. Changes nothing.
 
     Args:
         content: `content_digest` of the files.
+        gate: what stands before the alias.
 
     Raises:
         UserError: the registry cannot be reached, or is damaged.
@@ -56,19 +61,18 @@ def difference(uri: str, name: str, content: str, tags: Mapping[str, str], alias
     database = database_path(uri)
     if database is not None and not database.exists():
         return f"{name} is not in the registry: there is no database at {database}"
-    with _answering(uri):
+    with answering(uri):
         client = connect(uri)
         known = client.search_registered_models(f"name = '{name}'")
         if not known:
             return f"{name} is not in the registry at {redacted(uri)}"
         version, is_newest = _existing(client, name, {**tags, CONTENT_TAG: content})
-    if version is None:
-        return f"{name} has no version with this content and lineage"
-    points_at = known[0].aliases.get(alias)
-    if points_at is None:
-        return f"{name} version {version} does not have the alias {alias}"
-    if int(points_at) != version:
-        return f"{name}@{alias} is version {points_at}, should be {version}"
+        if version is None:
+            return f"{name} has no version with this content and lineage"
+        decision = aliases.decide(client, name, alias, version, gate)
+        gate.told(decision)
+        if line := aliases.lacking(client, name, alias, decision):
+            return line
     if is_newest and not tags.items() <= known[0].tags.items():
         return f"the tags of {name} differ from those of its version {version}"
     return None
@@ -85,14 +89,15 @@ def publish(
     digests: Mapping[str, str] | None = None,
     timeout: float = 60.0,
     stop: threading.Event | None = None,
+    gate: Gate = OPEN,
 ) -> int:
-    """Registers the files of `folder` as a version of the model `name` and points `alias` at it.
+    """Registers the files of `folder` as a version of the model `name` and points `alias` at it, if the gate is open.
 
     Publishing the same files with the same tags again (after a crash, say) finds the version that is there.
 
     Args:
         run: the run that the version belongs to.
-        folder: safetensors, JSON and Markdown files; at least `config.json` and one safetensors file.
+        folder: safetensors, JSON, Markdown and PNG files; at least `config.json` and one safetensors file.
         digests: the sha256 of files by name, as they were recorded when the model was trained. The version is
             marked with these, and `pull` compares with them.
         tags: lineage; set on the version, and on the registered model if that is its newest version: of two stages
@@ -100,6 +105,7 @@ def publish(
         facts: what the version's LoggedModel has besides.
         timeout: seconds to wait until MLflow knows the run.
         stop: set when the user asked for a clean stop.
+        gate: what stands before the alias; by default nothing but that the version was not rolled back.
 
     Returns:
         The version number.
@@ -131,9 +137,9 @@ def publish(
     found = run_id
 
     def register() -> int:
-        with _answering(uri), _understood(uri):
+        with answering(uri), understood(uri):
             marked = {**tags, CONTENT_TAG: content_digest(contents | dict(digests or {}))}
-            return _register(uri, found, name, folder, tags, marked, alias, facts or Facts())
+            return _register(uri, found, name, folder, tags, marked, alias, facts or Facts(), gate)
 
     return interruptibly(register, uri, stop, what)
 
@@ -147,24 +153,28 @@ def _register(
     marked: Mapping[str, str],
     alias: str,
     facts: Facts,
+    gate: Gate,
 ) -> int:
     client = connect(uri)
     _ensure_model(client, name)
     known, is_newest = _existing(client, name, marked)
-    version = _create(client, run_id, name, folder, marked, facts) if known is None else known
+    marks = aliases.marked(gate.marks)
+    version = _create(client, run_id, name, folder, {**marked, **marks}, facts) if known is None else known
     try:
         for key, value in tags.items() if is_newest or known is None else ():
             client.set_registered_model_tag(name, key, value)
         # The alias comes last: a version that has none was not published to the end, and the next run finds it.
-        client.set_registered_model_alias(name, alias, str(version))
+        decision = aliases.decide(client, name, alias, version, gate)
+        aliases.carry_out(client, name, alias, decision, gate.marks)
+        gate.told(decision)
     except Exception as error:
-        held = _version_at(client, name, alias) if known is None else None
-        if held not in (None, version):
+        held = _has_alias(client, name, version) if known is None else None
+        if held is False:
             # Not where there is no telling: an alias that did move here would go with the version.
             with contextlib.suppress(Exception):
                 client.delete_model_version(name, str(version))
         refused = getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
-        if held != version:  # else only the reply was lost
+        if not held:  # else only the reply was lost
             what = f"the registry did not take tags and alias {alias!r} of {name} version {version}"
             raise UserError(
                 f"{what}: {shortened(redacted(first_line(error)), 200)}",
@@ -194,18 +204,8 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
     out = disk.named(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty", where=str(out), hint="name a folder that does not exist yet")
-    database = database_path(uri)
-    if database is not None and not database.exists():
-        raise UserError(
-            f"there is no MLflow database at {database}",
-            where=uri,
-            hint="give the pipeline's tracking.uri, such as --tracking sqlite:///FOLDER/runs/mlflow.db",
-        )
-    if database is not None and not database.is_file():
-        raise UserError(
-            f"{database} is not a regular file", where=uri, hint="give the pipeline's tracking.uri"
-        )
-    with _answering(uri, where=uri):
+    require_database(uri)
+    with answering(uri, where=uri):
         client = connect(uri)
     from mlflow.artifacts import download_artifacts
 
@@ -262,35 +262,6 @@ def content_digest(files: Mapping[str, str]) -> str:
     for name, content in sorted(files.items(), key=lambda item: Path(item[0])):
         digest.update(f"{content}  {name}\n".encode())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
-    """Makes a UserError that names the address of whatever MLflow, SQLAlchemy or a driver raises."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        wrong = trouble(uri, error)
-        raise UserError(
-            f"the registry cannot be reached: {wrong.what}", where=where, hint=wrong.cure
-        ) from error
-
-
-@contextlib.contextmanager
-def _understood(uri: str) -> Iterator[None]:
-    """Makes a UserError of what comes of an answer that no MLflow server gives."""
-    try:
-        yield
-    except (UserError, OSError):
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"the registry at {redacted(uri)} gave an answer that cannot be used: {first_line(error)}",
-            where="tracking.uri",
-            hint="check that an MLflow server is there, and no other program in front of it; then run it again",
-        ) from error
 
 
 def _address(store: str) -> str:
@@ -365,18 +336,18 @@ def _remove_twins(
     """Delete this run's other versions with these tags and no alias: a lost reply makes MLflow's client ask twice."""
     pointed_at = {int(number) for number in client.get_registered_model(name).aliases.values()}
     for one in client.search_model_versions(f"name = '{name}'"):
-        is_twin = one.run_id == run_id and dict(one.tags) == dict(tags)
+        is_twin = one.run_id == run_id and aliases.without_marks(one.tags) == dict(tags)
         if is_twin and int(one.version) not in {version, *pointed_at}:
             client.delete_model_version(name, one.version)
 
 
-def _version_at(client: MlflowClient, name: str, alias: str) -> int | None:
-    """The version that has the alias, 0 if none has; None if MLflow does not say."""
+def _has_alias(client: MlflowClient, name: str, version: int) -> bool | None:
+    """Whether an alias points at the version; None if MLflow does not say."""
     try:
         model = client.get_registered_model(name)
     except Exception:
         return None
-    return int(model.aliases.get(alias, 0))
+    return version in {int(number) for number in model.aliases.values()}
 
 
 def _create(

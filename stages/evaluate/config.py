@@ -20,6 +20,7 @@ from orchestrator.progress import ROUTINE, Meter
 from orchestrator.stages.base import Context, Input, PlanContext, Stage
 from orchestrator.stages.common.mixing import DRAWN
 from orchestrator.stages.common.network_source import NetworkSource
+from orchestrator.stages.common.scores import KNN, TEXT_METRICS
 from orchestrator.stages.metric import Features, OwnMetric, checked
 
 if TYPE_CHECKING:
@@ -183,6 +184,13 @@ class Evaluate(Stage):
             for name, tower in towers.items()
             if size % tower.patch_size
         ]
+
+    def scored(self, kind: str) -> tuple[str, ...]:
+        """See :meth:`Stage.scored`."""
+        role = next((one.role for one in self.inputs if kind in one.kinds), "index")
+        if role == "index":
+            return ()
+        return TEXT_METRICS if role == "text" else (KNN, *(metric.title for metric in self.metrics))
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Scores everything that is upstream and writes the report.

@@ -1,27 +1,56 @@
-"""`publish`: finished students into the model registry, with what they came from and a card to read."""
+"""`publish`: finished models into the model registry, with what they came from, a card to read, and a gate."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from orchestrator.config.schema import Names
+from orchestrator.config.settings import in_key_if_set
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.fsio import DIGESTS
-from orchestrator.models.network_spec import LIBRARIES
-from orchestrator.stages.base import PACKAGE, Context, Input, PlanContext, Stage, figures_of, made_by
+from orchestrator.names import inside
+from orchestrator.stages.base import Context, Input, PlanContext, Stage, made_by
 from orchestrator.stages.common.mlmodel import mlmodel
+from orchestrator.stages.common.scores import has_baseline
+from orchestrator.stages.publish.card import PICTURE, card
+from orchestrator.stages.publish.conditions import (
+    CHAMPION,
+    METRICS_TAG,
+    Condition,
+    Conditions,
+    judge,
+    parse,
+)
+from orchestrator.stages.publish.models import (
+    EVALUATION,
+    STUDENTS,
+    Known,
+    Trained,
+    chosen,
+    lineage,
+    look_up,
+    mistakes,
+    trained,
+)
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.tracking.aliases import CHALLENGER, Decision, Gate, Holder, Judged
+
+logger = logging.getLogger("orchestrator")
 
 # What MLflow keeps for itself: `latest` however written, and versions.
 _RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
+# What is said of a decision stays on a terminal.
+_KEPT = {"kept": True}
 
 
 @dataclass(frozen=True)
@@ -29,24 +58,26 @@ class Wanted:
     """A version that the registry should have.
 
     Attributes:
-        student: the student's name in its stage.
+        known: the model.
         name: of the registered model.
-        model: the student's weights and config, a folder of the artifact.
-        texts: files that are laid beside them, by name.
-        digests: sha256 of all these files by name; of the model's from when it was trained.
+        texts: files that are laid beside the model's, by name.
+        digests: sha256 of all files by name; of the model's from when it was trained.
         tags: lineage.
     """
 
-    student: str
+    known: Known
     name: str
-    model: Path
     texts: Mapping[str, str]
     digests: Mapping[str, str]
     tags: Mapping[str, str]
 
 
 class Publish(Stage):
-    """Registers each student in the model registry as `<pipeline>-<student>`. A second run changes nothing."""
+    """Registers trained models in the model registry as `<pipeline>-<stage or student>`. A second run changes nothing.
+
+    Any stage in `needs` that makes a model will do: backbones, students, models for images and texts, and those of
+    users' own kinds.
+    """
 
     kind: Literal["publish"]
     alias: str = Field(
@@ -55,17 +86,26 @@ class Publish(Stage):
         description="The alias in the model registry that is set to the new version.",
     )
     names: Names = Field(
-        (), description="The students to publish, as one name or a list. Default: all students."
+        (),
+        description="The models to publish, as one name or a list: students by their names, other models by their "
+        "stages' names. Default: all models.",
+    )
+    conditions: Conditions = in_key_if_set(
+        (),
+        description="What a version must reach before it gets the alias, as one condition or a list: `METRIC >= "
+        "NUMBER`, `METRIC >= champion` or `beats: raw_pixels`. If one does not hold, the version gets the alias "
+        "`challenger` instead (docs/publishing.md).",
     )
 
     needs_ray: ClassVar[bool] = False
     effects: ClassVar[bool] = True
     inputs: ClassVar[tuple[Input, ...]] = (
-        Input("students", ("distill",)),
-        Input("evaluation", ("evaluate",), required=False),
+        Input(STUDENTS, ("distill",), required=False),
+        Input(EVALUATION, ("evaluate",), required=False),
+        Input("models", models=True),
     )
     outputs: ClassVar[Mapping[str, str]] = {
-        "models.json": "what is published: kind of model and sha256 of the weights of each student"
+        "models.json": "what is published: kind of model and sha256 of the weights of each model"
     }
 
     @field_validator("alias")
@@ -75,37 +115,53 @@ class Publish(Stage):
             raise ValueError(f"MLflow reserves {alias!r}; use another alias, such as champion")
         return alias
 
+    @model_validator(mode="after")
+    def _has_two_aliases(self) -> Publish:
+        if self.conditions and self.alias == CHALLENGER:
+            raise ValueError(
+                f"alias is {CHALLENGER!r}, which versions get for which a condition does not hold: use another alias"
+            )
+        return self
+
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
-        """See :class:`Stage`: names that no student has."""
-        stage = plan_context.upstream.get("students")
-        if stage is None:
-            return []
-        students = stage.student_towers()
-        unknown = [name for name in dict.fromkeys(self.names) if name not in students]
-        return [_no_student(name, sorted(students), "names") for name in unknown]
+        """See :class:`Stage`: names of no model, and conditions that no evaluation can decide."""
+        models = trained(plan_context.upstream, _of_models(plan_context.names))
+        if found := list(mistakes(models, self.names)):
+            return found
+        evaluation = plan_context.upstream.get(EVALUATION)
+        if evaluation is None:
+            return [_no_evaluation(self.conditions[0])] if self.conditions else []
+        where = plan_context.names.get(EVALUATION, EVALUATION)
+        picked = chosen(models, self.names)
+        unscored = (
+            [model for model in picked if model.stage not in evaluation.needs] if self.conditions else []
+        )
+        if unscored:
+            return [_unscored(model, where) for model in unscored]
+        wrong = [_undecidable(parse(text), evaluation, picked) for text in self.conditions]
+        return [error for error in wrong if error is not None]
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Publishes; goes on after a crash where it was.
 
         Raises:
-            UserError: a name that no student has, or a registry that cannot be reached or refuses.
+            UserError: a name that no model has, or a registry that cannot be reached or refuses.
             Stopped: the user asked for it; what is published stays.
         """
         from orchestrator.tracking import registry
 
-        published, models = [], {}
-        for student in self._chosen(context):
+        published, models, decisions = [], {}, []
+        for model in self._chosen(context):
             if context.stop.is_set():
                 raise Stopped
-            wanted = self._wanted(context, student)
-            folder = _fresh_copy(wanted.model, context, student)
-            for name, text in wanted.texts.items():
-                (folder / name).write_text(text)
+            wanted = self._wanted(context, model)
+            folder = _fresh_copy(wanted, context)
             facts = registry.Facts(
                 kind=wanted.tags["orchestrator.model"],
                 params={name.removeprefix("orchestrator."): value for name, value in wanted.tags.items()},
-                metrics=_figures(context, student),
+                metrics=wanted.known.metrics,
             )
+            told: list[Decision] = []
             number = registry.publish(
                 context.run,
                 wanted.name,
@@ -115,187 +171,199 @@ class Publish(Stage):
                 facts=facts,
                 digests=wanted.digests,
                 stop=context.stop,
+                gate=self._gate(context, wanted, told),
             )
-            published.append(
-                {"name": wanted.name, "version": number, "alias": self.alias, "tags": wanted.tags}
-            )
-            models[student] = {
+            for decision in told:
+                self._tell(wanted.name, decision)
+            decisions += told
+            entry = {"name": wanted.name, "version": number, "alias": self.alias, "tags": wanted.tags}
+            published.append(entry | _outcome(told))
+            models[model.name] = {
                 "model": wanted.tags["orchestrator.model"],
-                "sha256": wanted.digests["model.safetensors"],
+                "sha256": _weights_digest(wanted.digests),
             }
         # Where they went is the run's to say: the artifact holds for any registry and any name of the pipeline.
         (context.out / "models.json").write_text(json.dumps(models, indent=1) + "\n")
         record = context.work / "published.json"
         record.write_text(json.dumps(published, indent=1) + "\n")
         context.run.file(record, "registry")
-        return {"published": float(len(published))}
+        return {"published": float(len(published)), **(self._counts(decisions) if self.conditions else {})}
 
     def drift(self, context: Context, tracking_uri: str) -> list[str]:
-        """See :meth:`Stage.drift`: what the registry lacks, a line a student."""
+        """See :meth:`Stage.drift`: what the registry lacks, a line a model."""
         from orchestrator.tracking import registry
         from orchestrator.tracking.patience import interruptibly
 
-        wanted = [self._wanted(context, student) for student in self._chosen(context)]
+        wanted = [self._wanted(context, model) for model in self._chosen(context)]
+        told: list[tuple[str, Decision]] = []
 
         def compare() -> list[str]:
-            found = [
-                registry.difference(
-                    tracking_uri, one.name, registry.content_digest(one.digests), one.tags, self.alias
-                )
-                for one in wanted
-            ]
+            found = []
+            for one in wanted:
+                decisions: list[Decision] = []
+                gate = self._gate(context, one, decisions)
+                content = registry.content_digest(one.digests)
+                found.append(registry.difference(tracking_uri, one.name, content, one.tags, self.alias, gate))
+                told.extend((one.name, decision) for decision in decisions)
             return [line for line in found if line is not None]
 
-        return interruptibly(compare, tracking_uri, context.stop, "comparing with the registry")
+        lines = interruptibly(compare, tracking_uri, context.stop, "comparing with the registry")
+        for name, decision in told if not lines else ():
+            if decision.standing == "rolled back":
+                self._tell(name, decision)
+        return lines
 
-    def _wanted(self, context: Context, student: str) -> Wanted:
-        students = context.inputs["students"]
-        model = students.path / "students" / student / "model"
-        python = made_by(students).get("python")
-        name = f"{context.pipeline}-{student}"
-        tags = lineage(context, student, json.loads((model / "config.json").read_text()))
-        texts = {"README.md": card(name, model, tags), "MLmodel": mlmodel(model, python)}
+    def _gate(self, context: Context, wanted: Wanted, told: list[Decision]) -> Gate:
+        scores = wanted.known.scores
+        metrics = dict(sorted(scores.metrics.items())) if scores is not None else {}
+
+        def judged(version: int, holder: Holder | None) -> Sequence[Judged]:
+            return [judge(parse(text), scores, version, holder) for text in self.conditions]
+
+        marks = {METRICS_TAG: json.dumps(metrics)} if metrics else {}
+        return Gate(judged, marks, context.forced, told.append)
+
+    def _tell(self, name: str, decision: Decision) -> None:
+        """Say what became of the alias, and why; what is as usual only if there is a gate."""
+        version, holder = f"{name} version {decision.version}", f"version {decision.holder}"
+        if decision.standing == "rolled back":
+            stays = f"{holder} keeps" if decision.holder is not None else "no version has"
+            logger.warning(
+                "%s was rolled back, and %s the alias %s; to give it back: orchestrator publish FILE --force",
+                version,
+                stays,
+                self.alias,
+            )
+            return
+        if not decision.judged:
+            return
+        failed = [one for one in decision.judged if not one.passed]
+        what = f"{len(decision.judged) - len(failed)} of {len(decision.judged)} conditions passed"
+        if decision.standing == CHALLENGER:
+            logger.warning("%s is %s: %s", version, CHALLENGER, what)
+        elif failed:
+            verb = "keeps" if decision.standing == "holds" else "is forced to be"
+            logger.warning("%s %s %s: %s", version, verb, self.alias, what)
+        else:
+            logger.info("%s is %s: %s", version, self.alias, what, extra=_KEPT)
+        for one in decision.judged:
+            if one.passed:
+                logger.info("  %s", one, extra=_KEPT)
+            else:
+                logger.warning("  %s", one)
+
+    def _counts(self, decisions: Sequence[Decision]) -> dict[str, float]:
+        """Figures of the summary line, where there is a gate."""
+        judged = [one for decision in decisions for one in decision.judged]
+        return {
+            "with_alias": float(sum(one.standing in ("moves", "holds") for one in decisions)),
+            "challengers": float(sum(one.standing == CHALLENGER for one in decisions)),
+            "conditions_passed": float(sum(one.passed for one in judged)),
+            "conditions_failed": float(sum(not one.passed for one in judged)),
+        }
+
+    def _wanted(self, context: Context, model: Trained) -> Wanted:
+        found = look_up(context, model)
+        name = f"{context.pipeline}-{model.name}"
+        tags = lineage(context, found)
+        texts = {
+            "README.md": card(name, found, tags, context),
+            "MLmodel": mlmodel(found.folder, made_by(found.artifact).get("python")),
+        }
         digests = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in texts.items()}
-        for path in sorted(path for path in model.rglob("*") if path.is_file()):
-            known = students.manifest.files.get(path.relative_to(students.path).as_posix())
-            digests[path.relative_to(model).as_posix()] = known.sha256 if known else DIGESTS.of(path)
-        return Wanted(student, name, model, texts, digests, tags)
+        for path in sorted(path for path in found.folder.rglob("*") if path.is_file()):
+            digests[path.relative_to(found.folder).as_posix()] = _digest(found.artifact, path)
+        if found.picture is not None and found.evaluation is not None:
+            digests[PICTURE] = _digest(found.evaluation, found.picture)
+        return Wanted(found, name, texts, digests, tags)
 
-    def _chosen(self, context: Context) -> list[str]:
-        students = _students(context)
-        for name in self.names:
-            if name not in students:
-                raise _no_student(name, students, f"stages.{context.name}.names")
-        return list(dict.fromkeys(self.names)) or students
-
-
-def _no_student(name: str, students: list[str], where: str) -> UserError:
-    near = nearest(name, students)
-    return UserError(
-        f"there is no student {name!r} to publish",
-        where=where,
-        hint=f"did you mean {near!r}?" if near else f"there are: {', '.join(students)}",
-    )
+    def _chosen(self, context: Context) -> list[Trained]:
+        models = trained(context.stages, _of_models(context.names))
+        for error in mistakes(models, self.names):
+            raise UserError(error.what, where=f"stages.{context.name}.{error.where}", hint=error.hint)
+        return chosen(models, self.names)
 
 
-def _students(context: Context) -> list[str]:
-    """All that there are to publish."""
-    folders = (context.inputs["students"].path / "students").iterdir()
-    return sorted(path.name for path in folders if path.is_dir())
+def _of_models(names: Mapping[str, str]) -> dict[str, str]:
+    """The roles of inputs that may have models, with the names of their stages."""
+    return {role: name for role, name in names.items() if role != EVALUATION}
 
 
-def lineage(context: Context, student: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Tags that say what a student is and came from; the same artifacts always have the same tags."""
-    distilled = context.inputs["students"]
-    parts = distilled.manifest.provenance.get("parts", {})
-    tags = {
-        "orchestrator.pipeline": context.pipeline,
-        "orchestrator.student": student,
-        "orchestrator.model": str(config["preset"]),
-        "orchestrator.students": distilled.key,
-        **{f"orchestrator.key.{name}": key for name, key in context.keys.items()},
-    }
-    if "index" in parts.get("inputs", {}):
-        tags["orchestrator.index"] = parts["inputs"]["index"]
-    code = distilled.manifest.provenance.get("code")
-    if isinstance(code, dict) and code.get("digest"):
-        tags["orchestrator.code"] = code["digest"]
-    # Not that of whoever publishes: an upgrade would register the same weights once more.
-    if version := made_by(distilled).get(PACKAGE):
-        tags["orchestrator.version"] = version
-    return tags | _evaluated(context, student)
+def _digest(artifact: Artifact, path: Path) -> str:
+    """The sha256 of a file of an artifact: as it is on record, so that nothing is read once more."""
+    entry = artifact.manifest.files.get(path.relative_to(artifact.path).as_posix())
+    return entry.sha256 if entry else DIGESTS.of(path)
 
 
-def card(name: str, folder: Path, tags: Mapping[str, str]) -> str:
-    """The model card, Markdown; `folder` holds config.json and the weights.
+def _weights_digest(digests: Mapping[str, str]) -> str:
+    """The sha256 of a model's weights; of several files one sha256 of them all."""
+    from orchestrator.tracking.registry import content_digest
 
-    It names no alias: that moves from version to version, and the card is part of a version's content.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    size = config["extra"]["image_size"]
-    megabytes = (folder / "model.safetensors").stat().st_size / 1e6
-    facts = "\n".join(
-        f"| {tag.removeprefix('orchestrator.')} | {value} |" for tag, value in sorted(tags.items())
-    )
-    module = config["config"]["name"].partition(":")[0] if config["architecture"] == "module" else None
-    code = _CODE if config["architecture"] not in LIBRARIES else _CODE_OF_A_NETWORK
-    return _CARD.format(
-        name=name,
-        size=size,
-        code=code.format(name=name, size=size, trust=f", trust_module={module!r}" if module else ""),
-        preset=config["preset"],
-        architecture=config["architecture"],
-        megabytes=f"{megabytes:.1f}",
-        facts=facts,
-    )
+    weights = {name: digest for name, digest in digests.items() if name.endswith(".safetensors")}
+    return next(iter(weights.values())) if len(weights) == 1 else content_digest(weights)
 
 
-def _fresh_copy(model: Path, context: Context, student: str) -> Path:
+def _fresh_copy(wanted: Wanted, context: Context) -> Path:
     """A copy to lay the card into; the artifact itself is never written to."""
-    folder = context.work / student
+    folder = inside(context.work, wanted.known.model.name)
     shutil.rmtree(folder, ignore_errors=True)
-    return Path(shutil.copytree(model, folder))
+    shutil.copytree(wanted.known.folder, folder)
+    for name, text in wanted.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if wanted.known.picture is not None:
+        shutil.copyfile(wanted.known.picture, folder / PICTURE)
+    return folder
 
 
-def _evaluated(context: Context, student: str) -> dict[str, str]:
-    """The student's k-NN figure, if there is an evaluation that has one."""
-    if "evaluation" not in context.inputs:
-        return {}
-    knn = json.loads((context.inputs["evaluation"].path / "table.json").read_text())["knn"]
-    found = next((row for row in knn["rows"] if row["student"] == student), None)
-    if found is None:
-        return {}
+def _outcome(decisions: Sequence[Decision]) -> dict[str, Any]:
+    """What is on record of a decision; nothing where there was no gate and the alias was set."""
     return {
-        "orchestrator.knn_accuracy": f"{found['accuracy']:.4f}",
-        "orchestrator.knn": f"leave-one-out, k={knn['k']}, n={knn['num_photos']}",
+        key: value
+        for decision in decisions
+        if decision.judged or decision.standing == "rolled back"
+        for key, value in (
+            ("standing", decision.standing),
+            ("conditions", [str(one) for one in decision.judged]),
+        )
     }
 
 
-def _figures(context: Context, student: str) -> dict[str, float]:
-    """The student's own figures among its stage's, and its k-NN accuracy if it was evaluated."""
-    own = figures_of(student, _students(context), context.inputs["students"].manifest.summary)
-    accuracy = _evaluated(context, student).get("orchestrator.knn_accuracy")
-    return own if accuracy is None else {**own, "knn_accuracy": float(accuracy)}
+# --- conditions that cannot be decided --------------------------------------------------------------------------
 
 
-_CODE = """from PIL import Image
+def _no_evaluation(condition: str) -> UserError:
+    return UserError(
+        f"the condition `{condition}` needs an evaluation, and there is none",
+        where="needs",
+        hint="add a stage of kind evaluate to its `needs`",
+    )
 
-from orchestrator.models import embed, load_pretrained, preprocess
 
-model = load_pretrained("{name}")
-photo = Image.open("photo.jpg")
-vector = embed(model, photo, size={size})  # (D,), unit length: compare photos by dot product
-features = model(preprocess(photo, {size}))
-patches = features.patches  # (1, P, D), row by row over the grid of patches
-"""
-# Of a network from elsewhere.
-_CODE_OF_A_NETWORK = """import orchestrator
+def _unscored(model: Trained, evaluation: str) -> UserError:
+    return UserError(
+        f"conditions cannot be decided for {model.name!r}: {evaluation} does not evaluate the stage {model.stage!r}",
+        where="conditions",
+        hint=f"add {model.stage} to the `needs` of {evaluation}, or leave the model out by `names`",
+    )
 
-model = orchestrator.load("{name}"{trust})
-vector = orchestrator.embed(model, "photo.jpg")  # (D,), unit length: compare photos by dot product
-network = model.module.net  # as its own library has it; model.safetensors is its state dict
-"""
-_CARD = """# {name}
 
-A vision backbone distilled from a self-supervised teacher (the DINOv3 recipe, arXiv 2508.10104):
-`{preset}`, {megabytes} MB of safetensors. It turns a photo into one vector (CLS) and a map of patch features.
-
-    orchestrator pull {name}@ALIAS --out {name}
-
-```python
-{code}```
-
-Trained for photos of {size} × {size} pixels; any multiple of the patch size works. `config.json` has the
-architecture ({architecture}) in full, and the mean and standard deviation that pixels are normalised with.
-
-## Licence and data
-
-The code is Apache-2.0. What these weights may be used for also depends on the photos they were trained on:
-whoever publishes the model states their licence here.
-
-## Lineage
-
-| | |
-|---|---|
-{facts}
-"""
+def _undecidable(condition: Condition, evaluation: Stage, models: Sequence[Trained]) -> UserError | None:
+    """What is wrong with a condition: a metric, or a baseline of it, that the evaluation does not compute."""
+    for model in models:
+        metrics = evaluation.scored(model.kind)
+        if not any(condition.metric == one or condition.metric.startswith(f"{one}/") for one in metrics):
+            close = nearest(condition.metric, metrics)
+            there = f"there are {', '.join(metrics)}" if metrics else "it computes none of it"
+            return UserError(
+                f"the evaluation computes no {condition.metric!r} of {model.name!r} ({model.kind})",
+                where="conditions",
+                hint=f"did you mean {close!r}?" if close else there,
+            )
+    baseline = condition.against
+    if isinstance(baseline, str) and baseline != CHAMPION and not has_baseline(condition.metric, baseline):
+        return UserError(
+            f"the evaluation computes no {condition.metric!r} of {baseline}",
+            where="conditions",
+            hint=f"compare it with a number or with {CHAMPION}, or compare knn with {baseline}",
+        )
+    return None

@@ -134,7 +134,16 @@ def _context(case: str, folder: Path, scratch: Path) -> Context:
         work=scratch / "work",
         elastic=Elastic(checkpoint_every_s=1e9, device="cpu"),
         run=NullRun(),
+        stages=_makers() if case == "publish" else {},
+        names={"students": "distill", "evaluation": "evaluate"} if case == "publish" else {},
     )
+
+
+def _makers() -> dict[str, Stage]:
+    """Of the inputs of `publish`; the fixed students are fewer than those of the case."""
+    distill = stage_of("distill")
+    students = {"small": distill.students["small"]} if isinstance(distill, Distill) else {}
+    return {"students": distill.model_copy(update={"students": students}), "evaluation": stage_of("evaluate")}
 
 
 _PROVENANCE = {"made_by": {"dinov3-orchestrator": "0.1.0", "python": "3.11"}}

@@ -1,0 +1,42 @@
+"""`rollback`: an alias back to the version that had it before."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.terminal import console
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The registered model.", show_default=False)],
+    to: Annotated[
+        int | None,
+        typer.Option(
+            "--to",
+            metavar="VERSION",
+            min=1,
+            help="The version that gets the alias. Default: the version that had it before.",
+            show_default=False,
+        ),
+    ] = None,
+    alias: Annotated[str, typer.Option(help="The alias.")] = "champion",
+    tracking: Annotated[
+        str,
+        typer.Option(help="The address of the MLflow server or database.", envvar="MLFLOW_TRACKING_URI"),
+    ] = "sqlite:///runs/mlflow.db",
+) -> None:
+    """Move an alias of a published model back to the version that had it before.
+
+    Later runs do not undo this: they leave the alias alone until the pipeline makes another version.
+    """
+    from orchestrator.tracking.rollback import rollback as roll_back
+
+    done = roll_back(name, tracking, alias, to)
+    lines = (
+        f"[green]✓[/] {name}@{alias} was version {done.before} and is version [bold]{done.now}[/]",
+        f"  Version {done.before} is marked as rolled back. To give the alias back: orchestrator publish FILE --force",
+    )
+    for line in lines:
+        console().print(line, highlight=False, soft_wrap=True)
