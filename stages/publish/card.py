@@ -43,7 +43,7 @@ def card(name: str, known: Known, tags: Mapping[str, str], context: Context) -> 
         _front_matter(known),
         f"# {name}",
         _summary(known),
-        _usage(name, known),
+        usage(name, known.config),
         _evaluation(known),
         _uses(known),
         _data(origin, context.sources),
@@ -68,7 +68,7 @@ def _summary(known: Known) -> str:
     megabytes = sum(path.stat().st_size for path in known.folder.rglob("*.safetensors")) / 1e6
     size = _image_size(known)
     at = "" if size is None else f" It was trained at {size} × {size} pixels."
-    if _has_texts(known):
+    if _has_texts(known.config):
         return (
             "A vision tower and a text tower with one space for both, trained by the DINOv3 recipe (arXiv "
             f"2508.10104), {megabytes:.1f} MB of safetensors. A photo and a text become one vector each.{at}"
@@ -87,13 +87,15 @@ def _summary(known: Known) -> str:
     )
 
 
-def _usage(name: str, known: Known) -> str:
-    is_foreign = known.config.get("architecture") in LIBRARIES
-    module = (
-        known.config["config"]["name"].partition(":")[0]
-        if known.config.get("architecture") == "module"
-        else None
-    )
+def usage(name: str, config: Mapping[str, Any]) -> str:
+    """How a model is pulled and used.
+
+    Args:
+        name: of the registered model.
+        config: what its config.json says.
+    """
+    is_foreign = config.get("architecture") in LIBRARIES
+    module = config["config"]["name"].partition(":")[0] if config.get("architecture") == "module" else None
     trust = f", trust_module={module!r}" if module else ""
     lines = [
         "import orchestrator",
@@ -101,7 +103,7 @@ def _usage(name: str, known: Known) -> str:
         f'model = orchestrator.load("{name}"{trust})',
         'vector = orchestrator.embed(model, "photo.jpg")  # (D,), of length 1: compare photos by dot product',
     ]
-    if _has_texts(known):
+    if _has_texts(config):
         lines += [
             'texts = orchestrator.embed(model, texts=["a dog", "a cat"])',
             "similarity = texts @ vector",
@@ -167,7 +169,7 @@ def _knn(scores: Scores) -> str:
 
 
 def _uses(known: Known) -> str:
-    texts = ", and search by text" if _has_texts(known) else ""
+    texts = ", and search by text" if _has_texts(known.config) else ""
     return (
         "## Intended use and limits\n\n"
         f"Vectors and patch features for search, clustering, duplicates, and small classifiers{texts}, on photos like "
@@ -226,9 +228,9 @@ def _parts(artifact: Artifact) -> Mapping[str, Any]:
     return parts if isinstance(parts, Mapping) else {}
 
 
-def _has_texts(known: Known) -> bool:
+def _has_texts(config: Mapping[str, Any]) -> bool:
     """Whether it is a model for images and texts, of `save_aligned`."""
-    return "output_dim" in known.config
+    return "output_dim" in config
 
 
 def _image_size(known: Known) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from orchestrator.stages.distill.features import FeatureObjective, TeacherShape
 from orchestrator.stages.distill.step_views import StepViews, regenerated_views
 from orchestrator.stages.distill.student_backbone import save_network
 from orchestrator.stages.distill.task import DistillTask
-from orchestrator.stages.publish.config import card
+from orchestrator.stages.publish.card import usage
 from orchestrator.stages.serving import _load_pyfunc
 from orchestrator.teacher_service.payload import VIEWS, block
 from orchestrator.training.task import BlockTensors
@@ -300,7 +301,7 @@ def test_a_folder_of_an_own_network_is_told_apart(
         load_pretrained(model)
     with pytest.raises(ValueError, match="its network is made by"):
         _load_pyfunc(str(model))
-    text = card("cnn", model, {})
+    text = usage("cnn", json.loads((model / "config.json").read_text()))
     assert f"orchestrator.load(\"cnn\", trust_module='{__name__}')" in text
     assert "load_pretrained" not in text
     assert width(model) == 5
