@@ -95,6 +95,27 @@ def preset(name: str, **overrides: Any) -> Config:
         raise ValueError(_first(error)) from None
 
 
+def described(config: Config) -> tuple[str, dict[str, Any]]:
+    """A shape as a pipeline file says it: the nearest preset of its kind, and the fields that differ from that one's.
+
+    `drop_path` is none of them: it is training's. Raises ValueError if no preset is of the config's class.
+    """
+    ours = type(config) in (ViTConfig, ConvNeXtConfig)
+    presets = PRESETS if ours else all_presets()
+    kinds = {name: one for name, one in presets.items() if type(one) is type(config)}
+    if not kinds:
+        raise ValueError(f"no model has the shape {type(config).__name__}: is its package installed?")
+    differing = {name: _differences(one, config) for name, one in kinds.items()}
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    return nearest, differing[nearest]
+
+
+def _differences(preset: Config, config: Config) -> dict[str, Any]:
+    """The fields in which `config` differs from a preset, with its values."""
+    names = (field.name for field in dataclasses.fields(config) if field.name != "drop_path")
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(preset, name)}
+
+
 def _named(name: str) -> Config:
     """Ours, or that of an installed package. A name may come out of a model folder, so it is never an import path."""
     if name in PRESETS:

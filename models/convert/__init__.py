@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from .files import config_of, load_any, read_weights, save_as
-from .layouts import from_layout, to_layout
+from .layouts import PositionsError, from_layout, to_layout
 from .names import LAYOUTS
+from .packages import from_timm, from_transformers
 from .transformers_config import known_from_transformers, transformers_config
 
 __all__ = [
     "LAYOUTS",
+    "PositionsError",
     "config_of",
     "from_layout",
+    "from_timm",
+    "from_transformers",
     "known_from_transformers",
     "load_any",
     "read_weights",

@@ -18,6 +18,7 @@ from ..configs import Config
 from ..pretrained import CONFIG, WEIGHTS, load_pretrained, read_config
 from ..towers import Backbone, from_config
 from .layouts import from_layout, to_layout
+from .training_checkpoint import backbone_of
 from .transformers_config import known_from_transformers, transformers_config
 
 _TORCH = (".pt", ".pth", ".bin")
@@ -29,7 +30,8 @@ def load_any(path: str | Path, layout: str | None = None, **known: Any) -> Backb
 
     Args:
         path: a folder of ours or of transformers (all its safetensors files together), or a file: safetensors, or
-            what `torch.save` wrote, read without running any code. A transformers config.json beside it is used.
+            what `torch.save` wrote, read without running any code. A transformers config.json beside it is used. Of a
+            training checkpoint the backbone is taken, see :func:`training_checkpoint.backbone_of`.
         layout: see :func:`from_layout`.
         known: see :func:`from_layout`.
 
@@ -41,14 +43,14 @@ def load_any(path: str | Path, layout: str | None = None, **known: Any) -> Backb
     record = _record(path)
     if path.is_dir() and "format" in record:
         return load_pretrained(path)
-    config, state = from_layout(read_weights(path), layout, **_known(record) | known)
+    config, state = from_layout(backbone_of(_read(path)), layout, **_known(record) | known)
     with torch.device("meta"):
         model = from_config(config)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def config_of(path: str | Path) -> Config:
+def config_of(path: str | Path, **known: Any) -> Config:
     """The config of the tower that :func:`load_any` would load, with hardly any of its weights read; raises as it."""
     path = Path(path)
     record = _record(path)
@@ -57,9 +59,9 @@ def config_of(path: str | Path) -> Config:
     # Small tensors may be looked into; of large ones only the shapes count.
     state = {
         name: tensor if tensor.numel() <= _SMALL else tensor.to("meta")
-        for name, tensor in read_weights(path).items()
+        for name, tensor in backbone_of(_read(path)).items()
     }
-    return from_layout(state, **_known(record))[0]
+    return from_layout(state, **_known(record) | known)[0]
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -101,11 +103,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: a folder without safetensors.
         ValueError: not such a file, or one that only unpickling code could read.
     """
+    state = _read(path)
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} does not contain a plain dict of tensors")
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file or folder holds: tensors by name, or in a file of torch's other things of which none is code."""
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{path} contains no safetensors file")
-        return {name: tensor for file in files for name, tensor in read_weights(file).items()}
+        return {name: tensor for file in files for name, tensor in _read(file).items()}
     if path.suffix not in (".safetensors", *_TORCH):
         raise ValueError(f"{path} is not a file of weights: .safetensors, {', '.join(_TORCH)}")
     try:
@@ -116,6 +126,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict):
         raise ValueError(f"{path} does not contain a plain dict of tensors")
     return state

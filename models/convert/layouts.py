@@ -19,6 +19,13 @@ from .names import IGNORED, LAYOUTS, Row, respelled, rows
 State = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
+# What towers with learned positions call them.
+_POSITIONS = ("pos_embed", "embeddings.position_embeddings", "embeddings.position_embeddings.weight")
+
+
+class PositionsError(ValueError):
+    """A tower with learned positions, as those of DINO and DINOv2: ours have rotary ones and cannot be built of it."""
+
 
 def to_layout(state: State, config: Config, layout: str) -> dict[str, Tensor]:
     """A tower's weights under the names and in the shapes of another layout.
@@ -53,9 +60,16 @@ def from_layout(state: State, layout: str | None = None, **known: Any) -> tuple[
             heads is needed unless the hub's RoPE periods or a preset of the same shape tell.
 
     Raises:
+        PositionsError: a tower with learned positions.
         ValueError: names of no known layout; missing, surplus or misshapen weights (the nearest names are listed);
             a bias on keys though `known` says there is none; RoPE periods that fit no base; unknown fields in `known`.
     """
+    for name in _POSITIONS:
+        if name in state:
+            raise PositionsError(
+                f"{name} {tuple(state[name].shape)} is a learned position embedding, as DINO and DINOv2 have it; the "
+                "towers here have rotary positions instead"
+            )
     layout = layout or detect(state)
     _check_layout(layout)
     state = _tidied(state, layout)
