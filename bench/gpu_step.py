@@ -152,6 +152,7 @@ def _measure(arm: str, options: argparse.Namespace, device: str, peak: float | N
         }
     )
     recipe = config.model_recipe()
+    assert recipe is not None
     torch.manual_seed(0)
     task = SelfSupervisedTask(config, recipe, 0, None)
     exact = config.elastic is not None and bool(config.elastic.exact)

@@ -153,7 +153,9 @@ def _children(module: nn.Module) -> dict[str, list[Tensor]]:
 
 def _task(config: Pretrain) -> tuple[SelfSupervisedTask, Modules]:
     torch.manual_seed(0)
-    task = SelfSupervisedTask(config, config.model_recipe(), 0, None)
+    recipe = config.model_recipe()
+    assert recipe is not None
+    task = SelfSupervisedTask(config, recipe, 0, None)
     return task, task.build("cpu")
 
 

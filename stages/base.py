@@ -27,6 +27,7 @@ from orchestrator.tracking.run import Run
 if TYPE_CHECKING:
     from orchestrator.models.configs import Config
     from orchestrator.stages.common.config import ModelRecipe
+    from orchestrator.stages.common.weights import Weights
 
 # The name of this package among the installed ones.
 PACKAGE = "dinov3-orchestrator"
@@ -92,6 +93,7 @@ class Context:
         remote: where in a remote store what must outlive this machine is kept: the store, and a prefix that
             ends in a slash. None if `work` is in the store itself.
         stop: set when the user asked for a clean stop; long stages check it and raise `Stopped`.
+        shorter: the artifact of the same stage with fewer steps, to go on from; see :meth:`Stage.tied_to_steps`.
         parts: holds a piece of the result by kind and identity, see :class:`Part`; None keeps them in `work`.
         modules: what the stages of the pipeline file say in :meth:`Stage.modules`.
         forced: whether the user asked for this stage by name with `--force`.
@@ -116,6 +118,7 @@ class Context:
     names: Mapping[str, str] = field(default_factory=dict)
     ancestors: Mapping[str, Artifact] = field(default_factory=dict)
     forced: bool = False
+    shorter: Artifact | None = None
 
     @property
     def roots(self) -> dict[str, str]:
@@ -233,6 +236,21 @@ class Stage(StageSpec):
         The folders of these models name them. What a folder names is imported only if the pipeline file names it, too.
         """
         return ()
+
+    def starts_from(self) -> Mapping[str, Weights]:
+        """The trained weights that models of this stage start from, by dotted field."""
+        return {}
+
+    def tied_to_steps(self) -> tuple[str, ...] | None:
+        """The fields whose values at a step depend on `steps`, the number of all steps.
+
+        With none of them, the first steps of a longer run are those of a shorter one. If a shorter one is done, the
+        stage is given its artifact as `Context.shorter` and goes on from there.
+
+        Returns:
+            The dotted fields; None of a kind that never goes on.
+        """
+        return None
 
     def check(self) -> None:
         """Look, before anything runs, at what the types cannot say; the files are there.

@@ -35,7 +35,6 @@ from orchestrator.stages.common.flops import (
 from orchestrator.stages.common.workload import Kept, Net, Workload
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.ssl.config import SelfSupervised
-from orchestrator.stages.ssl.pretrain import Pretrain
 
 _BACKWARD = 2
 Upstream = Mapping[str, Stage]
@@ -56,7 +55,9 @@ def workloads(stage: Stage, name: str, upstream: Upstream) -> list[Workload]:
 
 @workloads.register
 def _self_supervised(stage: SelfSupervised, name: str, upstream: Upstream) -> list[Workload]:
-    origin = cast("Pretrain", upstream.get("origin", stage))
+    origin = upstream.get("origin", stage).model_recipe()
+    if origin is None:
+        return []  # of weights that are not there
     config, heads = origin.tower, origin.heads
     views = stage.views()
     taken = 1 - origin.drop_path
@@ -96,7 +97,9 @@ def _self_supervised(stage: SelfSupervised, name: str, upstream: Upstream) -> li
 def _distill(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
     if stage.features is not None:
         return _distill_features(stage, name, upstream)
-    origin = cast("Pretrain", upstream["origin"])
+    origin = upstream["origin"].model_recipe()
+    if origin is None:
+        return []
     config, heads = origin.tower, origin.heads
     views: Views = [(1.0, stage.crops)]
     masked = masked_share(stage.mask_probability, stage.mask_ratio, stage.block_size * stage.crops.num_global)
@@ -142,9 +145,11 @@ def _distill_features(stage: Distill, name: str, upstream: Upstream) -> list[Wor
     views: Views = [(1.0, stage.crops)]
     found = []
     if stage.features is not None and stage.features.uses_own:
-        config = cast("Pretrain", upstream["origin"]).tower
-        flops = tower_flops(config, [only_globals(view) for view in views])
-        frozen = (_tower("teacher", "frozen", config, None, ()),)
+        origin = upstream["origin"].model_recipe()
+        if origin is None:
+            return []
+        flops = tower_flops(origin.tower, [only_globals(view) for view in views])
+        frozen = (_tower("teacher", "frozen", origin.tower, None, ()),)
         found.append(work("teacher", stage.steps, frozen, {"teacher": flops}))
     for student_name, student in stage.students.items():
         own, seen = student.tower, [(1.0, stage.crops_of(student))]
@@ -160,7 +165,6 @@ def _distill_features(stage: Distill, name: str, upstream: Upstream) -> list[Wor
 @workloads.register
 def _align(stage: AlignText, name: str, upstream: Upstream) -> list[Workload]:
     tower_stage = upstream["tower"]
-    origin = cast("Pretrain", upstream["origin"])
     if isinstance(tower_stage, Distill):
         if mistake := student_mistake(sorted(tower_stage.students), stage.student):
             raise UserError(mistake.what, where=f"stages.{name}.student", hint=mistake.hint)
@@ -170,6 +174,9 @@ def _align(stage: AlignText, name: str, upstream: Upstream) -> list[Workload]:
             return []  # refused by the stage itself
         config, trained_at = found, tower_stage.crops.global_size
     else:
+        origin = upstream["origin"].model_recipe()
+        if origin is None:
+            return []
         config, trained_at = origin.tower, cast("SelfSupervised", tower_stage).crops.global_size
     size = stage.image_size or trained_at
     tokens = num_tokens(config, size)

@@ -18,7 +18,7 @@ from rich.console import Console
 import orchestrator
 from orchestrator import installed
 from orchestrator.errors import UserError
-from orchestrator.models import presets
+from orchestrator.models import ViTConfig, presets
 from orchestrator.pipeline.cache_key import KeyParts, key_parts
 from orchestrator.pipeline.console import print_plan, print_stages
 from orchestrator.pipeline.explain import explain
@@ -401,7 +401,10 @@ def test_a_teacher_is_found_by_its_name(plug: Path) -> None:
 
 def test_a_shape_is_a_model_and_part_of_the_key(plug: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = made({**SSL, "model": "vit_thin"})
-    assert stage.tower.dim == 16
+    recipe = stage.model_recipe()
+    assert recipe is not None
+    assert isinstance(recipe.tower, ViTConfig)
+    assert recipe.tower.dim == 16
     assert model_rows()[-1]["name"] == "vit_thin", "one that is broken is left out"
     brought = parts(stage).config["extensions"]["models vit_thin"]
     assert (brought["version"], brought["dim"]) == (1, 16)

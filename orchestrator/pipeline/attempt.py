@@ -65,6 +65,7 @@ class Attempt:
         anew: its artifact replaces one of the same key.
         fresh: it starts over; unfinished work of the key is dropped first.
         forced: the user named the stage with `--force`.
+        shorter: see :class:`Context`.
         pieces: kinds and keys of artifacts that are parts of the stage's result, filled as it runs.
     """
 
@@ -80,6 +81,7 @@ class Attempt:
     fresh: bool = False
     forced: bool = False
     ancestors: Mapping[str, Artifact] = field(default_factory=dict)
+    shorter: Artifact | None = None
     pieces: set[tuple[str, str]] = field(default_factory=set)
 
     def drift(self) -> list[str]:
@@ -159,6 +161,8 @@ class Attempt:
         context = self._context(stage, out, work)
         for artifact in self.inputs.values():
             artifacts.fetch(artifact)
+        if self.shorter is not None:
+            artifacts.fetch(self.shorter)
         try:
             watch = self.interrupt.watch if stage.needs_ray else nothing
             returned = in_thread(lambda: stage.run(context), watch)
@@ -201,6 +205,7 @@ class Attempt:
             names=self.stage.roles,
             ancestors=self.ancestors,
             forced=self.forced,
+            shorter=self.shorter,
         )
 
     @contextlib.contextmanager

@@ -13,7 +13,6 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.stages.common.config import check_crops
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.ssl.config import SelfSupervised
-from orchestrator.stages.ssl.pretrain import Pretrain
 
 
 def check(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> None:
@@ -33,8 +32,9 @@ def fit_errors(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -
     yield from _windows(loaded)
     for name, stage in loaded.spec.stages.items():
         origin = dag.origin(roles, name)
-        model = loaded.spec.stages.get(origin or name)
-        if not isinstance(model, Pretrain):
+        begun = loaded.spec.stages.get(origin or name)
+        model = begun.model_recipe() if begun is not None else None
+        if model is None:
             continue
         if isinstance(stage, SelfSupervised):
             every = [(("resolutions", at) if stage.resolutions else ("crops",), crops)

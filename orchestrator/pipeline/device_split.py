@@ -22,7 +22,6 @@ from orchestrator.stages.common.workload import Workload
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.profiling import Material, PartCosts, measured, reckoned
-from orchestrator.stages.ssl.pretrain import Pretrain
 
 if TYPE_CHECKING:
     from orchestrator.storage.artifacts import Artifact
@@ -214,9 +213,7 @@ def material(loaded: LoadedPipeline, name: str) -> Material:
 def _recipe(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]], name: str) -> ModelRecipe | None:
     """Of the teacher that the pipeline makes, or None if it makes none."""
     origin = loaded.spec.stages.get(dag.origin(roles, name) or "")
-    if not isinstance(origin, Pretrain):
-        return None
-    return origin.model_recipe()
+    return None if origin is None else origin.model_recipe()
 
 
 def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> PartCosts:

@@ -133,7 +133,8 @@ def _load(
     except ValidationError as error:
         raise joined(validation_errors(error, document, model)) from None
     loaded = LoadedPipeline(spec, document, imported=imported)
-    problems, missing = _check(loaded), _missing_data(loaded)
+    unreachable = _fetch_models(loaded)
+    problems, missing = _check(loaded), [*unreachable, *_missing_data(loaded)]
     if not gather and (problems or (missing and needs_data)):
         raise joined([*missing, *problems])
     return replace(loaded, missing=tuple(missing), mistakes=tuple(problems))
@@ -295,6 +296,19 @@ def _missing_data(loaded: LoadedPipeline) -> list[UserError]:
             problems += [
                 _missing(loaded, _no_file(path), where, path) for path in paths if not path.is_file()
             ]
+    return problems
+
+
+def _fetch_models(loaded: LoadedPipeline) -> list[UserError]:
+    """Bring the models of the registry that stages start from here; a complaint for each that did not come."""
+    problems = []
+    for name, stage in loaded.spec.stages.items():
+        for field, weights in stage.starts_from().items():
+            try:
+                weights.fetch(loaded.spec.tracking.uri)
+            except UserError as error:
+                where = loaded.where("stages", name, *field.split("."))
+                problems.append(UserError(error.what, where=where, hint=error.hint))
     return problems
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -29,11 +29,16 @@ Reached = Callable[[str, str], str]
 BegunFrom = Callable[[str, str], Mapping[str, str] | None]
 # Files of other code that are named before the rest is counted.
 _NAMED = 3
+_STARTS_OVER = ", starts over: it has no checkpoint"
 
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """A stage whose key is known: keys depend on configs, data and code, never on what already ran."""
+    """A stage whose key is known: keys depend on configs, data and code, never on what already ran.
+
+    Attributes:
+        tied_to_steps: see :meth:`Stage.tied_to_steps`.
+    """
 
     name: str
     parts: KeyParts
@@ -42,6 +47,7 @@ class ResolvedStage:
     needs: tuple[str, ...]
     code: Mapping[str, str]
     effects: bool = False
+    tied_to_steps: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ class StagePlan:
         fresh: it starts over; unfinished work of its key is dropped.
         other_code: files and packages that are not what they were when the artifact was made.
         forced: the user named it with `--force`.
+        shorter: the artifact of the same stage with fewer steps, from which it goes on.
     """
 
     stage: ResolvedStage
@@ -125,6 +132,7 @@ class StagePlan:
     fresh: bool = False
     other_code: tuple[str, ...] = ()
     forced: bool = False
+    shorter: Artifact | None = None
 
     @property
     def name(self) -> str:
@@ -169,7 +177,18 @@ def resolve(
         found = code_digest.code_of(type(stage).__module__)
         for extension in extensions(stage):
             found = found | code_digest.code_of(type(extension).__module__)
-        resolved.append(ResolvedStage(name, parts, parts.key, roles[name], stage.needs, found, stage.effects))
+        resolved.append(
+            ResolvedStage(
+                name,
+                parts,
+                parts.key,
+                roles[name],
+                stage.needs,
+                found,
+                stage.effects,
+                stage.tied_to_steps(),
+            )
+        )
     return resolved
 
 
@@ -223,7 +242,8 @@ def plan(
             plans[stage.name] = StagePlan(stage, "left out", ("not chosen",), artifact)
         else:
             begun = begun_from(stage.parts.kind, stage.key)
-            plans[stage.name] = _planned(stage, known, artifact, plans, driven, reached, begun, choice)
+            planned = _planned(stage, known, artifact, plans, driven, reached, begun, choice)
+            plans[stage.name] = _lengthened(planned, known, find, plans, reached)
     _check_inputs(plans)
     return list(plans.values())
 
@@ -267,6 +287,44 @@ def _planned(
     # What was to replace something when it began still is.
     replaces = fresh or (known is not None and going and known.anew)
     return StagePlan(stage, "run", tuple(reasons), artifact, anew=replaces, fresh=fresh)
+
+
+def _lengthened(
+    planned: StagePlan,
+    known: StageState | None,
+    find: Callable[[str, str], Artifact | None],
+    before: Mapping[str, StagePlan],
+    reached: Reached,
+) -> StagePlan:
+    """The plan of a stage that was done with fewer steps: it goes on from there, or says why it does not."""
+    stage = planned.stage
+    made = known.made if known is not None else None
+    if planned.action != "run" or planned.fresh or planned.anew or stage.tied_to_steps is None:
+        return planned
+    if made is None or not _only_longer(made, stage) or reached(stage.parts.kind, stage.key):
+        return planned
+    shorter = find(made.kind, made.key)
+    if shorter is None:
+        return planned
+    reasons = tuple(reason.removesuffix(_STARTS_OVER) for reason in planned.reasons)
+    made_from = shorter.manifest.provenance.get("inputs", {})
+    if earlier := other_inputs(made_from, stage, _made(before)):
+        why = f"starts over: the shorter run was {begun_with(earlier).partition(',')[0]}"
+        return replace(planned, reasons=(*reasons, why))
+    if stage.tied_to_steps:
+        depend = "depends" if len(stage.tied_to_steps) == 1 else "depend"
+        why = f"starts over: {', '.join(stage.tied_to_steps)} {depend} on the number of steps"
+        return replace(planned, reasons=(*reasons, why))
+    why = f"goes on from step {made.config['steps']}"
+    return replace(planned, reasons=(*reasons, why), shorter=shorter)
+
+
+def _only_longer(known: KeyParts, stage: ResolvedStage) -> bool:
+    """Whether a stage differs from what was made before in nothing but more steps."""
+    old, new = known.config.get("steps"), stage.parts.config.get("steps")
+    if not (isinstance(old, int) and isinstance(new, int) and old < new):
+        return False
+    return known.model_copy(update={"config": {**known.config, "steps": new}}).key == stage.key
 
 
 def is_awaited(known: StageState | None, artifact: Artifact) -> bool:
@@ -381,9 +439,7 @@ def _why_run(known: StageState | None, stage: ResolvedStage, driven: bool, reach
     return [f"{attempt} was stopped{_goes_on(stage, reached)}"]
 
 
-def _goes_on(
-    stage: ResolvedStage, reached: Reached, otherwise: str = ", starts over: it has no checkpoint"
-) -> str:
+def _goes_on(stage: ResolvedStage, reached: Reached, otherwise: str = _STARTS_OVER) -> str:
     where = reached(stage.parts.kind, stage.key)
     return f", goes on from {where}" if where else otherwise
 

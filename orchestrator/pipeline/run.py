@@ -338,7 +338,7 @@ class _Driver:
         earlier = other_inputs(begun or {}, item.stage, self._artifacts)
         if item.fresh or not earlier:
             return item
-        return replace(item, fresh=True, reasons=(*item.reasons, begun_with(earlier)))
+        return replace(item, fresh=True, shorter=None, reasons=(*item.reasons, begun_with(earlier)))
 
     def _attempt(self, item: StagePlan, state: StageState, run: Run, *, fresh: bool) -> Attempt:
         needs = {other.name: other.stage.needs for other in self._plans}
@@ -357,6 +357,7 @@ class _Driver:
             anew=item.anew,
             fresh=fresh,
             forced=item.forced,
+            shorter=item.shorter,
         )
 
     def _conclude(self, item: StagePlan, run: Run, run_id: str, outcome: Outcome) -> None:

@@ -256,6 +256,31 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
     return out
 
 
+def cached(reference: str, uri: str, cache: Path) -> Path:
+    """The folder below `cache` with `name@alias` or `name/version`, downloaded if it is not there yet.
+
+    An alias is asked for each time. What it names is there by version and content, so that a folder never changes.
+
+    Raises:
+        UserError: as :func:`pull`.
+    """
+    database = database_path(uri)
+    if database is not None and not database.is_file():
+        raise UserError(
+            f"there is no MLflow database at {database}, so {reference} cannot be downloaded",
+            where="tracking.uri",
+            hint="set tracking.uri to the database or server that the model was published to",
+        )
+    with answering(uri):
+        client = connect(uri)
+        version = interruptibly(lambda: _resolve(client, reference), uri, None, f"looking up {reference}")
+    place = f"{absolute_uri(uri)}\n{version.name}\n{version.version}\n{version.tags.get(CONTENT_TAG, '')}"
+    folder = cache / hashlib.sha256(place.encode()).hexdigest()[:32]
+    if not (folder / "config.json").is_file():
+        pull(f"{version.name}/{version.version}", folder, uri)
+    return folder
+
+
 def content_digest(files: Mapping[str, str]) -> str:
     """One sha256 over the names and the sha256 of files."""
     digest = hashlib.sha256()

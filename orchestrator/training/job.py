@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,6 +159,27 @@ class Job:
             path = inside(self.work / "exports", name.removeprefix(f"{prefix}exports/"))
             path.parent.mkdir(parents=True, exist_ok=True)
             store.get_file(name, path)
+
+    def adopt(self, checkpoint: Path, exports: Mapping[int, Path]) -> None:
+        """Go on from the last checkpoint of a shorter job, unless this one has one of its own already.
+
+        Args:
+            checkpoint: its folder.
+            exports: what that job exported, by step, as far as this one exports it too.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+        """
+        if self.checkpoint_storage.committed():
+            return
+        for step, file in exports.items():
+            self.export(step).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, self.export(step))
+            if self.remote is not None:
+                store, prefix = self.remote
+                store.put_file(f"{prefix}exports/{self.export(step).name}", file)
+        # Last: once it is there, nothing of the shorter job is looked at again.
+        self.checkpoint_storage.adopt(checkpoint)
 
     def collect(self, folder: Path) -> None:
         """Copy the last checkpoint, without what other groups left beside it, to `folder`."""

@@ -222,3 +222,12 @@ def learning_rate_scales(net: HasBackbone, optimizer: Optimizer) -> dict[str, fl
 def frozen_prototypes(steps: int) -> dict[str, int]:
     """Both prototype layers stay where they are for the first steps."""
     return {"dino_head.prototypes.weight": steps, "ibot_head.prototypes.weight": steps}
+
+
+def frozen_backbone(net: HasBackbone, steps: int) -> dict[str, int]:
+    """The whole backbone stays where it is for the first steps, and with it its average, which starts as its equal.
+
+    None of it where there are no such steps: groups of the optimizer are then those without freezing.
+    """
+    names = (name for name, _ in net.backbone.named_parameters()) if steps else ()
+    return {f"backbone.{name}": steps for name in names}

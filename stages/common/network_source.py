@@ -22,6 +22,7 @@ from orchestrator.errors import UserError, nearest
 from orchestrator.models.configs import ViTConfig
 from orchestrator.models.network_spec import TIMM_RESERVED, Blocks
 from orchestrator.slow_import import told_if_slow
+from orchestrator.stages.common.weights import weight_files
 
 # ImageNet's, which nearly all public weights were trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -145,9 +146,9 @@ class NetworkSource(Settings):
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """Files whose content decides this network's outputs, by field; those of a `module` are its own source."""
         if self.from_ is not None:
-            return {"from": _weight_files(self.from_)}
+            return {"from": weight_files(self.from_)}
         if self.transformers is not None and Path(self.transformers).is_dir():
-            return {"transformers": _weight_files(Path(self.transformers))}
+            return {"transformers": weight_files(Path(self.transformers))}
         found = module_files(self.module)
         if self.weights is not None:
             found["weights"] = (self.weights,)
@@ -173,15 +174,6 @@ class NetworkSource(Settings):
                 _check_weights(self.weights)
             if self.blocks is not None:
                 _check_blocks_of_module(self)
-
-
-def _weight_files(path: Path) -> tuple[Path, ...]:
-    """What is read of a folder or file of weights; the path itself if there is nothing."""
-    folder = path if path.is_dir() else path.parent
-    config = (folder / _CONFIG,) if (folder / _CONFIG).is_file() else ()
-    if not path.is_dir():
-        return (path, *config) if path.is_file() else (path,)
-    return (*config, *sorted(path.glob("*.safetensors"))) or (path / "model.safetensors",)
 
 
 def module_files(module: str | None) -> dict[str, tuple[Path, ...]]:

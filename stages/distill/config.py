@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from orchestrator import installed
 from orchestrator.config.elastic import Resources, Workers
@@ -40,6 +40,15 @@ from orchestrator.stages.common.network_source import (
     check_timm,
     module_files,
 )
+from orchestrator.stages.common.weights import (
+    FROM,
+    From,
+    Weights,
+    check_frozen,
+    files_of,
+    freeze_field,
+    from_field,
+)
 from orchestrator.stages.distill.features import FeatureObjective
 
 # Names folders, runs and models.
@@ -70,6 +79,8 @@ class Views(Settings):
 class Student(Settings):
     """One student. Its heads have the same sizes and numbers of prototypes as the teacher's."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     model: OptionalModelName = Field(
         None,
         description="The name of the student's backbone. `orchestrator models` lists them all. Exactly one of model, "
@@ -97,6 +108,8 @@ class Student(Settings):
         {},
         description="Arguments of the callable of `module`, or settings of the model of timm or transformers, by name.",
     )
+    from_: From | None = from_field(FROM)
+    freeze_backbone_steps: int = freeze_field()
     drop_path: float = Field(
         0.0,
         ge=0,
@@ -169,6 +182,10 @@ class Student(Settings):
                 )
             return self
         check_kwargs(self.timm, self.kwargs)
+        if self.from_ is not None:
+            raise ValueError(
+                f"`from` is for `model`: {given[0]} loads its own weights, or starts with random ones"
+            )
         for field in ("model_overrides", "drop_path"):
             if getattr(self, field):
                 raise ValueError(f"{field} is for `model`: set what {given[0]} has of it in kwargs")
@@ -336,12 +353,14 @@ class Distill(MultiCropStage):
             at = "crops" if student.views is None else f"students.{name}.views"
             if student.model is not None:
                 check_crops(self.crops_of(student), student.model, student.model_overrides, at)
+            steps = self.steps_of(student)
+            check_frozen(student.freeze_backbone_steps, student.from_, steps, f"students.{name}.")
             own = student.optimizer is not None
             optimizer = student.optimizer or self.optimizer
             check_warmup(
                 f"students.{name}.optimizer.lr" if own else "optimizer.lr",
                 optimizer.lr,
-                self.steps_of(student),
+                steps,
             )
         return self
 
@@ -469,7 +488,7 @@ class Distill(MultiCropStage):
         }
         if self.features is not None:
             found |= {f"features.{field}": paths for field, paths in self.features.files().items()}
-        return found
+        return found | files_of(self.starts_from())
 
     def concerns(self, field: str, part: Mapping[str, Any]) -> bool:
         """See :class:`Stage`: the files of one student are nothing to the others, nor to the teachers."""
@@ -479,6 +498,14 @@ class Distill(MultiCropStage):
         """See :class:`Stage`."""
         specs = [student.network for student in self.students.values()]
         return tuple(spec.name for spec in specs if spec is not None and spec.library == "module")
+
+    def starts_from(self) -> Mapping[str, Weights]:
+        """See :class:`Stage`."""
+        return {
+            f"{_STUDENTS}{name}.from": student.from_
+            for name, student in self.students.items()
+            if student.from_ is not None
+        }
 
     def check(self) -> None:
         """See :class:`Stage`."""
@@ -492,6 +519,8 @@ class Distill(MultiCropStage):
         for name, student in self.students.items():
             try:
                 student.check(self.crops_of(student), locals_too)
+                if student.from_ is not None and student.from_.is_there():
+                    student.from_.check(student.model, student.model_overrides)
             except UserError as error:
                 where = f"{_STUDENTS}{name}.{error.where}"
                 raise UserError(error.what, where=where, hint=error.hint) from None

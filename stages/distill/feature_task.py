@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from orchestrator.stages.common.nets import (
     block_generator,
     build_backbone,
     flat_views,
+    frozen_backbone,
     learning_rate_scales,
     tune,
     zero3_leaf_modules,
@@ -22,6 +24,7 @@ from orchestrator.stages.common.nets import (
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.features import FeatureObjective, TeacherShape
 from orchestrator.stages.distill.student_backbone import backbone_of
+from orchestrator.training.export import load_export
 from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, Weights
 
 
@@ -108,6 +111,7 @@ class FeatureTask:
         objective: the stage's feature objective.
         shapes: of the teachers, from `feature_teacher.prepare`.
         seed: the student's.
+        start: a file of :func:`orchestrator.stages.common.weights.starting_weights`; None starts at random.
     """
 
     modules: Modules
@@ -119,18 +123,22 @@ class FeatureTask:
         objective: FeatureObjective,
         shapes: Mapping[str, TeacherShape],
         seed: int,
+        start: Path | None = None,
     ) -> None:
         self.config, self.student, self.objective = config, student, objective
-        self.shapes, self.seed = shapes, seed
+        self.shapes, self.seed, self.start = shapes, seed, start
 
     def build(self, device: str) -> Modules:
         """See `Task`."""
         student = self.student
         more = self.objective, self.shapes, student.model_overrides
         net, ema = (
-            ProjectedBackbone(backbone_of(self.config, student, self.seed), drop_path, *more).to(device)
+            ProjectedBackbone(backbone_of(self.config, student, self.seed), drop_path, *more)
             for drop_path in (student.drop_path, 0.0)
         )
+        if self.start is not None:
+            net.backbone.load_state_dict(load_export(self.start, "backbone."))
+        net, ema = net.to(device), ema.to(device)
         ema.load_state_dict(net.state_dict())
         for each in (net, ema):
             tune(each, self.config)
@@ -139,6 +147,7 @@ class FeatureTask:
             net,
             ema=ema,
             lr_scales=learning_rate_scales(net, student.optimizer or self.config.optimizer),
+            frozen_steps=frozen_backbone(net, student.freeze_backbone_steps),
             zero3_leaf_modules=zero3_leaf_modules(student.model),
         )
         return self.modules

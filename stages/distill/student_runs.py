@@ -13,6 +13,7 @@ from orchestrator.stages.base import Context, Part
 from orchestrator.stages.common.config import stage_seed
 
 if TYPE_CHECKING:
+    from orchestrator.stages.common.weights import StartingWeights
     from orchestrator.stages.distill.config import Distill, Student
     from orchestrator.stages.distill.teacher_kinds import Teaching
     from orchestrator.training.job import Job
@@ -42,12 +43,16 @@ def student_runs_of(
     teach: Teaching,
     parts: Mapping[str, Part],
     max_unreadable: int | None = None,
+    starts: Mapping[str, StartingWeights] | None = None,
 ) -> dict[str, StudentRun]:
     import ray
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
     missing = [name for name, part in parts.items() if part.artifact is None]
-    jobs = {name: student_job(config, context, teach, name, parts[name], max_unreadable) for name in missing}
+    jobs = {
+        name: student_job(config, context, teach, name, parts[name], max_unreadable, (starts or {}).get(name))
+        for name in missing
+    }
     jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
     front = _front(config, jobs, parts)
     return {
@@ -69,10 +74,11 @@ def student_job(
     name: str,
     part: Part,
     max_unreadable: int | None = None,
+    start: StartingWeights | None = None,
 ) -> Job:
     """A student's job, but for its blocks, which need the teacher service.
 
-    So many photos may become unreadable, or any number.
+    So many photos may become unreadable, or any number. Its backbone starts from `start`, or from random weights.
     """
     from orchestrator.data.rng import derive
     from orchestrator.training.job import Job
@@ -86,7 +92,7 @@ def student_job(
     seed = derive(stage_seed(context, config.kind), name)
     return Job(
         name=f"{context.name}/{name}",
-        task=teach.task(name, seed),
+        task=teach.task(name, seed, start.file if start else None),
         num_blocks=config.batch_size // config.block_size,
         num_steps=config.steps_of(student),
         optimizer=student.optimizer or config.optimizer,
@@ -96,7 +102,7 @@ def student_job(
         seed=seed % 2**31,
         elastic=elastic,
         remote=part.remote,
-        inputs=context.needed,
+        inputs=context.needed + (start.needed if start else ()),
         pipeline=context.pipeline,
         max_unreadable=max_unreadable,
     )

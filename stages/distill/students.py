@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.config import stage_seed, summary
 from orchestrator.stages.common.mixing import draws_of
+from orchestrator.stages.common.weights import StartingWeights, starting_weights
 from orchestrator.stages.distill.student_runs import StudentRun, student_runs_of
 
 if TYPE_CHECKING:
@@ -45,9 +46,14 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
             name: held.enter_context(context.part("student", config.student_identity(name)))
             for name in config.students
         }
+        starts = {
+            name: held.enter_context(_start(config, context, name))
+            for name, part in parts.items()
+            if part.artifact is None and config.students[name].from_ is not None
+        }
         teach = teaching(config, context, seed)
         limit = draws.most_unreadable(config.max_unreadable)
-        student_runs = student_runs_of(config, context, teach, parts, limit)
+        student_runs = student_runs_of(config, context, teach, parts, limit, starts)
         context.work.mkdir(parents=True, exist_ok=True)
         folders = {name: part.artifact for name, part in parts.items() if part.artifact is not None}
         stats, made = _train_all(config, context, teach, student_runs)
@@ -56,6 +62,20 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
     # What a reader of the summary line wants to see first.
     first = {name: value for name, value in figures.items() if name.endswith("_last_loss")}
     return first | stats | figures | draws.write(_last_step(config, figures), context.out)
+
+
+def _start(config: Distill, context: Context, name: str) -> AbstractContextManager[StartingWeights]:
+    """The weights that a student starts from."""
+    student = config.students[name]
+    assert student.from_ is not None
+    return starting_weights(
+        context,
+        student.from_,
+        student.model,
+        student.model_overrides,
+        where=f"stages.{context.name}.students.{name}",
+        name=name,
+    )
 
 
 def _last_step(config: Distill, figures: Mapping[str, float]) -> int:

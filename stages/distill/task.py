@@ -22,6 +22,7 @@ from orchestrator.stages.common.nets import (
     HeadedBackbone,
     block_generator,
     flat_views,
+    frozen_backbone,
     learning_rate_scales,
     masked_tokens,
     num_views,
@@ -143,15 +144,17 @@ class DistillTask:
     modules: Modules
 
     def __init__(
-        self, config: Distill, student: Student, recipe: ModelRecipe, teacher: Path, seed: int
+        self,
+        config: Distill,
+        student: Student,
+        recipe: ModelRecipe,
+        teacher: Path,
+        seed: int,
+        start: Path | None = None,
     ) -> None:
-        self.config, self.student, self.recipe, self.teacher, self.seed = (
-            config,
-            student,
-            recipe,
-            teacher,
-            seed,
-        )
+        """`start` is a file of :func:`orchestrator.stages.common.weights.starting_weights`; None starts at random."""
+        self.config, self.student, self.recipe, self.teacher = config, student, recipe, teacher
+        self.seed, self.start = seed, start
 
     def build(self, device: str) -> Modules:
         """See `Task`."""
@@ -159,9 +162,12 @@ class DistillTask:
         net, ema = (
             HeadedBackbone(
                 backbone_of(self.config, student, self.seed), drop_path, heads, student.model_overrides
-            ).to(device)
+            )
             for drop_path in (student.drop_path, 0.0)
         )
+        if self.start is not None:
+            net.backbone.load_state_dict(load_export(self.start, "backbone."))
+        net, ema = net.to(device), ema.to(device)
         ema.load_state_dict(net.state_dict())
         for each in (net, ema):
             tune(each, self.config)
@@ -176,6 +182,7 @@ class DistillTask:
             net,
             ema=ema,
             lr_scales=learning_rate_scales(net, optimizer),
+            frozen_steps=frozen_backbone(net, student.freeze_backbone_steps),
             zero3_leaf_modules=zero3_leaf_modules(self.student.model),
         )
         return self.modules

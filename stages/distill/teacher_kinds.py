@@ -62,8 +62,8 @@ class Teaching(ABC):
         self._index, self._roots = context.inputs["index"].path, context.roots
 
     @abstractmethod
-    def task(self, name: str, seed: int) -> Callable[[], Any]:
-        """Makes the task of a student."""
+    def task(self, name: str, seed: int, start: Path | None = None) -> Callable[[], Any]:
+        """Makes the task of a student, whose backbone starts from a file of weights or at random."""
 
     @abstractmethod
     def save(self, name: str, export: Path, folder: Path) -> None:
@@ -177,10 +177,10 @@ class HeadTeaching(Teaching):
         """See `Teaching`."""
         return bytes_per_image(self._config, self.recipe)
 
-    def task(self, name: str, seed: int) -> Callable[[], Any]:
+    def task(self, name: str, seed: int, start: Path | None = None) -> Callable[[], Any]:
         """See `Teaching`."""
         student = self._config.students[name]
-        return partial(DistillTask, self._config, student, self.recipe, self._folder, seed)
+        return partial(DistillTask, self._config, student, self.recipe, self._folder, seed, start)
 
     def save(self, name: str, export: Path, folder: Path) -> None:
         """See `Teaching`; the recipe has the heads."""
@@ -240,10 +240,12 @@ class FeatureTeaching(Teaching):
         """See `Teaching`."""
         return feature_teacher.bytes_per_image(self._config, self._objective, self._prepared.shapes)
 
-    def task(self, name: str, seed: int) -> Callable[[], Any]:
+    def task(self, name: str, seed: int, start: Path | None = None) -> Callable[[], Any]:
         """See `Teaching`."""
         student = self._config.students[name]
-        return partial(FeatureTask, self._config, student, self._objective, self._prepared.shapes, seed)
+        return partial(
+            FeatureTask, self._config, student, self._objective, self._prepared.shapes, seed, start
+        )
 
     def save(self, name: str, export: Path, folder: Path) -> None:
         """See `Teaching`; the projections are in the checkpoint only."""

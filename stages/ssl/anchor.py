@@ -7,11 +7,10 @@ from enum import Enum
 
 from orchestrator.stages.common.lineage import Health
 from orchestrator.stages.ssl.gram import DenseHealth
+from orchestrator.stages.ssl.stop_if import window_mean
 
 _STARTED = "gram_started"
 _BEST = ("gram_best_cosine", "gram_best_locality")
-_SUMS = ("gram_window_cosine", "gram_window_locality")
-_COUNT = "gram_window_steps"
 
 
 class AnchorDecision(Enum):
@@ -51,7 +50,7 @@ class DenseHealthMonitor:
         """Take the figures of the step that took the count to `done`."""
         if self.trigger is None or _STARTED in self.state:
             return AnchorDecision.GO_ON
-        seen = self._window(figures, self.trigger.window)
+        seen = window_mean(self.state, "gram_window", figures, self.trigger.window)
         if seen is None:
             return AnchorDecision.GO_ON
         best = self._best()
@@ -62,17 +61,6 @@ class DenseHealthMonitor:
             return AnchorDecision.GO_ON
         self.state[_STARTED] = float(done)
         return AnchorDecision.START
-
-    def _window(self, figures: Mapping[str, float], window: int) -> Health | None:
-        """The means over the window that this step ends, or None in the middle of one."""
-        for name, figure in zip(_SUMS, ("cls_patch_cosine", "patch_locality"), strict=True):
-            self.state[name] = self.state.get(name, 0.0) + figures[figure]
-        self.state[_COUNT] = self.state.get(_COUNT, 0.0) + 1
-        if self.state[_COUNT] < window:
-            return None
-        cosine, locality = (self.state.pop(name) / window for name in _SUMS)
-        del self.state[_COUNT]
-        return Health(cosine=cosine, locality=locality)
 
     def _best(self) -> Health | None:
         cosine, locality = (self.state.get(name) for name in _BEST)

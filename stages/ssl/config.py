@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from orchestrator.config.schedules import (
     Momentum,
@@ -22,22 +23,36 @@ from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError
 from orchestrator.names import inside
-from orchestrator.stages.base import Context, PlanContext
+from orchestrator.stages.base import Context, Input, PlanContext
 from orchestrator.stages.common import lineage
 from orchestrator.stages.common.config import (
+    Heads,
     ModelRecipe,
     stage_seed,
     summary,
 )
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, Draws, draws_of
 from orchestrator.stages.common.multi_crop import MultiCropStage
+from orchestrator.stages.common.weights import (
+    FROM,
+    From,
+    StartingWeights,
+    Weights,
+    check_frozen,
+    files_of,
+    freeze_field,
+    from_field,
+    starting_weights,
+)
 from orchestrator.stages.objective import Objective, OwnObjective
 from orchestrator.stages.ssl.gram import Gram
+from orchestrator.stages.ssl.stop_if import StopIf
 
 if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
     from orchestrator.data.sampler import SampleOrder
     from orchestrator.storage.artifacts import Artifact
+    from orchestrator.tracking.run import Run
     from orchestrator.training.job import Job
 
 # Terms of the loss, and other curves of a step.
@@ -68,6 +83,10 @@ class Resolution(Settings):
 class SelfSupervised(MultiCropStage):
     """DINO with Sinkhorn-Knopp centring, iBOT and KoLeo over multi-crop views (arXiv 2508.10104, section 3.2)."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    from_: From | None = from_field(FROM)
+    freeze_backbone_steps: int = freeze_field()
     ema: Momentum = Field(
         Schedule(peak=0.999), description="The momentum of the EMA teacher by step, from 0 to 1."
     )
@@ -92,6 +111,11 @@ class SelfSupervised(MultiCropStage):
         (),
         description="Objectives of users' packages, added to the loss: a name, or a mapping with the name as `use` and "
         "its settings, such as `weight` (docs/extending.md).",
+    )
+    stop_if: StopIf | None = operational(
+        None,
+        description="The limits of dense health at which training stops. Default: it goes on whatever becomes of dense "
+        "features.",
     )
     snapshot_every: int = Field(
         0,
@@ -126,11 +150,72 @@ class SelfSupervised(MultiCropStage):
     def _fits(self) -> SelfSupervised:
         check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
         check_titles(self.objectives)
+        check_frozen(self.freeze_backbone_steps, self.from_, self.steps)
         return self
 
     def models(self) -> Mapping[str, str]:
         """See :meth:`Stage.models`."""
         return {"": "model"}
+
+    def wants(self) -> tuple[Input, ...]:
+        """See :class:`Stage`: what begins with weights goes on from no stage."""
+        return tuple(one for one in self.inputs if not (one.role == "backbone" and self.from_ is not None))
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """See :class:`Stage`."""
+        return files_of(self.starts_from())
+
+    def tied_to_steps(self) -> tuple[str, ...]:
+        """See :class:`Stage`: the schedules that move until the last step."""
+        optimizer, gram = self.optimizer, self.gram
+        schedules = {
+            "optimizer.lr": optimizer.lr,
+            "optimizer.weight_decay": optimizer.weight_decay,
+            "ema": self.ema,
+            "teacher_temperature": self.teacher_temperature,
+            "local_weight": self.local_weight,
+        }
+        if gram is not None:
+            schedules["gram.weight"] = gram.weight
+        return tuple(name for name, schedule in schedules.items() if schedule.shape != "constant")
+
+    def starts_from(self) -> Mapping[str, Weights]:
+        """See :class:`Stage`."""
+        return {"from": self.from_} if self.from_ is not None else {}
+
+    def check(self) -> None:
+        """See :class:`Stage`: whether the weights fit the model."""
+        super().check()
+        if self.from_ is not None and self.from_.is_there():
+            self.from_.check(*self._said())
+
+    def _said(self) -> tuple[str | None, dict[str, Any]]:
+        """The model and the overrides that the file gives to a model that begins with weights."""
+        return None, {}
+
+    def _heads(self) -> Heads:
+        """The sizes of new heads."""
+        return Heads()
+
+    def _drop_path(self) -> float:
+        """The drop-path rate of a model that begins here."""
+        return 0.0
+
+    def model_recipe(self) -> ModelRecipe | None:
+        """See :class:`Stage`: of a model that begins here. None where weights that tell its shape are not there."""
+        name, overrides = self._said()
+        if name is None:
+            found = self.from_.model(overrides) if self.from_ is not None else None
+            if found is None:
+                return None
+            name, overrides = found
+        return ModelRecipe(
+            model=name,
+            model_overrides=overrides,
+            drop_path=self._drop_path(),
+            heads=self._heads(),
+            global_size=self.crops.global_size,
+        )
 
     def snapshot_steps(self) -> tuple[int, ...]:
         """The steps after which a snapshot is kept; the last one is always among them."""
@@ -144,7 +229,7 @@ class SelfSupervised(MultiCropStage):
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: a Gram teacher that no stage before this one leaves behind."""
         backbones = [stage for stage in plan_context.lineage if isinstance(stage, SelfSupervised)]
-        if self.gram is None or not backbones:
+        if self.gram is None or self.gram.teacher == "start" or not backbones:
             return []
         known: list[lineage.Snapshot] = []
         for stage in backbones:
@@ -183,19 +268,40 @@ class SelfSupervised(MultiCropStage):
 
     def recipe(self, context: Context) -> ModelRecipe:
         """The model to train: from this config, or as the backbone artifact was made."""
-        return ModelRecipe.model_validate_json((context.inputs["backbone"].path / "recipe.json").read_text())
+        if "backbone" in context.inputs:
+            recipe = (context.inputs["backbone"].path / "recipe.json").read_text()
+            return ModelRecipe.model_validate_json(recipe)
+        if self.from_ is not None:
+            self.check()
+        begun = self.model_recipe()
+        if begun is None:
+            raise UserError("it is not known which model to train", where=f"stages.{context.name}.model")
+        return begun
 
-    def job(self, context: Context, recipe: ModelRecipe, max_unreadable: int | None = None) -> Job:
+    def job(
+        self,
+        context: Context,
+        recipe: ModelRecipe,
+        max_unreadable: int | None = None,
+        start: StartingWeights | None = None,
+    ) -> Job:
         """The elastic job of this stage; so many photos may become unreadable, or any number."""
         from orchestrator.stages.common.crops import crop_blocks
         from orchestrator.stages.ssl.task import SelfSupervisedTask
         from orchestrator.training.job import Job
 
         backbone = context.inputs.get("backbone")
-        seed = stage_seed(context, self.kind)
+        seed = self.seed_of(context)
         return Job(
             name=context.name,
-            task=partial(SelfSupervisedTask, self, recipe, seed, *self._gram_start(backbone)),
+            task=partial(
+                SelfSupervisedTask,
+                self,
+                recipe,
+                seed,
+                *self._gram_start(backbone, start),
+                start=start.file if start else None,
+            ),
             blocks=partial(
                 crop_blocks, self, recipe, context.inputs["index"].path, seed, roots=context.roots
             ),
@@ -208,7 +314,7 @@ class SelfSupervised(MultiCropStage):
             seed=context.seed,
             elastic=context.elastic,
             remote=context.remote,
-            inputs=context.needed,
+            inputs=context.needed + (start.needed if start else ()),
             pipeline=context.pipeline,
             start_from=backbone.path / "checkpoint" if backbone else None,
             validation=partial(
@@ -227,9 +333,13 @@ class SelfSupervised(MultiCropStage):
             max_unreadable=max_unreadable,
         )
 
+    def seed_of(self, context: Context) -> int:
+        """The seed of which samples are drawn, and of their crops."""
+        return stage_seed(context, self.kind)
+
     def draws(self, context: Context) -> Draws:
         """What the blocks of this stage are drawn from."""
-        seed = stage_seed(context, self.kind)
+        seed = self.seed_of(context)
         order = partial(self.sample_order, batch_size=self.batch_size, seed=seed)
         return draws_of(context.name, partial(self._checked, order), context.inputs["index"].path)
 
@@ -241,11 +351,16 @@ class SelfSupervised(MultiCropStage):
             held_out_order(index, batch_size=self.batch_size, seed=0)
         return order(index)
 
-    def _gram_start(self, backbone: Artifact | None) -> tuple[Path | None, lineage.Health | None]:
+    def _gram_start(
+        self, backbone: Artifact | None, start: StartingWeights | None
+    ) -> tuple[Path | None, lineage.Health | None]:
         """The snapshot to anchor to at first, and how healthy it was."""
+        if self.gram is not None and start is not None:
+            return start.file, None
         if self.gram is None or backbone is None:
             return None, None
-        snapshot = lineage.read(backbone.path).pick(self.gram.teacher)
+        teacher = "latest" if self.gram.teacher == "start" else self.gram.teacher
+        snapshot = lineage.read(backbone.path).pick(teacher)
         return inside(backbone.path, snapshot.file), snapshot.health
 
     def run(self, context: Context) -> Mapping[str, float]:
@@ -260,8 +375,11 @@ class SelfSupervised(MultiCropStage):
 
         draws = self.draws(context)
         recipe = self.recipe(context)
-        job = self.job(context, recipe, draws.most_unreadable(self.max_unreadable))
-        account = trainer.run(job, tracker=context.run, stop=context.stop)
+        with self._start(context, recipe) as start:
+            job = self.job(context, recipe, draws.most_unreadable(self.max_unreadable), start)
+            if context.shorter is not None:
+                self._take_up(context.shorter.path, job, context.run)
+            account = trainer.run(job, tracker=context.run, stop=context.stop)
         snapshots = context.out / "snapshots"
         shutil.copytree(job.work / "exports", snapshots)
         job.collect(context.out / "checkpoint")
@@ -278,6 +396,20 @@ class SelfSupervised(MultiCropStage):
         backbone = context.inputs.get("backbone")
         lineage.write(context.out, history, backbone.path if backbone else None)
         return summary(history) | account | draws.write(self.steps, context.out)
+
+    def _take_up(self, shorter: Path, job: Job, run: Run) -> None:
+        """Go on from a shorter run of this stage: its checkpoint, its snapshots that this one keeps, its figures."""
+        for record in json.loads((shorter / "history.json").read_text()):
+            run.metrics(record["metrics"], record["step"])
+        files = {step: shorter / "snapshots" / job.export(step).name for step in self.snapshot_steps()}
+        job.adopt(shorter / "checkpoint", {step: file for step, file in files.items() if file.is_file()})
+
+    def _start(self, context: Context, recipe: ModelRecipe) -> AbstractContextManager[StartingWeights | None]:
+        """The weights that the backbone starts from, where every worker can read them; None of random ones."""
+        if self.from_ is None:
+            return nullcontext()
+        where = f"stages.{context.name}"
+        return starting_weights(context, self.from_, recipe.model, recipe.model_overrides, where=where)
 
 
 def check_titles(objectives: Sequence[Objective]) -> None:

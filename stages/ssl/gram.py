@@ -58,10 +58,11 @@ class Gram(Settings):
     weight: Schedule = Field(
         Schedule(peak=2.0), description="The weight of the Gram loss by step (section 4.2)."
     )
-    teacher: int | Literal["earliest", "latest", "best"] = Field(
+    teacher: int | Literal["earliest", "latest", "best", "start"] = Field(
         "earliest",
         description="The snapshot that is the Gram teacher, from any earlier stage: its step number, the earliest or "
-        "latest snapshot, or the one with the best dense health.",
+        "latest snapshot, or the one with the best dense health. start is the backbone that the stage starts from. "
+        "With `from` that is the only one.",
     )
     trigger: Annotated[DenseHealth | None, BeforeValidator(_by_name)] = Field(
         None, description="The condition that starts anchoring. Default: anchoring is on from the first step."
@@ -106,15 +107,24 @@ class Gram(Settings):
         return since % self.update_every == 0 and since // self.update_every < self.max_updates
 
 
+class StartGram(Gram):
+    """Gram anchoring of pretraining that goes on from a trained backbone. It is on from step 0."""
+
+    teacher: Literal["start"] = Field(
+        "start", description="The Gram teacher, which is the backbone that the stage starts from."
+    )
+    trigger: None = Field(None, description="Anchoring to the start is on from the first step.")
+
+
 class RefinementGram(Gram):
     """Gram anchoring in high-resolution refinement (section 5.1). It is on from step 0."""
 
     weight: Schedule = Field(
         Schedule(peak=1.5), description="The weight of the Gram loss by step (section 5.1)."
     )
-    teacher: int | Literal["earliest", "latest", "best"] = Field(
+    teacher: int | Literal["earliest", "latest", "best", "start"] = Field(
         "latest",
-        description="The snapshot that is the Gram teacher, from any earlier stage. latest is the checkpoint that the "
-        "stage starts from.",
+        description="The snapshot that is the Gram teacher, from any earlier stage. latest and start are the "
+        "checkpoint that the stage starts from.",
     )
     trigger: None = Field(None, description="Refinement is anchored from its first step.")

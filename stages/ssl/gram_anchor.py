@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from orchestrator.stages.base import Input
-from orchestrator.stages.common.config import BACKBONE_KINDS, INDEX_KINDS
-from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.stages.ssl.gram import Gram
+from orchestrator.stages.ssl.refinement import Refinement
 
 
-class GramAnchor(SelfSupervised):
+class GramAnchor(Refinement):
     """Gram anchoring (arXiv 2508.10104, section 4).
 
-    The stage continues from a backbone's final checkpoint, with the optimizer's moments.
+    The stage continues from a backbone's final checkpoint, with the optimizer's moments; or, with `from`, from trained
+    weights with new heads.
     """
 
     kind: Literal["gram_anchor"]
@@ -23,5 +22,3 @@ class GramAnchor(SelfSupervised):
         Gram(), description="The settings of Gram anchoring: its teacher, its weight and its start."
     )
     resolutions: tuple[()] = Field((), description="Gram anchoring has one size of crops.")
-
-    inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("backbone", BACKBONE_KINDS))

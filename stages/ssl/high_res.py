@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from orchestrator.stages.base import Input
-from orchestrator.stages.common.config import BACKBONE_KINDS, INDEX_KINDS
-from orchestrator.stages.ssl.config import Resolution, SelfSupervised
+from orchestrator.stages.ssl.config import Resolution
 from orchestrator.stages.ssl.gram import RefinementGram
+from orchestrator.stages.ssl.refinement import Refinement
 
 
-class HighRes(SelfSupervised):
+class HighRes(Refinement):
     """High-resolution refinement (arXiv 2508.10104, section 5.1): mixed resolutions, with Gram anchoring."""
 
     kind: Literal["high_res"]
@@ -23,5 +22,3 @@ class HighRes(SelfSupervised):
         min_length=1,
         description="The resolutions of mixed-resolution training. Each step samples one of them (section 5.1).",
     )
-
-    inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("backbone", BACKBONE_KINDS))

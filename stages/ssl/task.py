@@ -21,6 +21,7 @@ from orchestrator.stages.common.nets import (
     HeadedBackbone,
     block_generator,
     flat_views,
+    frozen_backbone,
     frozen_prototypes,
     learning_rate_scales,
     masked_tokens,
@@ -33,6 +34,7 @@ from orchestrator.stages.common.nets import (
 from orchestrator.stages.objective import StudentOutput
 from orchestrator.stages.ssl.anchor import AnchorDecision, DenseHealthMonitor
 from orchestrator.stages.ssl.config import SelfSupervised
+from orchestrator.stages.ssl.stop_if import HealthLimit
 from orchestrator.training.export import load_export
 from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, Weights
 
@@ -62,10 +64,14 @@ class SelfSupervisedTask:
         seed: int,
         gram_weights: Path | None,
         gram_health: Health | None = None,
+        start: Path | None = None,
     ) -> None:
-        """`gram_weights` is the snapshot to anchor to at first; `gram_health` how healthy it was, if that is known."""
+        """`gram_weights` is the snapshot to anchor to at first; `gram_health` how healthy it was, if that is known.
+
+        `start` is a file of :func:`orchestrator.stages.common.weights.starting_weights`; None starts at random.
+        """
         self.config, self.recipe, self.seed, self.gram_weights = config, recipe, seed, gram_weights
-        self.gram_health = gram_health
+        self.gram_health, self.start = gram_health, start
         self.local_weight = 0.0
         self.gram_weight: float | None = None
         self.teacher_temperature = config.teacher_temperature.peak
@@ -74,7 +80,10 @@ class SelfSupervisedTask:
         """See `Task`: student and EMA teacher start equal; the Gram teacher from its snapshot."""
         config, recipe = self.config, self.recipe
         overrides = recipe.model_overrides
-        student = HeadedBackbone(recipe.model, recipe.drop_path, recipe.heads, overrides).to(device)
+        student = HeadedBackbone(recipe.model, recipe.drop_path, recipe.heads, overrides)
+        if self.start is not None:
+            student.backbone.load_state_dict(load_export(self.start, "backbone."))
+        student = student.to(device)
         teacher = HeadedBackbone(recipe.model, 0.0, recipe.heads, overrides).to(device)
         teacher.load_state_dict(student.state_dict())
         copies: dict[str, nn.Module] = {}
@@ -91,11 +100,13 @@ class SelfSupervisedTask:
             ema=teacher,
             copies=copies,
             lr_scales=learning_rate_scales(student, config.optimizer),
-            frozen_steps=frozen_prototypes(config.frozen_prototype_steps),
+            frozen_steps=frozen_prototypes(config.frozen_prototype_steps)
+            | frozen_backbone(student, config.freeze_backbone_steps),
             zero3_leaf_modules=zero3_leaf_modules(recipe.model),
         )
         trigger = config.gram.trigger if config.gram else None
         self.monitor = DenseHealthMonitor(trigger, self.modules.state, self.gram_health)
+        self.limit = HealthLimit(config.stop_if, self.modules.state)
         return self.modules
 
     def prepare_step(self, step: int) -> None:
@@ -161,9 +172,14 @@ class SelfSupervisedTask:
         return Losses(total, {**terms.figures, **more, **target.figures})
 
     def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
-        """EMA; then the Gram teacher takes it when its turn has come."""
+        """EMA; then the Gram teacher takes it when its turn has come.
+
+        Raises:
+            UserError: dense features have become worse than `stop_if` allows.
+        """
         weights.update_ema(self.config.ema.at(step, self.config.steps))
         gram, done = self.config.gram, step + 1
+        self.limit.update(done, figures)
         if gram is None:
             return
         decision = self.monitor.update(done, figures)

@@ -40,8 +40,10 @@ from orchestrator.training.zero import import_deepspeed
 
 # Run as a script, its own folder is on the path; imported by a test, it is part of a package.
 if __package__:
+    from . import whole_stage
     from .worker import CLOCK, Recorder, make_job
 else:
+    import whole_stage
     from worker import CLOCK, Recorder, make_job
 
 Spec = dict[str, Any]
@@ -185,6 +187,11 @@ def job(spec: Spec) -> Any:
         "held_out": recorder.held_out,
         "troubles": recorder.troubles,
     }
+
+
+def stage(spec: Spec) -> Any:
+    """A whole stage by its own `run`."""
+    return whole_stage.stage(spec)
 
 
 def clip(spec: Spec) -> Any:

@@ -395,3 +395,21 @@ def test_a_pipe_in_place_of_the_database_is_not_waited_for(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "f.db")
     with pytest.raises(UserError, match="not a regular file"):
         registry.pull("food-vit@best", tmp_path / "out", f"sqlite:///{tmp_path}/f.db")
+
+
+def test_what_an_alias_names_is_downloaded_once_and_never_replaced(
+    run: SpooledRun, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    registry.publish(run, "food-vit", model(tmp_path / "a"), LINEAGE, "best")
+    first = registry.cached("food-vit@best", uri, cache)
+    assert (load_file(first / "model.safetensors")["weight"] == 1.0).all()
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "pull", lambda *arguments: pytest.fail("downloaded again"))
+        assert registry.cached("food-vit/1", uri, cache) == first
+    registry.publish(run, "food-vit", model(tmp_path / "b", 2.0), LINEAGE, "best")
+    second = registry.cached("food-vit@best", uri, cache)
+    assert (load_file(second / "model.safetensors")["weight"] == 2.0).all()
+    assert (load_file(first / "model.safetensors")["weight"] == 1.0).all()
+    with pytest.raises(UserError, match="no model 'food-vat' in the registry"):
+        registry.cached("food-vat@best", uri, cache)

@@ -178,6 +178,23 @@ class CheckpointStorage:
             )
         return manifest
 
+    def adopt(self, checkpoint: Path) -> CheckpointManifest:
+        """Make the finished checkpoint in a folder of elsewhere the newest one here: training goes on from it.
+
+        Raises:
+            CheckpointError: it is damaged, or there is a newer group of workers.
+        """
+        manifest = form.verified(checkpoint)
+        # The next group is a newer one than that which wrote it.
+        self.put(_OWNER, json.dumps({"token": manifest.token}).encode())
+        for name in manifest.files:
+            target = f"{step_name(manifest.step)}/{name}"
+            make_folder((self.folder / target).parent)
+            shutil.copyfile(checkpoint / name, self.folder / target)
+            self.publish(target)
+        self.commit(manifest.step, manifest.token, (checkpoint / COMMIT).read_bytes())
+        return self.find(manifest.step)
+
     # --- pruning ----------------------------------------------------------------------------------------------
 
     def prune(self, step: int, token: str, keep: int, keep_every: int | None) -> None:

@@ -1,0 +1,107 @@
+"""When training stops by itself: dense features have become worse than they were at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+
+from pydantic import Field, model_validator
+
+from orchestrator.config.settings import Settings
+from orchestrator.errors import UserError
+from orchestrator.stages.common.lineage import Health
+
+_FIRST = ("stop_first_cosine", "stop_first_locality")
+
+
+class StopIf(Settings):
+    """Stops training once dense features are worse than at the start.
+
+    Training steps are divided into windows. The means over a window of `cls_patch_cosine` (lower is better) and of
+    `patch_locality` (higher is better) are compared with those of the first window. One amount that is reached is
+    enough. The checkpoints stay: with larger amounts, training continues from the last one.
+    """
+
+    window: int = Field(100, ge=1, description="The number of steps that the metrics are averaged over.")
+    cosine_rise: float | None = Field(
+        0.1,
+        gt=0,
+        description="The rise of the CLS–patch cosine above the first window's value at which training stops. null "
+        "ignores the cosine.",
+    )
+    locality_drop: float | None = Field(
+        0.1,
+        gt=0,
+        description="The drop of the patch locality below the first window's value at which training stops. null "
+        "ignores the locality.",
+    )
+
+    @model_validator(mode="after")
+    def _has_an_amount(self) -> StopIf:
+        if self.cosine_rise is None and self.locality_drop is None:
+            raise ValueError("set cosine_rise, locality_drop, or both: without either nothing would stop")
+        return self
+
+
+class HealthLimit:
+    """Watches dense health from the first step on. All workers see the same figures, so all stop alike.
+
+    Args:
+        limits: None watches nothing.
+        state: where all that it knows is kept, between restarts too.
+    """
+
+    def __init__(self, limits: StopIf | None, state: MutableMapping[str, float]) -> None:
+        self.limits, self.state = limits, state
+
+    def update(self, done: int, figures: Mapping[str, float]) -> None:
+        """Take the figures of the step that took the count to `done`.
+
+        Raises:
+            UserError: a limit is reached.
+        """
+        limits = self.limits
+        if limits is None:
+            return
+        seen = window_mean(self.state, "stop_window", figures, limits.window)
+        if seen is None:
+            return
+        if not all(name in self.state for name in _FIRST):
+            self.state.update(zip(_FIRST, (seen.cosine, seen.locality), strict=True))
+            return
+        cosine, locality = (self.state[name] for name in _FIRST)
+        rise, drop = seen.cosine - cosine, locality - seen.locality
+        wrong = []
+        if limits.cosine_rise is not None and rise >= limits.cosine_rise:
+            wrong.append(f"the CLS–patch cosine rose from {cosine:.3f} to {seen.cosine:.3f}")
+        if limits.locality_drop is not None and drop >= limits.locality_drop:
+            wrong.append(f"the patch locality fell from {locality:.3f} to {seen.locality:.3f}")
+        if wrong:
+            raise UserError(
+                f"training stopped after step {done}, since dense features are worse than at the start: "
+                f"{' and '.join(wrong)} (means over {limits.window} steps)",
+                where="stop_if",
+                hint="lower optimizer.lr.peak, raise freeze_backbone_steps or set gram; larger amounts in stop_if "
+                "continue from the last checkpoint",
+            )
+
+
+def window_mean(
+    state: MutableMapping[str, float], prefix: str, figures: Mapping[str, float], window: int
+) -> Health | None:
+    """Add a step's dense health to a window; its means if this step ends it, else None.
+
+    Args:
+        state: holds the sums, below names that begin with `prefix`.
+        figures: of the step.
+        window: steps.
+    """
+    sums = (f"{prefix}_cosine", f"{prefix}_locality")
+    count = f"{prefix}_steps"
+    for name, figure in zip(sums, ("cls_patch_cosine", "patch_locality"), strict=True):
+        state[name] = state.get(name, 0.0) + figures[figure]
+    state[count] = state.get(count, 0.0) + 1
+    if state[count] < window:
+        return None
+    cosine, locality = (state.pop(name) / window for name in sums)
+    del state[count]
+    return Health(cosine=cosine, locality=locality)
