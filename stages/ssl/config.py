@@ -352,7 +352,7 @@ class SelfSupervised(MultiCropStage):
         return order(index)
 
     def _gram_start(
-        self, backbone: Artifact | None, start: StartingWeights | None
+        self, backbone: Artifact | None, start: StartingWeights | None = None
     ) -> tuple[Path | None, lineage.Health | None]:
         """The snapshot to anchor to at first, and how healthy it was."""
         if self.gram is not None and start is not None:

@@ -20,7 +20,11 @@ from orchestrator.stages import AnyStage
 from orchestrator.stages.registry import kind_of
 
 ROOT = Path(__file__).parents[2]
-PIPELINES = [ROOT / "conf/full_pipeline.yaml", *sorted((ROOT / "conf/paper").glob("*.yaml"))]
+PIPELINES = [
+    ROOT / "conf/full_pipeline.yaml",
+    *sorted((ROOT / "conf/examples").glob("*.yaml")),
+    *sorted((ROOT / "conf/paper").glob("*.yaml")),
+]
 
 
 def said(path: str) -> str:
@@ -78,7 +82,8 @@ def test_the_reference_has_the_key_that_no_model_has() -> None:
 
 def test_below_a_stages_own_name_a_key_is_explained_for_each_kind_that_has_it() -> None:
     found = explain("stages.my_gram.gram.teacher")
-    of_each_kind = [["stages.gram_anchor.gram.teacher"], ["stages.high_res.gram.teacher"]]
+    kinds = ("pretrain", "gram_anchor", "high_res")
+    of_each_kind = [[f"stages.{kind}.gram.teacher"] for kind in kinds]
     assert [list(each.paths) for each in found] == of_each_kind
     paths = {path for each in explain("stages.gram.steps") for path in each.paths}
     assert {"stages.pretrain.steps", "stages.gram_anchor.steps", "stages.distill.steps"} <= paths

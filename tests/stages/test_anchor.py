@@ -354,7 +354,7 @@ def test_the_stage_starts_from_the_snapshot_that_its_config_names(refined: Path)
     class Backbone:
         path = refined
 
-    for teacher, updates in (("best", 20), (35, 35), ("latest", 40)):
+    for teacher, updates in (("best", 20), (35, 35), ("latest", 40), ("start", 40)):
         config = GramAnchor.model_validate({**BASE, "gram": {"teacher": teacher}})
         path, health = config._gram_start(Backbone())  # type: ignore[arg-type]
         known = lineage.read(refined).pick(updates)
