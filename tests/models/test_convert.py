@@ -32,6 +32,7 @@ from orchestrator.models.convert import (  # noqa: E402
     from_layout,
     known_from_transformers,
     load_any,
+    read_weights,
     save_as,
     to_layout,
     transformers_config,
@@ -394,7 +395,10 @@ def test_load_any_runs_no_code_and_takes_no_other_file(
     assert "ran" not in capsys.readouterr().out
     torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "nested.pt")
     with pytest.raises(ValueError, match="not contain a plain dict of tensors"):
-        load_any(tmp_path / "nested.pt")
+        read_weights(tmp_path / "nested.pt")
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="not contain a plain dict of tensors"):
+        load_any(tmp_path / "list.pt")
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         load_any(tmp_path / "cut.safetensors")

@@ -99,8 +99,11 @@ def test_weights_that_no_tower_here_has(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a file of weights"):
         objective(old={"from": tmp_path / "notes.txt"}).check(crops(64))
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "nested.pth")
-    with pytest.raises(UserError, match="does not contain a plain dict of tensors"):
+    with pytest.raises(UserError, match="names of no known layout"):
         objective(old={"from": tmp_path / "nested.pth"}).check(crops(64))
+    torch.save({"epoch": 3, "loss": 0.1}, tmp_path / "numbers.pth")
+    with pytest.raises(UserError, match="no state dict in it: it holds epoch, loss"):
+        objective(old={"from": tmp_path / "numbers.pth"}).check(crops(64))
 
 
 @pytest.mark.parametrize(
