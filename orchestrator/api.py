@@ -207,7 +207,10 @@ def load(folder: str | os.PathLike[str], *, trust_module: str | Sequence[str] = 
     from orchestrator.models.wrapped_backbone import UntrustedModuleError, is_wrapped, load_wrapped
 
     path = _path(folder)
-    trusted = (trust_module,) if isinstance(trust_module, str) else tuple(trust_module)
+    trusted = (trust_module,) if isinstance(trust_module, str) else trust_module
+    if not isinstance(trusted, (list, tuple)) or not all(isinstance(each, str) for each in trusted):
+        what = f"trust_module is {shortened(repr(trust_module), 80)}"
+        raise UserError(what, hint='give the name of a package, such as "my_nets"')
     for inside in ("model", "aligned"):
         if (path / inside / "config.json").is_file():
             path = path / inside

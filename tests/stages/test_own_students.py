@@ -296,6 +296,8 @@ def test_a_folder_of_an_own_network_is_told_apart(
     with pytest.raises(UserError, match=f"its network is made by {__name__}:Own") as caught:
         orchestrator.load(tmp_path / "out")
     assert "trust_module=" in str(caught.value.hint)
+    with pytest.raises(UserError, match="trust_module is 3"):
+        orchestrator.load(tmp_path / "out", trust_module=3)  # type: ignore[arg-type]
     model = tmp_path / "out" / "model"
     with pytest.raises(ValueError, match="this is a network from elsewhere"):
         load_pretrained(model)
