@@ -74,13 +74,13 @@ def _summary(known: Known) -> str:
             f"2508.10104), {megabytes:.1f} MB of safetensors. A photo and a text become one vector each.{at}"
         )
     made = (
-        "student of a distillation"
+        "distilled from a teacher"
         if known.model.is_student
-        else f"model of a stage of kind `{known.model.kind}`"
+        else f"made by a stage of kind `{known.model.kind}`"
     )
     return (
-        f"A vision backbone, `{known.preset}`: a {made} by the DINOv3 recipe (arXiv 2508.10104), {megabytes:.1f} MB of "
-        f"safetensors. It turns a photo into one vector (CLS) and a map of patch features.{at} Any size that is a "
+        f"A vision backbone, `{known.preset}`, {made}, with the DINOv3 recipe (arXiv 2508.10104), "
+        f"{megabytes:.1f} MB of safetensors. It turns a photo into one vector (CLS) and a map of patch features.{at} Any size that is a "
         "multiple of the patch size works. `config.json` has the architecture "
         f"({known.config.get('architecture', known.preset)}) in full, with the mean and the standard deviation that "
         "pixels are normalised with."
@@ -208,9 +208,12 @@ def _counts(artifact: Artifact) -> Iterator[str]:
 
 def _making(artifact: Artifact, tags: Mapping[str, str]) -> str:
     command = artifact.manifest.provenance.get("command")
-    said = f"    {shortened(command, 1000)}" if isinstance(command, str) else "    orchestrator run FILE"
+    if isinstance(command, str):
+        said = f"This command makes the model again:\n\n    {shortened(command, 1000)}"
+    else:
+        said = "The command that made it is not on record: it is `orchestrator run FILE`, with its pipeline file."
     rows = [[tag.removeprefix("orchestrator."), value] for tag, value in sorted(tags.items())]
-    return f"## Lineage\n\nThis command makes the model again:\n\n{said}\n\n{_table(['', ''], rows)}"
+    return f"## Lineage\n\n{said}\n\n{_table(['', ''], rows)}"
 
 
 def _origin(artifact: Artifact, context: Context) -> list[Artifact]:

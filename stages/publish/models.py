@@ -177,20 +177,28 @@ def look_up(context: Context, model: Trained) -> Known:
     return Known(model, artifact, json.loads(config.read_text(encoding="utf-8")), scores, evaluation)
 
 
+def upstream_of(artifact: Artifact) -> dict[str, str]:
+    """The keys of the stages that led to an artifact, by name, as they were when it was made."""
+    found = artifact.manifest.provenance.get("upstream")
+    return {str(name): str(key) for name, key in found.items()} if isinstance(found, dict) else {}
+
+
 def lineage(context: Context, known: Known) -> dict[str, str]:
     """Tags that say what a model is and came from; the same artifacts always have the same tags."""
     model, artifact = known.model, known.artifact
     parts = artifact.manifest.provenance.get("parts", {})
     if model.is_student:
-        own = {"orchestrator.student": model.own, "orchestrator.students": artifact.key}
+        own, keys = {"orchestrator.student": model.own, "orchestrator.students": artifact.key}, context.keys
     else:
         own = {"orchestrator.stage": model.stage, "orchestrator.key": artifact.key}
+        # Of what led to it alone: a change of the students is none of their teacher.
+        keys = upstream_of(artifact)
         own |= {"orchestrator.name": model.own} if model.own else {}
     tags = {
         "orchestrator.pipeline": context.pipeline,
         "orchestrator.model": known.preset,
         **own,
-        **{f"orchestrator.key.{name}": key for name, key in context.keys.items()},
+        **{f"orchestrator.key.{name}": key for name, key in keys.items()},
     }
     if "index" in parts.get("inputs", {}):
         tags["orchestrator.index"] = parts["inputs"]["index"]

@@ -62,7 +62,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     index = {"index": curated.key}
     return {
         "curate": curated,
-        "models.high_res": artifact("high_res", "a" * 64, folder / "high_res", index, command=COMMAND),
+        "models.high_res": artifact(
+            "high_res", "a" * 64, folder / "high_res", index, command=COMMAND, upstream={"curate": "c" * 64}
+        ),
         "models.text": artifact("align_text", "b" * 64, folder / "text", index),
         "models.mine": artifact("finetune", "e" * 64, folder / "finetune", {"backbone": "a" * 64}),
     }
@@ -159,7 +161,8 @@ def test_the_card_has_data_evaluation_and_the_command(
     assert "| photos | 1,542, 1,463 without duplicates | CC-BY-4.0 \\| by many |" in text
     assert "gone" not in text, "a source that the file no longer has"
     assert f"    {COMMAND}\n" in text
-    assert f"| key.high_res | {'a' * 64} |" in text
+    assert f"| key | {'a' * 64} |" in text
+    assert re.findall(r"\| key\.(\w+) \|", text) == ["curate"], "what led to it, and not what came of it"
     assert str(tmp_path) not in text
 
 
