@@ -80,8 +80,8 @@ def _summary(known: Known) -> str:
     )
     return (
         f"A vision backbone, `{known.preset}`, {made}, with the DINOv3 recipe (arXiv 2508.10104), "
-        f"{megabytes:.1f} MB of safetensors. It turns a photo into one vector (CLS) and a map of patch features.{at} Any size that is a "
-        "multiple of the patch size works. `config.json` has the architecture "
+        f"{megabytes:.1f} MB of safetensors. It turns a photo into one vector (CLS) and a map of patch features.{at} "
+        "Any size that is a multiple of the patch size works. `config.json` has the architecture "
         f"({known.config.get('architecture', known.preset)}) in full, with the mean and the standard deviation that "
         "pixels are normalised with."
     )
