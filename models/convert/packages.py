@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def from_timm(name: str) -> Backbone:
         ModuleNotFoundError: timm is not installed.
         ValueError: no such model or weights, or as :func:`from_layout`.
     """
-    timm = importlib.import_module("timm")
+    timm = _imported("timm")
     try:
         net = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # what a name or a download can raise is not said anywhere
@@ -41,12 +42,22 @@ def from_transformers(name: str) -> Backbone:
         ModuleNotFoundError: transformers is not installed.
         ValueError: no such model or weights, or as :func:`from_layout`.
     """
-    transformers = importlib.import_module("transformers")
+    transformers = _imported("transformers")
     try:
         net = transformers.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except Exception as error:  # what a name or a download can raise is not said anywhere
         raise ValueError(f"transformers does not give {name!r}: {type(error).__name__}: {error}") from error
     return _tower(net.state_dict(), "transformers", **known_from_transformers(net.config.to_dict()))
+
+
+def _imported(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # an installation may be broken in any way
+        what = f"{package} cannot be imported: {type(error).__name__}: {error}"
+        raise ValueError(what) from error
 
 
 def _tower(state: State, layout: str, **known: object) -> Backbone:

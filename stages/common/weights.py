@@ -356,10 +356,10 @@ def _explained(weights: Weights) -> Iterator[None]:
         raise UserError(str(error), where="from", hint=f"pip install {error.name}") from error
     except Exception as error:
         text = shortened(first_line(printable(error)), 500)
-        hint = (
-            "give a file or folder in the layout of this project, of Meta's torch hub, timm or transformers"
-        )
-        if "as weights alone" in text:
+        hint = "give weights in the layout of this project, of Meta's torch hub, timm or transformers"
+        if weights.folder is None:
+            hint = "check the name and the installation, or download the weights and give their path"
+        elif "as weights alone" in text:
             hint = "load it where you trust it, and save its state dict with safetensors.torch.save_file"
         elif "num_heads" in text:
             hint = "set model_overrides: {num_heads: …}"

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -158,8 +159,10 @@ class SelfSupervised(MultiCropStage):
         return {"": "model"}
 
     def wants(self) -> tuple[Input, ...]:
-        """See :class:`Stage`: what begins with weights goes on from no stage."""
-        return tuple(one for one in self.inputs if not (one.role == "backbone" and self.from_ is not None))
+        """See :class:`Stage`: what begins with weights goes on from no stage, and `preflight` refuses both."""
+        if self.from_ is None:
+            return self.inputs
+        return tuple(replace(one, required=False) if one.role == "backbone" else one for one in self.inputs)
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :class:`Stage`."""
@@ -227,7 +230,10 @@ class SelfSupervised(MultiCropStage):
         return 1 + len(self.snapshot_steps())
 
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
-        """See :class:`Stage`: a Gram teacher that no stage before this one leaves behind."""
+        """See :class:`Stage`: two places to start from, or a Gram teacher that no earlier stage leaves behind."""
+        if self.from_ is not None and "backbone" in plan_context.upstream:
+            what = "the backbone starts from `from` or from the stage under `needs`, and both are given"
+            return [UserError(what, where="from", hint="leave one of them out")]
         backbones = [stage for stage in plan_context.lineage if isinstance(stage, SelfSupervised)]
         if self.gram is None or self.gram.teacher == "start" or not backbones:
             return []

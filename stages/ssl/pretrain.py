@@ -68,8 +68,9 @@ class Pretrain(SelfSupervised):
 
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: no model, or more than one that says what the model is."""
-        backbone = plan_context.upstream.get("backbone")
-        if backbone is not None:
+        if found := super().preflight(plan_context):
+            return found
+        if "backbone" in plan_context.upstream:
             return [
                 UserError(
                     f"the model is the one that the stage under `needs` made, so `{key}` cannot be set",
@@ -79,7 +80,6 @@ class Pretrain(SelfSupervised):
                 for key in _OF_A_NEW_MODEL
                 if key in self.model_fields_set
             ]
-        found = []
         if self.from_ is None and self.model is None:
             hint = "add one, such as `model: vit_s`; `orchestrator models` lists them all"
             found.append(UserError("the stage has no `model`", where="kind", hint=hint))

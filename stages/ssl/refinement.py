@@ -44,7 +44,8 @@ class Refinement(SelfSupervised):
 
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: a Gram teacher that is not there."""
-        if self.from_ is not None and self.gram.teacher not in ("earliest", "latest", "start"):
+        alone = self.from_ is not None and "backbone" not in plan_context.upstream
+        if alone and self.gram.teacher not in ("earliest", "latest", "start"):
             return [
                 UserError(
                     f"there is no snapshot {self.gram.teacher!r}: the stage starts from weights alone",

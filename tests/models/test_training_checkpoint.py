@@ -156,3 +156,11 @@ def test_a_model_of_transformers_is_taken_over(tmp_path: Path) -> None:
     found = from_transformers(str(tmp_path))
     assert (found.config.rope_base, found.config.depth) == (50.0, 3)
     assert torch.equal(found.state_dict()["norm.weight"], tower.state_dict()["norm.weight"])
+
+
+def test_a_package_that_cannot_be_imported_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(ValueError, match=r"timm cannot be imported: RuntimeError: operator torchvision::nms"):
+        from_timm("vit_small_patch16_dinov3")
