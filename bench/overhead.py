@@ -22,7 +22,6 @@ from torch._C._distributed_c10d import HashStore
 from bench._plain import PlainWeights
 from bench.harness import Arm, Claim, require_same_losses, summarize
 from orchestrator.config.zero_stage import ZeroStage
-from orchestrator.models.presets import preset
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.stages.ssl.task import SelfSupervisedTask
 from orchestrator.training.collectives import AllWorkers
@@ -174,7 +173,9 @@ def _block(config: Pretrain, step: int, index: int) -> BlockTensors:
     def pixels(views: int, side: Any) -> Tensor:
         return torch.randint(0, 256, (views, size, 3, side, side), dtype=torch.uint8, generator=random)
 
-    patches = (int(crops.global_size) // preset(config.model).patch_size) ** 2
+    recipe = config.model_recipe()
+    assert recipe is not None
+    patches = (int(crops.global_size) // recipe.tower.patch_size) ** 2
     masks = torch.zeros(crops.num_global, size, patches, dtype=torch.bool)
     masks[:, : size // 2] = torch.rand(crops.num_global, size // 2, patches, generator=random) < 0.3
     tensors = {
