@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.headless import lite0
 from bench.headless.train import SIZE, TEACHER_SIZE
 from bench.learning import measure, sets
 from orchestrator.data.index import ImageRecord
 from orchestrator.evaluation.metrics.knn import knn_leave_one_out, knn_vote
-from orchestrator.models import Backbone, normalise
+from orchestrator.models import Backbone, efficientnet, normalise
 from orchestrator.models.wrapped import open_module
 
 SETS = ("food", "stamps")
@@ -84,8 +83,8 @@ def training_rows() -> list[ImageRecord]:
 
 def of_teacher(weights: Path, size: int) -> Look:
     """The teacher's image feature at a size: the mean of its map."""
-    net = open_module("bench.headless.lite0:make", weights, size)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (lite0.MEAN, lite0.STD))
+    net = open_module("orchestrator.models.efficientnet:lite0", weights, size)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (efficientnet.MEAN, efficientnet.STD))
     return lambda images: net((_small(images, size) - mean) / std).cls
 
 

