@@ -326,20 +326,19 @@ class Evaluate(Stage):
         for (preset, size), folder in drawn.items():
             name = f"random {preset}, {size} px" if sizes[preset] > 1 else f"random {preset}"
             yield _Candidate(name, "random weights", partial(load_random, folder))
+        has_other_teachers = _taught_elsewhere(context.inputs.get("students"))
+        family = "own backbone" if has_other_teachers else "backbone"
         for kind, artifact in backbones.items():
             model = artifact.path / "model"
             snapshots = snapshot_steps(artifact.path / "snapshots")
             chosen = spread(list(snapshots.items()), self.num_snapshots)
             for step, weights in chosen[:-1]:
-                yield _Candidate(f"{kind}, step {step}", "backbone", partial(load, model, weights=weights))
-            is_teacher = model == last
+                yield _Candidate(f"{kind}, step {step}", family, partial(load, model, weights=weights))
             name = f"{kind}, step {chosen[-1][0]}" if chosen else kind
-            yield _Candidate(
-                f"{name} (teacher)" if is_teacher else name,
-                "backbone",
-                partial(load, model),
-                picture="teacher" if is_teacher else None,
-            )
+            if model == last and not has_other_teachers:
+                yield _Candidate(f"{name} (teacher)", family, partial(load, model), picture="teacher")
+            else:
+                yield _Candidate(name, family, partial(load, model), picture=kind if model == last else None)
         size = self.image_size or (read_settings(trained[0])[1] if trained else _SIZE)
         for name, source in self.outside.items():
             where = f"stages.{context.name}.models.{name}"
@@ -415,6 +414,14 @@ def student_folders(artifact: Artifact | None) -> dict[str, Path]:
     if artifact is None:
         return {}
     return {path.name: path for path in sorted((artifact.path / "students").iterdir()) if path.is_dir()}
+
+
+def _taught_elsewhere(students: Artifact | None) -> bool:
+    """Whether students learned from teachers that no stage of the pipeline made."""
+    if students is None:
+        return False
+    inputs = students.manifest.provenance.get("parts", {}).get("inputs", {})
+    return bool(inputs) and "teacher" not in inputs
 
 
 def _draw_maps(tower: Tower, shown: Crops, index: ImageIndex, path: Path) -> None:

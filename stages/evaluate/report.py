@@ -65,7 +65,9 @@ def write(results: Results, out: Path) -> None:
 
 
 def _sections(results: Results, out: Path) -> list[Section]:
-    sections = [_knn(results, out), *map(_measured, results.measured.items()), _dense(results, out)]
+    sections = [_knn(results, out), *map(_measured, results.measured.items())]
+    if results.backbones:
+        sections.append(_dense(results, out))
     if results.pca:
         maps = [
             block for name, path in results.pca.items() for block in (Text(name), Picture(path, alt=name))
@@ -102,7 +104,7 @@ def _knn(results: Results, out: Path) -> Section:
         f"Leave-one-out on n={results.num_photos} photos of the {len(results.groups)} largest groups. The "
         "curation removed copies of photos, so none can vote for itself. CLS features, cosine similarity, one vote per "
         "neighbour. ± and the error bars are one standard error for n photos. Training used these photos, but no "
-        "labels. Shaded: the students and their teacher."
+        "labels. Shaded: the students, and their teacher if it was trained here."
     )
     rows = [
         (

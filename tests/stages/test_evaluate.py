@@ -582,3 +582,36 @@ def test_a_metric_that_gives_no_figures_is_told(small: Context, own_metric: str)
         TypeError, match=r"own_metric:Word.measure gave str, not a mapping of names to numbers"
     ):
         stage(metrics=[f"{own_metric}:Word"]).run(small)
+
+
+def elsewhere(kind: str, path: Path) -> Artifact:
+    """Students whose teachers no stage made, as the driver records it."""
+    found = artifact(kind, path)
+    parts = {"parts": {"inputs": {"index": "f" * 64}}}
+    return replace(found, manifest=found.manifest.model_copy(update={"provenance": parts}))
+
+
+def test_students_alone_are_scored_and_shown(small: Context, tmp_path: Path) -> None:
+    students = elsewhere("distill", make_students(tmp_path / "distill"))
+    alone = context(tmp_path, {"index": small.inputs["index"], "students": students})
+    summary = stage().run(alone)
+    table = json.loads((alone.out / "table.json").read_text())
+    assert [row["name"] for row in table["knn"]["rows"]] == [
+        "majority group", "raw pixels", "random vit_femto", "student other", "student small",
+    ]  # fmt: skip
+    assert "knn_small" in summary
+    assert "knn_teacher" not in summary
+    assert table["dense_health"] == {}
+    said = (alone.out / "report.html").read_text()
+    assert "Dense health" not in said
+    assert {path.stem for path in alone.out.glob("pca_*.png")} == {"pca_other", "pca_small"}
+
+
+def test_a_backbone_that_taught_nobody_is_not_called_the_teacher(small: Context, tmp_path: Path) -> None:
+    students = elsewhere("distill", make_students(tmp_path / "distill"))
+    beside = context(tmp_path, {**small.inputs, "students": students})
+    summary = stage(num_snapshots=1).run(beside)
+    names = [row["name"] for row in json.loads((beside.out / "table.json").read_text())["knn"]["rows"]]
+    assert names[3:] == ["pretrain, step 6", "student other", "student small"]
+    assert "knn_teacher" not in summary
+    assert {path.stem for path in beside.out.glob("pca_*.png")} == {"pca_pretrain", "pca_other", "pca_small"}
