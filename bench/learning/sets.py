@@ -15,12 +15,11 @@ import csv
 import hashlib
 import json
 import shutil
-import subprocess
 import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -29,8 +28,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from orchestrator.data.index import ImageIndex, ImageRecord
-from orchestrator.data.samples import Package, cached, fetch_food
-from orchestrator.errors import UserError
+from orchestrator.data.samples import (
+    STAMPS,
+    Package,
+    cached,
+    cached_debian,
+    fetch_food,
+    stamp_caption,
+    unpack_debian,
+)
 from orchestrator.storage.cache_folder import cache_folder
 
 EMOJI = Package(
@@ -42,22 +48,6 @@ _HELD_OUT = 0.3
 # Groups with fewer pictures take no part in k-NN; of the food groups the ten largest do, as in the baselines.
 _SMALLEST_GROUP = 12
 _FOOD_GROUPS = 10
-
-
-@dataclass(frozen=True)
-class Debian:
-    """One pinned Debian package."""
-
-    name: str
-    version: str
-    sha256: str
-
-
-STAMPS = Debian(
-    "tuxpaint-stamps-default",
-    "2022.06.04-1",
-    "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
-)
 
 
 def pictures(name: str) -> list[ImageRecord]:
@@ -135,16 +125,14 @@ def _food(draft: Path, folder: Path) -> Iterator[ImageRecord]:
 
 
 def _stamps(draft: Path, folder: Path) -> Iterator[ImageRecord]:
-    stamps = _unpack(STAMPS, draft) / "usr/share/tuxpaint/stamps"
+    unpack_debian(cached_debian(STAMPS), draft / "package")
+    stamps = draft / "package/usr/share/tuxpaint/stamps"
     for path in sorted(stamps.rglob("*.png")):
         place = path.relative_to(stamps)
-        text = path.with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.exists() else []
-        caption = lines[0].strip() if lines else ""
         with Image.open(path) as image:
             yield _cut_out(
                 image.convert("RGBA"), draft, folder, "stamps", "__".join(place.parts),
-                _sha256(path.read_bytes()), caption or None, place.parts[0],
+                _sha256(path.read_bytes()), stamp_caption(path) or None, place.parts[0],
             )  # fmt: skip
     shutil.rmtree(draft / "package")
 
@@ -196,35 +184,6 @@ def _cut_out(
     return ImageRecord(
         source, name, str(folder / "photos"), sha, image.width, image.height, caption, label
     )  # fmt: skip
-
-
-def _unpack(package: Debian, draft: Path) -> Path:
-    """The package's files in `draft/package`. From apt's sources, which need not have it installed."""
-    folder = draft / "package"
-    folder.mkdir()
-    wanted = f"{package.name}={package.version}"
-    _call(["apt-get", "download", wanted], folder, f"fetch the Debian package {wanted}")
-    (archive,) = folder.glob("*.deb")
-    found = _sha256(archive.read_bytes())
-    if found != package.sha256:
-        raise UserError(
-            f"{wanted} is not the package it should be: its sha256 is {found}",
-            where=f"expected {package.sha256}",
-        )
-    _call(["dpkg-deb", "-x", archive.name, "."], folder, f"unpack {wanted}")
-    archive.unlink()
-    return folder
-
-
-def _call(command: list[str], folder: Path, doing: str) -> None:
-    hint = "this set needs apt-get and dpkg-deb, and apt's sources of Debian 12"
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise UserError(f"could not {doing}: {error}", hint=hint) from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise UserError(f"could not {doing}: {lines[-1] if lines else 'no message'}", hint=hint)
 
 
 def _sha256(data: bytes) -> str:

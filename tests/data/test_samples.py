@@ -115,3 +115,55 @@ def test_an_incomplete_folder_is_noticed(registry: Path, tmp_path: Path) -> None
     (tmp_path / "food" / "A001.jpeg").unlink()
     with pytest.raises(UserError, match="does not hold the whole sample set"):
         samples.fetch_food(tmp_path / "food")
+
+
+@pytest.fixture
+def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An `apt-get` on PATH that copies from a folder, and a `dpkg-deb` that unpacks tar archives."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    stamps = {
+        "usr/share/tuxpaint/stamps/animals/cat.png": b"cat",
+        "usr/share/tuxpaint/stamps/animals/cat.txt": b"A cat.\nde.utf8=Eine Katze.\n",
+        "usr/share/tuxpaint/stamps/food/fruit/pear.png": b"pear",
+        "usr/share/doc/copyright": b"GPL-2",
+    }
+    package = samples.DebianPackage("stamps", "1", "")
+    sha256 = _archive(shelf / package.file, stamps)
+    monkeypatch.setattr(samples, "STAMPS", samples.DebianPackage("stamps", "1", sha256))
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    scripts = {
+        "apt-get": f'cp "{shelf}/stamps_1_all.deb" . || {{ echo "E: Unable to locate package" >&2; exit 100; }}\n',
+        "dpkg-deb": 'tar -xzf "$2" -C "$3"\n',
+    }
+    for name, script in scripts.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    return shelf
+
+
+def test_stamps_keep_their_folders(debian: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "data" / "stamps"
+    assert samples.main(["stamps", str(out)]) == 0
+    assert capsys.readouterr().out == f"2 photos with captions in {out} (GPL-2)\n"
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert found == ["animals/cat.png", "captions.csv", "food/fruit/pear.png"]
+    with (out / "captions.csv").open(newline="") as file:
+        assert list(csv.reader(file))[1:] == [
+            ["animals/cat.png", "A cat.", "animals"],
+            ["food/fruit/pear.png", "", "food"],
+        ]
+    assert [path.name for path in out.parent.iterdir()] == ["stamps"]
+    (debian / "stamps_1_all.deb").unlink()
+    assert samples.fetch_stamps(out) == samples.fetch_stamps(tmp_path / "again") == 2
+
+
+def test_stamps_need_apt(debian: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (debian / "stamps_1_all.deb").unlink()
+    assert samples.main(["stamps", str(tmp_path / "stamps")]) == 2
+    said = capsys.readouterr().err
+    assert "could not fetch the Debian package stamps=1: E: Unable to locate package" in said
+    assert "apt's sources of Debian 12" in said
