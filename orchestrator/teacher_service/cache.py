@@ -85,5 +85,27 @@ class CachedTeacher:
         self._store.put_bytes(f"{self._prefix}{_name(step)}", save(dict(outputs)))
 
 
+class RepeatingTeacher:
+    """A `StepTeacher` whose steps come again: that of step t is another's of step t modulo `repeat_after`.
+
+    Args:
+        make_teacher: builds the other, whose outputs had better be kept.
+        repeat_after: steps that differ.
+    """
+
+    def __init__(self, make_teacher: Callable[[], StepTeacher], repeat_after: int) -> None:
+        self._teacher, self._repeat_after = make_teacher(), repeat_after
+        self.images_per_step = self._teacher.images_per_step
+
+    @property
+    def images_forwarded(self) -> int:
+        """Images that the other one's network saw."""
+        return self._teacher.images_forwarded
+
+    def __call__(self, step: int) -> Parts:
+        """The parts of `step`."""
+        return self._teacher(step % self._repeat_after)
+
+
 def _name(step: int) -> str:
     return f"step-{step:08d}.safetensors"

@@ -147,7 +147,7 @@ class NetworkSource(Settings):
         """Files whose content decides this network's outputs, by field; those of a `module` are its own source."""
         if self.from_ is not None:
             return {"from": weight_files(self.from_)}
-        if self.transformers is not None and Path(self.transformers).is_dir():
+        if self.transformers is not None and _is_folder(self.transformers):
             return {"transformers": weight_files(Path(self.transformers))}
         found = module_files(self.module)
         if self.weights is not None:
@@ -174,6 +174,11 @@ class NetworkSource(Settings):
                 _check_weights(self.weights)
             if self.blocks is not None:
                 _check_blocks_of_module(self)
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a name is a folder, there or not: names of models on a server do not begin like paths."""
+    return Path(name).is_dir() or name.startswith(("/", "./", "../"))
 
 
 def module_files(module: str | None) -> dict[str, tuple[Path, ...]]:

@@ -347,6 +347,10 @@ class Distill(MultiCropStage):
             raise ValueError(
                 "teacher_shards is only for teachers with heads: leave it out, or leave out `features`"
             )
+        if self.repeat_after is not None and self.views == "regenerated":
+            raise ValueError(
+                "features.repeat_after and views: regenerated cannot be combined: leave one of them out"
+            )
         if self.teacher_shards > 1 and self.replay:
             raise ValueError("replay and teacher_shards cannot be combined: leave one of them out")
         for name, student in self.students.items():
@@ -372,6 +376,11 @@ class Distill(MultiCropStage):
         """A student's views."""
         own = student.views.model_dump(exclude_none=True) if student.views is not None else {}
         return self.crops.model_copy(update=own)
+
+    @property
+    def repeat_after(self) -> int | None:
+        """The number of steps after which views come again, if they do."""
+        return self.features.repeat_after if self.features is not None else None
 
     @property
     def num_teachers(self) -> int:

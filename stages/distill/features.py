@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from orchestrator.config.settings import Settings, Strict
+from orchestrator.config.settings import Settings, Strict, in_key_if_set
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError
 from orchestrator.stages.common.network_source import NetworkSource
@@ -83,6 +83,13 @@ class FeatureObjective(Settings):
     )
     whiten_images: int = Field(
         512, ge=2, description="The number of training images from which PHI-S is estimated."
+    )
+    repeat_after: int | None = in_key_if_set(
+        None,
+        ge=1,
+        description="The number of steps after which the same views come again. The teachers' outputs for them are "
+        "computed once and kept in the store, which saves most of the time where the pictures are few and the teachers "
+        "are large. Default: every step has new views.",
     )
     dtype: Literal["fp32", "fp16"] = Field(
         "fp32", description="The precision in which teacher features are sent to students."

@@ -61,7 +61,10 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
     figures = _gather({**folders, **made}, list(config.students), context.out)
     # What a reader of the summary line wants to see first.
     first = {name: value for name, value in figures.items() if name.endswith("_last_loss")}
-    return first | stats | figures | draws.write(_last_step(config, figures), context.out)
+    last_step = _last_step(config, figures)
+    # Of views that come again, each draw counts once: the shares of clusters are the same.
+    last_step = min(last_step, config.repeat_after or last_step)
+    return first | stats | figures | draws.write(last_step, context.out)
 
 
 def _start(config: Distill, context: Context, name: str) -> AbstractContextManager[StartingWeights]:

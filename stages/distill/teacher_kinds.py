@@ -28,7 +28,7 @@ from orchestrator.stages.distill.student_backbone import save_network
 from orchestrator.stages.distill.task import DistillTask, FrozenTeacher, bytes_per_image
 from orchestrator.storage.open import open_store
 from orchestrator.storage.store import Store
-from orchestrator.teacher_service.cache import CachedTeacher
+from orchestrator.teacher_service.cache import CachedTeacher, RepeatingTeacher
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
 from orchestrator.training.device import device_type
 
@@ -81,9 +81,15 @@ class Teaching(ABC):
         """Makes the teacher in its actor, on a machine that may not have its artifacts yet."""
         views = self._views(self._view_sets(students))
         real = self._teacher(views)
-        if not self._config.replay:
+        repeat_after = self._config.repeat_after
+        if not self._config.replay and repeat_after is None:
             return partial(_with_inputs, self._context.needed, real)
-        replayed = partial(CachedTeacher, real, views, self._cache(num_steps), self._config.batch_size)
+        num_kept = num_steps if repeat_after is None else min(num_steps, repeat_after)
+        replayed: Callable[[], StepTeacher] = partial(
+            CachedTeacher, real, views, self._cache(num_kept), self._config.batch_size
+        )
+        if repeat_after is not None:
+            replayed = partial(RepeatingTeacher, replayed, repeat_after)
         return partial(_with_inputs, self._context.needed, replayed)
 
     def parts_of(self, student: Student) -> tuple[str, ...]:
@@ -143,16 +149,18 @@ class Teaching(ABC):
         with self._context.part("replay", self._output_identity()) as part:
             work, remote = part.work, part.remote
         size = self.output_bytes() * self._config.batch_size * num_steps
-        logger.info("replay: the teacher's outputs of %d steps take up to %.2f GB", num_steps, size / 1e9)
+        logger.info(
+            "the teacher's outputs of %d steps are kept and take up to %.2f GB", num_steps, size / 1e9
+        )
         if remote is not None:
             return remote
         work.mkdir(parents=True, exist_ok=True)
         known = sum(path.stat().st_size for path in work.glob("step-*"))
         if size - known > disk.space(work)[0]:
             raise UserError(
-                f"replay needs {size / 1e9:.1f} GB, more than is free on the disk of {work}",
-                where=f"stages.{self._context.name}.replay",
-                hint="set replay: false, or use a store with more room",
+                f"the teacher's outputs need {size / 1e9:.1f} GB, more than is free on the disk of {work}",
+                where=f"stages.{self._context.name}.{'replay' if self._config.replay else 'features.repeat_after'}",
+                hint="leave it out, or use a store with more room",
             )
         return open_store(str(work)), ""
 

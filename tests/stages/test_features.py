@@ -247,3 +247,24 @@ def test_files_are_part_of_the_key_and_their_places_are_not(folder: Path, tmp_pa
     assert moved[0] == moved[1]
     assert objective(a={"from": "here", "weight": 2}).identity() != moved[0]
     assert objective(a={"timm": "here"}).identity() != objective(a={"timm": "there"}).identity()
+
+
+def test_a_folder_of_transformers_is_one_before_it_is_there(tmp_path: Path) -> None:
+    """Its weights are fetched later; until then `plan` says that they are not there."""
+
+    def files(name: str) -> list[Path]:
+        found = TeacherSource.model_validate({"transformers": name}).files()
+        return list(found.get("transformers", ()))
+
+    assert files("facebook/dinov2-small") == []
+    assert files("./weights/mine") == [Path("weights/mine")]
+    assert files(str(tmp_path)) == [tmp_path / "model.safetensors"]
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert files(str(tmp_path)) == [tmp_path / "config.json", tmp_path / "model.safetensors"]
+
+
+def test_views_that_come_again_are_part_of_the_key_only_if_they_do() -> None:
+    plain = objective(a={"timm": "b"})
+    assert "repeat_after" not in plain.identity()
+    assert plain.model_copy(update={"repeat_after": 3}).identity()["repeat_after"] == 3

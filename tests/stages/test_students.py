@@ -138,6 +138,8 @@ def test_all_students_are_gathered_without_their_checkpoints(tmp_path: Path) -> 
         ({"teachers": 0}, "at least 1 is needed"),
         ({"teacher_shards": 2, "replay": True}, "cannot be combined"),
         ({"teacher_shards": 2, "features": {}}, "for teachers with heads"),
+        ({"features": {"repeat_after": 2}, "views": "regenerated"}, "cannot be combined"),
+        ({"features": {"repeat_after": 0}}, "greater than or equal to 1"),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, Any], complaint: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from orchestrator.storage.local import LocalStore
-from orchestrator.teacher_service.cache import CachedTeacher
+from orchestrator.teacher_service.cache import CachedTeacher, RepeatingTeacher
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, Parts
 
 
@@ -74,3 +74,15 @@ def test_a_cache_that_cannot_be_written_stops_nobody(
     parts = CachedTeacher(Teacher, Views, (Full(tmp_path), ""), 4)(2)
     assert parts[TEACHER]["codes"][0, 0] == 2
     assert "could not be saved" in caplog.text
+
+
+def test_steps_that_come_again_are_computed_once(tmp_path: Path) -> None:
+    def kept() -> CachedTeacher:
+        return CachedTeacher(Teacher, Views, (LocalStore(tmp_path), ""), 4)
+
+    teacher = RepeatingTeacher(kept, 3)
+    outputs = [teacher(step) for step in range(8)]
+    assert [parts[TEACHER]["codes"][0, 0] for parts in outputs] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert [parts[VIEWS]["globals"][0, 0, 0] for parts in outputs] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert (teacher.images_forwarded, teacher.images_per_step) == (12, 4)
+    assert len(list(tmp_path.glob("step-*"))) == 3
