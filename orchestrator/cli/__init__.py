@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from orchestrator import __version__
+from orchestrator.cli.init import init
 from orchestrator.cli.models import models
 from orchestrator.cli.plan import plan
 from orchestrator.cli.pull import pull
@@ -48,7 +49,7 @@ def options(
 
 # In the order of `--help`, which lists groups after commands.
 for command in (
-    run, resume, publish, plan, status, sync, gc, logs, pull, rollback, models, explain, schema, simulate, verify,
+    init, run, resume, publish, plan, status, sync, gc, logs, pull, rollback, models, explain, schema, simulate, verify,
     doctor,
 ):  # fmt: skip
     app.command()(command)

@@ -14,8 +14,9 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -40,11 +41,16 @@ FORMATS = {
 
 _EXIF_ORIENTATION = 0x0112
 _TIFF_TILE = (0x0142, 0x0143)  # width and length
+_TIFF_BITS = 0x0102
+# Where the header of a PNG says how many bits a channel has.
+_PNG_BITS = 24
 # The memory that one pixel takes while a picture is decoded, in bytes: Pillow's four, as many for compositing
 # transparency, and the result; libjpeg keeps the coefficients of a progressive JPEG.
 _BYTES_PER_PIXEL = 16
 # A file of this size is read before its header is known. A larger one counts as the largest picture that may be.
 _SMALL_FILE = 16 << 20
+# What tells the format, the size of a WebP and the bits of a PNG.
+_HEADER_BYTES = 64
 # What a file may hold besides four bytes a pixel: metadata, thumbnails.
 _EXTRA_BYTES = 64 << 20
 # What threads share: a quarter of the machine's memory, within bounds.
@@ -87,6 +93,15 @@ class _Memory:
 
 
 _memory = _Memory(_SHARED_BYTES)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself: pixels as stored, which may lie on their side, and bits of a channel."""
+
+    width: int
+    height: int
+    bits: int
 
 
 def read_rgb(path: Path | str, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -141,6 +156,42 @@ def use_rgb(
     on_bytes(data)
     with _memory.hold(_BYTES_PER_PIXEL * _num_pixels(data, path, max_pixels)):
         return use(_decode(data, path, min_side, max_pixels))
+
+
+def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
+    """The header of an image file. No pixel is decoded, so the rest of the file may be damaged.
+
+    Raises:
+        UnreadableImage: missing, not a regular file, not an image of one of :data:`FORMATS`, or too large.
+    """
+    with _reading(path):
+        file = open_regular(path)
+    with file:
+        with _reading(path):
+            size = os.fstat(file.fileno()).st_size
+            start = _read(file, _HEADER_BYTES)
+        if (reason := too_many_bytes(size, max_pixels)) is not None:
+            raise UnreadableImage(path, reason)
+        kind, bits = _format_of(start, path), 8
+        if kind == "WEBP":
+            width, height = _webp_size(start)
+        else:
+            with _opened(file, path, kind, max_pixels) as image:
+                width, height = image.size
+                if kind == "TIFF":
+                    bits = _tiff_bits(image)
+        if kind == "PNG" and len(start) > _PNG_BITS:
+            bits = start[_PNG_BITS]
+    if width * height > max_pixels:
+        raise UnreadableImage(path, _too_large(width, height, max_pixels))
+    return Header(width, height, bits)
+
+
+def _tiff_bits(image: Image.Image) -> int:
+    """The bits of its first channel; 8 where it does not say so as a number."""
+    found = getattr(image, "tag_v2", {}).get(_TIFF_BITS, 8)
+    first = found[0] if isinstance(found, tuple) and found else found
+    return first if isinstance(first, int) else 8
 
 
 def _read(file: io.BufferedReader, most: int) -> bytes:
@@ -213,10 +264,12 @@ def _num_pixels(data: bytes, path: Path | str, max_pixels: int) -> int:
         # Pillow's WebP decoder makes room for the whole canvas as soon as it opens a file.
         width, height = _webp_size(data) if kind == "WEBP" else _pillow_size(data, path, kind, max_pixels)
     if width * height > max_pixels:
-        raise UnreadableImage(
-            path, f"{width:,} × {height:,} pixels are more than the limit of {max_pixels:,}"
-        )
+        raise UnreadableImage(path, _too_large(width, height, max_pixels))
     return int(width * height)
+
+
+def _too_large(width: int, height: int, max_pixels: int) -> str:
+    return f"{width:,} × {height:,} pixels are more than the limit of {max_pixels:,}"
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -279,7 +332,7 @@ def _upright(pixels_HWC: Pixels, orientation: int) -> Pixels:
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, path: Path | str, kind: str, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(data: bytes | BinaryIO, path: Path | str, kind: str, max_pixels: int) -> Iterator[Image.Image]:
     """The file as Pillow's image of one format, with its header read."""
     # Pillow's own limit is one number for the whole process, and may only be in the way of a higher one.
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
@@ -288,7 +341,7 @@ def _opened(data: bytes, path: Path | str, kind: str, max_pixels: int) -> Iterat
         with warnings.catch_warnings():
             # Pictures between one and two times Pillow's bomb limit are legal; beyond, it raises.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=[kind]) as image:
+            with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=[kind]) as image:
                 if kind == "TIFF":
                     _check_tiles(image, path, max_pixels)
                 yield image

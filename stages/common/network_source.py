@@ -58,7 +58,8 @@ class NetworkSource(Settings):
     transformers: str | None = Field(
         None,
         min_length=1,
-        description="The name or local folder of a transformers model. transformers must be installed.",
+        description="The name of a transformers model, or a local folder such as ./weights/mine. transformers must be "
+        "installed.",
     )
     module: str | None = Field(
         None,
