@@ -241,10 +241,11 @@ def first_pipeline(
         teacher_actors=1 if machine.gpus else actors,
         labels_table=table,
     )
-    return replace(draft, **_steps(draft, minutes or _MINUTES[machine.kind]))
+    steps, repeat_after = _steps(draft, minutes or _MINUTES[machine.kind])
+    return replace(draft, steps=steps, repeat_after=repeat_after)
 
 
-def _steps(pipeline: FirstPipeline, minutes: float) -> dict[str, int | None]:
+def _steps(pipeline: FirstPipeline, minutes: float) -> tuple[int, int | None]:
     """`steps` that take so many minutes, and `repeat_after` where the teachers' answers are worth keeping."""
     seconds = 60 * (minutes - _AROUND_MIN)
     pictures, batch = pipeline.survey.num_pictures, pipeline.batch
@@ -255,8 +256,8 @@ def _steps(pipeline: FirstPipeline, minutes: float) -> dict[str, int | None]:
     if pipeline.teachers and kept_bytes <= _MOST_KEPT and seconds > repeat_after * slow:
         steps = _round(min(most, repeat_after + (seconds - repeat_after * slow) / quick))
         if steps > repeat_after:
-            return {"steps": steps, "repeat_after": repeat_after}
-    return {"steps": _round(max(_FEWEST_STEPS, min(most, seconds / slow))), "repeat_after": None}
+            return steps, repeat_after
+    return _round(max(_FEWEST_STEPS, min(most, seconds / slow))), None
 
 
 def step_seconds(pipeline: FirstPipeline, *, answered: bool = False) -> float:
@@ -289,7 +290,7 @@ def _largest(wanted: int, most: int) -> int:
 
 def _round(steps: float) -> int:
     """Two digits that count."""
-    unit = 10 ** max(0, len(str(int(steps))) - 2)
+    unit = int(10 ** max(0, len(str(int(steps))) - 2))
     return int(steps) // unit * unit
 
 

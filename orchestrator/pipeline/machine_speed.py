@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -186,11 +186,11 @@ def measure(machine: Machine, sizes: Sizes, chosen: Sequence[Teacher], recipe: R
             return _seconds(net.to(device), images_BCHW, learns=learns) / count
 
         # Of the size and shape of DINOv2's ViT-S/14.
-        nets = {
+        nets: Mapping[str, Callable[[], Any]] = {
             "lite0": lambda: efficientnet.lite0().eval(),
             "dinov2-focus": lambda: build("vit_s", patch_size=14).eval(),
         }
-        teaching = sum(seconds(nets[one.key](), one.size, learns=False) for one in chosen)
+        teaching = sum([seconds(nets[one.key](), one.size, learns=False) for one in chosen], 0.0)
         if recipe == "distil":
             learning = {
                 name: seconds(build(model), sizes.size, learns=True) for name, model in sizes.students.items()

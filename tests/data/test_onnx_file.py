@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -114,7 +114,7 @@ def test_tensors_and_what_reads_them(tmp_path: Path, values: NDArray[np.float32]
     found = read_onnx(path)
     assert found.tensors.keys() == {"m", "in numbers", "scalar", "made"}
     np.testing.assert_array_equal(found.tensors["m"], values)
-    np.testing.assert_array_equal(found.tensors["in numbers"], np.float32([0.5, -2.0, 3e-9]))
+    np.testing.assert_array_equal(found.tensors["in numbers"], np.array([0.5, -2.0, 3e-9], np.float32))
     assert found.tensors["scalar"].shape == ()
     assert found.reads["/a/MatMul"] == ("x", "m", "ids")
     np.testing.assert_array_equal(found.operand("/a/MatMul", (2, 300)), values)

@@ -99,12 +99,12 @@ def survey(folder: Path) -> Survey:
         listing = list_images(source, "pictures")
     except UserError as error:
         raise UserError(error.what.replace(" of dataset 'pictures'", ""), hint=error.hint) from None
-    table, said, error = _table(folder, listing.files)
+    table, said, table_error = _table(folder, listing.files)
     if table is not None:
         source = source.model_copy(update={"captions": table})
         # The table is no longer among what is left out.
         listing = list_images(source, "pictures")
-    found = Survey(source, listing, said, folder_labels(listing.files), (), (), 0, error)
+    found = Survey(source, listing, said, folder_labels(listing.files), (), (), 0, table_error)
     return _looked_at(found)
 
 

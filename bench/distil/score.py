@@ -1,0 +1,274 @@
+"""What models are worth on pictures that nobody trained on: k-NN, a linear probe, and a linear map of the foreground.
+
+Nothing is fine-tuned. The probe and the map are logistic regressions of scikit-learn on frozen features of training
+pictures; what they are asked about was held out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from bench.distil import train
+from bench.distil.train import FOCUS, LITE0, MODELS, SIZE, Plan, Weights
+from bench.learning import measure, sets
+from bench.learning.measure import LabelledImages, Scenes
+from orchestrator.data.decode import read_header, read_rgb
+from orchestrator.data.index import ImageRecord
+from orchestrator.data.samples import DebianPackage, cached_debian, unpack_debian
+from orchestrator.evaluation.metrics.knn import knn_vote
+from orchestrator.fsio import folder_beside, move, sha256_of
+from orchestrator.models import Backbone, efficientnet, load_pretrained, normalise
+from orchestrator.models.pixels import MEAN, STD
+from orchestrator.models.wrapped import open_module, open_transformers
+from orchestrator.storage.cache_folder import cache_folder
+
+FOREGROUND = "foreground mIoU"
+WAYS = tuple(f"{name}, {way}" for name in train.SETS for way in ("k-NN", "linear probe"))
+TEACHERS = (f"teacher {FOCUS}", f"teacher {LITE0}")
+Scores = dict[str, dict[str, list[float]]]
+"""Who → way of asking → a value a seed, or one for what has no seed."""
+Floats = NDArray[np.float32]
+
+# What cut-outs are laid on: photographs and drawn backgrounds of a desktop (GPL-2+, CC-BY-SA-4.0).
+WALLPAPERS = DebianPackage(
+    "mate-backgrounds", "1.26.0-1", "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04"
+)
+_WALLPAPERS_FOLDERS = ("abstract", "nature")
+# The same picture in another size.
+_OTHER_SIZE = re.compile(r"_\d+x\d+$")
+# What teachers see of pictures that they are asked about: the patch of each divides it.
+_TEACHER_SIZE = 224
+_WALLPAPER_SIDE = 256
+_RAW_PATCH = 8
+_BATCH = 32
+_PATCHES = 20_000
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Seen(NamedTuple):
+    """Features of pictures: cls (N, D), and patches (N, P, D) of a square grid."""
+
+    cls: Floats
+    patches: Floats
+
+
+class Look(NamedTuple):
+    """A frozen model: pixels a side that it takes, and uint8 pictures (B, 3, size, size) → features."""
+
+    size: int
+    see: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    @torch.no_grad()
+    def __call__(self, images_NCHW: NDArray[np.uint8]) -> Seen:
+        """Features of pictures of any square size."""
+        cls, patches = [], []
+        for start in range(0, len(images_NCHW), _BATCH):
+            found = self.see(torch.from_numpy(_resized(images_NCHW[start : start + _BATCH], self.size)))
+            cls.append(found[0].float().numpy())
+            patches.append(found[1].float().numpy())
+        return Seen(np.concatenate(cls), np.concatenate(patches))
+
+
+# --- who is asked -----------------------------------------------------------------------------------------------
+
+
+def fixed(weights: Weights, plan: Plan) -> Scores:
+    """What has no training here: raw pixels, both teachers, and random weights of each model and seed."""
+    torch.set_num_threads(1)
+    lookers: dict[str, list[Look]] = {
+        "raw pixels": [of_pixels()],
+        TEACHERS[0]: [of_focus(weights[FOCUS])],
+        TEACHERS[1]: [of_lite0(weights[LITE0])],
+    }
+    for kind, model in MODELS.items():
+        lookers[f"{kind}, random weights"] = [of_net(measure.random_net(model, seed)) for seed in plan.seeds]
+    return scored(lookers, plan)
+
+
+def of_nets(nets: Mapping[str, Sequence[Path]], plan: Plan) -> Scores:
+    """Trained models, one for each seed."""
+    torch.set_num_threads(1)
+    lookers = {who: [of_net(load_pretrained(path)) for path in paths] for who, paths in nets.items()}
+    return scored(lookers, plan)
+
+
+def of_net(net: Backbone) -> Look:
+    """CLS and patches of a model of ours."""
+
+    def see(images: Tensor) -> tuple[Tensor, Tensor]:
+        out = net.eval()(normalise(images))
+        return out.cls, out.patches
+
+    return Look(SIZE, see)
+
+
+def of_pixels() -> Look:
+    """The pixels themselves: of the whole picture, and of each patch of the students' grid."""
+
+    def see(images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.float() / 255
+        small = torch.nn.functional.interpolate(x, (32, 32), mode="area").flatten(1)
+        return small, torch.nn.functional.unfold(x, _RAW_PATCH, stride=_RAW_PATCH).transpose(1, 2)
+
+    return Look(SIZE, see)
+
+
+def of_focus(folder: Path) -> Look:
+    """The relative of DINOv2."""
+    net = open_transformers(str(folder), _TEACHER_SIZE)
+    return Look(_TEACHER_SIZE, lambda images: net(_scaled(images, MEAN, STD))[:2])
+
+
+def of_lite0(weights: Path) -> Look:
+    """EfficientNet-Lite0: the mean of its map, and the map."""
+    net = open_module("orchestrator.models.efficientnet:lite0", weights, _TEACHER_SIZE)
+    return Look(_TEACHER_SIZE, lambda images: net(_scaled(images, efficientnet.MEAN, efficientnet.STD))[:2])
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------
+
+
+def scored(lookers: Mapping[str, Sequence[Look]], plan: Plan) -> Scores:
+    """Each of them, asked in every way."""
+    exams = {name: labelled(name, plan.every) for name in train.SETS}
+    scenes = foreground_scenes(plan.scenes)
+    found: Scores = {}
+    for who, looks in lookers.items():
+        ways: dict[str, list[float]] = {way: [] for way in (*WAYS, FOREGROUND)}
+        for look in looks:
+            for name, (bank, queries) in exams.items():
+                first, second = look(bank.images).cls, look(queries.images).cls
+                ways[f"{name}, k-NN"].append(knn(first, bank.labels, second, queries.labels))
+                ways[f"{name}, linear probe"].append(probe(first, bank.labels, second, queries.labels))
+            ways[FOREGROUND].append(foreground(look, *scenes))
+        found[who] = ways
+    return found
+
+
+def labelled(name: str, every: int) -> tuple[LabelledImages, LabelledImages]:
+    """Training pictures and held-out ones of a set's large groups, as large as any model sees them."""
+    both = [sets.labelled(rows)[::every] for rows in sets.split(sets.pictures(name))]
+    groups = {row.label for row in both[0]} & {row.label for row in both[1]}
+    bank, queries = ([row for row in rows if row.label in groups] for rows in both)
+    return measure.squares(bank, _TEACHER_SIZE), measure.squares(queries, _TEACHER_SIZE)
+
+
+def knn(bank: Floats, labels: Sequence[str], queries: Floats, wanted: Sequence[str]) -> float:
+    """Share of held-out pictures whose label wins among their 5 nearest training pictures, by cosine."""
+    return float((knn_vote(bank, labels, queries, measure.NEIGHBOURS) == np.asarray(wanted)).mean())
+
+
+def probe(bank: Floats, labels: Sequence[str], queries: Floats, wanted: Sequence[str]) -> float:
+    """Share of held-out pictures that a logistic regression gets right; its strength is chosen on training pictures."""
+    model = make_pipeline(
+        StandardScaler(),
+        LogisticRegressionCV(
+            Cs=list(_STRENGTHS),
+            cv=3,
+            scoring="accuracy",
+            max_iter=500,
+            l1_ratios=(0.0,),
+            use_legacy_attributes=False,
+        ),
+    )
+    model.fit(bank, labels)
+    return float(model.score(queries, wanted))
+
+
+def foreground(look: Look, training: Scenes, held_out: Scenes) -> float:
+    """Mean IoU of foreground and background, of all pixels of held-out scenes together.
+
+    A logistic regression on patches of training scenes says how much of a patch is foreground. Its logits are blown up
+    to the size of the scene, bilinearly, and cut at 0: every grid is asked about the same pixels.
+    """
+    patches_NPD = look(training.images).patches
+    side = round(patches_NPD.shape[1] ** 0.5)
+    share = training.cells(side).reshape(-1)
+    chosen = np.random.default_rng(0).permutation(len(share))[:_PATCHES]
+    rows = patches_NPD.reshape(-1, patches_NPD.shape[2])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
+    model.fit(rows[chosen], share[chosen] > 0.5)
+    asked_NPD = look(held_out.images).patches
+    logits = model.decision_function(asked_NPD.reshape(-1, asked_NPD.shape[2])).reshape(-1, side, side)
+    height, width = held_out.masks.shape[1:]
+    maps = [cv2.resize(one.astype(np.float32), (width, height)) > 0 for one in logits]
+    return mean_iou(np.stack(maps), held_out.masks)
+
+
+def mean_iou(said: NDArray[np.bool_], wanted: NDArray[np.bool_]) -> float:
+    """The mean of the IoU of foreground and of background, over all pixels."""
+    return float(
+        np.mean(
+            [
+                (one & other).sum() / max(1, (one | other).sum())
+                for one, other in ((said, wanted), (~said, ~wanted))
+            ]
+        )
+    )
+
+
+@cache
+def foreground_scenes(count: int) -> tuple[Scenes, Scenes]:
+    """Stamps on wallpapers: training ones on some, held-out ones on others."""
+    stamps, walls = sets.split(sets.pictures("stamps")), wallpapers()
+    return (
+        measure.scenes(stamps[0], walls[::2], count, 0),
+        measure.scenes(stamps[1], walls[1::2], count, 1),
+    )
+
+
+def wallpapers() -> list[ImageRecord]:
+    """The backgrounds, made small; fetched on first use."""
+    folder = cache_folder() / "learning" / "wallpapers"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder_beside(folder) as temporary:
+            unpack_debian(cached_debian(WALLPAPERS), temporary / "package")
+            (temporary / "small").mkdir()
+            for name in _WALLPAPERS_FOLDERS:
+                for path in sorted((temporary / "package/usr/share/backgrounds/mate" / name).iterdir()):
+                    if not _OTHER_SIZE.search(path.stem):
+                        _write_small(path, temporary / "small" / f"{name}-{path.stem}.png")
+            move(temporary / "small", folder)
+    found = []
+    for path in sorted(folder.iterdir()):
+        header = read_header(path)
+        found.append(
+            ImageRecord("wallpapers", path.name, str(folder), sha256_of(path), header.width, header.height)
+        )
+    return found
+
+
+def _write_small(path: Path, target: Path) -> None:
+    """A picture whose shorter side is twice that of a scene."""
+    pixels = read_rgb(path)
+    scale = _WALLPAPER_SIDE / min(pixels.shape[:2])
+    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(target), small[..., ::-1])
+
+
+def _resized(images_NCHW: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    if images_NCHW.shape[-1] == size:
+        return images_NCHW
+    method = cv2.INTER_AREA if images_NCHW.shape[-1] > size else cv2.INTER_CUBIC
+    return np.stack(
+        [cv2.resize(one.transpose(1, 2, 0), (size, size), interpolation=method) for one in images_NCHW]
+    ).transpose(0, 3, 1, 2)
+
+
+def _scaled(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    of_mean, of_std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return (images.float() / 255 - of_mean) / of_std

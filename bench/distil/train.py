@@ -1,0 +1,212 @@
+"""Trains students of two teachers, and the same models from scratch, by the product's tasks and its training loop.
+
+Each job has one worker in one process. The teachers answer to a few views of each picture once, and these come again:
+the product's `features.repeat_after`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from bench.headless.train import Kept, trained
+from bench.learning import ground, sets
+from orchestrator.data.index import ImageIndex, ImageRecord
+from orchestrator.data.rng import derive
+from orchestrator.data.weights import DINOV2_FOCUS, fetch, fetch_lite0
+from orchestrator.models import Backbone, efficientnet, save_pretrained
+from orchestrator.stages.common.config import Heads, ModelRecipe
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.features import FeatureObjective
+from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.storage.cache_folder import cache_folder
+from orchestrator.teacher_service import payload
+
+SETS = ("food", "stamps")
+MODELS = {"ViT": "vit_nano", "ConvNeXt": "convnext_mini"}
+SIZE = 64
+# What the teachers see of the same boxes. DINOv2 has a patch for each of the ViT's at 112 pixels.
+TEACHER_SIZE, FOCUS_SIZE = 128, 112
+FOCUS, LITE0 = "dinov2-focus", "lite0"
+_BATCH = 32
+_PART = f"{payload.VIEWS}/{SIZE}"
+
+Weights = Mapping[str, Path]
+"""Where each teacher's weights are."""
+Made = tuple[dict[str, Path], float]
+"""Folders of models by kind, and the seconds that they took."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained and asked.
+
+    Attributes:
+        views: of each picture that the teachers answer to.
+        steps: updates of a distilled model.
+        scratch_steps: updates of a model from scratch, of two global and four local views a picture.
+        every: every how many pictures are used.
+        scenes: pictures of the foreground's training and of its test, each.
+        seeds: of everything that is random.
+    """
+
+    views: int
+    steps: int
+    scratch_steps: int
+    every: int
+    scenes: int
+    seeds: tuple[int, ...] = ()
+
+
+FULL = Plan(views=4, steps=1200, scratch_steps=400, every=1, scenes=300)
+QUICK = Plan(views=1, steps=6, scratch_steps=3, every=8, scenes=24)
+
+
+def fetch_all() -> Weights:
+    """Both teachers' weights, from the cache or the registry."""
+    focus = cache_folder() / FOCUS
+    fetch(DINOV2_FOCUS, focus)
+    return {FOCUS: focus, LITE0: fetch_lite0(cache_folder() / LITE0)}
+
+
+def distilled(weights: Weights, plan: Plan, seed: int) -> Made:
+    """Both students of one seed."""
+    from orchestrator.stages.distill.feature_task import FeatureTask
+    from orchestrator.stages.distill.feature_teacher import FeatureTeacher, prepare
+    from orchestrator.stages.distill.step_views import StepViews
+
+    began = perf_counter()
+    rows = training_rows(plan)
+    config, wanted = distill_config(plan), objective(weights)
+    wanted.check(config.crops)
+    with tempfile.TemporaryDirectory() as folder:
+        ImageIndex(rows).save(Path(folder))
+        # Only the masks that nobody asks for hang on the recipe.
+        recipe = ModelRecipe(model=MODELS["ViT"], drop_path=0.0, heads=Heads(), global_size=TEACHER_SIZE)
+        part = {_PART: config.crops_of(next(iter(config.students.values())))}
+        views = partial(StepViews, config, recipe, Path(folder), derive(seed, "views"), part)
+        prepared = prepare(config, wanted, views)
+        teacher = FeatureTeacher(config, wanted, views, prepared)
+        num_answered = max(1, plan.views * len(rows) // _BATCH)
+        answers = [teacher(step) for step in range(min(num_answered, config.steps))]
+    made = {}
+    for kind, student in config.students.items():
+        own = derive(seed, kind)
+        task = partial(FeatureTask, config, student, wanted, prepared.shapes, own)
+        blocks = partial(Kept, answers, _PART)
+        net = trained(task, blocks, config.steps, config.optimizer, student.model, own)
+        made[kind] = _saved(net, student.model)
+    return made, perf_counter() - began
+
+
+def from_scratch(plan: Plan, seed: int, model: str) -> Made:
+    """A model of one seed that learns by itself."""
+    from orchestrator.stages.common.crops import crop_blocks
+    from orchestrator.stages.ssl.task import SelfSupervisedTask
+
+    began = perf_counter()
+    config = scratch_config(model, plan)
+    recipe = ModelRecipe(model=model, drop_path=0.0, heads=config.heads, global_size=SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        ImageIndex(training_rows(plan)).save(Path(folder))
+        own = derive(seed, "scratch")
+        task = partial(SelfSupervisedTask, config, recipe, own, None)
+        blocks = partial(crop_blocks, config, recipe, Path(folder), own)
+        net = trained(task, blocks, config.steps, config.optimizer, model, own)
+    return {model: _saved(net, model)}, perf_counter() - began
+
+
+def training_rows(plan: Plan) -> list[ImageRecord]:
+    """The pictures to train on: all but the held-out ones, whatever their group."""
+    return [row for name in SETS for row in sets.split(sets.pictures(name))[0][:: plan.every]]
+
+
+def distill_config(plan: Plan) -> Distill:
+    """The stage: conf/examples/distil.yaml's, on one worker each."""
+    return Distill.model_validate(
+        {
+            "kind": "distill",
+            "students": {
+                kind: {"model": model, "views": {"global_size": SIZE}} for kind, model in MODELS.items()
+            },
+            "steps": plan.steps,
+            "batch_size": _BATCH,
+            "block_size": _BATCH,
+            "crops": {
+                "global_size": TEACHER_SIZE,
+                "local_size": SIZE // 2,
+                "num_global": 1,
+                "num_local": 0,
+                "global_scale": (0.4, 1.0),
+                "blur_probability": (0.2, 0.0),
+                "flip": True,
+            },
+            "mask_probability": 0.0,
+            "optimizer": _optimizer(plan.steps),
+            "ema": {"peak": 0.99},
+        }
+    )
+
+
+def objective(weights: Weights) -> FeatureObjective:
+    """Both teachers, their features on one scale."""
+    return FeatureObjective.model_validate(
+        {
+            "teachers": {
+                FOCUS: {"transformers": str(weights[FOCUS]), "size": FOCUS_SIZE},
+                LITE0: {
+                    "module": "orchestrator.models.efficientnet:lite0",
+                    "weights": weights[LITE0],
+                    "mean": efficientnet.MEAN,
+                    "std": efficientnet.STD,
+                },
+            },
+            "whiten": True,
+            "dtype": "fp16",
+        }
+    )
+
+
+def scratch_config(model: str, plan: Plan) -> Pretrain:
+    """The same model by itself, as `bench.learning` pretrains: DINO, iBOT and KoLeo with its own EMA as the teacher."""
+    return Pretrain.model_validate(
+        {
+            "kind": "pretrain",
+            "model": model,
+            "steps": plan.scratch_steps,
+            **ground.COMMON,
+            "heads": ground.HEADS,
+            "frozen_prototype_steps": min(5, plan.scratch_steps),
+            "optimizer": _optimizer(plan.scratch_steps),
+            "ema": {"start": 0.9, "peak": 0.97, "warmup_steps": plan.scratch_steps * 2 // 3},
+        }
+    )
+
+
+def settings(plan: Plan) -> dict[str, Any]:
+    """What was run, for the results."""
+    return {
+        "distilled": distill_config(plan).identity(),
+        "from scratch": {model: scratch_config(model, plan).identity() for model in MODELS.values()},
+    }
+
+
+def _optimizer(steps: int) -> Mapping[str, Any]:
+    return {
+        "lr": {"peak": 2e-3, "warmup_steps": min(60, steps), "shape": "cosine"},
+        "weight_decay": 0.04,
+        "layer_decay": 1.0,
+        "patch_embed_scale": 1.0,
+    }
+
+
+def _saved(net: Backbone, model: str) -> Path:
+    """A folder of the model, for another process to load."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-distil-"))
+    save_pretrained(folder, net.state_dict(), model, {"image_size": SIZE})
+    return folder
