@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bench._torchvision import mend_torchvision
 from bench.harness import Claim, summarize
 from orchestrator.models import Backbone, Config, Features, ViTConfig, from_config, preset
 from orchestrator.models.convert import (
@@ -139,24 +139,6 @@ def timm() -> Any:
         return None
     mend_torchvision()
     return importlib.import_module("timm")
-
-
-def mend_torchvision() -> None:
-    """Makes a torchvision that was built for another torch importable: timm and transformers need no more of it."""
-    if find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        _KEPT.append(library)
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-_KEPT: list[Any] = []  # a library's operators go with it
 
 
 def _transformers(config: Config) -> Theirs:

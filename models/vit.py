@@ -143,7 +143,7 @@ class VisionTransformer(nn.Module):
         prefix_1SD = self.cls_token + 0 * self.mask_token
         if self.storage_tokens is not None:
             prefix_1SD = torch.cat([prefix_1SD, self.storage_tokens], dim=1)
-        return torch.cat([prefix_1SD.expand(len(images_BCHW), -1, -1), patches_BPD], dim=1), grid
+        return torch.cat([prefix_1SD.expand(images_BCHW.shape[0], -1, -1), patches_BPD], dim=1), grid
 
     def _draw(
         self, x_BND: Tensor, grid: tuple[int, int], random: torch.Generator | None
@@ -156,7 +156,7 @@ class VisionTransformer(nn.Module):
         if random is not None and config.rope_rescale is not None:
             rescales = log_uniform_rescales(config.depth, config.rope_rescale, random)
         rotations = {rescale: rotation(angles, num_prefix, rescale) for rescale in set(rescales)}
-        batch = len(x_BND)
+        batch = x_BND.shape[0]
 
         def rows() -> Tensor | None:
             return draw_rows(batch, config.drop_path, random, x_BND.device)

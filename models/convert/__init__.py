@@ -6,6 +6,7 @@ from .files import config_of, load_any, read_weights, save_as
 from .layouts import PositionsError, from_layout, to_layout
 from .names import LAYOUTS
 from .packages import from_timm, from_transformers
+from .timm_config import timm_config
 from .transformers_config import known_from_transformers, transformers_config
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "load_any",
     "read_weights",
     "save_as",
+    "timm_config",
     "to_layout",
     "transformers_config",
 ]

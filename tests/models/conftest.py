@@ -7,6 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.parity import mend_torchvision
+from bench._torchvision import mend_torchvision
 
 mend_torchvision()

@@ -15,7 +15,7 @@ from .distilling import HEADS, photographs
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench.parity import mend_torchvision
+from bench._torchvision import mend_torchvision
 
 mend_torchvision()  # before a test module imports transformers, which imports a torchvision if there is one
 
