@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator import disk
-from orchestrator.errors import UserError, first_line, nearest, shortened
+from orchestrator.errors import UserError, first_line, shortened
 from orchestrator.fsio import DIGESTS, folder_beside, move, why
 from orchestrator.redact import redacted
 from orchestrator.tracking import aliases, relocate
@@ -22,6 +22,7 @@ from orchestrator.tracking.connect import absolute_uri, connect, database_path
 from orchestrator.tracking.mlflow_writer import model_name
 from orchestrator.tracking.outage import silent
 from orchestrator.tracking.patience import interruptibly
+from orchestrator.tracking.references import resolve
 from orchestrator.tracking.run import Run
 from orchestrator.tracking.spool import now_ms
 
@@ -44,6 +45,26 @@ class Facts:
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A version that was pulled.
+
+    Attributes:
+        name: of the registered model.
+        version: its number.
+        alias: by which it was found; None if it was asked for by number, or is the newest.
+        folder: that has it now.
+    """
+
+    name: str
+    version: int
+    alias: str | None
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version}" + (f" (@{self.alias})" if self.alias else "")
 
 
 def difference(
@@ -189,10 +210,16 @@ def _register(
 
 
 def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
-    """Downloads `name@alias` or `name/version` into the folder `out`, which appears only when complete.
+    """The folder of :func:`fetch`; takes and raises what that does."""
+    return fetch(reference, out, uri, store).folder
+
+
+def fetch(reference: str, out: Path, uri: str, store: str | None = None) -> Pulled:
+    """Downloads a model into the folder `out`, which appears only when complete.
 
     Args:
-        reference: the model.
+        reference: `name@alias`, `name:version` (or `name/version`), or a bare `name`: its @champion if it has one, else
+            its newest version.
         out: must not exist, or be empty.
         uri: of MLflow.
         store: the address of the store that has the files now, if it is not the one that MLflow knows.
@@ -201,9 +228,7 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
         UserError: no such model, alias or version; `out` is not empty; MLflow or the files cannot be reached;
             the files are not those that were trained and published.
     """
-    out = disk.named(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty", where=str(out), hint="name a folder that does not exist yet")
+    out = free(out)
     require_database(uri)
     with answering(uri, where=uri):
         client = connect(uri)
@@ -219,8 +244,8 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
             raise UserError(what, where=str(out), hint="name another folder for --out") from None
         try:
 
-            def download() -> tuple[ModelVersion, str, Path]:
-                version = _resolve(client, reference)
+            def download() -> tuple[ModelVersion, str | None, str, Path]:
+                version, alias = resolve(client, reference)
                 source = client.get_model_version_download_uri(version.name, version.version)
                 if version.status != "READY" or not isinstance(source, str) or "/" not in source:
                     # MLflow would take an empty address for the folder that this process was started in.
@@ -234,9 +259,9 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
                     source = relocate.rebased(source, f"{_address(store)}/{relocate.FOLDER}")
                 # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
                 path = download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri))
-                return version, source, Path(path)
+                return version, alias, source, Path(path)
 
-            version, source, folder = interruptibly(download, uri, None, f"pulling {reference}")
+            version, alias, source, folder = interruptibly(download, uri, None, f"pulling {reference}")
             _require_plain(folder, staging, reference)
             if version.tags.get(CONTENT_TAG, "") != content_digest(_contents(folder)):
                 raise UserError(f"the files of {reference} are not those that were published", where=source)
@@ -253,6 +278,18 @@ def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
                 where=uri,
                 hint="check that MLflow and the place of its files answer, then pull again",
             ) from error
+    return Pulled(version.name, int(version.version), alias, out)
+
+
+def free(out: Path) -> Path:
+    """The path of a folder to be made, with `~` replaced.
+
+    Raises:
+        UserError: something is there, or no folder can have the name.
+    """
+    out = disk.named(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty", where=str(out), hint="name a folder that does not exist yet")
     return out
 
 
@@ -273,7 +310,7 @@ def cached(reference: str, uri: str, cache: Path) -> Path:
         )
     with answering(uri):
         client = connect(uri)
-        version = interruptibly(lambda: _resolve(client, reference), uri, None, f"looking up {reference}")
+        version, _ = interruptibly(lambda: resolve(client, reference), uri, None, f"looking up {reference}")
     place = f"{absolute_uri(uri)}\n{version.name}\n{version.version}\n{version.tags.get(CONTENT_TAG, '')}"
     folder = cache / hashlib.sha256(place.encode()).hexdigest()[:32]
     if not (folder / "config.json").is_file():
@@ -419,54 +456,3 @@ def _begun(
     found = client.search_logged_models([experiment_id], f"tags.`{CONTENT_TAG}` = '{tags[CONTENT_TAG]}'")
     same = [one for one in found if one.name == model_name(name) and tags.items() <= one.tags.items()]
     return same[0] if same else None
-
-
-def _resolve(client: MlflowClient, reference: str) -> ModelVersion:
-    from mlflow.exceptions import MlflowException
-
-    name, separator, which = reference.partition("@" if "@" in reference else "/")
-    models = {model.name: model for model in client.search_registered_models(max_results=1000)}
-    model = models.get(name)
-    if model is None:
-        known = nearest(name, models) or ", ".join(sorted(models)[:5])
-        raise UserError(
-            f"no model {name!r} in the registry",
-            where=reference,
-            hint=f"did you mean {known}?" if known else "nothing is published there yet",
-        )
-    aliases = ", ".join(f"{name}@{alias}" for alias in sorted(model.aliases)) or f"{name}/1"
-    if not separator or not which:
-        raise UserError(f"{reference!r} does not name a version", where=reference, hint=f"there is {aliases}")
-    if "@" in reference and which in model.aliases and not _has_version(client, name, model.aliases[which]):
-        raise UserError(
-            f"the version {model.aliases[which]} that {reference} points at was deleted",
-            where=reference,
-            hint="publish it again: orchestrator publish FILE",
-        )
-    if "@" not in reference and not (which.isdecimal() and int(which) < 2**31):
-        raise UserError(
-            f"{name} has no version {shortened(which, 40)!r}", where=reference, hint=f"there is {aliases}"
-        )
-    try:
-        if "@" in reference:
-            return client.get_model_version_by_alias(name, which)
-        return client.get_model_version(name, which)
-    except MlflowException as error:
-        what = "alias" if "@" in reference else "version"
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        raise UserError(
-            f"{name} has no {what} {which!r}", where=reference, hint=f"there is {aliases}"
-        ) from error
-
-
-def _has_version(client: MlflowClient, name: str, number: object) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_model_version(name, str(number))
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-    return True

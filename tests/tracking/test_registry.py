@@ -108,8 +108,10 @@ def test_what_is_pulled_others_may_read(run: SpooledRun, uri: str, tmp_path: Pat
         ("food-vit@bst", "food-vit@best"),
         ("food-vit/7", "food-vit@best"),
         ("food-vit/x", "food-vit@best"),
-        ("food-vit", "food-vit@best"),
         ("food-vit@", "food-vit@best"),
+        ("food-vit:", "food-vit@best"),
+        ("food-vit:7", "food-vit@best"),
+        ("food-vit:latest", "food-vit@best"),
     ],
 )
 def test_wrong_references_name_the_right_one(
@@ -121,6 +123,27 @@ def test_wrong_references_name_the_right_one(
     assert hint in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_version_that_a_reference_means(run: SpooledRun, uri: str, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        folder = model(tmp_path / str(number), number)
+        assert (
+            registry.publish(run, "food-vit", folder, LINEAGE, "best" if number < 3 else "challenger")
+            == number
+        )
+
+    def pulled(reference: str) -> str:
+        found = registry.fetch(reference, tmp_path / f"out {reference.replace('/', ' ')}", uri)
+        assert (load_file(found.folder / "model.safetensors")["weight"] == found.version).all()
+        return str(found)
+
+    assert pulled("food-vit@best") == "food-vit version 2 (@best)"
+    assert pulled("food-vit:1") == pulled("food-vit/1") == "food-vit version 1"
+    assert pulled("food-vit") == "food-vit version 3", "the newest: there is no champion"
+    registry.publish(run, "food-vit", tmp_path / "1", LINEAGE, "champion")
+    shutil.rmtree(tmp_path / "out food-vit")
+    assert pulled("food-vit") == "food-vit version 1 (@champion)"
 
 
 def test_pull_overwrites_nothing_and_trusts_nothing(run: SpooledRun, uri: str, tmp_path: Path) -> None:
