@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from orchestrator.cli.terminal import console
+
+Format = Literal["safetensors", "timm", "transformers", "onnx", "torch-export"]
 
 
 def pull(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="NAME@ALIAS",
-            help="The registered model, as NAME@ALIAS or NAME/VERSION.",
+            metavar="NAME[@ALIAS|:VERSION]",
+            help="The registered model. Of a bare NAME the champion is taken, or the newest version if there is none.",
             show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to create.", show_default=False)],
+    format_: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="What the folder is for. All but safetensors, which this package loads, are loaded again by their "
+            "library in a fresh process, and kept only if the outputs are the same.",
+        ),
+    ] = "safetensors",
     tracking: Annotated[
         str,
         typer.Option(help="The address of the MLflow server or database.", envvar="MLFLOW_TRACKING_URI"),
@@ -31,8 +41,24 @@ def pull(
         ),
     ] = None,
 ) -> None:
-    """Download a published model from the registry into a folder."""
-    from orchestrator.tracking.registry import pull as fetch
+    """Download a published model from the registry into a folder, in a format of choice."""
+    if format_ == "safetensors":
+        from orchestrator.tracking.registry import fetch
 
-    folder = fetch(model, out, tracking, store)
-    console().print(f"[green]✓[/] {model} is in [bold]{folder}[/]", highlight=False, soft_wrap=True)
+        pulled = fetch(model, out, tracking, store)
+        console().print(
+            f"[green]✓[/] {pulled} is in [bold]{pulled.folder}[/]", highlight=False, soft_wrap=True
+        )
+        return
+    from orchestrator.pipeline.export import pull_as
+
+    exported = pull_as(format_, model, out, tracking, store)
+    for one in exported.differences:
+        size = f"{one.batch} × {one.height} × {one.width}"
+        console().print(f"  {size:<16} largest difference {one.value:.1e}", highlight=False, soft_wrap=True)
+    console().print(
+        f"[green]✓[/] {exported.pulled} is in [bold]{exported.pulled.folder}[/] for {exported.library}: "
+        "load.py loads it, README.md says how",
+        highlight=False,
+        soft_wrap=True,
+    )
