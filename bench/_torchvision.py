@@ -7,6 +7,7 @@ run it too.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,11 +34,11 @@ def mend_torchvision() -> None:
 
 
 def for_other_processes(folder: Path) -> str:
-    """A folder to put on PYTHONPATH: Python processes begin with :func:`mend_torchvision` then.
+    """A PYTHONPATH, this process's with a folder before it: processes that get it begin with :func:`mend_torchvision`.
 
     Args:
         folder: is written to.
     """
     code = f"import runpy\n_kept = runpy.run_path({str(Path(__file__).resolve())!r})\n_kept['mend_torchvision']()\n"
     (folder / "sitecustomize.py").write_text(code)
-    return str(folder)
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
