@@ -69,7 +69,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             None,
             "load_torch_export.py",
             "The file is a graph of ATen operators with its weights, for torch.export, AOTInductor and ExecuTorch. "
-            "`torch.export.load` uses pickle for parts of some files: load files that you made, or that you trust.",
+            "`torch.export.load` can run code that is in a file: load files that you made, or that you trust.",
         ),
     }
 )

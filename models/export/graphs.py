@@ -55,6 +55,8 @@ def write_onnx(model: Backbone, preprocessing: Preprocessing, folder: Path) -> N
             f=folder / ONNX,
             input_names=[INPUT],
             output_names=list(OUTPUTS),
+            # The names of the axes.
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
             external_data=size > _LARGEST_ONNX,
             dynamo=True,
             verbose=False,
@@ -76,7 +78,10 @@ def _exported(model: Backbone) -> torch.export.ExportedProgram:
         3: patch * torch.export.Dim("columns", min=2),
     }
     with torch.no_grad(), _quiet():
-        return torch.export.export(_Graph(model).eval(), (example,), dynamic_shapes=(shape,), strict=False)
+        program = torch.export.export(_Graph(model).eval(), (example,), dynamic_shapes=(shape,), strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # has paths of this machine
+    return program
 
 
 @contextlib.contextmanager
