@@ -37,10 +37,19 @@ def main(folder: Path, exchange: Path) -> int:
             found[f"patches.{name}"] = np.ascontiguousarray(patches)
         save_file(found, exchange / "found.safetensors")
     except Exception as error:  # of any library, broken in any way
-        said = {"step": step, "error": f"{type(error).__name__}: {error}"}
+        said = {"step": step, "error": _told(error)}
         (exchange / "error.json").write_text(json.dumps(said))
         return 1
     return 0
+
+
+def _told(error: BaseException) -> str:
+    """What an error says, and what the first of those that brought it about says: libraries hide that."""
+    first = error
+    while (before := first.__cause__ or first.__context__) is not None:
+        first = before
+    said = f"{type(error).__name__}: {error}"
+    return said if first is error else f"{said} ({type(first).__name__}: {first})"
 
 
 def _imported(path: Path) -> ModuleType:

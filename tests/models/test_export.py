@@ -269,11 +269,20 @@ def test_every_size_and_output_is_compared(tmp_path: Path) -> None:
     assert not any(one.is_small for one in fake(tmp_path, "patches[0, 0, 0] = np.nan"))
 
 
+_HIDDEN = """
+try:
+    raise ValueError("no torchvision")
+except ValueError:
+    raise ImportError("no model")
+"""
+
+
 def test_what_goes_wrong_in_the_other_process_is_said(tmp_path: Path) -> None:
     for wanted, step, options in (
         ("No module named 'no_such_library'", "import", {"head": "import no_such_library\n"}),
         ("import of orchestrator halted", "import", {"head": "import orchestrator\n"}),
         ("KeyError: 'weights'", "load", {"load": "{}['weights']"}),
+        ("ImportError: no model .ValueError: no torchvision.", "import", {"head": _HIDDEN}),
         (
             r"patches is \(2, 16, 5\), not \(2, 16, 4\)",
             "run",
