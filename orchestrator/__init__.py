@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from orchestrator.api import Model, Planned, Result, RunError, embed, load, plan, run
+    from orchestrator.api import Planned, Result, RunError, plan, run
     from orchestrator.config.settings import in_key_if_set, operational
     from orchestrator.data.augmentation import Augmentation
     from orchestrator.data.index import ImageIndex
     from orchestrator.errors import Stopped, UserError
+    from orchestrator.inference.model import ImageFeatures, Model, embed, load
     from orchestrator.models.configs import ConvNeXtConfig, ViTConfig
     from orchestrator.models.convnext import ConvNeXt
     from orchestrator.models.vit import VisionTransformer
@@ -41,12 +42,13 @@ if TYPE_CHECKING:
     from orchestrator.training.task import BlockTensors, Losses, Modules, Task
 
 _HOMES = {
-    "api": ("Model", "Planned", "Result", "RunError", "embed", "load", "plan", "run"),
+    "api": ("Planned", "Result", "RunError", "plan", "run"),
     "data.augmentation": ("Augmentation",),
     "training.job": ("Job",),
     "training.task": ("BlockTensors", "Losses", "Modules", "Task"),
     "errors": ("Stopped", "UserError"),
     "data.index": ("ImageIndex",),
+    "inference.model": ("ImageFeatures", "Model", "embed", "load"),
     "models.configs": ("ConvNeXtConfig", "ViTConfig"),
     "models.convnext": ("ConvNeXt",),
     "models.vit": ("VisionTransformer",),
@@ -76,6 +78,7 @@ __all__ = [
     "ConvNeXt",
     "ConvNeXtConfig",
     "Features",
+    "ImageFeatures",
     "ImageIndex",
     "Input",
     "Job",

@@ -1,4 +1,4 @@
-"""The functions that `import orchestrator` gives (docs/python.md). They import what is heavy when they are called."""
+"""Pipelines from Python (docs/python.md). What is heavy is imported when a function is called."""
 
 from __future__ import annotations
 
@@ -6,30 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from orchestrator.errors import Stopped, UserError, first_line, printable, shortened
-from orchestrator.fsio import open_regular
+from orchestrator.errors import Stopped, UserError, shortened
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from PIL import Image
-
-    from orchestrator.models import Backbone
-    from orchestrator.models.wrapped_backbone import WrappedBackbone
     from orchestrator.pipeline.load import LoadedPipeline
     from orchestrator.pipeline.plan import Choice
     from orchestrator.pipeline.workspace import Workspace
-    from orchestrator.stages.common.aligned import Aligned
     from orchestrator.storage.artifacts import Artifact
 
-    # A path, a PIL image, or uint8 RGB (H, W, 3).
-    ImageLike = str | Path | Image.Image | NDArray[np.uint8]
-
 _STOPPED = 130
-# Pixels a side of what a model sees: beyond any.
-_MAX_SIDE = 2**14
 
 
 class RunError(RuntimeError):
@@ -88,19 +75,6 @@ class Result:
             UserError: its files are not as they were written.
         """
         return self._workspace.artifacts().fetch(self._artifact)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A trained model to embed with.
-
-    Attributes:
-        module: a torch module in eval mode, or a vision and a text tower in one space.
-        image_size: pixels a side that it was trained for; None where that is not known.
-    """
-
-    module: Backbone | WrappedBackbone | Aligned
-    image_size: int | None = None
 
 
 def run(
@@ -190,190 +164,11 @@ def plan(
     }
 
 
-def load(folder: str | os.PathLike[str], *, trust_module: str | Sequence[str] = ()) -> Model:
-    """A trained model from a folder, on the CPU, in eval mode.
-
-    Args:
-        folder: what `orchestrator pull` fetched, `model/` or `aligned/` of a stage's artifact, or the artifact itself.
-            Weights in other layouts that are known (docs/models.md) load as well.
-        trust_module: packages or modules that may be imported if the folder says that its network is made by them,
-            such as "my_nets". That runs their code, so by default none is.
-
-    Raises:
-        UserError: nothing there, no model that is known, or one that a module makes which is not trusted.
-    """
-    import json
-
-    from orchestrator.models.wrapped_backbone import UntrustedModuleError, is_wrapped, load_wrapped
-
-    path = _path(folder)
-    trusted = (trust_module,) if isinstance(trust_module, str) else trust_module
-    if not isinstance(trusted, (list, tuple)) or not all(isinstance(each, str) for each in trusted):
-        what = f"trust_module is {shortened(repr(trust_module), 80)}"
-        raise UserError(what, hint='give the name of a package, such as "my_nets"')
-    for inside in ("model", "aligned"):
-        if (path / inside / "config.json").is_file():
-            path = path / inside
-            break
-    config = path / "config.json"
-    try:
-        record: Any = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if not isinstance(record, dict):
-            raise ValueError(f"{config.name} holds no mapping")
-        if "output_dim" in record:
-            from orchestrator.stages.common.aligned import load_aligned
-
-            aligned = load_aligned(path)
-            return Model(aligned, aligned.image_size)
-        from orchestrator.models.convert import load_any
-
-        extra = record.get("extra") or {}
-        if not isinstance(extra, dict):
-            raise ValueError(f"`extra` of {config.name} is no mapping")
-        size = extra.get("image_size")
-        if size is not None:
-            _check_number("image_size", size, _MAX_SIDE)
-        if is_wrapped(path):
-            return Model(load_wrapped(path, trusted), size)
-        return Model(load_any(path), size)
-    except UntrustedModuleError as error:
-        hint = f"if you trust it, give trust_module={error.module.partition('.')[0]!r}"
-        raise UserError(str(error), where=str(path), hint=hint) from error
-    except Exception as error:
-        # Files from anywhere may be anything; what they make json, safetensors or torch raise is of any type.
-        raise UserError(
-            f"no model can be loaded: {shortened(first_line(printable(error)), 300)}",
-            where=str(path),
-            hint="give a folder of `orchestrator pull`, or model/ of a stage's artifact",
-        ) from error
-
-
-def embed(
-    model: Model | Backbone | str | os.PathLike[str],
-    images: ImageLike | Sequence[ImageLike] | None = None,
-    *,
-    texts: Sequence[str] | None = None,
-    size: int | None = None,
-    batch: int = 32,
-) -> NDArray[np.float32]:
-    """Vectors of length 1 of images, or of texts where the model has a text tower.
-
-    Args:
-        model: of :func:`load`, its folder, or a torch module of `orchestrator.models`.
-        images: one image or several: a path, a PIL image, or uint8 RGB (H, W, 3).
-        texts: instead of images.
-        size: pixels a side at which images are seen. Default: what the model was trained for.
-        batch: the number of images in one forward pass.
-
-    Returns:
-        float32 (N, D), a row each; (D,) of a single image.
-
-    Raises:
-        UserError: no such model or file, a file that is no image, a size that the model cannot take, or texts for a
-            model that takes none.
-    """
-    if size is not None:
-        _check_number("size", size, _MAX_SIDE)
-    _check_number("batch", batch, 2**20)
-    loaded = _model(model)
-    embed_texts = getattr(loaded.module, "embed_texts", None)
-    if (images is None) == (texts is None):
-        raise UserError("embed takes images or texts, and one of them")
-    if texts is not None:
-        if embed_texts is None:
-            raise UserError("this model has no text tower", hint="load what a stage of kind align_text made")
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserError("texts is a list of texts", hint='give texts=["a dog", "a cat"]')
-        vectors: NDArray[np.float32] = embed_texts(list(texts))
-        return vectors
-    assert images is not None
-    is_one = not isinstance(images, (list, tuple))
-    photos: list[ImageLike] = [images] if is_one else list(images)  # type: ignore[list-item, arg-type]
-    found = _embedded(loaded, photos, size, batch)
-    return found[0] if is_one else found
-
-
-def _embedded(model: Model, photos: Sequence[ImageLike], size: int | None, batch: int) -> NDArray[np.float32]:
-    import numpy as np
-    import torch
-    from torch.nn.functional import normalize
-
-    from orchestrator.models import preprocess
-    from orchestrator.stages.common.aligned import Aligned
-
-    module = model.module
-    if isinstance(module, Aligned):
-        if size not in (None, module.image_size):
-            raise UserError(f"this model sees images at {module.image_size} pixels", hint="leave `size` out")
-        return module.embed_images([np.asarray(_opened(photo).convert("RGB")) for photo in photos])
-    size = size or model.image_size
-    patch = module.patch_size
-    if size is None or size % patch:
-        what = f"the model's patches of {patch} pixels do not fill {size} pixels a side"
-        raise UserError(
-            what if size else "it is not known at which size the model sees images",
-            hint=f"give size={max(1, round((size or 224) / patch)) * patch}",
-        )
-    device = next(module.parameters()).device
-    rows = []
-    with torch.inference_mode():
-        for start in range(0, len(photos), batch):
-            taken = [preprocess(_opened(photo), size) for photo in photos[start : start + batch]]
-            rows.append(normalize(module(torch.cat(taken).to(device)).cls.float(), dim=-1).cpu())
-    vectors: NDArray[np.float32] = torch.cat(rows).numpy() if rows else np.empty((0, 0), np.float32)
-    return vectors
-
-
-def _opened(photo: ImageLike) -> Image.Image:
-    from PIL import Image
-
-    from orchestrator.config.schema import MAX_PIXELS
-    from orchestrator.data.decode import FORMATS
-
-    if isinstance(photo, Image.Image):
-        return photo
-    where = str(photo) if isinstance(photo, (str, os.PathLike)) else None
-    try:
-        if isinstance(photo, (str, os.PathLike)):
-            # A pipe is not waited for, and the size is compared before any pixel is decoded.
-            with open_regular(os.fspath(photo)) as file, Image.open(file, formats=tuple(FORMATS)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} × {image.height} is more than {MAX_PIXELS:,} pixels")
-                image.load()
-                return image
-        made = Image.fromarray(photo)
-    except (OSError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-        raise UserError(f"this is no image: {shortened(first_line(error), 200)}", where=where) from error
-    if 0 in made.size:
-        raise UserError(f"this is no image: it has {made.width} × {made.height} pixels")
-    return made
-
-
 def _path(given: object) -> Path:
     """Raises UserError unless `given` is a path."""
     if not isinstance(given, (str, os.PathLike)):
         raise UserError(f"this is no path: {shortened(repr(given), 80)}")
     return Path(given)
-
-
-def _check_number(name: str, value: object, most: int) -> None:
-    """Raises UserError unless `value` is a whole number from 1 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise UserError(
-            f"{name} is {shortened(repr(value), 40)}", hint=f"give a whole number from 1 to {most}"
-        )
-
-
-def _model(model: Model | Backbone | str | os.PathLike[str]) -> Model:
-    if isinstance(model, Model):
-        return model
-    if isinstance(model, (str, os.PathLike)):
-        return load(model)
-    if not callable(model):
-        raise UserError(
-            f"this is no model: {shortened(repr(model), 80)}", hint="give what `load` returns, or its folder"
-        )
-    return Model(model)
 
 
 def _loaded(file: str | os.PathLike[str], overrides: Sequence[str], *, needs_data: bool) -> LoadedPipeline:

@@ -19,6 +19,7 @@ from orchestrator.cli.run import publish, resume, run
 from orchestrator.cli.simulate import simulate
 from orchestrator.cli.state import doctor, gc, inspect, logs, status, sync, verify
 from orchestrator.cli.terminal import print_error, refusal
+from orchestrator.cli.use import embed, search
 from orchestrator.errors import TerminatedError, UserError
 
 app = typer.Typer(
@@ -49,7 +50,8 @@ def options(
 
 # In the order of `--help`, which lists groups after commands.
 for command in (
-    init, run, resume, publish, plan, status, sync, gc, logs, pull, rollback, models, explain, schema, simulate, verify,
+    init, run, resume, publish, plan, status, sync, gc, logs, pull, rollback, embed, search, models, explain, schema,
+    simulate, verify,
     doctor,
 ):  # fmt: skip
     app.command()(command)

@@ -194,6 +194,54 @@ def _tiff_bits(image: Image.Image) -> int:
     return first if isinstance(first, int) else 8
 
 
+def square(pixels_HWC: Pixels, size: int) -> Pixels:
+    """The centre of a picture, (size, size, 3): shorter side resized to `size` (bicubic, antialiased), cropped."""
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels_HWC), (size, size), Image.Resampling.BICUBIC))
+
+
+def read_square(
+    path: Path | str,
+    size: int,
+    max_pixels: int = MAX_PIXELS,
+    on_bytes: Callable[[bytes], None] = lambda data: None,
+) -> Pixels:
+    """The centred square of an image file: what models see in evaluation, in embedding and in search.
+
+    Args:
+        path: the file.
+        size: pixels a side.
+        max_pixels, on_bytes: see :func:`use_rgb`.
+
+    Returns:
+        (size, size, 3) uint8, RGB.
+
+    Raises:
+        UnreadableImage: as :func:`read_rgb`.
+    """
+
+    def cut(pixels_HWC: Pixels) -> Pixels:
+        if 0 in pixels_HWC.shape:
+            raise UnreadableImage(path, "it has no pixels")
+        return square(pixels_HWC, size)
+
+    # JPEGs decoded at twice the side leave the resampling of large photos to the antialiased bicubic filter.
+    return use_rgb(path, cut, 2 * size, max_pixels, on_bytes)
+
+
+def rgb_of(image: Image.Image) -> Pixels:
+    """The pixels of an image that Pillow has opened, by the rules of :func:`read_rgb`.
+
+    Raises:
+        UnreadableImage: it is broken, or its values have no defined range.
+    """
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image), "the image")
+    except UnreadableImage:
+        raise
+    except Exception as error:  # Pillow decodes late, and its plugins raise anything
+        raise UnreadableImage("the image", str(error)[:200] or type(error).__name__) from error
+
+
 def _read(file: io.BufferedReader, most: int) -> bytes:
     """The first bytes of a file, or all: it may have grown since its size was asked for."""
     data: bytes | None = file.read(most)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
+import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CONTENT_TAG = "orchestrator.sha256"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _SUFFIXES = (".safetensors", ".json", ".md", ".png")
 # MLflow reads it and finds there how to load the model.
 _MLMODEL = "MLmodel"
@@ -229,9 +232,7 @@ def fetch(reference: str, out: Path, uri: str, store: str | None = None) -> Pull
             the files are not those that were trained and published.
     """
     out = free(out)
-    require_database(uri)
-    with answering(uri, where=uri):
-        client = connect(uri)
+    client = _client_of(uri)
     from mlflow.artifacts import download_artifacts
 
     out = out.absolute()
@@ -293,29 +294,80 @@ def free(out: Path) -> Path:
     return out
 
 
-def cached(reference: str, uri: str, cache: Path) -> Path:
-    """The folder below `cache` with `name@alias` or `name/version`, downloaded if it is not there yet.
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model: its name, its number, and the digest of its files ("" if it has none)."""
 
-    An alias is asked for each time. What it names is there by version and content, so that a folder never changes.
+    name: str
+    number: str
+    content: str
+
+
+def version_of(reference: str, uri: str) -> Version:
+    """The version that a reference means now. Fetches none of its files.
+
+    Args:
+        reference: the model, see :func:`orchestrator.tracking.references.resolve`.
+        uri: of MLflow.
 
     Raises:
-        UserError: as :func:`pull`.
+        UserError: no such model, alias or version; or MLflow cannot be reached.
     """
-    database = database_path(uri)
-    if database is not None and not database.is_file():
+    client = _client_of(uri)
+    with answering(uri, where=uri):
+        found, _ = interruptibly(lambda: resolve(client, reference), uri, None, f"looking up {reference}")
+    return Version(found.name, str(found.version), found.tags.get(CONTENT_TAG, ""))
+
+
+def cached(reference: str, uri: str, cache: Path) -> tuple[Version, Path]:
+    """A registered model out of a folder of models by their content; pulled first if it is not there whole.
+
+    An alias is asked for each time. A folder never changes.
+
+    Raises:
+        UserError: as :func:`pull`; or the cache cannot be written.
+    """
+    version = version_of(reference, uri)
+    if not _DIGEST.fullmatch(version.content):
         raise UserError(
-            f"there is no MLflow database at {database}, so {reference} cannot be downloaded",
-            where="tracking.uri",
-            hint="set tracking.uri to the database or server that the model was published to",
+            f"{reference} was published without the sha256 of its files",
+            where=reference,
+            hint="publish it again",
         )
-    with answering(uri):
-        client = connect(uri)
-        version, _ = interruptibly(lambda: resolve(client, reference), uri, None, f"looking up {reference}")
-    place = f"{absolute_uri(uri)}\n{version.name}\n{version.version}\n{version.tags.get(CONTENT_TAG, '')}"
-    folder = cache / hashlib.sha256(place.encode()).hexdigest()[:32]
-    if not (folder / "config.json").is_file():
-        pull(f"{version.name}/{version.version}", folder, uri)
-    return folder
+    folder = cache / version.content
+    if _is_whole(folder, version.content):
+        return version, folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(
+            f"the cache cannot be written: {why(error)}",
+            where=str(folder),
+            hint="name another folder in the environment variable ORCHESTRATOR_CACHE",
+        ) from error
+    try:
+        pull(f"{version.name}/{version.number}", folder, uri)
+    except UserError:
+        # Another process may have fetched the same in the meantime.
+        if not _is_whole(folder, version.content):
+            raise
+    return version, folder
+
+
+def _is_whole(folder: Path, content: str) -> bool:
+    try:
+        return folder.is_dir() and content_digest(_contents(folder)) == content
+    except OSError:
+        return False
+
+
+def _client_of(uri: str) -> MlflowClient:
+    """A client of a registry that is there. Raises UserError."""
+    require_database(uri)
+    with answering(uri, where=uri):
+        return connect(uri)
 
 
 def content_digest(files: Mapping[str, str]) -> str:

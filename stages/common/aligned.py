@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from orchestrator.models import (
+    Backbone,
     BertConfig,
     BertEncoder,
     BertTower,
@@ -68,6 +69,11 @@ class Aligned:
         self._text.load_state_dict(load_file(folder / "text.safetensors"))
 
     @property
+    def tower(self) -> Backbone:
+        """The vision tower alone, whose features are not yet in the common space."""
+        return self._tower
+
+    @property
     def patch_size(self) -> int:
         """Pixels a side of what one patch stands for."""
         return int(self._tower.patch_size)
@@ -82,8 +88,13 @@ class Aligned:
         parts = [np.empty((0, self.dim), np.float32)]
         for start in range(0, len(images), _BATCH):
             features = self._features(images[start : start + _BATCH], self.image_size)
-            parts.append(_unit(self._aligner(features)))
+            parts.append(self.embed_features(features))
         return np.concatenate(parts)
+
+    @torch.no_grad()
+    def embed_features(self, features: Features) -> Floats:
+        """Features of `tower`, of N photos → L2-normalised float32 (N, dim)."""
+        return _unit(self._aligner(features))
 
     @torch.no_grad()
     def embed_patches(self, images: Sequence[NDArray[np.uint8]], size: int | None = None) -> list[Floats]:

@@ -113,7 +113,7 @@ class Weights(Settings):
             from orchestrator.storage.cache_folder import cache_folder
             from orchestrator.tracking.registry import cached
 
-            self._fetched = cached(self.registry, uri, cache_folder() / "registry")
+            _, self._fetched = cached(self.registry, uri, cache_folder() / "models")
 
     @property
     def folder(self) -> Path | None:

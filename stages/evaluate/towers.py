@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from orchestrator.data.decode import UnreadableImage, read_rgb
+from orchestrator.data.decode import UnreadableImage, read_rgb, read_square
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.errors import UserError
@@ -75,7 +74,7 @@ class Crops:
         self._kept: dict[int, Pixels] = {}
 
     def at(self, size: int) -> Pixels:
-        """Uint8 (N, size, size, 3): what `orchestrator.models.embed` sees, but for JPEGs decoded smaller."""
+        """Uint8 (N, size, size, 3), as `orchestrator.embed` sees them."""
         if size not in self._kept:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 self._kept[size] = np.stack(list(pool.map(partial(self._square, size=size), self.rows)))
@@ -83,19 +82,17 @@ class Crops:
 
     def _square(self, row: int, size: int) -> Pixels:
         self._check()
-        # Twice the side leaves the resampling of large photos to the antialiased bicubic filter.
-        photo = Image.fromarray(read_photo(self._index, row, min_side=2 * size))
-        return np.asarray(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC))
+        return read_photo(self._index, row, partial(read_square, size=size))
 
 
-def read_photo(index: ImageIndex, row: int, min_side: int | None = None) -> Pixels:
-    """A photo of the index.
+def read_photo(index: ImageIndex, row: int, read: Callable[[Path], Pixels] = read_rgb) -> Pixels:
+    """What `read` makes of the file of a photo of the index, by default all its pixels.
 
     Raises:
         UserError: its file is gone or broken since the index was made.
     """
     try:
-        return read_rgb(index.path(row), min_side)
+        return read(index.path(row))
     except UnreadableImage as error:
         raise UserError(
             f"a photo of the index cannot be read any more: {error.reason}",

@@ -159,12 +159,33 @@ def list_images(source: DataSource, name: str) -> Listing:
         kept = tuple(item for item in listing.left_out if not _is_captions(source, item.path))
         listing = Listing(listing.files, kept)
     if not listing.files:
-        raise UserError(
-            f"there are no images in {source.path}" + _most_common(listing.left_out),
-            where=f"data.{name}.path",
-            hint=f"image files end in {', '.join(sorted(SUFFIXES))}",
-        )
+        raise _no_images(source.path, listing, where=f"data.{name}.path")
     return listing
+
+
+def list_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Listing:
+    """What is below a folder that no pipeline file names; else as :func:`list_images`.
+
+    Raises:
+        UserError: no such folder, or no images in it.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(
+            f"{shown(str(folder))} {what}", where=shown(str(folder)), hint="give a folder of images"
+        )
+    listing = _Walk(folder, max_pixels).listing()
+    if not listing.files:
+        raise _no_images(folder, listing, where=shown(str(folder)))
+    return listing
+
+
+def _no_images(folder: Path, listing: Listing, where: str) -> UserError:
+    return UserError(
+        f"there are no images in {shown(str(folder))}" + _most_common(listing.left_out),
+        where=where,
+        hint=f"image files end in {', '.join(sorted(SUFFIXES))}",
+    )
 
 
 def _is_captions(source: DataSource, path: str) -> bool:

@@ -1,0 +1,55 @@
+"""How far a command is that goes through images: a bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from orchestrator.pipeline.console import duration
+
+_LINE_S = 5.0
+
+
+class ImageProgress:
+    """A context that is called with the number of images done, and of all; it shows nothing before the first call.
+
+    Attributes:
+        seconds: from the beginning of the context to the last call.
+    """
+
+    def __init__(self, console: Console, doing: str = "embedding") -> None:
+        self._console, self._doing = console, doing
+        self._bar = Progress(
+            TextColumn("  {task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(doing, total=None, visible=False, rate="")
+        self.seconds = 0.0
+
+    def __enter__(self) -> ImageProgress:
+        self._began = self._line = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.seconds = max(now - self._began, 1e-9)
+        rate = f"{done / self.seconds:,.1f} images/s"
+        self._bar.update(self._task, completed=done, total=total, rate=rate, visible=True)
+        if not self._console.is_terminal and now - self._line >= _LINE_S and done:
+            self._line = now
+            left = duration(self.seconds * (total - done) / done)
+            line = f"  {self._doing}: {done:,} of {total:,} images, {rate}, {left} left"
+            self._console.print(Text(line), soft_wrap=True)

@@ -1,0 +1,155 @@
+"""A folder of images as a file of embeddings, in one pass and in bounded memory; every file is accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.config.schema import MAX_PIXELS
+from orchestrator.data.decode import Pixels, UnreadableImage, read_square
+from orchestrator.data.sources.folder import LeftOut, Listing, shown
+from orchestrator.errors import UserError
+from orchestrator.inference.embeddings import EmbeddedFile, Made, writing
+from orchestrator.inference.images import in_order
+from orchestrator.inference.model import Model
+
+Progress = Callable[[int, int], None]
+"""Is told how many files were handled, and of how many."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What came of a folder.
+
+    Attributes:
+        num_images: with a vector.
+        dim: of a vector.
+        unreadable: image files that could not be decoded, and why.
+        left_out: what was not taken for an image, and why.
+    """
+
+    num_images: int
+    dim: int
+    unreadable: tuple[LeftOut, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True)
+class _Read:
+    file: EmbeddedFile
+    square: Pixels | None
+    error: str | None
+
+
+def made_of(folder: Path, listing: Listing, model: str, weights: str, size: int) -> Made:
+    """How the embeddings of a folder as it is now would be made; see :class:`Made` for the arguments."""
+    return Made(model, weights, size, str(folder.resolve()), _digest(folder, listing))
+
+
+def embed_folder(
+    model: Model,
+    listing: Listing,
+    out: Path,
+    made: Made,
+    *,
+    batch: int,
+    loaders: int,
+    progress: Progress = lambda done, total: None,
+    max_pixels: int = MAX_PIXELS,
+    group_rows: int | None = None,
+) -> Embedded:
+    """Embed all images of a folder, in the order of their paths.
+
+    Args:
+        model: of :func:`orchestrator.load`.
+        listing: of the folder `made.folder`.
+        out: the file to write, in a folder that is there; it appears when it is whole.
+        made: how; `made.size` is the side at which images are seen.
+        batch: images in one forward pass.
+        loaders: threads that read images; up to two batches wait for the model.
+        progress: called after each batch.
+        max_pixels: the largest width × height of an image.
+        group_rows: see :func:`writing`.
+
+    Raises:
+        UserError: none of the files can be read.
+        OSError: the file cannot be written.
+    """
+    from orchestrator.inference.forward import image_vectors
+
+    root, total = Path(made.folder), len(listing.files)
+    unreadable: list[LeftOut] = []
+    taken: list[_Read] = []
+    num_images = dim = 0
+
+    with writing(out, made, group_rows=group_rows) as writer:
+
+        def flush(seen: int) -> None:
+            nonlocal num_images, dim
+            if taken:
+                vectors_ND = image_vectors(
+                    model.module, [one.square for one in taken if one.square is not None]
+                )
+                writer.add([one.file for one in taken], vectors_ND)
+                num_images, dim = num_images + len(taken), vectors_ND.shape[1]
+                taken.clear()
+            progress(seen, total)
+
+        def read(name: str) -> _Read:
+            return _read(root / name, name, made.size, max_pixels)
+
+        for seen, one in enumerate(in_order(read, listing.files, loaders, ahead=2 * batch), 1):
+            if one.error is None:
+                taken.append(one)
+            else:
+                unreadable.append(LeftOut(shown(one.file.path), one.error))
+            if len(taken) == batch:
+                flush(seen)
+        flush(total)
+        if not num_images:
+            raise UserError(
+                f"none of the {total} image files in {shown(made.folder)} can be read: {by_reason(unreadable)}",
+                where=shown(made.folder),
+            )
+        writer.finish([*listing.left_out, *unreadable])
+    return Embedded(num_images, dim, tuple(unreadable), listing.left_out)
+
+
+def by_reason(left_out: list[LeftOut] | tuple[LeftOut, ...], most: int = 5) -> str:
+    """`3 × hidden; 1 × the file is empty`, the most frequent reasons first."""
+    counts = Counter(item.reason for item in left_out).most_common()
+    named = "; ".join(f"{count:,} × {reason}" for reason, count in counts[:most])
+    return f"{named}; and {len(counts) - most} more reasons" if len(counts) > most else named
+
+
+def _digest(folder: Path, listing: Listing) -> str:
+    """A sha256 of the names, sizes and times of change of the images: no file is read for it.
+
+    One that goes while this looks counts as empty; it will be among the unreadable ones.
+    """
+    whole = hashlib.sha256()
+    for name in listing.files:
+        try:
+            status = (folder / name).stat()
+            size, changed = status.st_size, status.st_mtime_ns
+        except OSError:
+            size, changed = 0, 0
+        whole.update(f"{len(name)}:{name} {size} {changed};".encode())
+    return whole.hexdigest()
+
+
+def _read(path: Path, name: str, size: int, max_pixels: int) -> _Read:
+    """A file as a square, with the digest of its content; never raises for what a file is."""
+    seen = [("", 0)]
+
+    def note(data: bytes) -> None:
+        seen.append((hashlib.sha256(data).hexdigest(), len(data)))
+
+    try:
+        square, error = read_square(path, size, max_pixels, note), None
+    except UnreadableImage as problem:
+        square, error = None, problem.reason
+    return _Read(EmbeddedFile(name, *seen[-1]), square, error)

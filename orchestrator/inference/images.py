@@ -1,0 +1,98 @@
+"""Images of any kind as the squares that models see, read by several threads ahead of the model."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from orchestrator.data.decode import Pixels, UnreadableImage, read_square, rgb_of, square
+from orchestrator.data.sources.folder import shown
+from orchestrator.errors import UserError, first_line, shortened
+
+# A path, a PIL image, or uint8 RGB (H, W, 3).
+ImageLike = str | Path | Image.Image | Pixels
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# More threads than that decode no faster than a model embeds, and each holds a picture.
+_MOST_LOADERS = 8
+
+
+def default_loaders() -> int:
+    """The number of threads that read images unless the user says: one for each core that this process may use."""
+    return min(_MOST_LOADERS, len(os.sched_getaffinity(0)))
+
+
+def square_of(image: ImageLike, size: int) -> Pixels:
+    """The centred square of an image, (size, size, 3) uint8. A file is read as in evaluation.
+
+    Args:
+        image: a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        size: pixels a side.
+
+    Raises:
+        UserError: a file that is no image, or something else.
+    """
+    try:
+        if isinstance(image, (str, os.PathLike)):
+            return read_square(Path(image), size)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
+                raise TypeError(f"it is an array of {image.dtype} {image.shape}, not of uint8 (H, W, 3)")
+            if image.ndim == 3 and image.shape[2] == 3:
+                return square(image, size)
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"it is of type {type(image).__name__}")
+        if 0 in image.size:
+            raise ValueError(f"it has {image.width} × {image.height} pixels")
+        return square(rgb_of(image), size)
+    except (UnreadableImage, OSError, ValueError, TypeError) as error:
+        reason = error.reason if isinstance(error, UnreadableImage) else first_line(error)
+        where = shown(str(image)) if isinstance(image, (str, os.PathLike)) else None
+        raise UserError(f"this is no image: {shortened(reason, 200)}", where=where) from error
+
+
+def squares_of(images: Sequence[ImageLike], size: int, batch: int, loaders: int) -> Iterator[list[Pixels]]:
+    """Batches of :func:`square_of` of all images, in order; raises as it."""
+    read = partial(square_of, size=size)
+    if len(images) <= 1:
+        # No thread is worth starting for one.
+        yield from ([read(image)] for image in images)
+        return
+    found = in_order(read, images, loaders, ahead=2 * batch)
+    while taken := list(islice(found, batch)):
+        yield taken
+
+
+def in_order(call: Callable[[T], R], items: Iterable[T], loaders: int, ahead: int) -> Iterator[R]:
+    """What `call` makes of each item, in order, by several threads.
+
+    Args:
+        call: must release the interpreter lock, as decoders do, for threads to help.
+        items: are taken as they are needed.
+        loaders: the number of threads.
+        ahead: the most results that wait for the caller, who may be busy with a model meanwhile.
+    """
+    pool = ThreadPoolExecutor(loaders, thread_name_prefix="loader")
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # Of what nobody takes any more, whatever ended this, nothing is waited for.
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,279 @@
+"""A finished model in Python: loaded from a folder or the registry, asked for features and vectors of images."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.errors import UserError, first_line, printable, shortened
+from orchestrator.inference.images import ImageLike, default_loaders, squares_of
+from orchestrator.inference.reference import SPELLINGS, inner_folder, locate
+
+if TYPE_CHECKING:
+    # torch takes seconds to import, and a plan needs none of it.
+    from orchestrator.models import Backbone
+    from orchestrator.models.wrapped_backbone import WrappedBackbone
+    from orchestrator.stages.common.aligned import Aligned
+
+Floats = NDArray[np.float32]
+
+# Pixels a side of what a model sees: beyond any.
+_MAX_SIDE = 2**14
+
+
+class ImageFeatures(NamedTuple):
+    """What a backbone says of N images, after its final norm, not normalised to a length.
+
+    Attributes:
+        cls: float32 (N, D), a vector an image.
+        patches: float32 (N, P, D), a vector a patch, row by row over `grid`.
+        grid: rows and columns of patches: `patches[0].reshape(*grid, -1)` is the map of the first image.
+    """
+
+    cls: Floats
+    patches: Floats
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model to embed with.
+
+    Attributes:
+        module: a torch module in eval mode, or a vision and a text tower in one space.
+        image_size: pixels a side that it was trained for; None where that is not known.
+    """
+
+    module: Backbone | WrappedBackbone | Aligned
+    image_size: int | None = None
+
+    def features(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        size: int | None = None,
+        batch: int = 32,
+        loaders: int | None = None,
+    ) -> ImageFeatures:
+        """CLS and patch features of images, computed on the module's device and returned on the CPU.
+
+        Every image is seen as `evaluate` sees it: upright, its shorter side resized to `size`, its centre cropped. So
+        all have the same number of patches. Of a model with a text tower, these are its vision tower's features.
+
+        Args:
+            images: one image or several: a path, a PIL image, or uint8 RGB (H, W, 3). One counts as N = 1.
+            size: pixels a side at which images are seen, a multiple of the patch. Default: what the model was trained
+                for.
+            batch: the number of images in one forward pass.
+            loaders: the number of threads that read images. Default: the number of cores, at most 8.
+
+        Raises:
+            UserError: a file that is no image, or a number that cannot be.
+        """
+        from orchestrator.inference.forward import features_of, tower_of
+
+        photos = _several(images)
+        size = side_of(self, size)
+        loaders = checked_loaders(loaders)
+        check_number("batch", batch, 2**20)
+        tower = tower_of(self.module)
+        side = size // tower.patch_size
+        cls = [np.empty((0, tower.dim), np.float32)]
+        patches = [np.empty((0, side * side, tower.dim), np.float32)]
+        for squares in squares_of(photos, size, batch, loaders):
+            cls_ND, patches_NPD = features_of(tower, squares)
+            cls.append(cls_ND)
+            patches.append(patches_NPD)
+        return ImageFeatures(np.concatenate(cls), np.concatenate(patches), (side, side))
+
+
+def load(
+    model: str | os.PathLike[str], *, tracking: str | None = None, trust_module: str | Sequence[str] = ()
+) -> Model:
+    """A trained model from a folder or from the registry, on the CPU, in eval mode.
+
+    A registered model is fetched once for each content, into the cache (`$ORCHESTRATOR_CACHE`, by default
+    `~/.cache/dinov3-orchestrator`), and compared with its sha256 each time.
+
+    Args:
+        model: a folder: what `orchestrator pull` fetched, `model/` or `aligned/` of a stage's artifact, or the artifact
+            itself; weights in other layouts that are known (docs/models.md) load as well. Or a registered model:
+            `NAME@ALIAS`, `NAME:VERSION`, or `NAME` for `NAME@champion`. A `NAME` that is also a folder here is the
+            folder; a text with a `/` in it is always a path.
+        tracking: the address of the MLflow server or database. Default: `$MLFLOW_TRACKING_URI`, else that of
+            `orchestrator pull`.
+        trust_module: packages or modules that may be imported if the folder says that its network is made by them,
+            such as "my_nets". That runs their code, so by default none is.
+
+    Raises:
+        UserError: nothing there, no model that is known, or one that a module makes which is not trusted; the registry
+            cannot be reached, or its files are not those that were published.
+    """
+    trusted = (trust_module,) if isinstance(trust_module, str) else trust_module
+    if not isinstance(trusted, (list, tuple)) or not all(isinstance(each, str) for each in trusted):
+        what = f"trust_module is {shortened(repr(trust_module), 80)}"
+        raise UserError(what, hint='give the name of a package, such as "my_nets"')
+    return load_weights(locate(model, tracking).path, trusted)
+
+
+def load_weights(path: Path, trusted: Sequence[str] = ()) -> Model:
+    """The model of a folder or file on this machine; see :func:`load`."""
+    from orchestrator.models.convert import load_any
+    from orchestrator.models.wrapped_backbone import UntrustedModuleError, is_wrapped, load_wrapped
+    from orchestrator.stages.common.aligned import load_aligned
+
+    path = inner_folder(path)
+    config = path / "config.json"
+    try:
+        record: Any = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if not isinstance(record, dict):
+            raise ValueError(f"{config.name} holds no mapping")
+        if "output_dim" in record:
+            aligned = load_aligned(path)
+            return Model(aligned, aligned.image_size)
+        extra = record.get("extra") or {}
+        if not isinstance(extra, dict):
+            raise ValueError(f"`extra` of {config.name} is no mapping")
+        size = extra.get("image_size")
+        if size is not None:
+            check_number("image_size", size, _MAX_SIDE)
+        if is_wrapped(path):
+            return Model(load_wrapped(path, trusted), size)
+        return Model(load_any(path), size)
+    except UntrustedModuleError as error:
+        hint = f"if you trust it, give trust_module={error.module.partition('.')[0]!r}"
+        raise UserError(str(error), where=str(path), hint=hint) from error
+    except Exception as error:
+        # Files from anywhere may be anything; what they make json, safetensors or torch raise is of any type.
+        raise UserError(
+            f"no model can be loaded: {shortened(first_line(printable(error)), 300)}",
+            where=str(path),
+            hint=f"give {SPELLINGS}",
+        ) from error
+
+
+def embed(
+    model: Model | Backbone | str | os.PathLike[str],
+    images: ImageLike | Sequence[ImageLike] | None = None,
+    *,
+    texts: Sequence[str] | None = None,
+    size: int | None = None,
+    batch: int = 32,
+    loaders: int | None = None,
+) -> Floats:
+    """Vectors of length 1 of images, or of texts where the model has a text tower.
+
+    Args:
+        model: of :func:`load`, what it takes, or a torch module of `orchestrator.models`.
+        images: one image or several: a path, a PIL image, or uint8 RGB (H, W, 3).
+        texts: instead of images.
+        size: pixels a side at which images are seen. Default: what the model was trained for.
+        batch: the number of images in one forward pass.
+        loaders: the number of threads that read images. Default: the number of cores, at most 8.
+
+    Returns:
+        float32 (N, D), a row each; (D,) of a single image.
+
+    Raises:
+        UserError: no such model or file, a file that is no image, a size that the model cannot take, or texts for a
+            model that takes none.
+    """
+    from orchestrator.inference.forward import image_vectors
+
+    if size is not None:
+        check_number("size", size, _MAX_SIDE)
+    check_number("batch", batch, 2**20)
+    loaders = checked_loaders(loaders)
+    loaded = _model(model)
+    if (images is None) == (texts is None):
+        raise UserError("embed takes images or texts, and one of them")
+    if texts is not None:
+        return text_vectors(loaded, texts)
+    assert images is not None
+    photos = _several(images)
+    side = embedding_side(loaded, size)
+    parts = [np.empty((0, loaded.module.dim), np.float32)]
+    parts += [image_vectors(loaded.module, squares) for squares in squares_of(photos, side, batch, loaders)]
+    found = np.concatenate(parts)
+    return found if isinstance(images, (list, tuple)) else found[0]
+
+
+def text_vectors(model: Model, texts: Sequence[str]) -> Floats:
+    """Vectors of length 1 of texts, (N, D).
+
+    Raises:
+        UserError: the model has no text tower, or these are no texts.
+    """
+    embed_texts = getattr(model.module, "embed_texts", None)
+    if embed_texts is None:
+        raise UserError("this model has no text tower", hint="load what a stage of kind align_text made")
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise UserError("texts is a list of texts", hint='give texts=["a dog", "a cat"]')
+    vectors: Floats = embed_texts(list(texts))
+    return vectors
+
+
+def side_of(model: Model, size: int | None) -> int:
+    """Pixels a side at which a model sees images: `size`, or what it was trained for.
+
+    Raises:
+        UserError: neither is known, or the patch does not divide it.
+    """
+    if size is not None:
+        check_number("size", size, _MAX_SIDE)
+    size = size or model.image_size
+    patch = model.module.patch_size
+    if size is None or size % patch:
+        what = f"the model's patches of {patch} pixels do not fill {size} pixels a side"
+        raise UserError(
+            what if size else "it is not known at which size the model sees images",
+            hint=f"give size={max(1, round((size or 224) / patch)) * patch}",
+        )
+    return size
+
+
+def embedding_side(model: Model, size: int | None) -> int:
+    """As :func:`side_of`, for vectors: a model with a text tower has one size, at which the two were aligned."""
+    if hasattr(model.module, "embed_texts") and size not in (None, model.image_size):
+        raise UserError(f"this model sees images at {model.image_size} pixels", hint="leave `size` out")
+    return side_of(model, size)
+
+
+def checked_loaders(loaders: int | None) -> int:
+    """The number of threads that read images. Raises UserError."""
+    if loaders is None:
+        return default_loaders()
+    check_number("loaders", loaders, 2**10)
+    return loaders
+
+
+def check_number(name: str, value: object, most: int) -> None:
+    """Raises UserError unless `value` is a whole number from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise UserError(
+            f"{name} is {shortened(repr(value), 40)}", hint=f"give a whole number from 1 to {most}"
+        )
+
+
+def _several(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+
+
+def _model(model: Model | Backbone | str | os.PathLike[str]) -> Model:
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return load(model)
+    if not callable(model):
+        raise UserError(
+            f"this is no model: {shortened(repr(model), 80)}",
+            hint="give what `load` returns, or what it takes",
+        )
+    return Model(model)
