@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from orchestrator.data.decode import Pixels, UnreadableImage, decode_rgb, square
 
 Floats = NDArray[np.float32]
 _BATCH = 32
@@ -20,16 +20,22 @@ _SIZE = 224
 
 
 class Embedder:
-    """Embeds the column `image` of what MLflow hands over."""
+    """Embeds the column `image` of what MLflow hands over.
 
-    def __init__(self, embed: Callable[[Sequence[Image.Image]], Floats]) -> None:
-        self._embed = embed
+    Args:
+        embed: squares of pixels → their vectors.
+        size: pixels a side of the squares.
+    """
+
+    def __init__(self, embed: Callable[[Sequence[Pixels]], Floats], size: int) -> None:
+        self._embed, self._size = embed, size
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Floats:
         """Photos → float32 (N, D), unit length, row by row.
 
         Args:
-            model_input: a data frame with a column `image`: bytes of JPEG, PNG or WebP files, or base64 of them.
+            model_input: a data frame with a column `image`: bytes of image files of a format that
+                the project decodes (docs/photos.md), or base64 of them. They are seen as in `evaluate`.
             params: none are known.
 
         Raises:
@@ -41,7 +47,7 @@ class Embedder:
             raise ValueError(
                 "the input needs a column `image` with the bytes of a photo in each row"
             ) from None
-        photos = [_decode(cell, row) for row, cell in enumerate(cells)]
+        photos = [_decode(cell, row, self._size) for row, cell in enumerate(cells)]
         parts = [self._embed(photos[start : start + _BATCH]) for start in range(0, len(photos), _BATCH)]
         return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
 
@@ -50,10 +56,10 @@ def _load_pyfunc(path: str) -> Embedder:
     """MLflow's entry point. `path` is a folder of `save_pretrained`, or what `align_text` leaves in `aligned`."""
     folder = Path(path)
     config = json.loads((folder / "config.json").read_text())
-    return Embedder(_aligned(folder) if "output_dim" in config else _backbone(folder, config))
+    return _aligned(folder) if "output_dim" in config else _backbone(folder, config)
 
 
-def _backbone(folder: Path, config: Mapping[str, Any]) -> Callable[[Sequence[Image.Image]], Floats]:
+def _backbone(folder: Path, config: Mapping[str, Any]) -> Embedder:
     import torch
 
     from orchestrator.models import load_pretrained, preprocess
@@ -64,26 +70,27 @@ def _backbone(folder: Path, config: Mapping[str, Any]) -> Callable[[Sequence[Ima
     size = int(config["extra"].get("image_size", _SIZE))
 
     @torch.no_grad()
-    def embed(photos: Sequence[Image.Image]) -> Floats:
+    def embed(photos: Sequence[Pixels]) -> Floats:
         features = model(torch.cat([preprocess(photo, size) for photo in photos]))
         unit: Floats = torch.nn.functional.normalize(features.cls.float(), dim=-1).numpy()
         return unit
 
-    return embed
+    return Embedder(embed, size)
 
 
-def _aligned(folder: Path) -> Callable[[Sequence[Image.Image]], Floats]:
+def _aligned(folder: Path) -> Embedder:
     from orchestrator.stages.common.aligned import load_aligned
 
     model = load_aligned(folder)
-    return lambda photos: model.embed_images([np.asarray(photo.convert("RGB")) for photo in photos])
+    return Embedder(model.embed_images, model.image_size)
 
 
-def _decode(cell: Any, row: int) -> Image.Image:
+def _decode(cell: Any, row: int, size: int) -> Pixels:
+    """The square of a cell's image. Only formats that training decodes are: Pillow would start programs for others."""
     try:
         data = base64.b64decode(cell, validate=True) if isinstance(cell, str) else bytes(cell)
-        photo = Image.open(io.BytesIO(data))
-        photo.load()
-    except (ValueError, TypeError, OSError) as error:
+        return square(decode_rgb(data, f"row {row}", 2 * size), size)
+    except UnreadableImage as error:
+        raise ValueError(f"row {row} of `image` is not an image: {error.reason}") from None
+    except (ValueError, TypeError) as error:
         raise ValueError(f"row {row} of `image` is not an image: {error}") from None
-    return photo

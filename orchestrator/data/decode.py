@@ -195,7 +195,13 @@ def _tiff_bits(image: Image.Image) -> int:
 
 
 def square(pixels_HWC: Pixels, size: int) -> Pixels:
-    """The centre of a picture, (size, size, 3): shorter side resized to `size` (bicubic, antialiased), cropped."""
+    """The centre of a picture, (size, size, 3): shorter side resized to `size` (bicubic, antialiased), cropped.
+
+    Raises:
+        ValueError: the picture has no pixels.
+    """
+    if 0 in pixels_HWC.shape:
+        raise ValueError("it has no pixels")
     return np.asarray(ImageOps.fit(Image.fromarray(pixels_HWC), (size, size), Image.Resampling.BICUBIC))
 
 
@@ -220,9 +226,10 @@ def read_square(
     """
 
     def cut(pixels_HWC: Pixels) -> Pixels:
-        if 0 in pixels_HWC.shape:
-            raise UnreadableImage(path, "it has no pixels")
-        return square(pixels_HWC, size)
+        try:
+            return square(pixels_HWC, size)
+        except ValueError as error:
+            raise UnreadableImage(path, str(error)) from error
 
     # JPEGs decoded at twice the side leave the resampling of large photos to the antialiased bicubic filter.
     return use_rgb(path, cut, 2 * size, max_pixels, on_bytes)

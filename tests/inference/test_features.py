@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import orchestrator
-from orchestrator.data.decode import read_rgb
+from orchestrator.data.decode import read_rgb, square
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError
 from orchestrator.inference import threads as threads_module
@@ -21,6 +21,7 @@ from orchestrator.inference.threads import fitting_threads, flops_of, threads_fo
 from orchestrator.models import build, load_pretrained, normalise, preprocess
 from orchestrator.stages.common.aligned import load_aligned
 from orchestrator.stages.evaluate.towers import Crops
+from orchestrator.stages.serving import _load_pyfunc
 
 from .pictures import READABLE, SIZE, pixels
 
@@ -64,6 +65,16 @@ def test_a_turned_photo_is_seen_upright(photos: Path) -> None:
         assert abs(turned - square_of(image, SIZE)).mean() < 8
 
 
+def test_a_picture_without_pixels_is_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "none.gif").write_bytes(
+        b"GIF89a" + bytes(7) + b",\0\0\0\0\0\0\0\0\0" + b"\x02\x02\x44\x01\0;"
+    )
+    with pytest.raises(UserError, match="this is no image: "):
+        square_of(tmp_path / "none.gif", SIZE)
+    with pytest.raises(ValueError, match="no pixels"):
+        square(np.zeros((0, 3, 3), np.uint8), SIZE)
+
+
 def test_arrays_of_other_shapes_are_images_as_well() -> None:
     grey = pixels(0)[..., 0]
     assert np.array_equal(square_of(grey, SIZE), square_of(np.dstack([grey] * 3), SIZE))
@@ -78,6 +89,16 @@ def test_arrays_of_other_shapes_are_images_as_well() -> None:
 def test_what_is_no_image_is_one_error(image: object) -> None:
     with pytest.raises(UserError, match="this is no image"):
         square_of(image, SIZE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["model", "aligned"])
+def test_a_served_model_sees_the_same_pixels(photos: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind)
+    files = [(photos / name).read_bytes() for name in READABLE]
+    served = _load_pyfunc(str(folder)).predict({"image": files})
+    np.testing.assert_allclose(served, orchestrator.embed(folder, paths(photos)), atol=1e-5)
+    with pytest.raises(ValueError, match="row 0 of `image` is not an image: not an image of a known format"):
+        _load_pyfunc(str(folder)).predict({"image": [b"%!PS-Adobe-3.0 EPSF-3.0\n"]})
 
 
 # --- features -------------------------------------------------------------------------------------------------------
