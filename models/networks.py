@@ -168,11 +168,11 @@ def transformers_network(
     call: Callable[..., Any] = net
     if "interpolate_pos_encoding" in inspect.signature(net.forward).parameters:
         call = partial(net, interpolate_pos_encoding=True)
-    known = {"patch": patch if isinstance(patch, int) else None}
     if blocks is None:
+        known = {"patch": patch if isinstance(patch, int) else None}
         return Network(net, known | ({} if call is net else {"call": call}))
     num_blocks = getattr(net.config, "num_hidden_layers", None)
-    if known["patch"] is None or not isinstance(num_blocks, int):
+    if not isinstance(patch, int) or not isinstance(num_blocks, int):
         raise ValueError(f"transformers' {shown} is no transformer with blocks to choose from")
     indices = blocks.indices(num_blocks)
     norm = next(

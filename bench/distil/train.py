@@ -99,8 +99,8 @@ def distilled(weights: Weights, plan: Plan, seed: int) -> Made:
         own = derive(seed, kind)
         task = partial(FeatureTask, config, student, wanted, prepared.shapes, own)
         blocks = partial(Kept, answers, _PART)
-        net = trained(task, blocks, config.steps, config.optimizer, student.model, own)
-        made[kind] = _saved(net, student.model)
+        net = trained(task, blocks, config.steps, config.optimizer, MODELS[kind], own)
+        made[kind] = _saved(net, MODELS[kind])
     return made, perf_counter() - began
 
 

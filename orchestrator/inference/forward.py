@@ -14,19 +14,21 @@ from orchestrator.data.decode import Pixels
 from orchestrator.inference.model import Model
 from orchestrator.inference.threads import fitting_threads, flops_of
 from orchestrator.models import Backbone, Features, normalise
+from orchestrator.models.wrapped_backbone import WrappedBackbone
 from orchestrator.stages.common.aligned import Aligned
 from orchestrator.training.device import device_type
 
 Floats = NDArray[np.float32]
+Tower = Backbone | WrappedBackbone
 
 
-def tower_of(module: Backbone | Aligned) -> Backbone:
+def tower_of(module: Tower | Aligned) -> Tower:
     """The module that sees images."""
     return module.tower if isinstance(module, Aligned) else module
 
 
 @torch.inference_mode()
-def features_of(tower: Backbone, squares: Sequence[Pixels]) -> tuple[Floats, Floats]:
+def features_of(tower: Tower, squares: Sequence[Pixels]) -> tuple[Floats, Floats]:
     """CLS (N, D) and patch features (N, P, D) of squares (size, size, 3) uint8 of one size, float32 on the CPU."""
     with _computing(tower, squares):
         features = _forward(tower, squares)
@@ -34,7 +36,7 @@ def features_of(tower: Backbone, squares: Sequence[Pixels]) -> tuple[Floats, Flo
 
 
 @torch.inference_mode()
-def image_vectors(module: Backbone | Aligned, squares: Sequence[Pixels]) -> Floats:
+def image_vectors(module: Tower | Aligned, squares: Sequence[Pixels]) -> Floats:
     """Vectors of length 1 of squares (size, size, 3) uint8 of one size: float32 (N, D) on the CPU.
 
     The CLS feature of a backbone; of a model with a text tower the vector in the space of its texts.
@@ -55,17 +57,17 @@ def on_device(model: Model) -> Model:
     return model
 
 
-def _forward(tower: Backbone, squares: Sequence[Pixels]) -> Features:
+def _forward(tower: Tower, squares: Sequence[Pixels]) -> Features:
     images_NCHW = torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
     features: Features = tower(normalise(images_NCHW.to(_device(tower))))
     return features
 
 
-def _computing(tower: Backbone, squares: Sequence[Pixels]) -> AbstractContextManager[None]:
+def _computing(tower: Tower, squares: Sequence[Pixels]) -> AbstractContextManager[None]:
     """Around all that torch computes of a batch: on a CPU as many of its threads as that is worth."""
     is_on_cpu = _device(tower).type == "cpu"
     return fitting_threads(flops_of(tower, len(squares), squares[0].shape[0]) if is_on_cpu else None)
 
 
-def _device(tower: Backbone) -> torch.device:
+def _device(tower: Tower) -> torch.device:
     return next(tower.parameters()).device

@@ -224,8 +224,10 @@ def _query(model: Model, photo: Path | None, text: str | None, side: int) -> Flo
 
     if photo is None:
         assert text is not None
-        return text_vectors(model, [text])[0]
-    return image_vectors(model.module, [square_of(photo, side)])[0]
+        (vector,) = text_vectors(model, [text])
+    else:
+        (vector,) = image_vectors(model.module, [square_of(photo, side)])
+    return vector
 
 
 def _on_device(model: Model) -> Model:

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
-from orchestrator.models import Backbone
 from orchestrator.models.configs import ConvNeXtConfig, ViTConfig
 from orchestrator.models.cost import forward_flops
 
@@ -21,7 +21,7 @@ def threads_for(flops: float, most: int) -> int:
     return max(1, min(most, int(flops / FLOPS_PER_THREAD)))
 
 
-def flops_of(model: Backbone, num_images: int, size: int) -> float | None:
+def flops_of(model: nn.Module, num_images: int, size: int) -> float | None:
     """Operations of a forward pass on square images of `size` pixels a side; None of a model of another kind."""
     config = getattr(model, "config", None)
     if not isinstance(config, (ViTConfig, ConvNeXtConfig)):

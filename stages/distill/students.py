@@ -70,7 +70,8 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
 def _start(config: Distill, context: Context, name: str) -> AbstractContextManager[StartingWeights]:
     """The weights that a student starts from."""
     student = config.students[name]
-    assert student.from_ is not None
+    # The config takes `from` of models alone.
+    assert student.from_ is not None and student.model is not None
     return starting_weights(
         context,
         student.from_,
