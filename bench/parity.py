@@ -148,7 +148,7 @@ def _transformers(config: Config) -> Theirs:
     values = transformers_config(config)
     kind = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     with no_init_weights():  # all weights are replaced
-        model = transformers.AutoModel.from_config(kind).eval()  # type: ignore[no-untyped-call]
+        model = transformers.AutoModel.from_config(kind).eval()
     return model, lambda images: model(images).last_hidden_state
 
 

@@ -26,5 +26,5 @@ def preprocess(folder: str, photo: Image.Image) -> torch.Tensor:
     told = json.loads(Path(folder, "preprocessing.json").read_text())
     side = (told["size"], told["size"])
     pixels = np.asarray(ImageOps.fit(photo.convert("RGB"), side, Image.Resampling.BICUBIC), np.float32) / 255
-    normalised = (pixels - np.float32(told["mean"])) / np.float32(told["std"])
+    normalised = (pixels - np.array(told["mean"], np.float32)) / np.array(told["std"], np.float32)
     return torch.from_numpy(normalised).permute(2, 0, 1)[None]
