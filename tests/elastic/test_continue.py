@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 
 from orchestrator.models import build
 from orchestrator.models.convert import to_layout
+from orchestrator.storage.local import LocalStore
+from orchestrator.training.checkpoint.storage import CheckpointStorage, is_newer
 
 from .conftest import HEADS, Group
 from .test_chunks import saved
@@ -174,6 +176,14 @@ def test_more_steps_go_on_where_fewer_ended(run_stage: RunStage, hub: Path, tmp_
     assert files[0].keys() == files[1].keys()
     lineages = [json.loads((tmp_path / name / "out/lineage.json").read_text()) for name in ("whole", "grown")]
     assert lineages[0] == lineages[1]
+    # In a remote store, a worker on another machine finds the checkpoint, and its group is a newer one.
+    store = LocalStore(tmp_path / "store")
+    CheckpointStorage(tmp_path / "driver", store, "job/checkpoints/").adopt(
+        tmp_path / "shorter/out/checkpoint"
+    )
+    elsewhere = CheckpointStorage(tmp_path / "worker", store, "job/checkpoints/")
+    assert elsewhere.committed() == [STEPS]
+    assert is_newer(elsewhere.take(), elsewhere.whole(STEPS).token)
     # A snapshot that the longer run would not have kept is not kept.
     run_stage("sparse", {**longer, "snapshot_every": 0}, shorter=str(tmp_path / "shorter/out"))
     assert [path.name for path in (tmp_path / "sparse/out/snapshots").iterdir()] == [
