@@ -24,6 +24,7 @@ from orchestrator.pipeline import dag
 from orchestrator.pipeline.cache_key import key_parts
 from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context
+from orchestrator.stages.common.scores import read_scores
 from orchestrator.stages.evaluate.config import Evaluate
 from orchestrator.stages.publish.config import Publish
 from orchestrator.storage.artifacts import Artifact
@@ -234,6 +235,25 @@ def test_models_are_chosen_by_name(
     nothing = replace(now, inputs={}, stages={}, names={}, run=NullRun())
     with pytest.raises(UserError, match="no model to publish"):
         Publish(kind="publish").run(nothing)
+
+
+def test_the_scores_of_a_backbone_are_those_of_its_last_step(tmp_path: Path) -> None:
+    table = {
+        "knn": {"k": K, "num_photos": NUM_PHOTOS, "rows": rows(vit=0.3)},
+        "metrics": {"rank": {"pretrain, step 12": {"rank": 1.0}, "pretrain, step 36": {"rank": 2.0}}},
+    }
+    pretrain = artifact("pretrain", "1" * 64, tmp_path, {})
+    found = evaluation(tmp_path / "labels", table, {"pretrain": "1" * 64}, "9" * 64)
+    scores = read_scores(found, pretrain, "")
+    assert scores is not None
+    assert scores.metrics == {"knn": 0.44, "rank": 2.0, "rank/rank": 2.0}
+    assert read_scores(found, artifact("pretrain", "2" * 64, tmp_path, {}), "") is None, "of another run"
+    table["knn"] = {"k": K, "num_photos": 0, "rows": []}
+    unlabelled = read_scores(
+        evaluation(tmp_path / "none", table, {"pretrain": "1" * 64}, "9" * 64), pretrain, ""
+    )
+    assert unlabelled is not None
+    assert unlabelled.metrics == {"rank": 2.0, "rank/rank": 2.0}
 
 
 # --- in a pipeline file -------------------------------------------------------------------------------------------
