@@ -115,4 +115,5 @@ def _reloaded(folder: Path, images: dict[str, Tensor]) -> dict[str, Tensor]:
         if ended.returncode != 0:
             last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
             raise ReloadError("run", f"its process ended with {ended.returncode}: {last}")
-        return load_file(Path(exchange, "found.safetensors"))
+        found: dict[str, Tensor] = load_file(Path(exchange, "found.safetensors"))
+        return found

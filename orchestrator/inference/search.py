@@ -224,9 +224,10 @@ def _query(model: Model, photo: Path | None, text: str | None, side: int) -> Flo
 
     if photo is None:
         assert text is not None
-        (vector,) = text_vectors(model, [text])
+        found = text_vectors(model, [text])
     else:
-        (vector,) = image_vectors(model.module, [square_of(photo, side)])
+        found = image_vectors(model.module, [square_of(photo, side)])
+    vector: Floats = found[0]
     return vector
 
 
