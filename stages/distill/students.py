@@ -71,7 +71,8 @@ def _start(config: Distill, context: Context, name: str) -> AbstractContextManag
     """The weights that a student starts from."""
     student = config.students[name]
     # The config takes `from` of models alone.
-    assert student.from_ is not None and student.model is not None
+    assert student.from_ is not None
+    assert student.model is not None
     return starting_weights(
         context,
         student.from_,
