@@ -318,6 +318,15 @@ class Stage(StageSpec):
         """
         return []
 
+    def published(self, artifact: Path, pipeline: str) -> list[str]:
+        """The models that `run` put into the registry, as `orchestrator pull` names them; for `effects` only.
+
+        Args:
+            artifact: the folder that `run` left.
+            pipeline: its name.
+        """
+        return []
+
     def run(self, context: Context) -> Mapping[str, float]:
         """Do the work, write `outputs` into `context.out`, and return the figures worth a summary line.
 

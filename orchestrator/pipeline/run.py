@@ -42,6 +42,8 @@ logger = logging.getLogger("orchestrator")
 DONE, FAILED, MISTAKE = 0, 1, 2
 # What a stage makes to be looked at: a page, or else lists.
 REPORTS = ("report.html", "report.json")
+# Of published models the last lines name so many.
+_PULLED = 3
 _STATUS: dict[int, Status] = {DONE: "FINISHED", ABORTED: "KILLED"}
 _NOT_FINISHED: dict[str, Status] = {"FAILED": "FAILED", "KILLED": "KILLED"}
 _OUTCOME_STATUS: dict[str, Status] = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -177,6 +179,12 @@ class _Driver:
             made = (artifact.path / report for report in REPORTS if report in artifact.manifest.files)
             if path := next((path for path in made if path.is_file()), None):
                 self._reporter.next_step(f"report of {name}", path)
+            stage = self._loaded.spec.stages[name]
+            if stage.effects and (artifact.path / "manifest.json").is_file():
+                for reference in stage.published(artifact.path, self._loaded.name)[:_PULLED]:
+                    self._reporter.next_step(
+                        f"model of {name}", tracking_run.pull_command(self._loaded, reference)
+                    )
         self._reporter.next_step("runs and models", tracking_run.how_to_look(self._loaded))
         if waiting := tracking_run.waiting(self._loaded, self._workspace):
             self._reporter.note(str(waiting))

@@ -146,6 +146,14 @@ def how_to_look(loaded: LoadedPipeline) -> str:
     return shlex.join(["mlflow", "ui", "--backend-store-uri", redacted(uri)])
 
 
+def pull_command(loaded: LoadedPipeline, reference: str) -> str:
+    """What fetches a model of the registry into a folder of its name."""
+    folder = reference.partition("@")[0].removeprefix(f"{loaded.name}-")
+    uri = loaded.spec.tracking.uri
+    place = () if uri == type(loaded.spec.tracking)().uri else ("--tracking", redacted(uri))
+    return command("pull", reference, "--out", folder, *place)
+
+
 class _Watch:
     """Says what is waited for when that takes long; the user may end it.
 

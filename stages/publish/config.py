@@ -213,6 +213,12 @@ class Publish(Stage):
                 self._tell(name, decision)
         return lines
 
+    def published(self, artifact: Path, pipeline: str) -> list[str]:
+        """See :class:`Stage`. A bare name where a gate may have kept the alias from the version."""
+        names = json.loads((artifact / "models.json").read_text(encoding="utf-8"))
+        at = "" if self.conditions else f"@{self.alias}"
+        return [f"{pipeline}-{name}{at}" for name in names]
+
     def _gate(self, context: Context, wanted: Wanted, told: list[Decision]) -> Gate:
         scores = wanted.known.scores
         metrics = dict(sorted(scores.metrics.items())) if scores is not None else {}
