@@ -48,7 +48,7 @@ class ImageProgress:
         self.seconds = max(now - self._began, 1e-9)
         rate = f"{done / self.seconds:,.1f} images/s"
         self._bar.update(self._task, completed=done, total=total, rate=rate, visible=True)
-        if not self._console.is_terminal and now - self._line >= _LINE_S and done:
+        if not self._console.is_terminal and now - self._line >= _LINE_S and 0 < done < total:
             self._line = now
             left = duration(self.seconds * (total - done) / done)
             line = f"  {self._doing}: {done:,} of {total:,} images, {rate}, {left} left"

@@ -227,8 +227,8 @@ def _query(model: Model, photo: Path | None, text: str | None, side: int) -> Flo
         found = text_vectors(model, [text])
     else:
         found = image_vectors(model.module, [square_of(photo, side)])
-    vector: Floats = found[0]
-    return vector
+    vector_D: Floats = found[0]
+    return vector_D
 
 
 def _on_device(model: Model) -> Model:

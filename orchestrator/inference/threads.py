@@ -12,8 +12,14 @@ from torch import nn
 from orchestrator.models.configs import ConvNeXtConfig, ViTConfig
 from orchestrator.models.cost import forward_flops
 
-# TODO measured
-FLOPS_PER_THREAD = 4e9
+# A forward is 100 to 200 parallel regions, at whose end all threads wait for the last one. Where other programs use
+# the cores, one of the threads is always without a core, so a region costs milliseconds, however little it computes.
+# Measured on two busy cores (10 to 20 programs wanted them), medians, one thread against two: vit_nano on one picture
+# of 64 pixels (0.18 GFLOP) 16 ms against 295 ms, on 64 of them (11.6 GFLOP) 1.1 s against 5.5 s; vit_s on one of 224
+# pixels (9.4 GFLOP) 0.6 s against 4.3 s. The price, 4 s there, hardly grows with the work. So small work gets one
+# thread, and loses a fraction of a second on an idle machine; what takes seconds gets more, and loses at most as much
+# again.
+FLOPS_PER_THREAD = 2e10
 
 
 def threads_for(flops: float, most: int) -> int:

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 import orchestrator
 from orchestrator.data.decode import read_rgb
-from orchestrator.data.sources.folder import LeftOut, list_folder
+from orchestrator.data.sources.folder import LeftOut, Listing, list_folder
 from orchestrator.errors import UserError
 from orchestrator.inference import embeddings as embeddings_module
 from orchestrator.inference.embed_folder import Embedded, by_reason, embed_folder, made_of
@@ -37,7 +37,7 @@ def here(folder: Path, *arguments: str, code: int = 0) -> str:
     ended, said = command_line(*arguments, folder=folder, toy=False)
     assert ended == code, said
     assert "Traceback" not in said
-    return said
+    return str(said)
 
 
 def embedded(model: Path, photos: Path, out: Path, **how: int) -> Embedded:
@@ -169,7 +169,7 @@ def test_row_groups_are_as_large_as_their_vectors_say(tmp_path: Path) -> None:
     writer.abandon()
 
 
-def list_of(folder: Path) -> object:
+def list_of(folder: Path) -> Listing:
     Image.fromarray(pixels(0)).save(folder / "one.png")
     return list_folder(folder)
 

@@ -15,6 +15,7 @@ from PIL import Image
 import orchestrator
 from orchestrator.data.sources.folder import list_folder
 from orchestrator.errors import UserError
+from orchestrator.inference import embed_folder as embed_folder_module
 from orchestrator.inference import search as search_module
 from orchestrator.inference.embed_folder import made_of
 from orchestrator.inference.embeddings import EmbeddedFile, open_embeddings, writing
@@ -27,7 +28,7 @@ def here(folder: Path, *arguments: str, code: int = 0) -> str:
     ended, said = command_line(*arguments, folder=folder, toy=False)
     assert ended == code, said
     assert "Traceback" not in said
-    return said
+    return str(said)
 
 
 def printed(said: str) -> list[tuple[str, float]]:
@@ -98,7 +99,7 @@ def test_a_second_search_embeds_nothing_until_something_changes(
     photos: Path, model: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedded: list[int] = []
-    real = search_module.embed_folder
+    real = embed_folder_module.embed_folder
 
     def noted(*arguments: object, **named: object) -> object:
         embedded.append(1)
