@@ -281,8 +281,8 @@ def test_a_champion_that_no_longer_passes_keeps_its_alias(
 
 def test_what_beat_the_champion_stays_on_record(tracked: tuple[str, Tracking], make: Make) -> None:
     uri, stage, now = tracked[0], gated("knn >= champion"), make(0.6, 1)
-    published(stage, uri, make(0.5))
-    published(stage, uri, now)
+    stage.run(make(0.5))
+    stage.run(now)
     tags = content(uri, f"{now.pipeline}-vit")["versions"][2]
     assert tags["orchestrator.gate.1"] == "knn >= champion: passed, knn is 0.6, of version 1 0.5"
 
@@ -290,14 +290,14 @@ def test_what_beat_the_champion_stays_on_record(tracked: tuple[str, Tracking], m
 def test_metrics_of_users_packages_are_conditions_too(tracked: tuple[str, Tracking], make: Make) -> None:
     uri, stage = tracked[0], gated("rank >= champion", "rank > random_weights")
     first = make(0.5, measured={"rank": 4.0})
-    published(stage, uri, first)
-    published(stage, uri, make(0.6, 1, measured={"rank": 3.5}))
+    stage.run(first)
+    stage.run(make(0.6, 1, measured={"rank": 3.5}))
     assert aliases(uri, first) == {"champion": 1, "challenger": 2}
-    published(stage, uri, make(0.4, 2, measured={"rank": 4.5}))
+    stage.run(make(0.4, 2, measured={"rank": 4.5}))
     assert aliases(uri, first) == {"champion": 3, "challenger": 2}
     # A metric of several figures is named with one of them.
     several = make(0.4, 3, measured={"rank": 9.0, "share": 0.1})
-    published(gated("rank >= 1"), uri, several)
+    gated("rank >= 1").run(several)
     assert content(uri, f"{first.pipeline}-vit")["versions"][4]["orchestrator.gate.1"] == (
         "rank >= 1: not passed, the evaluation has no rank of this model; did you mean rank/rank?"
     )
@@ -346,9 +346,9 @@ def test_what_was_rolled_back_stays_so(
 
 def test_a_version_that_was_deleted_is_no_champion(tracked: tuple[str, Tracking], make: Make) -> None:
     uri, stage, first, second = tracked[0], gated("knn >= champion"), make(0.5), make(0.4, 1)
-    published(stage, uri, first)
+    stage.run(first)
     MlflowClient(uri, uri).delete_model_version(f"{first.pipeline}-vit", "1")
-    published(stage, uri, second)
+    stage.run(second)
     assert aliases(uri, first)["champion"] == 2
 
 
