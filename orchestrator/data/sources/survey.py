@@ -146,22 +146,25 @@ def _table(folder: Path, files: Sequence[str]) -> tuple[Path | None, Captions, U
 
 
 def folder_labels(files: Sequence[str]) -> dict[str, str]:
-    """The name of the folder that each file lies in, if these names look like labels; else nothing.
+    """A label for each file from the folders that it lies in, if their names look like labels; else nothing.
 
-    They do if nearly all files lie in folders, if there are several with several files on average, and if their names
-    are neither dates nor the parts of a dataset, such as `train`.
+    It is the first folder that not all files share and that is no part of a dataset, such as `train`. Names look like
+    labels if nearly all files have one, if there are several with several files on average, and if they are no dates.
 
     Args:
         files: relative posix paths.
     """
-    found = {}
-    dated = 0
-    for file in files:
-        folders = PurePosixPath(file).parent.parts
-        dated += any(_DATED.fullmatch(name) for name in folders)
-        if folders and folders[-1].casefold() not in _PARTS:
-            found[file] = folders[-1]
-    names = set(found.values())
-    if len(found) < _LABELLED * len(files) or not 2 <= len(names) <= len(found) / 2 or dated > len(files) / 2:
+    folders = {file: PurePosixPath(file).parent.parts for file in files}
+    kept = {
+        file: [name for name in names if name.casefold() not in _PARTS] for file, names in folders.items()
+    }
+    # Levels at which all files lie in the same folder.
+    shared, deepest = 0, max(map(len, kept.values()), default=0)
+    while shared < deepest and len({tuple(names[: shared + 1]) for names in kept.values()}) == 1:
+        shared += 1
+    found = {file: names[shared] for file, names in kept.items() if len(names) > shared}
+    dated = sum(any(_DATED.fullmatch(name) for name in names) for names in folders.values())
+    several = 2 <= len(set(found.values())) <= len(found) / 2
+    if len(found) < _LABELLED * len(files) or not several or dated > len(files) / 2:
         return {}
     return found

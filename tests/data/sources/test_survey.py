@@ -115,6 +115,8 @@ def test_a_table_that_cannot_be_used_is_told_and_left(tmp_path: Path) -> None:
         (["cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg"], "cat cat dog dog"),
         (["train/cat/1.jpg", "test/cat/1.jpg", "train/dog/1.jpg", "test/dog/1.jpg"], "cat cat dog dog"),
         (["0/1.jpg", "0/2.jpg", "1/1.jpg", "1/2.jpg"], "0 0 1 1"),
+        (["pets/cat/1.jpg", "pets/cat/2.jpg", "pets/dog/1.jpg", "pets/dog/2.jpg"], "cat cat dog dog"),
+        (["cat/tom/1.jpg", "cat/tim/2.jpg", "dog/bo/1.jpg", "dog/2.jpg"], "cat cat dog dog"),
         (["a.jpg", "b.jpg"], ""),
         (["train/1.jpg", "train/2.jpg", "val/1.jpg", "val/2.jpg"], ""),
         (["2021/05/1.jpg", "2021/05/2.jpg", "2022/06/1.jpg", "2022/06/2.jpg"], ""),
@@ -124,7 +126,8 @@ def test_a_table_that_cannot_be_used_is_told_and_left(tmp_path: Path) -> None:
         ([f"{number}/a.jpg" for number in range(9)], ""),
         (["cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg", "a.jpg", "b.jpg"], ""),
     ],
-    ids=["plain", "parts above", "numbers", "flat", "parts", "years", "dates", "camera", "one", "ids", "mixed"],
+    ids=["plain", "parts above", "numbers", "shared above", "below", "flat", "parts", "years", "dates", "camera", "one",
+         "ids", "mixed"],
 )  # fmt: skip
 def test_which_folders_are_labels(files: Sequence[str], labels: str) -> None:
     assert list(folder_labels(files).values()) == labels.split()
