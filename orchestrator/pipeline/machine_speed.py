@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.data import dinov2_focus
@@ -206,20 +206,24 @@ def measure(machine: Machine, sizes: Sizes, chosen: Sequence[Teacher], recipe: R
 
 
 def _seconds(net: Any, images_BCHW: Tensor, *, learns: bool) -> float:
-    """Seconds of a forward pass, and of a backward pass if it learns: the least, as others use the machine too."""
+    """The least seconds of a forward pass, and of a backward pass if it learns.
+
+    On a core it is processor time, so that what else runs on the machine at the moment does not count.
+    """
     import torch
 
     on_gpu = images_BCHW.device.type == "cuda"
+    clock = perf_counter if on_gpu else process_time
 
     def once() -> float:
-        began = perf_counter()
+        began = clock()
         with torch.set_grad_enabled(learns), torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
             out = net(images_BCHW)
             if learns:
                 (out.cls.float().mean() + out.patches.float().mean()).backward()
         if on_gpu:
             torch.cuda.synchronize()
-        return perf_counter() - began
+        return clock() - began
 
     began = perf_counter()
     while perf_counter() - began < _WARM_S:
@@ -232,10 +236,10 @@ def _seconds(net: Any, images_BCHW: Tensor, *, learns: bool) -> float:
 
 
 def read_seconds(survey: Survey, sizes: Sizes) -> float:
-    """The mean seconds in which one of a few pictures is decoded."""
+    """The mean processor time in which one of a few pictures is decoded, in seconds."""
     files = survey.listing.files
     count = min(_DECODED, len(files))
-    began, done = perf_counter(), 0
+    began, done = process_time(), 0
     for number in range(count):
         try:
             read_rgb(
@@ -246,4 +250,4 @@ def read_seconds(survey: Survey, sizes: Sizes) -> float:
         except UnreadableImage:
             continue
         done += 1
-    return (perf_counter() - began) / max(1, done)
+    return (process_time() - began) / max(1, done)
