@@ -193,6 +193,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> Any:
     return transformers.Dinov2Model(config).eval()
 
 
+@pytest.mark.heavy
 def test_the_network_is_that_of_transformers_weight_by_weight(theirs: Any, tmp_path: Path) -> None:
     import torch
     import transformers
@@ -227,6 +228,7 @@ def test_the_network_is_that_of_transformers_weight_by_weight(theirs: Any, tmp_p
     assert json.loads((tmp_path / "out" / "config.json").read_text())["patch_size"] == 14
 
 
+@pytest.mark.heavy
 def test_a_network_that_lacks_a_tensor_is_refused(theirs: Any, tmp_path: Path) -> None:
     tensors = [raw("backbone.embeddings.cls_token", np.zeros((1, 1, 8), np.float32))]
     model(tmp_path / dinov2_focus.MODEL, [], tensors)

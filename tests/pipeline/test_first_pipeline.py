@@ -193,6 +193,7 @@ def test_sizes_are_multiples_of_patches() -> None:
             assert sizes.size % preset(model).patch_size == sizes.local_size % preset(model).patch_size == 0
 
 
+@pytest.mark.heavy
 def test_models_are_measured_as_they_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_speed, "_WARM_S", 0.0)
     monkeypatch.setattr(machine_speed, "_TIMED_S", 0.0)
