@@ -25,7 +25,8 @@ def preprocess(folder: str, photo: Image.Image) -> NDArray[np.float32]:
     """A photo as a normalised image (1, 3, S, S), of the size that the model was trained for."""
     told = json.loads(Path(folder, "preprocessing.json").read_text())
     side = (told["size"], told["size"])
-    pixels = np.asarray(ImageOps.fit(photo.convert("RGB"), side, Image.Resampling.BICUBIC), np.float32) / 255
-    normalised = (pixels - np.array(told["mean"], np.float32)) / np.array(told["std"], np.float32)
-    image: NDArray[np.float32] = normalised.transpose(2, 0, 1)[None].astype(np.float32)
-    return image
+    pixels = np.asarray(ImageOps.fit(photo.convert("RGB"), side, Image.Resampling.BICUBIC), np.float32)
+    normalised = (pixels / np.float32(255) - np.array(told["mean"], np.float32)) / np.array(
+        told["std"], np.float32
+    )
+    return normalised.transpose(2, 0, 1)[None]
