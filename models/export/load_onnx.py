@@ -29,4 +29,5 @@ def preprocess(folder: str, photo: Image.Image) -> NDArray[np.float32]:
     normalised = (pixels / np.float32(255) - np.array(told["mean"], np.float32)) / np.array(
         told["std"], np.float32
     )
-    return normalised.transpose(2, 0, 1)[None]
+    image: NDArray[np.float32] = normalised.transpose(2, 0, 1)[None].astype(np.float32)
+    return image
