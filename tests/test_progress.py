@@ -31,13 +31,17 @@ class _Kept(logging.Handler):
 
 
 @pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Kept]:
+def kept() -> Iterator[_Kept]:
     handler, logger = _Kept(), logging.getLogger("orchestrator")
-    monkeypatch.setattr(BARS, "level", logging.DEBUG)
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    before = logger.level
+    # Not the attributes: logging remembers what each logger takes until a level is set.
+    BARS.setLevel(logging.DEBUG)
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)
+    logger.setLevel(before)
+    BARS.setLevel(logging.NOTSET)
 
 
 class _Clock:

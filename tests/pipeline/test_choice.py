@@ -368,9 +368,8 @@ def test_what_is_left_out_is_read_if_it_is_there(pipeline: Path, trace: Traces) 
     exit_code, said = run(pipeline, choice=Choice(only=("pretrain",)))
     assert (exit_code, trace()) == (0, ["curate:0", "pretrain:0"])
     assert "left out" in said
-    assert run(pipeline, choice=Choice(only=("pretrain",)))[1].strip() == (
-        "✓ Nothing to do: pretrain is up to date."
-    )
+    exit_code, said = run(pipeline, choice=Choice(only=("pretrain",)))
+    assert said.strip().startswith("✓ Nothing to do: pretrain is up to date.\n")
     assert run(pipeline, choice=Choice(first="pretrain"))[0] == 0
     assert trace() == ["evaluate:0"]
 

@@ -106,7 +106,7 @@ def test_every_key_can_be_asked_for() -> None:
         ("nothing-like-it", "a pipeline file has no key 'nothing-like-it'.*there are: name, seed"),
         ("name.x", "name has no keys below it.*it is text"),
         ("extends.x", "extends has no keys below it.*it is path"),
-        ("stages.distill.students.a.modle", r"mean 'stages\.distill\.students\.a\.model'"),
+        ("stages.distill.students.a.modl", r"mean 'stages\.distill\.students\.a\.model'"),
     ],
 )
 def test_wrong_paths(path: str, message: str) -> None:

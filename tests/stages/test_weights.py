@@ -321,9 +321,9 @@ def test_a_model_of_the_registry_is_its_content(
     folder = tmp_path / "fetched"
     save_pretrained(folder, build("vit_femto").state_dict(), "vit_femto")
 
-    def cached(reference: str, uri: str, cache: Path) -> Path:
+    def cached(reference: str, uri: str, cache: Path) -> tuple[registry.Version, Path]:
         asked.append((reference, uri))
-        return folder
+        return registry.Version("a", "1", ""), folder
 
     monkeypatch.setattr(registry, "cached", cached)
 
