@@ -127,8 +127,8 @@ class Evaluate(Stage):
         Input("students", ("distill",), required=False),
         Input("text", ("align_text",), required=False),
     )
-    # Also pca_teacher.png where there is a backbone, pca_<student>.png, pca_model_<name>.png, knn.png where photos have
-    # labels, text_maps.png where there are texts, dense_health.png and losses_*.png where histories have records,
+    # Also pca_teacher.png where a stage made the teacher, pca_<student>.png, pca_model_<name>.png, knn.png where photos
+    # have labels, text_maps.png where there are texts, dense_health.png and losses_*.png where histories have records,
     # clusters.png where there are clusters.
     outputs: ClassVar[Mapping[str, str]] = {
         "table.json": "every figure",

@@ -601,6 +601,7 @@ def test_students_alone_are_scored_and_shown(small: Context, tmp_path: Path) -> 
     ]  # fmt: skip
     assert "knn_small" in summary
     assert "knn_teacher" not in summary
+    assert all((alone.out / name).is_file() for name in Evaluate.outputs)
     assert table["dense_health"] == {}
     said = (alone.out / "report.html").read_text()
     assert "Dense health" not in said
@@ -614,4 +615,5 @@ def test_a_backbone_that_taught_nobody_is_not_called_the_teacher(small: Context,
     names = [row["name"] for row in json.loads((beside.out / "table.json").read_text())["knn"]["rows"]]
     assert names[3:] == ["pretrain, step 6", "student other", "student small"]
     assert "knn_teacher" not in summary
+    assert all((beside.out / name).is_file() for name in Evaluate.outputs)
     assert {path.stem for path in beside.out.glob("pca_*.png")} == {"pca_pretrain", "pca_other", "pca_small"}
