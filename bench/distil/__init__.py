@@ -63,7 +63,9 @@ def measure(plan: Plan) -> Finding:
     """All seeds, two processes at a time: a core each."""
     from bench.distil import score, train
 
+    # Before processes share what is fetched and unpacked on first use.
     weights = train.fetch_all()
+    score.wallpapers()
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         fixed = pool.submit(score.fixed, weights, plan)
         jobs = {}

