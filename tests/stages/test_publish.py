@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 from pydantic import ValidationError
 
-import orchestrator
 from orchestrator.config.elastic import Elastic
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import build, load_pretrained, save_pretrained
@@ -155,15 +153,6 @@ def test_students_are_published_with_lineage_and_pulled(
     assert before == {path: path.read_bytes() for path in (tmp_path / "distill").rglob("*") if path.is_file()}
 
 
-def features(self: orchestrator.Model, images: list[str]) -> Any:
-    """What `Model.features` gives, for as long as there is no such method."""
-    from orchestrator.models import preprocess
-
-    with torch.no_grad():
-        found = self.module(torch.cat([preprocess(Image.open(image), SIZE) for image in images]))  # type: ignore[operator]
-    return SimpleNamespace(cls=found.cls.numpy(), patches=found.patches.numpy())
-
-
 def test_the_cards_snippet_runs_as_it_stands(
     tracked: tuple[str, Tracking], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,9 +169,6 @@ def test_the_cards_snippet_runs_as_it_stands(
     pixels = np.random.default_rng(0).integers(256, size=(40, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        orchestrator.Model, "features", getattr(orchestrator.Model, "features", features), raising=False
-    )
     found: dict[str, Any] = {}
     exec(snippet, found)
     dim = load_pretrained(folder).dim
