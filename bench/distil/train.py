@@ -160,7 +160,7 @@ def objective(weights: Weights) -> FeatureObjective:
     return FeatureObjective.model_validate(
         {
             "teachers": {
-                FOCUS: {"transformers": str(weights[FOCUS]), "size": FOCUS_SIZE},
+                FOCUS: {"transformers": str(weights[FOCUS]), "size": FOCUS_SIZE, "cls_block": 11},
                 LITE0: {
                     "module": "orchestrator.models.efficientnet:lite0",
                     "weights": weights[LITE0],

@@ -129,7 +129,7 @@ def teachers(sizes: Sizes) -> tuple[Teacher, ...]:
     focus = Teacher(
         key="dinov2-focus",
         title="A DINOv2 ViT-S/14 that was fine-tuned for saliency (22 million weights, MIT)",
-        yaml=f"{{transformers: ./weights/dinov2-focus, size: {sizes.focus_size}}}",
+        yaml=f"{{transformers: ./weights/dinov2-focus, size: {sizes.focus_size}, cls_block: 11}}",
         folder="weights/dinov2-focus",
         file=dinov2_focus.WEIGHTS,
         megabytes=90,
