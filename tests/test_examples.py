@@ -109,7 +109,7 @@ print(json.dumps({
     assert set(found["metrics"]) == {"effective_rank", "rank_uncentred"}
     models = set(found["metrics"]["effective_rank"])
     assert models == {
-        "random vit_stem", "pretrain, step 4 (teacher)", "student stem",
+        "random vit_stem", "pretrain, step 4", "student stem",
         "random field_kit.student:SmallCNN", "student cnn",
     }  # fmt: skip
     assert 1 <= found["summary"]["effective_rank_rank_teacher"] <= 48
