@@ -22,6 +22,7 @@ OF_FSIO = {
 
 # Where a write does not wait for the disk, on purpose: each says why beside it.
 NOT_DURABLE = {
+    "orchestrator/data/samples.py",
     "orchestrator/elastic/time_accounting.py",
     "orchestrator/pipeline/workspace.py",
     "orchestrator/teacher_service/counters.py",

@@ -121,6 +121,7 @@ def fetch_stamps(out: Path) -> int:
         for path in sorted(unpacked.rglob("*.png")):
             name = path.relative_to(unpacked)
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            # What is put together here gets its name when it is whole.
             move(path, staged / name, durable=False)
             rows.append([name.as_posix(), stamp_caption(path), name.parts[0]])
         _write_table(staged / CAPTIONS, rows)

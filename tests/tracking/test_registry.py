@@ -425,13 +425,14 @@ def test_what_an_alias_names_is_downloaded_once_and_never_replaced(
 ) -> None:
     cache = tmp_path / "cache"
     registry.publish(run, "food-vit", model(tmp_path / "a"), LINEAGE, "best")
-    first = registry.cached("food-vit@best", uri, cache)
+    version, first = registry.cached("food-vit@best", uri, cache)
+    assert (version.name, version.number) == ("food-vit", "1")
     assert (load_file(first / "model.safetensors")["weight"] == 1.0).all()
     with monkeypatch.context() as patched:
         patched.setattr(registry, "pull", lambda *arguments: pytest.fail("downloaded again"))
-        assert registry.cached("food-vit/1", uri, cache) == first
+        assert registry.cached("food-vit/1", uri, cache) == (version, first)
     registry.publish(run, "food-vit", model(tmp_path / "b", 2.0), LINEAGE, "best")
-    second = registry.cached("food-vit@best", uri, cache)
+    _, second = registry.cached("food-vit@best", uri, cache)
     assert (load_file(second / "model.safetensors")["weight"] == 2.0).all()
     assert (load_file(first / "model.safetensors")["weight"] == 1.0).all()
     with pytest.raises(UserError, match="no model 'food-vat' in the registry"):
