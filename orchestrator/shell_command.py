@@ -21,6 +21,12 @@ def command(*arguments: str) -> str:
     return shlex.join([*_called(sys.argv[0], sys.executable), *arguments])
 
 
+def neighbour(name: str) -> str:
+    """A program of the same environment, as a user has to write it here."""
+    path = Path(sys.executable).with_name(name)
+    return _short(str(path)) if path.is_file() else name
+
+
 def _called(program: str, python: str) -> Sequence[str]:
     path = Path(program)
     if path.name == "__main__.py" and path.parent.name == _NAME:

@@ -141,7 +141,7 @@ def test_the_heads_end_costs_nothing(folder: Path, run: Run) -> None:
     kill_part(driver, "gcs_server")
     said = finish(driver, 0)
     assert said.count("the head (GCS) of the pipeline's own Ray cluster ended (SIGKILL)") == 1
-    assert "restarts 0" in said, "a step was lost"
+    assert "restarts" not in said, "a step was lost"
     assert "gcs_client" not in said
     assert "rpc_client" not in said
 

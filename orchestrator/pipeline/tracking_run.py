@@ -13,7 +13,7 @@ from orchestrator.config.yaml_source import without_secrets
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.redact import redacted
-from orchestrator.shell_command import command
+from orchestrator.shell_command import command, neighbour
 from orchestrator.tracking import relocate
 from orchestrator.tracking.backlog import Backlog, Outage, backlog, clock, counted, noted_outage, pending
 from orchestrator.tracking.connect import database_path
@@ -143,7 +143,7 @@ def how_to_look(loaded: LoadedPipeline) -> str:
     uri = loaded.spec.tracking.uri
     if uri.startswith(("http://", "https://")):
         return redacted(uri)
-    return shlex.join(["mlflow", "ui", "--backend-store-uri", redacted(uri)])
+    return shlex.join([neighbour("mlflow"), "ui", "--backend-store-uri", redacted(uri)])
 
 
 def pull_command(loaded: LoadedPipeline, reference: str) -> str:
