@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -260,16 +261,21 @@ class _Ticker:
         if not self._bars:
             return self._spinner
         bars = Table.grid(padding=(0, 1, 0, 0))
-        bars.add_column(no_wrap=True)
+        rows = [
+            (f"  {name.removeprefix(f'{self._name}/')}", bar, f"{bar.done:,}/{bar.total:,}")
+            for name, bar in self._bars.items()
+        ]
+        # On a narrow terminal the bar and what stands behind it give way first.
+        bars.add_column(no_wrap=True, min_width=max(cell_len(name) for name, _, _ in rows))
         bars.add_column(width=_BAR_WIDTH)
-        bars.add_column(justify="right", no_wrap=True)
+        bars.add_column(justify="right", no_wrap=True, min_width=max(len(count) for _, _, count in rows))
         bars.add_column(no_wrap=True, overflow="ellipsis")
-        for name, bar in self._bars.items():
+        for name, bar, count in rows:
             left = f"{duration(bar.left_s)} left" if bar.left_s else ""
             bars.add_row(
-                Text(f"  {name.removeprefix(f'{self._name}/')}"),
+                Text(name),
                 ProgressBar(total=bar.total, completed=bar.done),
-                Text(f"{bar.done:,}/{bar.total:,}"),
+                Text(count),
                 Text(" · ".join(filter(None, (left, bar.detail))), style="bright_black"),
             )
         return Group(self._spinner, bars)
