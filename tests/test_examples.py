@@ -112,7 +112,7 @@ print(json.dumps({
         "random vit_stem", "pretrain, step 4", "student stem",
         "random field_kit.student:SmallCNN", "student cnn",
     }  # fmt: skip
-    assert 1 <= found["summary"]["effective_rank_rank_teacher"] <= 48
+    assert 1 <= found["summary"]["effective_rank_rank_stem"] <= 48
     assert "rank_uncentred_share_stem" in found["summary"]
 
 
