@@ -169,10 +169,12 @@ def test_a_file_that_goes_or_becomes_a_pipe_after_the_listing_is_one_corrupt_pho
     (folder / "a.jpg").unlink()
     (folder / "b.png").unlink()
     os.mkfifo(folder / "b.png")
-    assert [photo.error for photo in scan(source, "photos", listing)] == [
+    seen: list[int] = []
+    assert [photo.error for photo in scan(source, "photos", listing, lambda: seen.append(1))] == [
         "No such file or directory",
         "not a regular file",
     ]
+    assert len(seen) == 2, "what cannot be read is done with, too"
 
 
 def test_a_folder_whose_own_name_is_not_utf8_is_one_message(tmp_path: Path) -> None:

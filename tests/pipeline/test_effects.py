@@ -15,7 +15,7 @@ import toys
 from rich.console import Console
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline.console import Reporter
+from orchestrator.pipeline.console import Reporter, figures
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import EVERYTHING, Choice, plan, resolve
 from orchestrator.pipeline.run import execute, publishing
@@ -211,3 +211,32 @@ def test_going_on_says_from_which_step(path: Path) -> None:
     assert reason().endswith("the toy broke, goes on from step 40")
     _, said = run(path)
     assert "goes on from step 40" in said
+
+
+@pytest.mark.parametrize(
+    ("uri", "how"),
+    [
+        ("sqlite:///runs/mlflow.db", "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db"),
+        ("https://mlflow.example:5000", "https://mlflow.example:5000"),
+    ],
+)
+def test_the_last_lines_say_where_the_user_goes_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, how: str
+) -> None:
+    names = ["toy-a@champion", "toy-b@champion", "toy-c", "toy-d"]
+    monkeypatch.setattr(toys.Publish, "published", lambda *arguments: names, raising=False)
+    _, said = run(path, f"tracking.uri={uri}")
+    lines = [line for line in said.splitlines() if line.startswith("  ")][-4:]
+    place = "" if uri.startswith("sqlite") else f" --tracking {uri}"
+    assert [line.partition("orchestrator ")[2] for line in lines[:3]] == [
+        f"pull toy-a@champion --out a{place}",
+        f"pull toy-b@champion --out b{place}",
+        f"pull toy-c --out c{place}",
+    ]
+    assert lines[3].startswith("  runs and models: ")
+    assert lines[3].endswith(how)
+
+
+def test_figures_leave_out_troubles_that_there_were_none_of() -> None:
+    summary = {"loss": 3.25, "seconds_total": 12.0, "restarts": 0.0, "preemptions": 2.0, "share": 0.0}
+    assert figures(summary) == "loss 3.25 · preemptions 2 · share 0"

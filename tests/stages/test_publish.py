@@ -114,6 +114,11 @@ def test_students_are_published_with_lineage_and_pulled(
         "tiny": "vit_femto",
     }
     assert "food" not in (now.out / "models.json").read_text(), "the artifact holds for any registry and name"
+    said = Publish(kind="publish").published(now.out, "food")
+    assert said == ["food-femto@champion", "food-tiny@champion"]
+    for number, reference in enumerate(said):
+        assert (registry.pull(reference, tmp_path / f"as-said-{number}", uri) / "model.safetensors").is_file()
+    assert Publish(kind="publish", conditions="knn > 0.4").published(now.out, "food")[0] == "food-femto"
     version = MlflowClient(uri, uri).get_model_version_by_alias("food-femto", "champion")
     expected = {
         "orchestrator.pipeline": "food",
