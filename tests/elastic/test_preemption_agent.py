@@ -311,27 +311,52 @@ def test_mistakes_of_the_command_line_are_one_message(market: SpotMarket) -> Non
 
 def test_an_agent_finds_the_node_of_its_own_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
     """As in a pod: all that is said are the head and the token, in the environment."""
-    port = free_port()
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
-    start += [f"--temp-dir={tmp_path_factory.mktemp('r')}", "--num-cpus=1", "--include-dashboard=false"]
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with subprocess.Popen(
-        start, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as head:
+    with head_of_ray(tmp_path_factory, env) as address:
+        pod = {**env, "RAY_ADDRESS": address}
+        refused = drain_now(pod | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, grace_s=1)
+        assert refused.returncode == 1, refused.stderr
+        assert "RAY_AUTH_TOKEN" in refused.stderr
+        left = drain_now(pod, grace_s=60)
+        assert left.returncode == 0, left.stderr
+        assert "the node has left" in left.stderr
+
+
+@contextmanager
+def head_of_ray(folders: pytest.TempPathFactory, env: dict[str, str], tries: int = 3) -> Iterator[str]:
+    """The address of a head that `ray start` runs.
+
+    On a busy machine Ray gives up after its 30 s, and a port that was free may be taken by then: it is tried again.
+    """
+    said = ""
+    for _ in range(tries):
+        folder, port = folders.mktemp("r"), free_port()
+        start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+        start += [f"--temp-dir={folder}", "--num-cpus=1", "--include-dashboard=false"]
+        start += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+        log = folder / "head.log"
+        with log.open("w") as stream:
+            head = subprocess.Popen(start, env=env, stdout=stream, stderr=stream, start_new_session=True)
         try:
-            assert head.stdout is not None
-            eventually(lambda: "block forever" in head.stdout.readline(), "the head is up")
-            pod = {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}
-            refused = drain_now(pod | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, grace_s=1)
-            assert refused.returncode == 1, refused.stderr
-            assert "RAY_AUTH_TOKEN" in refused.stderr
-            left = drain_now(pod, grace_s=60)
-            assert left.returncode == 0, left.stderr
-            assert "the node has left" in left.stderr
+            until = time.monotonic() + PATIENCE_S
+            while head.poll() is None and time.monotonic() < until:
+                if "block forever" in log.read_text():
+                    yield f"127.0.0.1:{port}"
+                    return
+                time.sleep(0.1)
         finally:
-            for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill_all(head)
+        said += f"\n--- ended with {head.returncode}\n{log.read_text()}"
+    pytest.fail(f"no head of Ray came up, {tries} times:{said}")
+
+
+def kill_all(head: subprocess.Popen[bytes]) -> None:
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(head.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    head.kill()
+    head.wait()
 
 
 def drain_now(env: dict[str, str], grace_s: int) -> subprocess.CompletedProcess[str]:
