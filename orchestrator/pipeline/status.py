@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.pipeline.cache_key import short
+from orchestrator.pipeline.cache_key import diff, short
 from orchestrator.pipeline.console import duration, figures, mark
 from orchestrator.pipeline.gc import left_behind, summary
-from orchestrator.pipeline.ledger import StageState
+from orchestrator.pipeline.ledger import PipelineState, StageState
 from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.plan import as_recorded
 from orchestrator.pipeline.process_identity import is_suspended
 from orchestrator.pipeline.table import Rows
 from orchestrator.pipeline.tracking_run import waiting
@@ -31,6 +32,8 @@ _RUN_TAGS = {"name", "status", "workers", "num_attempts", "attempts"}
 _ENDED = {"FINISHED", "ERRORED", "ABORTED"}
 # What is named of what was left behind.
 _ORPHANS = 5
+# What is named of the settings of a stage that changed.
+_CHANGES = 3
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
 # Channels of metrics that are not the figures of training.
 _OTHER_CHANNELS = ("goodput", "checkpoint", "sharing", "system", "val")
@@ -66,6 +69,7 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
     table.print(console)
     known_stages = [state.stages[name] for name in loaded.spec.stages if name in state.stages]
     _print_runs(console, spool, known_stages, driven=driven)
+    _print_other_settings(console, loaded, state)
     _print_orphans(console, loaded, workspace)
     if (waits := waiting(loaded, workspace)) is not None:
         # Those of a run that goes on are about to be sent.
@@ -78,6 +82,29 @@ def print_status(console: Console, loaded: LoadedPipeline) -> None:
         if driven and is_suspended(driver.who):
             text = f"! That process is suspended: `kill -CONT {driver.who.pid}` resumes it."
             console.print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def _print_other_settings(console: Console, loaded: LoadedPipeline, state: PipelineState) -> None:
+    """The stages whose row is of a run with other settings than the file and the overrides have now."""
+    changed = {}
+    for stage in as_recorded(loaded, state):
+        known = state.stages.get(stage.name)
+        if known is not None and known.parts is not None and known.key != stage.key:
+            changed[stage.name] = diff(known.parts, stage.parts)
+    if not changed:
+        return
+    text = (
+        f"! Run with other settings than these: {', '.join(changed)}. `plan` says what `run` does with these."
+    )
+    console.print(Text(text, style="yellow"), soft_wrap=True)
+    for name, lines in changed.items():
+        # Where an earlier stage's settings changed, the inputs of the later ones did, too: that tells nothing more.
+        own = [line for line in lines if not line.startswith("input ")]
+        more = f"; and {len(own) - _CHANGES} more" if len(own) > _CHANGES else ""
+        if own:
+            console.print(
+                Text(f"  {name}: {'; '.join(own[:_CHANGES])}{more}", style="bright_black"), soft_wrap=True
+            )
 
 
 def _print_orphans(console: Console, loaded: LoadedPipeline, workspace: Workspace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -67,10 +68,22 @@ def test_what_other_settings_left_behind_is_listed_and_deleted_only_when_asked(p
     assert {item.action for item in planned(pipeline).values()} == {"cached"}
 
 
-def status(path: Path) -> str:
+def status(path: Path, *overrides: str) -> str:
     output = io.StringIO()
-    print_status(Console(file=output, width=200), load(path, stage_type=toys.ToyStage))
+    print_status(Console(file=output, width=200), load(path, overrides, stage_type=toys.ToyStage))
     return output.getvalue()
+
+
+def test_status_names_the_stages_that_ran_with_other_settings(pipeline: Path) -> None:
+    run(pipeline)
+    assert "other settings" not in status(pipeline)
+    run(pipeline, "stages.pretrain.ticks=2")
+    assert "other settings" not in status(pipeline, "stages.pretrain.ticks=2")
+    said = status(pipeline)
+    assert "! Run with other settings than these: pretrain, evaluate." in said
+    (line,) = [line for line in said.splitlines() if line.startswith("  pretrain: ")]
+    assert re.fullmatch(r"  pretrain: config\.ticks: 2 → \d+", line), line
+    assert "  evaluate: " not in said, "what changed for it is what it reads"
 
 
 @pytest.mark.parametrize("text", ['{"format": 9}', '{"time": 1.0, "eve'], ids=["later", "damaged"])
