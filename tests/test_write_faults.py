@@ -317,13 +317,18 @@ def test_exported_weights_are_whole_or_the_old_ones(
     import torch
 
     from orchestrator.training import export
+    from orchestrator.training.checkpoint import partition
+    from orchestrator.training.checkpoint.partition import Shard
 
-    monkeypatch.setattr(export, "dist", SimpleNamespace(get_rank=lambda: 0, barrier=lambda: None))
+    alone = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1, barrier=lambda: None)
+    monkeypatch.setattr(export, "dist", alone)
+    monkeypatch.setattr(partition, "dist", alone)
     for disk in every_fault(kind, at_least=4):
         path = tmp_path / str(disk.fail_at) / "ema.safetensors"
 
         def write(step: int, path: Path = path) -> None:
-            engine: Any = SimpleNamespace(full_ema=lambda: {"w": torch.full((9,), float(step))})
+            shard = Shard("w", torch.full((9,), float(step)), 0, 9, torch.Size((9,)))
+            engine: Any = SimpleNamespace(average=lambda: [shard])
             export.export_ema(engine, path, step)
 
         write(1)

@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,9 +184,10 @@ class Engine(ABC):
     def update_ema(self, momentum: float) -> None:
         """See :class:`orchestrator.training.task.Weights`."""
 
-    @abstractmethod
-    def full_ema(self, prefix: str = "") -> dict[str, Tensor]:
-        """The EMA below `prefix` (or the weights, without an EMA), whole, in fp32 on the CPU; collective."""
+    def average(self) -> Iterator[Shard]:
+        """This worker's fp32 shards of the EMA; of the weights, without an EMA."""
+        for shard in self.master():
+            yield replace(shard, data=self.ema.get(shard.name, shard.data))
 
     def copy_ema(self, name: str, prefix: str) -> None:
         """See :class:`orchestrator.training.task.Weights`."""

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.fsio import make_folder, replacing
+from orchestrator.training.checkpoint.partition import Shard, gather_all
 from orchestrator.training.engine import Engine
 
 
 def export_ema(engine: Engine, path: Path, step: int) -> None:
-    """Write the EMA (the weights, where a job keeps none) after `step` updates; collective."""
-    from safetensors.torch import save_file
+    """Write the EMA (the weights, where a job keeps none) after `step` updates; collective.
 
-    state = engine.full_ema()
-    if dist.get_rank() == 0:
-        whole = {name: value.contiguous() for name, value in state.items()}
-        # Durable: `Job.is_done` takes a file of this name for a whole one.
-        make_folder(path.parent)
-        with replacing(path, only_writer=True) as draft:
-            save_file(whole, draft, {"step": str(step)})
+    Tensors are joined and written one group after the other: no worker holds all of them. The file is byte for byte
+    what `safetensors` writes.
+    """
+    shards = sorted(engine.average(), key=lambda shard: shard.name)
+    with ExitStack() as stack:
+        file = None
+        if dist.get_rank() == 0:
+            # Durable: `Job.is_done` takes a file of this name for a whole one.
+            make_folder(path.parent)
+            file = stack.enter_context(stack.enter_context(replacing(path, only_writer=True)).open("wb"))
+            file.write(_header(shards, {"step": str(step)}))
+        data, numels = ({s.name: s.data for s in shards}, {s.name: s.numel for s in shards})
+        for _, whole in gather_all(data, numels):
+            if file is not None:
+                file.write(memoryview(whole.cpu().contiguous().numpy()))
     dist.barrier()
+
+
+def _header(shards: Iterable[Shard], metadata: Mapping[str, str]) -> bytes:
+    """Of a safetensors file of fp32 tensors in this order, padded to 8 bytes."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for shard in shards:
+        start, end = end, end + 4 * shard.numel
+        header[shard.name] = {"dtype": "F32", "shape": list(shard.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def load_export(path: Path, prefix: str = "") -> Mapping[str, Tensor]:

@@ -202,11 +202,3 @@ class ReplicatedEngine(Engine):
             for key, param in self.modules.copies[name].named_parameters():
                 if prefix + key in self._spans:
                     param.copy_(self._view(self._average, prefix + key))
-
-    def full_ema(self, prefix: str = "") -> dict[str, Tensor]:
-        flat = self._average if self.modules.ema is not None else self._master
-        return {
-            name.removeprefix(prefix): self._view(flat, name).to("cpu", copy=True)
-            for name in self._params
-            if name in self._spans and name.startswith(prefix)
-        }

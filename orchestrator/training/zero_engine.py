@@ -252,14 +252,6 @@ class ZeroEngine(Engine):
         assert self.modules.ema is not None
         self.write(self.modules.ema, self.ema)
 
-    def full_ema(self, prefix: str = "") -> dict[str, Tensor]:
-        shards = ((s, self.ema.get(s.name, s.data)) for s in self.master())
-        return {
-            shard.name.removeprefix(prefix): gather(data, shard.numel).view(shard.shape).cpu()
-            for shard, data in shards
-            if shard.name.startswith(prefix)
-        }
-
 
 class _AdamW(torch.optim.AdamW):
     """ZeRO steps one parameter group at a time and empties the others, which this one does not look at.

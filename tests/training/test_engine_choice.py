@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
-import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed import HashStore
 
@@ -16,6 +17,7 @@ from orchestrator.config.zero_stage import MAX_REPLICATED_BYTES, chosen_stage
 from orchestrator.pipeline.costing import costings
 from orchestrator.pipeline.load import load
 from orchestrator.training.engine import build_engine
+from orchestrator.training.export import export_ema
 from orchestrator.training.replicated_engine import ReplicatedEngine
 from orchestrator.training.task import Modules
 from orchestrator.training.zero_engine import ZeroEngine
@@ -43,19 +45,20 @@ def test_a_student_of_a_laptop_is_whole_and_the_7b_is_sharded() -> None:
     assert {item.zero_stage for item in costings(large, large.spec.hardware)} == {3}
 
 
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process is a group of one."""
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """This process is a group of one. It is made once: DeepSpeed keeps the first group that it sees."""
     import torch.distributed as dist
 
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    from orchestrator.training.zero import import_deepspeed
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+            patch.setenv(name, value)
+        from orchestrator.training.zero import import_deepspeed
 
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    import_deepspeed().init_distributed("gloo", dist_init_required=False, verbose=False)
-    yield
-    dist.destroy_process_group()
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        import_deepspeed().init_distributed("gloo", dist_init_required=False, verbose=False)
+        yield
+        dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")
@@ -77,20 +80,23 @@ def test_the_engine_is_the_chosen_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_exported_weights_are_copies() -> None:
-    """An export is written while training goes on."""
-    net = nn.Sequential(nn.Linear(3, 2))
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("averaged", [True, False])
+def test_an_export_is_what_safetensors_writes(
+    tmp_path: Path, zero_stage: Literal[0, 3], averaged: bool
+) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 2), nn.Conv2d(1, 2, 3), nn.LayerNorm(5))
+
     engine = build_engine(
-        Modules(net, ema=nn.Sequential(nn.Linear(3, 2))),
+        Modules(net(), ema=net() if averaged else None),
         Optimizer.model_validate({"lr": {"peak": 1e-2, "warmup_steps": 0}}),
-        zero_stage=0,
+        zero_stage=zero_stage,
         precision="fp32",
         num_blocks=1,
     )
-    before = engine.full_ema()
-    kept = {name: value.clone() for name, value in before.items()}
-    engine.backward(engine.modules.trainable(torch.ones(1, 3)).sum())
-    engine.step(1e-2, 0, 0.0)
-    engine.update_ema(0.5)
-    assert all(torch.equal(before[name], value) for name, value in kept.items())
-    assert not any(torch.equal(engine.full_ema()[name], value) for name, value in kept.items())
+    export_ema(engine, tmp_path / "ours.safetensors", 7)
+    average = {shard.name: shard.data.view(shard.shape) for shard in engine.average()}
+    assert average.keys() == net().state_dict().keys()
+    save_file(average, tmp_path / "theirs.safetensors", {"step": "7"})
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
