@@ -33,7 +33,7 @@ def export_ema(engine: Engine, path: Path, step: int) -> None:
         data, numels = ({s.name: s.data for s in shards}, {s.name: s.numel for s in shards})
         for _, whole in gather_all(data, numels):
             if file is not None:
-                file.write(memoryview(whole.cpu().contiguous().numpy()))
+                file.write(whole.cpu().contiguous().numpy().data)
     dist.barrier()
 
 
