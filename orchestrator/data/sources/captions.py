@@ -369,3 +369,31 @@ def _unclosed(path: Path, lines: Sequence[int]) -> UserError:
 def captions_path(captions: Path, root: Path) -> Path | None:
     """A captions file as it is given, or else inside the source's folder; None if it is in neither place."""
     return next((path for path in (captions, root / captions) if path.is_file()), None)
+
+
+def read_column(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
+    """Line, name of the file as it is written, and value of one column; rows without a value are left out.
+
+    Args:
+        path: a captions file, or another table with a `file` column.
+        column: the name of the column; capitals and spaces around it do not count.
+
+    Raises:
+        UserError: the file cannot be read, or has no such column, or has it twice.
+    """
+    table = _Table(path)
+    wanted = _bare(column)
+    if table.columns.count(wanted) != 1:
+        close = nearest(wanted, table.columns)
+        raise UserError(
+            f"the table has {'no' if wanted not in table.columns else 'more than one'} column {column!r}",
+            where=f"{path}:1",
+            hint=f"did you mean {close!r}?"
+            if close and close != wanted
+            else "its first line names the columns",
+        )
+    at = table.columns.index(wanted)
+    for line, row in table.rows():
+        value = row[at].strip() if at < len(row) else ""
+        if value:
+            yield line, table.read(row)[0], value
