@@ -211,6 +211,8 @@ class _UntouchedLine:
 
         self._note(step, dist.get_world_size())
 
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None: ...
+
     def recorded(self, step: int) -> bool:
         return True
 

@@ -198,6 +198,8 @@ class _Line:
         self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None: ...
 
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None: ...
+
     def recorded(self, step: int) -> bool:
         return True
 

@@ -238,6 +238,8 @@ class ElasticRun:
                 with self.pool.lock:
                     self.rules.stepped(event["step"], event["figures"]["step_seconds"], time.monotonic())
                 self.failure_policy.progress(event["step"])
+            case "look":
+                self.monitor.looked(event["step"], event["held_out"])
             case "record":
                 self.emit({"kind": "record", "step": event["step"]})
             case "saved":

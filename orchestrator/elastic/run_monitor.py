@@ -106,7 +106,7 @@ class RunMonitor:
         held_out: dict[str, float] = event["held_out"]
         self._emit({"kind": "metrics", "values": metrics, "step": step, "channel": "train"})
         if held_out:
-            self._emit({"kind": "metrics", "values": held_out, "step": step, "channel": "val"})
+            self.looked(step, held_out)
         first, self._group_stepped = not self._group_stepped, True
         if first:
             self.goodput.resumed(step - 1)
@@ -119,6 +119,11 @@ class RunMonitor:
         self._progress = _Progress(step, metrics, time.monotonic(), smooth)
         if first:
             self.account()
+
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None:
+        """Figures of photos that are not trained on."""
+        self._progress.at = time.monotonic()
+        self._emit({"kind": "metrics", "values": held_out, "step": step, "channel": "val"})
 
     def saved(self, event: Event) -> None:
         """A checkpoint is committed."""

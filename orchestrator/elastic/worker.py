@@ -225,6 +225,10 @@ class ControllerClient(ABC):
             }
         )
 
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None:
+        """See :class:`~orchestrator.training.callback.TrainerCallback` (worker 0)."""
+        self.send({"kind": "look", "step": step, "held_out": dict(held_out)})
+
     def saved(self, step: int, figures: dict[str, float]) -> None:
         """The checkpoint after `step` is committed (worker 0)."""
         self.send({"kind": "saved", "step": step, "figures": figures})

@@ -23,6 +23,9 @@ class TrainerCallback(Protocol):
         `held_out` are figures of held-out photos by name; there are none after a step at which nobody looked at them.
         """
 
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None:
+        """Hand over figures of photos that are not trained on, before the first step; later ones come with `report`."""
+
     def recorded(self, step: int) -> bool:
         """Whether the driver has written down the figures of all steps up to `step`."""
 

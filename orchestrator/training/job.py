@@ -54,6 +54,9 @@ class Job:
             and again, and the group follows at the end of a step.
         validation: makes the source of held-out blocks; called in every worker. As many as in a step are looked at.
         validate_every: steps from one look at them to the next; 0: never.
+        probe: makes the source of what the task looks at its weights with, see `training.task.Probing`; called in every
+            worker. Its blocks are loaded once.
+        probe_every: steps from one such look to the next. There is one before the first step, and after the last.
         pipeline: the pipeline's name.
         max_unreadable: number of photos that its workers, all attempts together, may find unreadable; None is any.
     """
@@ -77,6 +80,8 @@ class Job:
     limit: Callable[[], tuple[int, int]] | None = None
     validation: Callable[[], BlockSource] | None = None
     validate_every: int = 0
+    probe: Callable[[], BlockSource] | None = None
+    probe_every: int = 0
     pipeline: str = ""
     max_unreadable: int | None = None
 

@@ -35,7 +35,7 @@ from orchestrator.training.export import export_ema
 from orchestrator.training.job import Job
 from orchestrator.training.out_of_memory import out_of_memory_explained
 from orchestrator.training.skipped_updates import STEPS_PER_SKIP, named
-from orchestrator.training.task import BlockTensors, Losses
+from orchestrator.training.task import BlockTensors, Losses, Probing
 
 logger = logging.getLogger("orchestrator")
 
@@ -85,8 +85,8 @@ class _Trainer:
         assert job.blocks is not None, "a source that lives in the slot is put in its place by the worker"
         self.blocks = job.blocks()
         self.held_out = job.validation() if job.validation is not None else None
+        self.probed: list[Block] | None = None
         self.num_blocks = job.num_blocks
-        self.slots = -(-self.num_blocks // self.world)
         self.engine = build_engine(
             modules,
             job.optimizer,
@@ -103,6 +103,8 @@ class _Trainer:
         )
 
     def run(self) -> bool:
+        if self.start == 0 and (before := self._looked(0)) and self.rank == 0:
+            self.callback.looked(0, before)
         for step, blocks in self._feed():
             began = time.monotonic()
             with out_of_memory_explained(self.job, f"in step {step + 1}", blocks):
@@ -111,10 +113,7 @@ class _Trainer:
             if self.rank == 0:
                 figures["step_seconds"] = time.monotonic() - began
                 figures["data_wait_seconds"] = self.waited_s
-            held_out: dict[str, float] = {}
-            if self._is_looked_at(done):
-                with out_of_memory_explained(self.job, f"with held-out photos after step {done}"):
-                    held_out = self._validated()
+            held_out = self._looked(done)
             stalled = self.checkpointing.stall_s
             agreed = self.checkpointing.agree()
             last = done == self.job.num_steps
@@ -170,10 +169,33 @@ class _Trainer:
 
     # --- held-out photos ----------------------------------------------------------------------------------------
 
-    def _is_looked_at(self, done: int) -> bool:
-        """Whether held-out photos are looked at after so many steps."""
-        every = self.job.validate_every
-        return self.held_out is not None and every > 0 and (done % every == 0 or done == self.job.num_steps)
+    def _looked(self, done: int) -> dict[str, float]:
+        """Figures of photos that are not trained on, if it is their turn after so many steps; collective."""
+        found: list[dict[str, float]] = []
+        with out_of_memory_explained(self.job, f"with held-out photos after step {done}"):
+            if self.held_out is not None and done and self._is_due(done, self.job.validate_every):
+                found.append(self._validated())
+            if self.job.probe is not None and self._is_due(done, self.job.probe_every):
+                found.append(self._probed(done))
+        if not found:
+            return {}
+        seconds = sum(figures["seconds"] for figures in found)
+        return {name: value for figures in found for name, value in figures.items()} | {"seconds": seconds}
+
+    def _is_due(self, done: int, every: int) -> bool:
+        return every > 0 and (done % every == 0 or done == self.job.num_steps)
+
+    def _probed(self, done: int) -> dict[str, float]:
+        """What the task finds of its weights, and its `seconds`; collective."""
+        assert self.job.probe is not None
+        assert isinstance(self.task, Probing), f"{self.job.name} has nothing to look with"
+        began = time.monotonic()
+        if self.probed is None:
+            source = self.job.probe()
+            self.probed = self._load(0, source)
+            self._tell_troubles(source)
+        blocks = [_to_device(block, self.device) for block in self.probed]
+        return {**self.task.probe(done, blocks, self.workers), "seconds": time.monotonic() - began}
 
     def _validated(self) -> dict[str, float]:
         """Figures of the held-out blocks, with the weights as they are now, and its own `seconds`; collective.
@@ -324,9 +346,10 @@ class _Trainer:
                 self.callback.trouble(what)
 
     def _load(self, step: int, source: BlockSource | None = None) -> list[Block]:
+        num_blocks = self.num_blocks if source is None else source.num_blocks
         source = source or self.blocks
-        blocks = [source.load(step, index) for index in range(self.rank, self.num_blocks, self.world)]
-        while len(blocks) < self.slots:
+        blocks = [source.load(step, index) for index in range(self.rank, num_blocks, self.world)]
+        while len(blocks) < -(-num_blocks // self.world):
             filler = blocks[0] if blocks else source.load(step, 0)
             blocks.append(replace(filler, weight=0.0))
         return blocks

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -111,4 +111,21 @@ class Task(Protocol):
         """What follows an update: EMA, refresh of a Gram teacher. `figures` are the step's, over all workers.
 
         Not called where the update was skipped, since a gradient was not finite.
+        """
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A task that looks at its weights now and then, with samples that it does not train on; see `Job.probe`."""
+
+    def probe(self, done: int, blocks: Sequence[BlockTensors], reduce: Workers) -> dict[str, float]:
+        """Figures of the weights after `done` steps, the same on all workers.
+
+        Args:
+            done: steps; 0 before the first one.
+            blocks: this worker's, in order. Those of weight 0 only pad it, so that every worker has as many.
+            reduce: the sum over workers.
+
+        Raises:
+            UserError: training is to stop.
         """

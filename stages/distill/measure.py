@@ -187,6 +187,8 @@ class _Stopwatch:
         before, self._at = self._at, _clock()
         self.seconds.append(self._at - before)
 
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None: ...
+
     def recorded(self, step: int) -> bool:
         return True
 

@@ -18,6 +18,7 @@ from orchestrator.config.schedules import (
     Schedule,
     Temperature,
     check_warmup,
+    moving,
 )
 from orchestrator.config.settings import Settings, in_key_if_set, operational
 from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
@@ -47,6 +48,7 @@ from orchestrator.stages.common.weights import (
 )
 from orchestrator.stages.objective import Objective, OwnObjective
 from orchestrator.stages.ssl.gram import Gram
+from orchestrator.stages.ssl.knn import KnnWatch
 from orchestrator.stages.ssl.stop_if import StopIf
 
 if TYPE_CHECKING:
@@ -113,10 +115,15 @@ class SelfSupervised(MultiCropStage):
         description="Objectives of users' packages, added to the loss: a name, or a mapping with the name as `use` and "
         "its settings, such as `weight` (docs/extending.md).",
     )
+    knn: KnnWatch | None = operational(
+        None,
+        description="The k-NN accuracy of the EMA backbone while it trains: on how many photos, and how often. The metric "
+        "is `val/knn`. Default: it is not computed.",
+    )
     stop_if: StopIf | None = operational(
         None,
-        description="The limits of dense health at which training stops. Default: it goes on whatever becomes of dense "
-        "features.",
+        description="The limits of dense health, and of k-NN, at which training stops. Default: it goes on whatever "
+        "becomes of the features.",
     )
     snapshot_every: int = Field(
         0,
@@ -152,6 +159,8 @@ class SelfSupervised(MultiCropStage):
         check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
         check_titles(self.objectives)
         check_frozen(self.freeze_backbone_steps, self.from_, self.steps)
+        if self.stop_if is not None:
+            self.stop_if.check_watched(self.knn)
         return self
 
     def models(self) -> Mapping[str, str]:
@@ -168,7 +177,7 @@ class SelfSupervised(MultiCropStage):
         """See :class:`Stage`."""
         return files_of(self.starts_from())
 
-    def tied_to_steps(self) -> tuple[str, ...]:
+    def tied_to_steps(self) -> Mapping[tuple[str, ...], tuple[str, ...]]:
         """See :class:`Stage`: the schedules that move until the last step."""
         optimizer, gram = self.optimizer, self.gram
         schedules = {
@@ -180,7 +189,7 @@ class SelfSupervised(MultiCropStage):
         }
         if gram is not None:
             schedules["gram.weight"] = gram.weight
-        return tuple(name for name, schedule in schedules.items() if schedule.shape != "constant")
+        return {("steps",): moving(schedules)}
 
     def starts_from(self) -> Mapping[str, Weights]:
         """See :class:`Stage`."""
@@ -294,6 +303,7 @@ class SelfSupervised(MultiCropStage):
         """The elastic job of this stage; so many photos may become unreadable, or any number."""
         from orchestrator.stages.common.crops import crop_blocks
         from orchestrator.stages.ssl.task import SelfSupervisedTask
+        from orchestrator.stages.ssl.watched_photos import WatchedPhotos
         from orchestrator.training.job import Job
 
         backbone = context.inputs.get("backbone")
@@ -335,6 +345,16 @@ class SelfSupervised(MultiCropStage):
             if self.validate_every
             else None,
             validate_every=self.validate_every,
+            probe=partial(
+                WatchedPhotos.of,
+                context.inputs["index"].path,
+                self.knn,
+                self.crops_at(0, 0).global_size,
+                context.roots,
+            )
+            if self.knn is not None
+            else None,
+            probe_every=self.knn.every if self.knn is not None else 0,
             export_steps=self.snapshot_steps()[:-1],
             max_unreadable=max_unreadable,
         )

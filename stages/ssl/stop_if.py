@@ -1,24 +1,31 @@
-"""When training stops by itself: dense features have become worse than they were at the start."""
+"""When training stops by itself: dense features, or k-NN, have become worse than they were at the start."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from orchestrator.config.settings import Settings
 from orchestrator.errors import UserError
 from orchestrator.stages.common.lineage import Health
+from orchestrator.stages.ssl.knn import KnnWatch
 
 _FIRST = ("stop_first_cosine", "stop_first_locality")
+_FIRST_KNN = "stop_first_knn"
+_HINT = (
+    "lower optimizer.lr.peak, raise freeze_backbone_steps or set gram; larger amounts in stop_if continue from the "
+    "last checkpoint"
+)
 
 
 class StopIf(Settings):
-    """Stops training once dense features are worse than at the start.
+    """Stops training once dense features, or k-NN, are worse than at the start.
 
     Training steps are divided into windows. The means over a window of `cls_patch_cosine` (lower is better) and of
-    `patch_locality` (higher is better) are compared with those of the first window. One amount that is reached is
-    enough. The checkpoints stay: with larger amounts, training continues from the last one.
+    `patch_locality` (higher is better) are compared with those of the first window. With `knn`, each k-NN accuracy is
+    compared with the one before the first step. One amount that is reached is enough. The checkpoints stay: with
+    larger amounts, training continues from the last one.
     """
 
     window: int = Field(100, ge=1, description="The number of steps that the metrics are averaged over.")
@@ -34,16 +41,25 @@ class StopIf(Settings):
         description="The drop of the patch locality below the first window's value at which training stops. null "
         "ignores the locality.",
     )
+    knn_drop: float | None = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="The drop of the k-NN accuracy below that of the starting weights at which training stops, where "
+        "`knn` computes it. null ignores it.",
+    )
 
-    @model_validator(mode="after")
-    def _has_an_amount(self) -> StopIf:
-        if self.cosine_rise is None and self.locality_drop is None:
-            raise ValueError("set cosine_rise, locality_drop, or both: without either nothing would stop")
-        return self
+    def check_watched(self, knn: KnnWatch | None) -> None:
+        """Raises ValueError unless something may stop training; `knn` says what is watched besides dense health."""
+        if knn is None and self.knn_drop is not None and "knn_drop" in self.model_fields_set:
+            raise ValueError("stop_if.knn_drop needs `knn`, which computes the accuracy: set `knn: {}`")
+        if self.cosine_rise is None and self.locality_drop is None and (knn is None or self.knn_drop is None):
+            more = ", or knn_drop" if knn is not None else ", or `knn`"
+            raise ValueError(f"set cosine_rise or locality_drop{more}: without them nothing would stop")
 
 
 class HealthLimit:
-    """Watches dense health from the first step on. All workers see the same figures, so all stop alike.
+    """Watches dense health and k-NN from the start. All workers see the same figures, so all stop alike.
 
     Args:
         limits: None watches nothing.
@@ -80,9 +96,25 @@ class HealthLimit:
                 f"training stopped after step {done}, since dense features are worse than at the start: "
                 f"{' and '.join(wrong)} (means over {limits.window} steps)",
                 where="stop_if",
-                hint="lower optimizer.lr.peak, raise freeze_backbone_steps or set gram; larger amounts in stop_if "
-                "continue from the last checkpoint",
+                hint=_HINT,
             )
+
+    def update_knn(self, done: int, figure: str, accuracy: float) -> None:
+        """Take the k-NN accuracy after `done` steps. The first one is that of the weights that training starts from.
+
+        Raises:
+            UserError: the limit is reached.
+        """
+        first = self.state.setdefault(_FIRST_KNN, accuracy)
+        limit = self.limits.knn_drop if self.limits is not None else None
+        if limit is None or first - accuracy < limit:
+            return
+        raise UserError(
+            f"training stopped after step {done}, since k-NN is worse than at the start: {figure} fell from "
+            f"{first:.3f} to {accuracy:.3f}",
+            where="stop_if.knn_drop",
+            hint=_HINT,
+        )
 
 
 def window_mean(

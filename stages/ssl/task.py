@@ -35,6 +35,7 @@ from orchestrator.stages.objective import StudentOutput
 from orchestrator.stages.ssl.anchor import AnchorDecision, DenseHealthMonitor
 from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.stages.ssl.stop_if import HealthLimit
+from orchestrator.stages.ssl.watched_photos import accuracy
 from orchestrator.training.export import load_export
 from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, Weights
 
@@ -188,6 +189,46 @@ class SelfSupervisedTask:
         started = self.monitor.started
         if decision is AnchorDecision.KEEP or (started is not None and gram.updates_at(done - started)):
             weights.copy_ema("gram", "backbone.")
+
+    @torch.no_grad()
+    def probe(self, done: int, blocks: Sequence[BlockTensors], reduce: Reduce) -> dict[str, float]:
+        """k-NN of the EMA backbone, on blocks of :class:`~orchestrator.stages.ssl.watched_photos.WatchedPhotos`.
+
+        Whoever has the first block counts, for all: the vote is the same one then, whatever machines there are.
+
+        Raises:
+            UserError: it has become worse than `stop_if` allows.
+        """
+        assert self.modules.ema is not None
+        assert self.config.knn is not None
+        rows_NVD: Tensor | None = None
+        labels_N = blocks[0].tensors["labels"].new_zeros(int(blocks[0].tensors["count"]))
+        for block in blocks:
+            views_SV = block.tensors["photos"]
+            height, width = views_SV.shape[-2:]
+            out = self.modules.ema(
+                views_SV.flatten(0, 1),
+                None,
+                block.tensors["labels"].new_zeros(0),
+                (height // self.patch_size, width // self.patch_size),
+                with_logits=False,
+            )
+            found_SVD = out["cls"].float().unflatten(0, views_SV.shape[:2])
+            if rows_NVD is None:
+                rows_NVD = found_SVD.new_zeros(len(labels_N), *found_SVD.shape[1:])
+            if block.weight > 0:
+                rows_NVD[block.tensors["places"]] = found_SVD
+                labels_N[block.tensors["places"]] = block.tensors["labels"]
+        assert rows_NVD is not None
+        # A photo is on one worker, and zeros are added to it: that rounds nothing.
+        rows_NVD, labels_N = reduce(rows_NVD), reduce(labels_N)
+        counted = accuracy(rows_NVD.cpu().numpy(), labels_N.cpu().numpy(), self.config.knn.k)
+        counts = any(block.index == 0 and block.weight > 0 for block in blocks)
+        ((name, value),) = counted.items()
+        told = torch.tensor([value if counts else 0.0], dtype=torch.float64, device=rows_NVD.device)
+        figure = float(reduce(told))
+        self.limit.update_knn(done, name, figure)
+        return {name: figure}
 
     def _teacher(self, block: BlockTensors, *, first: bool) -> dict[str, Tensor]:
         """The EMA's features, and its logits; for chunks its codes, and with the step's first block its prototypes."""

@@ -20,6 +20,7 @@ from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.stages.ssl.gram_anchor import GramAnchor
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.stages.ssl.task import SelfSupervisedTask
+from orchestrator.stages.ssl.watched_photos import WatchedPhotos
 from orchestrator.teacher_service import payload
 from orchestrator.training.job import Job
 from orchestrator.training.task import BlockTensors, Losses
@@ -45,6 +46,9 @@ class Recorder:
             self.held_out[step] = dict(held_out)
         if step == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None:
+        self.held_out[step] = dict(held_out)
 
     def recorded(self, step: int) -> bool:
         return True
@@ -207,5 +211,9 @@ def make_job(spec: dict[str, Any]) -> Job:
         max_unreadable=spec.get("max_unreadable"),
         validation=validation if config.validate_every else None,
         validate_every=config.validate_every,
+        probe=partial(WatchedPhotos.of, Path(spec["index"]), config.knn, config.crops.global_size)
+        if config.knn is not None
+        else None,
+        probe_every=config.knn.every if config.knn is not None else 0,
         export_steps=tuple(spec.get("export_steps", ())),
     )

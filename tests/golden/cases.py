@@ -167,6 +167,8 @@ class _Reports:
     ) -> None:
         self._run.metrics(figures, step)
 
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None: ...
+
     def recorded(self, step: int) -> bool:
         return True
 
