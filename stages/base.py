@@ -70,6 +70,10 @@ class Part:
 MakePart = Callable[[str, Mapping[str, Any]], AbstractContextManager[Part]]
 
 
+def _none(kind: str, key: str) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Context:
     """Everything a stage gets from the engine.
@@ -94,6 +98,7 @@ class Context:
             ends in a slash. None if `work` is in the store itself.
         stop: set when the user asked for a clean stop; long stages check it and raise `Stopped`.
         shorter: the artifact of the same stage with fewer steps, to go on from; see :meth:`Stage.tied_to_steps`.
+        find: the folder of a whole artifact of the store, by kind and key; None if it is not there.
         parts: holds a piece of the result by kind and identity, see :class:`Part`; None keeps them in `work`.
         modules: what the stages of the pipeline file say in :meth:`Stage.modules`.
         forced: whether the user asked for this stage by name with `--force`.
@@ -119,6 +124,7 @@ class Context:
     ancestors: Mapping[str, Artifact] = field(default_factory=dict)
     forced: bool = False
     shorter: Artifact | None = None
+    find: Callable[[str, str], Path | None] = _none
 
     @property
     def roots(self) -> dict[str, str]:
@@ -241,14 +247,15 @@ class Stage(StageSpec):
         """The trained weights that models of this stage start from, by dotted field."""
         return {}
 
-    def tied_to_steps(self) -> tuple[str, ...] | None:
-        """The fields whose values at a step depend on `steps`, the number of all steps.
+    def tied_to_steps(self) -> Mapping[tuple[str, ...], tuple[str, ...]] | None:
+        """The fields whose values at a step depend on the number of all steps, by the field that says that number.
 
         With none of them, the first steps of a longer run are those of a shorter one. If a shorter one is done, the
         stage is given its artifact as `Context.shorter` and goes on from there.
 
         Returns:
-            The dotted fields; None of a kind that never goes on.
+            The dotted fields, by the path of the field that says how many steps there are: `("steps",)`, or
+            `("students", NAME, "steps")`, which is `steps` where it is null. None of a kind that never goes on.
         """
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -109,6 +110,11 @@ def check_warmup(name: str, schedule: Schedule, steps: int) -> None:
             f"{name}.warmup_steps is {schedule.warmup_steps}, more than the {steps} steps there are: the peak is never "
             "reached"
         )
+
+
+def moving(schedules: Mapping[str, Schedule]) -> tuple[str, ...]:
+    """The names of those whose values depend on the number of all steps; a warmup does not."""
+    return tuple(name for name, schedule in schedules.items() if schedule.shape != "constant")
 
 
 def check_ratio(name: str, ratio: tuple[float, float]) -> None:

@@ -206,7 +206,12 @@ class Attempt:
             ancestors=self.ancestors,
             forced=self.forced,
             shorter=self.shorter,
+            find=self._find,
         )
+
+    def _find(self, kind: str, key: str) -> Path | None:
+        artifact = self.workspace.artifacts().intact(kind, key)
+        return artifact.path if artifact is not None else None
 
     @contextlib.contextmanager
     def _part(self, kind: str, identity: Mapping[str, Any]) -> Iterator[Part]:

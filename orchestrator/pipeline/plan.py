@@ -12,7 +12,7 @@ from orchestrator.config.extension import extensions
 from orchestrator.config.schema import DataSource
 from orchestrator.errors import UserError, nearest
 from orchestrator.fsio import sha256_of
-from orchestrator.pipeline import code_digest, crop_checks, dag
+from orchestrator.pipeline import code_digest, crop_checks, dag, more_steps
 from orchestrator.pipeline.cache_key import KeyParts, diff, key_parts, short
 from orchestrator.pipeline.ledger import PipelineState, StageState
 from orchestrator.pipeline.load import LoadedPipeline
@@ -47,7 +47,7 @@ class ResolvedStage:
     needs: tuple[str, ...]
     code: Mapping[str, str]
     effects: bool = False
-    tied_to_steps: tuple[str, ...] | None = None
+    tied_to_steps: more_steps.TiedToSteps | None = None
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,8 @@ def _lengthened(
     made = known.made if known is not None else None
     if planned.action != "run" or planned.fresh or planned.anew or stage.tied_to_steps is None:
         return planned
-    if made is None or not _only_longer(made, stage) or reached(stage.parts.kind, stage.key):
+    longer = more_steps.grown(made, stage.parts, stage.tied_to_steps) if made is not None else {}
+    if made is None or not longer or reached(stage.parts.kind, stage.key):
         return planned
     shorter = find(made.kind, made.key)
     if shorter is None:
@@ -311,20 +312,8 @@ def _lengthened(
     if earlier := other_inputs(made_from, stage, _made(before)):
         why = f"starts over: the shorter run was {begun_with(earlier).partition(',')[0]}"
         return replace(planned, reasons=(*reasons, why))
-    if stage.tied_to_steps:
-        depend = "depends" if len(stage.tied_to_steps) == 1 else "depend"
-        why = f"starts over: {', '.join(stage.tied_to_steps)} {depend} on the number of steps"
-        return replace(planned, reasons=(*reasons, why))
-    why = f"goes on from step {made.config['steps']}"
-    return replace(planned, reasons=(*reasons, why), shorter=shorter)
-
-
-def _only_longer(known: KeyParts, stage: ResolvedStage) -> bool:
-    """Whether a stage differs from what was made before in nothing but more steps."""
-    old, new = known.config.get("steps"), stage.parts.config.get("steps")
-    if not (isinstance(old, int) and isinstance(new, int) and old < new):
-        return False
-    return known.model_copy(update={"config": {**known.config, "steps": new}}).key == stage.key
+    why, goes_on = more_steps.told(longer, stage.tied_to_steps)
+    return replace(planned, reasons=(*reasons, why), shorter=shorter if goes_on else None)
 
 
 def is_awaited(known: StageState | None, artifact: Artifact) -> bool:

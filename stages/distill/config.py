@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from orchestrator import installed
 from orchestrator.config.elastic import Resources, Workers
 from orchestrator.config.extension import versions
-from orchestrator.config.schedules import Momentum, Optimizer, Schedule, check_warmup
+from orchestrator.config.schedules import Momentum, Optimizer, Schedule, check_warmup, moving
 from orchestrator.config.settings import Settings, in_key_if_set, operational
 from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
@@ -470,6 +470,24 @@ class Distill(MultiCropStage):
     def steps_of(self, student: Student) -> int:
         """A student's number of updates."""
         return student.steps or self.steps
+
+    def tied_to_steps(self) -> Mapping[tuple[str, ...], tuple[str, ...]]:
+        """See :class:`Stage`: of each student."""
+        return {("students", name, "steps"): self.student_tied_to_steps(name) for name in self.students}
+
+    def student_tied_to_steps(self, name: str) -> tuple[str, ...]:
+        """The fields of one student, or of the stage, whose schedules move until its last step."""
+        student = self.students[name]
+        own = f"{_STUDENTS}{name}."
+        optimizer = student.optimizer or self.optimizer
+        at = own if student.optimizer is not None else ""
+        return moving(
+            {
+                f"{at}optimizer.lr": optimizer.lr,
+                f"{at}optimizer.weight_decay": optimizer.weight_decay,
+                f"{own if student.ema is not None else ''}ema": self.ema_of(student),
+            }
+        )
 
     def student_identity(self, name: str) -> dict[str, Any]:
         """All in this config that decides one student, and nothing of the others."""

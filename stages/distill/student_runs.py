@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UserError
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
     from orchestrator.stages.common.weights import StartingWeights
     from orchestrator.stages.distill.config import Distill, Student
     from orchestrator.stages.distill.teacher_kinds import Teaching
+    from orchestrator.tracking.run import Run
     from orchestrator.training.job import Job
 
 _STUDENT = "student.json"
+# In a student's artifact.
+HISTORY, FIGURES, ARTIFACT = "history.json", "figures.json", "artifact.json"
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,15 @@ def student_runs_of(
 
     gpus = 0.0 if context.elastic.device == "cpu" else ray.cluster_resources().get("GPU", 0.0)
     missing = [name for name, part in parts.items() if part.artifact is None]
+    shorter = {name: folder for name in missing if (folder := _shorter(config, context, name)) is not None}
     jobs = {
         name: student_job(config, context, teach, name, parts[name], max_unreadable, (starts or {}).get(name))
         for name in missing
     }
+    for name, folder in shorter.items():
+        figures = json.loads((folder / FIGURES).read_text())
+        _offset(parts[name], jobs[name].name, int(figures.get("first_step", 0)))
+        _take_up(folder, jobs[name], student_run_of(context, name))
     jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
     front = _front(config, jobs, parts)
     return {
@@ -65,6 +74,29 @@ def student_runs_of(
         )
         for name in missing
     }
+
+
+def student_run_of(context: Context, name: str) -> Run:
+    """The run of a student. Its id follows from the stage's, so a resumed stage finds its students' runs again."""
+    return context.run.child(f"{context.name}/{name}", resume_id=f"{context.run.run_id}-{name}")
+
+
+def _shorter(config: Distill, context: Context, name: str) -> Path | None:
+    """The artifact of this very student with fewer steps, from which it goes on; None if it starts over."""
+    if context.shorter is None or config.student_tied_to_steps(name):
+        return None
+    pointer = context.shorter.path / "students" / name / ARTIFACT
+    if not pointer.is_file():
+        return None
+    made = json.loads(pointer.read_text())
+    return context.find(str(made["kind"]), str(made["key"]))
+
+
+def _take_up(shorter: Path, job: Job, run: Run) -> None:
+    """Go on from a shorter run of a student: its figures and its checkpoint."""
+    for record in json.loads((shorter / HISTORY).read_text()):
+        run.metrics(record["metrics"], record["step"])
+    job.adopt(shorter / "checkpoint", {})
 
 
 def student_job(

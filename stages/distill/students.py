@@ -19,7 +19,14 @@ from orchestrator.stages.base import Context
 from orchestrator.stages.common.config import stage_seed, summary
 from orchestrator.stages.common.mixing import draws_of
 from orchestrator.stages.common.weights import StartingWeights, starting_weights
-from orchestrator.stages.distill.student_runs import StudentRun, student_runs_of
+from orchestrator.stages.distill.student_runs import (
+    ARTIFACT,
+    FIGURES,
+    HISTORY,
+    StudentRun,
+    student_run_of,
+    student_runs_of,
+)
 
 if TYPE_CHECKING:
     from orchestrator.capacity.rebalance import Balancer
@@ -28,10 +35,8 @@ if TYPE_CHECKING:
     from orchestrator.teacher_service.service import TeacherService
     from orchestrator.tracking.run import Run
 
-_ARTIFACT = "artifact.json"
-_FIGURES = "figures.json"
 # In the stage's own artifact; a checkpoint stays in the student's.
-_SHOWN = ("model", "recipe.json", "history.json", _FIGURES, _ARTIFACT)
+_SHOWN = ("model", "recipe.json", HISTORY, FIGURES, ARTIFACT)
 
 
 def train(config: Distill, context: Context) -> Mapping[str, float]:
@@ -196,10 +201,7 @@ def _train_one(
     """Train one student to its end and publish it at once; whatever becomes of the other students."""
     from orchestrator.elastic import trainer
 
-    # The id follows from the stage's, so a resumed stage finds its students' runs again.
-    run = context.run.child(
-        f"{context.name}/{student_run.name}", resume_id=f"{context.run.run_id}-{student_run.name}"
-    )
+    run = student_run_of(context, student_run.name)
     run.params(student_run.config.model_dump(mode="json"))
     source = service.source(
         student_run.name,
@@ -233,11 +235,11 @@ def _publish(
     teach.save(student_run.name, student_run.job.export(student_run.job.num_steps), folder)
     student_run.job.collect(folder / "checkpoint")
     history = run.history()
-    (folder / "history.json").write_text(json.dumps(history))
+    (folder / HISTORY).write_text(json.dumps(history))
     last_loss = summary(history).get("last_loss", float("nan"))
     figures = {"last_loss": last_loss, "first_step": float(student_run.offset), **account}
-    (folder / _FIGURES).write_text(json.dumps(figures))
-    (folder / _ARTIFACT).write_text(json.dumps({"kind": "student", "key": student_run.part.key}))
+    (folder / FIGURES).write_text(json.dumps(figures))
+    (folder / ARTIFACT).write_text(json.dumps({"kind": "student", "key": student_run.part.key}))
     made = student_run.part.publish(folder, figures)
     shutil.rmtree(folder, ignore_errors=True)
     return made
@@ -255,7 +257,7 @@ def _gather(folders: Mapping[str, Path], names: Sequence[str], out: Path) -> dic
                 shutil.copytree(source, target / entry)
             else:
                 shutil.copyfile(source, target / entry)
-        own = json.loads((target / _FIGURES).read_text())
+        own = json.loads((target / FIGURES).read_text())
         figures |= {f"{name}_{figure}": value for figure, value in own.items()}
     figures["goodput"] = min(figures[f"{name}_goodput"] for name in names)
     return figures

@@ -194,6 +194,11 @@ def stage(spec: Spec) -> Any:
     return whole_stage.stage(spec)
 
 
+def student(spec: Spec) -> Any:
+    """A student of a distillation; see there."""
+    return whole_stage.student(spec)
+
+
 def clip(spec: Spec) -> Any:
     """Three steps on other inputs in each worker, clipped hard; norms of each, and the weights in `truth`."""
     engine = make_engine(spec)

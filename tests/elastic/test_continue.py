@@ -35,10 +35,22 @@ RunStage = Callable[..., dict[str, Any]]
 def run_stage(group: Group, index: Path, tmp_path: Path) -> RunStage:
     """Runs a stage into a folder with one worker."""
 
-    def run(folder: str, config: dict[str, Any], *, backbone: Path | None = None, **spec: Any) -> Any:
+    photos = index
+
+    def run(
+        folder: str,
+        config: dict[str, Any],
+        *,
+        backbone: Path | None = None,
+        index: Path = photos,
+        **spec: Any,
+    ) -> Any:
         inputs = {"index": str(index)} | ({"backbone": str(backbone)} if backbone else {})
+        inputs |= spec.pop("more_inputs", {})
         merged = {name: value for name, value in {**CONFIG, **config}.items() if value is not None}
-        (found,) = group("stage", 1, folder=str(tmp_path / folder), config=merged, inputs=inputs, **spec)
+        (found,) = group(
+            spec.pop("do", "stage"), 1, folder=str(tmp_path / folder), config=merged, inputs=inputs, **spec
+        )
         return found
 
     return run
@@ -189,6 +201,45 @@ def test_more_steps_go_on_where_fewer_ended(run_stage: RunStage, hub: Path, tmp_
     assert [path.name for path in (tmp_path / "sparse/out/snapshots").iterdir()] == [
         f"step-{2 * STEPS:08d}.safetensors"
     ]
+
+
+@pytest.mark.parametrize("objective", ["heads", "features"])
+def test_a_student_with_more_steps_goes_on_where_fewer_ended(
+    run_stage: RunStage, hub: Path, tmp_path: Path, objective: str
+) -> None:
+    run_stage("teacher", {"from": str(hub), "steps": 1, "model": "vit_femto"})
+    student = {"model": "convnext_mini", "drop_path": 0.2}
+    features = {"features": {"whiten": True, "whiten_images": 8}} if objective == "features" else {}
+    distill = {
+        "kind": "distill", "steps": STEPS, "students": {"small": student}, "ema": {"peak": 0.9},
+        "optimizer": {"lr": {"peak": 1e-2, "warmup_steps": 2}}, **dict.fromkeys(("heads", "drop_path")), **features,
+    }  # fmt: skip
+    common = {"backbone": None, "do": "student"}
+
+    def train(folder: str, steps: int, **spec: Any) -> Any:
+        inputs = {"teacher": str(tmp_path / "teacher/out")}
+        return run_stage(folder, {**distill, "steps": steps}, more_inputs=inputs, **common, **spec)
+
+    shorter = train("shorter", STEPS)
+    whole = train("whole", 2 * STEPS)
+    grown = train("grown", 2 * STEPS, shorter=str(tmp_path / "shorter/out"), found=shorter["made"])
+    assert (whole["begun"], grown["begun"]) == (0, STEPS)
+    ours, theirs = (saved(Path(found["made"]) / "checkpoint") for found in (grown, whole))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    model = "model/model.safetensors"
+    assert (Path(grown["made"]) / model).read_bytes() == (Path(whole["made"]) / model).read_bytes()
+    curves = [
+        {record["step"]: record["metrics"]["loss"] for record in found["history"]} for found in (whole, grown)
+    ]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 2 * STEPS
+    # A schedule that knows the last step begins anew.
+    tied = {"students": {"small": {**student, "ema": {"peak": 0.9, "end": 1.0, "shape": "cosine"}}}}
+    distill |= tied
+    over = train("over", 2 * STEPS, shorter=str(tmp_path / "shorter/out"), found=shorter["made"])
+    assert over["begun"] == 0
 
 
 def test_it_stops_when_dense_features_decay(run_stage: RunStage, hub: Path, tmp_path: Path) -> None:

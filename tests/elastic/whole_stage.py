@@ -1,8 +1,11 @@
-"""A whole self-supervised stage in a worker without Ray: its own `run`, with the real loop instead of Ray Train."""
+"""A whole self-supervised stage, or one student, in a worker without Ray: the real loop instead of Ray Train."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,20 @@ from orchestrator.elastic import trainer
 from orchestrator.errors import UserError
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Context
+from orchestrator.stages.common.config import stage_seed
+from orchestrator.stages.distill import students
+from orchestrator.stages.distill.student_runs import student_run_of, student_runs_of
+from orchestrator.stages.distill.teacher_kinds import teaching
 from orchestrator.storage.artifacts import Artifact, Manifest
 from orchestrator.tracking.run import NullRun
 from orchestrator.training import loop
 from orchestrator.training.job import Job
+
+# As in lab.py.
+if __package__:
+    from .worker import TaughtBlocks
+else:
+    from worker import TaughtBlocks
 
 
 class _Reports:
@@ -31,6 +44,11 @@ class _Reports:
         self, step: int, figures: Mapping[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None:
         assert self._run.metrics(figures, step), "a step was recorded twice"
+        if held_out:
+            self.looked(step, held_out)
+
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None:
+        assert self._run.metrics(held_out, step, "val"), "a look was recorded twice"
 
     def recorded(self, step: int) -> bool:
         return True
@@ -54,6 +72,47 @@ def stage(spec: dict[str, Any]) -> Any:
 
     The artifact is `folder`/out. `inputs` are folders of artifacts by role, `shorter` is that of a shorter run.
     """
+    config, context = _prepared(spec)
+    try:
+        config.run(context)
+    except UserError as error:
+        return {"error": str(error), "history": context.run.history(), "held_out": context.run.history("val")}
+    return {"history": context.run.history(), "held_out": context.run.history("val")}
+
+
+def student(spec: dict[str, Any]) -> Any:
+    """Train the one student of a distillation as its stage would, but for the teacher service; its history.
+
+    The stage's artifact is `folder`/out, and its student's the folder that is returned.
+    """
+    config, context = _prepared(spec)
+    teach = teaching(config, context, stage_seed(context, config.kind))
+    (name,) = config.students
+    with context.part("student", config.student_identity(name)) as part:
+        (run,) = student_runs_of(config, context, teach, {name: part}).values()
+        teacher = teach.factory([run.config], run.job.num_steps)
+        blocks = partial(TaughtBlocks, teacher(), run.job.num_blocks)
+        tracker = student_run_of(context, name)
+        begun = run.next_step
+        _train(replace(run.job, blocks=blocks), tracker=tracker, stop=context.stop)
+        made = students._publish(run, teach, tracker, {}, context.out)
+    (context.out / "students" / name).mkdir(parents=True)
+    shutil.copy(made / "artifact.json", context.out / "students" / name)
+    return {"history": tracker.history(), "made": str(made), "begun": begun}
+
+
+class _Runs(NullRun):
+    """Children are the same ones each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._children: dict[str | None, NullRun] = {}
+
+    def child(self, name: str, resume_id: str | None = None) -> NullRun:
+        return self._children.setdefault(resume_id, NullRun())
+
+
+def _prepared(spec: dict[str, Any]) -> tuple[Any, Context]:
     trainer.run = _train  # type: ignore[assignment]
     folder = Path(spec["folder"])
     (folder / "out").mkdir(parents=True)
@@ -70,14 +129,11 @@ def stage(spec: dict[str, Any]) -> Any:
         out=folder / "out",
         work=folder / "work",
         elastic=Elastic(checkpoint_every_s=1e9, device="cpu", exact=spec.get("exact", False)),
-        run=NullRun(),
+        run=_Runs(),
         shorter=_artifact("stage", Path(spec["shorter"])) if spec.get("shorter") else None,
+        find=lambda kind, key: Path(spec["found"]),
     )
-    try:
-        config.run(context)
-    except UserError as error:
-        return {"error": str(error), "history": context.run.history()}
-    return {"history": context.run.history()}
+    return config, context
 
 
 def _artifact(kind: str, path: Path) -> Artifact:

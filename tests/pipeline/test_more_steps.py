@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from orchestrator.pipeline.cache_key import KeyParts
 from orchestrator.pipeline.ledger import PipelineState, StageState
+from orchestrator.pipeline.more_steps import TiedToSteps
 from orchestrator.pipeline.plan import Choice, ResolvedStage, StagePlan, plan
 from orchestrator.stages import AnyStage
 from orchestrator.storage.artifacts import Artifact, Manifest
@@ -24,14 +25,17 @@ def parts(**changes: Any) -> KeyParts:
 def planned(
     new: KeyParts,
     *,
-    tied: tuple[str, ...] | None = (),
+    tied: TiedToSteps | tuple[str, ...] | None = (),
+    made: KeyParts | None = None,
     gone: bool = False,
     choice: Choice | None = None,
     known: StageState | None = None,
     reached: str = "",
 ) -> StagePlan:
     """What happens to a stage whose key is `new`, after one of 100 steps."""
-    old = parts()
+    old = made or parts()
+    if isinstance(tied, tuple):
+        tied = {("steps",): tied}
     manifest = Manifest(kind="pretrain", key=old.key, created="", files={}, provenance={}, summary={})
     artifact = Artifact(old.key, "pretrain", Path("there"), manifest)
     known = known or StageState("first", state="done", parts=old, made=old)
@@ -116,4 +120,69 @@ def test_which_schedules_know_the_last_step(change: dict[str, Any], tied: tuple[
         {"kind": "pretrain", "model": "vit_femto", "steps": 10, "batch_size": 16, "optimizer": {"lr": {"peak": 1.0}},
          "crops": {"global_size": 32, "local_size": 16}, **change}
     )  # fmt: skip
-    assert stage.tied_to_steps() == tied
+    assert stage.tied_to_steps() == {("steps",): tied}
+
+
+# --- students ---------------------------------------------------------------------------------------------------
+
+A, B = ("students", "a", "steps"), ("students", "b", "steps")
+
+
+def taught(steps: int, a: int | None = None, b: int | None = None, **more: Any) -> KeyParts:
+    students = {name: {"model": "m", "steps": own} for name, own in (("a", a), ("b", b))}
+    return KeyParts(kind="distill", config={"steps": steps, "students": students, **more}, format=2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "tied", "said"),
+    [
+        (taught(100), taught(200), {}, "goes on from step 100"),
+        (taught(100, b=50), taught(200, b=50), {B: ("ema",)}, "goes on from step 100"),
+        (taught(100, b=50), taught(100, b=70), {A: ("ema",)}, "goes on from step 50"),
+        (taught(100, b=50), taught(200, b=70), {}, "a goes on from step 100; b goes on from step 50"),
+        (taught(100), taught(100, a=150), {}, "goes on from step 100"),
+        (taught(100), taught(200), {B: ("students.b.ema",)},
+         "a goes on from step 100; b starts over: students.b.ema depends on the number of steps"),
+    ],
+)  # fmt: skip
+def test_students_go_on_one_by_one(
+    old: KeyParts, new: KeyParts, tied: dict[tuple[str, ...], tuple[str, ...]], said: str
+) -> None:
+    item = planned(new, made=old, tied={A: (), B: (), **tied})
+    assert item.shorter is not None
+    assert item.reasons[-1] == said
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (taught(200), "starts over: ema depends on the number of steps"),
+        (taught(200, window=3), None),
+        (taught(200, b=90), None),
+        (taught(100), None),
+    ],
+)
+def test_students_start_over(new: KeyParts, said: str | None) -> None:
+    item = planned(new, made=taught(100), tied={A: ("ema",), B: ("ema",)})
+    assert item.shorter is None
+    assert (item.reasons[-1] == said) is (said is not None)
+
+
+def test_each_student_has_schedules_of_its_own() -> None:
+    still = {"peak": 0.9}
+    students = {
+        "a": {"model": "vit_femto"},
+        "b": {"model": "vit_femto", "ema": {"peak": 0.9, "end": 1.0, "shape": "cosine"}},
+        "c": {"model": "vit_femto", "optimizer": {"lr": {"peak": 1.0, "shape": "linear"}}},
+    }
+    stage = TypeAdapter(AnyStage).validate_python(
+        {"kind": "distill", "students": students, "steps": 10, "batch_size": 16, "optimizer": {"lr": {"peak": 1.0}},
+         "crops": {"global_size": 32, "local_size": 16}, "ema": still}
+    )  # fmt: skip
+    assert stage.tied_to_steps() == {
+        ("students", "a", "steps"): (),
+        ("students", "b", "steps"): ("students.b.ema",),
+        ("students", "c", "steps"): ("students.c.optimizer.lr",),
+    }
+    default = stage.model_copy(update={"ema": type(stage).model_fields["ema"].default})
+    assert default.tied_to_steps()["students", "a", "steps"] == ("ema",)
