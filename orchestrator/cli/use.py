@@ -101,8 +101,12 @@ def embed(
     terminal = console()
     took = time.monotonic() - began
     text = f" {found.num_images:,} images of {shown(str(folder))} are in {shown(str(out))}: vectors of {found.dim} "
-    text += f"values, in {duration(took)}, {found.num_images / progress.seconds:,.1f} images/s"
+    rate = (found.num_images - found.num_before) / progress.seconds
+    text += f"values, in {duration(took)}, {rate:,.1f} images/s"
     terminal.print(Text("✓", "green").append(text, "default"), soft_wrap=True)
+    if found.num_before:
+        text = f"  {found.num_before:,} of them were embedded before an earlier command was interrupted"
+        terminal.print(Text(text, "bright_black"), soft_wrap=True)
     if found.unreadable:
         text = f" {len(found.unreadable):,} image files cannot be read: {by_reason(found.unreadable)}"
         terminal.print(Text("!", "yellow").append(text, "default"), soft_wrap=True)

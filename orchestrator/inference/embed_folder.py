@@ -12,6 +12,7 @@ from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square
 from orchestrator.data.sources.folder import LeftOut, Listing, shown
 from orchestrator.errors import UserError
+from orchestrator.inference.embedded_parts import EVERY_S, EmbeddedParts
 from orchestrator.inference.embeddings import EmbeddedFile, Made, writing
 from orchestrator.inference.images import in_order
 from orchestrator.inference.model import Model
@@ -29,12 +30,14 @@ class Embedded:
         dim: of a vector.
         unreadable: image files that could not be decoded, and why.
         left_out: what was not taken for an image, and why.
+        num_before: images whose vectors were there already, since an earlier call for the same file was interrupted.
     """
 
     num_images: int
     dim: int
     unreadable: tuple[LeftOut, ...]
     left_out: tuple[LeftOut, ...]
+    num_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,12 @@ def embed_folder(
     progress: Progress = lambda done, total: None,
     max_pixels: int = MAX_PIXELS,
     group_rows: int | None = None,
+    part_s: float = EVERY_S,
 ) -> Embedded:
     """Embed all images of a folder, in the order of their paths.
+
+    What is done is kept in parts beside the file. If this is interrupted, the next call for the same file, model, size,
+    batch and images goes on after the last part; the file is the same, to the last byte.
 
     Args:
         model: of :func:`orchestrator.load`.
@@ -73,6 +80,7 @@ def embed_folder(
         progress: called after each batch.
         max_pixels: the largest width × height of an image.
         group_rows: see :func:`writing`.
+        part_s: seconds of work in a part.
 
     Raises:
         UserError: none of the files can be read.
@@ -84,16 +92,27 @@ def embed_folder(
     unreadable: list[LeftOut] = []
     taken: list[_Read] = []
     num_images = dim = 0
+    parts, told = EmbeddedParts(out, made, batch, part_s), 0
 
     with writing(out, made, group_rows=group_rows) as writer:
+        begun = 0
+        for part in parts.read():
+            writer.add(part.files, part.vectors_ND)
+            unreadable += part.unreadable
+            num_images, dim = num_images + len(part.files), part.vectors_ND.shape[1]
+            begun, told = part.seen, len(unreadable)
+        num_before = num_images
 
         def flush(seen: int) -> None:
-            nonlocal num_images, dim
+            nonlocal num_images, dim, told
             if taken:
                 vectors_ND = image_vectors(
                     model.module, [one.square for one in taken if one.square is not None]
                 )
-                writer.add([one.file for one in taken], vectors_ND)
+                files = [one.file for one in taken]
+                writer.add(files, vectors_ND)
+                parts.add(files, vectors_ND, unreadable[told:], seen)
+                told = len(unreadable)
                 num_images, dim = num_images + len(taken), vectors_ND.shape[1]
                 taken.clear()
             progress(seen, total)
@@ -101,7 +120,8 @@ def embed_folder(
         def read(name: str) -> _Read:
             return _read(root / name, name, made.size, max_pixels)
 
-        for seen, one in enumerate(in_order(read, listing.files, loaders, ahead=2 * batch), 1):
+        files_left = listing.files[begun:]
+        for seen, one in enumerate(in_order(read, files_left, loaders, ahead=2 * batch), begun + 1):
             if one.error is None:
                 taken.append(one)
             else:
@@ -115,7 +135,8 @@ def embed_folder(
                 where=shown(made.folder),
             )
         writer.finish([*listing.left_out, *unreadable])
-    return Embedded(num_images, dim, tuple(unreadable), listing.left_out)
+    parts.remove()
+    return Embedded(num_images, dim, tuple(unreadable), listing.left_out, num_before)
 
 
 def by_reason(left_out: list[LeftOut] | tuple[LeftOut, ...], most: int = 5) -> str:

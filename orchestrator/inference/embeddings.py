@@ -77,7 +77,7 @@ class EmbeddingsWriter:
             self._group_rows = self._group_rows or max(1, _GROUP_BYTES // (4 * width))
             self._writer = pq.ParquetWriter(
                 # Vectors do not compress, and are no dictionary.
-                self._path, _schema(width), compression="none", use_dictionary=False,
+                self._path, schema_of(width), compression="none", use_dictionary=False,
             )  # fmt: skip
         self._files += files
         self._vectors.append(vectors_ND)
@@ -111,15 +111,7 @@ class EmbeddingsWriter:
         files, self._files = self._files[:count], self._files[count:]
         written_ND, self._vectors = vectors_ND[:count], [vectors_ND[count:]]
         schema = self._writer.schema
-        columns = {
-            "path": pa.array([file.path for file in files], pa.string()),
-            "sha256": pa.array([file.sha256 for file in files], pa.string()),
-            "bytes": pa.array([file.bytes for file in files], pa.int64()),
-            "vector": pa.FixedSizeListArray.from_arrays(
-                pa.array(np.ascontiguousarray(written_ND).reshape(-1), pa.float32()),
-                type=schema.field("vector").type,
-            ),
-        }
+        columns = columns_of(files, written_ND, schema)
         self._writer.write_table(pa.table(columns, schema=schema), row_group_size=count)
 
 
@@ -245,7 +237,21 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"no embeddings can be read from this file: {reason}", where=str(path), hint=_HINT)
 
 
-def _schema(width: int) -> pa.Schema:
+def columns_of(files: Sequence[EmbeddedFile], vectors_ND: Floats, schema: pa.Schema) -> dict[str, pa.Array]:
+    """Rows by column, for a schema of :func:`schema_of`."""
+    return {
+        "path": pa.array([file.path for file in files], pa.string()),
+        "sha256": pa.array([file.sha256 for file in files], pa.string()),
+        "bytes": pa.array([file.bytes for file in files], pa.int64()),
+        "vector": pa.FixedSizeListArray.from_arrays(
+            pa.array(np.ascontiguousarray(vectors_ND).reshape(-1), pa.float32()),
+            type=schema.field("vector").type,
+        ),
+    }
+
+
+def schema_of(width: int) -> pa.Schema:
+    """The columns of a file of embeddings of `width` values."""
     values = pa.list_(pa.field("element", pa.float32(), nullable=False), width)
     return pa.schema(
         [

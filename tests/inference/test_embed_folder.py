@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ from orchestrator.data.decode import read_rgb
 from orchestrator.data.sources.folder import LeftOut, Listing, list_folder
 from orchestrator.errors import UserError
 from orchestrator.inference import embeddings as embeddings_module
+from orchestrator.inference import forward
 from orchestrator.inference.embed_folder import Embedded, by_reason, embed_folder, made_of
 from orchestrator.inference.embeddings import Embeddings, EmbeddingsWriter, open_embeddings
 from orchestrator.models import load_pretrained, preprocess
@@ -197,6 +200,92 @@ def test_a_file_that_is_not_whole_is_not_there(
     Image.fromarray(pixels(9)).save(photos / "new.png")
     embedded(model, photos, out)
     assert "new.png" in table(out)["path"], "one that is there is replaced"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import orchestrator
+from orchestrator.data.sources.folder import list_folder
+from orchestrator.inference.embed_folder import embed_folder, made_of
+
+model, photos, out, size, after = sys.argv[1:]
+listing = list_folder(Path(photos))
+made = made_of(Path(photos), listing, "model", "w" * 64, int(size))
+
+def progress(done, total):
+    if done >= int(after):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+embed_folder(
+    orchestrator.load(model), listing, Path(out), made, batch=3, loaders=2, group_rows=4, part_s=0.0, progress=progress
+)
+"""
+
+
+@pytest.mark.heavy
+def test_one_that_was_killed_goes_on_and_ends_with_the_same_bytes(
+    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        Image.fromarray(pixels(number)).save(photos / f"more-{number:02}.png")
+    (tmp_path / "out").mkdir()
+    whole, out = tmp_path / "whole.parquet", tmp_path / "out" / "e.parquet"
+    embedded(model, photos, whole, group_rows=4)
+
+    def interrupt(*done: int) -> None:
+        if done[0] > 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embedded(model, photos, out, group_rows=4, part_s=0, progress=interrupt)  # type: ignore[arg-type]
+    (parts,) = out.parent.glob(".*.unfinished")
+    first = {path.name for path in parts.glob("part-*")}
+    assert first
+    arguments = map(str, (model, photos, out, SIZE, 20))  # of 32 image files, four of which cannot be read
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=env, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert {path.name for path in parts.glob("part-*")} > first
+    calls: list[int] = []
+    real = forward.image_vectors
+
+    def counted(module: Any, squares: Any) -> Any:
+        calls.append(len(squares))
+        return real(module, squares)
+
+    monkeypatch.setattr(forward, "image_vectors", counted)
+    found = embedded(model, photos, out, group_rows=4)
+    assert out.read_bytes() == whole.read_bytes()
+    assert found.num_before + sum(calls) == found.num_images == 28
+    assert 0 < sum(calls) <= 12
+    assert len(found.unreadable) == 4
+    assert [path.name for path in out.parent.iterdir() if "unfinished" in path.name] == []
+
+
+@pytest.mark.parametrize("change", ["batch", "photos", "damage"])
+def test_parts_that_do_not_fit_are_not_used(
+    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    out = tmp_path / "e.parquet"
+
+    def interrupt(*done: int) -> None:
+        if done[0] > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embedded(model, photos, out, part_s=0, progress=interrupt)  # type: ignore[arg-type]
+    parts = sorted((tmp_path / ".e.parquet.unfinished").iterdir())
+    assert len(parts) == 2
+    if change == "photos":
+        os.utime(photos / "clear.png", ns=(1, 1))
+    if change == "damage":
+        parts[0].write_bytes(parts[0].read_bytes()[:-9])
+    found = embedded(model, photos, out, batch=2 if change == "batch" else 3)
+    assert found.num_before == 0
+    assert table(out)["path"] == list(READABLE)
+    assert not parts[0].parent.exists()
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
