@@ -117,8 +117,8 @@ class SelfSupervised(MultiCropStage):
     )
     knn: KnnWatch | None = operational(
         None,
-        description="The k-NN accuracy of the EMA backbone while it trains: on how many photos, and how often. The metric "
-        "is `val/knn`. Default: it is not computed.",
+        description="The k-NN accuracy of the EMA backbone while it trains: on how many photos, and how often. The "
+        "metric is `val/knn`. Default: it is not computed.",
     )
     stop_if: StopIf | None = operational(
         None,
