@@ -22,7 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from bench.distil import train
-from bench.distil.train import FOCUS, LITE0, MODELS, SIZE, Plan, Weights
+from bench.distil.interval import Asked
+from bench.distil.train import FOCUS, LITE0, MODELS, SIZES, Plan, Weights
 from bench.learning import measure, sets
 from bench.learning.measure import LabelledImages, Scenes
 from orchestrator.data.decode import read_header, read_rgb
@@ -38,8 +39,8 @@ from orchestrator.storage.cache_folder import cache_folder
 FOREGROUND = "foreground mIoU"
 WAYS = tuple(f"{name}, {way}" for name in train.SETS for way in ("k-NN", "linear probe"))
 TEACHERS = (f"teacher {FOCUS}", f"teacher {LITE0}")
-Scores = dict[str, dict[str, list[float]]]
-"""Who → way of asking → a value a seed, or one for what has no seed."""
+Scores = dict[str, dict[str, list[Asked]]]
+"""Who → way of asking → what came of it, for each seed; of what has no seed once."""
 Floats = NDArray[np.float32]
 
 # What cut-outs are laid on: photographs and drawn backgrounds of a desktop (GPL-2+, CC-BY-SA-4.0).
@@ -52,7 +53,8 @@ _OTHER_SIZE = re.compile(r"_\d+x\d+$")
 # What teachers see of pictures that they are asked about: the patch of each divides it.
 _TEACHER_SIZE = 224
 _WALLPAPER_SIDE = 256
-_RAW_PATCH = 8
+# Raw pixels: of the whole picture half the side, and squares of a grid of eight by eight.
+_RAW_SIDE, _RAW_PATCH = 64, 8
 _BATCH = 32
 _PATCHES = 20_000
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -94,36 +96,40 @@ def fixed(weights: Weights, plan: Plan) -> Scores:
         TEACHERS[1]: [of_lite0(weights[LITE0])],
     }
     for kind, model in MODELS.items():
-        lookers[f"{kind}, random weights"] = [of_net(measure.random_net(model, seed)) for seed in plan.seeds]
+        nets = [measure.random_net(model, seed) for seed in plan.seeds]
+        lookers[f"{kind}, random weights"] = [of_net(net, SIZES[kind]) for net in nets]
     return scored(lookers, plan)
 
 
 def of_nets(nets: Mapping[str, Sequence[Path]], plan: Plan) -> Scores:
-    """Trained models, one for each seed."""
+    """Trained models, one for each seed; `KIND, how` → their folders."""
     torch.set_num_threads(1)
-    lookers = {who: [of_net(load_pretrained(path)) for path in paths] for who, paths in nets.items()}
+    lookers = {
+        who: [of_net(load_pretrained(path), SIZES[who.partition(",")[0]]) for path in paths]
+        for who, paths in nets.items()
+    }
     return scored(lookers, plan)
 
 
-def of_net(net: Backbone) -> Look:
-    """CLS and patches of a model of ours."""
+def of_net(net: Backbone, size: int) -> Look:
+    """CLS and patches of a model of ours, of pictures of `size` pixels a side."""
 
     def see(images: Tensor) -> tuple[Tensor, Tensor]:
         out = net.eval()(normalise(images))
         return out.cls, out.patches
 
-    return Look(SIZE, see)
+    return Look(size, see)
 
 
 def of_pixels() -> Look:
-    """The pixels themselves: of the whole picture, and of each patch of the students' grid."""
+    """The pixels themselves: of the picture at 32 pixels a side, and of each patch of a grid of eight by eight."""
 
     def see(images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.float() / 255
         small = torch.nn.functional.interpolate(x, (32, 32), mode="area").flatten(1)
         return small, torch.nn.functional.unfold(x, _RAW_PATCH, stride=_RAW_PATCH).transpose(1, 2)
 
-    return Look(SIZE, see)
+    return Look(_RAW_SIDE, see)
 
 
 def of_focus(folder: Path) -> Look:
@@ -147,7 +153,7 @@ def scored(lookers: Mapping[str, Sequence[Look]], plan: Plan) -> Scores:
     scenes = foreground_scenes(plan.scenes)
     found: Scores = {}
     for who, looks in lookers.items():
-        ways: dict[str, list[float]] = {way: [] for way in (*WAYS, FOREGROUND)}
+        ways: dict[str, list[Asked]] = {way: [] for way in (*WAYS, FOREGROUND)}
         for look in looks:
             for name, (bank, queries) in exams.items():
                 first, second = look(bank.images).cls, look(queries.images).cls
@@ -166,13 +172,13 @@ def labelled(name: str, every: int) -> tuple[LabelledImages, LabelledImages]:
     return measure.squares(bank, _TEACHER_SIZE), measure.squares(queries, _TEACHER_SIZE)
 
 
-def knn(bank: Floats, labels: Sequence[str], queries: Floats, wanted: Sequence[str]) -> float:
-    """Share of held-out pictures whose label wins among their 5 nearest training pictures, by cosine."""
-    return float((knn_vote(bank, labels, queries, measure.NEIGHBOURS) == np.asarray(wanted)).mean())
+def knn(bank: Floats, labels: Sequence[str], queries: Floats, wanted: Sequence[str]) -> Asked:
+    """Of which held-out pictures the label wins among their 5 nearest training pictures, by cosine."""
+    return _right(knn_vote(bank, labels, queries, measure.NEIGHBOURS), wanted)
 
 
-def probe(bank: Floats, labels: Sequence[str], queries: Floats, wanted: Sequence[str]) -> float:
-    """Share of held-out pictures that a logistic regression gets right; its strength is chosen on training pictures."""
+def probe(bank: Floats, labels: Sequence[str], queries: Floats, wanted: Sequence[str]) -> Asked:
+    """Which held-out pictures a logistic regression gets right; its strength is chosen on training pictures."""
     model = make_pipeline(
         StandardScaler(),
         LogisticRegressionCV(
@@ -185,11 +191,11 @@ def probe(bank: Floats, labels: Sequence[str], queries: Floats, wanted: Sequence
         ),
     )
     model.fit(bank, labels)
-    return float(model.score(queries, wanted))
+    return _right(model.predict(queries), wanted)
 
 
-def foreground(look: Look, training: Scenes, held_out: Scenes) -> float:
-    """Mean IoU of foreground and background, of all pixels of held-out scenes together.
+def foreground(look: Look, training: Scenes, held_out: Scenes) -> Asked:
+    """Foreground and background of held-out scenes; their value is the mean IoU of both, over all pixels.
 
     A logistic regression on patches of training scenes says how much of a patch is foreground. Its logits are blown up
     to the size of the scene, bilinearly, and cut at 0: every grid is asked about the same pixels.
@@ -205,19 +211,20 @@ def foreground(look: Look, training: Scenes, held_out: Scenes) -> float:
     logits = model.decision_function(asked_NPD.reshape(-1, asked_NPD.shape[2])).reshape(-1, side, side)
     height, width = held_out.masks.shape[1:]
     maps = [cv2.resize(one.astype(np.float32), (width, height)) > 0 for one in logits]
-    return mean_iou(np.stack(maps), held_out.masks)
+    return overlaps(np.stack(maps), held_out.masks)
 
 
-def mean_iou(said: NDArray[np.bool_], wanted: NDArray[np.bool_]) -> float:
-    """The mean of the IoU of foreground and of background, over all pixels."""
-    return float(
-        np.mean(
-            [
-                (one & other).sum() / max(1, (one | other).sum())
-                for one, other in ((said, wanted), (~said, ~wanted))
-            ]
-        )
-    )
+def overlaps(said: NDArray[np.bool_], wanted: NDArray[np.bool_]) -> Asked:
+    """Of each scene (N, H, W) the pixels of intersection and union (N, 2, 2), of foreground and of background."""
+    counts = [
+        [(one & other).sum((1, 2)), (one | other).sum((1, 2))]
+        for one, other in ((said, wanted), (~said, ~wanted))
+    ]
+    return np.asarray(counts, np.float64).transpose(2, 0, 1)
+
+
+def _right(said: NDArray[np.str_], wanted: Sequence[str]) -> Asked:
+    return np.asarray(said == np.asarray(wanted), np.float64)
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from bench.headless.train import Kept, trained
@@ -29,17 +29,30 @@ from orchestrator.teacher_service import payload
 
 SETS = ("food", "stamps")
 MODELS = {"ViT": "vit_nano", "ConvNeXt": "convnext_mini"}
-SIZE = 64
+# Pixels a side that each student sees; what is from scratch sees the same.
+SIZES = {"ViT": 64, "ConvNeXt": 64}
 # What the teachers see of the same boxes. DINOv2 has a patch for each of the ViT's at 112 pixels.
 TEACHER_SIZE, FOCUS_SIZE = 128, 112
 FOCUS, LITE0 = "dinov2-focus", "lite0"
 _BATCH = 32
-_PART = f"{payload.VIEWS}/{SIZE}"
 
 Weights = Mapping[str, Path]
 """Where each teacher's weights are."""
-Made = tuple[dict[str, Path], float]
-"""Folders of models by kind, and the seconds that they took."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Models that one job trained.
+
+    Attributes:
+        folders: by kind.
+        cpu_s: processor time that they took, of all threads of the job's process, which starts no other.
+        wall_s: seconds.
+    """
+
+    folders: Mapping[str, Path]
+    cpu_s: float
+    wall_s: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ def distilled(weights: Weights, plan: Plan, seed: int) -> Made:
     from orchestrator.stages.distill.feature_teacher import FeatureTeacher, prepare
     from orchestrator.stages.distill.step_views import StepViews
 
-    began = perf_counter()
+    began = perf_counter(), process_time()
     rows = training_rows(plan)
     config, wanted = distill_config(plan), objective(weights)
     wanted.check(config.crops)
@@ -90,8 +103,8 @@ def distilled(weights: Weights, plan: Plan, seed: int) -> Made:
         ImageIndex(rows).save(Path(folder))
         # Only the masks that nobody asks for hang on the recipe.
         recipe = ModelRecipe(model=MODELS["ViT"], drop_path=0.0, heads=Heads(), global_size=TEACHER_SIZE)
-        part = {_PART: config.crops_of(next(iter(config.students.values())))}
-        views = partial(StepViews, config, recipe, Path(folder), derive(seed, "views"), part)
+        parts = {_part(kind): config.crops_of(student) for kind, student in config.students.items()}
+        views = partial(StepViews, config, recipe, Path(folder), derive(seed, "views"), parts)
         prepared = prepare(config, wanted, views)
         teacher = FeatureTeacher(config, wanted, views, prepared)
         num_answered = max(1, plan.views * len(rows) // _BATCH)
@@ -100,27 +113,27 @@ def distilled(weights: Weights, plan: Plan, seed: int) -> Made:
     for kind, student in config.students.items():
         own = derive(seed, kind)
         task = partial(FeatureTask, config, student, wanted, prepared.shapes, own)
-        blocks = partial(Kept, answers, _PART)
+        blocks = partial(Kept, answers, _part(kind))
         net = trained(task, blocks, config.steps, config.optimizer, MODELS[kind], own)
-        made[kind] = _saved(net, MODELS[kind])
-    return made, perf_counter() - began
+        made[kind] = _saved(net, kind)
+    return Made(made, process_time() - began[1], perf_counter() - began[0])
 
 
-def from_scratch(plan: Plan, seed: int, model: str) -> Made:
+def from_scratch(plan: Plan, seed: int, kind: str) -> Made:
     """A model of one seed that learns by itself."""
     from orchestrator.stages.common.crops import crop_blocks
     from orchestrator.stages.ssl.task import SelfSupervisedTask
 
-    began = perf_counter()
-    config = scratch_config(model, plan)
-    recipe = ModelRecipe(model=model, drop_path=0.0, heads=config.heads, global_size=SIZE)
+    began = perf_counter(), process_time()
+    config, model = scratch_config(kind, plan), MODELS[kind]
+    recipe = ModelRecipe(model=model, drop_path=0.0, heads=config.heads, global_size=SIZES[kind])
     with tempfile.TemporaryDirectory() as folder:
         ImageIndex(training_rows(plan)).save(Path(folder))
         own = derive(seed, "scratch")
         task = partial(SelfSupervisedTask, config, recipe, own, None)
         blocks = partial(crop_blocks, config, recipe, Path(folder), own)
         net = trained(task, blocks, config.steps, config.optimizer, model, own)
-    return {model: _saved(net, model)}, perf_counter() - began
+    return Made({kind: _saved(net, kind)}, process_time() - began[1], perf_counter() - began[0])
 
 
 def training_rows(plan: Plan) -> list[ImageRecord]:
@@ -134,14 +147,15 @@ def distill_config(plan: Plan) -> Distill:
         {
             "kind": "distill",
             "students": {
-                kind: {"model": model, "views": {"global_size": SIZE}} for kind, model in MODELS.items()
+                kind: {"model": model, "views": {"global_size": SIZES[kind]}}
+                for kind, model in MODELS.items()
             },
             "steps": plan.steps,
             "batch_size": _BATCH,
             "block_size": _BATCH,
             "crops": {
                 "global_size": TEACHER_SIZE,
-                "local_size": SIZE // 2,
+                "local_size": min(SIZES.values()) // 2,
                 "num_global": 1,
                 "num_local": 0,
                 "global_scale": (0.4, 1.0),
@@ -174,14 +188,15 @@ def objective(weights: Weights) -> FeatureObjective:
     )
 
 
-def scratch_config(model: str, plan: Plan) -> Pretrain:
+def scratch_config(kind: str, plan: Plan) -> Pretrain:
     """The same model by itself, as `bench.learning` pretrains: DINO, iBOT and KoLeo with its own EMA as the teacher."""
     return Pretrain.model_validate(
         {
             "kind": "pretrain",
-            "model": model,
+            "model": MODELS[kind],
             "steps": plan.scratch_steps,
             **ground.COMMON,
+            "crops": {**ground.CROPS, "global_size": SIZES[kind], "local_size": SIZES[kind] // 2},
             "heads": ground.HEADS,
             "frozen_prototype_steps": min(5, plan.scratch_steps),
             "optimizer": _optimizer(plan.scratch_steps),
@@ -194,7 +209,7 @@ def settings(plan: Plan) -> dict[str, Any]:
     """What was run, for the results."""
     return {
         "distilled": distill_config(plan).identity(),
-        "from scratch": {model: scratch_config(model, plan).identity() for model in MODELS.values()},
+        "from scratch": {kind: scratch_config(kind, plan).identity() for kind in MODELS},
     }
 
 
@@ -207,8 +222,13 @@ def _optimizer(steps: int) -> Mapping[str, Any]:
     }
 
 
-def _saved(net: Backbone, model: str) -> Path:
+def _part(kind: str) -> str:
+    """The views of one student."""
+    return f"{payload.VIEWS}/{SIZES[kind]}"
+
+
+def _saved(net: Backbone, kind: str) -> Path:
     """A folder of the model, for another process to load."""
     folder = Path(tempfile.mkdtemp(prefix="bench-distil-"))
-    save_pretrained(folder, net.state_dict(), model, {"image_size": SIZE})
+    save_pretrained(folder, net.state_dict(), MODELS[kind], {"image_size": SIZES[kind]})
     return folder
