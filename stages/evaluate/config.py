@@ -229,7 +229,8 @@ class Evaluate(Stage):
             sharing=_sharing(context),
             pca=pictures,
             keys=context.keys,
-            pool=_pool(index),
+            pool=(pool := _pool(index)),
+            num_from_scratch=0 if _has_weights(backbones) else pool[-1].total,
             drawn=_drawn(context),
             measured=measured,
             **self._ask_texts(context, index, groups, check),
@@ -414,6 +415,12 @@ def student_folders(artifact: Artifact | None) -> dict[str, Path]:
     if artifact is None:
         return {}
     return {path.name: path for path in sorted((artifact.path / "students").iterdir()) if path.is_dir()}
+
+
+def _has_weights(backbones: Mapping[str, Artifact]) -> bool:
+    """Whether a backbone's training started from weights, or there is no backbone."""
+    configs = [one.manifest.provenance.get("parts", {}).get("config", {}) for one in backbones.values()]
+    return not configs or any(config.get("from") for config in configs)
 
 
 def _taught_elsewhere(students: Artifact | None) -> bool:

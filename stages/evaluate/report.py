@@ -22,6 +22,7 @@ from orchestrator.evaluation.report.html import (
     page,
 )
 from orchestrator.stages.evaluate.results import HEALTH, NUM_ENDS, History, Results, ZeroShot
+from orchestrator.stages.evaluate.verdict import verdict
 
 _PCA_NOTE = (
     "The first three principal components of the patch features as red, green and blue, at twice the size "
@@ -120,7 +121,8 @@ def _knn(results: Results, out: Path) -> Section:
     strong = [at for at, score in enumerate(results.scores) if score.student or score is results.teacher]
     header = ("features", "accuracy", "model", "weights", "photos at", "dim")
     picture = Picture(out / "knn.png", alt=f"The accuracy of each row of the table as a bar, {title}")
-    return Section(title, [Text(note), Table(header, rows, strong=strong), picture])
+    said = [Text(text)] if (text := verdict(results)) else []
+    return Section(title, [*said, Text(note), Table(header, rows, strong=strong), picture])
 
 
 def _measured(metric: tuple[str, Mapping[str, Mapping[str, float]]]) -> Section:
@@ -273,6 +275,7 @@ def _tiles(results: Results) -> list[Tile]:
     scores = {
         "teacher": results.teacher,
         "best student": best,
+        "trained alone": results.last("own backbone"),
         "raw pixels": results.named("baseline", 1),
         # Of the same model at the same size: others' are no baseline of it.
         "random weights": results.untrained(best or results.teacher),

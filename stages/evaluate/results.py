@@ -93,6 +93,8 @@ class Results:
         pool: the raw photos and the chosen ones by cluster.
         drawn: what stages drew, by kind and in the order they ran.
         measured: figures of users' metrics.
+        num_from_scratch: photos that the backbone was trained on from nothing; 0 if it started from weights, or if
+            there is none.
     """
 
     title: str
@@ -111,6 +113,7 @@ class Results:
     pool: Sequence[ClusterDraws] = ()
     drawn: Mapping[str, ClusterDraws] = field(default_factory=dict)
     measured: Measured = field(default_factory=dict)
+    num_from_scratch: int = 0
 
     @property
     def num_photos(self) -> int:
@@ -119,8 +122,12 @@ class Results:
 
     @property
     def teacher(self) -> Score | None:
-        """The last backbone."""
-        return next((score for score in reversed(self.scores) if score.family == "backbone"), None)
+        """The last backbone, if it taught the students or there are none."""
+        return self.last("backbone")
+
+    def last(self, family: str) -> Score | None:
+        """The last row of a family, if there is one."""
+        return next((score for score in reversed(self.scores) if score.family == family), None)
 
     @property
     def students(self) -> dict[str, Score]:
