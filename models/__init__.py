@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .convnext import ConvNeXt
     from .dense import TextAligner
     from .heads import PrototypeHead
-    from .pixels import MEAN, STD, normalise
+    from .pixels import MEAN, STD, normalise, set_stats, stats_of, white_of
     from .presets import PRESETS, preset
     from .pretrained import embed, embed_many, load_pretrained, preprocess, save_pretrained
     from .text import TextConfig, TextTower
@@ -30,7 +30,7 @@ _HOMES = {
     "dense": ("TextAligner",),
     "heads": ("PrototypeHead",),
     "presets": ("PRESETS", "preset"),
-    "pixels": ("MEAN", "STD", "normalise"),
+    "pixels": ("MEAN", "STD", "normalise", "set_stats", "stats_of", "white_of"),
     "pretrained": ("embed", "embed_many", "load_pretrained", "preprocess", "save_pretrained"),
     "text": ("TextConfig", "TextTower"),
     "towers": ("Backbone", "build", "count_params", "from_config", "layer_depths"),
@@ -70,6 +70,9 @@ __all__ = [
     "preset",
     "read_bert_config",
     "save_pretrained",
+    "set_stats",
+    "stats_of",
+    "white_of",
 ]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .configs import Config, ConvNeXtConfig, ViTConfig
 from .network_spec import LIBRARIES
-from .pixels import MEAN, STD, normalise
+from .pixels import MEAN, STD, normalise, set_stats
 from .presets import preset
 from .towers import Backbone, from_config
 from .vit import Features, Layers
@@ -40,6 +40,7 @@ def save_pretrained(
     preset_name: str,
     extra: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    pixels: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a tower so that :func:`load_pretrained` can rebuild it without the preset table.
 
@@ -50,6 +51,8 @@ def save_pretrained(
         preset_name: the preset it was built from.
         extra: JSON values for the reader (provenance, image size …), kept under "extra".
         overrides: the preset's fields that were replaced when it was built.
+        pixels: JSON values of how files are seen: `mean` and `std` of its input, None for ImageNet's; and for those
+            who read files `bands` and `range`.
 
     Raises:
         ValueError: unknown preset or field, or the state does not fit the tower they name.
@@ -68,8 +71,7 @@ def save_pretrained(
         "architecture": _ARCHITECTURES.get(type(config), _OWN),
         "preset": preset_name,
         "config": dataclasses.asdict(config),
-        "mean": MEAN,
-        "std": STD,
+        **pixels_record(pixels),
         "extra": dict(extra or {}),
     }
     partial = folder / (CONFIG + ".partial")
@@ -99,15 +101,25 @@ def load_pretrained(folder: str | Path) -> Backbone:
     with torch.device("meta"):
         model = from_config(config)
     model.load_state_dict(state, assign=True)
+    set_stats(model, record.get("mean"), record.get("std"))
     return model.eval()
 
 
-def preprocess(image: ImageLike, size: int) -> Tensor:
+def pixels_record(pixels: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What config.json says of pixels: mean and deviation, and bands and range where there are some."""
+    told = dict(pixels or {})
+    mean, std = told.pop("mean", None) or MEAN, told.pop("std", None) or STD
+    told = {name: value for name, value in told.items() if value is not None}
+    return {"mean": mean, "std": std} | ({"pixels": told} if told else {})
+
+
+def preprocess(image: ImageLike, size: int, tower: Backbone | None = None) -> Tensor:
     """Upright RGB, shorter side resized to `size` (bicubic, antialiased), centre crop, normalised.
 
     Args:
-        image: a PIL image (transparency is laid on white) or uint8 (H, W, 3).
+        image: a PIL image (transparency is laid on white), or uint8 or uint16 (H, W, 3).
         size: pixels a side.
+        tower: which sees it, see :func:`normalise`.
 
     Returns:
         fp32 (1, 3, size, size).
@@ -115,6 +127,18 @@ def preprocess(image: ImageLike, size: int) -> Tensor:
     Raises:
         ValueError: an array of another shape or dtype, or an image of more than 8 bits a channel.
     """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint16 and image.ndim == 3:
+        # Pillow has no images of three channels of 16 bits.
+        planes = [
+            ImageOps.fit(
+                Image.fromarray(image[..., channel].astype(np.float32)),
+                (size, size),
+                Image.Resampling.BICUBIC,
+            )
+            for channel in range(image.shape[2])
+        ]
+        seen = torch.from_numpy(np.stack(planes)).clamp(0, 65535).round().to(torch.uint16)
+        return normalise(seen[None], tower)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"image is {image.dtype} {image.shape}; expected uint8 (H, W, 3)")
@@ -126,7 +150,7 @@ def preprocess(image: ImageLike, size: int) -> Tensor:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     cropped = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return normalise(torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[None])
+    return normalise(torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[None], tower)
 
 
 @torch.no_grad()
@@ -142,7 +166,7 @@ def embed(model: Backbone, image: ImageLike, size: int) -> Tensor:
         ValueError: `size` does not fit the patch, or the array is no RGB image.
     """
     device = next(model.parameters()).device
-    features: Features = model(preprocess(image, size).to(device))
+    features: Features = model(preprocess(image, size, model).to(device))
     return F.normalize(features.cls[0].float(), dim=0)
 
 

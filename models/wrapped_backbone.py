@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .network_spec import LIBRARIES, TIMM_RESERVED, NetworkSpec
 from .networks import random_network
-from .pixels import MEAN, STD
-from .pretrained import CONFIG, FORMAT, WEIGHTS, settle
+from .pixels import set_stats
+from .pretrained import CONFIG, FORMAT, WEIGHTS, pixels_record, settle
 from .vit import Features
 from .wrapped import WrappedNet
 
@@ -202,13 +202,19 @@ def build_wrapped(spec: NetworkSpec, size: int, seed: int) -> WrappedBackbone:
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
-def save_wrapped(folder: Path, backbone: WrappedBackbone, extra: Mapping[str, Any] | None = None) -> None:
+def save_wrapped(
+    folder: Path,
+    backbone: WrappedBackbone,
+    extra: Mapping[str, Any] | None = None,
+    pixels: Mapping[str, Any] | None = None,
+) -> None:
     """Write a network's whole state dict, as its own library names it, and what makes it again.
 
     Args:
         folder: made if missing; config.json comes last, so a folder that has one is complete.
         backbone: as it is to be used.
         extra: JSON values for the reader, kept under "extra".
+        pixels: see `save_pretrained`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
@@ -233,8 +239,7 @@ def save_wrapped(folder: Path, backbone: WrappedBackbone, extra: Mapping[str, An
         "architecture": spec.library,
         "preset": str(spec),
         "config": made,
-        "mean": MEAN,
-        "std": STD,
+        **pixels_record(pixels),
         "extra": {"image_size": backbone.size, **(extra or {})},
     }
     partial = folder / (CONFIG + ".partial")
@@ -277,6 +282,7 @@ def load_wrapped(folder: Path, trusted: Iterable[str] = ()) -> WrappedBackbone:
         backbone.net.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"the weights do not fit {spec}: {str(error).splitlines()[-1].strip()}") from error
+    set_stats(backbone, record.get("mean"), record.get("std"))
     return backbone.eval()
 
 

@@ -266,6 +266,10 @@ class Stage(StageSpec):
             UserError: `where` is the dotted field that is wrong.
         """
 
+    def choices(self) -> list[str]:
+        """What this stage decides about the user's data that `plan` tells, a sentence each without its end."""
+        return []
+
     def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
         """Look, before anything runs, at the names of what is drawn from the index that this stage needs.
 

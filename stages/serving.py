@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.decode import Pixels, UnreadableImage, decode_rgb, square
 
 Floats = NDArray[np.float32]
@@ -25,10 +26,16 @@ class Embedder:
     Args:
         embed: squares of pixels → their vectors.
         size: pixels a side of the squares.
+        pixels: how the values of files are seen; None for 8-bit RGB.
     """
 
-    def __init__(self, embed: Callable[[Sequence[Pixels]], Floats], size: int) -> None:
-        self._embed, self._size = embed, size
+    def __init__(
+        self,
+        embed: Callable[[Sequence[Pixels]], Floats],
+        size: int,
+        pixels: PixelFormat | None = None,
+    ) -> None:
+        self._embed, self._size, self._pixels = embed, size, pixels
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Floats:
         """Photos → float32 (N, D), unit length, row by row.
@@ -47,7 +54,7 @@ class Embedder:
             raise ValueError(
                 "the input needs a column `image` with the bytes of a photo in each row"
             ) from None
-        photos = [_decode(cell, row, self._size) for row, cell in enumerate(cells)]
+        photos = [_decode(cell, row, self._size, self._pixels) for row, cell in enumerate(cells)]
         parts = [self._embed(photos[start : start + _BATCH]) for start in range(0, len(photos), _BATCH)]
         return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
 
@@ -71,11 +78,12 @@ def _backbone(folder: Path, config: Mapping[str, Any]) -> Embedder:
 
     @torch.no_grad()
     def embed(photos: Sequence[Pixels]) -> Floats:
-        features = model(torch.cat([preprocess(photo, size) for photo in photos]))
+        features = model(torch.cat([preprocess(photo, size, model) for photo in photos]))
         unit: Floats = torch.nn.functional.normalize(features.cls.float(), dim=-1).numpy()
         return unit
 
-    return Embedder(embed, size)
+    told = config.get("pixels")
+    return Embedder(embed, size, told and PixelFormat.model_validate(told))
 
 
 def _aligned(folder: Path) -> Embedder:
@@ -85,11 +93,11 @@ def _aligned(folder: Path) -> Embedder:
     return Embedder(model.embed_images, model.image_size)
 
 
-def _decode(cell: Any, row: int, size: int) -> Pixels:
+def _decode(cell: Any, row: int, size: int, pixels: PixelFormat | None) -> Pixels:
     """The square of a cell's image. Only formats that training decodes are: Pillow would start programs for others."""
     try:
         data = base64.b64decode(cell, validate=True) if isinstance(cell, str) else bytes(cell)
-        return square(decode_rgb(data, f"row {row}", 2 * size), size)
+        return square(decode_rgb(data, f"row {row}", 2 * size, pixels=pixels), size)
     except UnreadableImage as error:
         raise ValueError(f"row {row} of `image` is not an image: {error.reason}") from None
     except (ValueError, TypeError) as error:

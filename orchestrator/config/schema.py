@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from orchestrator.config.elastic import Elastic
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.settings import Settings, operational
 
 # Of draws, or of steps: shares are exact over cycles of up to a million.
@@ -53,6 +54,20 @@ class DataSource(Settings):
         le=2**31 - 1,
         description="The maximum width × height of an image, in pixels. Larger images are left out. The size is read "
         "from the file's header, before the image is decoded.",
+    )
+    pixels: PixelFormat | None = Field(
+        None,
+        description="The bands, the range of values, the mean and the deviation of the files' pixels. It travels with "
+        "the models that are trained on them. Default: 8-bit grey, RGB, or RGB with transparency on white, and "
+        "ImageNet's mean and deviation.",
+    )
+    max_left_out: float = operational(
+        0.1,
+        ge=0,
+        le=1,
+        description="The maximum share of the dataset's pictures that may be left out because their format, their "
+        "size or damage makes them unreadable, from 0 to 1. With more, nothing runs: the error names them and asks "
+        "whether that is meant. Hidden files, duplicates, texts and tables do not count.",
     )
     licence: str | None = operational(
         None,

@@ -24,11 +24,12 @@ class Augmentation(Extension):
         """The view as training sees it.
 
         Args:
-            pixels_HWC: uint8 RGB, cropped and distorted; it may be changed in place.
+            pixels_HWC: uint8 RGB, cropped and distorted; it may be changed in place. It is uint16 where the `pixels` of
+                a dataset have a range of more than 8 bits.
             rng: of this view alone. Whoever draws from it only is exact on any number of workers.
 
         Returns:
-            uint8 of the same shape.
+            The same type and shape.
         """
         raise NotImplementedError
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.crops import cut, draw_box, make_views
 from orchestrator.data.decode import Pixels, use_rgb
 from orchestrator.data.image_reader import ImageReader
@@ -76,7 +77,7 @@ class CropBlocks:
     """Blocks of multi-crop views for self-supervised training.
 
     Arrays of a block of S samples: "globals" (G, S, 3, H, W) uint8, "locals" (L, S, 3, h, w) uint8, "masks"
-    (G, S, P) bool, and with `gram_size` "gram" (G, S, 3, H', W') uint8.
+    (G, S, P) bool, and with `gram_size` "gram" (G, S, 3, H', W') uint8. Pixels are uint16 where the index says so.
 
     Args:
         index: the photographs.
@@ -132,16 +133,18 @@ class CropBlocks:
             def rng_for_view(view: int, sample: int = sample) -> np.random.Generator:
                 return generator(self._seed, "crop", step, index, view, sample)
 
-            def views(path: Path, limit: int) -> dict[str, NDArray[Any]]:
+            def views(path: Path, limit: int, pixels: PixelFormat | None) -> dict[str, NDArray[Any]]:
                 drawn_in: tuple[int, int] | None = None
                 if self._like is not None and self._like.min_side != config.min_side:
                     # Both are decoded as they are without each other, so that neither changes with the other.
                     drawn_in = use_rgb(path, lambda image: image.shape[:2], self._like.min_side, limit)
+                is_colour = pixels is None or pixels.is_colour
                 return use_rgb(
                     path,
-                    lambda image: make_views(image, config, rng_for_view, drawn_in),
+                    lambda image: make_views(image, config, rng_for_view, drawn_in, is_colour),
                     config.min_side,
                     limit,
+                    pixels=pixels,
                 )
 
             row, made, met = self._reader.read(step, drawn, index * self._block_size + sample, views)
@@ -175,7 +178,7 @@ class CropBlocks:
 class CaptionBlocks:
     """Blocks of photographs with their captions for text alignment.
 
-    Arrays of a block of S samples: "images" (S, 3, size, size) uint8, "tokens" (S, context) int64 padded
+    Arrays of a block of S samples: "images" (S, 3, size, size) uint8 or uint16, "tokens" (S, context) int64 padded
     with 0, "lengths" (S,) int64, the number of tokens with the end-of-text token.
 
     Args:
@@ -224,7 +227,8 @@ class CaptionBlocks:
         """The block `index` of `step`; raises UserError if too many files cannot be read."""
         assert 0 <= index < self.num_blocks, f"block {index} of {self.num_blocks}"
         drawn, ids = self._order.ids(step), np.empty(self._block_size, np.int64)
-        images = np.empty((len(ids), 3, self._size, self._size), np.uint8)
+        kind = np.uint16 if self._index.is_deep else np.uint8
+        images = np.empty((len(ids), 3, self._size, self._size), kind)
         tokens = np.zeros((len(ids), self._context), np.int64)
         lengths = np.empty(len(ids), np.int64)
         unreadable: list[int] = []
@@ -240,7 +244,7 @@ class CaptionBlocks:
                 step,
                 drawn,
                 index * self._block_size + sample,
-                lambda path, limit: use_rgb(path, crop, min_side, limit),
+                lambda path, limit, pixels: use_rgb(path, crop, min_side, limit, pixels=pixels),
             )
             unreadable += met
             row = ids[sample] if ids[sample] >= 0 else ~ids[sample]

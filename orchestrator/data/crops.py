@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data import deep_colours
 from orchestrator.data.augmentation import Augmentation
 from orchestrator.data.views import CropConfig, Range
 
@@ -45,27 +46,29 @@ def make_views(
     config: CropConfig,
     rng_for_view: Callable[[int], np.random.Generator],
     drawn_in: tuple[int, int] | None = None,
+    is_colour: bool = True,
 ) -> dict[str, Pixels]:
     """All views of one photograph.
 
     Args:
-        image_HWC: uint8 RGB.
+        image_HWC: uint8 RGB, or uint16.
         config: sizes and distortions.
         rng_for_view: the generator of each view: globals are views 0 to G-1, locals G to G+L-1.
         drawn_in: height and width of the photograph in which boxes are drawn; default: those of `image_HWC`. Views
             of two sizes that are cut from one photograph decoded at two sizes share their boxes by that.
+        is_colour: whether the channels are red, green and blue; else their colours are not distorted.
 
     Returns:
-        "globals" (G, 3, size, size) and "locals" (L, 3, size, size), uint8; with `config.gram_size` also
+        "globals" (G, 3, size, size) and "locals" (L, 3, size, size), of the image's type; with `config.gram_size` also
         "gram" (G, 3, gram_size, gram_size): the same boxes as the globals, without distortion.
     """
     num_global, num_local = config.num_global, config.num_local
     views = {
-        "globals": np.empty((num_global, 3, config.global_size, config.global_size), np.uint8),
-        "locals": np.empty((num_local, 3, config.local_size, config.local_size), np.uint8),
+        "globals": np.empty((num_global, 3, config.global_size, config.global_size), image_HWC.dtype),
+        "locals": np.empty((num_local, 3, config.local_size, config.local_size), image_HWC.dtype),
     }
     if config.gram_size is not None:
-        views["gram"] = np.empty((num_global, 3, config.gram_size, config.gram_size), np.uint8)
+        views["gram"] = np.empty((num_global, 3, config.gram_size, config.gram_size), image_HWC.dtype)
     for view in range(num_global):
         rng = rng_for_view(view)
         box = _box(image_HWC, drawn_in, config.global_scale, config, rng)
@@ -73,13 +76,13 @@ def make_views(
             views["gram"][view] = cut(image_HWC, box, config.gram_size).transpose(2, 0, 1)
         blur = config.blur_probability[0 if view == 0 else 1]
         solarize = config.solarize_probability if view == 1 else 0.0
-        pixels = _distort(cut(image_HWC, box, config.global_size), config, blur, solarize, rng)
+        pixels = _distort(cut(image_HWC, box, config.global_size), config, blur, solarize, rng, is_colour)
         views["globals"][view] = pixels.transpose(2, 0, 1)
     for view in range(num_local):
         rng = rng_for_view(num_global + view)
         box = _box(image_HWC, drawn_in, config.local_scale, config, rng)
         pixels = _distort(
-            cut(image_HWC, box, config.local_size), config, config.local_blur_probability, 0.0, rng
+            cut(image_HWC, box, config.local_size), config, config.local_blur_probability, 0.0, rng, is_colour
         )
         views["locals"][view] = pixels.transpose(2, 0, 1)
     return views
@@ -128,12 +131,22 @@ def cut(image_HWC: Pixels, box: Box, size: int) -> Pixels:
     region = image_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
     method = cv2.INTER_AREA if min(box.height, box.width) >= size else cv2.INTER_CUBIC
     pixels = cv2.resize(region, (size, size), interpolation=method)
-    return np.asarray(pixels[:, ::-1] if box.flip else pixels, dtype=np.uint8)
+    return np.asarray(pixels[:, ::-1] if box.flip else pixels, dtype=image_HWC.dtype)
 
 
 def _distort(
-    pixels_HWC: Pixels, config: CropConfig, blur: float, solarize: float, rng: np.random.Generator
+    pixels_HWC: Pixels,
+    config: CropConfig,
+    blur: float,
+    solarize: float,
+    rng: np.random.Generator,
+    is_colour: bool = True,
 ) -> Pixels:
+    if not is_colour or pixels_HWC.dtype != np.uint8:
+        pixels_HWC = deep_colours.distort(pixels_HWC, config, blur, solarize, rng, is_colour=is_colour)
+        for own in config.augmentations:
+            pixels_HWC = _augmented(own, pixels_HWC, rng)
+        return pixels_HWC
     jitter, gray, blurred, solarized = rng.random(4)
     colours = _SAME
     if jitter < config.jitter_probability:
@@ -157,12 +170,12 @@ def _augmented(own: Augmentation, pixels_HWC: Pixels, rng: np.random.Generator) 
     Raises:
         TypeError: it is not a view.
     """
-    shape = pixels_HWC.shape
+    shape, kind = pixels_HWC.shape, pixels_HWC.dtype
     # A flipped view is not contiguous, which not all libraries take.
     made = own.apply(np.ascontiguousarray(pixels_HWC), rng)
-    if not isinstance(made, np.ndarray) or made.dtype != np.uint8 or made.shape != shape:
+    if not isinstance(made, np.ndarray) or made.dtype != kind or made.shape != shape:
         given = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
-        raise TypeError(f"{own.use}.apply gave {given}, not uint8 {shape}")
+        raise TypeError(f"{own.use}.apply gave {given}, not {kind} {shape}")
     return made
 
 

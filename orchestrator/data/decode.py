@@ -1,4 +1,4 @@
-"""Image files to RGB pixels: upright, eight bits, three channels, whatever the file is.
+"""Image files to pixels: upright, three channels, eight bits, whatever the file is; sixteen if `pixels` says so.
 
 Files come from anywhere. So only the formats of :data:`FORMATS` are decoded, whatever a name ends in; the size that a
 file claims is compared with a limit before any pixel is; and threads share a bounded amount of memory.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import importlib
 import io
 import os
 import re
@@ -16,14 +18,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
+from orchestrator.data.sources.account import ACCESS, BANDS, DAMAGED, NOT_A_PICTURE, TOO_LARGE
 from orchestrator.fsio import open_regular, why
 
 T = TypeVar("T")
@@ -37,11 +41,26 @@ FORMATS = {
     "GIF": re.compile(rb"GIF8[79]a"),
     "BMP": re.compile(rb"BM"),
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
+    "JPEG2000": re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
+    "AVIF": re.compile(rb"....ftyp(?:avi[fs]|(?:mif1|msf1).{0,32}avi[fs])", re.DOTALL),
+    # By the package pillow-heif.
+    "HEIF": re.compile(rb"....ftyp(?:he[iv][cxms]|(?:mif1|msf1).{0,32}he[iv][cxms])", re.DOTALL),
 }
 
+# Endings of the formats that Pillow always decodes, and those that its build, or another package, may decode.
+_ENDINGS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_ENDINGS_OF = {
+    "JPEG2000": frozenset({".jp2", ".j2k", ".jpx", ".jpf"}),
+    "AVIF": frozenset({".avif"}),
+    "HEIF": frozenset({".heic", ".heif"}),
+}
+
+# Pillow's modes of one band of more than 8 bits.
+_WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _EXIF_ORIENTATION = 0x0112
 _TIFF_TILE = (0x0142, 0x0143)  # width and length
 _TIFF_BITS = 0x0102
+_TIFF_SAMPLES = 0x0115
 # Where the header of a PNG says how many bits a channel has.
 _PNG_BITS = 24
 # The memory that one pixel takes while a picture is decoded, in bytes: Pillow's four, as many for compositing
@@ -59,15 +78,37 @@ _BENIGN_JPEG = re.compile(r"extraneous bytes|unsupported|colorspace", re.IGNOREC
 
 
 class UnreadableImage(Exception):  # noqa: N818 (it names a state of a file)
-    """A file that is not an image, or not a whole one."""
+    """A file that is not an image, or not a whole one. `kind` is one of `account.KINDS`."""
 
-    def __init__(self, path: Path | str, reason: str) -> None:
+    def __init__(self, path: Path | str, reason: str, kind: str = DAMAGED) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = Path(path)
         self.reason = reason
+        self.kind = kind
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.path, self.reason)
+        return type(self), (self.path, self.reason, self.kind)
+
+
+@functools.cache
+def readable_formats() -> frozenset[str]:
+    """Those of :data:`FORMATS` that can be decoded here: some by Pillow's build, HEIF by the package pillow-heif."""
+    lacking = set()
+    if not features.check("jpg_2000"):
+        lacking.add("JPEG2000")
+    if not features.check("avif"):
+        lacking.add("AVIF")
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        lacking.add("HEIF")
+    return frozenset(FORMATS) - lacking
+
+
+@functools.cache
+def readable_endings() -> frozenset[str]:
+    """The endings, in lower case and with their dot, of files that are taken for pictures here."""
+    return _ENDINGS.union(*(_ENDINGS_OF[name] for name in _ENDINGS_OF if name in readable_formats()))
 
 
 class _Memory:
@@ -104,26 +145,32 @@ class Header:
     bits: int
 
 
-def read_rgb(path: Path | str, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
+def read_rgb(
+    path: Path | str,
+    min_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    pixels: PixelFormat | None = None,
+) -> Pixels:
     """The pixels of an image file.
 
     Transparency is composited on white, 16-bit values keep their high byte, EXIF orientation is applied and
-    animations give their first frame.
+    animations give their first frame; `pixels` says otherwise, for all files of a dataset alike.
 
     Args:
         path: the file.
         min_side: large JPEGs may be decoded at 1/2, 1/4 or 1/8 as long as both sides stay at least this many
             pixels (several times faster); other formats ignore it.
         max_pixels: the largest width × height that the file may have.
+        pixels: the bands that are seen and the range of their values.
 
     Returns:
-        (H, W, 3) uint8, RGB, contiguous.
+        (H, W, 3) uint8, RGB, contiguous; uint16 where `pixels.is_deep`, 0 black and 65535 white.
 
     Raises:
         UnreadableImage: missing, not a regular file, not an image of one of :data:`FORMATS`, too large, truncated or
             corrupt.
     """
-    return use_rgb(path, lambda pixels: pixels, min_side, max_pixels)
+    return use_rgb(path, lambda image: image, min_side, max_pixels, pixels=pixels)
 
 
 def use_rgb(
@@ -132,11 +179,14 @@ def use_rgb(
     min_side: int | None = None,
     max_pixels: int = MAX_PIXELS,
     on_bytes: Callable[[bytes], None] = lambda data: None,
+    pixels: PixelFormat | None = None,
+    on_wide: Callable[[int], None] = lambda peak: None,
 ) -> T:
     """What `use` makes of the pixels of an image file; as :func:`read_rgb` otherwise.
 
     The picture's memory counts among what threads share until `use` returns; `use` must not read another picture.
-    `on_bytes` gets the file's content before it is looked at.
+    `on_bytes` gets the file's content before it is looked at; `on_wide` the largest value of a file of 16 bits, where
+    `pixels` names no range and so the high byte is taken.
     """
     with _reading(path):
         file = open_regular(path)
@@ -144,18 +194,18 @@ def use_rgb(
         with _reading(path):
             size = os.fstat(file.fileno()).st_size
         if (reason := too_many_bytes(size, max_pixels)) is not None:
-            raise UnreadableImage(path, reason)
+            raise UnreadableImage(path, reason, TOO_LARGE)
         if size > _SMALL_FILE:
             with _memory.hold(size + _BYTES_PER_PIXEL * max_pixels):
                 with _reading(path):
                     data = _read(file, size)
                 on_bytes(data)
-                return use(decode_rgb(data, path, min_side, max_pixels))
+                return use(decode_rgb(data, path, min_side, max_pixels, pixels, on_wide))
         with _reading(path):
             data = _read(file, _SMALL_FILE)
     on_bytes(data)
     with _memory.hold(_BYTES_PER_PIXEL * _num_pixels(data, path, max_pixels)):
-        return use(_decode(data, path, min_side, max_pixels))
+        return use(_decode(data, path, min_side, max_pixels, pixels, on_wide))
 
 
 def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
@@ -171,7 +221,7 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
             size = os.fstat(file.fileno()).st_size
             start = _read(file, _HEADER_BYTES)
         if (reason := too_many_bytes(size, max_pixels)) is not None:
-            raise UnreadableImage(path, reason)
+            raise UnreadableImage(path, reason, TOO_LARGE)
         kind, bits = _format_of(start, path), 8
         if kind == "WEBP":
             width, height = _webp_size(start)
@@ -183,7 +233,7 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
         if kind == "PNG" and len(start) > _PNG_BITS:
             bits = start[_PNG_BITS]
     if width * height > max_pixels:
-        raise UnreadableImage(path, _too_large(width, height, max_pixels))
+        raise UnreadableImage(path, _too_large(width, height, max_pixels), TOO_LARGE)
     return Header(width, height, bits)
 
 
@@ -202,7 +252,14 @@ def square(pixels_HWC: Pixels, size: int) -> Pixels:
     """
     if 0 in pixels_HWC.shape:
         raise ValueError("it has no pixels")
-    return np.asarray(ImageOps.fit(Image.fromarray(pixels_HWC), (size, size), Image.Resampling.BICUBIC))
+    if pixels_HWC.dtype == np.uint8:
+        return np.asarray(ImageOps.fit(Image.fromarray(pixels_HWC), (size, size), Image.Resampling.BICUBIC))
+    # Pillow has no images of three channels of 16 bits.
+    planes = [
+        np.asarray(ImageOps.fit(Image.fromarray(plane_HW), (size, size), Image.Resampling.BICUBIC))
+        for plane_HW in pixels_HWC.astype(np.float32).transpose(2, 0, 1)
+    ]
+    return np.asarray(np.rint(np.stack(planes, axis=2)).clip(0, 65535), dtype=pixels_HWC.dtype)
 
 
 def read_square(
@@ -210,16 +267,17 @@ def read_square(
     size: int,
     max_pixels: int = MAX_PIXELS,
     on_bytes: Callable[[bytes], None] = lambda data: None,
+    pixels: PixelFormat | None = None,
 ) -> Pixels:
     """The centred square of an image file: what models see in evaluation, in embedding and in search.
 
     Args:
         path: the file.
         size: pixels a side.
-        max_pixels, on_bytes: see :func:`use_rgb`.
+        max_pixels, on_bytes, pixels: see :func:`use_rgb`.
 
     Returns:
-        (size, size, 3) uint8, RGB.
+        (size, size, 3) uint8, RGB; uint16 where `pixels.is_deep`.
 
     Raises:
         UnreadableImage: as :func:`read_rgb`.
@@ -232,17 +290,20 @@ def read_square(
             raise UnreadableImage(path, str(error)) from error
 
     # JPEGs decoded at twice the side leave the resampling of large photos to the antialiased bicubic filter.
-    return use_rgb(path, cut, 2 * size, max_pixels, on_bytes)
+    return use_rgb(path, cut, 2 * size, max_pixels, on_bytes, pixels)
 
 
-def rgb_of(image: Image.Image) -> Pixels:
+def rgb_of(image: Image.Image, pixels: PixelFormat | None = None) -> Pixels:
     """The pixels of an image that Pillow has opened, by the rules of :func:`read_rgb`.
 
     Raises:
         UnreadableImage: it is broken, or its values have no defined range.
     """
     try:
-        return _to_rgb(ImageOps.exif_transpose(image), "the image")
+        image = ImageOps.exif_transpose(image)
+        if pixels is None and image.mode not in _WIDE_MODES:
+            return _to_rgb(image)
+        return seen(_values(image), pixels, "the image")
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow decodes late, and its plugins raise anything
@@ -275,24 +336,154 @@ def _reading(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UnreadableImage(path, why(error)) from error
+        raise UnreadableImage(path, why(error), ACCESS) from error
 
 
 def decode_rgb(
-    data: bytes, path: Path | str, min_side: int | None = None, max_pixels: int = MAX_PIXELS
+    data: bytes,
+    path: Path | str,
+    min_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    pixels: PixelFormat | None = None,
+    on_wide: Callable[[int], None] = lambda peak: None,
 ) -> Pixels:
-    """Like :func:`read_rgb` for the bytes of a file; `path` is for the error message."""
+    """Like :func:`use_rgb` for the bytes of a file; `path` is for the error message."""
     _num_pixels(data, path, max_pixels)
-    return _decode(data, path, min_side, max_pixels)
+    return _decode(data, path, min_side, max_pixels, pixels, on_wide)
 
 
-def _decode(data: bytes, path: Path | str, min_side: int | None, max_pixels: int) -> Pixels:
+def _decode(
+    data: bytes,
+    path: Path | str,
+    min_side: int | None,
+    max_pixels: int,
+    pixels: PixelFormat | None,
+    on_wide: Callable[[int], None],
+) -> Pixels:
     """The pixels of a file whose claimed size was found small enough."""
-    if _format_of(data, path) == "JPEG":
-        pixels = _decode_jpeg(data, path, min_side)
-        if pixels is not None:
-            return pixels
-    return _decode_any(data, path, max_pixels)
+    kind = _format_of(data, path)
+    if kind == "JPEG":
+        decoded = _decode_jpeg(data, path, min_side)
+        if decoded is not None:
+            return decoded if pixels is None else seen(decoded, pixels, path)
+    with _opened(data, path, kind, max_pixels) as image:
+        is_wide = _is_wide(data, kind, image)
+        if pixels is None and not is_wide:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+        return seen(_raw(data, path, image, is_wide), pixels, path, on_wide)
+
+
+def _is_wide(data: bytes, kind: str, image: Image.Image) -> bool:
+    """Whether a channel has more than 8 bits."""
+    if kind == "PNG" and len(data) > _PNG_BITS:
+        return data[_PNG_BITS] > 8
+    return image.mode in _WIDE_MODES or (kind == "TIFF" and _tiff_bits(image) > 8)
+
+
+def _raw(data: bytes, path: Path | str, image: Image.Image, is_wide: bool) -> NDArray[Any]:
+    """The values as they are in the file, upright: (H, W) or (H, W, bands)."""
+    # Also where another library decodes: Pillow tells what is truncated.
+    image.load()
+    samples = int(getattr(image, "tag_v2", {}).get(_TIFF_SAMPLES, 1))
+    if (is_wide and image.mode not in _WIDE_MODES) or samples > len(image.getbands()):
+        import cv2  # takes a moment to import, and few files need it
+
+        # Of several bands of 16 bits Pillow keeps the high bytes, and of four bands three.
+        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if found is None:
+            raise UnreadableImage(path, f"{image.mode} of more than 8 bits cannot be decoded", BANDS)
+        if found.ndim == 3 and found.shape[2] >= 3:
+            found = np.concatenate([found[:, :, 2::-1], found[:, :, 3:]], axis=2)
+        return _upright(np.asarray(found), orientation)
+    return _values(ImageOps.exif_transpose(image))
+
+
+def _values(image: Image.Image) -> NDArray[Any]:
+    """The values of a loaded image: grey, RGB, or as many bands as it has."""
+    if image.mode in ("P", "PA", "RGBa", "La"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        image = image.convert("RGB")
+    return np.asarray(image)
+
+
+def seen(
+    raw_HWC: NDArray[Any],
+    pixels: PixelFormat | None,
+    path: Path | str,
+    on_wide: Callable[[int], None] = lambda peak: None,
+) -> Pixels:
+    """What a model sees of the values of a file: three channels, by the dataset's rule alone.
+
+    Args:
+        raw_HWC: the values in the file, (H, W) or (H, W, bands), whole numbers or fractions.
+        pixels: the rule; None for 8 bits, or the high byte of 16.
+        path: for the error message.
+        on_wide: see :func:`use_rgb`.
+
+    Raises:
+        UnreadableImage: it lacks a band, or its values have no defined range.
+    """
+    raw_HWC = raw_HWC[:, :, None] if raw_HWC.ndim == 2 else raw_HWC
+    values_HWC, alpha_HW1 = _bands(raw_HWC, pixels, path)
+    if pixels is None or pixels.range is None:
+        if values_HWC.dtype not in (np.uint8, np.uint16):
+            what = "floating-point pixels" if values_HWC.dtype.kind == "f" else "pixels of 32 bits"
+            raise UnreadableImage(path, f"{what} have no defined range: set `range` in `pixels`", BANDS)
+        if values_HWC.dtype == np.uint16:
+            on_wide(int(values_HWC.max(initial=0)))
+        black, white = 0.0, float(np.iinfo(values_HWC.dtype).max)
+    else:
+        black, white = pixels.range
+    if values_HWC.dtype == np.uint8 and (black, white) == (0, 255) and alpha_HW1 is None:
+        made = values_HWC
+    elif (pixels is None or pixels.range is None) and alpha_HW1 is None:
+        made = (values_HWC >> 8).astype(np.uint8)
+    else:
+        made = _scaled(values_HWC, black, white, alpha_HW1, deep=pixels is not None and pixels.is_deep)
+    return np.ascontiguousarray(np.repeat(made, 3, axis=2) if made.shape[2] == 1 else made)
+
+
+def _bands(
+    raw_HWC: NDArray[Any], pixels: PixelFormat | None, path: Path | str
+) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The bands that are seen, and what is transparent unless bands are named."""
+    count = raw_HWC.shape[2]
+    if pixels is not None and pixels.bands is not None:
+        if max(pixels.bands) >= count:
+            what = f"it has {count} {'band' if count == 1 else 'bands'}, and no band {max(pixels.bands)}"
+            raise UnreadableImage(path, what, BANDS)
+        return raw_HWC[:, :, list(pixels.bands)], None
+    if count in (2, 4):
+        return raw_HWC[:, :, :-1], raw_HWC[:, :, -1:]
+    if count not in (1, 3):
+        raise UnreadableImage(path, f"it has {count} bands: name one or three as `bands` of `pixels`", BANDS)
+    return raw_HWC, None
+
+
+def _scaled(
+    values_HWC: NDArray[Any], black: float, white: float, alpha_HW1: NDArray[Any] | None, *, deep: bool
+) -> NDArray[Any]:
+    shares_HWC = (values_HWC.astype(np.float32) - np.float32(black)) * np.float32(1 / (white - black))
+    # Of no value, as where a satellite saw nothing, there is black.
+    np.nan_to_num(shares_HWC, copy=False, nan=0.0, posinf=1.0, neginf=0.0)
+    np.clip(shares_HWC, 0, 1, out=shares_HWC)
+    if alpha_HW1 is not None:
+        opaque = np.iinfo(alpha_HW1.dtype).max if alpha_HW1.dtype.kind in "ui" else 1.0
+        alpha = alpha_HW1.astype(np.float32) / np.float32(opaque)
+        shares_HWC = shares_HWC * alpha + (1 - alpha)
+    return np.asarray(np.rint(shares_HWC * (65535 if deep else 255)), dtype=np.uint16 if deep else np.uint8)
+
+
+def as_8_bits(pixels_HWC: Pixels) -> Pixels:
+    """Pixels as they are shown, and compared by eye: the nearest of 256 levels."""
+    if pixels_HWC.dtype == np.uint8:
+        return pixels_HWC
+    return np.asarray((pixels_HWC.astype(np.uint32) + 128) // 257, dtype=np.uint8)
 
 
 def _format_of(data: bytes, path: Path | str) -> str:
@@ -301,8 +492,14 @@ def _format_of(data: bytes, path: Path | str) -> str:
         raise UnreadableImage(path, "the file is empty")
     for name, begins in FORMATS.items():
         if begins.match(data):
+            if name not in readable_formats():
+                how = (
+                    "install pillow-heif" if name == "HEIF" else "this build of Pillow has no decoder for it"
+                )
+                raise UnreadableImage(path, f"{name} cannot be read here: {how}", NOT_A_PICTURE)
             return name
-    raise UnreadableImage(path, f"not an image of a known format ({', '.join(FORMATS)})")
+    known = ", ".join(name for name in FORMATS if name in readable_formats())
+    raise UnreadableImage(path, f"not an image of a known format ({known})", NOT_A_PICTURE)
 
 
 def _num_pixels(data: bytes, path: Path | str, max_pixels: int) -> int:
@@ -319,7 +516,7 @@ def _num_pixels(data: bytes, path: Path | str, max_pixels: int) -> int:
         # Pillow's WebP decoder makes room for the whole canvas as soon as it opens a file.
         width, height = _webp_size(data) if kind == "WEBP" else _pillow_size(data, path, kind, max_pixels)
     if width * height > max_pixels:
-        raise UnreadableImage(path, _too_large(width, height, max_pixels))
+        raise UnreadableImage(path, _too_large(width, height, max_pixels), TOO_LARGE)
     return int(width * height)
 
 
@@ -375,7 +572,7 @@ def _orientation(data: bytes) -> int:
         return 1
 
 
-def _upright(pixels_HWC: Pixels, orientation: int) -> Pixels:
+def _upright(pixels_HWC: NDArray[Any], orientation: int) -> NDArray[Any]:
     """EXIF 2.32, tag 274: what the 0th row and column show."""
     if orientation in (5, 6, 7, 8):
         pixels_HWC = pixels_HWC.transpose(1, 0, 2)
@@ -403,9 +600,9 @@ def _opened(data: bytes | BinaryIO, path: Path | str, kind: str, max_pixels: int
     except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:
-        raise UnreadableImage(path, f"more pixels than the limit of {max_pixels:,}") from error
+        raise UnreadableImage(path, f"more pixels than the limit of {max_pixels:,}", TOO_LARGE) from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(path, f"begins like a {kind} and is none") from error
+        raise UnreadableImage(path, f"begins like a {kind} and is none", NOT_A_PICTURE) from error
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error
         raise UnreadableImage(path, str(error)[:200] or type(error).__name__) from error
 
@@ -415,22 +612,13 @@ def _check_tiles(image: Image.Image, path: Path | str, max_pixels: int) -> None:
     tags = getattr(image, "tag_v2", {})
     width, length = (int(tags.get(tag, 0)) for tag in _TIFF_TILE)
     if width * length > max_pixels:
-        raise UnreadableImage(path, f"tiles of {width:,} × {length:,} pixels are more than {max_pixels:,}")
+        raise UnreadableImage(
+            path, f"tiles of {width:,} × {length:,} pixels are more than {max_pixels:,}", TOO_LARGE
+        )
 
 
-def _decode_any(data: bytes, path: Path | str, max_pixels: int) -> Pixels:
-    with _opened(data, path, _format_of(data, path), max_pixels) as image:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), path)
-
-
-def _to_rgb(image: Image.Image, path: Path | str) -> Pixels:
-    if image.mode == "F":
-        raise UnreadableImage(path, "floating-point pixels have no defined range")
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        narrow = (wide if wide.max(initial=0) < 256 else wide >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(narrow[:, :, None], 3, axis=2)
+def _to_rgb(image: Image.Image) -> Pixels:
+    """The pixels of a loaded image of at most 8 bits a channel."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

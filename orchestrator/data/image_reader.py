@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.decode import UnreadableImage
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
@@ -18,6 +19,7 @@ from orchestrator.data.sources.folder import shown
 from orchestrator.errors import UserError
 
 T = TypeVar("T")
+Read = Callable[[Path, int, PixelFormat | None], T]
 
 logger = logging.getLogger("orchestrator")
 
@@ -59,16 +61,15 @@ class ImageReader:
         """Where these rows' files are."""
         return [shown(str(self._index.path(row))) for row in rows]
 
-    def read(
-        self, step: int, ids: NDArray[np.int64], place: int, read: Callable[[Path, int], T]
-    ) -> tuple[int, T, list[int]]:
+    def read(self, step: int, ids: NDArray[np.int64], place: int, read: Read[T]) -> tuple[int, T, list[int]]:
         """One sample of a step.
 
         Args:
             step: the step.
             ids: all rows of the step, by the order.
             place: the sample's place in it.
-            read: makes something of a file; its arguments are the path and the largest width × height.
+            read: makes something of a file; its arguments are the path, the largest width × height, and how its
+                values are seen.
 
         Returns:
             The row, or its complement where it stands for another one; what `read` made of it; and the rows that could
@@ -81,7 +82,7 @@ class ImageReader:
         met: list[int] = []
         for row in self._candidates(step, ids, place):
             try:
-                made = read(self._index.path(row), self._index[row].max_pixels)
+                made = read(self._index.path(row), self._index[row].max_pixels, self._index.pixels(row))
             except UnreadableImage as error:
                 met.append(row)
                 self._note(row, error.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -11,11 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.curation.components import HELD_OUT, LEFT_OUT, UNCURATED
 from orchestrator.errors import UserError, first_line
 
 FILE = "index.parquet"
+# In the file's metadata: the datasets' `pixels`, as JSON.
+_PIXELS = b"orchestrator.pixels"
 
 _SCHEMA = pa.schema(
     [
@@ -69,8 +73,11 @@ class ImageIndex:
     say, see :meth:`load`.
     """
 
-    def __init__(self, rows: Sequence[ImageRecord]) -> None:
+    def __init__(
+        self, rows: Sequence[ImageRecord], pixels: Mapping[str, PixelFormat | None] | None = None
+    ) -> None:
         self._rows = tuple(rows)
+        self._pixels = dict(pixels or {})
         self._paths = [Path(row.root) / row.path for row in self._rows]
 
     def __len__(self) -> int:
@@ -82,6 +89,15 @@ class ImageIndex:
     def path(self, row: int) -> Path:
         """The absolute path of a row's file."""
         return self._paths[row]
+
+    def pixels(self, row: int) -> PixelFormat | None:
+        """How the values of a row's file are seen; None for 8-bit RGB."""
+        return self._pixels.get(self._rows[row].source)
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether any picture is seen with 16 bits a channel; then all are, so that they go into one batch."""
+        return any(found is not None and found.is_deep for found in self._pixels.values())
 
     @property
     def captions(self) -> list[str | None]:
@@ -128,7 +144,11 @@ class ImageIndex:
             for field in _SCHEMA
         }
         path = folder / FILE
-        pq.write_table(pa.table(columns, schema=_SCHEMA), path)
+        schema = _SCHEMA
+        if any(self._pixels.values()):
+            told = {name: found and found.model_dump(mode="json") for name, found in self._pixels.items()}
+            schema = schema.with_metadata({_PIXELS: json.dumps(told)})
+        pq.write_table(pa.table(columns, schema=schema), path)
         return path
 
     @classmethod
@@ -150,7 +170,8 @@ class ImageIndex:
             # `read_table` would import `pyarrow.dataset` and pandas for it, in every worker.
             with pq.ParquetFile(path) as file:
                 columns = file.read().to_pydict()
-        except (pa.ArrowException, OSError) as error:
+                pixels = _pixels_of(file)
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(
                 f"the photo index cannot be read: {first_line(error)}", where=str(path)
             ) from error
@@ -168,7 +189,34 @@ class ImageIndex:
             )
         if roots:
             rows = [replace(row, root=roots.get(row.source, row.root)) for row in rows]
-        return cls(rows)
+        return cls(rows, pixels)
+
+
+def pixels_in(folder: Path) -> PixelFormat | None:
+    """How models see the pictures of an index, whose rows are not read; None for 8-bit RGB.
+
+    Where datasets differ in bands or range, only the mean and the deviation are told, which all share.
+
+    Raises:
+        UserError: there is no index, or it cannot be read.
+    """
+    try:
+        with pq.ParquetFile(folder / FILE) as file:
+            formats = _pixels_of(file)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"the photo index cannot be read: {first_line(error)}", where=str(folder / FILE)
+        ) from error
+    told = [found for found in formats.values() if found is not None]
+    if len(set(formats.values())) == 1 or not told:
+        return told[0] if told else None
+    return PixelFormat(mean=told[0].mean, std=told[0].std)
+
+
+def _pixels_of(file: pq.ParquetFile) -> dict[str, PixelFormat | None]:
+    told = (file.schema_arrow.metadata or {}).get(_PIXELS)
+    formats = json.loads(told) if told else {}
+    return {name: one and PixelFormat.model_validate(one) for name, one in formats.items()}
 
 
 def _leads_out(path: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square
 from orchestrator.data.sources.folder import LeftOut, Listing, shown
@@ -118,7 +119,7 @@ def embed_folder(
             progress(seen, total)
 
         def read(name: str) -> _Read:
-            return _read(root / name, name, made.size, max_pixels)
+            return _read(root / name, name, made.size, max_pixels, model.pixels)
 
         files_left = listing.files[begun:]
         for seen, one in enumerate(in_order(read, files_left, loaders, ahead=2 * batch), begun + 1):
@@ -162,7 +163,7 @@ def _digest(folder: Path, listing: Listing) -> str:
     return whole.hexdigest()
 
 
-def _read(path: Path, name: str, size: int, max_pixels: int) -> _Read:
+def _read(path: Path, name: str, size: int, max_pixels: int, pixels: PixelFormat | None) -> _Read:
     """A file as a square, with the digest of its content; never raises for what a file is."""
     seen = [("", 0)]
 
@@ -170,7 +171,7 @@ def _read(path: Path, name: str, size: int, max_pixels: int) -> _Read:
         seen.append((hashlib.sha256(data).hexdigest(), len(data)))
 
     try:
-        square, error = read_square(path, size, max_pixels, note), None
+        square, error = read_square(path, size, max_pixels, note, pixels), None
     except UnreadableImage as problem:
         square, error = None, problem.reason
     return _Read(EmbeddedFile(name, *seen[-1]), square, error)

@@ -59,7 +59,7 @@ def on_device(model: Model) -> Model:
 
 def _forward(tower: Tower, squares: Sequence[Pixels]) -> Features:
     images_NCHW = torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
-    features: Features = tower(normalise(images_NCHW.to(_device(tower))))
+    features: Features = tower(normalise(images_NCHW.to(_device(tower)), tower))
     return features
 
 

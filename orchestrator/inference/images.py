@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square, rgb_of, square
 from orchestrator.data.sources.folder import shown
 from orchestrator.errors import UserError, first_line, shortened
@@ -33,19 +34,20 @@ def default_loaders() -> int:
     return min(_MOST_LOADERS, len(os.sched_getaffinity(0)))
 
 
-def square_of(image: ImageLike, size: int) -> Pixels:
+def square_of(image: ImageLike, size: int, pixels: PixelFormat | None = None) -> Pixels:
     """The centred square of an image, (size, size, 3) uint8. A file is read as in evaluation.
 
     Args:
         image: a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
         size: pixels a side.
+        pixels: how the values of files and of Pillow's images are seen; arrays are taken as they are.
 
     Raises:
         UserError: a file that is no image, or something else.
     """
     try:
         if isinstance(image, (str, os.PathLike)):
-            return read_square(Path(image), size)
+            return read_square(Path(image), size, pixels=pixels)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
                 raise TypeError(f"it is an array of {image.dtype} {image.shape}, not of uint8 (H, W, 3)")
@@ -56,16 +58,18 @@ def square_of(image: ImageLike, size: int) -> Pixels:
             raise TypeError(f"it is of type {type(image).__name__}")
         if 0 in image.size:
             raise ValueError(f"it has {image.width} × {image.height} pixels")
-        return square(rgb_of(image), size)
+        return square(rgb_of(image, pixels), size)
     except (UnreadableImage, OSError, ValueError, TypeError) as error:
         reason = error.reason if isinstance(error, UnreadableImage) else first_line(error)
         where = shown(str(image)) if isinstance(image, (str, os.PathLike)) else None
         raise UserError(f"this is no image: {shortened(reason, 200)}", where=where) from error
 
 
-def squares_of(images: Sequence[ImageLike], size: int, batch: int, loaders: int) -> Iterator[list[Pixels]]:
+def squares_of(
+    images: Sequence[ImageLike], size: int, batch: int, loaders: int, pixels: PixelFormat | None = None
+) -> Iterator[list[Pixels]]:
     """Batches of :func:`square_of` of all images, in order; raises as it."""
-    read = partial(square_of, size=size)
+    read = partial(square_of, size=size, pixels=pixels)
     if len(images) <= 1:
         # No thread is worth starting for one.
         yield from ([read(image)] for image in images)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.errors import UserError, first_line, printable, shortened
 from orchestrator.inference.images import ImageLike, default_loaders, squares_of
 from orchestrator.inference.reference import SPELLINGS, inner_folder, locate
@@ -49,10 +50,12 @@ class Model:
     Attributes:
         module: a torch module in eval mode, or a vision and a text tower in one space.
         image_size: pixels a side that it was trained for; None where that is not known.
+        pixels: how it saw the values of files in training, if not as 8-bit RGB.
     """
 
     module: Backbone | WrappedBackbone | Aligned
     image_size: int | None = None
+    pixels: PixelFormat | None = None
 
     def features(
         self,
@@ -87,7 +90,7 @@ class Model:
         side = size // tower.patch_size
         cls = [np.empty((0, tower.dim), np.float32)]
         patches = [np.empty((0, side * side, tower.dim), np.float32)]
-        for squares in squares_of(photos, size, batch, loaders):
+        for squares in squares_of(photos, size, batch, loaders, self.pixels):
             cls_ND, patches_NPD = features_of(tower, squares)
             cls.append(cls_ND)
             patches.append(patches_NPD)
@@ -137,7 +140,8 @@ def load_weights(path: Path, trusted: Sequence[str] = ()) -> Model:
             raise ValueError(f"{config.name} holds no mapping")
         if "output_dim" in record:
             aligned = load_aligned(path)
-            return Model(aligned, aligned.image_size)
+            tower = json.loads((path / "tower" / config.name).read_text(encoding="utf-8"))
+            return Model(aligned, aligned.image_size, _pixels(tower))
         extra = record.get("extra") or {}
         if not isinstance(extra, dict):
             raise ValueError(f"`extra` of {config.name} is no mapping")
@@ -145,8 +149,8 @@ def load_weights(path: Path, trusted: Sequence[str] = ()) -> Model:
         if size is not None:
             check_number("image_size", size, _MAX_SIDE)
         if is_wrapped(path):
-            return Model(load_wrapped(path, trusted), size)
-        return Model(load_any(path), size)
+            return Model(load_wrapped(path, trusted), size, _pixels(record))
+        return Model(load_any(path), size, _pixels(record))
     except UntrustedModuleError as error:
         hint = f"if you trust it, give trust_module={error.module.partition('.')[0]!r}"
         raise UserError(str(error), where=str(path), hint=hint) from error
@@ -157,6 +161,16 @@ def load_weights(path: Path, trusted: Sequence[str] = ()) -> Model:
             where=str(path),
             hint=f"give {SPELLINGS}",
         ) from error
+
+
+def _pixels(record: dict[str, Any]) -> PixelFormat | None:
+    """How a model saw files, by its config.json.
+
+    Raises:
+        ValueError: it says something else of `pixels`.
+    """
+    told = record.get("pixels")
+    return None if told is None else PixelFormat.model_validate(told)
 
 
 def embed(
@@ -200,7 +214,10 @@ def embed(
     photos = _several(images)
     side = embedding_side(loaded, size)
     parts = [np.empty((0, loaded.module.dim), np.float32)]
-    parts += [image_vectors(loaded.module, squares) for squares in squares_of(photos, side, batch, loaders)]
+    parts += [
+        image_vectors(loaded.module, squares)
+        for squares in squares_of(photos, side, batch, loaders, loaded.pixels)
+    ]
     found = np.concatenate(parts)
     return found if isinstance(images, (list, tuple)) else found[0]
 

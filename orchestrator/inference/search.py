@@ -226,7 +226,7 @@ def _query(model: Model, photo: Path | None, text: str | None, side: int) -> Flo
         assert text is not None
         found = text_vectors(model, [text])
     else:
-        found = image_vectors(model.module, [square_of(photo, side)])
+        found = image_vectors(model.module, [square_of(photo, side, model.pixels)])
     vector_D: Floats = found[0]
     return vector_D
 

@@ -50,7 +50,8 @@ class Checked:
         stages: with their keys; empty where a mistake, or data that is not there, leaves them unknown.
         errors: what would end a run.
         warnings: what may be meant, or pass.
-        facts: of each dataset with captions, how many photos have some; with whether all that have any do.
+        facts: of each dataset with captions, how many photos have some; with whether all that have any do. And what
+            stages choose for the user, with True.
     """
 
     stages: list[ResolvedStage] = field(default_factory=list)
@@ -95,7 +96,10 @@ def check(
         roles = dag.roles(loaded)
         fit_errors = list(crop_checks.fit_errors(loaded, roles))
         found.errors += fit_errors
+        for name, stage in loaded.spec.stages.items():
+            found.facts += [(f"{name}: {choice}", True) for choice in stage.choices()]
         foreseen = dict(_preflight(loaded, roles, counts))
+        found.errors += _unlike_pixels(loaded)
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
         if not blocked:
             _resolve(loaded, found, fingerprint)
@@ -208,10 +212,12 @@ def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, ImageCoun
         if source is None or not source.path.is_dir():
             counts[name] = None
             continue
+        from orchestrator.data.sources.account import lost_too_many
         from orchestrator.data.sources.folder import captions_of, list_images
 
         try:
-            files = list_images(source, name).files
+            listing = list_images(source, name)
+            files = listing.files
         except UserError as error:
             counts[name] = None
             found.errors.append(
@@ -219,6 +225,9 @@ def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, ImageCoun
             )
             continue
         counts[name] = ImageCount(len(files))
+        where = loaded.where("data", name, "max_left_out")
+        if too_many := lost_too_many(listing.account(name), source.max_left_out, where):
+            found.errors.append(too_many)
         if source.captions is None:
             continue
         try:
@@ -234,6 +243,18 @@ def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, ImageCoun
         found.warnings += captions.warnings
         found.facts.append(_fact(name, len(files), captions))
     return counts
+
+
+def _unlike_pixels(loaded: LoadedPipeline) -> Iterator[UserError]:
+    """Datasets whose pictures cannot be in one index."""
+    from orchestrator.data.sources.pixel_checks import unlike_pixels
+
+    told = set()
+    for stage in loaded.spec.stages.values():
+        error = unlike_pixels(loaded.spec.data, stage.data_sources())
+        if error is not None and error.what not in told:
+            told.add(error.what)
+            yield UserError(error.what, where=loaded.where(*(error.where or "").split(".")), hint=error.hint)
 
 
 def _fact(name: str, photos: int, captions: Captions) -> tuple[str, bool]:

@@ -17,6 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.data.sources.account import HEADER, row
 from orchestrator.errors import shortened
 from orchestrator.pipeline.cache_key import short
 from orchestrator.pipeline.dag import order
@@ -25,6 +26,7 @@ from orchestrator.progress import BARS, Progress
 from orchestrator.redact import HIDDEN, KeyBlocks, redacted
 
 if TYPE_CHECKING:
+    from orchestrator.data.sources.account import Account
     from orchestrator.errors import UserError
     from orchestrator.pipeline.attempt import Outcome
     from orchestrator.pipeline.check import Checked
@@ -182,6 +184,13 @@ class Reporter:
         self._console.print(line.append(f"\n  {self._again}", "bold"), soft_wrap=True)
         # The line that changes had hidden it.
         self._console.show_cursor()
+
+    def accounts(self, accounts: Sequence[Account]) -> None:
+        """What the datasets hold: files that were taken, and left out by reason."""
+        table = Rows(HEADER, expendable=())
+        for one in accounts:
+            table.add(*row(one))
+        table.print(self._console)
 
     def next_step(self, what: str, how: str | Path) -> None:
         """Where the user goes on from here: a page to look at, or a command."""

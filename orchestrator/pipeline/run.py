@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from orchestrator import disk
+from orchestrator.data.sources import account
 from orchestrator.errors import Stopped, UserError
 from orchestrator.pipeline import dag, system_metrics, tracking_run
 from orchestrator.pipeline.attempt import Attempt, Outcome, full_disk
@@ -173,7 +174,10 @@ class _Driver:
         return self._exit_code
 
     def _tell_rest(self) -> None:
-        """Where to go on from here: reports, models and runs; and what MLflow has not taken yet."""
+        """What the datasets hold; where to go on from here: reports, models, runs; what MLflow has not taken yet."""
+        for artifact in self._artifacts.values():
+            if accounts := account.load(artifact.path):
+                self._reporter.accounts(accounts)
         for name, artifact in self._artifacts.items():
             # One that another machine made is in the remote store only.
             made = (artifact.path / report for report in REPORTS if report in artifact.manifest.files)

@@ -211,7 +211,9 @@ class AlignTask:
         """Nothing follows an update."""
 
     def _features(self, block: BlockTensors) -> Features:
-        return Features(*self.modules.frozen["tower"](normalise(block.tensors["images"])))
+        return Features(
+            *self.modules.frozen["tower"](normalise(block.tensors["images"], self.modules.frozen["tower"]))
+        )
 
     def _texts(self, block: BlockTensors) -> tuple[Tensor, ...]:
         tokens_BL, lengths_B = block.tensors["tokens"], block.tensors["lengths"]

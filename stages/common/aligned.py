@@ -144,7 +144,7 @@ class Aligned:
         return _unit(torch.from_numpy(mean_ND))
 
     def _features(self, images: Sequence[NDArray[np.uint8]], size: int) -> Features:
-        return Features(*self._tower(torch.cat([preprocess(image, size) for image in images])))
+        return Features(*self._tower(torch.cat([preprocess(image, size, self._tower) for image in images])))
 
 
 def load_aligned(folder: str | Path) -> Aligned:

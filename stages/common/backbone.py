@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.models import save_pretrained
+from torch import nn
+
+from orchestrator.config.pixels import PixelFormat
+from orchestrator.models import save_pretrained, set_stats
 from orchestrator.training.export import load_export
 
 
@@ -16,7 +19,15 @@ def save_backbone(
     folder: Path,
     image_size: int,
     overrides: Mapping[str, Any] | None = None,
+    pixels: PixelFormat | None = None,
 ) -> None:
     """The backbone of an export as a folder that `orchestrator.models.load_pretrained` reads."""
     weights = load_export(export, "backbone.")
-    save_pretrained(folder, weights, model, {"image_size": image_size}, overrides)
+    told = pixels and pixels.model_dump(mode="json")
+    save_pretrained(folder, weights, model, {"image_size": image_size}, overrides, told)
+
+
+def see_pixels(tower: nn.Module, pixels: PixelFormat | None) -> None:
+    """Have a tower normalise its input as the photographs' `pixels` say; without them with ImageNet's values."""
+    if pixels is not None:
+        set_stats(tower, pixels.mean, pixels.std)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field
 
 from orchestrator.config.extension import MODEL_NAME
-from orchestrator.config.settings import MAX_WIDTH, Settings, Strict
+from orchestrator.config.pixels import PixelFormat
+from orchestrator.config.settings import MAX_WIDTH, Settings, Strict, in_key_if_set
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import KeyMistakeError
 from orchestrator.models.configs import Config
@@ -102,6 +103,7 @@ class ModelRecipe(Strict):
     drop_path: float
     heads: Heads
     global_size: int
+    pixels: PixelFormat | None = in_key_if_set(None)
 
     @property
     def tower(self) -> Config:

@@ -87,11 +87,14 @@ class HeadedBackbone(nn.Module):
             cls (N, D), patches (N, P, D), dino (N+L, C or K) and ibot (M, C or K) or what their scores made.
         """
         if locals_LCHW is None:
-            features = self.backbone(normalise(globals_NCHW), masks_NP, generator)
+            features = self.backbone(normalise(globals_NCHW, self.backbone), masks_NP, generator)
             cls = features.cls
         else:
             features, local_features = self.backbone(
-                normalise(globals_NCHW), masks_NP, generator, locals_BCHW=normalise(locals_LCHW)
+                normalise(globals_NCHW, self.backbone),
+                masks_NP,
+                generator,
+                locals_BCHW=normalise(locals_LCHW, self.backbone),
             )
             cls = torch.cat([features.cls, local_features.cls])
         patches_NPD = on_grid(features, globals_NCHW.shape[-2:], self.patch_size, grid)

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from orchestrator.data.curation.dedup import NearLimit
     from orchestrator.data.curation.selection import ImageStatus
     from orchestrator.data.index import ImageIndex
+    from orchestrator.data.sources.account import Account
     from orchestrator.data.sources.folder import LeftOut, ScannedImage
 
 logger = logging.getLogger("orchestrator")
@@ -74,6 +76,15 @@ class Curate(Stage):
         "their 32×32 thumbnails.",
     )
 
+    near_duplicate_relative: float | None = Field(
+        0.15,
+        gt=0,
+        le=10,
+        description="The maximum difference of two near-duplicates as a share of how far pictures of the dataset "
+        "usually are from the most similar other one; the smaller one of this and `near_duplicate` counts. So the "
+        "pictures of a camera that stands still are kept. null: only `near_duplicate` counts.",
+    )
+
     holdout: float = in_key_if_set(
         0.0,
         ge=0,
@@ -83,6 +94,7 @@ class Curate(Stage):
         "depends only on its bytes.",
     )
 
+    version: ClassVar[int] = 2
     needs_ray: ClassVar[bool] = False
     components: ClassVar[tuple[str, ...]] = (CHOSEN, LEFT_OUT)
     outputs: ClassVar[Mapping[str, str]] = {
@@ -90,6 +102,7 @@ class Curate(Stage):
         "embeddings.npy": "float32, one row a row of the index",
         "provenance.parquet": "every file of the sources: what happened to it and why",
         "report.json": "counts, duplicate groups, corrupt files, clusters",
+        "account.json": "files of each dataset that were taken, and left out by reason, as a table",
         "clusters.png": "a few photos of each cluster",
     }
 
@@ -114,6 +127,15 @@ class Curate(Stage):
             hint = f"use at most {most}, or a share such as 0.5"
             found.append(UserError(what, where="sample", hint=hint))
         return found
+
+    def choices(self) -> list[str]:
+        """See :class:`Stage`: what counts as a near duplicate."""
+        if not self.near_duplicate:
+            return ["pictures that look nearly the same are all kept (near_duplicate: 0)"]
+        near = f"pictures that differ by at most {self.near_duplicate:g} grey levels"
+        if self.near_duplicate_relative is not None:
+            near += f" and {self.near_duplicate_relative:g} of what is usual in their dataset"
+        return [f"of {near}, one is kept (near_duplicate, near_duplicate_relative)"]
 
     def run(self, context: Context) -> Mapping[str, float]:
         """Scans, removes repeats, embeds, clusters and samples; deterministic in the files, config and seed.
@@ -143,33 +165,46 @@ class Curate(Stage):
             stop()
             described.add()
 
-        statuses, embeddings = selection.filter_images(photos, roots, self.near_duplicate, step, limits)
+        pixels = {name: context.sources[name].pixels for name in self.data}
+        near: list[NearLimit] = []
+        statuses, embeddings = selection.filter_images(
+            photos,
+            roots,
+            self.near_duplicate,
+            self.near_duplicate_relative,
+            step,
+            limits,
+            pixels,
+            near.extend,
+        )
+        for told in near:
+            if (warning := told.said()) is not None:
+                logger.warning("%s: %s", context.name, shortened(warning, 3 * _NAME))
         target = self._target(len(embeddings), context.name)
         clusters, distances = selection.cluster(embeddings, self.clusters, context.seed)
         stop()
         balanced = selection.draw_balanced(clusters, target, context.seed)
-        index = ImageIndex(selection.index_rows(statuses, clusters, balanced, self.holdout))
+        index = ImageIndex(selection.index_rows(statuses, clusters, balanced, self.holdout), pixels)
         index.save(context.out)
         np.save(context.out / "embeddings.npy", embeddings)
         others = [selection.left_out(name, item, roots[name]) for name, item in left_out]
         _write_provenance(context.out / "provenance.parquet", [*statuses, *others], index)
+        accounts = _accounts(self.data, [*statuses, *others])
         report = _report(self, statuses, others, index, embeddings)
+        report["near_duplicate_limits"] = {one.source: one.record() for one in near}
+        report["account"] = {one.source: one.record() for one in accounts}
         (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         draw_clusters(index, distances, context.out / "clusters.png")
         context.run.file(context.out / "clusters.png", "curation")
-        if others:
-            reasons = "; ".join(
-                f"{count} × {reason}" for reason, count in report["left_out_by_reason"].items()
-            )
-            number = "1 file is" if len(others) == 1 else f"{len(others)} files are"
-            logger.warning("%s: %s not used as photos: %s", context.name, number, reasons)
+        _account(context, accounts)
         _tell(context.name, report)
-        summary = ("images", "unique", "corrupt", "duplicates", "clusters")
+        summary = ("images", "unique", "corrupt", "duplicates", "left_out", "clusters")
         return {name: float(report[name]) for name in summary}
 
     def _scan(self, context: Context) -> tuple[list[ScannedImage], list[tuple[str, LeftOut]]]:
         """The photos of all sources, and what else is there."""
         from orchestrator.data.sources.folder import list_images, scan
+        from orchestrator.data.sources.pixel_checks import unclear_range
 
         listings = {}
         for name in self.data:
@@ -187,6 +222,10 @@ class Curate(Stage):
         for name, listing in listings.items():
             photos += scan(context.sources[name], name, listing, read.add)
             left_out += [(name, item) for item in listing.left_out]
+        _ask_if_many(context, self.data, photos, left_out)
+        for name in self.data:
+            if error := unclear_range(name, [photo.peak for photo in photos if photo.source == name]):
+                raise error
         if all(photo.error for photo in photos):
             raise UserError(
                 f"none of the {len(photos)} images can be read; {photos[0].path}: {photos[0].error}",
@@ -212,6 +251,49 @@ class Curate(Stage):
                 hint=f"use at most {num_unique}, or a share such as 0.5",
             )
         return self.sample
+
+
+def _ask_if_many(
+    context: Context,
+    names: Sequence[str],
+    photos: Sequence[ScannedImage],
+    left_out: Sequence[tuple[str, LeftOut]],
+) -> None:
+    """Stop with the question if more of a dataset would be left out than it allows.
+
+    Raises:
+        UserError: that.
+    """
+    from orchestrator.data.sources import account as accounts
+
+    for name in names:
+        photos_of = [photo for photo in photos if photo.source == name]
+        files = [(photo.path, photo.error_kind or accounts.TAKEN, photo.error or "") for photo in photos_of]
+        files += [(item.path, item.kind, item.reason) for source, item in left_out if source == name]
+        # That none can be read has a message of its own.
+        one, limit = accounts.account(name, files), context.sources[name].max_left_out
+        if one.taken and (error := accounts.lost_too_many(one, limit, f"data.{name}.max_left_out")):
+            raise error
+
+
+def _accounts(names: Sequence[str], statuses: Sequence[ImageStatus]) -> list[Account]:
+    """What became of every file, by dataset."""
+    from orchestrator.data.sources.account import account
+
+    files: dict[str, list[tuple[str, str, str]]] = {name: [] for name in names}
+    for one in statuses:
+        reason = one.reason.split(" as ")[0] if one.duplicate_of else one.reason
+        files[one.photo.source].append((one.photo.path, one.kind, reason))
+    return [account(name, found) for name, found in files.items()]
+
+
+def _account(context: Context, accounts: Sequence[Account]) -> None:
+    """Show the table of what the datasets hold, on the terminal and in the log, and give it to MLflow."""
+    from orchestrator.data.sources.account import save, table
+
+    for line in table(accounts):
+        logger.info("%s", line, extra={"kept": True})
+    context.run.file(save(accounts, context.out), "curation")
 
 
 def _tell(stage: str, report: Mapping[str, Any]) -> None:

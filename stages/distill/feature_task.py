@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.models import normalise
 from orchestrator.models.wrapped_backbone import WrappedBackbone
 from orchestrator.objectives.features import Grid, common_grid, feature_loss, resize_tokens
+from orchestrator.stages.common.backbone import see_pixels
 from orchestrator.stages.common.nets import (
     block_generator,
     build_backbone,
@@ -82,11 +84,14 @@ class ProjectedBackbone(nn.Module):
             NAME.cls (N+L, D) and NAME.patches (N, P, D), D being the teacher's width and P the cells of its grid.
         """
         if locals_LCHW is None:
-            features = self.backbone(normalise(globals_NCHW), None, generator)
+            features = self.backbone(normalise(globals_NCHW, self.backbone), None, generator)
             cls_ND = features.cls
         else:
             features, of_locals = self.backbone(
-                normalise(globals_NCHW), None, generator, locals_BCHW=normalise(locals_LCHW)
+                normalise(globals_NCHW, self.backbone),
+                None,
+                generator,
+                locals_BCHW=normalise(locals_LCHW, self.backbone),
             )
             cls_ND = torch.cat([features.cls, of_locals.cls])
         height, width = globals_NCHW.shape[-2:]
@@ -112,6 +117,7 @@ class FeatureTask:
         shapes: of the teachers, from `feature_teacher.prepare`.
         seed: the student's.
         start: a file of :func:`orchestrator.stages.common.weights.starting_weights`; None starts at random.
+        pixels: how the photographs are seen; None for 8-bit RGB.
     """
 
     modules: Modules
@@ -124,7 +130,9 @@ class FeatureTask:
         shapes: Mapping[str, TeacherShape],
         seed: int,
         start: Path | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
+        self.pixels = pixels
         self.config, self.student, self.objective = config, student, objective
         self.shapes, self.seed, self.start = shapes, seed, start
 
@@ -142,6 +150,7 @@ class FeatureTask:
         ema.load_state_dict(net.state_dict())
         for each in (net, ema):
             tune(each, self.config)
+            see_pixels(each.backbone, self.pixels)
         self.patch_size = net.patch_size
         self.modules = Modules(
             net,

@@ -20,7 +20,7 @@ from orchestrator.fsio import atomic_write, replacing
 from orchestrator.models.wrapped import Tokens
 from orchestrator.objectives.whitening import Moments, Whitening
 from orchestrator.stages.common.nets import flat_views
-from orchestrator.stages.common.open_network import as_seen, open_network
+from orchestrator.stages.common.open_network import as_recorded, as_seen, open_network
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.features import OWN, FeatureObjective, TeacherShape, TeacherSource
 from orchestrator.stages.distill.step_views import StepViews
@@ -126,6 +126,7 @@ class Teachers:
         sources = objective.teachers
         if objective.uses_own:
             sources = {OWN: TeacherSource.model_validate({"from": own})}
+        sources = {name: as_recorded(source) for name, source in sources.items()}
         self._sources = sources
         self._nets = {
             name: open_network(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.blocks import CropBlocks
 from orchestrator.data.rng import derive
 from orchestrator.data.views import CropConfig
@@ -24,6 +25,7 @@ from orchestrator.models.wrapped_backbone import (
     ready_to_train,
     save_wrapped,
 )
+from orchestrator.stages.common.backbone import see_pixels
 from orchestrator.stages.common.nets import flat_views
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.training.export import load_export
@@ -65,7 +67,14 @@ def backbone_of(config: Distill, student: Student, seed: int) -> str | WrappedBa
 
 
 def save_network(
-    config: Distill, student: Student, seed: int, export: Path, folder: Path, views: CropBlocks, device: str
+    config: Distill,
+    student: Student,
+    seed: int,
+    export: Path,
+    folder: Path,
+    views: CropBlocks,
+    device: str,
+    pixels: PixelFormat | None = None,
 ) -> None:
     """A trained network from elsewhere in `folder/model`, and what it was built from in `folder/recipe.json`.
 
@@ -77,15 +86,17 @@ def save_network(
         folder: of the student's artifact.
         views: of the student, to measure what its BatchNorms need.
         device: to measure on.
+        pixels: how the photographs are seen.
     """
     spec, crops = student.network, config.crops_of(student)
     assert spec is not None
     backbone = _built(spec, crops, seed)
+    see_pixels(backbone, pixels)
     found = backbone.net.load_state_dict(dict(load_export(export, "backbone.net.")), strict=False)
     assert not found.unexpected_keys, found.unexpected_keys
-    if measure_batch_norms(backbone.to(device), _batches(views, device)):
+    if measure_batch_norms(backbone.to(device), _batches(views, device, backbone)):
         logger.info("%s: BatchNorm was measured on the first %d images", spec, NORM_IMAGES)
-    save_wrapped(folder / "model", backbone.cpu())
+    save_wrapped(folder / "model", backbone.cpu(), pixels=pixels and pixels.model_dump(mode="json"))
     recipe = {
         "model": None,
         spec.library: spec.name,
@@ -99,13 +110,13 @@ def _built(spec: NetworkSpec, crops: CropConfig, seed: int) -> WrappedBackbone:
     return build_wrapped(spec, crops.global_size, derive(seed, "network") % 2**63)
 
 
-def _batches(views: CropBlocks, device: str) -> Iterator[Tensor]:
+def _batches(views: CropBlocks, device: str, tower: WrappedBackbone) -> Iterator[Tensor]:
     """The global crops of the first steps, normalised, a block at a time as in training."""
     num_images = 0
     for step in count():
         for index in range(views.num_blocks):
             block = views.load(step, index)
-            yield normalise(flat_views(torch.from_numpy(block.arrays["globals"])).to(device))
+            yield normalise(flat_views(torch.from_numpy(block.arrays["globals"])).to(device), tower)
             num_images += len(block.ids)
         if num_images >= NORM_IMAGES:
             return

@@ -15,6 +15,7 @@ from torch import Tensor
 from orchestrator.data.blocks import Block
 from orchestrator.objectives.chunked import SoftTargets, chunked_sinkhorn_scaling
 from orchestrator.objectives.sinkhorn import sinkhorn_scaling, targets
+from orchestrator.stages.common.backbone import see_pixels
 from orchestrator.stages.common.config import ModelRecipe, last_snapshot
 from orchestrator.stages.common.flops import masked_share
 from orchestrator.stages.common.loss_terms import Distillation, TargetProbs
@@ -171,6 +172,7 @@ class DistillTask:
         ema.load_state_dict(net.state_dict())
         for each in (net, ema):
             tune(each, self.config)
+            see_pixels(each.backbone, self.recipe.pixels)
         weights = load_export(last_snapshot(self.teacher))
         self.dino_KC = weights["dino_head.prototypes.weight"].to(device)
         self.ibot_KC = weights["ibot_head.prototypes.weight"].to(device)
@@ -248,6 +250,7 @@ class DistillTask:
 def _load_teacher(recipe: ModelRecipe, folder: Path) -> HeadedBackbone:
     net = HeadedBackbone(recipe.model, 0.0, recipe.heads, recipe.model_overrides)
     net.load_state_dict(load_export(last_snapshot(folder)))
+    see_pixels(net.backbone, recipe.pixels)
     return net.requires_grad_(False).eval()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator import disk
 from orchestrator.data.blocks import BlockSource
+from orchestrator.data.index import pixels_in
 from orchestrator.data.rng import derive
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
@@ -60,6 +61,7 @@ class Teaching(ABC):
     def __init__(self, config: Distill, context: Context, seed: int) -> None:
         self._config, self._context, self._seed = config, context, seed
         self._index, self._roots = context.inputs["index"].path, context.roots
+        self._pixels = pixels_in(self._index)
 
     @abstractmethod
     def task(self, name: str, seed: int, start: Path | None = None) -> Callable[[], Any]:
@@ -126,7 +128,9 @@ class Teaching(ABC):
         crops = self._config.crops_of(student)
         views = regenerated_views(self._config, self._index, self._seed, crops, roots=self._roots)
         device = device_type(self._context.elastic.device)
-        save_network(self._config, student, derive(self._seed, name), export, folder, views, device)
+        save_network(
+            self._config, student, derive(self._seed, name), export, folder, views, device, self._pixels
+        )
 
     def _view_sets(self, students: Sequence[Student]) -> dict[str, CropConfig]:
         """The views to make, by part: those of students in play that do not make their own."""
@@ -205,7 +209,7 @@ class HeadTeaching(Teaching):
                 "global_size": size,
             }
         )
-        save_backbone(export, own.model, folder / "model", size, own.model_overrides)
+        save_backbone(export, own.model, folder / "model", size, own.model_overrides, own.pixels)
         (folder / "recipe.json").write_text(own.model_dump_json(indent=1))
 
 
@@ -252,7 +256,14 @@ class FeatureTeaching(Teaching):
         """See `Teaching`."""
         student = self._config.students[name]
         return partial(
-            FeatureTask, self._config, student, self._objective, self._prepared.shapes, seed, start
+            FeatureTask,
+            self._config,
+            student,
+            self._objective,
+            self._prepared.shapes,
+            seed,
+            start,
+            self._pixels,
         )
 
     def save(self, name: str, export: Path, folder: Path) -> None:
@@ -262,7 +273,7 @@ class FeatureTeaching(Teaching):
             self._save_network(name, export, folder)
             return
         size = self._config.crops_of(student).global_size
-        save_backbone(export, student.model, folder / "model", size, student.model_overrides)
+        save_backbone(export, student.model, folder / "model", size, student.model_overrides, self._pixels)
         recipe = {
             "model": student.model,
             "model_overrides": student.model_overrides,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from orchestrator.config.settings import in_key_if_set, operational
+from orchestrator.data.sources import account
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError
 from orchestrator.progress import ROUTINE, Meter
@@ -233,6 +234,7 @@ class Evaluate(Stage):
             num_from_scratch=0 if _has_weights(backbones) else pool[-1].total,
             drawn=_drawn(context),
             measured=measured,
+            accounts=account.load(context.inputs["index"].path),
             **self._ask_texts(context, index, groups, check),
         )
         write(results, context.out)
@@ -433,13 +435,15 @@ def _taught_elsewhere(students: Artifact | None) -> bool:
 
 def _draw_maps(tower: Tower, shown: Crops, index: ImageIndex, path: Path) -> None:
     """PCA maps, see :attr:`Tower.map_size`."""
+    from orchestrator.data.decode import as_8_bits
     from orchestrator.evaluation.report.figures import pca_maps
     from orchestrator.stages.evaluate.towers import feature_maps
 
     photos = shown.at(tower.map_size)
     captions = [index[row].caption or index[row].path for row in shown.rows]
     titles = [caption if len(caption) < 32 else caption[:30] + "…" for caption in captions]
-    pca_maps(list(photos), feature_maps(tower, photos), path, titles, pairs_per_row=min(3, len(photos)))
+    seen = [as_8_bits(photo) for photo in photos]
+    pca_maps(seen, feature_maps(tower, photos), path, titles, pairs_per_row=min(3, len(photos)))
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def _sections(results: Results, out: Path) -> list[Section]:
     if results.text_maps:
         picture = Picture(results.text_maps, "Photos, and how similar their patches are to each text")
         sections.append(Section("Where a text is", [Text(_MAPS_NOTE), picture]))
-    sections += _drawn(results, out)
+    sections += [*_datasets(results), *_drawn(results, out)]
     sections.append(_training(results, out))
     keys = [(name, key[:16]) for name, key in reversed(list(results.keys.items()))]
     if keys:
@@ -214,6 +214,27 @@ def _drawn(results: Results, out: Path) -> list[Section]:
     header = ("what", "photos or draws", "clusters in effect", "left out by the curation")
     picture = Picture(path, "Share of each cluster in the raw pool, in what was chosen and in what was drawn")
     return [Section("What training drew", [Text(note), Table(header, rows), picture])]
+
+
+def _datasets(results: Results) -> list[Section]:
+    """What became of every file of the datasets; nothing of an index that an older version made."""
+    if not results.accounts:
+        return []
+    note = (
+        "Every file below the datasets' folders. Files of other data, such as texts and tables, are left out as a "
+        "matter of course; all names are in the `provenance.parquet` of the curation."
+    )
+    rows = [
+        (one.source, kind, reason, f"{count:,}")
+        for one in results.accounts
+        for kind, reasons in (
+            ("taken", {"": one.taken}),
+            *((kind, one.left_out[kind]) for kind in one.by_kind),
+        )
+        for reason, count in reasons.items()
+    ]
+    table = Table(("dataset", "what became of files", "reason", "files"), rows, num_names=3)
+    return [Section("What the datasets hold", [Text(note), table])]
 
 
 def _training(results: Results, out: Path) -> Section:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.data.sources.account import Account
+
 History = Sequence[Mapping[str, Any]]
 # By the metric's title, by the row of the model, by figure.
 Measured = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -95,6 +97,7 @@ class Results:
         measured: figures of users' metrics.
         num_from_scratch: photos that the backbone was trained on from nothing; 0 if it started from weights, or if
             there is none.
+        accounts: what became of every file of the datasets.
     """
 
     title: str
@@ -114,6 +117,7 @@ class Results:
     drawn: Mapping[str, ClusterDraws] = field(default_factory=dict)
     measured: Measured = field(default_factory=dict)
     num_from_scratch: int = 0
+    accounts: Sequence[Account] = ()
 
     @property
     def num_photos(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.decode import as_8_bits
 from orchestrator.data.index import ImageIndex
 from orchestrator.evaluation.metrics.retrieval import retrieval_recall
 from orchestrator.evaluation.report.text_maps import text_maps
@@ -94,7 +95,7 @@ class TextEvaluation:
         photos = list(Crops(self._index, shown, self._check).at(size))
         texts_TD = self._aligned.embed_texts(chosen)
         maps = [patches_hwD @ texts_TD.T for patches_hwD in self._aligned.embed_patches(photos, size)]
-        text_maps(photos, maps, chosen, path)
+        text_maps([as_8_bits(photo) for photo in photos], maps, chosen, path)
         return True
 
     def _embed(self, rows: Sequence[int]) -> Floats:

@@ -19,11 +19,20 @@ from orchestrator.data.decode import UnreadableImage, read_rgb, read_square
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.errors import UserError
-from orchestrator.models import Backbone, Features, count_params, from_config, load_pretrained, normalise
+from orchestrator.models import (
+    Backbone,
+    Features,
+    count_params,
+    from_config,
+    load_pretrained,
+    normalise,
+    set_stats,
+    stats_of,
+)
 from orchestrator.models.wrapped import ForeignNet, Tokens, WrappedNet
 from orchestrator.models.wrapped_backbone import WrappedBackbone, build_wrapped, is_wrapped, load_wrapped
 from orchestrator.stages.common.network_source import NetworkSource
-from orchestrator.stages.common.open_network import as_seen, open_network
+from orchestrator.stages.common.open_network import as_recorded, as_seen, open_network
 from orchestrator.training.device import device_type
 from orchestrator.training.export import load_export
 
@@ -74,7 +83,7 @@ class Crops:
         self._kept: dict[int, Pixels] = {}
 
     def at(self, size: int) -> Pixels:
-        """Uint8 (N, size, size, 3), as `orchestrator.embed` sees them."""
+        """(N, size, size, 3) uint8, or uint16 where the index says so, as `orchestrator.embed` sees them."""
         if size not in self._kept:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 self._kept[size] = np.stack(list(pool.map(partial(self._square, size=size), self.rows)))
@@ -85,14 +94,14 @@ class Crops:
         return read_photo(self._index, row, partial(read_square, size=size))
 
 
-def read_photo(index: ImageIndex, row: int, read: Callable[[Path], Pixels] = read_rgb) -> Pixels:
+def read_photo(index: ImageIndex, row: int, read: Callable[..., Pixels] = read_rgb) -> Pixels:
     """What `read` makes of the file of a photo of the index, by default all its pixels.
 
     Raises:
         UserError: its file is gone or broken since the index was made.
     """
     try:
-        return read(index.path(row))
+        return read(index.path(row), max_pixels=index[row].max_pixels, pixels=index.pixels(row))
     except UnreadableImage as error:
         raise UserError(
             f"a photo of the index cannot be read any more: {error.reason}",
@@ -165,6 +174,7 @@ def outside_tower(source: NetworkSource, name: str, size: int, where: str, wante
         UserError: it is not there, or what it gives is not clear.
     """
     size = source.size or size
+    source = as_recorded(source)
     net = open_network(source, size, f"the model {name!r}", where)
     return Tower(net.to(device_type(wanted)), source.shown, size, source)
 
@@ -180,6 +190,7 @@ def random_tower(tower: Tower, seed: int) -> Tower:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(drawn)
             model = from_config(tower.model.config)
+    set_stats(model, *stats_of(tower.model))
     return Tower(model.eval().to(_device_of(tower)), tower.preset, tower.size)
 
 
@@ -223,7 +234,7 @@ def _features(tower: Tower, crops_NHWC: Pixels) -> Features | Tokens:
         _device_of(tower)
     )
     seen_NCHW = (
-        normalise(images_NCHW)
+        normalise(images_NCHW, tower.model)
         if tower.source is None
         else as_seen(images_NCHW, tower.source, images_NCHW.shape[-1])
     )

@@ -285,13 +285,13 @@ class SelfSupervised(MultiCropStage):
         """The model to train: from this config, or as the backbone artifact was made."""
         if "backbone" in context.inputs:
             recipe = (context.inputs["backbone"].path / "recipe.json").read_text()
-            return ModelRecipe.model_validate_json(recipe)
+            return _with_pixels(ModelRecipe.model_validate_json(recipe), context)
         if self.from_ is not None:
             self.check()
         begun = self.model_recipe()
         if begun is None:
             raise UserError("it is not known which model to train", where=f"stages.{context.name}.model")
-        return begun
+        return _with_pixels(begun, context)
 
     def job(
         self,
@@ -416,6 +416,7 @@ class SelfSupervised(MultiCropStage):
             context.out / "model",
             self.crops_at(0, 0).global_size,
             recipe.model_overrides,
+            recipe.pixels,
         )
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
@@ -447,3 +448,10 @@ def check_titles(objectives: Sequence[Objective]) -> None:
                 f"two terms of the loss are called {objective.title!r}: give the objective a `name`"
             )
         taken.add(objective.title)
+
+
+def _with_pixels(recipe: ModelRecipe, context: Context) -> ModelRecipe:
+    """The recipe of a model that sees the index's photographs as their `pixels` say."""
+    from orchestrator.data.index import pixels_in
+
+    return recipe.model_copy(update={"pixels": pixels_in(context.inputs["index"].path)})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from orchestrator.models import build, normalise
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
 from orchestrator.objectives.gram import gram_loss
+from orchestrator.stages.common.backbone import see_pixels
 from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.lineage import Health
 from orchestrator.stages.common.loss_terms import Distillation, TargetProbs, centred, with_prototypes
@@ -94,6 +95,8 @@ class SelfSupervisedTask:
             copies["gram"] = gram
         for net in (student, teacher, *copies.values()):
             tune(net, config)
+        for tower in (student.backbone, teacher.backbone, *copies.values()):
+            see_pixels(tower, recipe.pixels)
         self.patch_size = student.patch_size
         self.prototypes: dict[str, Tensor] = {}
         self.modules = Modules(
@@ -290,7 +293,7 @@ class SelfSupervisedTask:
         gram = self.modules.copies["gram"]
         views_NCHW = flat_views(block.tensors.get("gram", block.tensors["globals"]))
         return on_grid(
-            gram(normalise(views_NCHW)),
+            gram(normalise(views_NCHW, gram)),
             views_NCHW.shape[-2:],
             self.patch_size,
             self._grid(block),

@@ -303,7 +303,7 @@ def test_only_the_named_formats_are_decoded(tmp_path: Path, monkeypatch: pytest.
         "eps.jpg": EPS,
         "ppm.png": _bytes("PPM"),
         "ico.gif": _bytes("ICO"),
-        "jp2.jpg": _bytes("JPEG2000"),
+        "pcx.jpg": _bytes("PCX"),
     }
     for name, data in shapes.items():
         (tmp_path / name).write_bytes(data)
@@ -325,7 +325,7 @@ def _outcome(path: Path) -> np.ndarray | str:
         return error.reason[:250] or "no reason"
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF"])
 def test_no_damage_is_anything_but_a_picture_or_one_reason(kind: str, tmp_path: Path) -> None:
     """Cut anywhere, flipped anywhere, zeroed, repeated: never another exception, and the same bytes each time."""
     whole = _bytes(kind)
@@ -368,7 +368,10 @@ def test_the_corpus_is_reported_file_by_file(folder: Path) -> None:
     assert set(reasons) == set(corpus)
     assert "65,500 × 65,500 pixels are more than the limit" in str(reasons["bomb.jpg"])
     assert reasons["empty.gif"] == "the file is empty"
-    assert reasons["eps.jpg"] == "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP, TIFF)"
+    assert (
+        reasons["eps.jpg"]
+        == "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP, TIFF, JPEG2000, AVIF)"
+    )
     assert all(reasons.values())
 
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import DataSource
 from orchestrator.data.index import ImageIndex
+from orchestrator.data.sources import account
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context
 from orchestrator.stages.curate.config import Curate
@@ -86,7 +87,14 @@ def test_everything_is_found_and_accounted_for(photos: Path, tmp_path: Path) -> 
     context = _context(tmp_path, photos=_source(photos))
     stage = Curate(kind="curate", data="photos", clusters=4, sample=16)
     summary = stage.run(context)
-    assert summary == {"images": 36, "unique": 30, "corrupt": 2, "duplicates": 4, "clusters": 4}
+    assert summary == {
+        "images": 36,
+        "unique": 30,
+        "corrupt": 2,
+        "duplicates": 4,
+        "left_out": 0,
+        "clusters": 4,
+    }
     assert {path.name for path in context.out.iterdir()} == set(stage.outputs)
 
     index = ImageIndex.load(context.out)
@@ -170,7 +178,8 @@ def test_a_files_name_does_not_break_a_line_of_the_log(
 def test_what_is_no_photo_is_in_the_report_with_its_reason(photos: Path, tmp_path: Path) -> None:
     os.mkfifo(photos / "pipe.jpg")
     (photos / "scan.dcm").write_bytes(b"DICM")
-    context = _context(tmp_path, photos=_source(photos))
+    source = _source(photos).model_copy(update={"max_left_out": 0.2})
+    context = _context(tmp_path, photos=source)
     Curate(kind="curate", data="photos", clusters=4).run(context)
     report = json.loads((context.out / "report.json").read_text())
     assert report["left_out_files"] == {
@@ -327,3 +336,60 @@ def test_real_photographs(tmp_path: Path) -> None:
     report = json.loads((context.out / "report.json").read_text())
     assert len(report["duplicate_groups"]) == 17
     assert sum(len(group["dropped"]) + 1 for group in report["duplicate_groups"]) == 96
+
+
+def test_a_share_of_lost_pictures_stops_with_the_question(photos: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        (photos / f"{number}.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    stage = Curate(kind="curate", data="photos", clusters=4)
+    with pytest.raises(
+        UserError, match=r"8 of the files of dataset 'photos'.*6 ending \(\.heic 6\), 2 damaged"
+    ):
+        stage.run(_context(tmp_path, photos=_source(photos)))
+    allowed = _source(photos).model_copy(update={"max_left_out": 0.25})
+    assert stage.run(_context(tmp_path, photos=allowed))["left_out"] == 6
+
+
+def test_the_account_is_shown_and_kept(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "orchestrator")
+    context = _context(tmp_path, photos=_source(photos))
+    Curate(kind="curate", data="photos", clusters=4).run(context)
+    kept = [record.getMessage() for record in caplog.records if getattr(record, "kept", False)]
+    assert kept == [
+        "dataset  files  taken  left out",
+        "photos      36     30  2 damaged, 3 duplicate, 1 near duplicate",
+    ]
+    (one,) = account.load(context.out)
+    assert (one.files, one.taken) == (36, 30)
+    assert one.left_out["duplicate"] == {"the same bytes": 2, "the same pixels": 1}
+    report = json.loads((context.out / "report.json").read_text())
+    assert report["account"]["photos"]["examples"]["damaged"] == ["broken.jpg", "empty.png"]
+
+
+def test_what_looks_nearly_the_same_is_told_and_chosen(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Curate(kind="curate", data="photos", clusters=1)
+    (choice,) = stage.choices()
+    assert "at most 3 grey levels and 0.15 of what is usual" in choice
+    assert "all kept" in stage.model_copy(update={"near_duplicate": 0.0}).choices()[0]
+    still = tmp_path / "still"
+    still.mkdir()
+    for number in range(12):
+        noise = np.random.default_rng(number).standard_normal((40, 60, 3)) * 2
+        Image.fromarray((_picture(1, 0) + noise).clip(0, 255).astype(np.uint8)).save(
+            still / f"{number:02}.png"
+        )
+    context = _context(tmp_path, photos=DataSource(path=still))
+    assert stage.run(context)["unique"] == 12
+    warning = next(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "look nearly like another one, and are kept" in warning
+    assert "near_duplicate_relative" in warning
+    absolute = stage.model_copy(update={"near_duplicate_relative": None, "near_duplicate": 8.0})
+    again = _context(tmp_path, photos=DataSource(path=still))
+    assert absolute.run(again)["unique"] == 1
+    report = json.loads((again.out / "report.json").read_text())["near_duplicate_limits"]["photos"]
+    assert (report["dropped"], report["limit"]) == (11, 8.0)
+    assert report["dropped_pairs"][0] == ["01.png", "photos/00.png"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.curation.components import CHOSEN
-from orchestrator.data.decode import UnreadableImage, read_rgb
+from orchestrator.data.decode import Pixels, UnreadableImage, as_8_bits, read_rgb
 from orchestrator.data.index import ImageIndex
 
 _SIDE = 88
@@ -46,11 +46,16 @@ def draw_clusters(
             left = _CAPTION + column * (_SIDE + _GAP)
             # A file that went in the meantime leaves its place white.
             with contextlib.suppress(UnreadableImage):
-                picture = _square(read_rgb(index.path(int(row)), _SIDE, index[int(row)].max_pixels))
+                picture = _square(_shown(index, int(row)))
                 sheet[top : top + _SIDE, left : left + _SIDE] = picture
     written, data = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
     assert written, "OpenCV could not encode a PNG"
     path.write_bytes(data.tobytes())
+
+
+def _shown(index: ImageIndex, row: int) -> Pixels:
+    """A picture as it is shown, in 8 bits."""
+    return as_8_bits(read_rgb(index.path(row), _SIDE, index[row].max_pixels, index.pixels(row)))
 
 
 def _square(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -13,17 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.curation.components import CHOSEN, HELD_OUT, LEFT_OUT
-from orchestrator.data.curation.dedup import near_duplicates
+from orchestrator.data.curation.dedup import NearLimit, drop_near_duplicates
 from orchestrator.data.curation.descriptor import describe, thumbnail
 from orchestrator.data.curation.sampling import fill
-from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
+from orchestrator.data.decode import Pixels, UnreadableImage, as_8_bits, use_rgb
 from orchestrator.data.index import ImageRecord
 from orchestrator.data.rng import derive, generator
+from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources.folder import LeftOut, ScannedImage
 
 THUMBNAIL_SIDE = 32
+NEARLY = "nearly the same pixels"
 _INITS = 4
 
 
@@ -49,6 +52,15 @@ class ImageStatus:
     def name(self) -> str:
         return f"{self.photo.source}/{self.photo.path}"
 
+    @property
+    def kind(self) -> str:
+        """The kind of its reason, one of `account.KINDS`; `account.TAKEN` of a picture that is kept."""
+        if self.status == "duplicate":
+            return accounts.NEAR_DUPLICATE if self.reason.startswith(NEARLY) else accounts.DUPLICATE
+        if self.status == "unique":
+            return accounts.TAKEN
+        return self.photo.error_kind or accounts.DAMAGED
+
 
 @dataclass(frozen=True)
 class ImageSignature:
@@ -63,8 +75,11 @@ def filter_images(
     photos: Sequence[ScannedImage],
     roots: Mapping[str, Path],
     near_rms: float,
+    near_relative: float | None,
     stop: Callable[[], None],
     max_pixels: Mapping[str, int] | None = None,
+    pixels: Mapping[str, PixelFormat | None] | None = None,
+    on_limits: Callable[[Sequence[NearLimit]], None] = lambda limits: None,
 ) -> tuple[list[ImageStatus], NDArray[np.float32]]:
     """Decides which files are corrupt, which repeat an earlier one, and which are kept.
 
@@ -76,8 +91,11 @@ def filter_images(
         photos: scanned files of all sources, in order of preference.
         roots: absolute folder of each source.
         near_rms: root mean square difference in grey levels; 0 finds equal thumbnails only.
+        near_relative: the same as a share of what is usual in the source; the smaller one counts. None: `near_rms`.
         stop: called often; raises to stop.
         max_pixels: the largest width × height of each source; default: `MAX_PIXELS`.
+        pixels: how the values of each source's files are seen.
+        on_limits: is told what near duplicates are in each source, and how many there are.
 
     Returns:
         What became of each file, in the order of `photos`, and the descriptors (N, 336) of the unique ones.
@@ -88,22 +106,25 @@ def filter_images(
         for status in statuses
     ]
     _drop_repeats(statuses, {i: status.photo.sha256 for i, status in enumerate(statuses)}, "the same bytes")
-    signatures = _signatures(statuses, max_pixels or {}, stop)
+    signatures = _signatures(statuses, max_pixels or {}, stop, pixels or {})
     _drop_repeats(
         statuses, {i: signature_of.pixels for i, signature_of in signatures.items()}, "the same pixels"
     )
     rows = _unique(statuses)
     thumbnails = np.array([signatures[i].thumbnail for i in rows], dtype=np.float32)
     aspects = np.array([statuses[i].photo.width / statuses[i].photo.height for i in rows])
-    for row, other in near_duplicates(thumbnails, aspects, near_rms).items():
-        statuses[rows[row]] = _repeat(statuses[rows[row]], statuses[rows[other]], "nearly the same pixels")
+    names = [(statuses[i].photo.source, statuses[i].photo.path) for i in rows]
+    kept_as, limits = drop_near_duplicates(thumbnails, aspects, names, near_rms, near_relative)
+    on_limits(limits)
+    for row, other in kept_as.items():
+        statuses[rows[row]] = _repeat(statuses[rows[row]], statuses[rows[other]], NEARLY)
     rows = _unique(statuses)
     return statuses, np.array([signatures[i].descriptor for i in rows], dtype=np.float32)
 
 
 def left_out(source: str, item: LeftOut, root: Path) -> ImageStatus:
     """What became of a file that is not taken for a picture."""
-    photo = ScannedImage(source, item.path, "", 0, 0, 0)
+    photo = ScannedImage(source, item.path, "", 0, 0, 0, error_kind=item.kind)
     return ImageStatus(photo, str(root), "left out", item.reason)
 
 
@@ -126,20 +147,25 @@ def _drop_repeats(statuses: list[ImageStatus], contents: Mapping[int, str], reas
 
 
 def _signatures(
-    statuses: list[ImageStatus], max_pixels: Mapping[str, int], stop: Callable[[], None]
+    statuses: list[ImageStatus],
+    max_pixels: Mapping[str, int],
+    stop: Callable[[], None],
+    formats: Mapping[str, PixelFormat | None],
 ) -> dict[int, ImageSignature]:
     """What the unique pictures look like; one whose file went or changed since it was scanned becomes corrupt."""
 
     def signature_of(pixels: Pixels) -> ImageSignature:
         digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
-        return ImageSignature(digest, thumbnail(pixels, THUMBNAIL_SIDE).reshape(-1), describe(pixels))
+        shown = as_8_bits(pixels)
+        return ImageSignature(digest, thumbnail(shown, THUMBNAIL_SIDE).reshape(-1), describe(shown))
 
     def signature_or_reason(i: int) -> ImageSignature | str:
         stop()
         photo = statuses[i].photo
         limit = max_pixels.get(photo.source, MAX_PIXELS)
         try:
-            return use_rgb(Path(statuses[i].root) / photo.path, signature_of, max_pixels=limit)
+            path, how = Path(statuses[i].root) / photo.path, formats.get(photo.source)
+            return use_rgb(path, signature_of, max_pixels=limit, pixels=how)
         except UnreadableImage as error:
             return error.reason
 

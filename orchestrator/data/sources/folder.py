@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.config.schema import MAX_PIXELS, DataSource
-from orchestrator.data.decode import UnreadableImage, most_bytes, too_many_bytes, use_rgb
+from orchestrator.data.decode import UnreadableImage, most_bytes, readable_endings, too_many_bytes, use_rgb
+from orchestrator.data.sources import account as accounts
+from orchestrator.data.sources.account import Account
 from orchestrator.data.sources.captions import MOST_BYTES, Captions, captions_path, reads_as_before
 from orchestrator.data.sources.captions import read as read_captions
 from orchestrator.errors import UserError
 from orchestrator.fsio import open_regular, pieces_of, why
-
-# Endings of the formats that `decode` knows.
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 # Folders by which a store is known, and all that runs make in one, MLflow's included.
 _OF_EACH_STORE = frozenset({"ledger", "pipelines"})
@@ -43,6 +42,8 @@ class ScannedImage:
         width, height: decoded, upright, in pixels; 0 if unreadable.
         caption, label: from the captions file; None where it says nothing.
         error: why the file cannot be decoded, or None.
+        error_kind: the kind of that reason, one of `account.KINDS`; empty without one.
+        peak: the largest value of a file of 16 bits whose dataset names no range; 0 of others.
     """
 
     source: str
@@ -54,14 +55,20 @@ class ScannedImage:
     caption: str | None = None
     label: str | None = None
     error: str | None = None
+    error_kind: str = ""
+    peak: int = 0
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Something below a source's folder that is not taken for a picture: its path, as it may be shown, and why."""
+    """Something below a source's folder that is not taken for a picture: its path, as it may be shown, and why.
+
+    `kind` is the kind of the reason, one of `account.KINDS`.
+    """
 
     path: str
     reason: str
+    kind: str = accounts.ACCESS
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,13 @@ class Listing:
 
     files: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
+
+    def account(self, name: str) -> Account:
+        """The files of dataset `name` by what became of them, as far as their names and sizes say."""
+        taken = ((file, accounts.TAKEN, "") for file in self.files)
+        return accounts.account(
+            name, (*taken, *((item.path, item.kind, item.reason) for item in self.left_out))
+        )
 
 
 def scan(
@@ -102,19 +116,26 @@ def scan(
         path = source.path / relative
         caption, label = notes.get(relative, (None, None))
         seen = [(hashlib.sha256().hexdigest(), 0)]
-        width, height, error = 0, 0, None
+        width, height, error, kind = 0, 0, None, ""
+
+        peaks = [0]
 
         def note(data: bytes) -> None:
             seen.append((hashlib.sha256(data).hexdigest(), len(data)))
 
         try:
             height, width = use_rgb(
-                path, lambda pixels: pixels.shape[:2], max_pixels=source.max_pixels, on_bytes=note
+                path,
+                lambda image: image.shape[:2],
+                max_pixels=source.max_pixels,
+                on_bytes=note,
+                pixels=source.pixels,
+                on_wide=peaks.append,
             )
         except UnreadableImage as problem:
-            error = problem.reason
+            error, kind = problem.reason, problem.kind
         on_each()
-        return ScannedImage(name, relative, *seen[-1], width, height, caption, label, error)
+        return ScannedImage(name, relative, *seen[-1], width, height, caption, label, error, kind, peaks[-1])
 
     # The decoders release the interpreter lock.
     return _side_by_side(scan_one, files, threading.Event())
@@ -184,7 +205,7 @@ def _no_images(folder: Path, listing: Listing, where: str) -> UserError:
     return UserError(
         f"there are no images in {shown(str(folder))}" + _most_common(listing.left_out),
         where=where,
-        hint=f"image files end in {', '.join(sorted(SUFFIXES))}",
+        hint=f"image files end in {', '.join(sorted(readable_endings()))}",
     )
 
 
@@ -199,6 +220,7 @@ class _Walk:
 
     def __init__(self, root: Path, max_pixels: int) -> None:
         self._root, self._max_pixels = root, max_pixels
+        self._endings = readable_endings()
         self._files: list[str] = []
         self._left_out: list[LeftOut] = []
         # By device and inode: the path under which a folder was walked.
@@ -222,7 +244,8 @@ class _Walk:
                 status = (self._root / folder).stat()
                 first = self._walked.setdefault((status.st_dev, status.st_ino), folder)
                 if first != folder:
-                    self._leave(folder, f"the same folder as {shown(first) or 'the source itself'}")
+                    same = f"the same folder as {shown(first) or 'the source itself'}"
+                    self._leave(folder, same, accounts.LINKED_FOLDER)
                     continue
                 with os.scandir(self._root / folder) as entries:
                     found = sorted(entries, key=lambda entry: entry.name)
@@ -242,7 +265,7 @@ class _Walk:
         for entry in entries:
             if entry.name in folders:
                 path = f"{folder}/{entry.name}" if folder else entry.name
-                self._leave(path, "a folder of the store of a pipeline")
+                self._leave(path, "a folder of the store of a pipeline", accounts.OTHER_DATA)
             else:
                 kept.append(entry)
         return kept
@@ -251,42 +274,50 @@ class _Walk:
         """Take or leave one thing in a folder; returns its path if it is a folder to walk."""
         path = f"{folder}/{entry.name}" if folder else entry.name
         try:
-            reason = self._reason(path, entry)
-            if reason is None and entry.is_dir():
+            found = self._reason(path, entry)
+            if found is None and entry.is_dir():
                 if not entry.is_symlink():
                     return path
                 self._links.append(path)
                 return None
         except OSError as error:
-            reason = why(error)
-        if reason is not None:
-            self._leave(path, reason)
+            found = why(error), accounts.ACCESS
+        if found is not None:
+            self._leave(path, *found)
         else:
             self._files.append(path)
         return None
 
-    def _reason(self, path: str, entry: os.DirEntry[str]) -> str | None:
-        """Why something is left out; None for a picture and for a folder. Follows links."""
-        if not _is_utf8(entry.name):
-            return "its name is not UTF-8"
+    def _reason(self, path: str, entry: os.DirEntry[str]) -> tuple[str, str] | None:
+        """Why something is left out, and the kind of that; None for a picture and for a folder. Follows links."""
         if entry.name.startswith("."):
-            return "hidden"
+            return "hidden", accounts.HIDDEN
+        if not _is_utf8(entry.name):
+            return "its name is not UTF-8", accounts.ACCESS
         if entry.is_dir():
             return None
         if entry.is_symlink() and not (self._root / path).exists():
-            return "a link that leads nowhere"
-        kind = entry.stat().st_mode
-        if not stat.S_ISREG(kind):
-            return f"not a file but {_KINDS.get(stat.S_IFMT(kind), 'something else')}"
-        if Path(entry.name).suffix.lower() not in SUFFIXES:
-            ending = Path(entry.name).suffix
-            return f"its name ends in {ending}" if ending else "its name has no ending"
+            return "a link that leads nowhere", accounts.ACCESS
+        status = entry.stat()
+        if not stat.S_ISREG(status.st_mode):
+            what = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            return f"not a file but {what}", accounts.NOT_A_PICTURE
+        ending = _ending(entry.name).lower()
+        if ending not in self._endings:
+            return self._of_no_picture(entry.name, ending)
         if not os.access(self._root / path, os.R_OK):
-            return "no permission to read it"
-        return too_many_bytes(entry.stat().st_size, self._max_pixels)
+            return "no permission to read it", accounts.ACCESS
+        too_many = too_many_bytes(status.st_size, self._max_pixels)
+        return None if too_many is None else (too_many, accounts.TOO_LARGE)
 
-    def _leave(self, path: str, reason: str) -> None:
-        self._left_out.append(LeftOut(shown(path), reason))
+    @staticmethod
+    def _of_no_picture(name: str, ending: str) -> tuple[str, str]:
+        kind = accounts.OTHER_DATA if ending in accounts.BESIDE_PICTURES else accounts.ENDING
+        written = _ending(name)
+        return (f"{accounts.ENDS_IN}{written}" if written else accounts.NO_ENDING), kind
+
+    def _leave(self, path: str, reason: str, kind: str = accounts.ACCESS) -> None:
+        self._left_out.append(LeftOut(shown(path), reason, kind))
 
 
 _KINDS = {
@@ -295,6 +326,12 @@ _KINDS = {
     stat.S_IFBLK: "a block device",
     stat.S_IFCHR: "a character device",
 }
+
+
+def _ending(name: str) -> str:
+    """The ending of a name that begins with no dot, with its dot; empty without one."""
+    _, dot, last = name.rpartition(".")
+    return dot + last if dot and last else ""
 
 
 def shown(name: str) -> str:
@@ -340,6 +377,8 @@ def fingerprint(source: DataSource, name: str = "data") -> str:
         whole.update(b"captions with a loose header")
     if source.max_pixels != MAX_PIXELS:
         whole.update(f"max_pixels={source.max_pixels}".encode())
+    if source.pixels is not None:
+        whole.update(f"pixels={source.pixels.model_dump_json()}".encode())
     return whole.hexdigest()
 
 

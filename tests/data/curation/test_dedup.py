@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 
+import cv2
 import numpy as np
+import pytest
 from PIL import Image
+from scipy.spatial.distance import cdist
+from sklearn.datasets import load_sample_image
 
-from orchestrator.data.curation.dedup import near_duplicates
+from orchestrator.data.curation.dedup import drop_near_duplicates, near_duplicates, usual_distance
 from orchestrator.data.curation.descriptor import DIM, describe, thumbnail
 
 
@@ -42,6 +46,78 @@ def test_other_aspect_ratios_and_tolerances() -> None:
     assert near_duplicates(pair, np.array([1.0, 1.5]), 3.0) == {}
     assert near_duplicates(pair, np.ones(2), 0.0) == {}
     assert near_duplicates(pair[[0, 0]], np.ones(2), 0.0) == {1: 0}
+
+
+def _fixed_camera(photo: str, count: int = 40) -> list[np.ndarray]:
+    """A real photograph as often as a camera that stands still takes it: noise, light that flickers by 1 %, and every
+    second time a scratch three pixels wide."""
+    base = load_sample_image(photo).astype(float)
+    pictures = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        taken = base * (1 + 0.01 * rng.standard_normal()) + 4 * rng.standard_normal(base.shape)
+        picture = np.ascontiguousarray(taken.clip(0, 255).astype(np.uint8))
+        if number % 2:
+            at = rng.integers(100, 400, 2)
+            to = at + rng.integers(-60, 60, 2)
+            cv2.line(picture, tuple(map(int, at)), tuple(map(int, to)), (20, 20, 20), 3)
+        pictures.append(picture)
+    return pictures
+
+
+def _crops(photo: str, count: int = 60) -> list[np.ndarray]:
+    """Views of a real photograph, each of another part of it."""
+    whole, rng = load_sample_image(photo), np.random.default_rng(0)
+    at = [(rng.integers(0, 227), rng.integers(0, 340)) for _ in range(count)]
+    return [whole[y : y + 200, x : x + 300] for y, x in at]
+
+
+@pytest.mark.parametrize("photo", ["china.jpg", "flower.jpg"])
+def test_a_camera_that_stands_still_keeps_its_pictures_and_others_lose_their_copies(photo: str) -> None:
+    still, crops = _fixed_camera(photo), _crops(photo)
+    copies = [_recompressed(crop, 60) for crop in crops[:20]]
+    names = [("still", f"{number}.png") for number in range(len(still))]
+    names += [("web", f"{number}.jpg") for number in range(len(crops) + len(copies))]
+    rows, aspects = _thumbnails([*still, *crops, *copies]), np.array([1.5] * len(names))
+    kept_as, told = drop_near_duplicates(rows, aspects, names, 3.0, 0.15)
+    assert kept_as == {100 + number: 40 + number for number in range(20)}
+    of_still, of_web = told
+    assert (of_still.spared > 30, of_still.dropped, of_web.spared) == (True, (), 0)
+    assert of_web.dropped[0] == ("60.jpg", "web/0.jpg")
+    said = of_still.said() or ""
+    assert f"still: {of_still.spared} of 40 pictures look nearly like another one, and are kept" in said
+    assert "still/0.png" in said
+    assert "20 of 80 pictures are dropped" in (of_web.said() or "")
+    # What used to be: forty pictures are four.
+    alone, absolute = drop_near_duplicates(rows[:40], aspects[:40], names[:40], 3.0, None)
+    assert len(alone) > 30
+    assert "set a smaller `near_duplicate`" in (absolute[0].said() or "")
+    assert absolute[0].record()["dropped"] == len(alone)
+
+
+def test_the_usual_distance_is_the_third_quartile_of_the_nearest() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.uniform(0, 255, (200, 48)).astype(np.float32)
+    rows[2100 % 200] = rows[7]
+    distances = cdist(rows.astype(np.float64), rows.astype(np.float64)) / np.sqrt(48)
+    np.fill_diagonal(distances, np.inf)
+    expected = np.quantile(distances.min(axis=1), 0.75)
+    assert usual_distance(rows, np.random.default_rng(1)) == pytest.approx(expected, rel=1e-9)
+    assert usual_distance(rows[:3], np.random.default_rng(1)) is None
+    many = rng.uniform(0, 255, (2500, 12)).astype(np.float32)
+    of_all = cdist(many.astype(np.float64), many.astype(np.float64)) / np.sqrt(12)
+    np.fill_diagonal(of_all, np.inf)
+    asked = np.sort(np.random.default_rng(2).permutation(2500)[:256])
+    assert usual_distance(many, np.random.default_rng(2)) == pytest.approx(
+        np.quantile(of_all.min(axis=1)[asked], 0.75), rel=1e-6
+    )
+
+
+def test_a_pair_has_the_smaller_limit_of_its_two() -> None:
+    pair = _thumbnails([_picture(0), _recompressed(_picture(0), 75)])
+    assert near_duplicates(pair, np.ones(2), np.array([3.0, 3.0])) == {1: 0}
+    assert near_duplicates(pair, np.ones(2), np.array([0.0, 3.0])) == {}
+    assert near_duplicates(pair, np.ones(2), np.array([3.0, 0.0])) == {}
 
 
 def test_a_slow_drift_does_not_merge_its_ends() -> None:

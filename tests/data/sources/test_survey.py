@@ -76,7 +76,7 @@ def test_counts_sizes_and_what_is_left_out(tmp_path: Path) -> None:
     assert found.num_pictures == 11
     assert (found.sides, found.side) == (tuple(range(50, 60)), 55)
     assert found.unreadable == (
-        ("b.png", "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP, TIFF)"),
+        ("b.png", "not an image of a known format (JPEG, PNG, WEBP, GIF, BMP, TIFF, JPEG2000, AVIF)"),
     )
     assert sorted(found.left_out) == [
         "3,221,225,472 bytes are more than 120,000,000 pixels take",
