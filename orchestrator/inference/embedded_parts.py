@@ -109,7 +109,7 @@ class EmbeddedParts:
         }
         schema = schema_of(vectors_ND.shape[1]).with_metadata({_KEY: json.dumps(record).encode()})
         self.folder.mkdir(exist_ok=True)
-        with replacing(self._path(self._from), durable=False) as draft:
+        with replacing(self._path(self._from)) as draft:
             pq.write_table(pa.table(columns_of(self._files, vectors_ND, schema), schema=schema), draft)
 
     def _read(self, path: Path) -> EmbeddedPart | None:
