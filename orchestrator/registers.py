@@ -114,6 +114,10 @@ def _ours(group: Group) -> frozenset[str]:
         from orchestrator.models.presets import PRESETS
 
         return frozenset(PRESETS)
+    if group == "metrics":
+        from orchestrator.stages.metric import Metric
+
+        return frozenset(Metric.builtin)
     return frozenset(("file", "s3")) if group == "stores" else frozenset()
 
 

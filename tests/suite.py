@@ -51,6 +51,7 @@ HEAVY_FILES = (
     "simulation/test_replay.py",
     "stages/test_any_model.py",
     "stages/test_evaluate.py",
+    "stages/test_evaluate_split.py",
     "stages/test_gate.py",
     "stages/test_publish.py",
     "storage/test_disk_faults.py",

@@ -30,11 +30,13 @@ class Extension(Settings):
     Attributes:
         group: where its entry points are: `orchestrator.GROUP`.
         method: what a subclass must override.
+        builtin: import paths of our own ones by name; they need no package, and come before those of packages.
         version: of what it computes. Whoever changes that raises it, so that stages that use it run again.
     """
 
     group: ClassVar[Group]
     method: ClassVar[str]
+    builtin: ClassVar[Mapping[str, str]] = {}
     version: ClassVar[int] = 1
 
     use: str = Field(description=USE)
@@ -52,7 +54,7 @@ class Extension(Settings):
     @classmethod
     def named(cls, name: str) -> type[Self]:
         """The class of that name or import path; raises as :meth:`chosen`."""
-        found = installed.find(cls.group, name)
+        found = installed.find(cls.group, cls.builtin.get(name, name), cls.builtin)
         if not (isinstance(found, type) and issubclass(found, cls)):
             raise ExtensionError(
                 f"{name} is not a subclass of orchestrator.{cls.__name__}",
@@ -103,7 +105,7 @@ class Chosen:
 
     def _installed(self) -> Iterator[tuple[str, type[Extension]]]:
         """Those that can be used; a broken package is told where a file names it."""
-        for name in installed.names(self.base.group):
+        for name in (*self.base.builtin, *installed.names(self.base.group)):
             try:
                 yield name, self.base.named(name)
             except ExtensionError:

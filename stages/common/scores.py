@@ -78,7 +78,8 @@ def read_scores(evaluation: Artifact, model: Artifact, name: str) -> Scores | No
     ]
     title = _title(known, model.kind, name)
     row = next((one for one in rows if _is_of(one, name, title)), None)
-    metrics = ({KNN: float(row["accuracy"])} if row else {}) | _measured(measured, title)
+    # A metric may be called as the table is.
+    metrics = _measured(measured, title) | ({KNN: float(row["accuracy"])} if row else {})
     if not metrics:
         return None
     picture = f"pca_{name}.png" if name else "pca_teacher.png" if title.endswith(_TEACHER) else None
@@ -127,7 +128,7 @@ def _baselines(
     untrained = next((one for one in rows if row and _is_untrained(one, row)), None)
     if untrained is not None:
         own = _measured(measured, str(untrained["name"]))
-        found["random_weights"] = {KNN: float(untrained["accuracy"]), **own}
+        found["random_weights"] = {**own, KNN: float(untrained["accuracy"])}
     return found
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
@@ -14,19 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from orchestrator.config.settings import in_key_if_set, operational
+from orchestrator.config.split import SPLITS, Split
+from orchestrator.data.curation.components import HELD_OUT
 from orchestrator.data.sources import account
 from orchestrator.data.views import Side
-from orchestrator.errors import Stopped, UserError
+from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.progress import ROUTINE, Meter
 from orchestrator.stages.base import Context, Input, PlanContext, Stage
 from orchestrator.stages.common.mixing import DRAWN
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.scores import KNN, TEXT_METRICS
-from orchestrator.stages.metric import Features, OwnMetric, checked
+from orchestrator.stages.metric import OwnMetric
 
 if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
-    from orchestrator.stages.evaluate.results import ClusterDraws, Measured, Results, Score
+    from orchestrator.data.splits import Splits
+    from orchestrator.stages.evaluate.measure import Measurements, Pool
+    from orchestrator.stages.evaluate.results import ClusterDraws, Results, Score
     from orchestrator.stages.evaluate.towers import Check, Crops, Tower
     from orchestrator.storage.artifacts import Artifact
 
@@ -72,16 +76,27 @@ class OutsideModel(NetworkSource):
 
 
 class Evaluate(Stage):
-    """Leave-one-out k-NN, retrieval, zero-shot classification, dense health, feature maps and a report.
+    """k-NN, retrieval, zero-shot classification, dense health, other metrics, feature maps and a report.
 
-    Nothing is trained, so the figures measure the features as they are. The stage runs in the driver's process,
-    which is fast enough for thousands of photos.
+    No backbone is trained, so the figures measure the features as they are. With a `split`, what is learned is learned
+    from training photos, settings are chosen on validation photos, and figures are of test photos (docs/evaluate.md).
+    The stage runs in the driver's process, which is fast enough for thousands of photos.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     kind: Literal["evaluate"]
-    k: int = Field(5, ge=1, description="The number of nearest neighbours that vote in k-NN.")
+    k: int = Field(
+        5,
+        ge=1,
+        description="The number of nearest neighbours that vote in k-NN. With a `split`, validation chooses among this "
+        "and 1, 5, 10, 20 and 50.",
+    )
+    split: Split | None = in_key_if_set(
+        None,
+        description="How the photos are split into train, validation and test. Default: k-NN is leave-one-out, each "
+        "photo judged by all others, and metrics that learn something cannot be computed.",
+    )
     num_groups: int = Field(
         10,
         ge=2,
@@ -108,8 +123,9 @@ class Evaluate(Stage):
     )
     metrics: tuple[OwnMetric, ...] = in_key_if_set(
         (),
-        description="Metrics of users' packages, computed of each model: a name, or a mapping with the name as `use` "
-        "and its settings (docs/extending.md).",
+        description="More metrics of each model: a name, or a mapping with the name as `use` and its settings. There "
+        "are knn, linear_probe, image_retrieval, size_robustness, linear_segmentation, linear_depth and correspondence "
+        "(docs/evaluate.md), and those of users' packages (docs/extending.md).",
     )
     # `models` is a method of every stage.
     outside: dict[ModelTitle, OutsideModel] = in_key_if_set(
@@ -147,14 +163,19 @@ class Evaluate(Stage):
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :class:`Stage`."""
-        return {
+        found = {
             f"models.{name}.{field}": paths
             for name, source in self.outside.items()
             for field, paths in source.files().items()
         }
+        if self.split is not None:
+            found |= {f"split.{field}": paths for field, paths in self.split.files().items()}
+        for at, metric in enumerate(self.metrics):
+            found |= {f"metrics.{at}.{field}": paths for field, paths in metric.files().items()}
+        return found
 
     def check(self) -> None:
-        """See :class:`Stage`: models from elsewhere."""
+        """See :class:`Stage`: models from elsewhere, and the data of metrics."""
         for name, source in self.outside.items():
             try:
                 # At which size it is seen may only be known once the pipeline's models are there.
@@ -162,6 +183,30 @@ class Evaluate(Stage):
             except UserError as error:
                 where = f"models.{name}.{error.where}"
                 raise UserError(error.what, where=where, hint=error.hint) from None
+        for at, metric in enumerate(self.metrics):
+            if metric.needs_split and self.split is None:
+                raise UserError(
+                    f"{metric.title} learns from some photos and is scored on others, and there is no split",
+                    where=f"metrics.{at}",
+                    hint="give the stage a split, such as `split: {by: hash}`",
+                )
+            metric.check()
+
+    def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
+        """See :class:`Stage`: a split by components that the index has not."""
+        super().check_index(components, sources)
+        if self.split is None or self.split.by != "component":
+            return
+        known = [*components, HELD_OUT]
+        for name in SPLITS:
+            for component in self.split[name]:
+                if component not in known:
+                    close = nearest(component, known)
+                    raise UserError(
+                        f"{component!r} is not a component of the index",
+                        where=f"split.{name}",
+                        hint=f"did you mean {close!r}?" if close else f"there are: {', '.join(known)}",
+                    )
 
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: no model, or a size that a model cannot take."""
@@ -169,6 +214,18 @@ class Evaluate(Stage):
             role in plan_context.upstream for role in (*TEACHER_ROLES, "students")
         ):
             return [_no_backbone("there is no backbone to evaluate", "needs")]
+        found = []
+        if plan_context.photos is not None and not plan_context.photos.labels:
+            what = f"none of the {plan_context.photos.photos} photos has a label, and {{}} tells labels apart"
+            found = [
+                UserError(
+                    what.format(metric.title),
+                    where=f"metrics.{at}",
+                    hint="give the dataset `captions`, a CSV file with the columns file and label",
+                )
+                for at, metric in enumerate(self.metrics)
+                if metric.needs_labels
+            ]
         distill = plan_context.upstream.get("students")
         recipes = [stage.model_recipe() for stage in plan_context.lineage]
         towers = {recipe.model: recipe.tower for recipe in recipes if recipe is not None}
@@ -176,7 +233,7 @@ class Evaluate(Stage):
             shapes = distill.student_towers().items()
             towers |= {f"student {name}": shape for name, shape in shapes if shape is not None}
         size = self.image_size or 0
-        return [
+        return found + [
             UserError(
                 f"the patch size of {name}, {tower.patch_size} pixels, does not divide {size} pixels",
                 where="image_size",
@@ -217,63 +274,107 @@ class Evaluate(Stage):
             what = f"stage {context.name!r} has no backbone to evaluate"
             raise _no_backbone(what, f"stages.{context.name}.needs")
         index = ImageIndex.load(context.inputs["index"].path, context.roots)
-        groups = largest_groups(index.labels, self.num_groups)
-        scores, pictures, measured = self._score(context, index, groups, backbones, check)
+        splits = self._split(context, index, check)
+        pool = self._pool(context, index, splits)
+        scores, pictures, measured = self._score(context, pool, backbones, check)
         results = Results(
             title=context.pipeline,
             k=self.k,
             num_unique=len(index),
-            groups=groups,
+            groups=pool.groups,
             scores=scores,
             backbones={kind: _history(artifact.path) for kind, artifact in backbones.items()},
             heads=_other_histories(context),
             sharing=_sharing(context),
             pca=pictures,
             keys=context.keys,
-            pool=(pool := _pool(index)),
-            num_from_scratch=0 if _has_weights(backbones) else pool[-1].total,
+            pool=(clusters := _pool(index)),
+            num_from_scratch=0 if _has_weights(backbones) else clusters[-1].total,
             drawn=_drawn(context),
-            measured=measured,
+            measured=measured.values(),
+            figures=measured.figures,
+            split=None if splits is None else {name: len(splits[name]) for name in SPLITS},
             accounts=account.load(context.inputs["index"].path),
-            **self._ask_texts(context, index, groups, check),
+            **self._ask_texts(
+                context, index, pool.groups, None if splits is None else splits.test.tolist(), check
+            ),
         )
         write(results, context.out)
         self._track(context, results)
         return results.summary()
 
+    def _split(self, context: Context, index: ImageIndex, check: Check) -> Splits | None:
+        """The splits of the index, with their mistakes; None without any."""
+        if self.split is None:
+            return None
+        from orchestrator.data.splits import Splits
+
+        where = f"stages.{context.name}.split"
+        folder = context.inputs["index"].path
+        splits = Splits.of(index, self.split, folder=folder, sources=context.sources, where=where, stop=check)
+        splits.warn(logger)
+        # By hash a rare label may be missing from train by chance, and is left out.
+        if self.split.by != "hash" and any(index.labels):
+            splits.labels(index, where)
+        logger.info("%s: %s photos", context.name, splits, extra=ROUTINE)
+        return splits
+
+    def _pool(self, context: Context, index: ImageIndex, splits: Splits | None) -> Pool:
+        """The photos that take part: of the labels that most of those have that are learned from."""
+        from orchestrator.stages.evaluate.measure import check_pool, pool_of
+
+        labels = index.labels if splits is None else [index[int(row)].label for row in splits.train]
+        groups = largest_groups(labels, self.num_groups)
+        needy = next((metric for metric in self.metrics if metric.needs_labels), None)
+        if not groups and needy is not None:
+            raise UserError(
+                f"{needy.title} tells labels apart, and there are not two labels with two photos each",
+                where=f"stages.{context.name}.metrics",
+                hint="give the dataset `captions`, a CSV file with the columns file and label",
+            )
+        pool = pool_of(index, splits, groups, everything=bool(self.metrics))
+        if groups:
+            check_pool(pool, f"stages.{context.name}.split")
+        return pool
+
     def _score(
-        self,
-        context: Context,
-        index: ImageIndex,
-        groups: Mapping[str, int],
-        backbones: Mapping[str, Artifact],
-        check: Check,
-    ) -> tuple[list[Score], dict[str, Path], Measured]:
+        self, context: Context, pool: Pool, backbones: Mapping[str, Artifact], check: Check
+    ) -> tuple[list[Score], dict[str, Path], Measurements]:
         """The rows of the k-NN table (none without labels), the PCA maps that were drawn, and what metrics measured."""
         from orchestrator.evaluation.metrics.knn import knn_leave_one_out
+        from orchestrator.stages.evaluate.measure import (
+            RAW_PIXELS,
+            Measurements,
+            features_of,
+            of_pixels,
+            split_floor,
+            split_score,
+        )
         from orchestrator.stages.evaluate.results import Score
-        from orchestrator.stages.evaluate.towers import Crops, embed_crops, patch_crops, pixel_features
+        from orchestrator.stages.evaluate.towers import Crops, embed_crops, pixel_features, pixel_maps
 
-        labels = index.labels
-        crops = Crops(index, [row for row, label in enumerate(labels) if label in groups], check)
-        shown = Crops(index, pick_photos(labels, groups, self.num_pictures), check)
-        accuracy = partial(knn_leave_one_out, labels=[str(labels[row]) for row in crops.rows], k=self.k)
+        index, groups, has_split = pool.index, pool.groups, bool(pool.places)
+        crops = Crops(index, pool.rows, check)
+        shown = Crops(index, pick_photos(index.labels, groups, self.num_pictures), check)
+        accuracy = partial(knn_leave_one_out, labels=[str(label) for label in pool.labels], k=self.k)
         scores: list[Score] = []
-        if groups:
+        measured = Measurements()
+        if groups or any(metric.of_pixels for metric in self.metrics):
             raw_ND, dim = pixel_features(crops.at(RAW_SIDE)), 3 * RAW_SIDE**2
-            scores.append(Score("majority group", "baseline", max(groups.values()) / len(crops.rows)))
-            scores.append(Score("raw pixels", "baseline", accuracy(raw_ND), "", RAW_SIDE, dim))
-        measured: dict[str, dict[str, dict[str, float]]] = {metric.title: {} for metric in self.metrics}
-        # Without labels there is no k-NN; metrics may do without them.
-        taken = crops if groups or not self.metrics else Crops(index, range(len(index)), check)
+            pixels = of_pixels(raw_ND, pool, context.seed, check)
+            if groups and has_split:
+                scores += [split_floor(pixels), split_score(pixels, self.k, image_size=RAW_SIDE, dim=dim)]
+            elif groups:
+                scores.append(Score("majority group", "baseline", max(groups.values()) / len(crops.rows)))
+                scores.append(Score(RAW_PIXELS, "baseline", accuracy(raw_ND), "", RAW_SIDE, dim))
         pictures: dict[str, Path] = {}
         candidates = list(self._candidates(context, backbones))
         meter = Meter(context.name, len(candidates), "models scored")
         for number, candidate in enumerate(candidates, 1):
             name, tower = candidate.name, candidate.load()
             what = (
-                f"{len(taken.rows):,} photos at {tower.size} px"
-                if taken.rows
+                f"{len(crops.rows):,} photos at {tower.size} px"
+                if crops.rows
                 else "its maps, as no photo has a label"
             )
             meter.add(0, name)
@@ -283,24 +384,37 @@ class Evaluate(Stage):
             if candidate.picture:
                 pictures[name] = context.out / f"pca_{candidate.picture}.png"
                 _draw_maps(tower, shown, index, pictures[name])
-            if not taken.rows:
+            if not crops.rows:
                 meter.add()
                 continue
-            cls_ND = embed_crops(tower, taken.at(tower.size), self.batch, check)
-            features = Features(
-                name,
-                candidate.family,
-                cls_ND,
-                labels=[labels[row] for row in taken.rows],
-                photos=[f"{index[row].source}/{index[row].path}" for row in taken.rows],
-                seed=context.seed,
-                patches=partial(patch_crops, tower, taken.at(tower.size), self.batch, check),
+            cls_ND = embed_crops(tower, crops.batches(tower.size, self.batch), check)
+            features = features_of(
+                name, candidate.family, tower, crops, cls_ND, pool, self.batch, context.seed, check
             )
             for metric in self.metrics:
-                measured[metric.title][name] = checked(metric, metric.measure(features))
+                if number == 1 and metric.of_pixels:
+                    # Patches of the size that the first model has.
+                    seen = replace(
+                        pixels,
+                        size=tower.size,
+                        patch=tower.patch,
+                        maps=partial(pixel_maps, patch=tower.patch),
+                    )
+                    measured.baselines(metric, seen)
+                measured.add(metric, features)
             if groups:
-                shape = tower.preset, tower.size, cls_ND.shape[1], tower.num_parameters
-                scores.append(Score(name, candidate.family, accuracy(cls_ND), *shape, candidate.student))
+                known = {
+                    "model": tower.preset,
+                    "image_size": tower.size,
+                    "dim": cls_ND.shape[1],
+                    "num_parameters": tower.num_parameters,
+                    "student": candidate.student,
+                }
+                scores.append(
+                    split_score(features, self.k, **known)
+                    if has_split
+                    else Score(name, candidate.family, accuracy(cls_ND), **known)
+                )
             meter.add(1, name)
         return scores, pictures, measured
 
@@ -357,7 +471,12 @@ class Evaluate(Stage):
             )
 
     def _ask_texts(
-        self, context: Context, index: ImageIndex, groups: Mapping[str, int], check: Check
+        self,
+        context: Context,
+        index: ImageIndex,
+        groups: Mapping[str, int],
+        rows: Sequence[int] | None,
+        check: Check,
     ) -> dict[str, Any]:
         """The fields of the results that need an `align_text` stage; none without one."""
         if "text" not in context.inputs:
@@ -367,7 +486,7 @@ class Evaluate(Stage):
 
         logger.info("%s: texts, on %s photos", context.name, f"{len(index):,}")
         aligned = load_aligned(context.inputs["text"].path / "aligned")
-        texts = TextEvaluation(aligned, index, self.batch, check)
+        texts = TextEvaluation(aligned, index, self.batch, check, rows)
         path = context.out / "text_maps.png"
         shown = pick_photos(index.labels, groups, self.num_pictures)
         return {

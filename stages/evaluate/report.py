@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from orchestrator.data.curation.mix import effective_number
+from orchestrator.evaluation.metric import Figure, Figures
 from orchestrator.evaluation.report.clusters import cluster_shares
 from orchestrator.evaluation.report.figures import bars, curves
 from orchestrator.evaluation.report.html import (
@@ -43,7 +45,7 @@ def write(results: Results, out: Path) -> None:
             "k": results.k,
             "num_photos": results.num_photos,
             "groups": dict(results.groups),
-            "rows": [asdict(score) for score in results.scores],
+            "rows": [score.record() for score in results.scores],
         },
         "retrieval": results.retrieval,
         "zero_shot": asdict(results.zero_shot) if results.zero_shot else None,
@@ -56,17 +58,34 @@ def write(results: Results, out: Path) -> None:
     }
     if results.measured:
         record["metrics"] = {title: dict(by_model) for title, by_model in results.measured.items()}
+    if any(_is_sure(figure) for _, _, _, figure in _all_figures(results)):
+        record["figures"] = {
+            title: {
+                model: {name: asdict(figure) for name, figure in found.items()}
+                for model, found in by_model.items()
+            }
+            for title, by_model in results.figures.items()
+        }
+    if results.split is not None:
+        record["split"] = dict(results.split)
     (out / "table.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     sections = _sections(results, out)
     (out / "table.md").write_text(_markdown(results.title, sections))
-    subtitle = f"Evaluation on {results.num_unique} unique photos, all training-free"
+    subtitle = f"Evaluation on {results.num_unique} unique photos, " + (
+        "all training-free"
+        if results.split is None
+        else ", ".join(f"{count} {name}" for name, count in results.split.items())
+    )
     (out / "report.html").write_text(
         page(f"{results.title}: evaluation", subtitle, _tiles(results), sections)
     )
 
 
 def _sections(results: Results, out: Path) -> list[Section]:
-    sections = [_knn(results, out), *map(_measured, results.measured.items())]
+    sections = [_knn(results, out)]
+    for title, by_model in results.measured.items():
+        figures = results.figures.get(title)
+        sections.append(_measured((title, by_model)) if not figures else _figures(title, figures, out))
     if results.backbones:
         sections.append(_dense(results, out))
     if results.pca:
@@ -90,6 +109,8 @@ def _sections(results: Results, out: Path) -> list[Section]:
 
 
 def _knn(results: Results, out: Path) -> Section:
+    if results.split is not None and results.scores:
+        return _split_knn(results, out)
     title = f"{results.k}-nearest-neighbour accuracy"
     if not results.scores:
         note = "The photos have no labels to vote with: fewer than two groups of at least two photos."
@@ -123,6 +144,98 @@ def _knn(results: Results, out: Path) -> Section:
     picture = Picture(out / "knn.png", alt=f"The accuracy of each row of the table as a bar, {title}")
     said = [Text(text)] if (text := verdict(results)) else []
     return Section(title, [*said, Text(note), Table(header, rows, strong=strong), picture])
+
+
+def _split_knn(results: Results, out: Path) -> Section:
+    """The k-NN table with a split: both kinds of vote, intervals, and what validation chose."""
+    title = "k-nearest-neighbour accuracy, test"
+    shown = [score for score in results.scores if score.weighted is not None and score.figure is not None]
+    bars(
+        [(score.name, score.accuracy, score.family) for score in shown],
+        out / "knn.png",
+        f"k-NN accuracy on test photos, n={results.num_photos}",
+        {"majority group": results.scores[0].accuracy},
+        [_around(score.figure) for score in shown if score.figure is not None],
+    )
+    note = (
+        f"n={results.num_photos} test photos of {len(results.groups)} labels, each judged by its nearest training "
+        "photos: with one vote each, or with votes weighted by exp(cosine / temperature). Validation photos chose the "
+        "number of neighbours. In brackets: 95 % bootstrap intervals over photos. Training of the backbone used no "
+        "labels. Shaded: the students, and their teacher if it was trained here."
+    )
+    rows = [
+        (
+            score.name,
+            str(score.figure),
+            "" if score.weighted is None else str(score.weighted),
+            "; ".join(one.note for one in (score.figure, score.weighted) if one is not None),
+            score.model,
+            _count(score.num_parameters),
+            "" if score.image_size is None else f"{score.image_size} px",
+        )
+        for score in results.scores
+    ]
+    strong = [at for at, score in enumerate(results.scores) if score.student or score is results.teacher]
+    header = ("features", "accuracy", "weighted", "chosen: plain; weighted", "model", "weights", "photos at")
+    picture = Picture(out / "knn.png", alt=f"The accuracy of each row of the table as a bar, {title}")
+    return Section(title, [Text(note), Table(header, rows, strong=strong), picture])
+
+
+def _figures(title: str, by_model: Mapping[str, Figures], out: Path) -> Section:
+    """The figures of one metric, a row a model, with intervals as far as there are any."""
+    found = {name: figure for figures in by_model.values() for name, figure in figures.items()}
+    names = list(found)
+    has_notes = any(figure.note for figures in by_model.values() for figure in figures.values())
+    rows = [
+        (
+            model,
+            *(str(figures[name]) if name in figures else "" for name in names),
+            *([next((one.note for one in figures.values() if one.note), "")] if has_notes else []),
+        )
+        for model, figures in by_model.items()
+    ]
+    of = sorted({f"{one.split}, n={one.num}" for one in found.values() if one.split})
+    note = (
+        f"Of each model: {'; '.join(of)}. "
+        if of
+        else "A metric of a package of yours, on the features of each model."
+    )
+    if any(_is_sure(figure) for figure in found.values()):
+        note += "In brackets: 95 % bootstrap intervals over pictures."
+    table = Table(("features", *names, *(["chosen"] if has_notes else [])), rows)
+    blocks: list[Block] = [Text(note), table]
+    first = names[0] if names else ""
+    shown = [(model, figures[first]) for model, figures in by_model.items() if first in figures]
+    if shown and all(_is_sure(figure) for _, figure in shown):
+        path = out / f"metric_{re.sub(r'[^A-Za-z0-9_-]', '_', title)}.png"
+        bars(
+            [(model, figure.value, "figure") for model, figure in shown],
+            path,
+            f"{title}: {first}",
+            errors=[_around(figure) for _, figure in shown],
+        )
+        blocks.append(Picture(path, alt=f"The figures of the column {first} as bars"))
+    return Section(title, blocks)
+
+
+def _all_figures(results: Results) -> Iterator[tuple[str, str, str, Figure]]:
+    """Metric, model, name and figure."""
+    for title, by_model in results.figures.items():
+        for model, figures in by_model.items():
+            for name, figure in figures.items():
+                yield title, model, name, figure
+
+
+def _is_sure(figure: Figure) -> bool:
+    """Whether it has an interval."""
+    return figure.low is not None and figure.high is not None
+
+
+def _around(figure: Figure) -> tuple[float, float]:
+    """How far the interval goes below and above the figure."""
+    low = figure.value if figure.low is None else figure.low
+    high = figure.value if figure.high is None else figure.high
+    return max(0.0, figure.value - low), max(0.0, high - figure.value)
 
 
 def _measured(metric: tuple[str, Mapping[str, Mapping[str, float]]]) -> Section:

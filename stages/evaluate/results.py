@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.data.sources.account import Account
+from orchestrator.evaluation.metric import Figure, Figures
 
 History = Sequence[Mapping[str, Any]]
 # By the metric's title, by the row of the model, by figure.
@@ -22,7 +23,11 @@ _STUDENT, _TEACHER = "student ", " (teacher)"
 
 @dataclass(frozen=True)
 class Score:
-    """A row of the k-NN table. `family` is baseline, random weights, backbone, from elsewhere or student."""
+    """A row of the k-NN table. `family` is baseline, random weights, backbone, from elsewhere or student.
+
+    `figure` and `weighted` are there with a split: the accuracy of a plain vote and of one weighted by similarity, with
+    intervals, of test photos.
+    """
 
     name: str
     family: str
@@ -32,6 +37,17 @@ class Score:
     dim: int | None = None
     num_parameters: int | None = None
     student: str | None = None
+    figure: Figure | None = None
+    weighted: Figure | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The row of `table.json`."""
+        found = asdict(self)
+        if self.figure is None:
+            del found["figure"]
+        if self.weighted is None:
+            del found["weighted"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -94,10 +110,12 @@ class Results:
         text_maps: PNG of where in photos texts are, or None.
         pool: the raw photos and the chosen ones by cluster.
         drawn: what stages drew, by kind and in the order they ran.
-        measured: figures of users' metrics.
         num_from_scratch: photos that the backbone was trained on from nothing; 0 if it started from weights, or if
             there is none.
         accounts: what became of every file of the datasets.
+        measured: figures of the stage's `metrics`.
+        figures: the same with their intervals.
+        split: photos by split; None for leave-one-out.
     """
 
     title: str
@@ -118,6 +136,8 @@ class Results:
     measured: Measured = field(default_factory=dict)
     num_from_scratch: int = 0
     accounts: Sequence[Account] = ()
+    figures: Mapping[str, Mapping[str, Figures]] = field(default_factory=dict)
+    split: Mapping[str, int] | None = None
 
     @property
     def num_photos(self) -> int:
@@ -174,7 +194,7 @@ class Results:
 
     def metrics(self) -> dict[str, float]:
         """Every figure by a name that tracking accepts."""
-        figures = {f"knn/{score.name}": score.accuracy for score in self.scores}
+        figures = self._knn_metrics()
         figures |= {f"retrieval/{name}": value for name, value in (self.retrieval or {}).items()}
         figures |= {"zero_shot/accuracy": self.zero_shot.accuracy} if self.zero_shot else {}
         figures |= {f"clusters/{one.name}": one.effective for one in (*self.pool, *self.drawn.values())}
@@ -183,10 +203,25 @@ class Results:
         for metric, by_model in self.measured.items():
             for model, found in by_model.items():
                 figures |= {f"{metric}/{figure}/{model}": value for figure, value in found.items()}
+        for metric, by_model in self.figures.items():
+            for model, found in by_model.items():
+                for name, figure in found.items():
+                    figures |= _ends(f"{metric}/{name}", model, figure)
         return {"num_photos": float(self.num_photos), **figures}
 
+    def _knn_metrics(self) -> dict[str, float]:
+        if self.split is None:
+            return {f"knn/{score.name}": score.accuracy for score in self.scores}
+        found = {}
+        for score in self.scores:
+            for name, figure in (("knn_test", score.figure), ("knn_weighted_test", score.weighted)):
+                if figure is not None:
+                    found[f"{name}/{score.name}"] = figure.value
+                    found |= _ends(name, score.name, figure)
+        return found
+
     def _measured_summary(self) -> dict[str, float]:
-        """Of users' metrics the figures of the teacher and the students."""
+        """Of the stage's `metrics` the figures of the teacher and the students."""
         shown = {}
         for model in next(iter(self.measured.values()), {}):
             if model.startswith(_STUDENT):
@@ -214,6 +249,13 @@ class Results:
                     for name, values in columns.items()
                 }
         return found
+
+
+def _ends(metric: str, model: str, figure: Figure) -> dict[str, float]:
+    """The ends of a figure's interval as metrics of their own."""
+    if figure.low is None or figure.high is None:
+        return {}
+    return {f"{metric}/low/{model}": figure.low, f"{metric}/high/{model}": figure.high}
 
 
 def _mean(values: Sequence[float]) -> float:

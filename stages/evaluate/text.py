@@ -31,15 +31,24 @@ class TextEvaluation:
         index: the photos.
         batch: photos in one forward pass.
         check: called now and then; may raise `Stopped`.
+        rows: the photos that figures are of; default: all.
     """
 
-    def __init__(self, aligned: Aligned, index: ImageIndex, batch: int, check: Check) -> None:
+    def __init__(
+        self,
+        aligned: Aligned,
+        index: ImageIndex,
+        batch: int,
+        check: Check,
+        rows: Sequence[int] | None = None,
+    ) -> None:
         self._aligned, self._index, self._batch, self._check = aligned, index, batch, check
+        self._rows = range(len(index)) if rows is None else rows
         self._photos: dict[int, Floats] = {}
 
     def retrieval(self) -> dict[str, float] | None:
         """Recall of captions by photo and of photos by caption, over all photos that have one; None without."""
-        rows = [row for row, caption in enumerate(self._index.captions) if caption]
+        rows = [row for row in self._rows if self._index[row].caption]
         if not rows:
             return None
         captions = [str(self._index[row].caption) for row in rows]
@@ -60,7 +69,7 @@ class TextEvaluation:
         if not groups:
             return None
         names = list(groups)
-        rows = [row for row, label in enumerate(self._index.labels) if label in groups]
+        rows = [row for row in self._rows if self._index[row].label in groups]
         is_of_N = np.array([names.index(str(self._index.labels[row])) for row in rows])
         photos_ND = self._embed(rows)
 

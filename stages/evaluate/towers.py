@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from orchestrator.data.decode import UnreadableImage, read_rgb, read_square
+from orchestrator.data.decode import UnreadableImage, read_rgb, read_square, square
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.errors import UserError
@@ -40,6 +40,11 @@ Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Check = Callable[[], None]
 
+# Bytes of the squares of one size that are kept for the next model; more are read again for each.
+_KEPT = 256 * 2**20
+# Batches that are read while a model computes.
+_AHEAD = 2
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -61,6 +66,17 @@ class Tower:
         """
         twice = 2 * self.size
         return twice if not isinstance(self.model, WrappedNet) or self.model.takes(twice) else self.size
+
+    @property
+    def patch(self) -> int:
+        """The side in pixels of what one patch feature is of."""
+        if isinstance(self.model, ForeignNet):
+            return max(1, self.size // self.model.grid[0])
+        return int(self.model.patch_size)
+
+    def takes(self, size: int) -> bool:
+        """Whether it can be asked for images of `size` pixels a side."""
+        return size % self.patch == 0 and (not isinstance(self.model, WrappedNet) or self.model.takes(size))
 
     @property
     def num_parameters(self) -> int:
@@ -88,6 +104,22 @@ class Crops:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 self._kept[size] = np.stack(list(pool.map(partial(self._square, size=size), self.rows)))
         return self._kept[size]
+
+    def batches(self, size: int, batch: int) -> Iterator[Pixels]:
+        """As :meth:`at`, `batch` at a time; memory does not grow with the number of photos."""
+        if size in self._kept or len(self.rows) * 3 * size**2 <= _KEPT:
+            squares = self.at(size)
+            yield from (squares[start : start + batch] for start in range(0, len(squares), batch))
+            return
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            waiting: list[list[Future[Pixels]]] = []
+            for start in range(0, len(self.rows), batch):
+                rows = self.rows[start : start + batch]
+                waiting.append([pool.submit(self._square, row, size) for row in rows])
+                if len(waiting) > _AHEAD:
+                    yield np.stack([one.result() for one in waiting.pop(0)])
+            while waiting:
+                yield np.stack([one.result() for one in waiting.pop(0)])
 
     def _square(self, row: int, size: int) -> Pixels:
         self._check()
@@ -195,23 +227,44 @@ def random_tower(tower: Tower, seed: int) -> Tower:
 
 
 @torch.inference_mode()
-def embed_crops(tower: Tower, crops_NHWC: Pixels, batch: int, check: Check) -> Floats:
-    """CLS features of square crops, fp32 (N, D), not normalised."""
+def embed_crops(tower: Tower, batches: Iterable[Pixels], check: Check) -> Floats:
+    """CLS features of batches of square crops, fp32 (N, D), not normalised."""
     found = []
-    for start in range(0, len(crops_NHWC), batch):
+    for crops_NHWC in batches:
         check()
-        found.append(_features(tower, crops_NHWC[start : start + batch]).cls.float().cpu())
+        found.append(_features(tower, crops_NHWC).cls.float().cpu())
     return torch.cat(found).numpy()
 
 
 @torch.inference_mode()
-def patch_crops(tower: Tower, crops_NHWC: Pixels, batch: int, check: Check) -> Floats:
-    """Patch features of square crops, fp32 (N, P, D), in the order of rows."""
+def patch_crops(tower: Tower, batches: Iterable[Pixels], check: Check) -> Floats:
+    """Patch features of batches of square crops, fp32 (N, P, D), in the order of rows."""
     found = []
-    for start in range(0, len(crops_NHWC), batch):
+    for crops_NHWC in batches:
         check()
-        found.append(_features(tower, crops_NHWC[start : start + batch]).patches.float().cpu())
+        found.append(_features(tower, crops_NHWC).patches.float().cpu())
     return torch.cat(found).numpy()
+
+
+def embed_at(tower: Tower, crops: Crops, scale: float, batch: int, check: Check) -> Floats | None:
+    """CLS features at a multiple of the tower's size, in whole patches; None if it does not take that size."""
+    size = max(1, round(scale * tower.size / tower.patch)) * tower.patch
+    return embed_crops(tower, crops.batches(size, batch), check) if tower.takes(size) else None
+
+
+def dense_maps(tower: Tower, crops_NHWC: Pixels) -> Floats:
+    """Patch features (N, h, w, D); of a size that the tower does not take, of the photos at its own size."""
+    if not tower.takes(crops_NHWC.shape[1]):
+        crops_NHWC = np.stack([square(pixels, tower.size) for pixels in crops_NHWC])
+    return np.stack(feature_maps(tower, crops_NHWC))
+
+
+def pixel_maps(crops_NHWC: Pixels, patch: int) -> Floats:
+    """The raw-pixel baseline of patch features: the pixels of each patch, (N, h, w, 3·patch²), from -0.5 to 0.5."""
+    count, side = crops_NHWC.shape[0], crops_NHWC.shape[1] // patch
+    cut = crops_NHWC.reshape(count, side, patch, side, patch, 3).swapaxes(2, 3)
+    maps: Floats = cut.reshape(count, side, side, -1).astype(np.float32) / 255 - 0.5
+    return maps
 
 
 @torch.inference_mode()

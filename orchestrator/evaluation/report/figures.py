@@ -158,7 +158,7 @@ def bars(
     path: Path,
     title: str,
     baselines: Mapping[str, float] | None = None,
-    errors: Sequence[float] | None = None,
+    errors: Sequence[float | tuple[float, float]] | None = None,
 ) -> None:
     """Horizontal bars from top to bottom, coloured by group, each with its value; baselines as dashed lines.
 
@@ -167,7 +167,7 @@ def bars(
         path: the PNG to write.
         title: plain text.
         baselines: name → value, such as the level of chance.
-        errors: half the length of each bar's error bar.
+        errors: half the length of each bar's error bar, or how far it goes below and above the value.
 
     Raises:
         ValueError: nothing to draw, or not as many errors as bars.
@@ -183,7 +183,7 @@ def bars(
     for at, group in enumerate(groups):
         rows = [row for row, (_, _, of) in enumerate(table) if of == group]
         widths = [table[row][1] for row in rows]
-        spread = None if errors is None else [errors[row] for row in rows]
+        spread = None if errors is None else np.array([_both(errors[row]) for row in rows]).T
         drawn = axis.barh(
             rows,
             widths,
@@ -208,6 +208,10 @@ def bars(
     if len(groups) > 1:
         figure.legend(loc="outside lower center", ncols=min(len(groups), 4), frameon=False, fontsize=9)
     save(figure, path)
+
+
+def _both(error: float | tuple[float, float]) -> tuple[float, float]:
+    return error if isinstance(error, tuple) else (error, error)
 
 
 def _check_pairs(

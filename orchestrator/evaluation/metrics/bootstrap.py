@@ -1,0 +1,74 @@
+"""How sure a figure is: its 95 % interval over other draws of as many pictures. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.rng import generator
+from orchestrator.evaluation.metric import Figure
+
+_RESAMPLES = 1000
+_LEVEL = 0.95
+
+Sums = NDArray[np.float64]
+
+
+def interval(
+    parts_NK: NDArray[np.generic],
+    statistic: Callable[[Sums], NDArray[np.float64]],
+    seed: int,
+    resamples: int = _RESAMPLES,
+    level: float = _LEVEL,
+) -> tuple[float, float]:
+    """The percentile bootstrap (Efron 1979) of a figure that is a function of sums over pictures.
+
+    Args:
+        parts_NK: what each picture adds, such as its hits and its pixels.
+        statistic: the figure of each row of sums, (B, K) → (B,).
+        seed: of the draws.
+        resamples: how many draws of N pictures, with replacement.
+        level: the share of draws between the two ends.
+
+    Returns:
+        Low and high end; of one picture both are its figure.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    if len(parts_NK) == 0:
+        raise ValueError("no pictures to draw from")
+    rng = generator(seed, "bootstrap")
+    parts = np.asarray(parts_NK, dtype=np.float64)
+    sums = np.empty((resamples, parts.shape[1]))
+    for at in range(resamples):
+        counts = np.bincount(rng.integers(len(parts), size=len(parts)), minlength=len(parts))
+        sums[at] = counts @ parts
+    ends = np.nanquantile(statistic(sums), [(1 - level) / 2, (1 + level) / 2])
+    return float(ends[0]), float(ends[1])
+
+
+def figure(
+    parts_NK: NDArray[np.generic],
+    statistic: Callable[[Sums], NDArray[np.float64]],
+    split: str,
+    seed: int,
+    note: str = "",
+) -> Figure:
+    """A figure with its interval; arguments as for :func:`interval`."""
+    value = float(statistic(np.asarray(parts_NK, dtype=np.float64).sum(axis=0, keepdims=True))[0])
+    low, high = interval(parts_NK, statistic, seed)
+    return Figure(value, low, high, split, len(parts_NK), note)
+
+
+def mean(values_N: NDArray[np.generic], split: str, seed: int, note: str = "") -> Figure:
+    """The mean over pictures, with its interval."""
+    count = len(values_N)
+    return figure(np.asarray(values_N)[:, None], lambda sums: sums[:, 0] / count, split, seed, note)
+
+
+def ratio(sums: Sums) -> NDArray[np.float64]:
+    """The first sum by the second, a statistic; nan by nothing."""
+    return np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] > 0)

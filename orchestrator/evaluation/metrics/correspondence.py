@@ -1,0 +1,126 @@
+"""Correspondence between two views of a plane: does a patch find the same place in the other view? NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from orchestrator.config.dense import PairData
+from orchestrator.data.decode import square
+from orchestrator.data.dense import read_pair
+from orchestrator.data.views import Side
+from orchestrator.errors import UserError
+from orchestrator.evaluation.metric import Features, Figure, Metric
+from orchestrator.evaluation.metrics.bootstrap import figure, ratio
+from orchestrator.evaluation.metrics.patch_grid import side_for
+
+Floats = NDArray[np.float64]
+
+ALL = "all pairs"
+
+
+class Correspondence(Metric):
+    """Recall of the patch that shows the same place in another view, by nearest neighbour. Nothing is trained."""
+
+    of_pixels: ClassVar[bool] = True
+
+    data: PairData = Field(description="The pairs of views.")
+    size: Side | None = Field(
+        None,
+        description="The side of the views, in pixels, rounded to whole patches. Default: each model's size.",
+    )
+    alpha: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.05, 0.1),
+        min_length=1,
+        description="How far from the true place a match may be, as shares of the view's side.",
+    )
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """See :class:`Metric`: views and homographies."""
+        try:
+            pairs = self.data.pairs()
+        except UserError:
+            pairs = []  # `check` says what is missing
+        return {
+            "data": tuple(self.data.path / part for part in dict.fromkeys(p for pair in pairs for p in pair))
+        }
+
+    def check(self) -> None:
+        """See :class:`Metric`: views that are missing, and files that hold no homography."""
+        for pair in self.data.pairs():
+            read_pair(self.data, pair)
+
+    def measure(self, features: Features) -> Mapping[str, float | Figure]:
+        """`recall_at_ALPHA`: over all patches whose place is in both views."""
+        assert features.maps is not None, "`evaluate` gives it"
+        size = side_for(self.size or features.size, features.patch)
+        parts = []
+        for pair in self.data.pairs():
+            features.check()
+            first, other, matrix = read_pair(self.data, pair)
+            maps = features.maps(np.stack([square(first, size), square(other, size)]))
+            inside = crop(other.shape, size) @ matrix @ np.linalg.inv(crop(first.shape, size))
+            error_P = match_errors(maps[0], maps[1], inside, size)
+            hits = [float((error_P <= alpha * size).sum()) for alpha in self.alpha]
+            parts.append([*hits, float(len(error_P))])
+        found = np.array(parts)
+        if not found[:, -1].any():
+            raise UserError(
+                "no patch of a first view is in the other view",
+                where=str(self.data.path),
+                hint="homographies map pixels of the first view, as (x, y, 1), to those of the other",
+            )
+        return {
+            f"recall_at_{alpha:g}": figure(found[:, [at, -1]], ratio, ALL, features.seed, f"{size} px")
+            for at, alpha in enumerate(self.alpha)
+        }
+
+
+def crop(shape_HWC: tuple[int, ...], size: int) -> Floats:
+    """The matrix (3, 3) from pixels of a picture to those of its centred square of `size`."""
+    height, width = shape_HWC[:2]
+    side = min(height, width)
+    scale = size / side
+    return np.array(
+        [[scale, 0, -scale * (width - side) / 2], [0, scale, -scale * (height - side) / 2], [0, 0, 1]]
+    )
+
+
+def match_errors(
+    first_hwD: NDArray[np.floating[Any]], other_hwD: NDArray[np.floating[Any]], matrix: Floats, size: int
+) -> Floats:
+    """How far in pixels from its true place each patch of the first view finds its match, for those that have one.
+
+    Args:
+        first_hwD, other_hwD: patch features of both views.
+        matrix: from pixels of the first square to those of the other.
+        size: the side of both squares.
+    """
+    centres_P2 = _centres(first_hwD.shape[:2], size)
+    mapped = np.column_stack([centres_P2, np.ones(len(centres_P2))]) @ matrix.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        true_P2 = mapped[:, :2] / mapped[:, 2:]
+    # What is behind the camera has no place.
+    there_P = (mapped[:, 2] > 0) & ((true_P2 >= 0) & (true_P2 < size)).all(axis=1)
+    first_PD, other_PD = (_unit(one.reshape(-1, one.shape[-1])) for one in (first_hwD, other_hwD))
+    best_P = (first_PD[there_P] @ other_PD.T).argmax(axis=1)
+    found_P2 = _centres(other_hwD.shape[:2], size)[best_P]
+    errors: Floats = np.linalg.norm(found_P2 - true_P2[there_P], axis=1)
+    return errors
+
+
+def _centres(grid: tuple[int, ...], size: int) -> Floats:
+    """x and y of the middle of each patch, in pixels, (h·w, 2)."""
+    ys, xs = ((np.arange(count) + 0.5) * size / count for count in grid)
+    return np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+
+
+def _unit(x_ND: NDArray[np.floating[Any]]) -> Floats:
+    x = x_ND.astype(np.float64)
+    scaled: Floats = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return scaled
