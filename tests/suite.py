@@ -16,6 +16,7 @@ CLUSTER_FIXTURES = frozenset({"s3", "forge", "ask", "whole_lab"})
 CLUSTER_FILES = (
     "*_proof.py",
     "chaos/test_storm.py",
+    "data/curation/test_kmeans_on_ray.py",
     "elastic/test_cluster_troubles.py",
     "elastic/test_controller.py",
     "elastic/test_counts.py",

@@ -1,0 +1,122 @@
+"""Who does the pieces of a pass over many rows: threads of this process, or tasks of a Ray cluster.
+
+A piece of work is a function of what all pieces share and of itself, so it can be done again, and anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol, TypeVar
+
+from threadpoolctl import threadpool_limits
+
+S = TypeVar("S")
+P = TypeVar("P")
+R = TypeVar("R")
+
+# Pieces that wait at each worker, so that none has to ask before it can go on.
+_AHEAD = 2
+
+
+class BlockWorkers(Protocol):
+    """Does pieces of work, several at once."""
+
+    @property
+    def num_workers(self) -> int:
+        """Pieces at once."""
+
+    def share(self, value: S) -> Any:
+        """Something that many calls of :meth:`run` need: give `run` what this returns."""
+
+    def run(self, work: Callable[[Any, Any, P], R], held: Any, shared: S, pieces: Sequence[P]) -> Iterator[R]:
+        """`work(value, shared, piece)` of every piece, in any order.
+
+        Args:
+            work: a function of a module.
+            held: what :meth:`share` gave for `value`.
+            shared: by all pieces of this call.
+            pieces: may be done more than once where a worker is lost.
+        """
+
+
+class ThreadWorkers:
+    """Threads of this process, with one thread of linear algebra each, so that sums have one order.
+
+    Args:
+        num_workers: threads; default: the processors that this process may use.
+    """
+
+    def __init__(self, num_workers: int | None = None) -> None:
+        self._num_workers = num_workers or len(os.sched_getaffinity(0))
+
+    @property
+    def num_workers(self) -> int:
+        return self._num_workers
+
+    def share(self, value: S) -> S:
+        return value
+
+    def run(self, work: Callable[[Any, Any, P], R], held: Any, shared: S, pieces: Sequence[P]) -> Iterator[R]:
+        waiting = iter(pieces)
+        with threadpool_limits(1), ThreadPoolExecutor(self._num_workers) as pool:
+            running: set[Future[R]] = set()
+            while True:
+                # Results are taken one by one: together they may be larger than what is clustered.
+                for piece in waiting:
+                    running.add(pool.submit(work, held, shared, piece))
+                    if len(running) >= self._num_workers:
+                        break
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                while done:
+                    yield done.pop().result()
+
+
+class RayWorkers:
+    """Tasks of the Ray cluster that this process is connected to. A task whose worker or machine is lost is done again.
+
+    Args:
+        num_workers: tasks at once; default: the cluster's processors when this is made.
+        cpus: processors of a task.
+    """
+
+    def __init__(self, num_workers: int | None = None, cpus: float = 1.0) -> None:
+        import ray
+
+        self._num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
+        # Whoever loses a machine again and again still comes to an end: each piece is small.
+        self._task = ray.remote(num_cpus=cpus, max_retries=-1)(_one)
+
+    @property
+    def num_workers(self) -> int:
+        return self._num_workers
+
+    def share(self, value: S) -> Any:
+        import ray
+
+        return ray.put(value)
+
+    def run(self, work: Callable[[Any, Any, P], R], held: Any, shared: S, pieces: Sequence[P]) -> Iterator[R]:
+        import ray
+
+        with_all = ray.put(shared)
+        waiting = iter(pieces)
+        running: list[Any] = []
+        while True:
+            for piece in waiting:
+                running.append(self._task.remote(work, held, with_all, piece))
+                if len(running) >= _AHEAD * self._num_workers:
+                    break
+            if not running:
+                return
+            done, running = ray.wait(running, num_returns=1)
+            for reference in done:
+                yield ray.get(reference)
+
+
+def _one(work: Callable[[Any, Any, P], R], held: Any, shared: Any, piece: P) -> R:
+    with threadpool_limits(1):
+        return work(held, shared, piece)
