@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .configs import Config, ConvNeXtConfig, ViTConfig
 from .network_spec import LIBRARIES
@@ -113,7 +113,7 @@ def pixels_record(pixels: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"mean": mean, "std": std} | ({"pixels": told} if told else {})
 
 
-def preprocess(image: ImageLike, size: int, tower: Backbone | None = None) -> Tensor:
+def preprocess(image: ImageLike, size: int, tower: nn.Module | None = None) -> Tensor:
     """Upright RGB, shorter side resized to `size` (bicubic, antialiased), centre crop, normalised.
 
     Args:
@@ -130,12 +130,8 @@ def preprocess(image: ImageLike, size: int, tower: Backbone | None = None) -> Te
     if isinstance(image, np.ndarray) and image.dtype == np.uint16 and image.ndim == 3:
         # Pillow has no images of three channels of 16 bits.
         planes = [
-            ImageOps.fit(
-                Image.fromarray(image[..., channel].astype(np.float32)),
-                (size, size),
-                Image.Resampling.BICUBIC,
-            )
-            for channel in range(image.shape[2])
+            np.asarray(ImageOps.fit(Image.fromarray(plane_HW), (size, size), Image.Resampling.BICUBIC))
+            for plane_HW in image.astype(np.float32).transpose(2, 0, 1)
         ]
         seen = torch.from_numpy(np.stack(planes)).clamp(0, 65535).round().to(torch.uint16)
         return normalise(seen[None], tower)

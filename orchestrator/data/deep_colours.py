@@ -52,7 +52,7 @@ def distort(
         values_HWC = np.asarray(cv2.GaussianBlur(values_HWC, (9, 9), float(rng.uniform(*config.blur_sigma))))
     if solarized < solarize:
         values_HWC = np.where(values_HWC < 0.5, values_HWC, 1 - values_HWC)
-    return np.rint(values_HWC.clip(0, 1) * white).astype(pixels_HWC.dtype)
+    return np.asarray(np.rint(values_HWC.clip(0, 1) * white), dtype=pixels_HWC.dtype)
 
 
 def _jittered(

@@ -50,14 +50,15 @@ class Checked:
         stages: with their keys; empty where a mistake, or data that is not there, leaves them unknown.
         errors: what would end a run.
         warnings: what may be meant, or pass.
-        facts: of each dataset with captions, how many photos have some; with whether all that have any do. And what
-            stages choose for the user, with True.
+        facts: of each dataset with captions, how many photos have some; with whether all that have any do.
+        choices: what stages decide about the user's data, for `plan` to tell.
     """
 
     stages: list[ResolvedStage] = field(default_factory=list)
     errors: list[UserError] = field(default_factory=list)
     warnings: list[UserError] = field(default_factory=list)
     facts: list[tuple[str, bool]] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
 
     def raise_if_any(self) -> None:
         """Go on only if no error was found.
@@ -97,7 +98,7 @@ def check(
         fit_errors = list(crop_checks.fit_errors(loaded, roles))
         found.errors += fit_errors
         for name, stage in loaded.spec.stages.items():
-            found.facts += [(f"{name}: {choice}", True) for choice in stage.choices()]
+            found.choices += [f"{name}: {choice}" for choice in stage.choices()]
         foreseen = dict(_preflight(loaded, roles, counts))
         found.errors += _unlike_pixels(loaded)
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())

@@ -361,11 +361,13 @@ def print_findings(console: Console, found: Checked, *, incomplete_only: bool = 
     Args:
         console: where to.
         found: all of it.
-        incomplete_only: whether sources all of whose photos have captions are passed over.
+        incomplete_only: whether sources all of whose photos have captions are passed over, and what stages decide.
     """
     for text, complete in found.facts:
         if not (complete and incomplete_only):
             console.print(Text(f"  {text}", style="bright_black"), soft_wrap=True)
+    for choice in () if incomplete_only else found.choices:
+        console.print(Text(f"  {choice}", style="bright_black"), soft_wrap=True)
     for warning in found.warnings:
         _print_warning(console, warning)
 

@@ -96,7 +96,8 @@ def save_network(
     assert not found.unexpected_keys, found.unexpected_keys
     if measure_batch_norms(backbone.to(device), _batches(views, device, backbone)):
         logger.info("%s: BatchNorm was measured on the first %d images", spec, NORM_IMAGES)
-    save_wrapped(folder / "model", backbone.cpu(), pixels=pixels and pixels.model_dump(mode="json"))
+    told = None if pixels is None else pixels.model_dump(mode="json")
+    save_wrapped(folder / "model", backbone.cpu(), pixels=told)
     recipe = {
         "model": None,
         spec.library: spec.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from orchestrator.config.schema import DataSource
@@ -39,8 +40,8 @@ def unlike_pixels(sources: Mapping[str, DataSource], names: Sequence[str]) -> Us
         sources: the pipeline's datasets.
         names: of those whose pictures one index holds.
     """
-    first, *others = (name for name in names if name in sources)
-    for other in others:
+    known = [name for name in names if name in sources]
+    for first, other in itertools.pairwise(known):
         for what, of in _KINDS.items():
             if of(sources[first]) != of(sources[other]):
                 return UserError(
