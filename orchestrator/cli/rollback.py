@@ -10,7 +10,14 @@ from orchestrator.cli.terminal import console
 
 
 def rollback(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The registered model.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME[@ALIAS]",
+            help="The registered model; of a bare NAME the champion.",
+            show_default=False,
+        ),
+    ],
     to: Annotated[
         int | None,
         typer.Option(
@@ -21,7 +28,9 @@ def rollback(
             show_default=False,
         ),
     ] = None,
-    alias: Annotated[str, typer.Option(help="The alias.")] = "champion",
+    alias: Annotated[
+        str | None, typer.Option(help="The alias, in place of NAME@ALIAS.", show_default=False)
+    ] = None,
     tracking: Annotated[
         str,
         typer.Option(help="The address of the MLflow server or database.", envvar="MLFLOW_TRACKING_URI"),
@@ -33,9 +42,9 @@ def rollback(
     """
     from orchestrator.tracking.rollback import rollback as roll_back
 
-    done = roll_back(name, tracking, alias, to)
+    done = roll_back(model, tracking, alias, to)
     lines = (
-        f"[green]✓[/] {name}@{alias} was version {done.before} and is version [bold]{done.now}[/]",
+        f"[green]✓[/] {done.name}@{done.alias} was version {done.before} and is version [bold]{done.now}[/]",
         f"  Version {done.before} is marked as rolled back. To give the alias back: orchestrator publish FILE --force",
     )
     for line in lines:

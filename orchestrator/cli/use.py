@@ -53,8 +53,8 @@ def embed(
             "--model",
             "-m",
             metavar="MODEL",
-            help="A registered model, as NAME@ALIAS, NAME:VERSION or NAME (for NAME@champion), or a folder "
-            "with a model.",
+            help="A registered model, as NAME@ALIAS, NAME:VERSION or NAME (its champion, or its newest version "
+            "if there is none), or a folder with a model.",
             show_default=False,
         ),
     ],
@@ -86,7 +86,7 @@ def embed(
     from orchestrator.inference.forward import on_device
     from orchestrator.inference.model import checked_loaders, embedding_side, load_weights
     from orchestrator.inference.reference import locate, weights_digest
-    from orchestrator.pipeline.console import duration
+    from orchestrator.progress import duration
 
     began = time.monotonic()
     folder, out = disk.named(folder), checked_target(disk.named(out))

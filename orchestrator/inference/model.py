@@ -108,8 +108,9 @@ def load(
     Args:
         model: a folder: what `orchestrator pull` fetched, `model/` or `aligned/` of a stage's artifact, or the artifact
             itself; weights in other layouts that are known (docs/models.md) load as well. Or a registered model:
-            `NAME@ALIAS`, `NAME:VERSION`, or `NAME` for `NAME@champion`. A `NAME` that is also a folder here is the
-            folder; a text with a `/` in it is always a path.
+            `NAME@ALIAS`, `NAME:VERSION`, or `NAME` for its champion, or its newest version if there is none. A `NAME`
+            that is also a folder here is the folder; a text with a `/` in it is a path, unless it is MLflow's
+            `models:/NAME/VERSION`.
         tracking: the address of the MLflow server or database. Default: `$MLFLOW_TRACKING_URI`, else that of
             `orchestrator pull`.
         trust_module: packages or modules that may be imported if the folder says that its network is made by them,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +10,12 @@ from orchestrator import disk
 from orchestrator.errors import UserError, shortened
 from orchestrator.fsio import DIGESTS, why
 from orchestrator.storage.cache_folder import cache_folder
-from orchestrator.tracking import registry
+from orchestrator.tracking import references, registry
 
 TRACKING = "sqlite:///runs/mlflow.db"
 """Where the registry is unless the user says: as for `orchestrator pull`."""
 
-SPELLINGS = "a folder with a model, or a registered model as NAME@ALIAS, NAME:VERSION or NAME"
-
-_ALIAS = "champion"
-_REGISTERED = re.compile(r"(?P<name>[^/\\:@]+)(?:@(?P<alias>[^/\\:@]+)|:(?P<version>[0-9]+))?")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+SPELLINGS = f"a folder with a model, or a registered model as {references.SPELLINGS}"
 
 
 @dataclass(frozen=True)
@@ -39,8 +34,8 @@ class Located:
 def locate(model: str | os.PathLike[str], tracking: str | None = None) -> Located:
     """The model that is meant; a registered one is fetched unless the cache has it.
 
-    The spelling decides, not what happens to be there: a path object and a text with a `/` are paths, `NAME@ALIAS` and
-    `NAME:VERSION` are registered models. Only a bare NAME can be either: a file or folder here goes first.
+    A path object is a path, and a text what :func:`orchestrator.tracking.references.registered` says. Only a bare NAME
+    can be either: a file or folder here goes first.
 
     Args:
         model: see :func:`orchestrator.load`.
@@ -52,49 +47,33 @@ def locate(model: str | os.PathLike[str], tracking: str | None = None) -> Locate
     if not isinstance(model, (str, os.PathLike)):
         raise UserError(f"this is no path: {shortened(repr(model), 80)}", hint=f"give {SPELLINGS}")
     text = os.fspath(model)
-    path = disk.named(text)
-    # `~name` is somebody's home, and `..` the folder above.
-    may_be_registered = isinstance(model, str) and text[:1] not in ("~", ".")
-    spelled = _REGISTERED.fullmatch(text) if may_be_registered else None
-    if spelled is None:
-        if not path.exists():
+    reference = references.registered(text) if isinstance(model, str) else None
+    if reference is None or reference.is_bare:
+        path = disk.named(text)
+        if path.exists():
+            return Located(path, str(path.absolute()))
+        if reference is None:
             raise UserError(f"no model can be loaded: {path} does not exist", hint=_hint(text))
-        return Located(path, str(path.absolute()))
-    name, alias, version = spelled["name"], spelled["alias"], spelled["version"]
-    is_bare = alias is None and version is None
-    if path.exists() and is_bare:
-        return Located(path, str(path.absolute()))
-    if path.exists():
-        raise UserError(
-            f"{text!r} is a registered model by its spelling, and there is "
-            f"{'a folder' if path.is_dir() else 'a file'} of that name here",
-            hint=f"write ./{text} for what is here; to use the registered model, give what is here another name",
-        )
     uri = tracking or os.environ.get("MLFLOW_TRACKING_URI") or TRACKING
     try:
-        return _fetched(f"{name}/{int(version)}" if version else f"{name}@{alias or _ALIAS}", uri)
+        version, folder = registry.cached(text, uri, cache_folder() / "models")
     except UserError as error:
-        if not is_bare:
+        if not reference.is_bare:
             raise
         raise UserError(
-            f"no model can be loaded: there is no folder {model!r} here, and no model {name}@{_ALIAS} in the "
-            f"registry: {error.what}",
+            f"no model can be loaded: there is no folder {model!r} here, and in the registry: {error.what}",
             where=error.where,
             hint=error.hint,
         ) from error
-
-
-def _hint(model: str) -> str:
-    """What to write instead of a path that does not exist."""
-    name, slash, version = model.rpartition("/")
-    if slash and version.isdecimal() and _REGISTERED.fullmatch(name):
-        return f"write {name}:{version} for version {version} of the registered model {name}"
-    return f"give {SPELLINGS}"
-
-
-def _fetched(reference: str, uri: str) -> Located:
-    version, folder = registry.cached(reference, uri, cache_folder() / "models")
     return Located(folder, f"{version.name}:{version.number}")
+
+
+def _hint(path: str) -> str:
+    """What to write instead of a path that does not exist."""
+    meant = references.parsed(path)
+    if meant.is_whole and meant.version is not None and meant.version.isdecimal():
+        return f"write {meant.name}:{meant.version} for version {meant.version} of the registered model {meant.name}"
+    return f"give {SPELLINGS}"
 
 
 def inner_folder(path: Path) -> Path:

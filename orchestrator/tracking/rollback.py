@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import UserError, nearest
-from orchestrator.tracking import aliases
+from orchestrator.errors import UserError
+from orchestrator.tracking import aliases, references
 from orchestrator.tracking.answers import answering, require_database, understood
 from orchestrator.tracking.connect import connect
 from orchestrator.tracking.patience import interruptibly
+from orchestrator.tracking.references import Reference
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import RegisteredModel
 
 
 @dataclass(frozen=True)
@@ -28,38 +28,49 @@ class RolledBack:
     now: int
 
 
-def rollback(name: str, uri: str, alias: str = "champion", to: int | None = None) -> RolledBack:
+def rollback(model: str, uri: str, alias: str | None = None, to: int | None = None) -> RolledBack:
     """Give an alias back to the version that had it before, or to another one.
 
     The version that loses the alias is marked, so that publishing it again leaves the alias where it is.
 
     Args:
-        name: of the registered model.
+        model: a registered model, as NAME or NAME@ALIAS.
         uri: of MLflow.
-        alias: the alias.
+        alias: the alias, if `model` does not say it; default: champion.
         to: the version; default: the one that had the alias before, as it is on record.
 
     Raises:
         UserError: no such model, alias or version; it is not on record who had the alias before; or the registry
             cannot be reached.
     """
+    reference = references.parsed(model)
+    moved = alias or reference.alias or references.CHAMPION
+    if reference.version is not None or not reference.is_whole or reference.alias not in (None, moved):
+        raise UserError(
+            f"{model!r} does not name a model and one alias",
+            where=model,
+            hint=f"write {reference.name}@ALIAS, and --to VERSION for the version that gets the alias",
+        )
     require_database(uri)
 
     def call() -> RolledBack:
         with answering(uri, where=uri), understood(uri):
-            return _roll_back(connect(uri), name, alias, to)
+            return _roll_back(connect(uri), reference, moved, to)
 
-    return interruptibly(call, uri, None, f"rolling back {name}@{alias}")
+    return interruptibly(call, uri, None, f"rolling back {reference.name}@{moved}")
 
 
-def _roll_back(client: MlflowClient, name: str, alias: str, to: int | None) -> RolledBack:
-    model = _model(client, name)
-    before = _version_with(model, alias)
+def _roll_back(client: MlflowClient, reference: Reference, alias: str, to: int | None) -> RolledBack:
+    model = references.find_model(client, reference)
+    name = model.name
+    if alias not in model.aliases:
+        raise references.none_such(model, reference.text, "alias", alias)
+    before = int(model.aliases[alias])
     numbers = sorted(
         int(one.version) for one in client.search_model_versions(f"name = '{name}'") if one.status == "READY"
     )
     known = aliases.history(model.tags, alias)
-    target = _previous(model.name, alias, before, known, numbers) if to is None else to
+    target = _previous(name, alias, before, known, numbers) if to is None else to
     if target not in numbers:
         raise _no_version(name, target, numbers)
     if target == before:
@@ -98,28 +109,6 @@ def _previous(name: str, alias: str, now: int, known: Sequence[int], numbers: Se
             f"{name} has no version {known[-2]} any more, which had the alias {alias} before", hint=hint
         )
     return known[-2]
-
-
-def _model(client: MlflowClient, name: str) -> RegisteredModel:
-    models = {model.name: model for model in client.search_registered_models(max_results=1000)}
-    if name in models:
-        return models[name]
-    close = nearest(name, models)
-    hint = f"did you mean {close}?" if close else f"there are {', '.join(sorted(models)[:5])}"
-    raise UserError(
-        f"no model {name!r} in the registry", hint=hint if models else "nothing is published there yet"
-    )
-
-
-def _version_with(model: RegisteredModel, alias: str) -> int:
-    if alias in model.aliases:
-        return int(model.aliases[alias])
-    there = ", ".join(sorted(model.aliases))
-    raise UserError(
-        f"{model.name} has no alias {alias!r}",
-        where=f"--alias {alias}",
-        hint=f"there is {there}" if there else "publish it first: orchestrator publish FILE",
-    )
 
 
 def _no_version(name: str, number: int, numbers: Sequence[int]) -> UserError:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, PrivateAttr, model_validator
 
 from orchestrator.config.schema import LocalPath
 from orchestrator.config.settings import Settings, in_key_if_set, operational
@@ -28,6 +27,7 @@ from orchestrator.errors import KeyMistakeError, UserError, first_line, printabl
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import described, preset
 from orchestrator.stages.base import Context
+from orchestrator.tracking import references
 
 if TYPE_CHECKING:
     from orchestrator.models import Backbone
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 _CONFIG = "config.json"
 _FILE = "backbone.safetensors"
 _KIND = "weights"
-_REGISTRY = "models:/"
-_REFERENCE = re.compile(r"[^/@\s]+@[^/@\s]+")
 # Fields of a model that weights alone do not show: a file of the pipeline may say them.
 _HIDDEN = ("num_heads", "norm_eps", "rope_base")
 # Fields that training may choose whatever the weights were trained with.
@@ -49,21 +47,28 @@ _AS_TEACHER = (
 
 
 def _from_text(value: Any) -> Any:
-    """A path or a model of the registry, written as one text."""
+    """A path or a model of the registry, written as one text; a bare name is a path."""
     if not isinstance(value, (str, Path)):
         return value
     text = str(value)
-    if text.startswith(_REGISTRY):
-        return {"registry": text.removeprefix(_REGISTRY)}
-    if _REFERENCE.fullmatch(text) and not Path(text).exists():
-        return {"registry": text}
-    return {"path": text}
+    try:
+        reference = references.registered(text)
+    except UserError as error:
+        raise ValueError(f"{error.what}: {error.hint}") from None
+    return {"path": text} if reference is None or reference.is_bare else {"registry": text}
+
+
+def _spelled(text: str) -> str:
+    if not references.parsed(text).is_whole:
+        raise ValueError(f"{shortened(text, 80)!r} is no registered model: write {references.SPELLINGS}")
+    return text
 
 
 class Weights(Settings):
     """The weights that a model begins with. Exactly one of the keys is given.
 
-    A text is short for `path`, or for `registry` if it begins with `models:/` or has the form NAME@ALIAS.
+    A text is short for `registry` if it has the form NAME@ALIAS or NAME:VERSION or begins with `models:/`, else for
+    `path`.
     """
 
     # The key of the stage has the hash of what is in the files instead of their place.
@@ -72,10 +77,10 @@ class Weights(Settings):
         description="A folder of `orchestrator pull`, an artifact's folder or its `model/`, or a file or folder of "
         "weights in a known layout (docs/continue.md). Of a training checkpoint the teacher's backbone is used.",
     )
-    registry: str | None = operational(
+    registry: Annotated[str, AfterValidator(_spelled)] | None = operational(
         None,
-        pattern=r"^[^/@\s]+(@[^/@\s]+|/\d+)$",
-        description="A model of the registry at `tracking.uri`, as NAME@ALIAS or NAME/VERSION.",
+        description=f"A model of the registry at `tracking.uri`, as {references.SPELLINGS}; NAME alone is its "
+        "champion, or its newest version if there is none.",
     )
     timm: str | None = in_key_if_set(
         None, min_length=1, description="The name of a timm model. timm must be installed."
@@ -203,7 +208,7 @@ def from_field(description: str) -> Any:
 
 FROM = (
     "The weights that the backbone starts from: a file or folder in a known layout, or a model of the registry as "
-    "NAME@ALIAS (docs/continue.md)."
+    "NAME@ALIAS or NAME:VERSION (docs/continue.md)."
 )
 
 

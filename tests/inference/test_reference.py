@@ -50,7 +50,13 @@ def published(seed: int) -> torch.Tensor:
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("spelled", "number"),
-    [("food-vit@champion", 1), ("food-vit", 1), ("food-vit:1", 1), ("food-vit:02", 2), ("food-vit@next", 2)],
+    [
+        ("food-vit@champion", 1),
+        ("food-vit", 1),
+        ("food-vit:1", 1),
+        ("food-vit:02", 2),
+        ("models:/food-vit/2", 2),
+    ],
 )
 def test_a_registered_model_is_loaded_by_alias_and_version(
     uri: str, cache: Path, spelled: str, number: int, monkeypatch: pytest.MonkeyPatch
@@ -97,12 +103,13 @@ def test_what_is_not_registered_is_one_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for spelled, expected, hint in (
-        ("food-vt", "no folder 'food-vt' here, and no model food-vt@champion", "food-vit"),
+        ("food-vt", "no folder 'food-vt' here, and in the registry: no model 'food-vt'", "food-vit"),
         ("food-vit@best", "food-vit has no alias 'best'", "food-vit@champion"),
         ("food-vit:9", "food-vit has no version '9'", "food-vit@champion"),
         ("food-vit/1", "food-vit/1 does not exist", "write food-vit:1 for version 1"),
         ("a/b", "does not exist", "NAME@ALIAS"),
-        ("food-vit:one", "does not exist", "NAME:VERSION"),
+        ("food-vit:one", "food-vit has no version 'one'", "food-vit@champion"),
+        ("food-vit@", "'food-vit@' does not name a version", "food-vit@champion"),
     ):
         with pytest.raises(UserError, match=expected) as caught:
             orchestrator.load(spelled, tracking=uri)
@@ -115,7 +122,8 @@ def test_without_a_registry_one_error_says_where_it_was_looked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"no folder 'vit' here, and .*no MLflow database at .*runs/mlflow\.db"
+        UserError,
+        match=r"no folder 'vit' here, and in the registry: .*no MLflow database at .*runs/mlflow\.db",
     ):
         orchestrator.load("vit")
     with pytest.raises(UserError, match="no MLflow database") as caught:
@@ -155,6 +163,7 @@ def test_a_folder_goes_first_where_a_bare_name_could_be_both(
     assert "./model@champion" in (caught.value.hint or "")
     assert locate("./model@champion").path == Path("model@champion")
     assert locate(Path("model@champion")).path == Path("model@champion")
+    assert "models:/model@champion" in (caught.value.hint or "")
 
 
 def test_an_artifact_and_what_was_published_of_it_have_the_same_weights(model: Path, tmp_path: Path) -> None:

@@ -60,9 +60,13 @@ def hub(tmp_path: Path) -> Path:
     ("value", "field", "text"),
     [
         ("weights/a.pth", "path", "weights/a.pth"),
-        ("models:/dino-vit@champion", "registry", "dino-vit@champion"),
-        ("models:/dino-vit/3", "registry", "dino-vit/3"),
+        ("models:/dino-vit@champion", "registry", "models:/dino-vit@champion"),
+        ("models:/dino-vit/3", "registry", "models:/dino-vit/3"),
         ("dino-vit@champion", "registry", "dino-vit@champion"),
+        ("dino-vit:3", "registry", "dino-vit:3"),
+        ("dino-vit/3", "path", "dino-vit/3"),
+        ("dino-vit", "path", "dino-vit"),
+        ({"registry": "dino-vit"}, "registry", "dino-vit"),
         ("./dino-vit@champion", "path", "dino-vit@champion"),
         ({"timm": "vit_small_patch16_dinov3"}, "timm", "vit_small_patch16_dinov3"),
         ({"transformers": "facebook/dino"}, "transformers", "facebook/dino"),
@@ -76,15 +80,21 @@ def test_a_text_or_a_mapping_names_weights(value: Any, field: str, text: str) ->
     assert again.from_ == found
 
 
-def test_a_file_that_is_there_is_no_model_of_the_registry(
+def test_a_file_with_the_name_of_a_registered_model_is_never_a_guess(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("dino@home").touch()
-    assert made({**PRETRAIN, "model": "vit_femto", "from": "dino@home"}).from_.path == Path("dino@home")
+    with pytest.raises(ValidationError, match=r"there is a file of that name here: write \./dino@home"):
+        made({**PRETRAIN, "model": "vit_femto", "from": "dino@home"})
+    for text, field in (("./dino@home", "path"), ("models:/dino@home", "registry")):
+        assert getattr(made({**PRETRAIN, "model": "vit_femto", "from": text}).from_, field) is not None
 
 
-@pytest.mark.parametrize("value", [{}, {"timm": "a", "path": "b"}, {"registry": "../x@y"}, {"timm": ""}])
+@pytest.mark.parametrize(
+    "value",
+    [{}, {"timm": "a", "path": "b"}, {"registry": "../x@y"}, {"registry": "x@"}, {"timm": ""}],
+)
 def test_weights_come_from_one_place(value: Any) -> None:
     with pytest.raises(ValidationError):
         Weights.model_validate(value)
@@ -335,7 +345,7 @@ def test_a_model_of_the_registry_is_its_content(
         return contents(stage)["from"]
 
     before = digest("models:/dino@champion")
-    assert asked == [("dino@champion", "sqlite:///runs/mlflow.db")]
+    assert asked == [("models:/dino@champion", "sqlite:///runs/mlflow.db")]
     assert digest("dino@best") == before
     state = load_file(folder / "model.safetensors")
     save_file({**state, "cls_token": state["cls_token"] + 1}, folder / "model.safetensors")

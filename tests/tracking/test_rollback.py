@@ -74,7 +74,7 @@ def test_back_to_a_version_by_its_number(
     # Forward again, to what is no longer on the way back.
     assert rollback("vit", uri, to=3).before == 2
     assert client.get_registered_model("vit").tags["orchestrator.history.champion"] == "1 2 3"
-    assert rollback("vit", uri).now == 2
+    assert rollback("vit@champion", uri).now == 2
     with pytest.raises(UserError, match="is version 2 already"):
         rollback("vit", uri, to=2)
     with pytest.raises(UserError, match="no version 9") as caught:
@@ -157,7 +157,11 @@ def test_the_command_says_from_where_to_where(
     assert "Traceback" not in said
     for name, options, what, hint in (
         ("vitt", {}, "no model 'vitt'", "did you mean vit"),
-        ("vit", {"alias": "prod"}, "vit has no alias 'prod'", "there is champion"),
+        ("vit", {"alias": "prod"}, "vit has no alias 'prod'", "there is vit@champion"),
+        ("vit@prod", {}, "vit has no alias 'prod'", "there is vit@champion"),
+        ("vit:2", {}, "'vit:2' does not name a model and one alias", "vit@ALIAS, and --to VERSION"),
+        ("vit@", {}, "'vit@' does not name a model and one alias", "vit@ALIAS"),
+        ("vit@champion", {"alias": "prod"}, "does not name a model and one alias", "vit@ALIAS"),
         ("vit", {"to": 7}, "vit has no version 7", "there are 1, 2, 3"),
         ("vit", {"to": 1}, "is version 1 already", "there are 1, 2, 3"),
     ):
