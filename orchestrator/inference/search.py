@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator import disk
 from orchestrator.data.sources.folder import list_folder, shown
 from orchestrator.errors import UserError
-from orchestrator.fsio import why
 from orchestrator.inference.embed_folder import Progress, embed_folder, made_of
 from orchestrator.inference.embeddings import Embeddings, Made, open_embeddings
 from orchestrator.inference.images import square_of
@@ -182,14 +182,11 @@ def embeddings_of(
     path = cache_folder() / "embeddings" / f"{key}.parquet"
     if _is_current(path, made):
         return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the cache cannot be written: {why(error)}",
-            where=str(path.parent),
-            hint="name another folder in the environment variable ORCHESTRATOR_CACHE",
-        ) from error
+    disk.make_folder(
+        path.parent,
+        "name another folder in the environment variable ORCHESTRATOR_CACHE",
+        "the cache cannot be written",
+    )
     embed_folder(model, listing, path, made, batch=batch, loaders=loaders, progress=progress)
     return path
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import disk
 from orchestrator.errors import UserError, first_line, nearest, shortened
-from orchestrator.fsio import folder_beside, move, why
+from orchestrator.fsio import move
 from orchestrator.models.export import FORMATS, Preprocessing, fitting, missing, write
 from orchestrator.models.export.formats import loader_text, misfit
 from orchestrator.tracking.registry import Pulled, fetch, free
@@ -50,13 +50,7 @@ def pull_as(name: str, reference: str, out: Path, uri: str, store: str | None = 
     """
     _require(name)
     out = free(out).absolute()
-    with contextlib.ExitStack() as stack:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            staging = stack.enter_context(folder_beside(out))
-        except OSError as error:
-            what = f"the folder {out} cannot be made: {why(error)}"
-            raise UserError(what, where=str(out), hint="name another folder for --out") from None
+    with disk.making(out) as staging:
         pulled = fetch(reference, staging / "pulled", uri, store)
         model, preprocessing = _opened(pulled, name)
         made = staging / "made"

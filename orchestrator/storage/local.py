@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from orchestrator import disk
 from orchestrator.errors import UserError
 from orchestrator.fsio import NotAFileError, make_folder, move, open_regular, replacing
 from orchestrator.storage.scratch import Scratch
@@ -37,19 +38,13 @@ class LocalStore:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).expanduser().absolute()
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the store {self.root} cannot be created: {error.strerror}",
-                where=str(self.root),
-                hint="set `store` to a folder that can be written",
-            ) from error
+        hint = "set `store` to a folder that can be written"
+        disk.make_folder(self.root, hint, f"the store {self.root} cannot be created")
         if not os.access(self.root, os.W_OK):
             raise UserError(
                 f"the store {self.root} cannot be written",
                 where=str(self.root),
-                hint="set `store` to a folder that can be written",
+                hint=hint,
             )
         self.uri = str(self.root)
         self._scratch = Scratch(self.root / SCRATCH)

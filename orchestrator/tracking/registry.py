@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator import disk
 from orchestrator.errors import UserError, first_line, shortened
-from orchestrator.fsio import DIGESTS, folder_beside, move, why
+from orchestrator.fsio import DIGESTS, move, why
 from orchestrator.redact import redacted
 from orchestrator.tracking import aliases, relocate
 from orchestrator.tracking.aliases import OPEN, Gate
@@ -236,13 +236,7 @@ def fetch(reference: str, out: Path, uri: str, store: str | None = None) -> Pull
     from mlflow.artifacts import download_artifacts
 
     out = out.absolute()
-    with contextlib.ExitStack() as stack:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            staging = stack.enter_context(folder_beside(out))
-        except OSError as error:
-            what = f"the folder {out} cannot be made: {why(error)}"
-            raise UserError(what, where=str(out), hint="name another folder for --out") from None
+    with disk.making(out) as staging:
         try:
 
             def download() -> tuple[ModelVersion, str | None, str, Path]:
