@@ -80,6 +80,23 @@ class Meter:
             report(Progress(self._name, done, self._total, detail or self._what, left_s))
         if says and left_s is not None:
             logging.getLogger("orchestrator").info(
-                "%s: %s of %s %s, about %.0f s to go",
-                self._name, f"{done:,}", f"{self._total:,}", self._what, left_s, extra=ROUTINE,
+                "%s: %s of %s %s, %s",
+                self._name, f"{done:,}", f"{self._total:,}", self._what, time_left(left_s), extra=ROUTINE,
             )  # fmt: skip
+
+
+def time_left(seconds: float) -> str:
+    """`3m05s left`: on bars and in the log alike."""
+    return f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """`0.4s`, `12s`, `3m05s`, `2h07m`."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

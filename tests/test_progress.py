@@ -56,7 +56,7 @@ def test_the_time_left_is_that_of_the_work_left(kept: _Kept, monkeypatch: pytest
     clock.now += 30
     meter.add(100)
     assert kept.reports == [Progress("curate", 100, 400, "photos read", 90.0)]
-    assert kept.lines == ["curate: 100 of 400 photos read, about 90 s to go"]
+    assert kept.lines == ["curate: 100 of 400 photos read, 1m30s left"]
     clock.now += 0.1
     meter.add()
     assert len(kept.reports) == 1, "a bar is drawn a few times a second, not for each photo"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from orchestrator.pipeline.console import duration
+from orchestrator.progress import time_left
 
 _LINE_S = 5.0
 
@@ -27,12 +27,12 @@ class ImageProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}", markup=False),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(doing, total=None, visible=False, rate="")
+        self._task = self._bar.add_task(doing, total=None, visible=False, rate="", left="")
         self.seconds = 0.0
 
     def __enter__(self) -> ImageProgress:
@@ -47,9 +47,9 @@ class ImageProgress:
         now = time.monotonic()
         self.seconds = max(now - self._began, 1e-9)
         rate = f"{done / self.seconds:,.1f} images/s"
-        self._bar.update(self._task, completed=done, total=total, rate=rate, visible=True)
-        if not self._console.is_terminal and now - self._line >= _LINE_S and 0 < done < total:
+        left = time_left(self.seconds * (total - done) / done) if 0 < done < total else ""
+        self._bar.update(self._task, completed=done, total=total, rate=rate, left=left, visible=True)
+        if not self._console.is_terminal and now - self._line >= _LINE_S and left:
             self._line = now
-            left = duration(self.seconds * (total - done) / done)
-            line = f"  {self._doing}: {done:,} of {total:,} images, {rate}, {left} left"
+            line = f"  {self._doing}: {done:,} of {total:,} images, {rate}, {left}"
             self._console.print(Text(line), soft_wrap=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.elastic.time_accounting import Recovery, TimeAccounting
+from orchestrator.progress import time_left
 
 Event = dict[str, Any]
 
@@ -144,7 +145,7 @@ class RunMonitor:
                 {
                     "kind": "routine",
                     "text": f"{self.name}: step {self.step}/{self.num_steps}, loss {metrics['loss']:.3f}, "
-                    f"{metrics['step_seconds']:.2f} s a step, about {left:.0f} s to go",
+                    f"{metrics['step_seconds']:.2f} s a step, {time_left(left)}",
                 }
             )
         if now - self._metrics_at >= _METRICS_EVERY_S:

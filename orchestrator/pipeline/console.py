@@ -22,7 +22,7 @@ from orchestrator.errors import shortened
 from orchestrator.pipeline.cache_key import short
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.table import Rows
-from orchestrator.progress import BARS, Progress
+from orchestrator.progress import BARS, Progress, duration, time_left
 from orchestrator.redact import HIDDEN, KeyBlocks, redacted
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class _Ticker:
         bars.add_column(justify="right", no_wrap=True, min_width=max(len(count) for _, _, count in rows))
         bars.add_column(no_wrap=True, overflow="ellipsis")
         for name, bar, count in rows:
-            left = f"{duration(bar.left_s)} left" if bar.left_s else ""
+            left = time_left(bar.left_s) if bar.left_s else ""
             bars.add_row(
                 Text(name),
                 ProgressBar(total=bar.total, completed=bar.done),
@@ -416,15 +416,3 @@ def figures(summary: Mapping[str, float], limit: int = 6) -> str:
 def figure(value: float) -> str:
     """A number with four significant digits, whole if it is whole."""
     return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """`0.4s`, `12s`, `3m05s`, `2h07m`."""
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from orchestrator.errors import UserError, nearest
 from orchestrator.pipeline.cache_key import diff, short
-from orchestrator.pipeline.console import duration, figures, mark
+from orchestrator.pipeline.console import figures, mark
 from orchestrator.pipeline.gc import left_behind, summary
 from orchestrator.pipeline.ledger import PipelineState, StageState
 from orchestrator.pipeline.load import LoadedPipeline
@@ -21,6 +21,7 @@ from orchestrator.pipeline.process_identity import is_suspended
 from orchestrator.pipeline.table import Rows
 from orchestrator.pipeline.tracking_run import waiting
 from orchestrator.pipeline.workspace import Workspace
+from orchestrator.progress import duration
 from orchestrator.shell_command import command
 from orchestrator.tracking.backlog import counted
 from orchestrator.tracking.spool import Spool
