@@ -58,13 +58,16 @@ def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Installed versions, without importing anything."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {package: version for package in packages if (version := _installed(package)) is not None}
+
+
+@functools.cache
+def _installed(package: str) -> str | None:
+    """The package's version: its metadata is a file to parse, and every stage of a run asks."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _shown(module: str, path: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import orchestrator
 from orchestrator.pipeline.cache_key import short
+from orchestrator.pipeline.code_digest import versions
 from orchestrator.pipeline.console import figures
 from orchestrator.pipeline.ledger import PipelineState
 from orchestrator.pipeline.load import LoadedPipeline
@@ -137,7 +138,9 @@ def _params(stage: ResolvedStage, student: str) -> dict[str, Any]:
 
 def describe(run: Run, loaded: LoadedPipeline) -> None:
     """The code and the packages that the pipeline runs with."""
-    run.tags({**_source(loaded), **{f"version.{name}": _version(name) for name in _SHOWN}})
+    found = versions(_SHOWN)
+    shown = {f"version.{name}": found.get(name, "not installed") for name in _SHOWN}
+    run.tags({**_source(loaded), **shown})
     run.text("packages.txt", _packages(), "environment")
 
 
@@ -219,10 +222,3 @@ def _git(*arguments: str) -> str | None:
 def _packages() -> str:
     found = {f"{one.metadata['Name']}=={one.version}" for one in importlib.metadata.distributions()}
     return "\n".join(sorted(found, key=str.lower)) + "\n"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -18,7 +18,7 @@ from orchestrator.pipeline.lease import Holder, Lease, LeaseManager
 from orchestrator.pipeline.ledger import Ledger, PipelineState
 from orchestrator.pipeline.spool_backup import SpoolBackup
 from orchestrator.storage.artifacts import Artifact, ArtifactStore, folder_name
-from orchestrator.storage.local import not_followed
+from orchestrator.storage.local import LocalStore, not_followed
 from orchestrator.storage.open import folder_of, is_remote, open_store
 from orchestrator.storage.s3 import S3Store
 from orchestrator.storage.store import Store
@@ -49,6 +49,7 @@ class Workspace:
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self._backups: dict[str, SpoolBackup] = {}
+        self._local: LocalStore | None = None
 
     @cached_property
     def root(self) -> Path:
@@ -77,7 +78,11 @@ class Workspace:
         Raises:
             UserError: it cannot be used.
         """
-        return self._remote or open_store(self._uri)
+        if self._remote is not None:
+            return self._remote
+        if self._local is None or not self._local.root.is_dir():
+            self._local = LocalStore(self.root)
+        return self._local
 
     def artifacts(self) -> ArtifactStore:
         """The store's artifacts; the store is made if it is missing."""
