@@ -68,6 +68,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Importing a file takes longer than most of its tests."""
+    if not (collection_path.is_file() and collection_path.is_relative_to(suite.TESTS)):
+        return None
+    return suite.is_left_out(collection_path, config.option.markexpr) or None
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Set the marks of tests/suite.py; files that start servers come first, so that no core idles at the end.

@@ -9,6 +9,9 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 
+# What `make test-fast` selects. Files of which this leaves nothing are not imported for it.
+FAST = "not (slow or cluster or heavy)"
+
 # A test that uses one of these, or a fixture that does, starts servers or groups of worker processes.
 CLUSTER_FIXTURES = frozenset({"s3", "forge", "ask", "whole_lab"})
 
@@ -48,6 +51,7 @@ CLUSTER_FILES = (
 HEAVY_FILES = (
     "data/test_weights.py",
     "fuzz/*",
+    "pipeline/test_lock_queue.py",
     "pipeline/test_mlflow_record.py",
     "simulation/test_replay.py",
     "stages/test_any_model.py",
@@ -94,6 +98,11 @@ def marks_of(path: Path, fixtures: Sequence[str]) -> Iterator[str]:
         yield "cluster"
     if _is_one_of(path, HEAVY_FILES):
         yield "heavy"
+
+
+def is_left_out(path: Path, selected: str) -> bool:
+    """Whether the marks that all tests of a file have leave it out: not known of any selection but FAST."""
+    return selected == FAST and _is_one_of(path, (*CLUSTER_FILES, *HEAVY_FILES))
 
 
 def _is_one_of(path: Path, patterns: Sequence[str]) -> bool:

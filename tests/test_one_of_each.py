@@ -18,7 +18,7 @@ OF_FSIO = {
     "tempfile": {"mkstemp", "NamedTemporaryFile"},
     "hashlib": {"file_digest"},
 }
-
+_NAMES = {"replace", "rename"}.union(*OF_FSIO.values())
 
 # Where a write does not wait for the disk, on purpose: each says why beside it.
 NOT_DURABLE = {
@@ -52,7 +52,9 @@ def own_writes(text: str) -> list[str]:
         if isinstance(node, ast.ImportFrom) and node.module in OF_FSIO:
             found += [alias.name for alias in node.names if alias.name in OF_FSIO[node.module]]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            owner, name = ast.unparse(node.func.value), node.func.attr
+            if (name := node.func.attr) not in _NAMES:
+                continue
+            owner = ast.unparse(node.func.value)
             of_path = name in ("replace", "rename") and len(node.args) == 1  # str.replace has two
             if name in OF_FSIO.get(owner, ()) or (of_path and not node.keywords):
                 found.append(f"{owner}.{name}")

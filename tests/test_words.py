@@ -98,18 +98,18 @@ def sources() -> tuple[Path, ...]:
 
 
 @cache
-def lines() -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (f"{path.relative_to(ROOT)}:{number}", line)
-        for path in sources()
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-    )
+def texts() -> tuple[tuple[str, str], ...]:
+    return tuple((str(path.relative_to(ROOT)), path.read_text()) for path in sources())
 
 
 def place(text: str) -> str:
     """File and line at which a text begins in the source."""
     start = text.strip().partition("\n")[0][:24]
-    return next((where for where, line in lines() if start in line), "orchestrator")
+    found = ((file, source.find(start), source) for file, source in texts())
+    return next(
+        (f"{file}:{1 + source.count(chr(10), 0, at)}" for file, at, source in found if at >= 0),
+        "orchestrator",
+    )
 
 
 def help_texts() -> Iterator[Text]:

@@ -465,7 +465,7 @@ class SharedPool(RuleBasedStateMachine):
         return [slot.node for slot in self.pool.slots.values() if slot.node]
 
 
-TestSharedPool = SharedPool.TestCase
+TestSharedPool = pytest.mark.heavy(SharedPool.TestCase)
 TestSharedPool.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

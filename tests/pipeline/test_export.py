@@ -41,6 +41,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "registry"
 
 
+@pytest.mark.heavy
 def test_a_folder_that_its_library_loads(registry: Path, tmp_path: Path) -> None:
     """The whole way, another process too; torch.export is always installed."""
     published(registry)
@@ -163,6 +164,7 @@ def test_mistakes_are_found_before_anything_is_fetched(
         export.pull_as("onnx", "food-femto", tmp_path / "full" / "file" / "out", "sqlite:///none.db")
 
 
+@pytest.mark.heavy
 def test_the_command_line_has_every_format_and_prints_the_differences(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

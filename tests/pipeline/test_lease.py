@@ -110,6 +110,7 @@ def child(tmp_path: Path) -> Iterator[Callable[..., Child]]:
         one.kill()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_of_ten_that_race_one_gets_it(child: Callable[..., Child], elsewhere: bool) -> None:
     racers = [child(Timing(0.3, 10_000.0), elsewhere=elsewhere, go=False) for _ in range(10)]

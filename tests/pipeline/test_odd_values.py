@@ -375,6 +375,7 @@ def test_any_odd_value_anywhere_loads_or_is_a_user_error(
     loads_or_complains(write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True)))
 
 
+@pytest.mark.heavy
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=10) | ODD, VALUES, max_size=5))
 def test_any_mapping_loads_or_is_a_user_error(write: Callable[[str], Path], data: dict[Any, Any]) -> None:
@@ -395,6 +396,7 @@ def test_any_text_loads_or_is_a_user_error(write: Callable[[str], Path], text: s
     loads_or_complains(write(text))
 
 
+@pytest.mark.heavy
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(PATHS), st.text(max_size=12) | VALUES.map(str))
 def test_any_override_loads_or_is_a_user_error(path: tuple[Any, ...], text: str) -> None:

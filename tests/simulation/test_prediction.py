@@ -320,6 +320,7 @@ def stages(draw: st.DrawFn) -> SimulatedStage:
     return SimulatedStage("s", "distill", jobs, costs)
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(storms(), st.lists(stages(), min_size=1, max_size=3))
 def test_seconds_add_up_and_twice_is_the_same(trace: Trace, plans: list[SimulatedStage]) -> None:

@@ -61,6 +61,7 @@ def alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("alone")
 def test_the_engine_is_the_chosen_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def engine() -> object:
