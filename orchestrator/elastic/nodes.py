@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 
 def draining_nodes() -> dict[str, int]:
@@ -16,18 +16,25 @@ def draining_nodes() -> dict[str, int]:
 
 @contextmanager
 def minimal_agents() -> Iterator[None]:
-    """Nodes that this process starts meanwhile have agents as where Ray's dashboard is not installed.
+    """Nodes that this process starts meanwhile have agents as where Ray's dashboard is not installed, and no others.
 
-    What the others serve only a dashboard shows, and it costs each node seconds of a core at its start.
+    What the agents serve only a dashboard shows. An autoscaler has nothing to scale here, and workers' lines need
+    nobody who brings them to a driver that does not print them. Each of these is a Python process, which costs a node
+    seconds of a core at its start.
     """
     from ray._private import utils
+    from ray._private.node import Node
 
-    known = utils.get_dashboard_dependency_error
-    utils.get_dashboard_dependency_error = lambda: ImportError("no dashboard is wanted")
-    try:
+    with ExitStack() as changes:
+        for home, name, ours in (
+            (utils, "get_dashboard_dependency_error", lambda: ImportError("no dashboard is wanted")),
+            (Node, "start_monitor", lambda node: None),
+            (Node, "start_log_monitor", lambda node: None),
+            (Node, "start_api_server", lambda node, **options: None),
+        ):
+            changes.callback(setattr, home, name, getattr(home, name))
+            setattr(home, name, ours)
         yield
-    finally:
-        utils.get_dashboard_dependency_error = known
 
 
 @contextmanager

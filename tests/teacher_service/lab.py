@@ -15,6 +15,7 @@ import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
+from orchestrator.elastic.nodes import minimal_agents
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, Parts
 from orchestrator.teacher_service.service import TeacherService
 
@@ -112,15 +113,19 @@ class Lab:
     """A head node without a place for the teacher, and two nodes with one each."""
 
     def __init__(self, folder: Path) -> None:
-        # Short, as sockets live below it.
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": str(folder)})
+        self._sizes = {"object_store_memory": 256 * 2**20, "include_dashboard": False}
+        # The folder's name is short, as sockets live below it.
+        head = {"num_cpus": 0, "temp_dir": str(folder), **self._sizes}
+        with minimal_agents():
+            self.cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
         self.mend()
 
     def mend(self) -> None:
         """Two good nodes, after whatever a test did."""
         while len(self.cluster.worker_nodes) < 2:
-            self.cluster.add_node(num_cpus=1)
+            with minimal_agents():
+                self.cluster.add_node(num_cpus=1, **self._sizes)
 
     def node(self, node_id: str) -> Any:
         """The raylet behind a Ray node id."""
