@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -177,7 +178,9 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.cluster
-def test_a_run_uses_what_a_program_registers_in_all_its_processes(folder: Path) -> None:
+def test_a_run_uses_what_a_program_registers_in_all_its_processes(folder: Path, empty_database: Path) -> None:
+    (folder / "runs").mkdir()
+    shutil.copyfile(empty_database, folder / "runs" / "mlflow.db")
     program = (
         "import json, mine, orchestrator\n"
         "found = orchestrator.run('own.yaml', quiet=True)\n"

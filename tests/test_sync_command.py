@@ -66,7 +66,10 @@ def steps(port: int) -> list[int]:
     return [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
 
 
-def test_what_waits_is_said_and_sent_later(folder: Path, port: int, tmp_path: Path) -> None:
+def test_what_waits_is_said_and_sent_later(
+    folder: Path, port: int, tmp_path: Path, empty_database: Path
+) -> None:
+    shutil.copyfile(empty_database, tmp_path / "server.db")
     said = command(folder, "run", "toy.yaml")
     server = f"MLflow at http://127.0.0.1:{port}"
     assert f"{server} does not answer (connection refused) since " in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -235,10 +236,12 @@ stages:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def ran(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[Path, str]:
     """The folder in which a small run with the real MLflow failed, and all that it said."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "toy.yaml").write_text(PIPELINE)
+    (folder / "runs").mkdir()
+    shutil.copyfile(empty_database, folder / "runs" / "mlflow.db")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(MAIN.parent), os.environ.get("PYTHONPATH", "")]),
