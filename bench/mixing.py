@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bench.harness import Claim, summarize
 from orchestrator.data.curation import selection
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
+from orchestrator.data.curation.hierarchy import Hierarchy, draw
 from orchestrator.data.curation.mix import by_cluster, count_draws, effective_number
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.sampler import SampleOrder
@@ -77,7 +78,8 @@ def zipf_index(
     shares = 1 / np.arange(1, NUM_CLUSTERS + 1)
     sizes = np.round(num_photos * shares / shares.sum()).astype(int)
     clusters_N = np.random.default_rng(seed).permutation(np.repeat(np.arange(NUM_CLUSTERS), sizes))
-    chosen_N = selection.draw_balanced(clusters_N, round(sample * len(clusters_N)), seed)
+    levels = Hierarchy((clusters_N,), np.zeros(len(clusters_N)), ())
+    chosen_N = draw(levels, round(sample * len(clusters_N)), seed)
     statuses = [
         selection.ImageStatus(
             ScannedImage(sources[0] if number % 20 == 0 else sources[-1], "one.png", "", 1, 8, 8),

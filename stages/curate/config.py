@@ -1,8 +1,7 @@
 """Curation: whole, distinct photographs, clustered by look and sampled evenly.
 
-After DINOv3 (arXiv 2508.10104, section 3.1) and Vo et al. (arXiv 2405.15613), in small: one level of k-means,
-and a classical thumbnail descriptor in the place of an encoder's embedding until a trained encoder can be
-given.
+After DINOv3 (arXiv 2508.10104, section 3.1) and Vo et al. (arXiv 2405.15613): hierarchical k-means with resampling, and
+a sample that is balanced at every level. A classical thumbnail descriptor stands for an encoder's embedding.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from orchestrator.config.schema import Names
 from orchestrator.config.settings import in_key_if_set
@@ -24,9 +24,6 @@ from orchestrator.progress import Meter
 from orchestrator.stages.base import Context, PlanContext, Stage
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from orchestrator.data.curation.dedup import NearLimit
     from orchestrator.data.curation.selection import ImageStatus
     from orchestrator.data.index import ImageIndex
@@ -35,11 +32,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("orchestrator")
 
+_MAX_LEVELS = 16
 # Names in the report; `provenance.parquet` has all.
 _LISTED = 1000
 # Names in the log, and characters of each with what is said of it.
 _NAMED = 3
 _NAME = 300
+
+
+def _levels(value: Any) -> Any:
+    """Levels as they are given, or one level."""
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+Levels = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...],
+    BeforeValidator(_levels, json_schema_input_type=int | tuple[int, ...]),
+]
 
 
 class Curate(Stage):
@@ -57,7 +66,20 @@ class Curate(Stage):
         description="The names of the datasets to curate. If two of them contain the same image, the first one's copy "
         "is kept.",
     )
-    clusters: int = Field(16, ge=1, description="The number of k-means clusters that sampling balances.")
+    clusters: Levels = Field(
+        (16,),
+        min_length=1,
+        max_length=_MAX_LEVELS,
+        description="The number of k-means clusters that sampling balances: one number, or one for each level, finest "
+        "first, such as [8000, 800, 100]. The clusters of a level are clusters of the centres of the level before.",
+    )
+    resampling: int = Field(
+        3,
+        ge=0,
+        le=100,
+        description="How many times each level is clustered again from the images that are nearest to its centres. "
+        "This moves clusters from frequent kinds of images to rare ones.",
+    )
     sample: int | float = Field(
         0.5,
         description="The number of images to select, balanced over the clusters: a count, or a share of the unique "
@@ -100,6 +122,7 @@ class Curate(Stage):
     outputs: ClassVar[Mapping[str, str]] = {
         "index.parquet": "one row a unique photo: where it is, caption, label, cluster, component",
         "embeddings.npy": "float32, one row a row of the index",
+        "levels.npy": "int32, one row a row of the index: its cluster at each level, finest first",
         "provenance.parquet": "every file of the sources: what happened to it and why",
         "report.json": "counts, duplicate groups, corrupt files, clusters",
         "account.json": "files of each dataset that were taken, and left out by reason, as a table",
@@ -113,14 +136,24 @@ class Curate(Stage):
             raise ValueError("give a whole number of photos, or a share above 0 and at most 1.0")
         return value
 
+    @field_validator("clusters")
+    @classmethod
+    def _fewer_each_level(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        for fine, coarse in pairwise(value):
+            if coarse >= fine:
+                raise ValueError(
+                    f"{list(value)} has {coarse} clusters of {fine}: give the finest level first, fewer at each next"
+                )
+        return value
+
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: more clusters, or a larger sample, than there are photos."""
         if plan_context.photos is None:
             return []
         most = plan_context.photos.photos
         found = []
-        if self.clusters > most:
-            what = f"{self.clusters} clusters cannot be made of {most} photos"
+        if self.clusters[0] > most:
+            what = f"{self.clusters[0]} clusters cannot be made of {most} photos"
             found.append(UserError(what, where="clusters", hint=f"use at most {most}"))
         if isinstance(self.sample, int) and self.sample > most:
             what = f"a sample of {self.sample} cannot be taken from {most} photos"
@@ -148,6 +181,8 @@ class Curate(Stage):
 
         from orchestrator.data.curation import selection
         from orchestrator.data.curation.contact_sheet import draw_clusters
+        from orchestrator.data.curation.hierarchy import cluster_levels, draw
+        from orchestrator.data.curation.vectors import ArrayVectors
         from orchestrator.data.index import ImageIndex
 
         def stop() -> None:
@@ -181,20 +216,32 @@ class Curate(Stage):
             if (warning := told.said()) is not None:
                 logger.warning("%s: %s", context.name, shortened(warning, 3 * _NAME))
         target = self._target(len(embeddings), context.name)
-        clusters, distances = selection.cluster(embeddings, self.clusters, context.seed)
-        stop()
-        balanced = selection.draw_balanced(clusters, target, context.seed)
-        index = ImageIndex(selection.index_rows(statuses, clusters, balanced, self.holdout), pixels)
+        levels = cluster_levels(
+            ArrayVectors(embeddings),
+            self.clusters,
+            context.seed,
+            resampling=self.resampling,
+            work=context.work / "clusters",
+            stop=stop,
+        )
+        balanced = draw(levels, target, context.seed)
+        clusters = levels.of_vectors()
+        index = ImageIndex(selection.index_rows(statuses, clusters[:, -1], balanced, self.holdout), pixels)
         index.save(context.out)
+        np.save(context.out / "levels.npy", clusters.astype(np.int32))
         np.save(context.out / "embeddings.npy", embeddings)
         others = [selection.left_out(name, item, roots[name]) for name, item in left_out]
         _write_provenance(context.out / "provenance.parquet", [*statuses, *others], index)
         accounts = _accounts(self.data, [*statuses, *others])
-        report = _report(self, statuses, others, index, embeddings)
+        found = [
+            {"clusters": int(column.max()) + 1, "inertia": inertia}
+            for column, inertia in zip(clusters.T, levels.inertias, strict=True)
+        ]
+        report = _report(self, statuses, others, index, embeddings.shape[1], found)
         report["near_duplicate_limits"] = {one.source: one.record() for one in near}
         report["account"] = {one.source: one.record() for one in accounts}
         (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        draw_clusters(index, distances, context.out / "clusters.png")
+        draw_clusters(index, levels.distances_N, context.out / "clusters.png")
         context.run.file(context.out / "clusters.png", "curation")
         _account(context, accounts)
         _tell(context.name, report)
@@ -236,9 +283,9 @@ class Curate(Stage):
 
     def _target(self, num_unique: int, stage: str) -> int:
         """Photos of the balanced component."""
-        if self.clusters > num_unique:
+        if self.clusters[0] > num_unique:
             raise UserError(
-                f"{self.clusters} clusters cannot be made of {num_unique} different photos",
+                f"{self.clusters[0]} clusters cannot be made of {num_unique} different photos",
                 where=f"stages.{stage}.clusters",
                 hint=f"use at most {num_unique}",
             )
@@ -350,7 +397,8 @@ def _report(
     statuses: Sequence[ImageStatus],
     left_out: Sequence[ImageStatus],
     index: ImageIndex,
-    embeddings_ND: NDArray[np.float32],
+    dim: int,
+    levels: list[dict[str, float]],
 ) -> dict[str, Any]:
     """Counts and lists, without absolute paths, so that reports compare across machines."""
     by_status = Counter(status.status for status in statuses)
@@ -367,8 +415,9 @@ def _report(
         "corrupt": by_status["corrupt"],
         "duplicates": by_status["duplicate"],
         "clusters": len(sizes),
+        "levels": levels,
         "components": dict(sorted(Counter(components).items())),
-        "embedding": {"name": config.embedding, "dim": int(embeddings_ND.shape[1])},
+        "embedding": {"name": config.embedding, "dim": dim},
         "corrupt_files": {status.name: status.reason for status in statuses if status.status == "corrupt"},
         "left_out": len(left_out),
         "left_out_by_reason": dict(Counter(status.reason for status in left_out).most_common()),

@@ -135,6 +135,33 @@ def test_clusters_follow_looks_and_small_ones_are_taken_whole(photos: Path, tmp_
     assert sorted(taken[:3]) == [4, 4, 5]
 
 
+def test_levels_of_clusters(photos: Path, tmp_path: Path) -> None:
+    """The index has the coarsest level, `levels.npy` all; photos of one kind stay together at the coarsest."""
+    context = _context(tmp_path, photos=_source(photos))
+    Curate(kind="curate", data="photos", clusters=[12, 4], sample=16).run(context)
+    index = ImageIndex.load(context.out)
+    levels = np.load(context.out / "levels.npy")
+    assert levels.shape == (30, 2)
+    assert levels.dtype == np.int32
+    assert np.array_equal(levels[:, 1], index.clusters)
+    assert [len(np.unique(column)) for column in levels.T] == [12, 4]
+    assert np.bincount(index.clusters).tolist() == sorted(_EACH, reverse=True)
+    taken = np.bincount(index.clusters[index.rows_of("balanced")])
+    assert sorted(taken) == [3, 4, 4, 5]
+    report = json.loads((context.out / "report.json").read_text())
+    assert [level["clusters"] for level in report["levels"]] == [12, 4]
+    assert report["levels"][0]["inertia"] > 0
+
+
+def test_a_number_of_clusters_is_one_level() -> None:
+    plain = Curate(kind="curate", data="photos", clusters=12)
+    assert plain.clusters == (12,)
+    assert plain.identity() == Curate(kind="curate", data="photos", clusters=[12]).identity()
+    assert plain.identity() != Curate(kind="curate", data="photos", clusters=12, resampling=0).identity()
+    with pytest.raises(ValidationError, match="has 12 clusters of 12: give the finest level first"):
+        Curate(kind="curate", data="photos", clusters=[100, 12, 12])
+
+
 def test_report(photos: Path, tmp_path: Path) -> None:
     context = _context(tmp_path, photos=_source(photos))
     Curate(kind="curate", data="photos", clusters=4, sample=0.5).run(context)
@@ -300,7 +327,16 @@ def test_mistakes_are_named(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sample": 0}, {"sample": 1.5}, {"clusters": 0}, {"data": []}, {"embedding": "dino"}]
+    "wrong",
+    [
+        {"sample": 0},
+        {"sample": 1.5},
+        {"clusters": 0},
+        {"clusters": []},
+        {"resampling": -1},
+        {"data": []},
+        {"embedding": "dino"},
+    ],
 )
 def test_wrong_configs_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):

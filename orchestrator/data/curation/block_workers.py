@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 S = TypeVar("S")
 P = TypeVar("P")
@@ -60,7 +61,7 @@ class ThreadWorkers:
 
     def run(self, work: Callable[[Any, Any, P], R], held: Any, shared: S, pieces: Sequence[P]) -> Iterator[R]:
         waiting = iter(pieces)
-        with threadpool_limits(1), ThreadPoolExecutor(self._num_workers) as pool:
+        with _libraries().limit(limits=1), ThreadPoolExecutor(self._num_workers) as pool:
             running: set[Future[R]] = set()
             while True:
                 # Results are taken one by one: together they may be larger than what is clustered.
@@ -118,5 +119,11 @@ class RayWorkers:
 
 
 def _one(work: Callable[[Any, Any, P], R], held: Any, shared: Any, piece: P) -> R:
-    with threadpool_limits(1):
+    with _libraries().limit(limits=1):
         return work(held, shared, piece)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """The linear algebra that is loaded, which takes a while to find."""
+    return ThreadpoolController()

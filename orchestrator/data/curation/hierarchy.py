@@ -142,8 +142,9 @@ def _fit(
     work: Path | None,
     stop: Callable[[], None],
 ) -> Clusters:
-    starts = _STARTS if vectors.shape[0] * count <= _SMALL else 1
-    return fit(vectors, count, seed, starts=starts, workers=workers, work=work, stop=stop)
+    if vectors.shape[0] * count <= _SMALL:
+        return fit(vectors, count, seed, starts=_STARTS, workers=workers, stop=stop)
+    return fit(vectors, count, seed, workers=workers, work=work, stop=stop)
 
 
 def _without_empty(clusters: Clusters) -> Clusters:

@@ -11,23 +11,20 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.curation.components import CHOSEN, HELD_OUT, LEFT_OUT
 from orchestrator.data.curation.dedup import NearLimit, drop_near_duplicates
 from orchestrator.data.curation.descriptor import describe, thumbnail
-from orchestrator.data.curation.sampling import fill
 from orchestrator.data.decode import Pixels, UnreadableImage, as_8_bits, use_rgb
 from orchestrator.data.index import ImageRecord
-from orchestrator.data.rng import derive, generator
+from orchestrator.data.rng import derive
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources.folder import LeftOut, ScannedImage
 
 THUMBNAIL_SIDE = 32
 NEARLY = "nearly the same pixels"
-_INITS = 4
 
 
 @dataclass(frozen=True)
@@ -178,40 +175,6 @@ def _signatures(
             else:
                 statuses[i] = replace(statuses[i], status="corrupt", reason=found)
     return signatures
-
-
-def cluster(
-    embeddings_ND: NDArray[np.float32], num_clusters: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """k-means with k-means++ starts, the best of four.
-
-    Returns:
-        Cluster of each row, (N,), numbered from the largest cluster down, and each row's distance to its
-        centre.
-    """
-    from sklearn.cluster import KMeans
-
-    # One thread: the order of float sums, and so the result, must not depend on the machine's core count.
-    with threadpool_limits(1):
-        fitted = KMeans(num_clusters, n_init=_INITS, random_state=derive(seed, "k-means") % 2**32).fit(
-            embeddings_ND.astype(np.float64)
-        )
-    sizes = np.bincount(fitted.labels_, minlength=num_clusters)
-    rank = np.empty(num_clusters, dtype=np.int64)
-    rank[np.argsort(-sizes, kind="stable")] = np.arange(num_clusters)
-    distances = np.linalg.norm(embeddings_ND - fitted.cluster_centers_[fitted.labels_], axis=1)
-    return rank[fitted.labels_], np.asarray(distances, dtype=np.float64)
-
-
-def draw_balanced(clusters_N: NDArray[np.int64], target: int, seed: int) -> NDArray[np.bool_]:
-    """Which rows a balanced sample of `target` takes: evenly from the clusters, at random within each."""
-    rng = generator(seed, "balance")
-    num_clusters = int(clusters_N.max()) + 1
-    counts = fill(np.bincount(clusters_N, minlength=num_clusters).tolist(), target, rng)
-    chosen = np.zeros(len(clusters_N), dtype=bool)
-    for number, count in enumerate(counts):
-        chosen[rng.permutation(np.flatnonzero(clusters_N == number))[:count]] = True
-    return chosen
 
 
 def is_held_out(sha256: str, share: float) -> bool:

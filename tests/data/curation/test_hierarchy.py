@@ -101,7 +101,7 @@ def test_each_levels_clusters_give_min_of_cut_and_size(fine: list[int], share: f
 
 
 def test_what_was_cut_off_goes_on_with_the_same_result(tmp_path: Path) -> None:
-    vectors = ArrayVectors(_pool(1500)[0])
+    vectors = ArrayVectors(_pool(3000)[0])
     calls = 0
 
     def stop() -> None:
@@ -113,6 +113,7 @@ def test_what_was_cut_off_goes_on_with_the_same_result(tmp_path: Path) -> None:
     whole = cluster_levels(vectors, [100, 10], 0, resampling=2)
     with pytest.raises(Stopped):
         cluster_levels(vectors, [100, 10], 0, resampling=2, work=tmp_path, stop=stop)
+    assert list(tmp_path.glob("level-0/*.npz"))
     again = cluster_levels(vectors, [100, 10], 0, resampling=2, work=tmp_path)
     assert np.array_equal(whole.of_vectors(), again.of_vectors())
     assert whole.inertias == again.inertias
