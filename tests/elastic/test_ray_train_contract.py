@@ -133,6 +133,13 @@ SIGNATURES = {
         "self checkpoint_name",
         "worker_group.py: pointers",
     ),
+    "ray._private.node:Node.start_monitor": ("self", "nodes.py: no autoscaler"),
+    "ray._private.node:Node.start_log_monitor": ("self", "nodes.py: no log monitor"),
+    "ray._private.node:Node.start_api_server": (
+        "self include_dashboard raise_on_failure",
+        "nodes.py: no dashboard",
+    ),
+    "ray._private.utils:get_dashboard_dependency_error": ("", "nodes.py: agents without a dashboard"),
 }
 # Of them, what `workers_from: stock` does without.
 WARM = {
