@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from orchestrator.config.schema import DataSource
 from orchestrator.config.split import SPLITS, Split, SplitName
 from orchestrator.data.curation.descriptor import DIM, describe
-from orchestrator.data.decode import UnreadableImage, use_rgb
+from orchestrator.data.decode import UnreadableImage, as_8_bits, use_rgb
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.data.sources.captions import captions_path, read_column
@@ -133,7 +133,8 @@ class Splits:
                 )
             )
         outside = int((split_of_N < 0).sum())
-        return cls(*rows, warnings=tuple(warnings), num_near=num_near, num_outside=outside)
+        train, validation, test = rows
+        return cls(train, validation, test, tuple(warnings), num_near, outside)
 
     def warn(self, logger: logging.Logger) -> None:
         """Log every warning, a line each."""
@@ -271,7 +272,12 @@ class _Near:
     def _describe(self, row: int) -> NDArray[np.float32]:
         self._stop()
         try:
-            return use_rgb(self._index.path(row), describe, max_pixels=self._index[row].max_pixels)
+            return use_rgb(
+                self._index.path(row),
+                lambda pixels: describe(as_8_bits(pixels)),
+                max_pixels=self._index[row].max_pixels,
+                pixels=self._index.pixels(row),
+            )
         except UnreadableImage as error:
             raise UserError(
                 f"a picture of the index cannot be read any more: {error.reason}",

@@ -73,7 +73,7 @@ def pool_of(index: ImageIndex, splits: Splits | None, groups: Mapping[str, int],
     ]
     if splits is None:
         return Pool(index, rows, groups, {})
-    places = {
+    places: dict[str, NDArray[np.int64]] = {
         name: np.array([at for at, row in enumerate(rows) if inside[row] == name], dtype=np.int64)
         for name in SPLITS
     }

@@ -203,10 +203,10 @@ class Results:
         for metric, by_model in self.measured.items():
             for model, found in by_model.items():
                 figures |= {f"{metric}/{figure}/{model}": value for figure, value in found.items()}
-        for metric, by_model in self.figures.items():
-            for model, found in by_model.items():
-                for name, figure in found.items():
-                    figures |= _ends(f"{metric}/{name}", model, figure)
+        for metric, by_row in self.figures.items():
+            for row, named in by_row.items():
+                for name, one in named.items():
+                    figures |= _ends(f"{metric}/{name}", row, one)
         return {"num_photos": float(self.num_photos), **figures}
 
     def _knn_metrics(self) -> dict[str, float]:

@@ -263,7 +263,7 @@ def pixel_maps(crops_NHWC: Pixels, patch: int) -> Floats:
     """The raw-pixel baseline of patch features: the pixels of each patch, (N, h, w, 3·patch²), from -0.5 to 0.5."""
     count, side = crops_NHWC.shape[0], crops_NHWC.shape[1] // patch
     cut = crops_NHWC.reshape(count, side, patch, side, patch, 3).swapaxes(2, 3)
-    maps: Floats = cut.reshape(count, side, side, -1).astype(np.float32) / 255 - 0.5
+    maps: Floats = cut.reshape(count, side, side, -1).astype(np.float32) / np.float32(255) - np.float32(0.5)
     return maps
 
 

@@ -71,4 +71,6 @@ def mean(values_N: NDArray[np.generic], split: str, seed: int, note: str = "") -
 
 def ratio(sums: Sums) -> NDArray[np.float64]:
     """The first sum by the second, a statistic; nan by nothing."""
-    return np.divide(sums[:, 0], sums[:, 1], out=np.full(len(sums), np.nan), where=sums[:, 1] > 0)
+    found: NDArray[np.float64] = np.full(len(sums), np.nan)
+    np.divide(sums[:, 0], sums[:, 1], out=found, where=sums[:, 1] > 0)
+    return found

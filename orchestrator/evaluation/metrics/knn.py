@@ -105,7 +105,8 @@ class Neighbours:
             ballots = np.exp((similarity - similarity[:, :1]) / temperature)
         scores = np.zeros((len(similarity), int(class_of_N.max()) + 1))
         np.add.at(scores, (np.arange(len(similarity))[:, None], class_of_N[self.rows_MK[:, :k]]), ballots)
-        return scores.argmax(axis=1)
+        winners: NDArray[np.int64] = scores.argmax(axis=1)
+        return winners
 
 
 def nearest(

@@ -55,7 +55,9 @@ def mean_where(
     size = grid[0] * grid[1]
     sums = np.bincount(patch, values_HW[there_HW].astype(np.float64), size)
     counts = np.bincount(patch, minlength=size)
-    return np.divide(sums, counts, out=np.full(size, np.nan), where=counts > 0)
+    found: Floats = np.full(size, np.nan)
+    np.divide(sums, counts, out=found, where=counts > 0)
+    return found
 
 
 def enlarged(map_hwC: NDArray[np.floating[Any]], shape: tuple[int, int]) -> NDArray[np.float32]:
