@@ -25,9 +25,13 @@ def unclear_range(name: str, peaks: Sequence[int]) -> UserError | None:
     if not deep or max(deep) >= _HALF:
         return None
     white = 2 ** max(max(deep).bit_length(), 8) - 1
-    files = "1 file has" if len(deep) == 1 else f"{len(deep):,} files have"
+    files = (
+        f"1 file of dataset {name!r} has"
+        if len(deep) == 1
+        else f"{len(deep):,} files of dataset {name!r} have"
+    )
     return UserError(
-        f"of dataset {name!r}, {files} 16 bits a value, and no value above {max(deep):,}: which one is white?",
+        f"{files} 16 bits a value, and no value above {max(deep):,}: which one is white?",
         where=f"data.{name}.pixels",
         hint=f"say it: `pixels: {{range: [0, {white}]}}`; [0, 65535] keeps them as dark as they are",
     )
