@@ -12,6 +12,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError, first_line, printable, shortened
@@ -34,7 +35,9 @@ from orchestrator.storage.artifacts import folder_name
 from orchestrator.storage.open import is_remote
 
 if TYPE_CHECKING:
+    from orchestrator.config.schema import DataSource
     from orchestrator.data.sources.captions import Captions
+    from orchestrator.data.sources.folder import Listing
 
 logger = logging.getLogger("orchestrator")
 
@@ -92,7 +95,8 @@ def check(
     foreseen: dict[str, list[UserError]] = {}
     graph_errors = dag.graph_errors(loaded)
     found.errors += graph_errors
-    counts = _count_photos(loaded, found)
+    listings: dict[str, Listing] = {}
+    counts = _count_photos(loaded, found, listings)
     if not graph_errors:
         roles = dag.roles(loaded)
         fit_errors = list(crop_checks.fit_errors(loaded, roles))
@@ -103,7 +107,8 @@ def check(
         found.errors += _unlike_pixels(loaded)
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
         if not blocked:
-            _resolve(loaded, found, fingerprint)
+            # What is in a folder was just looked up.
+            _resolve(loaded, found, fingerprint or partial(_fingerprint, listings))
         chosen = _chosen(found.stages, choice)
         for name, errors in foreseen.items():
             # What is left out now ends nothing now.
@@ -204,8 +209,16 @@ def _unwritable_work(loaded: LoadedPipeline, to_run: Sequence[StagePlan]) -> lis
 # --- data -------------------------------------------------------------------------------------------------------
 
 
-def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, ImageCount | None]:
-    """What each dataset that is read has; None of one that is not there or has no photos."""
+def _fingerprint(listings: Mapping[str, Listing], source: DataSource, name: str) -> str:
+    from orchestrator.data.sources.folder import fingerprint
+
+    return fingerprint(source, name, listings.get(name))
+
+
+def _count_photos(
+    loaded: LoadedPipeline, found: Checked, listings: dict[str, Listing]
+) -> dict[str, ImageCount | None]:
+    """What each dataset that is read has; None of one that is not there or has no photos. Fills `listings`."""
     used = dict.fromkeys(name for stage in loaded.spec.stages.values() for name in stage.data_sources())
     counts: dict[str, ImageCount | None] = {}
     for name in used:
@@ -217,7 +230,7 @@ def _count_photos(loaded: LoadedPipeline, found: Checked) -> dict[str, ImageCoun
         from orchestrator.data.sources.folder import captions_of, list_images
 
         try:
-            listing = list_images(source, name)
+            listing = listings[name] = list_images(source, name)
             files = listing.files
         except UserError as error:
             counts[name] = None

@@ -23,6 +23,7 @@ from PIL import Image
 from orchestrator.config.schema import DataSource
 from orchestrator.data import decode
 from orchestrator.data.decode import UnreadableImage, read_rgb
+from orchestrator.data.sources import digests as digests_module
 from orchestrator.data.sources import folder as folder_module
 from orchestrator.data.sources.folder import fingerprint, list_images, scan
 from orchestrator.errors import TerminatedError, UserError
@@ -449,7 +450,7 @@ def test_a_file_of_more_bytes_than_a_picture_is_not_read(
     (folder / "link.png").symlink_to("big.jpg")
     opened: list[str] = []
     monkeypatch.setattr(
-        folder_module, "open_regular", lambda path: opened.append(path.name) or open_regular(path)
+        digests_module, "open_regular", lambda path: opened.append(path.name) or open_regular(path)
     )
     source = DataSource(path=folder)
     assert fingerprint(source) == before
@@ -507,7 +508,7 @@ def test_a_signal_ends_the_reading_of_large_files(
     def end(number: int, frame: object) -> None:
         raise TerminatedError
 
-    monkeypatch.setattr(folder_module, "pieces_of", pieces)
+    monkeypatch.setattr(digests_module, "pieces_of", pieces)
     before = signal.signal(number, end)
     try:
         with pytest.raises(TerminatedError):

@@ -9,7 +9,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +20,9 @@ from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources.account import Account
 from orchestrator.data.sources.captions import MOST_BYTES, Captions, captions_path, reads_as_before
 from orchestrator.data.sources.captions import read as read_captions
+from orchestrator.data.sources.digests import Look, digest_of, digests, look_of
 from orchestrator.errors import UserError
-from orchestrator.fsio import open_regular, pieces_of, why
+from orchestrator.fsio import why
 
 # Folders by which a store is known, and all that runs make in one, MLflow's included.
 _OF_EACH_STORE = frozenset({"ledger", "pipelines"})
@@ -78,10 +80,12 @@ class Listing:
     Attributes:
         files: relative posix paths of regular, readable files with the ending of a picture, sorted.
         left_out: everything else, sorted.
+        looks: size and times of each file when it was listed, in the order of `files`; empty where they are not known.
     """
 
     files: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
+    looks: tuple[Look, ...] = field(default=(), compare=False, repr=False)
 
     def account(self, name: str) -> Account:
         """The files of dataset `name` by what became of them, as far as their names and sizes say."""
@@ -178,7 +182,7 @@ def list_images(source: DataSource, name: str) -> Listing:
     listing = _Walk(source.path, source.max_pixels).listing()
     if source.captions is not None:
         kept = tuple(item for item in listing.left_out if not _is_captions(source, item.path))
-        listing = Listing(listing.files, kept)
+        listing = replace(listing, left_out=kept)
     if not listing.files:
         raise _no_images(source.path, listing, where=f"data.{name}.path")
     return listing
@@ -222,6 +226,7 @@ class _Walk:
         self._root, self._max_pixels = root, max_pixels
         self._endings = readable_endings()
         self._files: list[str] = []
+        self._looks: dict[str, Look] = {}
         self._left_out: list[LeftOut] = []
         # By device and inode: the path under which a folder was walked.
         self._walked: dict[tuple[int, int], str] = {}
@@ -234,7 +239,8 @@ class _Walk:
             for link in links:
                 self._walk(link)
         left_out = sorted(self._left_out, key=lambda item: (item.path, item.reason))
-        return Listing(tuple(sorted(self._files)), tuple(left_out))
+        files = tuple(sorted(self._files))
+        return Listing(files, tuple(left_out), tuple(self._looks[file] for file in files))
 
     def _walk(self, start: str) -> None:
         folders = [start]
@@ -296,7 +302,7 @@ class _Walk:
             return "its name is not UTF-8", accounts.ACCESS
         if entry.is_dir():
             return None
-        if entry.is_symlink() and not (self._root / path).exists():
+        if entry.is_symlink() and not Path(entry.path).exists():
             return "a link that leads nowhere", accounts.ACCESS
         status = entry.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -305,10 +311,13 @@ class _Walk:
         ending = _ending(entry.name).lower()
         if ending not in self._endings:
             return self._of_no_picture(entry.name, ending)
-        if not os.access(self._root / path, os.R_OK):
+        if not os.access(entry.path, os.R_OK):
             return "no permission to read it", accounts.ACCESS
         too_many = too_many_bytes(status.st_size, self._max_pixels)
-        return None if too_many is None else (too_many, accounts.TOO_LARGE)
+        if too_many is not None:
+            return too_many, accounts.TOO_LARGE
+        self._looks[path] = look_of(status)
+        return None
 
     @staticmethod
     def _of_no_picture(name: str, ending: str) -> tuple[str, str]:
@@ -354,24 +363,31 @@ def _most_common(left_out: Sequence[LeftOut]) -> str:
     return ", only: " + "; ".join(f"{count} × {reason}" for reason, count in counts) if counts else ""
 
 
-def fingerprint(source: DataSource, name: str = "data") -> str:
+def fingerprint(source: DataSource, name: str = "data", listing: Listing | None = None) -> str:
     """A hash of what is in a source: paths and contents of all image files, and of the captions file.
 
     Equal for equal content wherever the folder lies and whenever it was written (sha256, 64 hex digits). A file that
-    cannot be read is not part of it, as it is no part of what is trained on.
+    cannot be read is not part of it, as it is no part of what is trained on. A file that has not changed since it was
+    read for this is not read again.
+
+    Args:
+        source: the folder.
+        name: the source's name, for messages.
+        listing: what is in the folder, where it is known; else it is looked up.
 
     Raises:
         UserError: as :func:`scan`, except for what the captions file says.
     """
-    files = list_images(source, name).files
+    listing = listing or list_images(source, name)
+    files = listing.files
     captions = _captions_path(source, name)
     stop, most = threading.Event(), most_bytes(source.max_pixels)
-    digests = _side_by_side(lambda file: _digest_or_none(source.path / file, most, stop), files, stop)
+    found = digests(source.path, files, most, stop, partial(_side_by_side, stop=stop), listing.looks)
     whole = hashlib.sha256()
-    for file, digest in zip(files, digests, strict=True):
+    for file, digest in zip(files, found, strict=True):
         if digest is not None:
             whole.update(f"{len(file)}:{file}={digest};".encode())
-    whole.update(f"captions={_digest_or_none(captions, MOST_BYTES, stop) if captions else None}".encode())
+    whole.update(f"captions={digest_of(captions, MOST_BYTES, stop) if captions else None}".encode())
     if captions is not None and not _reads_as_before(captions):
         # Versions that did not know such a header made something else of it.
         whole.update(b"captions with a loose header")
@@ -379,20 +395,6 @@ def fingerprint(source: DataSource, name: str = "data") -> str:
         whole.update(f"max_pixels={source.max_pixels}".encode())
     if source.pixels is not None:
         whole.update(f"pixels={source.pixels.model_dump_json()}".encode())
-    return whole.hexdigest()
-
-
-def _digest_or_none(path: Path, most: int, stop: threading.Event) -> str | None:
-    """The sha256 of a file; None if it cannot be read, has more than `most` bytes, or nobody waits for it any more."""
-    whole = hashlib.sha256()
-    try:
-        with open_regular(path) as file:
-            for piece in pieces_of(file, most):
-                if stop.is_set():
-                    return None
-                whole.update(piece)
-    except OSError:
-        return None
     return whole.hexdigest()
 
 

@@ -1,0 +1,209 @@
+"""Digests of files that were read once are remembered: what has not changed is not read again to know what it is.
+
+A file is known by its path, size, and times of modification and of change of its inode. As git does, an entry is not
+trusted if the file was changed so shortly before it was hashed that a later change could have left the same times: it
+is hashed once more, and then trusted. What is remembered is a help and never needed: without a cache folder that can
+be written, with a damaged database, or beside a writer that takes long, files are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from orchestrator.fsio import open_regular, pieces_of
+from orchestrator.storage.cache_folder import cache_folder
+
+logger = logging.getLogger("orchestrator")
+
+FILE = "digests.sqlite3"
+# File systems keep times in steps of up to two seconds (FAT), and the kernel's own in steps of some milliseconds.
+_RACY_NS = 2 * 10**9
+# A writer of another process is waited for so long, in seconds.
+_BUSY_S = 2.0
+# Rows of one folder beyond those of its files, before the ones of files that are gone are removed.
+_SPARE = 1000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    root TEXT NOT NULL, path TEXT NOT NULL, size INTEGER NOT NULL, mtime INTEGER NOT NULL, ctime INTEGER NOT NULL,
+    hashed INTEGER NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (root, path)
+) WITHOUT ROWID
+"""
+
+
+class Look(NamedTuple):
+    """What a file looks like without being read; times in nanoseconds."""
+
+    size: int
+    mtime: int
+    ctime: int
+
+
+class _Entry(NamedTuple):
+    """What was remembered: when hashing began, and what came out (32 bytes)."""
+
+    look: Look
+    hashed: int
+    digest: bytes
+
+    def holds(self, look: Look) -> bool:
+        """Whether a file that looks like that has this digest."""
+        return self.look == look and max(look.mtime, look.ctime) + _RACY_NS < self.hashed
+
+
+Each = Callable[[Callable[[int], "_Entry | None"], Sequence[int]], "list[_Entry | None]"]
+
+
+def digests(
+    root: Path,
+    files: Sequence[str],
+    most: int,
+    stop: threading.Event,
+    side_by_side: Each,
+    looks: Sequence[Look | None] = (),
+) -> list[str | None]:
+    """The sha256 of each file; None of one that cannot be read, or has more than `most` bytes.
+
+    Args:
+        root: the folder.
+        files: paths from it.
+        most: bytes that are read of a file.
+        stop: set when nobody waits for the answer any more.
+        side_by_side: calls something for many numbers of files, by several threads.
+        looks: what each file looks like, where that was just asked; else it is asked.
+
+    Returns:
+        64 hex digits each, in the order of `files`.
+    """
+    place = str(root.resolve())
+    known = _load(place)
+    looks = looks or [_look(root / file) for file in files]
+    found: list[bytes | None] = [None] * len(files)
+    unknown = []
+    for number, (file, look) in enumerate(zip(files, looks, strict=True)):
+        entry = known.get(file)
+        if look is not None and look.size > most:
+            continue
+        if look is not None and entry is not None and entry.holds(look):
+            found[number] = entry.digest
+        else:
+            unknown.append(number)
+
+    read = side_by_side(lambda number: _hash(root / files[number], most, stop), unknown)
+    fresh = {number: entry for number, entry in zip(unknown, read, strict=True) if entry is not None}
+    for number, entry in fresh.items():
+        found[number] = entry.digest
+    if not stop.is_set():
+        gone = set(known).difference(files) if len(known) > 2 * len(files) + _SPARE else set()
+        _save(place, {files[number]: entry for number, entry in fresh.items() if entry.look.size >= 0}, gone)
+    return [digest.hex() if digest is not None else None for digest in found]
+
+
+def digest_of(path: Path, most: int, stop: threading.Event) -> str | None:
+    """The sha256 of one file, read now; None as in :func:`digests`."""
+    entry = _hash(path, most, stop)
+    return None if entry is None else entry.digest.hex()
+
+
+def _look(path: Path) -> Look | None:
+    try:
+        return look_of(path.stat())
+    except OSError:
+        return None
+
+
+def look_of(status: os.stat_result) -> Look:
+    return Look(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _hash(path: Path, most: int, stop: threading.Event) -> _Entry | None:
+    """Read a file. One that changes meanwhile has a size of -1 in its look: it is not to be remembered."""
+    whole = hashlib.sha256()
+    began = time.time_ns()
+    try:
+        with open_regular(path) as file:
+            before = _status(file)
+            for piece in pieces_of(file, most):
+                if stop.is_set():
+                    return None
+                whole.update(piece)
+            after = _status(file)
+    except OSError:
+        return None
+    look = before if before == after else before._replace(size=-1)
+    return _Entry(look, began, whole.digest())
+
+
+def _status(file: io.BufferedReader) -> Look:
+    return look_of(os.fstat(file.fileno()))
+
+
+# --- what is remembered ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened() -> Iterator[sqlite3.Connection]:
+    """The database, made if it is not there.
+
+    Raises:
+        sqlite3.Error, OSError: there can be none, or it is damaged or busy.
+    """
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(folder / FILE, timeout=_BUSY_S, isolation_level=None)
+    try:
+        # A loss of power costs what is hashed again, and a write in the middle costs nobody a wait for a disk.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(_SCHEMA)
+        yield connection
+    finally:
+        connection.close()
+
+
+def _load(root: str) -> dict[str, _Entry]:
+    try:
+        with _opened() as connection:
+            rows = connection.execute(
+                "SELECT path, size, mtime, ctime, hashed, digest FROM files WHERE root = ?", (root,)
+            ).fetchall()
+    except (sqlite3.Error, OSError) as error:
+        _set_aside(error)
+        return {}
+    return {
+        path: _Entry(Look(size, mtime, ctime), hashed, digest)
+        for path, size, mtime, ctime, hashed, digest in rows
+        if isinstance(digest, bytes) and len(digest) == 32
+    }
+
+
+def _save(root: str, fresh: dict[str, _Entry], gone: set[str]) -> None:
+    if not fresh and not gone:
+        return
+    rows = [(root, path, *entry.look, entry.hashed, entry.digest) for path, entry in fresh.items()]
+    try:
+        with _opened() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            connection.executemany(
+                "DELETE FROM files WHERE root = ? AND path = ?", [(root, path) for path in gone]
+            )
+            connection.execute("COMMIT")
+    except (sqlite3.Error, OSError) as error:
+        _set_aside(error)
+
+
+def _set_aside(error: Exception) -> None:
+    """Say why nothing is remembered; a database that is none is removed, so that the next run has one."""
+    logger.debug("digests of files are not remembered: %s", error)
+    if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+        with contextlib.suppress(OSError):
+            (cache_folder() / FILE).unlink()
