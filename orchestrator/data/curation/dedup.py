@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.curation.near_index import NearIndex, Projection
 from orchestrator.data.rng import generator
 
 _ROWS = 1024
+# Pictures that one is compared with at once, and by how much the logarithms of their aspect ratios may differ.
+_AT_ONCE = 64
+_ASPECT = 0.03
 # Pictures whose nearest other one is looked for, and the fewest of a dataset that say what is usual in it.
 _ASKED = 256
 _LEAST = 4
@@ -22,7 +27,7 @@ _NAMED = 3
 _LISTED = 100
 
 
-def usual_distance(thumbnails_ND: NDArray[np.float32], rng: np.random.Generator) -> float | None:
+def usual_distance(thumbnails_ND: NDArray[Any], rng: np.random.Generator) -> float | None:
     """How far the pictures of a dataset usually are from the most similar other one; None of fewer than four.
 
     It is the third quartile of the distances to the nearest neighbour, so that up to three quarters of the pictures may
@@ -41,19 +46,20 @@ def usual_distance(thumbnails_ND: NDArray[np.float32], rng: np.random.Generator)
         return None
     asked = np.sort(rng.permutation(count)[:_ASKED])
     best = np.full(len(asked), np.inf)
-    squares = np.einsum("nd,nd->n", thumbnails_ND[asked], thumbnails_ND[asked], dtype=np.float64)
+    mine = thumbnails_ND[asked].astype(np.float32)
+    squares = np.einsum("nd,nd->n", mine, mine, dtype=np.float64)
     nearest = np.zeros(len(asked), dtype=np.int64)
     for start in range(0, count, _ROWS):
-        part = thumbnails_ND[start : start + _ROWS]
+        part = thumbnails_ND[start : start + _ROWS].astype(np.float32)
         others = np.einsum("nd,nd->n", part, part, dtype=np.float64)
-        found = squares[:, None] + others[None] - 2 * (thumbnails_ND[asked] @ part.T)
+        found = squares[:, None] + others[None] - 2 * (mine @ part.T)
         inside = np.flatnonzero((asked >= start) & (asked < start + len(part)))
         found[inside, asked[inside] - start] = np.inf
         at = found.argmin(axis=1)
         better = found[np.arange(len(asked)), at] < best
         best[better], nearest[better] = found[better, at[better]], at[better] + start
     # The expanded square loses digits in float32: it finds the neighbour, the exact difference is the distance.
-    differences = thumbnails_ND[asked].astype(np.float64) - thumbnails_ND[nearest]
+    differences = mine.astype(np.float64) - thumbnails_ND[nearest]
     return float(np.quantile(np.sqrt(np.mean(differences**2, axis=1)), _USUAL))
 
 
@@ -113,7 +119,7 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def drop_near_duplicates(
-    thumbnails_ND: NDArray[np.float32],
+    thumbnails_ND: NDArray[Any],
     aspects_N: NDArray[np.float64],
     names: Sequence[tuple[str, str]],
     rms: float,
@@ -166,12 +172,13 @@ def drop_near_duplicates(
 
 
 def near_duplicates(
-    thumbnails_ND: NDArray[np.float32], aspects_N: NDArray[np.float64], rms: float | NDArray[np.float64]
+    thumbnails_ND: NDArray[Any], aspects_N: NDArray[np.float64], rms: float | NDArray[np.float64]
 ) -> dict[int, int]:
     """Pictures that look the same as an earlier one.
 
     Every picture is compared with the earlier pictures that were kept, never with ones already dropped: a
-    slow drift through many pictures cannot merge its two ends. Takes O(N²·D) arithmetic.
+    slow drift through many pictures cannot merge its two ends. An index says which kept pictures may be near enough,
+    and leaves none out, so the result is that of comparing all pairs.
 
     Args:
         thumbnails_ND: flattened thumbnails, in grey levels.
@@ -183,29 +190,42 @@ def near_duplicates(
         Row of the kept picture by row of the dropped one.
     """
     kept_as: dict[int, int] = {}
-    limits = np.broadcast_to(np.asarray(rms, np.float64), len(thumbnails_ND))
-    squares = np.einsum("nd,nd->n", thumbnails_ND, thumbnails_ND, dtype=np.float64)
-    for start in range(0, len(thumbnails_ND), _ROWS):
-        rows = np.arange(start, min(start + _ROWS, len(thumbnails_ND)))
-        products = thumbnails_ND[rows] @ thumbnails_ND[: rows[-1] + 1].T
-        distances = squares[rows, None] + squares[None, : rows[-1] + 1] - 2 * products
-        # The expanded square loses digits in float32: it preselects, the exact difference decides.
-        limit = (limits[rows, None] ** 2 + 1.0) * thumbnails_ND.shape[1] + 1e-5 * squares[rows, None]
-        for row, near in zip(rows, distances <= limit, strict=True):
-            for other in np.flatnonzero(near[:row]):
-                smaller = min(limits[row], limits[other])
-                if int(other) not in kept_as and _same(
-                    thumbnails_ND, aspects_N, int(row), int(other), smaller
-                ):
-                    kept_as[int(row)] = int(other)
-                    break
+    total, dim = thumbnails_ND.shape
+    limits_N = np.broadcast_to(np.asarray(rms, np.float64), total)
+    project, index = Projection(thumbnails_ND), NearIndex()
+    for start in range(0, total, _ROWS):
+        rows_n = np.arange(start, min(start + _ROWS, total))
+        points_nM, radii_n = project(thumbnails_ND[rows_n]), limits_N[rows_n] * math.sqrt(dim)
+        own = NearIndex()
+        own.add(rows_n, points_nM)
+        earlier, beside = index.near(points_nM, radii_n), own.near(points_nM, radii_n)
+        for row, before, here in zip(rows_n.tolist(), earlier, beside, strict=True):
+            others = [
+                *before.tolist(),
+                *(other for other in here[here < row].tolist() if other not in kept_as),
+            ]
+            same = _first_same(thumbnails_ND, aspects_N, limits_N, row, others)
+            if same is not None:
+                kept_as[row] = same
+        kept_n = np.array([row for row in rows_n.tolist() if row not in kept_as], dtype=np.int64)
+        index.add(kept_n, points_nM[kept_n - start])
     return kept_as
 
 
-def _same(
-    thumbnails_ND: NDArray[np.float32], aspects_N: NDArray[np.float64], row: int, other: int, rms: float
-) -> bool:
-    if abs(np.log(aspects_N[row] / aspects_N[other])) > 0.03:
-        return False
-    difference = thumbnails_ND[row].astype(np.float64) - thumbnails_ND[other]
-    return bool(np.sqrt(np.mean(difference**2)) <= rms)
+def _first_same(
+    thumbnails_ND: NDArray[Any],
+    aspects_N: NDArray[np.float64],
+    limits_N: NDArray[np.float64],
+    row: int,
+    others: Sequence[int],
+) -> int | None:
+    """The first of other pictures that is the same as one, exactly."""
+    mine_D = thumbnails_ND[row].astype(np.float64)
+    for start in range(0, len(others), _AT_ONCE):
+        some_n = np.array(others[start : start + _AT_ONCE])
+        some_n = some_n[np.abs(np.log(aspects_N[row] / aspects_N[some_n])) <= _ASPECT]
+        distances_n = np.sqrt(np.mean((mine_D - thumbnails_ND[some_n]) ** 2, axis=1))
+        same_n = some_n[distances_n <= np.minimum(limits_N[row], limits_N[some_n])]
+        if len(same_n):
+            return int(same_n[0])
+    return None

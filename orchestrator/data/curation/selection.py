@@ -64,7 +64,7 @@ class ImageSignature:
     """What one decoded picture looks like."""
 
     pixels: str
-    thumbnail: NDArray[np.float32]
+    thumbnail: NDArray[np.uint8]
     descriptor: NDArray[np.float32]
 
 
@@ -108,7 +108,7 @@ def filter_images(
         statuses, {i: signature_of.pixels for i, signature_of in signatures.items()}, "the same pixels"
     )
     rows = _unique(statuses)
-    thumbnails = np.array([signatures[i].thumbnail for i in rows], dtype=np.float32)
+    thumbnails = np.array([signatures[i].thumbnail for i in rows], dtype=np.uint8)
     aspects = np.array([statuses[i].photo.width / statuses[i].photo.height for i in rows])
     names = [(statuses[i].photo.source, statuses[i].photo.path) for i in rows]
     kept_as, limits = drop_near_duplicates(thumbnails, aspects, names, near_rms, near_relative)
@@ -154,7 +154,9 @@ def _signatures(
     def signature_of(pixels: Pixels) -> ImageSignature:
         digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
         shown = as_8_bits(pixels)
-        return ImageSignature(digest, thumbnail(shown, THUMBNAIL_SIDE).reshape(-1), describe(shown))
+        # Whole numbers already, so that a byte each is enough.
+        small = thumbnail(shown, THUMBNAIL_SIDE).astype(np.uint8)
+        return ImageSignature(digest, small.reshape(-1), describe(shown))
 
     def signature_or_reason(i: int) -> ImageSignature | str:
         stop()

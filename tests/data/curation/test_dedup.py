@@ -155,3 +155,43 @@ def test_descriptor_tells_colours_and_directions_apart() -> None:
     assert abs(describe(across)[edges] @ describe(down)[edges]) < 0.05 * same
     red, green = (np.full((32, 32, 3), colour, np.uint8) for colour in ((200, 40, 40), (40, 160, 40)))
     assert describe(red) @ describe(green) < 0.5
+
+
+def _by_pairs(rows: np.ndarray, aspects: np.ndarray, limits: np.ndarray) -> dict[int, int]:
+    """The rule by its definition: the first earlier row that is kept and near enough."""
+    found: dict[int, int] = {}
+    for row in range(len(rows)):
+        distances = np.sqrt(np.mean((rows[:row].astype(np.float64) - rows[row]) ** 2, axis=1))
+        same = (distances <= np.minimum(limits[row], limits[:row])) & (
+            np.abs(np.log(aspects[row] / aspects[:row])) <= 0.03
+        )
+        kept = [other for other in np.flatnonzero(same).tolist() if other not in found]
+        if kept:
+            found[row] = kept[0]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_the_index_finds_what_comparing_all_pairs_finds(dtype: type) -> None:
+    """Families of pictures that drift apart, at the limit and beyond, over more than one chunk."""
+    rng = np.random.default_rng(0)
+    families = rng.uniform(30, 220, (300, 48))
+    rows = families[rng.integers(300, size=2500)] + rng.choice([0.5, 2, 4], (2500, 1)) * rng.normal(
+        size=(2500, 48)
+    )
+    rows = np.round(rows).astype(dtype)
+    aspects = rng.choice([1.0, 1.02, 1.5], 2500)
+    limits = rng.choice([1.0, 3.0, 5.0], 2500)
+    wanted = _by_pairs(rows, aspects, limits)
+    assert 800 < len(wanted) < 2200
+    assert near_duplicates(rows, aspects, limits) == wanted
+
+
+def test_made_near_duplicates_are_all_found() -> None:
+    """Recompressed, resized and darkened copies of 150 pictures, and no picture that is another."""
+    originals = [_picture(seed) for seed in range(150)]
+    copies = [_recompressed(picture, 92) for picture in originals]
+    copies += [np.asarray(Image.fromarray(picture).resize((90, 90))) for picture in originals]
+    copies += [(picture * 0.99).astype(np.uint8) for picture in originals]
+    found = near_duplicates(_thumbnails(originals + copies).astype(np.uint8), np.ones(600), 3.0)
+    assert found == {150 + row: row % 150 for row in range(450)}
