@@ -290,9 +290,15 @@ def split(line: str) -> list[str]:
     return [word for word in shlex.split(line.replace("'", "")) if word not in ("…", "\\")]
 
 
+@cache
+def command_line() -> Any:
+    """All commands; putting them together takes longer than looking one up."""
+    return typer.main.get_command(app)
+
+
 def command_of(words_: list[str], page: Path) -> tuple[Any, list[str]]:
     """The command that a line names, and its arguments."""
-    command: Any = typer.main.get_command(app)
+    command = command_line()
     rest = words_[1:]
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         named = command.commands.get(rest[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -21,6 +22,8 @@ from orchestrator.pipeline.status import print_status
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import Context
 from orchestrator.storage.local import LocalStore
+
+from .conftest import PIPELINE
 
 
 def gc(path: Path, *overrides: str, delete: bool = False) -> str:
@@ -140,6 +143,19 @@ def test_status_tells_of_orphans(pipeline: Path) -> None:
     assert left.startswith("work/pretrain-")
 
 
+@pytest.fixture(scope="module")
+def ran_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `runs/` of a pipeline that ran with two settings of `pretrain`, and then with the first one again."""
+    folder = tmp_path_factory.mktemp("ran")
+    (folder / "photos").mkdir()
+    (folder / "photos" / "a.jpg").write_bytes(b"a")
+    (folder / "toy.yaml").write_text(PIPELINE)
+    with contextlib.chdir(folder):
+        for overrides in ((), ("stages.pretrain.ticks=2",), ()):
+            run(Path("toy.yaml"), *overrides)
+    return folder / "runs"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -159,11 +175,9 @@ def test_status_tells_of_orphans(pipeline: Path) -> None:
     ],
 )
 def test_a_provenance_that_cannot_be_is_damage_and_named_once(
-    pipeline: Path, caplog: pytest.LogCaptureFixture, name: str, value: object
+    pipeline: Path, ran_twice: Path, caplog: pytest.LogCaptureFixture, name: str, value: object
 ) -> None:
-    run(pipeline)
-    run(pipeline, "stages.pretrain.ticks=2")
-    run(pipeline)
+    shutil.copytree(ran_twice, "runs")
     for folder in artifacts("pretrain"):
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text())
