@@ -54,7 +54,7 @@ docs: setup-dev ## build the documentation site into site/; a broken link is a f
 	$(BIN)/mkdocs build --strict
 
 reference: setup-dev ## write docs/reference.md, docs/commands.md and conf/schema.json again from the code
-	$(BIN)/python -m orchestrator.pipeline.reference > docs/reference.md
+	$(BIN)/python -m orchestrator.reference.page > docs/reference.md
 	COLUMNS=1000 $(BIN)/python -m typer orchestrator.cli utils docs --name orchestrator --title Commands --output docs/commands.md
 	$(BIN)/orchestrator schema > conf/schema.json
 

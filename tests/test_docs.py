@@ -27,8 +27,8 @@ from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import Pipeline, StageSpec
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.model_table import model_rows
-from orchestrator.pipeline.reference import keys, reference, sections
+from orchestrator.reference.model_table import model_rows
+from orchestrator.reference.page import keys, reference, sections
 from orchestrator.stages import AnyStage
 from orchestrator.stages.align_text.config import AlignText
 from orchestrator.stages.base import TrainStage
@@ -83,7 +83,7 @@ def tree() -> frozenset[str]:
 
 def test_the_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "reference.md").read_text() == reference(), (
-        "run: python -m orchestrator.pipeline.reference > docs/reference.md"
+        "run: python -m orchestrator.reference.page > docs/reference.md"
     )
 
 

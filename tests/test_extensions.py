@@ -21,11 +21,11 @@ from orchestrator.errors import UserError
 from orchestrator.models import ViTConfig, presets
 from orchestrator.pipeline.cache_key import KeyParts, key_parts
 from orchestrator.pipeline.console import print_plan, print_stages
-from orchestrator.pipeline.explain import explain
-from orchestrator.pipeline.json_schema import schema
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.pipeline.model_table import model_rows
 from orchestrator.pipeline.plan import plan_of, resolve
+from orchestrator.reference.explain import explain
+from orchestrator.reference.json_schema import schema
+from orchestrator.reference.model_table import model_rows
 from orchestrator.stages import AnyStage, registry
 from orchestrator.stages.base import Stage
 from orchestrator.storage.open import open_store

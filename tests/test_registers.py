@@ -20,10 +20,10 @@ import orchestrator
 from orchestrator import installed
 from orchestrator.errors import UserError
 from orchestrator.models import presets
-from orchestrator.pipeline.explain import explain
-from orchestrator.pipeline.json_schema import schema
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.model_table import model_rows
+from orchestrator.reference.explain import explain
+from orchestrator.reference.json_schema import schema
+from orchestrator.reference.model_table import model_rows
 from orchestrator.stages import registry
 from orchestrator.storage.open import open_store
 

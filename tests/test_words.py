@@ -14,8 +14,8 @@ import typer
 
 from orchestrator.cli import app
 from orchestrator.config.schema import Pipeline, StageSpec
-from orchestrator.pipeline.json_schema import EXTENDS
-from orchestrator.pipeline.reference import prose, sections
+from orchestrator.reference.json_schema import EXTENDS
+from orchestrator.reference.page import prose, sections
 from orchestrator.simulation.costs import Costs, StageCosts
 from orchestrator.simulation.trace_file import TraceSpec
 from orchestrator.stages import AnyStage

@@ -10,7 +10,7 @@ import typer
 from orchestrator.cli.terminal import console
 
 if TYPE_CHECKING:
-    from orchestrator.pipeline.first_pipeline import FirstPipeline
+    from orchestrator.first_pipeline.proposal import FirstPipeline
 
 
 def init(
@@ -42,7 +42,7 @@ def init(
     machine, and measures how fast the models run here. Every number is explained in the file.
     """
     from orchestrator.data.sources.survey import survey
-    from orchestrator.pipeline.first_pipeline import first_pipeline
+    from orchestrator.first_pipeline.proposal import first_pipeline
 
     with console(stderr=True).status("looking at the pictures") as status:
         found = survey(folder)
@@ -56,7 +56,7 @@ def _tell(pipeline: FirstPipeline) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from orchestrator.pipeline.first_pipeline import summary
+    from orchestrator.first_pipeline.proposal import summary
 
     screen = console()
     table = Table.grid(padding=(0, 2))

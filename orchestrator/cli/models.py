@@ -15,7 +15,7 @@ def models(
     """List the models that a pipeline file can use, with parameters and operations at 256 and 512 px."""
     import json
 
-    from orchestrator.pipeline.model_table import model_rows, print_models
+    from orchestrator.reference.model_table import model_rows, print_models
 
     if as_json:
         typer.echo(json.dumps(model_rows(), indent=1))

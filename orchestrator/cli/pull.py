@@ -50,7 +50,7 @@ def pull(
             f"[green]✓[/] {pulled} is in [bold]{pulled.folder}[/]", highlight=False, soft_wrap=True
         )
         return
-    from orchestrator.pipeline.export import pull_as
+    from orchestrator.inference.export import pull_as
 
     exported = pull_as(format_, model, out, tracking, store)
     for one in exported.differences:

@@ -19,8 +19,8 @@ def explain(
     ] = "",
 ) -> None:
     """Explain a key of a pipeline file: its meaning, type, range and default."""
-    from orchestrator.pipeline.explain import explain as find
-    from orchestrator.pipeline.explain import text
+    from orchestrator.reference.explain import explain as find
+    from orchestrator.reference.explain import text
 
     width = min(console().width, 100)
     typer.echo("\n\n".join(text(each, width) for each in find(key)))
@@ -28,6 +28,6 @@ def explain(
 
 def schema() -> None:
     """Print the JSON Schema of pipeline files. Editors use it to complete keys and to mark mistakes."""
-    from orchestrator.pipeline.json_schema import schema_text
+    from orchestrator.reference.json_schema import schema_text
 
     typer.echo(schema_text(), nl=False)

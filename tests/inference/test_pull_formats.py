@@ -14,9 +14,9 @@ from command_line import command_line
 
 from orchestrator.cli.pull import Format
 from orchestrator.errors import UserError
+from orchestrator.inference import export
 from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.models.export import FORMATS, check
-from orchestrator.pipeline import export
 from orchestrator.tracking.registry import Pulled
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Every key of a pipeline file, from the schema: `python -m orchestrator.pipeline.reference > docs/reference.md`."""
+"""Every key of a pipeline file, from the schema: `python -m orchestrator.reference.page > docs/reference.md`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from orchestrator.config.elastic import EVERY_DEVICE
 from orchestrator.config.schema import Pipeline, StageSpec
 from orchestrator.config.settings import Strict
 from orchestrator.installed import until_registered
-from orchestrator.pipeline.json_schema import EXTENDS
+from orchestrator.reference.json_schema import EXTENDS
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Stage, TrainStage
 from orchestrator.stages.registry import every_stage, file_of, kind_of
 
 _HEAD = """# Every key of a pipeline file
 
-This page is generated from the schema by `python -m orchestrator.pipeline.reference > docs/reference.md`. The column
+This page is generated from the schema by `python -m orchestrator.reference.page > docs/reference.md`. The column
 "again" says whether stages run again when the key changes: **yes** if the key changes their results, **no** if it only
 changes how they run.
 """

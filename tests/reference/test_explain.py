@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from orchestrator.cli import app
 from orchestrator.errors import UserError
-from orchestrator.pipeline.explain import explain, text
-from orchestrator.pipeline.json_schema import schema, schema_text
-from orchestrator.pipeline.reference import described, reference, sections
+from orchestrator.reference.explain import explain, text
+from orchestrator.reference.json_schema import schema, schema_text
+from orchestrator.reference.page import described, reference, sections
 from orchestrator.stages import AnyStage
 from orchestrator.stages.registry import kind_of
 

@@ -14,13 +14,13 @@ from PIL import Image
 
 from orchestrator.data.sources.survey import survey
 from orchestrator.errors import UserError
+from orchestrator.first_pipeline import machine_speed
+from orchestrator.first_pipeline import proposal as first
+from orchestrator.first_pipeline.machine_speed import Machine, Recipe, Sizes, Speed, Teacher, measure
+from orchestrator.first_pipeline.proposal import FirstPipeline, first_pipeline, step_seconds
 from orchestrator.models.presets import preset
-from orchestrator.pipeline import first_pipeline as first
-from orchestrator.pipeline import machine_speed
 from orchestrator.pipeline.check import check
-from orchestrator.pipeline.first_pipeline import FirstPipeline, first_pipeline, step_seconds
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.machine_speed import Machine, Recipe, Sizes, Speed, Teacher, measure
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = Machine(2, 8.0)

@@ -19,8 +19,7 @@ from pathlib import Path
 from orchestrator.data.sources.folder import shown
 from orchestrator.data.sources.survey import Survey
 from orchestrator.errors import UserError
-from orchestrator.fsio import atomic_create, atomic_write
-from orchestrator.pipeline.machine_speed import (
+from orchestrator.first_pipeline.machine_speed import (
     SIZES,
     Machine,
     Recipe,
@@ -32,6 +31,7 @@ from orchestrator.pipeline.machine_speed import (
     teachers,
     this_machine,
 )
+from orchestrator.fsio import atomic_create, atomic_write
 
 _TEMPLATE = Path(__file__).with_name("first_pipeline.yaml.j2")
 # Minutes that training may take where nothing else is said: a coffee without a GPU, a night with one.

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 
 from orchestrator.errors import UserError, nearest
-from orchestrator.pipeline.reference import EXTENDS_KEY, Key, described, models_in, prose
+from orchestrator.reference.page import EXTENDS_KEY, Key, described, models_in, prose
 from orchestrator.stages.base import Stage
 from orchestrator.stages.registry import every_stage, file_of, kind_of, kinds_of
 
