@@ -62,7 +62,8 @@ class _Reports:
         return False
 
 
-def _train(job: Job, *, tracker: Any, stop: Any) -> dict[str, float]:
+def train(job: Job, *, tracker: Any, stop: Any) -> dict[str, float]:
+    """In the place of `trainer.run`: the loop itself, in this process."""
     assert loop.train(job, _Reports(tracker))
     return {}
 
@@ -94,7 +95,7 @@ def student(spec: dict[str, Any]) -> Any:
         blocks = partial(TaughtBlocks, teacher(), run.job.num_blocks)
         tracker = student_run_of(context, name)
         begun = run.next_step
-        _train(replace(run.job, blocks=blocks), tracker=tracker, stop=context.stop)
+        train(replace(run.job, blocks=blocks), tracker=tracker, stop=context.stop)
         made = students._publish(run, teach, tracker, {}, context.out)
     (context.out / "students" / name).mkdir(parents=True)
     shutil.copy(made / "artifact.json", context.out / "students" / name)
@@ -113,7 +114,7 @@ class _Runs(NullRun):
 
 
 def _prepared(spec: dict[str, Any]) -> tuple[Any, Context]:
-    trainer.run = _train  # type: ignore[assignment]
+    trainer.run = train  # type: ignore[assignment]
     folder = Path(spec["folder"])
     (folder / "out").mkdir(parents=True)
     (folder / "work").mkdir()
@@ -123,19 +124,21 @@ def _prepared(spec: dict[str, Any]) -> tuple[Any, Context]:
         pipeline="test",
         seed=0,
         key="0" * 64,
-        inputs={role: _artifact(role, Path(path)) for role, path in spec["inputs"].items()},
+        inputs={role: artifact(role, Path(path)) for role, path in spec["inputs"].items()},
         keys={},
         sources={},
         out=folder / "out",
         work=folder / "work",
         elastic=Elastic(checkpoint_every_s=1e9, device="cpu", exact=spec.get("exact", False)),
         run=_Runs(),
-        shorter=_artifact("stage", Path(spec["shorter"])) if spec.get("shorter") else None,
+        shorter=artifact("stage", Path(spec["shorter"])) if spec.get("shorter") else None,
         find=lambda kind, key: Path(spec["found"]),
     )
     return config, context
 
 
-def _artifact(kind: str, path: Path) -> Artifact:
-    manifest = Manifest(kind=kind, key="1" * 64, created="", files={}, provenance={}, summary={})
+def artifact(kind: str, path: Path) -> Artifact:
+    """What a folder would be as another stage's result."""
+    made_by = {"made_by": {"dinov3-orchestrator": "0.1.0", "python": "3.11"}}
+    manifest = Manifest(kind=kind, key="1" * 64, created="", files={}, provenance=made_by, summary={})
     return Artifact("1" * 64, kind, path, manifest)

@@ -16,6 +16,7 @@ import inputs
 import numpy as np
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
+from whole_stage import artifact, train
 
 from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import DataSource
@@ -24,10 +25,7 @@ from orchestrator.elastic import trainer
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Context, Stage
 from orchestrator.stages.distill.config import Distill
-from orchestrator.storage.artifacts import Artifact, Manifest
 from orchestrator.tracking.run import NullRun
-from orchestrator.training import loop
-from orchestrator.training.job import Job
 
 Numbers = dict[str, float]
 
@@ -104,7 +102,7 @@ def numbers(case: str, folder: Path, scratch: Path) -> Numbers:
     """Run a case in a worker of a process group of one, and say what came out."""
     stage = stage_of(case)
     context = _context(case, folder, scratch)
-    trainer.run = _train
+    trainer.run = train
     if isinstance(stage, Distill):
         found = {}
         for name in stage.students:
@@ -121,14 +119,14 @@ def numbers(case: str, folder: Path, scratch: Path) -> Numbers:
 def _context(case: str, folder: Path, scratch: Path) -> Context:
     (scratch / "out").mkdir(parents=True)
     (scratch / "work").mkdir()
-    artifacts = {role: _artifact(kind, folder / kind) for role, kind in CASES[case][1].items()}
+    artifacts = {role: artifact(kind, folder / kind) for role, kind in CASES[case][1].items()}
     return Context(
         name=case,
         pipeline="golden",
         seed=0,
         key="0" * 64,
         inputs=artifacts,
-        keys={artifact.kind: artifact.key for artifact in artifacts.values()},
+        keys={made.kind: made.key for made in artifacts.values()},
         sources={"photos": DataSource(path=folder / "photos", captions=Path("captions.csv"))},
         out=scratch / "out",
         work=scratch / "work",
@@ -146,47 +144,6 @@ def _makers() -> dict[str, Stage]:
     return {"students": distill.model_copy(update={"students": students}), "evaluation": stage_of("evaluate")}
 
 
-_PROVENANCE = {"made_by": {"dinov3-orchestrator": "0.1.0", "python": "3.11"}}
-
-
-def _artifact(kind: str, path: Path) -> Artifact:
-    manifest = Manifest(kind=kind, key="1" * 64, created="", files={}, provenance=_PROVENANCE, summary={})
-    return Artifact("1" * 64, kind, path, manifest)
-
-
-class _Reports:
-    """A controller that only takes figures."""
-
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    def phase(self, name: str) -> None: ...
-
-    def report(
-        self, step: int, figures: Mapping[str, float], stall_s: float, held_out: Mapping[str, float]
-    ) -> None:
-        self._run.metrics(figures, step)
-
-    def looked(self, step: int, held_out: Mapping[str, float]) -> None: ...
-
-    def recorded(self, step: int) -> bool:
-        return True
-
-    def saved(self, step: int, figures: Mapping[str, float]) -> None: ...
-
-    def trouble(self, what: str) -> None:
-        raise AssertionError(what)
-
-    def stop_requested(self) -> bool:
-        return False
-
-
-def _train(job: Job, *, tracker: Any, stop: Any) -> Numbers:
-    """In the place of `trainer.run`: the loop itself, in this process."""
-    assert loop.train(job, _Reports(tracker))
-    return {}
-
-
 def _student(stage: Distill, context: Context, name: str) -> Numbers:
     from worker import TaughtBlocks
 
@@ -199,7 +156,7 @@ def _student(stage: Distill, context: Context, name: str) -> Numbers:
         job = student_job(stage, context, teach, name, part)
         teacher = teach.factory([stage.students[name]], stage.steps)
         run = NullRun()
-        _train(
+        train(
             replace(job, blocks=lambda: TaughtBlocks(teacher(), job.num_blocks)),
             tracker=run,
             stop=context.stop,
