@@ -18,7 +18,8 @@ from orchestrator.config.schema import Cluster
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.elastic import cluster
 from orchestrator.stages.base import Context, Stage
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.tracking.run import NullRun
 
 T = TypeVar("T")

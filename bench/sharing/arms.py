@@ -22,7 +22,8 @@ from bench.sharing.gate import WARM_UP, GatedTeacher
 from bench.sharing.watching import Measured, Watched, measured, outcome, snapshot, steps_of
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill.config import Distill
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.teacher_service.payload import VIEWS, StepTeacher
 from tools.market import SpotMarket
 

@@ -22,7 +22,8 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.plan import ResolvedStage, as_recorded
 from orchestrator.pipeline.table import stage_table
 from orchestrator.pipeline.workspace import Workspace, removal_order
-from orchestrator.storage.artifacts import MANIFEST, ArtifactStore, folder_name
+from orchestrator.storage.artifacts import ArtifactStore, folder_name
+from orchestrator.storage.manifest import MANIFEST
 from orchestrator.storage.store import Store
 
 _PLACES = ("artifacts", "work")

@@ -23,7 +23,8 @@ from orchestrator.pipeline.plan import ResolvedStage, StagePlan
 from orchestrator.pipeline.workspace import Workspace
 from orchestrator.stages.base import figures_of, made_by
 from orchestrator.stages.common.mlmodel import mlmodel
-from orchestrator.storage.artifacts import MANIFEST, Artifact, folder_name
+from orchestrator.storage.artifacts import Artifact, folder_name
+from orchestrator.storage.manifest import MANIFEST
 from orchestrator.tracking.run import Dataset, ModelRecord, Run
 
 NOTE = "mlflow.note.content"

@@ -9,27 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from orchestrator.errors import UserError, first_line
 from orchestrator.fsio import DIGESTS, move
 from orchestrator.names import inside, parts_of
+from orchestrator.storage.manifest import MANIFEST, FileEntry, Manifest, parsed
 from orchestrator.storage.store import Store
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 _TOP = "artifacts/"
 _TURN_S = 600.0
 _TURN_POLL_S = 0.1
@@ -38,108 +34,6 @@ _AT_ONCE = 8
 _log = logging.getLogger(__name__)
 # Damage to manifests that this process has said: a command reads them more than once.
 _said: set[tuple[str, str, str]] = set()
-
-
-class FileEntry(BaseModel):
-    """One file of an artifact: size in bytes and sha256 in hex."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-def _file_name(name: str) -> str:
-    parts_of(name)
-    if name == MANIFEST:
-        raise ValueError(f"{MANIFEST} does not list itself")
-    return name
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-
-def _is_pieces(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(
-        isinstance(one, list | tuple) and len(one) == 2 and all(isinstance(text, str) for text in one)
-        for one in value
-    )
-
-
-def _is_code(value: object) -> bool:
-    """Of earlier versions it is one hash."""
-    if isinstance(value, str):
-        return True
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("digest", ""), str)
-        and _is_texts(value.get("files", {}))
-    )
-
-
-def _is_text(value: object) -> bool:
-    return value is None or isinstance(value, str)
-
-
-# What is read of a provenance, and how it looks; the rest may be anything.
-_READ: dict[str, Callable[[object], bool]] = {
-    "parts": lambda value: isinstance(value, dict) and _is_texts(value.get("inputs", {})),
-    "inputs": _is_texts,
-    "pieces": _is_pieces,
-    "code": _is_code,
-    "versions": _is_texts,
-    "made_by": _is_texts,
-    "stage": _is_text,
-    "run_id": _is_text,
-    "command": _is_text,
-}
-
-
-def _readable(provenance: dict[str, Any]) -> dict[str, Any]:
-    wrong = [name for name, fits in _READ.items() if name in provenance and not fits(provenance[name])]
-    if wrong:
-        raise ValueError(f"no valid {', '.join(wrong)}")
-    return provenance
-
-
-class Manifest(BaseModel):
-    """What an artifact holds and where it came from. Fields of a later version are kept as they are.
-
-    Attributes:
-        format: of the manifest; one with a higher format is of a later version and is left alone.
-        kind: the kind of stage that made it.
-        key: the content key of the stage that made it.
-        created: UTC, ISO 8601.
-        files: by path relative to the artifact's folder, POSIX style.
-        provenance: whatever explains it: config, upstream keys, versions.
-        summary: the figures the stage returned.
-    """
-
-    # JSON has no NaN and pydantic would write null, which is no float when read back.
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants", extra="allow")
-
-    format: int = Field(FORMAT, ge=1, le=FORMAT)
-    kind: str
-    key: str
-    created: str
-    files: dict[Annotated[str, AfterValidator(_file_name)], FileEntry]
-    provenance: Annotated[dict[str, Any], AfterValidator(_readable)]
-    summary: dict[str, float]
-
-    @property
-    def digest(self) -> str:
-        """A hash of the content alone (16 hex digits): two artifacts of one key need not be equal to the last bit."""
-        whole = hashlib.sha256()
-        for name, entry in sorted(self.files.items()):
-            whole.update(f"{len(name)}:{name}={entry.sha256};".encode())
-        return whole.hexdigest()[:16]
-
-
-class _Format(BaseModel):
-    """As much of a manifest as any version can read."""
-
-    format: int = 1
 
 
 class DamagedError(UserError):
@@ -251,7 +145,7 @@ class ArtifactStore:
             UserError: a later version of this program wrote it.
         """
         try:
-            manifest = _parsed(self.store.get_bytes(prefix + MANIFEST))
+            manifest = parsed(self.store.get_bytes(prefix + MANIFEST))
         except ValueError as error:
             return [f"{prefix}{MANIFEST}: {first_line(error)}"]
         if _prefix(manifest.kind, manifest.key) != prefix:
@@ -364,7 +258,7 @@ class ArtifactStore:
         """
         name = f"{_TOP}{folder}/{MANIFEST}"
         try:
-            return _parsed(self.store.get_bytes(name))
+            return parsed(self.store.get_bytes(name))
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -418,36 +312,11 @@ class ArtifactStore:
             temporary.unlink(missing_ok=True)
 
 
-def _parsed(text: bytes) -> Manifest:
-    """The manifest that reads `text`.
-
-    Raises:
-        ValueError: it is none.
-        UserError: it is one of a later version.
-    """
-    try:
-        manifest_format = _Format.model_validate_json(text).format
-    except ValidationError as error:
-        raise ValueError(first_line(error)) from None
-    if manifest_format > FORMAT:
-        raise UserError(
-            f"the artifact has format {manifest_format}, and this version reads formats up to {FORMAT}",
-            hint="use the version of orchestrator that wrote it, or a later one",
-        )
-    try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        raise ValueError(first_line(error).replace(": Value error, ", ": ")) from None
-    if not manifest.files:
-        raise ValueError("it lists no files")
-    return manifest
-
-
 def _is_whole_copy(artifact: Artifact) -> bool:
     """Whether the folder holds this very artifact: its manifest is noted, its files are right and no others there."""
     files = artifact.manifest.files
     try:
-        noted = _parsed((artifact.path / MANIFEST).read_bytes())
+        noted = parsed((artifact.path / MANIFEST).read_bytes())
         # As text: a figure may be NaN, which equals nothing.
         if noted.model_dump_json() != artifact.manifest.model_dump_json() or _surplus(artifact):
             return False

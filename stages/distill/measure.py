@@ -36,7 +36,8 @@ from orchestrator.stages.common.nets import HeadedBackbone
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.profiling import Spec
 from orchestrator.stages.distill.teacher_kinds import Teaching, teaching
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.teacher_service.payload import Parts, StepTeacher, block, blocks_per_chunk, chunks
 from orchestrator.tracking.run import NullRun
 from orchestrator.training.device import CPU, device

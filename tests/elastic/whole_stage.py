@@ -20,7 +20,8 @@ from orchestrator.stages.common.config import stage_seed
 from orchestrator.stages.distill import students
 from orchestrator.stages.distill.student_runs import student_run_of, student_runs_of
 from orchestrator.stages.distill.teacher_kinds import teaching
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.tracking.run import NullRun
 from orchestrator.training import loop
 from orchestrator.training.job import Job

@@ -21,8 +21,9 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline.cache_key import KeyParts
 from orchestrator.pipeline.ledger import Ledger
 from orchestrator.pipeline.verify import examine, verify
-from orchestrator.storage.artifacts import MANIFEST, ArtifactStore
+from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.local import LocalStore
+from orchestrator.storage.manifest import MANIFEST
 from orchestrator.tracking.spool import Spool
 from orchestrator.training.checkpoint import format
 from orchestrator.training.checkpoint.storage import CheckpointStorage

@@ -13,7 +13,8 @@ from orchestrator.pipeline.ledger import PipelineState, StageState
 from orchestrator.pipeline.more_steps import TiedToSteps
 from orchestrator.pipeline.plan import Choice, ResolvedStage, StagePlan, plan
 from orchestrator.stages import AnyStage
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 
 CONFIG: dict[str, Any] = {"steps": 100, "batch_size": 8}
 

@@ -14,7 +14,8 @@ from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import DataSource
 from orchestrator.models import build, save_pretrained
 from orchestrator.stages.base import Context, Stage
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.tracking.run import Run
 
 SIZE = 16

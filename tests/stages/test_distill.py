@@ -27,7 +27,8 @@ from orchestrator.stages.distill.student_runs import sharing_gpus, student_job
 from orchestrator.stages.distill.task import DistillTask, bytes_per_image
 from orchestrator.stages.distill.teacher_kinds import HeadTeaching, teaching
 from orchestrator.stages.ssl.pretrain import Pretrain
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.teacher_service.counters import TeacherCounters
 from orchestrator.teacher_service.payload import TEACHER, VIEWS
 from orchestrator.tracking.run import NullRun

@@ -30,7 +30,8 @@ from orchestrator.stages.base import Context
 from orchestrator.stages.evaluate import text as evaluate_text
 from orchestrator.stages.evaluate.config import Evaluate, largest_groups, pick_photos, spread
 from orchestrator.stages.evaluate.text import TextEvaluation
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.tracking.run import NullRun
 
 SIZE = 16

@@ -18,7 +18,8 @@ from orchestrator.errors import UserError
 from orchestrator.models import build, save_pretrained
 from orchestrator.stages.base import Context
 from orchestrator.stages.distill.config import Distill
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.tracking.run import NullRun
 
 from .small import BASE

@@ -35,7 +35,8 @@ from orchestrator.stages.base import Context
 from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone
 from orchestrator.stages.distill.config import Distill, Student
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.teacher_service.counters import TeacherCounters
 from orchestrator.tracking.run import NullRun
 from tools.market import SpotMarket

@@ -23,7 +23,8 @@ from orchestrator.stages.common.crops import crop_blocks
 from orchestrator.stages.common.mixing import HomogeneousMixStage
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.ssl.pretrain import Pretrain
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import Manifest
 from orchestrator.tracking.run import NullRun
 
 from .small import BASE, RECIPE

@@ -27,7 +27,8 @@ from orchestrator.errors import Stopped, UserError
 from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.stages.base import Context, Stage, figures_of
 from orchestrator.stages.publish.config import Publish
-from orchestrator.storage.artifacts import Artifact, FileEntry, Manifest
+from orchestrator.storage.artifacts import Artifact
+from orchestrator.storage.manifest import FileEntry, Manifest
 from orchestrator.tracking import registry
 from orchestrator.tracking.run import NullRun, Run, Tracking
 
