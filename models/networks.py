@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .convert.files import read_weights
 from .convnext import ConvNeXt
+from .hub import answering_hub
 from .network_spec import Blocks, NetworkSpec
 from .towers import Backbone
 
@@ -104,7 +106,8 @@ def timm_network(
     """
     timm = importlib.import_module("timm")
     try:
-        net = timm.create_model(name, pretrained=pretrained, num_classes=0, **(kwargs or {}))
+        with answering_hub(name) if pretrained else nullcontext():
+            net = timm.create_model(name, pretrained=pretrained, num_classes=0, **(kwargs or {}))
         if hasattr(net, "set_input_size"):
             net.set_input_size(img_size=(size, size))
     except Exception as error:  # what a name or a download can raise is not said anywhere
@@ -149,14 +152,16 @@ def transformers_network(
     shown = name if isinstance(name, str) else name.get("model_type")
     try:
         if pretrained:
-            model = transformers.AutoModel.from_pretrained(
-                name, use_safetensors=True, trust_remote_code=False, **(kwargs or {})
-            )
+            with answering_hub(str(name)):
+                model = transformers.AutoModel.from_pretrained(
+                    name, use_safetensors=True, trust_remote_code=False, **(kwargs or {})
+                )
         else:
             if isinstance(name, str):
-                config = transformers.AutoConfig.from_pretrained(
-                    name, trust_remote_code=False, **(kwargs or {})
-                )
+                with answering_hub(name):
+                    config = transformers.AutoConfig.from_pretrained(
+                        name, trust_remote_code=False, **(kwargs or {})
+                    )
             else:
                 fields = {key: value for key, value in name.items() if key != "model_type"}
                 config = transformers.AutoConfig.for_model(name["model_type"], **fields)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..hub import answering_hub
 from ..towers import Backbone, from_config
 from .layouts import State, from_layout
 from .transformers_config import known_from_transformers
@@ -24,7 +25,8 @@ def from_timm(name: str) -> Backbone:
     """
     timm = _imported("timm")
     try:
-        net = timm.create_model(name, pretrained=True, num_classes=0)
+        with answering_hub(name):
+            net = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # what a name or a download can raise is not said anywhere
         raise ValueError(f"timm does not give {name!r}: {type(error).__name__}: {error}") from error
     blocks = getattr(net, "blocks", None)
@@ -44,7 +46,8 @@ def from_transformers(name: str) -> Backbone:
     """
     transformers = _imported("transformers")
     try:
-        net = transformers.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+        with answering_hub(name):
+            net = transformers.AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except Exception as error:  # what a name or a download can raise is not said anywhere
         raise ValueError(f"transformers does not give {name!r}: {type(error).__name__}: {error}") from error
     return _tower(net.state_dict(), "transformers", **known_from_transformers(net.config.to_dict()))
