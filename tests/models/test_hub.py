@@ -86,9 +86,8 @@ def test_a_hub_that_answers_is_left_to_the_packages(
     proxy: ClosedProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "_asked", lambda *arguments: None)
-    with pytest.raises(RuntimeError, match="no such name"), hub.answering_hub(TRANSFORMERS):
+    with hub.answering_hub(TRANSFORMERS):
         assert constants.HF_HUB_OFFLINE is False
-        raise RuntimeError("no such name")
 
 
 def test_what_is_wrong_with_a_name_is_not_laid_at_the_hub(proxy: ClosedProxy) -> None:
