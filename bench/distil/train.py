@@ -7,7 +7,7 @@ the product's `features.repeat_after`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,14 +89,28 @@ def fetch_all() -> Weights:
     return {FOCUS: focus, LITE0: fetch_lite0(cache_folder() / LITE0)}
 
 
-def distilled(weights: Weights, plan: Plan, seed: int) -> Made:
-    """Both students of one seed."""
+def distilled(
+    weights: Weights,
+    plan: Plan,
+    seed: int,
+    names: Sequence[str] = SETS,
+    kinds: Sequence[str] = tuple(MODELS),
+) -> Made:
+    """The students of one seed.
+
+    Args:
+        weights: of the teachers.
+        plan: how much is trained.
+        seed: of everything that is random.
+        names: sets of pictures that they learn from.
+        kinds: the students.
+    """
     from orchestrator.stages.distill.feature_task import FeatureTask
     from orchestrator.stages.distill.feature_teacher import FeatureTeacher, prepare
     from orchestrator.stages.distill.step_views import StepViews
 
     began = perf_counter(), process_time()
-    rows = training_rows(plan)
+    rows = training_rows(plan, names)
     config, wanted = distill_config(plan), objective(weights)
     wanted.check(config.crops)
     with tempfile.TemporaryDirectory() as folder:
@@ -110,8 +124,8 @@ def distilled(weights: Weights, plan: Plan, seed: int) -> Made:
         num_answered = max(1, plan.views * len(rows) // _BATCH)
         answers = [teacher(step) for step in range(min(num_answered, config.steps))]
     made = {}
-    for kind, student in config.students.items():
-        own = derive(seed, kind)
+    for kind in kinds:
+        student, own = config.students[kind], derive(seed, kind)
         task = partial(FeatureTask, config, student, wanted, prepared.shapes, own)
         blocks = partial(Kept, answers, _part(kind))
         net = trained(task, blocks, config.steps, config.optimizer, MODELS[kind], own)
@@ -136,9 +150,9 @@ def from_scratch(plan: Plan, seed: int, kind: str) -> Made:
     return Made({kind: _saved(net, kind)}, process_time() - began[1], perf_counter() - began[0])
 
 
-def training_rows(plan: Plan) -> list[ImageRecord]:
+def training_rows(plan: Plan, names: Sequence[str] = SETS) -> list[ImageRecord]:
     """The pictures to train on: all but the held-out ones, whatever their group."""
-    return [row for name in SETS for row in sets.split(sets.pictures(name))[0][:: plan.every]]
+    return [row for name in names for row in sets.split(sets.pictures(name))[0][:: plan.every]]
 
 
 def distill_config(plan: Plan) -> Distill:

@@ -217,7 +217,7 @@ def trained(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model:
     from orchestrator.training import loop
     from orchestrator.training.job import Job
 
-    _join_group()
+    join_group()
     with tempfile.TemporaryDirectory() as work:
         job = Job(
             name=model,
@@ -236,7 +236,7 @@ def trained(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model:
         return snapshot(job.export(num_steps), model)
 
 
-def _join_group() -> None:
+def join_group() -> None:
     """This process as a group of one worker, which the loop asks for."""
     import torch
     import torch.distributed as dist

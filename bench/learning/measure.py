@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from bench.learning.sets import mask_of
 from orchestrator.data.decode import read_rgb
 from orchestrator.data.index import ImageRecord
-from orchestrator.evaluation.metrics.knn import knn_vote
+from orchestrator.evaluation.metrics.knn import knn_leave_one_out, knn_vote
 from orchestrator.models import Backbone, build, normalise
 from orchestrator.objectives.dense_health import cls_patch_cosine, patch_locality
 from orchestrator.training.export import load_export
@@ -74,6 +74,11 @@ def features(net: Backbone, images_NCHW: Pixels) -> tuple[Floats, Floats]:
 def knn(bank: LabelledImages, queries: LabelledImages, net: Backbone) -> float:
     """Share of held-out pictures whose label wins among their 5 nearest training pictures, by cosine of CLS."""
     return _vote(features(net, bank.images)[0], bank.labels, features(net, queries.images)[0], queries.labels)
+
+
+def knn_among(pictures: LabelledImages, net: Backbone) -> float:
+    """The same where each picture is asked of all the others."""
+    return knn_leave_one_out(features(net, pictures.images)[0], pictures.labels, NEIGHBOURS)
 
 
 def knn_raw(bank: LabelledImages, queries: LabelledImages) -> float:
