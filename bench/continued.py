@@ -58,7 +58,7 @@ class Sizes:
     every: int
 
 
-FULL, QUICK = Sizes(240, 40, 40), Sizes(6, 2, 2)
+FULL, QUICK = Sizes(160, 40, 40), Sizes(6, 2, 2)
 Curve = dict[str, dict[int, float]]
 """Values of each figure by step."""
 
@@ -163,9 +163,9 @@ def _start(weights: Mapping[str, Path], quick: bool, seed: int) -> tuple[Path, f
 
     began = process_time()
     mend_torchvision()
-    plan: Plan = train.QUICK if quick else replace(train.FULL, views=2, steps=500)
-    made, _ = train.distilled(weights, plan, seed, names=("stamps",), kinds=("ViT",))
-    return made["ViT"], process_time() - began
+    plan: Plan = train.QUICK if quick else replace(train.FULL, views=1, steps=300)
+    made = train.distilled(weights, plan, seed, names=("stamps",), kinds=("ViT",))
+    return made.folders["ViT"], process_time() - began
 
 
 def _arm(arm: str, start: Path, sizes: Sizes, seed: int) -> tuple[Curve, float]:
@@ -216,7 +216,7 @@ def _arm(arm: str, start: Path, sizes: Sizes, seed: int) -> tuple[Curve, float]:
         nets |= {step: measure.snapshot(job.export(step), _MODEL) for step in (*looks, sizes.steps)}
         line.curve[BEFORE] = {step: measure.knn_among(stamps, net) for step, net in nets.items()}
     for figure in (COSINE, LOCALITY):
-        line.curve[figure] = {step: line.at(figure, step, sizes.every) for step in nets}
+        line.curve[figure] = {step: line.at(figure, step, sizes) for step in nets}
     return line.curve, process_time() - began
 
 
@@ -233,12 +233,10 @@ class _Curves:
         self.curve: Curve = {KNN: {}}
         self._health: dict[str, dict[int, float]] = {COSINE: {}, LOCALITY: {}}
 
-    def at(self, figure: str, step: int, every: int) -> float:
-        """The mean of half the steps before a look; at the start the first step's, of the weights as they were."""
-        values = self._health[figure]
-        return (
-            values[1] if step == 0 else fmean(values[one] for one in range(step - every // 2 + 1, step + 1))
-        )
+    def at(self, figure: str, step: int, sizes: Sizes) -> float:
+        """The mean of half the steps before a look; at the start, of all in which the backbone is frozen."""
+        first = step - sizes.every // 2 + 1 if step else 1
+        return fmean(self._health[figure][one] for one in range(first, (step or sizes.frozen) + 1))
 
     def phase(self, name: str) -> None: ...
 
