@@ -1,8 +1,9 @@
 """Going on from a trained backbone on other pictures: k-NN and dense health over the steps, anchored and not.
 
-A ViT that a DINOv2 relative and EfficientNet-Lite0 taught on stamps goes on, by itself, on photographs of food. At each
-look there are the k-NN that training watches, its dense health, and k-NN on the stamps that it came from. The arms
-differ in the learning rate, in layer-wise decay and in the Gram term, in nothing else (`docs/continue.md`).
+A ViT that a DINOv2 relative and EfficientNet-Lite0 taught on stamps and food goes on, by itself, on photographs of food
+alone. At each look there are the k-NN that training watches, its dense health, and k-NN on the stamps that it sees no
+more. The arms differ in the learning rate, in layer-wise decay and in the Gram term, in nothing else
+(`docs/continue.md`).
 """
 
 from __future__ import annotations
@@ -58,25 +59,27 @@ class Sizes:
     every: int
 
 
-FULL, QUICK = Sizes(160, 40, 40), Sizes(6, 2, 2)
+FULL, QUICK = Sizes(120, 30, 30), Sizes(6, 2, 2)
 Curve = dict[str, dict[int, float]]
 """Values of each figure by step."""
 
 
-def run(quick: bool, seed: int = 0) -> Claim:
-    """Teach a start, and go on from it in each arm, two processes at a time.
+def run(quick: bool, seed: int = 0, start: Path | None = None) -> Claim:
+    """Teach a start, and go on from it in each arm; a process each, of one thread.
 
     Args:
         quick: a few steps, which shows that everything works and nothing else.
         seed: of everything that is random.
+        start: a folder of the same model to go on from; default: it is taught.
     """
     from bench.distil import train
 
     sizes = QUICK if quick else FULL
     weights = train.fetch_all()
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        start, spent = pool.submit(_start, weights, quick, seed).result()
-        sys.stderr.write(f"the start: {spent:.0f} s of a core\n")
+    with ProcessPoolExecutor(len(ARMS), multiprocessing.get_context("spawn")) as pool:
+        if start is None:
+            start, spent = pool.submit(_start, weights, quick, seed).result()
+            sys.stderr.write(f"the start: {spent:.0f} s of a core\n")
         jobs = {arm: pool.submit(_arm, arm, start, sizes, seed) for arm in ARMS}
         curves: dict[str, Curve] = {}
         for arm, job in jobs.items():
@@ -157,14 +160,14 @@ def _within(settings: Mapping[str, Any], sizes: Sizes) -> Mapping[str, Any]:
 
 
 def _start(weights: Mapping[str, Path], quick: bool, seed: int) -> tuple[Path, float]:
-    """A folder of the backbone to go on from, taught on stamps alone; and the seconds of processor that it took."""
+    """A folder of the backbone to go on from; and the seconds of processor that it took."""
     from bench._torchvision import mend_torchvision
     from bench.distil import train
 
     began = process_time()
     mend_torchvision()
-    plan: Plan = train.QUICK if quick else replace(train.FULL, views=1, steps=300)
-    made = train.distilled(weights, plan, seed, names=("stamps",), kinds=("ViT",))
+    plan: Plan = train.QUICK if quick else replace(train.FULL, views=2, steps=400)
+    made = train.distilled(weights, plan, seed, kinds=("ViT",))
     return made.folders["ViT"], process_time() - began
 
 

@@ -93,7 +93,6 @@ def distilled(
     weights: Weights,
     plan: Plan,
     seed: int,
-    names: Sequence[str] = SETS,
     kinds: Sequence[str] = tuple(MODELS),
 ) -> Made:
     """The students of one seed.
@@ -102,7 +101,6 @@ def distilled(
         weights: of the teachers.
         plan: how much is trained.
         seed: of everything that is random.
-        names: sets of pictures that they learn from.
         kinds: the students.
     """
     from orchestrator.stages.distill.feature_task import FeatureTask
@@ -110,7 +108,7 @@ def distilled(
     from orchestrator.stages.distill.step_views import StepViews
 
     began = perf_counter(), process_time()
-    rows = training_rows(plan, names)
+    rows = training_rows(plan)
     config, wanted = distill_config(plan), objective(weights)
     wanted.check(config.crops)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,9 +148,9 @@ def from_scratch(plan: Plan, seed: int, kind: str) -> Made:
     return Made({kind: _saved(net, kind)}, process_time() - began[1], perf_counter() - began[0])
 
 
-def training_rows(plan: Plan, names: Sequence[str] = SETS) -> list[ImageRecord]:
+def training_rows(plan: Plan) -> list[ImageRecord]:
     """The pictures to train on: all but the held-out ones, whatever their group."""
-    return [row for name in names for row in sets.split(sets.pictures(name))[0][:: plan.every]]
+    return [row for name in SETS for row in sets.split(sets.pictures(name))[0][:: plan.every]]
 
 
 def distill_config(plan: Plan) -> Distill:
