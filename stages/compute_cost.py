@@ -1,5 +1,7 @@
 """What a training stage computes and holds, from its config alone: for `orchestrator plan`, without data or torch.
 
+A student that is a network from elsewhere is built and counted, which needs torch (`stages/distill/network_cost.py`).
+
 Operations count 2 a multiply-add; a backward pass counts twice its forward. Left out, as below one per cent at
 paper scale: losses, Gram matrices, optimiser, augmentation.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import singledispatch
-from typing import cast
+from typing import NamedTuple, cast
 
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
@@ -33,7 +35,8 @@ from orchestrator.stages.common.flops import (
     tower_flops,
 )
 from orchestrator.stages.common.workload import Kept, Net, Workload
-from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.network_cost import network_cost
 from orchestrator.stages.ssl.config import SelfSupervised
 
 _BACKWARD = 2
@@ -63,7 +66,7 @@ def _self_supervised(stage: SelfSupervised, name: str, upstream: Upstream) -> li
     taken = 1 - origin.drop_path
     masked = masked_share(stage.mask_probability, stage.mask_ratio, stage.block_size * stage.crops.num_global)
     student = tower_flops(config, views, taken)
-    student_heads = heads_flops(config, heads, views, masked)
+    student_heads = heads_flops(feature_dim(config), config.patch_size, heads, views, masked)
     nets = [
         _tower("student", "trained", config, heads, views),
         _tower("EMA teacher", "ema", config, heads, ()),
@@ -72,7 +75,9 @@ def _self_supervised(stage: SelfSupervised, name: str, upstream: Upstream) -> li
         "student": (1 + _BACKWARD) * student,
         "student heads": (1 + _BACKWARD) * student_heads,
         "EMA teacher": tower_flops(config, [only_globals(view) for view in views])
-        + heads_flops(config, heads, [only_globals(view) for view in views], masked),
+        + heads_flops(
+            feature_dim(config), config.patch_size, heads, [only_globals(view) for view in views], masked
+        ),
     }
     if stage.gram is not None:
         nets.append(_tower("Gram teacher", "frozen", config, None, ()))
@@ -87,7 +92,7 @@ def _self_supervised(stage: SelfSupervised, name: str, upstream: Upstream) -> li
             stage.block_size,
             tuple(nets),
             flops,
-            logits_per_image(config, heads, views, masked),
+            logits_per_image(config.patch_size, heads, views, masked),
             largest_row(heads),
         )
     ]
@@ -110,26 +115,26 @@ def _distill(stage: Distill, name: str, upstream: Upstream) -> list[Workload]:
         stage.batch_size,
         stage.block_size,
         (_tower("teacher", "frozen", config, heads, ()),),
-        {"teacher": tower_flops(config, by_teacher) + heads_flops(config, heads, by_teacher, masked)},
+        {
+            "teacher": tower_flops(config, by_teacher)
+            + heads_flops(feature_dim(config), config.patch_size, heads, by_teacher, masked)
+        },
     )
     students = []
     for student_name, student in stage.students.items():
-        own, seen = student.tower, [(1.0, stage.crops_of(student))]
-        if own is None:
-            continue  # a network from elsewhere: as for teachers, it is not known before it is built
-        forward = tower_flops(own, seen, 1 - student.drop_path) + heads_flops(own, heads, seen, masked)
+        found, seen = _student(stage, student, heads), [(1.0, stage.crops_of(student))]
+        if found is None:
+            continue
+        forward = found.forward + heads_flops(found.dim, found.patch_size, heads, seen, masked)
         students.append(
             Workload(
                 f"{name}/{student_name}",
                 stage.steps_of(student),
                 stage.batch_size,
                 stage.block_size,
-                (
-                    _tower("student", "trained", own, heads, seen),
-                    _tower("EMA", "ema", own, heads, ()),
-                ),
+                found.nets,
                 {"student": (1 + _BACKWARD) * forward},
-                logits_per_image(own, heads, seen, masked),
+                logits_per_image(found.patch_size, heads, seen, masked),
                 largest_row(heads),
             )
         )
@@ -152,14 +157,55 @@ def _distill_features(stage: Distill, name: str, upstream: Upstream) -> list[Wor
         frozen = (_tower("teacher", "frozen", origin.tower, None, ()),)
         found.append(work("teacher", stage.steps, frozen, {"teacher": flops}))
     for student_name, student in stage.students.items():
-        own, seen = student.tower, [(1.0, stage.crops_of(student))]
-        if own is None:
-            continue  # as above
-        nets = (_tower("student", "trained", own, None, seen), _tower("EMA", "ema", own, None, ()))
-        forward = tower_flops(own, seen, 1 - student.drop_path)
-        flops_of = {"student": (1 + _BACKWARD) * forward}
-        found.append(work(student_name, stage.steps_of(student), nets, flops_of))
+        one = _student(stage, student, None)
+        if one is None:
+            continue
+        flops_of = {"student": (1 + _BACKWARD) * one.forward}
+        found.append(work(student_name, stage.steps_of(student), one.nets, flops_of))
     return found
+
+
+class _Student(NamedTuple):
+    """What a student's backbone costs: operations of its forward pass on an image's views, and what is held."""
+
+    forward: float
+    nets: tuple[Net, Net]
+    dim: int
+    patch_size: int
+
+
+def _student(stage: Distill, student: Student, heads: Heads | None) -> _Student | None:
+    """By the formulas of our models, or counted of a network from elsewhere; None of one that cannot be built."""
+    own, crops = student.tower, stage.crops_of(student)
+    if not stage.sees_locals:
+        crops = crops.model_copy(update={"num_local": 0})
+    if own is not None:
+        seen = [(1.0, crops)]
+        nets = (_tower("student", "trained", own, heads, seen), _tower("EMA", "ema", own, heads, ()))
+        return _Student(tower_flops(own, seen, 1 - student.drop_path), nets, feature_dim(own), own.patch_size)
+    num_local = crops.num_local
+    try:
+        spec = student.network
+    except ValueError:
+        return None
+    assert spec is not None
+    cost = network_cost(spec, crops.global_size, (crops.local_size,) if num_local else ())
+    if cost is None:
+        return None
+
+    def of_views(by_size: Mapping[int, float]) -> float:
+        local = num_local * by_size[crops.local_size] if num_local else 0.0
+        return crops.num_global * by_size[crops.global_size] + local
+
+    params, unit = cost.params, cost.unit
+    if heads is not None:
+        params += _head_params(cost.dim, heads)
+        unit = max(unit, *_prototypes(heads))
+    held = of_views(cost.activation_bytes)
+    trained = Net("student", "trained", params, unit, activation_bytes=held)
+    return _Student(
+        of_views(cost.flops), (trained, Net("EMA", "ema", params, unit)), cost.dim, cost.patch_size
+    )
 
 
 @workloads.register
@@ -218,17 +264,26 @@ def _unit(config: Config) -> int:
     return 8 * config.dims[-1] ** 2
 
 
+def _head_params(dim: int, heads: Heads) -> int:
+    return head_params(dim, heads.hidden, heads.dino_bottleneck, heads.dino_prototypes) + head_params(
+        dim, heads.hidden, heads.ibot_bottleneck, heads.ibot_prototypes
+    )
+
+
+def _prototypes(heads: Heads) -> tuple[int, int]:
+    """Entries of both heads' prototype layers."""
+    return (
+        heads.dino_bottleneck * heads.dino_prototypes,
+        heads.ibot_bottleneck * heads.ibot_prototypes,
+    )
+
+
 def _tower(name: str, kept: Kept, config: Config, heads: Heads | None, views: Views) -> Net:
     dim = feature_dim(config)
     params, unit = num_params(config), _unit(config)
     if heads is not None:
-        params += head_params(dim, heads.hidden, heads.dino_bottleneck, heads.dino_prototypes)
-        params += head_params(dim, heads.hidden, heads.ibot_bottleneck, heads.ibot_prototypes)
-        prototypes = (
-            heads.dino_bottleneck * heads.dino_prototypes,
-            heads.ibot_bottleneck * heads.ibot_prototypes,
-        )
-        unit = max(unit, *prototypes)
+        params += _head_params(dim, heads)
+        unit = max(unit, *_prototypes(heads))
     if not views:
         return Net(name, kept, params, unit)
 

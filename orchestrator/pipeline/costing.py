@@ -192,6 +192,8 @@ def _computes(net: Net, work: Workload) -> bool:
 
 def _activations(net: Net, checkpointing: bool) -> float:
     """Bytes of one image's activations that wait for the backward pass."""
+    if net.activation_bytes is not None:
+        return net.activation_bytes
     if net.kept != "trained" or not net.depth:
         return 0.0
     per_block = net.tokens * net.dim * (_BLOCK_BYTES + _HIDDEN_BYTES * net.width)

@@ -52,23 +52,30 @@ def tower_flops(config: Config, views: Views, taken: float = 1.0) -> float:
     return taken * mean(views, of)
 
 
-def heads_flops(config: Config, heads: Heads, views: Views, masked: float) -> float:
-    """Forward of both heads for an image: DINO for every view, iBOT for the `masked` share of the patches."""
-    dim = feature_dim(config)
+def heads_flops(dim: int, patch_size: int, heads: Heads, views: Views, masked: float) -> float:
+    """Forward of both heads for an image: DINO for every view, iBOT for the `masked` share of the patches.
+
+    Args:
+        dim: of the features.
+        patch_size: pixels a side of what a patch stands for.
+        heads: their sizes.
+        views: of the image.
+        masked: share of the patches.
+    """
     dino = head_flops(dim, heads.hidden, heads.dino_bottleneck, heads.dino_prototypes)
     ibot = head_flops(dim, heads.hidden, heads.ibot_bottleneck, heads.ibot_prototypes)
 
     def of(crops: CropConfig) -> float:
-        return dino * (crops.num_global + crops.num_local) + ibot * masked * _patches(config, crops)
+        return dino * (crops.num_global + crops.num_local) + ibot * masked * _patches(patch_size, crops)
 
     return mean(views, of)
 
 
-def logits_per_image(config: Config, heads: Heads, views: Views, masked: float) -> tuple[float, float]:
-    """Logits of an image: the student's and the teacher's."""
+def logits_per_image(patch_size: int, heads: Heads, views: Views, masked: float) -> tuple[float, float]:
+    """Logits of an image: the student's and the teacher's; arguments as of :func:`heads_flops`."""
 
     def of(crops: CropConfig, rows: int) -> float:
-        tokens = masked * _patches(config, crops)
+        tokens = masked * _patches(patch_size, crops)
         return rows * heads.dino_prototypes + tokens * heads.ibot_prototypes
 
     student = mean(views, lambda crops: of(crops, crops.num_global + crops.num_local))
@@ -80,8 +87,8 @@ def largest_row(heads: Heads) -> int:
     return max(heads.dino_prototypes, heads.ibot_prototypes)
 
 
-def _patches(config: Config, crops: CropConfig) -> int:
-    return crops.num_global * (crops.global_size // config.patch_size) ** 2
+def _patches(patch_size: int, crops: CropConfig) -> int:
+    return crops.num_global * (crops.global_size // patch_size) ** 2
 
 
 def num_tokens(config: Config, size: int) -> int:

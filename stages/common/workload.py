@@ -19,6 +19,8 @@ class Net:
         depth, dim: of the tower whose activations a backward pass needs; 0 where there is none.
         tokens: of one image's views, through the tower.
         width: hidden width of a block's feed-forward over `dim`.
+        activation_bytes: of one image, that a backward pass needs, where they were counted. None: they follow from
+            the above.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Net:
     dim: int = 0
     tokens: int = 0
     width: float = 4.0
+    activation_bytes: float | None = None
 
 
 @dataclass(frozen=True)

@@ -378,6 +378,11 @@ class Distill(MultiCropStage):
         return self.crops.model_copy(update=own)
 
     @property
+    def sees_locals(self) -> bool:
+        """Whether students learn from local crops, too, if there are any."""
+        return self.features is None or self.features.local_weight > 0
+
+    @property
     def repeat_after(self) -> int | None:
         """The number of steps after which views come again, if they do."""
         return self.features.repeat_after if self.features is not None else None
@@ -542,10 +547,9 @@ class Distill(MultiCropStage):
                 self.features.check(self.crops)
             except UserError as error:
                 raise UserError(error.what, where=f"features.{error.where}", hint=error.hint) from None
-        locals_too = self.features is None or self.features.local_weight > 0
         for name, student in self.students.items():
             try:
-                student.check(self.crops_of(student), locals_too)
+                student.check(self.crops_of(student), self.sees_locals)
                 if student.from_ is not None and student.from_.is_there():
                     student.from_.check(student.model, student.model_overrides)
             except UserError as error:
