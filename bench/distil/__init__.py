@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -36,20 +37,22 @@ _OF_TEACHER = 0.9
 _MOST_CPU_S = 1800
 
 
-def run(quick: bool, seeds: int = 3, first_seed: int = 0) -> Claim:
+def run(quick: bool, seeds: int = 3, first_seed: int = 0, work: Path | None = None) -> Claim:
     """Train and score; the full form writes `bench/results/distil.json` and the document's table.
 
     Args:
         quick: a few steps, which shows that everything works and nothing else.
         seeds: how many.
         first_seed: the first one; the others follow.
+        work: a folder that keeps what is trained: the same command goes on after it was stopped. Settings must be the
+            same, too. Default: nothing is kept.
     """
     from bench.distil.train import FULL, QUICK
     from bench.learning.report import write_result
 
     plan = replace(QUICK if quick else FULL, seeds=tuple(range(first_seed, first_seed + seeds)))
-    with stopwatch() as seconds:
-        finding = measure(plan)
+    with stopwatch() as seconds, tempfile.TemporaryDirectory() as folder:
+        finding = measure(plan, work or Path(folder), None if quick else DOCUMENT.parent)
     if not quick:
         RESULTS.unlink(missing_ok=True)
         write_result(RESULTS, finding, datetime.now(UTC).date().isoformat(), seconds())
@@ -66,10 +69,18 @@ def run(quick: bool, seeds: int = 3, first_seed: int = 0) -> Claim:
     )
 
 
-def measure(plan: Plan) -> Finding:
-    """All seeds, two processes at a time: a core each."""
-    from bench.distil import score, train
+def measure(plan: Plan, work: Path, pictures: Path | None = None) -> Finding:
+    """All seeds, two processes at a time: a core each.
 
+    Args:
+        plan: what is trained and asked.
+        work: folder of the models.
+        pictures: folder for what the models of the first seed see; None draws nothing.
+    """
+    from bench.distil import score, train
+    from bench.distil.pictures import draw
+
+    _check_settings(work, {"views": plan.views, "every": plan.every, **train.settings(plan)})
     # Before processes share what is fetched and unpacked on first use.
     weights = train.fetch_all()
     score.wallpapers()
@@ -77,9 +88,9 @@ def measure(plan: Plan) -> Finding:
         fixed = pool.submit(score.fixed, weights, plan)
         jobs = {}
         for seed in plan.seeds:
-            jobs[seed, "distilled"] = pool.submit(train.distilled, weights, plan, seed)
+            jobs[seed, "distilled"] = pool.submit(train.distilled, weights, plan, seed, work)
             for kind in train.MODELS:
-                jobs[seed, f"{kind}, from scratch"] = pool.submit(train.from_scratch, plan, seed, kind)
+                jobs[seed, f"{kind}, from scratch"] = pool.submit(train.from_scratch, plan, seed, kind, work)
         nets: dict[str, list[Path]] = {}
         cpu_s = dict.fromkeys(plan.seeds, 0.0)
         for (seed, way), job in jobs.items():
@@ -89,7 +100,21 @@ def measure(plan: Plan) -> Finding:
             for kind, path in made.folders.items():
                 nets.setdefault(f"{kind}, {way}" if way == "distilled" else way, []).append(path)
         scored = pool.submit(score.of_nets, nets, plan)
+        if pictures is not None:
+            pool.submit(draw, {who: paths[0] for who, paths in nets.items()}, weights, pictures).result()
         return finding(fixed.result() | scored.result(), plan, list(cpu_s.values()))
+
+
+def _check_settings(work: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError if the folder's models were trained with other settings."""
+    from orchestrator.errors import UserError
+    from orchestrator.fsio import atomic_write
+
+    record, text = work / "settings.json", json.dumps(settings, sort_keys=True, default=str)
+    if record.is_file() and record.read_text(encoding="utf-8") != text:
+        raise UserError(f"{work} has models of other settings", where="--work", hint="name another folder")
+    work.mkdir(parents=True, exist_ok=True)
+    atomic_write(record, text.encode())
 
 
 def finding(scores: Scores, plan: Plan, cpu_s: Sequence[float]) -> Finding:

@@ -132,10 +132,10 @@ def of_pixels() -> Look:
     return Look(_RAW_SIDE, see)
 
 
-def of_focus(folder: Path) -> Look:
-    """The relative of DINOv2."""
-    net = open_transformers(str(folder), _TEACHER_SIZE)
-    return Look(_TEACHER_SIZE, lambda images: net(_scaled(images, MEAN, STD))[:2])
+def of_focus(folder: Path, size: int = _TEACHER_SIZE) -> Look:
+    """The relative of DINOv2, at `size` pixels a side."""
+    net = open_transformers(str(folder), size)
+    return Look(size, lambda images: net(_scaled(images, MEAN, STD))[:2])
 
 
 def of_lite0(weights: Path) -> Look:

@@ -6,19 +6,22 @@ the product's `features.repeat_after`.
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+from bench._torchvision import mend_torchvision
 from bench.headless.train import Kept, trained
 from bench.learning import ground, sets
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.rng import derive
 from orchestrator.data.weights import DINOV2_FOCUS, fetch, fetch_lite0
+from orchestrator.fsio import atomic_write
 from orchestrator.models import Backbone, efficientnet, save_pretrained
 from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.distill.config import Distill
@@ -26,6 +29,8 @@ from orchestrator.stages.distill.features import FeatureObjective
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.storage.cache_folder import cache_folder
 from orchestrator.teacher_service import payload
+
+mend_torchvision()  # before transformers is imported, which imports a torchvision if there is one
 
 SETS = ("food", "stamps")
 MODELS = {"ViT": "vit_nano", "ConvNeXt": "convnext_mini"}
@@ -90,24 +95,22 @@ def fetch_all() -> Weights:
 
 
 def distilled(
-    weights: Weights,
-    plan: Plan,
-    seed: int,
-    kinds: Sequence[str] = tuple(MODELS),
+    weights: Weights, plan: Plan, seed: int, work: Path, kinds: Sequence[str] = tuple(MODELS)
 ) -> Made:
-    """The students of one seed.
+    """The students of one seed; what `work` has of them already is not trained again."""
+    return _once(work / f"{seed}-distilled", lambda: _distilled(weights, plan, seed, kinds))
 
-    Args:
-        weights: of the teachers.
-        plan: how much is trained.
-        seed: of everything that is random.
-        kinds: the students.
-    """
+
+def from_scratch(plan: Plan, seed: int, kind: str, work: Path) -> Made:
+    """A model of one seed that learns by itself; what `work` has of it already is not trained again."""
+    return _once(work / f"{seed}-{kind}-scratch", lambda: {kind: _from_scratch(plan, seed, kind)})
+
+
+def _distilled(weights: Weights, plan: Plan, seed: int, kinds: Sequence[str]) -> dict[str, Backbone]:
     from orchestrator.stages.distill.feature_task import FeatureTask
     from orchestrator.stages.distill.feature_teacher import FeatureTeacher, prepare
     from orchestrator.stages.distill.step_views import StepViews
 
-    began = perf_counter(), process_time()
     rows = training_rows(plan)
     config, wanted = distill_config(plan), objective(weights)
     wanted.check(config.crops)
@@ -121,22 +124,19 @@ def distilled(
         teacher = FeatureTeacher(config, wanted, views, prepared)
         num_answered = max(1, plan.views * len(rows) // _BATCH)
         answers = [teacher(step) for step in range(min(num_answered, config.steps))]
-    made = {}
+    nets = {}
     for kind in kinds:
         student, own = config.students[kind], derive(seed, kind)
         task = partial(FeatureTask, config, student, wanted, prepared.shapes, own)
         blocks = partial(Kept, answers, _part(kind))
-        net = trained(task, blocks, config.steps, config.optimizer, MODELS[kind], own)
-        made[kind] = _saved(net, kind)
-    return Made(made, process_time() - began[1], perf_counter() - began[0])
+        nets[kind] = trained(task, blocks, config.steps, config.optimizer, MODELS[kind], own)
+    return nets
 
 
-def from_scratch(plan: Plan, seed: int, kind: str) -> Made:
-    """A model of one seed that learns by itself."""
+def _from_scratch(plan: Plan, seed: int, kind: str) -> Backbone:
     from orchestrator.stages.common.crops import crop_blocks
     from orchestrator.stages.ssl.task import SelfSupervisedTask
 
-    began = perf_counter(), process_time()
     config, model = scratch_config(kind, plan), MODELS[kind]
     recipe = ModelRecipe(model=model, drop_path=0.0, heads=config.heads, global_size=SIZES[kind])
     with tempfile.TemporaryDirectory() as folder:
@@ -144,8 +144,7 @@ def from_scratch(plan: Plan, seed: int, kind: str) -> Made:
         own = derive(seed, "scratch")
         task = partial(SelfSupervisedTask, config, recipe, own, None)
         blocks = partial(crop_blocks, config, recipe, Path(folder), own)
-        net = trained(task, blocks, config.steps, config.optimizer, model, own)
-    return Made({kind: _saved(net, kind)}, process_time() - began[1], perf_counter() - began[0])
+        return trained(task, blocks, config.steps, config.optimizer, model, own)
 
 
 def training_rows(plan: Plan) -> list[ImageRecord]:
@@ -239,8 +238,17 @@ def _part(kind: str) -> str:
     return f"{payload.VIEWS}/{SIZES[kind]}"
 
 
-def _saved(net: Backbone, kind: str) -> Path:
-    """A folder of the model, for another process to load."""
-    folder = Path(tempfile.mkdtemp(prefix="bench-distil-"))
-    save_pretrained(folder, net.state_dict(), MODELS[kind], {"image_size": SIZES[kind]})
-    return folder
+def _once(folder: Path, make: Callable[[], Mapping[str, Backbone]]) -> Made:
+    """Models of a job, each in a folder of its own for other processes to load; complete if the record is there."""
+    record = folder / "seconds.json"
+    if not record.is_file():
+        began = perf_counter(), process_time()
+        nets = make()
+        spent = {"cpu_s": process_time() - began[1], "wall_s": perf_counter() - began[0]}
+        for kind, net in nets.items():
+            save_pretrained(folder / kind, net.state_dict(), MODELS[kind], {"image_size": SIZES[kind]})
+        atomic_write(record, json.dumps(spent).encode())
+    return Made(
+        {kind: folder / kind for kind in MODELS if (folder / kind).is_dir()},
+        **json.loads(record.read_bytes()),
+    )

@@ -226,7 +226,7 @@ def trained(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model:
             num_blocks=1,
             num_steps=num_steps,
             optimizer=optimizer,
-            zero_stage=1,
+            zero_stage=0,
             precision="fp32",
             work=Path(work),
             seed=seed % 2**31,
