@@ -77,13 +77,13 @@ def measure(plan: Plan, work: Path, pictures: Path | None = None) -> Finding:
         work: folder of the models.
         pictures: folder for what the models of the first seed see; None draws nothing.
     """
-    from bench.distil import score, train
+    from bench.distil import scenes, score, train
     from bench.distil.pictures import draw
 
     _check_settings(work, {"views": plan.views, "every": plan.every, **train.settings(plan)})
     # Before processes share what is fetched and unpacked on first use.
     weights = train.fetch_all()
-    score.wallpapers()
+    scenes.scene_pictures(plan.scenes)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         fixed = pool.submit(score.fixed, weights, plan)
         jobs = {}

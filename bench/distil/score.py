@@ -6,9 +6,7 @@ pictures; what they are asked about was held out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,18 +21,14 @@ from torch import Tensor
 
 from bench.distil import train
 from bench.distil.interval import Asked
+from bench.distil.scenes import foreground_scenes
 from bench.distil.train import FOCUS, LITE0, MODELS, SIZES, Plan, Weights
 from bench.learning import measure, sets
 from bench.learning.measure import LabelledImages, Scenes
-from orchestrator.data.decode import read_header, read_rgb
-from orchestrator.data.index import ImageRecord
-from orchestrator.data.samples import DebianPackage, cached_debian, unpack_debian
 from orchestrator.evaluation.metrics.knn import knn_vote
-from orchestrator.fsio import folder_beside, move, sha256_of
 from orchestrator.models import Backbone, efficientnet, load_pretrained, normalise
 from orchestrator.models.pixels import MEAN, STD
 from orchestrator.models.wrapped import open_module, open_transformers
-from orchestrator.storage.cache_folder import cache_folder
 
 FOREGROUND = "foreground mIoU"
 WAYS = tuple(f"{name}, {way}" for name in train.SETS for way in ("k-NN", "linear probe"))
@@ -43,19 +37,12 @@ Scores = dict[str, dict[str, list[Asked]]]
 """Who → way of asking → what came of it, for each seed; of what has no seed once."""
 Floats = NDArray[np.float32]
 
-# What cut-outs are laid on: photographs and drawn backgrounds of a desktop (GPL-2+, CC-BY-SA-4.0).
-WALLPAPERS = DebianPackage(
-    "mate-backgrounds", "1.26.0-1", "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04"
-)
-_WALLPAPERS_FOLDERS = ("abstract", "nature")
-# The same picture in another size.
-_OTHER_SIZE = re.compile(r"_\d+x\d+$")
 # What teachers see of pictures that they are asked about: the patch of each divides it.
 _TEACHER_SIZE = 224
-_WALLPAPER_SIDE = 256
 # Raw pixels: of the whole picture half the side, and squares of a grid of eight by eight.
 _RAW_SIDE, _RAW_PATCH = 64, 8
 _BATCH = 32
+_TWICE = 2
 _PATCHES = 20_000
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -68,10 +55,18 @@ class Seen(NamedTuple):
 
 
 class Look(NamedTuple):
-    """A frozen model: pixels a side that it takes, and uint8 pictures (B, 3, size, size) → features."""
+    """A frozen model.
+
+    Attributes:
+        size: pixels a side of the pictures that it is shown.
+        see: uint8 pictures (B, 3, size, size) → CLS and patches.
+        map_size: pixels a side where a map is asked for, or 0 for `size`. Students and teachers are shown twice what
+            training shows them, as in the maps of `evaluate`.
+    """
 
     size: int
     see: Callable[[Tensor], tuple[Tensor, Tensor]]
+    map_size: int = 0
 
     @torch.no_grad()
     def __call__(self, images_NCHW: NDArray[np.uint8]) -> Seen:
@@ -118,7 +113,7 @@ def of_net(net: Backbone, size: int) -> Look:
         out = net.eval()(normalise(images))
         return out.cls, out.patches
 
-    return Look(size, see)
+    return Look(size, see, _TWICE * size)
 
 
 def of_pixels() -> Look:
@@ -159,7 +154,7 @@ def scored(lookers: Mapping[str, Sequence[Look]], plan: Plan) -> Scores:
                 first, second = look(bank.images).cls, look(queries.images).cls
                 ways[f"{name}, k-NN"].append(knn(first, bank.labels, second, queries.labels))
                 ways[f"{name}, linear probe"].append(probe(first, bank.labels, second, queries.labels))
-            ways[FOREGROUND].append(foreground(look, *scenes))
+            ways[FOREGROUND].append(foreground(look._replace(size=look.map_size or look.size), *scenes))
         found[who] = ways
     return found
 
@@ -225,46 +220,6 @@ def overlaps(said: NDArray[np.bool_], wanted: NDArray[np.bool_]) -> Asked:
 
 def _right(said: NDArray[np.str_], wanted: Sequence[str]) -> Asked:
     return np.asarray(said == np.asarray(wanted), np.float64)
-
-
-@cache
-def foreground_scenes(count: int) -> tuple[Scenes, Scenes]:
-    """Stamps on wallpapers: training ones on some, held-out ones on others."""
-    stamps, walls = sets.split(sets.pictures("stamps")), wallpapers()
-    return (
-        measure.scenes(stamps[0], walls[::2], count, 0),
-        measure.scenes(stamps[1], walls[1::2], count, 1),
-    )
-
-
-def wallpapers() -> list[ImageRecord]:
-    """The backgrounds, made small; fetched on first use."""
-    folder = cache_folder() / "learning" / "wallpapers"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder_beside(folder) as temporary:
-            unpack_debian(cached_debian(WALLPAPERS), temporary / "package")
-            (temporary / "small").mkdir()
-            for name in _WALLPAPERS_FOLDERS:
-                for path in sorted((temporary / "package/usr/share/backgrounds/mate" / name).iterdir()):
-                    if not _OTHER_SIZE.search(path.stem):
-                        _write_small(path, temporary / "small" / f"{name}-{path.stem}.png")
-            move(temporary / "small", folder)
-    found = []
-    for path in sorted(folder.iterdir()):
-        header = read_header(path)
-        found.append(
-            ImageRecord("wallpapers", path.name, str(folder), sha256_of(path), header.width, header.height)
-        )
-    return found
-
-
-def _write_small(path: Path, target: Path) -> None:
-    """A picture whose shorter side is twice that of a scene."""
-    pixels = read_rgb(path)
-    scale = _WALLPAPER_SIDE / min(pixels.shape[:2])
-    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    cv2.imwrite(str(target), small[..., ::-1])
 
 
 def _resized(images_NCHW: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

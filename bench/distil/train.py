@@ -16,6 +16,7 @@ from time import perf_counter, process_time
 from typing import Any
 
 from bench._torchvision import mend_torchvision
+from bench.distil.scenes import scene_pictures
 from bench.headless.train import Kept, trained
 from bench.learning import ground, sets
 from orchestrator.data.index import ImageIndex, ImageRecord
@@ -148,8 +149,9 @@ def _from_scratch(plan: Plan, seed: int, kind: str) -> Backbone:
 
 
 def training_rows(plan: Plan) -> list[ImageRecord]:
-    """The pictures to train on: all but the held-out ones, whatever their group."""
-    return [row for name in SETS for row in sets.split(sets.pictures(name))[0][:: plan.every]]
+    """The pictures to train on: all but the held-out ones, whatever their group, and training stamps on backgrounds."""
+    rows = [row for name in SETS for row in sets.split(sets.pictures(name))[0][:: plan.every]]
+    return rows + scene_pictures(plan.scenes)
 
 
 def distill_config(plan: Plan) -> Distill:
@@ -165,6 +167,7 @@ def distill_config(plan: Plan) -> Distill:
             "batch_size": _BATCH,
             "block_size": _BATCH,
             "crops": {
+                **ground.CROPS,
                 "global_size": TEACHER_SIZE,
                 "local_size": min(SIZES.values()) // 2,
                 "num_global": 1,

@@ -103,6 +103,16 @@ def test_what_is_written_loads_and_plans(make: object, recipe: Recipe, machine: 
     assert max(map(len, Path("pipeline.yaml").read_text().splitlines())) <= 130
 
 
+def test_a_gate_is_written_where_there_are_labels_to_decide_with() -> None:
+    labelled(Path("cats"))
+    tiny(Path("few"))
+    stages = [yaml.safe_load(chosen(Path(name)).text())["stages"] for name in ("cats", "few")]
+    assert [one["publish"].get("conditions") for one in stages] == [
+        [{"beats": "raw_pixels"}, {"beats": "random_weights"}, "knn >= champion"],
+        None,
+    ]
+
+
 def test_weights_that_are_there_leave_nothing_to_fetch() -> None:
     flat(Path("flat"))
     assert [line.split()[-4] for line in chosen(Path("flat")).next_commands() if "weights" in line]
