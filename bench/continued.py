@@ -76,9 +76,12 @@ def run(quick: bool, seed: int = 0, start: Path | None = None) -> Claim:
 
     sizes = QUICK if quick else FULL
     weights = train.fetch_all()
-    with ProcessPoolExecutor(len(ARMS), multiprocessing.get_context("spawn")) as pool:
+    with (
+        tempfile.TemporaryDirectory() as work,
+        ProcessPoolExecutor(len(ARMS), multiprocessing.get_context("spawn")) as pool,
+    ):
         if start is None:
-            start, spent = pool.submit(_start, weights, quick, seed).result()
+            start, spent = pool.submit(_start, weights, quick, seed, Path(work)).result()
             sys.stderr.write(f"the start: {spent:.0f} s of a core\n")
         jobs = {arm: pool.submit(_arm, arm, start, sizes, seed) for arm in ARMS}
         curves: dict[str, Curve] = {}
@@ -159,7 +162,7 @@ def _within(settings: Mapping[str, Any], sizes: Sizes) -> Mapping[str, Any]:
 # --- in processes of their own ------------------------------------------------------------------------------------
 
 
-def _start(weights: Mapping[str, Path], quick: bool, seed: int) -> tuple[Path, float]:
+def _start(weights: Mapping[str, Path], quick: bool, seed: int, work: Path) -> tuple[Path, float]:
     """A folder of the backbone to go on from; and the seconds of processor that it took."""
     from bench._torchvision import mend_torchvision
     from bench.distil import train
@@ -167,7 +170,7 @@ def _start(weights: Mapping[str, Path], quick: bool, seed: int) -> tuple[Path, f
     began = process_time()
     mend_torchvision()
     plan: Plan = train.QUICK if quick else replace(train.FULL, views=2, steps=400)
-    made = train.distilled(weights, plan, seed, kinds=("ViT",))
+    made = train.distilled(weights, plan, seed, work, kinds=("ViT",))
     return made.folders["ViT"], process_time() - began
 
 
