@@ -37,9 +37,12 @@ from orchestrator.stages.common.flops import (
 from orchestrator.stages.common.workload import Kept, Net, Workload
 from orchestrator.stages.distill.config import Distill, Student
 from orchestrator.stages.distill.network_cost import network_cost
+from orchestrator.stages.finetune.config import Finetune
 from orchestrator.stages.ssl.config import SelfSupervised
 
 _BACKWARD = 2
+# Pixels a side of images for weights that do not say what they were trained at.
+_SIZE = 224
 Upstream = Mapping[str, Stage]
 """The stages that fill another's inputs, by role, and as `origin` the one where its lineage of backbones began."""
 
@@ -253,6 +256,33 @@ def _align(stage: AlignText, name: str, upstream: Upstream) -> list[Workload]:
         "text tower": passes * text_flops,
     }
     return [Workload(name, stage.steps, stage.batch_size, stage.block_size, nets, flops)]
+
+
+@workloads.register
+def _finetune(stage: Finetune, name: str, upstream: Upstream) -> list[Workload]:
+    config = stage.tower(upstream)
+    backbone = upstream.get("backbone")
+    trained_at = backbone.crops.global_size if isinstance(backbone, (Distill, SelfSupervised)) else _SIZE
+    if config is None:
+        return []  # of weights that are not there, or a network from elsewhere
+    size, dim = stage.image_size or trained_at, feature_dim(config)
+    head = stage.task.head_params(dim)
+    depth = config.depth if isinstance(config, ViTConfig) else sum(config.depths)
+    # Of adapters the gradients of activations are computed, and hardly any of weights.
+    passes = {"frozen": 1, "lora": 1 + _BACKWARD // 2, "full": 1 + _BACKWARD}[stage.mode]
+    tokens = round(num_tokens(config, size))
+    held = (depth, dim, tokens) if stage.mode != "frozen" else ()
+    kept: Kept = "trained" if stage.mode == "full" else "frozen"
+    nets = [
+        Net("backbone", kept, num_params(config), _unit(config), *held),
+        Net("head", "trained", head, head),
+    ]
+    if stage.ema is not None:
+        nets.append(
+            Net("EMA", "ema", head + (num_params(config) if stage.mode == "full" else 0), _unit(config))
+        )
+    flops = {"backbone": passes * square_flops(config, size), "head": 6.0 * head}
+    return [Workload(name, stage.steps, stage.batch_size, stage.block_size, tuple(nets), flops)]
 
 
 # --- networks -------------------------------------------------------------------------------------------------

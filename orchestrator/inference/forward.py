@@ -50,6 +50,17 @@ def image_vectors(module: Tower | Aligned, squares: Sequence[Pixels]) -> Floats:
         return unit
 
 
+@torch.inference_mode()
+def probabilities_of(model: Model, squares: Sequence[Pixels]) -> Floats:
+    """Probabilities (N, C) of the classes of a fine-tuned model, of squares as above; float32 on the CPU."""
+    assert model.predictor is not None
+    tower, size = tower_of(model.module), (squares[0].shape[0], squares[0].shape[1])
+    with _computing(tower, squares):
+        logits = model.predictor.head.to(_device(tower))(_forward(tower, squares), size)
+        found: Floats = logits.float().softmax(dim=-1).cpu().numpy()
+        return found
+
+
 def on_device(model: Model) -> Model:
     """The model on the GPU that this process may use, if there is one and the model can: pairs of towers cannot."""
     if not isinstance(model.module, Aligned):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.models import Backbone
     from orchestrator.models.wrapped_backbone import WrappedBackbone
     from orchestrator.stages.common.aligned import Aligned
+    from orchestrator.stages.common.predictor import Predictor
 
 Floats = NDArray[np.float32]
 
@@ -43,19 +44,68 @@ class ImageFeatures(NamedTuple):
     grid: tuple[int, int]
 
 
+class Predictions(NamedTuple):
+    """What a fine-tuned model says of N images.
+
+    Attributes:
+        labels: the likeliest class of each.
+        probabilities: float32 (N, C), in the order of `classes`; each row adds up to 1.
+        classes: the names of the C classes.
+    """
+
+    labels: list[str]
+    probabilities: Floats
+    classes: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Model:
-    """A trained model to embed with.
+    """A trained model to embed with, and to predict with if it was fine-tuned.
 
     Attributes:
         module: a torch module in eval mode, or a vision and a text tower in one space.
         image_size: pixels a side that it was trained for; None where that is not known.
         pixels: how it saw the values of files in training, if not as 8-bit RGB.
+        predictor: the head of a fine-tuned model.
     """
 
     module: Backbone | WrappedBackbone | Aligned
     image_size: int | None = None
     pixels: PixelFormat | None = None
+    predictor: Predictor | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that a fine-tuned model tells apart; none of another."""
+        return self.predictor.classes if self.predictor is not None else ()
+
+    def predict(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        size: int | None = None,
+        batch: int = 32,
+        loaders: int | None = None,
+    ) -> Predictions:
+        """Classes of images; arguments as of :meth:`features`.
+
+        Raises:
+            UserError: the model was not fine-tuned for classification, or as :meth:`features`.
+        """
+        from orchestrator.inference.forward import probabilities_of
+
+        if self.predictor is None or self.predictor.task != "classification":
+            raise UserError(
+                "this model tells no classes apart",
+                hint="load what a stage of kind finetune made with the task classification",
+            )
+        size = side_of(self, size)
+        check_number("batch", batch, 2**20)
+        parts = [np.empty((0, len(self.classes)), np.float32)]
+        for squares in squares_of(_several(images), size, batch, checked_loaders(loaders), self.pixels):
+            parts.append(probabilities_of(self, squares))
+        found = np.concatenate(parts)
+        return Predictions([self.classes[at] for at in found.argmax(axis=1)], found, self.classes)
 
     def features(
         self,
@@ -132,6 +182,7 @@ def load_weights(path: Path, trusted: Sequence[str] = ()) -> Model:
     from orchestrator.models.convert import load_any
     from orchestrator.models.wrapped_backbone import UntrustedModuleError, is_wrapped, load_wrapped
     from orchestrator.stages.common.aligned import load_aligned
+    from orchestrator.stages.common.predictor import load_predictor
 
     path = inner_folder(path)
     config = path / "config.json"
@@ -149,9 +200,9 @@ def load_weights(path: Path, trusted: Sequence[str] = ()) -> Model:
         size = extra.get("image_size")
         if size is not None:
             check_number("image_size", size, _MAX_SIDE)
-        if is_wrapped(path):
-            return Model(load_wrapped(path, trusted), size, _pixels(record))
-        return Model(load_any(path), size, _pixels(record))
+        module = load_wrapped(path, trusted) if is_wrapped(path) else load_any(path)
+        predictor = load_predictor(path, module.dim) if path.is_dir() else None
+        return Model(module, size, _pixels(record), predictor)
     except UntrustedModuleError as error:
         hint = f"if you trust it, give trust_module={error.module.partition('.')[0]!r}"
         raise UserError(str(error), where=str(path), hint=hint) from error

@@ -52,7 +52,7 @@ class Job:
         inputs: artifacts that workers need a copy of on their own machine: the store's address, kind and key.
         limit: min_workers and max_workers just now, in place of `elastic.workers`; the controller asks it again
             and again, and the group follows at the end of a step.
-        validation: makes the source of held-out blocks; called in every worker. As many as in a step are looked at.
+        validation: makes the source of held-out blocks; called in every worker. All of its blocks are looked at.
         validate_every: steps from one look at them to the next; 0: never.
         probe: makes the source of what the task looks at its weights with, see `training.task.Probing`; called in every
             worker. Its blocks are loaded once.

@@ -204,6 +204,7 @@ class _Trainer:
         """
         assert self.held_out is not None
         began = time.monotonic()
+        num_blocks = self.held_out.num_blocks
         loaded = self._load(0, self.held_out)
         self._tell_troubles(self.held_out)
         own = [block for block in loaded if block.weight > 0]
@@ -212,7 +213,7 @@ class _Trainer:
         with torch.no_grad(), self.engine.evaluating():
             targets = self.task.targets(blocks, self.workers)
             for block, target in zip(blocks, targets, strict=True):
-                _accumulate(sums, self.task.losses(block, target), block.weight / self.num_blocks)
+                _accumulate(sums, self.task.losses(block, target), block.weight / num_blocks)
         figures = self._sum_figures(sums, 0, sum(block.num_replaced for block in own))
         del figures["sample_order"]  # the same each time
         if "replaced_photos" in figures:

@@ -40,9 +40,10 @@ from orchestrator.training.zero import import_deepspeed
 
 # Run as a script, its own folder is on the path; imported by a test, it is part of a package.
 if __package__:
-    from . import whole_stage
+    from . import tuned, whole_stage
     from .worker import CLOCK, Recorder, make_job
 else:
+    import tuned
     import whole_stage
     from worker import CLOCK, Recorder, make_job
 
@@ -187,6 +188,13 @@ def job(spec: Spec) -> Any:
         "held_out": recorder.held_out,
         "troubles": recorder.troubles,
     }
+
+
+def tune(spec: Spec) -> Any:
+    """A whole `finetune` job."""
+    recorder = Recorder(spec.get("stop_after"))
+    complete = loop.train(tuned.make_job(spec), recorder)
+    return {"complete": complete, "figures": recorder.figures, "held_out": recorder.held_out}
 
 
 def stage(spec: Spec) -> Any:

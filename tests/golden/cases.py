@@ -49,6 +49,13 @@ _DISTILL = {
     "students": {"small": {"model": "vit_femto", "drop_path": 0.2}, "other": {"model": "convnext_mini"}},
 }  # fmt: skip
 
+_TUNE = {
+    "kind": "finetune", "steps": 4, "batch_size": 8, "block_size": 4, "image_size": 32, "precision": "fp32",
+    "optimizer": {"lr": {"peak": 1e-2, "warmup_steps": 1}, "layer_decay": 0.8}, "validate_every": 2,
+    # Waves are like each other.
+    "split": {"validation_share": 0.3, "test_share": 0.3, "near_duplicate": 1.0},
+}  # fmt: skip
+
 # Name of the case → the stage's section in a pipeline file, and which fixed artifact plays which role.
 CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "curate": ({"kind": "curate", "data": "photos", "clusters": 3, "sample": 0.5}, {}),
@@ -73,6 +80,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"index": "curate", "teacher": "pretrain"},
     ),
     "align_text": (_TEXT, {"index": "curate", "tower": "distill"}),
+    "finetune": (
+        {**_TUNE, "mode": "full", "drop_path": 0.3, "ema": {"peak": 0.5},
+         "task": {"type": "classification", "label_smoothing": 0.1}},
+        {"index": "curate", "backbone": "pretrain"},
+    ),
+    "finetune_lora": (
+        {**_TUNE, "mode": "lora", "lora": {"rank": 4, "targets": ["attention", "mlp"]},
+         "task": {"type": "classification", "classes": 3, "pool": "cls"}},
+        {"index": "curate", "backbone": "pretrain"},
+    ),
     "evaluate": (
         {"kind": "evaluate", "k": 3, "num_groups": 3, "num_pictures": 2},
         {"index": "curate", "pretrain": "pretrain", "students": "distill", "text": "align_text"},

@@ -70,7 +70,7 @@ def index(folder: Path, photos: Path) -> Path:
     ImageIndex(
         [
             ImageRecord(
-                "photos", note["file"], str(photos), "", _SIZE[1], _SIZE[0], caption=note["caption"],
+                "photos", note["file"], str(photos), f"{number:064x}", _SIZE[1], _SIZE[0], caption=note["caption"],
                 label=note["label"], component="balanced" if number % 2 == 0 else "pool",
             )
             for number, note in enumerate(notes)

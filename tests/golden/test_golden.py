@@ -29,6 +29,8 @@ _SHOWN = 4
 CASES = {
     **{kind: kind for kind in ("curate", "pretrain", "gram_anchor", "high_res", "distill", "align_text")},
     "distill_features": "distill",
+    "finetune": "finetune",
+    "finetune_lora": "finetune",
     "evaluate": "evaluate",
     "publish": "publish",
 }

@@ -1,0 +1,1 @@
+"""`finetune`: a trained backbone learns a task from labels."""

@@ -1,0 +1,467 @@
+"""`finetune`: a trained backbone learns a task from labels; chosen on validation, reported on test."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from orchestrator.config.schedules import Momentum, Optimizer, check_warmup
+from orchestrator.config.settings import Settings
+from orchestrator.config.split import Split
+from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
+from orchestrator.data.views import Range, Side
+from orchestrator.errors import KeyMistakeError, UserError, nearest
+from orchestrator.models.configs import Config
+from orchestrator.stages.base import Context, Input, PlanContext, TrainStage
+from orchestrator.stages.common.config import (
+    BACKBONE_KINDS,
+    INDEX_KINDS,
+    PRECISION,
+    Precision,
+    check_blocks,
+    stage_seed,
+    summary,
+)
+from orchestrator.stages.common.network_source import NetworkSource
+from orchestrator.stages.common.weights import FROM, From, Weights, files_of, from_field
+from orchestrator.stages.finetune.classification import Classification
+
+if TYPE_CHECKING:
+    from orchestrator.data.index import ImageIndex
+    from orchestrator.stages.finetune.goal import Labelled
+    from orchestrator.stages.finetune.start import Start
+    from orchestrator.training.job import Job
+
+logger = logging.getLogger("orchestrator")
+
+SCORES = "scores.json"
+
+
+def _task(value: Any) -> Any:
+    """The type of a task alone stands for its defaults."""
+    return {"type": value} if isinstance(value, str) else value
+
+
+AnyTask = Annotated[Classification, Field(discriminator="type")]
+Task = Annotated[Classification, BeforeValidator(_task, json_schema_input_type=str | Classification)]
+
+
+class Lora(Settings):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): the weights beside them are frozen, and get them added at the end."""
+
+    rank: int = Field(8, ge=1, le=4096, description="The rank of each adapter.")
+    alpha: float = Field(
+        16.0,
+        gt=0,
+        description="The factor of the adapters times `rank`: outputs are multiplied by alpha / rank.",
+    )
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        ("attention",),
+        min_length=1,
+        description="The linear layers that get adapters: `attention`, `mlp`, or the last part of a layer's name, such "
+        "as `qkv` or `q_proj`.",
+    )
+
+
+class Finetune(TrainStage):
+    """A trained backbone with a new head learns from labels.
+
+    The backbone is frozen, trained by low-rank adapters, or trained as a whole with a smaller learning rate for layers
+    further from the output. The weights after the step with the best figure of the validation split are kept. The
+    figures that are reported are of the test split, which nothing was chosen by.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    kind: Literal["finetune"]
+    task: Task = Field(
+        description="What is learnt: its type, or a mapping with the type as `type` and its settings."
+    )
+    split: Split = Field(
+        Split(), description="How images are split into those for training, for validation and for test."
+    )
+    student: str | None = Field(
+        None,
+        description="The student of the `distill` stage under `needs` that is trained on. Required if there is more "
+        "than one student.",
+    )
+    from_: From | None = from_field(FROM)
+    network: NetworkSource | None = Field(
+        None,
+        description="A network from elsewhere to start from, with its weights: timm, transformers or a module. Its "
+        "BatchNorm layers keep their statistics.",
+    )
+    mode: Literal["frozen", "lora", "full"] = Field(
+        "frozen",
+        description="What is trained beside the head. frozen: nothing. lora: low-rank adapters, which are merged into "
+        "the weights at the end. full: the whole backbone; `optimizer.layer_decay` lowers the learning rate of layers "
+        "further from the output.",
+    )
+    lora: Lora = Field(Lora(), description="The settings of low-rank adapters, for mode lora.")
+    steps: int = Field(ge=1, description="The number of optimizer steps.")
+    batch_size: int = Field(ge=1, description="The number of images per step, over all workers.")
+    block_size: int = Field(
+        16,
+        ge=1,
+        description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
+        "`batch_size`.",
+    )
+    image_size: Side | None = Field(
+        None,
+        description="The side of the images, in pixels. Default: the size that the backbone was trained at.",
+    )
+    crop_scale: Range = Field(
+        (0.35, 1.0),
+        description="The minimum and maximum share of the image's area that a training crop covers, at most 1.",
+    )
+    flip: bool = Field(True, description="Whether half of the training crops are mirrored.")
+    optimizer: Optimizer = Field(description="The settings of AdamW, with its learning rate schedule.")
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="The drop-path rate of the backbone in training: the share of a block's samples that each residual "
+        "branch skips, from 0 to below 1. For mode lora and full, and backbones of this project.",
+    )
+    ema: Momentum | None = Field(
+        None,
+        description="The momentum of an average of the trained weights by step, from 0 to 1. The average is what is "
+        "validated and kept. Default: there is no average.",
+    )
+    validate_every: int = Field(
+        100,
+        ge=1,
+        description="The interval between looks at the whole validation split, in steps, with one more after the last "
+        "step. The best weights are chosen among those of these steps.",
+    )
+    zero_stage: ZeroStage = zero_stage_field()
+    precision: Precision = PRECISION
+
+    preload: ClassVar[tuple[str, ...]] = (
+        "orchestrator.stages.finetune.blocks",
+        "orchestrator.stages.finetune.task",
+        "orchestrator.stages.finetune.class_goal",
+    )
+    inputs: ClassVar[tuple[Input, ...]] = (
+        Input("index", INDEX_KINDS),
+        Input("backbone", (*BACKBONE_KINDS, "distill"), required=False),
+    )
+    outputs: ClassVar[Mapping[str, str]] = {
+        "model": "the backbone with merged weights and its head, as of the best step",
+        "checkpoint": "the elastic checkpoint after the last step",
+        "history.json": "figures of every step",
+        "validation.json": "figures of the validation split by step",
+        SCORES: "figures of the test and the validation split, and the classes",
+    }
+
+    @model_validator(mode="after")
+    def _fits(self) -> Finetune:
+        check_blocks(self, self.batch_size, self.block_size)
+        check_warmup("optimizer.lr", self.optimizer.lr, self.steps)
+        if self.crop_scale[0] > self.crop_scale[1] or self.crop_scale[1] > 1:
+            low, high = self.crop_scale
+            raise ValueError(f"crop_scale is {low:g} to {high:g}: give the smaller first, at most 1")
+        if self.mode != "lora" and "lora" in self.model_fields_set:
+            raise KeyMistakeError(
+                f"`lora` is set, but the mode is {self.mode}",
+                key="lora",
+                hint="write `mode: lora`, or leave it out",
+            )
+        if self.mode == "frozen" and self.drop_path:
+            raise KeyMistakeError(
+                "a frozen backbone has no drop-path",
+                key="drop_path",
+                hint="leave it out, or choose another mode",
+            )
+        if self.from_ is not None and self.network is not None:
+            raise KeyMistakeError(
+                "the backbone starts from `from` or from `network`, and both are given",
+                key="network",
+                hint="leave one of them out",
+            )
+        if self.network is not None:
+            _check_network(self.network)
+        return self
+
+    # --- what it takes ------------------------------------------------------------------------------------------
+
+    def models(self) -> Mapping[str, str]:
+        """See :meth:`Stage.models`."""
+        return {"": "model"}
+
+    def starts_from(self) -> Mapping[str, Weights]:
+        """See :class:`Stage`."""
+        return {"from": self.from_} if self.from_ is not None else {}
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """See :class:`Stage`."""
+        network = self.network.files() if self.network is not None else {}
+        return {
+            **files_of(self.starts_from()),
+            **{f"network.{field}": paths for field, paths in network.items()},
+            **{f"split.{field}": paths for field, paths in self.split.files().items()},
+        }
+
+    def modules(self) -> tuple[str, ...]:
+        """See :class:`Stage`."""
+        return () if self.network is None or self.network.module is None else (self.network.path,)
+
+    def num_exports(self) -> int:
+        """See :class:`TrainStage`: the weights after every look at the validation split."""
+        return len(self.validation_steps())
+
+    def check(self) -> None:
+        """See :class:`Stage`: whether the weights can be read, or the network is there."""
+        if self.from_ is not None and self.from_.is_there():
+            self.from_.check(None, {})
+        if self.network is not None:
+            try:
+                self.network.check(self.image_size or self.network.size or 0)
+            except UserError as error:
+                raise UserError(error.what, where=f"network.{error.where}", hint=error.hint) from None
+
+    def preflight(self, plan_context: PlanContext) -> list[UserError]:
+        """See :class:`Stage`: no backbone or two, no such student, a size that it cannot take, no labels."""
+        stage = plan_context.upstream.get("backbone")
+        given = [
+            name for name in ("from", "network") if getattr(self, name.replace("from", "from_")) is not None
+        ]
+        if stage is None and not given:
+            what = "there is no trained backbone to start from"
+            hint = "put the stage that trains it in `needs`, or set `from` or `network`"
+            return [UserError(what, where="needs", hint=hint)]
+        if stage is not None and given:
+            what = (
+                f"the backbone starts from `{given[0]}` or from the stage under `needs`, and both are given"
+            )
+            return [UserError(what, where=given[0], hint="leave one of them out")]
+        found = [*self._preflight_student(plan_context), *self._preflight_size(plan_context)]
+        mistake = None if plan_context.photos is None else self.task.preflight(plan_context.photos)
+        return found if mistake is None else [*found, mistake]
+
+    def _preflight_student(self, plan_context: PlanContext) -> list[UserError]:
+        stage = plan_context.upstream.get("backbone")
+        names = sorted(stage.student_towers()) if stage is not None else []
+        if self.student is None and len(names) < 2:
+            return []
+        if self.student in names:
+            return []
+        close = nearest(self.student or "", names)
+        if not names:
+            what = f"there is no student {self.student!r}: the backbone was not distilled into students"
+            hint = "leave out `student`, or put the `distill` stage in `needs`"
+        elif self.student is None:
+            what, hint = "`student` is not set, and there is more than one", f"use one of {', '.join(names)}"
+        else:
+            what = f"there is no student {self.student!r}"
+            hint = f"use student: {close}" if close else f"use one of {', '.join(names)}"
+        return [UserError(what, where="student", hint=hint)]
+
+    def _preflight_size(self, plan_context: PlanContext) -> list[UserError]:
+        shape = self.tower(plan_context.upstream)
+        if shape is None or self.image_size is None or self.image_size % shape.patch_size == 0:
+            return []
+        near = max(1, round(self.image_size / shape.patch_size)) * shape.patch_size
+        what = (
+            f"image_size {self.image_size} is not a multiple of the backbone's patch size {shape.patch_size}"
+        )
+        return [UserError(what, where="image_size", hint=f"use {near}")]
+
+    def tower(self, upstream: Mapping[str, Any]) -> Config | None:
+        """The shape of the backbone, as far as the pipeline file and weights that are there say it.
+
+        Args:
+            upstream: the stages that fill the inputs, by role, and `origin`.
+        """
+        if self.from_ is not None:
+            found = self.from_.model({})
+            if found is None:
+                return None
+            from orchestrator.models.presets import preset
+
+            return preset(found[0], **found[1])
+        stage = upstream.get("backbone")
+        towers = stage.student_towers() if stage is not None else {}
+        if towers:
+            name = self.student or (next(iter(towers)) if len(towers) == 1 else "")
+            return towers.get(name)
+        recipe = upstream["origin"].model_recipe() if "origin" in upstream else None
+        return recipe.tower if recipe is not None else None
+
+    # --- running ------------------------------------------------------------------------------------------------
+
+    def validation_steps(self) -> tuple[int, ...]:
+        """The steps after which the validation split is looked at; the last one is always among them."""
+        return (*range(self.validate_every, self.steps, self.validate_every), self.steps)
+
+    def job(
+        self, context: Context, start: Start, labelled: Labelled, max_unreadable: int | None = None
+    ) -> Job:
+        """The elastic job of this stage; so many photos may become unreadable, or any number."""
+        from orchestrator.stages.finetune.blocks import split_blocks, training_blocks
+        from orchestrator.stages.finetune.task import FinetuneTask
+        from orchestrator.training.job import Job
+
+        seed = stage_seed(context, self.kind)
+        index, roots = context.inputs["index"].path, context.roots
+        return Job(
+            name=context.name,
+            task=partial(FinetuneTask, self, start, labelled.classes, seed),
+            blocks=partial(training_blocks, self, index, labelled, start.image_size, seed, roots=roots),
+            num_blocks=self.batch_size // self.block_size,
+            num_steps=self.steps,
+            optimizer=self.optimizer,
+            zero_stage=self.zero_stage,
+            precision=self.precision,
+            work=context.work,
+            seed=context.seed,
+            elastic=context.elastic,
+            remote=context.remote,
+            inputs=context.needed + start.needed,
+            pipeline=context.pipeline,
+            validation=partial(
+                split_blocks, self, index, labelled, "validation", start.image_size, roots=roots
+            ),
+            validate_every=self.validate_every,
+            export_steps=self.validation_steps()[:-1],
+            max_unreadable=max_unreadable,
+        )
+
+    def labelled(self, context: Context, index: ImageIndex) -> Labelled:
+        """The rows of each split that have labels.
+
+        Raises:
+            UserError: splits that overlap or are empty, or labels that cannot be learnt.
+        """
+        from orchestrator.data.splits import Splits
+
+        where = f"stages.{context.name}"
+        splits = Splits.of(
+            index,
+            self.split,
+            folder=context.inputs["index"].path,
+            sources=context.sources,
+            where=f"{where}.split",
+        )
+        splits.warn(logger)
+        labelled = self.task.labelled(index, splits, where)
+        for name in ("train", "validation", "test"):
+            if not len(getattr(labelled, name)):
+                raise UserError(
+                    f"no image of the {name} split has a label",
+                    where=f"{where}.split",
+                    hint="give images of the split labels, or change the split",
+                )
+        return labelled
+
+    def run(self, context: Context) -> Mapping[str, float]:
+        """Train, choose the best step on validation, report it on test; leave the model.
+
+        Raises:
+            UserError: labels or splits that cannot be used, a backbone that is not there, or a size it cannot take.
+            Stopped: on request, checkpointed.
+        """
+        from orchestrator.data.image_reader import most_unreadable
+        from orchestrator.data.index import ImageIndex, pixels_in
+        from orchestrator.elastic import trainer
+        from orchestrator.stages.finetune.blocks import split_blocks
+        from orchestrator.stages.finetune.export import save_finetuned
+        from orchestrator.stages.finetune.score import score_split
+        from orchestrator.stages.finetune.start import starting_backbone
+
+        index = ImageIndex.load(context.inputs["index"].path, context.roots)
+        labelled = self.labelled(context, index)
+        with starting_backbone(self, context) as start:
+            job = self.job(context, start, labelled, most_unreadable(self.max_unreadable, len(index)))
+            account = trainer.run(job, tracker=context.run, stop=context.stop)
+            looks = _looks(context.run.history("val"))
+            best = self._best(looks)
+            model = context.out / "model"
+            sizes = save_finetuned(
+                self,
+                start,
+                labelled.classes,
+                job.export(best),
+                model,
+                pixels_in(context.inputs["index"].path),
+            )
+        goal, blocks = self.task.goal(labelled.classes), partial(split_blocks, roots=context.roots)
+        scores = {
+            name: score_split(
+                goal,
+                blocks(self, context.inputs["index"].path, labelled, name, start.image_size),
+                model,
+                context,
+            )
+            for name in ("validation", "test")
+        }
+        (context.out / SCORES).write_text(
+            json.dumps(
+                {
+                    "task": self.task.type,
+                    "best_step": best,
+                    "chosen_by": f"validation {self.task.chosen_by[0]}",
+                    **{
+                        name: {"images": len(getattr(labelled, name)), **found}
+                        for name, found in scores.items()
+                    },
+                    "training_images": len(labelled.train),
+                    **sizes,
+                    "classes": list(labelled.classes),
+                },
+                indent=1,
+            )
+            + "\n"
+        )
+        job.collect(context.out / "checkpoint")
+        history = context.run.history()
+        (context.out / "history.json").write_text(json.dumps(history))
+        (context.out / "validation.json").write_text(json.dumps(looks))
+        figures = {
+            f"{name}_{figure}": value for name, found in scores.items() for figure, value in found.items()
+        }
+        # What a reader of the summary line wants to see first.
+        first = {name: figures.pop(name) for name in list(figures) if name.startswith("test_")}
+        return {**first, **figures, "best_step": float(best)} | sizes | summary(history) | account
+
+    def _best(self, looks: list[dict[str, Any]]) -> int:
+        """The step whose figure of the validation split is best; of equal ones the first."""
+        name, better = self.task.chosen_by
+        known = [(look["metrics"][name], int(look["step"])) for look in looks if name in look["metrics"]]
+        known = [(value, step) for value, step in known if step in self.validation_steps()]
+        if not known:
+            return self.steps
+        sign = 1 if better == "more" else -1
+        return min(known, key=lambda each: (-sign * each[0], each[1]))[1]
+
+
+def _looks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Step and figures of each look at the validation split, in order; seconds are no figure of it."""
+    return [
+        {
+            "step": int(record["step"]),
+            "metrics": {name: value for name, value in record["metrics"].items() if name != "seconds"},
+        }
+        for record in sorted(records, key=lambda record: int(record["step"]))
+    ]
+
+
+def _check_network(network: NetworkSource) -> None:
+    """Raises KeyMistakeError for settings of a network that only a frozen teacher has."""
+    if network.from_ is not None:
+        raise KeyMistakeError(
+            "weights of this project's backbones are given as `from` of the stage",
+            key="network.from",
+            hint="write `from: …` in place of `network: {from: …}`",
+        )
+    for field in ("block", "cls_block", "patch_block"):
+        if getattr(network, field) is not None:
+            raise KeyMistakeError(
+                "a network is trained up to its last block", key=f"network.{field}", hint="leave it out"
+            )
