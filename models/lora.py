@@ -94,11 +94,10 @@ def add_lora(net: nn.Module, targets: Sequence[str], rank: int, alpha: float) ->
     return list(found)
 
 
-def merge_lora(net: nn.Module) -> nn.Module:
+def merge_lora(net: nn.Module) -> None:
     """Put each adapter into the matrix beside it, in place: the network has the layers again that it had before."""
     for name, layer in [(name, each) for name, each in net.named_modules() if isinstance(each, LowRank)]:
         _put(net, name, layer.merged())
-    return net
 
 
 def _linear_layers(net: nn.Module) -> Iterator[tuple[str, nn.Linear | QKV]]:

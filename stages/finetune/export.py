@@ -50,7 +50,8 @@ def save_finetuned(
     trained = dict(load_export(export, "backbone."))
     found = backbone.load_state_dict(trained, strict=False)
     assert not found.unexpected_keys, found.unexpected_keys
-    backbone = merge_lora(backbone).eval()
+    merge_lora(backbone)
+    backbone.eval()
     record = json.loads((start.folder / "config.json").read_text(encoding="utf-8"))
     extra: dict[str, Any] = {
         "image_size": start.image_size,

@@ -206,9 +206,9 @@ def learning_rates(net: TunedNet, optimizer: Optimizer) -> dict[str, float]:
 def block_depths(names: Iterable[str]) -> dict[str, int]:
     """The depth of each parameter of a network, by names such as `encoder.layer.3.norm.weight`, in their order."""
     listed = list(names)
-    numbers = {name: int(found[1]) for name in listed if (found := _BLOCK.search(name))}
-    last = max(numbers.values(), default=-1)
-    found, seen = {}, False
+    numbers = {name: int(match[1]) for name in listed if (match := _BLOCK.search(name))}
+    last, seen = max(numbers.values(), default=-1), False
+    found: dict[str, int] = {}
     for name in listed:
         seen = seen or name in numbers
         found[name] = numbers[name] + 1 if name in numbers else (last + 2 if seen else 0)
