@@ -86,6 +86,7 @@ def run(quick: bool) -> Claim:
                 found.setdefault(arm, []).append(100 * accuracy)
             said = ", ".join(f"{arm} {values[-1]:.1f}" for arm, values in found.items())
             sys.stderr.write(f"seed {seed}: {said}\n")
+    share = 100 * max(shares)
     lora, full = np.array(found["LoRA"]), np.array(found["full"])
     better_plain = np.maximum(found["k-NN"], found["linear probe"])
     return Claim(
@@ -97,7 +98,7 @@ def run(quick: bool) -> Claim:
         arms={name: summarize(values, took.get(name, ())) for name, values in found.items()},
         notes=(
             "arms are test accuracies in per cent; a range is over seeds, each with a split and a training of its own",
-            f"LoRA minus full {np.mean(lora - full):+.1f} points, with {100 * max(shares):.1f} % of its trained weights",
+            f"LoRA minus full {np.mean(lora - full):+.1f} points, with {share:.1f} % of its trained weights",
             f"{plan.steps} steps of {plan.batch} images at {_SIZE} pixels; "
             + ", ".join(f"{arm} {np.mean(values):.0f} CPU s" for arm, values in took.items()),
         ),

@@ -55,8 +55,8 @@ class ClassLabels:
 class LabelledBlocks:
     """Random resized crops with their labels, for training.
 
-    Arrays of a block of S samples: "images" (S, 3, size, size) uint8, or uint16 where the index says so, "weights" (S,) float32, all 1, and those of the
-    annotations.
+    Arrays of a block of S samples: "images" (S, 3, size, size) uint8, or uint16 where the index says so, "weights" (S,)
+    float32, all 1, and those of the annotations.
 
     Args:
         index: the photographs.

@@ -49,8 +49,8 @@ class Start:
             drop_path: its rate in training; a network from elsewhere has its own.
         """
         from orchestrator.models import from_config, load_pretrained
-        from orchestrator.models.pixels import set_stats, stats_of
         from orchestrator.models.configs import ViTConfig
+        from orchestrator.models.pixels import set_stats, stats_of
         from orchestrator.models.wrapped_backbone import is_wrapped, load_wrapped
 
         if is_wrapped(self.folder):
