@@ -23,7 +23,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 
-from bench.distil.score import wallpapers
+from bench.distil.scenes import wallpapers
 from bench.harness import Claim, UnfairError, cpu_seconds, interleave
 from bench.learning import sets
 from orchestrator.config.dense import MaskData, PairData

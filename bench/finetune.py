@@ -28,8 +28,9 @@ from orchestrator.data.index import ImageIndex
 from orchestrator.data.weights import DINOV2_FOCUS, fetch
 from orchestrator.stages.base import Context
 from orchestrator.stages.finetune.config import SCORES, Finetune
-from orchestrator.storage.artifacts import Artifact, Manifest
+from orchestrator.storage.artifacts import Artifact
 from orchestrator.storage.cache_folder import cache_folder
+from orchestrator.storage.manifest import Manifest
 from orchestrator.tracking.run import NullRun
 
 Floats = NDArray[np.float32]
@@ -220,7 +221,10 @@ class _Line:
     ) -> None:
         self._run.metrics(figures, step)
         if held_out:
-            self._run.metrics(held_out, step, channel="val")
+            self.looked(step, held_out)
+
+    def looked(self, step: int, held_out: Mapping[str, float]) -> None:
+        self._run.metrics(held_out, step, channel="val")
 
     def recorded(self, step: int) -> bool:
         return True
