@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         register_teacher,
     )
     from orchestrator.stages.base import Context, Input, Stage, TrainStage
-    from orchestrator.stages.metric import Features, Metric
+    from orchestrator.stages.metric import Features, Figure, Metric
     from orchestrator.stages.objective import Objective, StudentOutput
     from orchestrator.storage.bytes_store import CachedStore, checked_name
     from orchestrator.storage.store import Stat, Store
@@ -63,7 +63,7 @@ _HOMES = {
         "register_teacher",
     ),
     "stages.base": ("Context", "Input", "Stage", "TrainStage"),
-    "stages.metric": ("Features", "Metric"),
+    "stages.metric": ("Features", "Figure", "Metric"),
     "stages.objective": ("Objective", "StudentOutput"),
     "storage.bytes_store": ("CachedStore", "checked_name"),
     "storage.store": ("Stat", "Store"),
@@ -78,6 +78,7 @@ __all__ = [
     "ConvNeXt",
     "ConvNeXtConfig",
     "Features",
+    "Figure",
     "ImageFeatures",
     "ImageIndex",
     "Input",

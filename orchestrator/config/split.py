@@ -34,9 +34,12 @@ class Split(Settings):
     )
     validation: Names = Field(
         (),
-        description="As `train`. Default: `validation_share` of the pictures of `train`, chosen by their bytes.",
+        description="What settings are chosen on, named as `train` is. Default: "
+        "`validation_share` of the pictures of `train`, chosen by their bytes.",
     )
-    test: Names = Field((), description="As `train`.")
+    test: Names = Field(
+        (), description="What the figures are reported on, named as `train` is. With `hash` nothing."
+    )
     validation_share: float = Field(
         0.2,
         gt=0,

@@ -76,7 +76,7 @@ class OutsideModel(NetworkSource):
 
 
 class Evaluate(Stage):
-    """k-NN, retrieval, zero-shot classification, dense health, other metrics, feature maps and a report.
+    """Metrics of every model: k-NN, retrieval, zero-shot classification, dense health, others; maps and a report.
 
     No backbone is trained, so the figures measure the features as they are. With a `split`, what is learned is learned
     from training photos, settings are chosen on validation photos, and figures are of test photos (docs/evaluate.md).

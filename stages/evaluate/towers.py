@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isqrt
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ from orchestrator.training.export import load_export
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Check = Callable[[], None]
+
+_taken: WeakKeyDictionary[WrappedNet, dict[int, bool]] = WeakKeyDictionary()
 
 # Bytes of the squares of one size that are kept for the next model; more are read again for each.
 _KEPT = 256 * 2**20
@@ -76,7 +79,15 @@ class Tower:
 
     def takes(self, size: int) -> bool:
         """Whether it can be asked for images of `size` pixels a side."""
-        return size % self.patch == 0 and (not isinstance(self.model, WrappedNet) or self.model.takes(size))
+        if size == self.size:
+            return True
+        if not isinstance(self.model, WrappedNet):
+            return size % self.patch == 0
+        # The network is run to find out.
+        known = _taken.setdefault(self.model, {})
+        if size not in known:
+            known[size] = size % self.patch == 0 and self.model.takes(size)
+        return known[size]
 
     @property
     def num_parameters(self) -> int:

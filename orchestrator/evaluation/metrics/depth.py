@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
 from orchestrator.config.dense import DepthData
-from orchestrator.data.dense import DensePictures
+from orchestrator.data.dense import DensePictures, Target
 from orchestrator.data.splits import Splits
 from orchestrator.data.views import Side
 from orchestrator.errors import UserError
@@ -172,7 +172,7 @@ class _Moments:
         return _Ridge(weights_D, float(mean_y - mean_D @ weights_D))
 
 
-def depth_parts(guess_HW: NDArray[np.floating[Any]], truth_HW: NDArray[np.floating[Any]]) -> Floats:
+def depth_parts(guess_HW: NDArray[np.floating[Any]], truth_HW: Target) -> Floats:
     """Sums over the pixels with depth: squared error, relative error, hits of δ1, and how many pixels, (4,)."""
     there = truth_HW > 0
     guess, truth = guess_HW[there].astype(np.float64), truth_HW[there].astype(np.float64)

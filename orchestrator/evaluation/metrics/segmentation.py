@@ -202,7 +202,8 @@ def mean_iou(sums_B3C: Sums) -> NDArray[np.float64]:
     union = guessed + true - right
     iou = np.divide(right, union, out=np.full(right.shape, np.nan), where=union > 0)
     counted = np.isfinite(iou)
-    return np.where(counted, iou, 0).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
+    found: NDArray[np.float64] = np.where(counted, iou, 0).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
+    return found
 
 
 def _figures(parts_N3C: NDArray[np.int64], seed: int, note: str) -> dict[str, float | Figure]:
