@@ -44,7 +44,9 @@ class Figure:
     note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.value:.4g}" + ("" if self.low is None else f" [{self.low:.3g}, {self.high:.3g}]")
+        if self.low is None or self.high is None:
+            return f"{self.value:.4g}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 Figures = Mapping[str, Figure]

@@ -101,7 +101,8 @@ def _sections(results: Results, out: Path) -> list[Section]:
         picture = Picture(results.text_maps, "Photos, and how similar their patches are to each text")
         sections.append(Section("Where a text is", [Text(_MAPS_NOTE), picture]))
     sections += [*_datasets(results), *_drawn(results, out)]
-    sections.append(_training(results, out))
+    training = _training(results, out)
+    sections += [training] if training.blocks else []
     keys = [(name, key[:16]) for name, key in reversed(list(results.keys.items()))]
     if keys:
         sections.append(Section("Lineage", [Table(("stage", "content key"), keys, num_names=2)]))
@@ -168,15 +169,15 @@ def _split_knn(results: Results, out: Path) -> Section:
             score.name,
             str(score.figure),
             "" if score.weighted is None else str(score.weighted),
-            "; ".join(one.note for one in (score.figure, score.weighted) if one is not None),
             score.model,
             _count(score.num_parameters),
             "" if score.image_size is None else f"{score.image_size} px",
+            "; ".join(one.note for one in (score.figure, score.weighted) if one is not None),
         )
         for score in results.scores
     ]
     strong = [at for at, score in enumerate(results.scores) if score.student or score is results.teacher]
-    header = ("features", "accuracy", "weighted", "chosen: plain; weighted", "model", "weights", "photos at")
+    header = ("features", "accuracy", "weighted", "model", "weights", "photos at", "chosen: plain; weighted")
     picture = Picture(out / "knn.png", alt=f"The accuracy of each row of the table as a bar, {title}")
     return Section(title, [Text(note), Table(header, rows, strong=strong), picture])
 
@@ -415,7 +416,11 @@ def _tiles(results: Results) -> list[Tile]:
         "random weights": results.untrained(best or results.teacher),
     }
     tiles = [
-        Tile(f"{results.k}-NN, {name}", f"{score.accuracy:.3f}", score.student or score.model)
+        Tile(
+            f"{f'{results.k}-NN' if results.split is None else 'k-NN on test'}, {name}",
+            f"{score.accuracy:.3f}",
+            score.student or score.model,
+        )
         for name, score in scores.items()
         if score is not None
     ]

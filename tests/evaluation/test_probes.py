@@ -314,7 +314,7 @@ def test_figures_of_a_split_are_named_after_it() -> None:
         Odd(use="odd"), {"a": Figure(1.0, split="test"), "b": 2, "c": Figure(3.0, split=LEAVE_ONE_OUT)}
     )
     assert {name: one.value for name, one in found.items()} == {"test_a": 1.0, "b": 2.0, "c": 3.0}
-    assert str(Figure(0.5, 0.4, 0.61234)) == "0.5 [0.4, 0.612]"
+    assert str(Figure(0.5, 0.4, 0.61234)) == "0.500 [0.400, 0.612]"
 
 
 def test_floors() -> None:
