@@ -14,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     field_validator,
+    model_validator,
 )
 
 from orchestrator.config.elastic import Elastic
@@ -40,9 +41,22 @@ MAX_PIXELS = 120_000_000
 
 
 class DataSource(Settings):
-    """A folder of images, with an optional table of captions and labels."""
+    """A folder of images, with an optional table of captions and labels, or of all that belongs to it."""
 
-    path: LocalPath = Field(description="The folder of images. Subfolders are searched, too.")
+    path: LocalPath = Field(
+        description="The folder of images. Subfolders are searched, too, unless a `manifest` names the images."
+    )
+    manifest: LocalPath | None = Field(
+        None,
+        description="A table that names the images of the dataset: CSV, JSON lines or Parquet, with a `path` column "
+        "and, optionally, `caption` and `label`. Nothing else in the folder is read. Default: all images in the "
+        "folder.",
+    )
+    labels: Literal["folders"] | None = Field(
+        None,
+        description="With `folders`, images without a label in a table have the name of the first folder below `path` "
+        "that they are in. Default: only tables give labels.",
+    )
     captions: LocalPath | None = Field(
         None,
         description="A CSV file with a `file` column and, optionally, `caption` and `label` columns. Default: images "
@@ -75,6 +89,12 @@ class DataSource(Settings):
         description="The licence of the images, as a free text such as `CC-BY-4.0`. The cards of published models "
         "name it. Default: the cards say that it is not stated.",
     )
+
+    @model_validator(mode="after")
+    def _one_table(self) -> DataSource:
+        if self.manifest is not None and self.captions is not None:
+            raise ValueError("a manifest has captions and labels itself: leave out `captions` or `manifest`")
+        return self
 
 
 class TrackingSettings(Settings):

@@ -248,13 +248,21 @@ class CaptionBlocks:
             )
             unreadable += met
             row = ids[sample] if ids[sample] >= 0 else ~ids[sample]
-            encoded = self._encode(self._index[int(row)].caption or "")
+            encoded = self._encode(self._caption(int(row), step, index, sample))
             if len(encoded) > self._context:
                 encoded = [*encoded[: self._context - 1], encoded[-1]]
             tokens[sample, : len(encoded)] = encoded
             lengths[sample] = len(encoded)
         arrays: dict[str, NDArray[Any]] = {"images": images, "tokens": tokens, "lengths": lengths}
         return Block(step, index, ids, arrays, unreadable=np.array(unreadable, np.int64))
+
+    def _caption(self, row: int, step: int, index: int, sample: int) -> str:
+        """The row's caption; of several one that is drawn for this sample of this step."""
+        record = self._index[row]
+        if not record.captions:
+            return record.caption or ""
+        drawn = generator(self._seed, "which caption", step, index, sample).integers(len(record.captions))
+        return record.captions[int(drawn)]
 
     def pop_troubles(self) -> list[str]:
         """See :meth:`ImageReader.pop_troubles`."""

@@ -38,12 +38,16 @@ _SCHEMA = pa.schema(
     ]
 )
 
+# Only where some pictures have several.
+_CAPTIONS = pa.field("captions", pa.list_(pa.string()))
+
 
 @dataclass(frozen=True)
 class ImageRecord:
     """One picture: where it is, what is known of it, and which part of the training mix it belongs to.
 
     `path` is relative (posix) to the absolute folder `root`; `cluster` is -1 where there was no clustering.
+    `captions` are all of a picture that has several, of which `caption` is the first.
     Training leaves the component "pool" out unless it is told to draw from it, and never draws from "held_out".
     """
 
@@ -58,6 +62,7 @@ class ImageRecord:
     component: str = UNCURATED
     cluster: int = -1
     duplicate_of: str | None = None
+    captions: tuple[str, ...] = ()
 
     @property
     def max_pixels(self) -> int:
@@ -145,6 +150,11 @@ class ImageIndex:
         }
         path = folder / FILE
         schema = _SCHEMA
+        if any(row.captions for row in self._rows):
+            schema = schema.append(_CAPTIONS)
+            columns[_CAPTIONS.name] = pa.array(
+                [list(row.captions) or None for row in self._rows], type=_CAPTIONS.type
+            )
         if any(self._pixels.values()):
             told = {name: found and found.model_dump(mode="json") for name, found in self._pixels.items()}
             schema = schema.with_metadata({_PIXELS: json.dumps(told)})
@@ -179,6 +189,9 @@ class ImageIndex:
         if missing:
             raise UserError(f"the photo index is missing the columns {', '.join(missing)}", where=str(path))
         names = [name for name in _SCHEMA.names if name != "id"]
+        if _CAPTIONS.name in columns:
+            names.append(_CAPTIONS.name)
+            columns[_CAPTIONS.name] = [tuple(several or ()) for several in columns[_CAPTIONS.name]]
         by_row = zip(*(columns[name] for name in names), strict=True)
         rows = [ImageRecord(**dict(zip(names, values, strict=True))) for values in by_row]
         # Names of photographs may hold anything that a file system takes, but no way out of the folder.

@@ -242,7 +242,7 @@ def _count_photos(
         where = loaded.where("data", name, "max_left_out")
         if too_many := lost_too_many(listing.account(name), source.max_left_out, where):
             found.errors.append(too_many)
-        if source.captions is None:
+        if source.captions is None and source.manifest is None and source.labels is None:
             continue
         try:
             captions = captions_of(source, name, files)

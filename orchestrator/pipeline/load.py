@@ -290,6 +290,9 @@ def _missing_data(loaded: LoadedPipeline) -> list[UserError]:
         if source.captions is not None and captions_path(source.captions, source.path) is None:
             what = _no_file(source.captions, source.path / source.captions)
             problems.append(_missing(loaded, what, ("data", name, "captions"), source.captions))
+        if source.manifest is not None and captions_path(source.manifest, source.path) is None:
+            what = _no_file(source.manifest, source.path / source.manifest)
+            problems.append(_missing(loaded, what, ("data", name, "manifest"), source.manifest))
     for name, stage in loaded.spec.stages.items():
         for field, paths in stage.files().items():
             where = ("stages", name, *field.split("."))

@@ -202,6 +202,7 @@ def index_rows(
             height=status.photo.height,
             caption=status.photo.caption,
             label=status.photo.label,
+            captions=status.photo.captions,
             component=HELD_OUT
             if is_held_out(status.photo.sha256, holdout)
             else CHOSEN

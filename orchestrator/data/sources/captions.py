@@ -12,7 +12,7 @@ import io
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
@@ -49,10 +49,12 @@ class Captions:
     Attributes:
         notes: caption and label by the photo's path from the source's folder; None where there is none.
         warnings: what is read, but probably not as it was meant; each with file and line.
+        more: all captions of the photos that have several.
     """
 
     notes: Mapping[str, Note]
     warnings: tuple[UserError, ...] = ()
+    more: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def num_captions(self) -> int:
@@ -77,7 +79,7 @@ def read(path: Path, root: Path, files: Sequence[str]) -> Captions:
         UserError: it cannot be read, has no `file` column or one of the three twice, or names files that are not among
             `files`.
     """
-    table = _Table(path)
+    table = Table(path)
     names = _Names(root, files)
     warnings = table.odd_columns()
     notes: dict[str, Note] = {}
@@ -119,26 +121,31 @@ def reads_as_before(path: Path) -> bool:
     Raises:
         UserError: it cannot be read, has no `file` column, or one of the three twice.
     """
-    return not _Table(path).is_loose
+    return not Table(path).is_loose
 
 
-class _Table:
-    """The header and the rows of a file of comma-separated values, or ones with another delimiter."""
+class Table:
+    """The header and the rows of a file of comma-separated values, or ones with another delimiter.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: the file.
+        renamed: other names of columns, and the ones that they stand for.
+    """
+
+    def __init__(self, path: Path, renamed: Mapping[str, str] | None = None) -> None:
+        self._path, self._renamed = path, renamed or {}
         header = next(self._lines(","), (0, []))[1]
         self.delimiter = ","
         for delimiter in _DELIMITERS:
             row = next(self._lines(delimiter), (0, []))[1]
-            if FILE in map(_bare, row):
+            if FILE in map(self._named, row):
                 self.delimiter, header = delimiter, row
                 break
         if len(header) > _MOST_COLUMNS:
             what = f"the captions file has {len(header):,} columns, more than {_MOST_COLUMNS:,}"
             hint = "its first line names the columns: file, caption and label"
             raise UserError(what, where=f"{path}:1", hint=hint)
-        self.columns = [_bare(name) for name in header]
+        self.columns = [self._named(name) for name in header]
         self.is_loose = self._skips_spaces(self.delimiter) or any(
             bare != name for name, bare in zip(header, self.columns, strict=True) if bare in _COLUMNS
         )
@@ -165,6 +172,11 @@ class _Table:
             return found.strip() if self.is_loose else found
 
         return value(FILE), (value(CAPTION) or None, value(LABEL) or None)
+
+    def _named(self, column: str) -> str:
+        """What a column is called here, without spaces around it and capitals."""
+        bare = _bare(column)
+        return self._renamed.get(bare, bare)
 
     def odd_columns(self) -> list[UserError]:
         """Columns that are not read and whose names come close to ones that are, or mean the same."""
@@ -381,7 +393,7 @@ def read_column(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
     Raises:
         UserError: the file cannot be read, or has no such column, or has it twice.
     """
-    table = _Table(path)
+    table = Table(path)
     wanted = _bare(column)
     if table.columns.count(wanted) != 1:
         close = nearest(wanted, table.columns)

@@ -17,8 +17,9 @@ from typing import TypeVar
 from orchestrator.config.schema import MAX_PIXELS, DataSource
 from orchestrator.data.decode import UnreadableImage, most_bytes, readable_endings, too_many_bytes, use_rgb
 from orchestrator.data.sources import account as accounts
+from orchestrator.data.sources import manifest
 from orchestrator.data.sources.account import Account
-from orchestrator.data.sources.captions import MOST_BYTES, Captions, captions_path, reads_as_before
+from orchestrator.data.sources.captions import MOST_BYTES, Captions, Note, captions_path, reads_as_before
 from orchestrator.data.sources.captions import read as read_captions
 from orchestrator.data.sources.digests import Look, digest_of, digests, look_of
 from orchestrator.errors import UserError
@@ -46,6 +47,7 @@ class ScannedImage:
         error: why the file cannot be decoded, or None.
         error_kind: the kind of that reason, one of `account.KINDS`; empty without one.
         peak: the largest value of a file of 16 bits whose dataset names no range; 0 of others.
+        captions: all of them, where there are several; `caption` is the first.
     """
 
     source: str
@@ -59,6 +61,7 @@ class ScannedImage:
     error: str | None = None
     error_kind: str = ""
     peak: int = 0
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,11 @@ def scan(
             or names files that do not exist.
     """
     files = (listing or list_images(source, name)).files
-    notes = captions_of(source, name, files).notes
+    said = captions_of(source, name, files)
 
     def scan_one(relative: str) -> ScannedImage:
         path = source.path / relative
-        caption, label = notes.get(relative, (None, None))
+        caption, label = said.notes.get(relative, (None, None))
         seen = [(hashlib.sha256().hexdigest(), 0)]
         width, height, error, kind = 0, 0, None, ""
 
@@ -139,7 +142,19 @@ def scan(
         except UnreadableImage as problem:
             error, kind = problem.reason, problem.kind
         on_each()
-        return ScannedImage(name, relative, *seen[-1], width, height, caption, label, error, kind, peaks[-1])
+        return ScannedImage(
+            name,
+            relative,
+            *seen[-1],
+            width,
+            height,
+            caption,
+            label,
+            error,
+            kind,
+            peaks[-1],
+            said.more.get(relative, ()),
+        )
 
     # The decoders release the interpreter lock.
     return _side_by_side(scan_one, files, threading.Event())
@@ -179,13 +194,44 @@ def list_images(source: DataSource, name: str) -> Listing:
             where=f"data.{name}.path",
             hint="rename it: the index of the photos holds the names of files as text",
         )
-    listing = _Walk(source.path, source.max_pixels).listing()
+    if source.manifest is not None:
+        listing = _of_manifest(source, name)
+    else:
+        listing = _Walk(source.path, source.max_pixels).listing()
     if source.captions is not None:
         kept = tuple(item for item in listing.left_out if not _is_captions(source, item.path))
         listing = replace(listing, left_out=kept)
     if not listing.files:
-        raise _no_images(source.path, listing, where=f"data.{name}.path")
+        place = "path" if source.manifest is None else "manifest"
+        raise _no_images(source.path, listing, where=f"data.{name}.{place}")
     return listing
+
+
+def _of_manifest(source: DataSource, name: str) -> Listing:
+    """What a manifest names; the folder is not searched."""
+    files = manifest.read(_manifest_path(source, name), source.path).files
+    left_out = []
+    for file, (reason, too_large) in manifest.missing(
+        source.path, files, most_bytes(source.max_pixels)
+    ).items():
+        left_out.append(LeftOut(shown(file), reason, accounts.TOO_LARGE if too_large else accounts.ACCESS))
+    for file in files:
+        if not _is_utf8(file):
+            left_out.append(LeftOut(shown(file), "its name is not UTF-8", accounts.ACCESS))
+    gone = {item.path for item in left_out}
+    return Listing(tuple(file for file in files if shown(file) not in gone), tuple(left_out))
+
+
+def _manifest_path(source: DataSource, name: str) -> Path:
+    assert source.manifest is not None
+    path = captions_path(source.manifest, source.path)
+    if path is None:
+        raise UserError(
+            f"the manifest {source.manifest} of dataset {name!r} does not exist",
+            where=f"data.{name}.manifest",
+            hint="give its path from here or from the source's folder",
+        )
+    return path
 
 
 def list_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Listing:
@@ -393,6 +439,11 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
         whole.update(b"captions with a loose header")
     if source.max_pixels != MAX_PIXELS:
         whole.update(f"max_pixels={source.max_pixels}".encode())
+    if source.manifest is not None:
+        table = digest_of(_manifest_path(source, name), MOST_BYTES, stop)
+        whole.update(f"manifest={table}".encode())
+    if source.labels is not None:
+        whole.update(f"labels={source.labels}".encode())
     if source.pixels is not None:
         whole.update(f"pixels={source.pixels.model_dump_json()}".encode())
     return whole.hexdigest()
@@ -409,8 +460,22 @@ def captions_of(source: DataSource, name: str, files: Sequence[str]) -> Captions
     Raises:
         UserError: as :func:`orchestrator.data.sources.captions.read`, and if there is no such file.
     """
-    path = _captions_path(source, name)
-    return Captions({}) if path is None else read_captions(path, source.path, files)
+    if source.manifest is not None:
+        said = manifest.read(_manifest_path(source, name), source.path).said
+    else:
+        path = _captions_path(source, name)
+        said = Captions({}) if path is None else read_captions(path, source.path, files)
+    return said if source.labels is None else _with_folders(said, files)
+
+
+def _with_folders(said: Captions, files: Sequence[str]) -> Captions:
+    """Labels from the first folder below the source for photos whose table gives none."""
+    notes: dict[str, Note] = {}
+    for file in files:
+        caption, label = said.notes.get(file, (None, None))
+        folder, slash, _ = file.partition("/")
+        notes[file] = caption, label or (folder if slash else None)
+    return replace(said, notes=notes)
 
 
 def _captions_path(source: DataSource, name: str) -> Path | None:

@@ -1,0 +1,274 @@
+"""A manifest: a table with a row for each picture of a dataset, as CSV, JSON lines or Parquet.
+
+Only what it names is in the dataset, whatever else is in the folder and whatever its files are called. The folder is
+not searched. Its columns are `path` (or `file`), from the dataset's folder, and as there are `caption` or `captions`,
+and `label` or `labels`: texts, in JSON lines and Parquet also lists of texts. Several rows for one picture are several
+captions of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from orchestrator.data.sources.captions import Captions, Note, Table
+from orchestrator.errors import UserError, first_line, nearest, shortened
+from orchestrator.fsio import open_regular, why
+
+# What its columns may be called, by what they are.
+COLUMNS = {"path": "file", "file": "file", "captions": "caption", "labels": "label"}
+_NAMES = {"file": ("path", "file"), "caption": ("caption", "captions"), "label": ("label", "labels")}
+_UNREAD = ("weight", "weights", "mask", "masks")
+_TABLES, _LINES, _PARQUET = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet", ".pq")
+ENDINGS = (*_TABLES, *_LINES, *_PARQUET)
+_LONGEST_LINE = 16 << 20
+_BATCH_ROWS = 1 << 16
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says.
+
+    Attributes:
+        files: the pictures that it names, sorted posix paths from the dataset's folder, each once.
+        said: their captions and labels.
+    """
+
+    files: tuple[str, ...]
+    said: Captions
+
+
+def read(path: Path, root: Path) -> Manifest:
+    """Read a manifest; one that has not changed since this process read it is not read again.
+
+    Args:
+        path: the table.
+        root: the dataset's folder.
+
+    Raises:
+        UserError: it cannot be read, is none, or names files outside of the folder.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"the manifest cannot be read: {why(error)}", where=str(path)) from error
+    return _read(path, root, (status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, root: Path, look: tuple[int, ...]) -> Manifest:
+    """As :func:`read`; `look` tells one state of the file from another."""
+    roots = [f"{folder.as_posix().rstrip('/')}/" for folder in (root.absolute(), root.resolve())]
+    captions: dict[str, list[str]] = {}
+    labels: dict[str, str] = {}
+    several: list[int] = []
+    unread: list[str] = []
+    for line, row in _rows(path, unread):
+        file = _inside(row["file"], roots, path, line)
+        known = captions.setdefault(file, [])
+        known += [text for text in _texts(row.get("caption"), path, line) if text not in known]
+        found = _texts(row.get("label"), path, line)
+        if len(found) > 1 or (found and labels.get(file, found[0]) != found[0]):
+            several.append(line)
+        if found:
+            labels.setdefault(file, found[0])
+    if not captions:
+        raise UserError(
+            "the manifest names no pictures", where=str(path), hint="give it a row for each picture"
+        )
+    notes: dict[str, Note] = {
+        file: (texts[0] if texts else None, labels.get(file)) for file, texts in captions.items()
+    }
+    more = {file: tuple(texts) for file, texts in captions.items() if len(texts) > 1}
+    said = Captions(notes, tuple(_warnings(path, several, unread)), more)
+    return Manifest(tuple(sorted(captions)), said)
+
+
+def _warnings(path: Path, several: Sequence[int], unread: Sequence[str]) -> Iterator[UserError]:
+    if several:
+        rows = "1 row" if len(several) == 1 else f"{len(several):,} rows"
+        yield UserError(
+            f"{rows} of the manifest give a picture more than one label; its first is used",
+            where=f"{path}:{several[0]}",
+            hint="give each picture one label",
+        )
+    for column in unread:
+        yield UserError(
+            f"the column {column!r} of the manifest is not read",
+            where=str(path),
+            hint="`path`, `caption` and `label` are; `mix` of a training stage draws datasets by weight",
+        )
+
+
+def missing(root: Path, files: Sequence[str], most: int) -> dict[str, tuple[str, bool]]:
+    """Of files that a manifest names, those that cannot be pictures: why, and whether they are too large.
+
+    Args:
+        root: the dataset's folder.
+        files: paths from it.
+        most: the most bytes that a picture of the dataset can have.
+    """
+    found = {}
+    for file in files:
+        try:
+            status = (root / file).stat()
+        except (OSError, ValueError) as error:
+            reason = why(error) if isinstance(error, OSError) else str(error)
+            found[file] = ("does not exist" if isinstance(error, FileNotFoundError) else reason, False)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            found[file] = "not a file", False
+        elif status.st_size > most:
+            found[file] = f"{status.st_size:,} bytes are more than a picture within `max_pixels` takes", True
+        elif not os.access(root / file, os.R_OK):
+            found[file] = "no permission to read it", False
+    return found
+
+
+def _inside(written: str, roots: Sequence[str], path: Path, line: int) -> str:
+    """A name in a manifest as a posix path from the dataset's folder."""
+    name = written.strip()
+    for root in roots:
+        name = name.removeprefix(root)
+    found = PurePosixPath(name)
+    parts = [part for part in found.parts if part != "."]
+    if not parts or found.is_absolute() or ".." in parts or "\0" in name:
+        raise UserError(
+            f"the manifest names {shortened(repr(written), 200)}, which is no file in {roots[0]}",
+            where=f"{path}:{line}",
+            hint="`path` is the path from the dataset's folder, with forward slashes",
+        )
+    return "/".join(parts)
+
+
+def _texts(value: Any, path: Path, line: int) -> list[str]:
+    """The texts of a cell: of one, of a list, or none."""
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    found = []
+    for one in values:
+        if isinstance(one, bool) or not isinstance(one, (str, int, float)):
+            raise UserError(
+                f"a caption or label of the manifest is {shortened(repr(one), 80)}",
+                where=f"{path}:{line}",
+                hint="give a text, or a list of texts",
+            )
+        if text := (
+            one if isinstance(one, str) else f"{one:g}" if isinstance(one, float) else str(one)
+        ).strip():
+            found.append(text)
+    return found
+
+
+# --- rows of the three forms ----------------------------------------------------------------------------------------
+
+
+def _rows(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line or row number, and cells by `file`, `caption` and `label`. Fills `unread`."""
+    ending = path.suffix.lower()
+    if ending in _TABLES:
+        yield from _of_table(path, unread)
+    elif ending in _LINES:
+        yield from _of_lines(path, unread)
+    elif ending in _PARQUET:
+        yield from _of_parquet(path, unread)
+    else:
+        raise UserError(
+            f"a manifest ends in {', '.join(ENDINGS)}, and this one in {ending or 'nothing'}", where=str(path)
+        )
+
+
+def _of_table(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        table = Table(path, COLUMNS)
+        unread += [name for name in table.columns if name in _UNREAD]
+        for line, row in table.rows():
+            written, (caption, label) = table.read(row)
+            if written or caption or label:
+                yield line, {"file": written, "caption": caption, "label": label}
+    except UserError as error:
+        what = error.what.replace("captions file", "manifest").replace("`file` column", "`path` column")
+        raise UserError(
+            what, where=error.where, hint=(error.hint or "").replace("`file`", "`path`")
+        ) from None
+
+
+def _of_lines(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    named: Mapping[str, str] | None = None
+    line = 0
+    try:
+        with open_regular(path) as file:
+            while text := file.readline(_LONGEST_LINE):
+                line += 1
+                if not text.strip():
+                    continue
+                record = json.loads(text)
+                if not isinstance(record, dict):
+                    raise ValueError("it is no object")
+                named = named or _columns(path, list(record), line, unread)
+                found = {what: record.get(column) for what, column in named.items()}
+                if not isinstance(found["file"], str):
+                    raise ValueError(f"its {named['file']!r} is no text")
+                yield line, found
+    except OSError as error:
+        raise UserError(f"the manifest cannot be read: {why(error)}", where=str(path)) from error
+    except ValueError as error:
+        raise UserError(
+            f"line {line} of the manifest cannot be read: {shortened(first_line(error), 200)}",
+            where=f"{path}:{line}",
+            hint='each line is an object, such as {"path": "a.jpg", "caption": "a leaf"}',
+        ) from error
+
+
+def _of_parquet(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            named = _columns(path, file.schema_arrow.names, 1, unread)
+            for batch in file.iter_batches(_BATCH_ROWS, columns=list(named.values())):
+                cells = {what: batch.column(column).to_pylist() for what, column in named.items()}
+                for number in range(len(batch)):
+                    row += 1
+                    found = {what: column[number] for what, column in cells.items()}
+                    if not isinstance(found["file"], str):
+                        raise ValueError(f"`{named['file']}` of row {row} is no text")
+                    yield row, found
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"the manifest cannot be read: {shortened(first_line(error), 200)}", where=str(path)
+        ) from error
+
+
+def _columns(path: Path, columns: Sequence[str], line: int, unread: list[str]) -> dict[str, str]:
+    """The columns that are read, by what they are."""
+    bare = {name.strip().casefold(): name for name in columns}
+    found = {}
+    for what, names in _NAMES.items():
+        there = [bare[name] for name in names if name in bare]
+        if len(there) > 1:
+            raise UserError(
+                f"the manifest has the columns {there[0]!r} and {there[1]!r}",
+                where=f"{path}:{line}",
+                hint="leave one of them",
+            )
+        if there:
+            found[what] = there[0]
+    unread += [name for name in bare if name in _UNREAD]
+    if "file" not in found:
+        near = next((name for name in bare if name in ("filename", "file_name", "image", "image_path")), None)
+        near = near or nearest("path", list(bare))
+        raise UserError(
+            f"the manifest has no `path` column, only {shortened(', '.join(map(str, columns)), 300) or 'nothing'}",
+            where=f"{path}:{line}",
+            hint=f"rename {near!r} to `path`" if near else "`path` is the path from the dataset's folder",
+        )
+    return found
