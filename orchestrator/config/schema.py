@@ -52,6 +52,12 @@ class DataSource(Settings):
         "and, optionally, `caption` and `label`. Nothing else in the folder is read. Default: all images in the "
         "folder.",
     )
+    shards: Literal["tar"] | None = Field(
+        None,
+        description="With `tar`, the images are in the uncompressed tar files in the folder, as WebDataset writes "
+        "them: files of one name are a sample, such as 0001.jpg with 0001.txt (caption), 0001.cls (label) or 0001.json "
+        "(both). Default: the images are files themselves.",
+    )
     labels: Literal["folders"] | None = Field(
         None,
         description="With `folders`, images without a label in a table have the name of the first folder below `path` "
@@ -94,6 +100,10 @@ class DataSource(Settings):
     def _one_table(self) -> DataSource:
         if self.manifest is not None and self.captions is not None:
             raise ValueError("a manifest has captions and labels itself: leave out `captions` or `manifest`")
+        if self.shards is not None and (self.manifest or self.captions or self.labels):
+            raise ValueError(
+                "captions and labels of `shards` are in them: leave out the other table, and `labels`"
+            )
         return self
 
 

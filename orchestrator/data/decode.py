@@ -28,6 +28,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.sources.account import ACCESS, BANDS, DAMAGED, NOT_A_PICTURE, TOO_LARGE
+from orchestrator.data.sources.shard_members import open_member
 from orchestrator.fsio import open_regular, why
 
 T = TypeVar("T")
@@ -189,10 +190,11 @@ def use_rgb(
     `pixels` names no range and so the high byte is taken.
     """
     with _reading(path):
-        file = open_regular(path)
+        member = open_member(path)
+        file = open_regular(path) if member is None else member[0]
     with file:
         with _reading(path):
-            size = os.fstat(file.fileno()).st_size
+            size = os.fstat(file.fileno()).st_size if member is None else member[1]
         if (reason := too_many_bytes(size, max_pixels)) is not None:
             raise UnreadableImage(path, reason, TOO_LARGE)
         if size > _SMALL_FILE:
@@ -215,10 +217,11 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
         UnreadableImage: missing, not a regular file, not an image of one of :data:`FORMATS`, or too large.
     """
     with _reading(path):
-        file = open_regular(path)
+        member = open_member(path)
+        file = open_regular(path) if member is None else member[0]
     with file:
         with _reading(path):
-            size = os.fstat(file.fileno()).st_size
+            size = os.fstat(file.fileno()).st_size if member is None else member[1]
             start = _read(file, _HEADER_BYTES)
         if (reason := too_many_bytes(size, max_pixels)) is not None:
             raise UnreadableImage(path, reason, TOO_LARGE)

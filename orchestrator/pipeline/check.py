@@ -426,6 +426,7 @@ def _shared_files(
 ) -> dict[str, dict[str, int]]:
     """Files that workers read at the place where they are here, with their sizes, by the key that names the place."""
     from orchestrator.data.sources.folder import list_images
+    from orchestrator.data.sources.shard_members import shard_of
     from orchestrator.elastic import file_visibility
 
     needs = {name: stage.needs for name, stage in loaded.spec.stages.items()}
@@ -434,7 +435,8 @@ def _shared_files(
     found = {}
     for name in sources:
         source = loaded.spec.data[name]
-        found[f"data.{name}.path"] = file_visibility.samples(source.path, list_images(source, name).files)
+        files = sorted({shard_of(file) for file in list_images(source, name).files})
+        found[f"data.{name}.path"] = file_visibility.samples(source.path, files)
     record = f"pipelines/{loaded.name}/pipeline.yaml"
     if not workspace.store().remote and (workspace.root / record).is_file():
         found["store"] = file_visibility.samples(workspace.root, [record])

@@ -36,7 +36,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     root TEXT NOT NULL, path TEXT NOT NULL, size INTEGER NOT NULL, mtime INTEGER NOT NULL, ctime INTEGER NOT NULL,
     hashed INTEGER NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (root, path)
-) WITHOUT ROWID
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS shards (
+    path TEXT NOT NULL PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, ctime INTEGER NOT NULL,
+    listed INTEGER NOT NULL, members TEXT NOT NULL
+) WITHOUT ROWID;
 """
 
 
@@ -57,7 +61,12 @@ class _Entry(NamedTuple):
 
     def holds(self, look: Look) -> bool:
         """Whether a file that looks like that has this digest."""
-        return self.look == look and max(look.mtime, look.ctime) + _RACY_NS < self.hashed
+        return self.look == look and is_settled(look, self.hashed)
+
+
+def is_settled(look: Look, read: int) -> bool:
+    """Whether a file that looks like that was old enough when it was read, for a later change to show in its times."""
+    return max(look.mtime, look.ctime) + _RACY_NS < read
 
 
 Each = Callable[[Callable[[int], "_Entry | None"], Sequence[int]], "list[_Entry | None]"]
@@ -151,7 +160,7 @@ def _status(file: io.BufferedReader) -> Look:
 
 
 @contextlib.contextmanager
-def _opened() -> Iterator[sqlite3.Connection]:
+def remembered() -> Iterator[sqlite3.Connection]:
     """The database, made if it is not there.
 
     Raises:
@@ -163,7 +172,7 @@ def _opened() -> Iterator[sqlite3.Connection]:
     try:
         # A loss of power costs what is hashed again, and a write in the middle costs nobody a wait for a disk.
         connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute(_SCHEMA)
+        connection.executescript(_SCHEMA)
         yield connection
     finally:
         connection.close()
@@ -171,12 +180,12 @@ def _opened() -> Iterator[sqlite3.Connection]:
 
 def _load(root: str) -> dict[str, _Entry]:
     try:
-        with _opened() as connection:
+        with remembered() as connection:
             rows = connection.execute(
                 "SELECT path, size, mtime, ctime, hashed, digest FROM files WHERE root = ?", (root,)
             ).fetchall()
     except (sqlite3.Error, OSError) as error:
-        _set_aside(error)
+        set_aside(error)
         return {}
     return {
         path: _Entry(Look(size, mtime, ctime), hashed, digest)
@@ -190,7 +199,7 @@ def _save(root: str, fresh: dict[str, _Entry], gone: set[str]) -> None:
         return
     rows = [(root, path, *entry.look, entry.hashed, entry.digest) for path, entry in fresh.items()]
     try:
-        with _opened() as connection:
+        with remembered() as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             connection.executemany(
@@ -198,10 +207,10 @@ def _save(root: str, fresh: dict[str, _Entry], gone: set[str]) -> None:
             )
             connection.execute("COMMIT")
     except (sqlite3.Error, OSError) as error:
-        _set_aside(error)
+        set_aside(error)
 
 
-def _set_aside(error: Exception) -> None:
+def set_aside(error: Exception) -> None:
     """Say why nothing is remembered; a database that is none is removed, so that the next run has one."""
     logger.debug("digests of files are not remembered: %s", error)
     if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):

@@ -17,13 +17,17 @@ from typing import TypeVar
 from orchestrator.config.schema import MAX_PIXELS, DataSource
 from orchestrator.data.decode import UnreadableImage, most_bytes, readable_endings, too_many_bytes, use_rgb
 from orchestrator.data.sources import account as accounts
-from orchestrator.data.sources import manifest
+from orchestrator.data.sources import manifest, shards
 from orchestrator.data.sources.account import Account
 from orchestrator.data.sources.captions import MOST_BYTES, Captions, Note, captions_path, reads_as_before
 from orchestrator.data.sources.captions import read as read_captions
 from orchestrator.data.sources.digests import Look, digest_of, digests, look_of
+from orchestrator.data.sources.shard_members import shard_of
 from orchestrator.errors import UserError
 from orchestrator.fsio import why
+
+# Bytes or pixels of a file that holds many pictures.
+_NO_LIMIT = 2**62
 
 # Folders by which a store is known, and all that runs make in one, MLflow's included.
 _OF_EACH_STORE = frozenset({"ledger", "pipelines"})
@@ -196,6 +200,8 @@ def list_images(source: DataSource, name: str) -> Listing:
         )
     if source.manifest is not None:
         listing = _of_manifest(source, name)
+    elif source.shards is not None:
+        listing = _of_shards(source)
     else:
         listing = _Walk(source.path, source.max_pixels).listing()
     if source.captions is not None:
@@ -205,6 +211,14 @@ def list_images(source: DataSource, name: str) -> Listing:
         place = "path" if source.manifest is None else "manifest"
         raise _no_images(source.path, listing, where=f"data.{name}.{place}")
     return listing
+
+
+def _of_shards(source: DataSource) -> Listing:
+    """The pictures in the tar files of a folder."""
+    walked = _Walk(source.path, _NO_LIMIT, shards.ENDINGS).listing()
+    found = shards.contents(source.path, walked.files, readable_endings())
+    left_out = [LeftOut(shown(path), reason, kind) for path, reason, kind in found.left_out]
+    return Listing(found.files, (*walked.left_out, *left_out))
 
 
 def _of_manifest(source: DataSource, name: str) -> Listing:
@@ -268,9 +282,9 @@ def _is_captions(source: DataSource, path: str) -> bool:
 class _Walk:
     """A walk through all folders below one: real ones before linked ones, so that a photo's path is the shorter way."""
 
-    def __init__(self, root: Path, max_pixels: int) -> None:
+    def __init__(self, root: Path, max_pixels: int, endings: frozenset[str] | None = None) -> None:
         self._root, self._max_pixels = root, max_pixels
-        self._endings = readable_endings()
+        self._endings = readable_endings() if endings is None else endings
         self._files: list[str] = []
         self._looks: dict[str, Look] = {}
         self._left_out: list[LeftOut] = []
@@ -425,10 +439,12 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
         UserError: as :func:`scan`, except for what the captions file says.
     """
     listing = listing or list_images(source, name)
-    files = listing.files
+    files, looks, most = listing.files, listing.looks, most_bytes(source.max_pixels)
+    if source.shards is not None:
+        files, looks, most = tuple(sorted({shard_of(file) for file in files})), (), _NO_LIMIT
     captions = _captions_path(source, name)
-    stop, most = threading.Event(), most_bytes(source.max_pixels)
-    found = digests(source.path, files, most, stop, partial(_side_by_side, stop=stop), listing.looks)
+    stop = threading.Event()
+    found = digests(source.path, files, most, stop, partial(_side_by_side, stop=stop), looks)
     whole = hashlib.sha256()
     for file, digest in zip(files, found, strict=True):
         if digest is not None:
@@ -442,6 +458,8 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
     if source.manifest is not None:
         table = digest_of(_manifest_path(source, name), MOST_BYTES, stop)
         whole.update(f"manifest={table}".encode())
+    if source.shards is not None:
+        whole.update(f"shards={source.shards} {sorted(readable_endings())}".encode())
     if source.labels is not None:
         whole.update(f"labels={source.labels}".encode())
     if source.pixels is not None:
@@ -460,6 +478,9 @@ def captions_of(source: DataSource, name: str, files: Sequence[str]) -> Captions
     Raises:
         UserError: as :func:`orchestrator.data.sources.captions.read`, and if there is no such file.
     """
+    if source.shards is not None:
+        tars = sorted({shard_of(file) for file in files})
+        return shards.contents(source.path, tars, readable_endings()).said
     if source.manifest is not None:
         said = manifest.read(_manifest_path(source, name), source.path).said
     else:

@@ -1,0 +1,93 @@
+"""Pictures in tar files have paths like any other: `train-000.tar::1536:20480::0001.jpg`.
+
+These are 20,480 bytes from byte 1,536 of `train-000.tar`, which the shard calls `0001.jpg`. So the index, sample orders
+and readers know nothing of shards, but for :func:`open_member`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.fsio import NotAFileError, open_regular
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_MEMBER = re.compile(r"(.+\.tar)::(\d{1,18}):(\d{1,18})::.+", re.DOTALL | re.IGNORECASE)
+
+
+def member_path(shard: str, offset: int, length: int, member: str) -> str:
+    """The path of a picture in a shard.
+
+    Args:
+        shard: the shard's path.
+        offset, length: of the picture in it, in bytes.
+        member: what the shard calls it.
+    """
+    return f"{shard}::{offset}:{length}::{member}"
+
+
+def open_member(path: Path | str) -> tuple[io.BufferedReader, int] | None:
+    """A picture in a shard, open for reading from its first byte, and its size in bytes; None for any other path.
+
+    Raises:
+        NotAFileError: the shard is no regular file, or ends before the picture.
+        OSError: it cannot be opened.
+    """
+    text = os.fspath(path)
+    found = _MEMBER.fullmatch(text) if "::" in text else None
+    if found is None:
+        return None
+    offset, length = int(found[2]), int(found[3])
+    file = open_regular(found[1])
+    if offset + length > os.fstat(file.fileno()).st_size:
+        file.close()
+        raise NotAFileError(0, "the shard ends before it", str(path))
+    return io.BufferedReader(_Part(file, offset, length)), length
+
+
+def shard_of(path: str) -> str:
+    """The path of the file that a picture's bytes are in: of the picture, or of its shard."""
+    found = _MEMBER.fullmatch(path)
+    return path if found is None else found[1]
+
+
+class _Part(io.RawIOBase):
+    """Bytes of an open file as a file of their own; the file is closed with it."""
+
+    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, offset, length, 0
+        file.seek(offset)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        # A slice of a bytearray would be a copy of it.
+        view = memoryview(buffer).cast("B")
+        wanted = min(len(view), self._length - self._at)
+        read = self._file.readinto(view[:wanted]) if wanted > 0 else 0
+        self._at += read
+        return read
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if at < 0:
+            raise ValueError(f"seek to {at}")
+        self._at = at
+        self._file.seek(self._start + min(at, self._length))
+        return at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,206 @@
+"""WebDataset shards: pictures in tar files, read in place by (shard, offset, length).
+
+A picture in a shard has a path like any other, see :mod:`orchestrator.data.sources.shard_members`. The headers of a
+shard are read once and remembered, as digests are.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import tarfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from orchestrator.data.sources import account as accounts
+from orchestrator.data.sources.captions import Captions, Note
+from orchestrator.data.sources.digests import Look, is_settled, look_of, remembered, set_aside
+from orchestrator.data.sources.shard_members import member_path
+from orchestrator.errors import first_line, shortened
+from orchestrator.fsio import open_regular, why
+
+ENDINGS = frozenset({".tar"})
+# Texts beside a picture, by what they say.
+_CAPTION, _LABEL, _BOTH = ("txt", "caption"), ("cls", "label"), ("json",)
+# A text beside a picture that is larger is no caption.
+_LONGEST_TEXT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The pictures of one shard.
+
+    Attributes:
+        pictures: member, offset, length, caption and label of each, in the shard's order.
+        left_out: member, reason and kind of the reason of everything else but captions and labels.
+    """
+
+    pictures: tuple[tuple[str, int, int, str | None, str | None], ...] = ()
+    left_out: tuple[tuple[str, str, str], ...] = ()
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps([self.pictures, self.left_out])
+
+    @classmethod
+    def of(cls, text: str) -> Shard:
+        """From JSON; raises ValueError."""
+        pictures, left_out = json.loads(text)
+        return cls(tuple(map(tuple, pictures)), tuple(map(tuple, left_out)))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in several shards.
+
+    Attributes:
+        files: paths of pictures, sorted.
+        left_out: path, reason and kind of the reason of the rest.
+        said: captions and labels.
+    """
+
+    files: tuple[str, ...]
+    left_out: tuple[tuple[str, str, str], ...]
+    said: Captions = field(repr=False)
+
+
+def contents(root: Path, shards: Sequence[str], endings: Iterable[str]) -> Contents:
+    """The pictures in shards; headers of shards that have not changed are not read again.
+
+    Args:
+        root: the dataset's folder.
+        shards: paths of the tar files from it.
+        endings: of files that are taken for pictures.
+    """
+    known = _load([str(root.resolve() / shard) for shard in shards])
+    files: list[str] = []
+    left_out: list[tuple[str, str, str]] = []
+    notes: dict[str, Note] = {}
+    fresh: dict[str, tuple[Look, int, Shard]] = {}
+    wanted = frozenset(endings)
+    for shard in shards:
+        place = str(root.resolve() / shard)
+        try:
+            look = look_of((root / shard).stat())
+            if place in known and known[place][0] == look and is_settled(look, known[place][1]):
+                found = known[place][2]
+            else:
+                began = time.time_ns()
+                found = _read(root / shard, look.size, wanted)
+                fresh[place] = look, began, found
+        except (OSError, tarfile.TarError, ValueError, EOFError) as error:
+            reason = why(error) if isinstance(error, OSError) else shortened(first_line(error), 200)
+            left_out.append((shard, f"no tar file that can be read: {reason}", accounts.DAMAGED))
+            continue
+        for member, offset, length, caption, label in found.pictures:
+            path = member_path(shard, offset, length, member)
+            files.append(path)
+            if caption is not None or label is not None:
+                notes[path] = caption, label
+        left_out += [(f"{shard}/{member}", reason, kind) for member, reason, kind in found.left_out]
+    _save(fresh)
+    return Contents(tuple(sorted(files)), tuple(left_out), Captions(notes))
+
+
+# --- headers --------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, size: int, endings: frozenset[str]) -> Shard:
+    """The headers of a shard, and the texts beside its pictures; no picture is read."""
+    pictures: list[tuple[str, int, int, str]] = []
+    texts: dict[str, dict[str, str]] = {}
+    left_out: list[tuple[str, str, str]] = []
+    # Only without compression are pictures where an offset says.
+    with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            name = PurePosixPath(member.name)
+            key, _, ending = name.name.partition(".")
+            sample = str(name.with_name(key)) if key else str(name)
+            if member.isdir():
+                continue
+            if reason := _reason(member, size):
+                left_out.append((member.name, *reason))
+            elif f".{ending.rpartition('.')[2].lower()}" in endings:
+                pictures.append((member.name, member.offset_data, member.size, sample))
+            elif ending.lower() in (*_CAPTION, *_LABEL, *_BOTH) and member.size <= _LONGEST_TEXT:
+                content = tar.extractfile(member)
+                assert content is not None
+                texts.setdefault(sample, {})[ending.lower()] = content.read().decode("utf-8", "replace")
+            else:
+                written = f".{ending.rpartition('.')[2]}" if ending else ""
+                other = (
+                    accounts.OTHER_DATA if written.lower() in accounts.BESIDE_PICTURES else accounts.ENDING
+                )
+                left_out.append(
+                    (member.name, accounts.ENDS_IN + written if written else accounts.NO_ENDING, other)
+                )
+    rows = [
+        (member, offset, length, *_said(texts.get(sample, {}))) for member, offset, length, sample in pictures
+    ]
+    return Shard(tuple(rows), tuple(left_out))
+
+
+def _reason(member: tarfile.TarInfo, size: int) -> tuple[str, str] | None:
+    """Why a member is not looked at, and the kind of that."""
+    if not member.isreg():
+        return "a link or a device in a shard", accounts.NOT_A_PICTURE
+    parts = PurePosixPath(member.name).parts
+    if member.name.startswith("/") or ".." in parts or "\0" in member.name:
+        return "its name leads out of the shard", accounts.ACCESS
+    try:
+        member.name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8", accounts.ACCESS
+    if PurePosixPath(member.name).name.startswith("."):
+        return "hidden", accounts.HIDDEN
+    if member.offset_data + member.size > size:
+        return "the shard ends before it", accounts.DAMAGED
+    if member.issparse():
+        return "a sparse file in a shard", accounts.NOT_A_PICTURE
+    return None
+
+
+def _said(texts: dict[str, str]) -> Note:
+    """Caption and label by the texts beside a picture: of its own files, or else of its JSON."""
+    try:
+        told = json.loads(texts.get("json", "{}"))
+    except ValueError:
+        told = {}
+    told = told if isinstance(told, dict) else {}
+
+    def one(own: Sequence[str], *keys: str) -> str | None:
+        found = [texts[name] for name in own if name in texts]
+        found += [str(told[key]) for key in keys if isinstance(told.get(key), (str, int))]
+        return next((text.strip() for text in found if text.strip()), None)
+
+    return one(_CAPTION, "caption", "text"), one(_LABEL, "label", "cls", "class")
+
+
+def _load(places: Sequence[str]) -> dict[str, tuple[Look, int, Shard]]:
+    found = {}
+    try:
+        with remembered() as connection:
+            for place in places:
+                row = connection.execute(
+                    "SELECT size, mtime, ctime, listed, members FROM shards WHERE path = ?", (place,)
+                ).fetchone()
+                if row is not None:
+                    found[place] = Look(*row[:3]), row[3], Shard.of(row[4])
+    except (sqlite3.Error, OSError, ValueError, TypeError) as error:
+        set_aside(error)
+    return found
+
+
+def _save(fresh: dict[str, tuple[Look, int, Shard]]) -> None:
+    if not fresh:
+        return
+    rows = [(place, *look, began, shard.text()) for place, (look, began, shard) in fresh.items()]
+    try:
+        with remembered() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany("INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?, ?, ?)", rows)
+            connection.execute("COMMIT")
+    except (sqlite3.Error, OSError) as error:
+        set_aside(error)

@@ -1,0 +1,201 @@
+"""Pictures in tar files are those that the tar program and tarfile find, and are read in place."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+from sklearn.datasets import load_sample_image
+
+from orchestrator.config.schema import DataSource
+from orchestrator.data.decode import UnreadableImage, read_header, read_rgb
+from orchestrator.data.sources import shards
+from orchestrator.data.sources.folder import captions_of, fingerprint, list_images, scan
+from orchestrator.data.sources.shard_members import member_path, open_member, shard_of
+from orchestrator.errors import UserError
+
+PHOTO = load_sample_image("flower.jpg")
+
+
+def _jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PHOTO[10 * number : 10 * number + 80, :100]).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards by the tar program, of files as WebDataset has them; one file that is no tar."""
+    loose, root = tmp_path / "loose", tmp_path / "tars"
+    loose.mkdir()
+    (root / "part").mkdir(parents=True)
+    for number in range(6):
+        (loose / f"{number:04}.jpg").write_bytes(_jpeg(number))
+        (loose / f"{number:04}.txt").write_text(f"caption {number}\n")
+        (loose / f"{number:04}.cls").write_text(str(number % 2))
+    (loose / "0005.txt").unlink()
+    (loose / "0005.json").write_text(json.dumps({"caption": "of json", "label": 9}))
+    (loose / "0004.seg.png").write_bytes(b"")
+    (loose / "notes.pdf").write_bytes(b"")
+    for shard, half in (("a.tar", range(3)), ("part/b.tar", range(3, 6))):
+        names = [path.name for path in sorted(loose.iterdir()) if path.name[:4] in {f"{n:04}" for n in half}]
+        names += ["notes.pdf"] if shard == "a.tar" else []
+        subprocess.run(["tar", "-cf", str(root / shard), "-C", str(loose), *names], check=True)
+    return root
+
+
+def test_each_picture_is_the_one_that_the_tar_holds(folder: Path) -> None:
+    source = DataSource(path=folder, shards="tar", max_left_out=0.5)
+    listing = list_images(source, "x")
+    photos = {photo.path.rpartition("::")[2]: photo for photo in scan(source, "x", listing)}
+    assert sorted(photos) == [
+        "0000.jpg",
+        "0001.jpg",
+        "0002.jpg",
+        "0003.jpg",
+        "0004.jpg",
+        "0004.seg.png",
+        "0005.jpg",
+    ]
+    for number in range(6):
+        photo, data = photos[f"{number:04}.jpg"], _jpeg(number)
+        assert photo.sha256 == hashlib.sha256(data).hexdigest()
+        assert (photo.bytes, photo.width, photo.height) == (len(data), 100, 80)
+        # Another reader of tars says where it is.
+        shard = folder / shard_of(photo.path)
+        with tarfile.open(shard) as tar:
+            member = tar.getmember(f"{number:04}.jpg")
+        assert photo.path == member_path(
+            shard.relative_to(folder).as_posix(), member.offset_data, len(data), member.name
+        )
+        with Image.open(io.BytesIO(data)) as image:
+            assert np.array_equal(read_rgb(folder / photo.path), np.asarray(image))
+        assert read_header(folder / photo.path).width == 100
+    assert photos["0004.seg.png"].error == "the file is empty"
+    assert [(photos[f"{n:04}.jpg"].caption, photos[f"{n:04}.jpg"].label) for n in range(6)] == [
+        *((f"caption {n}", str(n % 2)) for n in range(5)),
+        ("of json", "1"),
+    ]
+    assert {item.path: item.kind for item in listing.left_out} == {"a.tar/notes.pdf": "other data"}
+    assert captions_of(source, "x", listing.files).num_captions == 7  # 0004's, for both of its pictures
+
+
+def test_headers_are_read_once_and_again_after_a_change(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = DataSource(path=folder, shards="tar")
+    monkeypatch.setattr("orchestrator.data.sources.digests._RACY_NS", -(10**12))
+    first = list_images(source, "x")
+    read: list[str] = []
+    plain = shards._read
+    monkeypatch.setattr(shards, "_read", lambda path, *more: read.append(path.name) or plain(path, *more))
+    assert list_images(source, "x") == first
+    assert read == []
+    with tarfile.open(folder / "a.tar", "a") as tar:
+        member = tarfile.TarInfo("new.jpg")
+        member.size = len(_jpeg(7))
+        tar.addfile(member, io.BytesIO(_jpeg(7)))
+    assert len(list_images(source, "x").files) == len(first.files) + 1
+    assert read == ["a.tar"]
+
+
+def test_the_key_follows_what_is_in_the_shards(folder: Path) -> None:
+    source = DataSource(path=folder, shards="tar")
+    first = fingerprint(source)
+    (folder / "readme.txt").touch()
+    assert fingerprint(source) == first
+    with (folder / "a.tar").open("r+b") as file:
+        file.seek(600)
+        file.write(b"x")
+    assert fingerprint(source) != first
+
+
+def test_hostile_and_damaged_shards_are_reasons(folder: Path) -> None:
+    with tarfile.open(folder / "evil.tar", "w") as tar:
+        for name in ("../out.jpg", "/etc/x.jpg", ".hidden.jpg", "good.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = len(_jpeg(0))
+            tar.addfile(member, io.BytesIO(_jpeg(0)))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    (folder / "none.tar").write_bytes(b"no tar at all" * 100)
+    whole = (folder / "a.tar").read_bytes()
+    with tarfile.open(folder / "a.tar") as tar:
+        last = tar.getmember("0002.jpg")
+    (folder / "cut.tar").write_bytes(whole[: last.offset_data + 100])
+    listing = list_images(DataSource(path=folder, shards="tar"), "x")
+    reasons = {item.path: item.reason for item in listing.left_out}
+    assert (
+        reasons["evil.tar/../out.jpg"] == reasons["evil.tar//etc/x.jpg"] == "its name leads out of the shard"
+    )
+    assert reasons["evil.tar/link.jpg"] == "a link or a device in a shard"
+    assert reasons["evil.tar/.hidden.jpg"] == "hidden"
+    assert reasons["none.tar"].startswith("no tar file that can be read")
+    assert next(file for file in listing.files if file.startswith("evil")).endswith("::good.jpg")
+    cut = [item.reason for item in listing.left_out if item.path.startswith("cut.tar")]
+    assert any("ends" in reason or "unexpected" in reason for reason in cut)
+
+
+def test_a_shard_that_shrank_is_an_unreadable_picture(folder: Path) -> None:
+    path = list_images(DataSource(path=folder, shards="tar"), "x").files[2]
+    with (folder / "a.tar").open("r+b") as file:
+        file.truncate(700)
+    with pytest.raises(UnreadableImage, match="the shard ends before it"):
+        read_rgb(folder / path)
+
+
+def test_part_of_a_shard_is_a_file_of_its_own(folder: Path) -> None:
+    path = list_images(DataSource(path=folder, shards="tar"), "x").files[0]
+    opened = open_member(folder / path)
+    assert opened is not None
+    file, size = opened
+    with file:
+        assert file.read() == _jpeg(0)
+        assert (file.read(), size) == (b"", len(_jpeg(0)))
+        file.seek(-10, io.SEEK_END)
+        assert file.read(99) == _jpeg(0)[-10:]
+        file.seek(5)
+        assert (file.read(3), file.tell()) == (_jpeg(0)[5:8], 8)
+    assert open_member("a.jpg") is None
+    assert shard_of("sub/a.jpg") == "sub/a.jpg"
+
+
+def test_threads_read_one_shard_at_once(folder: Path) -> None:
+    files = [
+        file for file in list_images(DataSource(path=folder, shards="tar"), "x").files if "seg" not in file
+    ]
+    wrong: list[str] = []
+
+    def read() -> None:
+        for _ in range(20):
+            for number, file in enumerate(sorted(files, key=lambda file: file.rpartition("::")[2])):
+                opened = open_member(folder / file)
+                assert opened is not None
+                with opened[0] as part:
+                    if part.read() != _jpeg(number):
+                        wrong.append(file)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_mistakes(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="captions and labels of `shards` are in them"):
+        DataSource(path=folder, shards="tar", labels="folders")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        list_images(DataSource(path=tmp_path / "empty", shards="tar"), "x")
