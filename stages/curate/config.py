@@ -1,7 +1,7 @@
 """Curation: whole, distinct photographs, clustered by look and sampled evenly.
 
 After DINOv3 (arXiv 2508.10104, section 3.1) and Vo et al. (arXiv 2405.15613): hierarchical k-means with resampling, and
-a sample that is balanced at every level. A classical thumbnail descriptor stands for an encoder's embedding.
+a sample that is balanced at every level. Without a network, a classical thumbnail descriptor stands for its embedding.
 """
 
 from __future__ import annotations
@@ -10,22 +10,27 @@ import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
 from orchestrator.config.schema import Names
 from orchestrator.config.settings import in_key_if_set
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
+from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError, nearest, shortened
 from orchestrator.progress import Meter
 from orchestrator.stages.base import Context, PlanContext, Stage
+from orchestrator.stages.common.network_source import NetworkSource
 
 if TYPE_CHECKING:
+    from orchestrator.config.pixels import PixelFormat
     from orchestrator.data.curation.dedup import NearLimit
     from orchestrator.data.curation.selection import ImageStatus
+    from orchestrator.data.curation.vectors import Vectors
     from orchestrator.data.index import ImageIndex
     from orchestrator.data.sources.account import Account
     from orchestrator.data.sources.folder import LeftOut, ScannedImage
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("orchestrator")
 
 _MAX_LEVELS = 16
+# What the networks that are likely to be given were trained at.
+_SIZE = 224
 # Names in the report; `provenance.parquet` has all.
 _LISTED = 1000
 # Names in the log, and characters of each with what is said of it.
@@ -51,6 +58,14 @@ Levels = Annotated[
 ]
 
 
+class EmbeddingNetwork(NetworkSource):
+    """The network whose image features photos are clustered by. It is given as a headless teacher is."""
+
+    size: Side | None = Field(
+        None, description="The side of the images that the network sees, in pixels. Default: 224."
+    )
+
+
 class Curate(Stage):
     """Files of one or more datasets → the index of photographs that training reads.
 
@@ -58,7 +73,11 @@ class Curate(Stage):
     on all machines that have the folder at the same path.
 
     `embedding: thumbnail` describes colours and edges, not content, so clusters contain images that look similar.
+    With a network, they contain images that it sees as similar.
     """
+
+    # The network may be given as `from`.
+    model_config = ConfigDict(serialize_by_alias=True)
 
     kind: Literal["curate"]
     data: Names = Field(
@@ -85,10 +104,10 @@ class Curate(Stage):
         description="The number of images to select, balanced over the clusters: a count, or a share of the unique "
         "images above 0 and up to 1.0.",
     )
-    embedding: Literal["thumbnail"] = Field(
+    embedding: Literal["thumbnail"] | EmbeddingNetwork = Field(
         "thumbnail",
-        description="The features that images are clustered by. The only choice, thumbnail, describes colours and "
-        "edges.",
+        description="The features that images are clustered by: those of a network, given as `from`, `timm`, "
+        "`transformers` or `module`; or thumbnail, which describes colours and edges and needs no weights.",
     )
     near_duplicate: float = Field(
         3.0,
@@ -146,6 +165,21 @@ class Curate(Stage):
                 )
         return value
 
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """See :class:`Stage`."""
+        if isinstance(self.embedding, str):
+            return {}
+        return {f"embedding.{field}": paths for field, paths in self.embedding.files().items()}
+
+    def check(self) -> None:
+        """See :class:`Stage`: the network."""
+        if isinstance(self.embedding, str):
+            return
+        try:
+            self.embedding.check(_SIZE)
+        except UserError as error:
+            raise UserError(error.what, where=f"embedding.{error.where}", hint=error.hint) from None
+
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: more clusters, or a larger sample, than there are photos."""
         if plan_context.photos is None:
@@ -202,7 +236,7 @@ class Curate(Stage):
 
         pixels = {name: context.sources[name].pixels for name in self.data}
         near: list[NearLimit] = []
-        statuses, embeddings = selection.filter_images(
+        statuses, descriptors = selection.filter_images(
             photos,
             roots,
             self.near_duplicate,
@@ -215,9 +249,14 @@ class Curate(Stage):
         for told in near:
             if (warning := told.said()) is not None:
                 logger.warning("%s: %s", context.name, shortened(warning, 3 * _NAME))
-        target = self._target(len(embeddings), context.name)
+        vectors: Vectors = ArrayVectors(descriptors)
+        if isinstance(self.embedding, str):
+            np.save(context.out / "embeddings.npy", descriptors)
+        else:
+            vectors, statuses = self._embedded(context, self.embedding, statuses, limits, pixels)
+        target = self._target(vectors.shape[0], context.name)
         levels = cluster_levels(
-            ArrayVectors(embeddings),
+            vectors,
             self.clusters,
             context.seed,
             resampling=self.resampling,
@@ -229,7 +268,6 @@ class Curate(Stage):
         index = ImageIndex(selection.index_rows(statuses, clusters[:, -1], balanced, self.holdout), pixels)
         index.save(context.out)
         np.save(context.out / "levels.npy", clusters.astype(np.int32))
-        np.save(context.out / "embeddings.npy", embeddings)
         others = [selection.left_out(name, item, roots[name]) for name, item in left_out]
         _write_provenance(context.out / "provenance.parquet", [*statuses, *others], index)
         accounts = _accounts(self.data, [*statuses, *others])
@@ -237,7 +275,7 @@ class Curate(Stage):
             {"clusters": int(column.max()) + 1, "inertia": inertia}
             for column, inertia in zip(clusters.T, levels.inertias, strict=True)
         ]
-        report = _report(self, statuses, others, index, embeddings.shape[1], found)
+        report = _report(self, statuses, others, index, vectors.shape[1], found)
         report["near_duplicate_limits"] = {one.source: one.record() for one in near}
         report["account"] = {one.source: one.record() for one in accounts}
         (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -247,6 +285,54 @@ class Curate(Stage):
         _tell(context.name, report)
         summary = ("images", "unique", "corrupt", "duplicates", "left_out", "clusters")
         return {name: float(report[name]) for name in summary}
+
+    def _embedded(
+        self,
+        context: Context,
+        network: EmbeddingNetwork,
+        statuses: Sequence[ImageStatus],
+        limits: Mapping[str, int],
+        pixels: Mapping[str, PixelFormat | None],
+    ) -> tuple[Vectors, list[ImageStatus]]:
+        """What the network says of the unique photos, and the statuses without those that went meanwhile."""
+        from orchestrator.data.curation.vectors import open_vectors
+        from orchestrator.stages.curate.embed import PhotoFile, embed_photos
+
+        rows = [row for row, status in enumerate(statuses) if status.status == "unique"]
+        photos = [
+            PhotoFile(
+                Path(status.root) / status.photo.path,
+                status.photo.sha256,
+                limits[status.photo.source],
+                pixels[status.photo.source],
+            )
+            for status in (statuses[row] for row in rows)
+        ]
+        embedded = Meter(context.name, len(photos), "photos embedded")
+
+        def step(count: int) -> None:
+            embedded.add(count)
+            if context.stop.is_set():
+                raise Stopped
+
+        file = context.out / "embeddings.npy"
+        lost = embed_photos(
+            photos,
+            network,
+            network.size or _SIZE,
+            context.work / "embedded",
+            file,
+            where=f"stages.{context.name}.embedding",
+            identity=context.key,
+            device=context.elastic.device,
+            step=step,
+        )
+        left = list(statuses)
+        for number in lost:
+            left[rows[number]] = replace(
+                left[rows[number]], status="corrupt", reason="it cannot be read any more"
+            )
+        return open_vectors(file), left
 
     def _scan(self, context: Context) -> tuple[list[ScannedImage], list[tuple[str, LeftOut]]]:
         """The photos of all sources, and what else is there."""
@@ -403,6 +489,7 @@ def _report(
     """Counts and lists, without absolute paths, so that reports compare across machines."""
     by_status = Counter(status.status for status in statuses)
     components = [index[i].component for i in range(len(index))]
+    name = config.embedding if isinstance(config.embedding, str) else config.embedding.shown
     sizes, taken = (
         Counter(index.clusters.tolist()),
         Counter(
@@ -417,7 +504,7 @@ def _report(
         "clusters": len(sizes),
         "levels": levels,
         "components": dict(sorted(Counter(components).items())),
-        "embedding": {"name": config.embedding, "dim": dim},
+        "embedding": {"name": name, "dim": dim},
         "corrupt_files": {status.name: status.reason for status in statuses if status.status == "corrupt"},
         "left_out": len(left_out),
         "left_out_by_reason": dict(Counter(status.reason for status in left_out).most_common()),

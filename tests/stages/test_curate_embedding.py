@@ -1,0 +1,159 @@
+"""Curation by what a network says of photos: its features, blocks that are taken up, and what can go wrong."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import DataSource
+from orchestrator.data.decode import read_square
+from orchestrator.data.index import ImageIndex
+from orchestrator.errors import Stopped, UserError
+from orchestrator.models import MEAN, STD, from_config, load_pretrained, preset, save_pretrained
+from orchestrator.stages.base import Context
+from orchestrator.stages.curate import embed
+from orchestrator.stages.curate.config import Curate
+from orchestrator.tracking.run import NullRun
+
+_SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    torch.manual_seed(0)
+    save_pretrained(folder, from_config(preset("vit_femto")).state_dict(), "vit_femto")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """25 different pictures and a copy."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(25):
+        small = rng.integers(0, 255, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((60, 40)).save(folder / f"{number:02}.png")
+    (folder / "x-copy.png").write_bytes((folder / "03.png").read_bytes())
+    return folder
+
+
+def _context(tmp_path: Path, photos: Path) -> Context:
+    out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
+    out.mkdir()
+    return Context(
+        name="curate", pipeline="test", seed=0, key="k", inputs={}, keys={},
+        sources={"photos": DataSource(path=photos)}, out=out, work=tmp_path / "work", elastic=Elastic(),
+        run=NullRun(),
+    )  # fmt: skip
+
+
+def _stage(model: Path, **more: object) -> Curate:
+    network = {"from": str(model), "size": _SIZE}
+    return Curate(kind="curate", data="photos", clusters=[8, 3], embedding=network, **more)  # type: ignore[arg-type]
+
+
+def test_photos_are_clustered_by_the_networks_image_features(
+    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "_BLOCK", 7)
+    monkeypatch.setattr(embed, "_BATCH", 3)
+    context = _context(tmp_path, photos)
+    summary = _stage(model).run(context)
+    assert (summary["unique"], summary["duplicates"], summary["clusters"]) == (25, 1, 3)
+    index = ImageIndex.load(context.out)
+    found = np.load(context.out / "embeddings.npy")
+    squares = np.stack([read_square(index.path(row), _SIZE) for row in range(25)])
+    images = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    with torch.no_grad():
+        wanted = load_pretrained(model).eval()((images - mean) / std).cls
+    wanted = torch.nn.functional.normalize(wanted, dim=1).numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_blocks_that_are_done_are_not_done_again(
+    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "_BLOCK", 7)
+    read: list[str] = []
+    plain = embed._square
+    stop = threading.Event()
+
+    def square(photo: embed.PhotoFile, size: int) -> object:
+        read.append(photo.path.name)
+        if photo.path.name == "20.png":
+            stop.set()
+        return plain(photo, size)
+
+    monkeypatch.setattr(embed, "_square", square)
+    (tmp_path / "whole").mkdir()
+    whole = _context(tmp_path / "whole", photos)
+    _stage(model).run(whole)
+    stop.clear()
+    context = replace(_context(tmp_path, photos), stop=stop)
+    with pytest.raises(Stopped):
+        _stage(model).run(context)
+    done = len(list((tmp_path / "work" / "embedded").glob("*.npy")))
+    assert 1 <= done < 4
+    read.clear()
+    again = _context(tmp_path, photos)
+    _stage(model).run(again)
+    assert len(read) == 25 - 7 * done
+    for name in ("embeddings.npy", "index.parquet", "levels.npy"):
+        assert (again.out / name).read_bytes() == (whole.out / name).read_bytes(), name
+
+
+def test_a_photo_that_went_meanwhile_is_corrupt(
+    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = embed.embed_photos
+
+    def later(*args: object, **kwargs: object) -> list[int]:
+        (photos / "05.png").unlink()
+        return plain(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(embed, "embed_photos", later)
+    context = _context(tmp_path, photos)
+    summary = _stage(model).run(context)
+    assert (summary["unique"], summary["corrupt"]) == (24, 1)
+    index = ImageIndex.load(context.out)
+    assert "05.png" not in {index[row].path for row in range(len(index))}
+    assert np.load(context.out / "embeddings.npy").shape[0] == len(index) == 24
+
+
+def test_what_is_no_number_is_told(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = {"module": "broken_network:Broken", "size": _SIZE}
+    (tmp_path / "broken_network.py").write_text(
+        "import torch\n\n\nclass Broken(torch.nn.Module):\n    def forward(self, images):\n"
+        "        return torch.nn.functional.avg_pool2d(images, 8) * torch.nan\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stage = Curate(kind="curate", data="photos", clusters=3, embedding=network)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="not finite"):
+        stage.run(_context(tmp_path, photos))
+
+
+def test_the_network_is_checked_before_anything_runs(model: Path, tmp_path: Path) -> None:
+    stage = _stage(model)
+    stage.check()
+    assert set(stage.files()) == {"embedding.from"}
+    assert stage.identity()["embedding"] != "thumbnail"
+    missing = _stage(tmp_path / "nowhere")
+    with pytest.raises(UserError) as raised:
+        missing.check()
+    assert raised.value.where == "embedding.from"
+    odd = Curate(kind="curate", data="photos", embedding={"from": str(model), "size": 33})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="set its size to 32"):
+        odd.check()
+    with pytest.raises(ValidationError, match="exactly one of"):
+        Curate(kind="curate", data="photos", embedding={"timm": "a", "module": "b:c"})  # type: ignore[arg-type]
