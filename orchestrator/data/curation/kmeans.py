@@ -323,13 +323,13 @@ def _assign_piece(vectors: Vectors, shared: _Pass, piece: _Piece) -> _Found:
             distances_n = np.maximum(np.einsum("nd,nd->n", block_nD, block_nD) - 2 * scores_n, 0)
         found.labels_n[start:stop], found.distances_n[start:stop] = labels_n, distances_n
         found.inertias.append((piece.start + start, float(distances_n.sum(dtype=np.float64))))
-        if found.sums_KD is not None and piece.labels_n is None:
-            _add(1, found.sums_KD, found.counts_K, block_nD, labels_n, frame)
-        elif found.sums_KD is not None:
-            moved_m = np.flatnonzero(labels_n != piece.labels_n[start:stop])
-            rows_mD = block_nD[moved_m]
-            _add(-1, found.sums_KD, found.counts_K, rows_mD, piece.labels_n[start:stop][moved_m], frame)
-            _add(1, found.sums_KD, found.counts_K, rows_mD, labels_n[moved_m], frame)
+        if found.sums_KD is not None:
+            moved_m = np.arange(stop - start)
+            if piece.labels_n is not None:
+                old_n = piece.labels_n[start:stop]
+                moved_m = np.flatnonzero(labels_n != old_n)
+                _add(-1, found.sums_KD, found.counts_K, block_nD[moved_m], old_n[moved_m], frame)
+            _add(1, found.sums_KD, found.counts_K, block_nD[moved_m], labels_n[moved_m], frame)
     most = np.argsort(-found.distances_n, kind="stable")[:_FAR] if shared.sums else ()
     found.far = [(float(found.distances_n[row]), piece.start + int(row)) for row in most]
     return found
@@ -359,7 +359,7 @@ def _add(
 
 def _on_grid(rows_nD: Floats, frame: _Frame) -> Doubles:
     # A power of two times a float32 is exact; what is left is rounded to whole numbers.
-    return np.rint(rows_nD * np.float32(frame.scale)).astype(np.float64)
+    return np.asarray(np.rint(rows_nD * np.float32(frame.scale)), dtype=np.float64)
 
 
 def _spans(total: int, each: int) -> list[tuple[int, int]]:
@@ -428,6 +428,7 @@ class _State:
         if self._path is None:
             return
         assert saved.sums is not None
+        assert saved.labels_N is not None
         with replacing(self._path, durable=False, only_writer=True) as draft, draft.open("wb") as file:
             np.savez(
                 file,

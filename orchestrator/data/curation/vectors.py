@@ -104,7 +104,7 @@ class FileVectors:
         place = 0
         with open_regular(self.path) as file:
             for start, stop in runs:
-                target = memoryview(found[place : place + stop - start]).cast("B")
+                target = found[place : place + stop - start].reshape(-1).view(np.uint8).data
                 done = 0
                 while done < len(target):
                     count = os.preadv(file.fileno(), [target[done:]], self.offset + start * width + done)
