@@ -162,6 +162,23 @@ def in_key_if_set(default: Any, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"in_key_if_set": True}, **kwargs)
 
 
+def only_one(subject: str, places: Mapping[str, object]) -> str:
+    """The name of the one key that is given, of several that exclude each other.
+
+    Args:
+        subject: and verb of the message: `a student is`.
+        places: the keys' values by name; None is not given.
+
+    Raises:
+        ValueError: none is given, or more than one.
+    """
+    given = [name for name, value in places.items() if value is not None]
+    if len(given) != 1:
+        what = f"it has {' and '.join(given)}" if given else "it has none of them"
+        raise ValueError(f"{subject} exactly one of {', '.join(places)}: {what}")
+    return given[0]
+
+
 def _identity(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return {

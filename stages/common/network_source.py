@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from orchestrator import installed
 from orchestrator.config.schema import LocalPath
-from orchestrator.config.settings import Settings, in_key_if_set, operational
+from orchestrator.config.settings import Settings, in_key_if_set, only_one, operational
 from orchestrator.data.views import Side
 from orchestrator.errors import UserError, nearest
 from orchestrator.models.configs import ViTConfig
@@ -110,10 +110,7 @@ class NetworkSource(Settings):
             "transformers": self.transformers,
             "module": self.module,
         }
-        given = [name for name, value in places.items() if value is not None]
-        if len(given) != 1:
-            what = f"it has {' and '.join(given)}" if given else "it has none of them"
-            raise ValueError(f"a network comes from exactly one of {', '.join(places)}: {what}")
+        only_one("a network comes from", places)
         if self.weights is not None and self.module is None:
             raise ValueError("`weights` are for `module`: give the file as `from`, or leave weights out")
         if self.kwargs and self.from_ is not None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, PrivateAttr, model_validator
 
 from orchestrator.config.schema import LocalPath
-from orchestrator.config.settings import Settings, in_key_if_set, operational
+from orchestrator.config.settings import Settings, in_key_if_set, only_one, operational
 from orchestrator.errors import KeyMistakeError, UserError, first_line, printable, shortened
 from orchestrator.models.configs import Config
 from orchestrator.models.presets import described, preset
@@ -96,10 +96,7 @@ class Weights(Settings):
     @model_validator(mode="after")
     def _one(self) -> Weights:
         places = ("path", "registry", "timm", "transformers")
-        given = [name for name in places if getattr(self, name) is not None]
-        if len(given) != 1:
-            what = f"it has {' and '.join(given)}" if given else "it has none of them"
-            raise ValueError(f"weights come from exactly one of {', '.join(places)}: {what}")
+        only_one("weights come from", {name: getattr(self, name) for name in places})
         return self
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from orchestrator import installed
 from orchestrator.config.elastic import Resources, Workers
 from orchestrator.config.extension import versions
 from orchestrator.config.schedules import Momentum, Optimizer, Schedule, check_warmup, moving
-from orchestrator.config.settings import Settings, in_key_if_set, operational
+from orchestrator.config.settings import Settings, in_key_if_set, only_one, operational
 from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
 from orchestrator.errors import KeyMistakeError, UserError
@@ -171,11 +171,8 @@ class Student(Settings):
     @model_validator(mode="after")
     def _one(self) -> Student:
         places = ("model", *LIBRARIES)
-        given = [place for place in places if getattr(self, place) is not None]
-        if len(given) != 1:
-            what = f"it has {' and '.join(given)}" if given else "it has none of them"
-            raise ValueError(f"a student is exactly one of {', '.join(places)}: {what}")
-        if given == ["model"]:
+        given = only_one("a student is", {place: getattr(self, place) for place in places})
+        if given == "model":
             if self.kwargs:
                 raise ValueError(
                     "`kwargs` are for module, timm and transformers: set fields of a model in model_overrides"
@@ -184,18 +181,18 @@ class Student(Settings):
         check_kwargs(self.timm, self.kwargs)
         if self.from_ is not None:
             raise ValueError(
-                f"`from` is for `model`: {given[0]} loads its own weights, or starts with random ones"
+                f"`from` is for `model`: {given} loads its own weights, or starts with random ones"
             )
         for field in ("model_overrides", "drop_path"):
             if getattr(self, field):
-                raise ValueError(f"{field} is for `model`: set what {given[0]} has of it in kwargs")
+                raise ValueError(f"{field} is for `model`: set what {given} has of it in kwargs")
         if self.mask_inputs and "mask_inputs" in self.model_fields_set:
             raise ValueError("mask_inputs is for `model`, which has a mask token: leave it out")
         own = set() if self.optimizer is None else self.optimizer.model_fields_set
         if layered := sorted(own & {"layer_decay", "patch_embed_scale"}):
             raise ValueError(
                 f"optimizer.{layered[0]} is for `model`, whose layers are known: leave it out, all weights of "
-                f"{given[0]} learn at the full rate"
+                f"{given} learn at the full rate"
             )
         return self
 
