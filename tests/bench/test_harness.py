@@ -50,6 +50,7 @@ def test_an_arm_needs_a_repetition() -> None:
         harness.interleave({"a": lambda: 1.0}, 0)
 
 
+@pytest.mark.heavy
 def test_cpu_time_counts_children_that_run_and_that_ended() -> None:
     busy = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
     before = harness.cpu_seconds()
@@ -153,6 +154,7 @@ def test_last_line_is_the_claim_and_a_missed_goal_exits_with_0(tmp_path: Path) -
     assert "said at the end" in done.stderr
 
 
+@pytest.mark.heavy
 def test_lists_claims_and_finds_the_nearest_name(tmp_path: Path) -> None:
     listed = bench(tmp_path)
     assert listed.stdout.split() == ["fake", "Fake", "things", "are", "fast."]

@@ -102,6 +102,7 @@ def a_stand(folder: Path) -> arms.Stand:
     return arms.Stand(folder, folder / "index", arms._a_teacher(folder))
 
 
+@pytest.mark.heavy
 def test_a_plain_loop_trains_its_student_and_the_ema_follows(tmp_path: Path) -> None:
     stand = a_stand(tmp_path)
     loop = plain.PlainLoop(stand._order("a", sharing.STUDENTS, 2, 1, inline=True))

@@ -99,6 +99,7 @@ def test_where_parts_share_devices_no_other_split_is_faster(
     assert found.shared
 
 
+@pytest.mark.heavy
 @settings(max_examples=100, deadline=None)
 @given(teachers, families, st.integers(0, 30))
 def test_a_device_more_is_never_slower(teacher: TeacherCost, students: list[StudentCost], more: int) -> None:

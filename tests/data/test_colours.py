@@ -34,6 +34,7 @@ def _operations(view_CHW: np.ndarray, plain_HWC: np.ndarray) -> tuple[bool, bool
     return abs(brightness - 1) > 1e-3, gray, blurred, solarized
 
 
+@pytest.mark.heavy
 def test_default_colour_operations_come_with_the_papers_probabilities_and_independently() -> None:
     """All 16 combinations, counted by what the pixels show, in each kind of view; recipe.md, "Crops"."""
     noise = generator(0).uniform(-9, 9, (16, 16, 1))
@@ -67,6 +68,7 @@ def test_default_colour_operations_come_with_the_papers_probabilities_and_indepe
             assert abs(counts[kind][combination] / total - p) <= slack, (kind, combination)
 
 
+@pytest.mark.heavy
 def test_default_jitter_factors_are_uniform_in_the_published_ranges() -> None:
     """Each factor alone, from the affine map that it makes; hue as the turn that colorsys sees in the pixels."""
     strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}

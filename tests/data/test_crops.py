@@ -77,6 +77,7 @@ def test_boxes_follow_scale_and_aspect() -> None:
     assert all(0 <= box.top <= 400 - box.height and 0 <= box.left <= 500 - box.width for box in boxes)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["globals", "locals"])
 def test_default_views_have_the_papers_scales_and_aspects(kind: str) -> None:
     """Boxes measured in the finished views of a photo whose colours are its coordinates, against plain sampling."""

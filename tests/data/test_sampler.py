@@ -143,6 +143,7 @@ def test_small_weights_keep_their_ratio(weights: tuple[float, float]) -> None:
     assert [np.count_nonzero(order.ids(step) < 5) for step in range(4)] == [1] * 4
 
 
+@pytest.mark.heavy
 def test_the_smallest_share_comes_once_in_a_million() -> None:
     parts = {"a": np.arange(5), "b": np.arange(5, 10)}
     order = SampleOrder(parts, {"a": 1e-6, "b": 1 - 1e-6}, batch_size=10**6, seed=0)
@@ -155,6 +156,7 @@ def test_a_row_of_two_parts_is_drawn_for_both() -> None:
     assert np.bincount(order.ids(5)).tolist() == [5] * 4 + [1] * 12
 
 
+@pytest.mark.heavy
 def test_awkward_weights_silence_nobody() -> None:
     order = SampleOrder(
         {"a": np.arange(5), "b": np.arange(5, 10)}, {"a": 1e-7, "b": 0.31415926}, batch_size=10**6, seed=0

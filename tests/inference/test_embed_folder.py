@@ -291,6 +291,7 @@ def test_parts_that_do_not_fit_are_not_used(
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_mistakes_are_said_before_anything_is_computed(photos: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.txt").touch()

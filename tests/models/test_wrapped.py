@@ -222,6 +222,7 @@ def test_no_such_model_of_transformers(tmp_path: Path) -> None:
         open_transformers(str(tmp_path / "nothing"), SIZE)
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(parity.timm() is None, reason="timm is not installed")
 @pytest.mark.parametrize(
     ("name", "num_prefix"),

@@ -43,6 +43,7 @@ def test_a_short_schedule_is_sampled_once_a_step() -> None:
     assert sample(Schedule(peak=1.0), 3) == ([0.0, 1.0, 2.0], [1.0, 1.0, 1.0])
 
 
+@pytest.mark.heavy
 def test_the_picture_is_drawn_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     picture = tmp_path / "deep" / "schedules.png"

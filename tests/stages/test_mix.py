@@ -273,6 +273,7 @@ def distill(**fields: Any) -> Distill:
     )
 
 
+@pytest.mark.heavy
 def test_names_without_photographs_are_refused_before_the_first_step(tmp_path: Path) -> None:
     """What only the index knows: a source all of whose photos repeat another's, a pool that is empty."""
     index = zipf_index(tmp_path, 1.0, ("fine", "web"))
@@ -314,6 +315,7 @@ def test_where_all_that_was_chosen_is_held_out_it_says_so(
 # --- the record ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_the_record_of_what_was_drawn_is_what_the_blocks_held(tmp_path: Path) -> None:
     index = zipf_index(tmp_path, 0.3, ("fine", "web"))
     config = pretrain(homogeneous="fine", steps=12)
@@ -342,6 +344,7 @@ def test_effective_number_of_clusters() -> None:
     assert effective_number([2, 1, 1]) == pytest.approx(2**1.5)
 
 
+@pytest.mark.heavy
 def test_the_record_of_a_long_run_is_of_its_first_steps(tmp_path: Path) -> None:
     index = zipf_index(tmp_path, 0.1, ("web",))
     order = sample_order(index, None, batch_size=1, seed=0)

@@ -47,6 +47,7 @@ def test_links_do_not_lead_out(tmp_path: Path) -> None:
             inside(folder, name)
 
 
+@pytest.mark.heavy
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.sampled_from(["..", ".", "", "/", "a", "\\", "C:", "\0", "é", "..."]), max_size=6).map(

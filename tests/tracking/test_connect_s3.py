@@ -24,6 +24,7 @@ def test_only_a_new_experiment_takes_the_place(uri: str) -> None:
     assert client.get_experiment(new).tags["mlflow.experimentKind"] == "custom_model_development"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
