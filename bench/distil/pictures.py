@@ -24,7 +24,7 @@ from orchestrator.evaluation.report.figures import pca_colors
 from orchestrator.models import load_pretrained
 
 FOLDER = Path(__file__).parents[2] / "docs"
-_SIDE = 448
+_SIDE, _SHOWN = 448, 128
 # A map is drawn at twice the size of training, as in the reports of `evaluate`.
 _TWICE = 2
 _INCHES, _DPI = 1.5, 100
@@ -56,7 +56,8 @@ def draw(nets: Mapping[str, Path], weights: Weights, folder: Path = FOLDER) -> l
     paths = []
     for at, (name, photo) in enumerate(photos.items()):
         paths.append(folder / f"distil-{name}.png")
-        _row({name: photo, **{who: colors[at] for who, colors in maps.items()}}, paths[-1])
+        small = cv2.resize(photo, (_SHOWN, _SHOWN), interpolation=cv2.INTER_AREA)
+        _row({name: small, **{who: colors[at] for who, colors in maps.items()}}, paths[-1])
     return paths
 
 
@@ -82,7 +83,5 @@ def _row(panels: Mapping[str, NDArray[np.floating | np.uint8]], path: Path) -> N
         axes = figure.add_subplot(1, len(panels), at)
         axes.set_title(title.replace(", ", ",\n").replace("teacher ", "teacher\n"), fontsize=7)
         axes.axis("off")
-        if panel.dtype == np.uint8:
-            panel = cv2.resize(panel, (128, 128), interpolation=cv2.INTER_AREA)
         axes.imshow(panel, interpolation="nearest")
     figure.savefig(path)

@@ -16,7 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 from bench import distil  # noqa: E402
 from bench.distil import interval, score, train  # noqa: E402
+from bench.learning import measure  # noqa: E402
 from bench.learning.measure import Scenes  # noqa: E402
+from orchestrator.errors import UserError  # noqa: E402
+from orchestrator.models import Backbone, load_pretrained  # noqa: E402
 
 
 def test_mean_iou_is_that_of_both_classes() -> None:
@@ -175,3 +178,24 @@ def test_the_plans_are_stages_that_can_be(tmp_path: Path) -> None:
             assert (scratch.steps, scratch.model) == (plan.scratch_steps, student.model)
     weights = {train.FOCUS: tmp_path / "focus", train.LITE0: tmp_path / "lite0.pth"}
     assert list(train.objective(weights).teachers) == [train.FOCUS, train.LITE0]
+
+
+def test_what_was_trained_is_not_trained_again(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> dict[str, Backbone]:
+        made.append(measure.random_net(train.MODELS["ViT"], 0))
+        return {"ViT": made[-1]}
+
+    first, again = (train._once(tmp_path / "0-distilled", make) for _ in range(2))
+    assert (first, len(made)) == (again, 1)
+    assert first.cpu_s > 0
+    weights = load_pretrained(first.folders["ViT"]).state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in made[0].state_dict().items())
+
+
+def test_a_folder_has_models_of_one_plan(tmp_path: Path) -> None:
+    distil._check_settings(tmp_path, train.settings(train.FULL))
+    distil._check_settings(tmp_path, train.settings(train.FULL))
+    with pytest.raises(UserError, match="other settings"):
+        distil._check_settings(tmp_path, train.settings(train.QUICK))
