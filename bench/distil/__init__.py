@@ -85,12 +85,12 @@ def measure(plan: Plan, work: Path, pictures: Path | None = None) -> Finding:
     weights = train.fetch_all()
     scenes.scene_pictures(plan.scenes)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        fixed = pool.submit(score.fixed, weights, plan)
         jobs = {}
         for seed in plan.seeds:
             jobs[seed, "distilled"] = pool.submit(train.distilled, weights, plan, seed, work)
             for kind in train.MODELS:
                 jobs[seed, f"{kind}, from scratch"] = pool.submit(train.from_scratch, plan, seed, kind, work)
+        fixed = pool.submit(score.fixed, weights, plan)
         nets: dict[str, list[Path]] = {}
         cpu_s = dict.fromkeys(plan.seeds, 0.0)
         for (seed, way), job in jobs.items():
