@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import linear
 from .vit import Features
 
 Pool = Literal["cls", "cls_and_patches"]
+_POOLS = ("cls", "cls_and_patches")
+# Channels of a group of GroupNorm, which couples no samples.
+_GROUP = 16
 
 
 class ClassHead(nn.Module):
@@ -37,6 +42,102 @@ class ClassHead(nn.Module):
         return logits
 
 
+class MapHead(nn.Module):
+    """Values for every pixel, from patches: a linear layer, or a few convolutions between which the map doubles.
+
+    Args:
+        dim: width of the features.
+        channels: values of a pixel.
+        width: channels of the convolutions; a multiple of 16.
+        num_doublings: of the map before the last layer. With 0 the head is one linear layer.
+    """
+
+    def __init__(self, dim: int, channels: int, width: int = 128, num_doublings: int = 0) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList()
+        if num_doublings:
+            self.steps.append(nn.Conv2d(dim, width, 1))
+            self.steps += [_Doubling(width) for _ in range(num_doublings)]
+        self.last = nn.Conv2d(width if num_doublings else dim, channels, 1)
+        nn.init.trunc_normal_(self.last.weight, std=0.02)
+        nn.init.zeros_(_bias(self.last))
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        """Features of B images of `size` → (B, C, H, W), bilinear from the head's map."""
+        num_patches = features.patches.shape[1]
+        rows = round(math.sqrt(num_patches * size[0] / size[1]))
+        map_BCHW = features.patches.transpose(1, 2).unflatten(2, (rows, num_patches // rows))
+        for step in self.steps:
+            map_BCHW = step(map_BCHW)
+        return resized(self.last(map_BCHW), size)
+
+
+class DepthHead(nn.Module):
+    """The logarithm of the depth of every pixel: as it comes, or the mean of bins between the nearest and the farthest.
+
+    Args:
+        dim, width, num_doublings: see :class:`MapHead`.
+        nearest, farthest: in metres.
+        num_bins: equally wide in the logarithm; None for a value as it comes, around the geometric mean of both.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        nearest: float,
+        farthest: float,
+        num_bins: int | None,
+        width: int = 128,
+        num_doublings: int = 0,
+    ) -> None:
+        super().__init__()
+        self.map = MapHead(dim, num_bins or 1, width, num_doublings)
+        self.bounds, self.num_bins = (math.log(nearest), math.log(farthest)), num_bins
+
+    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+        """Features of B images of `size` → ln of metres, float32 (B, H, W), within the bounds."""
+        values_BCHW = self.map(features, size).float()
+        low, high = self.bounds
+        if self.num_bins is None:
+            return (values_BCHW[:, 0] + (low + high) / 2).clamp(low, high)
+        step = (high - low) / self.num_bins
+        centres = low + step * (torch.arange(self.num_bins, device=values_BCHW.device) + 0.5)
+        return (values_BCHW.softmax(dim=1) * centres[:, None, None]).sum(dim=1)
+
+
+class _Doubling(nn.Module):
+    """A map of twice the sides: bilinear, then a 3 × 3 convolution, GroupNorm and GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.GroupNorm(width // _GROUP, width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        out: Tensor = F.gelu(self.norm(self.conv(resized(x_BCHW, (2 * height, 2 * width)))))
+        return out
+
+
+def resized(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map made larger, bilinear between the centres of its cells, as `interpolate(align_corners=False)`.
+
+    By two products of matrices, whose gradient is the same each time: that of `interpolate` is not, on a GPU.
+    """
+    rows, columns = (
+        _weights(before, after, x_BCHW) for before, after in zip(x_BCHW.shape[-2:], size, strict=True)
+    )
+    return rows @ x_BCHW @ columns.T
+
+
+def _weights(before: int, after: int, like: Tensor) -> Tensor:
+    """How much of each of the cells before is in each after, (after, before)."""
+    places = (torch.arange(after, device=like.device, dtype=torch.float64) + 0.5) * before / after - 0.5
+    places = places.clamp(0, before - 1)
+    cells = torch.arange(before, device=like.device, dtype=torch.float64)
+    return (1 - (places[:, None] - cells).abs()).clamp(min=0).to(like.dtype)
+
+
 def head_of(record: Mapping[str, Any], dim: int, num_classes: int) -> nn.Module:
     """The head that a model folder describes, with random weights.
 
@@ -48,7 +149,24 @@ def head_of(record: Mapping[str, Any], dim: int, num_classes: int) -> nn.Module:
     Raises:
         ValueError: of a type that this version does not know, or with settings that it has not.
     """
+    match record:
+        case {"type": "classification", "pool": pool} if pool in _POOLS:
+            return ClassHead(dim, num_classes, pool)
+        case {"type": "segmentation", "width": int(width), "num_doublings": int(doublings)}:
+            return MapHead(dim, num_classes, width, doublings)
+        case {
+            "type": "depth",
+            "nearest": float(nearest),
+            "farthest": float(farthest),
+            "num_bins": None | int() as num_bins,
+            "width": int(width),
+            "num_doublings": int(doublings),
+        }:
+            return DepthHead(dim, nearest, farthest, num_bins, width, doublings)
     kind = record.get("type")
-    if kind == "classification" and record.get("pool") in ("cls", "cls_and_patches"):
-        return ClassHead(dim, num_classes, record["pool"])
     raise ValueError(f"this version knows no head of type {kind!r:.40} with these settings")
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias

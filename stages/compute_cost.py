@@ -281,7 +281,8 @@ def _finetune(stage: Finetune, name: str, upstream: Upstream) -> list[Workload]:
         nets.append(
             Net("EMA", "ema", head + (num_params(config) if stage.mode == "full" else 0), _unit(config))
         )
-    flops = {"backbone": passes * square_flops(config, size), "head": 6.0 * head}
+    places = 1 if stage.task.needs_index else tokens
+    flops = {"backbone": passes * square_flops(config, size), "head": 6.0 * head * places}
     return [Workload(name, stage.steps, stage.batch_size, stage.block_size, tuple(nets), flops)]
 
 

@@ -115,14 +115,19 @@ class DensePictures:
             image_HWC = read_rgb(image)
         except UnreadableImage as error:
             raise _unreadable(image, error.reason) from error
-        values = _numbers(target)
-        if values.shape != image_HWC.shape[:2]:
-            raise _other_size(image, target, image_HWC.shape[1::-1], values.shape[::-1])
+        target_HW = self.target(row)
+        if target_HW.shape != image_HWC.shape[:2]:
+            raise _other_size(image, target, image_HWC.shape[1::-1], target_HW.shape[::-1])
+        return image_HWC, target_HW
+
+    def target(self, row: int) -> Target:
+        """The target of a picture alone, at full size, see :meth:`squares`; raises UserError if it cannot be read."""
+        values = _numbers(self._data.path / self._pairs[row][1])
         if isinstance(self._data, MaskData):
             classes = values.astype(np.int64)
-            return image_HWC, np.where(classes == self._data.ignored, -1, classes)
+            return np.where(classes == self._data.ignored, -1, classes)
         depth = (values / self._data.scale).astype(np.float32)
-        return image_HWC, np.where(depth <= self._data.max_depth, depth, np.float32(0))
+        return np.where(depth <= self._data.max_depth, depth, np.float32(0))
 
     def _check_sizes(self, row: int) -> None:
         image, target = (self._data.path / part for part in self._pairs[row])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from orchestrator.data.blocks import Block
 from orchestrator.data.crops import Box, cut, draw_box
 from orchestrator.data.decode import Pixels, UnreadableImage, square, use_rgb
+from orchestrator.data.dense import DensePictures
 from orchestrator.data.image_reader import ImageReader
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import generator
@@ -50,6 +51,54 @@ class ClassLabels:
     def arrays(self, row: int, shape: tuple[int, int], box: Box, size: int) -> Mapping[str, NDArray[Any]]:
         """See :class:`Annotations`: no crop changes a class."""
         return {"classes": np.asarray(self._classes_N[row])}
+
+
+class PixelClasses:
+    """A class a pixel: the array "classes", (size, size) int64; -1 where a pixel does not count.
+
+    Args:
+        pictures: with masks, by the rows of the index.
+        numbers: of the classes in the masks, in their order; pixels of others do not count.
+    """
+
+    def __init__(self, pictures: DensePictures, numbers: Sequence[int]) -> None:
+        self._pictures = pictures
+        self._place_of = {number: place for place, number in enumerate(numbers)}
+
+    def arrays(self, row: int, shape: tuple[int, int], box: Box, size: int) -> Mapping[str, NDArray[Any]]:
+        """See :class:`Annotations`: the nearest pixel of the mask."""
+        cropped = nearest_crop(self._pictures.target(row), shape, box, size)
+        found, places = np.unique(cropped, return_inverse=True)
+        numbered = np.array([self._place_of.get(int(number), -1) for number in found], dtype=np.int64)
+        return {"classes": numbered[places].reshape(size, size)}
+
+
+class PixelDepths:
+    """A distance a pixel: the array "depth", (size, size) float32 in metres; 0 where a pixel does not count."""
+
+    def __init__(self, pictures: DensePictures) -> None:
+        self._pictures = pictures
+
+    def arrays(self, row: int, shape: tuple[int, int], box: Box, size: int) -> Mapping[str, NDArray[Any]]:
+        """See :class:`Annotations`: the nearest pixel of the depth map."""
+        cropped = nearest_crop(self._pictures.target(row), shape, box, size)
+        return {"depth": cropped.astype(np.float32)}
+
+
+def nearest_crop(target_HW: NDArray[Any], shape: tuple[int, int], box: Box, size: int) -> NDArray[Any]:
+    """A crop of a target, without mixing its numbers: of each output pixel the one that its centre falls on.
+
+    Args:
+        target_HW: of the photograph at any scale.
+        shape: height and width of the photograph in which the box lies.
+        box: see above.
+        size: pixels a side of what is returned.
+    """
+    centres = (np.arange(size) + 0.5) / size
+    rows = ((box.top + centres * box.height) * target_HW.shape[0] / shape[0]).astype(np.int64)
+    columns = ((box.left + centres * box.width) * target_HW.shape[1] / shape[1]).astype(np.int64)
+    cropped = target_HW[rows[:, None], columns[None]]
+    return cropped[:, ::-1] if box.flip else cropped
 
 
 class LabelledBlocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,12 +54,27 @@ def image_vectors(module: Tower | Aligned, squares: Sequence[Pixels]) -> Floats:
 @torch.inference_mode()
 def probabilities_of(model: Model, squares: Sequence[Pixels]) -> Floats:
     """Probabilities (N, C) of the classes of a fine-tuned model, of squares as above; float32 on the CPU."""
+    found: Floats = _predictions(model, squares).softmax(dim=-1).cpu().numpy()
+    return found
+
+
+@torch.inference_mode()
+def maps_of(model: Model, squares: Sequence[Pixels]) -> NDArray[Any]:
+    """Maps (N, size, size) of a fine-tuned model on the CPU: int64 places of classes, or float32 metres."""
+    assert model.predictor is not None
+    predictions = _predictions(model, squares)
+    found = predictions.argmax(dim=1) if model.predictor.task == "segmentation" else predictions.exp()
+    made: NDArray[Any] = found.cpu().numpy()
+    return made
+
+
+def _predictions(model: Model, squares: Sequence[Pixels]) -> torch.Tensor:
+    """What the head of a fine-tuned model gives of squares, float32."""
     assert model.predictor is not None
     tower, size = tower_of(model.module), (squares[0].shape[0], squares[0].shape[1])
     with _computing(tower, squares):
-        logits = model.predictor.head.to(_device(tower))(_forward(tower, squares), size)
-        found: Floats = logits.float().softmax(dim=-1).cpu().numpy()
-        return found
+        out: torch.Tensor = model.predictor.head.to(_device(tower))(_forward(tower, squares), size)
+        return out.float()
 
 
 def on_device(model: Model) -> Model:

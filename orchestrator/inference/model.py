@@ -107,6 +107,35 @@ class Model:
         found = np.concatenate(parts)
         return Predictions([self.classes[at] for at in found.argmax(axis=1)], found, self.classes)
 
+    def predict_maps(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        size: int | None = None,
+        batch: int = 8,
+        loaders: int | None = None,
+    ) -> NDArray[Any]:
+        """A value for every pixel of the squares that are seen of images; arguments as of :meth:`features`.
+
+        Returns:
+            (N, size, size): of a model for segmentation int64, places in `classes`; of one for depth float32 metres.
+
+        Raises:
+            UserError: the model was not fine-tuned for segmentation or depth, or as :meth:`features`.
+        """
+        from orchestrator.inference.forward import maps_of
+
+        if self.predictor is None or self.predictor.task not in ("segmentation", "depth"):
+            raise UserError(
+                "this model makes no maps",
+                hint="load what a stage of kind finetune made with the task segmentation or depth",
+            )
+        size = side_of(self, size)
+        check_number("batch", batch, 2**20)
+        squares = squares_of(_several(images), size, batch, checked_loaders(loaders), self.pixels)
+        parts = [maps_of(self, some) for some in squares]
+        return np.concatenate(parts) if parts else np.empty((0, size, size), np.float32)
+
     def features(
         self,
         images: ImageLike | Sequence[ImageLike],

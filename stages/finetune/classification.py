@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -47,6 +47,15 @@ class Classification(Settings):
         lt=1,
         description="The share of the target that is spread evenly over all classes, from 0 to below 1.",
     )
+
+    needs_index: ClassVar[bool] = True
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """See `TaskSettings`."""
+        return {}
+
+    def check(self) -> None:
+        """See `TaskSettings`."""
 
     @property
     def chosen_by(self) -> tuple[str, Better]:

@@ -31,10 +31,12 @@ from orchestrator.stages.common.config import (
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.weights import FROM, From, Weights, files_of, from_field
 from orchestrator.stages.finetune.classification import Classification
+from orchestrator.stages.finetune.dense import Depth, Segmentation
 
 if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
     from orchestrator.stages.finetune.goal import Labelled
+    from orchestrator.stages.finetune.pictures import Indexed
     from orchestrator.stages.finetune.start import Start
     from orchestrator.training.job import Job
 
@@ -48,8 +50,8 @@ def _task(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
-AnyTask = Annotated[Classification, Field(discriminator="type")]
-Task = Annotated[Classification, BeforeValidator(_task, json_schema_input_type=str | Classification)]
+AnyTask = Annotated[Classification | Segmentation | Depth, Field(discriminator="type")]
+Task = Annotated[AnyTask, BeforeValidator(_task, json_schema_input_type=str | AnyTask)]
 
 
 class Lora(Settings):
@@ -147,6 +149,7 @@ class Finetune(TrainStage):
         "orchestrator.stages.finetune.blocks",
         "orchestrator.stages.finetune.task",
         "orchestrator.stages.finetune.class_goal",
+        "orchestrator.stages.finetune.dense_goals",
     )
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),
@@ -187,6 +190,12 @@ class Finetune(TrainStage):
             )
         if self.network is not None:
             _check_network(self.network)
+        if not self.task.needs_index and "split" in self.model_fields_set:
+            raise KeyMistakeError(
+                f"the task {self.task.type} has a data set of its own",
+                key="split",
+                hint="write the split as `task: {data: {split: …}}`, or leave it out",
+            )
         return self
 
     # --- what it takes ------------------------------------------------------------------------------------------
@@ -194,6 +203,10 @@ class Finetune(TrainStage):
     def models(self) -> Mapping[str, str]:
         """See :meth:`Stage.models`."""
         return {"": "model"}
+
+    def wants(self) -> tuple[Input, ...]:
+        """See :class:`Stage`: a task with a data set of its own takes no index."""
+        return self.inputs if self.task.needs_index else self.inputs[1:]
 
     def starts_from(self) -> Mapping[str, Weights]:
         """See :class:`Stage`."""
@@ -206,6 +219,7 @@ class Finetune(TrainStage):
             **files_of(self.starts_from()),
             **{f"network.{field}": paths for field, paths in network.items()},
             **{f"split.{field}": paths for field, paths in self.split.files().items()},
+            **{f"task.{field}": paths for field, paths in self.task.files().items()},
         }
 
     def modules(self) -> tuple[str, ...]:
@@ -217,7 +231,8 @@ class Finetune(TrainStage):
         return len(self.validation_steps())
 
     def check(self) -> None:
-        """See :class:`Stage`: whether the weights can be read, or the network is there."""
+        """See :class:`Stage`: whether the weights can be read, the network is there, and targets fit their pictures."""
+        self.task.check()
         if self.from_ is not None and self.from_.is_there():
             self.from_.check(None, {})
         if self.network is not None:
@@ -301,7 +316,12 @@ class Finetune(TrainStage):
         return (*range(self.validate_every, self.steps, self.validate_every), self.steps)
 
     def job(
-        self, context: Context, start: Start, labelled: Labelled, max_unreadable: int | None = None
+        self,
+        context: Context,
+        start: Start,
+        pictures: Indexed,
+        labelled: Labelled,
+        max_unreadable: int | None = None,
     ) -> Job:
         """The elastic job of this stage; so many photos may become unreadable, or any number."""
         from orchestrator.stages.finetune.blocks import split_blocks, training_blocks
@@ -309,7 +329,7 @@ class Finetune(TrainStage):
         from orchestrator.training.job import Job
 
         seed = stage_seed(context, self.kind)
-        index, roots = context.inputs["index"].path, context.roots
+        index, roots = pictures.folder, context.roots
         return Job(
             name=context.name,
             task=partial(FinetuneTask, self, start, labelled.classes, seed),
@@ -323,7 +343,7 @@ class Finetune(TrainStage):
             seed=context.seed,
             elastic=context.elastic,
             remote=context.remote,
-            inputs=context.needed + start.needed,
+            inputs=context.needed + start.needed + pictures.needed,
             pipeline=context.pipeline,
             validation=partial(
                 split_blocks, self, index, labelled, "validation", start.image_size, roots=roots
@@ -342,13 +362,17 @@ class Finetune(TrainStage):
         from orchestrator.data.splits import Splits
 
         where = f"stages.{context.name}"
-        splits = Splits.of(
-            index,
-            self.split,
-            folder=context.inputs["index"].path,
-            sources=context.sources,
-            where=f"{where}.split",
-        )
+        if isinstance(self.task, Classification):
+            splits = Splits.of(
+                index,
+                self.split,
+                folder=context.inputs["index"].path,
+                sources=context.sources,
+                where=f"{where}.split",
+            )
+        else:
+            split = self.task.dataset.chosen_split()
+            splits = Splits.of(index, split, where=f"{where}.task.data.split")
         splits.warn(logger)
         labelled = self.task.labelled(index, splits, where)
         for name in ("train", "validation", "test"):
@@ -372,35 +396,26 @@ class Finetune(TrainStage):
         from orchestrator.elastic import trainer
         from orchestrator.stages.finetune.blocks import split_blocks
         from orchestrator.stages.finetune.export import save_finetuned
+        from orchestrator.stages.finetune.pictures import indexed
         from orchestrator.stages.finetune.score import score_split
         from orchestrator.stages.finetune.start import starting_backbone
 
-        index = ImageIndex.load(context.inputs["index"].path, context.roots)
-        labelled = self.labelled(context, index)
-        with starting_backbone(self, context) as start:
-            job = self.job(context, start, labelled, most_unreadable(self.max_unreadable, len(index)))
+        with indexed(self, context) as pictures, starting_backbone(self, context) as start:
+            index = ImageIndex.load(pictures.folder, context.roots)
+            labelled = self.labelled(context, index)
+            limit = most_unreadable(self.max_unreadable, len(index))
+            job = self.job(context, start, pictures, labelled, limit)
             account = trainer.run(job, tracker=context.run, stop=context.stop)
             looks = _looks(context.run.history("val"))
             best = self._best(looks)
-            model = context.out / "model"
-            sizes = save_finetuned(
-                self,
-                start,
-                labelled.classes,
-                job.export(best),
-                model,
-                pixels_in(context.inputs["index"].path),
-            )
-        goal, blocks = self.task.goal(labelled.classes), partial(split_blocks, roots=context.roots)
-        scores = {
-            name: score_split(
-                goal,
-                blocks(self, context.inputs["index"].path, labelled, name, start.image_size),
-                model,
-                context,
-            )
-            for name in ("validation", "test")
-        }
+            seen, model = pixels_in(pictures.folder), context.out / "model"
+            sizes = save_finetuned(self, start, labelled.classes, job.export(best), model, seen)
+            blocks = partial(split_blocks, self, pictures.folder, labelled, roots=context.roots)
+            goal = self.task.goal(labelled.classes)
+            scores = {
+                name: score_split(goal, blocks(name, start.image_size), model, context)
+                for name in ("validation", "test")
+            }
         (context.out / SCORES).write_text(
             json.dumps(
                 {

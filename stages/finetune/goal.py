@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from orchestrator.errors import UserError
 from orchestrator.stages.base import ImageCount
@@ -55,6 +56,15 @@ class Goal(Protocol):
 
 class TaskSettings(Protocol):
     """A task on the side of the pipeline file."""
+
+    needs_index: ClassVar[bool]
+    """Whether its images are those of an index; else it has a data set of its own."""
+
+    def files(self) -> Mapping[str, tuple[Path, ...]]:
+        """Files of its own data set, by field."""
+
+    def check(self) -> None:
+        """Look at its own data set, before anything runs; raises UserError."""
 
     @property
     def chosen_by(self) -> tuple[str, Better]:

@@ -8,9 +8,16 @@ import cv2
 import numpy as np
 import pytest
 
+from orchestrator.data.crops import Box, cut
 from orchestrator.data.decode import read_square
 from orchestrator.data.index import ImageIndex, ImageRecord
-from orchestrator.data.labelled_blocks import ClassLabels, LabelledBlocks, SplitBlocks, centre_box
+from orchestrator.data.labelled_blocks import (
+    ClassLabels,
+    LabelledBlocks,
+    SplitBlocks,
+    centre_box,
+    nearest_crop,
+)
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.errors import UserError
 
@@ -108,3 +115,20 @@ def test_an_image_of_a_split_that_is_gone_is_a_mistake_and_not_left_out(index: I
 def test_the_centre_is_the_largest_square() -> None:
     box = centre_box(50, 71)
     assert (box.top, box.left, box.height, box.width, box.flip) == (0, 10, 50, 50, False)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_targets_are_cropped_where_pictures_are_and_never_mixed(flip: bool, scale: int) -> None:
+    """A target that has the picture's own numbers, at the same or twice the resolution."""
+    picture = np.kron(np.arange(35, dtype=np.uint8).reshape(5, 7) * 7, np.ones((8, 8), np.uint8))
+    target = np.kron(picture, np.ones((scale, scale), np.uint8)).astype(np.int64)
+    box = Box(8, 16, 24, 32, flip)
+    found = nearest_crop(target, (picture.shape[0], picture.shape[1]), box, 48)
+    assert set(np.unique(found)) <= set(np.unique(picture[8:32, 16:48]))
+    seen = cut(np.stack([picture] * 3, axis=-1), box, 48)[..., 0].astype(np.int64)
+    # Between cells the picture is mixed.
+    assert (np.abs(found - seen) <= 1).mean() > 0.6
+    exact = nearest_crop(target, (picture.shape[0], picture.shape[1]), Box(8, 16, 24, 24, flip), 24)
+    wanted = picture[8:32, 16:40]
+    np.testing.assert_array_equal(exact, wanted[:, ::-1] if flip else wanted)

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.objectives.supervised import smoothed_cross_entropy
+from orchestrator.objectives.supervised import (
+    pixel_cross_entropy,
+    scale_invariant_log,
+    smoothed_cross_entropy,
+)
 
 
 def reference(logits: np.ndarray, classes: np.ndarray, weights: np.ndarray, smoothing: float) -> float:
@@ -41,3 +45,50 @@ def test_rows_that_pad_have_no_influence_and_extremes_have_a_gradient() -> None:
     assert torch.isfinite(logits.grad).all()
     assert logits.grad[0].abs().sum() > 0
     assert logits.grad[1].abs().sum() == 0
+
+
+def test_cross_entropy_of_pixels_is_the_mean_of_each_image() -> None:
+    rng = np.random.default_rng(1)
+    logits, classes = rng.normal(0, 3, (3, 4, 5, 6)), rng.integers(-1, 4, (3, 5, 6))
+    classes[2] = -1  # nothing counts
+    weights = np.array([1.5, 0.5, 1.0])
+    means = []
+    for image in range(2):
+        there = classes[image] >= 0
+        means.append(reference(logits[image][:, there].T, classes[image][there], np.ones(there.sum()), 0.0))
+    wanted = np.dot(weights, [*means, 0.0]) / 3
+    x = torch.from_numpy(logits.astype(np.float32)).requires_grad_(True)
+    found = pixel_cross_entropy(x, torch.from_numpy(classes), torch.from_numpy(weights).float())
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-5)
+    found.backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert x.grad[2].abs().sum() == 0
+
+
+@pytest.mark.parametrize("invariance", [0.0, 0.5, 1.0])
+def test_the_error_of_log_depth_is_the_formula(invariance: float) -> None:
+    rng = np.random.default_rng(2)
+    true, guess = rng.uniform(0.5, 9, (3, 4, 5)), rng.uniform(0.5, 9, (3, 4, 5))
+    true[0, 0] = true[1, 2, 3] = 0
+    true[2] = 0
+    weights = np.array([1.0, 2.0, 1.0])
+    wanted = 0.0
+    for image in range(2):
+        there = true[image] > 0
+        d = np.log(guess[image][there]) - np.log(true[image][there])
+        wanted += weights[image] * ((d**2).mean() - invariance * d.mean() ** 2) / 3
+    x = torch.from_numpy(np.log(guess).astype(np.float32)).requires_grad_(True)
+    found = scale_invariant_log(
+        x, torch.from_numpy(true).float(), torch.from_numpy(weights).float(), invariance
+    )
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+    found.backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert x.grad[2].abs().sum() == 0
+    if invariance == 1:
+        other = scale_invariant_log(
+            x + 0.7, torch.from_numpy(true).float(), torch.from_numpy(weights).float(), 1.0
+        )
+        assert float(other.detach()) == pytest.approx(float(found.detach()), rel=1e-4)
