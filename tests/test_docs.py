@@ -47,7 +47,8 @@ _MADE = {
     "artifact.json", "config.json", "curves.png", "lineage.json", "manifest.json", "pointer.json", "tokenizer.json",
     "model.safetensors", "text.lock", "text_maps.png", "chaos.md", "pipeline.yaml",
     "us-west-2a_v100_8.json", "other.yaml", "drawn.json", "models.json", "report.json",
-    "published.json", "artifacts.json", "sbom.cdx.json", "table.json",
+    "published.json", "artifacts.json", "sbom.cdx.json", "table.json", "scores.json",
+    "head.safetensors",
 }  # fmt: skip
 _STAGES = get_args(get_args(AnyStage)[0])
 _KEYS = keys()
