@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import DataSource, StageSpec
 from orchestrator.config.settings import operational
+from orchestrator.config.split import Split
 from orchestrator.errors import UserError
 from orchestrator.fsio import move
 from orchestrator.storage.artifacts import Artifact
@@ -308,6 +309,13 @@ class Stage(StageSpec):
 
     def model_recipe(self) -> ModelRecipe | None:
         """How to build the model that this stage begins with random weights; None if it begins none."""
+        return None
+
+    def labels_from(self) -> Split | None:
+        """The split whose training images' labels its model learned; None if it learned no labels of an index.
+
+        A score of such a model on the labels of these images says nothing.
+        """
         return None
 
     def student_towers(self) -> Mapping[str, Config | None]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("orchestrator")
 
+TUNED_ROLE = "finetuned"
 # In the order of the recipe: the last one there is gives the teacher.
 TEACHER_ROLES = ("pretrain", "gram", "high_res")
 RAW_SIDE = 32
@@ -143,6 +144,7 @@ class Evaluate(Stage):
         Input("high_res", ("high_res",), required=False),
         Input("students", ("distill",), required=False),
         Input("text", ("align_text",), required=False),
+        Input(TUNED_ROLE, ("finetune",), required=False),
     )
     # Also pca_teacher.png where a stage made the teacher, pca_<student>.png, pca_model_<name>.png, knn.png where photos
     # have labels, text_maps.png where there are texts, dense_health.png and losses_*.png where histories have records,
@@ -211,13 +213,21 @@ class Evaluate(Stage):
     def preflight(self, plan_context: PlanContext) -> list[UserError]:
         """See :class:`Stage`: no model, or a size that a model cannot take."""
         if not self.outside and not any(
-            role in plan_context.upstream for role in (*TEACHER_ROLES, "students")
+            role in plan_context.upstream for role in (*TEACHER_ROLES, "students", TUNED_ROLE)
         ):
             return [_no_backbone("there is no backbone to evaluate", "needs")]
         found = []
+        tuned = plan_context.upstream.get(TUNED_ROLE)
+        if tuned is not None and tuned.labels_from() not in (None, self.split):
+            name = plan_context.names.get(TUNED_ROLE, TUNED_ROLE)
+            what = f"{name} learned the labels of its training photos, and the split here is another one"
+            hint = (
+                f"give this stage the `split` of {name}, so that figures are of photos that it has not seen"
+            )
+            found = [UserError(what, where="split", hint=hint)]
         if plan_context.photos is not None and not plan_context.photos.labels:
             what = f"none of the {plan_context.photos.photos} photos has a label, and {{}} tells labels apart"
-            found = [
+            found += [
                 UserError(
                     what.format(metric.title),
                     where=f"metrics.{at}",
@@ -270,7 +280,7 @@ class Evaluate(Stage):
             for role in TEACHER_ROLES
             if role in context.inputs
         }
-        if not backbones and "students" not in context.inputs and not self.outside:
+        if not (backbones or self.outside or {"students", TUNED_ROLE} & context.inputs.keys()):
             what = f"stage {context.name!r} has no backbone to evaluate"
             raise _no_backbone(what, f"stages.{context.name}.needs")
         index = ImageIndex.load(context.inputs["index"].path, context.roots)
@@ -435,7 +445,12 @@ class Evaluate(Stage):
             return random_tower(load(folder), context.seed)
 
         last = list(backbones.values())[-1].path / "model" if backbones else None
-        trained = [*([last] if last else []), *(folder / "model" for folder in students.values())]
+        tuned = context.inputs[TUNED_ROLE].path / "model" if TUNED_ROLE in context.inputs else None
+        trained = [
+            *([last] if last else []),
+            *(folder / "model" for folder in students.values()),
+            *([tuned] if tuned else []),
+        ]
         drawn: dict[tuple[str, int], Path] = {}
         for folder in trained:
             drawn.setdefault(read_settings(folder), folder)
@@ -465,6 +480,8 @@ class Evaluate(Stage):
                 partial(outside_tower, source, name, size, where, context.elastic.device),
                 picture=f"model_{name}",
             )
+        if tuned is not None:
+            yield _Candidate("finetune", "fine-tuned", partial(load, tuned))
         for student, folder in students.items():
             yield _Candidate(
                 f"student {student}", "student", partial(load, folder / "model"), student, student

@@ -204,6 +204,10 @@ class Finetune(TrainStage):
         """See :meth:`Stage.models`."""
         return {"": "model"}
 
+    def labels_from(self) -> Split | None:
+        """See :class:`Stage`."""
+        return self.split if self.task.needs_index else None
+
     def wants(self) -> tuple[Input, ...]:
         """See :class:`Stage`: a task with a data set of its own takes no index."""
         return self.inputs if self.task.needs_index else self.inputs[1:]

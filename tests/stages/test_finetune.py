@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context, ImageCount, PlanContext
 from orchestrator.stages.common.mlmodel import mlmodel, width
 from orchestrator.stages.compute_cost import workloads
+from orchestrator.stages.evaluate.config import Evaluate
 from orchestrator.stages.finetune.class_goal import ClassGoal
 from orchestrator.stages.finetune.config import Finetune
 from orchestrator.stages.finetune.dense_goals import DepthGoal, SegmentationGoal
@@ -43,9 +45,14 @@ from orchestrator.stages.finetune.export import save_finetuned
 from orchestrator.stages.finetune.pictures import indexed
 from orchestrator.stages.finetune.start import Start, starting_backbone
 from orchestrator.stages.finetune.task import FinetuneTask, TunedNet, block_depths, learning_rates
+from orchestrator.stages.publish.config import Publish
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.storage.artifacts import Artifact, Manifest
-from orchestrator.tracking.run import NullRun
+from orchestrator.tracking import registry
+from orchestrator.tracking.run import NullRun, Tracking
+
+from .registries import artifact
+from .registries import context as registry_context
 
 ROOT = Path(__file__).parents[2]
 LABELS = ("cat", "dog", "owl")
@@ -559,3 +566,57 @@ def test_a_task_with_a_data_set_of_its_own_takes_no_index(tmp_path: Path) -> Non
     assert [one.role for one in config().wants()] == ["index", "backbone"]
     stage = dense(masks(tmp_path / "data"))
     assert len(stage.files()["task.data.path"]) == 24, "pictures and masks are part of the key"
+
+
+# --- what others make of it -------------------------------------------------------------------------------------
+
+
+def test_it_is_evaluated_on_photos_whose_labels_it_did_not_learn() -> None:
+    split = {"by": "hash", "seed": 3}
+    tuned = config(split=split, network={"transformers": "x"})
+
+    def said(**more: Any) -> list[str]:
+        stage = Evaluate.model_validate({"kind": "evaluate", **more})
+        around = PlanContext({"finetuned": tuned}, photos=ImageCount(9, 0, 9), names={"finetuned": "groups"})
+        return [f"{error.where}: {error.what}" for error in stage.preflight(around)]
+
+    assert said(split=split) == []
+    for other in ({}, {"split": {"by": "hash"}}):
+        assert said(**other) == [
+            "split: groups learned the labels of its training photos, and the split here is another one"
+        ]
+    assert Evaluate(kind="evaluate").scored("finetune") == ("knn",)
+
+
+def test_it_is_evaluated_and_published_like_any_model(
+    index: Path, start: Start, tmp_path: Path, empty_database: Path
+) -> None:
+    stage = config(mode="lora", split={"near_duplicate": 1.0})
+    file = exported(stage, start, tmp_path / "e.safetensors")
+    save_finetuned(stage, start, LABELS, file, tmp_path / "tuned/model")
+    (tmp_path / "tuned/history.json").write_text("[]")
+    evaluate = Evaluate.model_validate({"kind": "evaluate", "split": {"near_duplicate": 1.0}})
+    around = context(index, tmp_path, finetuned=tmp_path / "tuned")
+    around.out.mkdir()
+    evaluate.run(around)
+    table = json.loads((around.out / "table.json").read_text())
+    names = [row["name"] for row in table["knn"]["rows"]]
+    assert names == ["majority group", "raw pixels", "random vit_femto", "finetune"]
+
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    made = artifact("finetune", "e" * 64, tmp_path / "tuned", {"index": "c" * 64})
+    (tmp_path / "publish/out").mkdir(parents=True)
+    with Tracking(uri, "tuned", tmp_path / "spool") as tracking:
+        now = registry_context(
+            tmp_path / "publish",
+            "food",
+            tracking.run("publish"),
+            {"models.groups": made},
+            {"models.groups": stage},
+        )
+        assert Publish(kind="publish").run(now) == {"published": 1.0}
+    pulled = registry.pull("food-groups@champion", tmp_path / "pulled", uri)
+    model = orchestrator.load(pulled)
+    assert model.classes == LABELS
+    assert model.predict(np.zeros((20, 20, 3), np.uint8)).labels[0] in LABELS
