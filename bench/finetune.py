@@ -226,8 +226,6 @@ class _Line:
     def looked(self, step: int, held_out: Mapping[str, float]) -> None:
         self._run.metrics(held_out, step, channel="val")
 
-    def looked(self, step: int, held_out: Mapping[str, float]) -> None: ...
-
     def recorded(self, step: int) -> bool:
         return True
 
