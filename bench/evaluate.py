@@ -23,6 +23,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 
+from bench._torchvision import mend_torchvision
 from bench.distil.scenes import wallpapers
 from bench.harness import Claim, UnfairError, cpu_seconds, interleave
 from bench.learning import sets
@@ -39,9 +40,10 @@ from orchestrator.stages.evaluate.towers import Tower, dense_maps, outside_tower
 from orchestrator.storage.cache_folder import cache_folder
 
 _DIM, _LABELS, _K, _TEMPERATURE = 384, 100, 20, 0.07
-_SIDE = 128
+# Patches of 14 and of 8 fill it, and networks of a stride of 32.
+_SIDE = 224
 # Of the raw pixels.
-_PATCH = 8
+_PATCH = 14
 _AGREE = 0.999
 
 
@@ -125,24 +127,27 @@ def _real(num_scenes: int, num_pairs: int) -> Iterator[str]:
 
 
 def _models() -> Mapping[str, Features]:
-    """Raw patches, random weights, and EfficientNet-Lite0 if `python -m orchestrator.data.weights lite0` was run."""
+    """Raw patches, random weights, and the trained models that `bench distil` has fetched, as far as it has."""
     torch.manual_seed(0)
     found = {
         "raw patches": _features("raw patches", partial(pixel_maps, patch=_PATCH), _PATCH),
         "random vit_nano": _of(Tower(build("vit_nano").eval(), "vit_nano", _SIDE)),
     }
-    weights = cache_folder() / "lite0" / "efficientnet-lite0.pth"
-    if weights.is_file():
-        source = OutsideModel.model_validate(
-            {
-                "module": "orchestrator.models.efficientnet:lite0",
-                "weights": weights,
-                "mean": [0.498] * 3,
-                "std": [0.502] * 3,
-                "size": _SIDE,
-            }
-        )
-        found["lite0"] = _of(outside_tower(source, "lite0", _SIDE, "lite0", "cpu"))
+    lite0, focus = cache_folder() / "lite0" / "efficientnet-lite0.pth", cache_folder() / "dinov2-focus"
+    outside = {
+        "lite0": {
+            "module": "orchestrator.models.efficientnet:lite0",
+            "weights": lite0,
+            "mean": [0.498] * 3,
+            "std": [0.502] * 3,
+        },
+        "dinov2-focus": {"transformers": str(focus)},
+    }
+    for name, path in {"lite0": lite0, "dinov2-focus": focus}.items():
+        if path.exists():
+            mend_torchvision()  # transformers imports one if there is one
+            source = OutsideModel.model_validate(outside[name])
+            found[name] = _of(outside_tower(source, name, _SIDE, name, "cpu"))
     return found
 
 

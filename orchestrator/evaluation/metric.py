@@ -138,6 +138,10 @@ class Metric(Extension):
         """The figures of one model by name; a name stays the same for all models."""
         raise NotImplementedError
 
+    def picture(self, path: Path) -> bool:
+        """Draw what the model that was measured last makes of a few pictures, as a PNG; False if nothing is drawn."""
+        return False
+
     def floor(self, features: Features) -> tuple[str, Mapping[str, float | Figure]] | None:
         """What an answer gets that looks at no picture, and what to call it; None if that says nothing.
 

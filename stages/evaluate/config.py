@@ -303,6 +303,7 @@ class Evaluate(Stage):
             drawn=_drawn(context),
             measured=measured.values(),
             figures=measured.figures,
+            drawn_by=measured.pictures,
             split=None if splits is None else {name: len(splits[name]) for name in SPLITS},
             accounts=account.load(context.inputs["index"].path),
             **self._ask_texts(
@@ -360,7 +361,7 @@ class Evaluate(Stage):
             split_floor,
             split_score,
         )
-        from orchestrator.stages.evaluate.results import Score
+        from orchestrator.stages.evaluate.results import Score, file_name
         from orchestrator.stages.evaluate.towers import Crops, embed_crops, pixel_features, pixel_maps
 
         index, groups, has_split = pool.index, pool.groups, bool(pool.places)
@@ -412,6 +413,9 @@ class Evaluate(Stage):
                     )
                     measured.baselines(metric, seen)
                 measured.add(metric, features)
+                if candidate.picture:
+                    drawn = context.out / f"metric_{file_name(metric.title)}_{candidate.picture}.png"
+                    measured.draw(metric, name, drawn)
             if groups:
                 known = {
                     "model": tower.preset,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,9 +157,10 @@ def _names(pool: Pool) -> list[str]:
 
 @dataclass
 class Measurements:
-    """What metrics gave, by their titles, by row, by figure."""
+    """What metrics gave, by their titles, by row, by figure; and what they drew, by title and row."""
 
     figures: dict[str, dict[str, dict[str, Figure]]] = field(default_factory=dict)
+    pictures: dict[str, dict[str, Path]] = field(default_factory=dict)
 
     def baselines(self, metric: Metric, pixels: Features) -> None:
         """Rows of an answer that looks at no picture, and of raw pixels, as far as they say something."""
@@ -172,6 +174,11 @@ class Measurements:
     def add(self, metric: Metric, features: Features) -> None:
         """The row of a model."""
         self.figures.setdefault(metric.title, {})[features.model] = checked(metric, metric.measure(features))
+
+    def draw(self, metric: Metric, model: str, path: Path) -> None:
+        """What a metric makes of a few pictures with the model that it measured last, if it draws something."""
+        if metric.picture(path):
+            self.pictures.setdefault(metric.title, {})[model] = path
 
     def values(self) -> dict[str, dict[str, dict[str, float]]]:
         """The figures as plain numbers."""

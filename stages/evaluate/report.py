@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from orchestrator.evaluation.report.html import (
     markdown_table,
     page,
 )
-from orchestrator.stages.evaluate.results import HEALTH, NUM_ENDS, History, Results, ZeroShot
+from orchestrator.stages.evaluate.results import HEALTH, NUM_ENDS, History, Results, ZeroShot, file_name
 from orchestrator.stages.evaluate.verdict import verdict
 
 _PCA_NOTE = (
@@ -85,7 +84,14 @@ def _sections(results: Results, out: Path) -> list[Section]:
     sections = [_knn(results, out)]
     for title, by_model in results.measured.items():
         figures = results.figures.get(title)
-        sections.append(_measured((title, by_model)) if not figures else _figures(title, figures, out))
+        section = _measured((title, by_model)) if not figures else _figures(title, figures, out)
+        drawn = results.drawn_by.get(title, {})
+        maps = [
+            block
+            for row, path in drawn.items()
+            for block in (Text(row), Picture(path, alt=f"{title}, {row}"))
+        ]
+        sections.append(Section(section.title, [*section.blocks, *maps]))
     if results.backbones:
         sections.append(_dense(results, out))
     if results.pca:
@@ -208,7 +214,7 @@ def _figures(title: str, by_model: Mapping[str, Figures], out: Path) -> Section:
     first = names[0] if names else ""
     shown = [(model, figures[first]) for model, figures in by_model.items() if first in figures]
     if shown and all(_is_sure(figure) for _, figure in shown):
-        path = out / f"metric_{re.sub(r'[^A-Za-z0-9_-]', '_', title)}.png"
+        path = out / f"metric_{file_name(title)}.png"
         bars(
             [(model, figure.value, "figure") for model, figure in shown],
             path,

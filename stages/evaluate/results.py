@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,6 +117,7 @@ class Results:
         measured: figures of the stage's `metrics`.
         figures: the same with their intervals.
         split: photos by split; None for leave-one-out.
+        drawn_by: PNG by the metric's title and the row of the model.
     """
 
     title: str
@@ -138,6 +140,7 @@ class Results:
     accounts: Sequence[Account] = ()
     figures: Mapping[str, Mapping[str, Figures]] = field(default_factory=dict)
     split: Mapping[str, int] | None = None
+    drawn_by: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
 
     @property
     def num_photos(self) -> int:
@@ -249,6 +252,11 @@ class Results:
                     for name, values in columns.items()
                 }
         return found
+
+
+def file_name(title: str) -> str:
+    """A metric's title as a part of the name of a file."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", title)
 
 
 def _ends(metric: str, model: str, figure: Figure) -> dict[str, float]:

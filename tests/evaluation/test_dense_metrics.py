@@ -17,7 +17,7 @@ from orchestrator.config.dense import LAYOUTS, DepthData, MaskData, PairData
 from orchestrator.data.dense import DensePictures, read_pair
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metric import Features, Figure
-from orchestrator.evaluation.metrics.correspondence import Correspondence, crop, match_errors
+from orchestrator.evaluation.metrics.correspondence import Correspondence, crop, matches
 from orchestrator.evaluation.metrics.depth import LinearDepth, _Moments, depth_parts
 from orchestrator.evaluation.metrics.patch_grid import class_counts, enlarged, mean_where, side_for
 from orchestrator.evaluation.metrics.segmentation import LinearSegmentation, iou_parts, mean_iou
@@ -136,6 +136,8 @@ def test_segmentation_of_each_layout(tmp_path: Path, layout: str) -> None:
     if layout != "folders":
         assert iou.num == 6
     assert len(metric.files()["data"]) == 36
+    assert metric.picture(tmp_path / "shown.png")
+    assert (tmp_path / "shown.png").read_bytes().startswith(b"\x89PNG")
     assert (
         LinearSegmentation(use="linear_segmentation", data=metric.data, decay=(1e-4, 1e-2)).measure(model())
         == found
@@ -279,6 +281,7 @@ def test_depth_from_brightness(tmp_path: Path) -> None:
     assert found["delta_1"].value > 0.97
     assert found["abs_rel"].value < 0.05 < floor["abs_rel"].value
     assert found["rmse"].split == "test"
+    assert metric.picture(tmp_path / "shown.png")
     assert found["rmse"].low <= found["rmse"].value <= found["rmse"].high
 
 
@@ -334,6 +337,8 @@ def test_views_of_a_plane_are_matched(tmp_path: Path) -> None:
     assert found["recall_at_0.1"].value > 0.9
     assert found["recall_at_0.05"].value <= found["recall_at_0.1"].value
     assert (found["recall_at_0.1"].split, found["recall_at_0.1"].num) == ("all pairs", 4)
+    assert metric.picture(tmp_path / "shown.png")
+    assert not Correspondence(use="correspondence", data=metric.data).picture(tmp_path / "none.png")
 
     def noise(crops: np.ndarray) -> np.ndarray:
         return np.random.default_rng(0).normal(size=(len(crops), 24, 24, 5))
@@ -353,10 +358,12 @@ def test_a_true_place_is_where_opencv_says() -> None:
     other = np.eye(grid * grid).reshape(grid, grid, -1)
     at = np.clip(true // (size / grid), 0, grid - 1).astype(int)
     first = np.eye(grid * grid)[at[:, 1] * grid + at[:, 0]].reshape(grid, grid, -1)
-    errors = match_errors(first, other, matrix, size)
+    places, found, errors = matches(first, other, matrix, size)
     expected = np.linalg.norm((at + 0.5) * size / grid - true, axis=1)[inside]
     assert len(errors) == inside.sum()
     assert np.allclose(errors, expected)
+    assert np.allclose(places, points[inside, 0])
+    assert np.allclose(found, (at[inside] + 0.5) * size / grid)
     assert errors.max() <= np.hypot(2, 2) + 1e-9
 
 

@@ -177,6 +177,9 @@ def test_a_dense_metric_without_labels_in_the_index(given: Context, tmp_path: Pa
     assert list(found)[:3] == ["largest class", "raw pixels", "random vit_femto"]
     assert found["raw pixels"]["test_mean_iou"] > found["largest class"]["test_mean_iou"]
     assert set(found["student small"]) == {"test_mean_iou", "test_pixel_accuracy"}
+    drawn = {path.stem for path in given.out.glob("metric_linear_segmentation_*.png")}
+    assert drawn == {f"metric_linear_segmentation_{one}" for one in ("teacher", "small", "other")}
+    assert 'alt="linear_segmentation, student small"' in (given.out / "report.html").read_text()
 
 
 def test_a_split_by_hash_leaves_rare_labels_out(given: Context) -> None:

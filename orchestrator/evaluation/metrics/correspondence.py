@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from orchestrator.config.dense import PairData
 from orchestrator.data.decode import square
@@ -18,10 +18,12 @@ from orchestrator.errors import UserError
 from orchestrator.evaluation.metric import Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import figure, ratio
 from orchestrator.evaluation.metrics.patch_grid import side_for
+from orchestrator.evaluation.report.dense_pictures import Matches, match_lines
 
 Floats = NDArray[np.float64]
 
 ALL = "all pairs"
+_PICTURES = 2
 
 
 class Correspondence(Metric):
@@ -39,6 +41,9 @@ class Correspondence(Metric):
         min_length=1,
         description="How far from the true place a match may be, as shares of the view's side.",
     )
+
+    # Of the first pairs: both views, places and what was found, of the model that was measured last.
+    _shown: list[Matches] = PrivateAttr(default_factory=list)
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :class:`Metric`: views and homographies."""
@@ -60,12 +65,17 @@ class Correspondence(Metric):
         assert features.maps is not None, "`evaluate` gives it"
         size = side_for(self.size or features.size, features.patch)
         parts = []
+        self._shown.clear()
         for pair in self.data.pairs():
             features.check()
             first, other, matrix = read_pair(self.data, pair)
-            maps = features.maps(np.stack([square(first, size), square(other, size)]))
+            views = np.stack([square(first, size), square(other, size)])
+            maps = features.maps(views)
             inside = crop(other.shape, size) @ matrix @ np.linalg.inv(crop(first.shape, size))
-            error_P = match_errors(maps[0], maps[1], inside, size)
+            from_P2, found_P2, error_P = matches(maps[0], maps[1], inside, size)
+            if len(self._shown) < _PICTURES:
+                right_P = error_P <= max(self.alpha) * size
+                self._shown.append((views[0], views[1], from_P2 / size, found_P2 / size, right_P))
             hits = [float((error_P <= alpha * size).sum()) for alpha in self.alpha]
             parts.append([*hits, float(len(error_P))])
         found = np.array(parts)
@@ -80,6 +90,13 @@ class Correspondence(Metric):
             for at, alpha in enumerate(self.alpha)
         }
 
+    def picture(self, path: Path) -> bool:
+        """See :class:`Metric`: the matches of the first pairs."""
+        if not self._shown:
+            return False
+        match_lines(self._shown, path)
+        return True
+
 
 def crop(shape_HWC: tuple[int, ...], size: int) -> Floats:
     """The matrix (3, 3) from pixels of a picture to those of its centred square of `size`."""
@@ -91,15 +108,19 @@ def crop(shape_HWC: tuple[int, ...], size: int) -> Floats:
     )
 
 
-def match_errors(
+def matches(
     first_hwD: NDArray[np.floating[Any]], other_hwD: NDArray[np.floating[Any]], matrix: Floats, size: int
-) -> Floats:
-    """How far in pixels from its true place each patch of the first view finds its match, for those that have one.
+) -> tuple[Floats, Floats, Floats]:
+    """Where each patch of the first view finds its match, for those whose true place is in the other view.
 
     Args:
         first_hwD, other_hwD: patch features of both views.
         matrix: from pixels of the first square to those of the other.
         size: the side of both squares.
+
+    Returns:
+        The middle of each patch, x and y in pixels (M, 2); the middle of its match (M, 2); and how far in pixels that
+        is from the true place (M,).
     """
     centres_P2 = _centres(first_hwD.shape[:2], size)
     mapped = np.column_stack([centres_P2, np.ones(len(centres_P2))]) @ matrix.T
@@ -111,7 +132,7 @@ def match_errors(
     best_P = (first_PD[there_P] @ other_PD.T).argmax(axis=1)
     found_P2 = _centres(other_hwD.shape[:2], size)[best_P]
     errors: Floats = np.linalg.norm(found_P2 - true_P2[there_P], axis=1)
-    return errors
+    return centres_P2[there_P], found_P2, errors
 
 
 def _centres(grid: tuple[int, ...], size: int) -> Floats:

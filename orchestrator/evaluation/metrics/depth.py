@@ -20,12 +20,15 @@ from orchestrator.evaluation.metric import Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import Sums, figure, ratio
 from orchestrator.evaluation.metrics.linear_probe import Decay
 from orchestrator.evaluation.metrics.patch_grid import enlarged, maps_of, mean_where, side_for
+from orchestrator.evaluation.report.dense_pictures import depth_maps
 
 Floats = NDArray[np.float64]
 
 # No camera measures nearer; a ratio to nothing would be infinite.
 _NEAREST = 1e-3
 _DELTA = 1.25
+# Test pictures that are drawn, and their side in pixels.
+_PICTURES, _PICTURE_SIDE = 3, 224
 
 
 class LinearDepth(Metric):
@@ -45,6 +48,8 @@ class LinearDepth(Metric):
         "deviation 1.",
     )
     _opened: tuple[DensePictures, Splits] | None = PrivateAttr(None)
+    # Truth and guess of the first test pictures, of the model that was measured last.
+    _shown: list[tuple[NDArray[Any], NDArray[Any]]] = PrivateAttr(default_factory=list)
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :class:`Metric`: pictures and depth maps."""
@@ -86,6 +91,15 @@ class LinearDepth(Metric):
             parts, features.seed, f"decay={self.decay[best]:g}, {size} px, validation {errors[best]:.3g}"
         )
 
+    def picture(self, path: Path) -> bool:
+        """See :class:`Metric`: true and given depth of the first test pictures."""
+        if self._opened is None or not self._shown:
+            return False
+        pictures, splits = self._opened
+        photos = (photo for photo, _ in pictures.squares(splits.test[: len(self._shown)], _PICTURE_SIDE))
+        depth_maps([(photo, *maps) for photo, maps in zip(photos, self._shown, strict=True)], path)
+        return True
+
     def floor(self, features: Features) -> tuple[str, Mapping[str, float | Figure]]:
         """Always the mean depth of the training pictures."""
         pictures, splits = self._open(features)
@@ -117,10 +131,14 @@ class LinearDepth(Metric):
     def _parts(self, features: Features, size: int, split: Any, fits: list[_Ridge]) -> list[Floats]:
         """For each fit, of each picture what :func:`depth_parts` gives, (N, 4)."""
         found: list[list[Floats]] = [[] for _ in fits]
+        self._shown.clear()
         for map_hwD, depth in self._maps(features, size, split):
             for at, fit in enumerate(fits):
                 guess = enlarged(fit(map_hwD)[..., None], (depth.shape[0], depth.shape[1]))[..., 0]
-                found[at].append(depth_parts(guess.clip(_NEAREST, self.data.max_depth), depth))
+                guess = guess.clip(_NEAREST, self.data.max_depth)
+                found[at].append(depth_parts(guess, depth))
+                if at == 0 and len(self._shown) < _PICTURES:
+                    self._shown.append((depth, guess))
         return [np.stack(parts) for parts in found]
 
 

@@ -21,11 +21,15 @@ from orchestrator.evaluation.metric import Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import Sums, figure, ratio
 from orchestrator.evaluation.metrics.linear_probe import DECAYS, Decay, Scale, path, scores
 from orchestrator.evaluation.metrics.patch_grid import class_counts, enlarged, maps_of, side_for
+from orchestrator.evaluation.report.dense_pictures import class_maps
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 Maps = NDArray[np.float32]
+
+# Test pictures that are drawn, and their side in pixels.
+_PICTURES, _PICTURE_SIDE = 3, 224
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class LinearSegmentation(Metric):
         200, ge=1, description="The maximum number of L-BFGS iterations for each decay."
     )
     _opened: _Opened | None = PrivateAttr(None)
+    # Truth and guess of the first test pictures, of the model that was measured last.
+    _shown: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = PrivateAttr(default_factory=list)
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :class:`Metric`: pictures and masks."""
@@ -94,6 +100,16 @@ class LinearSegmentation(Metric):
         (parts_list,) = self._parts(opened, features, size, "test", scale, [chosen])
         note = f"decay={decay:g}, {size} px, validation {best:.3f}"
         return _figures(np.concatenate(parts_list), features.seed, note)
+
+    def picture(self, path: Path) -> bool:
+        """See :class:`Metric`: true and given classes of the first test pictures."""
+        if self._opened is None or not self._shown:
+            return False
+        rows = self._opened.splits.test[: len(self._shown)]
+        photos = (photo for photo, _ in self._opened.pictures.squares(rows, _PICTURE_SIDE))
+        shown = [(photo, *maps) for photo, maps in zip(photos, self._shown, strict=True)]
+        class_maps(shown, len(self._opened.classes_C), path)
+        return True
 
     def floor(self, features: Features) -> tuple[str, Mapping[str, float | Figure]]:
         """Always the class that most training pixels have."""
@@ -175,6 +191,7 @@ class LinearSegmentation(Metric):
     ) -> list[list[NDArray[np.int64]]]:
         """For each classifier, of each picture what :func:`iou_parts` gives, (1, 3C)."""
         found: list[list[NDArray[np.int64]]] = [[] for _ in probes]
+        self._shown.clear()
         for map_hwD, target in maps_of(features, opened.pictures, opened.splits[split], size):
             truth = _numbered(target, opened.classes_C)
             x = scale(map_hwD.reshape(-1, map_hwD.shape[-1]))
@@ -182,6 +199,8 @@ class LinearSegmentation(Metric):
                 logits = scores(probe, x).reshape(*map_hwD.shape[:2], -1)
                 guess = probe.classes_[enlarged(logits, truth.shape).argmax(axis=-1)]
                 found[at].append(iou_parts(guess, truth, len(opened.classes_C))[None])
+                if at == 0 and len(self._shown) < _PICTURES:
+                    self._shown.append((truth, guess))
         return found
 
 
