@@ -29,8 +29,8 @@ class Split(Settings):
     )
     train: Names = Field(
         (),
-        description="With `folder` the folders, as path below the dataset's folder or as DATASET/path; with `file` the "
-        "lists; with `column` the values; with `component` the components. With `hash` nothing.",
+        description="With `folder` the folders, as path below the dataset's folder, DATASET/path or DATASET; with "
+        "`file` the lists; with `column` the values; with `component` the components. With `hash` nothing.",
     )
     validation: Names = Field(
         (),

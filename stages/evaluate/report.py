@@ -100,9 +100,9 @@ def _sections(results: Results, out: Path) -> list[Section]:
         ]
         sections.append(Section("PCA of patch features", [Text(_PCA_NOTE), *maps]))
     if results.retrieval:
-        sections.append(_retrieval(results.retrieval))
+        sections.append(_retrieval(results.retrieval, "" if results.split is None else "test "))
     if results.zero_shot:
-        sections.append(_zero_shot(results.zero_shot))
+        sections.append(_zero_shot(results.zero_shot, "" if results.split is None else "test "))
     if results.text_maps:
         picture = Picture(results.text_maps, "Photos, and how similar their patches are to each text")
         sections.append(Section("Where a text is", [Text(_MAPS_NOTE), picture]))
@@ -277,25 +277,25 @@ def _dense(results: Results, out: Path) -> Section:
     return Section("Dense health", [Text(note), Table(header, rows), *picture])
 
 
-def _retrieval(recalls: Mapping[str, float]) -> Section:
+def _retrieval(recalls: Mapping[str, float], of: str) -> Section:
     ks = [int(name.rpartition("_")[2]) for name in recalls if name.startswith("chance")]
     names = {"image_to_text": "photo → name", "text_to_image": "name → photo", "chance": "by chance"}
     rows = [
         (title, *(f"{recalls[f'{name}_recall_at_{k}']:.3f}" for k in ks)) for name, title in names.items()
     ]
     note = (
-        f"{recalls['num_pairs']:.0f} photos and their names; a hit is any pair of the same name. Training "
+        f"{recalls['num_pairs']:.0f} {of}photos and their names; a hit is any pair of the same name. Training "
         "saw these pairs: the figures show how well they were learned, not how well unseen photos would do."
     )
     table = Table(("direction", *(f"recall@{k}" for k in ks)), rows)
     return Section("Text retrieval", [Text(note), table])
 
 
-def _zero_shot(found: ZeroShot) -> Section:
+def _zero_shot(found: ZeroShot, of: str) -> Section:
     rows = [("mean of all templates", found.accuracy), *found.by_template.items()]
     rows += [("always the largest group", found.majority), ("by chance", 1 / found.num_classes)]
     note = (
-        f"{found.num_photos} photos, each given to the one of {found.num_classes} labels whose text is nearest. "
+        f"{found.num_photos} {of}photos, each given to the one of {found.num_classes} labels whose text is nearest. "
         "No label was trained on, but the photos and their names were."
     )
     table = Table(

@@ -83,6 +83,12 @@ def test_by_folder(rows: list[ImageRecord], prefix: str) -> None:
     assert str(splits) == "6 train, 6 validation, 6 test"
 
 
+def test_whole_datasets_are_splits(rows: list[ImageRecord]) -> None:
+    index = ImageIndex([replace(row, source=f"set-{row.path.partition('/')[0]}") for row in rows])
+    splits = Splits.of(index, by_folder(train="set-train", validation="set-val", test="set-test"))
+    assert names(index, splits) == EXPECTED
+
+
 def test_validation_comes_out_of_train_where_nothing_is_named(rows: list[ImageRecord]) -> None:
     index = ImageIndex(rows)
     splits = Splits.of(index, by_folder(validation=(), validation_share=0.5, seed=1))
