@@ -130,7 +130,7 @@ class Context:
     @property
     def roots(self) -> dict[str, str]:
         """Where the photographs of each dataset are now: an index may have been made when they lay elsewhere."""
-        return {name: str(source.path.resolve()) for name, source in self.sources.items()}
+        return {name: str(source.root) for name, source in self.sources.items()}
 
     def part(self, kind: str, identity: Mapping[str, Any]) -> AbstractContextManager[Part]:
         """Hold a piece of this stage's result: for this process alone, as long as the `with` block lasts.

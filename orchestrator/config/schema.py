@@ -44,7 +44,8 @@ class DataSource(Settings):
     """A folder of images, with an optional table of captions and labels, or of all that belongs to it."""
 
     path: LocalPath = Field(
-        description="The folder of images. Subfolders are searched, too, unless a `manifest` names the images."
+        description="The folder of images, or `s3://bucket/prefix`. Subfolders are searched, too, unless a `manifest` "
+        "names the images."
     )
     manifest: LocalPath | None = Field(
         None,
@@ -95,6 +96,21 @@ class DataSource(Settings):
         description="The licence of the images, as a free text such as `CC-BY-4.0`. The cards of published models "
         "name it. Default: the cards say that it is not stated.",
     )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the images are in a bucket; its address is `s3:/bucket/prefix` as a path."""
+        return str(self.path).startswith("s3:/")
+
+    @property
+    def root(self) -> Path:
+        """Where images are: the absolute folder, or the address of the bucket as a path."""
+        return self.path if self.is_remote else self.path.resolve()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder exists; of a bucket that is known once it is asked."""
+        return self.is_remote or self.path.is_dir()
 
     @model_validator(mode="after")
     def _one_table(self) -> DataSource:

@@ -223,7 +223,7 @@ def _count_photos(
     counts: dict[str, ImageCount | None] = {}
     for name in used:
         source = loaded.spec.data.get(name)
-        if source is None or not source.path.is_dir():
+        if source is None or not source.is_there:
             counts[name] = None
             continue
         from orchestrator.data.sources.account import lost_too_many
@@ -435,6 +435,8 @@ def _shared_files(
     found = {}
     for name in sources:
         source = loaded.spec.data[name]
+        if source.is_remote:
+            continue
         files = sorted({shard_of(file) for file in list_images(source, name).files})
         found[f"data.{name}.path"] = file_visibility.samples(source.path, files)
     record = f"pipelines/{loaded.name}/pipeline.yaml"

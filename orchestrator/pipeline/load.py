@@ -284,7 +284,7 @@ def _check(loaded: LoadedPipeline) -> list[UserError]:
 def _missing_data(loaded: LoadedPipeline) -> list[UserError]:
     problems = []
     for name, source in loaded.spec.data.items():
-        if not source.path.is_dir():
+        if not source.is_there:
             what = "no such folder" if not source.path.exists() else "not a folder"
             problems.append(_missing(loaded, what, ("data", name, "path"), source.path))
         if source.captions is not None and captions_path(source.captions, source.path) is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import orchestrator
+from orchestrator.config.schema import DataSource
 from orchestrator.pipeline.cache_key import short
 from orchestrator.pipeline.code_digest import versions
 from orchestrator.pipeline.console import figures
@@ -72,7 +73,7 @@ def datasets(
 ) -> list[Dataset]:
     """What a stage reads: datasets, and artifacts that are data sets."""
     sources = [
-        Dataset(name, digest, loaded.spec.data[name].path.absolute().as_uri(), used_for="curation")
+        Dataset(name, digest, _uri(loaded.spec.data[name]), used_for="curation")
         for name, digest in stage.parts.data.items()
         if name in loaded.spec.data
     ]
@@ -89,6 +90,12 @@ def datasets(
         if artifact.kind in _DATA_KINDS
     ]
     return sources + made
+
+
+def _uri(source: DataSource) -> str:
+    from orchestrator.data.sources.remote import uri
+
+    return uri(source.path) if source.is_remote else source.path.absolute().as_uri()
 
 
 def models(

@@ -227,7 +227,7 @@ class Curate(Stage):
         stop()
         different = {photo.sha256 for photo in photos if not photo.error}
         described = Meter(context.name, len(different), "photos described")
-        roots = {name: context.sources[name].path.resolve() for name in self.data}
+        roots = {name: context.sources[name].root for name in self.data}
         limits = {name: context.sources[name].max_pixels for name in self.data}
 
         def step() -> None:

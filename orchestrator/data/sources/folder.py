@@ -7,17 +7,17 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from orchestrator.config.schema import MAX_PIXELS, DataSource
 from orchestrator.data.decode import UnreadableImage, most_bytes, readable_endings, too_many_bytes, use_rgb
 from orchestrator.data.sources import account as accounts
-from orchestrator.data.sources import manifest, shards
+from orchestrator.data.sources import manifest, remote, shards
 from orchestrator.data.sources.account import Account
 from orchestrator.data.sources.captions import MOST_BYTES, Captions, Note, captions_path, reads_as_before
 from orchestrator.data.sources.captions import read as read_captions
@@ -88,11 +88,13 @@ class Listing:
         files: relative posix paths of regular, readable files with the ending of a picture, sorted.
         left_out: everything else, sorted.
         looks: size and times of each file when it was listed, in the order of `files`; empty where they are not known.
+        tags: of objects in a bucket, or of the shards there, what tells their content from another.
     """
 
     files: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     looks: tuple[Look, ...] = field(default=(), compare=False, repr=False)
+    tags: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def account(self, name: str) -> Account:
         """The files of dataset `name` by what became of them, as far as their names and sizes say."""
@@ -185,20 +187,22 @@ def list_images(source: DataSource, name: str) -> Listing:
     Raises:
         UserError: no such folder, or no images in it.
     """
-    if not source.path.is_dir():
+    if not source.is_there:
         what = "is not a folder" if source.path.exists() else "does not exist"
         raise UserError(
             f"the folder {source.path} of dataset {name!r} {what}",
             where=f"data.{name}.path",
             hint="`python -m orchestrator.data.samples food data/food` fetches a small set of photos",
         )
-    if not _is_utf8(str(source.path.resolve())):
+    if not _is_utf8(str(source.root)):
         raise UserError(
-            f"the name of the folder {shown(str(source.path.resolve()))} is not UTF-8",
+            f"the name of the folder {shown(str(source.root))} is not UTF-8",
             where=f"data.{name}.path",
             hint="rename it: the index of the photos holds the names of files as text",
         )
-    if source.manifest is not None:
+    if source.is_remote:
+        listing = _of_bucket(source, name)
+    elif source.manifest is not None:
         listing = _of_manifest(source, name)
     elif source.shards is not None:
         listing = _of_shards(source)
@@ -211,6 +215,44 @@ def list_images(source: DataSource, name: str) -> Listing:
         place = "path" if source.manifest is None else "manifest"
         raise _no_images(source.path, listing, where=f"data.{name}.{place}")
     return listing
+
+
+def _of_bucket(source: DataSource, name: str) -> Listing:
+    """The pictures among the objects below an address: all, those of a manifest, or those in tars."""
+    try:
+        found = {item.path: item for item in remote.objects(source.path)}
+    except UserError as error:
+        raise UserError(error.what, where=f"data.{name}.path", hint=error.hint) from None
+    except OSError as error:
+        raise UserError(str(error), where=f"data.{name}.path", hint="run again once it answers") from error
+    if source.manifest is not None:
+        wanted = manifest.read(_manifest_path(source, name), source.path).files
+    else:
+        wanted = tuple(sorted(found))
+    endings = readable_endings() if source.shards is None else shards.ENDINGS
+    files: list[str] = []
+    left_out: list[LeftOut] = []
+    for path in wanted:
+        ending = _ending(PurePosixPath(path).name)
+        if path not in found:
+            left_out.append(LeftOut(shown(path), "does not exist", accounts.ACCESS))
+        elif source.manifest is None and any(part.startswith(".") for part in PurePosixPath(path).parts):
+            left_out.append(LeftOut(shown(path), "hidden", accounts.HIDDEN))
+        elif source.manifest is None and ending.lower() not in endings:
+            left_out.append(LeftOut(shown(path), *_Walk.of_no_picture(path, ending.lower())))
+        elif source.shards is None and (many := too_many_bytes(found[path].size, source.max_pixels)):
+            left_out.append(LeftOut(shown(path), many, accounts.TOO_LARGE))
+        elif path != PurePosixPath(path).as_posix() or ".." in PurePosixPath(path).parts:
+            left_out.append(LeftOut(shown(path), "no plain path", accounts.ACCESS))
+        else:
+            files.append(path)
+    tags = {path: found[path].tag for path in files}
+    if source.shards is None:
+        return Listing(tuple(files), tuple(left_out), tags=tags)
+    looks = {path: found[path].look for path in files}
+    inside = shards.contents(source.path, files, readable_endings(), looks)
+    left_out += [LeftOut(shown(path), reason, kind) for path, reason, kind in inside.left_out]
+    return Listing(inside.files, tuple(left_out), tags=tags)
 
 
 def _of_shards(source: DataSource) -> Listing:
@@ -370,7 +412,7 @@ class _Walk:
             return f"not a file but {what}", accounts.NOT_A_PICTURE
         ending = _ending(entry.name).lower()
         if ending not in self._endings:
-            return self._of_no_picture(entry.name, ending)
+            return self.of_no_picture(entry.name, ending)
         if not os.access(entry.path, os.R_OK):
             return "no permission to read it", accounts.ACCESS
         too_many = too_many_bytes(status.st_size, self._max_pixels)
@@ -380,7 +422,7 @@ class _Walk:
         return None
 
     @staticmethod
-    def _of_no_picture(name: str, ending: str) -> tuple[str, str]:
+    def of_no_picture(name: str, ending: str) -> tuple[str, str]:
         kind = accounts.OTHER_DATA if ending in accounts.BESIDE_PICTURES else accounts.ENDING
         written = _ending(name)
         return (f"{accounts.ENDS_IN}{written}" if written else accounts.NO_ENDING), kind
@@ -444,7 +486,10 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
         files, looks, most = tuple(sorted({shard_of(file) for file in files})), (), _NO_LIMIT
     captions = _captions_path(source, name)
     stop = threading.Event()
-    found = digests(source.path, files, most, stop, partial(_side_by_side, stop=stop), looks)
+    if source.is_remote:
+        found: list[str | None] = [listing.tags.get(file) for file in files]
+    else:
+        found = digests(source.path, files, most, stop, partial(_side_by_side, stop=stop), looks)
     whole = hashlib.sha256()
     for file, digest in zip(files, found, strict=True):
         if digest is not None:
@@ -480,7 +525,10 @@ def captions_of(source: DataSource, name: str, files: Sequence[str]) -> Captions
     """
     if source.shards is not None:
         tars = sorted({shard_of(file) for file in files})
-        return shards.contents(source.path, tars, readable_endings()).said
+        looks = None
+        if source.is_remote:
+            looks = {item.path: item.look for item in remote.objects(source.path)}
+        return shards.contents(source.path, tars, readable_endings(), looks).said
     if source.manifest is not None:
         said = manifest.read(_manifest_path(source, name), source.path).said
     else:

@@ -12,11 +12,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.data.sources.remote import open_object
 from orchestrator.fsio import NotAFileError, open_regular
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+# Bytes of a picture in a shard in a bucket that one request asks for.
+_MOST_AT_ONCE = 16 << 20
 _MEMBER = re.compile(r"(.+\.tar)::(\d{1,18}):(\d{1,18})::.+", re.DOTALL | re.IGNORECASE)
 
 
@@ -32,7 +35,7 @@ def member_path(shard: str, offset: int, length: int, member: str) -> str:
 
 
 def open_member(path: Path | str) -> tuple[io.BufferedReader, int] | None:
-    """A picture in a shard, open for reading from its first byte, and its size in bytes; None for any other path.
+    """A picture in a shard or in a bucket, open for reading, and its size in bytes; None for any other path.
 
     Raises:
         NotAFileError: the shard is no regular file, or ends before the picture.
@@ -41,8 +44,14 @@ def open_member(path: Path | str) -> tuple[io.BufferedReader, int] | None:
     text = os.fspath(path)
     found = _MEMBER.fullmatch(text) if "::" in text else None
     if found is None:
-        return None
+        return open_object(text) if text.startswith("s3:/") else None
     offset, length = int(found[2]), int(found[3])
+    if text.startswith("s3:/"):
+        part, size = open_object(found[1], offset, length, block=max(1, min(length, _MOST_AT_ONCE)))
+        if size < length:
+            part.close()
+            raise NotAFileError(0, "the shard ends before it", text)
+        return part, size
     file = open_regular(found[1])
     if offset + length > os.fstat(file.fileno()).st_size:
         file.close()

@@ -6,17 +6,19 @@ shard are read once and remembered, as digests are.
 
 from __future__ import annotations
 
+import io
 import json
 import sqlite3
 import tarfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources.captions import Captions, Note
 from orchestrator.data.sources.digests import Look, is_settled, look_of, remembered, set_aside
+from orchestrator.data.sources.remote import HEADER_BYTES, is_remote, open_object
 from orchestrator.data.sources.shard_members import member_path
 from orchestrator.errors import first_line, shortened
 from orchestrator.fsio import open_regular, why
@@ -66,25 +68,31 @@ class Contents:
     said: Captions = field(repr=False)
 
 
-def contents(root: Path, shards: Sequence[str], endings: Iterable[str]) -> Contents:
+def contents(
+    root: Path, shards: Sequence[str], endings: Iterable[str], looks: Mapping[str, Look] | None = None
+) -> Contents:
     """The pictures in shards; headers of shards that have not changed are not read again.
 
     Args:
         root: the dataset's folder.
         shards: paths of the tar files from it.
         endings: of files that are taken for pictures.
+        looks: what each shard looks like, where that is known; else it is asked.
     """
-    known = _load([str(root.resolve() / shard) for shard in shards])
+    top = root if is_remote(root) else root.resolve()
+    known = _load([str(top / shard) for shard in shards])
     files: list[str] = []
     left_out: list[tuple[str, str, str]] = []
     notes: dict[str, Note] = {}
     fresh: dict[str, tuple[Look, int, Shard]] = {}
     wanted = frozenset(endings)
     for shard in shards:
-        place = str(root.resolve() / shard)
+        place = str(top / shard)
         try:
-            look = look_of((root / shard).stat())
-            if place in known and known[place][0] == look and is_settled(look, known[place][1]):
+            look = look_of((root / shard).stat()) if looks is None else looks[shard]
+            # Of objects the ETag tells a change, however short after the last one.
+            settled = looks is not None or is_settled(look, known[place][1] if place in known else 0)
+            if settled and place in known and known[place][0] == look:
                 found = known[place][2]
             else:
                 began = time.time_ns()
@@ -113,7 +121,7 @@ def _read(path: Path, size: int, endings: frozenset[str]) -> Shard:
     texts: dict[str, dict[str, str]] = {}
     left_out: list[tuple[str, str, str]] = []
     # Only without compression are pictures where an offset says.
-    with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    with _opened(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             name = PurePosixPath(member.name)
             key, _, ending = name.name.partition(".")
@@ -140,6 +148,10 @@ def _read(path: Path, size: int, endings: frozenset[str]) -> Shard:
         (member, offset, length, *_said(texts.get(sample, {}))) for member, offset, length, sample in pictures
     ]
     return Shard(tuple(rows), tuple(left_out))
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    return open_object(path, block=HEADER_BYTES)[0] if is_remote(path) else open_regular(path)
 
 
 def _reason(member: tarfile.TarInfo, size: int) -> tuple[str, str] | None:
