@@ -369,9 +369,8 @@ def summary(pipeline: FirstPipeline) -> list[tuple[str, str, bool]]:
         count = f"{len(survey.unreadable)} of {survey.num_looked_at} that were looked at cannot be read"
         rows.append(("", f"{count}: {file}: {reason}", True))
     if survey.deep:
-        rows.append(
-            ("", f"{survey.deep} of {survey.num_looked_at} have more than 8 bits: see the file", True)
-        )
+        which = f"white is taken to be {survey.white}" if survey.white else "see the file"
+        rows.append(("", f"{survey.deep} of {survey.num_looked_at} have more than 8 bits: {which}", True))
     rows.append(("labels", _labels(pipeline), False))
     if survey.table_error is not None:
         error = survey.table_error

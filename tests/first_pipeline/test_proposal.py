@@ -240,3 +240,17 @@ def test_examples_load_and_plan_without_their_data(path: Path) -> None:
     assert loaded.missing
     assert [str(error) for error in loaded.mistakes] == []
     assert [str(error) for error in check(loaded, runs=False).errors if error not in loaded.missing] == []
+
+
+def test_twelve_bits_in_sixteen_get_their_range() -> None:
+    folder = Path("scans")
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        Image.fromarray(rng.integers(0, 4096, (20, 24), dtype=np.uint16)).save(folder / f"{number}.png")
+    chosen(folder).write()
+    loaded = load("pipeline.yaml", needs_data=False, gather=True)
+    pixels = loaded.spec.data["pictures"].pixels
+    assert pixels is not None
+    assert pixels.range == (0, 4095)
+    assert "Their values do not go above 4095" in Path("pipeline.yaml").read_text()

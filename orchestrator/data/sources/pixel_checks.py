@@ -12,6 +12,16 @@ from orchestrator.errors import UserError
 _HALF = 2**15
 
 
+def likely_white(peaks: Sequence[int]) -> int | None:
+    """The value that is probably white, if files of 16 bits use a small part of them; None if not, or without any.
+
+    Args:
+        peaks: the largest value of each file of 16 bits, 0 of others.
+    """
+    most = max(peaks, default=0)
+    return None if not most or most >= _HALF else int(2 ** max(most.bit_length(), 8) - 1)
+
+
 def unclear_range(name: str, peaks: Sequence[int]) -> UserError | None:
     """The question, if the files of a dataset have 16 bits and use a small part of them; None if not.
 
@@ -22,9 +32,9 @@ def unclear_range(name: str, peaks: Sequence[int]) -> UserError | None:
         peaks: `ScannedImage.peak` of its files.
     """
     deep = [peak for peak in peaks if peak]
-    if not deep or max(deep) >= _HALF:
+    white = likely_white(deep)
+    if white is None:
         return None
-    white = 2 ** max(max(deep).bit_length(), 8) - 1
     files = (
         f"1 file of dataset {name!r} has"
         if len(deep) == 1

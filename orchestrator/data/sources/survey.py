@@ -1,11 +1,12 @@
 """What can be found out about a folder of pictures without being told: count, sizes, captions, labels, oddities.
 
 All files are listed, by the walk that `plan` and `curate` use, so that counts agree. Of a few hundred of them the
-header is read; no picture is decoded.
+header is read. Only a few of those with more than 8 bits are decoded, to see which of their values they use.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from orchestrator.config.schema import DataSource
-from orchestrator.data.decode import UnreadableImage, read_header
+from orchestrator.data.decode import UnreadableImage, read_header, use_rgb
 from orchestrator.data.sources import captions
 from orchestrator.data.sources.captions import Captions
 from orchestrator.data.sources.folder import Listing, list_images, shown
+from orchestrator.data.sources.pixel_checks import likely_white
 from orchestrator.errors import UserError
 
 # Pictures whose header is read, evenly spread over the sorted names.
@@ -35,6 +37,8 @@ _DATED = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}|\d{3}[A-Z_]{5}")
 # Of the pictures, that lie in a folder which names what they show.
 _LABELLED = 0.9
 _DEEP_BITS = 8
+# Pictures with more bits that are decoded.
+_DECODED = 20
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Survey:
         sides: the shorter side of each picture that was looked at, in pixels, ascending.
         unreadable: of the pictures that were looked at, those whose header cannot be read, with the reason.
         deep: of the pictures that were looked at, how many have more than 8 bits a channel.
+        white: the value that is probably white in files of 16 bits that use a small part of them, or None.
         table_error: why the table that is there is not used, or None.
     """
 
@@ -59,6 +64,7 @@ class Survey:
     sides: tuple[int, ...]
     unreadable: tuple[tuple[str, str], ...]
     deep: int
+    white: int | None = None
     table_error: UserError | None = None
 
     @property
@@ -104,7 +110,7 @@ def survey(folder: Path) -> Survey:
         source = source.model_copy(update={"captions": table})
         # The table is no longer among what is left out.
         listing = list_images(source, "pictures")
-    found = Survey(source, listing, said, folder_labels(listing.files), (), (), 0, table_error)
+    found = Survey(source, listing, said, folder_labels(listing.files), (), (), 0, table_error=table_error)
     return _looked_at(found)
 
 
@@ -112,6 +118,7 @@ def _looked_at(found: Survey) -> Survey:
     files = found.listing.files
     count = min(_LOOKED_AT, len(files))
     sides, unreadable, deep = [], [], 0
+    peaks: list[int] = []
     for file in (files[number * len(files) // count] for number in range(count)):
         try:
             header = read_header(found.source.path / file, found.source.max_pixels)
@@ -119,14 +126,27 @@ def _looked_at(found: Survey) -> Survey:
             unreadable.append((shown(file), error.reason))
             continue
         sides.append(min(header.width, header.height))
-        deep += header.bits > _DEEP_BITS
+        if header.bits > _DEEP_BITS:
+            deep += 1
+            if deep <= _DECODED:
+                peaks += _peak(found.source.path / file, found.source.max_pixels)
     if not sides:
         file, reason = unreadable[0]
         raise UserError(
             f"none of the {count} pictures that were looked at in {found.source.path} can be read; {file}: {reason}",
             hint="check that the files were copied whole",
         )
-    return replace(found, sides=tuple(sorted(sides)), unreadable=tuple(unreadable), deep=deep)
+    return replace(
+        found, sides=tuple(sorted(sides)), unreadable=tuple(unreadable), deep=deep, white=likely_white(peaks)
+    )
+
+
+def _peak(path: Path, max_pixels: int) -> list[int]:
+    """The largest value of a file of 16 bits; nothing of one that cannot be decoded."""
+    peaks: list[int] = []
+    with contextlib.suppress(UnreadableImage):
+        use_rgb(path, lambda image: None, max_pixels=max_pixels, on_wide=peaks.append)
+    return peaks
 
 
 def _table(folder: Path, files: Sequence[str]) -> tuple[Path | None, Captions, UserError | None]:

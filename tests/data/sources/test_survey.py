@@ -143,3 +143,14 @@ def test_folders_without_pictures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty" / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="none of the 1 pictures that were looked at"):
         survey(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(("top", "white"), [(3000, 4095), (200, 255), (60000, None)])
+def test_which_values_files_of_sixteen_bits_use_is_found(tmp_path: Path, top: int, white: int | None) -> None:
+    for number in range(3):
+        values = np.full((30, 40), top // 2, np.uint16)
+        values[number, 0] = top
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    picture(tmp_path / "eight.png", 40, 30)
+    found = survey(tmp_path)
+    assert (found.deep, found.white) == (3, white)
