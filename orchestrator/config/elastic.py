@@ -209,6 +209,18 @@ class Elastic(Settings):
         description="The type of device that workers train on. auto uses GPUs if the cluster has any when the stage "
         "starts, else CPUs. cpu uses CPUs even if there are GPUs. gpu requires GPUs.",
     )
+    loaders: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = operational(
+        "auto",
+        description="The number of threads of each worker that load photos. auto begins with one and adds one where "
+        "steps wait for photos, up to the worker's share of its machine's processors.",
+    )
+    steps_ahead: int = operational(
+        2,
+        ge=1,
+        le=64,
+        description="The number of steps whose photos are loaded while a step is computed. More of them take more "
+        "memory and level out files that take long.",
+    )
     resize_share: float = operational(
         0.1,
         gt=0,

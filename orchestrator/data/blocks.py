@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,10 @@ def with_unreadable(block: Block, rows: NDArray[np.int64] | None) -> Block:
 
 
 class BlockSource(Protocol):
-    """Where a training loop gets its data; `load` is a pure function of (step, index)."""
+    """Where a training loop gets its data; `load` is a pure function of (step, index).
+
+    A source with an attribute `parallel` that is true is asked by several threads at once, several steps ahead.
+    """
 
     num_blocks: int
 
@@ -94,6 +97,8 @@ class CropBlocks:
     Raises:
         UserError: sizes that do not divide.
     """
+
+    parallel: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -40,6 +41,8 @@ class ImageReader:
     there are others. So it is the same for any number of workers. The limit here is on what this process met: the
     training loop counts what all of them met.
 
+    Several threads may read at once.
+
     Args:
         index: the photographs.
         order: sample ids by step.
@@ -51,10 +54,12 @@ class ImageReader:
         self._limit = most_unreadable(max_unreadable, len(index))
         self._unreadable: dict[int, str] = {}
         self._troubles: list[str] = []
+        self._lock = threading.Lock()
 
     def pop_troubles(self) -> list[str]:
         """What was met since the last call, a line for each picture; for whoever tells the user."""
-        taken, self._troubles = self._troubles, []
+        with self._lock:
+            taken, self._troubles = self._troubles, []
         return taken
 
     def paths(self, rows: Iterable[int]) -> list[str]:
@@ -107,16 +112,17 @@ class ImageReader:
                 yield int(row)
 
     def _note(self, row: int, reason: str) -> None:
-        if row in self._unreadable:
-            return
-        self._unreadable[row] = reason
         path = shown(str(self._index.path(row)))
         what = f"a photo cannot be read and is replaced by another one: {path}: {reason}"
+        with self._lock:
+            if row in self._unreadable:
+                return
+            self._unreadable[row] = reason
+            self._troubles.append(what)
+            met = list(self._unreadable)
         logger.warning("%s", what)
-        self._troubles.append(what)
-        if len(self._unreadable) > self._limit:
-            what = f"{len(self._unreadable)} of {len(self._index)} photos cannot be read any more"
-            raise self._too_many(list(self._unreadable), what)
+        if len(met) > self._limit:
+            raise self._too_many(met, f"{len(met)} of {len(self._index)} photos cannot be read any more")
 
     def _too_many(self, rows: list[int], what: str) -> UserError:
         named = "; ".join(f"{self._index[row].path}: {self._unreadable[row]}" for row in rows[:_NAMED])

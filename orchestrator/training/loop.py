@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import socket
 import time
+import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +36,7 @@ from orchestrator.training.device import CPU, device, use_deterministic_kernels
 from orchestrator.training.engine import build_engine
 from orchestrator.training.export import export_ema
 from orchestrator.training.job import Job
+from orchestrator.training.loader import BlockLoader
 from orchestrator.training.out_of_memory import out_of_memory_explained
 from orchestrator.training.skipped_updates import STEPS_PER_SKIP, named
 from orchestrator.training.task import BlockTensors, Losses, Probing
@@ -320,17 +324,18 @@ class _Trainer:
         )
 
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:
-        """Each step's own blocks on the device, the next step's loaded behind the current one's back."""
+        """Each step's own blocks on the device, the next steps' loaded behind the current one's back."""
         self.seen: dict[int, tuple[int, int, _Ids, list[int]]] = {}
-        self.waited_s = 0.0
-        with ThreadPoolExecutor(1, thread_name_prefix="blocks") as pool:
-            ahead: Future[list[Block]] | None = None
+        first, most = self._loaders()
+        loader = BlockLoader(
+            self.blocks, self._asked(self.num_blocks), first, most, self.job.elastic.steps_ahead
+        )
+        with closing(loader.steps(self.start, self.job.num_steps)) as steps:
             for step in range(self.start, self.job.num_steps):
-                asked = time.monotonic()
                 with out_of_memory_explained(self.job, f"while blocks of step {step + 1} were loaded"):
-                    loaded = (ahead or pool.submit(self._load, step)).result()
-                self.waited_s = time.monotonic() - asked
-                ahead = pool.submit(self._load, step + 1) if step + 1 < self.job.num_steps else None
+                    _, loaded = next(steps)
+                self.waited_s = loader.waited_s
+                loaded = self._padded(loaded, self.num_blocks)
                 self._tell_troubles(self.blocks)
                 own = [block for block in loaded if block.weight > 0]
                 ids = {block.index: block.ids for block in own}
@@ -340,20 +345,36 @@ class _Trainer:
                     moved = [_to_device(block, self.device) for block in loaded]
                 yield step, moved
 
+    def _loaders(self) -> tuple[int, int]:
+        """How many threads load at first, and at most: this worker's share of its machine's processors."""
+        here = zlib.crc32(socket.gethostname().encode())
+        hosts = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        hosts[self.rank] = here
+        beside = self.workers(hosts).tolist().count(here)
+        wanted = self.job.elastic.loaders
+        most = max(1, len(os.sched_getaffinity(0)) // beside) if wanted == "auto" else wanted
+        return (1 if wanted == "auto" else most), most
+
     def _tell_troubles(self, source: BlockSource) -> None:
         """Hand over what a source met since it was last asked."""
         if isinstance(source, ReportsTroubles):
             for what in source.pop_troubles():
                 self.callback.trouble(what)
 
-    def _load(self, step: int, source: BlockSource | None = None) -> list[Block]:
-        num_blocks = self.num_blocks if source is None else source.num_blocks
-        source = source or self.blocks
-        blocks = [source.load(step, index) for index in range(self.rank, num_blocks, self.world)]
-        while len(blocks) < -(-num_blocks // self.world):
-            filler = blocks[0] if blocks else source.load(step, 0)
-            blocks.append(replace(filler, weight=0.0))
-        return blocks
+    def _load(self, step: int, source: BlockSource) -> list[Block]:
+        """This worker's blocks of a source, all at once."""
+        loaded = [source.load(step, index) for index in self._asked(source.num_blocks)]
+        return self._padded(loaded, source.num_blocks)
+
+    def _asked(self, num_blocks: int) -> list[int]:
+        """This worker's blocks; the first where it has none."""
+        return list(range(self.rank, num_blocks, self.world)) or [0]
+
+    def _padded(self, loaded: list[Block], num_blocks: int) -> list[Block]:
+        """As many blocks as each worker has; those that only pad have no weight."""
+        blocks = loaded if self.rank < num_blocks else [replace(loaded[0], weight=0.0)]
+        padding = -(-num_blocks // self.world) - len(blocks)
+        return [*blocks, *(replace(blocks[0], weight=0.0) for _ in range(padding))]
 
     # --- start and end ------------------------------------------------------------------------------------------
 
