@@ -183,6 +183,7 @@ def test_other_numbers_are_what_they_look_like(base: Path, value: str) -> None:
     assert read(base, f"seed={value}").spec.seed == int(value, 0 if "x" in value or "b" in value else 10)
 
 
+@pytest.mark.heavy
 def test_no_text_takes_long_to_be_told_from_a_number() -> None:
     """A killed process is the failure: these took hours."""
     texts = {

@@ -232,7 +232,9 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.heavy if name == "values" else ()) for name in LARGE]
+)
 def test_yaml_has_bounds_that_are_looked_at_before_anything_is_built(name: str, tmp_path: Path) -> None:
     text, expected = LARGE[name]
     path = tmp_path / "p.yaml"
