@@ -98,11 +98,14 @@ class DepthHead(nn.Module):
         """Features of B images of `size` → ln of metres, float32 (B, H, W), within the bounds."""
         values_BCHW = self.map(features, size).float()
         low, high = self.bounds
+        depth_BHW: Tensor
         if self.num_bins is None:
-            return (values_BCHW[:, 0] + (low + high) / 2).clamp(low, high)
-        step = (high - low) / self.num_bins
-        centres = low + step * (torch.arange(self.num_bins, device=values_BCHW.device) + 0.5)
-        return (values_BCHW.softmax(dim=1) * centres[:, None, None]).sum(dim=1)
+            depth_BHW = (values_BCHW[:, 0] + (low + high) / 2).clamp(low, high)
+        else:
+            step = (high - low) / self.num_bins
+            centres = low + step * (torch.arange(self.num_bins, device=values_BCHW.device) + 0.5)
+            depth_BHW = (values_BCHW.softmax(dim=1) * centres[:, None, None]).sum(dim=1)
+        return depth_BHW
 
 
 class _Doubling(nn.Module):

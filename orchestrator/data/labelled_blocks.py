@@ -97,7 +97,7 @@ def nearest_crop(target_HW: NDArray[Any], shape: tuple[int, int], box: Box, size
     centres = (np.arange(size) + 0.5) / size
     rows = ((box.top + centres * box.height) * target_HW.shape[0] / shape[0]).astype(np.int64)
     columns = ((box.left + centres * box.width) * target_HW.shape[1] / shape[1]).astype(np.int64)
-    cropped = target_HW[rows[:, None], columns[None]]
+    cropped: NDArray[Any] = target_HW[rows[:, None], columns[None]]
     return cropped[:, ::-1] if box.flip else cropped
 
 

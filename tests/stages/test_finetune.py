@@ -22,6 +22,7 @@ from sklearn.metrics import (
     log_loss,
     mean_squared_error,
 )
+from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 import orchestrator
@@ -30,7 +31,15 @@ from orchestrator.config.schedules import Optimizer
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metrics.segmentation import iou_parts, mean_iou
-from orchestrator.models import build, layer_depths, load_pretrained, normalise, preprocess, save_pretrained
+from orchestrator.models import (
+    build,
+    efficientnet,
+    layer_depths,
+    load_pretrained,
+    normalise,
+    preprocess,
+    save_pretrained,
+)
 from orchestrator.models.cost import forward_flops
 from orchestrator.pipeline.dag import graph_errors
 from orchestrator.pipeline.load import load
@@ -620,3 +629,48 @@ def test_it_is_evaluated_and_published_like_any_model(
     model = orchestrator.load(pulled)
     assert model.classes == LABELS
     assert model.predict(np.zeros((20, 20, 3), np.uint8)).labels[0] in LABELS
+
+
+def test_a_network_with_batch_norm_and_a_mean_of_its_own_is_tuned_as_it_came(
+    index: Path, tmp_path: Path
+) -> None:
+    """EfficientNet-Lite0: its statistics stay, and its mean and deviation travel with the model."""
+    torch.manual_seed(3)
+    net = efficientnet.lite0().eval()
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+    torch.save(net.state_dict(), tmp_path / "lite0.pth")
+    stage = config(
+        network={
+            "module": "orchestrator.models.efficientnet:lite0", "weights": str(tmp_path / "lite0.pth"),
+            "mean": efficientnet.MEAN, "std": efficientnet.STD,
+        },
+        mode="full", image_size=64,
+    )  # fmt: skip
+    assert stage.modules() == ("orchestrator.models.efficientnet:lite0",)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    x = (torch.from_numpy(picture).permute(2, 0, 1)[None] / 255 - efficientnet.MEAN[0]) / efficientnet.STD[0]
+    around = replace(context(index, tmp_path), modules=stage.modules())
+    with starting_backbone(stage, around) as start:
+        task = FinetuneTask(stage, start, LABELS, 0)
+        net_in_training = task.build("cpu").trainable.train()
+        assert not any(
+            part.training for part in net_in_training.modules() if isinstance(part, nn.BatchNorm2d)
+        )
+        images = torch.from_numpy(picture).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            wanted = net(x).flatten(2).mean(dim=2)
+            seen = net_in_training.backbone(normalise(images, net_in_training.backbone)).cls
+        torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-4)
+        trained = {name for name, param in net_in_training.named_parameters() if param.requires_grad}
+        assert "backbone.net._conv_stem.weight" in trained
+        assert not any("_fc" in name for name in trained), "the features do not depend on its classifier"
+        file = exported(stage, start, tmp_path / "e.safetensors")
+        save_finetuned(stage, start, LABELS, file, tmp_path / "model")
+    model = orchestrator.load(tmp_path / "model", trust_module="orchestrator")
+    state = model.module.state_dict()
+    torch.testing.assert_close(state["net._bn0.running_mean"], net._bn0.running_mean)
+    record = json.loads((tmp_path / "model/config.json").read_text())
+    assert record["mean"] == pytest.approx(efficientnet.MEAN)
+    assert model.predict(picture).probabilities.sum() == pytest.approx(1.0)
