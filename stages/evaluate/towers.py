@@ -113,7 +113,14 @@ class Crops:
         """(N, size, size, 3) uint8, or uint16 where the index says so, as `orchestrator.embed` sees them."""
         if size not in self._kept:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                self._kept[size] = np.stack(list(pool.map(partial(self._square, size=size), self.rows)))
+                squares = pool.map(partial(self._square, size=size), self.rows)
+                first = next(squares)
+                # Laid down one by one: a list of them beside their stack would take the memory twice.
+                kept = np.empty((len(self.rows), *first.shape), first.dtype)
+                kept[0] = first
+                for at, pixels in enumerate(squares, 1):
+                    kept[at] = pixels
+            self._kept[size] = kept
         return self._kept[size]
 
     def batches(self, size: int, batch: int) -> Iterator[Pixels]:
