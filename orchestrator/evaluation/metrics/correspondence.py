@@ -18,7 +18,6 @@ from orchestrator.errors import UserError
 from orchestrator.evaluation.metric import Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import figure, ratio
 from orchestrator.evaluation.metrics.patch_grid import side_for
-from orchestrator.evaluation.report.dense_pictures import Matches, match_lines
 
 Floats = NDArray[np.float64]
 
@@ -43,7 +42,7 @@ class Correspondence(Metric):
     )
 
     # Of the first pairs: both views, places and what was found, of the model that was measured last.
-    _shown: list[Matches] = PrivateAttr(default_factory=list)
+    _shown: list[Any] = PrivateAttr(default_factory=list)
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :class:`Metric`: views and homographies."""
@@ -94,6 +93,8 @@ class Correspondence(Metric):
         """See :class:`Metric`: the matches of the first pairs."""
         if not self._shown:
             return False
+        from orchestrator.evaluation.report.dense_pictures import match_lines
+
         match_lines(self._shown, path)
         return True
 

@@ -20,7 +20,6 @@ from orchestrator.evaluation.metric import Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import Sums, figure, ratio
 from orchestrator.evaluation.metrics.linear_probe import Decay
 from orchestrator.evaluation.metrics.patch_grid import enlarged, maps_of, mean_where, side_for
-from orchestrator.evaluation.report.dense_pictures import depth_maps
 
 Floats = NDArray[np.float64]
 
@@ -95,6 +94,8 @@ class LinearDepth(Metric):
         """See :class:`Metric`: true and given depth of the first test pictures."""
         if self._opened is None or not self._shown:
             return False
+        from orchestrator.evaluation.report.dense_pictures import depth_maps
+
         pictures, splits = self._opened
         photos = (photo for photo, _ in pictures.squares(splits.test[: len(self._shown)], _PICTURE_SIDE))
         depth_maps([(photo, *maps) for photo, maps in zip(photos, self._shown, strict=True)], path)

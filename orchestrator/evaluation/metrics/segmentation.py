@@ -21,7 +21,6 @@ from orchestrator.evaluation.metric import Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import Sums, figure, ratio
 from orchestrator.evaluation.metrics.linear_probe import DECAYS, Decay, Scale, path, scores
 from orchestrator.evaluation.metrics.patch_grid import class_counts, enlarged, maps_of, side_for
-from orchestrator.evaluation.report.dense_pictures import class_maps
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -105,6 +104,8 @@ class LinearSegmentation(Metric):
         """See :class:`Metric`: true and given classes of the first test pictures."""
         if self._opened is None or not self._shown:
             return False
+        from orchestrator.evaluation.report.dense_pictures import class_maps
+
         rows = self._opened.splits.test[: len(self._shown)]
         photos = (photo for photo, _ in self._opened.pictures.squares(rows, _PICTURE_SIDE))
         shown = [(photo, *maps) for photo, maps in zip(photos, self._shown, strict=True)]
