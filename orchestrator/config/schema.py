@@ -53,11 +53,11 @@ class DataSource(Settings):
         "and, optionally, `caption` and `label`. Nothing else in the folder is read. Default: all images in the "
         "folder.",
     )
-    shards: Literal["tar"] | None = Field(
+    shards: Literal["tar", "parquet"] | None = Field(
         None,
         description="With `tar`, the images are in the uncompressed tar files in the folder, as WebDataset writes "
         "them: files of one name are a sample, such as 0001.jpg with 0001.txt (caption), 0001.cls (label) or 0001.json "
-        "(both). Default: the images are files themselves.",
+        "(both). With `parquet`, they are in a column of image bytes. Default: the images are files themselves.",
     )
     labels: Literal["folders"] | None = Field(
         None,

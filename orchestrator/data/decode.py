@@ -30,6 +30,7 @@ from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.sources.account import ACCESS, BANDS, DAMAGED, NOT_A_PICTURE, TOO_LARGE
 from orchestrator.data.sources.shard_members import open_member
 from orchestrator.fsio import open_regular, why
+from orchestrator.storage.s3_client import StoreError
 
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
@@ -335,9 +336,14 @@ def too_many_bytes(size: int, max_pixels: int) -> str | None:
 
 @contextlib.contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
-    """What the system says of a file as `UnreadableImage`. Around nothing else: `use` may meet a full disk."""
+    """What the system says of a file as `UnreadableImage`. Around nothing else: `use` may meet a full disk.
+
+    A server that does not answer, after all tries, says nothing of the picture: that goes through as it is.
+    """
     try:
         yield
+    except StoreError:
+        raise
     except OSError as error:
         raise UnreadableImage(path, why(error), ACCESS) from error
 

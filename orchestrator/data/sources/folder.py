@@ -229,7 +229,7 @@ def _of_bucket(source: DataSource, name: str) -> Listing:
         wanted = manifest.read(_manifest_path(source, name), source.path).files
     else:
         wanted = tuple(sorted(found))
-    endings = readable_endings() if source.shards is None else shards.ENDINGS
+    endings = readable_endings() if source.shards is None else shards.ENDINGS[source.shards]
     files: list[str] = []
     left_out: list[LeftOut] = []
     for path in wanted:
@@ -256,8 +256,8 @@ def _of_bucket(source: DataSource, name: str) -> Listing:
 
 
 def _of_shards(source: DataSource) -> Listing:
-    """The pictures in the tar files of a folder."""
-    walked = _Walk(source.path, _NO_LIMIT, shards.ENDINGS).listing()
+    """The pictures in the shards of a folder."""
+    walked = _Walk(source.path, _NO_LIMIT, shards.ENDINGS[source.shards or "tar"]).listing()
     found = shards.contents(source.path, walked.files, readable_endings())
     left_out = [LeftOut(shown(path), reason, kind) for path, reason, kind in found.left_out]
     return Listing(found.files, (*walked.left_out, *left_out))

@@ -1,7 +1,8 @@
-"""Pictures in tar files have paths like any other: `train-000.tar::1536:20480::0001.jpg`.
+"""Pictures in shards have paths like any other: `train-000.tar::1536:20480::0001.jpg`.
 
-These are 20,480 bytes from byte 1,536 of `train-000.tar`, which the shard calls `0001.jpg`. So the index, sample orders
-and readers know nothing of shards, but for :func:`open_member`.
+These are 20,480 bytes from byte 1,536 of `train-000.tar`, which the shard calls `0001.jpg`. In a Parquet file,
+`a.parquet::3:17::0001.jpg` is row 17 of row group 3. So the index, sample orders and readers know nothing of shards,
+but for :func:`open_member`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from orchestrator.data.sources import parquet_shards
 from orchestrator.data.sources.remote import open_object
 from orchestrator.fsio import NotAFileError, open_regular
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 # Bytes of a picture in a shard in a bucket that one request asks for.
 _MOST_AT_ONCE = 16 << 20
-_MEMBER = re.compile(r"(.+\.tar)::(\d{1,18}):(\d{1,18})::.+", re.DOTALL | re.IGNORECASE)
+_MEMBER = re.compile(r"(.+\.(?:tar|parquet))::(\d{1,18}):(\d{1,18})::.+", re.DOTALL | re.IGNORECASE)
 
 
 def member_path(shard: str, offset: int, length: int, member: str) -> str:
@@ -28,7 +30,7 @@ def member_path(shard: str, offset: int, length: int, member: str) -> str:
 
     Args:
         shard: the shard's path.
-        offset, length: of the picture in it, in bytes.
+        offset, length: of the picture in it, in bytes; in a Parquet file its row group, and its row in that.
         member: what the shard calls it.
     """
     return f"{shard}::{offset}:{length}::{member}"
@@ -46,6 +48,9 @@ def open_member(path: Path | str) -> tuple[io.BufferedReader, int] | None:
     if found is None:
         return open_object(text) if text.startswith("s3:/") else None
     offset, length = int(found[2]), int(found[3])
+    if found[1].lower().endswith(".parquet"):
+        data = parquet_shards.picture(found[1], offset, length)
+        return io.BufferedReader(cast(io.RawIOBase, io.BytesIO(data))), len(data)
     if text.startswith("s3:/"):
         part, size = open_object(found[1], offset, length, block=max(1, min(length, _MOST_AT_ONCE)))
         if size < length:

@@ -1,4 +1,4 @@
-"""WebDataset shards: pictures in tar files, read in place by (shard, offset, length).
+"""Shards: pictures in tar files, read in place by (shard, offset, length), or in Parquet files.
 
 A picture in a shard has a path like any other, see :mod:`orchestrator.data.sources.shard_members`. The headers of a
 shard are read once and remembered, as digests are.
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from orchestrator.data.sources import account as accounts
+from orchestrator.data.sources import parquet_shards
 from orchestrator.data.sources.captions import Captions, Note
 from orchestrator.data.sources.digests import Look, is_settled, look_of, remembered, set_aside
 from orchestrator.data.sources.remote import HEADER_BYTES, is_remote, open_object
@@ -23,7 +24,7 @@ from orchestrator.data.sources.shard_members import member_path
 from orchestrator.errors import first_line, shortened
 from orchestrator.fsio import open_regular, why
 
-ENDINGS = frozenset({".tar"})
+ENDINGS = {"tar": frozenset({".tar"}), "parquet": parquet_shards.ENDINGS}
 # Texts beside a picture, by what they say.
 _CAPTION, _LABEL, _BOTH = ("txt", "caption"), ("cls", "label"), ("json",)
 # A text beside a picture that is larger is no caption.
@@ -75,7 +76,7 @@ def contents(
 
     Args:
         root: the dataset's folder.
-        shards: paths of the tar files from it.
+        shards: paths of the tar or Parquet files from it.
         endings: of files that are taken for pictures.
         looks: what each shard looks like, where that is known; else it is asked.
     """
@@ -100,7 +101,7 @@ def contents(
                 fresh[place] = look, began, found
         except (OSError, tarfile.TarError, ValueError, EOFError) as error:
             reason = why(error) if isinstance(error, OSError) else shortened(first_line(error), 200)
-            left_out.append((shard, f"no tar file that can be read: {reason}", accounts.DAMAGED))
+            left_out.append((shard, f"no shard that can be read: {reason}", accounts.DAMAGED))
             continue
         for member, offset, length, caption, label in found.pictures:
             path = member_path(shard, offset, length, member)
@@ -120,6 +121,8 @@ def _read(path: Path, size: int, endings: frozenset[str]) -> Shard:
     pictures: list[tuple[str, int, int, str]] = []
     texts: dict[str, dict[str, str]] = {}
     left_out: list[tuple[str, str, str]] = []
+    if path.suffix.lower() in parquet_shards.ENDINGS:
+        return Shard(tuple(parquet_shards.rows(path)))
     # Only without compression are pictures where an offset says.
     with _opened(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:

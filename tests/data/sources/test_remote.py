@@ -21,6 +21,7 @@ from orchestrator.data.sources import remote
 from orchestrator.data.sources.folder import captions_of, fingerprint, list_images, scan
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
+from orchestrator.storage.s3_client import StoreError
 
 PHOTO = load_sample_image("china.jpg")
 
@@ -148,6 +149,19 @@ def test_training_reads_from_a_bucket(s3: S3Server, s3_uri: str, folder: Path) -
 
     here, there = (blocks(root).load(3, 0).arrays for root in (folder, source.root))
     assert all(np.array_equal(here[name], there[name]) for name in here)
+
+
+def test_a_server_that_does_not_answer_costs_no_picture(
+    s3: S3Server, s3_uri: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _upload(s3, folder, s3_uri)
+
+    def away(self: object, at: int, count: int) -> object:
+        raise StoreError("the store could not give it: connection refused")
+
+    monkeypatch.setattr(remote._RangeFile, "_fetch", away)
+    with pytest.raises(StoreError):
+        read_rgb(source.root / "0.jpg")
 
 
 def test_a_manifest_names_objects(s3: S3Server, s3_uri: str, folder: Path, tmp_path: Path) -> None:

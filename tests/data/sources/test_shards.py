@@ -140,7 +140,7 @@ def test_hostile_and_damaged_shards_are_reasons(folder: Path) -> None:
     )
     assert reasons["evil.tar/link.jpg"] == "a link or a device in a shard"
     assert reasons["evil.tar/.hidden.jpg"] == "hidden"
-    assert reasons["none.tar"].startswith("no tar file that can be read")
+    assert reasons["none.tar"].startswith("no shard that can be read")
     assert next(file for file in listing.files if file.startswith("evil")).endswith("::good.jpg")
     cut = [item.reason for item in listing.left_out if item.path.startswith("cut.tar")]
     assert any("ends" in reason or "unexpected" in reason for reason in cut)
