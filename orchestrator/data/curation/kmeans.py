@@ -40,7 +40,7 @@ Ints = NDArray[np.int32]
 Doubles = NDArray[np.float64]
 
 # Bytes of a block's vectors, which are in memory at once with a few copies.
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 8 << 20
 _SUM_ROWS = 2048
 # Pieces of a pass for each worker, so that a slow one does not keep the others waiting.
 _PIECES = 4
@@ -126,7 +126,7 @@ class _Found:
     far: list[tuple[float, int]]
 
     @classmethod
-    def nothing(cls, start: int, total: int, shared: _Pass) -> _Found:
+    def nothing(cls, start: int, total: int, shared: _Pass, with_sums: bool) -> _Found:
         """Of a piece of `total` rows, before any was looked at."""
         num_clusters, width = shared.centres_KE.shape
         return cls(
@@ -134,7 +134,7 @@ class _Found:
             np.empty(total, np.int32),
             np.empty(total, np.float32),
             [],
-            np.zeros((num_clusters, width - 1)) if shared.sums else None,
+            np.zeros((num_clusters, width - 1)) if with_sums else None,
             np.zeros(num_clusters, np.int64),
             [],
         )
@@ -268,7 +268,7 @@ class _Model:
         each = max(1, math.ceil(blocks / (_PIECES * self._workers.num_workers))) * self._frame.block_rows
         spans = _spans(total, each)
         pieces = [_Piece(a, b, None if labels_N is None else labels_N[a:b]) for a, b in spans]
-        whole = _Found.nothing(0, total, shared)
+        whole = _Found.nothing(0, total, shared, with_sums=False)
         for found in self._workers.run(_assign_piece, self._held, shared, pieces):
             stop = found.start + len(found.labels_n)
             whole.labels_n[found.start : stop] = found.labels_n
@@ -276,8 +276,12 @@ class _Model:
             whole.inertias += found.inertias
             whole.counts_K += found.counts_K
             whole.far += found.far
-            if whole.sums_KD is not None and found.sums_KD is not None:
-                whole.sums_KD += found.sums_KD
+            if whole.sums_KD is None:
+                whole.sums_KD = found.sums_KD
+            elif found.sums_KD is not None:
+                np.add(whole.sums_KD, found.sums_KD, out=whole.sums_KD)
+            # What a piece found may be as large as its rows, and the next one's is on its way.
+            del found
         return whole
 
     def _update(self, centres_KD: Floats, found: _Found, sums: _Sums) -> Floats:
@@ -309,7 +313,7 @@ def _extent(vectors: Vectors, shared: None, piece: _Piece) -> tuple[int, Doubles
 def _assign_piece(vectors: Vectors, shared: _Pass, piece: _Piece) -> _Found:
     frame = shared.frame
     width = shared.centres_KE.shape[1]
-    found = _Found.nothing(piece.start, piece.stop - piece.start, shared)
+    found = _Found.nothing(piece.start, piece.stop - piece.start, shared, with_sums=shared.sums)
     for start, stop in _spans(piece.stop - piece.start, frame.block_rows):
         block_nE = np.ones((stop - start, width), np.float32)
         block_nD = block_nE[:, :-1]
@@ -323,12 +327,12 @@ def _assign_piece(vectors: Vectors, shared: _Pass, piece: _Piece) -> _Found:
             distances_n = np.maximum(np.einsum("nd,nd->n", block_nD, block_nD) - 2 * scores_n, 0)
         found.labels_n[start:stop], found.distances_n[start:stop] = labels_n, distances_n
         found.inertias.append((piece.start + start, float(distances_n.sum(dtype=np.float64))))
-        if found.sums_KD is not None:
-            moved_m = np.arange(stop - start)
-            if piece.labels_n is not None:
-                old_n = piece.labels_n[start:stop]
-                moved_m = np.flatnonzero(labels_n != old_n)
-                _add(-1, found.sums_KD, found.counts_K, block_nD[moved_m], old_n[moved_m], frame)
+        if found.sums_KD is not None and piece.labels_n is None:
+            _add(1, found.sums_KD, found.counts_K, block_nD, labels_n, frame)
+        elif found.sums_KD is not None and piece.labels_n is not None:
+            old_n = piece.labels_n[start:stop]
+            moved_m = np.flatnonzero(labels_n != old_n)
+            _add(-1, found.sums_KD, found.counts_K, block_nD[moved_m], old_n[moved_m], frame)
             _add(1, found.sums_KD, found.counts_K, block_nD[moved_m], labels_n[moved_m], frame)
     most = np.argsort(-found.distances_n, kind="stable")[:_FAR] if shared.sums else ()
     found.far = [(float(found.distances_n[row]), piece.start + int(row)) for row in most]

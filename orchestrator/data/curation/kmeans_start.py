@@ -12,7 +12,7 @@ from orchestrator.data.rng import generator
 # Vectors of the sample for each centre, as far as memory goes.
 _EACH = 16
 _LEAST = 4096
-_SAMPLE_BYTES = 48 << 20
+_SAMPLE_BYTES = 24 << 20
 # So many centres are drawn one at a time, as in k-means++, each a pass over the sample. Later a round adds a share of
 # those that there are: 4,000 centres take 25 passes more, and each is a matrix product.
 _ALONE = 256
@@ -41,7 +41,9 @@ def spread_start(vectors: Vectors, shift_D: Floats, num_centres: int, seed: int)
     fits = _SAMPLE_BYTES // (4 * dim)
     size = min(total, max(num_centres, min(max(_LEAST, _EACH * num_centres), fits)))
     rows = np.sort(rng.choice(total, size, replace=False)) if size < total else np.arange(total)
-    sample_ND = vectors.take(rows) - shift_D
+    # A copy: it may be shifted in place.
+    sample_ND = vectors.take(rows)
+    sample_ND -= shift_D
     squares_N = np.einsum("nd,nd->n", sample_ND, sample_ND)
     chosen = [int(rng.integers(size))]
     away_N = _distances(sample_ND, squares_N, chosen)[:, 0]

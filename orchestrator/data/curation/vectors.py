@@ -35,7 +35,7 @@ class Vectors(Protocol):
         """Rows `start` to `stop`, (stop - start, D) float32; not to be written to."""
 
     def take(self, rows_n: NDArray[np.int64]) -> Floats:
-        """Any rows, in the order given, (n, D) float32."""
+        """Any rows, in the order given, (n, D) float32; a copy."""
 
 
 @dataclass(frozen=True)
