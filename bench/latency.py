@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from time import perf_counter
 
-from bench.harness import Claim, summarize
+from bench.harness import Arm, Claim, summarize
 
 CASES = {
     ("vit_nano", 64): (1, 32),
@@ -33,7 +33,9 @@ def run(quick: bool, repetitions: int = 5) -> Claim:
     """
     from orchestrator.models import build
 
-    arms, notes, worst = {}, [], 0.0
+    arms: dict[str, Arm] = {}
+    notes: list[str] = []
+    worst = 0.0
     times = 2 if quick else repetitions
     for (name, size), batches in (QUICK if quick else CASES).items():
         net = build(name).eval()

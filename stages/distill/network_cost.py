@@ -66,7 +66,7 @@ def _counted(library: str, name: str, kwargs: str, size: int, others: tuple[int,
 
     from orchestrator.models.wrapped_backbone import build_wrapped, ready_to_train
 
-    spec = NetworkSpec(library, name, json.loads(kwargs))  # type: ignore[arg-type]
+    spec = NetworkSpec(library, name, json.loads(kwargs))
     backbone = build_wrapped(spec, size, 0)
     ready_to_train(backbone, *others)
     trained = [param for param in backbone.parameters() if param.requires_grad]
