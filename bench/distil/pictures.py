@@ -78,7 +78,7 @@ def _colors(patches_NPD: NDArray[np.float32]) -> list[NDArray[np.floating]]:
 def _row(panels: Mapping[str, NDArray[np.floating | np.uint8]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_INCHES * len(panels), _INCHES + 0.25), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_INCHES * len(panels), _INCHES + 0.4), dpi=_DPI, layout="constrained")
     for at, (title, panel) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), at)
         axes.set_title(title.replace(", ", ",\n").replace("teacher ", "teacher\n"), fontsize=7)
