@@ -56,7 +56,7 @@ def draw(nets: Mapping[str, Path], weights: Weights, folder: Path = FOLDER) -> l
     paths = []
     for at, (name, photo) in enumerate(photos.items()):
         paths.append(folder / f"distil-{name}.png")
-        small = cv2.resize(photo, (_SHOWN, _SHOWN), interpolation=cv2.INTER_AREA)
+        small = np.asarray(cv2.resize(photo, (_SHOWN, _SHOWN), interpolation=cv2.INTER_AREA), np.uint8)
         _row({name: small, **{who: colors[at] for who, colors in maps.items()}}, paths[-1])
     return paths
 

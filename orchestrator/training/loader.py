@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from orchestrator.data.blocks import Block, BlockSource
@@ -55,7 +55,7 @@ class BlockLoader:
         """Threads that load now."""
         return self._active
 
-    def steps(self, start: int, stop: int) -> Iterator[tuple[int, list[Block]]]:
+    def steps(self, start: int, stop: int) -> Generator[tuple[int, list[Block]], None, None]:
         """Each step's own blocks, in the order of `indices`.
 
         Raises:
