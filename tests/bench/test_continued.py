@@ -21,7 +21,7 @@ def test_arms_differ_in_rate_decay_and_gram_alone(sizes: continued.Sizes) -> Non
     for arm, config in configs.items():
         differing = {name for name in config if config[name] != first[name]}
         assert differing <= {"gram", "optimizer"}, arm
-        assert "gram" in differing, arm
+        assert ("gram" in differing) == ("anchored" in arm), arm
     assert first["gram"] is None
     assert sizes.frozen % sizes.every == 0 or sizes.frozen < sizes.steps
 
