@@ -368,7 +368,14 @@ def test_real_photographs(tmp_path: Path) -> None:
         pytest.skip("fetch them with: python -m orchestrator.data.samples food data/food")
     context = _context(tmp_path, food=_source(folder))
     summary = Curate(kind="curate", data="food").run(context)
-    assert summary == {"images": 542, "unique": 463, "corrupt": 0, "duplicates": 79, "clusters": 16}
+    assert summary == {
+        "images": 542,
+        "unique": 463,
+        "corrupt": 0,
+        "duplicates": 79,
+        "left_out": 0,
+        "clusters": 16,
+    }
     report = json.loads((context.out / "report.json").read_text())
     assert len(report["duplicate_groups"]) == 17
     assert sum(len(group["dropped"]) + 1 for group in report["duplicate_groups"]) == 96
