@@ -134,8 +134,8 @@ def _distilled(weights: Weights, plan: Plan, seed: int, kinds: Sequence[str]) ->
         student, own = config.students[kind], derive(seed, kind)
         task = partial(FeatureTask, config, student, wanted, prepared.shapes, own)
         blocks = partial(Kept, answers, _part(kind))
-        assert student.optimizer is not None
-        nets[kind] = trained(task, blocks, config.steps, student.optimizer, MODELS[kind], own)
+        optimizer = student.optimizer or config.optimizer
+        nets[kind] = trained(task, blocks, config.steps, optimizer, MODELS[kind], own)
     return nets
 
 

@@ -173,6 +173,7 @@ def test_the_plans_are_stages_that_can_be(tmp_path: Path) -> None:
     for plan in (train.FULL, train.QUICK):
         config = train.distill_config(plan)
         for kind, student in config.students.items():
+            assert (student.optimizer or config.optimizer).lr.peak == train.RATES[kind]
             scratch = train.scratch_config(kind, plan)
             assert config.crops_of(student).global_size == scratch.crops.global_size == train.SIZES[kind]
             assert (scratch.steps, scratch.model) == (plan.scratch_steps, student.model)
