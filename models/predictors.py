@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import linear
+from .detr import DetectionHead
 from .vit import Features
 
 Pool = Literal["cls", "cls_and_patches"]
@@ -166,6 +167,13 @@ def head_of(record: Mapping[str, Any], dim: int, num_classes: int) -> nn.Module:
             "num_doublings": int(doublings),
         }:
             return DepthHead(dim, nearest, farthest, num_bins, width, doublings)
+        case {
+            "type": "detection",
+            "num_queries": int(queries),
+            "width": int(width),
+            "num_layers": int(layers),
+        }:
+            return DetectionHead(dim, num_classes, queries, width, layers)
     kind = record.get("type")
     raise ValueError(f"this version knows no head of type {kind!r:.40} with these settings")
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.blocks import Block
+from orchestrator.data.boxes import BoxPictures
 from orchestrator.data.crops import Box, cut, draw_box
 from orchestrator.data.decode import Pixels, UnreadableImage, square, use_rgb
 from orchestrator.data.dense import DensePictures
@@ -83,6 +84,46 @@ class PixelDepths:
         """See :class:`Annotations`: the nearest pixel of the depth map."""
         cropped = nearest_crop(self._pictures.target(row), shape, box, size)
         return {"depth": cropped.astype(np.float32)}
+
+
+class BoxLabels:
+    """Objects of a crop: "boxes" (M, 4) float32, centre and size in shares of the crop, and "classes" (M,) int64.
+
+    Objects of which less than a part is in the crop are left out, and the boxes of the others are cut at its edges.
+
+    Args:
+        pictures: with boxes, by the rows of the index.
+        numbers: of the categories, in their order; objects of others are left out.
+        most: M; of more objects those with the largest boxes. Rows without an object have class -1.
+        least: the part of an object's box that has to be in the crop.
+    """
+
+    def __init__(self, pictures: BoxPictures, numbers: Sequence[int], most: int, least: float = 0.3) -> None:
+        self._pictures, self._most, self._least = pictures, most, least
+        self._place_of = {number: place for place, number in enumerate(numbers)}
+
+    def arrays(self, row: int, shape: tuple[int, int], box: Box, size: int) -> Mapping[str, NDArray[Any]]:
+        """See :class:`Annotations`."""
+        boxes_N4, categories_N = self._pictures.boxes(row)
+        height, width = self._pictures.size(row)
+        scale = np.array([shape[1] / width, shape[0] / height] * 2)
+        origin, extent = np.array([box.left, box.top] * 2), np.array([box.width, box.height] * 2)
+        whole_N4 = (boxes_N4 * scale - origin) / extent
+        cut_N4 = whole_N4.clip(0, 1)
+        areas_N, whole_N = ((each[:, 2:] - each[:, :2]).prod(axis=1) for each in (cut_N4, whole_N4))
+        classes_N = np.array([self._place_of.get(int(one), -1) for one in categories_N], dtype=np.int64)
+        kept = np.flatnonzero((classes_N >= 0) & (areas_N > 0) & (areas_N >= self._least * whole_N))
+        kept = np.sort(kept[np.argsort(-areas_N[kept], kind="stable")[: self._most]])
+        found_N4 = cut_N4[kept]
+        if box.flip:
+            found_N4 = np.stack(
+                [1 - found_N4[:, 2], found_N4[:, 1], 1 - found_N4[:, 0], found_N4[:, 3]], axis=1
+            )
+        boxes, classes = np.zeros((self._most, 4), np.float32), np.full(self._most, -1, np.int64)
+        boxes[: len(kept), :2] = (found_N4[:, :2] + found_N4[:, 2:]) / 2
+        boxes[: len(kept), 2:] = found_N4[:, 2:] - found_N4[:, :2]
+        classes[: len(kept)] = classes_N[kept]
+        return {"boxes": boxes, "classes": classes}
 
 
 def nearest_crop(target_HW: NDArray[Any], shape: tuple[int, int], box: Box, size: int) -> NDArray[Any]:

@@ -68,6 +68,18 @@ def maps_of(model: Model, squares: Sequence[Pixels]) -> NDArray[Any]:
     return made
 
 
+@torch.inference_mode()
+def boxes_of(model: Model, squares: Sequence[Pixels]) -> list[tuple[Floats, Floats, NDArray[np.int64]]]:
+    """Of each square the boxes (Q, 4) as corners in shares of it, their scores (Q,) and places of classes (Q,)."""
+    from orchestrator.models.detr import detections
+
+    rows = _predictions(model, squares)[:, -1]
+    parts = (detections(rows_QK, len(model.classes)) for rows_QK in rows)
+    return [
+        (boxes.cpu().numpy(), scores.cpu().numpy(), places.cpu().numpy()) for boxes, scores, places in parts
+    ]
+
+
 def _predictions(model: Model, squares: Sequence[Pixels]) -> torch.Tensor:
     """What the head of a fine-tuned model gives of squares, float32."""
     assert model.predictor is not None

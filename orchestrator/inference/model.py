@@ -58,6 +58,20 @@ class Predictions(NamedTuple):
     classes: tuple[str, ...]
 
 
+class FoundObjects(NamedTuple):
+    """What a model for detection found in an image.
+
+    Attributes:
+        labels: the class of each object, the surest first.
+        scores: float32 (N,), from 0 to 1.
+        boxes: float32 (N, 4): left, top, right and bottom in shares of the square that the model sees.
+    """
+
+    labels: list[str]
+    scores: Floats
+    boxes: Floats
+
+
 @dataclass(frozen=True)
 class Model:
     """A trained model to embed with, and to predict with if it was fine-tuned.
@@ -135,6 +149,37 @@ class Model:
         squares = squares_of(_several(images), size, batch, checked_loaders(loaders), self.pixels)
         parts = [maps_of(self, some) for some in squares]
         return np.concatenate(parts) if parts else np.empty((0, size, size), np.float32)
+
+    def predict_boxes(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        least: float = 0.5,
+        size: int | None = None,
+        batch: int = 8,
+        loaders: int | None = None,
+    ) -> list[FoundObjects]:
+        """Objects in each image, those whose score is at least `least`; other arguments as of :meth:`features`.
+
+        Raises:
+            UserError: the model was not fine-tuned for detection, or as :meth:`features`.
+        """
+        from orchestrator.inference.forward import boxes_of
+
+        if self.predictor is None or self.predictor.task != "detection":
+            raise UserError(
+                "this model finds no objects",
+                hint="load what a stage of kind finetune made with the task detection",
+            )
+        size = side_of(self, size)
+        check_number("batch", batch, 2**20)
+        found = []
+        for squares in squares_of(_several(images), size, batch, checked_loaders(loaders), self.pixels):
+            for boxes, scores, classes in boxes_of(self, squares):
+                order = [at for at in np.argsort(-scores, kind="stable") if scores[at] >= least]
+                labels = [self.classes[int(classes[at])] for at in order]
+                found.append(FoundObjects(labels, scores[order], boxes[order]))
+        return found
 
     def features(
         self,

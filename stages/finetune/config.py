@@ -32,6 +32,7 @@ from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.weights import FROM, From, Weights, files_of, from_field
 from orchestrator.stages.finetune.classification import Classification
 from orchestrator.stages.finetune.dense import Depth, Segmentation
+from orchestrator.stages.finetune.detection import Detection
 
 if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
@@ -50,7 +51,7 @@ def _task(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
-AnyTask = Annotated[Classification | Segmentation | Depth, Field(discriminator="type")]
+AnyTask = Annotated[Classification | Segmentation | Depth | Detection, Field(discriminator="type")]
 Task = Annotated[AnyTask, BeforeValidator(_task, json_schema_input_type=str | AnyTask)]
 
 
@@ -150,6 +151,7 @@ class Finetune(TrainStage):
         "orchestrator.stages.finetune.task",
         "orchestrator.stages.finetune.class_goal",
         "orchestrator.stages.finetune.dense_goals",
+        "orchestrator.stages.finetune.detection_goal",
     )
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from orchestrator.errors import UserError
 from orchestrator.stages.base import ImageCount
@@ -52,6 +52,17 @@ class Goal(Protocol):
 
     def figures(self, sums_K: Tensor) -> dict[str, float]:
         """Figures of all blocks whose sums these are."""
+
+
+@runtime_checkable
+class ListsGoal(Protocol):
+    """A task with figures that no sums give: they are computed of what was found in every image of a split."""
+
+    def listed(self, predictions: Tensor, tensors: Mapping[str, Tensor]) -> list[Any]:
+        """What was found in each image of a block, and what is there; samples of weight 0 are left out."""
+
+    def scores(self, listed: Sequence[Any]) -> dict[str, float]:
+        """Figures of all images of a split."""
 
 
 class TaskSettings(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.stages.base import Context
-from orchestrator.stages.finetune.dense import Depth, Segmentation
+from orchestrator.stages.finetune.classification import Classification
 
 if TYPE_CHECKING:
     from orchestrator.stages.finetune.config import Finetune
@@ -39,7 +39,7 @@ def indexed(config: Finetune, context: Context) -> Iterator[Indexed]:
         UserError: a piece of the data set is missing or cannot be read.
     """
     task = config.task
-    if not isinstance(task, (Segmentation, Depth)):
+    if isinstance(task, Classification):
         yield Indexed(context.inputs["index"].path)
         return
     with context.part(_KIND, {"data": task.dataset.identity()}) as part:

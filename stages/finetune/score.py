@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,7 @@ from orchestrator.models import Features, load_pretrained, normalise
 from orchestrator.models.wrapped_backbone import is_wrapped, load_wrapped
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.predictor import load_predictor
-from orchestrator.stages.finetune.goal import Goal
+from orchestrator.stages.finetune.goal import Goal, ListsGoal
 from orchestrator.training.device import device_type
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def score_split(goal: Goal, blocks: SplitBlocks, folder: Path, context: Context)
     assert predictor is not None
     head = predictor.head.to(device)
     total: torch.Tensor | None = None
+    listed: list[Any] = []
     with torch.inference_mode():
         for block in _read(blocks):
             if context.stop.is_set():
@@ -55,8 +56,11 @@ def score_split(goal: Goal, blocks: SplitBlocks, folder: Path, context: Context)
             predictions = head(Features(*tower(normalise(images, tower))), tuple(images.shape[-2:]))
             sums = goal.sums(predictions, tensors)
             total = sums if total is None else total + sums
+            if isinstance(goal, ListsGoal):
+                listed += goal.listed(predictions, tensors)
     assert total is not None
-    return goal.figures(total.cpu())
+    figures = goal.figures(total.cpu())
+    return {**goal.scores(listed), **figures} if isinstance(goal, ListsGoal) else figures
 
 
 def _read(blocks: SplitBlocks) -> Iterator[Block]:

@@ -190,3 +190,37 @@ def test_maps_are_learnt_from_a_data_set_of_their_own(
         assert scores["test"]["rmse"] < 0.8
         assert 0 < scores["test"]["delta_1"] <= 1
         assert 0.1 <= made.min() <= made.max() <= 10.0
+
+
+def test_detection_learns_and_its_model_finds_boxes(group: Group, start: Path, tmp_path: Path) -> None:
+    """The bright boxes of the scenes, trained for a minute; what it can become takes longer (docs/finetune.md)."""
+    data = scenes(tmp_path / "data", "masks")
+    record: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 4, "name": "box"}]}
+    for number in range(20):
+        mask = cv2.imread(str(data / f"masks/{number:02}.png"), cv2.IMREAD_GRAYSCALE)
+        rows, columns = np.nonzero(mask == 7)
+        left, top = int(columns.min()), int(rows.min())
+        corner = [left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top]
+        record["images"].append({"id": number, "file_name": f"{number:02}.png", "width": 56, "height": 48})
+        record["annotations"].append({"image_id": number, "category_id": 4, "bbox": corner})
+    (tmp_path / "boxes.json").write_text(json.dumps(record))
+    config = {
+        **CONFIG, "mode": "full", "from": str(start), "steps": 60, "validate_every": 30, "crop_scale": [0.8, 1.0],
+        "optimizer": {"lr": {"peak": 3e-3, "warmup_steps": 10, "shape": "cosine"}, "weight_decay": 1e-4},
+        "task": {"type": "detection", "num_queries": 4, "width": 32, "num_layers": 2,
+                 "data": {"path": str(data / "images"), "annotations": str(tmp_path / "boxes.json"),
+                          "split": {"near_duplicate": 1.0, "seed": 1}}},
+    }  # fmt: skip
+    del config["split"]
+    (found,) = group("stage", 1, folder=str(tmp_path / "stage"), config=config, inputs={})
+    assert "error" not in found, found
+    scores = json.loads((tmp_path / "stage/out/scores.json").read_text())
+    assert scores["classes"] == ["box"]
+    assert 0 < scores["test"]["map"] <= scores["test"]["map_50"] <= 1
+    losses = [record["metrics"]["last_layer"] for record in found["history"]]
+    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:5])
+    model = orchestrator.load(tmp_path / "stage/out/model")
+    (objects,) = model.predict_boxes(str(data / "images/00.png"), least=0.0)
+    assert objects.boxes.shape == (4, 4)
+    assert objects.labels == ["box"] * 4
+    assert (np.diff(objects.scores) <= 0).all()

@@ -479,6 +479,14 @@ def test_the_best_step_is_the_first_of_the_best() -> None:
     assert stage._best([]) == 5
 
 
+@pytest.mark.parametrize("task", ["segmentation", "depth", "detection"])
+def test_the_other_examples_are_whole_pipelines(task: str) -> None:
+    loaded = load(ROOT / f"conf/examples/finetune_{task}.yaml", needs_data=False)
+    stages = [stage for stage in loaded.spec.stages.values() if isinstance(stage, Finetune)]
+    assert {stage.task.type for stage in stages} == {task}
+    assert not graph_errors(loaded)
+
+
 def test_the_example_is_a_whole_pipeline() -> None:
     loaded = load(ROOT / "conf/examples/finetune_classification.yaml", needs_data=False)
     stage = loaded.spec.stages["groups"]
