@@ -250,7 +250,8 @@ def embed_crops(tower: Tower, batches: Iterable[Pixels], check: Check) -> Floats
     found = []
     for crops_NHWC in batches:
         check()
-        found.append(_features(tower, crops_NHWC).cls.float().cpu())
+        # A copy: what is only a view of them would keep the batch's patches alive.
+        found.append(_features(tower, crops_NHWC).cls.float().cpu().clone())
     return torch.cat(found).numpy()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,3 +251,32 @@ def test_many_photos_are_not_kept(given: Context, monkeypatch: pytest.MonkeyPatc
     assert [len(batch) for batch in batches] == [4] * 9 + [3]
     assert (np.concatenate(batches) == whole).all()
     assert not streamed._kept
+
+
+def test_features_do_not_keep_the_patches_of_their_batch(given: Context) -> None:
+    model = load_pretrained(given.inputs["pretrain"].path / "model")
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(torch.nn.Module):
+        patch_size = model.patch_size
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: torch.Tensor) -> object:
+            tokens = torch.randn(len(images), 5, 4)
+            seen.append(weakref.ref(tokens.untyped_storage()))
+            return type("Found", (), {"cls": tokens[:, 0], "patches": tokens[:, 1:]})()
+
+    tower = towers.Tower(Watched(), "watched", 16)  # type: ignore[arg-type]
+    kept: list[int] = []
+
+    def batches() -> Iterator[np.ndarray]:
+        for _ in range(4):
+            yield np.zeros((2, 16, 16, 3), np.uint8)
+            gc.collect()
+            kept.append(sum(one() is not None for one in seen))
+
+    assert towers.embed_crops(tower, batches(), lambda: None).shape == (8, 4)
+    assert kept[-1] <= 1
