@@ -54,7 +54,7 @@ class MaskData(Settings):
         "folders",
         description="Where pictures and masks are. folders: `images/` and `masks/`. ade20k: `images/` and "
         "`annotations/`, each with `training/` and `validation/`. cityscapes: `leftImg8bit/` and `gtFine/` with "
-        "`train/` and `val/`, masks in `_gtFine_labelTrainIds.png`.",
+        "`train/` and `val/`, masks end in `…_gtFine_labelTrainIds.png`.",
     )
     ignore: int | None = Field(
         None,
