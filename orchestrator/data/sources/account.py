@@ -237,9 +237,11 @@ def lost_too_many(one: Account, limit: float, where: str) -> UserError | None:
 
 
 def _how_to_read(lost: Account) -> str:
-    if _endings(lost.left_out.get(ENDING, {})).keys() & {".heic", ".heif"}:
-        return "; the package pillow-heif makes .heic readable: pip install 'dinov3-orchestrator[heic]'"
-    return ""
+    endings = _endings(lost.left_out.get(ENDING, {})).keys()
+    hint = "; a `manifest` takes pictures without an ending" if "none" in endings else ""
+    if endings & {".heic", ".heif"}:
+        hint += "; the package pillow-heif makes .heic readable: pip install 'dinov3-orchestrator[heic]'"
+    return hint
 
 
 def _endings(reasons: Mapping[str, int]) -> dict[str, int]:

@@ -104,6 +104,14 @@ def test_more_than_a_share_that_is_lost_is_a_question(
         assert "[heic]" in str(error)
 
 
+def test_a_way_out_is_told_for_files_without_an_ending() -> None:
+    found = accounts.Account("a", 1, {"ending": {accounts.NO_ENDING: 5, "its name ends in .dcm": 1}})
+    error = accounts.lost_too_many(found, 0.1, "p.yaml:3")
+    assert error is not None
+    assert "a `manifest` takes pictures without an ending" in str(error)
+    assert "pillow-heif" not in str(error)
+
+
 @pytest.mark.parametrize("ending", ["avif", "jp2", "j2k"])
 def test_formats_of_new_devices_are_decoded_as_pillow_does(
     photo: Image.Image, tmp_path: Path, ending: str
