@@ -181,7 +181,7 @@ def _from_disk(total: int, dim: int, clusters: int, passes: int = 3) -> tuple[fl
     data = 4 * total * dim
     line = (
         f"from a file, {total:,} x {dim} -> {clusters:,}, 2 threads: {peak / 2**20:.0f} MiB more than before, "
-        f"{peak / data:.0%} of the data; the goal is {MEMORY:.0%} of 1 GB; {seconds:.0f} processor seconds for "
+        f"{peak / data:.1%} of the data; {seconds:.0f} processor seconds for "
         f"{len(history)} passes, inertia {history[0]:.6g} to {history[-1]:.6g}"
     )
     return peak / data, line

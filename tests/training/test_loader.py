@@ -105,7 +105,7 @@ def test_an_error_comes_at_its_step_and_ends_all_threads() -> None:
 def test_leaving_early_ends_all_threads() -> None:
     steps = BlockLoader(Source(0.001), [0, 1], 3, 3, 3).steps(0, 1000)
     next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("blocks")]
 
 
