@@ -165,7 +165,11 @@ def distill_config(plan: Plan) -> Distill:
         {
             "kind": "distill",
             "students": {
-                kind: {"model": model, "views": {"global_size": SIZES[kind]}}
+                kind: {
+                    "model": model,
+                    "views": {"global_size": SIZES[kind]},
+                    "optimizer": _optimizer(plan.steps, RATES[kind]),
+                }
                 for kind, model in MODELS.items()
             },
             "steps": plan.steps,
