@@ -26,7 +26,8 @@ class Attend(nn.Module):
         """(B, Q, D) and (B, N, D) twice → (B, Q, D)."""
 
         def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            heads: Tensor = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            return heads
 
         mixed = F.scaled_dot_product_attention(
             split(self.query(q_BQD)), split(self.key(k_BND)), split(self.value(v_BND))

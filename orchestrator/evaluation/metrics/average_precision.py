@@ -50,7 +50,8 @@ def overlaps(ours_N4: Floats, theirs_M4: Floats) -> Floats:
     shared = inside.prod(axis=-1)
     areas = [(box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (one, other)]
     union = areas[0] + areas[1] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    found: Floats = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return found
 
 
 def _of_class(images: Sequence[ImageBoxes], wanted: int) -> Floats:
