@@ -26,7 +26,7 @@ _SPLITS = ("train", "validation", "test")
 class Classification(Settings):
     """One label an image. The head is a linear layer; the loss is cross-entropy."""
 
-    type: Literal["classification"]
+    type: Literal["classification"] = Field(description="The name of the task, classification.")
     labels: Literal["column", "folder"] = Field(
         "column",
         description="Where an image's label comes from. column: the `label` column of the dataset's captions file. "

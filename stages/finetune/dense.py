@@ -92,7 +92,7 @@ class _Dense(Settings):
 class Segmentation(_Dense):
     """A class for every pixel; the loss is cross-entropy."""
 
-    type: Literal["segmentation"]
+    type: Literal["segmentation"] = Field(description="The name of the task, segmentation.")
     data: MaskData = Field(description="The pictures and masks, with their split.")
 
     @property
@@ -161,7 +161,7 @@ class Segmentation(_Dense):
 class Depth(_Dense):
     """The distance of every pixel in metres; the loss is the scale-invariant error of its logarithm."""
 
-    type: Literal["depth"]
+    type: Literal["depth"] = Field(description="The name of the task, depth.")
     data: DepthData = Field(description="The pictures and depth maps, with their split.")
     nearest: float = Field(0.1, gt=0, le=1000, description="The nearest depth that is predicted, in metres.")
     num_bins: int | None = Field(

@@ -26,7 +26,7 @@ _SPLITS = ("train", "validation", "test")
 class Detection(Settings):
     """Boxes of objects with their classes, by a small DETR head on the patches (arXiv 2005.12872)."""
 
-    type: Literal["detection"]
+    type: Literal["detection"] = Field(description="The name of the task, detection.")
     data: BoxData = Field(description="The pictures and their boxes, with their split.")
     num_queries: int = Field(
         20, ge=1, le=1000, description="The maximum number of objects that are found in an image."
