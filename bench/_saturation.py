@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.capacity.allocate import Split, StudentCost, TeacherCost, split
+from orchestrator.capacity.allocate import DeviceSplit, StudentCost, TeacherCost, split
 from orchestrator.teacher_service.payload import CHUNK_BYTES
 
 _GIB = 2**30
@@ -94,7 +94,7 @@ class Saturation:
     """
 
     devices: int
-    split: Split
+    split: DeviceSplit
     limits_s: Mapping[str, float]
     bound_s: float
     store: float
@@ -170,7 +170,7 @@ def copies(num_blocks: int, per_chunk: int, workers: int, per_node: int) -> floa
     return min(nodes, sum(wanted) / len(wanted))
 
 
-def _traffic(work: Work, node: Node, design: Design, found: Split) -> dict[str, float]:
+def _traffic(work: Work, node: Node, design: Design, found: DeviceSplit) -> dict[str, float]:
     """Bytes of a step that go to the machines of each student."""
     parts = [work.teacher_bytes] if design.crops == "students" else [work.teacher_bytes, work.view_bytes]
     traffic = {}
@@ -192,7 +192,7 @@ def _traffic(work: Work, node: Node, design: Design, found: Split) -> dict[str, 
     return traffic
 
 
-def _crops_s(work: Work, node: Node, design: Design, found: Split, teacher_nodes: int) -> float:
+def _crops_s(work: Work, node: Node, design: Design, found: DeviceSplit, teacher_nodes: int) -> float:
     """The shortest step for which crops are made in time."""
     if design.crops == "inside":
         return 0.0  # in the teacher's own time
@@ -202,7 +202,7 @@ def _crops_s(work: Work, node: Node, design: Design, found: Split, teacher_nodes
     return work.images * work.crop_s / cores
 
 
-def _calls(node: Node, design: Design, found: Split) -> float:
+def _calls(node: Node, design: Design, found: DeviceSplit) -> float:
     asking = (
         sum(found.workers.values())
         if design.ask == "worker"

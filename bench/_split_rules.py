@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bench._splits import TEACHER, Counts, Rule, Seen, fewest, scaled
-from orchestrator.capacity.allocate import Split, StudentCost, TeacherCost, split, with_steps
+from orchestrator.capacity.allocate import DeviceSplit, StudentCost, TeacherCost, split, with_steps
 from orchestrator.capacity.rebalance import _faster, _fits
 from orchestrator.errors import UserError
 
@@ -20,7 +20,7 @@ class Planner:
 
     def __init__(self, teacher: TeacherCost, students: Sequence[StudentCost]) -> None:
         self._teacher, self._students = teacher, students
-        self._split: Split | None = None
+        self._split: DeviceSplit | None = None
         self._names: tuple[str, ...] = ()
 
     def changed(self, devices: int, steps_left: Mapping[str, int], present: Counts) -> Counts:

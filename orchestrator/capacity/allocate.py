@@ -85,7 +85,7 @@ class StudentCost:
 
 
 @dataclass(frozen=True)
-class Split:
+class DeviceSplit:
     """Who gets how many devices.
 
     Attributes:
@@ -121,7 +121,7 @@ class Split:
 
 def split(
     teacher: TeacherCost, students: Sequence[StudentCost], devices: float, *, share: bool = False
-) -> Split:
+) -> DeviceSplit:
     """The split with the shortest step; of those as fast, the one with fewest workers.
 
     Exact: what a part needs for a step time only grows as that falls, and the best step time is one of the
@@ -165,7 +165,7 @@ def predicted(
     workers: Mapping[str, int],
     *,
     shared: bool = False,
-) -> Split:
+) -> DeviceSplit:
     """What a given split gives: so many teacher actors, and workers by student.
 
     Where processes share devices, that is more than all work over all devices: see `shared_s`.
@@ -178,7 +178,7 @@ def predicted(
         step_s = shared_s(Busy(teacher.step_s, teacher.devices), actors, learning, devices)
         used = min(used, devices)
     bound_s = (teacher.work_s + sum(student.work_s for student in students)) / devices
-    return Split(devices, actors, workers, step_s, bound_s, own, used, shared)
+    return DeviceSplit(devices, actors, workers, step_s, bound_s, own, used, shared)
 
 
 def least_devices(teacher: TeacherCost, students: Sequence[StudentCost]) -> int:
@@ -191,7 +191,7 @@ class Phase:
     """Steps during which the same students train."""
 
     steps: int
-    split: Split
+    split: DeviceSplit
 
     @property
     def seconds(self) -> float:
@@ -263,7 +263,7 @@ def _need(teacher: TeacherCost, students: Sequence[StudentCost], limit_s: float)
     return need
 
 
-def _share(teacher: TeacherCost, students: Sequence[StudentCost], devices: float) -> Split:
+def _share(teacher: TeacherCost, students: Sequence[StudentCost], devices: float) -> DeviceSplit:
     if devices <= 0:
         raise UserError(f"{devices:g} devices are too few", hint="give more devices, or a fraction of one")
     # More actors than whole devices would only take turns.

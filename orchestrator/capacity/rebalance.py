@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
-from orchestrator.capacity.allocate import Split, StudentCost, TeacherCost, split
+from orchestrator.capacity.allocate import DeviceSplit, StudentCost, TeacherCost, split
 from orchestrator.errors import UserError
 
 logger = logging.getLogger("orchestrator")
@@ -44,7 +44,7 @@ class Balancer:
         self._teacher, self._devices, self._share = teacher, devices, share
         self._students = {student.name: student for student in students}
         self._fewest = {student.name: student.fewest for student in students}
-        self._split: Split | None = None
+        self._split: DeviceSplit | None = None
         self._known: tuple[float, tuple[str, ...]] | None = None
         self._looked = float("-inf")
         self._lock = threading.Lock()
@@ -66,7 +66,7 @@ class Balancer:
             self._looked = float("-inf")
 
     @property
-    def split(self) -> Split | None:
+    def split(self) -> DeviceSplit | None:
         """The split in force; None while there are too few devices for all."""
         with self._lock:
             self._look()
@@ -101,7 +101,7 @@ class Balancer:
             logger.info("split of %s", described(found))
 
 
-def described(split: Split) -> str:
+def described(split: DeviceSplit) -> str:
     """One line for a log."""
     workers = ", ".join(f"{name} {number}" for name, number in split.workers.items())
     return f"{split.devices:g} devices: teacher {split.teachers}, {workers}; {split.step_s:.3g} s a step"
@@ -132,9 +132,9 @@ def cluster_devices(kind: Literal["cpu", "gpu"]) -> float:
     return total
 
 
-def _fits(split: Split, devices: float) -> bool:
+def _fits(split: DeviceSplit, devices: float) -> bool:
     return split.used <= devices if not split.shared else split.devices <= devices
 
 
-def _faster(found: Split, present: Split) -> bool:
+def _faster(found: DeviceSplit, present: DeviceSplit) -> bool:
     return found.step_s < present.step_s * (1 - _GAIN)

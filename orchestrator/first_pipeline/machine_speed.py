@@ -26,7 +26,7 @@ _AT_ONCE = {"cpu": 4, "gpu": 32}
 
 
 @dataclass(frozen=True)
-class Machine:
+class TrainingMachine:
     """What trains: CPU cores, memory in GiB, and the GPUs by name with their memory in GiB."""
 
     cores: int
@@ -160,17 +160,17 @@ class Speed:
         return self.reading + self.teaching + sum(self.learning.values())
 
 
-def this_machine() -> Machine:
+def this_machine() -> TrainingMachine:
     """The machine that this runs on."""
     import psutil
     import torch
 
     found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     gpus = tuple((one.name, one.total_memory / _GIB) for one in found)
-    return Machine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total / _GIB, gpus)
+    return TrainingMachine(len(os.sched_getaffinity(0)), psutil.virtual_memory().total / _GIB, gpus)
 
 
-def measure(machine: Machine, sizes: Sizes, chosen: Sequence[Teacher], recipe: Recipe) -> Speed:
+def measure(machine: TrainingMachine, sizes: Sizes, chosen: Sequence[Teacher], recipe: Recipe) -> Speed:
     """Run each model for half a second with random weights, on one core or one GPU. `reading` stays 0."""
     import torch
 

@@ -21,11 +21,11 @@ from orchestrator.data.sources.survey import Survey
 from orchestrator.errors import UserError
 from orchestrator.first_pipeline.machine_speed import (
     SIZES,
-    Machine,
     Recipe,
     Sizes,
     Speed,
     Teacher,
+    TrainingMachine,
     measure,
     read_seconds,
     teachers,
@@ -77,7 +77,7 @@ class FirstPipeline:
     recipe: Recipe
     out: Path
     survey: Survey
-    machine: Machine
+    machine: TrainingMachine
     sizes: Sizes
     teachers: tuple[Teacher, ...]
     others: tuple[Teacher, ...]
@@ -190,8 +190,8 @@ def first_pipeline(
     recipe: Recipe = "distil",
     minutes: float | None = None,
     *,
-    machine: Machine | None = None,
-    timed: Callable[[Machine, Sizes, Sequence[Teacher], Recipe], Speed] | None = None,
+    machine: TrainingMachine | None = None,
+    timed: Callable[[TrainingMachine, Sizes, Sequence[Teacher], Recipe], Speed] | None = None,
 ) -> FirstPipeline:
     """Choose what fits the pictures and the machine.
 
@@ -338,7 +338,7 @@ def _duration(minutes: float) -> str:
     return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
-def _cores(machine: Machine) -> str:
+def _cores(machine: TrainingMachine) -> str:
     return "1 core" if machine.cores == 1 else f"{machine.cores} cores"
 
 

@@ -25,7 +25,7 @@ Standing = Literal["holds", "moves", "challenger", "rolled back"]
 
 
 @dataclass(frozen=True)
-class Holder:
+class AliasedVersion:
     """The version that has an alias.
 
     Attributes:
@@ -85,7 +85,7 @@ class Gate:
         told: is given each decision: once it is carried out, or once it is known what is to be.
     """
 
-    judge: Callable[[int, Holder | None], Sequence[Judged]] = lambda version, holder: ()
+    judge: Callable[[int, AliasedVersion | None], Sequence[Judged]] = lambda version, holder: ()
     marks: Mapping[str, str] = field(default_factory=dict)
     forced: bool = False
     told: Callable[[Decision], None] = lambda decision: None
@@ -190,12 +190,12 @@ def unmark_rolled_back(client: MlflowClient, name: str, alias: str, version: int
         client.delete_model_version_tag(name, str(version), f"{_MARK}{_ROLLED_BACK}{alias}")
 
 
-def _found(client: MlflowClient, name: str, version: int) -> Holder | None:
+def _found(client: MlflowClient, name: str, version: int) -> AliasedVersion | None:
     """A version with its tags; None if it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return Holder(version, dict(client.get_model_version(name, str(version)).tags))
+        return AliasedVersion(version, dict(client.get_model_version(name, str(version)).tags))
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None

@@ -16,7 +16,7 @@ _OUTAGE = ".outage.json"
 
 
 @dataclass
-class Progress:
+class SendProgress:
     """What MLflow has of a run: its id there, and the bytes of the spool file that were sent."""
 
     mlflow_run_id: str | None = None
@@ -46,21 +46,21 @@ class Outage:
     since: float
 
 
-def progress(spool: Spool, run_id: str) -> Progress:
+def progress(spool: Spool, run_id: str) -> SendProgress:
     """The noted progress of a run; none if there is no note or it is torn (sending twice does no harm)."""
     try:
         with open_regular(spool.path(run_id).with_suffix(".progress")) as file:
             noted = json.loads(file.read())
     except (FileNotFoundError, NotAFileError, IsADirectoryError, ValueError, RecursionError):
-        return Progress()
+        return SendProgress()
     known, offset = (
         (noted.get("mlflow_run_id"), noted.get("offset")) if isinstance(noted, dict) else (None, None)
     )
     if not isinstance(known, str | None) or known == "" or not isinstance(offset, int) or offset < 0:
-        return Progress()
+        return SendProgress()
     if offset > spool.size(run_id):  # a note of more than there is belongs to another file
-        return Progress()
-    return Progress(known, offset)
+        return SendProgress()
+    return SendProgress(known, offset)
 
 
 def pending(spool: Spool) -> int:

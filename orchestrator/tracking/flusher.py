@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from orchestrator.fsio import atomic_write
 from orchestrator.names import BadNameError, inside
-from orchestrator.tracking.backlog import Outage, Progress, clock, note_outage, pending, progress
+from orchestrator.tracking.backlog import Outage, SendProgress, clock, note_outage, pending, progress
 from orchestrator.tracking.mlflow_writer import (
     MAX_METRICS,
     MlflowWriter,
@@ -274,7 +274,7 @@ class Flusher:
                 if state.mlflow_run_id is None:
                     raise
                 _log.warning("run %s is gone from MLflow and will be logged again: %s", run_id, error)
-                self._note(run_id, Progress())
+                self._note(run_id, SendProgress())
                 return True
             if not done:
                 return sent
@@ -310,7 +310,7 @@ class Flusher:
         self._metrics_sent[run_id] = now
         return True
 
-    def _send(self, run_id: str, batch: list[Record], state: Progress, left_out: Counts) -> bool:
+    def _send(self, run_id: str, batch: list[Record], state: SendProgress, left_out: Counts) -> bool:
         """Sends records of one kind. False if the run cannot be opened before its parent is.
 
         Args:
@@ -386,7 +386,7 @@ class Flusher:
         with contextlib.suppress(BadNameError):  # the record was refused for it
             shutil.rmtree(inside(self._spool.files(run_id), copy), ignore_errors=True)
 
-    def _note(self, run_id: str, state: Progress) -> None:
+    def _note(self, run_id: str, state: SendProgress) -> None:
         path = self._spool.path(run_id).with_suffix(".progress")
         try:
             # After every batch, and what a power cut spoils costs no more than to send records twice.

@@ -30,7 +30,7 @@ from orchestrator.stages.common.nets import block_generator
 from orchestrator.training.task import BlockTensors, Losses, Modules, Weights, Workers
 
 
-class Embeddings(NamedTuple):
+class PairEmbeddings(NamedTuple):
     """Of one block: images (B, D) and texts (B, D), not normalised, and the logit scale (), 1/temperature."""
 
     images: Tensor
@@ -55,11 +55,11 @@ class AlignNet(nn.Module):
 
     def forward(
         self, features: Features, texts: Sequence[Tensor], generator: torch.Generator | None = None
-    ) -> Embeddings:
+    ) -> PairEmbeddings:
         """Embeds pairs. The scale is held here: after a step no worker has the whole parameter."""
         images_BD = self.aligner(features, generator)
         texts_BD = self.text(*texts)
-        return Embeddings(images_BD, texts_BD, held_below(self.logit_scale.float()[0], self.limit).exp())
+        return PairEmbeddings(images_BD, texts_BD, held_below(self.logit_scale.float()[0], self.limit).exp())
 
 
 def align_net(config: AlignText, dim: int, vocab_size: int, encoder: BertEncoder | None) -> AlignNet:
@@ -222,9 +222,9 @@ class AlignTask:
         encoder = self.modules.frozen.get("encoder")
         return texts if encoder is None else (encoder(*texts),)
 
-    def _embed(self, block: BlockTensors, features: Features, texts: tuple[Tensor, ...]) -> Embeddings:
+    def _embed(self, block: BlockTensors, features: Features, texts: tuple[Tensor, ...]) -> PairEmbeddings:
         generator = block_generator(self.seed, block.step, block.index)
-        return Embeddings(*self.modules.trainable(features, texts, generator))
+        return PairEmbeddings(*self.modules.trainable(features, texts, generator))
 
 
 def _no_contrast(like: Contrast, size: int) -> Contrast:

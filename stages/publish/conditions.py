@@ -14,7 +14,7 @@ from pydantic import BeforeValidator
 
 from orchestrator.errors import nearest, shortened
 from orchestrator.stages.common.scores import BASELINES, KNN, Scores
-from orchestrator.tracking.aliases import Holder, Judged
+from orchestrator.tracking.aliases import AliasedVersion, Judged
 
 CHAMPION = "champion"
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
@@ -103,7 +103,7 @@ Conditions = Annotated[
 ]
 
 
-def judge(condition: Condition, scores: Scores | None, version: int, holder: Holder | None) -> Judged:
+def judge(condition: Condition, scores: Scores | None, version: int, holder: AliasedVersion | None) -> Judged:
     """Whether a condition holds for a model.
 
     Args:
@@ -143,7 +143,7 @@ def judge(condition: Condition, scores: Scores | None, version: int, holder: Hol
     return judged(_OPERATORS[condition.operator](value, against), said)
 
 
-def recorded(holder: Holder, metric: str) -> tuple[float, int | None] | None:
+def recorded(holder: AliasedVersion, metric: str) -> tuple[float, int | None] | None:
     """A metric as it is on record for a version, and the digits it was rounded to, if it was; None without a record."""
     try:
         metrics = json.loads(holder.marks.get(METRICS_TAG, "{}"))

@@ -43,7 +43,7 @@ from orchestrator.stages.publish.models import (
     trained,
 )
 from orchestrator.storage.artifacts import Artifact
-from orchestrator.tracking.aliases import CHALLENGER, Decision, Gate, Holder, Judged
+from orchestrator.tracking.aliases import CHALLENGER, AliasedVersion, Decision, Gate, Judged
 
 logger = logging.getLogger("orchestrator")
 
@@ -223,7 +223,7 @@ class Publish(Stage):
         scores = wanted.known.scores
         metrics = dict(sorted(scores.metrics.items())) if scores is not None else {}
 
-        def judged(version: int, holder: Holder | None) -> Sequence[Judged]:
+        def judged(version: int, holder: AliasedVersion | None) -> Sequence[Judged]:
             return [judge(parse(text), scores, version, holder) for text in self.conditions]
 
         marks = {METRICS_TAG: json.dumps(metrics)} if metrics else {}

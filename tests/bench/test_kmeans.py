@@ -29,5 +29,5 @@ def test_arms_are_compared_at_the_peers_inertia(monkeypatch: pytest.MonkeyPatch)
     assert len(claim.arms) == 3
     assert "2,000 x 16 -> 20: inertia" in claim.notes[1]
     monkeypatch.setattr(kmeans, "_PEERS", {"scikit-learn": lambda vectors, clusters: 1e-3})
-    with pytest.raises(UnfairError, match="scikit-learn has 0.001"):
+    with pytest.raises(UnfairError, match=r"scikit-learn has 0\.001"):
         kmeans.run(quick=True, on_disk=False)

@@ -16,18 +16,18 @@ from orchestrator.data.sources.survey import survey
 from orchestrator.errors import UserError
 from orchestrator.first_pipeline import machine_speed
 from orchestrator.first_pipeline import proposal as first
-from orchestrator.first_pipeline.machine_speed import Machine, Recipe, Sizes, Speed, Teacher, measure
+from orchestrator.first_pipeline.machine_speed import Recipe, Sizes, Speed, Teacher, TrainingMachine, measure
 from orchestrator.first_pipeline.proposal import FirstPipeline, first_pipeline, step_seconds
 from orchestrator.models.presets import preset
 from orchestrator.pipeline.check import check
 from orchestrator.pipeline.load import load
 
 ROOT = Path(__file__).parents[2]
-LAPTOP = Machine(2, 8.0)
-SERVER = Machine(16, 128.0, (("H100", 79.6),))
+LAPTOP = TrainingMachine(2, 8.0)
+SERVER = TrainingMachine(16, 128.0, (("H100", 79.6),))
 
 
-def timed(machine: Machine, sizes: Sizes, chosen: Sequence[Teacher], recipe: Recipe) -> Speed:
+def timed(machine: TrainingMachine, sizes: Sizes, chosen: Sequence[Teacher], recipe: Recipe) -> Speed:
     """A machine that is as fast every time."""
     students = dict.fromkeys(sizes.students, 0.01) if recipe == "distil" else {"pretrain": 0.08}
     return Speed(0.0, 0.03 * len(chosen), students)
@@ -65,7 +65,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(
-    folder: Path, recipe: Recipe = "distil", machine: Machine = LAPTOP, minutes: float | None = None
+    folder: Path, recipe: Recipe = "distil", machine: TrainingMachine = LAPTOP, minutes: float | None = None
 ) -> FirstPipeline:
     return first_pipeline(
         survey(folder), Path("pipeline.yaml"), recipe, minutes, machine=machine, timed=timed
@@ -75,7 +75,7 @@ def chosen(
 @pytest.mark.parametrize("machine", [LAPTOP, SERVER], ids=["laptop", "server"])
 @pytest.mark.parametrize("recipe", ["distil", "pretrain"])
 @pytest.mark.parametrize("make", [labelled, flat, tiny])
-def test_what_is_written_loads_and_plans(make: object, recipe: Recipe, machine: Machine) -> None:
+def test_what_is_written_loads_and_plans(make: object, recipe: Recipe, machine: TrainingMachine) -> None:
     folder = Path("my pictures: 100 %")
     make(folder)  # type: ignore[operator]
     pipeline = chosen(folder, recipe, machine)

@@ -20,7 +20,7 @@ from orchestrator.stages.evaluate.config import Evaluate
 from orchestrator.stages.metric import Metric
 from orchestrator.stages.publish.conditions import judge, parse
 from orchestrator.stages.publish.config import Publish
-from orchestrator.tracking.aliases import Holder
+from orchestrator.tracking.aliases import AliasedVersion
 from orchestrator.tracking.rollback import rollback
 from orchestrator.tracking.run import Tracking
 
@@ -113,22 +113,22 @@ def test_a_condition_is_judged_as_it_is_written(text: str, passed: bool) -> None
 )
 def test_the_champions_figure_is_the_one_on_record(text: str, champion: float, passed: bool) -> None:
     tags = {"orchestrator.gate.metrics": json.dumps({"knn": champion}), "orchestrator.knn_accuracy": "0.9999"}
-    assert judge(parse(text), Scores({"knn": 0.5}), 2, Holder(1, tags)).passed == passed
+    assert judge(parse(text), Scores({"knn": 0.5}), 2, AliasedVersion(1, tags)).passed == passed
     assert judge(parse(text), Scores({"knn": 0.5}), 2, None).passed, "there is nothing to reach yet"
-    assert judge(parse(text), Scores({"knn": 0.5}), 1, Holder(1, tags)).passed, (
+    assert judge(parse(text), Scores({"knn": 0.5}), 1, AliasedVersion(1, tags)).passed, (
         "it was decided when it got the alias"
     )
 
 
 def test_a_champion_of_an_earlier_version_has_a_rounded_figure() -> None:
-    old = Holder(1, {"orchestrator.knn_accuracy": "0.4123"})
+    old = AliasedVersion(1, {"orchestrator.knn_accuracy": "0.4123"})
     assert judge(parse("knn >= champion"), Scores({"knn": 0.41229}), 2, old).passed
     assert not judge(parse("knn >= champion"), Scores({"knn": 0.41224}), 2, old).passed
     found = judge(parse("miou >= champion"), Scores({"knn": 0.4, "miou": 0.9}), 2, old)
     assert not found.passed
     assert "miou of version 1, which has the alias, is not on record" in found.why
     for damaged in ("{", "[]", '{"knn": "x"}', '{"knn": null}'):
-        holder = Holder(1, {"orchestrator.gate.metrics": damaged})
+        holder = AliasedVersion(1, {"orchestrator.gate.metrics": damaged})
         assert not judge(parse("knn >= champion"), Scores({"knn": 0.4}), 2, holder).passed
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.curation.near_index import NearIndex, Projection
+from orchestrator.data.curation.near_index import NearIndex, PrincipalAxes
 from orchestrator.data.rng import generator
 
 _ROWS = 1024
@@ -192,7 +192,7 @@ def near_duplicates(
     kept_as: dict[int, int] = {}
     total, dim = thumbnails_ND.shape
     limits_N = np.broadcast_to(np.asarray(rms, np.float64), total)
-    project, index = Projection(thumbnails_ND), NearIndex()
+    project, index = PrincipalAxes(thumbnails_ND), NearIndex()
     for start in range(0, total, _ROWS):
         rows_n = np.arange(start, min(start + _ROWS, total))
         points_nM, radii_n = project(thumbnails_ND[rows_n]), limits_N[rows_n] * math.sqrt(dim)

@@ -23,7 +23,7 @@ _PASSES = 3
 _SLACK = 1e-9
 
 
-class Projection:
+class PrincipalAxes:
     """Orthonormal directions in which vectors differ most, found on some of them.
 
     Args:

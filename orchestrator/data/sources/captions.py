@@ -79,7 +79,7 @@ def read(path: Path, root: Path, files: Sequence[str]) -> Captions:
         UserError: it cannot be read, has no `file` column or one of the three twice, or names files that are not among
             `files`.
     """
-    table = Table(path)
+    table = DelimitedTable(path)
     names = _Names(root, files)
     warnings = table.odd_columns()
     notes: dict[str, Note] = {}
@@ -121,10 +121,10 @@ def reads_as_before(path: Path) -> bool:
     Raises:
         UserError: it cannot be read, has no `file` column, or one of the three twice.
     """
-    return not Table(path).is_loose
+    return not DelimitedTable(path).is_loose
 
 
-class Table:
+class DelimitedTable:
     """The header and the rows of a file of comma-separated values, or ones with another delimiter.
 
     Args:
@@ -393,7 +393,7 @@ def read_column(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
     Raises:
         UserError: the file cannot be read, or has no such column, or has it twice.
     """
-    table = Table(path)
+    table = DelimitedTable(path)
     wanted = _bare(column)
     if table.columns.count(wanted) != 1:
         close = nearest(wanted, table.columns)

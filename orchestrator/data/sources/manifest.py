@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from orchestrator.data.sources.captions import Captions, Note, Table
+from orchestrator.data.sources.captions import Captions, DelimitedTable, Note
 from orchestrator.errors import UserError, first_line, nearest, shortened
 from orchestrator.fsio import open_regular, why
 
@@ -33,7 +33,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Manifest:
+class PhotoManifest:
     """What a manifest says.
 
     Attributes:
@@ -45,7 +45,7 @@ class Manifest:
     said: Captions
 
 
-def read(path: Path, root: Path) -> Manifest:
+def read(path: Path, root: Path) -> PhotoManifest:
     """Read a manifest; one that has not changed since this process read it is not read again.
 
     Args:
@@ -63,7 +63,7 @@ def read(path: Path, root: Path) -> Manifest:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: Path, root: Path, look: tuple[int, ...]) -> Manifest:
+def _read(path: Path, root: Path, look: tuple[int, ...]) -> PhotoManifest:
     """As :func:`read`; `look` tells one state of the file from another."""
     roots = [f"{folder.as_posix().rstrip('/')}/" for folder in (root.absolute(), root.resolve())]
     captions: dict[str, list[str]] = {}
@@ -88,7 +88,7 @@ def _read(path: Path, root: Path, look: tuple[int, ...]) -> Manifest:
     }
     more = {file: tuple(texts) for file, texts in captions.items() if len(texts) > 1}
     said = Captions(notes, tuple(_warnings(path, several, unread)), more)
-    return Manifest(tuple(sorted(captions)), said)
+    return PhotoManifest(tuple(sorted(captions)), said)
 
 
 def _warnings(path: Path, several: Sequence[int], unread: Sequence[str]) -> Iterator[UserError]:
@@ -186,7 +186,7 @@ def _rows(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]
 
 def _of_table(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        table = Table(path, COLUMNS)
+        table = DelimitedTable(path, COLUMNS)
         unread += [name for name in table.columns if name in _UNREAD]
         for line, row in table.rows():
             written, (caption, label) = table.read(row)

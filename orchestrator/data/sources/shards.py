@@ -32,7 +32,7 @@ _LONGEST_TEXT = 1 << 20
 
 
 @dataclass(frozen=True)
-class Shard:
+class TarShard:
     """The pictures of one shard.
 
     Attributes:
@@ -48,7 +48,7 @@ class Shard:
         return json.dumps([self.pictures, self.left_out])
 
     @classmethod
-    def of(cls, text: str) -> Shard:
+    def of(cls, text: str) -> TarShard:
         """From JSON; raises ValueError."""
         pictures, left_out = json.loads(text)
         return cls(tuple(map(tuple, pictures)), tuple(map(tuple, left_out)))
@@ -85,7 +85,7 @@ def contents(
     files: list[str] = []
     left_out: list[tuple[str, str, str]] = []
     notes: dict[str, Note] = {}
-    fresh: dict[str, tuple[Look, int, Shard]] = {}
+    fresh: dict[str, tuple[Look, int, TarShard]] = {}
     wanted = frozenset(endings)
     for shard in shards:
         place = str(top / shard)
@@ -116,13 +116,13 @@ def contents(
 # --- headers --------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, size: int, endings: frozenset[str]) -> Shard:
+def _read(path: Path, size: int, endings: frozenset[str]) -> TarShard:
     """The headers of a shard, and the texts beside its pictures; no picture is read."""
     pictures: list[tuple[str, int, int, str]] = []
     texts: dict[str, dict[str, str]] = {}
     left_out: list[tuple[str, str, str]] = []
     if path.suffix.lower() in parquet_shards.ENDINGS:
-        return Shard(tuple(parquet_shards.rows(path)))
+        return TarShard(tuple(parquet_shards.rows(path)))
     # Only without compression are pictures where an offset says.
     with _opened(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -150,7 +150,7 @@ def _read(path: Path, size: int, endings: frozenset[str]) -> Shard:
     rows = [
         (member, offset, length, *_said(texts.get(sample, {}))) for member, offset, length, sample in pictures
     ]
-    return Shard(tuple(rows), tuple(left_out))
+    return TarShard(tuple(rows), tuple(left_out))
 
 
 def _opened(path: Path) -> io.BufferedReader:
@@ -193,7 +193,7 @@ def _said(texts: dict[str, str]) -> Note:
     return one(_CAPTION, "caption", "text"), one(_LABEL, "label", "cls", "class")
 
 
-def _load(places: Sequence[str]) -> dict[str, tuple[Look, int, Shard]]:
+def _load(places: Sequence[str]) -> dict[str, tuple[Look, int, TarShard]]:
     found = {}
     try:
         with remembered() as connection:
@@ -202,13 +202,13 @@ def _load(places: Sequence[str]) -> dict[str, tuple[Look, int, Shard]]:
                     "SELECT size, mtime, ctime, listed, members FROM shards WHERE path = ?", (place,)
                 ).fetchone()
                 if row is not None:
-                    found[place] = Look(*row[:3]), row[3], Shard.of(row[4])
+                    found[place] = Look(*row[:3]), row[3], TarShard.of(row[4])
     except (sqlite3.Error, OSError, ValueError, TypeError) as error:
         set_aside(error)
     return found
 
 
-def _save(fresh: dict[str, tuple[Look, int, Shard]]) -> None:
+def _save(fresh: dict[str, tuple[Look, int, TarShard]]) -> None:
     if not fresh:
         return
     rows = [(place, *look, began, shard.text()) for place, (look, began, shard) in fresh.items()]
