@@ -605,6 +605,7 @@ def test_it_is_evaluated_on_photos_whose_labels_it_did_not_learn() -> None:
     assert Evaluate(kind="evaluate").scored("finetune") == ("knn",)
 
 
+@pytest.mark.heavy
 def test_it_is_evaluated_and_published_like_any_model(
     index: Path, start: Start, tmp_path: Path, empty_database: Path
 ) -> None:
@@ -639,6 +640,7 @@ def test_it_is_evaluated_and_published_like_any_model(
     assert model.predict(np.zeros((20, 20, 3), np.uint8)).labels[0] in LABELS
 
 
+@pytest.mark.heavy
 def test_a_network_with_batch_norm_and_a_mean_of_its_own_is_tuned_as_it_came(
     index: Path, tmp_path: Path
 ) -> None:

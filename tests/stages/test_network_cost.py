@@ -62,6 +62,7 @@ def test_a_module_costs_what_its_layers_do() -> None:
     assert dict(found.activation_bytes) == {size: held(size) for size in (64, 32)}
 
 
+@pytest.mark.heavy
 def test_a_vision_transformer_of_timm_costs_what_the_formula_of_ours_says() -> None:
     """The counter has to see its attention, which most of torch's kernels hide."""
     name, config = "vit_tiny_patch16_224", ViTConfig(

@@ -25,6 +25,7 @@ def _pool(total: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return (rng.normal(size=(60, 32))[true] + noise).astype(np.float32), true
 
 
+@pytest.mark.heavy
 def test_levels_and_resampling_draw_more_evenly_than_one_level_of_k_means() -> None:
     """By what pictures are of, not by the clusters that are balanced: 60 sorts would be perfect."""
     vectors, true = _pool(3000)

@@ -74,6 +74,7 @@ def test_inertia_is_no_worse_than_that_of_scikit_learn(num_clusters: int) -> Non
     assert np.mean(ours) < 1.01 * np.mean(theirs)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("small_blocks")
 def test_one_result_for_any_number_of_workers_in_memory_and_in_a_file(tmp_path: Path) -> None:
     vectors = _vectors()
