@@ -250,11 +250,11 @@ class Curate(Stage):
             if (warning := told.said()) is not None:
                 logger.warning("%s: %s", context.name, shortened(warning, 3 * _NAME))
         vectors: Vectors = ArrayVectors(descriptors)
-        if isinstance(self.embedding, str):
-            np.save(context.out / "embeddings.npy", descriptors)
-        else:
+        if not isinstance(self.embedding, str):
             vectors, statuses = self._embedded(context, self.embedding, statuses, limits, pixels)
         target = self._target(vectors.shape[0], context.name)
+        if isinstance(self.embedding, str):
+            np.save(context.out / "embeddings.npy", descriptors)
         levels = cluster_levels(
             vectors,
             self.clusters,

@@ -433,7 +433,7 @@ class _State:
             return
         assert saved.sums is not None
         assert saved.labels_N is not None
-        with replacing(self._path, durable=False, only_writer=True) as draft, draft.open("wb") as file:
+        with replacing(self._path, only_writer=True) as draft, draft.open("wb") as file:
             np.savez(
                 file,
                 identity=np.array(self._identity),
