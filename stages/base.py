@@ -28,7 +28,7 @@ from orchestrator.tracking.run import Run
 if TYPE_CHECKING:
     from orchestrator.models.configs import Config
     from orchestrator.stages.common.config import ModelRecipe
-    from orchestrator.stages.common.weights import Weights
+    from orchestrator.stages.common.weights import WeightsSource
 
 # The name of this package among the installed ones.
 PACKAGE = "dinov3-orchestrator"
@@ -244,7 +244,7 @@ class Stage(StageSpec):
         """
         return ()
 
-    def starts_from(self) -> Mapping[str, Weights]:
+    def starts_from(self) -> Mapping[str, WeightsSource]:
         """The trained weights that models of this stage start from, by dotted field."""
         return {}
 

@@ -64,7 +64,7 @@ def _spelled(text: str) -> str:
     return text
 
 
-class Weights(Settings):
+class WeightsSource(Settings):
     """The weights that a model begins with. Exactly one of the keys is given.
 
     A text is short for `registry` if it has the form NAME@ALIAS or NAME:VERSION or begins with `models:/`, else for
@@ -94,7 +94,7 @@ class Weights(Settings):
     _fetched: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
-    def _one(self) -> Weights:
+    def _one(self) -> WeightsSource:
         places = ("path", "registry", "timm", "transformers")
         only_one("weights come from", {name: getattr(self, name) for name in places})
         return self
@@ -195,7 +195,7 @@ class Weights(Settings):
 
 
 # The field of a pipeline file: a text or a mapping.
-From = Annotated[Weights, BeforeValidator(_from_text, json_schema_input_type=str | Weights)]
+From = Annotated[WeightsSource, BeforeValidator(_from_text, json_schema_input_type=str | WeightsSource)]
 
 
 def from_field(description: str) -> Any:
@@ -219,7 +219,7 @@ def freeze_field() -> Any:
     )
 
 
-def check_frozen(frozen: int, weights: Weights | None, steps: int, at: str = "") -> None:
+def check_frozen(frozen: int, weights: WeightsSource | None, steps: int, at: str = "") -> None:
     """Raises KeyMistakeError unless what is frozen at the start is there, and no longer than training is.
 
     Args:
@@ -236,7 +236,7 @@ def check_frozen(frozen: int, weights: Weights | None, steps: int, at: str = "")
         raise KeyMistakeError(what, key=key, hint=f"use at most {steps}")
 
 
-def files_of(weights: Mapping[str, Weights]) -> dict[str, tuple[Path, ...]]:
+def files_of(weights: Mapping[str, WeightsSource]) -> dict[str, tuple[Path, ...]]:
     """The files of weights by field, as :meth:`Stage.files` has them; a name has none."""
     return {field: files for field, one in weights.items() if (files := one.files())}
 
@@ -269,7 +269,7 @@ class StartingWeights:
 @contextlib.contextmanager
 def starting_weights(
     context: Context,
-    weights: Weights,
+    weights: WeightsSource,
     model: str,
     overrides: Mapping[str, Any],
     *,
@@ -301,7 +301,7 @@ def starting_weights(
         yield StartingWeights(folder / _FILE, needed)
 
 
-def _written(weights: Weights, model: str, overrides: Mapping[str, Any], folder: Path) -> Path:
+def _written(weights: WeightsSource, model: str, overrides: Mapping[str, Any], folder: Path) -> Path:
     from safetensors.torch import save_file
 
     weights.check(model, overrides)
@@ -345,7 +345,7 @@ def _misfit(found: Config, wanted: Config) -> str | None:
 
 
 @contextlib.contextmanager
-def _explained(weights: Weights) -> Iterator[None]:
+def _explained(weights: WeightsSource) -> Iterator[None]:
     """Makes a UserError of whatever files from anywhere, or a package, may raise."""
     from orchestrator.models.convert import PositionsError
 

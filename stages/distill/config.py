@@ -43,7 +43,7 @@ from orchestrator.stages.common.network_source import (
 from orchestrator.stages.common.weights import (
     FROM,
     From,
-    Weights,
+    WeightsSource,
     check_frozen,
     files_of,
     freeze_field,
@@ -528,7 +528,7 @@ class Distill(MultiCropStage):
         specs = [student.network for student in self.students.values()]
         return tuple(spec.name for spec in specs if spec is not None and spec.library == "module")
 
-    def starts_from(self) -> Mapping[str, Weights]:
+    def starts_from(self) -> Mapping[str, WeightsSource]:
         """See :class:`Stage`."""
         return {
             f"{_STUDENTS}{name}.from": student.from_

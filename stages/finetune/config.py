@@ -29,7 +29,7 @@ from orchestrator.stages.common.config import (
     summary,
 )
 from orchestrator.stages.common.network_source import NetworkSource
-from orchestrator.stages.common.weights import FROM, From, Weights, files_of, from_field
+from orchestrator.stages.common.weights import FROM, From, WeightsSource, files_of, from_field
 from orchestrator.stages.finetune.classification import Classification
 from orchestrator.stages.finetune.dense import Depth, Segmentation
 from orchestrator.stages.finetune.detection import Detection
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
     from orchestrator.stages.finetune.goal import Labelled
     from orchestrator.stages.finetune.pictures import Indexed
-    from orchestrator.stages.finetune.start import Start
+    from orchestrator.stages.finetune.start import StartingBackbone
     from orchestrator.training.job import Job
 
 logger = logging.getLogger("orchestrator")
@@ -214,7 +214,7 @@ class Finetune(TrainStage):
         """See :class:`Stage`: a task with a data set of its own takes no index."""
         return self.inputs if self.task.needs_index else self.inputs[1:]
 
-    def starts_from(self) -> Mapping[str, Weights]:
+    def starts_from(self) -> Mapping[str, WeightsSource]:
         """See :class:`Stage`."""
         return {"from": self.from_} if self.from_ is not None else {}
 
@@ -324,7 +324,7 @@ class Finetune(TrainStage):
     def job(
         self,
         context: Context,
-        start: Start,
+        start: StartingBackbone,
         pictures: Indexed,
         labelled: Labelled,
         max_unreadable: int | None = None,

@@ -14,7 +14,7 @@ from orchestrator.models import save_pretrained
 from orchestrator.models.lora import merge_lora
 from orchestrator.models.wrapped_backbone import WrappedBackbone, save_wrapped
 from orchestrator.stages.common.predictor import HEAD
-from orchestrator.stages.finetune.start import Start
+from orchestrator.stages.finetune.start import StartingBackbone
 from orchestrator.stages.finetune.task import prepared
 from orchestrator.training.export import load_export
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def save_finetuned(
     config: Finetune,
-    start: Start,
+    start: StartingBackbone,
     classes: Sequence[str],
     export: Path,
     folder: Path,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from orchestrator.models import Backbone
     from orchestrator.models.wrapped_backbone import WrappedBackbone
     from orchestrator.stages.common.network_source import NetworkSource
-    from orchestrator.stages.common.weights import Weights
+    from orchestrator.stages.common.weights import WeightsSource
     from orchestrator.stages.finetune.config import Finetune
 
 _KIND = "backbone"
@@ -27,7 +27,7 @@ _SIZE = 224
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingBackbone:
     """The trained backbone.
 
     Attributes:
@@ -67,7 +67,7 @@ class Start:
 
 
 @contextlib.contextmanager
-def starting_backbone(config: Finetune, context: Context) -> Iterator[Start]:
+def starting_backbone(config: Finetune, context: Context) -> Iterator[StartingBackbone]:
     """The backbone of a stage under `needs`, or of `from` or `network`, which is written down once.
 
     Raises:
@@ -104,12 +104,12 @@ def _start(
     needed: tuple[tuple[str, str, str], ...],
     context: Context,
     where: str,
-) -> Start:
+) -> StartingBackbone:
     from orchestrator.models.lora import add_lora
 
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     size = config.image_size or record["extra"].get("image_size") or _SIZE
-    start = Start(folder, int(size), needed, context.modules)
+    start = StartingBackbone(folder, int(size), needed, context.modules)
     try:
         backbone = start.open()
     except (ValueError, ModuleNotFoundError) as error:
@@ -150,7 +150,7 @@ def _of_artifact(artifact: Path, student: str | None, where: str) -> Path:
     return folder / name / "model"
 
 
-def _write_weights(weights: Weights, folder: Path, where: str) -> None:
+def _write_weights(weights: WeightsSource, folder: Path, where: str) -> None:
     from orchestrator.models import save_pretrained
     from orchestrator.models.pixels import stats_of
 

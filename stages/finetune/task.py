@@ -22,7 +22,7 @@ from orchestrator.training.task import BlockTensors, Losses, Modules, Weights, W
 
 if TYPE_CHECKING:
     from orchestrator.stages.finetune.config import Finetune
-    from orchestrator.stages.finetune.start import Start
+    from orchestrator.stages.finetune.start import StartingBackbone
 
 # Names that networks give their lists of blocks.
 _BLOCK = re.compile(r"(?:^|\.)(?:blocks|layer|layers|stages|h)\.(\d+)\.")
@@ -85,7 +85,7 @@ class FinetuneTask:
 
     modules: Modules
 
-    def __init__(self, config: Finetune, start: Start, classes: Sequence[str], seed: int) -> None:
+    def __init__(self, config: Finetune, start: StartingBackbone, classes: Sequence[str], seed: int) -> None:
         self.config, self.start, self.seed = config, start, seed
         self.goal = config.task.goal(classes)
 

@@ -39,7 +39,7 @@ from orchestrator.stages.common.weights import (
     FROM,
     From,
     StartingWeights,
-    Weights,
+    WeightsSource,
     check_frozen,
     files_of,
     freeze_field,
@@ -191,7 +191,7 @@ class SelfSupervised(MultiCropStage):
             schedules["gram.weight"] = gram.weight
         return {("steps",): moving(schedules)}
 
-    def starts_from(self) -> Mapping[str, Weights]:
+    def starts_from(self) -> Mapping[str, WeightsSource]:
         """See :class:`Stage`."""
         return {"from": self.from_} if self.from_ is not None else {}
 

@@ -12,7 +12,7 @@ from orchestrator.data.index import ImageIndex
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Context
 from orchestrator.stages.finetune.pictures import Indexed
-from orchestrator.stages.finetune.start import Start
+from orchestrator.stages.finetune.start import StartingBackbone
 from orchestrator.storage.artifacts import Artifact, Manifest
 from orchestrator.tracking.run import NullRun
 from orchestrator.training.job import Job
@@ -37,6 +37,6 @@ def make_job(spec: dict[str, Any]) -> Job:
         run=NullRun(),
     )
     labelled = config.labelled(context, ImageIndex.load(folder))
-    start = Start(Path(spec["start"]), config.image_size)
+    start = StartingBackbone(Path(spec["start"]), config.image_size)
     job: Job = config.job(context, start, Indexed(folder), labelled)
     return job

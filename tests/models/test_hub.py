@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from orchestrator.errors import UserError
 from orchestrator.models import hub
-from orchestrator.stages.common.weights import Weights
+from orchestrator.stages.common.weights import WeightsSource
 
 TIMM, TRANSFORMERS = "vit_small_patch16_dinov3.lvd1689m", "nobody/no-such-model"
 
@@ -62,7 +62,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ClosedPro
 def test_a_hub_that_does_not_answer_is_asked_once(proxy: ClosedProxy, source: dict[str, str]) -> None:
     for _ in range(2):
         with pytest.raises(UserError) as caught:
-            Weights.model_validate(source).config()
+            WeightsSource.model_validate(source).config()
         said = str(caught.value)
         assert "https://huggingface.co does not answer" in said
         assert "its cache does not have all of" in said
@@ -77,7 +77,7 @@ def test_who_is_offline_by_choice_asks_nobody(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so nothing is downloaded"):
-        Weights.model_validate(source).config()
+        WeightsSource.model_validate(source).config()
     assert proxy.calls == 0
     assert constants.HF_HUB_OFFLINE is True
 
@@ -92,7 +92,7 @@ def test_a_hub_that_answers_is_left_to_the_packages(
 
 def test_what_is_wrong_with_a_name_is_not_laid_at_the_hub(proxy: ClosedProxy) -> None:
     with pytest.raises(UserError, match="timm does not give 'vit_tinny'") as caught:
-        Weights(timm="vit_tinny").config()
+        WeightsSource(timm="vit_tinny").config()
     assert "does not answer" not in str(caught.value)
 
 

@@ -52,7 +52,7 @@ from orchestrator.stages.finetune.config import Finetune
 from orchestrator.stages.finetune.dense_goals import DepthGoal, SegmentationGoal
 from orchestrator.stages.finetune.export import save_finetuned
 from orchestrator.stages.finetune.pictures import indexed
-from orchestrator.stages.finetune.start import Start, starting_backbone
+from orchestrator.stages.finetune.start import StartingBackbone, starting_backbone
 from orchestrator.stages.finetune.task import FinetuneTask, TunedNet, block_depths, learning_rates
 from orchestrator.stages.publish.config import Publish
 from orchestrator.stages.ssl.pretrain import Pretrain
@@ -93,10 +93,10 @@ def index(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
+def start(tmp_path: Path) -> StartingBackbone:
     torch.manual_seed(1)
     save_pretrained(tmp_path / "start", build("vit_femto").state_dict(), "vit_femto", {"image_size": 16})
-    return Start(tmp_path / "start", 16)
+    return StartingBackbone(tmp_path / "start", 16)
 
 
 def context(index: Path, folder: Path, **inputs: Path) -> Context:
@@ -184,7 +184,7 @@ def tiny_dinov2() -> Dinov2Config:
     )
 
 
-def test_a_frozen_backbone_is_not_among_what_is_trained(start: Start) -> None:
+def test_a_frozen_backbone_is_not_among_what_is_trained(start: StartingBackbone) -> None:
     for mode, parts in (("frozen", {"head"}), ("lora", {"head", "backbone"}), ("full", {"head", "backbone"})):
         task = FinetuneTask(config(mode=mode), start, LABELS, 0)
         modules = task.build("cpu")
@@ -336,7 +336,7 @@ def test_costs_count_what_a_mode_trains() -> None:
 # --- what it starts from, and what it leaves --------------------------------------------------------------------
 
 
-def exported(stage: Finetune, start: Start, path: Path) -> Path:
+def exported(stage: Finetune, start: StartingBackbone, path: Path) -> Path:
     """What a job would export: trained weights that differ from those at the start."""
     torch.manual_seed(5)
     task = FinetuneTask(stage, start, LABELS, 0)
@@ -352,7 +352,7 @@ def exported(stage: Finetune, start: Start, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
-def test_the_model_of_a_folder_is_the_trained_one(mode: str, start: Start, tmp_path: Path) -> None:
+def test_the_model_of_a_folder_is_the_trained_one(mode: str, start: StartingBackbone, tmp_path: Path) -> None:
     stage = config(mode=mode)
     file = exported(stage, start, tmp_path / "export.safetensors")
     sizes = save_finetuned(stage, start, LABELS, file, tmp_path / "model")
@@ -396,12 +396,14 @@ def test_the_model_of_a_folder_is_the_trained_one(mode: str, start: Start, tmp_p
     assert orchestrator.embed(model, [picture]).shape == (1, 48)
 
 
-def test_a_model_without_a_head_says_so(start: Start) -> None:
+def test_a_model_without_a_head_says_so(start: StartingBackbone) -> None:
     with pytest.raises(UserError, match="tells no classes apart"):
         orchestrator.load(start.folder).predict([np.zeros((16, 16, 3), np.uint8)])
 
 
-def test_a_head_that_does_not_fit_is_a_mistake_and_no_traceback(start: Start, tmp_path: Path) -> None:
+def test_a_head_that_does_not_fit_is_a_mistake_and_no_traceback(
+    start: StartingBackbone, tmp_path: Path
+) -> None:
     stage = config()
     save_finetuned(
         stage, start, LABELS, exported(stage, start, tmp_path / "e.safetensors"), tmp_path / "model"
@@ -449,7 +451,7 @@ def test_a_network_of_transformers_is_tuned_and_loads_again(mode: str, index: Pa
     ],
 )
 def test_adapters_that_do_not_fit_are_told_before_the_first_step(
-    lora: dict[str, Any], said: str, where: str, index: Path, start: Start, tmp_path: Path
+    lora: dict[str, Any], said: str, where: str, index: Path, start: StartingBackbone, tmp_path: Path
 ) -> None:
     stage = config(mode="lora", lora=lora, **{"from": str(start.folder)})
     with pytest.raises(UserError, match=said) as caught, starting_backbone(stage, context(index, tmp_path)):
@@ -607,7 +609,7 @@ def test_it_is_evaluated_on_photos_whose_labels_it_did_not_learn() -> None:
 
 @pytest.mark.heavy
 def test_it_is_evaluated_and_published_like_any_model(
-    index: Path, start: Start, tmp_path: Path, empty_database: Path
+    index: Path, start: StartingBackbone, tmp_path: Path, empty_database: Path
 ) -> None:
     stage = config(mode="lora", split={"near_duplicate": 1.0})
     file = exported(stage, start, tmp_path / "e.safetensors")

@@ -21,7 +21,7 @@ from orchestrator.pipeline.check import check
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan import contents
 from orchestrator.stages import AnyStage
-from orchestrator.stages.common.weights import Weights
+from orchestrator.stages.common.weights import WeightsSource
 from orchestrator.stages.distill.feature_task import FeatureTask
 from orchestrator.stages.distill.features import OWN, FeatureObjective, TeacherShape
 from orchestrator.stages.distill.task import DistillTask
@@ -97,7 +97,7 @@ def test_a_file_with_the_name_of_a_registered_model_is_never_a_guess(
 )
 def test_weights_come_from_one_place(value: Any) -> None:
     with pytest.raises(ValidationError):
-        Weights.model_validate(value)
+        WeightsSource.model_validate(value)
 
 
 # --- the key ----------------------------------------------------------------------------------------------------
