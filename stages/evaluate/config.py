@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
@@ -21,28 +20,37 @@ from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.progress import ROUTINE, Meter
 from orchestrator.stages.base import Context, Input, PlanContext, Stage
-from orchestrator.stages.common.mixing import DRAWN
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.scores import KNN, TEXT_METRICS
+from orchestrator.stages.evaluate.shown import draw_maps, largest_groups, pick_photos, spread
+from orchestrator.stages.evaluate.upstream import (
+    TEACHER_ROLES,
+    has_weights,
+    history,
+    other_histories,
+    pool_draws,
+    sharing,
+    snapshot_steps,
+    stage_draws,
+    student_folders,
+    taught_elsewhere,
+)
 from orchestrator.stages.metric import OwnMetric
 
 if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
     from orchestrator.data.splits import Splits
     from orchestrator.stages.evaluate.measure import Measurements, Pool
-    from orchestrator.stages.evaluate.results import ClusterDraws, Results, Score
-    from orchestrator.stages.evaluate.towers import Check, Crops, Tower
+    from orchestrator.stages.evaluate.results import Results, Score
+    from orchestrator.stages.evaluate.towers import Check, Tower
     from orchestrator.storage.artifacts import Artifact
 
 logger = logging.getLogger("orchestrator")
 
 TUNED_ROLE = "finetuned"
-# In the order of the recipe: the last one there is gives the teacher.
-TEACHER_ROLES = ("pretrain", "gram", "high_res")
 RAW_SIDE = 32
 # Of a model from elsewhere, where nothing says a size.
 _SIZE = 224
-_Item = TypeVar("_Item")
 
 
 def _with_place(template: str) -> str:
@@ -293,14 +301,14 @@ class Evaluate(Stage):
             num_unique=len(index),
             groups=pool.groups,
             scores=scores,
-            backbones={kind: _history(artifact.path) for kind, artifact in backbones.items()},
-            heads=_other_histories(context),
-            sharing=_sharing(context),
+            backbones={kind: history(artifact.path) for kind, artifact in backbones.items()},
+            heads=other_histories(context),
+            sharing=sharing(context),
             pca=pictures,
             keys=context.keys,
-            pool=(clusters := _pool(index)),
-            num_from_scratch=0 if _has_weights(backbones) else clusters[-1].total,
-            drawn=_drawn(context),
+            pool=(clusters := pool_draws(index)),
+            num_from_scratch=0 if has_weights(backbones) else clusters[-1].total,
+            drawn=stage_draws(context),
             measured=measured.values(),
             figures=measured.figures,
             drawn_by=measured.pictures,
@@ -394,7 +402,7 @@ class Evaluate(Stage):
             )
             if candidate.picture:
                 pictures[name] = context.out / f"pca_{candidate.picture}.png"
-                _draw_maps(tower, shown, index, pictures[name])
+                draw_maps(tower, shown, index, pictures[name])
             if not crops.rows:
                 meter.add()
                 continue
@@ -462,7 +470,7 @@ class Evaluate(Stage):
         for (preset, size), folder in drawn.items():
             name = f"random {preset}, {size} px" if sizes[preset] > 1 else f"random {preset}"
             yield _Candidate(name, "random weights", partial(load_random, folder))
-        has_other_teachers = _taught_elsewhere(context.inputs.get("students"))
+        has_other_teachers = taught_elsewhere(context.inputs.get("students"))
         family = "own backbone" if has_other_teachers else "backbone"
         for kind, artifact in backbones.items():
             model = artifact.path / "model"
@@ -525,120 +533,3 @@ class Evaluate(Stage):
 def _no_backbone(what: str, where: str) -> UserError:
     hint = "add a stage of kind pretrain, gram_anchor, high_res or distill, or name `models` from elsewhere"
     return UserError(what, where=where, hint=hint)
-
-
-def largest_groups(labels: Sequence[str | None], num_groups: int) -> dict[str, int]:
-    """Label → photos, the largest labels of two photos or more; empty if there are not two such labels."""
-    counts = Counter(label for label in labels if label)
-    ranked = sorted((pair for pair in counts.items() if pair[1] > 1), key=lambda pair: (-pair[1], pair[0]))
-    return dict(ranked[:num_groups]) if len(ranked) > 1 else {}
-
-
-def pick_photos(labels: Sequence[str | None], groups: Mapping[str, int], count: int) -> list[int]:
-    """Rows to show: the first photo of each of the largest groups, then others from all over the index."""
-    first = [labels.index(label) for label in groups]
-    others = [row for row, _ in spread(list(enumerate(labels)), 2 * count) if row not in first]
-    return [*first, *others][:count]
-
-
-def spread(items: Sequence[_Item], count: int) -> list[_Item]:
-    """At most `count` items, evenly spread, the last one always among them."""
-    count = min(count, len(items))
-    return [items[(at + 1) * len(items) // count - 1] for at in range(count)]
-
-
-def snapshot_steps(folder: Path) -> dict[int, Path]:
-    """Step → snapshot file, ascending; the last is the stage's final model."""
-    return {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("step-*.safetensors"))}
-
-
-def student_folders(artifact: Artifact | None) -> dict[str, Path]:
-    """Name → folder of every student of a `distill` artifact, by name."""
-    if artifact is None:
-        return {}
-    return {path.name: path for path in sorted((artifact.path / "students").iterdir()) if path.is_dir()}
-
-
-def _has_weights(backbones: Mapping[str, Artifact]) -> bool:
-    """Whether a backbone's training started from weights, or there is no backbone."""
-    configs = [one.manifest.provenance.get("parts", {}).get("config", {}) for one in backbones.values()]
-    return not configs or any(config.get("from") for config in configs)
-
-
-def _taught_elsewhere(students: Artifact | None) -> bool:
-    """Whether students learned from teachers that no stage of the pipeline made."""
-    if students is None:
-        return False
-    inputs = students.manifest.provenance.get("parts", {}).get("inputs", {})
-    return bool(inputs) and "teacher" not in inputs
-
-
-def _draw_maps(tower: Tower, shown: Crops, index: ImageIndex, path: Path) -> None:
-    """PCA maps, see :attr:`Tower.map_size`."""
-    from orchestrator.data.decode import as_8_bits
-    from orchestrator.evaluation.report.figures import pca_maps
-    from orchestrator.stages.evaluate.towers import feature_maps
-
-    photos = shown.at(tower.map_size)
-    captions = [index[row].caption or index[row].path for row in shown.rows]
-    titles = [caption if len(caption) < 32 else caption[:30] + "…" for caption in captions]
-    seen = [as_8_bits(photo) for photo in photos]
-    pca_maps(seen, feature_maps(tower, photos), path, titles, pairs_per_row=min(3, len(photos)))
-
-
-def _history(folder: Path) -> list[dict[str, Any]]:
-    """The records of a training stage in the order of their steps."""
-    records: list[dict[str, Any]] = json.loads((folder / "history.json").read_text())
-    return sorted(records, key=lambda record: int(record["step"]))
-
-
-def _other_histories(context: Context) -> dict[str, list[dict[str, Any]]]:
-    found = {
-        f"student {name}": _history(folder)
-        for name, folder in student_folders(context.inputs.get("students")).items()
-    }
-    if "text" in context.inputs:
-        found["align_text"] = _history(context.inputs["text"].path)
-    return found
-
-
-def _pool(index: ImageIndex) -> list[ClusterDraws]:
-    """The photos of the index, and those of them that the curation chose, by cluster."""
-    import numpy as np
-
-    from orchestrator.data.curation.components import HELD_OUT, LEFT_OUT
-    from orchestrator.data.curation.mix import by_cluster, effective_number
-    from orchestrator.stages.evaluate.results import ClusterDraws
-
-    raw_N = np.ones(len(index), dtype=np.int64)
-    chosen_N = raw_N.copy()
-    chosen_N[index.rows_of(LEFT_OUT)] = chosen_N[index.rows_of(HELD_OUT)] = 0
-    left_out = 1 - float(chosen_N.mean())
-    return [
-        ClusterDraws(name, counts, effective_number(list(counts.values())), share)
-        for name, counts, share in (
-            ("raw", by_cluster(index.clusters, raw_N), left_out),
-            ("chosen", by_cluster(index.clusters, chosen_N), 0.0),
-        )
-    ]
-
-
-def _drawn(context: Context) -> dict[str, ClusterDraws]:
-    """What the stages upstream drew; an artifact of an older version says nothing of it."""
-    from orchestrator.stages.evaluate.results import ClusterDraws
-
-    found = {}
-    for role in (*TEACHER_ROLES, "students", "text"):
-        if role not in context.inputs or not (path := context.inputs[role].path / DRAWN).is_file():
-            continue
-        kind, record = context.inputs[role].kind, json.loads(path.read_text())
-        counts = {int(number): count for number, count in record["clusters"].items()}
-        found[kind] = ClusterDraws(kind, counts, record["effective_clusters"], record["left_out"])
-    return found
-
-
-def _sharing(context: Context) -> dict[str, float]:
-    if "students" not in context.inputs:
-        return {}
-    shared: dict[str, float] = json.loads((context.inputs["students"].path / "sharing.json").read_text())
-    return shared

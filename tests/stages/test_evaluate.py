@@ -28,7 +28,8 @@ from orchestrator.models.network_spec import NetworkSpec
 from orchestrator.models.wrapped_backbone import WrappedBackbone, save_wrapped
 from orchestrator.stages.base import Context
 from orchestrator.stages.evaluate import text as evaluate_text
-from orchestrator.stages.evaluate.config import Evaluate, largest_groups, pick_photos, spread
+from orchestrator.stages.evaluate.config import Evaluate
+from orchestrator.stages.evaluate.shown import largest_groups, pick_photos, spread
 from orchestrator.stages.evaluate.text import TextEvaluation
 from orchestrator.storage.artifacts import Artifact
 from orchestrator.storage.manifest import Manifest
