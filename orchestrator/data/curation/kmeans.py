@@ -277,7 +277,8 @@ class _Model:
             whole.counts_K += found.counts_K
             whole.far += found.far
             if whole.sums_KD is None:
-                whole.sums_KD = found.sums_KD
+                # What Ray hands over cannot be written to.
+                whole.sums_KD = None if found.sums_KD is None else found.sums_KD.copy()
             elif found.sums_KD is not None:
                 np.add(whole.sums_KD, found.sums_KD, out=whole.sums_KD)
             # What a piece found may be as large as its rows, and the next one's is on its way.
