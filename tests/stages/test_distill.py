@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from orchestrator.config.elastic import Elastic, Resources
 from orchestrator.config.schedules import Optimizer, Schedule
 from orchestrator.config.schema import Cluster
+from orchestrator.data.index import ImageIndex
 from orchestrator.data.views import CropConfig
 from orchestrator.elastic import cluster
 from orchestrator.errors import UserError
@@ -370,6 +371,7 @@ def test_a_student_says_itself_what_its_workers_need(tmp_path: Path) -> None:
             }
         }
     )
+    ImageIndex([]).save(tmp_path)
     context = replace(
         make_context(tmp_path, tmp_path, tmp_path),
         elastic=Elastic.model_validate(
