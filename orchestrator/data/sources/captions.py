@@ -316,6 +316,15 @@ class _Names:
         return None if close is None else self._by_last[close]
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text, or the name of a file, can be written as UTF-8: it has no half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _bare(name: str) -> str:
     """A column's name without spaces around it and capitals."""
     return name.strip().casefold()

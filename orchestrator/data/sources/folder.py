@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import threading
 from collections import Counter
@@ -19,7 +20,14 @@ from orchestrator.data.decode import UnreadableImage, most_bytes, readable_endin
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources import manifest, remote, shards
 from orchestrator.data.sources.account import Account
-from orchestrator.data.sources.captions import MOST_BYTES, Captions, Note, captions_path, reads_as_before
+from orchestrator.data.sources.captions import (
+    MOST_BYTES,
+    Captions,
+    Note,
+    captions_path,
+    is_utf8,
+    reads_as_before,
+)
 from orchestrator.data.sources.captions import read as read_captions
 from orchestrator.data.sources.digests import Look, digest_of, digests, look_of
 from orchestrator.data.sources.shard_members import shard_of
@@ -194,7 +202,7 @@ def list_images(source: DataSource, name: str) -> Listing:
             where=f"data.{name}.path",
             hint="`python -m orchestrator.data.samples food data/food` fetches a small set of photos",
         )
-    if not _is_utf8(str(source.root)):
+    if not is_utf8(str(source.root)):
         raise UserError(
             f"the name of the folder {shown(str(source.root))} is not UTF-8",
             where=f"data.{name}.path",
@@ -266,16 +274,15 @@ def _of_shards(source: DataSource) -> Listing:
 def _of_manifest(source: DataSource, name: str) -> Listing:
     """What a manifest names; the folder is not searched."""
     files = manifest.read(_manifest_path(source, name), source.path).files
-    left_out = []
-    for file, (reason, too_large) in manifest.missing(
-        source.path, files, most_bytes(source.max_pixels)
-    ).items():
-        left_out.append(LeftOut(shown(file), reason, accounts.TOO_LARGE if too_large else accounts.ACCESS))
-    for file in files:
-        if not _is_utf8(file):
-            left_out.append(LeftOut(shown(file), "its name is not UTF-8", accounts.ACCESS))
-    gone = {item.path for item in left_out}
-    return Listing(tuple(file for file in files if shown(file) not in gone), tuple(left_out))
+    gone = {
+        file: (reason, accounts.TOO_LARGE if too_large else accounts.ACCESS)
+        for file, (reason, too_large) in manifest.missing(
+            source.path, files, most_bytes(source.max_pixels)
+        ).items()
+    }
+    gone |= {file: ("its name is not UTF-8", accounts.ACCESS) for file in files if not is_utf8(file)}
+    left_out = tuple(LeftOut(shown(file), *why_not) for file, why_not in gone.items())
+    return Listing(tuple(file for file in files if file not in gone), left_out)
 
 
 def _manifest_path(source: DataSource, name: str) -> Path:
@@ -400,7 +407,7 @@ class _Walk:
         """Why something is left out, and the kind of that; None for a picture and for a folder. Follows links."""
         if entry.name.startswith("."):
             return "hidden", accounts.HIDDEN
-        if not _is_utf8(entry.name):
+        if not is_utf8(entry.name):
             return "its name is not UTF-8", accounts.ACCESS
         if entry.is_dir():
             return None
@@ -431,6 +438,8 @@ class _Walk:
         self._left_out.append(LeftOut(shown(path), reason, kind))
 
 
+# Halves of characters but for those that stand for a byte of a file's name.
+_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -447,16 +456,10 @@ def _ending(name: str) -> str:
 
 def shown(name: str) -> str:
     """A file's name as text that any file and any terminal can take: bytes and control characters are escaped."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    # No file can have half a character in its name, but a table or a shard can say so.
+    raw = os.fsencode(name) if not _HALF.search(name) else name.encode("utf-8", "surrogatepass")
+    text = raw.decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _most_common(left_out: Sequence[LeftOut]) -> str:

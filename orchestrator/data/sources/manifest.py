@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from orchestrator.data.sources.captions import Captions, DelimitedTable, Note
+from orchestrator.data.sources.captions import Captions, DelimitedTable, Note, is_utf8
 from orchestrator.errors import UserError, first_line, nearest, shortened
 from orchestrator.fsio import open_regular, why
 
@@ -25,6 +26,7 @@ from orchestrator.fsio import open_regular, why
 COLUMNS = {"path": "file", "file": "file", "captions": "caption", "labels": "label"}
 _NAMES = {"file": ("path", "file"), "caption": ("caption", "captions"), "label": ("label", "labels")}
 _UNREAD = ("weight", "weights", "mask", "masks")
+_TOLD = frozenset({*_UNREAD, *(name for names in _NAMES.values() for name in names)})
 _TABLES, _LINES, _PARQUET = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet", ".pq")
 ENDINGS = (*_TABLES, *_LINES, *_PARQUET)
 _LONGEST_LINE = 16 << 20
@@ -159,9 +161,17 @@ def _texts(value: Any, path: Path, line: int) -> list[str]:
                 where=f"{path}:{line}",
                 hint="give a text, or a list of texts",
             )
-        if text := (
-            one if isinstance(one, str) else f"{one:g}" if isinstance(one, float) else str(one)
-        ).strip():
+        # Tables write what is not there as NaN, too, and whole numbers beside it as 7.0.
+        if isinstance(one, float):
+            one = "" if math.isnan(one) else int(one) if one.is_integer() else one
+        text = str(one).strip()
+        if not is_utf8(text):
+            raise UserError(
+                f"a caption or label of the manifest has half a character: {shortened(ascii(text), 80)}",
+                where=f"{path}:{line}",
+                hint="write a character above U+FFFF as itself, or as both of its halves",
+            )
+        if text:
             found.append(text)
     return found
 
@@ -200,7 +210,8 @@ def _of_table(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, An
 
 
 def _of_lines(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    named: Mapping[str, str] | None = None
+    # A later line may have what an earlier one lacks: by the columns that are read of it.
+    known: dict[tuple[str, ...], dict[str, str]] = {}
     line = 0
     try:
         with open_regular(path) as file:
@@ -211,14 +222,16 @@ def _of_lines(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, An
                 record = json.loads(text)
                 if not isinstance(record, dict):
                     raise ValueError("it is no object")
-                named = named or _columns(path, list(record), line, unread)
+                there = tuple(name for name in record if name.strip().casefold() in _TOLD)
+                named = known.get(there) or _columns(path, list(record), line, unread)
+                known[there] = named
                 found = {what: record.get(column) for what, column in named.items()}
                 if not isinstance(found["file"], str):
                     raise ValueError(f"its {named['file']!r} is no text")
                 yield line, found
     except OSError as error:
         raise UserError(f"the manifest cannot be read: {why(error)}", where=str(path)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"line {line} of the manifest cannot be read: {shortened(first_line(error), 200)}",
             where=f"{path}:{line}",
@@ -250,19 +263,20 @@ def _of_parquet(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, 
 
 def _columns(path: Path, columns: Sequence[str], line: int, unread: list[str]) -> dict[str, str]:
     """The columns that are read, by what they are."""
-    bare = {name.strip().casefold(): name for name in columns}
+    bare: dict[str, str] = {}
+    for name in columns:
+        plain = name.strip().casefold()
+        if plain in bare and plain in _TOLD:
+            raise _both(path, line, bare[plain], name)
+        bare[plain] = name
     found = {}
     for what, names in _NAMES.items():
         there = [bare[name] for name in names if name in bare]
         if len(there) > 1:
-            raise UserError(
-                f"the manifest has the columns {there[0]!r} and {there[1]!r}",
-                where=f"{path}:{line}",
-                hint="leave one of them",
-            )
+            raise _both(path, line, *there[:2])
         if there:
             found[what] = there[0]
-    unread += [name for name in bare if name in _UNREAD]
+    unread += [name for name in bare if name in _UNREAD and name not in unread]
     if "file" not in found:
         near = next((name for name in bare if name in ("filename", "file_name", "image", "image_path")), None)
         near = near or nearest("path", list(bare))
@@ -272,3 +286,11 @@ def _columns(path: Path, columns: Sequence[str], line: int, unread: list[str]) -
             hint=f"rename {near!r} to `path`" if near else "`path` is the path from the dataset's folder",
         )
     return found
+
+
+def _both(path: Path, line: int, first: str, other: str) -> UserError:
+    return UserError(
+        f"the manifest has the columns {first!r} and {other!r}",
+        where=f"{path}:{line}",
+        hint="leave one of them",
+    )

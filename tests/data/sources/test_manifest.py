@@ -211,3 +211,58 @@ def test_of_several_captions_each_is_drawn_and_the_index_keeps_them(folder: Path
     for step in range(30):
         blocks().load(step, 0)
     assert encoded == first
+
+
+def _told(folder: Path, *lines: str) -> Mapping[str, Any]:
+    table = folder / "told.jsonl"
+    table.write_text("\n".join(lines))
+    source = DataSource(path=folder, manifest=table)
+    return captions_of(source, "photos", list_images(source, "photos").files).notes
+
+
+def test_a_later_line_may_have_what_the_first_one_lacks(folder: Path) -> None:
+    said = _told(folder, '{"path": "a.jpg"}', '{"path": "sub/b", "caption": "a garden", "label": "garden"}')
+    assert said == {"a.jpg": (None, None), "sub/b": ("a garden", "garden")}
+
+
+def test_whole_numbers_keep_their_figures_and_what_is_not_there_is_no_label(folder: Path) -> None:
+    said = _told(
+        folder,
+        '{"path": "a.jpg", "label": 1234567.0}',
+        '{"path": "sub/b", "label": 1234568.0}',
+        '{"path": "sub/c.bin", "label": NaN}',
+    )
+    assert [label for _, label in said.values()] == ["1234567", "1234568", None]
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("[" * 100_000, "line 1 of the manifest cannot be read"),
+        (r'{"path": "a.jpg", "caption": "\ud800"}', "half a character"),
+        ('{"path": "a.jpg", " Path": "sub/b"}', "the columns 'path' and ' Path'"),
+    ],
+    ids=["deep", "surrogate", "twice"],
+)
+def test_hostile_lines_are_one_message(folder: Path, line: str, what: str) -> None:
+    with pytest.raises(UserError, match=what) as error:
+        _told(folder, line)
+    assert error.value.where == f"{folder / 'told.jsonl'}:1"
+
+
+def test_two_columns_of_one_name_are_one_message(folder: Path) -> None:
+    table = folder / "twice.parquet"
+    pq.write_table(pa.table([pa.array(["a.jpg"]), pa.array(["sub/b"])], names=["path", "path"]), table)
+    with pytest.raises(UserError, match="the columns 'path' and 'path'"):
+        list_images(DataSource(path=folder, manifest=table), "photos")
+
+
+def test_names_that_no_file_can_have_are_left_out_once(folder: Path) -> None:
+    table = folder / "m.jsonl"
+    table.write_text('{"path": "\\ud800.jpg"}\n{"path": "\\udc80.jpg"}\n{"path": "a.jpg"}\n')
+    listing = list_images(DataSource(path=folder, manifest=table), "photos")
+    assert listing.files == ("a.jpg",)
+    assert [(item.path, item.reason) for item in listing.left_out] == [
+        ("\\xed\\xa0\\x80.jpg", "its name is not UTF-8"),
+        ("\\x80.jpg", "its name is not UTF-8"),
+    ]
