@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -323,6 +324,21 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def text_of(value: object) -> str | None:
+    """A caption or label of JSON or Parquet as a text: of a list its first; None where there is none.
+
+    Half a character becomes a question mark, as no file of ours can hold it.
+    """
+    if isinstance(value, (list, tuple)):
+        return next((text for one in value if not isinstance(one, list) and (text := text_of(one))), None)
+    if isinstance(value, float):
+        # Tables write whole numbers as 7.0 where some rows have none.
+        value = "" if math.isnan(value) else int(value) if value.is_integer() else value
+    if not isinstance(value, (str, int, float)):
+        return None
+    return str(value).encode("utf-8", "replace").decode().strip() or None
 
 
 def _bare(name: str) -> str:

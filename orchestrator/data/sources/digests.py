@@ -51,6 +51,11 @@ class Look(NamedTuple):
     mtime: int
     ctime: int
 
+    @property
+    def fits(self) -> bool:
+        """Whether a database can hold it: nanoseconds in 64 bits end in the year 2262, file systems later."""
+        return max(map(abs, self)) < 2**63
+
 
 class _Entry(NamedTuple):
     """What was remembered: when hashing began, and what came out (32 bytes)."""
@@ -62,6 +67,11 @@ class _Entry(NamedTuple):
     def holds(self, look: Look) -> bool:
         """Whether a file that looks like that has this digest."""
         return self.look == look and is_settled(look, self.hashed)
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether the file did not change while it was read, and has times that a database can hold."""
+        return self.look.size >= 0 and self.look.fits
 
 
 def is_settled(look: Look, read: int) -> bool:
@@ -113,7 +123,7 @@ def digests(
         found[number] = entry.digest
     if not stop.is_set():
         gone = set(known).difference(files) if len(known) > 2 * len(files) + _SPARE else set()
-        _save(place, {files[number]: entry for number, entry in fresh.items() if entry.look.size >= 0}, gone)
+        _save(place, {files[number]: entry for number, entry in fresh.items() if entry.can_be_kept}, gone)
     return [digest.hex() if digest is not None else None for digest in found]
 
 

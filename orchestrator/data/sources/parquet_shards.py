@@ -13,6 +13,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.data.sources.captions import text_of
 from orchestrator.data.sources.remote import is_remote, open_object
 from orchestrator.errors import first_line
 from orchestrator.fsio import NotAFileError, open_regular
@@ -72,10 +73,10 @@ def rows(path: Path) -> list[Row]:
                     top, _, inner = names.partition(".")
                     cells[names] = [(cell or {}).get(inner) for cell in cells.get(top, [None] * count)]
                 for row in range(count):
-                    name = cells[names][row] if names is not None else None
+                    name = _plain(cells[names][row]) if names is not None else None
                     known = _said(cells[label][row], classes) if label is not None else None
                     text = _said(cells[caption][row], ()) if caption is not None else None
-                    found.append((str(name or f"row {len(found)}"), group, row, text, known))
+                    found.append((name or f"row {len(found)}", group, row, text, known))
     except (pa.ArrowException, KeyError) as error:
         raise ValueError(first_line(error)) from error
     return found
@@ -172,15 +173,24 @@ def _names(schema: pa.Schema, column: str) -> str | None:
     return next((name for name in _NAMES if name in schema.names), None)
 
 
-def _text(schema: pa.Schema, names: tuple[str, ...]) -> str | None:
-    """The first column of texts or whole numbers among `names`."""
-    import pyarrow as pa
+def _plain(name: object) -> str:
+    """A picture's name in a file, for its path; empty where it is none: what leads elsewhere, or no terminal takes."""
+    text = str(name) if isinstance(name, (str, int)) else ""
+    return text if text.isprintable() and not text.startswith("/") and ".." not in text.split("/") else ""
 
+
+def _text(schema: pa.Schema, names: tuple[str, ...]) -> str | None:
+    """The first column of texts, of lists of texts, or of numbers among `names`."""
+    from pyarrow import types
+
+    told = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
     for name in names:
-        kind = schema.field(name).type if name in schema.names else None
-        if kind is not None and (
-            pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
-        ):
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+            kind = kind.value_type
+        if any(is_one(kind) for is_one in told):
             return name
     return None
 
@@ -197,4 +207,4 @@ def _classes(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
 def _said(value: Any, classes: tuple[str, ...]) -> str | None:
     if isinstance(value, int) and 0 <= value < len(classes):
         return classes[value]
-    return None if value is None or not str(value).strip() else str(value).strip()
+    return text_of(value)

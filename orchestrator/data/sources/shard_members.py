@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # Bytes of a picture in a shard in a bucket that one request asks for.
 _MOST_AT_ONCE = 16 << 20
-_MEMBER = re.compile(r"(.+\.(?:tar|parquet))::(\d{1,18}):(\d{1,18})::.+", re.DOTALL | re.IGNORECASE)
+# The first place counts: what follows it is a name, whatever that looks like.
+_MEMBER = re.compile(r"(.+?\.(?:tar|parquet))::(\d{1,18}):(\d{1,18})::.+", re.DOTALL | re.IGNORECASE)
 
 
 def member_path(shard: str, offset: int, length: int, member: str) -> str:

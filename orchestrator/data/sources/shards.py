@@ -11,13 +11,14 @@ import json
 import sqlite3
 import tarfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import IO, cast
 
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources import parquet_shards
-from orchestrator.data.sources.captions import Captions, Note
+from orchestrator.data.sources.captions import Captions, Note, text_of
 from orchestrator.data.sources.digests import Look, is_settled, look_of, remembered, set_aside
 from orchestrator.data.sources.remote import HEADER_BYTES, is_remote, open_object
 from orchestrator.data.sources.shard_members import member_path
@@ -29,6 +30,10 @@ ENDINGS = {"tar": frozenset({".tar"}), "parquet": parquet_shards.ENDINGS}
 _CAPTION, _LABEL, _BOTH = ("txt", "caption"), ("cls", "label"), ("json",)
 # A text beside a picture that is larger is no caption.
 _LONGEST_TEXT = 1 << 20
+# Names, owners and times of a member; and where a second archive would begin behind the end of the first.
+_LONGEST_HEADER = 4 << 20
+_LOOKED_AFTER = 64 << 10
+_CUT = "the shard is cut off or damaged: what follows is not read"
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class TarShard:
 
     Attributes:
         pictures: member, offset, length, caption and label of each, in the shard's order.
-        left_out: member, reason and kind of the reason of everything else but captions and labels.
+        left_out: member, reason and kind of the reason of everything else but captions and labels. Without a member it
+            is said of the shard.
     """
 
     pictures: tuple[tuple[str, int, int, str | None, str | None], ...] = ()
@@ -98,8 +104,9 @@ def contents(
             else:
                 began = time.time_ns()
                 found = _read(root / shard, look.size, wanted)
-                fresh[place] = look, began, found
-        except (OSError, tarfile.TarError, ValueError, EOFError) as error:
+                if look.fits:
+                    fresh[place] = look, began, found
+        except (OSError, tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
             reason = why(error) if isinstance(error, OSError) else shortened(first_line(error), 200)
             left_out.append((shard, f"no shard that can be read: {reason}", accounts.DAMAGED))
             continue
@@ -108,7 +115,10 @@ def contents(
             files.append(path)
             if caption is not None or label is not None:
                 notes[path] = caption, label
-        left_out += [(f"{shard}/{member}", reason, kind) for member, reason, kind in found.left_out]
+        left_out += [
+            (f"{shard}/{member}" if member else shard, reason, kind)
+            for member, reason, kind in found.left_out
+        ]
     _save(fresh)
     return Contents(tuple(sorted(files)), tuple(left_out), Captions(notes))
 
@@ -124,33 +134,77 @@ def _read(path: Path, size: int, endings: frozenset[str]) -> TarShard:
     if path.suffix.lower() in parquet_shards.ENDINGS:
         return TarShard(tuple(parquet_shards.rows(path)))
     # Only without compression are pictures where an offset says.
-    with _opened(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            name = PurePosixPath(member.name)
-            key, _, ending = name.name.partition(".")
-            sample = str(name.with_name(key)) if key else str(name)
-            if member.isdir():
-                continue
-            if reason := _reason(member, size):
-                left_out.append((member.name, *reason))
-            elif f".{ending.rpartition('.')[2].lower()}" in endings:
-                pictures.append((member.name, member.offset_data, member.size, sample))
-            elif ending.lower() in (*_CAPTION, *_LABEL, *_BOTH) and member.size <= _LONGEST_TEXT:
-                content = tar.extractfile(member)
-                assert content is not None
-                texts.setdefault(sample, {})[ending.lower()] = content.read().decode("utf-8", "replace")
-            else:
-                written = f".{ending.rpartition('.')[2]}" if ending else ""
-                other = (
-                    accounts.OTHER_DATA if written.lower() in accounts.BESIDE_PICTURES else accounts.ENDING
-                )
-                left_out.append(
-                    (member.name, accounts.ENDS_IN + written if written else accounts.NO_ENDING, other)
-                )
+    with _opened(path) as opened:
+        file = _Headers(opened)
+        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:") as tar:
+            for member in _members(tar, size):
+                name = PurePosixPath(member.name)
+                key, _, ending = name.name.partition(".")
+                sample = str(name.with_name(key)) if key else str(name)
+                if member.isdir():
+                    continue
+                if reason := _reason(member, size):
+                    left_out.append((member.name, *reason))
+                elif f".{ending.rpartition('.')[2].lower()}" in endings:
+                    pictures.append((member.name, member.offset_data, member.size, sample))
+                elif ending.lower() in (*_CAPTION, *_LABEL, *_BOTH) and member.size <= _LONGEST_TEXT:
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    texts.setdefault(sample, {})[ending.lower()] = content.read().decode("utf-8", "replace")
+                else:
+                    left_out.append((member.name, *_of_no_picture(ending)))
+            if reason := _after(file, tar.offset, size):
+                left_out.append(("", *reason))
     rows = [
         (member, offset, length, *_said(texts.get(sample, {}))) for member, offset, length, sample in pictures
     ]
     return TarShard(tuple(rows), tuple(left_out))
+
+
+class _Headers:
+    """A shard as a file whose headers are read: what a header says of its own length is not believed."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise ValueError(f"a header says that it has {size:,} bytes")
+        return self._file.read(size)
+
+
+def _members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members up to the end, or to where the shard is cut off or leads back."""
+    member = None
+    try:
+        for member in tar:
+            yield member
+            if member.size < 0 or tar.offset > size:
+                return
+    except tarfile.ReadError:
+        # Of a shard that is none at all.
+        if member is None:
+            raise
+
+
+def _after(file: _Headers, offset: int, size: int) -> tuple[str, str] | None:
+    """What is wrong with what follows the last member, and the kind of that: it should be zeros."""
+    if not 0 <= offset < size:
+        return _CUT, accounts.DAMAGED
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        return _CUT, accounts.DAMAGED
+    if any(file.read(_LOOKED_AFTER)):
+        return "something follows the end of the shard, and is not read", accounts.DAMAGED
+    return None
+
+
+def _of_no_picture(ending: str) -> tuple[str, str]:
+    written = f".{ending.rpartition('.')[2]}" if ending else ""
+    kind = accounts.OTHER_DATA if written.lower() in accounts.BESIDE_PICTURES else accounts.ENDING
+    return accounts.ENDS_IN + written if written else accounts.NO_ENDING, kind
 
 
 def _opened(path: Path) -> io.BufferedReader:
@@ -170,7 +224,7 @@ def _reason(member: tarfile.TarInfo, size: int) -> tuple[str, str] | None:
         return "its name is not UTF-8", accounts.ACCESS
     if PurePosixPath(member.name).name.startswith("."):
         return "hidden", accounts.HIDDEN
-    if member.offset_data + member.size > size:
+    if member.size < 0 or member.offset_data + member.size > size:
         return "the shard ends before it", accounts.DAMAGED
     if member.issparse():
         return "a sparse file in a shard", accounts.NOT_A_PICTURE
@@ -181,13 +235,13 @@ def _said(texts: dict[str, str]) -> Note:
     """Caption and label by the texts beside a picture: of its own files, or else of its JSON."""
     try:
         told = json.loads(texts.get("json", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         told = {}
     told = told if isinstance(told, dict) else {}
 
     def one(own: Sequence[str], *keys: str) -> str | None:
         found = [texts[name] for name in own if name in texts]
-        found += [str(told[key]) for key in keys if isinstance(told.get(key), (str, int))]
+        found += [text for key in keys if (text := text_of(told.get(key)))]
         return next((text.strip() for text in found if text.strip()), None)
 
     return one(_CAPTION, "caption", "text"), one(_LABEL, "label", "cls", "class")

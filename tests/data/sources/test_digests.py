@@ -202,3 +202,11 @@ def test_the_fingerprint_is_what_it_always_was(folder: Path, soon: Callable[[], 
     whole.update(b"captions=None")
     for _ in range(2):
         assert fingerprint(DataSource(path=folder)) == whole.hexdigest()
+
+
+def test_a_file_of_a_far_century_is_hashed_and_not_remembered(folder: Path, opened: list[str]) -> None:
+    far = 2**63 + 10**12
+    os.utime(folder / "a.jpg", ns=(far, far))
+    first = fingerprint(DataSource(path=folder))
+    assert fingerprint(DataSource(path=folder)) == first
+    assert opened.count("a.jpg") == 2

@@ -131,3 +131,32 @@ def test_in_a_bucket_only_what_is_asked_for_is_read(s3: S3Server, s3_uri: str, t
     assert [photo.sha256 for photo in scan(source, "x", listing)] == [
         photo.sha256 for photo in scan(DataSource(path=tmp_path, shards="parquet"), "x")
     ]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("captions", [["a leaf", "an oak"], None], [("a leaf", None), (None, None)]),
+        ("label", [1234567.0, None], [(None, "1234567"), (None, None)]),
+        ("label", [True, False], [(None, "True"), (None, "False")]),
+    ],
+)
+def test_texts_are_taken_from_lists_and_numbers_too(
+    tmp_path: Path, column: str, values: list[Any], said: list[tuple[str | None, str | None]]
+) -> None:
+    pq.write_table(pa.table({"image": [_jpeg(0), _jpeg(1)], column: values}), tmp_path / "a.parquet")
+    photos = scan(DataSource(path=tmp_path, shards="parquet"), "x")
+    assert [(photo.caption, photo.label) for photo in photos] == said
+
+
+@pytest.mark.parametrize("name", ["../../x.jpg", "/etc/passwd", "a\nb.jpg", "a\0.jpg", ""])
+def test_names_that_lead_elsewhere_are_not_kept(tmp_path: Path, name: str) -> None:
+    pq.write_table(pa.table({"image": [_jpeg(0)], "path": [name]}), tmp_path / "a.parquet")
+    (photo,) = scan(DataSource(path=tmp_path, shards="parquet"), "x")
+    assert (photo.path, photo.error) == ("a.parquet::0:0::row 0", None)
+
+
+def test_a_name_may_look_like_a_place_in_a_shard(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [_jpeg(0)], "path": ["b.parquet::7:7::x.jpg"]}), tmp_path / "a.parquet")
+    (photo,) = scan(DataSource(path=tmp_path, shards="parquet"), "x")
+    assert photo.error is None

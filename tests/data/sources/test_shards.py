@@ -199,3 +199,99 @@ def test_mistakes(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images"):
         list_images(DataSource(path=tmp_path / "empty", shards="tar"), "x")
+
+
+def _member(name: str, data: bytes, kind: bytes = tarfile.REGTYPE, **pax: str) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.pax_headers = len(data), kind, pax
+    return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _long(kind: bytes, size: int) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+END = bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _taken(root: Path, shard: bytes) -> tuple[list[str], list[str]]:
+    """Names of pictures in a shard, and reasons; beside it is a shard of one picture."""
+    root.mkdir(exist_ok=True)
+    (root / "z.tar").write_bytes(_member("z.jpg", _jpeg(1)) + END)
+    (root / "a.tar").write_bytes(shard)
+    source = DataSource(path=root, shards="tar")
+    listing = list_images(source, "x")
+    assert len(fingerprint(source, "x", listing)) == 64
+    assert not any(photo.error for photo in scan(source, "x", listing))
+    names = [file.partition("::")[2].partition("::")[2] for file in listing.files]
+    return names, [item.reason for item in listing.left_out]
+
+
+@pytest.mark.parametrize("where", ["in a header", "in a picture", "before the end"])
+def test_a_shard_that_was_cut_off_keeps_its_pictures_and_is_told(tmp_path: Path, where: str) -> None:
+    whole = _member("0.jpg", _jpeg(0))
+    more = {"in a header": 100, "in a picture": 700, "before the end": 0}[where]
+    names, reasons = _taken(tmp_path / "cut", whole + _member("1.jpg", _jpeg(1))[:more])
+    assert names == ["0.jpg", "z.jpg"]
+    assert "the shard is cut off or damaged: what follows is not read" in reasons
+
+
+def test_what_follows_the_end_of_a_shard_is_told(tmp_path: Path) -> None:
+    one = _member("0.jpg", _jpeg(0)) + END
+    assert _taken(tmp_path / "twice", one + one) == (
+        ["0.jpg", "z.jpg"],
+        ["something follows the end of the shard, and is not read"],
+    )
+    assert _taken(tmp_path / "padded", one + bytes(10240)) == (["0.jpg", "z.jpg"], [])
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        _long(tarfile.XHDTYPE, 10 << 30),
+        _long(tarfile.GNUTYPE_LONGNAME, 2**60),
+        _long(tarfile.GNUTYPE_LONGNAME, 2**66),
+        _long(tarfile.REGTYPE, 2**60),
+        _member("back.jpg", b"", size="-1536"),
+        _member("back.jpg", b"", a="b")[:1024] * 2000,
+    ],
+    ids=[
+        "10 GiB of names",
+        "an exbibyte",
+        "more than 64 bits",
+        "a large member",
+        "leads back",
+        "names of names",
+    ],
+)
+def test_headers_that_lie_cost_their_shard_at_most(tmp_path: Path, hostile: bytes) -> None:
+    names, reasons = _taken(tmp_path / "lies", _member("0.jpg", _jpeg(0)) + hostile + END)
+    assert names in (["0.jpg", "z.jpg"], ["z.jpg"])
+    assert reasons
+
+
+def test_a_member_may_be_called_like_a_place_in_a_shard(tmp_path: Path) -> None:
+    name = "x.tar::0:10::y.jpg"
+    assert _taken(tmp_path / "named", _member(name, _jpeg(0)) + END) == ([name, "z.jpg"], [])
+    assert shard_of(member_path("a.tar", 512, 20, name)) == "a.tar"
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("[" * 100_000, (None, None)),
+        (r'{"caption": "a\ud800", "label": "\udc80"}', ("a?", "?")),
+        ('{"caption": ["", "a leaf", "an oak"], "label": 3.0}', ("a leaf", "3")),
+        ('{"caption": {"en": "a leaf"}, "label": NaN}', (None, None)),
+    ],
+    ids=["deep", "half characters", "lists and floats", "neither"],
+)
+def test_texts_of_json_are_texts_or_nothing(
+    tmp_path: Path, told: str, said: tuple[str | None, str | None]
+) -> None:
+    (tmp_path / "a.tar").write_bytes(_member("0.jpg", _jpeg(0)) + _member("0.json", told.encode()) + END)
+    source = DataSource(path=tmp_path, shards="tar")
+    files = list_images(source, "x").files
+    assert captions_of(source, "x", files).notes.get(files[0], (None, None)) == said
