@@ -7,6 +7,7 @@ for image_HWC, target_HW in pictures.squares(splits.train, size=224, check=check
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from orchestrator.config.dense import DepthData, MaskData, PairData
 from orchestrator.config.schema import MAX_PIXELS
@@ -23,7 +24,7 @@ from orchestrator.data.decode import UnreadableImage, read_header, read_rgb, squ
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.splits import Splits
 from orchestrator.errors import UserError
-from orchestrator.fsio import sha256_of
+from orchestrator.fsio import open_regular, sha256_of
 
 Pixels = NDArray[np.uint8]
 Target = NDArray[np.float32] | NDArray[np.int64]
@@ -32,6 +33,13 @@ _AHEAD = 4
 # Of one depth map: its median in metres is between these, whatever it shows.
 _NEAREST, _FARTHEST = 0.05, 500.0
 _SAMPLED = 8
+# One bit, grey, palette, and 16 or 32 bits.
+_FEW_BITS = ("1", "L", "P")
+_MODES = (*_FEW_BITS, "I", "I;16", "I;16B")
+# What a file holds decides, and no other decoder sees it: some of Pillow's start programs.
+_PNG, _VIEWS = ("PNG",), ("PPM", "PNG", "JPEG")
+# Nine numbers take less.
+_MOST_OF_MATRIX = 1 << 16
 # Numbers that are one metre: of most depth cameras, of KITTI, and of TUM's RGB-D sets.
 _SCALES = (1000, 256, 5000)
 
@@ -122,7 +130,7 @@ class DensePictures:
 
     def target(self, row: int) -> Target:
         """The target of a picture alone, at full size, see :meth:`squares`; raises UserError if it cannot be read."""
-        values = _numbers(self._data.path / self._pairs[row][1])
+        values = self._numbers(self._data.path / self._pairs[row][1])
         if isinstance(self._data, MaskData):
             classes = values.astype(np.int64)
             return np.where(classes == self._data.ignored, -1, classes)
@@ -131,14 +139,45 @@ class DensePictures:
 
     def _check_sizes(self, row: int) -> None:
         image, target = (self._data.path / part for part in self._pairs[row])
-        sizes = _header(image), _target_size(target)
+        sizes = _header(image), self._target_size(target)
         # A photo may be stored on its side: `read` compares what is seen.
         if sorted(sizes[0]) != sorted(sizes[1]):
             raise _other_size(image, target, *sizes)
 
+    def _target_size(self, path: Path) -> tuple[int, int]:
+        """Width and height of a target; raises UserError for what is no PNG of one number for each pixel."""
+        try:
+            with Image.open(path, formats=_PNG) as image:
+                size, mode = image.size, image.mode
+        except UnidentifiedImageError as error:
+            raise _unreadable(path, "it is no PNG") from error
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise _unreadable(path, str(error)) from error
+        if isinstance(self._data, DepthData) and mode in _FEW_BITS:
+            raise UserError(
+                f"the depth map is a picture of mode {mode}, whose pixels have 8 bits or fewer",
+                where=str(path),
+                hint="save depth as a PNG of 16 bits in greys, not as it is coloured or brightened for the eye",
+            )
+        if mode not in _MODES:
+            raise UserError(
+                f"the target is a picture of mode {mode}, not of one number for each pixel",
+                where=str(path),
+                hint="save it as a PNG in greys or with a palette, whose values are the numbers",
+            )
+        return size
+
+    def _numbers(self, path: Path) -> NDArray[np.int64]:
+        _check_pixels(path, self._target_size(path))
+        try:
+            with Image.open(path, formats=_PNG) as image:
+                return np.asarray(image).astype(np.int64)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise _unreadable(path, str(error)) from error
+
     def _check_units(self, row: int, data: DepthData) -> None:
         path = data.path / self._pairs[row][1]
-        values = _numbers(path)
+        values = self._numbers(path)
         there = values[values > 0]
         if not len(there):
             return
@@ -171,14 +210,15 @@ def read_pair(data: PairData, pair: tuple[str, str, str]) -> tuple[Pixels, Pixel
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 # HPatches has PPM files, which our own reader of photos does not take.
-                with Image.open(data.path / name) as image:
+                with Image.open(data.path / name, formats=_VIEWS) as image:
                     _check_pixels(data.path / name, image.size)
                     views.append(np.asarray(image.convert("RGB")))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as error:
             raise _unreadable(data.path / name, str(error)) from error
     path = data.path / pair[2]
     try:
-        matrix = np.loadtxt(path, dtype=np.float64, max_rows=4)
+        with open_regular(path) as file:
+            matrix = np.loadtxt(io.BytesIO(file.read(_MOST_OF_MATRIX)), dtype=np.float64, max_rows=4)
     except (OSError, ValueError) as error:
         raise UserError(f"the homography cannot be read: {error}", where=str(path), hint=_MATRIX) from error
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-12:
@@ -208,33 +248,6 @@ def _header(path: Path) -> tuple[int, int]:
     except UnreadableImage as error:
         raise _unreadable(path, error.reason) from error
     return header.width, header.height
-
-
-def _target_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            if image.mode not in _MODES:
-                raise UserError(
-                    f"the target is a picture of mode {image.mode}, not of one number for each pixel",
-                    where=str(path),
-                    hint="save it as a PNG in greys or with a palette, whose values are the numbers",
-                )
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, str(error)) from error
-
-
-# One bit, grey, palette, and 16 or 32 bits.
-_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
-
-
-def _numbers(path: Path) -> NDArray[np.int64]:
-    _check_pixels(path, _target_size(path))
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image).astype(np.int64)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, str(error)) from error
 
 
 def _check_pixels(path: Path, size: tuple[int, int]) -> None:

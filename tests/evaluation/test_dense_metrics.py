@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -411,3 +412,65 @@ def test_views_are_read_whole(tmp_path: Path) -> None:
     first, other, matrix = read_pair(data, data.pairs()[0])
     assert first.shape == other.shape == (96, 128, 3)
     assert matrix.shape == (3, 3)
+
+
+# --- what says nothing, or is not what it is called ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_masks_of_a_split_of_which_nothing_counts_are_one_message(tmp_path: Path, name: str) -> None:
+    metric = LinearSegmentation(use="linear_segmentation", data=masks(tmp_path))
+    splits = metric._open(model()).splits
+    pairs = metric.data.pairs()
+    for row in splits[name]:
+        path = tmp_path / pairs[int(row)][1]
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    again = LinearSegmentation(use="linear_segmentation", data=metric.data)
+    with pytest.raises(UserError, match=rf"no pixel of the \d+ masks of {name} counts"):
+        again.measure(model())
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_a_split_without_depth_is_one_message(tmp_path: Path, name: str) -> None:
+    metric = LinearDepth(use="linear_depth", data=depth_set(tmp_path))
+    _, splits = metric._open(model())
+    pairs = metric.data.pairs()
+    for row in splits[name]:
+        path = tmp_path / pairs[int(row)][1]
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    for ask in (metric.measure, *([] if name == "validation" else [metric.floor])):
+        with pytest.raises(UserError, match=f"no picture of {name} has depth that counts"):
+            ask(model())
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_depth_of_8_bits_is_no_depth(tmp_path: Path, mode: str) -> None:
+    data = depth_set(tmp_path)
+    Image.fromarray(np.arange(36 * 48, dtype=np.uint8).reshape(36, 48)).convert(mode).save(
+        tmp_path / "depth" / "3.png"
+    )
+    with pytest.raises(
+        UserError, match=f"a picture of mode {mode}, whose pixels have 8 bits or fewer"
+    ) as caught:
+        DensePictures(data).check()
+    assert caught.value.where == str(tmp_path / "depth" / "3.png")
+
+
+def test_only_what_is_a_png_is_read_as_a_target_and_only_files_as_homographies(
+    tmp_path: Path,
+) -> None:
+    """Pillow starts a program for some formats, and a pipe holds up whoever reads it."""
+    postscript = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 52 40\n%%ImageData: 52 40 8 1 0 1 1 "x"\n%%EndComments\n'
+    data = masks(tmp_path / "masks")
+    (tmp_path / "masks" / data.pairs()[0][1]).write_bytes(postscript)
+    with pytest.raises(UserError, match="it is no PNG"):
+        DensePictures(data).check()
+    views = planes(tmp_path / "planes")
+    first, other, matrix = views.pairs()[0]
+    (tmp_path / "planes" / matrix).unlink()
+    os.mkfifo(tmp_path / "planes" / matrix)
+    with pytest.raises(UserError, match="the homography cannot be read: not a regular file"):
+        read_pair(views, (first, other, matrix))
+    (tmp_path / "planes" / first).write_bytes(postscript)
+    with pytest.raises(UserError, match="a file of the data set cannot be read"):
+        read_pair(views, (first, other, matrix))

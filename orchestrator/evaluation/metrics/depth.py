@@ -76,11 +76,7 @@ class LinearDepth(Metric):
             sums.add(x[np.isfinite(y)], y[np.isfinite(y)])
         assert sums is not None, "no split is empty"
         if not sums.count:
-            raise UserError(
-                "no training picture has depth that counts",
-                where=str(self.data.path),
-                hint="see `scale` and `max_depth` of the data",
-            )
+            raise self._no_depth("train")
         fits = [sums.ridge(decay) for decay in self.decay]
         on_validation = self._parts(features, size, "validation", fits)
         errors = [float(_rmse(parts.sum(axis=0, keepdims=True))[0]) for parts in on_validation]
@@ -110,12 +106,18 @@ class LinearDepth(Metric):
                 total + float(depth[depth > 0].sum(dtype=np.float64)),
                 count + float((depth > 0).sum()),
             )
-        mean = total / max(count, 1)
-        parts = [
-            depth_parts(np.full(depth.shape, max(mean, _NEAREST)), depth)
-            for _, depth in pictures.squares(splits.test, 8, features.check)
-        ]
-        return "mean depth", _figures(np.stack(parts), features.seed, f"always {mean:.3g} m")
+        if not count:
+            raise self._no_depth("train")
+        mean = total / count
+        parts = np.stack(
+            [
+                depth_parts(np.full(depth.shape, max(mean, _NEAREST)), depth)
+                for _, depth in pictures.squares(splits.test, 8, features.check)
+            ]
+        )
+        if not parts[:, -1].any():
+            raise self._no_depth("test")
+        return "mean depth", _figures(parts, features.seed, f"always {mean:.3g} m")
 
     def _open(self, features: Features) -> tuple[DensePictures, Splits]:
         if self._opened is None:
@@ -140,7 +142,16 @@ class LinearDepth(Metric):
                 found[at].append(depth_parts(guess, depth))
                 if at == 0 and len(self._shown) < _PICTURES:
                     self._shown.append((depth, guess))
+        if not any(parts[-1] for parts in found[0]):
+            raise self._no_depth(split)
         return [np.stack(parts) for parts in found]
+
+    def _no_depth(self, split: str) -> UserError:
+        return UserError(
+            f"no picture of {split} has depth that counts",
+            where=str(self.data.path),
+            hint="see `scale` and `max_depth` of the data, or split the pictures otherwise",
+        )
 
 
 @dataclass(frozen=True)

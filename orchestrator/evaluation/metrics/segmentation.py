@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
 from orchestrator.config.dense import MaskData
+from orchestrator.config.split import SPLITS
 from orchestrator.data.dense import DensePictures
 from orchestrator.data.rng import generator
 from orchestrator.data.splits import Splits
@@ -149,7 +150,13 @@ class LinearSegmentation(Metric):
                     where=where,
                     hint=f"masks hold the number of a class in each pixel; {self.data.ignored} does not count",
                 )
-            for name in ("validation", "test"):
+            for name in SPLITS[1:]:
+                if not counts[name]:
+                    raise UserError(
+                        f"no pixel of the {len(splits[name]):,} masks of {name} counts",
+                        where=where,
+                        hint=f"{self.data.ignored} does not count: see `ignore`, or split the pictures otherwise",
+                    )
                 if unseen := sorted(set(counts[name]) - set(learned)):
                     raise UserError(
                         f"masks of {name} have classes that those of train lack: "
