@@ -32,6 +32,7 @@ from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.data.sources.captions import captions_path, read_column
 from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.fsio import why
 
 Ids = NDArray[np.int64]
 
@@ -367,7 +368,15 @@ def _by_component(index: ImageIndex, split: Split, where: str) -> _Placed:
 
 
 def _by_folder(index: ImageIndex, split: Split, known: _Known, where: str) -> _Placed:
-    wanted = {folder.strip("/"): name for name in SPLITS for folder in split[name]}
+    wanted: dict[str, SplitName] = {}
+    for name in SPLITS:
+        for folder in split[name]:
+            if wanted.setdefault(folder.strip("/"), name) != name:
+                raise UserError(
+                    f"the folder {folder!r} is in {wanted[folder.strip('/')]} and in {name}",
+                    where=f"{where}.{name}",
+                    hint="name it in one of them",
+                )
     there = known.names or {f"{index[row].source}/{index[row].path}" for row in range(len(index))}
     folders = {str(parent) for name in there for parent in PurePosixPath(name).parents}
     folders |= {folder.partition("/")[2] for folder in folders}
@@ -409,12 +418,15 @@ def _lists(split: Split, where: str) -> Iterable[tuple[str, str, SplitName]]:
     for name in SPLITS:
         for path in split[name]:
             try:
-                lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+                # Names may have what only some take for the end of a line, such as U+2028.
+                lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
-                    f"the list {path} cannot be read: {error}",
+                    f"the list {path} cannot be read: {why(error) if isinstance(error, OSError) else error}",
                     where=f"{where}.{name}",
-                    hint="save it as UTF-8",
+                    hint="give the path of a text file, a picture a line"
+                    if isinstance(error, OSError)
+                    else "save it as UTF-8",
                 ) from error
             for number, line in enumerate(lines, 1):
                 if line.strip():

@@ -359,3 +359,26 @@ def test_labels(rows: list[ImageRecord]) -> None:
 def test_what_a_split_cannot_be(config: dict[str, object], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Split.model_validate(config)
+
+
+def test_a_folder_is_in_one_split_however_it_is_written(rows: list[ImageRecord]) -> None:
+    with pytest.raises(UserError, match="the folder 'val/' is in train and in test") as caught:
+        Splits.of(ImageIndex(rows), by_folder(train=["train", "val"], validation=(), test=["test", "val/"]))
+    assert caught.value.where == "split.test"
+
+
+def test_a_list_takes_names_with_ends_of_lines_of_others(
+    folder: Path, rows: list[ImageRecord], tmp_path: Path
+) -> None:
+    odd = "train/a\u2028b\x85c.png"
+    index = ImageIndex([*rows, record(folder, odd, picture(77))])
+    lists = {name: tmp_path / f"{name}.txt" for name in SPLITS}
+    for name, listed in EXPECTED.items():
+        more = [odd] if name == "train" else []
+        lists[name].write_bytes("\r\n".join([*listed, *more, ""]).encode())
+    split = Split.model_validate({"by": "file", **{name: str(path) for name, path in lists.items()}})
+    assert odd in names(index, Splits.of(index, split))["train"]
+    lists["test"].unlink()
+    with pytest.raises(UserError, match=r"test.txt cannot be read: No such file or directory") as caught:
+        Splits.of(index, split)
+    assert caught.value.hint == "give the path of a text file, a picture a line"
