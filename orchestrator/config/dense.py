@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -199,6 +200,29 @@ def paired(root: Path, layout: Layout, what: str) -> list[tuple[str, str]]:
     return [
         (f"{layout.images}/{images[stem]}", f"{layout.targets}/{targets[stem]}") for stem in sorted(images)
     ]
+
+
+def in_key(
+    root: Path, pairs: Sequence[tuple[str, str]], split: Split | None, what: str
+) -> dict[str, tuple[Path, ...]]:
+    """What of a data set is part of a stage's key, as for `Stage.files`: what its files hold, and what splits them.
+
+    Their names are, too, as a field without files: a split by folders or lists goes by them.
+
+    Args:
+        root: the folder of the data set.
+        pairs: of :func:`paired`.
+        split: the field of the data set.
+        what: the field that has its files.
+    """
+    names = hashlib.sha256(
+        "\0".join(part for pair in pairs for part in pair).encode("utf-8", "surrogateescape")
+    )
+    files = {what: tuple(root / part for pair in pairs for part in pair)}
+    by = {
+        f"data.split.{field}": paths for field, paths in (split.files() if split is not None else {}).items()
+    }
+    return {**files, f"{what}.names {names.hexdigest()[:16]}": (), **by}
 
 
 def _by_stem(folder: Path, end: str) -> dict[str, str]:

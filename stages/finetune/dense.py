@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.dense import DepthData, MaskData
+from orchestrator.config.dense import DepthData, MaskData, in_key
 from orchestrator.config.settings import Settings
 from orchestrator.errors import UserError, shortened
 from orchestrator.stages.base import ImageCount
@@ -61,11 +61,7 @@ class _Dense(Settings):
             pairs = data.pairs()
         except UserError:
             return {"data.path": (data.path / "images",)}  # which is then told as missing
-        split = data.split.files() if data.split is not None else {}
-        return {
-            "data.path": tuple(data.path / part for pair in pairs for part in pair),
-            **{f"data.split.{field}": paths for field, paths in split.items()},
-        }
+        return in_key(data.path, pairs, data.split, "data.path")
 
     def check(self) -> None:
         """See `TaskSettings`: targets of another size or in other units."""

@@ -474,3 +474,23 @@ def test_only_what_is_a_png_is_read_as_a_target_and_only_files_as_homographies(
     (tmp_path / "planes" / first).write_bytes(postscript)
     with pytest.raises(UserError, match="a file of the data set cannot be read"):
         read_pair(views, (first, other, matrix))
+
+
+def test_the_key_knows_which_folder_a_picture_is_in(tmp_path: Path) -> None:
+    """Also where all files come in the order that they had before."""
+    for split, numbers in (("training", (0, 1)), ("validation", (2, 3))):
+        for at in numbers:
+            pixels, classes = scene(at)
+            save(tmp_path / "images" / split / f"{at}.png", pixels)
+            save(tmp_path / "annotations" / split / f"{at}.png", classes)
+    metric = LinearSegmentation(use="linear_segmentation", data=MaskData(path=tmp_path, layout="ade20k"))
+
+    def key() -> dict[str, list[bytes]]:
+        return {field: [path.read_bytes() for path in paths] for field, paths in metric.files().items()}
+
+    before = key()
+    assert key() == before
+    for part in ("images", "annotations"):
+        (tmp_path / part / "training/1.png").rename(tmp_path / part / "validation/1.png")
+    assert key()["data"] == before["data"]
+    assert key() != before

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
-from orchestrator.config.dense import DepthData
+from orchestrator.config.dense import DepthData, in_key
 from orchestrator.data.dense import DensePictures, Target
 from orchestrator.data.splits import Splits
 from orchestrator.data.views import Side
@@ -51,15 +51,12 @@ class LinearDepth(Metric):
     _shown: list[tuple[NDArray[Any], NDArray[Any]]] = PrivateAttr(default_factory=list)
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
-        """See :class:`Metric`: pictures and depth maps."""
+        """See :class:`Metric`: pictures and depth maps, with their names."""
         try:
             pairs = self.data.pairs()
         except UserError:
             pairs = []  # `check` says what is missing
-        split = self.data.split.files() if self.data.split else {}
-        return {"data": tuple(self.data.path / part for pair in pairs for part in pair)} | {
-            f"data.split.{field}": paths for field, paths in split.items()
-        }
+        return in_key(self.data.path, pairs, self.data.split, "data")
 
     def check(self) -> None:
         """See :class:`Metric`: pieces that are missing, maps of other sizes, depth in other units."""

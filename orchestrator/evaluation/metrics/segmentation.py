@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
-from orchestrator.config.dense import MaskData
+from orchestrator.config.dense import MaskData, in_key
 from orchestrator.config.split import SPLITS
 from orchestrator.data.dense import DensePictures
 from orchestrator.data.rng import generator
@@ -68,12 +68,8 @@ class LinearSegmentation(Metric):
     _shown: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = PrivateAttr(default_factory=list)
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
-        """See :class:`Metric`: pictures and masks."""
-        found = {"data": tuple(self.data.path / part for pair in _listed(self.data) for part in pair)}
-        return found | {
-            f"data.split.{field}": paths
-            for field, paths in (self.data.split.files() if self.data.split else {}).items()
-        }
+        """See :class:`Metric`: pictures and masks, with their names."""
+        return in_key(self.data.path, _listed(self.data), self.data.split, "data")
 
     def check(self) -> None:
         """See :class:`Metric`: pieces that are missing, and masks of other sizes."""
