@@ -260,8 +260,9 @@ def _chosen(annotation: Any, value: Any) -> Any:
 def _below(annotation: Any, part: str | int) -> Iterable[Any]:
     """The annotations one step below `annotation`, with unions and Annotated unwrapped."""
     if _is_model(annotation):
-        field = annotation.model_fields.get(part) if isinstance(part, str) else None
-        return _members(field.annotation) if field is not None else []
+        # By what users write: `models` of `evaluate` is another name here.
+        fields = (field for name, field in annotation.model_fields.items() if (field.alias or name) == part)
+        return [member for field in fields for member in _members(field.annotation)]
     arguments = get_args(annotation)
     if get_origin(annotation) is dict and len(arguments) == 2:
         return _members(arguments[1])

@@ -21,6 +21,7 @@ from orchestrator.errors import UserError
 from orchestrator.evaluation.metrics.knn import knn_vote
 from orchestrator.models import embed, load_pretrained
 from orchestrator.pipeline.cache_key import key_parts
+from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context, ImageCount, PlanContext
 from orchestrator.stages.common.scores import read_scores
 from orchestrator.stages.evaluate import towers
@@ -280,3 +281,13 @@ def test_features_do_not_keep_the_patches_of_their_batch(given: Context) -> None
 
     assert towers.embed_crops(tower, batches(), lambda: None).shape == (8, 4)
     assert kept[-1] <= 1
+
+
+def test_keys_below_models_from_elsewhere_are_named_in_their_hints(tmp_path: Path) -> None:
+    text = "name: x\nstages:\n  e:\n    kind: evaluate\n    needs: [c]\n    models: {tiny: {KEY: x}}\n"
+    hints = {"tim": "did you mean 'timm'?", "zzz": "models.tiny takes: block, cls_block, from, "}
+    for key, hint in hints.items():
+        (tmp_path / "p.yaml").write_text(text.replace("KEY", key))
+        with pytest.raises(UserError, match=f"unknown key '{key}'") as caught:
+            load(tmp_path / "p.yaml")
+        assert hint in str(caught.value.hint)
