@@ -24,6 +24,7 @@ from orchestrator.pipeline.plan import (
     Fingerprint,
     ResolvedStage,
     StagePlan,
+    in_dataset,
     plan,
     resolve,
 )
@@ -227,6 +228,7 @@ def _count_photos(
             counts[name] = None
             continue
         from orchestrator.data.sources.account import lost_too_many
+        from orchestrator.data.sources.captions import captions_path
         from orchestrator.data.sources.folder import captions_of, list_images
 
         try:
@@ -234,15 +236,17 @@ def _count_photos(
             files = listing.files
         except UserError as error:
             counts[name] = None
-            found.errors.append(
-                UserError(error.what, where=loaded.where("data", name, "path"), hint=error.hint)
-            )
+            # That there is no such table was found when the pipeline file was read.
+            table = source.manifest
+            if table is None or captions_path(table, source.path) is not None:
+                where = in_dataset(loaded, name, error)
+                found.errors.append(UserError(error.what, where=where, hint=error.hint))
             continue
         counts[name] = ImageCount(len(files))
         where = loaded.where("data", name, "max_left_out")
         if too_many := lost_too_many(listing.account(name), source.max_left_out, where):
             found.errors.append(too_many)
-        if source.captions is None and source.manifest is None and source.labels is None:
+        if not (source.captions or source.manifest or source.labels or source.shards):
             continue
         try:
             captions = captions_of(source, name, files)
@@ -255,7 +259,9 @@ def _count_photos(
             continue
         counts[name] = ImageCount(len(files), captions.num_captions, captions.num_labels)
         found.warnings += captions.warnings
-        found.facts.append(_fact(name, len(files), captions))
+        # Shards need not have any.
+        if source.shards is None or captions.notes:
+            found.facts.append(_fact(name, len(files), captions))
     return counts
 
 

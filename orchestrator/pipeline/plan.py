@@ -454,10 +454,17 @@ def _fingerprints(loaded: LoadedPipeline, fingerprint: Fingerprint) -> dict[str,
         try:
             prints[name] = fingerprint(loaded.spec.data[name], name)
         except UserError as error:
-            is_captions = (error.where or "").startswith(f"data.{name}.captions")
-            where = loaded.where("data", name, "captions" if is_captions else "path")
-            raise UserError(error.what, where=where, hint=error.hint) from None
+            raise UserError(error.what, where=in_dataset(loaded, name, error), hint=error.hint) from None
     return prints
+
+
+def in_dataset(loaded: LoadedPipeline, name: str, error: UserError) -> str:
+    """Where a mistake in a dataset is: a line of its manifest, or the key of the pipeline file."""
+    said, manifest = error.where or "", loaded.spec.data[name].manifest
+    if manifest is not None and manifest.name in said:
+        return said
+    key = said.removeprefix(f"data.{name}.")
+    return loaded.where("data", name, key if key in ("captions", "manifest") else "path")
 
 
 def as_recorded(loaded: LoadedPipeline, state: PipelineState) -> list[ResolvedStage]:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -257,6 +258,57 @@ def test_of_missing_captions_nothing_is_said_but_that_they_are_missing(folder: P
     planned = CliRunner().invoke(app, ["plan", "pipeline.yaml"])
     assert (planned.exit_code, "has a caption" in planned.output) == (0, False), planned.output
     assert "captions.csv" in planned.output
+
+
+def test_captions_in_shards_are_counted(folder: Path) -> None:
+    """Else a stage that needs them is refused, though they are there."""
+    (folder / "tars").mkdir()
+    with tarfile.open(folder / "tars" / "a.tar", "w") as tar:
+        for number in range(PHOTOS):
+            tar.add(folder / "photos" / f"{number:02}.jpg", f"{number:02}.jpg")
+            (folder / "text").write_text(f"dish {number}")
+            tar.add(folder / "text", f"{number:02}.txt")
+    found = checked("data.photos={path: tars, shards: tar}")
+    assert told(found.errors) == ""
+    assert found.facts == [("photos: 12 of 12 photos have a caption, 0 a label", True)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ("00.jpg\n../x.jpg\n", ["names '../x.jpg'", "  at   m.csv:3"]),
+        (
+            "sub/00.jpg\n",
+            ["no images in photos", "1 × does not exist", "data.photos.manifest", "from the dataset's"],
+        ),
+    ],
+)
+def test_a_mistake_in_a_manifest_is_where_it_is(folder: Path, rows: str, parts: list[str]) -> None:
+    (folder / "m.csv").write_text("path\n" + rows)
+    said = told(checked("data.photos={path: photos, manifest: m.csv}").errors)
+    assert not [part for part in parts if part not in said], said
+    (folder / "m.csv").unlink()
+    said = told(checked("data.photos={path: photos, manifest: m.csv}").errors)
+    assert said.count("  at   ") == 1, said
+
+
+def test_what_a_manifest_says_of_files_that_are_gone_is_not_counted(folder: Path) -> None:
+    rows = "".join(f"{number:02}.jpg,dish\n" for number in range(PHOTOS + 1))
+    (folder / "m.csv").write_text("path,caption\n" + rows)
+    found = checked("data.photos={path: photos, manifest: m.csv}")
+    assert found.facts == [("photos: 12 of 12 photos have a caption, 0 a label", True)]
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [("", "set `shards: tar`"), (", shards: parquet", "set `shards: tar`"), (", shards: tar", None)],
+)
+def test_a_folder_of_shards_is_known_for_one(folder: Path, data: str, hint: str | None) -> None:
+    (folder / "tars").mkdir()
+    if hint:
+        (folder / "tars" / "a.tar").touch()
+    said = told(checked(f"data.photos={{path: tars{data}}}").errors)
+    assert (hint or "images are in files that end in .tar") in said
 
 
 # --- disk and memory --------------------------------------------------------------------------------------------

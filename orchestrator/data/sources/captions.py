@@ -13,7 +13,7 @@ import math
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
@@ -66,6 +66,15 @@ class Captions:
     def num_labels(self) -> int:
         """Photos with a label."""
         return sum(bool((label or "").strip()) for _, label in self.notes.values())
+
+    def of(self, files: Sequence[str]) -> Captions:
+        """What is said of these photos."""
+        kept = frozenset(files)
+        return replace(
+            self,
+            notes={file: note for file, note in self.notes.items() if file in kept},
+            more={file: texts for file, texts in self.more.items() if file in kept},
+        )
 
 
 def read(path: Path, root: Path, files: Sequence[str]) -> Captions:

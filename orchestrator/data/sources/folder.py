@@ -221,7 +221,9 @@ def list_images(source: DataSource, name: str) -> Listing:
         listing = replace(listing, left_out=kept)
     if not listing.files:
         place = "path" if source.manifest is None else "manifest"
-        raise _no_images(source.path, listing, where=f"data.{name}.{place}")
+        raise _no_images(
+            source.path, listing, where=f"data.{name}.{place}", hint=_what_to_give(source, listing)
+        )
     return listing
 
 
@@ -314,12 +316,27 @@ def list_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Listing:
     return listing
 
 
-def _no_images(folder: Path, listing: Listing, where: str) -> UserError:
+def _no_images(folder: Path, listing: Listing, where: str, hint: str | None = None) -> UserError:
     return UserError(
         f"there are no images in {shown(str(folder))}" + _most_common(listing.left_out),
         where=where,
-        hint=f"image files end in {', '.join(sorted(readable_endings()))}",
+        hint=hint or f"image files end in {', '.join(sorted(readable_endings()))}",
     )
+
+
+def _what_to_give(source: DataSource, listing: Listing) -> str | None:
+    """What to write where a dataset has no images; None where the endings of images say it."""
+    if source.manifest is not None:
+        return "its paths are from the dataset's folder, with forward slashes"
+    there = {_ending(item.path).lower() for item in listing.left_out}
+    other = next(
+        (form for form, endings in shards.ENDINGS.items() if form != source.shards and endings & there), None
+    )
+    if other is not None:
+        return f"if the images are in files that end in .{other}, set `shards: {other}`"
+    if source.shards is not None:
+        return f"with `shards: {source.shards}`, images are in files that end in .{source.shards}"
+    return None
 
 
 def _is_captions(source: DataSource, path: str) -> bool:
@@ -533,7 +550,7 @@ def captions_of(source: DataSource, name: str, files: Sequence[str]) -> Captions
             looks = {item.path: item.look for item in remote.objects(source.path)}
         return shards.contents(source.path, tars, readable_endings(), looks).said
     if source.manifest is not None:
-        said = manifest.read(_manifest_path(source, name), source.path).said
+        said = manifest.read(_manifest_path(source, name), source.path).said.of(files)
     else:
         path = _captions_path(source, name)
         said = Captions({}) if path is None else read_captions(path, source.path, files)
