@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -16,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.data.sources.folder import LeftOut
-from orchestrator.fsio import replacing
+from orchestrator.fsio import open_regular, replacing
 from orchestrator.inference.embeddings import EmbeddedFile, Floats, Made, columns_of, schema_of
 
 _KEY = b"orchestrator.embeddings.part"
+# Parts, and drafts of parts that somebody was killed over: nothing else in the folder is touched.
+_OURS = ("part-*.parquet", ".part-*.parquet.partial-*")
 EVERY_S = 10.0
 """Seconds of work in a part: so much is lost at most by whoever is interrupted."""
 
@@ -44,7 +47,8 @@ class EmbeddedParts:
     """The parts of one file of embeddings, in the folder `.NAME.unfinished` beside it.
 
     Parts of another model, size, folder or listing, or of other batches, are of no use and go. A part that cannot be
-    written is not there: the file is then made in one go.
+    written is not there: the file is then made in one go. A folder that is a link, or that somebody else owns, is
+    neither read nor written: beside a file in a shared folder anybody may put one.
 
     Args:
         out: the file of embeddings that is being made.
@@ -65,14 +69,14 @@ class EmbeddedParts:
     def read(self) -> Iterator[EmbeddedPart]:
         """The parts that are there, from the first file of the folder on and without a gap; the others are removed."""
         kept = []
-        while (part := self._read(path := self._path(self._from))) is not None:
-            self._from = part.seen
+        width: int | None = None
+        while self._is_ours() and (part := self._read(path := self._path(self._from))) is not None:
+            if width not in (None, part.vectors_ND.shape[1]):
+                break
+            width, self._from = part.vectors_ND.shape[1], part.seen
             kept.append(path)
             yield part
-        with contextlib.suppress(OSError):
-            for path in self.folder.iterdir():
-                if path not in kept:
-                    path.unlink()
+        self._clear(kept)
         self._began = time.monotonic()
 
     def add(
@@ -95,7 +99,24 @@ class EmbeddedParts:
 
     def remove(self) -> None:
         """The file is there: its parts go."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._clear(())
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _clear(self, kept: Sequence[Path]) -> None:
+        if not self._is_ours():
+            return
+        with contextlib.suppress(OSError):
+            for path in [path for pattern in _OURS for path in self.folder.glob(pattern)]:
+                if path not in kept:
+                    path.unlink()
+
+    def _is_ours(self) -> bool:
+        try:
+            status = self.folder.lstat()
+        except OSError:
+            return False
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
     def _path(self, first: int) -> Path:
         return self.folder / f"part-{first:010d}.parquet"
@@ -108,25 +129,31 @@ class EmbeddedParts:
             "unreadable": [[item.path, item.reason] for item in self._unreadable],
         }
         schema = schema_of(vectors_ND.shape[1]).with_metadata({_KEY: json.dumps(record).encode()})
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(mode=0o755, exist_ok=True)
+        if not self._is_ours():
+            return
         with replacing(self._path(self._from)) as draft:
             pq.write_table(pa.table(columns_of(self._files, vectors_ND, schema), schema=schema), draft)
 
     def _read(self, path: Path) -> EmbeddedPart | None:
         """A part, or None if there is none, or one that is damaged or was made otherwise."""
         try:
-            table = pq.read_table(path)
+            with open_regular(path, follow=False) as file:
+                table = pq.ParquetFile(file).read()
             record: Any = json.loads(table.schema.metadata[_KEY])
             if record["made"] != self._identity:
                 return None
             columns = {name: table[name].to_pylist() for name in ("path", "sha256", "bytes")}
             vectors = table["vector"].combine_chunks()
             values = vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size)
-            return EmbeddedPart(
+            part = EmbeddedPart(
                 int(record["seen"]),
                 [EmbeddedFile(*row) for row in zip(*columns.values(), strict=True)],
                 np.ascontiguousarray(values, np.float32),
                 [LeftOut(str(name), str(reason)) for name, reason in record["unreadable"]],
             )
+            # It accounts for every file from the one before it on, and for at least one.
+            handled = len(part.files) + len(part.unreadable)
+            return part if len(part.files) and part.seen - self._from == handled else None
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError):
             return None

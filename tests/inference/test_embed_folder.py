@@ -25,8 +25,8 @@ import orchestrator
 from orchestrator.data.decode import read_rgb
 from orchestrator.data.sources.folder import LeftOut, Listing, list_folder
 from orchestrator.errors import UserError
+from orchestrator.inference import embedded_parts, forward
 from orchestrator.inference import embeddings as embeddings_module
-from orchestrator.inference import forward
 from orchestrator.inference.embed_folder import Embedded, by_reason, embed_folder, made_of
 from orchestrator.inference.embeddings import Embeddings, EmbeddingsWriter, open_embeddings
 from orchestrator.models import load_pretrained, preprocess
@@ -286,6 +286,64 @@ def test_parts_that_do_not_fit_are_not_used(
     assert found.num_before == 0
     assert table(out)["path"] == list(READABLE)
     assert not parts[0].parent.exists()
+
+
+def test_a_link_in_place_of_the_parts_costs_nobody_a_file(photos: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "dear").mkdir()
+    for name in ("letter.txt", "part-0000000000.parquet"):
+        (tmp_path / "dear" / name).write_text("dear")
+    (tmp_path / ".e.parquet.unfinished").symlink_to(tmp_path / "dear")
+    embedded(model, photos, tmp_path / "e.parquet", part_s=0)
+    assert table(tmp_path / "e.parquet")["path"] == list(READABLE)
+    assert {path.read_text() for path in (tmp_path / "dear").iterdir()} == {"dear"}
+    assert len(list((tmp_path / "dear").iterdir())) == 2
+
+
+def test_a_folder_of_parts_with_other_files_loses_its_parts_alone(
+    photos: Path, model: Path, tmp_path: Path
+) -> None:
+    parts = tmp_path / ".e.parquet.unfinished"
+    (parts / "deep").mkdir(parents=True)
+    (parts / "letter.txt").write_text("dear")
+    os.mkfifo(parts / "part-0000000000.parquet")
+    embedded(model, photos, tmp_path / "e.parquet", part_s=0)
+    assert sorted(path.name for path in parts.iterdir()) == ["deep", "letter.txt"]
+
+
+def test_parts_of_another_user_are_not_used(
+    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*done: int) -> None:
+        if done[0] > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embedded(model, photos, tmp_path / "e.parquet", part_s=0, progress=interrupt)  # type: ignore[arg-type]
+    before = sorted((tmp_path / ".e.parquet.unfinished").iterdir())
+    monkeypatch.setattr(embedded_parts.os, "geteuid", lambda: os.getuid() + 1)
+    assert embedded(model, photos, tmp_path / "e.parquet", part_s=0).num_before == 0
+    assert sorted((tmp_path / ".e.parquet.unfinished").iterdir()) == before
+
+
+@pytest.mark.parametrize("seen", [0, -4, 1, 100])
+def test_a_part_that_accounts_for_other_files_than_its_own_is_not_used(
+    photos: Path, model: Path, tmp_path: Path, seen: int
+) -> None:
+    """With 0 it would be read for ever."""
+
+    def interrupt(*done: int) -> None:
+        if done[0] > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embedded(model, photos, tmp_path / "e.parquet", part_s=0, progress=interrupt)  # type: ignore[arg-type]
+    first = min((tmp_path / ".e.parquet.unfinished").iterdir())
+    part = pq.read_table(first)
+    record = json.loads(part.schema.metadata[b"orchestrator.embeddings.part"])
+    changed = {"orchestrator.embeddings.part": json.dumps(record | {"seen": seen})}
+    pq.write_table(part.replace_schema_metadata(changed), first)
+    assert embedded(model, photos, tmp_path / "e.parquet").num_before == 0
+    assert table(tmp_path / "e.parquet")["path"] == list(READABLE)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
