@@ -18,6 +18,8 @@ Pool = Literal["cls", "cls_and_patches"]
 _POOLS = ("cls", "cls_and_patches")
 # Channels of a group of GroupNorm, which couples no samples.
 _GROUP = 16
+# What a file may ask for, as the settings of `finetune`: beyond that somebody would build layers for hours.
+_MOST = {"width": 4096, "num_doublings": 5, "num_bins": 4096, "num_queries": 1000, "num_layers": 24}
 
 
 class ClassHead(nn.Module):
@@ -151,8 +153,19 @@ def head_of(record: Mapping[str, Any], dim: int, num_classes: int) -> nn.Module:
         num_classes: of the task.
 
     Raises:
-        ValueError: of a type that this version does not know, or with settings that it has not.
+        ValueError: of a type that this version does not know, with settings that it has not, or without classes.
     """
+    for name, most in _MOST.items():
+        value = record.get(name)
+        least = 0 if name == "num_doublings" else 1
+        if isinstance(value, bool) or (isinstance(value, int) and not least <= value <= most):
+            raise ValueError(
+                f"{name} of the head is {value!r:.40}; it is a whole number from {least} to {most}"
+            )
+    if isinstance(record.get("width"), int) and record["width"] % _GROUP:
+        raise ValueError(f"width of the head is {record['width']}; it is a multiple of {_GROUP}")
+    if num_classes < 1 and record.get("type") != "depth":
+        raise ValueError("the head has no classes")
     match record:
         case {"type": "classification", "pool": pool} if pool in _POOLS:
             return ClassHead(dim, num_classes, pool)
@@ -165,7 +178,7 @@ def head_of(record: Mapping[str, Any], dim: int, num_classes: int) -> nn.Module:
             "num_bins": None | int() as num_bins,
             "width": int(width),
             "num_doublings": int(doublings),
-        }:
+        } if 0 < nearest < farthest < math.inf:
             return DepthHead(dim, nearest, farthest, num_bins, width, doublings)
         case {
             "type": "detection",

@@ -53,12 +53,17 @@ def load_predictor(folder: Path, dim: int) -> Predictor | None:
     described = (record.get("extra") or {}).get("head")
     if not isinstance(described, Mapping):
         raise ValueError(f"{folder} has {HEAD}, but its config.json describes no head")
-    classes = tuple(str(name) for name in described.get("classes", ()))
-    head = head_of(described, dim, len(classes))
+    names = described.get("classes", [])
+    if not isinstance(names, list):
+        raise ValueError(f"`classes` of the head is {names!r:.40}; it is a list")
+    classes = tuple(str(name) for name in names)
+    # Without memory until the weights are seen to be of its shapes.
+    with torch.device("meta"):
+        head = head_of(described, dim, len(classes))
     try:
-        head.load_state_dict(load_file(folder / HEAD))
+        head.load_state_dict(load_file(folder / HEAD), assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"{HEAD} does not fit its description: {str(error).splitlines()[-1].strip()}"
         ) from error
-    return Predictor(head.eval(), str(described["type"]), classes)
+    return Predictor(head.float().eval(), str(described["type"]), classes)

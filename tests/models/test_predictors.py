@@ -85,3 +85,35 @@ def test_a_head_is_built_from_its_description_alone() -> None:
     ):
         with pytest.raises(ValueError, match="knows no head of type"):
             head_of(wrong, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"type": "segmentation", "width": 32, "num_doublings": 10**9},
+        {"type": "segmentation", "width": 2**20, "num_doublings": 1},
+        {"type": "segmentation", "width": 8, "num_doublings": 1},
+        {"type": "segmentation", "width": True, "num_doublings": 1},
+        {"type": "detection", "num_queries": 10**12, "width": 32, "num_layers": 1},
+        {"type": "detection", "num_queries": 4, "width": 32, "num_layers": 10**9},
+        {"type": "detection", "num_queries": 4, "width": 32, "num_layers": 0},
+        {"type": "depth", "nearest": 0.1, "farthest": 9.0, "num_bins": -1, "width": 32, "num_doublings": 0},
+        {"type": "depth", "nearest": 9.0, "farthest": 0.1, "num_bins": 4, "width": 32, "num_doublings": 0},
+        {
+            "type": "depth",
+            "nearest": 0.1,
+            "farthest": math.nan,
+            "num_bins": 4,
+            "width": 32,
+            "num_doublings": 0,
+        },
+    ],
+)
+def test_a_head_beyond_any_setting_is_refused_before_it_is_built(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="head"):
+        head_of(wrong, 16, 3)
+
+
+def test_a_head_of_classes_has_some() -> None:
+    with pytest.raises(ValueError, match="no classes"):
+        head_of({"type": "classification", "pool": "cls"}, 16, 0)

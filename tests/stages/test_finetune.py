@@ -417,6 +417,10 @@ def test_a_head_that_does_not_fit_is_a_mistake_and_no_traceback(
     (tmp_path / "model/config.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="knows no head of type 'clairvoyance'"):
         orchestrator.load(tmp_path / "model")
+    record["extra"]["head"] |= {"type": "classification", "classes": "cde"}
+    (tmp_path / "model/config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="`classes` of the head is 'cde'; it is a list"):
+        orchestrator.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
