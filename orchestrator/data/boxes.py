@@ -59,10 +59,17 @@ class BoxPictures:
             self._add_names(record["categories"], path)
             by_id: dict[Any, _Picture] = {}
             for image in record["images"]:
-                name, width, height = _fields(image, ("file_name", "width", "height"), path)
+                name, width, height = _fields(image, ("file_name", "width", "height", "id"), path)[:3]
                 if not (data.path / str(name)).is_file():
                     files = _by_name(data.path) if files is None else files
                     name = _only(files.get(Path(str(name)).name, []), str(name), data.path, path)
+                if not (_is_whole(width) and _is_whole(height) and min(width, height) > 0):
+                    what = (
+                        f"the size of the picture {name!s:.80} is {shortened(f'{width!r} x {height!r}', 80)}"
+                    )
+                    raise UserError(
+                        what, where=str(path), hint="`width` and `height` are whole numbers of pixels"
+                    )
                 picture = _Picture(str(name), int(width), int(height), str(path))
                 if found.setdefault(picture.path, picture) is not picture:
                     raise UserError(
@@ -70,7 +77,14 @@ class BoxPictures:
                         where=str(path),
                         hint="leave one out",
                     )
-                by_id[image.get("id")] = picture
+                number = image["id"]
+                if not isinstance(number, (int, str)) or number in by_id:
+                    what = f"the id {shortened(repr(number), 40)} of the picture {picture.path} "
+                    what += (
+                        "is that of another one, too" if isinstance(number, (int, str)) else "is no number"
+                    )
+                    raise UserError(what, where=str(path), hint="give each picture an `id` of its own")
+                by_id[number] = picture
             for box in record["annotations"]:
                 self._add_box(box, by_id, path)
         self._pictures = [found[name] for name in sorted(found)]
@@ -130,6 +144,9 @@ class BoxPictures:
     def _add_names(self, categories: list[Any], path: Path) -> None:
         for category in categories:
             number, name = _fields(category, ("id", "name"), path)
+            if not _is_whole(number):
+                what = f"the id of the category {name!s:.80} is {shortened(repr(number), 40)}"
+                raise UserError(what, where=str(path), hint="`id` is a whole number")
             if self.names.setdefault(int(number), str(name)) != str(name):
                 raise UserError(
                     f"the category {number} is {self.names[int(number)]!r} and {str(name)!r}",
@@ -141,12 +158,13 @@ class BoxPictures:
         image, category, corners = _fields(box, ("image_id", "category_id", "bbox"), path)
         if box.get("iscrowd"):
             return
-        picture = by_id.get(image)
-        if picture is None or category not in self.names:
-            what = f"image {image!r}" if picture is None else f"category {category!r}"
+        picture = by_id.get(image) if isinstance(image, (int, str)) else None
+        if picture is None or not _is_whole(category) or category not in self.names:
+            of = f"image {image!r}" if picture is None else f"category {category!r}"
+            what = shortened(of, 80)
             raise UserError(f"a box is of {what}, which is not there", where=str(path))
         numbers = corners if isinstance(corners, list) and len(corners) == 4 else [math.nan]
-        if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers):
+        if not all(_is_finite(each) for each in numbers):
             raise UserError(
                 f"a box of {picture.path} is {shortened(str(corners), 80)}",
                 where=str(path),
@@ -168,7 +186,7 @@ class BoxPictures:
 def _record(path: Path) -> dict[str, list[Any]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"the boxes cannot be read: {error}", where=str(path), hint="copy the file again"
         ) from error
@@ -190,6 +208,19 @@ def _fields(entry: Any, names: tuple[str, ...], path: Path) -> list[Any]:
             f"an entry lacks one of {', '.join(names)}: {shortened(str(entry), 100)}", where=str(path)
         )
     return [entry[name] for name in names]
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number that arrays can hold; some write 640.0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**53 and value == int(value)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 2**53 if isinstance(value, int) else math.isfinite(value)
 
 
 def _by_name(folder: Path) -> dict[str, list[str]]:

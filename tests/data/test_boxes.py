@@ -63,6 +63,17 @@ def test_pictures_are_found_below_the_folder_and_groups_are_left_out(tmp_path: P
         ({"annotations": [{"image_id": 5, "category_id": 7, "bbox": [40, 0, 9, 9]}]}, "lies outside of its 40x30"),
         ({"annotations": [{"image_id": 5, "bbox": [0, 0, 1, 1]}]}, "an entry lacks one of image_id, category_id"),
         ({"categories": [*NAMES, {"id": 7, "name": "elk"}]}, "the category 7 is 'cat' and 'elk'"),
+        ({"categories": [{"id": "cat", "name": "cat"}]}, "the id of the category cat is 'cat'"),
+        ({"images": [{"id": 5, "file_name": "b.png", "width": None, "height": 30}]}, "val/b.png is None x 30"),
+        ({"images": [{"id": 5, "file_name": "b.png", "width": 0, "height": 30}]}, "val/b.png is 0 x 30"),
+        ({"images": [{"file_name": "b.png", "width": 40, "height": 30}]}, "an entry lacks one of .*, id"),
+        ({"images": [{"id": [], "file_name": "b.png", "width": 40, "height": 30}]}, "val/b.png is no number"),
+        ({"images": [{"id": 5, "file_name": name, "width": 40, "height": 30} for name in ("a.png", "b.png")]},
+         "the id 5 of the picture val/b.png is that of another one, too"),
+        ({"annotations": [{"image_id": [], "category_id": 7, "bbox": [0, 0, 1, 1]}]}, "a box is of image"),
+        ({"annotations": [{"image_id": 5, "category_id": {}, "bbox": [0, 0, 1, 1]}]}, "a box is of category {}"),
+        ({"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, 10**400, 1]}]}, "a box of val/b.png is"),
+        ({"annotations": [{"image_id": 5, "category_id": 7, "bbox": [0, 0, True, 1]}]}, "a box of val/b.png is"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
