@@ -6,20 +6,22 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.config.boxes import BoxData
-from orchestrator.data.decode import UnreadableImage, read_header
+from orchestrator.data.decode import UnreadableImage, read_header, upright_size
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError, shortened
 from orchestrator.fsio import sha256_of
+
+T = TypeVar("T")
 
 _PARTS = ("images", "annotations", "categories")
 
@@ -117,10 +119,10 @@ class BoxPictures:
 
         def one(row: int) -> None:
             picture = self._pictures[row]
-            header = _header(self._root / picture.path)
-            if sorted(header) != sorted((picture.width, picture.height)):
+            size = _read(self._root / picture.path, upright_size)
+            if size != (picture.width, picture.height):
                 raise UserError(
-                    f"{picture.path} has {header[0]}x{header[1]} pixels, and its boxes are in "
+                    f"{picture.path} has {size[0]}x{size[1]} pixels, and its boxes are in "
                     f"{picture.width}x{picture.height}",
                     where=picture.where,
                     hint="scale the boxes, or put the pictures back that they were drawn in",
@@ -135,8 +137,10 @@ class BoxPictures:
 
         def record(picture: _Picture) -> ImageRecord:
             path = root / picture.path
-            width, height = _header(path)
-            return ImageRecord(root.name, picture.path, str(root), sha256_of(path), width, height)
+            header = _read(path, read_header)
+            return ImageRecord(
+                root.name, picture.path, str(root), sha256_of(path), header.width, header.height
+            )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return ImageIndex(list(pool.map(record, self._pictures)))
@@ -244,11 +248,10 @@ def _only(paths: list[str], name: str, root: Path, where: Path) -> str:
     )
 
 
-def _header(path: Path) -> tuple[int, int]:
+def _read(path: Path, read: Callable[[Path], T]) -> T:
     try:
-        header = read_header(path)
+        return read(path)
     except UnreadableImage as error:
         raise UserError(
             f"a picture cannot be read: {error.reason}", where=str(path), hint="copy it again"
         ) from error
-    return header.width, header.height

@@ -241,6 +241,27 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
     return Header(width, height, bits)
 
 
+def upright_size(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of an image as :func:`read_rgb` gives it, from its header; raises as :func:`read_header`."""
+    header = read_header(path, max_pixels)
+    size = header.width, header.height
+    if size[0] == size[1]:
+        return size
+    with _reading(path):
+        member = open_member(path)
+        file = open_regular(path) if member is None else member[0]
+    with file:
+        with _reading(path):
+            kind = _format_of(_read(file, _HEADER_BYTES), path)
+            file.seek(0)
+        with _opened(file, path, kind, max_pixels) as image:
+            try:
+                turned = int(image.getexif().get(_EXIF_ORIENTATION, 1)) in (5, 6, 7, 8)
+            except Exception:  # as when the pixels are read: malformed metadata must not cost a good picture
+                turned = False
+    return size[::-1] if turned else size
+
+
 def _tiff_bits(image: Image.Image) -> int:
     """The bits of its first channel; 8 where it does not say so as a number."""
     found = getattr(image, "tag_v2", {}).get(_TIFF_BITS, 8)

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from orchestrator.config.dense import DepthData, MaskData, PairData
 from orchestrator.config.schema import MAX_PIXELS
-from orchestrator.data.decode import UnreadableImage, read_header, read_rgb, square
+from orchestrator.data.decode import UnreadableImage, read_header, read_rgb, square, upright_size
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.splits import Splits
 from orchestrator.errors import UserError
@@ -139,9 +139,12 @@ class DensePictures:
 
     def _check_sizes(self, row: int) -> None:
         image, target = (self._data.path / part for part in self._pairs[row])
-        sizes = _header(image), self._target_size(target)
-        # A photo may be stored on its side: `read` compares what is seen.
-        if sorted(sizes[0]) != sorted(sizes[1]):
+        try:
+            # As it is seen: a photo may be stored on its side, and its target is not.
+            sizes = upright_size(image), self._target_size(target)
+        except UnreadableImage as error:
+            raise _unreadable(image, error.reason) from error
+        if sizes[0] != sizes[1]:
             raise _other_size(image, target, *sizes)
 
     def _target_size(self, path: Path) -> tuple[int, int]:
@@ -242,7 +245,7 @@ def _middle(target_HW: Target) -> Target:
 
 
 def _header(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is seen, upright."""
+    """Width and height of a picture as it is stored."""
     try:
         header = read_header(path)
     except UnreadableImage as error:

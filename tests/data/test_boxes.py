@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from orchestrator.config.boxes import BoxData
 from orchestrator.data.boxes import BoxPictures
@@ -89,6 +90,17 @@ def test_boxes_of_another_size_and_files_that_are_none_are_told(tmp_path: Path) 
     (tmp_path / "boxes.json").write_text("{")
     with pytest.raises(UserError, match="the boxes cannot be read"):
         BoxPictures(data)
+
+
+def test_boxes_are_in_the_picture_as_it_is_seen(tmp_path: Path) -> None:
+    data = written(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "val" / "b.png", exif=exif)
+    with pytest.raises(UserError, match="has 30x40 pixels, and its boxes are in 40x30"):
+        BoxPictures(data).check()
+    Image.new("RGB", (30, 40)).save(tmp_path / "val" / "b.png", exif=exif)
+    BoxPictures(data).check()
 
 
 def test_boxes_go_with_their_crop(tmp_path: Path) -> None:

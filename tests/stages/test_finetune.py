@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import (
@@ -565,6 +566,14 @@ def dense(path: Path, **more: Any) -> Finetune:
 def test_mistakes_of_a_data_set_are_told_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 10x8 pixels, and its picture .* 24x20"):
         dense(masks(tmp_path / "small", size=(8, 10))).check()
+    turned = masks(tmp_path / "turned")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the picture is seen on its side, its mask is not
+    for picture in (turned / "images").iterdir():
+        with Image.open(picture) as opened:
+            opened.save(picture, exif=exif)
+    with pytest.raises(UserError, match=r"has 24x20 pixels, and its picture .* 20x24"):
+        dense(turned).check()
 
     def said(stage: Finetune) -> str:
         with pytest.raises(UserError) as caught, indexed(stage, context(tmp_path, tmp_path)) as found:
