@@ -27,11 +27,14 @@ from .pretrained import CONFIG, FORMAT, WEIGHTS, pixels_record, settle
 from .vit import Features
 from .wrapped import WrappedNet
 
-# Of a config of transformers: what may name code or files, and what only its `Backbone` classes read.
-_LEFT_OUT = (
-    "attn_implementation", "auto_map", "experts_implementation", "out_features", "out_indices", "quantization_config",
-    "stage_names", "trust_remote_code",
+# Of a config of transformers, and of those of the towers in it: what may name code or files. Names that begin with an
+# underscore are left out, too.
+_CODE = (
+    "attn_implementation", "auto_map", "experts_implementation", "quantization_config", "trust_remote_code",
+    "use_pretrained_backbone",
 )  # fmt: skip
+# What only its `Backbone` classes read.
+_BACKBONE = ("out_features", "out_indices", "stage_names")
 # A process has one global generator, and several students may be built in threads of it.
 _DRAWING = threading.Lock()
 
@@ -265,7 +268,7 @@ def load_wrapped(folder: Path, trusted: Iterable[str] = ()) -> WrappedBackbone:
     record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     made, size = record["config"], int(record["extra"]["image_size"])
     config = made["config"] and {
-        key: value for key, value in made["config"].items() if not (key in _LEFT_OUT or key.startswith("_"))
+        key: value for key, value in _harmless(made["config"]).items() if key not in _BACKBONE
     }
     spec = NetworkSpec(str(record["architecture"]), str(made["name"]), dict(made["kwargs"]), config)
     if spec.library == "module":
@@ -284,6 +287,17 @@ def load_wrapped(folder: Path, trusted: Iterable[str] = ()) -> WrappedBackbone:
         raise ValueError(f"the weights do not fit {spec}: {str(error).splitlines()[-1].strip()}") from error
     set_stats(backbone, record.get("mean"), record.get("std"))
     return backbone.eval()
+
+
+def _harmless(config: Any) -> Any:
+    """A config of transformers, and those of the towers in it, without what may name code or files."""
+    if isinstance(config, list):
+        return [_harmless(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _harmless(value) for key, value in config.items() if not (key in _CODE or key.startswith("_"))
+    }
 
 
 def is_wrapped(folder: Path) -> bool:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from bench import parity
+from orchestrator.models import wrapped_backbone
 from orchestrator.models.network_spec import NetworkSpec
 from orchestrator.models.vit import Features
 from orchestrator.models.wrapped_backbone import (
@@ -285,3 +287,29 @@ def test_folders_that_do_not_fit(spoil: Callable[[Any], Any], tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(spoil(record)))
     with pytest.raises(ValueError, match=r"no_such_module|the weights do not fit"):
         load_wrapped(tmp_path, ["no_such_module", __name__])
+
+
+def test_a_tower_within_a_config_names_no_code_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of transformers, `attn_implementation` may be a repository whose code it would run."""
+    tower = {"hidden_size": 16, "attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel",
+             "auto_map": {"AutoModel": "evil.Net"}, "out_indices": [1]}  # fmt: skip
+    config = {"model_type": "clip", "vision_config": tower, "parts": [{"trust_remote_code": True}], "auto_map": {},
+              "out_indices": [2]}  # fmt: skip
+    made = {"name": "clip", "kwargs": {}, "config": config}
+    record = {"architecture": "transformers", "config": made, "extra": {"image_size": 16}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    save_file({}, tmp_path / "model.safetensors")
+    seen: list[Any] = []
+
+    def noted(spec: NetworkSpec, size: int) -> None:
+        seen.append(spec.config)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(wrapped_backbone, "WrappedBackbone", noted)
+    with pytest.raises(ValueError, match="seen"):
+        load_wrapped(tmp_path)
+    assert seen == [
+        {"model_type": "clip", "vision_config": {"hidden_size": 16, "out_indices": [1]}, "parts": [{}]}
+    ]
