@@ -101,8 +101,15 @@ def merge_lora(net: nn.Module) -> None:
 
 
 def _linear_layers(net: nn.Module) -> Iterator[tuple[str, nn.Linear | QKV]]:
+    # `nn.MultiheadAttention` multiplies with the weights of its layers itself: an adapter there would not be asked.
+    fused = {
+        id(part)
+        for each in net.modules()
+        if isinstance(each, nn.MultiheadAttention)
+        for part in each.modules()
+    }
     for name, layer in net.named_modules():
-        if isinstance(layer, (nn.Linear, QKV)):
+        if isinstance(layer, (nn.Linear, QKV)) and id(layer) not in fused:
             yield name, layer
 
 
