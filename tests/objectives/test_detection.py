@@ -116,3 +116,10 @@ def test_boxes_without_an_area_have_a_finite_gradient() -> None:
     assert y.grad is not None
     assert torch.isfinite(y.grad).all()
     torch.testing.assert_close(corners(true)[0, 0], torch.tensor([0.4, 0.4, 0.6, 0.6]))
+
+
+def test_predictions_that_are_no_numbers_have_a_loss_that_is_none() -> None:
+    """And no traceback of scipy's: training tells of a loss that is no number."""
+    logits, found = torch.full((1, 3, 3), torch.nan), torch.full((1, 3, 4), torch.nan)
+    loss = set_loss(logits, found, torch.tensor([[1]]), torch.full((1, 1, 4), 0.5), SetWeights())
+    assert loss.isnan()
