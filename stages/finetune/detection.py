@@ -120,8 +120,9 @@ class Detection(Settings):
                 )
         numbers = sorted(found["train"])
         names_of = [pictures.names[one] for one in numbers]
-        if len(set(names_of)) < len(names_of):
-            twice = next(name for name in names_of if names_of.count(name) > 1)
+        # Also one that no box has: by its name the other one is found.
+        every = list(pictures.names.values())
+        if twice := next((name for name in names_of if every.count(name) > 1), None):
             raise UserError(
                 f"two categories are called {twice!r}",
                 where=f"{where}.task.data.annotations",

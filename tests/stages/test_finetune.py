@@ -593,6 +593,23 @@ def test_mistakes_of_a_data_set_are_told_before_the_first_step(tmp_path: Path) -
         config(task={"type": "depth", "data": {"path": "x"}, "nearest": 20})
 
 
+def test_a_category_with_the_name_of_another_is_a_mistake(tmp_path: Path) -> None:
+    """Also if no box has it: classes are known by their names alone, and boxes would be taken for the other's."""
+    images = [{"id": number, "file_name": f"{number}.png", "width": 24, "height": 20} for number in range(12)]
+    boxes = [{"image_id": each["id"], "category_id": 1, "bbox": [2, 2, 9, 9]} for each in images]
+    names = [{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}]
+    masks(tmp_path / "data")
+    record = {"images": images, "annotations": boxes, "categories": names}
+    (tmp_path / "boxes.json").write_text(json.dumps(record))
+    stage = config(
+        task={"type": "detection", "data": {"path": str(tmp_path / "data/images"),
+              "annotations": str(tmp_path / "boxes.json"), "split": {"by": "hash", "near_duplicate": 1.0}}}
+    )  # fmt: skip
+    told = pytest.raises(UserError, match="two categories are called 'dog'")
+    with told, indexed(stage, context(tmp_path, tmp_path)) as found:
+        stage.labelled(context(tmp_path, tmp_path), ImageIndex.load(found.folder))
+
+
 def test_a_task_with_a_data_set_of_its_own_takes_no_index(tmp_path: Path) -> None:
     assert [one.role for one in dense(tmp_path).wants()] == ["backbone"]
     assert [one.role for one in config().wants()] == ["index", "backbone"]
