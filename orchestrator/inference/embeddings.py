@@ -194,6 +194,13 @@ def open_embeddings(path: Path) -> Iterator[Embeddings]:
             vectors = parquet.schema_arrow.field("vector").type
             if not pa.types.is_fixed_size_list(vectors) or vectors.value_type != pa.float32():
                 raise ValueError("its vectors are no lists of fixed size of float32")
+            if parquet.schema_arrow.field("path").type != pa.string():
+                raise ValueError("its paths are no texts")
+            for name in ("model", "weights", "folder", "listing"):
+                if not isinstance(record[name], str) or "\0" in record[name]:
+                    raise ValueError(f"`{name}` of its record is no text")
+            if not isinstance(record["size"], int) or isinstance(record["size"], bool):
+                raise ValueError("`size` of its record is no whole number")
             embeddings = Embeddings(path, parquet, record)
         except UserError:
             raise

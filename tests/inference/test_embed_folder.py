@@ -412,6 +412,32 @@ def test_a_record_from_anywhere_is_one_error(tmp_path: Path, record: str) -> Non
         pass
 
 
+@pytest.mark.parametrize(
+    ("columns", "record"),
+    [
+        ({"path": None}, {}),
+        ({"path": [1]}, {}),
+        ({"path": [b"a"]}, {}),
+        ({}, {"folder": 5}),
+        ({}, {"folder": "a\0b"}),
+        ({}, {"model": []}),
+        ({}, {"size": "16"}),
+        ({}, {"size": True}),
+    ],
+)
+def test_columns_and_values_from_anywhere_are_one_error(
+    tmp_path: Path, columns: dict[str, Any], record: dict[str, Any]
+) -> None:
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 0.0], pa.float32()), 2)
+    given = {"path": ["a"], "vector": vectors} | columns
+    made = {"format": 1, "model": "m", "weights": "w", "size": 16, "folder": "f", "listing": "l"} | record
+    whole = pa.table({name: column for name, column in given.items() if column is not None})
+    whole = whole.replace_schema_metadata({"orchestrator.embeddings": json.dumps(made)})
+    pq.write_table(whole, tmp_path / "e.parquet")
+    with pytest.raises(UserError), open_embeddings(tmp_path / "e.parquet"):
+        pass
+
+
 def test_reasons_are_counted() -> None:
     left_out = [LeftOut(str(number), f"reason {number % 7}") for number in range(15)]
     assert by_reason(left_out, 2) == "3 × reason 0; 2 × reason 1; and 5 more reasons"
