@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,22 @@ def stats_of(tower: nn.Module) -> PixelStats:
     return found
 
 
-def set_stats(tower: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Say what a tower's pixels are normalised with; None is ImageNet's."""
-    setattr(tower, _STATS, PixelStats(tuple(mean or MEAN), tuple(std or STD)))
+def set_stats(tower: nn.Module, mean: Any, std: Any) -> None:
+    """Say what a tower's pixels are normalised with: three numbers each, or None for ImageNet's.
+
+    Raises:
+        ValueError: they are something else, as a file from anywhere may have it.
+    """
+    stats = PixelStats(_channels("mean", mean or MEAN), _channels("std", std or STD))
+    if min(stats.std) <= 0:
+        raise ValueError(f"std is {list(stats.std)}; it is above 0")
+    setattr(tower, _STATS, stats)
+
+
+def _channels(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 3:
+        raise ValueError(f"{name} is {values!r:.80}; it is a list of three numbers")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} is {values!r:.80}; it is a list of three numbers")
+    return tuple(values)

@@ -87,7 +87,8 @@ def _require(name: str) -> None:
 
 def _opened(pulled: Pulled, name: str) -> tuple[Backbone, Preprocessing]:
     """The tower of a pulled folder, in fp32, and what it takes."""
-    from orchestrator.models import MEAN, STD, load_pretrained
+    from orchestrator.models import load_pretrained
+    from orchestrator.models.pixels import stats_of
 
     record = _record(pulled.folder)
     if "output_dim" in record:
@@ -104,8 +105,8 @@ def _opened(pulled: Pulled, name: str) -> tuple[Backbone, Preprocessing]:
     size = (record.get("extra") or {}).get("image_size")
     patch = model.patch_size
     cells = round(size / patch) if isinstance(size, int) else _CELLS
-    mean, std = record.get("mean", MEAN), record.get("std", STD)
-    return model, Preprocessing(max(1, cells) * patch, tuple(mean), tuple(std))
+    mean, std = stats_of(model)
+    return model, Preprocessing(max(1, cells) * patch, mean, std)
 
 
 def _record(folder: Path) -> dict[str, Any]:

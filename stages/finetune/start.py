@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, shortened
 from orchestrator.stages.base import Context
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _KIND = "backbone"
 _MODEL = "model"
 # Of weights that do not say what they were trained at.
 _SIZE = 224
+# As the setting `image_size` allows.
+_MOST = 2**14
 
 
 @dataclass(frozen=True)
@@ -161,13 +163,27 @@ def _write_weights(weights: WeightsSource, folder: Path, where: str) -> None:
         raise UserError(error.what, where=f"{where}.{error.where}", hint=error.hint) from None
     found = weights.model({})
     assert found is not None, "weights that were opened are of a known shape"
-    record = None if weights.folder is None else weights.folder / "config.json"
-    extra = {}
-    if record is not None and record.is_file():
-        given = json.loads(record.read_text(encoding="utf-8"))
-        extra = {key: value for key, value in (given.get("extra") or {}).items() if key == "image_size"}
+    extra = _trained_at(weights.folder, f"{where}.from")
     stats = stats_of(backbone)._asdict()
     save_pretrained(folder, backbone.float().state_dict(), found[0], extra, found[1], stats)
+
+
+def _trained_at(folder: Path | None, where: str) -> dict[str, int]:
+    """The size of images that a folder of weights says it was trained at, if it says one."""
+    if folder is None or not (folder / "config.json").is_file():
+        return {}
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    extra = record.get("extra") if isinstance(record, dict) else None
+    size = extra.get("image_size") if isinstance(extra, dict) else None
+    if size is None:
+        return {}
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _MOST:
+        raise UserError(
+            f"image_size in the config.json of {folder} is {shortened(repr(size), 40)}",
+            where=where,
+            hint=f"it is a whole number from 1 to {_MOST}",
+        )
+    return {"image_size": size}
 
 
 def _write_network(source: NetworkSource, size: int, folder: Path, where: str) -> None:

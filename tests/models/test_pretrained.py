@@ -60,6 +60,20 @@ def test_newer_format_is_refused(tmp_path: Path) -> None:
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mean": [0]}, {"mean": 5}, {"mean": "abc"}, {"mean": ["a", "b", "c"]}, {"mean": [float("nan")] * 3},
+     {"std": [0, 0, 0]}, {"std": [0.2, 0.2, -1]}, {"std": [True, 1, 1]}, {"std": {"a": 1}}],
+)  # fmt: skip
+def test_pixels_cannot_be_normalised_with_what_is_no_number(wrong: dict[str, object], tmp_path: Path) -> None:
+    """Vectors would be of other pixels, or no numbers, and nobody would be told."""
+    save_pretrained(tmp_path, build("vit_femto").state_dict(), "vit_femto")
+    record = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(record | wrong))
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        load_pretrained(tmp_path)
+
+
 def test_normalise_uses_imagenet_statistics() -> None:
     image = torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1)
     expected = [(124 / 255 - 0.485) / 0.229, (116 / 255 - 0.456) / 0.224, (104 / 255 - 0.406) / 0.225]

@@ -476,6 +476,19 @@ def test_a_size_that_the_backbone_cannot_take_is_told_before_the_first_step(
         pass
 
 
+@pytest.mark.parametrize("extra", [{"image_size": size} for size in ("abc", 10**9, -8, True, [16], 16.5, 0)])
+def test_a_size_that_weights_from_anywhere_say_is_one_or_a_mistake(
+    extra: dict[str, Any], start: StartingBackbone, index: Path, tmp_path: Path
+) -> None:
+    record = json.loads((start.folder / "config.json").read_text())
+    (start.folder / "config.json").write_text(json.dumps(record | {"extra": extra}))
+    stage = Finetune.model_validate({**config().model_dump(exclude_unset=True), "from": str(start.folder)})
+    told = pytest.raises(UserError, match=r"image_size in the config\.json of .* is ")
+    with told as caught, starting_backbone(stage, context(index, tmp_path)):
+        pass
+    assert caught.value.where == "stages.tune.from"
+
+
 def test_the_best_step_is_the_first_of_the_best() -> None:
     stage = config(steps=5, validate_every=2)
     assert stage.validation_steps() == (2, 4, 5)
