@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -228,10 +229,20 @@ def read_config(record: Mapping[str, Any]) -> Config:
     return ViTConfig(**values) if record["architecture"] == "vit" else ConvNeXtConfig(**values)
 
 
+def check_file(path: Path, config: Config) -> None:
+    """Compare the names and shapes in a file of weights with a config; no weight is read. Raises ValueError."""
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        _check_shapes({name: tuple(file.get_slice(name).get_shape()) for name in names}, config)
+
+
 def _check_state(state: Mapping[str, Tensor], config: Config) -> None:
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, config)
+
+
+def _check_shapes(got: Mapping[str, tuple[int, ...]], config: Config) -> None:
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in from_config(config).state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
     if wrong:
         listed = ", ".join(f"{name} is {got.get(name)}, not {wanted.get(name)}" for name in wrong[:3])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..configs import Config
-from ..pretrained import CONFIG, WEIGHTS, load_pretrained, read_config
+from ..pretrained import CONFIG, WEIGHTS, check_file, load_pretrained, read_config
 from ..towers import Backbone, from_config
 from .layouts import from_layout, to_layout
 from .training_checkpoint import backbone_of
@@ -55,7 +55,12 @@ def config_of(path: str | Path, **known: Any) -> Config:
     path = Path(path)
     record = _record(path)
     if path.is_dir() and "format" in record:
-        return read_config(record)
+        config = read_config(record)
+        try:
+            check_file(path / WEIGHTS, config)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path / WEIGHTS} cannot be read as weights alone: {error}") from error
+        return config
     # Small tensors may be looked into; of large ones only the shapes count.
     state = {
         name: tensor if tensor.numel() <= _SMALL else tensor.to("meta")

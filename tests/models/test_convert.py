@@ -420,3 +420,15 @@ def test_a_config_json_beside_a_file_is_used(tmp_path: Path) -> None:
     assert load_any(tmp_path / "weights.safetensors", num_heads=2).config == MLP
     (tmp_path / "config.json").write_text(json.dumps(transformers_config(MLP)))
     assert load_any(tmp_path / "weights.safetensors").config == MLP
+
+
+def test_weights_that_do_not_fit_their_config_are_told_before_they_are_loaded(tmp_path: Path) -> None:
+    """So `plan` says it, not a stage that others ran for hours before."""
+    save_pretrained(tmp_path, build("vit_femto").state_dict(), "vit_femto")
+    assert config_of(tmp_path) == build("vit_femto").config
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="weights do not fit the model"):
+        config_of(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x05}.")  # a pickle
+    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+        config_of(tmp_path)
