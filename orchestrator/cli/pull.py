@@ -56,6 +56,8 @@ def pull(
     for one in exported.differences:
         size = f"{one.batch} × {one.height} × {one.width}"
         console().print(f"  {size:<16} largest difference {one.value:.1e}", highlight=False, soft_wrap=True)
+    if exported.left_out is not None:
+        console().print(f"[yellow]![/] {exported.left_out}", highlight=False, soft_wrap=True)
     console().print(
         f"[green]✓[/] {exported.pulled} is in [bold]{exported.pulled.folder}[/] for {exported.library}: "
         "load.py loads it, README.md says how",

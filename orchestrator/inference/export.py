@@ -27,11 +27,12 @@ _CELLS = 14
 
 @dataclass(frozen=True)
 class Exported:
-    """What was pulled, and how far its outputs are from ours, by size."""
+    """What was pulled, how far its outputs are from ours, by size, and what of it the format does not hold."""
 
     pulled: Pulled
     library: str
     differences: tuple[Difference, ...]
+    left_out: str | None = None
 
 
 def pull_as(name: str, reference: str, out: Path, uri: str, store: str | None = None) -> Exported:
@@ -57,14 +58,28 @@ def pull_as(name: str, reference: str, out: Path, uri: str, store: str | None = 
         made.mkdir()
         differences = _made(pulled, name, model, preprocessing, made)
         card = pulled.folder / _CARD
+        left_out = _left_out(pulled.folder)
         text = readme(pulled, name, model, preprocessing, differences)
+        if left_out is not None:
+            text += f"\nThe folder has features alone: {left_out}.\n"
         if card.is_file():
             text += f"\n---\n\n{card.read_text(encoding='utf-8')}"
         (made / _CARD).write_text(text, encoding="utf-8")
         for path in made.iterdir():
             path.chmod(0o644)
         move(made, out)
-    return Exported(replace(pulled, folder=out), FORMATS[name].library, tuple(differences))
+    return Exported(replace(pulled, folder=out), FORMATS[name].library, tuple(differences), left_out)
+
+
+def _left_out(folder: Path) -> str | None:
+    """What a folder has beside its backbone: the head of a fine-tuned model, which no other library makes."""
+    if not (folder / "head.safetensors").is_file():
+        return None
+    extra = _record(folder).get("extra")
+    head = extra.get("head") if isinstance(extra, dict) else None
+    task = head.get("type") if isinstance(head, dict) else None
+    what = f"the head for {task}" if isinstance(task, str) and task.isidentifier() else "the head"
+    return f"{what} is left out, and `orchestrator pull` without --format has it"
 
 
 def _require(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from command_line import command_line
+from safetensors.torch import save_file
 
 from orchestrator.cli.pull import Format
 from orchestrator.errors import UserError
@@ -83,6 +85,24 @@ def fake_check(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:
         return outcome
 
     monkeypatch.setattr(check, "compare", compare)
+
+
+def test_that_the_head_of_a_fine_tuned_model_is_left_out_is_told(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other library makes its predictions: what is pulled gives features."""
+    published(registry)
+    record = json.loads((registry / "config.json").read_text())
+    record["extra"]["head"] = {"type": "segmentation", "classes": ["a", "b"]}
+    (registry / "config.json").write_text(json.dumps(record))
+    save_file({"last.bias": torch.zeros(2)}, registry / "head.safetensors")
+    fake_check(monkeypatch, [check.Difference(1, 16, 16, 0.0)])
+    code, said = command_line(
+        "pull", "food-femto", "--format", "torch-export", "--out", "out", folder=tmp_path, toy=False
+    )
+    assert code == 0, said
+    assert "! the head for segmentation is left out, and `orchestrator pull` without --format has it" in said
+    assert "features alone: the head for segmentation is left out" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("value", [2e-4, float("nan")])
