@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -101,9 +102,11 @@ class DepthGoal:
         """See `Goal`.
 
         `rmse` is the root of the mean squared error in metres over all pixels that have a depth, `delta_1` the share of
-        them whose ratio to the truth is below 1.25 either way, `relative_error` the mean of error by truth.
+        them whose ratio to the truth is below 1.25 either way, `relative_error` the mean of error by truth; all are nan
+        where no pixel has one.
         """
         count, square, relative, within = sums_K.tolist()
+        count = count or math.nan
         return {
             "rmse": (square / count) ** 0.5,
             "delta_1": within / count,

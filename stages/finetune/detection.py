@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
     from orchestrator.data.labelled_blocks import Annotations
     from orchestrator.data.splits import Splits
+
+logger = logging.getLogger("orchestrator")
 
 _SPLITS = ("train", "validation", "test")
 
@@ -128,6 +131,13 @@ class Detection(Settings):
                 where=f"{where}.task.data.annotations",
                 hint="rename one",
             )
+        counts = [len(pictures.boxes(row)[1]) for row in range(len(pictures))]
+        if crowded := sum(count > self.num_queries for count in counts):
+            logger.warning(
+                "%s.task.num_queries: %d of %d pictures have more than %d objects, up to %d; the smallest of theirs "
+                "are neither learnt nor counted in figures",
+                where, crowded, len(counts), self.num_queries, max(counts),
+            )  # fmt: skip
         return Labelled(splits.train, splits.validation, splits.test, tuple(names_of))
 
     def annotations(self, index: ImageIndex, classes: Sequence[str]) -> Annotations:
