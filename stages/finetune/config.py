@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -455,7 +456,10 @@ class Finetune(TrainStage):
         """The step whose figure of the validation split is best; of equal ones the first."""
         name, better = self.task.chosen_by
         known = [(look["metrics"][name], int(look["step"])) for look in looks if name in look["metrics"]]
-        known = [(value, step) for value, step in known if step in self.validation_steps()]
+        # A figure that is no number is above and below nothing.
+        known = [
+            (value, step) for value, step in known if step in self.validation_steps() and math.isfinite(value)
+        ]
         if not known:
             return self.steps
         sign = 1 if better == "more" else -1

@@ -497,6 +497,8 @@ def test_the_best_step_is_the_first_of_the_best() -> None:
     ]
     assert stage._best(looks) == 4
     assert stage._best([]) == 5
+    looks[0]["metrics"]["accuracy"] = float("nan")
+    assert stage._best(looks) == 4, "what is no number is not the best"
 
 
 @pytest.mark.parametrize("task", ["segmentation", "depth", "detection"])
@@ -604,6 +606,31 @@ def test_mistakes_of_a_data_set_are_told_before_the_first_step(tmp_path: Path) -
         config(task={"type": "segmentation", "data": {"path": "x"}}, split={"seed": 1})
     with pytest.raises((ValidationError, UserError), match="nearest 20 is not below max_depth 10"):
         config(task={"type": "depth", "data": {"path": "x"}, "nearest": 20})
+
+
+def test_depth_of_no_pixel_has_no_figures_and_no_traceback() -> None:
+    figures = DepthGoal(0.5, 0.1, 10.0, None, 16, 0).figures(torch.zeros(4, dtype=torch.float64))
+    assert set(figures) == {"rmse", "delta_1", "relative_error"}
+    assert all(np.isnan(value) for value in figures.values())
+
+
+def test_more_objects_than_queries_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [{"id": number, "file_name": f"{number}.png", "width": 24, "height": 20} for number in range(12)]
+    boxes = [{"image_id": each["id"], "category_id": 1, "bbox": [2, 2, 9, 9]} for each in images]
+    record = {
+        "images": images,
+        "annotations": [*boxes, boxes[3], boxes[3]],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    masks(tmp_path / "data")
+    (tmp_path / "boxes.json").write_text(json.dumps(record))
+    stage = config(
+        task={"type": "detection", "num_queries": 2, "data": {"path": str(tmp_path / "data/images"),
+              "annotations": str(tmp_path / "boxes.json"), "split": {"by": "hash", "near_duplicate": 1.0}}}
+    )  # fmt: skip
+    with caplog.at_level("WARNING"), indexed(stage, context(tmp_path, tmp_path)) as found:
+        stage.labelled(context(tmp_path, tmp_path), ImageIndex.load(found.folder))
+    assert "1 of 12 pictures have more than 2 objects, up to 3" in caplog.text
 
 
 def test_a_category_with_the_name_of_another_is_a_mistake(tmp_path: Path) -> None:
