@@ -171,6 +171,8 @@ class Model:
                 "this model finds no objects",
                 hint="load what a stage of kind finetune made with the task detection",
             )
+        if isinstance(least, bool) or not isinstance(least, (int, float)) or not 0 <= least <= 1:
+            raise UserError(f"least is {shortened(repr(least), 40)}", hint="give a score from 0 to 1")
         size = side_of(self, size)
         check_number("batch", batch, 2**20)
         found = []

@@ -42,10 +42,12 @@ from orchestrator.models import (
     save_pretrained,
 )
 from orchestrator.models.cost import forward_flops
+from orchestrator.models.predictors import head_of
 from orchestrator.pipeline.dag import graph_errors
 from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context, ImageCount, PlanContext
 from orchestrator.stages.common.mlmodel import mlmodel, width
+from orchestrator.stages.common.predictor import Predictor
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.evaluate.config import Evaluate
 from orchestrator.stages.finetune.class_goal import ClassGoal
@@ -400,6 +402,18 @@ def test_the_model_of_a_folder_is_the_trained_one(mode: str, start: StartingBack
 def test_a_model_without_a_head_says_so(start: StartingBackbone) -> None:
     with pytest.raises(UserError, match="tells no classes apart"):
         orchestrator.load(start.folder).predict([np.zeros((16, 16, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("least", ["0.5", float("nan"), -0.1, 1.5, True, None])
+def test_a_score_that_is_none_is_a_mistake(least: Any, start: StartingBackbone) -> None:
+    """With nan nothing would be found, and nobody told why."""
+    described = {"type": "detection", "num_queries": 3, "width": 16, "num_layers": 1}
+    predictor = Predictor(head_of(described, 48, 2).eval(), "detection", ("cat", "dog"))
+    model = replace(orchestrator.load(start.folder), predictor=predictor)
+    picture = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(UserError, match=r"least is .*"):
+        model.predict_boxes(picture, least=least)
+    assert len(model.predict_boxes(picture, least=0)[0].labels) == 3
 
 
 def test_a_head_that_does_not_fit_is_a_mistake_and_no_traceback(
