@@ -34,6 +34,8 @@ class Scores:
         baselines: metrics of raw pixels, of random weights of the same model at the same size, and of always
             giving the largest group, as far as there are any.
         num_photos, k: of the k-NN; 0 where there is none.
+        chosen: what validation chose for the k-NN of test photos, such as `k=10, validation 0.412`; None if the
+            evaluation has no split, and the k-NN is leave-one-out.
         picture: the file of the evaluation that shows this model's feature maps, if it drew some.
     """
 
@@ -42,6 +44,7 @@ class Scores:
     num_photos: int = 0
     k: int = 0
     picture: str | None = None
+    chosen: str | None = None
 
     def error(self, accuracy: float) -> float:
         """One standard error of a k-NN accuracy."""
@@ -89,6 +92,7 @@ def read_scores(evaluation: Artifact, model: Artifact, name: str) -> Scores | No
         int(knn["num_photos"]),
         int(knn["k"]),
         _existing(evaluation, picture),
+        str((row or {}).get("figure", {}).get("note", "")) if "split" in table else None,
     )
 
 

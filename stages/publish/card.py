@@ -160,10 +160,14 @@ def _knn(scores: Scores) -> str:
     rows = [["**this model**", f"**{cell(own)}**"]]
     rows += [[_BASELINES[one], cell(accuracy)] for one, accuracy in baselines.items()]
     better = [_BASELINES[one] for one, accuracy in baselines.items() if accuracy >= own]
-    text = (
-        f"Accuracy of {scores.k} nearest neighbours, leave-one-out, on {scores.num_photos} photos; ± is one standard "
-        "error. Nothing is trained for it. The model may have been trained on these photos."
-    )
+    how = f"Accuracy of {scores.k} nearest neighbours, leave-one-out, on {scores.num_photos} photos"
+    if scores.chosen is not None:
+        how = (
+            f"Accuracy of a vote of the nearest training photos, on {scores.num_photos} test photos; validation photos "
+            f"chose the number of neighbours ({scores.chosen})"
+        )
+    limits = "Nothing is trained for it. The model may have been trained on these photos."
+    text = f"{how}; ± is one standard error. {limits}"
     verdict = f"**This model is not above {' and '.join(better)}.**" if better else ""
     return "\n\n".join(filter(None, [_table(["features", "accuracy"], rows), text, verdict]))
 

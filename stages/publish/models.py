@@ -153,9 +153,12 @@ class Known:
         """Its k-NN accuracy and how it was measured."""
         if self.scores is None or self._knn is None:
             return {}
+        how = f"leave-one-out, k={self.scores.k}"
+        if self.scores.chosen is not None:
+            how = f"test photos, {self.scores.chosen}"
         return {
             "orchestrator.knn_accuracy": f"{self._knn:.4f}",
-            "orchestrator.knn": f"leave-one-out, k={self.scores.k}, n={self.scores.num_photos}",
+            "orchestrator.knn": f"{how}, n={self.scores.num_photos}",
         }
 
 

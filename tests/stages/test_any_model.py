@@ -181,6 +181,29 @@ def test_a_model_that_loses_to_raw_pixels_says_so(
     assert "**This model is not above raw pixels.**" in text
 
 
+def test_figures_of_test_photos_are_not_called_leave_one_out(
+    tracked: tuple[str, Tracking], tmp_path: Path, made: dict[str, Artifact]
+) -> None:
+    uri, tracking = tracked
+    now = attempt(tmp_path, "split", tracking.run("publish"), made, "models.high_res")
+    table = tmp_path / "split" / "evaluation" / "table.json"
+    record = json.loads(table.read_text()) | {"split": {"train": 900, "validation": 300, "test": NUM_PHOTOS}}
+    for row in record["knn"]["rows"]:
+        note = "k=20, validation 0.481" if "teacher" in row["name"] else "k=1, validation 0.400"
+        row["figure"] = {"value": row["accuracy"], "note": note}
+    table.write_text(json.dumps(record))
+    Publish(kind="publish").run(now)
+    text = (registry.pull("split-high_res@champion", tmp_path / "out", uri) / "README.md").read_text()
+    said = (
+        f"Accuracy of a vote of the nearest training photos, on {NUM_PHOTOS} test photos; validation photos chose the "
+        "number of neighbours (k=20, validation 0.481); ± is one standard error."
+    )
+    assert said in text
+    assert "leave-one-out" not in text
+    version = MlflowClient(uri, uri).get_model_version_by_alias("split-high_res", "champion")
+    assert version.tags["orchestrator.knn"] == f"test photos, k=20, validation 0.481, n={NUM_PHOTOS}"
+
+
 @pytest.mark.parametrize("role", ["models.text", "models.mine"])
 def test_the_code_of_every_card_runs(
     tracked: tuple[str, Tracking],
