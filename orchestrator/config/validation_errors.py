@@ -31,10 +31,19 @@ def validation_errors(error: ValidationError, document: Document, model: type[Ba
     """
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors():
+        if _follows(details):
+            continue
         by_path.setdefault(_real_path(details, document.data), []).append(details)
     misspelt = _misspelt(by_path, document, model)
     ordered = sorted(by_path.keys() - misspelt, key=lambda path: (_line(path, document), str(path)))
     return [_complaint(path, by_path[path], document, model) for path in ordered]
+
+
+def _follows(details: ErrorDetails) -> bool:
+    """Whether a list is only too short because of items that are wrong, which have complaints of their own."""
+    given = details["input"]
+    is_list = details["type"] == "too_short" and isinstance(given, (list, tuple))
+    return is_list and len(given) >= details.get("ctx", {}).get("min_length", 0)
 
 
 def _misspelt(
@@ -183,6 +192,7 @@ def _message(details: ErrorDetails) -> str:
             break
     message = message.replace("a valid boolean", "true or false")
     message = message.replace("a valid ", "a ").replace("a integer", "an integer")
+    message = re.sub(r"^\w+ should have at (least|most) (\d+ items?).*", r"must have at \1 \2", message)
     message = re.sub(r", (unable to parse|got a number|unable to interpret).*", "", message)
     message = re.sub(
         r"a dictionary or (instance of \w+|object to extract fields from)", "a mapping of keys", message

@@ -291,3 +291,22 @@ def test_keys_below_models_from_elsewhere_are_named_in_their_hints(tmp_path: Pat
         with pytest.raises(UserError, match=f"unknown key '{key}'") as caught:
             load(tmp_path / "p.yaml")
         assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "said"),
+    [
+        ("0", "stages.c.clusters: must be greater than or equal to 1, not 0"),
+        ("[]", "stages.c.clusters: must have at least 1 item, not []"),
+        ("[9, 0]", "stages.c.clusters.1: must be greater than or equal to 1, not 0"),
+        ("2.5", "stages.c.clusters: must be an integer, not 2.5"),
+    ],
+)
+def test_a_list_with_a_wrong_item_is_not_called_short(tmp_path: Path, clusters: str, said: str) -> None:
+    text = (
+        f"name: x\ndata: {{d: {{path: .}}}}\nstages:\n  c: {{kind: curate, data: d, clusters: {clusters}}}\n"
+    )
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "p.yaml")
+    assert caught.value.what == said
