@@ -36,9 +36,9 @@ _THREADS = 4
 class WatchedPhotos:
     """Blocks of photos as evaluation sees them; a :class:`~orchestrator.data.blocks.BlockSource` of one step.
 
-    Arrays of a block of S photos: "photos" (S, V, 3, side, side) uint8, of one centred square each, or of two of its
-    corners where there are no labels; "labels" (S,) int64, -1 for a photo that cannot be read; "places" (S,) int64,
-    where they are among all of them; and "count" (1,) int64, how many these are.
+    Arrays of a block of S photos: "photos" (S, V, 3, side, side) uint8 or uint16, of one centred square each, or of two
+    of its corners where there are no labels; "labels" (S,) int64, -1 for a photo that cannot be read; "places" (S,)
+    int64, where they are among all of them; and "count" (1,) int64, how many these are.
 
     Args:
         index: the photographs.
@@ -68,7 +68,8 @@ class WatchedPhotos:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="knn") as pool:
             views = list(pool.map(self._views, [self.rows[place] for place in places]))
         readable = np.array([one is not None for one in views])
-        blank = np.zeros((self.num_views, 3, self._size, self._size), np.uint8)
+        deep = np.uint16 if self._index.is_deep else np.uint8
+        blank = np.zeros((self.num_views, 3, self._size, self._size), deep)
         arrays: dict[str, NDArray[Any]] = {
             "photos": np.stack([blank if one is None else one for one in views]),
             "labels": np.where(readable, self._labels[places], -1),
@@ -86,10 +87,11 @@ class WatchedPhotos:
         """See :class:`~orchestrator.data.blocks.ReportsTroubles`."""
         return [shown(str(self._index.path(row))) for row in rows]
 
-    def _views(self, row: int) -> NDArray[np.uint8] | None:
+    def _views(self, row: int) -> NDArray[np.integer[Any]] | None:
         side = self._size if self.num_views == 1 else round(self._size / _PART)
         try:
-            square = read_square(self._index.path(row), side, self._index[row].max_pixels)
+            limit, pixels = self._index[row].max_pixels, self._index.pixels(row)
+            square = read_square(self._index.path(row), side, limit, pixels=pixels)
         except UnreadableImage as error:
             path = shown(str(error.path))
             self._troubles.append(f"a photo that k-NN is watched on cannot be read: {path}: {error.reason}")

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from orchestrator.config.pixels import PixelFormat
+from orchestrator.data.decode import read_square
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.models import build, normalise
 from orchestrator.stages.ssl.watched_photos import WatchedPhotos, accuracy, watched_rows
@@ -196,3 +198,22 @@ def test_training_stops_when_it_falls_and_goes_on_when_it_does_not(
     calm = run_stage("calm", {**common, "optimizer": {"lr": {"peak": 1e-6}}}, index=labelled)
     assert "error" not in calm
     assert [look["step"] for look in calm["held_out"]] == [0, 2, 4, 6, 8]
+
+
+def test_photos_are_seen_as_in_training(tmp_path: Path) -> None:
+    """Values beyond 8 bits, by the range of their dataset: else k-NN is of other pixels than the model learns."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(8):
+        values = rng.integers(0, 1024, (SIDE, SIDE), dtype=np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+        name, label = f"{number}.png", str(number % 2)
+        rows.append(ImageRecord("deep", name, str(tmp_path), f"{number:064x}", SIDE, SIDE, label=label))
+    for white in (255, 1023):
+        pixels = PixelFormat(range=(0, white))
+        photos = WatchedPhotos(ImageIndex(rows, {"deep": pixels}), 40, SIDE)
+        seen = photos.load(0, 0).arrays["photos"]
+        for place, row in enumerate(photos.rows):
+            wanted = read_square(tmp_path / f"{row}.png", SIDE, pixels=pixels)
+            np.testing.assert_array_equal(seen[place, 0].transpose(1, 2, 0), wanted)
+        assert seen.dtype == (np.uint16 if white > 255 else np.uint8)
+        assert seen.max() > 0.9 * np.iinfo(seen.dtype).max
