@@ -142,7 +142,9 @@ class CropBlocks:
                 drawn_in: tuple[int, int] | None = None
                 if self._like is not None and self._like.min_side != config.min_side:
                     # Both are decoded as they are without each other, so that neither changes with the other.
-                    drawn_in = use_rgb(path, lambda image: image.shape[:2], self._like.min_side, limit)
+                    drawn_in = use_rgb(
+                        path, lambda image: image.shape[:2], self._like.min_side, limit, pixels=pixels
+                    )
                 is_colour = pixels is None or pixels.is_colour
                 return use_rgb(
                     path,

@@ -246,6 +246,24 @@ def test_blocks_have_what_the_index_says(tmp_path: Path) -> None:
     assert texts.load(0, 0).arrays["images"].dtype == np.uint16
 
 
+def test_views_like_those_of_another_size_need_no_range_of_their_own(tmp_path: Path) -> None:
+    """Fractions are pictures by the rule of their dataset alone, also where only their size is asked for."""
+    rows = []
+    for number in range(2):
+        values = np.random.default_rng(number).random((200, 300), dtype=np.float32)
+        Image.fromarray(values).save(tmp_path / f"{number}.tif")
+        rows.append(ImageRecord("x", f"{number}.tif", str(tmp_path), "0" * 64, 300, 200))
+    index = ImageIndex(rows, {"x": PixelFormat(range=(0, 1))})
+    small, large = (CropConfig(global_size=size, local_size=16, num_local=2) for size in (32, 64))
+    order = SampleOrder({"all": np.arange(2)}, batch_size=2, seed=0)
+    blocks = CropBlocks(
+        index, order, lambda step: large, patch_size=16, block_size=2, seed=0, max_unreadable=0, like=small
+    )
+    block = blocks.load(0, 0)
+    assert len(block.unreadable) == 0
+    assert block.arrays["globals"].shape == (2, 2, 3, 64, 64)
+
+
 def test_an_index_of_before_has_no_pixels(tmp_path: Path) -> None:
     _index(tmp_path, None).save(tmp_path)
     assert pixels_in(tmp_path) is None
