@@ -129,7 +129,12 @@ def _read(path: Path) -> dict[str, Any]:
             if path.suffix == ".safetensors"
             else torch.load(path, "cpu", weights_only=True, mmap=is_zipfile(path))
         )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError as error:
+        # torch's own message says how to run what is in the file.
+        raise ValueError(
+            f"{path} cannot be read as weights alone: it is damaged, or to read it would run code that is in it"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} does not contain a plain dict of tensors")

@@ -390,8 +390,9 @@ def test_load_any_runs_no_code_and_takes_no_other_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"cls_token": _Code()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+    with pytest.raises(ValueError, match=r"cannot be read as weights alone: .* would run code") as caught:
         load_any(tmp_path / "evil.pth")
+    assert "weights_only" not in str(caught.value), "nobody is told how to run it"
     assert "ran" not in capsys.readouterr().out
     torch.save({"model": {"cls_token": torch.zeros(1)}}, tmp_path / "nested.pt")
     with pytest.raises(ValueError, match="not contain a plain dict of tensors"):
