@@ -113,7 +113,8 @@ def embed(
         for item in found.unreadable[:_UNREADABLE_SHOWN]:
             terminal.print(Text(f"  {item.path}: {item.reason}", "bright_black"), soft_wrap=True)
     if found.left_out:
-        text = f"  {len(found.left_out):,} other files are no images: {by_reason(found.left_out)}"
+        count = numbered(len(found.left_out), "other file is no image", "other files are no images")
+        text = f"  {count}: {by_reason(found.left_out)}"
         terminal.print(Text(text, "bright_black"), soft_wrap=True)
 
 
@@ -181,6 +182,12 @@ def search(
             shown(str(found.folder / match.path)), "default"
         )
         terminal.print(line, soft_wrap=True)
-    left_out = f"; {found.num_left_out:,} files have no vector" if found.num_left_out else ""
+    count = numbered(found.num_left_out, "file has no vector", "files have no vector")
+    left_out = f"; {count}" if found.num_left_out else ""
     note = f"{len(found.matches)} of {found.num_images:,} images, by cosine similarity{left_out}"
     console(stderr=True).print(Text(note, "bright_black"), soft_wrap=True)
+
+
+def numbered(count: int, one: str, several: str) -> str:
+    """A number and what it is of: `1 file has no vector`, `1,200 files have no vector`."""
+    return f"{count:,} {one if count == 1 else several}"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import orchestrator
+from orchestrator.cli.use import numbered
 from orchestrator.data.sources.folder import list_folder
 from orchestrator.errors import UserError
 from orchestrator.inference import embed_folder as embed_folder_module
@@ -188,3 +189,10 @@ def test_names_of_files_cannot_colour_the_terminal(model: Path, tmp_path: Path) 
     said = here(tmp_path, "search", "odd", "odd/[red]\x1b[31m.png", "--model", "./model")
     assert r"odd/[red]\x1b[31m.png" in said
     assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(1, "1 file has no vector"), (1200, "1,200 files have no vector")]
+)
+def test_one_file_is_told_in_the_singular(count: int, said: str) -> None:
+    assert numbered(count, "file has no vector", "files have no vector") == said
