@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from orchestrator.tracking.backlog import backlog, noted_outage
-from orchestrator.tracking.flusher import Flusher, Progress, progress
+from orchestrator.tracking.flusher import Flusher, SendProgress, progress
 from orchestrator.tracking.mlflow_writer import MlflowWriter, RejectedError, _copy_of
 from orchestrator.tracking.spool import Spool
 
@@ -212,16 +212,16 @@ def test_a_model_record_neither_uploads_nor_writes_anything_else(
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ('{"mlflow_run_id": "m", "offset": 7, "mood": "fine"}', Progress("m", 7)),
-        ('{"mlflow_run_id": "m", "offset": -7}', Progress()),
-        ('{"mlflow_run_id": 3, "offset": 7}', Progress()),
-        ('{"mlflow_run_id": "", "offset": 7}', Progress()),
-        ('{"mlflow_run_id": "m", "offset": 1000000000}', Progress()),
-        ("null", Progress()),
-        ("\x00", Progress()),
+        ('{"mlflow_run_id": "m", "offset": 7, "mood": "fine"}', SendProgress("m", 7)),
+        ('{"mlflow_run_id": "m", "offset": -7}', SendProgress()),
+        ('{"mlflow_run_id": 3, "offset": 7}', SendProgress()),
+        ('{"mlflow_run_id": "", "offset": 7}', SendProgress()),
+        ('{"mlflow_run_id": "m", "offset": 1000000000}', SendProgress()),
+        ("null", SendProgress()),
+        ("\x00", SendProgress()),
     ],
 )
-def test_notes_of_progress(spool: Spool, text: str, found: Progress) -> None:
+def test_notes_of_progress(spool: Spool, text: str, found: SendProgress) -> None:
     spool.append("run", 1, {"loss": 1.0})
     (spool.folder / "run.progress").write_text(text)
     assert progress(spool, "run") == found
@@ -311,7 +311,7 @@ def test_what_is_no_file_in_a_spool_holds_nothing_up(
     make(spool.folder / name)
     later = Spool(spool.folder)
     assert later.read("run") == []
-    assert progress(later, "run") == Progress()
+    assert progress(later, "run") == SendProgress()
     assert noted_outage(later) is None
     assert later.children("other") == {}
     waits = backlog(later)

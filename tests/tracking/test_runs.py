@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator.errors import UserError
-from orchestrator.tracking.flusher import Progress
+from orchestrator.tracking.flusher import SendProgress
 from orchestrator.tracking.mlflow_writer import MlflowWriter
 from orchestrator.tracking.run import NullRun, Run, Tracking, open_run
 from orchestrator.tracking.spool import Spool
@@ -108,7 +108,9 @@ def test_sending_twice_doubles_nothing(start: Start, client: MlflowClient, lost:
     # As if the process had died between MLflow's commit and its note of that, here in mid-batch.
     spool = tracking._spool
     middle = spool.read(run.run_id)[8][1]
-    tracking._flusher._note(run.run_id, Progress() if lost == "everything" else Progress(before, middle))
+    tracking._flusher._note(
+        run.run_id, SendProgress() if lost == "everything" else SendProgress(before, middle)
+    )
     run.metrics({"loss": 1.0, "none": 0.0}, 20)
     assert start().close()
 
