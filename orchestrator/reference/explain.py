@@ -137,29 +137,32 @@ def _plain(markdown: str) -> str:
 
 
 def _at(parts: Sequence[str]) -> Explanation:
-    model: type[BaseModel] = _file()
-    waiting = list(parts)
-    done: list[str] = []
-    while waiting:
-        name = waiting.pop(0)
-        key = _key(model, name, done)
-        done.append(name)
-        below = _below(model, name)
-        if _by_name(model, name) and waiting:
-            # A name of the user's own; of a stage it is the kind.
-            given = waiting.pop(0)
-            done.append(given)
-            if below and issubclass(below[0], Stage):
-                below = [_stage(given, done)]
-            if not waiting:
-                return _section(done, below[0]) if below else Explanation([".".join(done)], key, "", ())
+    return _from(_file(), list(parts), [])
+
+
+def _from(model: type[BaseModel], waiting: list[str], done: list[str]) -> Explanation:
+    """What is at `waiting` below a section; of several sections that a key may hold, in the first that has it."""
+    name, *waiting = waiting
+    key = _key(model, name, done)
+    done = [*done, name]
+    below, named = _below(model, name), _by_name(model, name)
+    if named and waiting:
+        # A name of the user's own; of a stage it is the kind.
+        given, *waiting = waiting
+        done.append(given)
+        if below and issubclass(below[0], Stage):
+            below = [_stage(given, done)]
         if not waiting:
-            return _explained(done, key, below, named=_by_name(model, name))
-        below = [each for each in below if waiting[0] in _names(each)] or below
-        if not below:
-            raise UserError(f"{'.'.join(done)} has no keys below it", hint=f"it is {_plain(key.type)}")
-        model = below[0]
-    raise AssertionError(parts)
+            return _section(done, below[0]) if below else Explanation([".".join(done)], key, "", ())
+    if not waiting:
+        return _explained(done, key, below, named=named)
+    if not below:
+        raise UserError(f"{'.'.join(done)} has no keys below it", hint=f"it is {_plain(key.type)}")
+    *others, last = [each for each in below if waiting[0] in _names(each)] or below[:1]
+    for section in others:
+        with contextlib.suppress(UserError):
+            return _from(section, waiting, done)
+    return _from(last, waiting, done)
 
 
 def _explained(

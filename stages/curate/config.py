@@ -52,9 +52,9 @@ def _levels(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
+_Count = Annotated[int, Field(ge=1)]
 Levels = Annotated[
-    tuple[Annotated[int, Field(ge=1)], ...],
-    BeforeValidator(_levels, json_schema_input_type=int | tuple[int, ...]),
+    tuple[_Count, ...], BeforeValidator(_levels, json_schema_input_type=_Count | tuple[_Count, ...])
 ]
 
 
