@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
@@ -221,6 +222,9 @@ def test_a_suspended_holder_on_this_machine_is_told_apart(
 ) -> None:
     holder = child(QUICK)
     os.kill(holder.pid, signal.SIGSTOP)
+    until = time.monotonic() + 30
+    while psutil.Process(holder.pid).status() != psutil.STATUS_STOPPED and time.monotonic() < until:
+        time.sleep(0.01)  # all its threads have to stop
     with pytest.raises(UserError) as caught, leases(tmp_path, QUICK).hold("it", "thing it"):
         pass
     assert f"kill -CONT {holder.pid}" in str(caught.value.hint)
