@@ -20,6 +20,7 @@ from statistics import fmean
 from time import process_time
 from typing import TYPE_CHECKING, Any
 
+from bench._silent import Silent
 from bench.harness import Claim, summarize
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def _save_start(state: Mapping[str, Any], path: Path) -> None:
     save_file({f"backbone.{name}": tensor.contiguous() for name, tensor in state.items()}, path)
 
 
-class _Curves:
+class _Curves(Silent):
     """Keeps what a job reports."""
 
     def __init__(self) -> None:
@@ -248,8 +249,6 @@ class _Curves:
         first = step - sizes.every // 2 + 1 if step else 1
         return fmean(self._health[figure][one] for one in range(first, (step or sizes.frozen) + 1))
 
-    def phase(self, name: str) -> None: ...
-
     def report(
         self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None:
@@ -260,14 +259,3 @@ class _Curves:
 
     def looked(self, step: int, held_out: Mapping[str, float]) -> None:
         self.curve[KNN][step] = held_out["knn"]
-
-    def recorded(self, step: int) -> bool:
-        return True
-
-    def saved(self, step: int, figures: dict[str, float]) -> None: ...
-
-    def trouble(self, what: str) -> None:
-        raise RuntimeError(what)
-
-    def stop_requested(self) -> bool:
-        return False

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+from bench._silent import Silent
 from bench._torchvision import mend_torchvision
 from bench.harness import Claim, cpu_seconds, summarize
 from bench.learning import sets
@@ -215,13 +216,11 @@ def _context(index: Path, folder: Path, seed: int) -> Context:
     )
 
 
-class _Line:
+class _Line(Silent):
     """The controller's side: it keeps the figures."""
 
     def __init__(self, run: NullRun) -> None:
         self._run = run
-
-    def phase(self, name: str) -> None: ...
 
     def report(
         self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
@@ -232,17 +231,6 @@ class _Line:
 
     def looked(self, step: int, held_out: Mapping[str, float]) -> None:
         self._run.metrics(held_out, step, channel="val")
-
-    def recorded(self, step: int) -> bool:
-        return True
-
-    def saved(self, step: int, figures: dict[str, float]) -> None: ...
-
-    def trouble(self, what: str) -> None:
-        raise RuntimeError(what)
-
-    def stop_requested(self) -> bool:
-        return False
 
 
 def _train(job: Any, *, tracker: Any, stop: Any) -> dict[str, float]:

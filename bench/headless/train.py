@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bench._silent import Silent
 from bench.learning import ground
 from bench.learning.measure import snapshot
 from orchestrator.config.elastic import Elastic
@@ -189,29 +190,6 @@ class Kept:
         return Block(step, index, ids, {name: np.array(array) for name, array in arrays.items()})
 
 
-class _Line:
-    """Nobody listens."""
-
-    def phase(self, name: str) -> None: ...
-
-    def report(
-        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
-    ) -> None: ...
-
-    def looked(self, step: int, held_out: Mapping[str, float]) -> None: ...
-
-    def recorded(self, step: int) -> bool:
-        return True
-
-    def saved(self, step: int, figures: dict[str, float]) -> None: ...
-
-    def trouble(self, what: str) -> None:
-        raise RuntimeError(what)
-
-    def stop_requested(self) -> bool:
-        return False
-
-
 def trained(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model: str, seed: int) -> Backbone:
     """A job to its end; the EMA of its backbone."""
     from orchestrator.training import loop
@@ -232,7 +210,7 @@ def trained(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model:
             seed=seed % 2**31,
             elastic=Elastic(workers=(1, 1), checkpoint_every_s=1e6),
         )
-        loop.train(job, _Line())
+        loop.train(job, Silent())
         return snapshot(job.export(num_steps), model)
 
 
