@@ -43,6 +43,7 @@ from orchestrator.models import (
 )
 from orchestrator.models.cost import forward_flops
 from orchestrator.models.predictors import head_of
+from orchestrator.models.wrapped_backbone import WrappedBackbone
 from orchestrator.pipeline.dag import graph_errors
 from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context, ImageCount, PlanContext
@@ -179,6 +180,26 @@ def test_layers_further_from_the_output_learn_more_slowly() -> None:
     tower = build("vit_femto")
     ours = {name: depth for name, depth in layer_depths(tower).items() if name.startswith("blocks.")}
     assert {name: block_depths(dict(tower.named_parameters()))[name] for name in ours} == ours
+
+
+class Stack(WrappedBackbone):
+    """A network from elsewhere by the names of its parameters alone."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.stem = torch.nn.Linear(1, 1, bias=False)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+        self.norm = torch.nn.LayerNorm(1, bias=False)
+
+
+def test_layers_of_a_network_from_elsewhere_do_so_too() -> None:
+    optimizer = Optimizer.model_validate({"lr": {"peak": 1e-3}, "layer_decay": 0.5})
+    assert learning_rates(TunedNet(torch.nn.Linear(1, 1), Stack()), optimizer) == {
+        "backbone.stem.weight": 0.125,
+        "backbone.blocks.0.weight": 0.25,
+        "backbone.blocks.1.weight": 0.5,
+        "backbone.norm.weight": 1.0,
+    }
 
 
 def tiny_dinov2() -> Dinov2Config:
