@@ -9,6 +9,9 @@ from orchestrator.stages.evaluate.results import Results, Score
 
 # Standard errors of a difference, above which it is taken for more than luck.
 _ERRORS = 2.0
+_RULE = (
+    "One beats another if it is ahead by more than two standard errors of the difference; less may be luck."
+)
 
 
 def verdict(results: Results) -> str:
@@ -38,7 +41,7 @@ def verdict(results: Results) -> str:
         if own and results.num_from_scratch:
             who = f"Training from scratch on {results.num_from_scratch:,} photos"
         sentences.append(_sentence(who, backbone, rivals, results.num_photos))
-    return " ".join(sentences)
+    return " ".join([*sentences, _RULE] if sentences else [])
 
 
 def _sentence(who: str, score: Score, rivals: dict[str, Score | None], num_photos: int) -> str:
