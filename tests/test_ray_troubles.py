@@ -157,11 +157,15 @@ def test_the_only_nodes_end_is_a_new_cluster(folder: Path, run: Run) -> None:
 
 
 def test_a_hostile_environment(folder: Path, run: Run) -> None:
-    """No home, a TMPDIR that is too long for sockets, and the address of a cluster that is gone."""
+    """No home, a TMPDIR that is too long for sockets, the address of a cluster that is gone, no token for Ray."""
     long = folder / ("a" * 50) / ("b" * 50)
     long.mkdir(parents=True)
     driver = run(
-        "stages.pretrain.steps=2", HOME="/dev/null/nowhere", TMPDIR=str(long), RAY_ADDRESS="192.0.2.1:6379"
+        "stages.pretrain.steps=2",
+        HOME="/dev/null/nowhere",
+        TMPDIR=str(long),
+        RAY_ADDRESS="192.0.2.1:6379",
+        RAY_AUTH_MODE="token",
     )
     finish(driver, 0)
 

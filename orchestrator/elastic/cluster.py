@@ -8,12 +8,11 @@ import os
 import secrets
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import Cluster
@@ -21,6 +20,7 @@ from orchestrator.elastic import cluster_check
 from orchestrator.elastic.controller_host import hosts
 from orchestrator.elastic.nodes import minimal_agents, on_loopback
 from orchestrator.elastic.preemption_agent import watch_for_preemption
+from orchestrator.elastic.ray_connection import connect, disconnect
 from orchestrator.elastic.reaper import Reaper, members
 from orchestrator.elastic.resources import cluster_nodes, has_gpus, slot_shape
 from orchestrator.errors import ClusterLostError, Stopped, UserError
@@ -145,7 +145,7 @@ class OwnCluster(RunningCluster):
             self._environment.enter_context(_environment(settings))
             agents = contextlib.nullcontext() if dashboard else minimal_agents()
             with self._reaper.marking(), agents, on_loopback():
-                context = _init(
+                context = connect(
                     address="local",
                     num_cpus=_slots(),
                     include_dashboard=dashboard,
@@ -227,7 +227,7 @@ class OwnCluster(RunningCluster):
         self._end()
 
     def _end(self) -> None:
-        _shutdown()
+        disconnect()
         self._reaper.close()
         self._environment.close()
 
@@ -249,7 +249,8 @@ class OwnCluster(RunningCluster):
 
     def _token(self) -> Mapping[str, str]:
         """Ray protects a new cluster with a token that it keeps below HOME, which may not be there."""
-        if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+        if named or ("RAY_AUTH_MODE" in os.environ and (not _wants_token() or _has_token())):
             return {}
         path = self._folder / "token"
         self.token_file = str(path)
@@ -268,7 +269,7 @@ class JoinedCluster(RunningCluster):
         self._environment.enter_context(_environment(_known_token() if address == "auto" else {}))
         try:
             self._address = cluster_check.reach(address)
-            _init(address=self._address)
+            connect(address=self._address)
         except BaseException as error:
             self._environment.close()
             if isinstance(error, RuntimeError) and "ersion mismatch" in str(error):
@@ -301,7 +302,7 @@ class JoinedCluster(RunningCluster):
         self._closed = True
         if self._lost is None:
             _close_pool()
-        _shutdown()
+        disconnect()
         self._environment.close()
 
 
@@ -316,82 +317,6 @@ def _start_own(dashboard: bool, say: Callable[[str], None]) -> OwnCluster:
     except _NotUpError as error:
         cluster_check.insist_on_room(error, error.place)
         raise cluster_check.did_not_start(str(error), error.log, START_S) from error
-
-
-def _init(**options: Any) -> Any:
-    """`ray.init`, silent, and with the signal handlers of this process as they were.
-
-    Raises:
-        Stopped: SIGTERM came meanwhile.
-    """
-    import ray
-    from ray._private import auto_init_hook
-
-    # What a stage's thread still asks of a cluster that is gone must not start another one.
-    auto_init_hook.enable_auto_connect = False
-    handlers = _handlers()
-    context = None
-    try:
-        with _sigterm_noted() as noted:
-            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except BaseException:
-        if not noted:
-            raise
-    finally:
-        _restore(handlers)
-    if noted:
-        _shutdown()
-        signal.raise_signal(signal.SIGTERM)
-        raise Stopped
-    _quiet()
-    return context
-
-
-@contextlib.contextmanager
-def _sigterm_noted() -> Iterator[list[int]]:
-    """SIGTERM ends what runs here and is listed.
-
-    Ray's own handlers raise SystemExit, and Python drops an exception that is raised in a callback, as of a fork
-    or of the garbage collector: a SIGTERM at that moment would be lost.
-    """
-    noted: list[int] = []
-
-    def note(number: int, frame: object) -> NoReturn:
-        noted.append(number)
-        raise SystemExit(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    from ray._private import utils
-
-    set_by_ray, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
-    signal.signal(signal.SIGTERM, note)
-    try:
-        yield noted
-    finally:
-        utils.set_sigterm_handler = set_by_ray
-
-
-def _shutdown() -> None:
-    """`ray.shutdown`, which sets SIGTERM to its default below Python, and the handlers of before again."""
-    import ray
-
-    handlers = _handlers()
-    ray.shutdown()
-    _restore(handlers)
-
-
-def _handlers() -> dict[signal.Signals, Any]:
-    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-
-def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            # None: one that was not set from Python, and cannot be set again from it.
-            if handler is not None:
-                signal.signal(number, handler)
 
 
 def _open_pool(preload: Sequence[str], prestart: int, elastic: Elastic, reconciles: bool) -> None:
@@ -441,13 +366,18 @@ def _start_waits() -> dict[str, str]:
 
 def _known_token() -> Mapping[str, str]:
     """As `ray.init` does for `auto`: where a token is there, it is used."""
+    return {} if "RAY_AUTH_MODE" in os.environ or not _has_token() else {"RAY_AUTH_MODE": "token"}
+
+
+def _wants_token() -> bool:
+    return os.environ["RAY_AUTH_MODE"].lower() == "token"
+
+
+def _has_token() -> bool:
+    """Whether Ray finds one: in the environment, in a file that it names, or below HOME."""
     from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 
-    if "RAY_AUTH_MODE" in os.environ or not AuthenticationTokenLoader.instance().has_token(
-        ignore_auth_mode=True
-    ):
-        return {}
-    return {"RAY_AUTH_MODE": "token"}
+    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
 @contextmanager
@@ -472,17 +402,6 @@ def _read_anew() -> None:
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
-
-
-def _quiet() -> None:
-    """The raylet's notices go to the log; Ray would print them between our lines even without `log_to_driver`."""
-    from ray._private import worker
-
-    def to_log(data: dict[str, Any], *_: Any, **__: Any) -> None:
-        for line in data["lines"]:
-            logger.debug("%s: %s", data["pid"], line)
-
-    worker.print_to_stdstream = to_log
 
 
 def most_object_store() -> int:

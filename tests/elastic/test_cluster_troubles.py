@@ -427,3 +427,45 @@ def test_a_lost_node_leaves_nothing_and_makes_room_for_a_new_one(
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
     with cluster.start(Cluster()):
         assert remote_pid()
+
+
+BUSY_DRIVER = """
+import sys, threading, time
+import ray
+from orchestrator.config.schema import Cluster
+from orchestrator.elastic import cluster
+from orchestrator.errors import ClusterLostError
+
+class Echo:
+    def wait(self, seconds):
+        time.sleep(seconds)
+
+def ask():
+    while True:
+        try:
+            ray.get([echo.wait.remote(0.001) for _ in range(20)])
+            ray.wait([echo.wait.remote(0.001) for _ in range(20)], timeout=0)
+        except ray.exceptions.RayError:
+            pass
+
+with cluster.start(Cluster()) as running:
+    echo = ray.remote(Echo).options(num_cpus=0, max_concurrency=50).remote()
+    ray.get(echo.wait.remote(0))
+    for _ in range(8):
+        threading.Thread(target=ask, daemon=True).start()
+    time.sleep(0.3)
+    running._node.kill()
+    running._node.wait()
+    try:
+        running.check()
+    except ClusterLostError:
+        time.sleep(1)
+        print("lost, and still here", flush=True)
+"""
+
+
+def test_a_driver_whose_threads_use_the_cluster_outlives_it() -> None:
+    """Ray ends a process that asks a core worker which is shut down."""
+    done = subprocess.run([sys.executable, "-c", BUSY_DRIVER], capture_output=True, text=True, timeout=300)
+    assert "lost, and still here" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -309,10 +311,10 @@ def test_mistakes_of_the_command_line_are_one_message(market: SpotMarket) -> Non
     assert "Traceback" not in several.stderr
 
 
-def test_an_agent_finds_the_node_of_its_own_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_an_agent_finds_the_node_of_its_own_machine() -> None:
     """As in a pod: all that is said are the head and the token, in the environment."""
     env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with head_of_ray(tmp_path_factory, env) as address:
+    with head_of_ray(env) as address:
         pod = {**env, "RAY_ADDRESS": address}
         refused = drain_now(pod | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}, grace_s=1)
         assert refused.returncode == 1, refused.stderr
@@ -323,14 +325,15 @@ def test_an_agent_finds_the_node_of_its_own_machine(tmp_path_factory: pytest.Tem
 
 
 @contextmanager
-def head_of_ray(folders: pytest.TempPathFactory, env: dict[str, str], tries: int = 3) -> Iterator[str]:
+def head_of_ray(env: dict[str, str], tries: int = 3) -> Iterator[str]:
     """The address of a head that `ray start` runs.
 
     On a busy machine Ray gives up after its 30 s, and a port that was free may be taken by then: it is tried again.
     """
     said = ""
     for _ in range(tries):
-        folder, port = folders.mktemp("r"), free_port()
+        # Not below pytest's own folder: Ray's sockets are 50 characters longer, and may have 107.
+        folder, port = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), free_port()
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
         start += [f"--temp-dir={folder}", "--num-cpus=1", "--include-dashboard=false"]
         start += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
@@ -344,9 +347,10 @@ def head_of_ray(folders: pytest.TempPathFactory, env: dict[str, str], tries: int
                     yield f"127.0.0.1:{port}"
                     return
                 time.sleep(0.1)
+            said += f"\n--- ended with {head.returncode}\n{log.read_text()}"
         finally:
             kill_all(head)
-        said += f"\n--- ended with {head.returncode}\n{log.read_text()}"
+            shutil.rmtree(folder)
     pytest.fail(f"no head of Ray came up, {tries} times:{said}")
 
 
