@@ -195,6 +195,18 @@ def test_names_of_folders_stay_names(name: str) -> None:
     load("pipeline.yaml", needs_data=False)
 
 
+def test_students_of_a_laptop_have_the_rates_that_docs_headless_compares() -> None:
+    flat(Path("cats"))
+    chosen(Path("cats")).write()
+    spec = load("pipeline.yaml", needs_data=False).spec.stages["distill"]
+    vit, convnext = spec.students["vit"], spec.students["convnext"]
+    assert vit.optimizer is None
+    assert spec.optimizer.lr.peak == 2e-3
+    assert convnext.optimizer == spec.optimizer.model_copy(
+        update={"lr": spec.optimizer.lr.model_copy(update={"peak": 4e-3})}
+    )
+
+
 def test_sizes_are_multiples_of_patches() -> None:
     for sizes in machine_speed.SIZES.values():
         assert sizes.batch % sizes.block == 0
