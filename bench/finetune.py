@@ -135,8 +135,8 @@ def _stage(plan: Plan, settings: Mapping[str, Any], weights: Path, seed: int) ->
     )
 
 
-def tuned(stage: Finetune, index: Path, folder: Path, seed: int) -> dict[str, Any]:
-    """What a run of the stage says of its splits."""
+def tuned(stage: Finetune, index: Path | None, folder: Path, seed: int) -> dict[str, Any]:
+    """What a run of the stage says of its splits; `index` is None for a task with a data set of its own."""
     from orchestrator.elastic import trainer
 
     with patch.object(trainer, "run", _train):
@@ -197,7 +197,7 @@ def _features(stage: Finetune, index: Path, folder: Path, seed: int) -> tuple[Fl
     return features, classes, labelled
 
 
-def _context(index: Path, folder: Path, seed: int) -> Context:
+def _context(index: Path | None, folder: Path, seed: int) -> Context:
     (folder / "out").mkdir(parents=True)
     (folder / "work").mkdir()
     manifest = Manifest(kind="curate", key="1" * 64, created="", files={}, provenance={}, summary={})
@@ -206,7 +206,7 @@ def _context(index: Path, folder: Path, seed: int) -> Context:
         pipeline="bench",
         seed=seed,
         key="0" * 64,
-        inputs={"index": Artifact("1" * 64, "curate", index, manifest)},
+        inputs={} if index is None else {"index": Artifact("1" * 64, "curate", index, manifest)},
         keys={},
         sources={},
         out=folder / "out",
