@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.pipeline.device_split import material
+from orchestrator.pipeline.cost.device_split import material
 from orchestrator.pipeline.load import LoadedPipeline
 
 

@@ -23,7 +23,7 @@ import yaml
 from bench._measure import from_mlflow
 from bench.harness import Arm, Claim, cpu_seconds, summarize
 from orchestrator.capacity.allocate import predicted
-from orchestrator.pipeline.device_split import StageSplit, splits
+from orchestrator.pipeline.cost.device_split import StageSplit, splits
 from orchestrator.pipeline.load import load
 
 GOAL = 0.15

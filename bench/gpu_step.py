@@ -29,7 +29,7 @@ from torch._C._distributed_c10d import HashStore
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.config.schema import Hardware
-from orchestrator.pipeline.costing import costing
+from orchestrator.pipeline.cost.costing import costing
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.stages.ssl.task import SelfSupervisedTask

@@ -17,7 +17,7 @@ from typing import Any
 from bench._around import crop_seconds, ray_figures
 from bench._saturation import RESOURCES, Design, Node, Saturation, Work, sweep
 from bench.harness import Arm, Claim, summarize
-from orchestrator.pipeline.device_split import material, splits
+from orchestrator.pipeline.cost.device_split import material, splits
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.stages.distill.config import Distill
 

@@ -12,8 +12,8 @@ from orchestrator.errors import Stopped, UserError, shortened
 
 if TYPE_CHECKING:
     from orchestrator.pipeline.load import LoadedPipeline
-    from orchestrator.pipeline.plan import Choice
-    from orchestrator.pipeline.workspace import Workspace
+    from orchestrator.pipeline.plan.stage_plan import Choice
+    from orchestrator.pipeline.store.workspace import Workspace
     from orchestrator.storage.artifacts import Artifact
 
 _STOPPED = 130
@@ -107,10 +107,10 @@ def run(
     """
     from rich.console import Console
 
-    from orchestrator.pipeline.check import check
+    from orchestrator.pipeline.check.pipeline_check import check
     from orchestrator.pipeline.console import Reporter, print_findings
-    from orchestrator.pipeline.run import execute
-    from orchestrator.pipeline.workspace import Workspace
+    from orchestrator.pipeline.run.driver import execute
+    from orchestrator.pipeline.store.workspace import Workspace
 
     console = Console(quiet=quiet)
     choice = _choice(only, first, last, force)
@@ -148,9 +148,9 @@ def plan(
     Raises:
         UserError: a mistake in the file, or data that is not there, on which keys depend.
     """
-    from orchestrator.pipeline.check import check
+    from orchestrator.pipeline.check.pipeline_check import check
     from orchestrator.pipeline.load import joined
-    from orchestrator.pipeline.plan import plan_of
+    from orchestrator.pipeline.plan.stage_plan import plan_of
 
     choice = _choice(only, first, last, force)
     loaded = _loaded(file, overrides, needs_data=True)
@@ -180,7 +180,7 @@ def _loaded(file: str | os.PathLike[str], overrides: Sequence[str], *, needs_dat
 
 
 def _choice(only: Sequence[str], first: str | None, last: str | None, force: Sequence[str]) -> Choice:
-    from orchestrator.pipeline.plan import Choice
+    from orchestrator.pipeline.plan.stage_plan import Choice
 
     for what, name in (("first", first), ("last", last)):
         if name is not None:

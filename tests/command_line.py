@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator import cli
-from orchestrator.pipeline import ledger, load, tracking_run
+from orchestrator.pipeline import load
+from orchestrator.pipeline.store import ledger
+from orchestrator.pipeline.tracking import tracking_run
 
 sys.path.insert(0, str(Path(__file__).parent / "pipeline"))
 import recorded

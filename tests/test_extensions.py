@@ -19,10 +19,10 @@ import orchestrator
 from orchestrator import installed
 from orchestrator.errors import UserError
 from orchestrator.models import ViTConfig, presets
-from orchestrator.pipeline.cache_key import KeyParts, key_parts
 from orchestrator.pipeline.console import print_plan, print_stages
+from orchestrator.pipeline.keys.cache_key import KeyParts, key_parts
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.pipeline.plan import plan_of, resolve
+from orchestrator.pipeline.plan.stage_plan import plan_of, resolve
 from orchestrator.reference.explain import explain
 from orchestrator.reference.json_schema import schema
 from orchestrator.reference.model_table import model_rows

@@ -24,7 +24,7 @@ _NAMES = {"replace", "rename"}.union(*OF_FSIO.values())
 NOT_DURABLE = {
     "orchestrator/data/samples.py",
     "orchestrator/elastic/time_accounting.py",
-    "orchestrator/pipeline/workspace.py",
+    "orchestrator/pipeline/store/workspace.py",
     "orchestrator/teacher_service/counters.py",
     "orchestrator/storage/artifacts.py",
     "orchestrator/storage/bytes_store.py",

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from other_process import said_by
 
-from orchestrator.pipeline.stage_log import stage_log
+from orchestrator.pipeline.run.stage_log import stage_log
 from orchestrator.redact import KeyBlocks, redacted, secret_in
 
 

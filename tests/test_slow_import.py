@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import installed, slow_import
-from orchestrator.pipeline.check import _import_trouble
+from orchestrator.pipeline.check.pipeline_check import _import_trouble
 from orchestrator.stages.common.config import _known_model
 from orchestrator.stages.common.network_source import check_module
 

@@ -17,11 +17,11 @@ import pytest
 from disk_faults import KINDS, Disk, Kind, every_fault, goes_through
 from PIL import Image
 
-from orchestrator.pipeline import spool_backup as mirror_module
-from orchestrator.pipeline.lease import LeaseManager
-from orchestrator.pipeline.liveness import Timing
-from orchestrator.pipeline.process_identity import ProcessIdentity, this_process
-from orchestrator.pipeline.spool_backup import SpoolBackup
+from orchestrator.pipeline.lease.lease_manager import LeaseManager
+from orchestrator.pipeline.lease.liveness import Timing
+from orchestrator.pipeline.lease.process_identity import ProcessIdentity, this_process
+from orchestrator.pipeline.store import spool_backup as mirror_module
+from orchestrator.pipeline.store.spool_backup import SpoolBackup
 from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool

@@ -10,7 +10,7 @@ import typer
 from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
-    from orchestrator.pipeline.plan import Choice
+    from orchestrator.pipeline.plan.stage_plan import Choice
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The pipeline file.", show_default=False)]
 Overrides = Annotated[
@@ -72,7 +72,7 @@ def choice_of(
     Raises:
         UserError: they exclude each other.
     """
-    from orchestrator.pipeline.plan import Choice
+    from orchestrator.pipeline.plan.stage_plan import Choice
 
     if rerun_on and accept_code:
         raise UserError("--rerun-on code and --accept-code exclude each other", hint="leave one of them out")

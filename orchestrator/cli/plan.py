@@ -13,7 +13,7 @@ from orchestrator.errors import UserError
 
 if TYPE_CHECKING:
     from orchestrator.pipeline.load import LoadedPipeline
-    from orchestrator.pipeline.plan import Choice
+    from orchestrator.pipeline.plan.stage_plan import Choice
 
 
 def plan(
@@ -65,9 +65,9 @@ def plan(
 
 
 def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
-    from orchestrator.pipeline.check import check
+    from orchestrator.pipeline.check.pipeline_check import check
     from orchestrator.pipeline.console import print_findings, print_plan, print_stages
-    from orchestrator.pipeline.plan import plan_of
+    from orchestrator.pipeline.plan.stage_plan import plan_of
 
     found = check(loaded, runs=False, choice=choice)
     if found.errors:
@@ -85,8 +85,8 @@ def _print_stages(loaded: LoadedPipeline, choice: Choice) -> None:
 def _print_costs(loaded: LoadedPipeline, *, as_json: bool) -> None:
     import json
 
-    from orchestrator.pipeline.cost_table import as_dict, print_costs
-    from orchestrator.pipeline.costing import costings
+    from orchestrator.pipeline.cost.cost_table import as_dict, print_costs
+    from orchestrator.pipeline.cost.costing import costings
 
     hardware = loaded.spec.hardware
     if hardware is None:
@@ -105,7 +105,7 @@ def _print_costs(loaded: LoadedPipeline, *, as_json: bool) -> None:
 def _print_splits(loaded: LoadedPipeline, devices: float, *, refresh: bool, as_json: bool) -> None:
     import json
 
-    from orchestrator.pipeline.device_split import as_dict, print_splits, splits
+    from orchestrator.pipeline.cost.device_split import as_dict, print_splits, splits
 
     notes = console(stderr=True)
     with notes.status("estimating costs") as status:
@@ -123,7 +123,7 @@ def _print_splits(loaded: LoadedPipeline, devices: float, *, refresh: bool, as_j
 
 
 def _draw_schedules(loaded: LoadedPipeline, picture: Path) -> None:
-    from orchestrator.pipeline.schedule_chart import draw
+    from orchestrator.pipeline.plan.schedule_chart import draw
 
     number = draw(loaded, picture)
     console().print(

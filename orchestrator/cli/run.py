@@ -16,7 +16,7 @@ from orchestrator.shell_command import command as called
 
 if TYPE_CHECKING:
     from orchestrator.pipeline.load import LoadedPipeline
-    from orchestrator.pipeline.plan import Choice, ResolvedStage
+    from orchestrator.pipeline.plan.stage_plan import Choice, ResolvedStage
 
 # What a run takes begins here: reading the file and looking at the data belong to it.
 BEGAN = time.monotonic()
@@ -57,8 +57,8 @@ def publish(
 ) -> None:
     """Update the model registry so that it matches the pipeline file. Runs no other stage."""
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.plan import resolve
-    from orchestrator.pipeline.run import publishing
+    from orchestrator.pipeline.plan.stage_plan import resolve
+    from orchestrator.pipeline.run.driver import publishing
 
     loaded = load(file, overrides or [])
     stages = resolve(loaded)
@@ -66,11 +66,11 @@ def publish(
 
 
 def _run(file: Path, overrides: Sequence[str], *, must_exist: bool, choice: Choice | None = None) -> None:
-    from orchestrator.pipeline.check import check
+    from orchestrator.pipeline.check.pipeline_check import check
     from orchestrator.pipeline.console import print_findings
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.plan import EVERYTHING
-    from orchestrator.pipeline.workspace import Workspace
+    from orchestrator.pipeline.plan.stage_plan import EVERYTHING
+    from orchestrator.pipeline.store.workspace import Workspace
 
     loaded = load(file, overrides, needs_data=False, gather=True)
     choice = choice or EVERYTHING
@@ -99,7 +99,7 @@ def _execute(
 ) -> NoReturn:
     from orchestrator.config.yaml_source import without_secrets
     from orchestrator.pipeline.console import Reporter
-    from orchestrator.pipeline.run import execute
+    from orchestrator.pipeline.run.driver import execute
 
     again = called(command, str(loaded.path), *map(without_secrets, arguments))
     raise typer.Exit(execute(loaded, stages, Reporter(console(), again, BEGAN), choice=choice))

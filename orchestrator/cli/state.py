@@ -14,7 +14,7 @@ from orchestrator.cli.terminal import console
 def status(file: File, overrides: Overrides = None) -> None:
     """Show each stage's state, attempts, time and latest metrics, and what has not reached MLflow yet."""
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.status import print_status
+    from orchestrator.pipeline.maintenance.status import print_status
 
     print_status(console(), load(file, overrides or []))
 
@@ -25,7 +25,7 @@ def sync(file: File, overrides: Overrides = None) -> None:
     The exit code is 0 if everything was sent, and 1 if some records are still waiting.
     """
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.sync import sync as send
+    from orchestrator.pipeline.tracking.sync import sync as send
 
     raise typer.Exit(0 if send(console(), load(file, overrides or [], needs_data=False)) else 1)
 
@@ -40,9 +40,9 @@ def gc(
     Everything that this file would use, or that a ledger in the store refers to, is kept. Nothing is deleted
     while a pipeline of the store is running.
     """
-    from orchestrator.pipeline.gc import collect
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.plan import resolve
+    from orchestrator.pipeline.maintenance.gc import collect
+    from orchestrator.pipeline.plan.stage_plan import resolve
 
     loaded = load(file, overrides or [])
     collect(console(), loaded, resolve(loaded), delete=yes)
@@ -58,7 +58,7 @@ def logs(
 ) -> None:
     """Print a stage's log, with all its attempts."""
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.status import read_log
+    from orchestrator.pipeline.maintenance.status import read_log
 
     for line in read_log(load(file, overrides or []), stage, lines):
         typer.echo(line)
@@ -73,7 +73,7 @@ def verify(
     ] = "runs",
 ) -> None:
     """Read every file in a store and compare it with its manifest. The exit code is 1 if any is damaged."""
-    from orchestrator.pipeline.verify import verify as check
+    from orchestrator.pipeline.maintenance.verify import verify as check
 
     raise typer.Exit(0 if check(console(), target) else 1)
 
@@ -82,7 +82,7 @@ def doctor(
     store: Annotated[str, typer.Option(help="The store to check: a folder or an s3:// address.")] = "runs",
 ) -> None:
     """Check the installed packages, the devices, and that the store is writable."""
-    from orchestrator.pipeline.doctor import examine
+    from orchestrator.pipeline.check.doctor import examine
 
     raise typer.Exit(0 if examine(console(), store) else 1)
 
@@ -94,7 +94,7 @@ def inspect(
     ],
 ) -> None:
     """Show what checkpoints contain and verify their checksums. The exit code is 1 if any is damaged."""
-    from orchestrator.pipeline.checkpoint_table import print_checkpoints
+    from orchestrator.pipeline.maintenance.checkpoint_table import print_checkpoints
     from orchestrator.training.checkpoint.inspect import describe_all
 
     found = [checkpoint for folder in folders for checkpoint in describe_all(folder)]

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from orchestrator.data.sources.account import HEADER, row
 from orchestrator.errors import shortened
-from orchestrator.pipeline.cache_key import short
 from orchestrator.pipeline.dag import order
+from orchestrator.pipeline.keys.cache_key import short
 from orchestrator.pipeline.table import Rows
 from orchestrator.progress import BARS, Progress, duration, time_left
 from orchestrator.redact import HIDDEN, KeyBlocks, redacted
@@ -28,11 +28,11 @@ from orchestrator.redact import HIDDEN, KeyBlocks, redacted
 if TYPE_CHECKING:
     from orchestrator.data.sources.account import Account
     from orchestrator.errors import UserError
-    from orchestrator.pipeline.attempt import Outcome
-    from orchestrator.pipeline.check import Checked
-    from orchestrator.pipeline.ledger import PipelineState
+    from orchestrator.pipeline.check.pipeline_check import Checked
     from orchestrator.pipeline.load import LoadedPipeline
-    from orchestrator.pipeline.plan import StagePlan
+    from orchestrator.pipeline.plan.stage_plan import StagePlan
+    from orchestrator.pipeline.run.attempt import Outcome
+    from orchestrator.pipeline.store.ledger import PipelineState
 
 STYLES = {
     "done": ("✓", "green"),

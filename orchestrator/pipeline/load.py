@@ -99,7 +99,7 @@ def load(
         needs_data: whether data that is not there is a mistake, or only noted in `missing`: what a pipeline will
             cost is asked on machines without its data.
         gather: whether mistakes that the schema does not see are noted in `missing` and `mistakes`, to be told with
-            those that :mod:`orchestrator.pipeline.check` finds, instead of raised.
+            those that :mod:`orchestrator.pipeline.check.pipeline_check` finds, instead of raised.
         stage_type: the union of stage configs; default: every kind the package has. Kinds of users' packages that the
             file names come to it.
 

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.capacity.allocate import StudentCost, TeacherCost
 from orchestrator.capacity.contention import Busy, shared_s
 from orchestrator.data import samples
-from orchestrator.pipeline.device_split import StageSplit
+from orchestrator.pipeline.cost.device_split import StageSplit
 from orchestrator.pipeline.load import load
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.profiling import PartCosts

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline.checkpoint_table import print_checkpoints
+from orchestrator.pipeline.maintenance.checkpoint_table import print_checkpoints
 from orchestrator.storage.local import LocalStore
 from orchestrator.training.checkpoint import reader
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, latest, parse, verified
@@ -429,7 +429,7 @@ def test_inspect(group: Group, tmp_path: Path) -> None:
         assert words in said
     with pytest.raises(UserError, match="there is no checkpoint"):
         describe_all(tmp_path)
-    check = "import sys, orchestrator.pipeline.checkpoint_table; sys.exit('torch' in sys.modules)"
+    check = "import sys, orchestrator.pipeline.maintenance.checkpoint_table; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from orchestrator.data.index import ImageIndex
-from orchestrator.pipeline.checkpoint_table import print_checkpoints
+from orchestrator.pipeline.maintenance.checkpoint_table import print_checkpoints
 from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.crops import crop_blocks
 from orchestrator.stages.ssl.pretrain import Pretrain

@@ -19,7 +19,7 @@ from orchestrator.first_pipeline import proposal as first
 from orchestrator.first_pipeline.machine_speed import Recipe, Sizes, Speed, Teacher, TrainingMachine, measure
 from orchestrator.first_pipeline.proposal import FirstPipeline, first_pipeline, step_seconds
 from orchestrator.models.presets import preset
-from orchestrator.pipeline.check import check
+from orchestrator.pipeline.check.pipeline_check import check
 from orchestrator.pipeline.load import load
 
 ROOT = Path(__file__).parents[2]

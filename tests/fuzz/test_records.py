@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline.cache_key import KeyParts
-from orchestrator.pipeline.ledger import Ledger
-from orchestrator.pipeline.verify import examine, verify
+from orchestrator.pipeline.keys.cache_key import KeyParts
+from orchestrator.pipeline.maintenance.verify import examine, verify
+from orchestrator.pipeline.store.ledger import Ledger
 from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.manifest import MANIFEST

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import EVERYTHING, Choice, StagePlan, plan, resolve
-from orchestrator.pipeline.run import execute
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice, StagePlan, plan, resolve
+from orchestrator.pipeline.run.driver import execute
+from orchestrator.pipeline.store.workspace import Workspace
 
 
 def run(path: Path, *overrides: str, choice: Choice = EVERYTHING) -> tuple[int, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.tracking.run import NullRun, Status
 
 FILE = Path("tracking.jsonl")

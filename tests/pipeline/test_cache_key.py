@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import toys
 
-from orchestrator.pipeline import code_digest
-from orchestrator.pipeline.cache_key import KeyParts, diff
+from orchestrator.pipeline.keys import code_digest
+from orchestrator.pipeline.keys.cache_key import KeyParts, diff
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import ResolvedStage, resolve
+from orchestrator.pipeline.plan.stage_plan import ResolvedStage, resolve
 
 
 def keys(path: Path, *overrides: str, data: str = "same") -> dict[str, str]:

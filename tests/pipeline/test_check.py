@@ -24,11 +24,12 @@ from orchestrator.cli import app
 from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster, file_visibility
 from orchestrator.errors import UserError
-from orchestrator.pipeline import memory_and_disk, probes
-from orchestrator.pipeline.check import Checked, check, check_cluster
+from orchestrator.pipeline.check import probes
+from orchestrator.pipeline.check.pipeline_check import Checked, check, check_cluster
+from orchestrator.pipeline.cost import memory_and_disk
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.pipeline.plan import EVERYTHING, Choice
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.storage.open import open_store
 from orchestrator.tracking import reachable

@@ -10,10 +10,10 @@ import pytest
 import toys
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline.check import check
+from orchestrator.pipeline.check.pipeline_check import check
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import EVERYTHING, Choice
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.storage.artifacts import folder_name
 
 PIPELINE = """\

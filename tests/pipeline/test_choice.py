@@ -12,9 +12,9 @@ from driving import planned, run
 from toys import Curate, Pretrain
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline import code_digest
-from orchestrator.pipeline.plan import Choice
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.keys import code_digest
+from orchestrator.pipeline.plan.stage_plan import Choice
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.stages.base import Context
 
 Traces = Callable[[], list[str]]

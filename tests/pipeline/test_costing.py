@@ -14,9 +14,10 @@ from orchestrator.config.schema import Hardware
 from orchestrator.config.zero_stage import ZeroStage
 from orchestrator.elastic.cluster import most_object_store
 from orchestrator.errors import UserError
-from orchestrator.pipeline import crop_checks, dag
-from orchestrator.pipeline.costing import Costing, costing, costings
+from orchestrator.pipeline import dag
+from orchestrator.pipeline.cost.costing import Costing, costing, costings
 from orchestrator.pipeline.load import load
+from orchestrator.pipeline.plan import crop_checks
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import TrainStage
 from orchestrator.stages.common.workload import Net, Workload

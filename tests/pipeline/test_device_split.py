@@ -18,9 +18,9 @@ from orchestrator.errors import UserError
 from orchestrator.models import build, save_pretrained
 from orchestrator.models.cost import forward_flops
 from orchestrator.models.presets import preset
-from orchestrator.pipeline import device_split
-from orchestrator.pipeline.costing import costings
-from orchestrator.pipeline.device_split import print_splits, splits
+from orchestrator.pipeline.cost import device_split
+from orchestrator.pipeline.cost.costing import costings
+from orchestrator.pipeline.cost.device_split import print_splits, splits
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.stages.distill.profiling import Material, PartCosts
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from orchestrator.errors import UserError
 from orchestrator.pipeline.console import Reporter, figures
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import EVERYTHING, Choice, plan, resolve
-from orchestrator.pipeline.run import execute, publishing
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice, plan, resolve
+from orchestrator.pipeline.run.driver import execute, publishing
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.stages.base import Context
 from orchestrator.training.checkpoint.format import COMMIT, step_name
 

@@ -23,9 +23,9 @@ from rich.console import Console
 from orchestrator.errors import UserError
 from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import resolve
-from orchestrator.pipeline.run import execute
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.plan.stage_plan import resolve
+from orchestrator.pipeline.run.driver import execute
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.storage.local import LocalStore
 
 SHORT = """\

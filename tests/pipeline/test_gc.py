@@ -15,11 +15,11 @@ from driving import content, planned, run
 from rich.console import Console
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline.gc import collect, orphans
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import resolve
-from orchestrator.pipeline.status import print_status
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.maintenance.gc import collect, orphans
+from orchestrator.pipeline.maintenance.status import print_status
+from orchestrator.pipeline.plan.stage_plan import resolve
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.stages.base import Context
 from orchestrator.storage.local import LocalStore
 

@@ -22,14 +22,14 @@ import toys
 from command_line import command_line
 from rich.console import Console
 
-from orchestrator.pipeline import process_identity
 from orchestrator.pipeline.console import Reporter
-from orchestrator.pipeline.lease import LeaseManager
-from orchestrator.pipeline.liveness import Timing
+from orchestrator.pipeline.lease import process_identity
+from orchestrator.pipeline.lease.lease_manager import LeaseManager
+from orchestrator.pipeline.lease.liveness import Timing
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import resolve
-from orchestrator.pipeline.run import execute
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.plan.stage_plan import resolve
+from orchestrator.pipeline.run.driver import execute
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.storage.local import LocalStore
 
 MAIN = Path(__file__).with_name("toy_main.py")

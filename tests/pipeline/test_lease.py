@@ -28,11 +28,11 @@ from rich.console import Console
 from scheduled import MemoryStore
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline import liveness, process_identity
 from orchestrator.pipeline.console import Reporter
-from orchestrator.pipeline.lease import LeaseLostError, LeaseManager
-from orchestrator.pipeline.liveness import HeartbeatMonitor, Timing
-from orchestrator.pipeline.process_identity import ProcessIdentity, is_suspended, lives, this_process
+from orchestrator.pipeline.lease import liveness, process_identity
+from orchestrator.pipeline.lease.lease_manager import LeaseLostError, LeaseManager
+from orchestrator.pipeline.lease.liveness import HeartbeatMonitor, Timing
+from orchestrator.pipeline.lease.process_identity import ProcessIdentity, is_suspended, lives, this_process
 from orchestrator.storage.local import LocalStore
 
 FORK = multiprocessing.get_context("fork")

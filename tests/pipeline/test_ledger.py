@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline.cache_key import KeyParts
-from orchestrator.pipeline.lease import LeaseLostError
-from orchestrator.pipeline.ledger import Event, Happening, Ledger, UnreadableRecordError, parse
+from orchestrator.pipeline.keys.cache_key import KeyParts
+from orchestrator.pipeline.lease.lease_manager import LeaseLostError
+from orchestrator.pipeline.store.ledger import Event, Happening, Ledger, UnreadableRecordError, parse
 from orchestrator.storage.local import LocalStore
 
 ONE = KeyParts(kind="pretrain", config={"lr": 0.1})

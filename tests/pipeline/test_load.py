@@ -12,7 +12,7 @@ import toys
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import LoadedPipeline, load, unwritable_folders
-from orchestrator.pipeline.plan import resolve
+from orchestrator.pipeline.plan.stage_plan import resolve
 from orchestrator.storage.open import open_store
 
 HEAD = "name: toy\nstages:\n"

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduled import Actor, MemoryStore
 
-from orchestrator.pipeline import ledger as ledger_module
-from orchestrator.pipeline import lock_queue as bakery_module
-from orchestrator.pipeline.ledger import Ledger
-from orchestrator.pipeline.lock_queue import LockQueue, LockTakenError, QueueEntry
-from orchestrator.pipeline.process_identity import ProcessIdentity
+from orchestrator.pipeline.lease import lock_queue as bakery_module
+from orchestrator.pipeline.lease.lock_queue import LockQueue, LockTakenError, QueueEntry
+from orchestrator.pipeline.lease.process_identity import ProcessIdentity
+from orchestrator.pipeline.store import ledger as ledger_module
+from orchestrator.pipeline.store.ledger import Ledger
 
 NAME = "holds/thing"
 

@@ -25,11 +25,11 @@ from mlflow.pyfunc import load_model
 from PIL import Image
 from rich.console import Console
 
-from orchestrator.pipeline import mlflow_record, system_metrics
 from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.pipeline.plan import resolve
-from orchestrator.pipeline.run import execute
+from orchestrator.pipeline.plan.stage_plan import resolve
+from orchestrator.pipeline.run.driver import execute
+from orchestrator.pipeline.tracking import mlflow_record, system_metrics
 from orchestrator.stages.base import Context
 from orchestrator.tracking.run import NullRun, open_run
 from orchestrator.tracking.spool import Record, Spool

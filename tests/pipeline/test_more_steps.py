@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from orchestrator.pipeline.cache_key import KeyParts
-from orchestrator.pipeline.ledger import PipelineState, StageState
-from orchestrator.pipeline.more_steps import TiedToSteps
-from orchestrator.pipeline.plan import Choice, ResolvedStage, StagePlan, plan
+from orchestrator.pipeline.keys.cache_key import KeyParts
+from orchestrator.pipeline.keys.more_steps import TiedToSteps
+from orchestrator.pipeline.plan.stage_plan import Choice, ResolvedStage, StagePlan, plan
+from orchestrator.pipeline.store.ledger import PipelineState, StageState
 from orchestrator.stages import AnyStage
 from orchestrator.storage.artifacts import Artifact
 from orchestrator.storage.manifest import Manifest

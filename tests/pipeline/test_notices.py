@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.pipeline import liveness, tracking_run
+from orchestrator.pipeline.lease import liveness
+from orchestrator.pipeline.tracking import tracking_run
 
 
 def test_a_dead_driver_with_several_places_is_named_once() -> None:

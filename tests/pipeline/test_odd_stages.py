@@ -11,7 +11,7 @@ import toys
 from driving import run
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline import check as checking
+from orchestrator.pipeline.check import pipeline_check as checking
 from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline import probes
-from orchestrator.pipeline.probes import Probe
+from orchestrator.pipeline.check import probes
+from orchestrator.pipeline.check.probes import Probe
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.s3_client import StoreError
 

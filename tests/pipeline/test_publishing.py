@@ -17,8 +17,8 @@ from rich.console import Console
 from orchestrator.models import build, save_pretrained
 from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import EVERYTHING, resolve
-from orchestrator.pipeline.run import execute, publishing
+from orchestrator.pipeline.plan.stage_plan import EVERYTHING, resolve
+from orchestrator.pipeline.run.driver import execute, publishing
 from orchestrator.stages.base import Context, Stage
 from orchestrator.stages.publish.config import Publish
 from orchestrator.tracking.registry import pull

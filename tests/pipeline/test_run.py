@@ -26,9 +26,9 @@ from orchestrator.errors import UserError
 from orchestrator.fsio import DIGESTS
 from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import EVERYTHING, Choice, StagePlan, plan, resolve
-from orchestrator.pipeline.run import execute
-from orchestrator.pipeline.workspace import Workspace, work_hold
+from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice, StagePlan, plan, resolve
+from orchestrator.pipeline.run.driver import execute
+from orchestrator.pipeline.store.workspace import Workspace, work_hold
 from orchestrator.stages.base import Context
 from orchestrator.storage.local import LocalStore
 
@@ -449,7 +449,7 @@ def test_a_piece_of_a_result_is_an_artifact_that_outlives_changes_of_the_others(
 
 
 def test_the_end_names_what_is_to_be_looked_at(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.pipeline.run.REPORTS", ("page.html", "result.json"))
+    monkeypatch.setattr("orchestrator.pipeline.run.driver.REPORTS", ("page.html", "result.json"))
     for _ in range(2):
         said = run(pipeline)[1]
         assert re.search(r"report of evaluate: runs/artifacts/evaluate-[0-9a-f]+/result.json", said)

@@ -20,7 +20,7 @@ from command_line import command_line
 from faulty_proxy import FaultyProxy
 from s3_server import S3Server
 
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.storage.s3 import S3Store
 
 MAIN = Path(__file__).with_name("toy_main.py")

@@ -12,7 +12,7 @@ from orchestrator.cli import app
 from orchestrator.config.schedules import Schedule
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.schedule_chart import draw, find, sample
+from orchestrator.pipeline.plan.schedule_chart import draw, find, sample
 
 RECIPE = Path(__file__).parents[2] / "conf" / "full_pipeline.yaml"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.pipeline import spool_backup as module
-from orchestrator.pipeline.lease import LeaseLostError
-from orchestrator.pipeline.spool_backup import SpoolBackup
+from orchestrator.pipeline.lease.lease_manager import LeaseLostError
+from orchestrator.pipeline.store import spool_backup as module
+from orchestrator.pipeline.store.spool_backup import SpoolBackup
 from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.pipeline.stage_log import stage_log
+from orchestrator.pipeline.run.stage_log import stage_log
 
 FULL = Path("/dev/full")
 

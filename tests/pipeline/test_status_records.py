@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.pipeline import status
-from orchestrator.pipeline.ledger import StageState
-from orchestrator.pipeline.status import _attempts, _goodput, _newest, _ray_train
+from orchestrator.pipeline.maintenance import status
+from orchestrator.pipeline.maintenance.status import _attempts, _goodput, _newest, _ray_train
+from orchestrator.pipeline.store.ledger import StageState
 from orchestrator.tracking.spool import Spool
 
 WHOLE = {"name": "toy/a", "status": "RUNNING", "workers": "1-2", "num_attempts": 1, "attempts": "[]"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestrator.pipeline import sync
+from orchestrator.pipeline.tracking import sync
 from orchestrator.tracking.backlog import Backlog, backlog
 from orchestrator.tracking.spool import Spool
 

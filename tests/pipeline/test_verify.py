@@ -19,11 +19,11 @@ from command_line import command_line
 from rich.console import Console
 
 from orchestrator.errors import UserError
-from orchestrator.pipeline import tracking_run
-from orchestrator.pipeline.doctor import _store as store_row
+from orchestrator.pipeline.check.doctor import _store as store_row
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.verify import verify
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.maintenance.verify import verify
+from orchestrator.pipeline.store.workspace import Workspace
+from orchestrator.pipeline.tracking import tracking_run
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.s3 import S3Store
 from orchestrator.storage.store import Store

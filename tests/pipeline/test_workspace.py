@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.storage.s3 import S3Store
 
 FILES = [

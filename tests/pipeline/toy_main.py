@@ -12,7 +12,10 @@ import recorded
 import toys
 
 from orchestrator import cli
-from orchestrator.pipeline import lease, liveness, load, tracking_run
+from orchestrator.pipeline import load
+from orchestrator.pipeline.lease import lease_manager as lease
+from orchestrator.pipeline.lease import liveness
+from orchestrator.pipeline.tracking import tracking_run
 
 if __name__ == "__main__":
     replaced: Any = load

@@ -24,9 +24,9 @@ from transformers import BertConfig, BertModel
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError
 from orchestrator.models import build, load_pretrained, normalise, save_pretrained
-from orchestrator.pipeline.cache_key import key_parts
+from orchestrator.pipeline.keys.cache_key import key_parts
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import contents
+from orchestrator.pipeline.plan.stage_plan import contents
 from orchestrator.stages.align_text.captions import (
     END,
     PAD,

@@ -20,7 +20,7 @@ import orchestrator
 from orchestrator.config.schema import DataSource
 from orchestrator.errors import UserError
 from orchestrator.pipeline import dag
-from orchestrator.pipeline.cache_key import key_parts
+from orchestrator.pipeline.keys.cache_key import key_parts
 from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.scores import read_scores

@@ -20,7 +20,7 @@ from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metrics.knn import knn_vote
 from orchestrator.models import embed, load_pretrained
-from orchestrator.pipeline.cache_key import key_parts
+from orchestrator.pipeline.keys.cache_key import key_parts
 from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context, ImageCount, PlanContext
 from orchestrator.stages.common.scores import read_scores

@@ -12,7 +12,7 @@ from orchestrator.config.schema import Hardware
 from orchestrator.models.configs import ViTConfig
 from orchestrator.models.cost import forward_flops, head_flops, head_params
 from orchestrator.models.network_spec import NetworkSpec
-from orchestrator.pipeline.costing import costing
+from orchestrator.pipeline.cost.costing import costing
 from orchestrator.stages.common.config import Heads
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.distill.config import Distill

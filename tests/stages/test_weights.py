@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from orchestrator.errors import UserError
 from orchestrator.models import build, save_pretrained
 from orchestrator.models.convert import to_layout
-from orchestrator.pipeline.cache_key import key_parts
-from orchestrator.pipeline.check import check
+from orchestrator.pipeline.check.pipeline_check import check
+from orchestrator.pipeline.keys.cache_key import key_parts
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan import contents
+from orchestrator.pipeline.plan.stage_plan import contents
 from orchestrator.stages import AnyStage
 from orchestrator.stages.common.weights import WeightsSource
 from orchestrator.stages.distill.feature_task import FeatureTask

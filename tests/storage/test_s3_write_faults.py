@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from s3_faults import KINDS, Kind, every_fault, goes_through
 
-from orchestrator.pipeline import spool_backup as mirror_module
-from orchestrator.pipeline.cache_key import KeyParts
-from orchestrator.pipeline.lease import LeaseManager
-from orchestrator.pipeline.ledger import Ledger
-from orchestrator.pipeline.liveness import Timing
-from orchestrator.pipeline.process_identity import this_process
-from orchestrator.pipeline.spool_backup import SpoolBackup
+from orchestrator.pipeline.keys.cache_key import KeyParts
+from orchestrator.pipeline.lease.lease_manager import LeaseManager
+from orchestrator.pipeline.lease.liveness import Timing
+from orchestrator.pipeline.lease.process_identity import this_process
+from orchestrator.pipeline.store import spool_backup as mirror_module
+from orchestrator.pipeline.store.ledger import Ledger
+from orchestrator.pipeline.store.spool_backup import SpoolBackup
 from orchestrator.storage import s3 as s3_module
 from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.s3 import S3Store

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator.pipeline import tracking_run
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.sync import sync
+from orchestrator.pipeline.tracking import tracking_run
+from orchestrator.pipeline.tracking.sync import sync
 from orchestrator.tracking.backlog import pending
 from orchestrator.tracking.flusher import Counts, Flusher
 from orchestrator.tracking.mlflow_writer import MlflowWriter, RejectedError, UnknownRecordError

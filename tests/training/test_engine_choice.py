@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 from orchestrator.config import zero_stage
 from orchestrator.config.schedules import Optimizer
 from orchestrator.config.zero_stage import MAX_REPLICATED_BYTES, chosen_stage
-from orchestrator.pipeline.costing import costings
+from orchestrator.pipeline.cost.costing import costings
 from orchestrator.pipeline.load import load
 from orchestrator.training.engine import build_engine
 from orchestrator.training.export import export_ema

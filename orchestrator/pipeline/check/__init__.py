@@ -1,0 +1,1 @@
+"""What can be known before the first step: of a pipeline, of the services it needs, and of the machine."""

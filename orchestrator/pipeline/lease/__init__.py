@@ -1,0 +1,1 @@
+"""Who may work on a pipeline: leases that a live process renews, and the queue that settles who gets one."""

@@ -1,0 +1,1 @@
+"""A run: the driver, attempts at stages, the cluster, logs and interrupts."""
