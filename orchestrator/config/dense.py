@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from orchestrator.config.schema import LocalPath
 from orchestrator.config.settings import Settings
 from orchestrator.config.split import Split
-from orchestrator.errors import UserError, nearest, shortened
+from orchestrator.errors import KeyMistakeError, UserError, nearest, shortened
 
 _PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
@@ -48,9 +48,17 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 class MaskData(Settings):
-    """Pictures with masks: a PNG of the same size and name, whose pixels are numbers of classes."""
+    """Pictures with masks: PNGs of the same size, whose pixels are numbers of classes.
+
+    A mask has the name of its picture, or a manifest says which it is.
+    """
 
     path: LocalPath = Field(description="The folder of the data set.")
+    manifest: LocalPath | None = Field(
+        None,
+        description="A table with the columns `path` and `mask`, from `path` of the data set: CSV, JSON lines or "
+        "Parquet. Pictures without a mask take no part. Default: by `layout`.",
+    )
     layout: Literal["folders", "ade20k", "cityscapes"] = Field(
         "folders",
         description="Where pictures and masks are. folders: `images/` and `masks/`. ade20k: `images/` and "
@@ -66,8 +74,16 @@ class MaskData(Settings):
     split: Split | None = Field(
         None,
         description="How the pictures are split. Default: by the layout's own folders, with a part of train for "
-        "validation; with `folders` by hash.",
+        "validation; with `folders` or a manifest by hash.",
     )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> MaskData:
+        if self.manifest is not None and self.layout != "folders":
+            raise KeyMistakeError(
+                "`manifest` and `layout` both say where masks are", key="layout", hint="leave one of them out"
+            )
+        return self
 
     @property
     def ignored(self) -> int:
@@ -75,7 +91,7 @@ class MaskData(Settings):
         return LAYOUTS[self.layout].ignore if self.ignore is None else self.ignore
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Paths of pictures and masks below `path`; raises as :func:`paired`."""
+        """Paths of pictures and masks below `path` by the layout; raises as :func:`paired`."""
         return paired(self.path, LAYOUTS[self.layout], "mask")
 
     def chosen_split(self) -> Split:

@@ -22,6 +22,7 @@ from orchestrator.config.dense import DepthData, MaskData, PairData
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.decode import UnreadableImage, read_header, read_rgb, square, upright_size
 from orchestrator.data.index import ImageIndex, ImageRecord
+from orchestrator.data.sources.masks import mask_pairs, mask_weights
 from orchestrator.data.splits import Splits
 from orchestrator.errors import UserError
 from orchestrator.fsio import open_regular, sha256_of
@@ -51,12 +52,13 @@ class DensePictures:
         data: which.
 
     Raises:
-        UserError: a piece is missing, see :func:`orchestrator.config.dense.paired`.
+        UserError: a piece is missing, see :func:`orchestrator.config.dense.paired` and
+            :func:`orchestrator.data.sources.masks.mask_pairs`.
     """
 
     def __init__(self, data: MaskData | DepthData) -> None:
         self._data = data
-        self._pairs = data.pairs()
+        self._pairs = mask_pairs(data) if isinstance(data, MaskData) else data.pairs()
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -76,11 +78,20 @@ class DensePictures:
     def index(self) -> ImageIndex:
         """The pictures as an index, whose rows are those of this."""
         root = self._data.path.resolve()
+        weights = mask_weights(self._data) if isinstance(self._data, MaskData) else {}
 
         def record(row: int) -> ImageRecord:
             image = self._pairs[row][0]
             header = _header(root / image)
-            return ImageRecord(root.name, image, str(root), sha256_of(root / image), header[0], header[1])
+            return ImageRecord(
+                root.name,
+                image,
+                str(root),
+                sha256_of(root / image),
+                header[0],
+                header[1],
+                weight=weights.get(image, 1.0),
+            )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return ImageIndex(list(pool.map(record, range(len(self)))))

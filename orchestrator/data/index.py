@@ -40,6 +40,8 @@ _SCHEMA = pa.schema(
 
 # Only where some pictures have several.
 _CAPTIONS = pa.field("captions", pa.list_(pa.string()))
+# Only where some are not drawn as often as others.
+_WEIGHT = pa.field("weight", pa.float64(), nullable=False)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class ImageRecord:
     """One picture: where it is, what is known of it, and which part of the training mix it belongs to.
 
     `path` is relative (posix) to the absolute folder `root`; `cluster` is -1 where there was no clustering.
-    `captions` are all of a picture that has several, of which `caption` is the first.
+    `captions` are all of a picture that has several, of which `caption` is the first. `weight` says how often it is
+    drawn beside others.
     Training leaves the component "pool" out unless it is told to draw from it, and never draws from "held_out".
     """
 
@@ -63,6 +66,7 @@ class ImageRecord:
     cluster: int = -1
     duplicate_of: str | None = None
     captions: tuple[str, ...] = ()
+    weight: float = 1.0
 
     @property
     def max_pixels(self) -> int:
@@ -117,6 +121,12 @@ class ImageIndex:
         return np.array([row.cluster for row in self._rows], dtype=np.int64)
 
     @property
+    def weights(self) -> NDArray[np.float64] | None:
+        """How often each row is drawn beside others; None where all are drawn alike."""
+        weights_N = np.array([row.weight for row in self._rows], dtype=np.float64)
+        return None if np.all(weights_N == 1) else weights_N
+
+    @property
     def components(self) -> list[str]:
         """The names of the components that have rows, sorted."""
         return sorted({row.component for row in self._rows})
@@ -155,6 +165,9 @@ class ImageIndex:
             columns[_CAPTIONS.name] = pa.array(
                 [list(row.captions) or None for row in self._rows], type=_CAPTIONS.type
             )
+        if (weights_N := self.weights) is not None:
+            schema = schema.append(_WEIGHT)
+            columns[_WEIGHT.name] = pa.array(weights_N, type=_WEIGHT.type)
         if any(self._pixels.values()):
             told = {name: found and found.model_dump(mode="json") for name, found in self._pixels.items()}
             schema = schema.with_metadata({_PIXELS: json.dumps(told)})
@@ -192,6 +205,8 @@ class ImageIndex:
         if _CAPTIONS.name in columns:
             names.append(_CAPTIONS.name)
             columns[_CAPTIONS.name] = [tuple(several or ()) for several in columns[_CAPTIONS.name]]
+        if _WEIGHT.name in columns:
+            names.append(_WEIGHT.name)
         by_row = zip(*(columns[name] for name in names), strict=True)
         rows = [ImageRecord(**dict(zip(names, values, strict=True))) for values in by_row]
         # Names of photographs may hold anything that a file system takes, but no way out of the folder.

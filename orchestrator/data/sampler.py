@@ -87,6 +87,8 @@ class SampleOrder:
             homogeneous, exact in every run of steps up to rounding. None: there are none.
         batch_size: samples a step.
         seed: another seed is another order.
+        row_weights: of every row of the index, finite and not negative: how often it is drawn beside others of its
+            part. Rows of weight 0 are not drawn. None: all alike.
 
     Raises:
         UserError: no rows to draw, a share that is none, or weights that leave nothing to draw from.
@@ -100,9 +102,14 @@ class SampleOrder:
         *,
         batch_size: int,
         seed: int,
+        row_weights: NDArray[np.float64] | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.seed = seed
+        if row_weights is not None:
+            parts = {name: _with_weight(name, rows, row_weights) for name, rows in parts.items()}
+        if row_weights is not None and homogeneous is not None:
+            homogeneous = _with_weight("homogeneous", homogeneous[0], row_weights), homogeneous[1]
         rows, share = homogeneous if homogeneous is not None else (np.empty(0, np.int64), 0.0)
         _check(parts, weights, homogeneous, batch_size)
         ratio = Fraction(share).limit_denominator(10**6)
@@ -112,6 +119,8 @@ class SampleOrder:
         self._parts = _parts(parts, weights)
         self._slots = _slots([1.0 if weights is None else weights[name] for name in self._parts])
         self._ends = np.cumsum(self._slots)
+        self._shares = {name: _shares(rows, row_weights) for name, rows in self._parts.items()}
+        self._homogeneous_shares = _shares(self._homogeneous, row_weights)
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -129,7 +138,8 @@ class SampleOrder:
         places = np.arange(self.batch_size, dtype=np.int64)
         if self.is_homogeneous(step):
             key = derive("epoch", self.seed, "homogeneous")
-            return _draw(self._homogeneous, key, before * self.batch_size + places)
+            draws = before * self.batch_size + places
+            return _draw(self._homogeneous, self._homogeneous_shares, key, draws)
         return self._mix((step - before) * self.batch_size + places)
 
     def drawn_from(self, step: int, row: int) -> NDArray[np.int64]:
@@ -154,14 +164,52 @@ class SampleOrder:
             quota = self._slots[number]
             nth_of_cycle = places[chosen] - (self._ends[number] - quota)
             key = derive("epoch", self.seed, "mixed", name)
-            ids[chosen] = _draw(rows, key, cycles[chosen] * quota + nth_of_cycle)
+            ids[chosen] = _draw(rows, self._shares[name], key, cycles[chosen] * quota + nth_of_cycle)
         return ids
 
 
-def _draw(rows: NDArray[np.int64], key: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows by draw number; draw number ÷ size is the epoch."""
-    epochs, positions = draws // len(rows), draws % len(rows)
-    return rows[permute(positions, len(rows), _numbered(key, epochs))]
+def _draw(
+    rows: NDArray[np.int64], ends: NDArray[np.float64] | None, key: int, draws: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Rows by draw number; draw number ÷ size is the epoch.
+
+    With shares, an epoch is a systematic sample: equally spaced points in [0, 1), each in the share of one row, in a
+    keyed order. So a row comes as often as its share of the epoch, rounded up or down. Where the points begin moves by
+    the golden ratio from epoch to epoch, so that what is rounded up and what is rounded down even out.
+    """
+    size = len(rows)
+    epochs, positions = draws // size, draws % size
+    places = permute(positions, size, _numbered(key, epochs))
+    if ends is None:
+        return rows[places]
+    begin = (_mix(np.asarray([key], dtype=_U64)) + epochs.astype(_U64) * _GOLDEN) >> _U64(11)
+    points = (places + begin * 2.0**-53) / size
+    drawn: NDArray[np.int64] = rows[np.searchsorted(ends, points, side="right").clip(max=size - 1)]
+    return drawn
+
+
+def _shares(rows: NDArray[np.int64], weights: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    """Where the share of each row ends in [0, 1]; None where all are alike."""
+    if weights is None or not len(rows) or np.all(weights[rows] == weights[rows[0]]):
+        return None
+    # As parts of the largest, which cannot overflow.
+    ends = np.cumsum(weights[rows] / weights[rows].max())
+    return np.asarray(ends / ends[-1])
+
+
+def _with_weight(name: str, rows: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The rows that are drawn at all.
+
+    Raises:
+        UserError: there are rows, and none is.
+    """
+    drawn = rows[weights[rows] > 0]
+    if len(rows) and not len(drawn):
+        raise UserError(
+            f"all photos of {name!r} have a weight of 0",
+            hint="give those that are to be drawn a positive `weight`",
+        )
+    return drawn
 
 
 def _parts(

@@ -24,11 +24,19 @@ def training_blocks(
     *,
     roots: Mapping[str, str] | None = None,
 ) -> LabelledBlocks:
-    """Random crops of the training split; `roots` says where the datasets are, see :meth:`ImageIndex.load`."""
+    """Random crops of the training split, drawn by their weights.
+
+    `roots` says where the datasets are, see :meth:`ImageIndex.load`.
+    """
     index = ImageIndex.load(index_folder, roots)
     return LabelledBlocks(
         index,
-        SampleOrder({"train": labelled.train}, batch_size=config.batch_size, seed=seed),
+        SampleOrder(
+            {"train": labelled.train},
+            batch_size=config.batch_size,
+            seed=seed,
+            row_weights=index.weights,
+        ),
         config.task.annotations(index, labelled.classes),
         size=size,
         block_size=config.block_size,

@@ -56,12 +56,17 @@ class _Dense(Settings):
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See `TaskSettings`: pictures, targets, and what splits them."""
+        from orchestrator.data.sources.masks import manifest_of, mask_pairs
+
         data = self.dataset
         try:
-            pairs = data.pairs()
+            pairs = mask_pairs(data) if isinstance(data, MaskData) else data.pairs()
+            table = manifest_of(data) if isinstance(data, MaskData) else None
         except UserError:
             return {"data.path": (data.path / "images",)}  # which is then told as missing
-        return in_key(data.path, pairs, data.split, "data.path")
+        found = in_key(data.path, pairs, data.split, "data.path")
+        # Its weights count, too.
+        return found if table is None else {**found, "data.manifest": (table,)}
 
     def check(self) -> None:
         """See `TaskSettings`: targets of another size or in other units."""

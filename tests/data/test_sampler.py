@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data.sampler import SampleOrder, permute
@@ -186,3 +186,54 @@ def test_mistakes_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as raised:
         SampleOrder(**{**arguments, **changes})  # type: ignore[arg-type]
     assert re.search(message, str(raised.value))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0.0, 1e-3, 0.3, 1.0, 2.0, 50.0, 1e300]), min_size=2, max_size=40),
+    seed=st.integers(0, 2**32),
+)
+def test_an_epoch_has_each_row_as_often_as_its_weight_says(weights: list[float], seed: int) -> None:
+    """Its share of the epoch rounded up or down, and the same for steps asked one by one and in any order."""
+    assume(any(weights))
+    weights_N = np.array(weights)
+    size = int((weights_N > 0).sum())
+    order = SampleOrder({"all": np.arange(len(weights))}, batch_size=size, seed=seed, row_weights=weights_N)
+    shares = size * (weights_N / weights_N.max() / (weights_N / weights_N.max()).sum())
+    for epoch in (5, 0):
+        counts = np.bincount(order.ids(epoch), minlength=len(weights))
+        assert np.all(np.abs(counts - shares) < 1 + 1e-6)
+        assert not counts[weights_N == 0].any()
+
+
+def test_draws_follow_weights_within_each_part_over_many_epochs() -> None:
+    """The mix keeps its shares, and each row its share of its part; also in homogeneous batches."""
+    rng = np.random.default_rng(0)
+    weights_N = rng.lognormal(size=300)
+    weights_N[::7] = 0
+    parts = {"a": np.arange(100), "b": np.arange(100, 220)}
+    order = SampleOrder(
+        parts,
+        {"a": 0.25, "b": 0.75},
+        (np.arange(220, 300), 0.2),
+        batch_size=200,
+        seed=1,
+        row_weights=weights_N,
+    )
+    drawn = np.zeros(300)
+    for step in range(100):
+        np.add.at(drawn, order.ids(step), 1)
+    for rows, total in ((np.arange(100), 4000), (np.arange(100, 220), 12000), (np.arange(220, 300), 4000)):
+        wanted = total * weights_N[rows] / weights_N[rows].sum()
+        assert drawn[rows].sum() == total
+        # Independent draws would be off by their square root: 10 and more.
+        assert np.abs(drawn[rows] - wanted).max() < 3
+    assert set(order.rows.tolist()) == set(np.flatnonzero(weights_N).tolist())
+
+
+def test_equal_weights_change_nothing() -> None:
+    parts = {"a": np.arange(9), "b": np.arange(9, 30)}
+    plain = SampleOrder(parts, {"a": 1.0, "b": 2.0}, batch_size=11, seed=5)
+    weighted = SampleOrder(parts, {"a": 1.0, "b": 2.0}, batch_size=11, seed=5, row_weights=np.full(30, 0.5))
+    for step in range(8):
+        assert plain.ids(step).tolist() == weighted.ids(step).tolist()

@@ -26,7 +26,7 @@ def sample_order(
     seed: int,
     keep_N: NDArray[np.bool_] | None = None,
 ) -> SampleOrder:
-    """The order in which a stage draws rows: never those that were held out.
+    """The order in which a stage draws rows: never those that were held out, each as often as its weight says.
 
     Args:
         index: the photographs.
@@ -66,6 +66,7 @@ def sample_order(
         own,
         batch_size=batch_size,
         seed=seed,
+        row_weights=index.weights,
     )
 
 

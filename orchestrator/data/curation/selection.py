@@ -203,6 +203,7 @@ def index_rows(
             caption=status.photo.caption,
             label=status.photo.label,
             captions=status.photo.captions,
+            weight=status.photo.weight,
             component=HELD_OUT
             if is_held_out(status.photo.sha256, holdout)
             else CHOSEN

@@ -51,11 +51,13 @@ class Captions:
         notes: caption and label by the photo's path from the source's folder; None where there is none.
         warnings: what is read, but probably not as it was meant; each with file and line.
         more: all captions of the photos that have several.
+        weights: how often photos are drawn beside others, where a manifest says it; 1 of others.
     """
 
     notes: Mapping[str, Note]
     warnings: tuple[UserError, ...] = ()
     more: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_captions(self) -> int:
@@ -74,6 +76,7 @@ class Captions:
             self,
             notes={file: note for file, note in self.notes.items() if file in kept},
             more={file: texts for file, texts in self.more.items() if file in kept},
+            weights={file: weight for file, weight in self.weights.items() if file in kept},
         )
 
 

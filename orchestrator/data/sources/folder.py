@@ -60,6 +60,7 @@ class ScannedImage:
         error_kind: the kind of that reason, one of `account.KINDS`; empty without one.
         peak: the largest value of a file of 16 bits whose dataset names no range; 0 of others.
         captions: all of them, where there are several; `caption` is the first.
+        weight: how often it is drawn beside others.
     """
 
     source: str
@@ -74,6 +75,7 @@ class ScannedImage:
     error_kind: str = ""
     peak: int = 0
     captions: tuple[str, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def scan(
             kind,
             peaks[-1],
             said.more.get(relative, ()),
+            said.weights.get(relative, 1.0),
         )
 
     # The decoders release the interpreter lock.
@@ -521,8 +524,11 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
     if source.max_pixels != MAX_PIXELS:
         whole.update(f"max_pixels={source.max_pixels}".encode())
     if source.manifest is not None:
-        table = digest_of(_manifest_path(source, name), MOST_BYTES, stop)
-        whole.update(f"manifest={table}".encode())
+        path = _manifest_path(source, name)
+        whole.update(f"manifest={digest_of(path, MOST_BYTES, stop)}".encode())
+        if manifest.read(path, source.path).said.weights:
+            # Versions that did not read them made something else of it.
+            whole.update(b"weights")
     if source.shards is not None:
         whole.update(f"shards={source.shards} {sorted(readable_endings())}".encode())
     if source.labels is not None:

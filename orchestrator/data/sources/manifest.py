@@ -2,8 +2,8 @@
 
 Only what it names is in the dataset, whatever else is in the folder and whatever its files are called. The folder is
 not searched. Its columns are `path` (or `file`), from the dataset's folder, and as there are `caption` or `captions`,
-and `label` or `labels`: texts, in JSON lines and Parquet also lists of texts. Several rows for one picture are several
-captions of it.
+and `label` or `labels`: texts, in JSON lines and Parquet also lists of texts; `weight`, how often a picture is drawn
+beside others; and `mask`, a file with a class for every pixel. Several rows for one picture are several captions of it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,25 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.data.sources.captions import Captions, DelimitedTable, Note, is_utf8
 from orchestrator.errors import UserError, first_line, nearest, shortened
 from orchestrator.fsio import open_regular, why
 
 # What its columns may be called, by what they are.
-COLUMNS = {"path": "file", "file": "file", "captions": "caption", "labels": "label"}
-_NAMES = {"file": ("path", "file"), "caption": ("caption", "captions"), "label": ("label", "labels")}
-_UNREAD = ("weight", "weights", "mask", "masks")
-_TOLD = frozenset({*_UNREAD, *(name for names in _NAMES.values() for name in names)})
+_NAMES = {
+    "file": ("path", "file"),
+    "caption": ("caption", "captions"),
+    "label": ("label", "labels"),
+    "weight": ("weight", "weights"),
+    "mask": ("mask", "masks"),
+}
+COLUMNS = {name: what for what, names in _NAMES.items() for name in names if name != what}
+_TOLD = frozenset(name for names in _NAMES.values() for name in names)
 _TABLES, _LINES, _PARQUET = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet", ".pq")
 ENDINGS = (*_TABLES, *_LINES, *_PARQUET)
 _LONGEST_LINE = 16 << 20
@@ -40,11 +45,13 @@ class PhotoManifest:
 
     Attributes:
         files: the pictures that it names, sorted posix paths from the dataset's folder, each once.
-        said: their captions and labels.
+        said: their captions, labels and weights.
+        masks: paths of masks from the dataset's folder, by picture, where the manifest has some.
     """
 
     files: tuple[str, ...]
     said: Captions
+    masks: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(path: Path, root: Path) -> PhotoManifest:
@@ -70,9 +77,10 @@ def _read(path: Path, root: Path, look: tuple[int, ...]) -> PhotoManifest:
     roots = [f"{folder.as_posix().rstrip('/')}/" for folder in (root.absolute(), root.resolve())]
     captions: dict[str, list[str]] = {}
     labels: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    masks: dict[str, str] = {}
     several: list[int] = []
-    unread: list[str] = []
-    for line, row in _rows(path, unread):
+    for line, row in _rows(path):
         file = _inside(row["file"], roots, path, line)
         known = captions.setdefault(file, [])
         known += [text for text in _texts(row.get("caption"), path, line) if text not in known]
@@ -81,6 +89,11 @@ def _read(path: Path, root: Path, look: tuple[int, ...]) -> PhotoManifest:
             several.append(line)
         if found:
             labels.setdefault(file, found[0])
+        if (weight := _weight(row.get("weight"), path, line)) is not None:
+            _one_each("weight", weights, file, weight, path, line)
+        if written := _texts(row.get("mask"), path, line):
+            for name in written:
+                _one_each("mask", masks, file, _inside(name, roots, path, line), path, line)
     if not captions:
         raise UserError(
             "the manifest names no pictures", where=str(path), hint="give it a row for each picture"
@@ -89,23 +102,17 @@ def _read(path: Path, root: Path, look: tuple[int, ...]) -> PhotoManifest:
         file: (texts[0] if texts else None, labels.get(file)) for file, texts in captions.items()
     }
     more = {file: tuple(texts) for file, texts in captions.items() if len(texts) > 1}
-    said = Captions(notes, tuple(_warnings(path, several, unread)), more)
-    return PhotoManifest(tuple(sorted(captions)), said)
+    said = Captions(notes, tuple(_warnings(path, several)), more, weights)
+    return PhotoManifest(tuple(sorted(captions)), said, masks)
 
 
-def _warnings(path: Path, several: Sequence[int], unread: Sequence[str]) -> Iterator[UserError]:
+def _warnings(path: Path, several: Sequence[int]) -> Iterator[UserError]:
     if several:
         rows = "1 row" if len(several) == 1 else f"{len(several):,} rows"
         yield UserError(
             f"{rows} of the manifest give a picture more than one label; its first is used",
             where=f"{path}:{several[0]}",
             hint="give each picture one label",
-        )
-    for column in unread:
-        yield UserError(
-            f"the column {column!r} of the manifest is not read",
-            where=str(path),
-            hint="`path`, `caption` and `label` are; `mix` of a training stage draws datasets by weight",
         )
 
 
@@ -157,7 +164,7 @@ def _texts(value: Any, path: Path, line: int) -> list[str]:
     for one in values:
         if isinstance(one, bool) or not isinstance(one, (str, int, float)):
             raise UserError(
-                f"a caption or label of the manifest is {shortened(repr(one), 80)}",
+                f"a text of the manifest is {shortened(repr(one), 80)}",
                 where=f"{path}:{line}",
                 hint="give a text, or a list of texts",
             )
@@ -167,7 +174,7 @@ def _texts(value: Any, path: Path, line: int) -> list[str]:
         text = str(one).strip()
         if not is_utf8(text):
             raise UserError(
-                f"a caption or label of the manifest has half a character: {shortened(ascii(text), 80)}",
+                f"a text of the manifest has half a character: {shortened(ascii(text), 80)}",
                 where=f"{path}:{line}",
                 hint="write a character above U+FFFF as itself, or as both of its halves",
             )
@@ -176,32 +183,70 @@ def _texts(value: Any, path: Path, line: int) -> list[str]:
     return found
 
 
+def _weight(value: Any, path: Path, line: int) -> float | None:
+    """The number in a cell; None where it is empty."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = math.inf if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.inf
+    # Tables write what is not there as NaN, too.
+    if math.isnan(number) and not isinstance(value, str):
+        return None
+    if not 0 <= number < math.inf:
+        raise UserError(
+            f"a weight of the manifest is {shortened(repr(value), 80)}",
+            where=f"{path}:{line}",
+            hint="give a number of at least 0; a picture of weight 2 is drawn twice as often as one of weight 1, the "
+            "default",
+        )
+    return number
+
+
+T = TypeVar("T")
+
+
+def _one_each(what: str, known: dict[str, T], file: str, value: T, path: Path, line: int) -> None:
+    """Note what a picture can have one of."""
+    if known.setdefault(file, value) != value:
+        raise UserError(
+            f"the manifest gives {shortened(file, 200)} the {what}s {known[file]} and {value}",
+            where=f"{path}:{line}",
+            hint=f"give each picture one {what}",
+        )
+
+
 # --- rows of the three forms ----------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line or row number, and cells by `file`, `caption` and `label`. Fills `unread`."""
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line or row number, and cells by the keys of `_NAMES`."""
     ending = path.suffix.lower()
     if ending in _TABLES:
-        yield from _of_table(path, unread)
+        yield from _of_table(path)
     elif ending in _LINES:
-        yield from _of_lines(path, unread)
+        yield from _of_lines(path)
     elif ending in _PARQUET:
-        yield from _of_parquet(path, unread)
+        yield from _of_parquet(path)
     else:
         raise UserError(
             f"a manifest ends in {', '.join(ENDINGS)}, and this one in {ending or 'nothing'}", where=str(path)
         )
 
 
-def _of_table(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _of_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         table = DelimitedTable(path, COLUMNS)
-        unread += [name for name in table.columns if name in _UNREAD]
+        more = {name: at for at, name in enumerate(table.columns) if name in ("weight", "mask")}
+        if twice := [name for name in more if table.columns.count(name) > 1]:
+            raise _both(path, 1, twice[0], twice[0])
         for line, row in table.rows():
             written, (caption, label) = table.read(row)
-            if written or caption or label:
-                yield line, {"file": written, "caption": caption, "label": label}
+            found = {"file": written, "caption": caption, "label": label}
+            found |= {name: row[at].strip() for name, at in more.items() if at < len(row)}
+            if any(found.values()):
+                yield line, found
     except UserError as error:
         what = error.what.replace("captions file", "manifest").replace("`file` column", "`path` column")
         raise UserError(
@@ -209,7 +254,7 @@ def _of_table(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, An
         ) from None
 
 
-def _of_lines(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _of_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     # A later line may have what an earlier one lacks: by the columns that are read of it.
     known: dict[tuple[str, ...], dict[str, str]] = {}
     line = 0
@@ -223,7 +268,7 @@ def _of_lines(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, An
                 if not isinstance(record, dict):
                     raise ValueError("it is no object")
                 there = tuple(name for name in record if name.strip().casefold() in _TOLD)
-                named = known.get(there) or _columns(path, list(record), line, unread)
+                named = known.get(there) or _columns(path, list(record), line)
                 known[there] = named
                 found = {what: record.get(column) for what, column in named.items()}
                 if not isinstance(found["file"], str):
@@ -239,14 +284,14 @@ def _of_lines(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, An
         ) from error
 
 
-def _of_parquet(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _of_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = 0
     try:
         with pq.ParquetFile(path) as file:
-            named = _columns(path, file.schema_arrow.names, 1, unread)
+            named = _columns(path, file.schema_arrow.names, 1)
             for batch in file.iter_batches(_BATCH_ROWS, columns=list(named.values())):
                 cells = {what: batch.column(column).to_pylist() for what, column in named.items()}
                 for number in range(len(batch)):
@@ -261,7 +306,7 @@ def _of_parquet(path: Path, unread: list[str]) -> Iterator[tuple[int, dict[str, 
         ) from error
 
 
-def _columns(path: Path, columns: Sequence[str], line: int, unread: list[str]) -> dict[str, str]:
+def _columns(path: Path, columns: Sequence[str], line: int) -> dict[str, str]:
     """The columns that are read, by what they are."""
     bare: dict[str, str] = {}
     for name in columns:
@@ -276,7 +321,6 @@ def _columns(path: Path, columns: Sequence[str], line: int, unread: list[str]) -
             raise _both(path, line, *there[:2])
         if there:
             found[what] = there[0]
-    unread += [name for name in bare if name in _UNREAD and name not in unread]
     if "file" not in found:
         near = next((name for name in bare if name in ("filename", "file_name", "image", "image_path")), None)
         near = near or nearest("path", list(bare))

@@ -15,6 +15,7 @@ from orchestrator.config.dense import MaskData, in_key
 from orchestrator.config.split import SPLITS
 from orchestrator.data.dense import DensePictures
 from orchestrator.data.rng import generator
+from orchestrator.data.sources.masks import mask_pairs
 from orchestrator.data.splits import Splits
 from orchestrator.data.views import Side
 from orchestrator.errors import UserError, shortened
@@ -249,6 +250,6 @@ def _numbered(target: NDArray[Any], classes_C: NDArray[np.int64]) -> NDArray[np.
 def _listed(data: MaskData) -> list[tuple[str, str]]:
     """The pictures and masks; none where they are not whole, which :meth:`LinearSegmentation.check` tells."""
     try:
-        return data.pairs()
+        return mask_pairs(data)
     except UserError:
         return []

@@ -18,6 +18,8 @@ from sklearn.datasets import load_sample_image
 
 from orchestrator.config.schema import DataSource
 from orchestrator.data.blocks import CaptionBlocks
+from orchestrator.data.curation.mix import count_draws, sample_order
+from orchestrator.data.curation.selection import filter_images, index_rows
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.sources.folder import captions_of, fingerprint, list_images, scan
@@ -130,6 +132,18 @@ def test_files_that_are_not_there_are_left_out_with_their_reason(folder: Path, t
         ("m.parquet", "not one", ["the manifest cannot be read"]),
         ("m.xlsx", "x", [".csv, .tsv, .jsonl"]),
         ("m.csv", 'path,caption\na.jpg,"x', ["manifest is not closed"]),
+        ("m.csv", "path,weight\na.jpg,-1", ["a weight of the manifest is '-1'", "m.csv:2", "at least 0"]),
+        ("m.csv", "path,weight\na.jpg,nan", ["a weight of the manifest is 'nan'"]),
+        ("m.csv", "path,weight,weights\na.jpg,1,2", ["the columns 'weight' and 'weight'"]),
+        ("m.jsonl", '{"path": "a.jpg", "weight": true}', ["a weight of the manifest is True"]),
+        ("m.jsonl", '{"path": "a.jpg", "weight": 1e999}', ["a weight of the manifest is inf"]),
+        ("m.jsonl", '{"path": "a.jpg", "weight": [1]}', ["a weight of the manifest is [1]"]),
+        (
+            "m.csv",
+            "path,weight\na.jpg,1\na.jpg,2",
+            ["gives a.jpg the weights 1.0 and 2.0", "m.csv:3", "one weight"],
+        ),
+        ("m.csv", "path,mask\na.jpg,../m.png", ["'../m.png'", "m.csv:2"]),
     ],
 )
 def test_mistakes_are_one_message(
@@ -142,10 +156,10 @@ def test_mistakes_are_one_message(
         assert part in str(caught.value)
 
 
-def test_what_is_not_read_and_second_labels_are_warned_of(folder: Path, tmp_path: Path) -> None:
+def test_second_labels_are_warned_of(folder: Path, tmp_path: Path) -> None:
     lines: list[Mapping[str, Any]] = [
-        {"path": "a.jpg", "labels": ["temple", "roof"], "weight": 2},
-        {"path": str(folder / "sub" / "b"), "labels": [7], "weight": 1},
+        {"path": "a.jpg", "labels": ["temple", "roof"], "price": 2},
+        {"path": str(folder / "sub" / "b"), "labels": [7]},
     ]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = DataSource(path=folder, manifest=tmp_path / "m.jsonl")
@@ -153,7 +167,6 @@ def test_what_is_not_read_and_second_labels_are_warned_of(folder: Path, tmp_path
     assert dict(said.notes) == {"a.jpg": (None, "temple"), "sub/b": (None, "7")}
     assert [warning.what for warning in said.warnings] == [
         "1 row of the manifest give a picture more than one label; its first is used",
-        "the column 'weight' of the manifest is not read",
     ]
 
 
@@ -266,3 +279,41 @@ def test_names_that_no_file_can_have_are_left_out_once(folder: Path) -> None:
         ("\\xed\\xa0\\x80.jpg", "its name is not UTF-8"),
         ("\\x80.jpg", "its name is not UTF-8"),
     ]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_drawn_follows_the_weights(folder: Path, tmp_path: Path, name: str) -> None:
+    """From each form of a manifest, through the index, to the rows of steps; without a weight it is 1, also of NaN."""
+    weights: dict[str, float | None] = {"a.jpg": 2.5, "sub/b": None, "sub/c.bin": 0.25, "unnamed.jpg": 0}
+    table = tmp_path / name
+    rows = [{"path": path, "weight": weight} for path, weight in weights.items()]
+    if table.suffix == ".csv":
+        table.write_text("\n".join(["path,weight", *(f"{r['path']},{r['weight'] or ''}" for r in rows[:3])]))
+        with table.open("a") as file:
+            file.write("\nunnamed.jpg,0\n")
+    elif table.suffix == ".jsonl":
+        table.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pq.write_table(pa.Table.from_pylist([{**row, "weight": row["weight"]} for row in rows]), table)
+    source = DataSource(path=folder, manifest=table)
+    photos = scan(source, "x")
+    statuses, _ = filter_images(photos, {"x": folder}, 0, None, lambda: None)
+    ones = np.ones(len(statuses), dtype=np.bool_)
+    ImageIndex(index_rows(statuses, np.zeros(len(statuses), np.int64), ones)).save(tmp_path)
+    index = ImageIndex.load(tmp_path)
+    order = sample_order(index, None, batch_size=5, seed=3)
+    drawn = count_draws(index, order, 600)
+    wanted = np.array([{"sub/b": 1.0}.get(index[row].path, weights[index[row].path]) for row in range(4)])
+    assert np.abs(drawn - 3000 * wanted / wanted.sum()).max() <= 2
+    assert [index[row].path for row in order.rows] == ["a.jpg", "sub/b", "sub/c.bin"]
+    plain = fingerprint(source)
+    table.write_bytes(
+        table.read_bytes().replace(b"weight", b"price ") if name == "m.csv" else table.read_bytes()
+    )
+    assert (fingerprint(source) != plain) == (name == "m.csv")
+
+
+def test_photos_that_are_all_of_weight_0_are_refused(folder: Path) -> None:
+    rows = [ImageRecord("x", "a.jpg", str(folder), "0" * 64, 8, 8, weight=0.0)]
+    with pytest.raises(UserError, match="have a weight of 0"):
+        sample_order(ImageIndex(rows), None, batch_size=1, seed=0)

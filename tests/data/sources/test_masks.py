@@ -1,0 +1,100 @@
+"""Masks that a manifest names are those that finetune and evaluate use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+from sklearn.datasets import load_sample_image
+
+from orchestrator.config.dense import MaskData
+from orchestrator.data.dense import DensePictures
+from orchestrator.errors import UserError
+from orchestrator.evaluation.metrics.segmentation import LinearSegmentation
+from orchestrator.stages.finetune.dense import Segmentation
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Parts of a photograph in `images/` with masks in `masks/`, and the same pictures under other names."""
+    photo = load_sample_image("flower.jpg")
+    rng = np.random.default_rng(0)
+    for part in ("images", "masks", "elsewhere/deep"):
+        (tmp_path / part).mkdir(parents=True)
+    lines = []
+    for number in range(6):
+        piece = Image.fromarray(photo[60 * number : 60 * number + 48, :64])
+        mask = Image.fromarray(rng.integers(0, 3, (48, 64)).astype(np.uint8))
+        piece.save(tmp_path / "images" / f"{number}.png")
+        mask.save(tmp_path / "masks" / f"{number}.png")
+        mask.save(tmp_path / "elsewhere" / "deep" / f"m{number}.png")
+        line = {"path": f"images/{number}.png", "mask": f"elsewhere/deep/m{number}.png"}
+        lines.append({**line, "weight": number} if number > 2 else line)
+    lines.append({"path": "images/5.png", "caption": "a flower"})
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def test_a_manifest_gives_the_pairs_that_folders_give(folder: Path) -> None:
+    plain = DensePictures(MaskData(path=folder))
+    named = DensePictures(MaskData(path=folder, manifest=Path("m.jsonl")))
+    named.check()
+    assert len(named) == len(plain) == 6
+    for row in range(6):
+        for ours, theirs in zip(named.read(row), plain.read(row), strict=True):
+            assert np.array_equal(ours, theirs)
+    assert [named.index()[row].weight for row in range(6)] == [1, 1, 1, 3, 4, 5]
+    assert plain.index().weights is None
+
+
+def test_pictures_without_a_mask_take_no_part(folder: Path) -> None:
+    rows = [{"path": "images/0.png"}, {"path": "images/1.png", "mask": "masks/1.png"}]
+    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(DensePictures(MaskData(path=folder, manifest=folder / "m.jsonl"))) == 1
+
+
+def test_masks_and_weights_are_part_of_the_key_of_finetune_and_evaluate(folder: Path) -> None:
+    task = Segmentation.model_validate(
+        {"type": "segmentation", "data": {"path": str(folder), "manifest": "m.jsonl"}}
+    )
+    found = task.files()
+    masks = {folder / "elsewhere" / "deep" / f"m{number}.png" for number in range(6)}
+    assert masks < set(found["data.path"])
+    assert found["data.manifest"] == (folder / "m.jsonl",)
+    metric = LinearSegmentation(use="linear_segmentation", data=task.data)
+    metric.check()
+    assert masks < set(metric.files()["data"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "path,mask\nimages/0.png,masks/9.png",
+            "1 mask of the manifest cannot be found, such as masks/9.png",
+        ),
+        ("path,mask\nimages/9.png,masks/0.png", "1 picture of the manifest cannot be found"),
+        ("path,caption\nimages/0.png,x", "the manifest gives no picture a mask"),
+        ("path,mask\nimages/0.png,m.csv", "the mask m.csv is no PNG"),
+        (
+            "path,mask\nimages/0.png,masks/0.png\nimages/0.png,masks/1.png",
+            "the masks masks/0.png and masks/1.png",
+        ),
+    ],
+)
+def test_mistakes_are_one_message(folder: Path, text: str, said: str) -> None:
+    (folder / "m.csv").write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        DensePictures(MaskData(path=folder, manifest=Path("m.csv")))
+    assert caught.value.hint
+
+
+def test_masks_are_said_once(folder: Path) -> None:
+    with pytest.raises(ValidationError, match="leave one of them out"):
+        MaskData(path=folder, manifest=Path("m.jsonl"), layout="ade20k")
+    with pytest.raises(UserError, match=r"the manifest x\.csv does not exist"):
+        DensePictures(MaskData(path=folder, manifest=Path("x.csv")))
