@@ -43,7 +43,7 @@ def pull(
 ) -> None:
     """Download a published model from the registry into a folder, in a format of choice."""
     if format_ == "safetensors":
-        from orchestrator.tracking.registry import fetch
+        from orchestrator.tracking.download import fetch
 
         pulled = fetch(model, out, tracking, store)
         console().print(

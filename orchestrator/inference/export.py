@@ -13,7 +13,7 @@ from orchestrator.errors import UserError, first_line, nearest, shortened
 from orchestrator.fsio import move
 from orchestrator.models.export import FORMATS, Preprocessing, fitting, missing, write
 from orchestrator.models.export.formats import loader_text, misfit
-from orchestrator.tracking.registry import Pulled, fetch, free
+from orchestrator.tracking.download import Pulled, fetch, free
 
 if TYPE_CHECKING:
     from orchestrator.models import Backbone
@@ -43,7 +43,7 @@ def pull_as(name: str, reference: str, out: Path, uri: str, store: str | None = 
 
     Args:
         name: of the format: a key of `orchestrator.models.export.FORMATS`.
-        reference, out, uri, store: see :func:`orchestrator.tracking.registry.fetch`.
+        reference, out, uri, store: see :func:`orchestrator.tracking.download.fetch`.
 
     Raises:
         UserError: as `fetch`; no such format, a package that it needs is not installed, it cannot express the model,

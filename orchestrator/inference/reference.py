@@ -10,7 +10,7 @@ from orchestrator import disk
 from orchestrator.errors import UserError, shortened
 from orchestrator.fsio import DIGESTS, why
 from orchestrator.storage.cache_folder import cache_folder
-from orchestrator.tracking import references, registry
+from orchestrator.tracking import download, model_files, references
 
 TRACKING = "sqlite:///runs/mlflow.db"
 """Where the registry is unless the user says: as for `orchestrator pull`."""
@@ -56,7 +56,7 @@ def locate(model: str | os.PathLike[str], tracking: str | None = None) -> Locate
             raise UserError(f"no model can be loaded: {path} does not exist", hint=_hint(text))
     uri = tracking or os.environ.get("MLFLOW_TRACKING_URI") or TRACKING
     try:
-        version, folder = registry.cached(text, uri, cache_folder() / "models")
+        version, folder = download.cached(text, uri, cache_folder() / "models")
     except UserError as error:
         if not reference.is_bare:
             raise
@@ -99,7 +99,7 @@ def weights_digest(path: Path) -> str:
         files = sorted(
             file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors") and file.is_file()
         )
-        return registry.content_digest(
+        return model_files.content_digest(
             {file.relative_to(folder).as_posix(): DIGESTS.of(file) for file in files}
         )
     except OSError as error:

@@ -1,43 +1,37 @@
-"""Finished models in MLflow's registry: safetensors and JSON in, the same files out. Nothing is pickled."""
+"""Finished models into MLflow's registry: safetensors and JSON, nothing is pickled. `download` has the way out."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import re
-import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import disk
 from orchestrator.errors import UserError, first_line, shortened
-from orchestrator.fsio import DIGESTS, move, why
 from orchestrator.redact import redacted
-from orchestrator.tracking import aliases, relocate
+from orchestrator.tracking import aliases
 from orchestrator.tracking.aliases import OPEN, Gate
-from orchestrator.tracking.answers import answering, require_database, understood
+from orchestrator.tracking.answers import answering, understood
 from orchestrator.tracking.backlog import clock
-from orchestrator.tracking.connect import absolute_uri, connect, database_path
+from orchestrator.tracking.connect import connect, database_path
 from orchestrator.tracking.mlflow_writer import model_name
+from orchestrator.tracking.model_files import (
+    CONTENT_TAG,
+    content_digest,
+    contents_of,
+    require_model,
+    require_trained,
+)
 from orchestrator.tracking.outage import silent
 from orchestrator.tracking.patience import interruptibly
-from orchestrator.tracking.references import resolve
 from orchestrator.tracking.run import Run
 from orchestrator.tracking.spool import now_ms
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
-    from mlflow.entities.model_registry import ModelVersion
-
-CONTENT_TAG = "orchestrator.sha256"
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_SUFFIXES = (".safetensors", ".json", ".md", ".png")
-# MLflow reads it and finds there how to load the model.
-_MLMODEL = "MLmodel"
 
 
 @dataclass(frozen=True)
@@ -48,26 +42,6 @@ class Facts:
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """A version that was pulled.
-
-    Attributes:
-        name: of the registered model.
-        version: its number.
-        alias: by which it was found; None if it was asked for by number, or is the newest.
-        folder: that has it now.
-    """
-
-    name: str
-    version: int
-    alias: str | None
-    folder: Path
-
-    def __str__(self) -> str:
-        return f"{self.name} version {self.version}" + (f" (@{self.alias})" if self.alias else "")
 
 
 def difference(
@@ -139,9 +113,9 @@ def publish(
         ValueError: the folder holds other files, or lacks the two.
         Stopped: `stop` was set; doing it again finds what is there.
     """
-    _require_model(folder)
-    contents = _contents(folder)
-    _require_trained(name, contents, digests or {})
+    require_model(folder)
+    contents = contents_of(folder)
+    require_trained(name, contents, digests or {})
     if run.tracking_uri is None:
         raise UserError(
             "cannot publish a model: tracking is off", hint="set `tracking.uri` in the pipeline file"
@@ -210,211 +184,6 @@ def _register(
     with contextlib.suppress(Exception):  # what stays is surplus, and the next run removes it
         _remove_twins(client, name, marked, run_id, version)
     return version
-
-
-def pull(reference: str, out: Path, uri: str, store: str | None = None) -> Path:
-    """The folder of :func:`fetch`; takes and raises what that does."""
-    return fetch(reference, out, uri, store).folder
-
-
-def fetch(reference: str, out: Path, uri: str, store: str | None = None) -> Pulled:
-    """Downloads a model into the folder `out`, which appears only when complete.
-
-    Args:
-        reference: `name@alias`, `name:version` (or `name/version`), or a bare `name`: its @champion if it has one, else
-            its newest version.
-        out: must not exist, or be empty.
-        uri: of MLflow.
-        store: the address of the store that has the files now, if it is not the one that MLflow knows.
-
-    Raises:
-        UserError: no such model, alias or version; `out` is not empty; MLflow or the files cannot be reached;
-            the files are not those that were trained and published.
-    """
-    out = free(out)
-    client = _client_of(uri)
-    from mlflow.artifacts import download_artifacts
-
-    out = out.absolute()
-    with disk.making(out) as staging:
-        try:
-
-            def download() -> tuple[ModelVersion, str | None, str, Path]:
-                version, alias = resolve(client, reference)
-                source = client.get_model_version_download_uri(version.name, version.version)
-                if version.status != "READY" or not isinstance(source, str) or "/" not in source:
-                    # MLflow would take an empty address for the folder that this process was started in.
-                    raise UserError(
-                        f"{reference} is version {version.version} of {version.name}, which was not finished "
-                        f"(status {shortened(str(version.status), 40)}, files at {shortened(repr(source), 100)})",
-                        where=reference,
-                        hint="publish it again: orchestrator publish FILE",
-                    )
-                if store is not None:
-                    source = relocate.rebased(source, f"{_address(store)}/{relocate.FOLDER}")
-                # By the files' own address: models:/ addresses make MLflow look into the process-wide registry.
-                path = download_artifacts(source, dst_path=str(staging), tracking_uri=absolute_uri(uri))
-                return version, alias, source, Path(path)
-
-            version, alias, source, folder = interruptibly(download, uri, None, f"pulling {reference}")
-            _require_plain(folder, staging, reference)
-            if version.tags.get(CONTENT_TAG, "") != content_digest(_contents(folder)):
-                raise UserError(f"the files of {reference} are not those that were published", where=source)
-            # What was written by safetensors only its owner may read, and copies are like it.
-            for path in (folder, *folder.rglob("*")):
-                path.chmod(0o755 if path.is_dir() else 0o644)
-            move(folder, out)
-        except UserError:
-            raise
-        except Exception as error:  # of MLflow, of the database under it, or of the store of the files
-            reason = shortened(str(error).replace(uri, redacted(uri)), 300)
-            raise UserError(
-                f"cannot pull {reference} from {redacted(uri)}: {reason}",
-                where=uri,
-                hint="check that MLflow and the place of its files answer, then pull again",
-            ) from error
-    return Pulled(version.name, int(version.version), alias, out)
-
-
-def free(out: Path) -> Path:
-    """The path of a folder to be made, with `~` replaced.
-
-    Raises:
-        UserError: something is there, or no folder can have the name.
-    """
-    out = disk.named(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty", where=str(out), hint="name a folder that does not exist yet")
-    return out
-
-
-@dataclass(frozen=True)
-class Version:
-    """A version of a registered model: its name, its number, and the digest of its files ("" if it has none)."""
-
-    name: str
-    number: str
-    content: str
-
-
-def version_of(reference: str, uri: str) -> Version:
-    """The version that a reference means now. Fetches none of its files.
-
-    Args:
-        reference: the model, see :func:`orchestrator.tracking.references.resolve`.
-        uri: of MLflow.
-
-    Raises:
-        UserError: no such model, alias or version; or MLflow cannot be reached.
-    """
-    client = _client_of(uri)
-    with answering(uri, where=uri):
-        found, _ = interruptibly(lambda: resolve(client, reference), uri, None, f"looking up {reference}")
-    return Version(found.name, str(found.version), found.tags.get(CONTENT_TAG, ""))
-
-
-def cached(reference: str, uri: str, cache: Path) -> tuple[Version, Path]:
-    """A registered model out of a folder of models by their content; pulled first if it is not there whole.
-
-    An alias is asked for each time. A folder never changes.
-
-    Raises:
-        UserError: as :func:`pull`; or the cache cannot be written.
-    """
-    version = version_of(reference, uri)
-    if not _DIGEST.fullmatch(version.content):
-        raise UserError(
-            f"{reference} was published without the sha256 of its files",
-            where=reference,
-            hint="publish it again",
-        )
-    folder = cache / version.content
-    if _is_whole(folder, version.content):
-        return version, folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
-    except OSError as error:
-        raise UserError(
-            f"the cache cannot be written: {why(error)}",
-            where=str(folder),
-            hint="name another folder in the environment variable ORCHESTRATOR_CACHE",
-        ) from error
-    try:
-        pull(f"{version.name}/{version.number}", folder, uri)
-    except UserError:
-        # Another process may have fetched the same in the meantime.
-        if not _is_whole(folder, version.content):
-            raise
-    return version, folder
-
-
-def _is_whole(folder: Path, content: str) -> bool:
-    try:
-        return folder.is_dir() and content_digest(_contents(folder)) == content
-    except OSError:
-        return False
-
-
-def _client_of(uri: str) -> MlflowClient:
-    """A client of a registry that is there. Raises UserError."""
-    require_database(uri)
-    with answering(uri, where=uri):
-        return connect(uri)
-
-
-def content_digest(files: Mapping[str, str]) -> str:
-    """One sha256 over the names and the sha256 of files."""
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items(), key=lambda item: Path(item[0])):
-        digest.update(f"{content}  {name}\n".encode())
-    return digest.hexdigest()
-
-
-def _address(store: str) -> str:
-    return store.rstrip("/") if "://" in store else Path(store).expanduser().absolute().as_uri()
-
-
-def _contents(folder: Path) -> dict[str, str]:
-    """The sha256 of all files of `folder`, by name."""
-    return {path.relative_to(folder).as_posix(): DIGESTS.of(path) for path in _files(folder)}
-
-
-def _require_trained(name: str, contents: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    wrong = sorted(file for file, digest in digests.items() if contents.get(file) != digest)
-    if wrong:
-        raise UserError(
-            f"cannot publish {name}: {wrong[0]} is not the file that was trained, its sha256 differs",
-            hint="run the pipeline again: damaged artifacts are made again",
-        )
-
-
-def _require_plain(folder: Path, staging: Path, reference: str) -> None:
-    """See that what came is in `staging`, and plain files of a model: the server chooses their names."""
-    strange = [
-        path for path in folder.rglob("*") if path.is_symlink() or not (path.is_dir() or path.is_file())
-    ]
-    strange += _no_model_files(folder)
-    if not folder.resolve().is_relative_to(staging.resolve()) or strange:
-        what = strange[0].relative_to(folder) if strange else folder
-        raise UserError(f"{reference} contains more than the files of a model: {what}", where=reference)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if not path.is_dir())
-
-
-def _no_model_files(folder: Path) -> list[Path]:
-    return [path for path in _files(folder) if path.suffix not in _SUFFIXES and path != folder / _MLMODEL]
-
-
-def _require_model(folder: Path) -> None:
-    files = _files(folder)
-    if strange := _no_model_files(folder):
-        raise ValueError(f"a published model may only contain {', '.join(_SUFFIXES)} files, not {strange[0]}")
-    if folder / "config.json" not in files or not any(path.suffix == ".safetensors" for path in files):
-        raise ValueError(f"{folder} does not contain a model: config.json and a safetensors file are needed")
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:

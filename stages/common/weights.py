@@ -113,7 +113,7 @@ class WeightsSource(Settings):
         """
         if self.registry is not None and self._fetched is None:
             from orchestrator.storage.cache_folder import cache_folder
-            from orchestrator.tracking.registry import cached
+            from orchestrator.tracking.download import cached
 
             _, self._fetched = cached(self.registry, uri, cache_folder() / "models")
 

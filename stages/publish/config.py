@@ -191,7 +191,7 @@ class Publish(Stage):
 
     def drift(self, context: Context, tracking_uri: str) -> list[str]:
         """See :meth:`Stage.drift`: what the registry lacks, a line a model."""
-        from orchestrator.tracking import registry
+        from orchestrator.tracking import model_files, registry
         from orchestrator.tracking.patience import interruptibly
 
         wanted = [self._wanted(context, model) for model in self._chosen(context)]
@@ -202,7 +202,7 @@ class Publish(Stage):
             for one in wanted:
                 decisions: list[Decision] = []
                 gate = self._gate(context, one, decisions)
-                content = registry.content_digest(one.digests)
+                content = model_files.content_digest(one.digests)
                 found.append(registry.difference(tracking_uri, one.name, content, one.tags, self.alias, gate))
                 told.extend((one.name, decision) for decision in decisions)
             return [line for line in found if line is not None]
@@ -303,7 +303,7 @@ def _digest(artifact: Artifact, path: Path) -> str:
 
 def _weights_digest(digests: Mapping[str, str]) -> str:
     """The sha256 of a model's weights; of several files one sha256 of them all."""
-    from orchestrator.tracking.registry import content_digest
+    from orchestrator.tracking.model_files import content_digest
 
     weights = {name: digest for name, digest in digests.items() if name.endswith(".safetensors")}
     return next(iter(weights.values())) if len(weights) == 1 else content_digest(weights)

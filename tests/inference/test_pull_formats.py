@@ -19,7 +19,7 @@ from orchestrator.errors import UserError
 from orchestrator.inference import export
 from orchestrator.models import build, load_pretrained, save_pretrained
 from orchestrator.models.export import FORMATS, check
-from orchestrator.tracking.registry import Pulled
+from orchestrator.tracking.download import Pulled
 
 ROOT = Path(__file__).parents[2]
 

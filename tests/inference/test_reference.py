@@ -13,7 +13,7 @@ import orchestrator
 from orchestrator.errors import UserError
 from orchestrator.inference.reference import locate, weights_digest
 from orchestrator.models import build, save_pretrained
-from orchestrator.tracking import registry
+from orchestrator.tracking import download, registry
 from orchestrator.tracking.run import Tracking
 
 
@@ -68,7 +68,7 @@ def test_a_registered_model_is_loaded_by_alias_and_version(
     assert [path.name for path in (cache / "models").iterdir()] == [located.path.name], "nothing else is left"
     # The environment says where, too, and what is in the cache is not fetched again.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setattr(registry, "pull", None)
+    monkeypatch.setattr(download, "pull", None)
     assert torch.equal(cls_token(orchestrator.load(spelled)), published(number))
     vector = orchestrator.embed(spelled, np.zeros((20, 20, 3), np.uint8))
     assert vector.shape == (48,)
@@ -87,13 +87,13 @@ def test_what_is_damaged_in_the_cache_is_fetched_again(uri: str) -> None:
 
 @pytest.mark.heavy
 def test_two_that_fetch_the_same_at_once_both_have_it(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pull = registry.pull
+    pull = download.pull
 
     def overtaken(*arguments: object) -> Path:
         pull(*arguments)  # type: ignore[arg-type]
         return pull(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(registry, "pull", overtaken)
+    monkeypatch.setattr(download, "pull", overtaken)
     assert torch.equal(cls_token(orchestrator.load("food-vit", tracking=uri)), published(1))
 
 
@@ -137,12 +137,12 @@ def test_a_cache_that_cannot_be_written_is_one_error(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(registry, "version_of", lambda *given: registry.Version("vit", "1", "a" * 64))
+    monkeypatch.setattr(download, "version_of", lambda *given: download.Version("vit", "1", "a" * 64))
     with pytest.raises(UserError, match="the cache cannot be written") as caught:
         orchestrator.load("vit@champion")
     assert "ORCHESTRATOR_CACHE" in (caught.value.hint or "")
     for content in ("", "../../etc"):
-        monkeypatch.setattr(registry, "version_of", lambda *given: registry.Version("vit", "1", content))  # noqa: B023
+        monkeypatch.setattr(download, "version_of", lambda *given: download.Version("vit", "1", content))  # noqa: B023
         with pytest.raises(UserError, match="without the sha256"):
             orchestrator.load("vit@champion")
 
@@ -152,7 +152,7 @@ def test_a_folder_goes_first_where_a_bare_name_could_be_both(
 ) -> None:
     """And is never taken for a registered model that is spelled out."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "version_of", None)
+    monkeypatch.setattr(download, "version_of", None)
     for given in ("model", "./model", str(model), model, Path("model"), "model/"):
         assert locate(given).name == str(model)
     model.rename("model@champion")

@@ -21,7 +21,7 @@ from orchestrator.pipeline.plan.stage_plan import EVERYTHING, resolve
 from orchestrator.pipeline.run.driver import execute, publishing
 from orchestrator.stages.base import Context, Stage
 from orchestrator.stages.publish.config import Publish
-from orchestrator.tracking.registry import pull
+from orchestrator.tracking.download import pull
 from orchestrator.tracking.rollback import rollback
 
 URI = "sqlite:///runs/mlflow.db"

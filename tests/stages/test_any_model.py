@@ -27,7 +27,7 @@ from orchestrator.stages.common.scores import read_scores
 from orchestrator.stages.evaluate.config import Evaluate
 from orchestrator.stages.publish.config import Publish
 from orchestrator.storage.artifacts import Artifact
-from orchestrator.tracking import registry
+from orchestrator.tracking import download
 from orchestrator.tracking.run import NullRun, Run, Tracking
 
 from .registries import NUM_PHOTOS, K, Maker, artifact, backbone, context, evaluation, rows
@@ -123,7 +123,7 @@ def test_all_kinds_of_models_are_published_and_load(
     photo = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 30, 3), dtype=np.uint8)).save(photo)
     for name, width in (("kinds-high_res", None), ("kinds-mine-one", None), ("kinds-text", 12)):
-        model = orchestrator.load(registry.pull(f"{name}@champion", tmp_path / name, uri))
+        model = orchestrator.load(download.pull(f"{name}@champion", tmp_path / name, uri))
         vector = orchestrator.embed(model, str(photo))
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
         assert width is None or vector.shape == (width,)
@@ -139,7 +139,7 @@ def card_of(
     now = attempt(folder, pipeline, tracking.run("publish"), made, role)
     Publish(kind="publish").run(now)
     name = f"{pipeline}-{role.removeprefix('models.')}"
-    return (registry.pull(f"{name}@champion", folder / name, uri) / "README.md").read_text()
+    return (download.pull(f"{name}@champion", folder / name, uri) / "README.md").read_text()
 
 
 def test_the_card_has_data_evaluation_and_the_command(
@@ -177,7 +177,7 @@ def test_a_model_that_loses_to_raw_pixels_says_so(
         row["accuracy"] = 0.43 if "teacher" in row["name"] else row["accuracy"]
     table.write_text(json.dumps(record))
     Publish(kind="publish").run(now)
-    text = (registry.pull("loser-high_res@champion", tmp_path / "out", uri) / "README.md").read_text()
+    text = (download.pull("loser-high_res@champion", tmp_path / "out", uri) / "README.md").read_text()
     assert "**This model is not above raw pixels.**" in text
 
 
@@ -193,7 +193,7 @@ def test_figures_of_test_photos_are_not_called_leave_one_out(
         row["figure"] = {"value": row["accuracy"], "note": note}
     table.write_text(json.dumps(record))
     Publish(kind="publish").run(now)
-    text = (registry.pull("split-high_res@champion", tmp_path / "out", uri) / "README.md").read_text()
+    text = (download.pull("split-high_res@champion", tmp_path / "out", uri) / "README.md").read_text()
     said = (
         f"Accuracy of a vote of the nearest training photos, on {NUM_PHOTOS} test photos; validation photos chose the "
         "number of neighbours (k=20, validation 0.481); ± is one standard error."
@@ -217,7 +217,7 @@ def test_the_code_of_every_card_runs(
     now = attempt(tmp_path, pipeline, tracking.run("publish"), made, role)
     Publish(kind="publish", names="mine-one" if "mine" in role else ()).run(now)
     name = f"{pipeline}-{'mine-one' if 'mine' in role else 'text'}"
-    text = (registry.pull(f"{name}@champion", tmp_path / name, uri) / "README.md").read_text()
+    text = (download.pull(f"{name}@champion", tmp_path / name, uri) / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

@@ -61,7 +61,7 @@ from orchestrator.stages.finetune.task import FinetuneTask, TunedNet, block_dept
 from orchestrator.stages.publish.config import Publish
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.storage.artifacts import Artifact, Manifest
-from orchestrator.tracking import registry
+from orchestrator.tracking import download
 from orchestrator.tracking.run import NullRun, Tracking
 
 from .registries import artifact
@@ -741,7 +741,7 @@ def test_it_is_evaluated_and_published_like_any_model(
             {"models.groups": stage},
         )
         assert Publish(kind="publish").run(now) == {"published": 1.0}
-    pulled = registry.pull("food-groups@champion", tmp_path / "pulled", uri)
+    pulled = download.pull("food-groups@champion", tmp_path / "pulled", uri)
     model = orchestrator.load(pulled)
     assert model.classes == LABELS
     assert model.predict(np.zeros((20, 20, 3), np.uint8)).labels[0] in LABELS

@@ -29,7 +29,7 @@ from orchestrator.stages.base import Context, Stage, figures_of
 from orchestrator.stages.publish.config import Publish
 from orchestrator.storage.artifacts import Artifact
 from orchestrator.storage.manifest import FileEntry, Manifest
-from orchestrator.tracking import registry
+from orchestrator.tracking import download
 from orchestrator.tracking.run import NullRun, Run, Tracking
 
 KEYS = {"distill": "d" * 64, "pretrain": "b" * 64, "curate": "c" * 64}
@@ -118,7 +118,7 @@ def test_students_are_published_with_lineage_and_pulled(
     said = Publish(kind="publish").published(now.out, "food")
     assert said == ["food-femto@champion", "food-tiny@champion"]
     for number, reference in enumerate(said):
-        assert (registry.pull(reference, tmp_path / f"as-said-{number}", uri) / "model.safetensors").is_file()
+        assert (download.pull(reference, tmp_path / f"as-said-{number}", uri) / "model.safetensors").is_file()
     assert Publish(kind="publish", conditions="knn > 0.4").published(now.out, "food")[0] == "food-femto"
     version = MlflowClient(uri, uri).get_model_version_by_alias("food-femto", "champion")
     expected = {
@@ -146,7 +146,7 @@ def test_students_are_published_with_lineage_and_pulled(
     outputs = MlflowClient(uri, uri).get_run(version.run_id).outputs.model_outputs
     assert model.model_id in [output.model_id for output in outputs]
 
-    pulled = registry.pull("food-femto@champion", tmp_path / "pulled", uri)
+    pulled = download.pull("food-femto@champion", tmp_path / "pulled", uri)
     assert {path.name for path in pulled.iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -165,7 +165,7 @@ def test_the_cards_snippet_runs_as_it_stands(
     uri, tracking = tracked
     now = context(tmp_path, "snippet", tracking.run("publish"))
     Publish(kind="publish", names="femto").run(now)
-    folder = registry.pull("snippet-femto@champion", tmp_path / "snippet-femto", uri)
+    folder = download.pull("snippet-femto@champion", tmp_path / "snippet-femto", uri)
     readme = (folder / "README.md").read_text()
     assert "orchestrator pull snippet-femto@ALIAS --out snippet-femto" in readme
     assert f"| index | {'c' * 64} |" in readme
@@ -383,7 +383,7 @@ def test_an_upgrade_publishes_nothing_anew(
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.9")
     monkeypatch.setattr(platform, "python_version_tuple", lambda: ("3", "99", "0"))
     assert stage.drift(now, uri) == []
-    pulled = registry.pull(f"upgrade-{says}-femto@champion", tmp_path / "pulled", uri)
+    pulled = download.pull(f"upgrade-{says}-femto@champion", tmp_path / "pulled", uri)
     assert ("python_version: '3.9'" in (pulled / "MLmodel").read_text()) == says
     assert ("| version | 0.0.1 |" in (pulled / "README.md").read_text()) == says
 
@@ -429,4 +429,4 @@ def test_a_student_that_is_not_what_was_trained_is_not_published(
     with pytest.raises(UserError, match=r"model\.safetensors is not the file that was trained"):
         Publish(kind="publish", names=("femto",)).run(now)
     with pytest.raises(UserError, match="no model 'bits-femto'"):
-        registry.pull("bits-femto@champion", tmp_path / "out", uri)
+        download.pull("bits-femto@champion", tmp_path / "out", uri)

@@ -25,7 +25,7 @@ from orchestrator.stages.common.weights import WeightsSource
 from orchestrator.stages.distill.feature_task import FeatureTask
 from orchestrator.stages.distill.features import OWN, FeatureObjective, TeacherShape
 from orchestrator.stages.distill.task import DistillTask
-from orchestrator.tracking import registry
+from orchestrator.tracking import download
 
 from .distilling import CONFIG, RECIPE
 from .small import BASE
@@ -331,11 +331,11 @@ def test_a_model_of_the_registry_is_its_content(
     folder = tmp_path / "fetched"
     save_pretrained(folder, build("vit_femto").state_dict(), "vit_femto")
 
-    def cached(reference: str, uri: str, cache: Path) -> tuple[registry.Version, Path]:
+    def cached(reference: str, uri: str, cache: Path) -> tuple[download.Version, Path]:
         asked.append((reference, uri))
-        return registry.Version("a", "1", ""), folder
+        return download.Version("a", "1", ""), folder
 
-    monkeypatch.setattr(registry, "cached", cached)
+    monkeypatch.setattr(download, "cached", cached)
 
     def digest(reference: str) -> str:
         whole = {**pipeline, "stages": {**pipeline["stages"], "first": {**PRETRAIN, "from": reference}}}

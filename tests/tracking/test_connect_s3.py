@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.tracking.connect import connect, ensure_experiment
-from orchestrator.tracking.registry import publish, pull
+from orchestrator.tracking.download import pull
+from orchestrator.tracking.registry import publish
 from orchestrator.tracking.run import Tracking
 
 

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator.errors import Stopped, UserError
-from orchestrator.tracking import connect, patience, registry
+from orchestrator.tracking import connect, download, patience, registry
 from orchestrator.tracking.run import SpooledRun, Tracking
 
 from .test_publish_faults import model
@@ -47,10 +47,10 @@ def test_versions_in_odd_states_are_not_pulled(
     registry.publish(run, "vit", model(tmp_path / "model"), {}, "best")
     change(uri, statement)
     if not said:
-        assert registry.pull("vit@best", tmp_path / "out", uri).is_dir()
+        assert download.pull("vit@best", tmp_path / "out", uri).is_dir()
         return
     with pytest.raises(UserError, match=said) as caught:
-        registry.pull("vit@best", tmp_path / "out", uri)
+        download.pull("vit@best", tmp_path / "out", uri)
     assert caught.value.hint
     assert not (tmp_path / "out").exists()
 
@@ -59,7 +59,7 @@ def test_versions_in_odd_states_are_not_pulled(
 def test_a_version_is_a_number(run: SpooledRun, uri: str, tmp_path: Path, which: str) -> None:
     registry.publish(run, "vit", model(tmp_path / "model"), {}, "best")
     with pytest.raises(UserError, match="has no version") as caught:
-        registry.pull(f"vit/{which}", tmp_path / "out", uri)
+        download.pull(f"vit/{which}", tmp_path / "out", uri)
     assert "vit@best" in (caught.value.hint or "")
 
 

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from safetensors.numpy import save_file
 
 from orchestrator.errors import UserError
-from orchestrator.tracking import registry
+from orchestrator.tracking import download, registry
 from orchestrator.tracking.run import Tracking
 
 LINEAGE = {"dataset": "food", "key.pretrain": "ab12"}
@@ -76,7 +76,7 @@ def test_publishing_goes_on_after_any_fault(
             failed += 1
         monkeypatch.setattr(registry, "connect", real)
         # Whoever pulls meanwhile gets the old model or the new one, whole.
-        pulled = registry.pull(f"{name}@best", tmp_path / f"pulled-{fail_at}", uri)
+        pulled = download.pull(f"{name}@best", tmp_path / f"pulled-{fail_at}", uri)
         bytes_of = [(folder / "model.safetensors").read_bytes() for folder in (pulled, old, new)]
         assert bytes_of[0] in bytes_of[1:]
         number = registry.publish(run, name, new, LINEAGE, "best", facts=facts)
@@ -85,7 +85,7 @@ def test_publishing_goes_on_after_any_fault(
             "the same files are not kept twice"
         )
         assert int(real(uri).get_model_version_by_alias(name, "best").version) == number
-        pulled = registry.pull(f"{name}@best", tmp_path / f"again-{fail_at}", uri)
+        pulled = download.pull(f"{name}@best", tmp_path / f"again-{fail_at}", uri)
         assert (pulled / "model.safetensors").read_bytes() == bytes_of[2]
         assert registry.publish(run, name, new, LINEAGE, "best", facts=facts) == number, "and then it rests"
         if client.count < fail_at:
@@ -98,16 +98,16 @@ def test_a_pull_appears_whole_or_not_at_all(
     start: Callable[[], Tracking], uri: str, tmp_path: Path, kind: Kind
 ) -> None:
     registry.publish(start().run("food"), "vit", model(tmp_path / "model"), LINEAGE, "best")
-    registry.pull("vit@best", tmp_path / "warm", uri)
+    download.pull("vit@best", tmp_path / "warm", uri)
     for disk in every_fault(kind, at_least=4):
         out = tmp_path / f"out-{disk.fail_at}" / "vit"
-        went = goes_through(disk, lambda: registry.pull("vit@best", out, uri))  # noqa: B023
+        went = goes_through(disk, lambda: download.pull("vit@best", out, uri))  # noqa: B023
         # What fails after it has its name, as waiting for the disk may, leaves it whole.
         assert out.exists() or not went
         if out.exists():
             assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
         else:
-            registry.pull("vit@best", out, uri)
+            download.pull("vit@best", out, uri)
         assert (out / "model.safetensors").read_bytes() == (
             tmp_path / "model" / "model.safetensors"
         ).read_bytes()

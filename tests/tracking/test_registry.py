@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from safetensors.numpy import load_file, save_file
 
 from orchestrator.errors import UserError
-from orchestrator.tracking import registry, relocate
+from orchestrator.tracking import download, model_files, registry, relocate
 from orchestrator.tracking.run import NullRun, SpooledRun, Tracking
 
 LINEAGE = {"dataset": "food", "key.pretrain": "ab12"}
@@ -58,7 +58,7 @@ def test_published_model_comes_back_byte_for_byte(
 ) -> None:
     source = model(tmp_path / "model")
     assert registry.publish(run, "food-vit", source, LINEAGE, "best") == 1
-    out = registry.pull("food-vit@best", tmp_path / "out", uri)
+    out = download.pull("food-vit@best", tmp_path / "out", uri)
 
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     assert (load_file(out / "model.safetensors")["weight"] == 1.0).all()
@@ -86,10 +86,10 @@ def test_publishing_again_makes_no_second_version_of_the_same(
     assert registry.publish(run, "food-vit", second, LINEAGE, "best") == 2
     assert registry.publish(run, "food-vit", first, {**LINEAGE, "dataset": "stamps"}, "other") == 3
     assert (
-        load_file(registry.pull("food-vit@best", tmp_path / "x", uri) / "model.safetensors")["weight"] == 2
+        load_file(download.pull("food-vit@best", tmp_path / "x", uri) / "model.safetensors")["weight"] == 2
     ).all()
     assert (
-        load_file(registry.pull("food-vit/1", tmp_path / "y", uri) / "model.safetensors")["weight"] == 1
+        load_file(download.pull("food-vit/1", tmp_path / "y", uri) / "model.safetensors")["weight"] == 1
     ).all()
 
 
@@ -97,7 +97,7 @@ def test_what_is_pulled_others_may_read(run: SpooledRun, uri: str, tmp_path: Pat
     made = model(tmp_path / "model")
     (made / "model.safetensors").chmod(0o600)
     registry.publish(run, "food-vit", made, LINEAGE, "best")
-    out = registry.pull("food-vit@best", tmp_path / "out", uri)
+    out = download.pull("food-vit@best", tmp_path / "out", uri)
     assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o644}
 
 
@@ -119,7 +119,7 @@ def test_wrong_references_name_the_right_one(
 ) -> None:
     registry.publish(run, "food-vit", model(tmp_path / "model"), {}, "best")
     with pytest.raises(UserError) as caught:
-        registry.pull(reference, tmp_path / "out", uri)
+        download.pull(reference, tmp_path / "out", uri)
     assert hint in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
@@ -134,7 +134,7 @@ def test_the_version_that_a_reference_means(run: SpooledRun, uri: str, tmp_path:
         )
 
     def pulled(reference: str) -> str:
-        found = registry.fetch(reference, tmp_path / f"out {reference.replace('/', ' ')}", uri)
+        found = download.fetch(reference, tmp_path / f"out {reference.replace('/', ' ')}", uri)
         assert (load_file(found.folder / "model.safetensors")["weight"] == found.version).all()
         return str(found)
 
@@ -149,16 +149,16 @@ def test_the_version_that_a_reference_means(run: SpooledRun, uri: str, tmp_path:
 def test_pull_overwrites_nothing_and_trusts_nothing(run: SpooledRun, uri: str, tmp_path: Path) -> None:
     registry.publish(run, "food-vit", model(tmp_path / "model"), {}, "best")
     with pytest.raises(UserError, match="not empty"):
-        registry.pull("food-vit@best", tmp_path / "model", uri)
+        download.pull("food-vit@best", tmp_path / "model", uri)
     with pytest.raises(UserError, match="no MLflow database"):
-        registry.pull("food-vit@best", tmp_path / "out", f"sqlite:///{tmp_path}/none.db")
+        download.pull("food-vit@best", tmp_path / "out", f"sqlite:///{tmp_path}/none.db")
     stored = next((tmp_path / "runs" / "mlartifacts").rglob("model.safetensors"))
     stored.write_bytes(stored.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match="not those that were published"):
-        registry.pull("food-vit@best", tmp_path / "out", uri)
+        download.pull("food-vit@best", tmp_path / "out", uri)
     stored.unlink()
     with pytest.raises(UserError):
-        registry.pull("food-vit@best", tmp_path / "out", uri)
+        download.pull("food-vit@best", tmp_path / "out", uri)
     assert not (tmp_path / "out").exists()
 
 
@@ -194,7 +194,7 @@ def test_a_file_that_changes_while_it_is_published_is_not_pulled(
     monkeypatch.setattr(registry, "_create", late)
     registry.publish(run, "food-vit", folder, {}, "best", digests=digests)
     with pytest.raises(UserError, match="not those that were published"):
-        registry.pull("food-vit@best", tmp_path / "out", uri)
+        download.pull("food-vit@best", tmp_path / "out", uri)
 
 
 @pytest.mark.parametrize("kind", ["link", "suffix", "elsewhere"])
@@ -205,10 +205,10 @@ def test_a_registry_that_gives_more_than_a_model_is_refused(
 
     registry.publish(run, "food-vit", model(tmp_path / "model"), {}, "best")
     (tmp_path / "precious").mkdir()
-    download = mlflow.artifacts.download_artifacts
+    original = mlflow.artifacts.download_artifacts
 
     def hostile(*args: Any, **options: Any) -> str:
-        folder = Path(download(*args, **options))
+        folder = Path(original(*args, **options))
         if kind == "link":
             (folder / "README.md").symlink_to("/etc/hostname")
         elif kind == "suffix":
@@ -217,7 +217,7 @@ def test_a_registry_that_gives_more_than_a_model_is_refused(
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", hostile)
     with pytest.raises(UserError, match="more than the files of a model"):
-        registry.pull("food-vit@best", tmp_path / "out", uri)
+        download.pull("food-vit@best", tmp_path / "out", uri)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "precious").is_dir()
 
@@ -234,7 +234,7 @@ def test_a_registry_whose_folder_was_copied_reads_and_writes_there(
     (tmp_path / "runs").rename(tmp_path / "gone")
 
     there = f"sqlite:///{tmp_path}/copy/mlflow.db"
-    out = registry.pull("food-vit@best", tmp_path / "out", there)
+    out = download.pull("food-vit@best", tmp_path / "out", there)
     assert sha256(out / "model.safetensors") == sha256(tmp_path / "model" / "model.safetensors")
     with Tracking(there, "food", tmp_path / "spool-copy") as tracking:
         later = tracking.run("later")
@@ -256,10 +256,10 @@ def test_files_that_are_not_beside_the_database_are_not_looked_for_there(
     (tmp_path / "other").mkdir()
     shutil.copyfile(tmp_path / "runs" / "mlflow.db", tmp_path / "other" / "mlflow.db")
     there = f"sqlite:///{tmp_path}/other/mlflow.db"
-    assert (registry.pull("food-vit@best", tmp_path / "a", there) / "config.json").is_file()
+    assert (download.pull("food-vit@best", tmp_path / "a", there) / "config.json").is_file()
     (tmp_path / "other" / "mlartifacts").mkdir()
-    assert (registry.pull("food-vit@best", tmp_path / "b", there) / "config.json").is_file()
-    out = registry.pull("food-vit@best", tmp_path / "c", there, str(tmp_path / "runs"))
+    assert (download.pull("food-vit@best", tmp_path / "b", there) / "config.json").is_file()
+    out = download.pull("food-vit@best", tmp_path / "c", there, str(tmp_path / "runs"))
     assert (out / "config.json").is_file()
 
 
@@ -325,7 +325,7 @@ def test_tries_that_die_halfway_leave_one_logged_model(
     known = client.get_run(run.mlflow_run_id() or "")
     assert len(known.outputs.model_outputs) == 2
     assert len(client.get_metric_history(known.info.run_id, "food-vit/accuracy")) == 1
-    out = registry.pull("food-vit@best", tmp_path / "out", uri)
+    out = download.pull("food-vit@best", tmp_path / "out", uri)
     assert sha256(out / "model.safetensors") == sha256(folder / "model.safetensors")
 
 
@@ -333,7 +333,7 @@ def test_tags_of_the_model_are_those_of_its_newest_version(
     run: SpooledRun, client: MlflowClient, uri: str, tmp_path: Path
 ) -> None:
     folder = model(tmp_path / "model")
-    content = registry.content_digest({path.name: sha256(path) for path in folder.iterdir()})
+    content = model_files.content_digest({path.name: sha256(path) for path in folder.iterdir()})
     other = {**LINEAGE, "dataset": "stamps"}
 
     def found(tags: dict[str, str], alias: str) -> str | None:
@@ -378,7 +378,7 @@ def test_a_database_that_cannot_be_used_is_named(uri: str, tmp_path: Path, how: 
     assert hint in (caught.value.hint or "")
     assert len(caught.value.what.splitlines()) == 1
     with pytest.raises(UserError) as caught:
-        registry.pull("food-vit@best", tmp_path / "out", uri)
+        download.pull("food-vit@best", tmp_path / "out", uri)
     assert uri.removeprefix("sqlite:///") in caught.value.what
 
 
@@ -411,13 +411,13 @@ def test_a_folder_that_cannot_be_made_is_one_error(run: SpooledRun, uri: str, tm
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "x", tmp_path / ("a" * 300)):
         with pytest.raises(UserError, match="cannot be"):
-            registry.pull("food-vit@best", out, uri)
+            download.pull("food-vit@best", out, uri)
 
 
 def test_a_pipe_in_place_of_the_database_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "f.db")
     with pytest.raises(UserError, match="not a regular file"):
-        registry.pull("food-vit@best", tmp_path / "out", f"sqlite:///{tmp_path}/f.db")
+        download.pull("food-vit@best", tmp_path / "out", f"sqlite:///{tmp_path}/f.db")
 
 
 def test_what_an_alias_names_is_downloaded_once_and_never_replaced(
@@ -425,15 +425,15 @@ def test_what_an_alias_names_is_downloaded_once_and_never_replaced(
 ) -> None:
     cache = tmp_path / "cache"
     registry.publish(run, "food-vit", model(tmp_path / "a"), LINEAGE, "best")
-    version, first = registry.cached("food-vit@best", uri, cache)
+    version, first = download.cached("food-vit@best", uri, cache)
     assert (version.name, version.number) == ("food-vit", "1")
     assert (load_file(first / "model.safetensors")["weight"] == 1.0).all()
     with monkeypatch.context() as patched:
-        patched.setattr(registry, "pull", lambda *arguments: pytest.fail("downloaded again"))
-        assert registry.cached("food-vit/1", uri, cache) == (version, first)
+        patched.setattr(download, "pull", lambda *arguments: pytest.fail("downloaded again"))
+        assert download.cached("food-vit/1", uri, cache) == (version, first)
     registry.publish(run, "food-vit", model(tmp_path / "b", 2.0), LINEAGE, "best")
-    _, second = registry.cached("food-vit@best", uri, cache)
+    _, second = download.cached("food-vit@best", uri, cache)
     assert (load_file(second / "model.safetensors")["weight"] == 2.0).all()
     assert (load_file(first / "model.safetensors")["weight"] == 1.0).all()
     with pytest.raises(UserError, match="no model 'food-vat' in the registry"):
-        registry.cached("food-vat@best", uri, cache)
+        download.cached("food-vat@best", uri, cache)

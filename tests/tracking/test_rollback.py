@@ -14,7 +14,7 @@ from command_line import command_line
 
 from orchestrator.errors import UserError
 from orchestrator.fsio import DIGESTS
-from orchestrator.tracking import registry
+from orchestrator.tracking import model_files, registry
 from orchestrator.tracking.aliases import OPEN, Decision, Gate
 from orchestrator.tracking.rollback import rollback
 from orchestrator.tracking.run import SpooledRun, Tracking
@@ -93,7 +93,7 @@ def test_publishing_again_leaves_a_rollback_alone(
     assert tags["orchestrator.gate.rolled_back.champion"].startswith("to version 1, 20")
     assert publish(run, tmp_path, 2, Gate(told=told.append)) == 2
     assert (champion(client), [one.standing for one in told]) == (1, ["rolled back"])
-    content = registry.content_digest(
+    content = model_files.content_digest(
         {path.name: DIGESTS.of(path) for path in (tmp_path / "model-2").iterdir()}
     )
     assert registry.difference(uri, "vit", content, {"number": "2"}, "champion") is None

@@ -22,7 +22,7 @@ from orchestrator.fsio import DIGESTS
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
 from orchestrator.stages.common.mlmodel import mlmodel
 from orchestrator.storage.s3 import S3Store
-from orchestrator.tracking import registry
+from orchestrator.tracking import download, model_files, registry
 from orchestrator.tracking.run import Dataset, ModelRecord, Run, Tracking
 
 SIZE = 16
@@ -116,7 +116,7 @@ def test_what_is_published_is_loaded_from_the_server(
     server: str, s3_uri: str, tmp_path: Path, backbone: Path
 ) -> None:
     (backbone / "MLmodel").write_text(mlmodel(backbone))
-    content = registry.content_digest({path.name: DIGESTS.of(path) for path in sorted(backbone.iterdir())})
+    content = model_files.content_digest({path.name: DIGESTS.of(path) for path in sorted(backbone.iterdir())})
     with Tracking(server, "food", tmp_path / "spool") as tracking:
         run = tracking.run("publish")
         assert registry.difference(server, "food-vit", content, TAGS, "champion") is not None
@@ -124,7 +124,7 @@ def test_what_is_published_is_loaded_from_the_server(
         assert registry.difference(server, "food-vit", content, TAGS, "champion") is None
         assert registry.publish(run, "food-vit", backbone, TAGS, "champion") == 1
         run.finish("FINISHED")
-    pulled = registry.pull("food-vit@champion", tmp_path / "pulled", server)
+    pulled = download.pull("food-vit@champion", tmp_path / "pulled", server)
     assert (pulled / "model.safetensors").read_bytes() == (backbone / "model.safetensors").read_bytes()
 
     photo = io.BytesIO()
