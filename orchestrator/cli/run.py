@@ -97,7 +97,7 @@ def _execute(
     arguments: Sequence[str],
     choice: Choice,
 ) -> NoReturn:
-    from orchestrator.config.yaml_source import without_secrets
+    from orchestrator.config.private_values import without_secrets
     from orchestrator.pipeline.console import Reporter
     from orchestrator.pipeline.run.driver import execute
 

@@ -12,7 +12,8 @@ from pydantic_core import ErrorDetails
 
 from orchestrator import installed
 from orchestrator.config.extension import Extension
-from orchestrator.config.yaml_source import Document, KeyPath, is_private, lookup, show
+from orchestrator.config.private_values import is_private
+from orchestrator.config.yaml_source import Document, KeyPath, lookup, show
 from orchestrator.errors import KeyMistakeError, UserError, nearest, shortened
 
 _PREFIXES = {

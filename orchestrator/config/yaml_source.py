@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from orchestrator.config.private_values import NO_NAME, is_private, is_private_text, without_secrets
+from orchestrator.config.yaml_bounds import MAX_DEPTH, Loader, check_size
 from orchestrator.errors import UserError, nearest, shortened
 from orchestrator.fsio import open_regular, why
-from orchestrator.redact import redacted
 
 KeyPath = tuple[str | int, ...]
 
@@ -22,33 +23,12 @@ _NAMED = ("stages", "data")
 
 _EXTENDS = "extends"
 
-# A pipeline file of hundreds of stages stays far below these; what is above would cost memory, or the stack.
+# A pipeline file of hundreds of stages stays far below these; what is above would cost memory.
 _MAX_BYTES = 1 << 20
-_MAX_DEPTH = 50
-_MAX_NODES = 100_000
 _MAX_FILES = 20
-# Digits that a number may have; 10³⁰ is read, and refused by its field.
-_MAX_NUMBER = 50
-# As YAML 1.1 has them: 010 is 8, and 1:30 is 90.
-_OCTAL = re.compile(r"[+-]?0[0-7_]*[1-9][0-7_]*")
-_SIXTIES = re.compile(r"[+-]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
 
-# A worker's environment, which may hold tokens and passwords, also under a name that is not quite right.
-_PRIVATE = re.compile(r"runtime_?env|env(?:ironment)?[_\-]?var|environment", re.IGNORECASE)
-_PRIVATE_KEYS = ("env", "envs")
-_NO_NAME = re.compile(r"[^\w.\-]")
+# What Python quotes in its errors.
 _QUOTED = re.compile(r"""'[^'<]{2,}'|"[^"<]{2,}\"""")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and with the booleans of YAML 1.2: `on` and `off`, a key and a value of pipeline files, are texts."""
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL or first in "tTfF"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 @dataclass
@@ -142,7 +122,7 @@ def show(value: Any, limit: int = 80) -> str:
 
 def _is_text(value: str) -> bool:
     """Whether a value without quotes is read as this text, and not as a number, true, false or null."""
-    loader: Any = _Loader("")
+    loader: Any = Loader("")
     kind: str = loader.resolve(yaml.ScalarNode, value, (True, False))
     return kind == "tag:yaml.org,2002:str"
 
@@ -212,8 +192,8 @@ def _merged(below: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 def _parse(path: Path) -> Document:
     text = _read_text(path)
     try:
-        _check_size(text, str(path))
-        node = yaml.compose(text, _Loader)
+        check_size(text, str(path))
+        node = yaml.compose(text, Loader)
         if node is None:
             raise UserError(
                 "the pipeline file is empty", where=str(path), hint="start with `name: my-pipeline`"
@@ -234,78 +214,9 @@ def _parse(path: Path) -> Document:
     return document
 
 
-def _check_size(text: str, where: str) -> None:
-    """See that YAML stays within bounds once its aliases are written out; nothing is built for it.
-
-    Raises:
-        UserError: too many values, too deep a nesting, or a number of too many digits, with its line.
-        yaml.YAMLError: it is no YAML.
-    """
-    sizes: dict[str, int] = {}
-    open_nodes: list[tuple[str | None, int]] = []
-    total = 0
-    hides = is_private_text(text) or is_private_text(where)
-    for event in yaml.parse(text, _Loader):
-        mark = event.start_mark
-        here = f"{where}:{mark.line + 1}" if mark else where
-        if isinstance(event, yaml.AliasEvent):
-            # An alias of a node that is still open contains itself: the next reading says so.
-            total += sizes.get(event.anchor or "", 1)
-        elif isinstance(event, yaml.ScalarEvent):
-            total += 1
-            if event.anchor:
-                sizes[event.anchor] = 1
-            _check_number(event, here, hides=hides)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            total += 1
-            open_nodes.append((event.anchor, total))
-            if len(open_nodes) > _MAX_DEPTH:
-                raise UserError(f"nested deeper than {_MAX_DEPTH} levels", where=here)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_nodes.pop()
-            if anchor:
-                sizes[anchor] = total - before + 1
-        if total > _MAX_NODES:
-            raise UserError(
-                f"more than {_MAX_NODES:,} values, counting those of an alias each time it is used",
-                where=here,
-            )
-
-
-def _check_number(event: yaml.ScalarEvent, where: str, *, hides: bool) -> None:
-    """Python takes long to read a number of many digits, or does not; and YAML 1.1 reads some as another number.
-
-    Args:
-        hides: no number is shown, since each may be a secret.
-    """
-    text = event.value
-    if event.style is not None or text[:1] not in "+-0123456789":
-        return
-    # The length is looked at first: the patterns take long on long texts.
-    is_long = len(text) > _MAX_NUMBER
-    if not (is_long or _OCTAL.fullmatch(text) or _SIXTIES.fullmatch(text)):
-        return
-    loader: Any = _Loader("")
-    kind = loader.resolve(yaml.ScalarNode, text, (True, False))
-    if kind not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
-        return
-    number = None if is_long else loader.construct_object(yaml.ScalarNode(kind, text))
-    if not is_long and ":" not in text and number == int(text.replace("_", "")):
-        return  # 007 is 7 either way
-    if hides:
-        what, hint = "a number is too long, or YAML takes it for another one", "put it in quotes"
-    elif is_long:
-        what, hint = f"a number of {len(text):,} digits: {shortened(text, 40)}", "put it in quotes"
-    else:
-        what = f"YAML takes {text} for the number {number}"
-        without_zeros = re.sub(r"^([+-]?)[0_]+", r"\1", text)
-        hint = f"write {number if ':' in text else f'{without_zeros} or {number}'}, or put it in quotes"
-    raise UserError(what, where=where, hint=f"{hint} if it is a text")
-
-
 def _constructed(node: yaml.Node, where: str) -> Any:
     """The node's value; what a constructor raises besides YAML's own errors is one UserError with the node's line."""
-    loader = _Loader("")
+    loader = Loader("")
     try:
         return _plain(loader.construct_document(node))
     except (ValueError, TypeError, OverflowError, AttributeError, KeyError, RecursionError) as error:
@@ -323,7 +234,7 @@ def _constructed(node: yaml.Node, where: str) -> Any:
 def _culprit(node: yaml.Node) -> int:
     """The line of the first scalar below `node` that cannot be built."""
     for scalar in _scalars(node):
-        loader = _Loader("")
+        loader = Loader("")
         try:
             _plain(loader.construct_document(scalar))
         except Exception:  # whatever it is, this is the one
@@ -420,26 +331,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def is_private(path: KeyPath) -> bool:
-    """Whether what is at or below `path` may be a secret, such as an environment variable: no message shows it."""
-    return any(isinstance(part, str) and (part in _PRIVATE_KEYS or is_private_text(part)) for part in path)
-
-
-def is_private_text(text: str) -> bool:
-    """Whether a text speaks of an environment, so that any value in it may be a secret."""
-    return _PRIVATE.search(text) is not None
-
-
-def without_secrets(override: str) -> str:
-    """An override as a message or a command may show it."""
-    name, equals, value = override.partition("=")
-    if not is_private_text(override):
-        return f"{redacted(name)}{equals}{redacted(value)}"
-    # Without `=`, or with it in the value, the name is what stands before anything that no name has.
-    end = _NO_NAME.search(name)
-    return f"{name[: end.start()]} …" if end else f"{name}{equals}…"
-
-
 def _is_container(value: Any) -> bool:
     return isinstance(value, (Mapping, list)) and len(show(value)) > 60
 
@@ -453,13 +344,13 @@ def _apply(document: Document, override: str) -> None:
         )
     where = f"command line `{without_secrets(override)}`"
     parts = name.strip().split(".")
-    if len(parts) > _MAX_DEPTH:
+    if len(parts) > MAX_DEPTH:
         raise UserError(
-            f"nested deeper than {_MAX_DEPTH} levels: {shortened(name, 100)}",
+            f"nested deeper than {MAX_DEPTH} levels: {shortened(name, 100)}",
             where="command line",
             hint="write key.path=value, e.g. seed=1",
         )
-    is_strange = is_private_text(name) and _NO_NAME.search(name.strip()) is not None
+    is_strange = is_private_text(name) and NO_NAME.search(name.strip()) is not None
     if not equals or not all(parts) or is_strange:
         raise UserError(
             f"not an override: {without_secrets(override)!r}",
@@ -469,8 +360,8 @@ def _apply(document: Document, override: str) -> None:
     # Of a value that is no YAML nobody knows whether it holds a secret.
     without_value = f"command line `{name}=…`"
     try:
-        _check_size(text, without_value)
-        node = yaml.compose(text, _Loader)
+        check_size(text, without_value)
+        node = yaml.compose(text, Loader)
         if node is not None:
             _record(node, (), Document(Path(without_value), {}), active=())
         value = None if node is None else _constructed(node, without_value)

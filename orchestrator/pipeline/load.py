@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator import installed
-from orchestrator.config import yaml_source
+from orchestrator.config import private_values, yaml_source
 from orchestrator.config.elastic import RENAMED, Elastic
 from orchestrator.config.schema import Pipeline
 from orchestrator.config.validation_errors import validation_errors
@@ -145,7 +145,7 @@ def _secrets(document: yaml_source.Document, value: Any, path: yaml_source.KeyPa
 
     The runtime environment of workers is left out: it is where secrets for them belong, and is written down without.
     """
-    if yaml_source.is_private(path):
+    if private_values.is_private(path):
         return
     if isinstance(value, Mapping):
         for name, item in value.items():

@@ -191,7 +191,7 @@ def test_no_text_takes_long_to_be_told_from_a_number() -> None:
         "plain": "'a: 0' + '1' * 900_000 + 'x'",
         "list": "'a: [' + '1, ' * 90_000 + ']' + chr(10) + 'b: ' + repr('x' * 700_000)",
     }
-    check = "from orchestrator.config.yaml_source import _check_size; _check_size({} + chr(10), 'x')"
+    check = "from orchestrator.config.yaml_bounds import check_size; check_size({} + chr(10), 'x')"
     programs = {name: check.format(text) for name, text in texts.items()}
     assert said_by(programs, 60) == dict.fromkeys(texts, "")
 

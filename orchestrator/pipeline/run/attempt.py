@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator import disk
-from orchestrator.config.yaml_source import without_secrets
+from orchestrator.config.private_values import without_secrets
 from orchestrator.errors import Stopped, UserError, first_line, printable, shortened
 from orchestrator.pipeline.keys.code_digest import PACKAGES, digest_of, versions
 from orchestrator.pipeline.lease.lease_manager import Lease, LeaseLostError

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from orchestrator.config.yaml_source import without_secrets
+from orchestrator.config.private_values import without_secrets
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.redact import redacted
