@@ -35,8 +35,9 @@ from orchestrator.stages.common.flops import (
     tower_flops,
 )
 from orchestrator.stages.common.workload import Kept, Net, Workload
-from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.network_cost import network_cost
+from orchestrator.stages.distill.student_config import Student
 from orchestrator.stages.finetune.config import Finetune
 from orchestrator.stages.ssl.config import SelfSupervised
 

@@ -23,9 +23,10 @@ from orchestrator.stages.common.nets import (
     tune,
     zero3_leaf_modules,
 )
-from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.features import FeatureObjective, TeacherShape
 from orchestrator.stages.distill.student_backbone import backbone_of
+from orchestrator.stages.distill.student_config import Student
 from orchestrator.training.export import load_export
 from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, Weights
 

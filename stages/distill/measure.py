@@ -33,8 +33,9 @@ from orchestrator.stages.base import Context
 from orchestrator.stages.common.backbone import save_backbone
 from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone
-from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.profiling import Spec
+from orchestrator.stages.distill.student_config import Student
 from orchestrator.stages.distill.teacher_kinds import Teaching, teaching
 from orchestrator.storage.artifacts import Artifact
 from orchestrator.storage.manifest import Manifest

@@ -27,7 +27,8 @@ from orchestrator.models.wrapped_backbone import (
 )
 from orchestrator.stages.common.backbone import see_pixels
 from orchestrator.stages.common.nets import flat_views
-from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.student_config import Student
 from orchestrator.training.export import load_export
 
 logger = logging.getLogger("orchestrator")

@@ -15,7 +15,8 @@ from orchestrator.stages.common.config import stage_seed
 
 if TYPE_CHECKING:
     from orchestrator.stages.common.weights import StartingWeights
-    from orchestrator.stages.distill.config import Distill, Student
+    from orchestrator.stages.distill.config import Distill
+    from orchestrator.stages.distill.student_config import Student
     from orchestrator.stages.distill.teacher_kinds import Teaching
     from orchestrator.tracking.run import Run
     from orchestrator.training.job import Job

@@ -32,9 +32,10 @@ from orchestrator.stages.common.nets import (
     tune,
     zero3_leaf_modules,
 )
-from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.step_views import StepViews
 from orchestrator.stages.distill.student_backbone import backbone_of
+from orchestrator.stages.distill.student_config import Student
 from orchestrator.teacher_service.payload import TEACHER, samples
 from orchestrator.training.device import device_type
 from orchestrator.training.export import load_export

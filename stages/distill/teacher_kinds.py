@@ -20,12 +20,13 @@ from orchestrator.stages.base import Context
 from orchestrator.stages.common.backbone import save_backbone
 from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.distill import feature_teacher
-from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.feature_task import FeatureTask
 from orchestrator.stages.distill.features import FeatureObjective
 from orchestrator.stages.distill.sharded_teacher import ShardedTeacher
 from orchestrator.stages.distill.step_views import StepViews, regenerated_views
 from orchestrator.stages.distill.student_backbone import save_network
+from orchestrator.stages.distill.student_config import Student
 from orchestrator.stages.distill.task import DistillTask, FrozenTeacher, bytes_per_image
 from orchestrator.storage.open import open_store
 from orchestrator.storage.store import Store

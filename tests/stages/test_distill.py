@@ -23,7 +23,8 @@ from orchestrator.models import load_pretrained, normalise, preset
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone, resize_masks
-from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.student_config import Student
 from orchestrator.stages.distill.student_runs import sharing_gpus, student_job
 from orchestrator.stages.distill.task import DistillTask, bytes_per_image
 from orchestrator.stages.distill.teacher_kinds import HeadTeaching, teaching

@@ -34,7 +34,8 @@ from orchestrator.elastic.controller_host import hosts
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.config import Heads, ModelRecipe
 from orchestrator.stages.common.nets import HeadedBackbone
-from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.distill.student_config import Student
 from orchestrator.storage.artifacts import Artifact
 from orchestrator.storage.manifest import Manifest
 from orchestrator.teacher_service.counters import TeacherCounters

@@ -21,11 +21,12 @@ from orchestrator.errors import UserError
 from orchestrator.models import load_pretrained, normalise
 from orchestrator.stages.common.mlmodel import width
 from orchestrator.stages.distill import student_backbone
-from orchestrator.stages.distill.config import Distill, Student
+from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.feature_task import FeatureTask
 from orchestrator.stages.distill.features import FeatureObjective, TeacherShape
 from orchestrator.stages.distill.step_views import StepViews, regenerated_views
 from orchestrator.stages.distill.student_backbone import save_network
+from orchestrator.stages.distill.student_config import Student
 from orchestrator.stages.distill.task import DistillTask
 from orchestrator.stages.publish.card import usage
 from orchestrator.stages.serving import _load_pyfunc

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from orchestrator.data.blocks import Block, CropBlocks
-from orchestrator.stages.distill.config import Distill, Student, Views
+from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.step_views import StepViews, regenerated_views
+from orchestrator.stages.distill.student_config import Student, Views
 from orchestrator.stages.distill.task import DistillTask
 from orchestrator.stages.distill.teacher_kinds import view_part
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, block
