@@ -21,7 +21,7 @@ from orchestrator.data.curation.hierarchy import Hierarchy, draw
 from orchestrator.data.curation.mix import by_cluster, count_draws, effective_number
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.sampler import SampleOrder
-from orchestrator.data.sources.folder import ScannedImage
+from orchestrator.data.sources.scan import ScannedImage
 from orchestrator.evaluation.report.clusters import cluster_shares
 from orchestrator.pipeline.load import load
 from orchestrator.stages.curate.config import Curate

@@ -407,7 +407,7 @@ def _photographs(folder: Path) -> Path:
     from orchestrator.config.schema import DataSource
     from orchestrator.data.index import ImageIndex, ImageRecord
     from orchestrator.data.samples import fetch_food
-    from orchestrator.data.sources.folder import scan
+    from orchestrator.data.sources.scan import scan
 
     fetch_food(folder / "food")
     found = [p for p in scan(DataSource(path=folder / "food"), "food") if p.error is None]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -22,29 +21,34 @@ from orchestrator.config.settings import in_key_if_set
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError, nearest, shortened
+from orchestrator.fsio import sha256_of
 from orchestrator.progress import Meter
 from orchestrator.stages.base import Context, PlanContext, Stage
 from orchestrator.stages.common.network_source import NetworkSource
+from orchestrator.stages.curate.report import (
+    accounts_of,
+    report_of,
+    show_account,
+    tell_first,
+    write_provenance,
+)
 
 if TYPE_CHECKING:
     from orchestrator.config.pixels import PixelFormat
     from orchestrator.data.curation.dedup import NearLimit
     from orchestrator.data.curation.selection import ImageStatus
+    from orchestrator.data.curation.signatures import SignatureCache
     from orchestrator.data.curation.vectors import Vectors
-    from orchestrator.data.index import ImageIndex
-    from orchestrator.data.sources.account import Account
-    from orchestrator.data.sources.folder import LeftOut, ScannedImage
+    from orchestrator.data.sources.folder import LeftOut
+    from orchestrator.data.sources.scan import ScannedImage
 
 logger = logging.getLogger("orchestrator")
 
 _MAX_LEVELS = 16
 # What the networks that are likely to be given were trained at.
 _SIZE = 224
-# Names in the report; `provenance.parquet` has all.
-_LISTED = 1000
-# Names in the log, and characters of each with what is said of it.
-_NAMED = 3
-_NAME = 300
+# Characters of a warning about near duplicates.
+_WARNING = 900
 
 
 def _levels(value: Any) -> Any:
@@ -223,7 +227,7 @@ class Curate(Stage):
             if context.stop.is_set():
                 raise Stopped
 
-        photos, left_out = self._scan(context)
+        photos, left_out, known = self._scan(context)
         stop()
         different = {photo.sha256 for photo in photos if not photo.error}
         described = Meter(context.name, len(different), "photos described")
@@ -245,10 +249,11 @@ class Curate(Stage):
             limits,
             pixels,
             near.extend,
+            known,
         )
         for told in near:
             if (warning := told.said()) is not None:
-                logger.warning("%s: %s", context.name, shortened(warning, 3 * _NAME))
+                logger.warning("%s: %s", context.name, shortened(warning, _WARNING))
         vectors: Vectors = ArrayVectors(descriptors)
         if not isinstance(self.embedding, str):
             vectors, statuses = self._embedded(context, self.embedding, statuses, limits, pixels)
@@ -269,20 +274,20 @@ class Curate(Stage):
         index.save(context.out)
         np.save(context.out / "levels.npy", clusters.astype(np.int32))
         others = [selection.left_out(name, item, roots[name]) for name, item in left_out]
-        _write_provenance(context.out / "provenance.parquet", [*statuses, *others], index)
-        accounts = _accounts(self.data, [*statuses, *others])
+        write_provenance(context.out / "provenance.parquet", [*statuses, *others], index)
+        accounts = accounts_of(self.data, [*statuses, *others])
         found = [
             {"clusters": int(column.max()) + 1, "inertia": inertia}
             for column, inertia in zip(clusters.T, levels.inertias, strict=True)
         ]
-        report = _report(self, statuses, others, index, vectors.shape[1], found)
+        report = report_of(self, statuses, others, index, vectors.shape[1], found)
         report["near_duplicate_limits"] = {one.source: one.record() for one in near}
         report["account"] = {one.source: one.record() for one in accounts}
         (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         draw_clusters(index, levels.distances_N, context.out / "clusters.png")
         context.run.file(context.out / "clusters.png", "curation")
-        _account(context, accounts)
-        _tell(context.name, report)
+        show_account(context, accounts)
+        tell_first(context.name, report)
         summary = ("images", "unique", "corrupt", "duplicates", "left_out", "clusters")
         return {name: float(report[name]) for name in summary}
 
@@ -323,7 +328,7 @@ class Curate(Stage):
             context.work / "embedded",
             file,
             where=f"stages.{context.name}.embedding",
-            identity=context.key,
+            identity=json.dumps([[sha256_of(path) for path in paths] for paths in network.files().values()]),
             device=context.elastic.device,
             step=step,
         )
@@ -334,10 +339,14 @@ class Curate(Stage):
             )
         return open_vectors(file), left
 
-    def _scan(self, context: Context) -> tuple[list[ScannedImage], list[tuple[str, LeftOut]]]:
-        """The photos of all sources, and what else is there."""
-        from orchestrator.data.sources.folder import list_images, scan
+    def _scan(
+        self, context: Context
+    ) -> tuple[list[ScannedImage], list[tuple[str, LeftOut]], dict[str, SignatureCache]]:
+        """The photos of all sources, what else is there, and what the photos of each source look like."""
+        from orchestrator.data.curation.signatures import SignatureCache
+        from orchestrator.data.sources.folder import list_images
         from orchestrator.data.sources.pixel_checks import unclear_range
+        from orchestrator.data.sources.scan import scan
 
         listings = {}
         for name in self.data:
@@ -352,8 +361,11 @@ class Curate(Stage):
         read = Meter(context.name, sum(len(listing.files) for listing in listings.values()), "photos read")
         photos: list[ScannedImage] = []
         left_out: list[tuple[str, LeftOut]] = []
+        known: dict[str, SignatureCache] = {}
         for name, listing in listings.items():
-            photos += scan(context.sources[name], name, listing, read.add)
+            source = context.sources[name]
+            known[name] = SignatureCache(source.max_pixels, source.pixels)
+            photos += scan(source, name, listing, read.add, known[name])
             left_out += [(name, item) for item in listing.left_out]
         _ask_if_many(context, self.data, photos, left_out)
         for name in self.data:
@@ -365,7 +377,7 @@ class Curate(Stage):
                 where=str(context.sources[photos[0].source].path),
                 hint="check that the files were copied whole",
             )
-        return photos, left_out
+        return photos, left_out, known
 
     def _target(self, num_unique: int, stage: str) -> int:
         """Photos of the balanced component."""
@@ -407,131 +419,3 @@ def _ask_if_many(
         one, limit = accounts.account(name, files), context.sources[name].max_left_out
         if one.taken and (error := accounts.lost_too_many(one, limit, f"data.{name}.max_left_out")):
             raise error
-
-
-def _accounts(names: Sequence[str], statuses: Sequence[ImageStatus]) -> list[Account]:
-    """What became of every file, by dataset."""
-    from orchestrator.data.sources.account import account
-
-    files: dict[str, list[tuple[str, str, str]]] = {name: [] for name in names}
-    for one in statuses:
-        reason = one.reason.split(" as ")[0] if one.duplicate_of else one.reason
-        files[one.photo.source].append((one.photo.path, one.kind, reason))
-    return [account(name, found) for name, found in files.items()]
-
-
-def _account(context: Context, accounts: Sequence[Account]) -> None:
-    """Show the table of what the datasets hold, on the terminal and in the log, and give it to MLflow."""
-    from orchestrator.data.sources.account import save, table
-
-    for line in table(accounts):
-        logger.info("%s", line, extra={"kept": True})
-    context.run.file(save(accounts, context.out), "curation")
-
-
-def _tell(stage: str, report: Mapping[str, Any]) -> None:
-    """Name the first files that cannot be read, and the first duplicates; the report has all."""
-    if corrupt := report["corrupt_files"]:
-        named = [f"{name} ({reason})" for name, reason in corrupt.items()]
-        number = "1 photo" if len(corrupt) == 1 else f"{len(corrupt)} photos"
-        logger.warning("%s: %s cannot be read: %s", stage, number, _first(named))
-    if groups := report["duplicate_groups"]:
-        pairs = [f"{name} (as {group['kept']})" for group in groups for name in group["dropped"]]
-        number = "1 duplicate is" if len(pairs) == 1 else f"{len(pairs)} duplicates are"
-        logger.info("%s: %s left out: %s", stage, number, _first(pairs))
-
-
-def _first(named: Sequence[str]) -> str:
-    more = len(named) - _NAMED
-    # A file's name may hold an end of line, or what a terminal takes for a command.
-    return "; ".join(shortened(one, _NAME) for one in named[:_NAMED]) + (
-        f"; and {more} more in report.json" if more > 0 else ""
-    )
-
-
-def _write_provenance(path: Path, statuses: Sequence[ImageStatus], index: ImageIndex) -> None:
-    """One row a file; `id` is its row in the index, or null."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    ids = {(index[i].source, index[i].path): i for i in range(len(index))}
-    rows = []
-    for status in statuses:
-        row = ids.get((status.photo.source, status.photo.path))
-        rows.append(
-            {
-                "source": status.photo.source,
-                "path": status.photo.path,
-                "root": status.root,
-                "sha256": status.photo.sha256,
-                "bytes": status.photo.bytes,
-                "status": status.status,
-                "reason": status.reason or (f"{index[row].component} component" if row is not None else ""),
-                "duplicate_of": status.duplicate_of,
-                "id": row,
-                "cluster": None if row is None else index[row].cluster,
-            }
-        )
-    text, whole = pa.string(), pa.int64()
-    types = {"bytes": whole, "id": whole, "cluster": whole}
-    schema = pa.schema([(name, types.get(name, text)) for name in rows[0]])
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
-
-
-def _report(
-    config: Curate,
-    statuses: Sequence[ImageStatus],
-    left_out: Sequence[ImageStatus],
-    index: ImageIndex,
-    dim: int,
-    levels: list[dict[str, float]],
-) -> dict[str, Any]:
-    """Counts and lists, without absolute paths, so that reports compare across machines."""
-    by_status = Counter(status.status for status in statuses)
-    components = [index[i].component for i in range(len(index))]
-    name = config.embedding if isinstance(config.embedding, str) else config.embedding.shown
-    sizes, taken = (
-        Counter(index.clusters.tolist()),
-        Counter(
-            number for number, name in zip(index.clusters.tolist(), components, strict=True) if name == CHOSEN
-        ),
-    )
-    return {
-        "images": len(statuses),
-        "unique": by_status["unique"],
-        "corrupt": by_status["corrupt"],
-        "duplicates": by_status["duplicate"],
-        "clusters": len(sizes),
-        "levels": levels,
-        "components": dict(sorted(Counter(components).items())),
-        "embedding": {"name": name, "dim": dim},
-        "corrupt_files": {status.name: status.reason for status in statuses if status.status == "corrupt"},
-        "left_out": len(left_out),
-        "left_out_by_reason": dict(Counter(status.reason for status in left_out).most_common()),
-        "left_out_files": {status.name: status.reason for status in left_out[:_LISTED]},
-        "duplicate_groups": _duplicate_groups(statuses),
-        "cluster_sizes": {
-            str(number): {"photos": sizes[number], "taken": taken[number]} for number in sorted(sizes)
-        },
-    }
-
-
-def _duplicate_groups(statuses: Sequence[ImageStatus]) -> list[dict[str, Any]]:
-    """Groups of equal photos, largest first, and whether their captions or labels disagree."""
-    by_name = {status.name: status for status in statuses}
-    groups: dict[str, list[ImageStatus]] = defaultdict(list)
-    for status in statuses:
-        if status.duplicate_of:
-            groups[status.duplicate_of].append(status)
-    listed = []
-    for kept, repeats in groups.items():
-        members = [by_name[kept].photo, *(status.photo for status in repeats)]
-        listed.append(
-            {
-                "kept": kept,
-                "dropped": {status.name: status.reason.split(" as ")[0] for status in repeats},
-                "captions_differ": len({photo.caption for photo in members}) > 1,
-                "labels_differ": len({photo.label for photo in members}) > 1,
-            }
-        )
-    return sorted(listed, key=lambda group: (-len(group["dropped"]), group["kept"]))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import PIL
 import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from orchestrator.config.pixels import PixelFormat
+from orchestrator.data.curation.signatures import EmbeddingCache
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square
 from orchestrator.errors import UserError
 from orchestrator.fsio import replacing
@@ -63,7 +67,8 @@ def embed_photos(
         work: a folder for finished blocks, which a later run of the same photos takes up.
         target: the file.
         where: key path of the source, for error messages.
-        identity: of the network: blocks of another one are not taken up.
+        identity: of the network and its weights: what another one said is not taken up. What this one said of a
+            picture is remembered on this machine by the picture's content, whatever the data set.
         device: an `elastic.device`.
         step: is told how many photos are done; raises to stop.
 
@@ -76,21 +81,64 @@ def embed_photos(
     work.mkdir(parents=True, exist_ok=True)
     blocks = [photos[start : start + _BLOCK] for start in range(0, len(photos), _BLOCK)]
     files = [work / f"{_digest(block, source, size, identity)}.npy" for block in blocks]
-    network: Callable[[Sequence[Pixels]], Floats] | None = None
+    embed = _Embedder(source, size, where, device, identity)
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     step(sum(len(block) for block, file in zip(blocks, files, strict=True) if file.is_file()))
-    for number, squares in zip(missing, _read_ahead([blocks[at] for at in missing], size), strict=True):
-        network = network or _network(source, size, where, device)
-        readable = [at for at, square in enumerate(squares) if square is not None]
-        seen = [square for square in squares if square is not None]
-        vectors_nD = network(seen)
-        # Where there is nothing, the file says so by itself.
-        found_nD = np.full((len(squares), vectors_nD.shape[1]), np.nan, np.float32)
-        found_nD[readable] = vectors_nD
+    for number, read in zip(
+        missing, _read_ahead([blocks[at] for at in missing], size, embed.cache), strict=True
+    ):
+        found_nD = embed(blocks[number], *read)
         with replacing(files[number], only_writer=True) as draft, draft.open("wb") as file:
             np.save(file, found_nD)
-        step(len(squares))
+        step(len(found_nD))
     return _joined(files, target, where)
+
+
+class _Embedder:
+    """Makes the vectors of blocks of photos. The network is opened when there is something to ask it."""
+
+    def __init__(self, source: NetworkSource, size: int, where: str, device: str, identity: str) -> None:
+        named = [_FORMAT, identity, source.identity(), size, cv2.__version__, PIL.__version__]
+        # What a user's own module computes may change with no file of its weights.
+        own = source.module is not None
+        self.cache = EmbeddingCache(None if own else json.dumps(named, sort_keys=True))
+        self._open = partial(_network, source, size, where, device)
+        self._network: Callable[[Sequence[Pixels]], Floats] | None = None
+
+    def __call__(
+        self, block: Sequence[PhotoFile], known: Mapping[str, Floats], squares: Sequence[Pixels | None]
+    ) -> Floats:
+        """(n, D) float32; NaN where a photo cannot be read, so that the file says so by itself.
+
+        Args:
+            block: n photos.
+            known: vectors of photos, by :func:`_content`.
+            squares: of the others, in their order; None of those that cannot be read.
+        """
+        vectors = dict(known)
+        asked = [photo for photo in block if _content(photo) not in known]
+        if asked:
+            self._network = self._network or self._open()
+            readable = [
+                (photo, square) for photo, square in zip(asked, squares, strict=True) if square is not None
+            ]
+            made_nD = self._network([square for _, square in readable])
+            fresh = list(zip([_content(photo) for photo, _ in readable], made_nD, strict=True))
+            self.cache.note(fresh)
+            vectors |= fresh
+        dim = made_nD.shape[1] if asked else len(next(iter(vectors.values())))
+        found_nD = np.full((len(block), dim), np.nan, np.float32)
+        for at, photo in enumerate(block):
+            if (vector := vectors.get(_content(photo))) is not None:
+                found_nD[at] = vector
+        return found_nD
+
+
+def _content(photo: PhotoFile) -> str:
+    """Tells what a photo's file holds and how it is seen from others: 64 hex digits."""
+    if photo.pixels is None:
+        return photo.sha256
+    return hashlib.sha256(f"{photo.sha256} {photo.pixels.model_dump_json()}".encode()).hexdigest()
 
 
 def _network(
@@ -104,9 +152,12 @@ def _network(
     def vectors(squares: Sequence[Pixels]) -> Floats:
         found = [np.empty((0, net.dim), np.float32)]
         for start in range(0, len(squares), _BATCH):
-            images_NHWC = torch.from_numpy(np.stack(squares[start : start + _BATCH]))
+            some = squares[start : start + _BATCH]
+            # Always so many, so that a photo's vector is the same to the last bit whatever is beside it.
+            full = [*some, *[np.zeros_like(some[0])] * (_BATCH - len(some))]
+            images_NHWC = torch.from_numpy(np.stack(full))
             images_NCHW = images_NHWC.permute(0, 3, 1, 2).to(device_type(device))
-            cls_ND = net(as_seen(images_NCHW, source, size)).cls.float()
+            cls_ND = net(as_seen(images_NCHW, source, size)).cls.float()[: len(some)]
             if not torch.isfinite(cls_ND).all():
                 raise UserError(
                     f"the network {source.shown!r} gives numbers that are not finite", where=where
@@ -117,14 +168,22 @@ def _network(
     return vectors
 
 
-def _read_ahead(blocks: Sequence[Sequence[PhotoFile]], size: int) -> Iterator[list[Pixels | None]]:
-    """The squares of each block, None where a file cannot be read; the next block is read meanwhile."""
+def _read_ahead(
+    blocks: Sequence[Sequence[PhotoFile]], size: int, cache: EmbeddingCache
+) -> Iterator[tuple[Mapping[str, Floats], list[Pixels | None]]]:
+    """Of each block the vectors that are known, and the squares of the other photos; the next block is read meanwhile.
+
+    A square is None where a file cannot be read.
+    """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        ahead: list[list[Future[Pixels | None]]] = []
+        ahead: list[tuple[Mapping[str, Floats], list[Future[Pixels | None]]]] = []
         for number, block in enumerate([*blocks, ()]):
-            ahead.append([pool.submit(_square, photo, size) for photo in block])
+            known = cache.find([_content(photo) for photo in block])
+            unknown = [photo for photo in block if _content(photo) not in known]
+            ahead.append((known, [pool.submit(_square, photo, size) for photo in unknown]))
             if number:
-                yield [future.result() for future in ahead.pop(0)]
+                vectors, futures = ahead.pop(0)
+                yield vectors, [future.result() for future in futures]
 
 
 def _square(photo: PhotoFile, size: int) -> Pixels | None:

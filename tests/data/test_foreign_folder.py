@@ -25,7 +25,8 @@ from orchestrator.data import decode
 from orchestrator.data.decode import UnreadableImage, read_rgb
 from orchestrator.data.sources import digests as digests_module
 from orchestrator.data.sources import folder as folder_module
-from orchestrator.data.sources.folder import fingerprint, list_images, scan
+from orchestrator.data.sources.folder import fingerprint, list_images
+from orchestrator.data.sources.scan import scan
 from orchestrator.errors import TerminatedError, UserError
 from orchestrator.fsio import open_regular, pieces_of
 
@@ -149,7 +150,8 @@ def test_files_that_may_not_be_read_are_reported(folder: Path, tmp_path: Path) -
         parent.chmod(parent.stat().st_mode | 0o055)
     code = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from orchestrator.data.sources.folder import list_images, fingerprint, scan\n"
+        "from orchestrator.data.sources.folder import list_images, fingerprint\n"
+        "from orchestrator.data.sources.scan import scan\n"
         "from orchestrator.config.schema import DataSource\n"
         "if os.getuid() == 0:\n    os.setgid(65534); os.setuid(65534)\n"
         "source = DataSource(path=Path(sys.argv[1]))\n"

@@ -24,8 +24,9 @@ from orchestrator.data.decode import UnreadableImage, as_8_bits, read_rgb, read_
 from orchestrator.data.index import ImageIndex, ImageRecord, pixels_in
 from orchestrator.data.rng import generator
 from orchestrator.data.sampler import SampleOrder
-from orchestrator.data.sources.folder import fingerprint, scan
+from orchestrator.data.sources.folder import fingerprint
 from orchestrator.data.sources.pixel_checks import unclear_range, unlike_pixels
+from orchestrator.data.sources.scan import scan
 from orchestrator.data.views import CropConfig
 
 TWELVE = PixelFormat(range=(0, 4095))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from orchestrator.config.schema import DataSource
 from orchestrator.data.decode import UnreadableImage, read_rgb
-from orchestrator.data.sources.folder import scan
+from orchestrator.data.sources.scan import scan
 from orchestrator.errors import UserError
 from orchestrator.simulation.costs import read_costs
 from orchestrator.simulation.trace_file import as_dict, read_trace

@@ -40,6 +40,12 @@ def _picture(kind: int, seed: int) -> np.ndarray:
     return (base + pattern[..., None]).clip(0, 255).astype(np.uint8)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of any picture."""
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """30 pictures of four kinds; two byte copies, a pixel copy, a recompressed copy; two broken files."""

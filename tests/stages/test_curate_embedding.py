@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,31 @@ import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from sklearn.datasets import load_sample_image
 
 from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import DataSource
+from orchestrator.data import decode as decoder
+from orchestrator.data.curation import contact_sheet
 from orchestrator.data.decode import read_square
 from orchestrator.data.index import ImageIndex
+from orchestrator.data.sources import digests
+from orchestrator.data.sources.folder import fingerprint
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import MEAN, STD, from_config, load_pretrained, preset, save_pretrained
 from orchestrator.stages.base import Context
 from orchestrator.stages.curate import embed
 from orchestrator.stages.curate.config import Curate
+from orchestrator.storage.cache_folder import cache_folder
 from orchestrator.tracking.run import NullRun
 
 _SIZE = 32
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of any picture."""
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +112,7 @@ def test_blocks_that_are_done_are_not_done_again(
     (tmp_path / "whole").mkdir()
     whole = _context(tmp_path / "whole", photos)
     _stage(model).run(whole)
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "another"))
     stop.clear()
     context = replace(_context(tmp_path, photos), stop=stop)
     with pytest.raises(Stopped):
@@ -157,3 +171,83 @@ def test_the_network_is_checked_before_anything_runs(model: Path, tmp_path: Path
         odd.check()
     with pytest.raises(ValidationError, match="exactly one of"):
         Curate(kind="curate", data="photos", embedding={"timm": "a", "module": "b:c"})  # type: ignore[arg-type]
+
+
+def test_of_51_photos_one_is_new_and_is_decoded_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy elsewhere is known, too. Without what is remembered the result is the same to the last bit."""
+    monkeypatch.setattr(embed, "_BLOCK", 16)
+    # Files of this test are younger than what is trusted.
+    monkeypatch.setattr(digests, "_RACY_NS", 0)
+    photo = load_sample_image("china.jpg")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+
+    def write(number: int, name: str) -> None:
+        top, left = 40 * (number // 10), 55 * (number % 10)
+        Image.fromarray(photo[top : top + 60, left : left + 80]).save(folder / name, quality=95)
+
+    for number in range(50):
+        write(number, f"{number:02}.jpg")
+    decoded: list[str] = []
+    embedded: list[str] = []
+    decode, square = decoder._decode, embed._square
+
+    def counting_decode(data: bytes, path: Path, *rest: object) -> object:
+        decoded.append(Path(path).name)
+        return decode(data, path, *rest)  # type: ignore[arg-type]
+
+    def counting_square(photo: embed.PhotoFile, size: int) -> object:
+        embedded.append(photo.path.name)
+        return square(photo, size)
+
+    monkeypatch.setattr(decoder, "_decode", counting_decode)
+    monkeypatch.setattr(embed, "_square", counting_square)
+
+    stage: Curate
+
+    def curate(source: Path) -> Path:
+        decoded.clear()
+        embedded.clear()
+        # The key of a stage follows its data.
+        work = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
+        work.mkdir()
+        context = _context(work, source)
+        stage.run(context)
+        return context.out
+
+    # It shows a few photos at a size of its own, and draws them anew.
+    monkeypatch.setattr(contact_sheet, "draw_clusters", lambda index, distances, path: path.touch())
+    stage = Curate(kind="curate", data="photos", clusters=[8, 3], near_duplicate=0)
+    curate(folder)
+    assert len(decoded) == 50
+    write(55, "10b.jpg")
+    curate(folder)
+    assert decoded == ["10b.jpg"]
+    (folder / "10b.jpg").unlink()
+
+    # A network sees photos at a size of its own.
+    stage = _stage(model, near_duplicate=0)
+    curate(folder)
+    assert sorted(decoded) == sorted(embedded) == sorted(path.name for path in folder.iterdir())
+    write(65, "20b.jpg")
+    found = curate(folder)
+    assert (decoded, embedded) == (["20b.jpg"] * 2, ["20b.jpg"])
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    fingerprint(DataSource(path=copy))
+    curate(copy)
+    assert (decoded, embedded) == ([], [])
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "another"))
+    alone = curate(folder)
+    assert (len(decoded), len(embedded)) == (102, 51)
+    for name in ("embeddings.npy", "levels.npy", "index.parquet"):
+        assert (alone / name).read_bytes() == (found / name).read_bytes(), name
+
+
+def test_a_damaged_cache_is_done_without(photos: Path, model: Path, tmp_path: Path) -> None:
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    (cache_folder() / "pictures.sqlite3").write_bytes(b"no database" * 1000)
+    context = _context(tmp_path, photos)
+    assert _stage(model).run(context)["unique"] == 25

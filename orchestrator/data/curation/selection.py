@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +15,14 @@ from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.curation.components import CHOSEN, HELD_OUT, LEFT_OUT
 from orchestrator.data.curation.dedup import NearLimit, drop_near_duplicates
-from orchestrator.data.curation.descriptor import describe, thumbnail
-from orchestrator.data.decode import Pixels, UnreadableImage, as_8_bits, use_rgb
+from orchestrator.data.curation.signatures import ImageSignature, SignatureCache, signature_of
+from orchestrator.data.decode import UnreadableImage, use_rgb
 from orchestrator.data.index import ImageRecord
 from orchestrator.data.rng import derive
 from orchestrator.data.sources import account as accounts
-from orchestrator.data.sources.folder import LeftOut, ScannedImage
+from orchestrator.data.sources.folder import LeftOut
+from orchestrator.data.sources.scan import ScannedImage, gone
 
-THUMBNAIL_SIDE = 32
 NEARLY = "nearly the same pixels"
 
 
@@ -59,15 +58,6 @@ class ImageStatus:
         return self.photo.error_kind or accounts.DAMAGED
 
 
-@dataclass(frozen=True)
-class ImageSignature:
-    """What one decoded picture looks like."""
-
-    pixels: str
-    thumbnail: NDArray[np.uint8]
-    descriptor: NDArray[np.float32]
-
-
 def filter_images(
     photos: Sequence[ScannedImage],
     roots: Mapping[str, Path],
@@ -77,6 +67,7 @@ def filter_images(
     max_pixels: Mapping[str, int] | None = None,
     pixels: Mapping[str, PixelFormat | None] | None = None,
     on_limits: Callable[[Sequence[NearLimit]], None] = lambda limits: None,
+    known: Mapping[str, SignatureCache] | None = None,
 ) -> tuple[list[ImageStatus], NDArray[np.float32]]:
     """Decides which files are corrupt, which repeat an earlier one, and which are kept.
 
@@ -93,6 +84,7 @@ def filter_images(
         max_pixels: the largest width × height of each source; default: `MAX_PIXELS`.
         pixels: how the values of each source's files are seen.
         on_limits: is told what near duplicates are in each source, and how many there are.
+        known: of each source, what its pictures look like, as far as that is known; others are decoded.
 
     Returns:
         What became of each file, in the order of `photos`, and the descriptors (N, 336) of the unique ones.
@@ -103,7 +95,7 @@ def filter_images(
         for status in statuses
     ]
     _drop_repeats(statuses, {i: status.photo.sha256 for i, status in enumerate(statuses)}, "the same bytes")
-    signatures = _signatures(statuses, max_pixels or {}, stop, pixels or {})
+    signatures = _signatures(statuses, max_pixels or {}, stop, pixels or {}, known or {})
     _drop_repeats(
         statuses, {i: signature_of.pixels for i, signature_of in signatures.items()}, "the same pixels"
     )
@@ -148,20 +140,18 @@ def _signatures(
     max_pixels: Mapping[str, int],
     stop: Callable[[], None],
     formats: Mapping[str, PixelFormat | None],
+    known: Mapping[str, SignatureCache],
 ) -> dict[int, ImageSignature]:
     """What the unique pictures look like; one whose file went or changed since it was scanned becomes corrupt."""
-
-    def signature_of(pixels: Pixels) -> ImageSignature:
-        digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
-        shown = as_8_bits(pixels)
-        # Whole numbers already, so that a byte each is enough.
-        small = thumbnail(shown, THUMBNAIL_SIDE).astype(np.uint8)
-        return ImageSignature(digest, small.reshape(-1), describe(shown))
 
     def signature_or_reason(i: int) -> ImageSignature | str:
         stop()
         photo = statuses[i].photo
         limit = max_pixels.get(photo.source, MAX_PIXELS)
+        cache = known.get(photo.source)
+        found = cache.find(photo.sha256) if cache is not None else None
+        if found is not None:
+            return gone(Path(statuses[i].root), photo.path) or found
         try:
             path, how = Path(statuses[i].root) / photo.path, formats.get(photo.source)
             return use_rgb(path, signature_of, max_pixels=limit, pixels=how)
@@ -169,7 +159,7 @@ def _signatures(
             return error.reason
 
     rows = _unique(statuses)
-    signatures = {}
+    signatures: dict[int, ImageSignature] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for i, found in zip(rows, pool.map(signature_or_reason, rows), strict=True):
             if isinstance(found, ImageSignature):

@@ -16,7 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from orchestrator.config.schema import MAX_PIXELS, DataSource
-from orchestrator.data.decode import UnreadableImage, most_bytes, readable_endings, too_many_bytes, use_rgb
+from orchestrator.data.decode import (
+    most_bytes,
+    readable_endings,
+    too_many_bytes,
+)
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources import manifest, remote, shards
 from orchestrator.data.sources.account import Account
@@ -46,39 +50,6 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class ScannedImage:
-    """One image file of a source, readable or not.
-
-    Attributes:
-        source: the source's name in the pipeline file.
-        path: relative to the source's folder, posix.
-        sha256: of the file's bytes.
-        bytes: the file's size.
-        width, height: decoded, upright, in pixels; 0 if unreadable.
-        caption, label: from the captions file; None where it says nothing.
-        error: why the file cannot be decoded, or None.
-        error_kind: the kind of that reason, one of `account.KINDS`; empty without one.
-        peak: the largest value of a file of 16 bits whose dataset names no range; 0 of others.
-        captions: all of them, where there are several; `caption` is the first.
-        weight: how often it is drawn beside others.
-    """
-
-    source: str
-    path: str
-    sha256: str
-    bytes: int
-    width: int
-    height: int
-    caption: str | None = None
-    label: str | None = None
-    error: str | None = None
-    error_kind: str = ""
-    peak: int = 0
-    captions: tuple[str, ...] = ()
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
 class LeftOut:
     """Something below a source's folder that is not taken for a picture: its path, as it may be shown, and why.
 
@@ -97,7 +68,8 @@ class Listing:
     Attributes:
         files: relative posix paths of regular, readable files with the ending of a picture, sorted.
         left_out: everything else, sorted.
-        looks: size and times of each file when it was listed, in the order of `files`; empty where they are not known.
+        looks: size and times of each file, or of its shard, when it was listed, in the order of `files`; empty where
+            they are not known.
         tags: of objects in a bucket, or of the shards there, what tells their content from another.
     """
 
@@ -114,70 +86,7 @@ class Listing:
         )
 
 
-def scan(
-    source: DataSource,
-    name: str,
-    listing: Listing | None = None,
-    on_each: Callable[[], object] = lambda: None,
-) -> list[ScannedImage]:
-    """All image files below the source's folder in order of their paths, each fully decoded.
-
-    Args:
-        source: the folder.
-        name: the source's name, for messages.
-        listing: what is in the folder, where it is known; else it is looked up.
-        on_each: called after each file, by any thread.
-
-    Raises:
-        UserError: no such folder, no images in it, or a captions file that is missing, lacks a `file` column,
-            or names files that do not exist.
-    """
-    files = (listing or list_images(source, name)).files
-    said = captions_of(source, name, files)
-
-    def scan_one(relative: str) -> ScannedImage:
-        path = source.path / relative
-        caption, label = said.notes.get(relative, (None, None))
-        seen = [(hashlib.sha256().hexdigest(), 0)]
-        width, height, error, kind = 0, 0, None, ""
-
-        peaks = [0]
-
-        def note(data: bytes) -> None:
-            seen.append((hashlib.sha256(data).hexdigest(), len(data)))
-
-        try:
-            height, width = use_rgb(
-                path,
-                lambda image: image.shape[:2],
-                max_pixels=source.max_pixels,
-                on_bytes=note,
-                pixels=source.pixels,
-                on_wide=peaks.append,
-            )
-        except UnreadableImage as problem:
-            error, kind = problem.reason, problem.kind
-        on_each()
-        return ScannedImage(
-            name,
-            relative,
-            *seen[-1],
-            width,
-            height,
-            caption,
-            label,
-            error,
-            kind,
-            peaks[-1],
-            said.more.get(relative, ()),
-            said.weights.get(relative, 1.0),
-        )
-
-    # The decoders release the interpreter lock.
-    return _side_by_side(scan_one, files, threading.Event())
-
-
-def _side_by_side(call: Callable[[T], R], items: Sequence[T], stop: threading.Event) -> list[R]:
+def side_by_side(call: Callable[[T], R], items: Sequence[T], stop: threading.Event) -> list[R]:
     """What `call` makes of each item, by several threads. What ends the wait, Ctrl-C included, sets `stop`."""
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="photos")
     try:
@@ -261,11 +170,12 @@ def _of_bucket(source: DataSource, name: str) -> Listing:
             files.append(path)
     tags = {path: found[path].tag for path in files}
     if source.shards is None:
-        return Listing(tuple(files), tuple(left_out), tags=tags)
+        return Listing(tuple(files), tuple(left_out), tuple(found[path].look for path in files), tags=tags)
     looks = {path: found[path].look for path in files}
     inside = shards.contents(source.path, files, readable_endings(), looks)
     left_out += [LeftOut(shown(path), reason, kind) for path, reason, kind in inside.left_out]
-    return Listing(inside.files, tuple(left_out), tags=tags)
+    of_shards = tuple(looks[shard_of(file)] for file in inside.files)
+    return Listing(inside.files, tuple(left_out), of_shards, tags=tags)
 
 
 def _of_shards(source: DataSource) -> Listing:
@@ -512,7 +422,7 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
     if source.is_remote:
         found: list[str | None] = [listing.tags.get(file) for file in files]
     else:
-        found = digests(source.path, files, most, stop, partial(_side_by_side, stop=stop), looks)
+        found = digests(source.path, files, most, stop, partial(side_by_side, stop=stop), looks)
     whole = hashlib.sha256()
     for file, digest in zip(files, found, strict=True):
         if digest is not None:

@@ -14,7 +14,8 @@ from orchestrator.config.schema import DataSource
 from orchestrator.data import decode
 from orchestrator.data.decode import UnreadableImage, read_header, read_rgb
 from orchestrator.data.sources import account as accounts
-from orchestrator.data.sources.folder import list_images, scan
+from orchestrator.data.sources.folder import list_images
+from orchestrator.data.sources.scan import scan
 
 
 @pytest.fixture(scope="module")

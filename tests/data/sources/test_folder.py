@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from orchestrator.config.schema import DataSource
-from orchestrator.data.sources.folder import fingerprint, scan
+from orchestrator.data.sources.folder import fingerprint
+from orchestrator.data.sources.scan import scan
 from orchestrator.errors import UserError
 
 

@@ -20,7 +20,8 @@ from sklearn.datasets import load_sample_image
 from orchestrator.config.schema import DataSource
 from orchestrator.data.decode import UnreadableImage, read_rgb
 from orchestrator.data.sources import parquet_shards
-from orchestrator.data.sources.folder import fingerprint, list_images, scan
+from orchestrator.data.sources.folder import fingerprint, list_images
+from orchestrator.data.sources.scan import scan
 
 PHOTO = load_sample_image("flower.jpg")
 COUNT = 23

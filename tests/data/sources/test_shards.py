@@ -19,7 +19,8 @@ from sklearn.datasets import load_sample_image
 from orchestrator.config.schema import DataSource
 from orchestrator.data.decode import UnreadableImage, read_header, read_rgb
 from orchestrator.data.sources import shards
-from orchestrator.data.sources.folder import captions_of, fingerprint, list_images, scan
+from orchestrator.data.sources.folder import captions_of, fingerprint, list_images
+from orchestrator.data.sources.scan import scan
 from orchestrator.data.sources.shard_members import member_path, open_member, shard_of
 from orchestrator.errors import UserError
 

@@ -1,0 +1,229 @@
+"""What pictures look like, remembered by what their files hold: a picture is decoded once, wherever it lies later.
+
+What is remembered is a help and never needed, as digests are: without a cache folder that can be written, pictures are
+decoded. It takes 4.5 KB a picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from orchestrator.config.pixels import PixelFormat
+from orchestrator.data.curation import descriptor
+from orchestrator.data.curation.descriptor import describe, thumbnail
+from orchestrator.data.decode import Pixels, as_8_bits
+from orchestrator.storage.cache_folder import cache_folder
+
+logger = logging.getLogger("orchestrator")
+
+THUMBNAIL_SIDE = 32
+FILE = "pictures.sqlite3"
+# Raised when another signature is made of the same pixels.
+_FORMAT = 1
+# Pictures that are written at once; so many are lost where a process ends without a word.
+_TOGETHER = 256
+_BUSY_S = 10.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS signatures (
+    digest BLOB NOT NULL, rule BLOB NOT NULL, height INTEGER NOT NULL, width INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    peak INTEGER NOT NULL, pixels BLOB NOT NULL, thumbnail BLOB NOT NULL, descriptor BLOB NOT NULL,
+    PRIMARY KEY (digest, rule)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS embeddings (
+    digest BLOB NOT NULL, rule BLOB NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (digest, rule)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSignature:
+    """What one decoded picture looks like.
+
+    Attributes:
+        height, width: upright, in pixels.
+        pixels: sha256 of the decoded pixels, 64 hex digits.
+        thumbnail: (3072,) uint8, 32 × 32 × 3.
+        descriptor: (336,) float32, see :func:`orchestrator.data.curation.descriptor.describe`.
+        bytes, peak: see :class:`orchestrator.data.sources.folder.ScannedImage`.
+    """
+
+    height: int
+    width: int
+    pixels: str
+    thumbnail: NDArray[np.uint8]
+    descriptor: NDArray[np.float32]
+    bytes: int = 0
+    peak: int = 0
+
+
+def signature_of(pixels: Pixels) -> ImageSignature:
+    """The signature of a decoded picture."""
+    digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+    shown = as_8_bits(pixels)
+    # Whole numbers already, so that a byte each is enough.
+    small = thumbnail(shown, THUMBNAIL_SIDE).astype(np.uint8)
+    return ImageSignature(pixels.shape[0], pixels.shape[1], digest, small.reshape(-1), describe(shown))
+
+
+class SignatureCache:
+    """The signatures of one dataset's pictures by the sha256 of their files.
+
+    Those of this run are in memory; they are also in `pictures.sqlite3` of the cache folder, for the next run. Several
+    threads may use it at once.
+
+    Args:
+        max_pixels, pixels: how the dataset's files are decoded: another way is remembered apart from this one.
+    """
+
+    def __init__(self, max_pixels: int, pixels: PixelFormat | None) -> None:
+        how = pixels and pixels.model_dump(mode="json")
+        # Other versions of the decoders may give other pixels.
+        named = [_FORMAT, max_pixels, how, cv2.__version__, PIL.__version__]
+        self._rule = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).digest()[:16]
+        self._known: dict[str, ImageSignature] = {}
+        self._fresh: list[str] = []
+        self._lock = threading.Lock()
+
+    def load(self, digests: Sequence[str]) -> None:
+        """Take up what is remembered of these files, so that :meth:`find` knows it."""
+        with self._lock:
+            for digest, (height, width, size, peak, pixels, small, described) in _read(
+                "signatures", self._rule, digests
+            ):
+                if len(small) == 3 * THUMBNAIL_SIDE**2 and len(described) == 4 * descriptor.DIM:
+                    looks = np.frombuffer(small, np.uint8), np.frombuffer(described, "<f4")
+                    self._known[digest] = ImageSignature(height, width, pixels.hex(), *looks, size, peak)
+
+    def find(self, sha256: str) -> ImageSignature | None:
+        """What is known of a file's content; None if it has to be decoded."""
+        return self._known.get(sha256)
+
+    def note(self, sha256: str, pixels: Pixels, size: int, peak: int) -> None:
+        """Remember the signature of a file of so many bytes that was decoded."""
+        signature = replace(signature_of(pixels), bytes=size, peak=peak)
+        with self._lock:
+            if sha256 in self._known:
+                return
+            self._known[sha256] = signature
+            self._fresh.append(sha256)
+            if len(self._fresh) >= _TOGETHER:
+                self._write()
+
+    def save(self) -> None:
+        """Write what is not written yet."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        found = ((digest, self._known[digest]) for digest in self._fresh)
+        rows = [
+            (
+                bytes.fromhex(digest),
+                self._rule,
+                one.height,
+                one.width,
+                one.bytes,
+                one.peak,
+                bytes.fromhex(one.pixels),
+                one.thumbnail.tobytes(),
+                one.descriptor.astype("<f4").tobytes(),
+            )
+            for digest, one in found
+        ]
+        self._fresh = []
+        _write("signatures", rows)
+
+
+class EmbeddingCache:
+    """The vectors that a network made of pictures, by the sha256 of their files; in the same database.
+
+    Args:
+        identity: of the network and all that its vectors depend on besides the file. None: nothing is remembered.
+    """
+
+    def __init__(self, identity: str | None) -> None:
+        self._rule = None if identity is None else hashlib.sha256(identity.encode()).digest()[:16]
+
+    def find(self, digests: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """The vectors that are known, (D,) each, of the same D."""
+        if self._rule is None:
+            return {}
+        found = {
+            digest: np.frombuffer(vector, "<f4")
+            for digest, (vector,) in _read("embeddings", self._rule, digests)
+            if vector and len(vector) % 4 == 0
+        }
+        return found if len({len(vector) for vector in found.values()}) == 1 else {}
+
+    def note(self, vectors: Sequence[tuple[str, NDArray[np.float32]]]) -> None:
+        """Remember vectors."""
+        if self._rule is None:
+            return
+        rows = [
+            (bytes.fromhex(digest), self._rule, vector.astype("<f4").tobytes()) for digest, vector in vectors
+        ]
+        _write("embeddings", rows)
+
+
+@contextlib.contextmanager
+def _opened() -> Iterator[sqlite3.Connection]:
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(folder / FILE, timeout=_BUSY_S, isolation_level=None)
+    try:
+        # A loss of power costs what is decoded again.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.executescript(_SCHEMA)
+        yield connection
+    finally:
+        connection.close()
+
+
+def _read(table: str, rule: bytes, digests: Sequence[str]) -> list[tuple[str, tuple[Any, ...]]]:
+    """Digest and the other columns of what a table has of these files; what cannot be read is not there."""
+    found: list[tuple[str, tuple[Any, ...]]] = []
+    query = f"SELECT * FROM {table} WHERE digest = ? AND rule = ?"
+    try:
+        with _opened() as connection:
+            for digest in digests:
+                row = connection.execute(query, (bytes.fromhex(digest), rule)).fetchone()
+                if row is not None:
+                    found.append((digest, row[2:]))
+    except (sqlite3.Error, OSError) as error:
+        _set_aside(error)
+    return found
+
+
+def _write(table: str, rows: Sequence[tuple[object, ...]]) -> None:
+    """Add rows to a table, in one transaction."""
+    if not rows:
+        return
+    places = ", ".join("?" * len(rows[0]))
+    try:
+        with _opened() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
+            connection.execute("COMMIT")
+    except (sqlite3.Error, OSError) as error:
+        _set_aside(error)
+
+
+def _set_aside(error: Exception) -> None:
+    """Say why nothing is remembered; a database that is none is removed, so that the next run has one."""
+    logger.debug("what pictures look like is not remembered: %s", error)
+    if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
+        with contextlib.suppress(OSError):
+            (cache_folder() / FILE).unlink()
