@@ -181,7 +181,7 @@ def _start(weights: Mapping[str, Path], quick: bool, seed: int, work: Path) -> t
 
 def _arm(arm: str, start: Path, sizes: Sizes, seed: int) -> tuple[Curve, float]:
     """What an arm was like at each look; and the seconds of processor that it took."""
-    from bench.headless.train import join_group
+    from bench._one_worker import join_group
     from bench.learning import measure, sets
     from orchestrator.config.elastic import Elastic
     from orchestrator.data.index import ImageIndex

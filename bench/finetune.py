@@ -8,7 +8,6 @@ chosen on validation and reported on test: the step of fine-tuning, k of k-NN, a
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -235,17 +234,9 @@ class _Line(Silent):
 
 def _train(job: Any, *, tracker: Any, stop: Any) -> dict[str, float]:
     """In the place of Ray Train: the loop itself, with this process as a group of one worker."""
-    import torch
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import HashStore
-
+    from bench._one_worker import join_group
     from orchestrator.training import loop
-    from orchestrator.training.zero import import_deepspeed
 
-    if not dist.is_initialized():
-        torch.set_num_threads(1)
-        os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-        import_deepspeed().init_distributed("gloo", dist_init_required=False, verbose=False)
+    join_group()
     loop.train(job, _Line(tracker))
     return {}

@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from bench.harness import Claim, stopwatch, summarize
+from bench import _claims
+from bench.harness import Claim, stopwatch
 
 if TYPE_CHECKING:
     from bench.distil.interval import Asked
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parents[1] / "results" / "distil.json"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "headless.md"
 _BEGIN, _END = "<!-- distil measured -->", "<!-- end of distil measured -->"
+# What the minutes of the document are of.
+_SCOPE = "for all seeds"
 # Of the better teacher's score, that a student's foreground has to reach.
 _OF_TEACHER = 0.9
 # Processor time that a seed may take, of both students and both models from scratch: 15 minutes of two cores.
@@ -57,15 +60,8 @@ def run(quick: bool, seeds: int = 3, first_seed: int = 0, work: Path | None = No
         RESULTS.unlink(missing_ok=True)
         write_result(RESULTS, finding, datetime.now(UTC).date().isoformat(), seconds())
         write_document()
-    return Claim(
-        claim="students of trained teachers beat raw pixels and the same models from scratch",
-        figure=sum(question.holds for question in finding.questions),
-        unit="claims that hold",
-        goal=len(finding.questions),
-        limit=len(finding.questions),
-        arms={arm: summarize(values) for arm, values in finding.arms.items()},
-        notes=[f"{'✓' if q.holds else '✗'} {q.claim}: {q.detail}" for q in finding.questions],
-        better="more",
+    return _claims.of_finding(
+        finding, "students of trained teachers beat raw pixels and the same models from scratch"
     )
 
 
@@ -183,28 +179,4 @@ def _question(claim: str, holds: bool, detail: str) -> Question:
 
 def write_document(results: Path = RESULTS, path: Path = DOCUMENT) -> None:
     """The measured part of the document, from the results."""
-    found = json.loads(results.read_text(encoding="utf-8"))["distil"]
-    before, rest = path.read_text(encoding="utf-8").split(_BEGIN)
-    after = rest.split(_END)[1]
-    path.write_text(f"{before}{_BEGIN}\n{table(found)}\n{_END}{after}", encoding="utf-8")
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """Markdown: a row for each model, a column for each way of asking; then the claims."""
-    columns = list(dict.fromkeys(arm.partition(": ")[0] for arm in found["arms"]))
-    rows = list(dict.fromkeys(arm.partition(": ")[2] for arm in found["arms"]))
-    lines = [f"{found['date']}, {found['machine']}, {found['wall_s'] / 60:.0f} minutes for all seeds.", ""]
-    lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for row in rows:
-        cells = [found["arms"][f"{column}: {row}"] for column in columns]
-        shown = [
-            f"{cell['mean']:.3f}" + (f" ± {cell['spread']:.3f}" if len(cell["values"]) > 1 else "")
-            for cell in cells
-        ]
-        lines.append(f"| {row} | {' | '.join(shown)} |")
-    lines += ["", "| claim | holds | figures |", "|---|---|---|"]
-    lines += [
-        f"| {asked['claim']} | {'yes' if asked['holds'] else '**no**'} | {asked['detail']} |"
-        for asked in found["questions"]
-    ]
-    return "\n".join(lines) + "\n"
+    _claims.write_table(results, path, "distil", _BEGIN, _END, scope=_SCOPE)

@@ -5,16 +5,16 @@ On food photographs and clip art, by k-NN (`docs/headless.md`). The figure is ho
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench.harness import Claim, stopwatch, summarize
+from bench import _claims
+from bench.harness import Claim, stopwatch
 
 if TYPE_CHECKING:
     from bench.headless.train import Plan
@@ -42,16 +42,7 @@ def run(quick: bool, seeds: int | None = None) -> Claim:
         RESULTS.unlink(missing_ok=True)
         write_result(RESULTS, finding, datetime.now(UTC).date().isoformat(), seconds())
         write_document()
-    return Claim(
-        claim="towers learn more from a headless teacher than by themselves",
-        figure=sum(question.holds for question in finding.questions),
-        unit="claims that hold",
-        goal=len(finding.questions),
-        limit=len(finding.questions),
-        arms={arm: summarize(values) for arm, values in finding.arms.items()},
-        notes=[f"{'✓' if q.holds else '✗'} {q.claim}: {q.detail}" for q in finding.questions],
-        better="more",
-    )
+    return _claims.of_finding(finding, "towers learn more from a headless teacher than by themselves")
 
 
 def measure(plan: Plan) -> Finding:
@@ -116,32 +107,4 @@ def _finding(arms: Mapping[str, list[float]], plan: Plan) -> Finding:
 
 def write_document(results: Path = RESULTS, path: Path = DOCUMENT) -> None:
     """The measured part of the document, from the results."""
-    found = json.loads(results.read_text(encoding="utf-8"))["headless"]
-    before, rest = path.read_text(encoding="utf-8").split(_BEGIN)
-    after = rest.split(_END)[1]
-    path.write_text(f"{before}{_BEGIN}\n{table(found)}\n{_END}{after}", encoding="utf-8")
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """Markdown: a row a tower, a column a set and way of asking; then the claims."""
-    columns = list(dict.fromkeys(arm.partition(": ")[0] for arm in found["arms"]))
-    rows = list(dict.fromkeys(arm.partition(": ")[2] for arm in found["arms"]))
-    lines = [
-        f"{found['date']}, {found['machine']}, {found['wall_s'] / 60:.0f} minutes.",
-        "",
-        f"| | {' | '.join(columns)} |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
-    for row in rows:
-        cells = [found["arms"][f"{column}: {row}"] for column in columns]
-        shown = [
-            f"{cell['mean']:.3f}" + (f" ± {cell['spread']:.3f}" if len(cell["values"]) > 1 else "")
-            for cell in cells
-        ]
-        lines.append(f"| {row} | {' | '.join(shown)} |")
-    lines += ["", "| claim | holds | figures |", "|---|---|---|"]
-    lines += [
-        f"| {asked['claim']} | {'yes' if asked['holds'] else '**no**'} | {asked['detail']} |"
-        for asked in found["questions"]
-    ]
-    return "\n".join(lines) + "\n"
+    _claims.write_table(results, path, "headless", _BEGIN, _END)

@@ -5,7 +5,6 @@ What the teacher says of a step is computed once, kept, and given to all student
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bench._one_worker import join_group
 from bench._silent import Silent
 from bench.learning import ground
 from bench.learning.measure import snapshot
@@ -212,19 +212,3 @@ def trained(task: Any, blocks: Any, num_steps: int, optimizer: Optimizer, model:
         )
         loop.train(job, Silent())
         return snapshot(job.export(num_steps), model)
-
-
-def join_group() -> None:
-    """This process as a group of one worker, which the loop asks for."""
-    import torch
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import HashStore
-
-    from orchestrator.training.zero import import_deepspeed
-
-    if dist.is_initialized():
-        return
-    torch.set_num_threads(1)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    import_deepspeed().init_distributed("gloo", dist_init_required=False, verbose=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench import distil  # noqa: E402
+from bench import _claims, distil  # noqa: E402
 from bench.distil import interval, score, train  # noqa: E402
 from bench.learning import measure  # noqa: E402
 from bench.learning.measure import Scenes  # noqa: E402
@@ -166,7 +166,7 @@ def test_a_finding_asks_each_student_in_each_way() -> None:
     ]
     assert found.arms["food, k-NN: ViT, distilled"] == [0.7, 0.71]
     record = {**found.as_json(), "date": "2026-01-01", "machine": "two cores", "wall_s": 90}
-    assert "| ViT, distilled | 0.705 ± 0.007 |" in distil.table(record)
+    assert "| ViT, distilled | 0.705 ± 0.007 |" in _claims.table(record, "for all seeds")
 
 
 def test_the_plans_are_stages_that_can_be(tmp_path: Path) -> None:
