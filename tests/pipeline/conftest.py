@@ -10,6 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+Traces = Callable[[], list[str]]
+
 PIPELINE = """\
 name: toy
 store: runs/
@@ -33,6 +35,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"a")
     return tmp_path
+
+
+@pytest.fixture
+def trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Traces:
+    """Names of the stages that really ran since the last call."""
+    path = folder / "trace"
+    monkeypatch.setenv("TOY_TRACE", str(path))
+
+    def ran() -> list[str]:
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return [line.split()[0] for line in lines]
+
+    return ran
 
 
 @pytest.fixture

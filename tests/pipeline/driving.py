@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import recorded
@@ -14,6 +16,18 @@ from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice, StagePlan, plan, resolve
 from orchestrator.pipeline.run.driver import execute
 from orchestrator.pipeline.store.workspace import Workspace
+
+MAIN = Path(__file__).with_name("toy_main.py")
+
+
+def start_command(*arguments: str) -> subprocess.Popen[str]:
+    """The real command line with toy stages, as a process whose output is read together."""
+    return subprocess.Popen(
+        [sys.executable, str(MAIN), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def run(path: Path, *overrides: str, choice: Choice = EVERYTHING) -> tuple[int, str]:

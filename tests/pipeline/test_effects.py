@@ -23,6 +23,8 @@ from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.stages.base import Context
 from orchestrator.training.checkpoint.format import COMMIT, step_name
 
+from .conftest import Traces
+
 PIPELINE = """\
 name: toy
 data:
@@ -41,20 +43,6 @@ def path(write: Callable[[str], Path]) -> Path:
     return write(PIPELINE)
 
 
-@pytest.fixture
-def ran(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """Names of the stages that ran since the last call."""
-    trace = folder / "trace"
-    monkeypatch.setenv("TOY_TRACE", str(trace))
-
-    def names() -> list[str]:
-        lines = trace.read_text().splitlines() if trace.exists() else []
-        trace.unlink(missing_ok=True)
-        return [line.split()[0] for line in lines]
-
-    return names
-
-
 def run(
     path: Path, *overrides: str, only_publish: bool = False, choice: Choice = EVERYTHING
 ) -> tuple[int, str]:
@@ -68,12 +56,12 @@ def run(
     return code, output.getvalue()
 
 
-def test_a_second_run_changes_nothing_and_says_so(path: Path, ran: Callable[[], list[str]]) -> None:
+def test_a_second_run_changes_nothing_and_says_so(path: Path, trace: Traces) -> None:
     assert run(path)[0] == 0
-    assert ran() == ["curate", "pretrain", "evaluate", "publish"]
+    assert trace() == ["curate", "pretrain", "evaluate", "publish"]
     wrote = OUTSIDE.stat().st_mtime_ns
     code, said = run(path)
-    assert (code, ran()) == (0, [])
+    assert (code, trace()) == (0, [])
     assert (
         "Nothing to do: all 4 stages are up to date. The registry already has what publish publishes." in said
     )
@@ -82,26 +70,24 @@ def test_a_second_run_changes_nothing_and_says_so(path: Path, ran: Callable[[], 
 
 
 @pytest.mark.parametrize("change", ["name=other", "tracking.uri=sqlite:///elsewhere.db"])
-def test_what_no_key_knows_is_published_all_the_same(
-    path: Path, change: str, ran: Callable[[], list[str]]
-) -> None:
+def test_what_no_key_knows_is_published_all_the_same(path: Path, change: str, trace: Traces) -> None:
     run(path)
-    ran()
+    trace()
     code, said = run(path, change)
-    assert (code, ran()) == (0, ["publish"])
+    assert (code, trace()) == (0, ["publish"])
     assert "outside.txt says 'toy sqlite:///runs/mlflow.db hello'" in said
     assert change.partition("=")[2] in OUTSIDE.read_text()
     code, said = run(path, change)
     assert "Nothing to do" in said
 
 
-def test_what_was_changed_outside_is_put_right(path: Path, ran: Callable[[], list[str]]) -> None:
+def test_what_was_changed_outside_is_put_right(path: Path, trace: Traces) -> None:
     run(path)
     OUTSIDE.write_text("somebody else was here")
-    ran()
+    trace()
     # The new evaluation runs; publishing, whose key is as it was, is compared when its turn comes.
     code, said = run(path, "stages.evaluate.ticks=2")
-    assert (code, ran()) == (0, ["evaluate", "publish"])
+    assert (code, trace()) == (0, ["evaluate", "publish"])
     assert "somebody else was here" in said
     assert OUTSIDE.read_text().startswith("toy ")
 
@@ -136,13 +122,13 @@ def put(artifact: Path, name: str, text: str) -> None:
     (artifact / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_what_lacks_its_input_is_not_compared_and_says_so(path: Path, ran: Callable[[], list[str]]) -> None:
+def test_what_lacks_its_input_is_not_compared_and_says_so(path: Path, trace: Traces) -> None:
     run(path)
-    ran()
+    trace()
     (model,) = Path("runs/artifacts").glob("pretrain-*")
     shutil.rmtree(model)
     code, said = run(path, choice=Choice(only=("publish",)))
-    assert (code, ran()) == (0, [])
+    assert (code, trace()) == (0, [])
     assert "! what publish publishes was not compared with the registry: not done: pretrain" in said
     assert "Nothing to do: publish is up to date.\n" in said
 
@@ -160,21 +146,21 @@ def test_what_cannot_be_compared_is_run_and_says_why(path: Path) -> None:
     assert len(recorded.by_name("publish")) == 2, "the failed attempt's run goes on"
 
 
-def test_publish_alone(path: Path, ran: Callable[[], list[str]]) -> None:
+def test_publish_alone(path: Path, trace: Traces) -> None:
     with pytest.raises(UserError, match="nothing to publish: stage 'pretrain' is not done"):
         run(path, only_publish=True)
     assert run(path, "stages.evaluate.mode=fail")[0] == 1
-    assert ran() == ["curate", "pretrain", "evaluate", "publish"]
+    assert trace() == ["curate", "pretrain", "evaluate", "publish"]
     OUTSIDE.unlink()
     code, said = run(path, only_publish=True)
-    assert (code, ran()) == (0, ["publish"]), said
+    assert (code, trace()) == (0, ["publish"]), said
     assert "▶ evaluate" not in said
     (root,) = recorded.by_name("toy")
     assert root["status"] == "FAILED", "evaluate failed still"
     code, said = run(path, only_publish=True)
-    assert (code, ran()) == (0, [])
+    assert (code, trace()) == (0, [])
     assert run(path)[0] == 0
-    assert ran() == ["evaluate"]
+    assert trace() == ["evaluate"]
 
 
 def test_a_pipeline_that_publishes_nothing_is_told_so(pipeline: Path) -> None:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,8 @@ from orchestrator.pipeline.run.driver import execute
 from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.storage.local import LocalStore
 
-MAIN = Path(__file__).with_name("toy_main.py")
+from .driving import start_command
+
 STAGES = ("curate", "pretrain")
 SHORT = """\
 name: toy
@@ -134,15 +134,6 @@ def start(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subp
     """Starts the real command line on the toy pipeline."""
     monkeypatch.setenv("TOY_TRACKING", "recorded")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-
-    def start_command(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(MAIN), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
     return start_command
 
 

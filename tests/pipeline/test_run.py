@@ -26,49 +26,14 @@ from orchestrator.errors import UserError
 from orchestrator.fsio import DIGESTS
 from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import load
-from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice, StagePlan, plan, resolve
+from orchestrator.pipeline.plan.stage_plan import Choice, resolve
 from orchestrator.pipeline.run.driver import execute
 from orchestrator.pipeline.store.workspace import Workspace, work_hold
 from orchestrator.stages.base import Context
 from orchestrator.storage.local import LocalStore
 
-Traces = Callable[[], list[str]]
-
-
-@pytest.fixture
-def trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Traces:
-    """Names of the stages that really ran since the last call."""
-    path = folder / "trace"
-    monkeypatch.setenv("TOY_TRACE", str(path))
-
-    def ran() -> list[str]:
-        lines = path.read_text().splitlines() if path.exists() else []
-        path.unlink(missing_ok=True)
-        return [line.split()[0] for line in lines]
-
-    return ran
-
-
-def run(path: Path, *overrides: str, choice: Choice = EVERYTHING) -> tuple[int, str]:
-    """Exit code and output."""
-    loaded = load(path, overrides, stage_type=toys.ToyStage)
-    output = io.StringIO()
-    reporter = Reporter(Console(file=output, width=200), "orchestrator run toy.yaml")
-    code = execute(
-        loaded, resolve(loaded, _content), reporter, open_tracking=recorded.open_recorded, choice=choice
-    )
-    return code, output.getvalue()
-
-
-def planned(path: Path, *overrides: str) -> dict[str, StagePlan]:
-    loaded = load(path, overrides, stage_type=toys.ToyStage)
-    workspace = Workspace(loaded.spec.store)
-    plans = plan(resolve(loaded, _content), workspace.state(loaded.name), workspace.find)
-    return {item.name: item for item in plans}
-
-
-def _content(source: object, name: str) -> str:
-    return "".join(path.read_text() for path in sorted(Path("photos").iterdir()))
+from .conftest import Traces
+from .driving import content, planned, run
 
 
 def kept() -> list[Path]:
@@ -327,7 +292,7 @@ def test_the_cluster_starts_only_for_a_stage_that_runs_and_needs_it(pipeline: Pa
         rayish = Rayish.model_validate(loaded.spec.stages["curate"].model_dump())
         spec = loaded.spec.model_copy(update={"stages": {**loaded.spec.stages, "curate": rayish}})
         loaded = type(loaded)(spec, loaded.document)
-        stages = resolve(loaded, _content)
+        stages = resolve(loaded, content)
         reporter = Reporter(Console(file=io.StringIO()))
         return execute(loaded, stages, reporter, start_cluster=start, open_tracking=recorded.open_recorded)
 
@@ -361,7 +326,7 @@ def test_an_own_cluster_starts_before_stages_that_do_without_and_never_beside_on
     monkeypatch.setattr(toys.Pretrain, "needs_ray", True)
     loaded = load(pipeline, stage_type=toys.ToyStage)
     reporter = Reporter(Console(file=io.StringIO()))
-    stages = resolve(loaded, _content)
+    stages = resolve(loaded, content)
     code = execute(loaded, stages, reporter, start_cluster=start, open_tracking=recorded.open_recorded)
     assert code == 0
     assert happened == ["starts", "curate", "ends"]

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,8 @@ from s3_server import S3Server
 from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.storage.s3 import S3Store
 
-MAIN = Path(__file__).with_name("toy_main.py")
+from .driving import start_command
+
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -34,15 +34,6 @@ def start(pipeline: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Start
     monkeypatch.setenv("TOY_TRACE", "trace")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     pipeline.write_text(pipeline.read_text().replace("store: runs/", f"store: {s3_uri}"))
-
-    def start_command(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(MAIN), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
     return start_command
 
 

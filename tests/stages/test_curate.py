@@ -17,14 +17,14 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import DataSource
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.sources import account
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context
 from orchestrator.stages.curate.config import Curate
-from orchestrator.tracking.run import NullRun
+
+from .curating import curation_context
 
 _KINDS = 4
 _EACH = (12, 9, 6, 3)
@@ -67,30 +67,12 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def _context(tmp_path: Path, seed: int = 0, **sources: DataSource) -> Context:
-    out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
-    out.mkdir()
-    return Context(
-        name="curate",
-        pipeline="test",
-        seed=seed,
-        key="k",
-        inputs={},
-        keys={},
-        sources=sources,
-        out=out,
-        work=tmp_path / "work",
-        elastic=Elastic(),
-        run=NullRun(),
-    )
-
-
 def _source(folder: Path) -> DataSource:
     return DataSource(path=folder, captions=Path("captions.csv"))
 
 
 def test_everything_is_found_and_accounted_for(photos: Path, tmp_path: Path) -> None:
-    context = _context(tmp_path, photos=_source(photos))
+    context = curation_context(tmp_path, photos=_source(photos))
     stage = Curate(kind="curate", data="photos", clusters=4, sample=16)
     summary = stage.run(context)
     assert summary == {
@@ -129,7 +111,7 @@ def test_everything_is_found_and_accounted_for(photos: Path, tmp_path: Path) -> 
 
 
 def test_clusters_follow_looks_and_small_ones_are_taken_whole(photos: Path, tmp_path: Path) -> None:
-    context = _context(tmp_path, photos=_source(photos))
+    context = curation_context(tmp_path, photos=_source(photos))
     Curate(kind="curate", data="photos", clusters=4, sample=16).run(context)
     index = ImageIndex.load(context.out)
     labels, clusters = np.array(index.labels), index.clusters
@@ -143,7 +125,7 @@ def test_clusters_follow_looks_and_small_ones_are_taken_whole(photos: Path, tmp_
 
 def test_levels_of_clusters(photos: Path, tmp_path: Path) -> None:
     """The index has the coarsest level, `levels.npy` all; photos of one kind stay together at the coarsest."""
-    context = _context(tmp_path, photos=_source(photos))
+    context = curation_context(tmp_path, photos=_source(photos))
     Curate(kind="curate", data="photos", clusters=[12, 4], sample=16).run(context)
     index = ImageIndex.load(context.out)
     levels = np.load(context.out / "levels.npy")
@@ -169,7 +151,7 @@ def test_a_number_of_clusters_is_one_level() -> None:
 
 
 def test_report(photos: Path, tmp_path: Path) -> None:
-    context = _context(tmp_path, photos=_source(photos))
+    context = curation_context(tmp_path, photos=_source(photos))
     Curate(kind="curate", data="photos", clusters=4, sample=0.5).run(context)
     report = json.loads((context.out / "report.json").read_text())
     assert report["components"] == {"balanced": 15, "pool": 15}
@@ -188,7 +170,7 @@ def test_the_log_names_the_first_files_that_are_not_used(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "orchestrator")
-    Curate(kind="curate", data="photos", clusters=4).run(_context(tmp_path, photos=_source(photos)))
+    Curate(kind="curate", data="photos", clusters=4).run(curation_context(tmp_path, photos=_source(photos)))
     said = {record.levelname: record.getMessage() for record in caplog.records}
     assert said["WARNING"].startswith("curate: 2 photos cannot be read: photos/broken.jpg (")
     assert said["WARNING"].endswith("; photos/empty.png (the file is empty)")
@@ -202,7 +184,7 @@ def test_a_files_name_does_not_break_a_line_of_the_log(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (photos / "a\nb\x1b[2J.png").write_bytes(b"")
-    Curate(kind="curate", data="photos", clusters=4).run(_context(tmp_path, photos=_source(photos)))
+    Curate(kind="curate", data="photos", clusters=4).run(curation_context(tmp_path, photos=_source(photos)))
     said = next(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert "photos/a\\nb\\x1b[2J.png (the file is empty)" in said
     assert said.isprintable()
@@ -212,7 +194,7 @@ def test_what_is_no_photo_is_in_the_report_with_its_reason(photos: Path, tmp_pat
     os.mkfifo(photos / "pipe.jpg")
     (photos / "scan.dcm").write_bytes(b"DICM")
     source = _source(photos).model_copy(update={"max_left_out": 0.2})
-    context = _context(tmp_path, photos=source)
+    context = curation_context(tmp_path, photos=source)
     Curate(kind="curate", data="photos", clusters=4).run(context)
     report = json.loads((context.out / "report.json").read_text())
     assert report["left_out_files"] == {
@@ -237,7 +219,7 @@ def test_a_photo_that_goes_while_curation_runs_is_corrupt(
         return found
 
     monkeypatch.setattr(Curate, "_scan", scan_and_lose)
-    context = _context(tmp_path, photos=_source(photos))
+    context = curation_context(tmp_path, photos=_source(photos))
     summary = Curate(kind="curate", data="photos", clusters=4).run(context)
     assert (summary["unique"], summary["corrupt"]) == (29, 3)
     report = json.loads((context.out / "report.json").read_text())
@@ -246,7 +228,7 @@ def test_a_photo_that_goes_while_curation_runs_is_corrupt(
 
 def test_same_seed_same_files_and_other_seed_other_sample(photos: Path, tmp_path: Path) -> None:
     stage = Curate(kind="curate", data="photos", clusters=4, sample=0.4)
-    one, two, other = (_context(tmp_path, seed, photos=_source(photos)) for seed in (0, 0, 1))
+    one, two, other = (curation_context(tmp_path, seed, photos=_source(photos)) for seed in (0, 0, 1))
     for context in (one, two, other):
         stage.run(context)
     for name in stage.outputs:
@@ -259,7 +241,7 @@ def test_photos_are_held_out_by_their_bytes(photos: Path, tmp_path: Path) -> Non
     """Whatever the seed, the names and the other photos; what is chosen of the others stays as it was."""
 
     def held_out(share: float, seed: int = 0, source: Path = photos) -> tuple[set[str], ImageIndex]:
-        context = _context(tmp_path, seed, photos=DataSource(path=source))
+        context = curation_context(tmp_path, seed, photos=DataSource(path=source))
         Curate(kind="curate", data="photos", clusters=4, sample=0.4, holdout=share).run(context)
         index = ImageIndex.load(context.out)
         return {index[int(row)].sha256 for row in index.rows_of("held_out")}, index
@@ -293,7 +275,7 @@ def test_of_equal_photos_the_first_sources_is_kept(photos: Path, tmp_path: Path)
     more.mkdir()
     shutil.copy(photos / "3-00.jpg", more / "a.jpg")
     Image.fromarray(_picture(0, 99)).save(more / "new.jpg")
-    context = _context(tmp_path, photos=_source(photos), more=DataSource(path=more))
+    context = curation_context(tmp_path, photos=_source(photos), more=DataSource(path=more))
     summary = Curate(kind="curate", data=["more", "photos"], clusters=4).run(context)
     assert (summary["unique"], summary["duplicates"]) == (31, 5)
     index = ImageIndex.load(context.out)
@@ -303,7 +285,7 @@ def test_of_equal_photos_the_first_sources_is_kept(photos: Path, tmp_path: Path)
 
 
 def test_everything_can_be_taken(photos: Path, tmp_path: Path) -> None:
-    context = _context(tmp_path, photos=_source(photos))
+    context = curation_context(tmp_path, photos=_source(photos))
     Curate(kind="curate", data="photos", clusters=1, sample=1.0).run(context)
     assert ImageIndex.load(context.out).components == ["balanced"]
 
@@ -315,7 +297,7 @@ def _mistake(context: Context, **changes: object) -> str:
 
 
 def test_mistakes_are_named(photos: Path, tmp_path: Path) -> None:
-    context = _context(tmp_path, photos=_source(photos))
+    context = curation_context(tmp_path, photos=_source(photos))
     assert "did you mean 'photos'?" in _mistake(context, data="photo")
     assert "31 clusters cannot be made of 30 different photos" in _mistake(context, clusters=31)
     assert "stages.curate.sample" in _mistake(context, sample=31)
@@ -354,7 +336,7 @@ def test_stop_is_heeded(photos: Path, tmp_path: Path) -> None:
     stop.set()
     with pytest.raises(Stopped):
         Curate(kind="curate", data="photos", clusters=4).run(
-            replace(_context(tmp_path, photos=_source(photos)), stop=stop)
+            replace(curation_context(tmp_path, photos=_source(photos)), stop=stop)
         )
 
 
@@ -372,7 +354,7 @@ def test_real_photographs(tmp_path: Path) -> None:
     folder = Path(__file__).resolve().parents[2] / "data" / "food"
     if not (folder / "captions.csv").is_file():
         pytest.skip("fetch them with: python -m orchestrator.data.samples food data/food")
-    context = _context(tmp_path, food=_source(folder))
+    context = curation_context(tmp_path, food=_source(folder))
     summary = Curate(kind="curate", data="food").run(context)
     assert summary == {
         "images": 542,
@@ -394,16 +376,16 @@ def test_a_share_of_lost_pictures_stops_with_the_question(photos: Path, tmp_path
     with pytest.raises(
         UserError, match=r"8 of the files of dataset 'photos'.*6 ending \(\.heic 6\), 2 damaged"
     ):
-        stage.run(_context(tmp_path, photos=_source(photos)))
+        stage.run(curation_context(tmp_path, photos=_source(photos)))
     allowed = _source(photos).model_copy(update={"max_left_out": 0.25})
-    assert stage.run(_context(tmp_path, photos=allowed))["left_out"] == 6
+    assert stage.run(curation_context(tmp_path, photos=allowed))["left_out"] == 6
 
 
 def test_the_account_is_shown_and_kept(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "orchestrator")
-    context = _context(tmp_path, photos=_source(photos))
+    context = curation_context(tmp_path, photos=_source(photos))
     Curate(kind="curate", data="photos", clusters=4).run(context)
     kept = [record.getMessage() for record in caplog.records if getattr(record, "kept", False)]
     assert kept == [
@@ -431,13 +413,13 @@ def test_what_looks_nearly_the_same_is_told_and_chosen(
         Image.fromarray((_picture(1, 0) + noise).clip(0, 255).astype(np.uint8)).save(
             still / f"{number:02}.png"
         )
-    context = _context(tmp_path, photos=DataSource(path=still))
+    context = curation_context(tmp_path, photos=DataSource(path=still))
     assert stage.run(context)["unique"] == 12
     warning = next(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert "look nearly like another one, and are kept" in warning
     assert "near_duplicate_relative" in warning
     absolute = stage.model_copy(update={"near_duplicate_relative": None, "near_duplicate": 8.0})
-    again = _context(tmp_path, photos=DataSource(path=still))
+    again = curation_context(tmp_path, photos=DataSource(path=still))
     assert absolute.run(again)["unique"] == 1
     report = json.loads((again.out / "report.json").read_text())["near_duplicate_limits"]["photos"]
     assert (report["dropped"], report["limit"]) == (11, 8.0)

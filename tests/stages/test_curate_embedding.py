@@ -14,7 +14,6 @@ from PIL import Image
 from pydantic import ValidationError
 from sklearn.datasets import load_sample_image
 
-from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import DataSource
 from orchestrator.data import decode as decoder
 from orchestrator.data.curation import contact_sheet
@@ -24,11 +23,11 @@ from orchestrator.data.sources import digests
 from orchestrator.data.sources.folder import fingerprint
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import MEAN, STD, from_config, load_pretrained, preset, save_pretrained
-from orchestrator.stages.base import Context
 from orchestrator.stages.curate import embed
 from orchestrator.stages.curate.config import Curate
 from orchestrator.storage.cache_folder import cache_folder
-from orchestrator.tracking.run import NullRun
+
+from .curating import curation_context
 
 _SIZE = 32
 
@@ -60,16 +59,6 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def _context(tmp_path: Path, photos: Path) -> Context:
-    out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
-    out.mkdir()
-    return Context(
-        name="curate", pipeline="test", seed=0, key="k", inputs={}, keys={},
-        sources={"photos": DataSource(path=photos)}, out=out, work=tmp_path / "work", elastic=Elastic(),
-        run=NullRun(),
-    )  # fmt: skip
-
-
 def _stage(model: Path, **more: object) -> Curate:
     network = {"from": str(model), "size": _SIZE}
     return Curate(kind="curate", data="photos", clusters=[8, 3], embedding=network, **more)  # type: ignore[arg-type]
@@ -80,7 +69,7 @@ def test_photos_are_clustered_by_the_networks_image_features(
 ) -> None:
     monkeypatch.setattr(embed, "_BLOCK", 7)
     monkeypatch.setattr(embed, "_BATCH", 3)
-    context = _context(tmp_path, photos)
+    context = curation_context(tmp_path, photos=DataSource(path=photos))
     summary = _stage(model).run(context)
     assert (summary["unique"], summary["duplicates"], summary["clusters"]) == (25, 1, 3)
     index = ImageIndex.load(context.out)
@@ -110,17 +99,17 @@ def test_blocks_that_are_done_are_not_done_again(
 
     monkeypatch.setattr(embed, "_square", square)
     (tmp_path / "whole").mkdir()
-    whole = _context(tmp_path / "whole", photos)
+    whole = curation_context(tmp_path / "whole", photos=DataSource(path=photos))
     _stage(model).run(whole)
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "another"))
     stop.clear()
-    context = replace(_context(tmp_path, photos), stop=stop)
+    context = replace(curation_context(tmp_path, photos=DataSource(path=photos)), stop=stop)
     with pytest.raises(Stopped):
         _stage(model).run(context)
     done = len(list((tmp_path / "work" / "embedded").glob("*.npy")))
     assert 1 <= done < 4
     read.clear()
-    again = _context(tmp_path, photos)
+    again = curation_context(tmp_path, photos=DataSource(path=photos))
     _stage(model).run(again)
     assert len(read) == 25 - 7 * done
     for name in ("embeddings.npy", "index.parquet", "levels.npy"):
@@ -137,7 +126,7 @@ def test_a_photo_that_went_meanwhile_is_corrupt(
         return plain(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(embed, "embed_photos", later)
-    context = _context(tmp_path, photos)
+    context = curation_context(tmp_path, photos=DataSource(path=photos))
     summary = _stage(model).run(context)
     assert (summary["unique"], summary["corrupt"]) == (24, 1)
     index = ImageIndex.load(context.out)
@@ -154,7 +143,7 @@ def test_what_is_no_number_is_told(photos: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(tmp_path))
     stage = Curate(kind="curate", data="photos", clusters=3, embedding=network)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="not finite"):
-        stage.run(_context(tmp_path, photos))
+        stage.run(curation_context(tmp_path, photos=DataSource(path=photos)))
 
 
 def test_the_network_is_checked_before_anything_runs(model: Path, tmp_path: Path) -> None:
@@ -213,7 +202,7 @@ def test_of_51_photos_one_is_new_and_is_decoded_once(
         # The key of a stage follows its data.
         work = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
         work.mkdir()
-        context = _context(work, source)
+        context = curation_context(work, photos=source)
         stage.run(context)
         return context.out
 
@@ -249,5 +238,5 @@ def test_of_51_photos_one_is_new_and_is_decoded_once(
 def test_a_damaged_cache_is_done_without(photos: Path, model: Path, tmp_path: Path) -> None:
     cache_folder().mkdir(parents=True, exist_ok=True)
     (cache_folder() / "pictures.sqlite3").write_bytes(b"no database" * 1000)
-    context = _context(tmp_path, photos)
+    context = curation_context(tmp_path, photos=DataSource(path=photos))
     assert _stage(model).run(context)["unique"] == 25
