@@ -26,6 +26,7 @@ from orchestrator.stages.common.config import (
     summary,
 )
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, MixStage, draws_of
+from orchestrator.stages.common.step_fields import STEPS, batch_size_field, block_size_field, image_size_field
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -120,18 +121,10 @@ class AlignText(MixStage):
         description="The student of the `distill` stage whose vision tower is aligned. Required if there is more than "
         "one student.",
     )
-    steps: int = Field(ge=1, description="The number of optimizer steps.")
-    batch_size: int = Field(ge=2, description="The number of image-text pairs per step, over all workers.")
-    block_size: int = Field(
-        16,
-        ge=1,
-        description="The number of image-text pairs per block, the smallest unit that is assigned to one worker. It "
-        "must divide `batch_size`.",
-    )
-    image_size: Side | None = Field(
-        None,
-        description="The side of the images, in pixels. Default: the size that the tower was trained at.",
-    )
+    steps: int = STEPS
+    batch_size: int = batch_size_field("image-text pairs", least=2)
+    block_size: int = block_size_field("image-text pairs")
+    image_size: Side | None = image_size_field("tower")
     optimizer: AlignOptimizer = Field(
         AlignOptimizer(), description="The settings of AdamW, with its learning rate schedule."
     )

@@ -11,23 +11,19 @@ from orchestrator.config.settings import operational
 from orchestrator.data.views import CropConfig
 from orchestrator.stages.common.config import PRECISION, KoLeoViews, Precision, check_blocks, check_group
 from orchestrator.stages.common.mixing import HomogeneousMixStage
+from orchestrator.stages.common.step_fields import OPTIMIZER, STEPS, batch_size_field, block_size_field
 
 
 class MultiCropStage(HomogeneousMixStage):
     """DINO, iBOT and KoLeo over multi-crop views (arXiv 2508.10104, section 3.2), whatever the targets come from."""
 
-    steps: int = Field(ge=1, description="The number of optimizer steps.")
-    batch_size: int = Field(ge=1, description="The number of images per step, over all workers.")
-    block_size: int = Field(
-        16,
-        ge=2,
-        description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
-        "`batch_size`.",
-    )
+    steps: int = STEPS
+    batch_size: int = batch_size_field()
+    block_size: int = block_size_field(least=2)
     crops: CropConfig = Field(
         CropConfig(), description="The sizes and augmentations of global and local crops."
     )
-    optimizer: Optimizer = Field(description="The settings of AdamW, with its learning rate schedule.")
+    optimizer: Optimizer = OPTIMIZER
     student_temperature: float = Field(
         0.1, gt=0, description="The temperature of the student's softmax in the DINO and iBOT losses."
     )

@@ -35,6 +35,14 @@ MODULE = installed.PATH + r"|^[A-Za-z0-9_][\w.\-]*$"
 """An import path, or the name of an installed package's entry point."""
 
 
+def kwargs_field() -> Any:
+    """Of whatever names a network of a package: the arguments that make it."""
+    return in_key_if_set(
+        {},
+        description="Arguments of the callable of `module`, or settings of the model of timm or transformers, by name.",
+    )
+
+
 class NetworkSource(Settings):
     """A network with its weights. Exactly one of `from`, `timm`, `transformers` and `module` is given.
 
@@ -70,10 +78,7 @@ class NetworkSource(Settings):
     weights: LocalPath | None = operational(
         None, description="The path of a state dict that is loaded into `module`."
     )
-    kwargs: dict[str, Any] = in_key_if_set(
-        {},
-        description="Arguments of the callable of `module`, or settings of the model of timm or transformers, by name.",
-    )
+    kwargs: dict[str, Any] = kwargs_field()
     block: int | None = in_key_if_set(
         None,
         ge=1,

@@ -31,6 +31,7 @@ from orchestrator.stages.common.network_source import (
     check_kwargs,
     check_module,
     check_timm,
+    kwargs_field,
     module_files,
 )
 from orchestrator.stages.common.weights import (
@@ -84,10 +85,7 @@ class Student(Settings):
         description="The name or local folder of a transformers model, which the student has with random weights. "
         "transformers must be installed.",
     )
-    kwargs: dict[str, Any] = in_key_if_set(
-        {},
-        description="Arguments of the callable of `module`, or settings of the model of timm or transformers, by name.",
-    )
+    kwargs: dict[str, Any] = kwargs_field()
     from_: From | None = from_field(FROM)
     freeze_backbone_steps: int = freeze_field()
     drop_path: float = Field(

@@ -30,6 +30,13 @@ from orchestrator.stages.common.config import (
     summary,
 )
 from orchestrator.stages.common.network_source import NetworkSource
+from orchestrator.stages.common.step_fields import (
+    OPTIMIZER,
+    STEPS,
+    batch_size_field,
+    block_size_field,
+    image_size_field,
+)
 from orchestrator.stages.common.weights import FROM, From, WeightsSource, files_of, from_field
 from orchestrator.stages.finetune.classification import Classification
 from orchestrator.stages.finetune.dense import Depth, Segmentation
@@ -108,24 +115,16 @@ class Finetune(TrainStage):
         "further from the output.",
     )
     lora: Lora = Field(Lora(), description="The settings of low-rank adapters, for mode lora.")
-    steps: int = Field(ge=1, description="The number of optimizer steps.")
-    batch_size: int = Field(ge=1, description="The number of images per step, over all workers.")
-    block_size: int = Field(
-        16,
-        ge=1,
-        description="The number of images per block, the smallest unit that is assigned to one worker. It must divide "
-        "`batch_size`.",
-    )
-    image_size: Side | None = Field(
-        None,
-        description="The side of the images, in pixels. Default: the size that the backbone was trained at.",
-    )
+    steps: int = STEPS
+    batch_size: int = batch_size_field()
+    block_size: int = block_size_field()
+    image_size: Side | None = image_size_field("backbone")
     crop_scale: Range = Field(
         (0.35, 1.0),
         description="The minimum and maximum share of the image's area that a training crop covers, at most 1.",
     )
     flip: bool = Field(True, description="Whether half of the training crops are mirrored.")
-    optimizer: Optimizer = Field(description="The settings of AdamW, with its learning rate schedule.")
+    optimizer: Optimizer = OPTIMIZER
     drop_path: float = Field(
         0.0,
         ge=0,
