@@ -12,13 +12,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from orchestrator.data.sources.byte_range import ByteRange
 from orchestrator.data.sources.digests import Look
 from orchestrator.storage.s3_client import Patience, code_of, make_client, plain_errors
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 _SCHEME = "s3:/"
 _PAGE = 1000
@@ -104,47 +102,27 @@ def open_object(
     return io.BufferedReader(file, buffer_size=max(1, min(block, file.length))), file.length
 
 
-class _RangeFile(io.RawIOBase):
+class _RangeFile(ByteRange):
     """Bytes of an object as a file that is read by ranges. One range is kept."""
 
     def __init__(self, path: Path | str, offset: int, length: int | None, block: int) -> None:
+        super().__init__()
         self._bucket, self._key = _split(path)
-        self._start, self._block, self._at = offset, block, 0
+        self._start, self._block = offset, block
         self._window, self._window_at = b"", 0
         # A part that is small is fetched whole, and nothing behind it.
         self.length = block if length is None else length
         self._window, size = self._fetch(0, min(block, self.length))
         self.length = max(0, size - offset) if length is None else min(length, max(0, size - offset))
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        view = memoryview(buffer).cast("B")
-        wanted = min(len(view), self.length - self._at)
-        if wanted <= 0:
-            return 0
+    def _read_into(self, view: memoryview) -> int:
         if not self._window_at <= self._at < self._window_at + len(self._window):
-            count = min(max(wanted, self._block), self.length - self._at)
+            count = min(max(len(view), self._block), self.length - self._at)
             self._window, self._window_at = self._fetch(self._at, count)[0], self._at
         begin = self._at - self._window_at
-        found = self._window[begin : begin + wanted]
+        found = self._window[begin : begin + len(view)]
         view[: len(found)] = found
-        self._at += len(found)
         return len(found)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence]
-        if at < 0:
-            raise ValueError(f"seek to {at}")
-        self._at = at
-        return at
-
-    def tell(self) -> int:
-        return self._at
 
     def _fetch(self, at: int, count: int) -> tuple[bytes, int]:
         """Bytes from `at` on, at most `count`; and the size of the whole object."""

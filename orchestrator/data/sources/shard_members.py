@@ -11,14 +11,12 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from orchestrator.data.sources import parquet_shards
+from orchestrator.data.sources.byte_range import ByteRange
 from orchestrator.data.sources.remote import open_object
 from orchestrator.fsio import NotAFileError, open_regular
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 # Bytes of a picture in a shard in a bucket that one request asks for.
 _MOST_AT_ONCE = 16 << 20
@@ -71,37 +69,21 @@ def shard_of(path: str) -> str:
     return path if found is None else found[1]
 
 
-class _Part(io.RawIOBase):
+class _Part(ByteRange):
     """Bytes of an open file as a file of their own; the file is closed with it."""
 
     def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, offset, length, 0
+        super().__init__()
+        self._file, self._start, self.length = file, offset, length
         file.seek(offset)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Buffer) -> int:
-        # A slice of a bytearray would be a copy of it.
-        view = memoryview(buffer).cast("B")
-        wanted = min(len(view), self._length - self._at)
-        read = self._file.readinto(view[:wanted]) if wanted > 0 else 0
-        self._at += read
-        return read
+    def _read_into(self, view: memoryview) -> int:
+        return self._file.readinto(view)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if at < 0:
-            raise ValueError(f"seek to {at}")
-        self._at = at
-        self._file.seek(self._start + min(at, self._length))
+        at = super().seek(offset, whence)
+        self._file.seek(self._start + min(at, self.length))
         return at
-
-    def tell(self) -> int:
-        return self._at
 
     def close(self) -> None:
         self._file.close()
