@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.cli.terminal import console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.inference.embed_folder import Embedded
 
 _UNREADABLE_SHOWN = 3
 
@@ -81,7 +86,7 @@ def embed(
     from orchestrator import disk
     from orchestrator.cli.image_progress import ImageProgress
     from orchestrator.data.sources.folder import list_folder, shown
-    from orchestrator.inference.embed_folder import by_reason, embed_folder, made_of
+    from orchestrator.inference.embed_folder import embed_folder, made_of
     from orchestrator.inference.embeddings import checked_target
     from orchestrator.inference.forward import on_device
     from orchestrator.inference.model import checked_loaders, embedding_side, load_weights
@@ -99,11 +104,19 @@ def embed(
             loaded, listing, out, made, batch=batch, loaders=checked_loaders(loaders), progress=progress
         )
     terminal = console()
-    took = time.monotonic() - began
     text = f" {found.num_images:,} images of {shown(str(folder))} are in {shown(str(out))}: vectors of {found.dim} "
     rate = (found.num_images - found.num_before) / progress.seconds
-    text += f"values, in {duration(took)}, {rate:,.1f} images/s"
+    text += f"values, in {duration(time.monotonic() - began)}, {rate:,.1f} images/s"
     terminal.print(Text("✓", "green").append(text, "default"), soft_wrap=True)
+    _print_account(terminal, found)
+
+
+def _print_account(terminal: Console, found: Embedded) -> None:
+    """What became of the files that this call embedded nothing of."""
+    from rich.text import Text
+
+    from orchestrator.inference.embed_folder import by_reason
+
     if found.num_before:
         text = f"  {found.num_before:,} of them were embedded before an earlier command was interrupted"
         terminal.print(Text(text, "bright_black"), soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from orchestrator.data.decode import Pixels, UnreadableImage, read_square
 from orchestrator.data.sources.folder import LeftOut, Listing, shown
 from orchestrator.errors import UserError
 from orchestrator.inference.embedded_parts import EVERY_S, EmbeddedParts
-from orchestrator.inference.embeddings import EmbeddedFile, Made, writing
+from orchestrator.inference.embeddings import EmbeddedFile, EmbeddingsWriter, Floats, Made, writing
 from orchestrator.inference.images import in_order
 from orchestrator.inference.model import Model
 
@@ -87,57 +87,86 @@ def embed_folder(
         UserError: none of the files can be read.
         OSError: the file cannot be written.
     """
-    from orchestrator.inference.forward import image_vectors
-
     root, total = Path(made.folder), len(listing.files)
-    unreadable: list[LeftOut] = []
-    taken: list[_Read] = []
-    num_images = dim = 0
-    parts, told = EmbeddedParts(out, made, batch, part_s), 0
+    parts = EmbeddedParts(out, made, batch, part_s)
+
+    def read(name: str) -> _Read:
+        return _read(root / name, name, made.size, max_pixels, model.pixels)
 
     with writing(out, made, group_rows=group_rows) as writer:
-        begun = 0
-        for part in parts.read():
-            writer.add(part.files, part.vectors_ND)
-            unreadable += part.unreadable
-            num_images, dim = num_images + len(part.files), part.vectors_ND.shape[1]
-            begun, told = part.seen, len(unreadable)
-        num_before = num_images
-
-        def flush(seen: int) -> None:
-            nonlocal num_images, dim, told
-            if taken:
-                vectors_ND = image_vectors(
-                    model.module, [one.square for one in taken if one.square is not None]
-                )
-                files = [one.file for one in taken]
-                writer.add(files, vectors_ND)
-                parts.add(files, vectors_ND, unreadable[told:], seen)
-                told = len(unreadable)
-                num_images, dim = num_images + len(taken), vectors_ND.shape[1]
-                taken.clear()
-            progress(seen, total)
-
-        def read(name: str) -> _Read:
-            return _read(root / name, name, made.size, max_pixels, model.pixels)
-
-        files_left = listing.files[begun:]
-        for seen, one in enumerate(in_order(read, files_left, loaders, ahead=2 * batch), begun + 1):
-            if one.error is None:
-                taken.append(one)
-            else:
-                unreadable.append(LeftOut(shown(one.file.path), one.error))
-            if len(taken) == batch:
-                flush(seen)
-        flush(total)
-        if not num_images:
+        embedding = _Embedding(model, writer, parts)
+        begun = embedding.go_on()
+        num_before = embedding.num_images
+        for seen, one in enumerate(
+            in_order(read, listing.files[begun:], loaders, ahead=2 * batch), begun + 1
+        ):
+            if embedding.add(one) == batch:
+                embedding.flush(seen)
+                progress(seen, total)
+        embedding.flush(total)
+        progress(total, total)
+        unreadable = embedding.unreadable
+        if not embedding.num_images:
             raise UserError(
                 f"none of the {total} image files in {shown(made.folder)} can be read: {by_reason(unreadable)}",
                 where=shown(made.folder),
             )
         writer.finish([*listing.left_out, *unreadable])
     parts.remove()
-    return Embedded(num_images, dim, tuple(unreadable), listing.left_out, num_before)
+    return Embedded(embedding.num_images, embedding.dim, tuple(unreadable), listing.left_out, num_before)
+
+
+class _Embedding:
+    """Images on their way through the model, into the file and its parts.
+
+    Attributes:
+        num_images: with a vector in the file.
+        dim: of a vector; 0 while there is none.
+        unreadable: image files that could not be decoded.
+    """
+
+    def __init__(self, model: Model, writer: EmbeddingsWriter, parts: EmbeddedParts) -> None:
+        self._model, self._writer, self._parts = model, writer, parts
+        self._taken: list[_Read] = []
+        self.unreadable: list[LeftOut] = []
+        self.num_images = self.dim = 0
+        # Unreadable files that a part names already.
+        self._recorded = 0
+
+    def go_on(self) -> int:
+        """Take over the parts of an earlier call, and give the number of files that it has seen."""
+        seen = 0
+        for part in self._parts.read():
+            self._write(part.files, part.vectors_ND)
+            self.unreadable += part.unreadable
+            seen, self._recorded = part.seen, len(self.unreadable)
+        return seen
+
+    def add(self, one: _Read) -> int:
+        """Take an image, or note that it is unreadable, and give the number of images that wait for the model."""
+        if one.error is None:
+            self._taken.append(one)
+        else:
+            self.unreadable.append(LeftOut(shown(one.file.path), one.error))
+        return len(self._taken)
+
+    def flush(self, seen: int) -> None:
+        """Embed the images that wait, of the first `seen` files."""
+        from orchestrator.inference.forward import image_vectors
+
+        if not self._taken:
+            return
+        squares = [one.square for one in self._taken if one.square is not None]
+        vectors_ND = image_vectors(self._model.module, squares)
+        files = [one.file for one in self._taken]
+        self._write(files, vectors_ND)
+        self._parts.add(files, vectors_ND, self.unreadable[self._recorded :], seen)
+        self._recorded = len(self.unreadable)
+        self._taken.clear()
+
+    def _write(self, files: Sequence[EmbeddedFile], vectors_ND: Floats) -> None:
+        self._writer.add(files, vectors_ND)
+        self.num_images, self.dim = self.num_images + len(files), vectors_ND.shape[1]
 
 
 def by_reason(left_out: list[LeftOut] | tuple[LeftOut, ...], most: int = 5) -> str:
