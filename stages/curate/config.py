@@ -413,8 +413,12 @@ def _ask_if_many(
 
     for name in names:
         photos_of = [photo for photo in photos if photo.source == name]
-        files = [(photo.path, photo.error_kind or accounts.TAKEN, photo.error or "") for photo in photos_of]
-        files += [(item.path, item.kind, item.reason) for source, item in left_out if source == name]
+        files = [
+            (photo.path, photo.error_kind or accounts.TAKEN, photo.error or "", 1) for photo in photos_of
+        ]
+        files += [
+            (item.path, item.kind, item.reason, item.pictures) for source, item in left_out if source == name
+        ]
         # That none can be read has a message of its own.
         one, limit = accounts.account(name, files), context.sources[name].max_left_out
         if one.taken and (error := accounts.lost_too_many(one, limit, f"data.{name}.max_left_out")):

@@ -31,10 +31,10 @@ def accounts_of(names: Sequence[str], statuses: Sequence[ImageStatus]) -> list[A
     """What became of every file, by dataset."""
     from orchestrator.data.sources.account import account
 
-    files: dict[str, list[tuple[str, str, str]]] = {name: [] for name in names}
+    files: dict[str, list[tuple[str, str, str, int]]] = {name: [] for name in names}
     for one in statuses:
         reason = one.reason.split(" as ")[0] if one.duplicate_of else one.reason
-        files[one.photo.source].append((one.photo.path, one.kind, reason))
+        files[one.photo.source].append((one.photo.path, one.kind, reason, one.pictures))
     return [account(name, found) for name, found in files.items()]
 
 

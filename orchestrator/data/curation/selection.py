@@ -36,6 +36,7 @@ class ImageStatus:
         status: "unique", "duplicate", "corrupt", or "left out" for what is not taken for a picture.
         reason: why, in words.
         duplicate_of: "source/path" of the file that stands for it.
+        pictures: how many it stands for: 1 but for an unreadable shard.
     """
 
     photo: ScannedImage
@@ -43,6 +44,7 @@ class ImageStatus:
     status: str
     reason: str = ""
     duplicate_of: str | None = None
+    pictures: int = 1
 
     @property
     def name(self) -> str:
@@ -114,7 +116,7 @@ def filter_images(
 def left_out(source: str, item: LeftOut, root: Path) -> ImageStatus:
     """What became of a file that is not taken for a picture."""
     photo = ScannedImage(source, item.path, "", 0, 0, 0, error_kind=item.kind)
-    return ImageStatus(photo, str(root), "left out", item.reason)
+    return ImageStatus(photo, str(root), "left out", item.reason, pictures=item.pictures)
 
 
 def _unique(statuses: Sequence[ImageStatus]) -> list[int]:

@@ -19,6 +19,7 @@ NOT_A_PICTURE = "not a picture"
 BANDS = "bands"
 TOO_LARGE = "too large"
 DAMAGED = "damaged"
+SHARD = "unreadable shard"
 ACCESS = "not readable"
 DUPLICATE = "duplicate"
 NEAR_DUPLICATE = "near duplicate"
@@ -31,6 +32,7 @@ KINDS = (
     BANDS,
     TOO_LARGE,
     DAMAGED,
+    SHARD,
     ACCESS,
     DUPLICATE,
     NEAR_DUPLICATE,
@@ -40,7 +42,7 @@ KINDS = (
 )
 
 # What was probably meant to be trained on, and is not.
-LOST = frozenset({ENDING, NOT_A_PICTURE, BANDS, TOO_LARGE, DAMAGED, ACCESS})
+LOST = frozenset({ENDING, NOT_A_PICTURE, BANDS, TOO_LARGE, DAMAGED, SHARD, ACCESS})
 
 # Endings of what lies beside pictures and is none: texts, tables, annotations, programs, archives of the whole.
 BESIDE_PICTURES = frozenset(
@@ -94,7 +96,8 @@ class Account:
     Attributes:
         source: the dataset's name.
         taken: files that training may read.
-        left_out: files that it does not, by kind of reason and then by reason, most frequent first.
+        left_out: files that it does not, by kind of reason and then by reason, most frequent first. An unreadable shard
+            counts as the pictures that it hides, with a reason that begins with its name.
         examples: the first names of each kind.
     """
 
@@ -130,7 +133,8 @@ class Account:
         """What is left out, for the end of a line: `6 ending (.heic 4, none 2), 1 damaged`."""
         parts = []
         for kind, count in self.by_kind.items():
-            endings = sorted(_endings(self.left_out[kind]).items(), key=lambda item: -item[1])
+            named_counts = _shards(self.left_out[kind]) if kind == SHARD else _endings(self.left_out[kind])
+            endings = sorted(named_counts.items(), key=lambda item: -item[1])
             more = f", {len(endings) - _SHOWN} more" if len(endings) > _SHOWN else ""
             named = ", ".join(f"{ending} {number:,}" for ending, number in endings[:_SHOWN])
             parts.append(f"{count:,} {kind}" + (f" ({named}{more})" if named else ""))
@@ -147,21 +151,21 @@ class Account:
         }
 
 
-def account(source: str, files: Iterable[tuple[str, str, str]]) -> Account:
+def account(source: str, files: Iterable[tuple[str, str, str, int]]) -> Account:
     """Count files.
 
     Args:
         source: the dataset's name.
-        files: path, kind of reason (`TAKEN` for none) and reason of each.
+        files: path, kind of reason (`TAKEN` for none), reason and number of pictures of each: 1 but for a shard.
     """
     reasons: dict[str, Counter[str]] = {}
     examples: dict[str, list[str]] = {}
     taken = 0
-    for path, kind, reason in files:
+    for path, kind, reason, pictures in files:
         if kind == TAKEN:
-            taken += 1
+            taken += pictures
             continue
-        reasons.setdefault(kind, Counter())[reason] += 1
+        reasons.setdefault(kind, Counter())[f"{path}: {reason}" if kind == SHARD else reason] += pictures
         if len(named := examples.setdefault(kind, [])) < _EXAMPLES:
             named.append(path)
     left_out = {kind: dict(counts.most_common()) for kind, counts in reasons.items()}
@@ -238,10 +242,16 @@ def lost_too_many(one: Account, limit: float, where: str) -> UserError | None:
 
 def _how_to_read(lost: Account) -> str:
     endings = _endings(lost.left_out.get(ENDING, {})).keys()
-    hint = "; a `manifest` takes pictures without an ending" if "none" in endings else ""
+    hint = "; copy the shards again" if SHARD in lost.by_kind else ""
+    hint += "; a `manifest` takes pictures without an ending" if "none" in endings else ""
     if endings & {".heic", ".heif"}:
         hint += "; the package pillow-heif makes .heic readable: pip install 'dinov3-orchestrator[heic]'"
     return hint
+
+
+def _shards(reasons: Mapping[str, int]) -> dict[str, int]:
+    """The shards that reasons name, with the pictures that they hide."""
+    return {reason.split(": ")[0]: count for reason, count in reasons.items()}
 
 
 def _endings(reasons: Mapping[str, int]) -> dict[str, int]:

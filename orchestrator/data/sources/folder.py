@@ -53,12 +53,14 @@ R = TypeVar("R")
 class LeftOut:
     """Something below a source's folder that is not taken for a picture: its path, as it may be shown, and why.
 
-    `kind` is the kind of the reason, one of `account.KINDS`.
+    `kind` is the kind of the reason, one of `account.KINDS`; `pictures` how many it stands for, more than 1 only of a
+    shard.
     """
 
     path: str
     reason: str
     kind: str = accounts.ACCESS
+    pictures: int = 1
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ class Listing:
 
     def account(self, name: str) -> Account:
         """The files of dataset `name` by what became of them, as far as their names and sizes say."""
-        taken = ((file, accounts.TAKEN, "") for file in self.files)
+        taken = ((file, accounts.TAKEN, "", 1) for file in self.files)
         return accounts.account(
-            name, (*taken, *((item.path, item.kind, item.reason) for item in self.left_out))
+            name, (*taken, *((item.path, item.kind, item.reason, item.pictures) for item in self.left_out))
         )
 
 
@@ -173,7 +175,7 @@ def _of_bucket(source: DataSource, name: str) -> Listing:
         return Listing(tuple(files), tuple(left_out), tuple(found[path].look for path in files), tags=tags)
     looks = {path: found[path].look for path in files}
     inside = shards.contents(source.path, files, readable_endings(), looks)
-    left_out += [LeftOut(shown(path), reason, kind) for path, reason, kind in inside.left_out]
+    left_out += [LeftOut(shown(path), reason, kind, count) for path, reason, kind, count in inside.left_out]
     of_shards = tuple(looks[shard_of(file)] for file in inside.files)
     return Listing(inside.files, tuple(left_out), of_shards, tags=tags)
 
@@ -181,9 +183,17 @@ def _of_bucket(source: DataSource, name: str) -> Listing:
 def _of_shards(source: DataSource) -> Listing:
     """The pictures in the shards of a folder."""
     walked = _Walk(source.path, _NO_LIMIT, shards.ENDINGS[source.shards or "tar"]).listing()
-    found = shards.contents(source.path, walked.files, readable_endings())
-    left_out = [LeftOut(shown(path), reason, kind) for path, reason, kind in found.left_out]
-    return Listing(found.files, (*walked.left_out, *left_out))
+    endings = shards.ENDINGS[source.shards or "tar"]
+    # A shard that may not be read hides pictures, too: its headers are asked for, and say why they cannot be had.
+    closed = {
+        item.path
+        for item in walked.left_out
+        if item.kind == accounts.ACCESS and _ending(item.path).lower() in endings
+    }
+    found = shards.contents(source.path, sorted({*walked.files, *closed}), readable_endings())
+    kept = [item for item in walked.left_out if item.path not in closed]
+    inside = [LeftOut(shown(path), reason, kind, count) for path, reason, kind, count in found.left_out]
+    return Listing(found.files, (*kept, *inside))
 
 
 def _of_manifest(source: DataSource, name: str) -> Listing:

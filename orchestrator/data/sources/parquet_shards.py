@@ -48,20 +48,36 @@ _BLOCK = 1 << 20
 Row = tuple[str, int, int, str | None, str | None]
 
 
+class NoPicturesError(ValueError):
+    """A table without pictures."""
+
+
+class DamagedRowsError(ValueError):
+    """A file whose foot can be read, and whose rows cannot; `pictures` is the number of these."""
+
+    def __init__(self, what: str, pictures: int) -> None:
+        super().__init__(what)
+        self.pictures = pictures
+
+
 def rows(path: Path) -> list[Row]:
     """The pictures of a file: name, row group, row in it, caption and label of each. No image bytes are read.
 
     Raises:
-        ValueError: no column has image bytes, or the file is none.
+        NoPicturesError: no column has image bytes.
+        DamagedRowsError: its rows cannot be read.
+        ValueError: the file is no Parquet file.
         OSError: it cannot be read.
     """
     import pyarrow as pa
 
     found: list[Row] = []
+    total = 0
     try:
         with _opened(path) as file:
             schema = file.schema_arrow
             column = _image_column(schema)
+            total = file.metadata.num_rows
             names = _names(schema, column)
             caption, label = _text(schema, _CAPTIONS), _text(schema, _LABELS)
             classes = _classes(schema, label)
@@ -77,7 +93,11 @@ def rows(path: Path) -> list[Row]:
                     known = _said(cells[label][row], classes) if label is not None else None
                     text = _said(cells[caption][row], ()) if caption is not None else None
                     found.append((name or f"row {len(found)}", group, row, text, known))
-    except (pa.ArrowException, KeyError) as error:
+    except (pa.ArrowException, KeyError, OSError) as error:
+        if total:
+            raise DamagedRowsError(first_line(error), total) from error
+        if isinstance(error, OSError):
+            raise
         raise ValueError(first_line(error)) from error
     return found
 
@@ -160,7 +180,7 @@ def _image_column(schema: pa.Schema) -> str:
     there = [name for name in schema.names if has_bytes(schema.field(name).type)]
     known = [name for name in _IMAGES if name in there]
     if not known and len(there) != 1:
-        raise ValueError(f"no column of image bytes; its columns are {', '.join(schema.names)[:200]}")
+        raise NoPicturesError(f"no column of image bytes; its columns are {', '.join(schema.names)[:200]}")
     return (known or there)[0]
 
 

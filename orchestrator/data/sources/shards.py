@@ -36,18 +36,29 @@ _LOOKED_AFTER = 64 << 10
 _CUT = "the shard is cut off or damaged: what follows is not read"
 
 
+LeftOutMember = tuple[str, str, str, int]
+
+
 @dataclass(frozen=True)
 class TarShard:
     """The pictures of one shard.
 
     Attributes:
         pictures: member, offset, length, caption and label of each, in the shard's order.
-        left_out: member, reason and kind of the reason of everything else but captions and labels. Without a member it
-            is said of the shard.
+        left_out: member, reason and kind of the reason of everything else but captions and labels, and the number of
+            pictures that it stands for. Without a member it is said of the shard.
     """
 
     pictures: tuple[tuple[str, int, int, str | None, str | None], ...] = ()
-    left_out: tuple[tuple[str, str, str], ...] = ()
+    left_out: tuple[LeftOutMember, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Pictures, with those that are known to be there and cannot be read."""
+        hidden = sum(
+            count for member, _, kind, count in self.left_out if not member and kind == accounts.SHARD
+        )
+        return len(self.pictures) + hidden
 
     def text(self) -> str:
         """As JSON."""
@@ -57,7 +68,9 @@ class TarShard:
     def of(cls, text: str) -> TarShard:
         """From JSON; raises ValueError."""
         pictures, left_out = json.loads(text)
-        return cls(tuple(map(tuple, pictures)), tuple(map(tuple, left_out)))
+        # Earlier versions did not write how many pictures one stands for.
+        left_out = [(*row, 1) if len(row) == 3 else tuple(row) for row in left_out]
+        return cls(tuple(map(tuple, pictures)), tuple(left_out))
 
 
 @dataclass(frozen=True)
@@ -66,12 +79,12 @@ class Contents:
 
     Attributes:
         files: paths of pictures, sorted.
-        left_out: path, reason and kind of the reason of the rest.
+        left_out: path, reason, kind of the reason and number of pictures of the rest.
         said: captions and labels.
     """
 
     files: tuple[str, ...]
-    left_out: tuple[tuple[str, str, str], ...]
+    left_out: tuple[LeftOutMember, ...]
     said: Captions = field(repr=False)
 
 
@@ -89,7 +102,9 @@ def contents(
     top = root if is_remote(root) else root.resolve()
     known = _load([str(top / shard) for shard in shards])
     files: list[str] = []
-    left_out: list[tuple[str, str, str]] = []
+    left_out: list[LeftOutMember] = []
+    unreadable: dict[str, tuple[str, int | None]] = {}
+    read_bytes = 0
     notes: dict[str, Note] = {}
     fresh: dict[str, tuple[Look, int, TarShard]] = {}
     wanted = frozenset(endings)
@@ -104,23 +119,72 @@ def contents(
             else:
                 began = time.time_ns()
                 found = _read(root / shard, look.size, wanted)
+                found = _with_hidden(found, known[place][2].total if place in known else 0)
                 if look.fits:
                     fresh[place] = look, began, found
+        except parquet_shards.NoPicturesError as error:
+            reason = f"no shard that can be read: {shortened(first_line(error), 200)}"
+            left_out.append((shard, reason, accounts.NOT_A_PICTURE, 1))
+            continue
         except (OSError, tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
             reason = why(error) if isinstance(error, OSError) else shortened(first_line(error), 200)
-            left_out.append((shard, f"no shard that can be read: {reason}", accounts.DAMAGED))
+            before = known[place][2].total if place in known else None
+            foot = error.pictures if isinstance(error, parquet_shards.DamagedRowsError) else None
+            unreadable[shard] = reason, foot or before
             continue
+        read_bytes += look.size
         for member, offset, length, caption, label in found.pictures:
             path = member_path(shard, offset, length, member)
             files.append(path)
             if caption is not None or label is not None:
                 notes[path] = caption, label
         left_out += [
-            (f"{shard}/{member}" if member else shard, reason, kind)
-            for member, reason, kind in found.left_out
+            (f"{shard}/{member}" if member else shard, reason, kind, count)
+            for member, reason, kind, count in found.left_out
         ]
     _save(fresh)
+    each = len(files) / read_bytes if read_bytes else 0.0
+    left_out += [
+        _unreadable(root, shard, reason, hidden, each, looks)
+        for shard, (reason, hidden) in unreadable.items()
+    ]
     return Contents(tuple(sorted(files)), tuple(left_out), Captions(notes))
+
+
+def _unreadable(
+    root: Path,
+    shard: str,
+    reason: str,
+    hidden: int | None,
+    pictures_per_byte: float,
+    looks: Mapping[str, Look] | None,
+) -> LeftOutMember:
+    """An account of a shard: with the number of pictures it hides, or with what its size makes likely."""
+    what = f"no shard that can be read: {reason}"
+    if hidden:
+        return shard, f"{what}; it has {hidden:,} pictures", accounts.SHARD, hidden
+    try:
+        size = looks[shard].size if looks is not None else (root / shard).stat().st_size
+    except OSError:
+        size = 0
+    likely = round(pictures_per_byte * size)
+    if likely < 1:
+        return shard, f"{what}; how many pictures it has is not known", accounts.SHARD, 1
+    return shard, f"{what}; by its size it has about {likely:,} pictures", accounts.SHARD, likely
+
+
+def _with_hidden(shard: TarShard, before: int) -> TarShard:
+    """A shard of which a part cannot be read, with the number of pictures in that where an earlier run had them."""
+    hidden = before - len(shard.pictures)
+    if hidden < 1:
+        return shard
+    left_out = tuple(
+        (member, f"{reason}; it had {hidden:,} more pictures", kind, hidden)
+        if not member and kind == accounts.SHARD
+        else (member, reason, kind, count)
+        for member, reason, kind, count in shard.left_out
+    )
+    return TarShard(shard.pictures, left_out)
 
 
 # --- headers --------------------------------------------------------------------------------------------------------
@@ -130,7 +194,7 @@ def _read(path: Path, size: int, endings: frozenset[str]) -> TarShard:
     """The headers of a shard, and the texts beside its pictures; no picture is read."""
     pictures: list[tuple[str, int, int, str]] = []
     texts: dict[str, dict[str, str]] = {}
-    left_out: list[tuple[str, str, str]] = []
+    left_out: list[LeftOutMember] = []
     if path.suffix.lower() in parquet_shards.ENDINGS:
         return TarShard(tuple(parquet_shards.rows(path)))
     # Only without compression are pictures where an offset says.
@@ -144,7 +208,7 @@ def _read(path: Path, size: int, endings: frozenset[str]) -> TarShard:
                 if member.isdir():
                     continue
                 if reason := _reason(member, size):
-                    left_out.append((member.name, *reason))
+                    left_out.append((member.name, *reason, 1))
                 elif f".{ending.rpartition('.')[2].lower()}" in endings:
                     pictures.append((member.name, member.offset_data, member.size, sample))
                 elif ending.lower() in (*_CAPTION, *_LABEL, *_BOTH) and member.size <= _LONGEST_TEXT:
@@ -152,9 +216,9 @@ def _read(path: Path, size: int, endings: frozenset[str]) -> TarShard:
                     assert content is not None
                     texts.setdefault(sample, {})[ending.lower()] = content.read().decode("utf-8", "replace")
                 else:
-                    left_out.append((member.name, *_of_no_picture(ending)))
+                    left_out.append((member.name, *_of_no_picture(ending), 1))
             if reason := _after(file, tar.offset, size):
-                left_out.append(("", *reason))
+                left_out.append(("", *reason, 1))
     rows = [
         (member, offset, length, *_said(texts.get(sample, {}))) for member, offset, length, sample in pictures
     ]
@@ -191,13 +255,13 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
 def _after(file: _Headers, offset: int, size: int) -> tuple[str, str] | None:
     """What is wrong with what follows the last member, and the kind of that: it should be zeros."""
     if not 0 <= offset < size:
-        return _CUT, accounts.DAMAGED
+        return _CUT, accounts.SHARD
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE or any(block):
-        return _CUT, accounts.DAMAGED
+        return _CUT, accounts.SHARD
     if any(file.read(_LOOKED_AFTER)):
-        return "something follows the end of the shard, and is not read", accounts.DAMAGED
+        return "something follows the end of the shard, and is not read", accounts.SHARD
     return None
 
 

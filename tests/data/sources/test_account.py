@@ -47,8 +47,8 @@ def test_each_file_below_a_folder_is_counted_once_by_what_became_of_it(
     source = DataSource(path=_nasty(tmp_path / "photos", photo))
     listing = list_images(source, "photos")
     photos = scan(source, "photos", listing)
-    files = [(one.path, one.error_kind or accounts.TAKEN, one.error or "") for one in photos]
-    files += [(one.path, one.kind, one.reason) for one in listing.left_out]
+    files = [(one.path, one.error_kind or accounts.TAKEN, one.error or "", 1) for one in photos]
+    files += [(one.path, one.kind, one.reason, 1) for one in listing.left_out]
     found = accounts.account("photos", files)
     # What a program that knows nothing of this counts.
     listed = subprocess.run(["find", ".", "-mindepth", "1"], cwd=source.path, capture_output=True, check=True)

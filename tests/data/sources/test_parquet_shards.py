@@ -161,3 +161,20 @@ def test_a_name_may_look_like_a_place_in_a_shard(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [_jpeg(0)], "path": ["b.parquet::7:7::x.jpg"]}), tmp_path / "a.parquet")
     (photo,) = scan(DataSource(path=tmp_path, shards="parquet"), "x")
     assert photo.error is None
+
+
+def test_a_file_whose_rows_are_damaged_counts_as_the_rows_that_its_foot_says(tmp_path: Path) -> None:
+    _flat(tmp_path / "good.parquet")
+    rows = {"caption": [f"caption {n}" for n in range(9)], "image": [_jpeg(n % 3) for n in range(9)]}
+    path = tmp_path / "damaged.parquet"
+    pq.write_table(pa.table(rows), path, row_group_size=3)
+    with pq.ParquetFile(path) as file:
+        column = file.metadata.row_group(1).column(0)
+    with path.open("r+b") as raw:
+        raw.seek(column.dictionary_page_offset or column.data_page_offset)
+        raw.write(b"\xff" * column.total_compressed_size)
+    listing = list_images(DataSource(path=tmp_path, shards="parquet"), "x")
+    (found,) = listing.left_out
+    assert (found.path, found.kind, found.pictures) == ("damaged.parquet", "unreadable shard", 9)
+    assert found.reason.endswith("it has 9 pictures")
+    assert listing.account("x").lost == 9

@@ -18,6 +18,7 @@ from sklearn.datasets import load_sample_image
 
 from orchestrator.config.schema import DataSource
 from orchestrator.data.decode import UnreadableImage, read_header, read_rgb
+from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources import shards
 from orchestrator.data.sources.folder import captions_of, fingerprint, list_images
 from orchestrator.data.sources.scan import scan
@@ -296,3 +297,65 @@ def test_texts_of_json_are_texts_or_nothing(
     source = DataSource(path=tmp_path, shards="tar")
     files = list_images(source, "x").files
     assert captions_of(source, "x", files).notes.get(files[0], (None, None)) == said
+
+
+def test_a_shard_that_became_unreadable_counts_as_the_pictures_it_had(folder: Path) -> None:
+    """Also at later looks; more than a set share stops with the shard's name."""
+    source = DataSource(path=folder, shards="tar")
+    assert len(list_images(source, "x").files) == 7
+    (folder / "a.tar").write_bytes(b"no tar at all" * 1000)
+    for _ in range(2):
+        listing = list_images(source, "x")
+        (found,) = (item for item in listing.left_out if item.path == "a.tar")
+        assert (found.kind, found.pictures) == ("unreadable shard", 3)
+        assert found.reason.endswith("it has 3 pictures")
+    account = listing.account("x")
+    assert (account.taken, account.lost) == (4, 3)
+    assert account.by_kind == {"unreadable shard": 3}
+    assert account.said() == "3 unreadable shard (a.tar 3)"
+    assert accounts.load(accounts.save([account], folder).parent)[0].by_kind == account.by_kind
+    assert accounts.lost_too_many(account, 0.43, "data.x.max_left_out") is None
+    error = accounts.lost_too_many(account, 0.42, "data.x.max_left_out")
+    assert error is not None
+    assert "3 unreadable shard (a.tar 3), such as a.tar. Is that meant?" in error.what
+    assert "copy the shards again" in (error.hint or "")
+
+
+def test_the_size_of_a_shard_that_nobody_knows_says_how_much_it_hides(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    size = (folder / "part" / "b.tar").stat().st_size
+    (folder / "a.tar").write_bytes(b"x" * (10 * size))
+    (folder / "tiny.tar").write_bytes(b"x")
+    found = {item.path: item for item in list_images(DataSource(path=folder, shards="tar"), "x").left_out}
+    assert found["a.tar"].pictures == 40
+    assert found["a.tar"].reason.endswith("by its size it has about 40 pictures")
+    assert found["tiny.tar"].pictures == 1
+    assert found["tiny.tar"].reason.endswith("how many pictures it has is not known")
+
+
+def test_a_shard_that_is_cut_off_counts_the_pictures_behind_the_cut(folder: Path) -> None:
+    source = DataSource(path=folder, shards="tar")
+    list_images(source, "x")
+    with tarfile.open(folder / "a.tar") as tar:
+        second = tar.getmember("0001.jpg")
+    with (folder / "a.tar").open("r+b") as file:
+        file.truncate(second.offset)
+    for _ in range(2):
+        listing = list_images(source, "x")
+        (found,) = (item for item in listing.left_out if item.kind == "unreadable shard")
+        assert (found.path, found.pictures) == ("a.tar", 2)
+        assert "it had 2 more pictures" in found.reason
+        assert sum(file.startswith("a.tar") for file in listing.files) == 1
+
+
+def test_a_link_to_a_shard_that_is_gone_counts_the_pictures_it_had(folder: Path, tmp_path: Path) -> None:
+    (folder / "a.tar").rename(tmp_path / "a.tar")
+    (folder / "a.tar").symlink_to(tmp_path / "a.tar")
+    source = DataSource(path=folder, shards="tar")
+    list_images(source, "x")
+    (tmp_path / "a.tar").unlink()
+    (found,) = (item for item in list_images(source, "x").left_out if item.path == "a.tar")
+    assert (found.kind, found.pictures) == ("unreadable shard", 3)
+    assert "No such file" in found.reason
