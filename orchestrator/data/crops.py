@@ -1,10 +1,4 @@
-"""The views of a photograph that training compares: distorted random crops, in uint8 on OpenCV.
-
-Brightness, contrast, saturation and grayscale are all affine in RGB once contrast's mean is known, and a mean passes
-through affine maps. So those that come before hue are folded into one 3×4 matrix, and those after it into another:
-each takes a single pass over the pixels, and values are clipped after it instead of after every operation. Hue is
-turned in HSV, in 8 bits a channel.
-"""
+"""The views of a photograph that training compares: distorted random crops."""
 
 from __future__ import annotations
 
@@ -16,17 +10,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data import deep_colours
+from orchestrator.data import colours, deep_colours
 from orchestrator.data.augmentation import Augmentation
+from orchestrator.data.resampling import num_halvings, resample
 from orchestrator.data.views import CropConfig, Range
 
 Pixels = NDArray[np.uint8]
-Affine = tuple[NDArray[np.float64], NDArray[np.float64]]
 
-_LUMA = np.array([0.299, 0.587, 0.114])
-_GRAY = np.tile(_LUMA, (3, 1))
-_SOLARIZE = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
-_SAME: Affine = (np.eye(3), np.zeros(3))
 _BOX_ATTEMPTS = 10
 
 
@@ -73,18 +63,18 @@ def make_views(
         rng = rng_for_view(view)
         box = _box(image_HWC, drawn_in, config.global_scale, config, rng)
         if config.gram_size is not None:
-            views["gram"][view] = cut(image_HWC, box, config.gram_size).transpose(2, 0, 1)
+            _put(cut(image_HWC, box, config.gram_size), views["gram"][view])
         blur = config.blur_probability[0 if view == 0 else 1]
         solarize = config.solarize_probability if view == 1 else 0.0
         pixels = _distort(cut(image_HWC, box, config.global_size), config, blur, solarize, rng, is_colour)
-        views["globals"][view] = pixels.transpose(2, 0, 1)
+        _put(pixels, views["globals"][view])
     for view in range(num_local):
         rng = rng_for_view(num_global + view)
         box = _box(image_HWC, drawn_in, config.local_scale, config, rng)
         pixels = _distort(
             cut(image_HWC, box, config.local_size), config, config.local_blur_probability, 0.0, rng, is_colour
         )
-        views["locals"][view] = pixels.transpose(2, 0, 1)
+        _put(pixels, views["locals"][view])
     return views
 
 
@@ -96,9 +86,10 @@ def draw_box(
     Where ten draws do not fit into the photograph, the largest centred box of a permitted aspect is taken.
     """
     mirrored = flip and bool(rng.random() < 0.5)
+    logs = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(_BOX_ATTEMPTS):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        ratio = math.exp(logs[0] + (logs[1] - logs[0]) * rng.random())
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 1 <= w <= width and 1 <= h <= height:
             return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w, mirrored)
@@ -127,11 +118,27 @@ def _box(
 
 
 def cut(image_HWC: Pixels, box: Box, size: int) -> Pixels:
-    """A box of the photograph, as (size, size, 3); averages when shrinking, so that nothing aliases."""
-    region = image_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
-    method = cv2.INTER_AREA if min(box.height, box.width) >= size else cv2.INTER_CUBIC
-    pixels = cv2.resize(region, (size, size), interpolation=method)
-    return np.asarray(pixels[:, ::-1] if box.flip else pixels, dtype=image_HWC.dtype)
+    """A box of the photograph, as (size, size, C); nothing aliases where it shrinks, see `resampling.py`.
+
+    Where the box is halved first, its sides are rounded to whole pixels of the halves, around the same centre: by at
+    most half a pixel of the result.
+    """
+    unit = 2 ** num_halvings(box.height, box.width, size)
+    top, height = _in_units(box.top, box.height, image_HWC.shape[0], unit)
+    left, width = _in_units(box.left, box.width, image_HWC.shape[1], unit)
+    pixels = resample(image_HWC[top : top + height, left : left + width], size)
+    return np.asarray(cv2.flip(pixels, 1), pixels.dtype).reshape(pixels.shape) if box.flip else pixels
+
+
+def _in_units(start: int, length: int, within: int, unit: int) -> tuple[int, int]:
+    """The nearest length that `unit` divides, around the same centre, as start and length."""
+    rounded = min(round(length / unit), within // unit) * unit
+    return min(max(0, start + (length - rounded) // 2), within - rounded), rounded
+
+
+def _put(pixels_HWC: Pixels, planes_CHW: Pixels) -> None:
+    """Write a picture into planes: the same as an assignment of its transpose, several times faster."""
+    cv2.split(pixels_HWC, list(planes_CHW))
 
 
 def _distort(
@@ -144,21 +151,8 @@ def _distort(
 ) -> Pixels:
     if not is_colour or pixels_HWC.dtype != np.uint8:
         pixels_HWC = deep_colours.distort(pixels_HWC, config, blur, solarize, rng, is_colour=is_colour)
-        for own in config.augmentations:
-            pixels_HWC = _augmented(own, pixels_HWC, rng)
-        return pixels_HWC
-    jitter, gray, blurred, solarized = rng.random(4)
-    colours = _SAME
-    if jitter < config.jitter_probability:
-        pixels_HWC, colours = _jitter(pixels_HWC, config, rng)
-    if gray < config.gray_probability:
-        colours = _then(colours, _GRAY)
-    pixels_HWC = _mapped(pixels_HWC, colours)
-    if blurred < blur:
-        sigma = float(rng.uniform(*config.blur_sigma))
-        pixels_HWC = np.asarray(cv2.GaussianBlur(pixels_HWC, (9, 9), sigma), dtype=np.uint8)
-    if solarized < solarize:
-        pixels_HWC = np.asarray(cv2.LUT(pixels_HWC, _SOLARIZE), dtype=np.uint8)
+    else:
+        pixels_HWC = colours.distort(pixels_HWC, config, blur, solarize, rng)
     for own in config.augmentations:
         pixels_HWC = _augmented(own, pixels_HWC, rng)
     return pixels_HWC
@@ -177,57 +171,3 @@ def _augmented(own: Augmentation, pixels_HWC: Pixels, rng: np.random.Generator) 
         given = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
         raise TypeError(f"{own.use}.apply gave {given}, not {kind} {shape}")
     return made
-
-
-def _jitter(pixels_HWC: Pixels, config: CropConfig, rng: np.random.Generator) -> tuple[Pixels, Affine]:
-    """Brightness, contrast, saturation and hue in random order.
-
-    Returns:
-        The pixels after hue and all that comes before it, and what comes after it as one affine map.
-    """
-    factors = {
-        "brightness": 1 + config.brightness * rng.uniform(-1, 1),
-        "contrast": 1 + config.contrast * rng.uniform(-1, 1),
-        "saturation": 1 + config.saturation * rng.uniform(-1, 1),
-        "hue": config.hue * rng.uniform(-1, 1),
-    }
-    names = list(factors)
-    colours = _SAME
-    for number in rng.permutation(4):
-        name = names[number]
-        factor = factors[name]
-        if name == "brightness":
-            colours = _then(colours, factor * np.eye(3))
-        elif name == "saturation":
-            colours = _then(colours, factor * np.eye(3) + (1 - factor) * _GRAY)
-        elif name == "contrast":
-            level = float(_LUMA @ (colours[0] @ np.array(cv2.mean(pixels_HWC)[:3]) + colours[1]))
-            colours = _then(colours, factor * np.eye(3), (1 - factor) * level)
-        elif config.hue:
-            pixels_HWC, colours = _turned(_mapped(pixels_HWC, colours), factor), _SAME
-    return pixels_HWC, colours
-
-
-def _then(first: Affine, matrix: NDArray[np.float64], offset: float = 0.0) -> Affine:
-    """An affine map of RGB in [0, 255], and another after it."""
-    return matrix @ first[0], matrix @ first[1] + offset
-
-
-def _mapped(pixels_HWC: Pixels, colours: Affine) -> Pixels:
-    if colours is _SAME:
-        return pixels_HWC
-    fused = np.concatenate([colours[0], colours[1][:, None]], axis=1).astype(np.float32)
-    return np.asarray(cv2.transform(pixels_HWC, fused), dtype=np.uint8)
-
-
-def _turned(pixels_HWC: Pixels, turn: float) -> Pixels:
-    """Hue turned by a share of the circle, rounded towards 0 to one of 256; saturation and value stay.
-
-    With 8 bits a channel colours come out within 9 levels of 255, 0.6 on average: as near as Pillow's.
-    """
-    steps = int(256 * turn)
-    if steps == 0:
-        return pixels_HWC
-    hsv_HWC = cv2.cvtColor(pixels_HWC, cv2.COLOR_RGB2HSV_FULL)
-    hsv_HWC[..., 0] += np.uint8(steps % 256)  # wraps around
-    return np.asarray(cv2.cvtColor(hsv_HWC, cv2.COLOR_HSV2RGB_FULL), dtype=np.uint8)

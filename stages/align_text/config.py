@@ -200,6 +200,7 @@ class AlignText(MixStage):
     zero_stage: ZeroStage = zero_stage_field()
     precision: Precision = PRECISION
 
+    version: ClassVar[int] = 2
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.align_text.captions",
         "orchestrator.stages.align_text.task",

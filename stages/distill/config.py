@@ -111,6 +111,7 @@ class Distill(MultiCropStage):
         description="Whether the teacher's outputs are saved in the store for students that are trained later.",
     )
 
+    version: ClassVar[int] = 2
     preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.distill.task",)
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("teacher", BACKBONE_KINDS))
     outputs: ClassVar[Mapping[str, str]] = {

@@ -146,6 +146,7 @@ class Finetune(TrainStage):
     zero_stage: ZeroStage = zero_stage_field()
     precision: Precision = PRECISION
 
+    version: ClassVar[int] = 2
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.finetune.blocks",
         "orchestrator.stages.finetune.task",

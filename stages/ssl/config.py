@@ -139,6 +139,7 @@ class SelfSupervised(MultiCropStage):
     )
     zero_stage: ZeroStage = zero_stage_field()
 
+    version: ClassVar[int] = 2
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.common.crops",
         "orchestrator.stages.ssl.task",

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
-from orchestrator.data.crops import _jitter, _turned, make_views
+from orchestrator.data.colours import jitter, turn_hue
+from orchestrator.data.crops import make_views
 from orchestrator.data.rng import generator
 from orchestrator.data.views import CropConfig
 
@@ -70,31 +71,38 @@ def test_default_colour_operations_come_with_the_papers_probabilities_and_indepe
 
 @pytest.mark.heavy
 def test_default_jitter_factors_are_uniform_in_the_published_ranges() -> None:
-    """Each factor alone, from the affine map that it makes; hue as the turn that colorsys sees in the pixels."""
+    """Each factor alone, from what it does to the pixels; hue as the turn that colorsys sees in them."""
     strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
     defaults = CropConfig()
     assert {name: getattr(defaults, name) for name in strengths} == strengths
-    photo = np.array([[[120, 100, 80], [90, 100, 110]]], np.uint8)
-    vivid = np.array([[[230, 60, 40], [30, 200, 90], [60, 40, 220]]], np.uint8)
-    flat, gray = photo[0].astype(float), (photo[0] @ np.array([0.299, 0.587, 0.114]))[:, None]
-    fixed = {"brightness": 0.0, "contrast": gray.mean(), "saturation": gray}
+    # Far from what each operation leaves where it is, and so that nothing is cut off.
+    photos = {
+        "brightness": [[170, 160, 150], [150, 160, 170]],
+        "contrast": [[40, 40, 40], [200, 200, 200]],
+        "saturation": [[200, 60, 60], [60, 200, 200]],
+        "hue": [[230, 60, 40], [30, 200, 90], [60, 40, 220]],
+    }
     for name, strength in strengths.items():
         config = CropConfig(**{other: 0.0 for other in strengths if other != name})
+        photo = np.array([photos[name]], np.uint8)
+        flat = photo[0].astype(float)
+        gray = (flat @ np.array([0.299, 0.587, 0.114]))[:, None]
+        fixed = {"brightness": 0.0, "contrast": gray.mean(), "saturation": gray}.get(name)
         factors = []
         for seed in range(2000):
-            pixels, (matrix, offset) = _jitter(vivid if name == "hue" else photo, config, generator(seed))
+            pixels = jitter(photo, config, generator(seed))
             if name == "hue":
-                turns = [turn_between(*pair) for pair in zip(vivid[0], pixels[0], strict=True)]
+                turns = [turn_between(*pair) for pair in zip(photo[0], pixels[0], strict=True)]
                 assert np.ptp(turns) < 1 / 128
                 factors.append(np.mean(turns))
                 continue
-            factor = (flat @ matrix.T + offset - fixed[name]) / (flat - fixed[name])
-            assert np.ptp(factor) < 1e-6, name
+            factor = (pixels[0] - fixed) / (flat - fixed)
+            assert np.ptp(factor) < 0.03, name
             factors.append(factor.mean())
         centre = 0 if name == "hue" else 1
         low, width = centre - strength, 2 * strength
-        assert min(factors) >= low - 1 / 512
-        assert max(factors) <= low + width + 1 / 512
+        assert min(factors) >= low - 1 / 256
+        assert max(factors) <= low + width + 1 / 256
         assert stats.kstest(factors, "uniform", (low, width)).pvalue > 1e-4, name
 
 
@@ -109,7 +117,7 @@ def test_hue_turns_in_hsv_and_leaves_saturation_and_value() -> None:
     levels = np.arange(0, 256, 17, dtype=np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
     for turn in (0.1, -0.1, 0.037):
-        got = _turned(cube, turn)[0].astype(float)
+        got = turn_hue(cube, turn)[0].astype(float)
         expected = [
             colorsys.hsv_to_rgb((h + int(256 * turn) / 256) % 1, s, v)
             for h, s, v in (colorsys.rgb_to_hsv(*colour) for colour in cube[0] / 255.0)
@@ -119,17 +127,19 @@ def test_hue_turns_in_hsv_and_leaves_saturation_and_value() -> None:
         assert np.abs(got - 255 * np.array(expected)).mean() <= 1
 
 
-def test_hue_comes_between_the_operations_before_and_after_it() -> None:
-    """All orders, against the operations one by one on floats, clipped where ours are."""
-    photo = _photo(24, 24)
+def test_jitter_equals_one_operation_after_the_other() -> None:
+    """All orders, against the definitions in float64, rounded and cut off after each operation as Pillow's are."""
+    y, x = np.mgrid[0:24, 0:24]
+    # From black to white, so that much is cut off between operations.
+    photo = np.stack([255 * x / 23, 255 * y / 23, 255 * (x + y) / 46], axis=2).astype(np.uint8)
     luma = np.array([0.299, 0.587, 0.114])
     config = CropConfig()
-    hue_at = set()
-    for seed in range(40):
+    orders = set()
+    for seed in range(60):
         rng = generator(seed)
         draws = rng.uniform(-1, 1, 4)
         order = rng.permutation(4)
-        hue_at.add(int(np.flatnonzero(order == 3)[0]))
+        orders.add(tuple(order))
         pixels = photo.astype(float)
         for number in order:
             if number == 0:
@@ -141,11 +151,13 @@ def test_hue_comes_between_the_operations_before_and_after_it() -> None:
                 gray = (pixels @ luma)[..., None]
                 pixels = gray + (1 + 0.2 * draws[2]) * (pixels - gray)
             else:
-                pixels = _turned(pixels.clip(0, 255).round().astype(np.uint8), 0.1 * draws[3]).astype(float)
-        turned, (matrix, offset) = _jitter(photo, config, generator(seed))
-        ours = turned.astype(float) @ matrix.T + offset
-        assert np.abs(ours.clip(0, 255) - pixels.clip(0, 255)).max() <= 4, (seed, order)
-    assert hue_at == {0, 1, 2, 3}
+                pixels = turn_hue(pixels.astype(np.uint8), 0.1 * draws[3]).astype(float)
+            pixels = pixels.round().clip(0, 255)
+        difference = np.abs(jitter(photo, config, generator(seed)).astype(float) - pixels)
+        # Where rounding differs by a level before hue is turned, a colour near grey may turn by more.
+        assert difference.mean() < 0.5, (seed, order)
+        assert np.quantile(difference, 0.99) <= 3, (seed, order)
+    assert len(orders) > 20
 
 
 # --- each operation against another library --------------------------------------------------------------------

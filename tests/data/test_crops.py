@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from orchestrator.data.crops import _jitter, cut, draw_box, make_views
+from orchestrator.data.crops import cut, draw_box, make_views
 from orchestrator.data.rng import generator
 from orchestrator.data.views import CropConfig
 
@@ -83,13 +83,13 @@ def test_default_views_have_the_papers_scales_and_aspects(kind: str) -> None:
     """Boxes measured in the finished views of a photo whose colours are its coordinates, against plain sampling."""
     y, x = np.mgrid[0:256, 0:256]
     photo = np.stack([x, y, 0 * x], axis=2).astype(np.uint8)
-    config = CropConfig(global_size=16, local_size=16, num_local=2, **_PLAIN)
+    config = CropConfig(global_size=32, local_size=32, num_local=2, **_PLAIN)
     sides = []
     for number in range(1000):
         for view in make_views(photo, config, _rngs(number))[kind].astype(float):
-            # The first and last cells average a sixteenth of the box each.
-            width = (view[0, :, -1] - view[0, :, 0]).mean() * 16 / 15
-            height = (view[1, -1] - view[1, 0]).mean() * 16 / 15
+            # From the centre of the first cell to that of the last one.
+            width = (view[0, :, -1] - view[0, :, 0]).mean() * 32 / 31
+            height = (view[1, -1] - view[1, 0]).mean() * 32 / 31
             sides.append((width, height))
     widths, heights = np.array(sides).T
     areas, ratios = widths * heights / 256**2, np.log(widths / heights)
@@ -98,7 +98,7 @@ def test_default_views_have_the_papers_scales_and_aspects(kind: str) -> None:
     drawn_areas, drawn_ratios = rng.uniform(low, high, 20_000), rng.uniform(*np.log([3 / 4, 4 / 3]), 20_000)
     fits = (drawn_areas * np.exp(drawn_ratios) <= 1) & (drawn_areas * np.exp(-drawn_ratios) <= 1)
     assert low - 0.01 < areas.min() < low + 0.02
-    assert high - 0.03 < areas.max() < high + 0.01
+    assert high - 0.03 < areas.max() < high + 0.015
     assert 0.26 < np.abs(ratios).max() < math.log(4 / 3) + 0.03
     assert stats.ks_2samp(areas, drawn_areas[fits]).pvalue > 1e-4
     assert stats.ks_2samp(ratios, drawn_ratios[fits]).pvalue > 1e-4
@@ -124,29 +124,6 @@ def test_shrinking_averages_and_does_not_alias() -> None:
     stripes[::2] = 255
     box = draw_box(128, 128, (1.0, 1.0), (1.0, 1.0), generator(0))
     assert np.abs(cut(stripes, box, 16).astype(int) - 127).max() <= 2
-
-
-def test_fused_jitter_equals_one_operation_after_the_other() -> None:
-    """Independent float64 reference, from the definitions of the operations; hue: test_colours.py."""
-    pixels = _photo(24, 24)
-    config = CropConfig(brightness=0.2, contrast=0.3, saturation=0.3, hue=0.0)
-    luma = np.array([0.299, 0.587, 0.114])
-    for seed in range(20):
-        same, (matrix, offset) = _jitter(pixels, config, generator(seed))
-        assert same is pixels
-        rng = generator(seed)
-        brightness, contrast, saturation = (1 + s * rng.uniform(-1, 1) for s in (0.2, 0.3, 0.3))
-        rng.uniform(-1, 1)  # hue
-        image = pixels.astype(np.float64)
-        for number in rng.permutation(4):
-            gray = image @ luma
-            if number == 0:
-                image = image * brightness
-            elif number == 1:
-                image = gray.mean() + contrast * (image - gray.mean())
-            elif number == 2:
-                image = gray[..., None] + saturation * (image - gray[..., None])
-        assert np.abs(pixels @ matrix.T + offset - image).max() < 1e-6
 
 
 def test_gray_views_are_gray_and_only_the_second_global_is_solarized() -> None:

@@ -130,7 +130,7 @@ def write(path: Path, kind: str, found: dict[str, float]) -> None:
 
 def test_numbers_are_written_only_for_a_version_that_was_raised(tmp_path: Path) -> None:
     said = message("pretrain", ["step 1/loss: 1.0 → 2.0"])
-    assert "raise `version` of kind 'pretrain' (class Pretrain in stages/ssl/pretrain.py) from 1 to 2" in said
+    assert "raise `version` of kind 'pretrain' (class Pretrain in stages/ssl/pretrain.py) from 2 to 3" in said
     assert differences({"a": 1.0, "b": 2.0}, {"a": 1.0 + 1e-6, "c": 3.0}) == [
         "b: 2.0 → none",
         "c: none → 3.0",
