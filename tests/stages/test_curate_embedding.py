@@ -202,7 +202,7 @@ def test_of_51_photos_one_is_new_and_is_decoded_once(
         # The key of a stage follows its data.
         work = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
         work.mkdir()
-        context = curation_context(work, photos=source)
+        context = curation_context(work, photos=DataSource(path=source))
         stage.run(context)
         return context.out
 
