@@ -1,19 +1,15 @@
 """Image files to pixels: upright, three channels, eight bits, whatever the file is; sixteen if `pixels` says so.
 
-Files come from anywhere. So only the formats of :data:`FORMATS` are decoded, whatever a name ends in; the size that a
-file claims is compared with a limit before any pixel is; and threads share a bounded amount of memory.
+Files come from anywhere. So only the formats of :data:`image_formats.FORMATS` are decoded, whatever a name ends in; the
+size that a file claims is compared with a limit before any pixel is; and threads share a bounded amount of memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import importlib
 import io
 import os
-import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,11 +19,17 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
-from orchestrator.data.sources.account import ACCESS, BANDS, DAMAGED, NOT_A_PICTURE, TOO_LARGE
+from orchestrator.data.decoding_memory import SHARED_BYTES, SharedMemory
+
+# Who reads pictures catches it from here.
+from orchestrator.data.image_formats import UnreadableImage as UnreadableImage
+from orchestrator.data.image_formats import format_of, too_large, too_many_bytes, webp_size
+from orchestrator.data.jpeg import BENIGN_JPEG, EXIF_ORIENTATION, decode_jpeg, upright
+from orchestrator.data.sources.account import ACCESS, BANDS, NOT_A_PICTURE, TOO_LARGE
 from orchestrator.data.sources.shard_members import open_member
 from orchestrator.fsio import open_regular, why
 from orchestrator.storage.s3_client import StoreError
@@ -35,31 +37,8 @@ from orchestrator.storage.s3_client import StoreError
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 
-# Pillow's name of each format that is decoded, and how its files begin.
-FORMATS = {
-    "JPEG": re.compile(rb"\xff\xd8"),
-    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
-    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
-    "GIF": re.compile(rb"GIF8[79]a"),
-    "BMP": re.compile(rb"BM"),
-    "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]"),
-    "JPEG2000": re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
-    "AVIF": re.compile(rb"....ftyp(?:avi[fs]|(?:mif1|msf1).{0,32}avi[fs])", re.DOTALL),
-    # By the package pillow-heif.
-    "HEIF": re.compile(rb"....ftyp(?:he[iv][cxms]|(?:mif1|msf1).{0,32}he[iv][cxms])", re.DOTALL),
-}
-
-# Endings of the formats that Pillow always decodes, and those that its build, or another package, may decode.
-_ENDINGS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-_ENDINGS_OF = {
-    "JPEG2000": frozenset({".jp2", ".j2k", ".jpx", ".jpf"}),
-    "AVIF": frozenset({".avif"}),
-    "HEIF": frozenset({".heic", ".heif"}),
-}
-
 # Pillow's modes of one band of more than 8 bits.
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-_EXIF_ORIENTATION = 0x0112
 _TIFF_TILE = (0x0142, 0x0143)  # width and length
 _TIFF_BITS = 0x0102
 _TIFF_SAMPLES = 0x0115
@@ -72,70 +51,8 @@ _BYTES_PER_PIXEL = 16
 _SMALL_FILE = 16 << 20
 # What tells the format, the size of a WebP and the bits of a PNG.
 _HEADER_BYTES = 64
-# What a file may hold besides four bytes a pixel: metadata, thumbnails.
-_EXTRA_BYTES = 64 << 20
-# What threads share: a quarter of the machine's memory, within bounds.
-_SHARED_BYTES = min(max(512 << 20, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4), 16 << 30)
-_BENIGN_JPEG = re.compile(r"extraneous bytes|unsupported|colorspace", re.IGNORECASE)
 
-
-class UnreadableImage(Exception):  # noqa: N818 (it names a state of a file)
-    """A file that is not an image, or not a whole one. `kind` is one of `account.KINDS`."""
-
-    def __init__(self, path: Path | str, reason: str, kind: str = DAMAGED) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = Path(path)
-        self.reason = reason
-        self.kind = kind
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.path, self.reason, self.kind)
-
-
-@functools.cache
-def readable_formats() -> frozenset[str]:
-    """Those of :data:`FORMATS` that can be decoded here: some by Pillow's build, HEIF by the package pillow-heif."""
-    lacking = set()
-    if not features.check("jpg_2000"):
-        lacking.add("JPEG2000")
-    if not features.check("avif"):
-        lacking.add("AVIF")
-    try:
-        importlib.import_module("pillow_heif").register_heif_opener()
-    except ImportError:
-        lacking.add("HEIF")
-    return frozenset(FORMATS) - lacking
-
-
-@functools.cache
-def readable_endings() -> frozenset[str]:
-    """The endings, in lower case and with their dot, of files that are taken for pictures here."""
-    return _ENDINGS.union(*(_ENDINGS_OF[name] for name in _ENDINGS_OF if name in readable_formats()))
-
-
-class _Memory:
-    """Bytes that threads of this process share, first come first served. What is more than all of them goes alone."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity, self._used = capacity, 0
-        self._changed, self._door = threading.Condition(), threading.Lock()
-
-    @contextlib.contextmanager
-    def hold(self, num_bytes: int) -> Iterator[None]:
-        """Have `num_bytes` for the `with` block; waits for them. Not to be nested in a thread."""
-        # The first in line keeps its turn, so that small pictures do not overtake a large one for ever.
-        with self._door, self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + num_bytes <= self._capacity)
-            self._used += num_bytes
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._used -= num_bytes
-                self._changed.notify_all()
-
-
-_memory = _Memory(_SHARED_BYTES)
+_memory = SharedMemory(SHARED_BYTES)
 
 
 @dataclass(frozen=True)
@@ -169,8 +86,8 @@ def read_rgb(
         (H, W, 3) uint8, RGB, contiguous; uint16 where `pixels.is_deep`, 0 black and 65535 white.
 
     Raises:
-        UnreadableImage: missing, not a regular file, not an image of one of :data:`FORMATS`, too large, truncated or
-            corrupt.
+        UnreadableImage: missing, not a regular file, not an image of one of :data:`image_formats.FORMATS`, too large,
+            truncated or corrupt.
     """
     return use_rgb(path, lambda image: image, min_side, max_pixels, pixels=pixels)
 
@@ -215,7 +132,8 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
     """The header of an image file. No pixel is decoded, so the rest of the file may be damaged.
 
     Raises:
-        UnreadableImage: missing, not a regular file, not an image of one of :data:`FORMATS`, or too large.
+        UnreadableImage: missing, not a regular file, not an image of one of :data:`image_formats.FORMATS`, or too
+            large.
     """
     with _reading(path):
         member = open_member(path)
@@ -226,9 +144,9 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
             start = _read(file, _HEADER_BYTES)
         if (reason := too_many_bytes(size, max_pixels)) is not None:
             raise UnreadableImage(path, reason, TOO_LARGE)
-        kind, bits = _format_of(start, path), 8
+        kind, bits = format_of(start, path), 8
         if kind == "WEBP":
-            width, height = _webp_size(start)
+            width, height = webp_size(start)
         else:
             with _opened(file, path, kind, max_pixels) as image:
                 width, height = image.size
@@ -237,7 +155,7 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
         if kind == "PNG" and len(start) > _PNG_BITS:
             bits = start[_PNG_BITS]
     if width * height > max_pixels:
-        raise UnreadableImage(path, _too_large(width, height, max_pixels), TOO_LARGE)
+        raise UnreadableImage(path, too_large(width, height, max_pixels), TOO_LARGE)
     return Header(width, height, bits)
 
 
@@ -252,11 +170,11 @@ def upright_size(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[int, i
         file = open_regular(path) if member is None else member[0]
     with file:
         with _reading(path):
-            kind = _format_of(_read(file, _HEADER_BYTES), path)
+            kind = format_of(_read(file, _HEADER_BYTES), path)
             file.seek(0)
         with _opened(file, path, kind, max_pixels) as image:
             try:
-                turned = int(image.getexif().get(_EXIF_ORIENTATION, 1)) in (5, 6, 7, 8)
+                turned = int(image.getexif().get(EXIF_ORIENTATION, 1)) in (5, 6, 7, 8)
             except Exception:  # as when the pixels are read: malformed metadata must not cost a good picture
                 turned = False
     return size[::-1] if turned else size
@@ -343,18 +261,6 @@ def _read(file: io.BufferedReader, most: int) -> bytes:
     return data
 
 
-def most_bytes(max_pixels: int) -> int:
-    """How many bytes the file of a picture of so many pixels can have."""
-    return 4 * max_pixels + _EXTRA_BYTES
-
-
-def too_many_bytes(size: int, max_pixels: int) -> str | None:
-    """Why a file of `size` bytes is not read; None if it may be."""
-    return (
-        f"{size:,} bytes are more than {max_pixels:,} pixels take" if size > most_bytes(max_pixels) else None
-    )
-
-
 @contextlib.contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
     """What the system says of a file as `UnreadableImage`. Around nothing else: `use` may meet a full disk.
@@ -391,9 +297,9 @@ def _decode(
     on_wide: Callable[[int], None],
 ) -> Pixels:
     """The pixels of a file whose claimed size was found small enough."""
-    kind = _format_of(data, path)
+    kind = format_of(data, path)
     if kind == "JPEG":
-        decoded = _decode_jpeg(data, path, min_side)
+        decoded = decode_jpeg(data, path, min_side)
         if decoded is not None:
             return decoded if pixels is None else seen(decoded, pixels, path)
     with _opened(data, path, kind, max_pixels) as image:
@@ -420,13 +326,13 @@ def _raw(data: bytes, path: Path | str, image: Image.Image, is_wide: bool) -> ND
         import cv2  # takes a moment to import, and few files need it
 
         # Of several bands of 16 bits Pillow keeps the high bytes, and of four bands three.
-        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        orientation = int(image.getexif().get(EXIF_ORIENTATION, 1))
         found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if found is None:
             raise UnreadableImage(path, f"{image.mode} of more than 8 bits cannot be decoded", BANDS)
         if found.ndim == 3 and found.shape[2] >= 3:
             found = np.concatenate([found[:, :, 2::-1], found[:, :, 3:]], axis=2)
-        return _upright(np.asarray(found), orientation)
+        return upright(np.asarray(found), orientation)
     return _values(ImageOps.exif_transpose(image))
 
 
@@ -516,101 +422,27 @@ def as_8_bits(pixels_HWC: Pixels) -> Pixels:
     return np.asarray((pixels_HWC.astype(np.uint32) + 128) // 257, dtype=np.uint8)
 
 
-def _format_of(data: bytes, path: Path | str) -> str:
-    """The format that the file begins as."""
-    if not data:
-        raise UnreadableImage(path, "the file is empty")
-    for name, begins in FORMATS.items():
-        if begins.match(data):
-            if name not in readable_formats():
-                how = (
-                    "install pillow-heif" if name == "HEIF" else "this build of Pillow has no decoder for it"
-                )
-                raise UnreadableImage(path, f"{name} cannot be read here: {how}", NOT_A_PICTURE)
-            return name
-    known = ", ".join(name for name in FORMATS if name in readable_formats())
-    raise UnreadableImage(path, f"not an image of a known format ({known})", NOT_A_PICTURE)
-
-
 def _num_pixels(data: bytes, path: Path | str, max_pixels: int) -> int:
     """Width × height by the file's header, at most `max_pixels`; nothing is decoded."""
-    kind = _format_of(data, path)
+    kind = format_of(data, path)
     if kind == "JPEG":
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
         except ValueError as error:
-            if not _BENIGN_JPEG.search(str(error)):
+            if not BENIGN_JPEG.search(str(error)):
                 raise UnreadableImage(path, f"corrupt JPEG: {error}") from error
             width, height = _pillow_size(data, path, kind, max_pixels)
     else:
         # Pillow's WebP decoder makes room for the whole canvas as soon as it opens a file.
-        width, height = _webp_size(data) if kind == "WEBP" else _pillow_size(data, path, kind, max_pixels)
+        width, height = webp_size(data) if kind == "WEBP" else _pillow_size(data, path, kind, max_pixels)
     if width * height > max_pixels:
-        raise UnreadableImage(path, _too_large(width, height, max_pixels), TOO_LARGE)
+        raise UnreadableImage(path, too_large(width, height, max_pixels), TOO_LARGE)
     return int(width * height)
-
-
-def _too_large(width: int, height: int, max_pixels: int) -> str:
-    return f"{width:,} × {height:,} pixels are more than the limit of {max_pixels:,}"
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height of the canvas (RFC 9649, sections 2.5 to 2.7); (0, 0) where it is not to be found."""
-    kind = data[12:16]
-    if kind == b"VP8X" and len(data) >= 30:
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"VP8L" and len(data) >= 25:
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if kind == b"VP8 " and len(data) >= 30:
-        width, height = int.from_bytes(data[26:28], "little"), int.from_bytes(data[28:30], "little")
-        return width & 0x3FFF, height & 0x3FFF
-    return 0, 0
 
 
 def _pillow_size(data: bytes, path: Path | str, kind: str, max_pixels: int) -> tuple[int, int]:
     with _opened(data, path, kind, max_pixels) as image:
         return image.size
-
-
-def _decode_jpeg(data: bytes, path: Path | str, min_side: int | None) -> Pixels | None:
-    """The pixels, or None where Pillow has to do it (CMYK, harmless stray bytes)."""
-    try:
-        # A DCT scale below 1 is chosen only if the result still reaches both minima.
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours in ("CMYK", "YCCK"):
-            return None
-        fits = min_side is not None and min(height, width) >= min_side
-        side = min_side if fits and min_side is not None else 0
-        pixels: Pixels = simplejpeg.decode_jpeg(
-            data, "RGB", min_height=side or height, min_width=side or width
-        )
-    except ValueError as error:
-        if _BENIGN_JPEG.search(str(error)):
-            return None
-        raise UnreadableImage(path, f"corrupt JPEG: {error}") from error
-    return _upright(pixels, _orientation(data))
-
-
-def _orientation(data: bytes) -> int:
-    if b"Exif\0" not in data[:65536]:
-        return 1
-    try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # malformed metadata must not cost a good picture
-        return 1
-
-
-def _upright(pixels_HWC: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """EXIF 2.32, tag 274: what the 0th row and column show."""
-    if orientation in (5, 6, 7, 8):
-        pixels_HWC = pixels_HWC.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels_HWC = pixels_HWC[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels_HWC = pixels_HWC[::-1]
-    return np.ascontiguousarray(pixels_HWC)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from PIL import Image
 from orchestrator.config.schema import DataSource
 from orchestrator.data import decode
 from orchestrator.data.decode import UnreadableImage, read_rgb
+from orchestrator.data.decoding_memory import SharedMemory
 from orchestrator.data.sources import digests as digests_module
 from orchestrator.data.sources import folder as folder_module
 from orchestrator.data.sources.folder import fingerprint, list_images
@@ -382,7 +383,7 @@ def test_the_corpus_is_reported_file_by_file(folder: Path) -> None:
 
 
 def test_threads_share_memory_and_what_is_too_large_goes_alone() -> None:
-    memory = decode._Memory(100)
+    memory = SharedMemory(100)
     running: list[int] = []
     most = 0
     alone = []
@@ -417,7 +418,7 @@ def test_large_pictures_do_not_pile_up_over_threads(folder: Path, monkeypatch: p
     pixels = 300 * 400
     for number in range(12):
         _picture(300, 400, number).save(folder / f"{number}.png")
-    monkeypatch.setattr(decode, "_memory", decode._Memory(2 * 16 * pixels))
+    monkeypatch.setattr(decode, "_memory", SharedMemory(2 * 16 * pixels))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     inside, most, lock = 0, 0, threading.Lock()
     plain = decode._decode

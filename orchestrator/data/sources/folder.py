@@ -16,11 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from orchestrator.config.schema import MAX_PIXELS, DataSource
-from orchestrator.data.decode import (
-    most_bytes,
-    readable_endings,
-    too_many_bytes,
-)
+from orchestrator.data.image_formats import most_bytes, readable_endings, too_many_bytes
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources import manifest, remote, shards
 from orchestrator.data.sources.account import Account

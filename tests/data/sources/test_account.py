@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from orchestrator.config.schema import DataSource
-from orchestrator.data import decode
+from orchestrator.data import image_formats
 from orchestrator.data.decode import UnreadableImage, read_header, read_rgb
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources.folder import list_images
@@ -130,10 +130,10 @@ def test_formats_of_new_devices_are_decoded_as_pillow_does(
 
 
 def test_a_heic_is_left_out_or_unreadable_with_the_package_that_reads_it(tmp_path: Path) -> None:
-    if "HEIF" in decode.readable_formats():
+    if "HEIF" in image_formats.readable_formats():
         pytest.skip("pillow-heif is installed")
     path = tmp_path / "p.jpg"
     path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
     with pytest.raises(UnreadableImage, match="install pillow-heif"):
         read_rgb(path)
-    assert ".heic" not in decode.readable_endings()
+    assert ".heic" not in image_formats.readable_endings()
