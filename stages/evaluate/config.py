@@ -144,6 +144,7 @@ class Evaluate(Stage):
     )
     batch: int = operational(64, ge=1, description="The number of images per forward pass.")
 
+    version: ClassVar[int] = 2
     needs_ray: ClassVar[bool] = False
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", ("curate",)),
@@ -360,32 +361,26 @@ class Evaluate(Stage):
         self, context: Context, pool: Pool, backbones: Mapping[str, Artifact], check: Check
     ) -> tuple[list[Score], dict[str, Path], Measurements]:
         """The rows of the k-NN table (none without labels), the PCA maps that were drawn, and what metrics measured."""
-        from orchestrator.evaluation.metrics.knn import knn_leave_one_out
         from orchestrator.stages.evaluate.measure import (
-            RAW_PIXELS,
             Measurements,
             features_of,
+            floor,
             of_pixels,
-            split_floor,
-            split_score,
+            score,
         )
-        from orchestrator.stages.evaluate.results import Score, file_name
+        from orchestrator.stages.evaluate.results import file_name
         from orchestrator.stages.evaluate.towers import Crops, embed_crops, pixel_features, pixel_maps
 
-        index, groups, has_split = pool.index, pool.groups, bool(pool.places)
+        index, groups = pool.index, pool.groups
         crops = Crops(index, pool.rows, check)
         shown = Crops(index, pick_photos(index.labels, groups, self.num_pictures), check)
-        accuracy = partial(knn_leave_one_out, labels=[str(label) for label in pool.labels], k=self.k)
         scores: list[Score] = []
         measured = Measurements()
         if groups or any(metric.of_pixels for metric in self.metrics):
             raw_ND, dim = pixel_features(crops.at(RAW_SIDE)), 3 * RAW_SIDE**2
             pixels = of_pixels(raw_ND, pool, context.seed, check)
-            if groups and has_split:
-                scores += [split_floor(pixels), split_score(pixels, self.k, image_size=RAW_SIDE, dim=dim)]
-            elif groups:
-                scores.append(Score("majority group", "baseline", max(groups.values()) / len(crops.rows)))
-                scores.append(Score(RAW_PIXELS, "baseline", accuracy(raw_ND), "", RAW_SIDE, dim))
+            if groups:
+                scores += [floor(pixels), score(pixels, self.k, image_size=RAW_SIDE, dim=dim)]
         pictures: dict[str, Path] = {}
         candidates = list(self._candidates(context, backbones))
         meter = Meter(context.name, len(candidates), "models scored")
@@ -432,11 +427,7 @@ class Evaluate(Stage):
                     "num_parameters": tower.num_parameters,
                     "student": candidate.student,
                 }
-                scores.append(
-                    split_score(features, self.k, **known)
-                    if has_split
-                    else Score(name, candidate.family, accuracy(cls_ND), **known)
-                )
+                scores.append(score(features, self.k, **known))
             meter.add(1, name)
         return scores, pictures, measured
 
@@ -515,7 +506,7 @@ class Evaluate(Stage):
 
         logger.info("%s: texts, on %s photos", context.name, f"{len(index):,}")
         aligned = load_aligned(context.inputs["text"].path / "aligned")
-        texts = TextEvaluation(aligned, index, self.batch, check, rows)
+        texts = TextEvaluation(aligned, index, self.batch, check, rows, context.seed)
         path = context.out / "text_maps.png"
         shown = pick_photos(index.labels, groups, self.num_pictures)
         return {

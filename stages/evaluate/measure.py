@@ -188,14 +188,23 @@ class Measurements:
         }
 
 
-def split_score(features: Features, k: int, **known: object) -> Score:
-    """A row of the k-NN table of test photos: of both kinds of vote, with what validation chose.
+def score(features: Features, k: int, **known: object) -> Score:
+    """A row of the k-NN table: leave-one-out with one vote each, or of test photos where there is a split.
 
     Args:
         features: of a model, or of raw pixels.
-        k: of the stage, one of the candidates.
+        k: of the stage.
         known: the other fields of the row.
     """
+    if features.splits:
+        return _split_score(features, k, **known)
+    found = Knn(use="knn", vote="majority", k=(k,)).measure(features)["accuracy"]
+    assert isinstance(found, Figure)
+    return Score(features.model, features.family, found.value, figure=found, **known)  # type: ignore[arg-type]
+
+
+def _split_score(features: Features, k: int, **known: object) -> Score:
+    """Of both kinds of vote, with what validation chose; `k` is one of the candidates."""
     candidates = tuple(sorted({k, *_CANDIDATES}))
     plain, weighted = (
         Knn(use="knn", vote=vote, k=candidates).measure(features)["accuracy"]
@@ -206,7 +215,7 @@ def split_score(features: Features, k: int, **known: object) -> Score:
     return Score(features.model, features.family, plain.value, figure=plain, weighted=weighted, **known)  # type: ignore[arg-type]
 
 
-def split_floor(features: Features) -> Score:
+def floor(features: Features) -> Score:
     """The row of always giving the largest group."""
     found = majority(features)
     return Score(MAJORITY, "baseline", found.value, figure=found)

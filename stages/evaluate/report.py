@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,15 @@ from orchestrator.evaluation.report.html import (
     markdown_table,
     page,
 )
-from orchestrator.stages.evaluate.results import HEALTH, NUM_ENDS, History, Results, ZeroShot, file_name
+from orchestrator.stages.evaluate.results import (
+    HEALTH,
+    NUM_ENDS,
+    History,
+    Results,
+    Retrieval,
+    ZeroShot,
+    file_name,
+)
 from orchestrator.stages.evaluate.verdict import verdict
 
 _PCA_NOTE = (
@@ -36,6 +43,9 @@ _MAPS_NOTE = (
 )
 
 
+_INTERVALS = "Brackets hold 95 % bootstrap intervals over pictures."
+
+
 def write(results: Results, out: Path) -> None:
     """Writes table.json, table.md, report.html and the pictures but for the PCA maps, into `out`."""
     record = {
@@ -46,8 +56,8 @@ def write(results: Results, out: Path) -> None:
             "groups": dict(results.groups),
             "rows": [score.record() for score in results.scores],
         },
-        "retrieval": results.retrieval,
-        "zero_shot": asdict(results.zero_shot) if results.zero_shot else None,
+        "retrieval": results.retrieval.record() if results.retrieval else None,
+        "zero_shot": results.zero_shot.record() if results.zero_shot else None,
         "dense_health": results.health(),
         "sharing": dict(results.sharing),
         "clusters": {
@@ -127,18 +137,18 @@ def _knn(results: Results, out: Path) -> Section:
         out / "knn.png",
         f"Leave-one-out {results.k}-NN accuracy, n={results.num_photos}",
         {"majority group": results.scores[0].accuracy},
-        [_error(score.accuracy, results.num_photos) for score in results.scores[1:]],
+        [_around(score.figure or Figure(score.accuracy)) for score in results.scores[1:]],
     )
     note = (
         f"Leave-one-out on n={results.num_photos} photos of the {len(results.groups)} largest groups. The "
         "curation removed copies of photos, so none can vote for itself. CLS features, cosine similarity, one vote per "
-        "neighbour. ± and the error bars are one standard error for n photos. Training used these photos, but no "
-        "labels. Shaded: the students, and their teacher if it was trained here."
+        f"neighbour. {_INTERVALS} So do the error bars. Training used these photos, but no labels. Shaded: the "
+        "students, and their teacher if it was trained here."
     )
     rows = [
         (
             score.name,
-            f"{score.accuracy:.3f} ± {_error(score.accuracy, results.num_photos):.3f}",
+            str(score.figure or Figure(score.accuracy)),
             score.model,
             _count(score.num_parameters),
             "" if score.image_size is None else f"{score.image_size} px",
@@ -167,8 +177,8 @@ def _split_knn(results: Results, out: Path) -> Section:
     note = (
         f"n={results.num_photos} test photos of {len(results.groups)} labels, each judged by its nearest training "
         "photos: with one vote each, or with votes weighted by exp(cosine / temperature). Validation photos chose the "
-        "number of neighbours. In brackets: 95 % bootstrap intervals over photos. Training of the backbone used no "
-        "labels. Shaded: the students, and their teacher if it was trained here."
+        f"number of neighbours. {_INTERVALS} Training of the backbone used no labels. Shaded: the students, and their "
+        "teacher if it was trained here."
     )
     rows = [
         (
@@ -208,7 +218,7 @@ def _figures(title: str, by_model: Mapping[str, Figures], out: Path) -> Section:
         else "A metric of a package of yours, on the features of each model."
     )
     if any(_is_sure(figure) for figure in found.values()):
-        note += "In brackets: 95 % bootstrap intervals over pictures."
+        note += _INTERVALS
     table = Table(("features", *names, *(["chosen"] if has_notes else [])), rows)
     blocks: list[Block] = [Text(note), table]
     first = names[0] if names else ""
@@ -277,32 +287,29 @@ def _dense(results: Results, out: Path) -> Section:
     return Section("Dense health", [Text(note), Table(header, rows), *picture])
 
 
-def _retrieval(recalls: Mapping[str, float], of: str) -> Section:
-    ks = [int(name.rpartition("_")[2]) for name in recalls if name.startswith("chance")]
-    names = {"image_to_text": "photo → name", "text_to_image": "name → photo", "chance": "by chance"}
+def _retrieval(found: Retrieval, of: str) -> Section:
+    names = {"image_to_text": "photo → name", "text_to_image": "name → photo"}
     rows = [
-        (title, *(f"{recalls[f'{name}_recall_at_{k}']:.3f}" for k in ks)) for name, title in names.items()
+        (title, *(str(found.recalls[f"{name}_recall_at_{k}"]) for k in found.chance))
+        for name, title in names.items()
     ]
+    rows.append(("by chance", *(f"{share:.3f}" for share in found.chance.values())))
     note = (
-        f"{recalls['num_pairs']:.0f} {of}photos and their names; a hit is any pair of the same name. Training "
+        f"{found.num_pairs} {of}photos and their names; a hit is any pair of the same name. {_INTERVALS} Training "
         "saw these pairs: the figures show how well they were learned, not how well unseen photos would do."
     )
-    table = Table(("direction", *(f"recall@{k}" for k in ks)), rows)
+    table = Table(("direction", *(f"recall@{k}" for k in found.chance)), rows)
     return Section("Text retrieval", [Text(note), table])
 
 
 def _zero_shot(found: ZeroShot, of: str) -> Section:
     rows = [("mean of all templates", found.accuracy), *found.by_template.items()]
-    rows += [("always the largest group", found.majority), ("by chance", 1 / found.num_classes)]
+    rows += [("always the largest group", found.majority), ("by chance", Figure(1 / found.num_classes))]
     note = (
         f"{found.num_photos} {of}photos, each given to the one of {found.num_classes} labels whose text is nearest. "
-        "No label was trained on, but the photos and their names were."
+        f"{_INTERVALS} No label was trained on, but the photos and their names were."
     )
-    table = Table(
-        ("text", "accuracy", "s.e."),
-        [(name, f"{share:.3f}", f"± {_error(share, found.num_photos):.3f}") for name, share in rows],
-        strong=[0],
-    )
+    table = Table(("text", "accuracy"), [(name, str(figure)) for name, figure in rows], strong=[0])
     return Section("Zero-shot classes", [Text(note), table])
 
 
@@ -431,8 +438,8 @@ def _tiles(results: Results) -> list[Tile]:
         if score is not None
     ]
     if results.retrieval:
-        recall, chance = (results.retrieval[f"{name}_recall_at_5"] for name in ("image_to_text", "chance"))
-        tiles.append(Tile("recall@5, photo → name", f"{recall:.3f}", f"by chance {chance:.3f}"))
+        recall, chance = results.retrieval.recalls["image_to_text_recall_at_5"], results.retrieval.chance[5]
+        tiles.append(Tile("recall@5, photo → name", f"{recall.value:.3f}", f"by chance {chance:.3f}"))
     return tiles
 
 
@@ -446,10 +453,6 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
         ]
         parts += [f"## {section.title}\n", *texts] if texts else []
     return "\n".join(parts)
-
-
-def _error(share: float, count: int) -> float:
-    return math.sqrt(share * (1 - share) / count)
 
 
 def _count(number: int | None) -> str:

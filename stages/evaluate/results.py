@@ -26,8 +26,8 @@ _STUDENT, _TEACHER = "student ", " (teacher)"
 class Score:
     """A row of the k-NN table. `family` is baseline, random weights, backbone, from elsewhere or student.
 
-    `figure` and `weighted` are there with a split: the accuracy of a plain vote and of one weighted by similarity, with
-    intervals, of test photos.
+    `figure` is the accuracy of a plain vote with its interval. `weighted` is there with a split: the accuracy of a vote
+    weighted by similarity, of test photos.
     """
 
     name: str
@@ -64,9 +64,52 @@ class ZeroShot:
 
     num_photos: int
     num_classes: int
-    accuracy: float
-    by_template: Mapping[str, float]
-    majority: float
+    accuracy: Figure
+    by_template: Mapping[str, Figure]
+    majority: Figure
+
+    def record(self) -> dict[str, Any]:
+        """As in `table.json`."""
+        return {
+            "num_photos": self.num_photos,
+            "num_classes": self.num_classes,
+            "accuracy": self.accuracy.value,
+            "by_template": {name: one.value for name, one in self.by_template.items()},
+            "majority": self.majority.value,
+            "intervals": {
+                "accuracy": [self.accuracy.low, self.accuracy.high],
+                "by_template": {name: [one.low, one.high] for name, one in self.by_template.items()},
+                "majority": [self.majority.low, self.majority.high],
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Photos found by their captions and captions by their photos.
+
+    Attributes:
+        num_pairs: that took part.
+        recalls: `image_to_text_recall_at_K` and `text_to_image_recall_at_K`.
+        chance: recall at K of random ranking, by K.
+    """
+
+    num_pairs: int
+    recalls: Mapping[str, Figure]
+    chance: Mapping[int, float]
+
+    def values(self) -> dict[str, float]:
+        """All figures by name."""
+        found = {"num_pairs": float(self.num_pairs)}
+        found |= {name: one.value for name, one in self.recalls.items()}
+        return found | {f"chance_recall_at_{k}": value for k, value in self.chance.items()}
+
+    def record(self) -> dict[str, Any]:
+        """As in `table.json`."""
+        return {
+            **self.values(),
+            "intervals": {name: [one.low, one.high] for name, one in self.recalls.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -106,7 +149,7 @@ class Results:
         sharing: counters of the teacher service, if students were distilled.
         pca: PNG by the name of the score it belongs to.
         keys: content keys of the stages upstream, by name.
-        retrieval: `num_pairs` and what `retrieval_recall` gives, or None.
+        retrieval: None without texts.
         zero_shot: None without texts or without labels.
         text_maps: PNG of where in photos texts are, or None.
         pool: the raw photos and the chosen ones by cluster.
@@ -130,7 +173,7 @@ class Results:
     sharing: Mapping[str, float]
     pca: Mapping[str, Path]
     keys: Mapping[str, str]
-    retrieval: Mapping[str, float] | None = None
+    retrieval: Retrieval | None = None
     zero_shot: ZeroShot | None = None
     text_maps: Path | None = None
     pool: Sequence[ClusterDraws] = ()
@@ -191,15 +234,20 @@ class Results:
         }
         figures = {name: score.accuracy for name, score in rows.items() if score is not None}
         for name in ("image_to_text_recall_at_5", "text_to_image_recall_at_5"):
-            figures |= {name: self.retrieval[name]} if self.retrieval else {}
-        figures |= {"zero_shot": self.zero_shot.accuracy} if self.zero_shot else {}
+            figures |= {name: self.retrieval.recalls[name].value} if self.retrieval else {}
+        figures |= {"zero_shot": self.zero_shot.accuracy.value} if self.zero_shot else {}
         return {"photos": float(self.num_photos), **figures, **self._measured_summary()}
 
     def metrics(self) -> dict[str, float]:
         """Every figure by a name that tracking accepts."""
         figures = self._knn_metrics()
-        figures |= {f"retrieval/{name}": value for name, value in (self.retrieval or {}).items()}
-        figures |= {"zero_shot/accuracy": self.zero_shot.accuracy} if self.zero_shot else {}
+        if self.retrieval is not None:
+            figures |= {f"retrieval/{name}": value for name, value in self.retrieval.values().items()}
+            for name, one in self.retrieval.recalls.items():
+                figures |= _ends("retrieval", name, one)
+        if self.zero_shot is not None:
+            figures["zero_shot/accuracy"] = self.zero_shot.accuracy.value
+            figures |= _ends("zero_shot", "accuracy", self.zero_shot.accuracy)
         figures |= {f"clusters/{one.name}": one.effective for one in (*self.pool, *self.drawn.values())}
         for kind, health in self.health().items():
             figures |= {f"{name}/{kind}": ends["last"] for name, ends in health.items()}
@@ -213,9 +261,12 @@ class Results:
         return {"num_photos": float(self.num_photos), **figures}
 
     def _knn_metrics(self) -> dict[str, float]:
-        if self.split is None:
-            return {f"knn/{score.name}": score.accuracy for score in self.scores}
         found = {}
+        if self.split is None:
+            for score in self.scores:
+                found[f"knn/{score.name}"] = score.accuracy
+                found |= _ends("knn", score.name, score.figure) if score.figure is not None else {}
+            return found
         for score in self.scores:
             for name, figure in (("knn_test", score.figure), ("knn_weighted_test", score.weighted)):
                 if figure is not None:

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from orchestrator.data.decode import as_8_bits
 from orchestrator.data.index import ImageIndex
-from orchestrator.evaluation.metrics.retrieval import retrieval_recall
+from orchestrator.evaluation.metric import Figure
+from orchestrator.evaluation.metrics.bootstrap import mean
+from orchestrator.evaluation.metrics.retrieval import chance, retrieval_hits
 from orchestrator.evaluation.report.text_maps import text_maps
 from orchestrator.stages.common.aligned import Aligned
-from orchestrator.stages.evaluate.results import ZeroShot
+from orchestrator.stages.evaluate.results import Retrieval, ZeroShot
 from orchestrator.stages.evaluate.towers import Check, Crops, read_photo
 
 Floats = NDArray[np.float32]
@@ -31,7 +33,8 @@ class TextEvaluation:
         index: the photos.
         batch: photos in one forward pass.
         check: called now and then; may raise `Stopped`.
-        rows: the photos that figures are of; default: all.
+        rows: the photos that figures are of, the test photos; default: all.
+        seed: of the intervals' draws.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class TextEvaluation:
         batch: int,
         check: Check,
         rows: Sequence[int] | None = None,
+        seed: int = 0,
     ) -> None:
         self._aligned, self._index, self._batch, self._check = aligned, index, batch, check
         self._rows = range(len(index)) if rows is None else rows
+        self._split, self._seed = ("all" if rows is None else "test"), seed
         self._photos: dict[int, Floats] = {}
 
-    def retrieval(self) -> dict[str, float] | None:
+    def retrieval(self) -> Retrieval | None:
         """Recall of captions by photo and of photos by caption, over all photos that have one; None without."""
         rows = [row for row in self._rows if self._index[row].caption]
         if not rows:
@@ -56,8 +61,12 @@ class TextEvaluation:
         for start in range(0, len(rows), self._batch):
             self._check()
             texts.append(self._aligned.embed_texts(captions[start : start + self._batch]))
-        recalls = retrieval_recall(self._embed(rows), np.concatenate(texts), captions, _RECALL_AT)
-        return {"num_pairs": float(len(rows)), **recalls}
+        hits = retrieval_hits(self._embed(rows), np.concatenate(texts), captions, _RECALL_AT)
+        return Retrieval(
+            len(rows),
+            {name: self._mean(hits_N) for name, hits_N in hits.items()},
+            {k: chance(captions, k) for k in _RECALL_AT},
+        )
 
     def zero_shot(self, groups: Mapping[str, int], templates: Sequence[str]) -> ZeroShot | None:
         """Classes by the text that is nearest; None without labels.
@@ -73,16 +82,17 @@ class TextEvaluation:
         is_of_N = np.array([names.index(str(self._index.labels[row])) for row in rows])
         photos_ND = self._embed(rows)
 
-        def accuracy(templates: Sequence[str]) -> float:
+        def accuracy(templates: Sequence[str]) -> Figure:
             classes_CD = self._aligned.embed_names(names, templates)
-            return float(((photos_ND @ classes_CD.T).argmax(axis=1) == is_of_N).mean())
+            return self._mean((photos_ND @ classes_CD.T).argmax(axis=1) == is_of_N)
 
+        largest = names.index(max(groups, key=lambda name: groups[name]))
         return ZeroShot(
             num_photos=len(rows),
             num_classes=len(names),
             accuracy=accuracy(templates),
             by_template={template: accuracy([template]) for template in templates},
-            majority=max(groups.values()) / len(rows),
+            majority=self._mean(is_of_N == largest),
         )
 
     def maps(self, shown: Sequence[int], prompts: Sequence[str], path: Path) -> bool:
@@ -106,6 +116,9 @@ class TextEvaluation:
         maps = [patches_hwD @ texts_TD.T for patches_hwD in self._aligned.embed_patches(photos, size)]
         text_maps([as_8_bits(photo) for photo in photos], maps, chosen, path)
         return True
+
+    def _mean(self, hits_N: NDArray[np.bool_]) -> Figure:
+        return mean(hits_N, self._split, self._seed)
 
     def _embed(self, rows: Sequence[int]) -> Floats:
         """Photos in the common space, (N, D); each is embedded once, whoever asks for it."""

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.evaluation.metrics import similarity
 from orchestrator.evaluation.metrics.knn import knn_leave_one_out, knn_vote
-from orchestrator.evaluation.metrics.retrieval import retrieval_recall
+from orchestrator.evaluation.metrics.retrieval import retrieval_hits, retrieval_recall
 
 
 def naive_knn(features: np.ndarray, labels: list[str], k: int) -> float:
@@ -130,6 +130,14 @@ def test_recall_equals_the_naive_ranking(monkeypatch: pytest.MonkeyPatch) -> Non
         assert scores[f"text_to_image_recall_at_{k}"] == pytest.approx(naive_recall(text, image, groups, k))
     assert scores["image_to_text_recall_at_1"] != scores["text_to_image_recall_at_1"]
     assert 0.1 < scores["image_to_text_recall_at_1"] < 0.9
+
+
+def test_hits_of_each_query_are_what_recall_is_the_mean_of() -> None:
+    image, text, groups = pairs()
+    hits = retrieval_hits(image, text, groups, ks=(1, 3))
+    assert {name: one.shape for name, one in hits.items()} == dict.fromkeys(hits, (50,))
+    scores = retrieval_recall(image, text, groups, ks=(1, 3))
+    assert {name: one.mean() for name, one in hits.items()} == {name: scores[name] for name in hits}
 
 
 def test_chance_is_what_random_embeddings_reach() -> None:

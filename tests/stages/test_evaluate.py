@@ -22,6 +22,8 @@ from orchestrator.config.elastic import Elastic
 from orchestrator.data.curation.mix import effective_number
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import Stopped, UserError
+from orchestrator.evaluation.metric import LEAVE_ONE_OUT, Figure
+from orchestrator.evaluation.metrics.bootstrap import mean
 from orchestrator.evaluation.metrics.knn import knn_leave_one_out
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
 from orchestrator.models.network_spec import NetworkSpec
@@ -218,6 +220,20 @@ def test_everything_upstream_is_scored_and_shown(small: Context, tmp_path: Path)
     assert summary["knn_small"] == rows["student small"]["accuracy"]
     assert summary["knn_teacher"] == rows["high_res, step 3 (teacher)"]["accuracy"]
 
+    for row in rows.values():
+        one = row["figure"]
+        assert (one["value"], one["split"], one["num"]) == (row["accuracy"], LEAVE_ONE_OUT, 14)
+        assert one["low"] <= row["accuracy"] <= one["high"]
+    low, high = rows["majority group"]["figure"]["low"], rows["majority group"]["figure"]["high"]
+    assert 0 < low < 6 / 14 < high < 1
+    for name in ("retrieval", "zero_shot"):
+        assert all(
+            ends[0] <= table[name][key] <= ends[1]
+            for key, ends in table[name]["intervals"].items()
+            if key != "by_template"
+        )
+    assert len(table["retrieval"]["intervals"]) == 6
+    assert f"{6 / 14:.3f} [{low:.3f}, {high:.3f}]" in (full.out / "report.html").read_text()
     assert table["retrieval"]["num_pairs"] == 15
     assert table["retrieval"]["chance_recall_at_5"] == pytest.approx(5 / 15)
     assert table["zero_shot"]["num_classes"] == 3
@@ -243,7 +259,7 @@ def test_everything_upstream_is_scored_and_shown(small: Context, tmp_path: Path)
     assert "What training drew" in page
     assert "n=14" in page
     assert "n=14" in (full.out / "table.md").read_text()
-    assert "1.000 ± 0.000" in (full.out / "table.md").read_text()
+    assert "1.000 [1.000, 1.000]" in (full.out / "table.md").read_text()
 
 
 class Hues:
@@ -279,10 +295,14 @@ def test_classes_are_told_by_the_nearest_text(small: Context) -> None:
     groups = largest_groups(index.labels, 10)
     found = texts.zero_shot(groups, ["{}", "a photo of {}", "not {}"])
     assert found is not None
-    assert found.by_template == {"{}": 1.0, "a photo of {}": 1.0, "not {}": 0.0}
+    by_template = {name: one.value for name, one in found.by_template.items()}
+    assert by_template == {"{}": 1.0, "a photo of {}": 1.0, "not {}": 0.0}
     # Two of three templates are right.
-    assert found.accuracy == 1.0
-    assert (found.num_photos, found.num_classes, found.majority) == (14, 3, pytest.approx(6 / 14))
+    assert found.accuracy == Figure(1.0, 1.0, 1.0, "all", 14)
+    assert (found.num_photos, found.num_classes, found.majority.value) == (14, 3, pytest.approx(6 / 14))
+    assert found.majority == mean(
+        np.array([label == "red" for label in index.labels if label in groups]), "all", 0
+    )
     assert texts.zero_shot({}, ["{}"]) is None
 
 

@@ -35,6 +35,22 @@ def retrieval_recall(
     Raises:
         ValueError: no pairs, lengths that differ, a k < 1, or embeddings that are not finite.
     """
+    hits = retrieval_hits(image_ND, text_ND, groups, ks)
+    scores = {name: float(hits_N.mean()) for name, hits_N in hits.items()}
+    return scores | {f"chance_recall_at_{k}": chance(groups, k) for k in ks}
+
+
+def retrieval_hits(
+    image_ND: NDArray[np.floating],
+    text_ND: NDArray[np.floating],
+    groups: Sequence[str],
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, NDArray[np.bool_]]:
+    """Which queries find their group among the first k results; arguments and errors as :func:`retrieval_recall`.
+
+    Returns:
+        For every k `image_to_text_recall_at_{k}` and `text_to_image_recall_at_{k}`, of each query, (N,).
+    """
     num_pairs = len(groups)
     if num_pairs == 0 or len(image_ND) != num_pairs or len(text_ND) != num_pairs or min(ks) < 1:
         raise ValueError(
@@ -44,12 +60,11 @@ def retrieval_recall(
     _, group_of_N = np.unique(np.asarray(groups), return_inverse=True)
     to_text_N = _rank_of_first_hit(unit_image_ND, unit_text_ND, group_of_N)
     to_image_N = _rank_of_first_hit(unit_text_ND, unit_image_ND, group_of_N)
-    scores: dict[str, float] = {}
+    hits: dict[str, NDArray[np.bool_]] = {}
     for k in ks:
-        scores[f"image_to_text_recall_at_{k}"] = float((to_text_N < k).mean())
-        scores[f"text_to_image_recall_at_{k}"] = float((to_image_N < k).mean())
-        scores[f"chance_recall_at_{k}"] = _chance(groups, k)
-    return scores
+        hits[f"image_to_text_recall_at_{k}"] = to_text_N < k
+        hits[f"text_to_image_recall_at_{k}"] = to_image_N < k
+    return hits
 
 
 def _rank_of_first_hit(queries_ND: Floats, items_ND: Floats, group_of_N: Rows) -> Rows:
@@ -62,8 +77,8 @@ def _rank_of_first_hit(queries_ND: Floats, items_ND: Floats, group_of_N: Rows) -
     return np.concatenate(ranks)
 
 
-def _chance(groups: Sequence[str], k: int) -> float:
-    """Mean over queries of 1 − C(N−m, k)/C(N, k), where m of N items are of the query's group."""
+def chance(groups: Sequence[str], k: int) -> float:
+    """Recall at k of random ranking: the mean over queries of 1 − C(N−m, k)/C(N, k); m of N items are of the group."""
     num_items = len(groups)
     k = min(k, num_items)
     missed = sum(
