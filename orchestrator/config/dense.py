@@ -16,6 +16,8 @@ from orchestrator.config.settings import Settings
 from orchestrator.config.split import Split
 from orchestrator.errors import KeyMistakeError, UserError, nearest, shortened
 
+# The official split of NYUv2, beside its file.
+NYUV2_SPLITS = "splits.mat"
 _PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 
@@ -108,27 +110,56 @@ class MaskData(Settings):
 class DepthData(Settings):
     """Pictures with depth: a PNG of 16 bits of the same size and name. 0 is a pixel without depth."""
 
-    path: LocalPath = Field(description="The folder of the data set, with `images/` and `depth/`.")
+    path: LocalPath = Field(
+        description="The folder of the data set, with `images/` and `depth/`; with `nyuv2` the .mat file."
+    )
+    layout: Literal["folders", "nyuv2"] = Field(
+        "folders",
+        description="Where pictures and depth are. folders: `images/` and `depth/`. nyuv2: NYUv2's "
+        "`nyu_depth_v2_labeled.mat`, with its `splits.mat` beside it if there is one.",
+    )
     scale: float = Field(
         1000.0,
         gt=0,
         description="The number in a depth map that is one metre: 1000 for millimetres, as of most depth cameras; 256 "
-        "for KITTI.",
+        "for KITTI. With `nyuv2` it is not used.",
     )
     max_depth: float = Field(
         10.0,
         gt=0,
         description="The depth in metres beyond which pixels do not count: 10 indoors, 80 for streets.",
     )
-    split: Split | None = Field(None, description="How the pictures are split. Default: by hash.")
+    split: Split | None = Field(
+        None,
+        description="How the pictures are split. Default: by hash; with `nyuv2` as its `splits.mat` says, with a "
+        "part of train for validation.",
+    )
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Paths of pictures and depth maps below `path`; raises as :func:`paired`."""
+        """Paths of pictures and depth maps below `path`; raises as :func:`paired`. Of a single file they are none."""
+        if self.layout == "nyuv2":
+            return []
         return paired(self.path, Layout("images", "depth", "", ".png", None, 0), "depth map")
 
     def chosen_split(self) -> Split:
-        """`split`, or one by hash."""
-        return self.split or Split.model_validate({"by": "hash"})
+        """`split`, or that of the layout."""
+        if self.split is not None:
+            return self.split
+        if self.layout == "nyuv2" and self.path.with_name(NYUV2_SPLITS).is_file():
+            return Split.model_validate({"by": "folder", "train": "images/train", "test": "images/test"})
+        return Split.model_validate({"by": "hash"})
+
+    def in_key(self, what: str) -> dict[str, tuple[Path, ...]]:
+        """What is part of a stage's key, see :func:`in_key`.
+
+        Raises:
+            UserError: as :func:`paired`.
+        """
+        found = in_key(self.path, self.pairs(), self.split, what)
+        if self.layout == "nyuv2":
+            splits = self.path.with_name(NYUV2_SPLITS)
+            found[what] = (self.path, *([splits] if splits.is_file() else []))
+        return found
 
 
 class PairData(Settings):

@@ -53,10 +53,15 @@ class DensePictures:
 
     Raises:
         UserError: a piece is missing, see :func:`orchestrator.config.dense.paired` and
-            :func:`orchestrator.data.sources.masks.mask_pairs`.
+            :func:`orchestrator.data.sources.masks.mask_pairs`, or NYUv2's file cannot be unpacked.
     """
 
     def __init__(self, data: MaskData | DepthData) -> None:
+        if isinstance(data, DepthData):
+            # Imports h5py if it is asked for.
+            from orchestrator.data.nyuv2 import unpacked
+
+            data = unpacked(data)
         self._data = data
         self._pairs = mask_pairs(data) if isinstance(data, MaskData) else data.pairs()
 
@@ -141,7 +146,7 @@ class DensePictures:
 
     def target(self, row: int) -> Target:
         """The target of a picture alone, at full size, see :meth:`squares`; raises UserError if it cannot be read."""
-        values = self._numbers(self._data.path / self._pairs[row][1])
+        values = png_numbers(self._data.path / self._pairs[row][1], self._is_depth)
         if isinstance(self._data, MaskData):
             classes = values.astype(np.int64)
             return np.where(classes == self._data.ignored, -1, classes)
@@ -152,46 +157,19 @@ class DensePictures:
         image, target = (self._data.path / part for part in self._pairs[row])
         try:
             # As it is seen: a photo may be stored on its side, and its target is not.
-            sizes = upright_size(image), self._target_size(target)
+            sizes = upright_size(image), png_size(target, self._is_depth)
         except UnreadableImage as error:
             raise _unreadable(image, error.reason) from error
         if sizes[0] != sizes[1]:
             raise _other_size(image, target, *sizes)
 
-    def _target_size(self, path: Path) -> tuple[int, int]:
-        """Width and height of a target; raises UserError for what is no PNG of one number for each pixel."""
-        try:
-            with Image.open(path, formats=_PNG) as image:
-                size, mode = image.size, image.mode
-        except UnidentifiedImageError as error:
-            raise _unreadable(path, "it is no PNG") from error
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise _unreadable(path, str(error)) from error
-        if isinstance(self._data, DepthData) and mode in _FEW_BITS:
-            raise UserError(
-                f"the depth map is a picture of mode {mode}, whose pixels have 8 bits or fewer",
-                where=str(path),
-                hint="save depth as a PNG of 16 bits in greys, not as it is coloured or brightened for the eye",
-            )
-        if mode not in _MODES:
-            raise UserError(
-                f"the target is a picture of mode {mode}, not of one number for each pixel",
-                where=str(path),
-                hint="save it as a PNG in greys or with a palette, whose values are the numbers",
-            )
-        return size
-
-    def _numbers(self, path: Path) -> NDArray[np.int64]:
-        _check_pixels(path, self._target_size(path))
-        try:
-            with Image.open(path, formats=_PNG) as image:
-                return np.asarray(image).astype(np.int64)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise _unreadable(path, str(error)) from error
+    @property
+    def _is_depth(self) -> bool:
+        return isinstance(self._data, DepthData)
 
     def _check_units(self, row: int, data: DepthData) -> None:
         path = data.path / self._pairs[row][1]
-        values = self._numbers(path)
+        values = png_numbers(path, is_depth=True)
         there = values[values > 0]
         if not len(there):
             return
@@ -210,6 +188,40 @@ class DensePictures:
                 + (f" ({', '.join(likely)})" if likely else "")
                 + ", or `max_depth` to the farthest that counts",
             )
+
+
+def png_size(path: Path, is_depth: bool) -> tuple[int, int]:
+    """Width and height of a target; raises UserError for what is no PNG of one number for each pixel."""
+    try:
+        with Image.open(path, formats=_PNG) as image:
+            size, mode = image.size, image.mode
+    except UnidentifiedImageError as error:
+        raise _unreadable(path, "it is no PNG") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, str(error)) from error
+    if is_depth and mode in _FEW_BITS:
+        raise UserError(
+            f"the depth map is a picture of mode {mode}, whose pixels have 8 bits or fewer",
+            where=str(path),
+            hint="save depth as a PNG of 16 bits in greys, not as it is coloured or brightened for the eye",
+        )
+    if mode not in _MODES:
+        raise UserError(
+            f"the target is a picture of mode {mode}, not of one number for each pixel",
+            where=str(path),
+            hint="save it as a PNG in greys or with a palette, whose values are the numbers",
+        )
+    return size
+
+
+def png_numbers(path: Path, is_depth: bool) -> NDArray[np.int64]:
+    """The numbers of a target, (H, W); raises as :func:`png_size`."""
+    _check_pixels(path, png_size(path, is_depth))
+    try:
+        with Image.open(path, formats=_PNG) as image:
+            return np.asarray(image).astype(np.int64)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, str(error)) from error
 
 
 def read_pair(data: PairData, pair: tuple[str, str, str]) -> tuple[Pixels, Pixels, NDArray[np.float64]]:

@@ -110,6 +110,7 @@ class Metric(Extension):
             "linear_segmentation": ("segmentation", "LinearSegmentation"),
             "linear_depth": ("depth", "LinearDepth"),
             "correspondence": ("correspondence", "Correspondence"),
+            "correspondence_3d": ("correspondence_3d", "Correspondence3d"),
         }.items()
     }
     needs_labels: ClassVar[bool] = False

@@ -133,8 +133,8 @@ class Evaluate(Stage):
     metrics: tuple[OwnMetric, ...] = in_key_if_set(
         (),
         description="More metrics of each model: a name, or a mapping with the name as `use` and its settings. There "
-        "are knn, linear_probe, image_retrieval, size_robustness, linear_segmentation, linear_depth and correspondence "
-        "(docs/evaluate.md), and those of users' packages (docs/extending.md).",
+        "are knn, linear_probe, image_retrieval, size_robustness, linear_segmentation, linear_depth, correspondence "
+        "and correspondence_3d (docs/evaluate.md), and those of users' packages (docs/extending.md).",
     )
     # `models` is a method of every stage.
     outside: dict[ModelTitle, OutsideModel] = in_key_if_set(

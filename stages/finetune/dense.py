@@ -60,8 +60,9 @@ class _Dense(Settings):
 
         data = self.dataset
         try:
-            pairs = mask_pairs(data) if isinstance(data, MaskData) else data.pairs()
-            table = manifest_of(data) if isinstance(data, MaskData) else None
+            if isinstance(data, DepthData):
+                return data.in_key("data.path")
+            pairs, table = mask_pairs(data), manifest_of(data)
         except UserError:
             return {"data.path": (data.path / "images",)}  # which is then told as missing
         found = in_key(data.path, pairs, data.split, "data.path")

@@ -17,7 +17,7 @@ from orchestrator.data.views import Side
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metric import Features, Figure, Metric
 from orchestrator.evaluation.metrics.bootstrap import figure, ratio
-from orchestrator.evaluation.metrics.patch_grid import side_for
+from orchestrator.evaluation.metrics.patch_grid import centres, side_for
 
 Floats = NDArray[np.float64]
 
@@ -123,7 +123,7 @@ def matches(
         The middle of each patch, x and y in pixels (M, 2); the middle of its match (M, 2); and how far in pixels that
         is from the true place (M,).
     """
-    centres_P2 = _centres(first_hwD.shape[:2], size)
+    centres_P2 = centres(first_hwD.shape[:2], size)
     mapped = np.column_stack([centres_P2, np.ones(len(centres_P2))]) @ matrix.T
     with np.errstate(divide="ignore", invalid="ignore"):
         true_P2 = mapped[:, :2] / mapped[:, 2:]
@@ -131,15 +131,9 @@ def matches(
     there_P = (mapped[:, 2] > 0) & ((true_P2 >= 0) & (true_P2 < size)).all(axis=1)
     first_PD, other_PD = (_unit(one.reshape(-1, one.shape[-1])) for one in (first_hwD, other_hwD))
     best_P = (first_PD[there_P] @ other_PD.T).argmax(axis=1)
-    found_P2 = _centres(other_hwD.shape[:2], size)[best_P]
+    found_P2 = centres(other_hwD.shape[:2], size)[best_P]
     errors: Floats = np.linalg.norm(found_P2 - true_P2[there_P], axis=1)
     return centres_P2[there_P], found_P2, errors
-
-
-def _centres(grid: tuple[int, ...], size: int) -> Floats:
-    """x and y of the middle of each patch, in pixels, (h·w, 2)."""
-    ys, xs = ((np.arange(count) + 0.5) * size / count for count in grid)
-    return np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
 
 
 def _unit(x_ND: NDArray[np.floating[Any]]) -> Floats:

@@ -73,6 +73,12 @@ def enlarged(map_hwC: NDArray[np.floating[Any]], shape: tuple[int, int]) -> NDAr
     return np.concatenate(parts, axis=-1)
 
 
+def centres(grid: tuple[int, ...], size: int) -> Floats:
+    """x and y of the middle of each patch of a square, in pixels from its corner, (h·w, 2)."""
+    ys, xs = ((np.arange(count) + 0.5) * size / count for count in grid)
+    return np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+
+
 def side_for(size: int, patch: int) -> int:
     """The side nearest to `size` that patches fill, at least one patch."""
     return max(1, round(size / patch)) * patch
