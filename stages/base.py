@@ -318,6 +318,14 @@ class Stage(StageSpec):
         """
         return None
 
+    def learned_task(self) -> str | None:
+        """The task that its model was fine-tuned for, such as `detection`; None of other models."""
+        return None
+
+    def learned_data(self) -> Any:
+        """The data set of the task's own that its model was fine-tuned on, as configured; None of other models."""
+        return None
+
     def student_towers(self) -> Mapping[str, Config | None]:
         """The shapes of the students that this stage trains, by name; none if it trains none.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,20 +26,30 @@ T = TypeVar("T")
 _PARTS = ("images", "annotations", "categories")
 
 
+class _Boxes(NamedTuple):
+    """Corners, and the numbers of categories."""
+
+    corners: list[tuple[float, float, float, float]]
+    categories: list[int]
+
+    def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        return np.array(self.corners, np.float64).reshape(-1, 4), np.array(self.categories, np.int64)
+
+
 @dataclass
 class _Picture:
     path: str
     width: int
     height: int
     where: str
-    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
-    categories: list[int] = field(default_factory=list)
+    things: _Boxes = field(default_factory=lambda: _Boxes([], []))
+    crowds: _Boxes = field(default_factory=lambda: _Boxes([], []))
 
 
 class BoxPictures:
     """The pictures of a data set with boxes, by row in the order of their paths.
 
-    Groups of things in one box (`iscrowd`) are left out.
+    Groups of things in one box (`iscrowd`) are kept apart.
 
     Attributes:
         names: of the categories, by their numbers.
@@ -107,8 +117,11 @@ class BoxPictures:
 
     def boxes(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Boxes (M, 4) as left, top, right, bottom in pixels, and the numbers of their categories (M,)."""
-        picture = self._pictures[row]
-        return np.array(picture.boxes, np.float64).reshape(-1, 4), np.array(picture.categories, np.int64)
+        return self._pictures[row].things.arrays()
+
+    def crowds(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The boxes of groups, as those of :meth:`boxes`."""
+        return self._pictures[row].crowds.arrays()
 
     def check(self) -> None:
         """Compare the sizes of pictures with those that the boxes are in.
@@ -160,8 +173,6 @@ class BoxPictures:
 
     def _add_box(self, box: Any, by_id: Mapping[Any, _Picture], path: Path) -> None:
         image, category, corners = _fields(box, ("image_id", "category_id", "bbox"), path)
-        if box.get("iscrowd"):
-            return
         picture = by_id.get(image) if isinstance(image, (int, str)) else None
         if picture is None or not _is_whole(category) or category not in self.names:
             of = f"image {image!r}" if picture is None else f"category {category!r}"
@@ -183,8 +194,9 @@ class BoxPictures:
                 where=str(path),
                 hint="`bbox` is left, top, width and height in pixels",
             )
-        picture.boxes.append((left, top, left + width, top + height))
-        picture.categories.append(int(category))
+        boxes = picture.crowds if box.get("iscrowd") else picture.things
+        boxes.corners.append((left, top, left + width, top + height))
+        boxes.categories.append(int(category))
 
 
 def _record(path: Path) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from pydantic import Field
 
@@ -49,6 +49,8 @@ class Figure:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+# Boxes, scores and places of classes.
+FoundBoxes: TypeAlias = "tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]], NDArray[np.int64]]"
 Figures = Mapping[str, Figure]
 
 
@@ -71,6 +73,9 @@ class Features:
         maps: patch features of square images of one side, uint8 (B, S, S, 3), as float32 (B, h, w, D); `S` must be a
             multiple of `patch`.
         patch: the side in pixels of what one patch feature is of.
+        boxes: finds objects in square images as in `maps`; of each image boxes (Q, 4) as corners in shares of it, their
+            scores (Q,) and places in `classes` (Q,). None of a model without a head for that.
+        classes: that a fine-tuned model learned, in the order of its outputs.
         check: called now and then; raises to stop.
     """
 
@@ -86,6 +91,8 @@ class Features:
     at_scale: Callable[[float], NDArray[np.float32] | None] | None = None
     maps: Callable[[NDArray[np.uint8]], NDArray[np.float32]] | None = None
     patch: int = 1
+    boxes: Callable[[NDArray[np.uint8]], Sequence[FoundBoxes]] | None = None
+    classes: Sequence[str] = ()
     check: Callable[[], None] = lambda: None
 
 
@@ -96,6 +103,7 @@ class Metric(Extension):
         needs_labels: whether photos without labels give nothing; `evaluate` then says so before it embeds any.
         needs_split: whether it learns something, so that `evaluate` must have a `split`.
         of_pixels: whether it is computed of raw pixels, too, as a baseline.
+        needs_head: the task of `finetune` that a model must have learned; others have no row.
     """
 
     group: ClassVar[Group] = "metrics"
@@ -110,12 +118,14 @@ class Metric(Extension):
             "linear_segmentation": ("segmentation", "LinearSegmentation"),
             "linear_depth": ("depth", "LinearDepth"),
             "correspondence": ("correspondence", "Correspondence"),
+            "detection": ("detection", "Detection"),
             "correspondence_3d": ("correspondence_3d", "Correspondence3d"),
         }.items()
     }
     needs_labels: ClassVar[bool] = False
     needs_split: ClassVar[bool] = False
     of_pixels: ClassVar[bool] = False
+    needs_head: ClassVar[str | None] = None
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_ .\-]*$", description=TITLE)
 
@@ -135,8 +145,16 @@ class Metric(Extension):
             UserError: `where` is the dotted field that is wrong.
         """
 
+    def is_fair(self, learned: Any) -> bool:
+        """Whether the test pictures are none that a model was fine-tuned on.
+
+        Args:
+            learned: the data set of the fine-tuning, with its split.
+        """
+        return True
+
     def measure(self, features: Features) -> Mapping[str, float | Figure]:
-        """The figures of one model by name; a name stays the same for all models."""
+        """The figures of one model by name; a name stays the same for all models. None is no row."""
         raise NotImplementedError
 
     def picture(self, path: Path) -> bool:

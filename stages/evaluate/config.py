@@ -133,8 +133,8 @@ class Evaluate(Stage):
     metrics: tuple[OwnMetric, ...] = in_key_if_set(
         (),
         description="More metrics of each model: a name, or a mapping with the name as `use` and its settings. There "
-        "are knn, linear_probe, image_retrieval, size_robustness, linear_segmentation, linear_depth, correspondence "
-        "and correspondence_3d (docs/evaluate.md), and those of users' packages (docs/extending.md).",
+        "are knn, linear_probe, image_retrieval, size_robustness, linear_segmentation, linear_depth, correspondence, "
+        "correspondence_3d and detection (docs/evaluate.md), and those of users' packages (docs/extending.md).",
     )
     # `models` is a method of every stage.
     outside: dict[ModelTitle, OutsideModel] = in_key_if_set(
@@ -234,6 +234,7 @@ class Evaluate(Stage):
                 f"give this stage the `split` of {name}, so that figures are of photos that it has not seen"
             )
             found = [UserError(what, where="split", hint=hint)]
+        found += self._without_head(tuned)
         if plan_context.photos is not None and not plan_context.photos.labels:
             what = f"none of the {plan_context.photos.photos} photos has a label, and {{}} tells labels apart"
             found += [
@@ -261,6 +262,22 @@ class Evaluate(Stage):
             for name, tower in towers.items()
             if size % tower.patch_size
         ]
+
+    def _without_head(self, tuned: Stage | None) -> list[UserError]:
+        """Metrics of a task that no model learned, or that would judge a model by what it learned from."""
+        task, learned = (None, None) if tuned is None else (tuned.learned_task(), tuned.learned_data())
+        found = []
+        for at, metric in enumerate(self.metrics):
+            where = f"metrics.{at}"
+            if metric.needs_head not in (None, task):
+                what = f"{metric.title} is of models that learned {metric.needs_head}, and none of those upstream did"
+                hint = f"name a stage of kind finetune with the task {metric.needs_head} in `needs`"
+                found.append(UserError(what, where=where, hint=f"{hint}, or leave the metric out"))
+            elif metric.needs_head is not None and not metric.is_fair(learned):
+                what = f"{metric.title} splits the pictures that the model learned from in another way"
+                hint = "give `data` the `split` of the stage that fine-tuned it, so that test pictures are new to it"
+                found.append(UserError(what, where=f"{where}.data.split", hint=hint))
+        return found
 
     def scored(self, kind: str) -> tuple[str, ...]:
         """See :meth:`Stage.scored`."""

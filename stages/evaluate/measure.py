@@ -25,6 +25,7 @@ from orchestrator.stages.evaluate.towers import (
     Tower,
     dense_maps,
     embed_at,
+    found_boxes,
     patch_crops,
     pixel_maps,
 )
@@ -118,6 +119,8 @@ def features_of(
         at_scale=lambda scale: embed_at(tower, crops, scale, batch, check),
         maps=partial(dense_maps, tower),
         patch=tower.patch,
+        boxes=partial(found_boxes, tower) if tower.task == "detection" else None,
+        classes=tower.predictor.classes if tower.predictor is not None else (),
         check=check,
     )
 
@@ -173,7 +176,9 @@ class Measurements:
 
     def add(self, metric: Metric, features: Features) -> None:
         """The row of a model."""
-        self.figures.setdefault(metric.title, {})[features.model] = checked(metric, metric.measure(features))
+        rows = self.figures.setdefault(metric.title, {})
+        if found := checked(metric, metric.measure(features)):
+            rows[features.model] = found
 
     def draw(self, metric: Metric, model: str, path: Path) -> None:
         """What a metric makes of a few pictures with the model that it measured last, if it draws something."""

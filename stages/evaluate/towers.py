@@ -20,6 +20,7 @@ from orchestrator.data.decode import UnreadableImage, read_rgb, read_square, squ
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.errors import UserError
+from orchestrator.evaluation.metric import FoundBoxes
 from orchestrator.models import (
     Backbone,
     Features,
@@ -34,6 +35,7 @@ from orchestrator.models.wrapped import ForeignNet, Tokens, WrappedNet
 from orchestrator.models.wrapped_backbone import WrappedBackbone, build_wrapped, is_wrapped, load_wrapped
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.open_network import as_recorded, as_seen, open_network
+from orchestrator.stages.common.predictor import Predictor, load_predictor
 from orchestrator.training.device import device_type
 from orchestrator.training.export import load_export
 
@@ -53,13 +55,20 @@ _AHEAD = 2
 class Tower:
     """A backbone in eval mode, the preset it was made from, and the side in pixels of its photos.
 
-    `source` is where a model from elsewhere comes from: it says how its pixels are normalised.
+    `source` is where a model from elsewhere comes from: it says how its pixels are normalised. `predictor` is the head
+    of a fine-tuned model.
     """
 
     model: Backbone | WrappedBackbone | ForeignNet
     preset: str
     size: int
     source: NetworkSource | None = None
+    predictor: Predictor | None = None
+
+    @property
+    def task(self) -> str | None:
+        """What it was fine-tuned for; None of a backbone."""
+        return None if self.predictor is None else self.predictor.task
 
     @property
     def map_size(self) -> int:
@@ -207,7 +216,8 @@ def load_tower(
         )
     if weights is not None:
         model.load_state_dict(load_export(weights, "backbone."))
-    return Tower(model.to(device_type(wanted)), preset, size)
+    predictor = load_predictor(folder, model.dim) if weights is None else None
+    return Tower(model.to(device_type(wanted)), preset, size, predictor=predictor)
 
 
 def outside_tower(source: NetworkSource, name: str, size: int, where: str, wanted: str = "auto") -> Tower:
@@ -284,6 +294,21 @@ def pixel_maps(crops_NHWC: Pixels, patch: int) -> Floats:
     cut = crops_NHWC.reshape(count, side, patch, side, patch, 3).swapaxes(2, 3)
     maps: Floats = cut.reshape(count, side, side, -1).astype(np.float32) / np.float32(255) - np.float32(0.5)
     return maps
+
+
+@torch.inference_mode()
+def found_boxes(tower: Tower, crops_NHWC: Pixels) -> list[FoundBoxes]:
+    """What a model that was fine-tuned for detection finds in square crops: boxes, scores and places of classes."""
+    from orchestrator.models.detr import detections
+
+    assert tower.predictor is not None
+    head = tower.predictor.head.to(_device_of(tower))
+    features = Features(*_features(tower, crops_NHWC))
+    rows = head(features, crops_NHWC.shape[1:3])[:, -1].float()
+    parts = (detections(rows_QK, len(tower.predictor.classes)) for rows_QK in rows)
+    return [
+        (boxes.cpu().numpy(), scores.cpu().numpy(), places.cpu().numpy()) for boxes, scores, places in parts
+    ]
 
 
 @torch.inference_mode()

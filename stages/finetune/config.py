@@ -211,6 +211,14 @@ class Finetune(TrainStage):
         """See :class:`Stage`."""
         return self.split if self.task.needs_index else None
 
+    def learned_task(self) -> str | None:
+        """See :class:`Stage`."""
+        return self.task.type
+
+    def learned_data(self) -> Any:
+        """See :class:`Stage`."""
+        return None if isinstance(self.task, Classification) else self.task.dataset
+
     def wants(self) -> tuple[Input, ...]:
         """See :class:`Stage`: a task with a data set of its own takes no index."""
         return self.inputs if self.task.needs_index else self.inputs[1:]

@@ -40,7 +40,7 @@ def written(folder: Path, **changes: Any) -> BoxData:
     return BoxData.model_validate({"path": folder, "annotations": str(folder / "boxes.json")})
 
 
-def test_pictures_are_found_below_the_folder_and_groups_are_left_out(tmp_path: Path) -> None:
+def test_pictures_are_found_below_the_folder_and_groups_are_apart(tmp_path: Path) -> None:
     pictures = BoxPictures(written(tmp_path))
     assert [path.name for path in pictures.paths] == ["a.png", "b.png"]
     assert pictures.names == {7: "cat", 2: "dog"}
@@ -48,6 +48,9 @@ def test_pictures_are_found_below_the_folder_and_groups_are_left_out(tmp_path: P
     np.testing.assert_array_equal(boxes, [[4, 3, 24, 15], [30, 20, 40, 30]])
     assert categories.tolist() == [7, 2]
     assert pictures.boxes(0)[0].shape == (0, 4)
+    groups, categories = pictures.crowds(1)
+    np.testing.assert_array_equal(groups, [[0, 0, 40, 30]])
+    assert categories.tolist() == [2]
     pictures.check()
     index = pictures.index()
     assert [index[row].path for row in range(2)] == ["val/a.png", "val/b.png"]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from orchestrator.evaluation.metrics.average_precision import ImageBoxes, average_precision, overlaps
+from orchestrator.evaluation.metrics.average_precision import (
+    ImageBoxes,
+    Precisions,
+    average_precision,
+    overlaps,
+)
 
 
 def image(
@@ -64,20 +70,26 @@ def scenes(seed: int) -> list[ImageBoxes]:
         boxes = np.concatenate([near, np.concatenate([stray, stray + 20], axis=1)])
         classes = np.concatenate([classes, rng.integers(0, 5, 3)])
         scores = np.round(rng.random(len(boxes)), 1)
-        found.append(ImageBoxes(boxes, scores, classes, true, true_classes))
+        groups = np.concatenate(
+            [corner := rng.uniform(0, 50, (2, 2)), corner + rng.uniform(20, 60, (2, 2))], axis=1
+        )
+        found.append(ImageBoxes(boxes, scores, classes, true, true_classes, groups, rng.integers(0, 5, 2)))
     return found
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_as_pycocotools(seed: int) -> None:
+def pycocotools(images: list[ImageBoxes]) -> dict[str, float]:
+    """What COCO's own code gives for the same boxes."""
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
-    images, truth, results = scenes(seed), [], []
+    truth: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for number, one in enumerate(images):
-        for box, category in zip(one.true_boxes, one.true_classes, strict=True):
-            x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
-            truth.append({"id": len(truth) + 1, "image_id": number, "category_id": int(category) + 1,
-                          "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})  # fmt: skip
+        both = (one.true_boxes, one.true_classes, 0), (one.crowd_boxes, one.crowd_classes, 1)
+        for boxes, classes, crowd in both:
+            for box, category in zip(boxes, classes, strict=True):
+                x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
+                truth.append({"id": len(truth) + 1, "image_id": number, "category_id": int(category) + 1,
+                              "bbox": [x, y, w, h], "area": w * h, "iscrowd": crowd})  # fmt: skip
         for box, score, category in zip(one.boxes, one.scores, one.classes, strict=True):
             results.append({"image_id": number, "category_id": int(category) + 1, "score": float(score),
                             "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]]})  # fmt: skip
@@ -92,10 +104,30 @@ def test_as_pycocotools(seed: int) -> None:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return {"map": float(evaluation.stats[0]), "map_50": float(evaluation.stats[1])}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_as_pycocotools(seed: int) -> None:
+    images = scenes(seed)
     found = average_precision(images)
     assert 0.05 < found["map"] < 0.95
-    assert found["map"] == pytest.approx(evaluation.stats[0], abs=1e-9)
-    assert found["map_50"] == pytest.approx(evaluation.stats[1], abs=1e-9)
+    assert found == pytest.approx(pycocotools(images), abs=1e-9)
+    alone = [
+        replace(one, crowd_boxes=np.empty((0, 4)), crowd_classes=np.empty(0, np.int64)) for one in images
+    ]
+    assert average_precision(alone) == pytest.approx(pycocotools(alone), abs=1e-9)
+    assert average_precision(alone)["map"] < found["map"], "what is found in a group is not wrong"
+
+
+def test_a_draw_of_images_is_that_of_copies() -> None:
+    rng = np.random.default_rng(0)
+    # Of equal scores in one image the order of copies would be another one.
+    images = [replace(one, scores=rng.random(len(one.scores))) for one in scenes(4)]
+    counts = rng.integers(0, 4, len(images))
+    copies = [one for one, count in zip(images, counts, strict=True) for _ in range(count)]
+    assert Precisions(images).of(counts) == pytest.approx(average_precision(copies), abs=1e-12)
+    assert np.isnan(Precisions(images).of(np.zeros(len(images), np.int64))["map"])
 
 
 def test_boxes_without_an_area_overlap_nothing() -> None:

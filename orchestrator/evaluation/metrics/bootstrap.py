@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from orchestrator.data.rng import generator
 from orchestrator.evaluation.metric import Figure
@@ -40,14 +40,22 @@ def interval(
     """
     if len(parts_NK) == 0:
         raise ValueError("no pictures to draw from")
-    rng = generator(seed, "bootstrap")
     parts = np.asarray(parts_NK, dtype=np.float64)
-    sums = np.empty((resamples, parts.shape[1]))
-    for at in range(resamples):
-        counts = np.bincount(rng.integers(len(parts), size=len(parts)), minlength=len(parts))
-        sums[at] = counts @ parts
-    ends = np.nanquantile(statistic(sums), [(1 - level) / 2, (1 + level) / 2])
-    return float(ends[0]), float(ends[1])
+    sums = np.stack([counts_N @ parts for counts_N in resampled(len(parts), seed, resamples)])
+    return ends(statistic(sums), level)
+
+
+def resampled(count: int, seed: int, resamples: int = _RESAMPLES) -> Iterator[NDArray[np.int64]]:
+    """How often each of `count` pictures is in each draw of as many, with replacement, (N,)."""
+    rng = generator(seed, "bootstrap")
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(count, size=count), minlength=count)
+
+
+def ends(values: ArrayLike, level: float = _LEVEL) -> tuple[float, float]:
+    """The interval that has `level` of the values of a figure, one of each draw; nan values do not count."""
+    low, high = np.nanquantile(np.asarray(values, dtype=np.float64), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def figure(
