@@ -209,7 +209,7 @@ def read_config(record: Mapping[str, Any]) -> Config:
     """
     if record.get("architecture") in LIBRARIES:
         raise ValueError(
-            f"this is a network from elsewhere ({record.get('preset')!s:.100}), not a tower of ours: "
+            f"this is a network from elsewhere ({record.get('preset')!s:.100}), not a model of this package: "
             "orchestrator.load loads it"
         )
     if not isinstance(record.get("config"), dict) or record.get("architecture") not in (

@@ -51,6 +51,12 @@ BETTER = {
     r"to whom": "the name of what is meant",
     r"nobody but": "only",
     r"sign of life": "heartbeat",
+    r"such a one": "it, the thing by its name",
+    r"whatever becomes": "regardless of",
+    r"(of|than) ours": "of this package, than this package",
+    r"no longer than": "at most",
+    r"and is none": "but is not one",
+    r"(one( row| question)?|an? \w+) a (line|row|column|folder|student|machine|picture|photo|step)": "one … per",
 }
 _WORDS = re.compile(r"\b(" + "|".join(BETTER).replace(" ", r"\s+") + r")\b", re.IGNORECASE)
 

@@ -17,7 +17,7 @@ def pull(
         str,
         typer.Argument(
             metavar="NAME[@ALIAS|:VERSION]",
-            help="The registered model. Of a bare NAME the champion is taken, or the newest version if there is none.",
+            help="The registered model. NAME alone is its champion, or its newest version if there is none.",
             show_default=False,
         ),
     ],
@@ -26,7 +26,7 @@ def pull(
         Format,
         typer.Option(
             "--format",
-            help="What the folder is for. All but safetensors, which this package loads, are loaded again by their "
+            help="The format of the folder. Formats other than safetensors are loaded again by their "
             "library in a fresh process, and kept only if the outputs are the same.",
         ),
     ] = "safetensors",

@@ -24,7 +24,7 @@ class Split(Settings):
     by: Literal["hash", "folder", "file", "column", "component"] = Field(
         "hash",
         description="What decides the split of a picture. hash: its bytes, in the shares given. folder: the folder "
-        "that it is in. file: text files that list pictures, one a line. column: a column of a table. component: the "
+        "that it is in. file: text files that list pictures, one per line. column: a column of a table. component: the "
         "component of the index, so that `test: held_out` is what no stage trained on.",
     )
     train: Names = Field(
@@ -34,11 +34,13 @@ class Split(Settings):
     )
     validation: Names = Field(
         (),
-        description="What settings are chosen on, named as `train` is. Default: "
+        description="The pictures that settings are chosen on, named in the same way as `train`. Default: "
         "`validation_share` of the pictures of `train`, chosen by their bytes.",
     )
     test: Names = Field(
-        (), description="What the figures are reported on, named as `train` is. With `hash` nothing."
+        (),
+        description="The pictures that metrics are reported on, named in the same way as `train`. Not given with "
+        "`hash`.",
     )
     validation_share: float = Field(
         0.2,
@@ -67,7 +69,7 @@ class Split(Settings):
         description="The cosine similarity of colours and edges from which two pictures are near duplicates. With "
         "`hash` they are kept in one split; otherwise those in different splits are counted in a warning.",
     )
-    seed: int = Field(0, description="The seed of what is chosen by bytes.")
+    seed: int = Field(0, description="The seed of splits that are chosen by the bytes of pictures.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Split:

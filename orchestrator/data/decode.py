@@ -464,7 +464,7 @@ def _opened(data: bytes | BinaryIO, path: Path | str, kind: str, max_pixels: int
     except Image.DecompressionBombError as error:
         raise UnreadableImage(path, f"more pixels than the limit of {max_pixels:,}", TOO_LARGE) from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(path, f"begins like a {kind} and is none", NOT_A_PICTURE) from error
+        raise UnreadableImage(path, f"begins like a {kind}, but is not one", NOT_A_PICTURE) from error
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error
         raise UnreadableImage(path, str(error)[:200] or type(error).__name__) from error
 

@@ -171,7 +171,7 @@ def _lists(split: Split, where: str) -> Iterable[tuple[str, str, SplitName]]:
                 raise UserError(
                     f"the list {path} cannot be read: {why(error) if isinstance(error, OSError) else error}",
                     where=f"{where}.{name}",
-                    hint="give the path of a text file, a picture a line"
+                    hint="give the path of a text file with one picture per line"
                     if isinstance(error, OSError)
                     else "save it as UTF-8",
                 ) from error

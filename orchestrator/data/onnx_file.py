@@ -176,7 +176,7 @@ def _varints(data: memoryview) -> list[int]:
 
 def _number(value: int | memoryview) -> int:
     if not isinstance(value, int):
-        raise ValueError("a field that should be a number is none")
+        raise ValueError("a field that should be a number has another type")
     return value
 
 

@@ -229,7 +229,7 @@ def checked_target(path: Path) -> Path:
                 pass
         except UserError:
             raise UserError(
-                f"{path} is there already, and is no file of embeddings that could be replaced",
+                f"{path} exists, and is not a file of embeddings that could be replaced",
                 where=str(path),
                 hint="name another file",
             ) from None

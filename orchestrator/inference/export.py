@@ -170,7 +170,8 @@ def _made(
     worst = max(differences, key=lambda one: (not one.is_small, one.value))
     if not worst.is_small:
         reason = (
-            f"{library} gives other outputs than ours: the largest difference is {worst}, above {LIMIT:.0e}"
+            f"{library} gives other outputs than this package: "
+            f"the largest difference is {worst}, above {LIMIT:.0e}"
         )
         raise _cannot(pulled, name, reason, others)
     return differences

@@ -110,7 +110,7 @@ class Model:
 
         if self.predictor is None or self.predictor.task != "classification":
             raise UserError(
-                "this model tells no classes apart",
+                "this model has no classes",
                 hint="load what a stage of kind finetune made with the task classification",
             )
         size = side_of(self, size)

@@ -196,7 +196,7 @@ def check_kwargs(timm: str | None, kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError if arguments of a timm model say where its weights come from."""
     wrong = [name for name in kwargs if name in TIMM_RESERVED] if timm is not None else []
     if wrong:
-        raise ValueError(f"kwargs are settings of the network, and {wrong[0]} is none: leave it out")
+        raise ValueError(f"{wrong[0]} is not a setting of the network: leave it out of kwargs")
 
 
 def _source(spec: str) -> Path | None:

@@ -144,8 +144,8 @@ class Curate(Stage):
     components: ClassVar[tuple[str, ...]] = (CHOSEN, LEFT_OUT)
     outputs: ClassVar[Mapping[str, str]] = {
         "index.parquet": "one row a unique photo: where it is, caption, label, cluster, component",
-        "embeddings.npy": "float32, one row a row of the index",
-        "levels.npy": "int32, one row a row of the index: its cluster at each level, finest first",
+        "embeddings.npy": "float32, one row per row of the index",
+        "levels.npy": "int32, one row per row of the index: its cluster at each level, finest first",
         "provenance.parquet": "every file of the sources: what happened to it and why",
         "report.json": "counts, duplicate groups, corrupt files, clusters",
         "account.json": "files of each dataset that were taken, and left out by reason, as a table",

@@ -115,7 +115,7 @@ class Distill(MultiCropStage):
     preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.distill.task",)
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("teacher", BACKBONE_KINDS))
     outputs: ClassVar[Mapping[str, str]] = {
-        "students": "a folder a student: model/ (EMA), recipe.json, history.json, and in artifact.json the key of "
+        "students": "one folder per student: model/ (EMA), recipe.json, history.json, and in artifact.json the key of "
         "the artifact that has its checkpoint too",
         "sharing.json": "what the teacher computed and handed out",
         DRAWN: DRAWN_MEANS,

@@ -92,7 +92,7 @@ class Finetune(TrainStage):
 
     kind: Literal["finetune"]
     task: Task = Field(
-        description="What is learnt: its type, or a mapping with the type as `type` and its settings."
+        description="The task to learn: its type, or a mapping with the type as `type` and its settings."
     )
     split: Split = Field(
         Split(), description="How images are split into those for training, for validation and for test."
@@ -140,8 +140,8 @@ class Finetune(TrainStage):
     validate_every: int = Field(
         100,
         ge=1,
-        description="The interval between looks at the whole validation split, in steps, with one more after the last "
-        "step. The best weights are chosen among those of these steps.",
+        description="The interval between evaluations on the whole validation split, in steps, with one more after the "
+        "last step. The best weights are chosen among those of these steps.",
     )
     zero_stage: ZeroStage = zero_stage_field()
     precision: Precision = PRECISION

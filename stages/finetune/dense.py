@@ -28,8 +28,8 @@ class _Dense(Settings):
 
     head: Literal["linear", "decoder"] = Field(
         "linear",
-        description="What makes the map. linear: one linear layer on the patches. decoder: convolutions, between which "
-        "the map doubles.",
+        description="The layers that make the map. linear: one linear layer on the patches. decoder: convolutions, "
+        "between which the map doubles.",
     )
     width: int = Field(
         128,
@@ -171,7 +171,7 @@ class Depth(_Dense):
         ge=2,
         le=4096,
         description="The number of bins between `nearest` and `max_depth` of the data, equally wide in the logarithm; "
-        "a depth is their mean, weighted by a softmax. null: the logarithm is predicted as it is.",
+        "a depth is their mean, weighted by a softmax. null predicts the logarithm itself.",
     )
     scale_invariance: float = Field(
         0.5,

@@ -122,8 +122,8 @@ class SelfSupervised(MultiCropStage):
     )
     stop_if: StopIf | None = operational(
         None,
-        description="The limits of dense health, and of k-NN, at which training stops. Default: it goes on whatever "
-        "becomes of the features.",
+        description="The limits of dense health, and of k-NN, at which training stops. Default: training goes on "
+        "whatever the features are like.",
     )
     snapshot_every: int = Field(
         0,

@@ -381,4 +381,4 @@ def test_a_list_takes_names_with_ends_of_lines_of_others(
     lists["test"].unlink()
     with pytest.raises(UserError, match=r"test.txt cannot be read: No such file or directory") as caught:
         Splits.of(index, split)
-    assert caught.value.hint == "give the path of a text file, a picture a line"
+    assert caught.value.hint == "give the path of a text file with one picture per line"

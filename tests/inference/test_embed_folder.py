@@ -365,8 +365,8 @@ def test_mistakes_are_said_before_anything_is_computed(photos: Path, model: Path
         (["photos", "--model", "no-such"], "there is no folder 'no-such' here"),
         (["photos", "--model", "photos"], "no model can be loaded"),
         (["photos", "--out", "photos"], "photos is a folder"),
-        (["photos", "--out", "model/config.json"], "is no file of embeddings that could be replaced"),
-        (["photos", "--out", "photos/pipe.jpg"], "is no file of embeddings that could be replaced"),
+        (["photos", "--out", "model/config.json"], "is not a file of embeddings that could be replaced"),
+        (["photos", "--out", "photos/pipe.jpg"], "is not a file of embeddings that could be replaced"),
         (["photos", "--out", "model/config.json/e.parquet"], "cannot be made"),
         (["photos", "--loaders", "0"], "--loaders"),
     ):

@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
         ({"from": "a", "weights": "b"}, "`weights` are for `module`"),
         ({"module": "no colon"}, "should match pattern"),
         ({"from": "a", "kwargs": {"width": 3}}, "`kwargs` are for `module`, `timm` and `transformers`"),
-        ({"timm": "b", "kwargs": {"checkpoint_path": "c"}}, "checkpoint_path is none"),
+        ({"timm": "b", "kwargs": {"checkpoint_path": "c"}}, "checkpoint_path is not a setting"),
         ({"timm": "b", "block": 0}, "greater than or equal to 1"),
         ({"timm": "b", "weight": 0}, "greater than 0"),
         ({"timm": "b", "std": [1, 0, 1]}, "greater than 0"),

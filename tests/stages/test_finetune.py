@@ -421,7 +421,7 @@ def test_the_model_of_a_folder_is_the_trained_one(mode: str, start: StartingBack
 
 
 def test_a_model_without_a_head_says_so(start: StartingBackbone) -> None:
-    with pytest.raises(UserError, match="tells no classes apart"):
+    with pytest.raises(UserError, match="has no classes"):
         orchestrator.load(start.folder).predict([np.zeros((16, 16, 3), np.uint8)])
 
 

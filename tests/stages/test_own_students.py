@@ -83,7 +83,7 @@ def config(student: dict[str, Any] | None = None, **more: Any) -> Distill:
             {"timm": "resnet18", "drop_path": 0.1},
             "drop_path is for `model`: set what timm has of it in kwargs",
         ),
-        ({"timm": "resnet18", "kwargs": {"pretrained": True}}, "pretrained is none"),
+        ({"timm": "resnet18", "kwargs": {"pretrained": True}}, "pretrained is not a setting"),
         ({"module": "a:b", "mask_inputs": True}, "mask_inputs is for `model`"),
         (
             {"module": "a:b", "optimizer": {**OPTIMIZER, "layer_decay": 0.9}},

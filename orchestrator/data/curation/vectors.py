@@ -140,5 +140,5 @@ def _damaged(path: Path, why: str) -> UserError:
     return UserError(
         f"no vectors can be read from this file: {why}",
         where=str(path),
-        hint="write it with numpy.save: one row a picture, float16, float32 or float64",
+        hint="write it with numpy.save: one row per picture, float16, float32 or float64",
     )

@@ -45,7 +45,7 @@ def test_more_than_eight_bits_are_told(tmp_path: Path, ending: str) -> None:
     [
         (b"", "the file is empty"),
         (b"hello, I am a text and no picture at all", "not an image of a known format"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), "begins like a PNG and is none|PNG"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "begins like a PNG, but is not one|PNG"),
         (b"II*\0" + bytes(60), "."),
     ],
 )
