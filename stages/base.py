@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.config.elastic import Elastic
-from orchestrator.config.schema import DataSource, StageSpec
+from orchestrator.config.schema import Cluster, DataSource, StageSpec
 from orchestrator.config.settings import operational
 from orchestrator.config.split import Split
 from orchestrator.errors import UserError
@@ -214,6 +214,10 @@ class Stage(StageSpec):
     """Components of the index that this kind makes; none if it makes no index."""
     # Whether it changes something outside the store. That is no artifact, so it is compared on each run: `drift`.
     effects: ClassVar[bool] = False
+
+    def uses_ray(self, cluster: Cluster) -> bool:
+        """Whether it needs the cluster that the pipeline file names; `needs_ray` unless a setting says otherwise."""
+        return self.needs_ray
 
     def data_sources(self) -> tuple[str, ...]:
         """Names of the datasets this stage reads: the content of each is part of the stage's key."""

@@ -33,6 +33,7 @@ CLUSTER_FILES = (
     "objectives/test_distributed.py",
     "gpu/*",
     "pipeline/test_kill.py",
+    "stages/test_curate_on_ray.py",
     "stages/test_feature_stage.py",
     "stages/test_kill_matrix.py",
     "stages/test_serving.py",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
-from orchestrator.config.schema import Names
-from orchestrator.config.settings import in_key_if_set
+from orchestrator.config.schema import Cluster, Names
+from orchestrator.config.settings import in_key_if_set, operational
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError, nearest, shortened
@@ -35,6 +36,7 @@ from orchestrator.stages.curate.report import (
 
 if TYPE_CHECKING:
     from orchestrator.config.pixels import PixelFormat
+    from orchestrator.data.curation.block_workers import BlockWorkers
     from orchestrator.data.curation.dedup import NearLimit
     from orchestrator.data.curation.selection import ImageStatus
     from orchestrator.data.curation.signatures import SignatureCache
@@ -47,6 +49,8 @@ logger = logging.getLogger("orchestrator")
 _MAX_LEVELS = 16
 # What the networks that are likely to be given were trained at.
 _SIZE = 224
+# Photos from which on a cluster of one machine is used, since it may grow.
+_MANY = 200_000
 # Characters of a warning about near duplicates.
 _WARNING = 900
 
@@ -139,6 +143,13 @@ class Curate(Stage):
         "depends only on its bytes.",
     )
 
+    workers: Literal["auto", "threads", "ray"] = operational(
+        "auto",
+        description="What embeds and clusters images: threads of the process that runs the pipeline, or the Ray "
+        "cluster. auto uses a cluster that the pipeline joined, if it has more than one machine or there are 200,000 "
+        "images or more, and threads otherwise. Ray needs the images under the same paths on all machines.",
+    )
+
     version: ClassVar[int] = 2
     needs_ray: ClassVar[bool] = False
     components: ClassVar[tuple[str, ...]] = (CHOSEN, LEFT_OUT)
@@ -168,6 +179,10 @@ class Curate(Stage):
                     f"{list(value)} has {coarse} clusters of {fine}: give the finest level first, fewer at each next"
                 )
         return value
+
+    def uses_ray(self, cluster: Cluster) -> bool:
+        """See :class:`Stage`."""
+        return self.workers == "ray" or (self.workers == "auto" and cluster.address != "local")
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :class:`Stage`."""
@@ -265,6 +280,7 @@ class Curate(Stage):
             self.clusters,
             context.seed,
             resampling=self.resampling,
+            workers=self._workers(context.name, vectors.shape[0]),
             work=context.work / "clusters",
             stop=stop,
         )
@@ -331,6 +347,7 @@ class Curate(Stage):
             identity=json.dumps([[sha256_of(path) for path in paths] for paths in network.files().values()]),
             device=context.elastic.device,
             step=step,
+            actors=self._ray_processors(context.name, len(photos)),
         )
         left = list(statuses)
         for number in lost:
@@ -338,6 +355,33 @@ class Curate(Stage):
                 left[rows[number]], status="corrupt", reason="it cannot be read any more"
             )
         return open_vectors(file), left
+
+    def _workers(self, stage: str, count: int) -> BlockWorkers | None:
+        """What clusters so many photos; None for threads."""
+        processors = self._ray_processors(stage, count)
+        if processors is None:
+            return None
+        from orchestrator.data.curation.block_workers import RayWorkers
+
+        return RayWorkers(processors)
+
+    def _ray_processors(self, stage: str, count: int) -> int | None:
+        """How many processors of the Ray cluster work on so many photos; None for threads of this process."""
+        ray = sys.modules.get("ray")
+        if self.workers == "threads" or ray is None or not ray.is_initialized():
+            return None
+        from orchestrator.elastic.resources import cluster_nodes
+
+        nodes = cluster_nodes()
+        if self.workers == "auto" and len(nodes) < 2 and count < _MANY:
+            return None
+        # Ray may believe in more processors than a machine has.
+        cores = sum(min(node.resources.get("CPU", 0.0), node.cores) for node in nodes)
+        free = int(min(cores, ray.available_resources().get("CPU", 0.0)))
+        if free < 1:
+            logger.warning("%s: no processor of the Ray cluster is free: threads of this process work", stage)
+            return None
+        return free
 
     def _scan(
         self, context: Context

@@ -45,6 +45,17 @@ class PhotoFile:
     max_pixels: int
     pixels: PixelFormat | None = None
 
+    def record(self) -> list[Any]:
+        """As plain JSON."""
+        pixels = self.pixels and self.pixels.model_dump(mode="json")
+        return [str(self.path), self.sha256, self.max_pixels, pixels]
+
+    @classmethod
+    def of(cls, record: Sequence[Any]) -> PhotoFile:
+        """From what :meth:`record` gave."""
+        path, sha256, max_pixels, pixels = record
+        return cls(Path(path), sha256, max_pixels, pixels and PixelFormat.model_validate(pixels))
+
 
 def embed_photos(
     photos: Sequence[PhotoFile],
@@ -57,6 +68,7 @@ def embed_photos(
     identity: str,
     device: str = "auto",
     step: Callable[[int], None] = lambda count: None,
+    actors: int | None = None,
 ) -> list[int]:
     """Write the image features of photos, of length 1, to a `.npy` file: float32, one row a photo.
 
@@ -71,6 +83,8 @@ def embed_photos(
             picture is remembered on this machine by the picture's content, whatever the data set.
         device: an `elastic.device`.
         step: is told how many photos are done; raises to stop.
+        actors: how many processes of the Ray cluster that this one is connected to hold the network at most. None: this
+            process alone.
 
     Returns:
         The photos whose files cannot be read any more. They have no row.
@@ -84,14 +98,57 @@ def embed_photos(
     embed = _Embedder(source, size, where, device, identity)
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     step(sum(len(block) for block, file in zip(blocks, files, strict=True) if file.is_file()))
+    if actors is not None:
+        _embed_on_ray(embed, {number: blocks[number] for number in missing}, files, actors, step)
+        missing = []
     for number, read in zip(
         missing, _read_ahead([blocks[at] for at in missing], size, embed.cache), strict=True
     ):
         found_nD = embed(blocks[number], *read)
-        with replacing(files[number], only_writer=True) as draft, draft.open("wb") as file:
-            np.save(file, found_nD)
+        _save(files[number], found_nD)
         step(len(found_nD))
     return _joined(files, target, where)
+
+
+def _embed_on_ray(
+    embed: _Embedder,
+    blocks: Mapping[int, Sequence[PhotoFile]],
+    files: Sequence[Path],
+    actors: int,
+    step: Callable[[int], None],
+) -> None:
+    """Make the files of blocks by actors of a Ray cluster; what is known of a block waits in a file beside it."""
+    from orchestrator.stages.curate.embed_on_ray import embed_blocks
+
+    asked: dict[int, list[PhotoFile]] = {}
+    for number, block in blocks.items():
+        known = embed.cache.find([_content(photo) for photo in block])
+        unknown = [photo for photo in block if _content(photo) not in known]
+        if unknown:
+            asked[number] = unknown
+        if known:
+            found_nD = embed.joined(block, known)
+            _save(_part(files[number]) if unknown else files[number], found_nD)
+        step(len(block) - len(unknown))
+    for number, readable, vectors_nD in embed_blocks(list(asked.items()), *embed.settings, actors):
+        photos = [photo for photo, there in zip(asked[number], readable, strict=True) if there]
+        fresh = list(zip(map(_content, photos), vectors_nD, strict=True))
+        embed.cache.note(fresh)
+        part = _part(files[number])
+        before_nD = np.load(part, allow_pickle=False) if part.is_file() else None
+        found_nD = embed.joined(blocks[number], dict(fresh), before_nD, vectors_nD.shape[1])
+        _save(files[number], found_nD)
+        part.unlink(missing_ok=True)
+        step(len(asked[number]))
+
+
+def _save(path: Path, vectors_nD: Floats) -> None:
+    with replacing(path, only_writer=True) as draft, draft.open("wb") as file:
+        np.save(file, vectors_nD)
+
+
+def _part(file: Path) -> Path:
+    return file.with_suffix(".known.npy")
 
 
 class _Embedder:
@@ -102,7 +159,8 @@ class _Embedder:
         # What a user's own module computes may change with no file of its weights.
         own = source.module is not None
         self.cache = EmbeddingCache(None if own else json.dumps(named, sort_keys=True))
-        self._open = partial(_network, source, size, where, device)
+        self.settings = source, size, where, device
+        self._open = partial(network_of, *self.settings)
         self._network: Callable[[Sequence[Pixels]], Floats] | None = None
 
     def __call__(
@@ -126,8 +184,18 @@ class _Embedder:
             fresh = list(zip([_content(photo) for photo, _ in readable], made_nD, strict=True))
             self.cache.note(fresh)
             vectors |= fresh
-        dim = made_nD.shape[1] if asked else len(next(iter(vectors.values())))
-        found_nD = np.full((len(block), dim), np.nan, np.float32)
+        return self.joined(block, vectors, dim=made_nD.shape[1] if asked else 0)
+
+    @staticmethod
+    def joined(
+        block: Sequence[PhotoFile],
+        vectors: Mapping[str, Floats],
+        before_nD: Floats | None = None,
+        dim: int = 0,
+    ) -> Floats:
+        """The rows of a block: of `before_nD`, or NaN, where there is no vector by :func:`_content`."""
+        dim = len(next(iter(vectors.values()), np.empty(dim)))
+        found_nD = np.full((len(block), dim), np.nan, np.float32) if before_nD is None else before_nD.copy()
         for at, photo in enumerate(block):
             if (vector := vectors.get(_content(photo))) is not None:
                 found_nD[at] = vector
@@ -141,7 +209,7 @@ def _content(photo: PhotoFile) -> str:
     return hashlib.sha256(f"{photo.sha256} {photo.pixels.model_dump_json()}".encode()).hexdigest()
 
 
-def _network(
+def network_of(
     source: NetworkSource, size: int, where: str, device: str
 ) -> Callable[[Sequence[Pixels]], Floats]:
     """Makes unit vectors (n, D) of squares; none of none."""
@@ -180,13 +248,13 @@ def _read_ahead(
         for number, block in enumerate([*blocks, ()]):
             known = cache.find([_content(photo) for photo in block])
             unknown = [photo for photo in block if _content(photo) not in known]
-            ahead.append((known, [pool.submit(_square, photo, size) for photo in unknown]))
+            ahead.append((known, [pool.submit(square_of, photo, size) for photo in unknown]))
             if number:
                 vectors, futures = ahead.pop(0)
                 yield vectors, [future.result() for future in futures]
 
 
-def _square(photo: PhotoFile, size: int) -> Pixels | None:
+def square_of(photo: PhotoFile, size: int) -> Pixels | None:
     try:
         return read_square(photo.path, size, photo.max_pixels, pixels=photo.pixels)
     except UnreadableImage:

@@ -88,7 +88,7 @@ def test_blocks_that_are_done_are_not_done_again(
 ) -> None:
     monkeypatch.setattr(embed, "_BLOCK", 7)
     read: list[str] = []
-    plain = embed._square
+    plain = embed.square_of
     stop = threading.Event()
 
     def square(photo: embed.PhotoFile, size: int) -> object:
@@ -97,7 +97,7 @@ def test_blocks_that_are_done_are_not_done_again(
             stop.set()
         return plain(photo, size)
 
-    monkeypatch.setattr(embed, "_square", square)
+    monkeypatch.setattr(embed, "square_of", square)
     (tmp_path / "whole").mkdir()
     whole = curation_context(tmp_path / "whole", photos=DataSource(path=photos))
     _stage(model).run(whole)
@@ -181,7 +181,7 @@ def test_of_51_photos_one_is_new_and_is_decoded_once(
         write(number, f"{number:02}.jpg")
     decoded: list[str] = []
     embedded: list[str] = []
-    decode, square = decoder._decode, embed._square
+    decode, square = decoder._decode, embed.square_of
 
     def counting_decode(data: bytes, path: Path, *rest: object) -> object:
         decoded.append(Path(path).name)
@@ -192,7 +192,7 @@ def test_of_51_photos_one_is_new_and_is_decoded_once(
         return square(photo, size)
 
     monkeypatch.setattr(decoder, "_decode", counting_decode)
-    monkeypatch.setattr(embed, "_square", counting_square)
+    monkeypatch.setattr(embed, "square_of", counting_square)
 
     stage: Curate
 

@@ -9,9 +9,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from threadpoolctl import ThreadpoolController
+
+from orchestrator.data.curation.vectors import FileVectors, SomeVectors
+
+if TYPE_CHECKING:
+    from orchestrator.data.curation.ray_vectors import RayVectors
 
 S = TypeVar("S")
 P = TypeVar("P")
@@ -90,6 +95,7 @@ class RayWorkers:
         self._num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
         # Whoever loses a machine again and again still comes to an end: each piece is small.
         self._task = ray.remote(num_cpus=cpus, max_retries=-1)(_one)
+        self._files: dict[FileVectors, RayVectors] = {}
 
     @property
     def num_workers(self) -> int:
@@ -98,7 +104,11 @@ class RayWorkers:
     def share(self, value: S) -> Any:
         import ray
 
-        return ray.put(value)
+        from orchestrator.data.curation.ray_vectors import in_object_store
+
+        # A file of vectors lies on one machine.
+        sent = in_object_store(value, self._files) if isinstance(value, (FileVectors, SomeVectors)) else value
+        return ray.put(sent)
 
     def run(self, work: Callable[[Any, Any, P], R], held: Any, shared: S, pieces: Sequence[P]) -> Iterator[R]:
         import ray

@@ -160,7 +160,8 @@ def _conclude(
         also = f"; {', '.join(publishers)} cannot run without the model registry there" if publishers else ""
         found.warnings.append(UserError(f"{trouble.what}{also}", where=trouble.where, hint=trouble.hint))
     if trouble := probes.cluster.result():
-        uses_it = to_run is None or any(loaded.spec.stages[item.name].needs_ray for item in to_run)
+        stages, cluster = loaded.spec.stages, loaded.spec.cluster
+        uses_it = to_run is None or any(stages[item.name].uses_ray(cluster) for item in to_run)
         if uses_it:
             (found.errors if runs else found.warnings).append(trouble)
     return to_run or []

@@ -164,7 +164,7 @@ class Attempt:
         if self.shorter is not None:
             artifacts.fetch(self.shorter)
         try:
-            watch = self.interrupt.watch if stage.needs_ray else nothing
+            watch = self.interrupt.watch if stage.uses_ray(self.loaded.spec.cluster) else nothing
             returned = in_thread(lambda: stage.run(context), watch)
         finally:
             lease.raise_if_lost()

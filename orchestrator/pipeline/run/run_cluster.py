@@ -73,10 +73,10 @@ class RunCluster:
         """
         if self._started:
             return False
-        stages = self._loaded.spec.stages
-        if stages[stage].needs_ray or self._loaded.spec.cluster.address != "local":
-            return stages[stage].needs_ray
-        return any(stages[name].needs_ray for name in to_come)
+        stages, cluster = self._loaded.spec.stages, self._loaded.spec.cluster
+        if stages[stage].uses_ray(cluster) or cluster.address != "local":
+            return stages[stage].uses_ray(cluster)
+        return any(stages[name].uses_ray(cluster) for name in to_come)
 
     def start(self, to_run: Sequence[str]) -> None:
         """Start or join it. If the user stops that, the run's interrupt is set and there is none.
