@@ -211,8 +211,14 @@ class Elastic(Settings):
     )
     loaders: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = operational(
         "auto",
-        description="The number of threads of each worker that load photos. auto begins with one and adds one where "
-        "steps wait for photos, up to the worker's share of its machine's processors.",
+        description="The number of threads or processes of each worker that load photos. auto begins with one and adds "
+        "one where steps wait for photos, up to the worker's share of its machine's processors.",
+    )
+    loader_type: Literal["auto", "threads", "processes"] = operational(
+        "auto",
+        description="Whether photos are loaded in threads of a worker or in processes of their own. auto uses threads. "
+        "Where steps wait although as many load as may, it tries as many processes for some steps, and keeps them if "
+        "they load at least a tenth more.",
     )
     steps_ahead: int = operational(
         2,

@@ -40,15 +40,13 @@ def resample(region_HWC: NDArray[Any], size: int) -> NDArray[Any]:
         size: pixels of the square's side.
 
     Returns:
-        (size, size, C), of the region's type; may be `region_HWC` itself where it has this size.
+        (size, size, C), of the region's type.
     """
-    channels = region_HWC.shape[2]
+    height, width, channels = region_HWC.shape
     if channels > _AT_ONCE:
         groups = [region_HWC[:, :, start : start + _AT_ONCE] for start in range(0, channels, _AT_ONCE)]
         return np.concatenate([resample(np.ascontiguousarray(group), size) for group in groups], axis=2)
-    kind = region_HWC.dtype
-    height, width, channels = region_HWC.shape
-    times = num_halvings(height, width, size)
+    kind, times = region_HWC.dtype, num_halvings(height, width, size)
     shrinks_by = math.sqrt(height * width) / size / 2**times
     for _ in range(times):
         region_HWC = _halved(region_HWC)

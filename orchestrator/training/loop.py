@@ -14,7 +14,7 @@ import socket
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +33,12 @@ from orchestrator.training.checkpoint.format import CheckpointError, verified
 from orchestrator.training.checkpoint.interval import PRIOR_MTBF_S
 from orchestrator.training.collectives import AllWorkers
 from orchestrator.training.device import CPU, device, use_deterministic_kernels
+from orchestrator.training.device_copies import DeviceCopies, SentBlock
 from orchestrator.training.engine import build_engine
 from orchestrator.training.export import export_ema
 from orchestrator.training.job import Job
 from orchestrator.training.loader import BlockLoader
+from orchestrator.training.loader_process import ProcessBlocks
 from orchestrator.training.out_of_memory import out_of_memory_explained
 from orchestrator.training.skipped_updates import STEPS_PER_SKIP, named
 from orchestrator.training.task import BlockTensors, Losses, Probing
@@ -198,7 +200,7 @@ class _Trainer:
             source = self.job.probe()
             self.probed = self._load(0, source)
             self._tell_troubles(source)
-        blocks = [_to_device(block, self.device) for block in self.probed]
+        blocks = self._moved(self.probed)
         return {**self.task.probe(done, blocks, self.workers), "seconds": time.monotonic() - began}
 
     def _validated(self) -> dict[str, float]:
@@ -212,7 +214,7 @@ class _Trainer:
         loaded = self._load(0, self.held_out)
         self._tell_troubles(self.held_out)
         own = [block for block in loaded if block.weight > 0]
-        blocks = [_to_device(block, self.device) for block in loaded]
+        blocks = self._moved(loaded)
         sums: dict[str, Tensor] = {}
         with torch.no_grad(), self.engine.evaluating():
             targets = self.task.targets(blocks, self.workers)
@@ -324,29 +326,42 @@ class _Trainer:
         )
 
     def _feed(self) -> Iterator[tuple[int, list[BlockTensors]]]:
-        """Each step's own blocks on the device, the next steps' loaded behind the current one's back."""
+        """Each step's own blocks on the device, the next steps' loaded and copied behind the current one's back."""
         self.seen: dict[int, tuple[int, int, _Ids, list[int]]] = {}
-        first, most = self._loaders()
-        loader = BlockLoader(
-            self.blocks, self._asked(self.num_blocks), first, most, self.job.elastic.steps_ahead
-        )
-        with closing(loader.steps(self.start, self.job.num_steps)) as steps:
+        copies = DeviceCopies(self.device)
+        with self._loader(copies) as loader, closing(loader.steps(self.start, self.job.num_steps)) as steps:
             for step in range(self.start, self.job.num_steps):
                 with out_of_memory_explained(self.job, f"while blocks of step {step + 1} were loaded"):
-                    _, loaded = next(steps)
+                    _, sent = next(steps)
                 self.waited_s = loader.waited_s
-                loaded = self._padded(loaded, self.num_blocks)
+                loaded = self._padded([one.block for one in sent], self.num_blocks)
                 self._tell_troubles(self.blocks)
+                self._tell_troubles(loader.source)
                 own = [block for block in loaded if block.weight > 0]
                 ids = {block.index: block.ids for block in own}
                 num_replaced = sum(block.num_replaced for block in own)
                 self.seen[step] = sum(map(_order, own)), num_replaced, ids, _unreadable(own)
-                with out_of_memory_explained(self.job, f"while blocks of step {step + 1} were moved"):
-                    moved = [_to_device(block, self.device) for block in loaded]
-                yield step, moved
+                there = {tensors.index: tensors for tensors in copies.arrived(sent)}
+                yield step, [replace(there[block.index], weight=block.weight) for block in loaded]
+
+    @contextmanager
+    def _loader(self, copies: DeviceCopies) -> Iterator[BlockLoader[SentBlock]]:
+        """What loads this worker's blocks, in threads or processes as the job says."""
+        first, most = self._loaders()
+        wanted = self.job.elastic.loader_type
+        assert self.job.blocks is not None
+        processes = ProcessBlocks(self.job.blocks, self.num_blocks)
+        # Others speak with a process of Ray's, which is one.
+        may = getattr(self.blocks, "parallel", False)
+        source: BlockSource = processes if may and wanted == "processes" else self.blocks
+        own = self._asked(self.num_blocks)
+        ahead = self.job.elastic.steps_ahead
+        tried = processes if may and wanted == "auto" else None
+        with closing(processes):
+            yield BlockLoader(source, own, first, most, ahead, copies.send, processes=tried)
 
     def _loaders(self) -> tuple[int, int]:
-        """How many threads load at first, and at most: this worker's share of its machine's processors."""
+        """How many loaders there are at first, and at most: this worker's share of its machine's processors."""
         here = zlib.crc32(socket.gethostname().encode())
         hosts = torch.zeros(self.world, dtype=torch.int64, device=self.device)
         hosts[self.rank] = here
@@ -365,6 +380,10 @@ class _Trainer:
         """This worker's blocks of a source, all at once."""
         loaded = [source.load(step, index) for index in self._asked(source.num_blocks)]
         return self._padded(loaded, source.num_blocks)
+
+    def _moved(self, blocks: list[Block]) -> list[BlockTensors]:
+        copies = DeviceCopies(self.device)
+        return copies.arrived([copies.send(block) for block in blocks])
 
     def _asked(self, num_blocks: int) -> list[int]:
         """This worker's blocks; the first where it has none."""
@@ -421,13 +440,6 @@ def _precision(wanted: str, device: str) -> str:
     if wanted != "auto":
         return wanted
     return "bf16" if device != "cpu" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def _to_device(block: Block, device: str) -> BlockTensors:
-    tensors = {
-        name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in block.arrays.items()
-    }
-    return BlockTensors(block.step, block.index, block.weight, tensors, len(block.ids))
 
 
 def _accumulate(sums: dict[str, Tensor], losses: Losses, weight: float) -> dict[str, Tensor]:
