@@ -122,8 +122,8 @@ class AlignText(MixStage):
         "one student.",
     )
     steps: int = STEPS
-    batch_size: int = batch_size_field("image-text pairs", least=2)
-    block_size: int = block_size_field("image-text pairs")
+    batch_size: int = batch_size_field("The number of image-text pairs", least=2)
+    block_size: int = block_size_field("The number of image-text pairs")
     image_size: Side | None = image_size_field("tower")
     optimizer: AlignOptimizer = Field(
         AlignOptimizer(), description="The settings of AdamW, with its learning rate schedule."

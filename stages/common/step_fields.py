@@ -12,17 +12,17 @@ STEPS: int = Field(ge=1, description="The number of optimizer steps.")
 OPTIMIZER: Optimizer = Field(description="The settings of AdamW, with its learning rate schedule.")
 
 
-def batch_size_field(what: str = "images", least: int = 1) -> Any:
-    """The number of `what` per step, at least `least`."""
-    return Field(ge=least, description=f"The number of {what} per step, over all workers.")
+def batch_size_field(number: str = "The number of images", least: int = 1) -> Any:
+    """A `number` per step, at least `least`."""
+    return Field(ge=least, description=f"{number} per step, over all workers.")
 
 
-def block_size_field(what: str = "images", least: int = 1) -> Any:
-    """The number of `what` per block, at least `least`, by default 16."""
+def block_size_field(number: str = "The number of images", least: int = 1) -> Any:
+    """A `number` per block, at least `least`, by default 16."""
     return Field(
         16,
         ge=least,
-        description=f"The number of {what} per block, the smallest unit that is assigned to one worker. It must divide "
+        description=f"{number} per block, the smallest unit that is assigned to one worker. It must divide "
         "`batch_size`.",
     )
 
