@@ -2,90 +2,25 @@
 
 from __future__ import annotations
 
-import http.server
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
-import threading
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.config.schema import Cluster
-from orchestrator.elastic import cluster, file_visibility
 from orchestrator.errors import UserError
-from orchestrator.pipeline.check import probes
-from orchestrator.pipeline.check.pipeline_check import Checked, check, check_cluster
-from orchestrator.pipeline.cost import memory_and_disk
-from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice
-from orchestrator.pipeline.store.workspace import Workspace
-from orchestrator.stages.ssl.pretrain import Pretrain
-from orchestrator.storage.open import open_store
-from orchestrator.tracking import reachable
+from orchestrator.pipeline.check.pipeline_check import check
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.plan.stage_plan import Choice
 
-PHOTOS = 12
-TRAINING = {
-    "steps": 20, "batch_size": 4, "block_size": 2,
-    "crops": {"global_size": 32, "local_size": 16, "num_local": 2},
-    "optimizer": {"lr": {"peak": 0.001}},
-}  # fmt: skip
-PIPELINE = {
-    "name": "known",
-    "elastic": {"workers": 1},
-    "data": {"photos": {"path": "photos", "captions": "captions.csv"}},
-    "stages": {
-        "curate": {"kind": "curate", "data": "photos", "clusters": 2},
-        "pretrain": {"kind": "pretrain", "needs": "curate", "model": "vit_femto", "snapshot_every": 8, **TRAINING},
-        "gram": {"kind": "gram_anchor", "needs": ["curate", "pretrain"], "gram": {"teacher": 16}, **TRAINING},
-        "distill": {
-            "kind": "distill", "needs": ["curate", "gram"], **TRAINING,
-            "students": {"small": {"model": "vit_femto"}, "tiny": {"model": "vit_femto"}},
-        },
-        "align": {"kind": "align_text", "needs": ["curate", "distill"], "student": "small", "steps": 2,
-                  "batch_size": 4, "block_size": 2},
-        "evaluate": {"kind": "evaluate", "needs": ["curate", "gram", "distill", "align"]},
-        "publish": {"kind": "publish", "needs": ["distill", "evaluate"], "names": ["small"]},
-    },
-}  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder with photos, all with a caption, and a pipeline, on a machine with room for it."""
-    monkeypatch.chdir(tmp_path)
-    machine(monkeypatch)
-    (tmp_path / "photos").mkdir()
-    for number in range(PHOTOS):
-        (tmp_path / "photos" / f"{number:02}.jpg").write_bytes(b"%d" % number)
-    rows = [f"{number:02}.jpg,dish {number}" for number in range(PHOTOS)]
-    (tmp_path / "captions.csv").write_text("\n".join(["file,caption", *rows]))
-    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(PIPELINE, sort_keys=False))
-    return tmp_path
-
-
-def checked(*overrides: str, runs: bool = True, choice: Choice = EVERYTHING) -> Checked:
-    return check(load("pipeline.yaml", overrides, needs_data=False, gather=True), runs=runs, choice=choice)
-
-
-def told(errors: list[UserError]) -> str:
-    return "\n".join(str(error) for error in errors)
-
-
-def line_of(text: str) -> int:
-    """The line of the pipeline file that has a text."""
-    lines = Path("pipeline.yaml").read_text().splitlines()
-    return next(number for number, line in enumerate(lines, 1) if text in line)
+from .checking import PHOTOS, PIPELINE, checked, line_of, told
 
 
 @pytest.mark.parametrize("runs", [True, False])
@@ -312,292 +247,6 @@ def test_a_folder_of_shards_is_known_for_one(folder: Path, data: str, hint: str 
     assert (hint or "images are in files that end in .tar") in said
 
 
-# --- disk and memory --------------------------------------------------------------------------------------------
-
-
-def machine(monkeypatch: pytest.MonkeyPatch, *, disk: float = 1e12, memory: float = 1e12) -> None:
-    monkeypatch.setattr(memory_and_disk, "_free_disk", lambda folder: int(disk))
-    monkeypatch.setattr(memory_and_disk, "_free_memory", lambda: int(memory))
-    monkeypatch.setattr(memory_and_disk, "_SHARED", Path("/"))
-
-
-def test_a_store_that_is_too_small_for_artifacts_is_an_error_and_a_tight_one_a_warning(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = load("pipeline.yaml")
-    needs = memory_and_disk.needs(loaded, list(loaded.spec.stages))
-    kept = sum(need.artifact for need in needs)
-    whole = kept + max(need.work for need in needs)
-    machine(monkeypatch, disk=0.99 * kept)
-    said = told(checked().errors)
-    assert "the stages to run leave about" in said
-    assert "the store runs has" in said
-    assert 1.01 * kept < 0.95 * whole
-    for free in (1.01 * kept, 0.95 * whole, 1.1 * whole):
-        machine(monkeypatch, disk=free)
-        found = checked()
-        assert found.errors == [], "the figures are on the safe side"
-        assert "the stages to run take about" in told(found.warnings)
-        assert "of the disk" in told(found.warnings)
-    machine(monkeypatch, disk=1.3 * whole)
-    assert checked().warnings == []
-
-
-def test_what_an_earlier_attempt_left_is_not_counted_twice(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = load("pipeline.yaml")
-    needs = memory_and_disk.needs(loaded, list(loaded.spec.stages))
-    whole = sum(need.artifact for need in needs) + max(need.work for need in needs)
-    machine(monkeypatch, disk=0.9 * whole)
-    assert "of the disk" in told(checked().warnings)
-    stage = next(stage for stage in checked().stages if stage.name == "distill")
-    workspace = Workspace("runs")
-    piece = workspace.work("student", "ab" * 32)
-    piece.mkdir(parents=True)
-    workspace.note_piece("distill", stage.key, "small", "student", "ab" * 32)
-    with (piece / "shard").open("wb") as file:
-        file.truncate(int(0.5 * whole))
-    assert checked().warnings == []
-
-
-@pytest.mark.parametrize(
-    ("choice", "stages"),
-    [
-        (EVERYTHING, []),
-        (Choice(force=("curate",)), ["pretrain", "gram", "distill", "align"]),
-        (Choice(force=("gram",)), ["gram", "distill", "align"]),
-        (Choice(on_code=True), ["pretrain", "gram", "distill", "align"]),
-    ],
-    ids=["all there", "force", "force in the middle", "other code"],
-)
-def test_what_is_made_anew_takes_room_and_needs_the_cluster(
-    folder: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch, choice: Choice, stages: list[str]
-) -> None:
-    made = SimpleNamespace(digest="d", provenance={"versions": {"torch": "another"}})
-    monkeypatch.setattr(Workspace, "find", lambda *_: SimpleNamespace(manifest=made))
-    measured: list[str] = []
-
-    def needs(loaded: LoadedPipeline, names: Sequence[str]) -> list[memory_and_disk.Need]:
-        measured.extend(names)
-        return []
-
-    monkeypatch.setattr(memory_and_disk, "needs", needs)
-    said = told(checked(f"cluster.address=127.0.0.1:{closed_port}", choice=choice).errors)
-    assert [name for name in measured if name not in ("curate", "evaluate", "publish")] == stages
-    assert ("no Ray cluster answers" in said) == bool(stages)
-
-
-def test_what_is_predicted_is_what_a_run_leaves() -> None:
-    """The artifacts of the laptop's pipeline had 49.3 and 74.6 MB (three students, with their stage) in a store."""
-    conf = Path(__file__).parents[2] / "conf" / "full_pipeline.yaml"
-    loaded = load(conf, needs_data=False)
-    pretrain, distill = memory_and_disk.needs(loaded, ["pretrain", "distill"])
-    assert pretrain.artifact == pytest.approx(49.3e6, rel=0.15)
-    assert distill.artifact == pytest.approx(74.6e6, rel=0.15)
-    assert pretrain.work > 3 * 25.4e6, "two checkpoints are kept, and one is written"
-
-
-def test_a_kind_says_what_it_takes_beside_its_checkpoints(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = load("pipeline.yaml")
-    (plain,) = memory_and_disk.needs(loaded, ["pretrain"])
-    monkeypatch.setattr(Pretrain, "kept_bytes", lambda stage, origin: 7.0)
-    monkeypatch.setattr(Pretrain, "held_bytes", lambda stage: 5.0)
-    (found,) = memory_and_disk.needs(loaded, ["pretrain"])
-    assert (found.artifact - plain.artifact, found.shared) == (7.0, 5.0)
-    taught, kept = (
-        memory_and_disk.needs(load("pipeline.yaml", [f"stages.distill.replay={one}"]), ["distill"])[0]
-        for one in ("false", "true")
-    )
-    # 20 steps of 4 photos with two crops: a number of 4 bytes for each of the DINO head's 64, and more for iBOT's.
-    assert kept.artifact - taught.artifact > 20 * 4 * 2 * 64 * 4
-
-
-def test_more_memory_than_there_is_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, memory=2**28)
-    found = checked("elastic.device=cpu")
-    assert found.errors == []
-    assert "stage 'distill' takes about" in told(found.warnings)
-    assert "this machine has 0.2 GiB" in told(found.warnings)
-
-
-def test_a_joined_cluster_is_compared_with_what_ray_counts(folder: Path) -> None:
-    loaded = load("pipeline.yaml")
-    needs = memory_and_disk.needs(loaded, ["distill"])
-    little = list(memory_and_disk.of_cluster(loaded, needs, {"memory": 2**28, "object_store_memory": 1.0}))
-    assert ["of memory" in str(little[0]), "object store of the cluster" in str(little[1])] == [True, True]
-    assert (
-        list(memory_and_disk.of_cluster(loaded, needs, {"memory": 2**40, "object_store_memory": 2**40})) == []
-    )
-    with_gpus = {"memory": 2**28, "object_store_memory": 2**40, "GPU": 8.0}
-    assert list(memory_and_disk.of_cluster(loaded, needs, with_gpus)) == [], (
-        "networks are in the GPUs' memory"
-    )
-
-
-# --- who has to answer ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def closed_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-@pytest.mark.parametrize("runs", [True, False])
-def test_a_tracking_server_that_is_away_stops_nothing_and_is_told_at_once(
-    folder: Path, closed_port: int, runs: bool
-) -> None:
-    found = checked(f"tracking.uri=http://127.0.0.1:{closed_port}", runs=runs)
-    assert found.errors == []
-    assert "does not answer" in told(found.warnings)
-    assert "tracking.uri" in told(found.warnings)
-    assert "publish cannot run without the model registry" in told(found.warnings)
-
-
-def test_a_tracking_server_that_hangs_is_not_waited_for(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probes, "_ANSWER_S", 0.2)
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        one.listen()
-        found = checked(f"tracking.uri=http://127.0.0.1:{one.getsockname()[1]}")
-    assert "answer" in told(found.warnings)
-
-
-class _Refuses(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_error(404)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    with http.server.HTTPServer(("127.0.0.1", 0), _Refuses) as one:
-        threading.Thread(target=one.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{one.server_address[1]}"
-        one.shutdown()
-
-
-def test_any_answer_of_a_tracking_server_will_do(folder: Path, server: str) -> None:
-    assert checked(f"tracking.uri={server}").warnings == []
-
-
-def test_a_database_that_is_none(folder: Path) -> None:
-    (folder / "m.db").write_text("no database at all")
-    assert "is not an SQLite database" in told(checked("tracking.uri=sqlite:///m.db").warnings)
-    (folder / "d.db").mkdir()
-    assert "is a folder" in told(checked("tracking.uri=sqlite:///d.db").warnings)
-
-
-def test_a_database_without_its_driver() -> None:
-    trouble = reachable.trouble("postgresql+nodriver://host/mlflow", 1.0)
-    assert "driver nodriver is not installed" in str(trouble)
-
-
-def test_a_cluster_that_is_away(folder: Path, closed_port: int) -> None:
-    override = f"cluster.address=127.0.0.1:{closed_port}"
-    assert "no Ray cluster answers" in told(checked(override).errors)
-    plan = checked(override, runs=False)
-    assert plan.errors == []
-    assert "no Ray cluster answers" in told(plan.warnings)
-
-
-def test_a_remote_store_that_is_away(folder: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
-    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(folder / "cache"))
-    said = told(checked("store=s3://bucket/prefix", "stages.publish.names=[smal]").errors)
-    assert "does not answer" in said
-    assert "'smal'" in said
-
-
-def test_a_remote_store_is_written_to_and_left_as_it_was(folder: Path, s3_uri: str) -> None:
-    found = checked(f"store={s3_uri}")
-    assert (told(found.errors), told(found.warnings)) == ("", "")
-    assert list(open_store(s3_uri).list()) == []
-
-
-# --- a cluster that was joined ----------------------------------------------------------------------------------
-
-
-def looked_at(
-    monkeypatch: pytest.MonkeyPatch, machines: dict[str, str], sees: dict[str, list[str]]
-) -> tuple[Checked, dict[str, int]]:
-    """What is found at a cluster with such machines, and the files that they were asked for."""
-    import ray
-
-    asked: dict[str, int] = {}
-
-    def unseen(files: dict[str, int], nodes: dict[str, str]) -> dict[str, list[str]]:
-        asked.update(files)
-        return {host: [name for name in files if name not in sees[host]] for host in nodes.values()}
-
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 2**40, "object_store_memory": 2**40})
-    monkeypatch.setattr(file_visibility, "other_machines", lambda: machines)
-    monkeypatch.setattr(file_visibility, "unseen", unseen)
-    loaded = load("pipeline.yaml")
-    Path("runs/pipelines/known").mkdir(parents=True)
-    Path("runs/pipelines/known/pipeline.yaml").write_text("a record")
-    return check_cluster(loaded, ["pretrain", "gram"], Workspace("runs")), asked
-
-
-def test_machines_that_see_no_photos_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, asked = looked_at(monkeypatch, {"n": "10.0.0.7"}, {"10.0.0.7": []})
-    assert [Path(name).name for name in asked] == ["00.jpg", "06.jpg", "11.jpg", "pipeline.yaml"]
-    said = told(found.errors)
-    assert "1 of the cluster's 1 other machines cannot read" in said
-    assert all(part in said for part in ("00.jpg: 10.0.0.7", "data.photos.path", "  store"))
-    assert found.warnings == []
-
-
-def test_two_nodes_on_one_machine_are_one_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = looked_at(monkeypatch, {"m": "10.0.0.7", "n": "10.0.0.7"}, {"10.0.0.7": []})
-    assert found.warnings == [], "no machine is left that could work"
-    assert told(found.errors).count("1 of the cluster's 1 other machines cannot read") == 2
-    assert len(found.errors) == 2
-
-
-def test_some_machines_that_see_no_photos_are_a_warning(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    everything = [
-        str(path) for path in (*folder.rglob("*.jpg"), folder / "runs/pipelines/known/pipeline.yaml")
-    ]
-    sees = {"10.0.0.7": [], "10.0.0.8": everything}
-    found, _ = looked_at(monkeypatch, {"m": "10.0.0.7", "n": "10.0.0.8"}, sees)
-    assert found.errors == []
-    assert told(found.warnings).count("1 of the cluster's 2 other machines cannot read") == 2
-
-
-def test_a_file_of_another_size_is_not_the_same(folder: Path) -> None:
-    files = file_visibility.samples(folder / "photos", ["00.jpg", "01.jpg"])
-    assert file_visibility.lacking(files) == []
-    (folder / "photos" / "01.jpg").write_bytes(b"another")
-    (folder / "photos" / "00.jpg").unlink()
-    assert [Path(name).name for name in file_visibility.lacking(files)] == ["00.jpg", "01.jpg"]
-
-
-@pytest.mark.cluster
-def test_a_node_is_asked_by_ray(folder: Path) -> None:
-    import ray
-
-    with cluster.start(Cluster()):
-        assert file_visibility.other_machines() == {}, "an own cluster is this machine"
-        node = {ray.get_runtime_context().get_node_id(): "here", "ab" * 28: "gone"}
-        there = str(folder / "photos" / "00.jpg")
-        assert file_visibility.unseen({there: 1, str(folder / "none.jpg"): 1}, node) == {
-            "here": [str(folder / "none.jpg")]
-        }
-
-
 # --- the command line -------------------------------------------------------------------------------------------
 
 
@@ -608,7 +257,7 @@ def test_a_command_refuses_with_all_of_it_and_starts_nothing(folder: Path, comma
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator", command, "pipeline.yaml", *overrides],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
         timeout=120,
