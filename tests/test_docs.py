@@ -5,19 +5,24 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import pytest
-import typer
-import typer.cli
 import yaml
-from PIL import Image
+from pages import (
+    ALL_KEYS,
+    KEYS,
+    LIVING,
+    PAGES,
+    ROOT,
+    SAMPLE,
+    commands,
+    each_page,
+)
 from pydantic import BaseModel, ValidationError, create_model
 from typer.testing import CliRunner
 
@@ -28,18 +33,11 @@ from orchestrator.config.schema import Pipeline, StageSpec
 from orchestrator.errors import UserError
 from orchestrator.pipeline.load import load
 from orchestrator.reference.model_table import model_rows
-from orchestrator.reference.page import keys, reference, sections
+from orchestrator.reference.page import reference, sections
 from orchestrator.stages import AnyStage
 from orchestrator.stages.align_text.config import AlignText
 from orchestrator.stages.base import TrainStage
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-# What is superseded speaks of files that are gone, on purpose.
-LIVING = [page for page in PAGES if page.name != "0003-elastic-job.md"]
-# What the command line itself prints.
-_GENERATED = ROOT / "docs" / "commands.md"
-_SAMPLE = "conf/full_pipeline.yaml"
 # Other things have keys, too: spot traces and costs.
 _OTHER_KEYS = {"traces.md"}
 # Files that a run, a cloud or another project makes.
@@ -51,12 +49,6 @@ _MADE = {
     "head.safetensors", "_gtFine_labelTrainIds.png", "account.json",
 }  # fmt: skip
 _STAGES = get_args(get_args(AnyStage)[0])
-_KEYS = keys()
-_ALL_KEYS = set().union(*_KEYS.values())
-
-
-def each_page(pages: list[Path] = PAGES) -> Any:
-    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def prose(page: Path) -> str:
@@ -154,15 +146,15 @@ def test_every_yaml_block_is_loaded(text: str, tmp_path: Path) -> None:
 
 def completed(key: str, value: Any) -> Iterator[dict[str, Any]]:
     """Pipelines that have this part of a file in them; the rest is the sample file's, as far as it is needed."""
-    whole = yaml.safe_load((ROOT / _SAMPLE).read_text())
+    whole = yaml.safe_load((ROOT / SAMPLE).read_text())
     stages = whole["stages"]
     if isinstance(value, dict) and "kind" in value:
         yield whole | {"stages": upstream(stages | {key: value}, key)}
-    elif key in _KEYS["pipeline"]:
+    elif key in KEYS["pipeline"]:
         yield whole | {key: value}
     else:
         for name, stage in stages.items():
-            if key in _KEYS[stage["kind"]]:
+            if key in KEYS[stage["kind"]]:
                 yield whole | {"stages": upstream(stages | {name: stage | {key: value}}, name)}
 
 
@@ -194,7 +186,7 @@ def test_settings_that_are_quoted_with_a_value_are_taken(page: Path) -> None:
     """`window: 4`, `elastic: {exact: true}`: in the schema, with that value."""
     for text in quoted(page):
         said = re.fullmatch(r"([a-z_]+): (\S.*)", text)
-        if not said or said[1] not in _ALL_KEYS:
+        if not said or said[1] not in ALL_KEYS:
             continue
         value = yaml.safe_load(said[2].replace("…", "x"))
         if page.name == "reference.md" and said[1] == "kind":
@@ -220,7 +212,7 @@ def test_tables_of_settings_have_keys_of_the_schema(page: Path) -> None:
             for text in re.findall(r"`([^`]+)`", row.split("|")[1]):
                 key = text.partition(":")[0].split(".")[-1]
                 # `extends` is the loader's, before there is a pipeline.
-                assert key in _ALL_KEYS | {"extends"}, f"{page.name}: {text}"
+                assert key in ALL_KEYS | {"extends"}, f"{page.name}: {text}"
 
 
 @each_page(LIVING)
@@ -228,7 +220,7 @@ def test_keys_with_their_section_exist(page: Path) -> None:
     """`elastic.workers`, `stages.NAME.steps`, `gram.teacher`."""
     for text in quoted(page):
         head = text.partition(".")[0]
-        if not re.fullmatch(r"[a-z_]+(\.[A-Za-z_]+)+", text) or head not in _ALL_KEYS | {"stages"}:
+        if not re.fullmatch(r"[a-z_]+(\.[A-Za-z_]+)+", text) or head not in ALL_KEYS | {"stages"}:
             continue
         # Modules, files, and the attributes of what a stage is given.
         if (
@@ -239,7 +231,7 @@ def test_keys_with_their_section_exist(page: Path) -> None:
             or (ROOT / text).exists()
         ):
             continue
-        assert text.split(".")[-1] in _ALL_KEYS, f"{page.name}: `{text}`"
+        assert text.split(".")[-1] in ALL_KEYS, f"{page.name}: `{text}`"
 
 
 @each_page(LIVING)
@@ -259,151 +251,6 @@ def words() -> frozenset[str]:
         if name.endswith(kinds) and (ROOT / name).is_file():
             found |= set(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", (ROOT / name).read_text(errors="ignore")))
     return frozenset(found)
-
-
-# --- commands ---------------------------------------------------------------------------------------------------
-
-
-def commands(page: Path, start: str) -> list[list[str]]:
-    """The command lines of a page that begin so, in its blocks and in its prose, a part of one too."""
-    return typed(page, start) + [
-        split(line) for line in sorted({*re.findall(rf"`({start}[^`\n]*)`", joined(page))})
-    ]
-
-
-def typed(page: Path, start: str) -> list[list[str]]:
-    """The command lines of a page's blocks that begin so: indented, after a prompt, or in a block for a shell."""
-    text = joined(page)
-    shell = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```$", text, flags=re.S | re.M)
-    lines = re.findall(rf"^(?: {{4,}}|\S*\$ +)(?:.*-- +)?(?:\S*/)?({start}.*)$", text, flags=re.M)
-    for block in shell:
-        lines += re.findall(rf"^(?:\S*/)?({start}.*)$", block, flags=re.M)
-    return [split(line) for line in dict.fromkeys(lines)]
-
-
-def joined(page: Path) -> str:
-    """A page with continued lines as one."""
-    return page.read_text().replace("\\\n", " ")
-
-
-def split(line: str) -> list[str]:
-    """The words of a command line, without comment, redirection and what stands for more."""
-    line = line.partition(" #")[0].partition(" > ")[0].partition("`")[0]
-    return [word for word in shlex.split(line.replace("'", "")) if word not in ("…", "\\")]
-
-
-@cache
-def command_line() -> Any:
-    """All commands; putting them together takes longer than looking one up."""
-    return typer.main.get_command(app)
-
-
-def command_of(words_: list[str], page: Path) -> tuple[Any, list[str]]:
-    """The command that a line names, and its arguments."""
-    command = command_line()
-    rest = words_[1:]
-    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
-        named = command.commands.get(rest[0])
-        assert named is not None, f"{page.name}: orchestrator has no {rest[0]}: {' '.join(words_)}"
-        command, rest = named, rest[1:]
-    return command, rest
-
-
-HAND_WRITTEN = [page for page in LIVING if page != _GENERATED]
-
-
-def test_the_page_of_commands_is_up_to_date() -> None:
-    """What Typer itself writes; wide, since it folds lines at the width of the terminal."""
-    arguments = ["orchestrator.cli", "utils", "docs", "--name", "orchestrator", "--title", "Commands"]
-    said = CliRunner().invoke(typer.cli.app, arguments, env={"COLUMNS": "1000"})
-    assert said.exit_code == 0, said.output
-    assert _GENERATED.read_text().strip() == said.output.strip(), "run: make reference"
-
-
-@each_page(HAND_WRITTEN)
-def test_commands_exist_with_their_options(page: Path) -> None:
-    for words_ in commands(page, "orchestrator "):
-        command, rest = command_of(words_, page)
-        options = {
-            name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
-        }
-        for word in rest:
-            option = word.strip("[]").partition("=")[0]
-            if option.startswith("-"):
-                assert option in {*options, "--help"}, f"{page.name}: {' '.join(words_)}"
-        check_overrides(page, rest)
-
-
-@each_page(HAND_WRITTEN)
-def test_command_lines_of_blocks_are_taken_as_they_stand(page: Path) -> None:
-    """Parsed by the command line itself: arguments that are there, options with values of their type."""
-    for words_ in typed(page, "orchestrator "):
-        command, rest = command_of(words_, page)
-        if "--help" not in rest and "--version" not in rest:
-            command.make_context(command.name, [word.strip("[]") for word in rest])
-
-
-# --- commands that are run ----------------------------------------------------------------------------------------
-
-# They take a second, and change nothing but the folder that they run in.
-_CHEAP = ("explain", "models", "plan", "schema", "status")
-
-
-def cheap() -> Iterator[Any]:
-    """Each line of the pages that is run: its words, and what the page shows below it."""
-    seen: dict[tuple[str, ...], list[str]] = {}
-    for page in HAND_WRITTEN:
-        for words_ in typed(page, "orchestrator "):
-            # How devices are best split is measured, which takes minutes.
-            if len(words_) > 1 and words_[1] in _CHEAP and "--devices" not in words_:
-                seen.setdefault(tuple(words_), []).extend(shown(page, words_))
-    for line, below in seen.items():
-        yield pytest.param(list(line), below, id=" ".join(line[1:]))
-
-
-def shown(page: Path, words_: list[str]) -> list[str]:
-    """What a console block shows as the output of a command."""
-    found: list[str] = []
-    for block in re.findall(r"^```console\n(.*?)^```$", joined(page), flags=re.S | re.M):
-        for part in re.split(r"^\$ ", block, flags=re.M)[1:]:
-            line, _, output = part.partition("\n")
-            if split(line) == words_:
-                found += [each.rstrip() for each in output.split("\n") if each.strip()]
-    return found
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages speak of: conf/, the tutorial's pipeline.yaml, photos with captions."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "conf").symlink_to(ROOT / "conf")
-    (folder / "docs").mkdir()
-    tutorial = (ROOT / "docs" / "tutorial.md").read_text()
-    [whole] = re.findall(r"^```yaml\n(name: .*?)^```$", tutorial, flags=re.S | re.M)
-    (folder / "pipeline.yaml").write_text(whole)
-    photos = folder / "data" / "food"
-    photos.mkdir(parents=True)
-    rows = ["file,caption,label"]
-    for number in range(40):
-        pixels = np.random.default_rng(number).integers(0, 256, (80, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(photos / f"{number}.jpg")
-        rows.append(f"{number}.jpg,noise {number},{number % 4}")
-    (photos / "captions.csv").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-@pytest.mark.parametrize(("words_", "below"), list(cheap()))
-def test_cheap_commands_run_and_print_what_the_pages_show(
-    words_: list[str], below: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`FILE` stands for the sample file; a … in the output that a page shows stands for anything."""
-    monkeypatch.chdir(workplace)
-    said = CliRunner().invoke(app, [_SAMPLE if word == "FILE" else word for word in words_[1:]])
-    assert said.exit_code == 0, f"{said.output}\n{said.exception}"
-    printed = [line.rstrip() for line in said.output.split("\n")]
-    for line in below:
-        pattern = ".*".join(map(re.escape, line.split("…")))
-        assert any(re.fullmatch(pattern, each) for each in printed), f"{line!r} is not in\n{said.output}"
 
 
 # --- messages -----------------------------------------------------------------------------------------------------
@@ -438,18 +285,6 @@ def test_messages_that_are_explained_are_still_in_the_code() -> None:
     for heading in headings:
         pattern = f"[^{_BETWEEN}]+?".join(map(re.escape, heading.strip("…").split("…")))
         assert re.search(pattern, said), f"no code says: {heading}"
-
-
-def check_overrides(page: Path, rest: list[str]) -> None:
-    """That what is overridden can be: by loading the file where there is one, else by name."""
-    overrides = [word for word in rest if re.fullmatch(r"[a-z_.\-]+=\S+", word) and not word.startswith("-")]
-    file = next((word for word in rest if word.endswith(".yaml")), None)
-    if file is not None and (ROOT / file).is_file():
-        load(ROOT / file, [one for one in overrides if "://" not in one], needs_data=False)
-    for one in overrides:
-        path = one.partition("=")[0].split(".")
-        assert path[0] in _KEYS["pipeline"], f"{page.name}: {one}"
-        assert path[-1] in _ALL_KEYS, f"{page.name}: {one}"
 
 
 @each_page(LIVING)
