@@ -34,7 +34,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found.
 
     Attributes:
@@ -62,7 +62,7 @@ def search(
     batch: int,
     loaders: int,
     progress: Progress = lambda done, total: None,
-) -> Found:
+) -> SearchResult:
     """The images of a folder, or of a file that `orchestrator embed` wrote, that are nearest to a photo or a text.
 
     Args:
@@ -113,7 +113,7 @@ def search(
     with open_embeddings(path) as embeddings:
         matches = nearest_images(embeddings, query_D, top)
         folder = source if made is None else Path(made.folder)
-        return Found(tuple(matches), folder, embeddings.num_rows, embeddings.num_left_out)
+        return SearchResult(tuple(matches), folder, embeddings.num_rows, embeddings.num_left_out)
 
 
 def nearest_images(

@@ -16,7 +16,7 @@ from orchestrator.errors import shortened
 from orchestrator.models.network_spec import LIBRARIES
 from orchestrator.stages.base import PACKAGE, Context
 from orchestrator.stages.common.scores import KNN, Scores
-from orchestrator.stages.publish.models import Known
+from orchestrator.stages.publish.models import KnownModel
 from orchestrator.storage.artifacts import Artifact
 
 # The file beside the card that shows feature maps.
@@ -29,7 +29,7 @@ _BASELINES = {
 }
 
 
-def card(name: str, known: Known, tags: Mapping[str, str], context: Context) -> str:
+def card(name: str, known: KnownModel, tags: Mapping[str, str], context: Context) -> str:
     """The card of a model.
 
     Args:
@@ -52,7 +52,7 @@ def card(name: str, known: Known, tags: Mapping[str, str], context: Context) -> 
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
-def _front_matter(known: Known) -> str:
+def _front_matter(known: KnownModel) -> str:
     """What the hub shows and filters by. Under which licence weights are given away is for people to say."""
     record: dict[str, Any] = {
         "license": "other",
@@ -64,7 +64,7 @@ def _front_matter(known: Known) -> str:
     return f"---\n{yaml.safe_dump(record, sort_keys=False, allow_unicode=True)}---"
 
 
-def _summary(known: Known) -> str:
+def _summary(known: KnownModel) -> str:
     megabytes = sum(path.stat().st_size for path in known.folder.rglob("*.safetensors")) / 1e6
     size = _image_size(known)
     at = "" if size is None else f" It was trained at {size} × {size} pixels."
@@ -126,7 +126,7 @@ def usage(name: str, config: Mapping[str, Any]) -> str:
     )
 
 
-def _evaluation(known: Known) -> str:
+def _evaluation(known: KnownModel) -> str:
     scores = known.scores
     if scores is None:
         return "## Evaluation\n\nThis model was not evaluated."
@@ -172,7 +172,7 @@ def _knn(scores: Scores) -> str:
     return "\n\n".join(filter(None, [_table(["features", "accuracy"], rows), text, verdict]))
 
 
-def _uses(known: Known) -> str:
+def _uses(known: KnownModel) -> str:
     texts = ", and search by text" if _has_texts(known.config) else ""
     return (
         "## Intended use and limits\n\n"
@@ -240,7 +240,7 @@ def _has_texts(config: Mapping[str, Any]) -> bool:
     return "output_dim" in config
 
 
-def _image_size(known: Known) -> int | None:
+def _image_size(known: KnownModel) -> int | None:
     size = (known.config.get("extra") or {}).get("image_size", known.config.get("image_size"))
     return int(size) if size is not None else None
 

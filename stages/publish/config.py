@@ -34,7 +34,7 @@ from orchestrator.stages.publish.conditions import (
 from orchestrator.stages.publish.models import (
     EVALUATION,
     STUDENTS,
-    Known,
+    KnownModel,
     Trained,
     chosen,
     lineage,
@@ -65,7 +65,7 @@ class Wanted:
         tags: lineage.
     """
 
-    known: Known
+    known: KnownModel
     name: str
     texts: Mapping[str, str]
     digests: Mapping[str, str]

@@ -104,7 +104,7 @@ def _unknown(name: str, models: Sequence[Trained]) -> UserError:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownModel:
     """A model in its artifact, with what is known of it.
 
     Attributes:
@@ -162,7 +162,7 @@ class Known:
         }
 
 
-def look_up(context: Context, model: Trained) -> Known:
+def look_up(context: Context, model: Trained) -> KnownModel:
     """A model as the artifacts of a stage's inputs have it.
 
     Raises:
@@ -177,7 +177,7 @@ def look_up(context: Context, model: Trained) -> Known:
             hint=f"make it again: orchestrator run FILE --force {model.stage}",
         )
     scores = read_scores(evaluation, artifact, model.own) if evaluation is not None else None
-    return Known(model, artifact, json.loads(config.read_text(encoding="utf-8")), scores, evaluation)
+    return KnownModel(model, artifact, json.loads(config.read_text(encoding="utf-8")), scores, evaluation)
 
 
 def upstream_of(artifact: Artifact) -> dict[str, str]:
@@ -186,7 +186,7 @@ def upstream_of(artifact: Artifact) -> dict[str, str]:
     return {str(name): str(key) for name, key in found.items()} if isinstance(found, dict) else {}
 
 
-def lineage(context: Context, known: Known) -> dict[str, str]:
+def lineage(context: Context, known: KnownModel) -> dict[str, str]:
     """Tags that say what a model is and came from; the same artifacts always have the same tags."""
     model, artifact = known.model, known.artifact
     parts = artifact.manifest.provenance.get("parts", {})
