@@ -22,15 +22,11 @@ from orchestrator.data.sources import manifest, remote, shards
 from orchestrator.data.sources.account import Account
 from orchestrator.data.sources.captions import (
     MOST_BYTES,
-    Captions,
-    Note,
-    captions_path,
     is_utf8,
-    reads_as_before,
 )
-from orchestrator.data.sources.captions import read as read_captions
 from orchestrator.data.sources.digests import Look, digest_of, digests, look_of
 from orchestrator.data.sources.shard_members import shard_of
+from orchestrator.data.sources.source_captions import manifest_of, table_of, table_reads_as_before
 from orchestrator.errors import UserError
 from orchestrator.fsio import why
 
@@ -146,7 +142,7 @@ def _of_bucket(source: DataSource, name: str) -> Listing:
     except OSError as error:
         raise UserError(str(error), where=f"data.{name}.path", hint="run again once it answers") from error
     if source.manifest is not None:
-        wanted = manifest.read(_manifest_path(source, name), source.path).files
+        wanted = manifest.read(manifest_of(source, name), source.path).files
     else:
         wanted = tuple(sorted(found))
     endings = readable_endings() if source.shards is None else shards.ENDINGS[source.shards]
@@ -194,7 +190,7 @@ def _of_shards(source: DataSource) -> Listing:
 
 def _of_manifest(source: DataSource, name: str) -> Listing:
     """What a manifest names; the folder is not searched."""
-    files = manifest.read(_manifest_path(source, name), source.path).files
+    files = manifest.read(manifest_of(source, name), source.path).files
     gone = {
         file: (reason, accounts.TOO_LARGE if too_large else accounts.ACCESS)
         for file, (reason, too_large) in manifest.missing(
@@ -204,18 +200,6 @@ def _of_manifest(source: DataSource, name: str) -> Listing:
     gone |= {file: ("its name is not UTF-8", accounts.ACCESS) for file in files if not is_utf8(file)}
     left_out = tuple(LeftOut(shown(file), *why_not) for file, why_not in gone.items())
     return Listing(tuple(file for file in files if file not in gone), left_out)
-
-
-def _manifest_path(source: DataSource, name: str) -> Path:
-    assert source.manifest is not None
-    path = captions_path(source.manifest, source.path)
-    if path is None:
-        raise UserError(
-            f"the manifest {source.manifest} of dataset {name!r} does not exist",
-            where=f"data.{name}.manifest",
-            hint="give its path from here or from the source's folder",
-        )
-    return path
 
 
 def list_folder(folder: Path, max_pixels: int = MAX_PIXELS) -> Listing:
@@ -423,7 +407,7 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
     files, looks, most = listing.files, listing.looks, most_bytes(source.max_pixels)
     if source.shards is not None:
         files, looks, most = tuple(sorted({shard_of(file) for file in files})), (), _NO_LIMIT
-    captions = _captions_path(source, name)
+    captions = table_of(source, name)
     stop = threading.Event()
     if source.is_remote:
         found: list[str | None] = [listing.tags.get(file) for file in files]
@@ -434,13 +418,13 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
         if digest is not None:
             whole.update(f"{len(file)}:{file}={digest};".encode())
     whole.update(f"captions={digest_of(captions, MOST_BYTES, stop) if captions else None}".encode())
-    if captions is not None and not _reads_as_before(captions):
+    if captions is not None and not table_reads_as_before(captions):
         # Versions that did not know such a header made something else of it.
         whole.update(b"captions with a loose header")
     if source.max_pixels != MAX_PIXELS:
         whole.update(f"max_pixels={source.max_pixels}".encode())
     if source.manifest is not None:
-        path = _manifest_path(source, name)
+        path = manifest_of(source, name)
         whole.update(f"manifest={digest_of(path, MOST_BYTES, stop)}".encode())
         if manifest.read(path, source.path).said.weights:
             # Versions that did not read them made something else of it.
@@ -452,66 +436,3 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
     if source.pixels is not None:
         whole.update(f"pixels={source.pixels.model_dump_json()}".encode())
     return whole.hexdigest()
-
-
-def captions_of(source: DataSource, name: str, files: Sequence[str]) -> Captions:
-    """What the source's captions file says of its photos; nothing if it has none.
-
-    Args:
-        source: the folder.
-        name: the source's name, for messages.
-        files: of :func:`list_images`.
-
-    Raises:
-        UserError: as :func:`orchestrator.data.sources.captions.read`, and if there is no such file.
-    """
-    if source.shards is not None:
-        tars = sorted({shard_of(file) for file in files})
-        looks = None
-        if source.is_remote:
-            looks = {item.path: item.look for item in remote.objects(source.path)}
-        return shards.contents(source.path, tars, readable_endings(), looks).said
-    if source.manifest is not None:
-        said = manifest.read(_manifest_path(source, name), source.path).said.of(files)
-    else:
-        path = _captions_path(source, name)
-        said = Captions({}) if path is None else read_captions(path, source.path, files)
-    return said if source.labels is None else _with_folders(said, files)
-
-
-def _with_folders(said: Captions, files: Sequence[str]) -> Captions:
-    """Labels from the first folder below the source for photos whose table gives none."""
-    notes: dict[str, Note] = {}
-    for file in files:
-        caption, label = said.notes.get(file, (None, None))
-        folder, slash, _ = file.partition("/")
-        notes[file] = caption, label or (folder if slash else None)
-    return replace(said, notes=notes)
-
-
-def _captions_path(source: DataSource, name: str) -> Path | None:
-    """The captions file as given, or else inside the source's folder."""
-    if source.captions is None:
-        return None
-    path = captions_path(source.captions, source.path)
-    if path is None:
-        raise UserError(
-            f"the captions file {source.captions} of dataset {name!r} {_lacking(source)}",
-            where=f"data.{name}.captions",
-            hint="give its path from here or from the source's folder",
-        )
-    return path
-
-
-def _lacking(source: DataSource) -> str:
-    captions = source.captions
-    there = captions is not None and (captions.exists() or (source.path / captions).exists())
-    return "is not a regular file" if there else "does not exist"
-
-
-def _reads_as_before(captions: Path) -> bool:
-    """Whether the captions file says what it always did; so does one that cannot be read, which says nothing."""
-    try:
-        return reads_as_before(captions)
-    except UserError:
-        return True

@@ -15,9 +15,10 @@ from orchestrator.config.schema import DataSource
 from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
 from orchestrator.data.sources.digests import Look, look_of, trusted
 from orchestrator.data.sources.digests import note as note_digests
-from orchestrator.data.sources.folder import Listing, captions_of, list_images, side_by_side
+from orchestrator.data.sources.folder import Listing, list_images, side_by_side
 from orchestrator.data.sources.remote import is_remote
 from orchestrator.data.sources.shard_members import shard_of
+from orchestrator.data.sources.source_captions import captions_of
 from orchestrator.fsio import why
 
 

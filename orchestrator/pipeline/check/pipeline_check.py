@@ -232,7 +232,8 @@ def _count_photos(
             continue
         from orchestrator.data.sources.account import lost_too_many
         from orchestrator.data.sources.captions import captions_path
-        from orchestrator.data.sources.folder import captions_of, list_images
+        from orchestrator.data.sources.folder import list_images
+        from orchestrator.data.sources.source_captions import captions_of
 
         try:
             listing = listings[name] = list_images(source, name)

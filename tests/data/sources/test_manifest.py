@@ -22,8 +22,9 @@ from orchestrator.data.curation.mix import count_draws, sample_order
 from orchestrator.data.curation.selection import filter_images, index_rows
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.sampler import SampleOrder
-from orchestrator.data.sources.folder import captions_of, fingerprint, list_images
+from orchestrator.data.sources.folder import fingerprint, list_images
 from orchestrator.data.sources.scan import scan
+from orchestrator.data.sources.source_captions import captions_of
 from orchestrator.errors import UserError
 
 ROWS = [

@@ -18,8 +18,9 @@ from orchestrator.data.decode import UnreadableImage, read_header, read_rgb
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.sources import remote
-from orchestrator.data.sources.folder import captions_of, fingerprint, list_images
+from orchestrator.data.sources.folder import fingerprint, list_images
 from orchestrator.data.sources.scan import scan
+from orchestrator.data.sources.source_captions import captions_of
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 from orchestrator.storage.s3_client import StoreError

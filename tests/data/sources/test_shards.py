@@ -20,9 +20,10 @@ from orchestrator.config.schema import DataSource
 from orchestrator.data.decode import UnreadableImage, read_header, read_rgb
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources import shards
-from orchestrator.data.sources.folder import captions_of, fingerprint, list_images
+from orchestrator.data.sources.folder import fingerprint, list_images
 from orchestrator.data.sources.scan import scan
 from orchestrator.data.sources.shard_members import member_path, open_member, shard_of
+from orchestrator.data.sources.source_captions import captions_of
 from orchestrator.errors import UserError
 
 PHOTO = load_sample_image("flower.jpg")
