@@ -215,6 +215,10 @@ class Stage(StageSpec):
     # Whether it changes something outside the store. That is no artifact, so it is compared on each run: `drift`.
     effects: ClassVar[bool] = False
 
+    def made_components(self) -> tuple[str, ...]:
+        """Components of the index that it makes with its settings; `components` unless one of them adds some."""
+        return self.components
+
     def uses_ray(self, cluster: Cluster) -> bool:
         """Whether it needs the cluster that the pipeline file names; `needs_ray` unless a setting says otherwise."""
         return self.needs_ray

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
-from orchestrator.data.curation.components import HELD_OUT, LEFT_OUT, UNCURATED
+from orchestrator.data.curation.components import HELD_OUT, LEFT_OUT, RETRIEVED, UNCURATED
 from orchestrator.errors import UserError, first_line
 
 FILE = "index.parquet"
@@ -40,6 +40,8 @@ _SCHEMA = pa.schema(
 
 # Only where some pictures have several.
 _CAPTIONS = pa.field("captions", pa.list_(pa.string()))
+# Only where some were retrieved.
+_RETRIEVED = pa.field("retrieved", pa.bool_(), nullable=False)
 # Only where some are not drawn as often as others.
 _WEIGHT = pa.field("weight", pa.float64(), nullable=False)
 
@@ -50,7 +52,8 @@ class ImageRecord:
 
     `path` is relative (posix) to the absolute folder `root`; `cluster` is -1 where there was no clustering.
     `captions` are all of a picture that has several, of which `caption` is the first. `weight` says how often it is
-    drawn beside others.
+    drawn beside others. `retrieved` says that it is near to a seed set: a picture that curation chose may be of the
+    component "retrieved", too.
     Training leaves the component "pool" out unless it is told to draw from it, and never draws from "held_out".
     """
 
@@ -67,6 +70,7 @@ class ImageRecord:
     duplicate_of: str | None = None
     captions: tuple[str, ...] = ()
     weight: float = 1.0
+    retrieved: bool = False
 
     @property
     def max_pixels(self) -> int:
@@ -129,10 +133,13 @@ class ImageIndex:
     @property
     def components(self) -> list[str]:
         """The names of the components that have rows, sorted."""
-        return sorted({row.component for row in self._rows})
+        retrieved = {RETRIEVED} if any(row.retrieved for row in self._rows) else set()
+        return sorted({row.component for row in self._rows} | retrieved)
 
     def rows_of(self, component: str) -> NDArray[np.int64]:
         """Row numbers of one component, ascending; empty if it has none."""
+        if component == RETRIEVED:
+            return np.array([i for i, row in enumerate(self._rows) if row.retrieved], dtype=np.int64)
         return np.array([i for i, row in enumerate(self._rows) if row.component == component], dtype=np.int64)
 
     @property
@@ -165,6 +172,9 @@ class ImageIndex:
             columns[_CAPTIONS.name] = pa.array(
                 [list(row.captions) or None for row in self._rows], type=_CAPTIONS.type
             )
+        if any(row.retrieved for row in self._rows):
+            schema = schema.append(_RETRIEVED)
+            columns[_RETRIEVED.name] = pa.array([row.retrieved for row in self._rows], type=_RETRIEVED.type)
         if (weights_N := self.weights) is not None:
             schema = schema.append(_WEIGHT)
             columns[_WEIGHT.name] = pa.array(weights_N, type=_WEIGHT.type)
@@ -205,8 +215,7 @@ class ImageIndex:
         if _CAPTIONS.name in columns:
             names.append(_CAPTIONS.name)
             columns[_CAPTIONS.name] = [tuple(several or ()) for several in columns[_CAPTIONS.name]]
-        if _WEIGHT.name in columns:
-            names.append(_WEIGHT.name)
+        names += [field.name for field in (_WEIGHT, _RETRIEVED) if field.name in columns]
         by_row = zip(*(columns[name] for name in names), strict=True)
         rows = [ImageRecord(**dict(zip(names, values, strict=True))) for values in by_row]
         # Names of photographs may hold anything that a file system takes, but no way out of the folder.

@@ -334,7 +334,7 @@ def _check_index(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserEr
     if len(makers) != 1:
         return []
     try:
-        stage.check_index(makers[0].components, makers[0].data_sources())
+        stage.check_index(makers[0].made_components(), makers[0].data_sources())
     except UserError as error:
         where = loaded.where("stages", name, *(error.where or "").split("."))
         return [UserError(error.what, where=where, hint=error.hint)]

@@ -15,11 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from orchestrator.config.schema import Cluster, Names
 from orchestrator.config.settings import in_key_if_set, operational
-from orchestrator.data.curation.components import CHOSEN, LEFT_OUT
+from orchestrator.data.curation.components import CHOSEN, LEFT_OUT, RETRIEVED
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError, nearest, shortened
 from orchestrator.fsio import sha256_of
@@ -33,6 +33,7 @@ from orchestrator.stages.curate.report import (
     tell_first,
     write_provenance,
 )
+from orchestrator.stages.curate.retrieval import Retrievals, check_seeds, find_near
 
 if TYPE_CHECKING:
     from orchestrator.config.pixels import PixelFormat
@@ -134,6 +135,12 @@ class Curate(Stage):
         "pictures of a camera that stands still are kept. null: only `near_duplicate` counts.",
     )
 
+    retrieve: Retrievals = in_key_if_set(
+        (),
+        description="The seed sets, one or a list, whose nearest images are the component `retrieved` (DINOv3, section "
+        "3.1). An image may be balanced and retrieved. Training uses both unless `mix` says otherwise.",
+    )
+
     holdout: float = in_key_if_set(
         0.0,
         ge=0,
@@ -179,6 +186,15 @@ class Curate(Stage):
                     f"{list(value)} has {coarse} clusters of {fine}: give the finest level first, fewer at each next"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _seeds(self) -> Curate:
+        check_seeds(self.retrieve, self.data)
+        return self
+
+    def made_components(self) -> tuple[str, ...]:
+        """See :class:`Stage`."""
+        return (*self.components, RETRIEVED) if self.retrieve else self.components
 
     def uses_ray(self, cluster: Cluster) -> bool:
         """See :class:`Stage`."""
@@ -286,7 +302,17 @@ class Curate(Stage):
         )
         balanced = draw(levels, target, context.seed)
         clusters = levels.of_vectors()
-        index = ImageIndex(selection.index_rows(statuses, clusters[:, -1], balanced, self.holdout), pixels)
+        retrieved, retrieval = find_near(
+            context.name,
+            self.retrieve,
+            statuses,
+            vectors,
+            self.holdout,
+            self._workers(context.name, vectors.shape[0]),
+            stop,
+        )
+        rows = selection.index_rows(statuses, clusters[:, -1], balanced, self.holdout, retrieved)
+        index = ImageIndex(rows, pixels)
         index.save(context.out)
         np.save(context.out / "levels.npy", clusters.astype(np.int32))
         others = [selection.left_out(name, item, roots[name]) for name, item in left_out]
@@ -298,6 +324,8 @@ class Curate(Stage):
         ]
         report = report_of(self, statuses, others, index, vectors.shape[1], found)
         report["near_duplicate_limits"] = {one.source: one.record() for one in near}
+        if retrieval:
+            report["retrieved"] = retrieval
         report["account"] = {one.source: one.record() for one in accounts}
         (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         draw_clusters(index, levels.distances_N, context.out / "clusters.png")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
-from orchestrator.data.curation.components import CHOSEN, HELD_OUT, LEFT_OUT
+from orchestrator.data.curation.components import CHOSEN, HELD_OUT, LEFT_OUT, RETRIEVED
 from orchestrator.data.curation.dedup import NearLimit, drop_near_duplicates
 from orchestrator.data.curation.signatures import ImageSignature, SignatureCache, signature_of
 from orchestrator.data.decode import UnreadableImage, use_rgb
@@ -181,8 +181,13 @@ def index_rows(
     clusters_N: NDArray[np.int64],
     balanced_N: NDArray[np.bool_],
     holdout: float = 0.0,
+    retrieved_N: NDArray[np.bool_] | None = None,
 ) -> list[ImageRecord]:
-    """The rows of the training index: unique pictures, component "balanced", "pool" or, a share of them, "held_out"."""
+    """The rows of the training index: unique pictures, component "balanced", "retrieved", "pool", or "held_out".
+
+    A share `holdout` of them is held out, whatever else they are.
+    """
+    retrieved_N = np.zeros(len(clusters_N), np.bool_) if retrieved_N is None else retrieved_N
     kept = [status for status in statuses if status.status == "unique"]
     return [
         ImageRecord(
@@ -200,8 +205,11 @@ def index_rows(
             if is_held_out(status.photo.sha256, holdout)
             else CHOSEN
             if balanced
+            else RETRIEVED
+            if retrieved
             else LEFT_OUT,
+            retrieved=bool(retrieved) and not is_held_out(status.photo.sha256, holdout),
             cluster=int(number),
         )
-        for status, number, balanced in zip(kept, clusters_N, balanced_N, strict=True)
+        for status, number, balanced, retrieved in zip(kept, clusters_N, balanced_N, retrieved_N, strict=True)
     ]
