@@ -84,8 +84,8 @@ class Windows:
             TORCH: self._save_with_torch,
         }
 
-    def _counted(self, write: Callable[..., str]) -> Callable[..., str]:
-        def counted(*args: Any) -> str:
+    def _counted(self, write: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def counted(*args: Any) -> dict[str, Any]:
             before = time.thread_time()
             digest = write(*args)
             self.cpu_s = time.thread_time() - before

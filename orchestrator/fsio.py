@@ -115,6 +115,19 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
+def link_or_copy(source: Path, target: Path) -> Path:
+    """Give a finished file that nobody changes any more another name, or copy it where there are no links.
+
+    A file that has the name is replaced. It is no more durable than the file is.
+    """
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links, or too many of them
+        shutil.copyfile(source, target)
+    return target
+
+
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
     """An empty folder to make `path` in, which :func:`move` then names. It goes at the end with what is left in it.

@@ -60,7 +60,7 @@ def _write(target: CheckpointStorage, token: str, step: int) -> None:
     data = memoryview(np.full(5, step, np.float32).view(np.uint8)).cast("B")
     header = file_header({"master/w": TensorSlot(0, 5, 0, 5)})
     folder, shard = step_name(step), shard_name(token, 0, 1)
-    digest = write_file(target.folder / folder / shard, header, data)
+    digest = write_file(target.folder / folder / shard, header, data)["sha256"]
     target.publish(f"{folder}/{shard}")
     entry = {"size": len(header) + data.nbytes, "sha256": digest}
     target.put(f"{folder}/{part_name(token, 0, 1)}", json.dumps(entry).encode())

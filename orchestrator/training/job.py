@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from orchestrator.config.elastic import Elastic, Resources
 from orchestrator.config.schedules import Optimizer
 from orchestrator.config.zero_stage import ZeroStage
+from orchestrator.fsio import link_or_copy
 from orchestrator.names import inside
 from orchestrator.storage.store import Store
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified
@@ -179,7 +179,7 @@ class Job:
             return
         for step, file in exports.items():
             self.export(step).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, self.export(step))
+            link_or_copy(file, self.export(step))
             if self.remote is not None:
                 store, prefix = self.remote
                 store.put_file(f"{prefix}exports/{self.export(step).name}", file)
@@ -187,10 +187,10 @@ class Job:
         self.checkpoint_storage.adopt(checkpoint)
 
     def collect(self, folder: Path) -> None:
-        """Copy the last checkpoint, without what other groups left beside it, to `folder`."""
+        """Link the last checkpoint, without what other groups left beside it, into `folder`."""
         for name in (*read(self.final_checkpoint).files, COMMIT):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.final_checkpoint / name, folder / name)
+            link_or_copy(self.final_checkpoint / name, folder / name)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -29,7 +29,8 @@ from orchestrator.errors import UserError
 from orchestrator.training.callback import TrainerCallback
 from orchestrator.training.checkpoint import reader
 from orchestrator.training.checkpoint.coordinator import CheckpointCoordinator
-from orchestrator.training.checkpoint.format import CheckpointError, verified
+from orchestrator.training.checkpoint.format import CheckpointError
+from orchestrator.training.checkpoint.format import read as read_manifest
 from orchestrator.training.checkpoint.interval import PRIOR_MTBF_S
 from orchestrator.training.collectives import AllWorkers
 from orchestrator.training.device import CPU, device, use_deterministic_kernels
@@ -414,7 +415,7 @@ class _Trainer:
         if self.job.start_from is not None:
             # An earlier stage's weights and moments; the count of this stage's steps starts anew.
             try:
-                reader.restore(verified(self.job.start_from), self.engine)
+                reader.restore(read_manifest(self.job.start_from), self.engine, compare=True)
             except CheckpointError as error:
                 raise UserError(
                     f"the checkpoint to start from cannot be used: {error}", where=str(self.job.start_from)

@@ -7,13 +7,13 @@ with 1,000,000 steps of pretraining, the snapshot after 10,000 steps of the next
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.config.settings import Strict
 from orchestrator.errors import UserError
+from orchestrator.fsio import link_or_copy
 from orchestrator.names import inside
 
 _FILE = "lineage.json"
@@ -132,9 +132,5 @@ def health(history: Sequence[Mapping[str, Any]], *, after: int, upto: int) -> He
 
 def _carry(backbone: Path, snapshot: Snapshot, out: Path) -> Snapshot:
     file = f"{_FOLDER}/updates-{snapshot.updates:08d}.safetensors"
-    source = inside(backbone, snapshot.file)
-    try:
-        (out / file).hardlink_to(source)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, out / file)
+    link_or_copy(inside(backbone, snapshot.file), out / file)
     return snapshot.model_copy(update={"file": file})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -24,6 +23,7 @@ from orchestrator.config.settings import Settings, in_key_if_set, operational
 from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError
+from orchestrator.fsio import link_or_copy
 from orchestrator.names import inside
 from orchestrator.stages.base import Context, Input, PlanContext
 from orchestrator.stages.common import lineage
@@ -408,7 +408,9 @@ class SelfSupervised(MultiCropStage):
                 self._take_up(context.shorter.path, job, context.run)
             account = trainer.run(job, tracker=context.run, stop=context.stop)
         snapshots = context.out / "snapshots"
-        shutil.copytree(job.work / "exports", snapshots)
+        snapshots.mkdir()
+        for file in (job.work / "exports").iterdir():
+            link_or_copy(file, snapshots / file.name)
         job.collect(context.out / "checkpoint")
         (context.out / "recipe.json").write_text(recipe.model_dump_json(indent=1))
         save_backbone(

@@ -324,7 +324,7 @@ def asynchronous(spec: Spec) -> Any:
         save_file(truth, spec["truth"])
     real = shard_file.write_file
 
-    def slow(*args: Any) -> str:
+    def slow(*args: Any) -> dict[str, Any]:
         time.sleep(1.0)
         return real(*args)
 

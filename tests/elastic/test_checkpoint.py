@@ -319,7 +319,7 @@ def test_pruning_spares_what_may_be_alive(tmp_path: Path) -> None:
 
     def shard(step: int, token: str) -> Path:
         path = tmp_path / f"step-{step:08d}" / token / "shard-00001-of-00001.safetensors"
-        digest = write_file(path, file_header({"k": TensorSlot(0, 2, 0, 2)}), memoryview(bytes(8)))
+        digest = write_file(path, file_header({"k": TensorSlot(0, 2, 0, 2)}), memoryview(bytes(8)))["sha256"]
         meta = {"format": 2, "step": step, "updates": 1, "num_workers": 1, "token": token, "keys": {"k": 2}}
         entry = {"size": path.stat().st_size, "sha256": digest}
         (path.parent / "manifest").write_text(json.dumps({**meta, "files": {f"{token}/{path.name}": entry}}))

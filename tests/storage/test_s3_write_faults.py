@@ -133,7 +133,7 @@ def save(target: CheckpointStorage, token: str, step: int) -> None:
     folder, shard = step_name(step), shard_name(token, 0, 1)
     entry = {
         "size": len(header) + data.nbytes,
-        "sha256": write_file(target.folder / folder / shard, header, data),
+        "sha256": write_file(target.folder / folder / shard, header, data)["sha256"],
     }
     target.publish(f"{folder}/{shard}")
     target.put(f"{folder}/{part_name(token, 0, 1)}", json.dumps(entry).encode())

@@ -24,6 +24,7 @@ from orchestrator.training.checkpoint.format import (
     LaterFormatError,
     step_name,
 )
+from orchestrator.training.checkpoint.own_parts import OwnParts
 from orchestrator.training.checkpoint.partition import Shard
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.engine import Engine
@@ -168,11 +169,16 @@ def _examine(storage: CheckpointStorage, manifest: CheckpointManifest, rank: int
     return None, None
 
 
-def restore(manifest: CheckpointManifest, engine: Engine) -> int:
+def restore(manifest: CheckpointManifest, engine: Engine, *, compare: bool = False) -> int:
     """Load `manifest` into `engine` at whatever worker count runs now; returns the steps done. Collective.
 
+    Args:
+        manifest: of the checkpoint, whose files are in its folder.
+        engine: what it is loaded into.
+        compare: compare what this worker reads with the manifest: nobody has compared the files yet.
+
     Raises:
-        CheckpointError: it holds other tensors than the engine's.
+        CheckpointError: it holds other tensors than the engine's, or what was read is not what was written.
     """
     known = manifest.keys
     local: dict[str, Tensor] = {}
@@ -188,7 +194,7 @@ def restore(manifest: CheckpointManifest, engine: Engine) -> int:
         for part in overlaps(shard.numel, manifest.world, dist.get_rank(), dist.get_world_size()):
             wanted.setdefault(part.rank, []).append((key, part))
     for writer, parts in wanted.items():
-        _read(manifest, writer, parts, local)
+        (_read_compared if compare else _read)(manifest, writer, parts, local)
     _put(engine, local, int(manifest.meta["updates"]))
     return manifest.step
 
@@ -202,6 +208,19 @@ def _read(
         for key, part in parts:
             into = local[key][part.into : part.into + part.stop - part.start]
             into.copy_(file.get_slice(key)[part.start : part.stop])
+
+
+def _read_compared(
+    manifest: CheckpointManifest, writer: int, parts: list[tuple[str, Slice]], local: dict[str, Tensor]
+) -> None:
+    name = manifest.shard(writer)
+    with OwnParts(manifest.path, name, manifest.files[name]) as file:
+        if missing := [key for key, _ in parts if not file.has(key)]:
+            raise CheckpointError(f"{name} lacks {missing[0]}")
+        for key, part in sorted(parts, key=lambda one: file.place(one[0])):
+            into = local[key][part.into : part.into + part.stop - part.start]
+            into.copy_(torch.frombuffer(file.elements(key, part.start, part.stop), dtype=torch.float32))
+        logger.info("%d of %d bytes of %s were read", file.bytes_read, manifest.files[name]["size"], name)
 
 
 def _put(engine: Engine, local: dict[str, Tensor], updates: int) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 
 from orchestrator.fsio import make_folder, replacing
 
+# Bytes written at once, and bytes that a reader can compare by themselves.
 _PIECE = 8 * 2**20
+PART = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ def file_header(slots: Mapping[str, TensorSlot]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_file(path: Path, header: bytes, data: memoryview) -> str:
+def write_file(path: Path, header: bytes, data: memoryview) -> dict[str, Any]:
     """Write `header` and `data` so that `path` is whole and durable or not there.
 
     Returns:
-        The file's sha256.
+        What a manifest says of the file: its `size` and `sha256`, and the sha256 of each of its `parts` of
+        `part_bytes`, so that who reads some of them need not read the others to compare them.
 
     Raises:
         OSError: it cannot be written. A disk without room for all of it is not filled to the brim first.
@@ -59,12 +62,34 @@ def write_file(path: Path, header: bytes, data: memoryview) -> str:
     needed = len(header) + data.nbytes
     if shutil.disk_usage(path.parent).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    digest = hashlib.sha256()
+    digest, parts = hashlib.sha256(), _Parts()
     with replacing(path, only_writer=True) as draft, draft.open("wb") as file:
         for piece in _pieces(header, data):
             file.write(piece)
             digest.update(piece)
-    return digest.hexdigest()
+            parts.update(piece)
+    return {"size": needed, "sha256": digest.hexdigest(), "part_bytes": PART, "parts": parts.digests()}
+
+
+class _Parts:
+    """The sha256 of each part of what it is given."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._digest, self._length = hashlib.sha256(), 0
+
+    def update(self, piece: bytes | memoryview) -> None:
+        rest = memoryview(piece)
+        while rest:
+            taken, rest = rest[: PART - self._length], rest[PART - self._length :]
+            self._digest.update(taken)
+            self._length += len(taken)
+            if self._length == PART:
+                self._done.append(self._digest.hexdigest())
+                self._digest, self._length = hashlib.sha256(), 0
+
+    def digests(self) -> list[str]:
+        return [*self._done, *([self._digest.hexdigest()] if self._length else [])]
 
 
 def _pieces(header: bytes, data: memoryview) -> Iterator[bytes | memoryview]:

@@ -14,7 +14,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.fsio import atomic_create, atomic_write, make_folder, open_regular, sync_folder
+from orchestrator.fsio import (
+    atomic_create,
+    atomic_write,
+    link_or_copy,
+    make_folder,
+    open_regular,
+    sync_folder,
+)
 from orchestrator.storage.store import Store
 from orchestrator.training.checkpoint import format as form
 from orchestrator.training.checkpoint.format import (
@@ -190,7 +197,7 @@ class CheckpointStorage:
         for name in manifest.files:
             target = f"{step_name(manifest.step)}/{name}"
             make_folder((self.folder / target).parent)
-            shutil.copyfile(checkpoint / name, self.folder / target)
+            link_or_copy(checkpoint / name, self.folder / target)
             self.publish(target)
         self.commit(manifest.step, manifest.token, (checkpoint / COMMIT).read_bytes())
         return self.find(manifest.step)

@@ -191,9 +191,9 @@ class CheckpointWriter:
         needed = len(self._header) + self._host.nbytes
         data = memoryview(cast(Any, self._host.numpy().view("uint8")))
         with _explained(self.storage, f"{folder}/{shard}", needed):
-            digest = shard_file.write_file(self.storage.folder / folder / shard, self._header, data)
+            entry = shard_file.write_file(self.storage.folder / folder / shard, self._header, data)
             self.storage.publish(f"{folder}/{shard}")
-            part = json.dumps({"size": needed, "sha256": digest}).encode()
+            part = json.dumps(entry).encode()
             self.storage.put(f"{folder}/{part_name(self.token, self.rank, self.world)}", part)
         self.last_write_s, self.last_bytes = time.monotonic() - started, needed
 
