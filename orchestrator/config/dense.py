@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from orchestrator.config.schema import LocalPath
-from orchestrator.config.settings import Settings
+from orchestrator.config.settings import Settings, in_key_if_set
 from orchestrator.config.split import Split
 from orchestrator.errors import KeyMistakeError, UserError, nearest, shortened
 
@@ -113,7 +113,7 @@ class DepthData(Settings):
     path: LocalPath = Field(
         description="The folder of the data set, with `images/` and `depth/`; with `nyuv2` the .mat file."
     )
-    layout: Literal["folders", "nyuv2"] = Field(
+    layout: Literal["folders", "nyuv2"] = in_key_if_set(
         "folders",
         description="Where pictures and depth are. folders: `images/` and `depth/`. nyuv2: NYUv2's "
         "`nyu_depth_v2_labeled.mat`, with its `splits.mat` beside it if there is one.",

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
+from orchestrator.config.schema import Cluster
 from orchestrator.config.settings import in_key_if_set, operational
 from orchestrator.config.split import SPLITS, Split
 from orchestrator.data.curation.components import HELD_OUT
 from orchestrator.data.sources import account
 from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError, nearest
-from orchestrator.progress import ROUTINE, Meter
+from orchestrator.progress import ROUTINE
 from orchestrator.stages.base import Context, Input, PlanContext, Stage
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.scores import KNN, TEXT_METRICS
-from orchestrator.stages.evaluate.shown import draw_maps, largest_groups, pick_photos, spread
+from orchestrator.stages.evaluate.shown import largest_groups, pick_photos
 from orchestrator.stages.evaluate.upstream import (
     TEACHER_ROLES,
     has_weights,
@@ -30,27 +29,22 @@ from orchestrator.stages.evaluate.upstream import (
     other_histories,
     pool_draws,
     sharing,
-    snapshot_steps,
     stage_draws,
-    student_folders,
-    taught_elsewhere,
 )
 from orchestrator.stages.metric import OwnMetric
 
 if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
     from orchestrator.data.splits import Splits
-    from orchestrator.stages.evaluate.measure import Measurements, Pool
-    from orchestrator.stages.evaluate.results import Results, Score
-    from orchestrator.stages.evaluate.towers import Check, Tower
+    from orchestrator.stages.evaluate.measure import Pool
+    from orchestrator.stages.evaluate.results import Results
+    from orchestrator.stages.evaluate.scoring import Scored
+    from orchestrator.stages.evaluate.towers import Check
     from orchestrator.storage.artifacts import Artifact
 
 logger = logging.getLogger("orchestrator")
 
 TUNED_ROLE = "finetuned"
-RAW_SIDE = 32
-# Of a model from elsewhere, where nothing says a size.
-_SIZE = 224
 
 
 def _with_place(template: str) -> str:
@@ -61,17 +55,6 @@ def _with_place(template: str) -> str:
 
 ModelTitle = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Template = Annotated[str, AfterValidator(_with_place)]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A tower to score. `picture` names the PNG of its PCA maps, if it gets one."""
-
-    name: str
-    family: str
-    load: Callable[[], Tower]
-    student: str | None = None
-    picture: str | None = None
 
 
 class OutsideModel(NetworkSource):
@@ -89,7 +72,7 @@ class Evaluate(Stage):
 
     No backbone is trained, so the figures measure the features as they are. With a `split`, what is learned is learned
     from training photos, settings are chosen on validation photos, and figures are of test photos (docs/evaluate.md).
-    The stage runs in the driver's process, which is fast enough for thousands of photos.
+    The stage runs in the driver's process, or with `models_at_once` on the Ray cluster.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -143,6 +126,18 @@ class Evaluate(Stage):
         description="Models from elsewhere that are evaluated, too, by the name of their row.",
     )
     batch: int = operational(64, ge=1, description="The number of images per forward pass.")
+    kept_features: float = operational(
+        4.0,
+        ge=0,
+        description="The maximum GiB of features that are kept in the cache of each machine, so that the next "
+        "evaluation does not compute them again. 0 keeps none.",
+    )
+    models_at_once: int | None = operational(
+        None,
+        ge=1,
+        description="The number of models that are scored at once, as tasks of the Ray cluster, each on one of its "
+        "devices. Default: one after another in the driver's process.",
+    )
 
     version: ClassVar[int] = 2
     needs_ray: ClassVar[bool] = False
@@ -171,6 +166,10 @@ class Evaluate(Stage):
             if count > 1:
                 raise ValueError(f"{count} metrics are called {title!r}: give each a `name` of its own")
         return self
+
+    def uses_ray(self, cluster: Cluster) -> bool:
+        """See :class:`Stage`."""
+        return self.models_at_once is not None
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :class:`Stage`."""
@@ -312,24 +311,24 @@ class Evaluate(Stage):
         index = ImageIndex.load(context.inputs["index"].path, context.roots)
         splits = self._split(context, index, check)
         pool = self._pool(context, index, splits)
-        scores, pictures, measured = self._score(context, pool, backbones, check)
+        scored = self._score(context, pool, backbones, check)
         results = Results(
             title=context.pipeline,
             k=self.k,
             num_unique=len(index),
             groups=pool.groups,
-            scores=scores,
+            scores=scored.scores,
             backbones={kind: history(artifact.path) for kind, artifact in backbones.items()},
             heads=other_histories(context),
             sharing=sharing(context),
-            pca=pictures,
+            pca=scored.maps,
             keys=context.keys,
             pool=(clusters := pool_draws(index)),
             num_from_scratch=0 if has_weights(backbones) else clusters[-1].total,
             drawn=stage_draws(context),
-            measured=measured.values(),
-            figures=measured.figures,
-            drawn_by=measured.pictures,
+            measured=scored.measured.values(),
+            figures=scored.measured.figures,
+            drawn_by=scored.measured.pictures,
             split=None if splits is None else {name: len(splits[name]) for name in SPLITS},
             accounts=account.load(context.inputs["index"].path),
             **self._ask_texts(
@@ -374,138 +373,25 @@ class Evaluate(Stage):
             check_pool(pool, f"stages.{context.name}.split")
         return pool
 
-    def _score(
-        self, context: Context, pool: Pool, backbones: Mapping[str, Artifact], check: Check
-    ) -> tuple[list[Score], dict[str, Path], Measurements]:
+    def _score(self, context: Context, pool: Pool, backbones: Mapping[str, Artifact], check: Check) -> Scored:
         """The rows of the k-NN table (none without labels), the PCA maps that were drawn, and what metrics measured."""
-        from orchestrator.stages.evaluate.measure import (
-            Measurements,
-            features_of,
-            floor,
-            of_pixels,
-            score,
-        )
-        from orchestrator.stages.evaluate.results import file_name
-        from orchestrator.stages.evaluate.towers import Crops, embed_crops, pixel_features, pixel_maps
+        from orchestrator.stages.evaluate.candidates import candidates
+        from orchestrator.stages.evaluate.scoring import Work, score_all
 
-        index, groups = pool.index, pool.groups
-        crops = Crops(index, pool.rows, check)
-        shown = Crops(index, pick_photos(index.labels, groups, self.num_pictures), check)
-        scores: list[Score] = []
-        measured = Measurements()
-        if groups or any(metric.of_pixels for metric in self.metrics):
-            raw_ND, dim = pixel_features(crops.at(RAW_SIDE)), 3 * RAW_SIDE**2
-            pixels = of_pixels(raw_ND, pool, context.seed, check)
-            if groups:
-                scores += [floor(pixels), score(pixels, self.k, image_size=RAW_SIDE, dim=dim)]
-        pictures: dict[str, Path] = {}
-        candidates = list(self._candidates(context, backbones))
-        meter = Meter(context.name, len(candidates), "models scored")
-        for number, candidate in enumerate(candidates, 1):
-            name, tower = candidate.name, candidate.load()
-            what = (
-                f"{len(crops.rows):,} photos at {tower.size} px"
-                if crops.rows
-                else "its maps, as no photo has a label"
-            )
-            meter.add(0, name)
-            logger.info(
-                "%s: %s of %d, %s: %s", context.name, number, len(candidates), name, what, extra=ROUTINE
-            )
-            if candidate.picture:
-                pictures[name] = context.out / f"pca_{candidate.picture}.png"
-                draw_maps(tower, shown, index, pictures[name])
-            if not crops.rows:
-                meter.add()
-                continue
-            cls_ND = embed_crops(tower, crops.batches(tower.size, self.batch), check)
-            features = features_of(
-                name, candidate.family, tower, crops, cls_ND, pool, self.batch, context.seed, check
-            )
-            for metric in self.metrics:
-                if number == 1 and metric.of_pixels:
-                    # Patches of the size that the first model has.
-                    seen = replace(
-                        pixels,
-                        size=tower.size,
-                        patch=tower.patch,
-                        maps=partial(pixel_maps, patch=tower.patch),
-                    )
-                    measured.baselines(metric, seen)
-                measured.add(metric, features)
-                if candidate.picture:
-                    drawn = context.out / f"metric_{file_name(metric.title)}_{candidate.picture}.png"
-                    measured.draw(metric, name, drawn)
-            if groups:
-                known = {
-                    "model": tower.preset,
-                    "image_size": tower.size,
-                    "dim": cls_ND.shape[1],
-                    "num_parameters": tower.num_parameters,
-                    "student": candidate.student,
-                }
-                scores.append(score(features, self.k, **known))
-            meter.add(1, name)
-        return scores, pictures, measured
-
-    def _candidates(self, context: Context, backbones: Mapping[str, Artifact]) -> Iterator[_Candidate]:
-        """Random weights of every architecture, the backbone's way through the stages, others' models, the students."""
-        from orchestrator.stages.evaluate.towers import load_tower, outside_tower, random_tower, read_settings
-
-        students = student_folders(context.inputs.get("students"))
-        load = partial(
-            load_tower,
-            size=self.image_size,
-            where=f"stages.{context.name}.image_size",
-            wanted=context.elastic.device,
-            trusted=context.modules,
-        )
-
-        def load_random(folder: Path) -> Tower:
-            return random_tower(load(folder), context.seed)
-
-        last = list(backbones.values())[-1].path / "model" if backbones else None
         tuned = context.inputs[TUNED_ROLE].path / "model" if TUNED_ROLE in context.inputs else None
-        trained = [
-            *([last] if last else []),
-            *(folder / "model" for folder in students.values()),
-            *([tuned] if tuned else []),
-        ]
-        drawn: dict[tuple[str, int], Path] = {}
-        for folder in trained:
-            drawn.setdefault(read_settings(folder), folder)
-        sizes = Counter(preset for preset, _ in drawn)
-        for (preset, size), folder in drawn.items():
-            name = f"random {preset}, {size} px" if sizes[preset] > 1 else f"random {preset}"
-            yield _Candidate(name, "random weights", partial(load_random, folder))
-        has_other_teachers = taught_elsewhere(context.inputs.get("students"))
-        family = "own backbone" if has_other_teachers else "backbone"
-        for kind, artifact in backbones.items():
-            model = artifact.path / "model"
-            snapshots = snapshot_steps(artifact.path / "snapshots")
-            chosen = spread(list(snapshots.items()), self.num_snapshots)
-            for step, weights in chosen[:-1]:
-                yield _Candidate(f"{kind}, step {step}", family, partial(load, model, weights=weights))
-            name = f"{kind}, step {chosen[-1][0]}" if chosen else kind
-            if model == last and not has_other_teachers:
-                yield _Candidate(f"{name} (teacher)", family, partial(load, model), picture="teacher")
-            else:
-                yield _Candidate(name, family, partial(load, model), picture=kind if model == last else None)
-        size = self.image_size or (read_settings(trained[0])[1] if trained else _SIZE)
-        for name, source in self.outside.items():
-            where = f"stages.{context.name}.models.{name}"
-            yield _Candidate(
-                f"model {name}",
-                "from elsewhere",
-                partial(outside_tower, source, name, size, where, context.elastic.device),
-                picture=f"model_{name}",
-            )
-        if tuned is not None:
-            yield _Candidate("finetune", "fine-tuned", partial(load, tuned))
-        for student, folder in students.items():
-            yield _Candidate(
-                f"student {student}", "student", partial(load, folder / "model"), student, student
-            )
+        models = list(candidates(self, context, backbones, tuned))
+        work = Work(
+            name=context.name,
+            pool=pool,
+            shown=pick_photos(pool.index.labels, pool.groups, self.num_pictures),
+            metrics=self.metrics,
+            k=self.k,
+            batch=self.batch,
+            seed=context.seed,
+            kept_features=self.kept_features,
+            num_models=len(models),
+        )
+        return score_all(work, models, context.out, check, self.models_at_once)
 
     def _ask_texts(
         self,

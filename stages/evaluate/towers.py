@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
 from pathlib import Path
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -36,12 +37,15 @@ from orchestrator.models.wrapped_backbone import WrappedBackbone, build_wrapped,
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.open_network import as_recorded, as_seen, open_network
 from orchestrator.stages.common.predictor import Predictor, load_predictor
+from orchestrator.stages.evaluate.remembered import FeatureMemory, model_key
 from orchestrator.training.device import device_type
 from orchestrator.training.export import load_export
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 Check = Callable[[], None]
+Part = Literal["cls", "patches"]
+_PARTS: tuple[Part, Part] = ("cls", "patches")
 
 _taken: WeakKeyDictionary[WrappedNet, dict[int, bool]] = WeakKeyDictionary()
 
@@ -56,7 +60,7 @@ class Tower:
     """A backbone in eval mode, the preset it was made from, and the side in pixels of its photos.
 
     `source` is where a model from elsewhere comes from: it says how its pixels are normalised. `predictor` is the head
-    of a fine-tuned model.
+    of a fine-tuned model. `memory` has features that were computed before.
     """
 
     model: Backbone | WrappedBackbone | ForeignNet
@@ -64,6 +68,7 @@ class Tower:
     size: int
     source: NetworkSource | None = None
     predictor: Predictor | None = None
+    memory: FeatureMemory | None = None
 
     @property
     def task(self) -> str | None:
@@ -260,9 +265,8 @@ def embed_crops(tower: Tower, batches: Iterable[Pixels], check: Check) -> Floats
     found = []
     for crops_NHWC in batches:
         check()
-        # A copy: what is only a view of them would keep the batch's patches alive.
-        found.append(_features(tower, crops_NHWC).cls.float().cpu().clone())
-    return torch.cat(found).numpy()
+        found.append(_part(tower, crops_NHWC, "cls"))
+    return np.concatenate(found)
 
 
 @torch.inference_mode()
@@ -271,8 +275,8 @@ def patch_crops(tower: Tower, batches: Iterable[Pixels], check: Check) -> Floats
     found = []
     for crops_NHWC in batches:
         check()
-        found.append(_features(tower, crops_NHWC).patches.float().cpu())
-    return torch.cat(found).numpy()
+        found.append(_part(tower, crops_NHWC, "patches"))
+    return np.concatenate(found)
 
 
 def embed_at(tower: Tower, crops: Crops, scale: float, batch: int, check: Check) -> Floats | None:
@@ -303,7 +307,15 @@ def found_boxes(tower: Tower, crops_NHWC: Pixels) -> list[FoundBoxes]:
 
     assert tower.predictor is not None
     head = tower.predictor.head.to(_device_of(tower))
-    features = Features(*_features(tower, crops_NHWC))
+    if tower.memory is None:
+        seen = _features(tower, crops_NHWC)
+        cls, patches = seen.cls, seen.patches
+    else:
+        cls, patches = (
+            torch.from_numpy(_part(tower, crops_NHWC, part)).to(_device_of(tower)) for part in _PARTS
+        )
+    # Heads read no storage tokens.
+    features = Features(cls, cls.new_zeros(len(cls), 0, cls.shape[-1]), patches)
     rows = head(features, crops_NHWC.shape[1:3])[:, -1].float()
     parts = (detections(rows_QK, len(tower.predictor.classes)) for rows_QK in rows)
     return [
@@ -314,7 +326,7 @@ def found_boxes(tower: Tower, crops_NHWC: Pixels) -> list[FoundBoxes]:
 @torch.inference_mode()
 def feature_maps(tower: Tower, crops_NHWC: Pixels) -> list[Floats]:
     """Patch features of square crops of any side the patch divides: (h, w, D) each."""
-    patches_NPD: Floats = _features(tower, crops_NHWC).patches.float().cpu().numpy()
+    patches_NPD = _part(tower, crops_NHWC, "patches")
     side = isqrt(patches_NPD.shape[1])
     return list(patches_NPD.reshape(len(patches_NPD), side, side, -1))
 
@@ -324,6 +336,28 @@ def pixel_features(crops_NHWC: Pixels) -> Floats:
     flat_ND: Floats = crops_NHWC.reshape(len(crops_NHWC), -1).astype(np.float32)
     flat_ND -= flat_ND.mean(axis=0)
     return flat_ND
+
+
+def _part(tower: Tower, crops_NHWC: Pixels, part: Part) -> Floats:
+    """The CLS features (N, D) or patch features (N, P, D) of crops, float32; from memory as far as it has them."""
+
+    def compute(some_NHWC: Pixels) -> Floats:
+        # A copy: what is only a view of them would keep the other features alive.
+        found: Floats = getattr(_features(tower, some_NHWC), part).float().cpu().numpy().copy()
+        return found
+
+    return compute(crops_NHWC) if tower.memory is None else tower.memory.through(part, crops_NHWC, compute)
+
+
+def remembering(tower: Tower, limit: float) -> Tower:
+    """A tower that knows the features that were computed before, and keeps those that it computes.
+
+    Args:
+        tower: any; one whose code may change is given back as it is.
+        limit: GiB that the features of all models may take on disk; 0 for none.
+    """
+    key = model_key(tower) if limit else None
+    return tower if key is None else replace(tower, memory=FeatureMemory.opened(key, int(limit * 2**30)))
 
 
 def _features(tower: Tower, crops_NHWC: Pixels) -> Features | Tokens:

@@ -42,9 +42,10 @@ Ask = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    """Runs `do` in a worker forked from a process that has imported everything."""
+    """Runs `do` in a worker forked from a process that has imported everything, with a cache of its own."""
     # Without Intel's library OpenCV rounds pixels alike on all processors.
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OPENCV_IPP": "disabled"}
+    env["ORCHESTRATOR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     command = [sys.executable, str(HERE / "lab.py")]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env

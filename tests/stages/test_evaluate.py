@@ -168,8 +168,9 @@ def context(tmp_path: Path, inputs: Mapping[str, Artifact]) -> Context:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

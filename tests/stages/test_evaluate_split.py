@@ -35,8 +35,9 @@ PARTS = {"train": 6, "val": 3, "test": 4}
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
 
 
 def make_index(folder: Path) -> Path:

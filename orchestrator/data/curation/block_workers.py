@@ -86,15 +86,20 @@ class RayWorkers:
 
     Args:
         num_workers: tasks at once; default: the cluster's processors when this is made.
-        cpus: processors of a task.
+        cpus, gpus: processors and GPUs of a task.
+        ahead: tasks that are handed out for each worker. 1 where no more than `num_workers` may run, also on a cluster
+            that has room for more.
     """
 
-    def __init__(self, num_workers: int | None = None, cpus: float = 1.0) -> None:
+    def __init__(
+        self, num_workers: int | None = None, cpus: float = 1.0, gpus: float = 0.0, ahead: int = _AHEAD
+    ) -> None:
         import ray
 
+        self._ahead = ahead
         self._num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
         # Whoever loses a machine again and again still comes to an end: each piece is small.
-        self._task = ray.remote(num_cpus=cpus, max_retries=-1)(_one)
+        self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(_one)
         self._files: dict[FileVectors, RayVectors] = {}
 
     @property
@@ -116,16 +121,21 @@ class RayWorkers:
         with_all = ray.put(shared)
         waiting = iter(pieces)
         running: list[Any] = []
-        while True:
-            for piece in waiting:
-                running.append(self._task.remote(work, held, with_all, piece))
-                if len(running) >= _AHEAD * self._num_workers:
-                    break
-            if not running:
-                return
-            done, running = ray.wait(running, num_returns=1)
-            for reference in done:
-                yield ray.get(reference)
+        try:
+            while True:
+                for piece in waiting:
+                    running.append(self._task.remote(work, held, with_all, piece))
+                    if len(running) >= self._ahead * self._num_workers:
+                        break
+                if not running:
+                    return
+                done, running = ray.wait(running, num_returns=1)
+                for reference in done:
+                    yield ray.get(reference)
+        finally:
+            # Where the caller stops halfway.
+            for reference in running:
+                ray.cancel(reference)
 
 
 def _one(work: Callable[[Any, Any, P], R], held: Any, shared: Any, piece: P) -> R:

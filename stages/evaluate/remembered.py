@@ -1,0 +1,230 @@
+"""Features that an evaluation computed, kept for the next one by what they are of: the pixels, and the model.
+
+They lie in the cache of this machine, below `features/MODEL/`, as chunks of two NumPy files each: digests of pictures,
+and their features. A chunk appears whole or not at all, and several evaluations may write at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import distribution, packages_distributions, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from orchestrator import models
+from orchestrator.fsio import folder_beside, move
+from orchestrator.models import stats_of
+from orchestrator.storage.cache_folder import cache_folder
+
+if TYPE_CHECKING:
+    from orchestrator.stages.evaluate.towers import Tower
+
+Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+logger = logging.getLogger("orchestrator")
+
+_DIGESTS, _VALUES = "digests.npy", "values.npy"
+_DIGEST_BYTES = 20
+# Bytes of features in a chunk: so much is in memory until it is written.
+_CHUNK = 32 * 2**20
+
+
+@dataclass
+class FeatureMemory:
+    """The features of one model.
+
+    Attributes:
+        folder: of the model, below that of all models.
+        limit: bytes that all models together may take. Models that were not asked for the longest time go first;
+            where that is not enough, what is new is not kept.
+    """
+
+    folder: Path
+    limit: int
+    _known: dict[tuple[str, bytes], tuple[NDArray[np.float32], int]] = field(default_factory=dict)
+    _new: dict[tuple[str, tuple[int, ...]], list[tuple[bytes, Floats]]] = field(default_factory=dict)
+    _room: int = 0
+
+    @classmethod
+    def opened(cls, key: str, limit: int) -> FeatureMemory:
+        """The memory of a model.
+
+        Args:
+            key: of the model, see :func:`model_key`.
+            limit: see above.
+        """
+        memory = cls(cache_folder() / "features" / key, limit)
+        with contextlib.suppress(OSError):
+            memory.folder.mkdir(parents=True, exist_ok=True)
+            # By this it is known when it was asked for.
+            os.utime(memory.folder)
+            memory._room = limit - _make_room(memory.folder, limit)
+        for chunk in sorted(memory.folder.glob("*-*")):
+            memory._read(chunk)
+        return memory
+
+    def through(self, part: str, crops_NHWC: Pixels, compute: Callable[[Pixels], Floats]) -> Floats:
+        """Features of crops, (N, …): those that are known are read, the others are computed and kept.
+
+        Args:
+            part: which features, `cls` or `patches`.
+            crops_NHWC: the crops as the model sees them.
+            compute: the features of some of them.
+        """
+        digests = [_digest(crop_HWC) for crop_HWC in crops_NHWC]
+        missing = [at for at, digest in enumerate(digests) if (part, digest) not in self._known]
+        if not missing:
+            return np.stack([self._value(part, digest) for digest in digests])
+        whole = len(missing) == len(digests)
+        made = compute(crops_NHWC if whole else crops_NHWC[missing])
+        self._keep(part, [digests[at] for at in missing], made)
+        if whole:
+            return made
+        found = np.empty((len(digests), *made.shape[1:]), dtype=np.float32)
+        found[missing] = made
+        for at in sorted(set(range(len(digests))) - set(missing)):
+            found[at] = self._value(part, digests[at])
+        return found
+
+    def flush(self) -> None:
+        """Write what is new."""
+        for (part, _), rows in self._new.items():
+            if rows:
+                self._write(part, rows)
+        self._new.clear()
+
+    def _value(self, part: str, digest: bytes) -> Floats:
+        values, row = self._known[part, digest]
+        return np.asarray(values[row])
+
+    def _keep(self, part: str, digests: Sequence[bytes], made: Floats) -> None:
+        if made.nbytes > self._room:
+            return
+        self._room -= made.nbytes
+        rows = self._new.setdefault((part, made.shape[1:]), [])
+        values = np.array(made, dtype=np.float32)
+        rows += zip(digests, values, strict=True)
+        # Known at once: a metric may ask again before they are written.
+        self._known |= {(part, digest): (values, row) for row, digest in enumerate(digests)}
+        if len(rows) * rows[0][1].nbytes >= _CHUNK:
+            self._write(part, rows)
+            rows.clear()
+
+    def _write(self, part: str, rows: list[tuple[bytes, Floats]]) -> None:
+        target = self.folder / f"{part}-{uuid.uuid4().hex}"
+        try:
+            with folder_beside(target) as draft:
+                chunk = draft / "chunk"
+                chunk.mkdir()
+                digests = np.frombuffer(b"".join(digest for digest, _ in rows), dtype=np.uint8)
+                np.save(chunk / _DIGESTS, digests.reshape(len(rows), _DIGEST_BYTES), allow_pickle=False)
+                np.save(chunk / _VALUES, np.stack([value for _, value in rows]), allow_pickle=False)
+                move(chunk, target, durable=False)
+        except OSError as error:
+            # The evaluation does not need it.
+            logger.info("features of %s pictures are not kept: %s", len(rows), error)
+            for digest, _ in rows:
+                self._known.pop((part, digest), None)
+            return
+        self._read(target)
+
+    def _read(self, chunk: Path) -> None:
+        try:
+            digests = np.load(chunk / _DIGESTS, allow_pickle=False)
+            values = np.load(chunk / _VALUES, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError):
+            return  # removed meanwhile, or damaged: the pictures are computed again
+        if digests.ndim != 2 or len(digests) != len(values) or values.dtype != np.float32:
+            return
+        part = chunk.name.partition("-")[0]
+        for row, digest in enumerate(digests):
+            self._known[part, digest.tobytes()] = values, row
+
+
+def model_key(tower: Tower) -> str | None:
+    """What decides a tower's features besides the pixels, as a hash: weights, shape, normalisation, code, device.
+
+    Returns:
+        None of a network whose code is not of an installed package with a version: it may have changed.
+    """
+    source, model = tower.source, tower.model
+    code = _versions({type(part).__module__.partition(".")[0] for part in model.modules()})
+    if code is None:
+        return None
+    hashed = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    device = next(model.parameters()).device
+    record: dict[str, Any] = {
+        "code": code,
+        "model": [type(model).__name__, tower.preset, tower.patch, repr(getattr(model, "config", ""))],
+        "stats": [list(map(float, channels)) for channels in stats_of(model)],
+        "spec": repr(getattr(model, "spec", "")),
+        "source": None if source is None else source.model_dump(mode="json", exclude={"from_", "weights"}),
+        "device": device.type,
+    }
+    hashed.update(json.dumps(record, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw: Pixels = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        hashed.update(raw.data)
+    return hashed.hexdigest()
+
+
+def _digest(crop_HWC: Pixels) -> bytes:
+    hashed = hashlib.blake2b(f"{crop_HWC.dtype} {crop_HWC.shape}".encode(), digest_size=_DIGEST_BYTES)
+    hashed.update(np.ascontiguousarray(crop_HWC).data)
+    return hashed.digest()
+
+
+def _versions(packages: set[str]) -> dict[str, str] | None:
+    """The versions of what brings these packages; None if one of them is no installed one, or may be edited."""
+    found = {"orchestrator": _own_code(), "torch": version("torch")}
+    others = packages - set(found)
+    brought = packages_distributions() if others else {}
+    for package in sorted(others):
+        for name in brought.get(package, ()):
+            about = distribution(name)
+            if '"editable": true' not in (about.read_text("direct_url.json") or ""):
+                found[package] = f"{name} {about.version}"
+        if package not in found:
+            return None
+    return found
+
+
+@cache
+def _own_code() -> str:
+    """What the code of models says: in a working copy it changes under one version."""
+    hashed = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for path in sorted(Path(models.__file__).parent.rglob("*.py")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()
+
+
+def _make_room(own: Path, limit: int) -> int:
+    """Remove models that were not asked for the longest time until all take at most `limit` bytes; bytes that stay."""
+    sizes = {folder: _bytes_in(folder) for folder in own.parent.iterdir() if folder.is_dir()}
+    total = sum(sizes.values())
+    for folder in sorted(sizes, key=lambda one: one.stat().st_mtime):
+        # Half of the room is for what this evaluation computes.
+        if total <= limit // 2 or folder == own:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        total -= sizes[folder]
+    return total
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.npy"))

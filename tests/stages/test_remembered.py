@@ -1,0 +1,181 @@
+"""Features of models are computed once: a second evaluation reads them, and a change of model or picture is seen."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from orchestrator.models import Backbone, build, normalise
+from orchestrator.models.detr import DetectionHead, detections
+from orchestrator.stages.base import Context
+from orchestrator.stages.common.predictor import Predictor
+from orchestrator.stages.evaluate import remembered
+from orchestrator.stages.evaluate.remembered import FeatureMemory, model_key
+from orchestrator.stages.evaluate.towers import Tower, embed_crops, feature_maps, found_boxes, remembering
+
+from .test_evaluate import Colours, small, stage
+
+__all__ = ["small"]
+
+SIDE = 16
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/features"
+
+
+@pytest.fixture
+def forwards() -> Iterator[list[int]]:
+    """The images of each forward pass of a backbone."""
+    passes: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, Backbone):
+            passes.append(len(inputs[0]))
+
+    hook = nn.modules.module.register_module_forward_hook(count)
+    yield passes
+    hook.remove()
+
+
+def again(context: Context, name: str) -> Context:
+    found = replace(context, out=context.out.parent / name)
+    found.out.mkdir()
+    return found
+
+
+def tower(seed: int = 0) -> Tower:
+    torch.manual_seed(seed)
+    return Tower(build("vit_femto").eval(), "vit_femto", SIDE)
+
+
+def crops(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def nothing() -> None:
+    pass
+
+
+def test_a_second_evaluation_embeds_nothing(small: Context, forwards: list[int], cache: Path) -> None:
+    first = again(small, "first")
+    stage(kept_features=0).run(again(small, "plain"))
+    assert not cache.exists()
+    plain, forwards[:] = list(forwards), []
+    stage().run(first)
+    assert sum(forwards) == sum(plain) > 30
+    forwards.clear()
+    second = again(small, "second")
+    stage(k=5).run(second)
+    assert forwards == []
+    third = again(small, "third")
+    stage().run(third)
+    assert forwards == []
+    for path in (first.out.parent / "plain").iterdir():
+        assert (
+            path.read_bytes() == (first.out / path.name).read_bytes() == (third.out / path.name).read_bytes()
+        )
+
+
+def test_only_what_is_new_is_computed(forwards: list[int]) -> None:
+    known, more = crops(6), crops(4, seed=1)
+    first = remembering(tower(), 1.0)
+    assert first.memory is not None
+    plain = embed_crops(tower(), [known], nothing)
+    forwards.clear()
+    np.testing.assert_array_equal(embed_crops(first, [known], nothing), plain)
+    np.testing.assert_array_equal(embed_crops(first, [known[:2]], nothing), plain[:2])
+    maps = feature_maps(first, known)
+    first.memory.flush()
+    assert forwards == [6, 6], "CLS and patches are kept apart"
+    later = remembering(tower(), 1.0)
+    mixed = np.concatenate([known[3:], more, known[:1]])
+    found = embed_crops(later, [mixed], nothing)
+    assert forwards == [6, 6, 4]
+    np.testing.assert_array_equal(found[[0, 1, 2, 7]], plain[[3, 4, 5, 0]])
+    np.testing.assert_allclose(found[3:7], embed_crops(tower(), [more], nothing), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(feature_maps(later, known), maps)
+
+
+def test_what_decides_features_decides_the_key() -> None:
+    one = tower()
+    assert model_key(one) == model_key(tower())
+    assert model_key(one) != model_key(tower(1))
+    other = tower()
+    other.model.norm.weight.data[0] += 1e-6
+    assert model_key(one) != model_key(other)
+    assert model_key(one) != model_key(replace(one, preset="another"))
+    own = replace(one, model=Colours())  # type: ignore[arg-type]
+    assert model_key(own) is None, "the code of this test may change"
+    assert remembering(own, 1.0) is own
+    assert remembering(one, 0) is one
+
+
+def test_room_is_made_by_those_that_were_not_asked_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "_CHUNK", 1)
+    row = np.ones((1, 250), np.float32)
+
+    def fill(key: str, limit: int, count: int = 4) -> FeatureMemory:
+        memory = FeatureMemory.opened(key, limit)
+        for at in range(count):
+            memory.through("cls", crops(1, seed=at), lambda _: row)
+        memory.flush()
+        return memory
+
+    for at, key in enumerate(("a", "b")):
+        fill(key, 12_000)
+        os.utime(cache / key, (at, at))
+    assert {path.name for path in cache.iterdir()} == {"a", "b"}
+    fill("c", 12_000)
+    assert {path.name for path in cache.iterdir()} == {"b", "c"}
+    full = fill("c", 8_000, count=8)
+    assert len(list(cache.rglob("values.npy"))) == 6, "four were known, two fit beside them"
+    assert full.through("cls", crops(1, seed=0), lambda _: pytest.fail("it is known")).shape == (1, 250)
+
+
+def test_a_damaged_chunk_is_computed_again(cache: Path, forwards: list[int]) -> None:
+    first = remembering(tower(), 1.0)
+    assert first.memory is not None
+    plain = embed_crops(first, [crops(3)], nothing)
+    first.memory.flush()
+    (values,) = cache.rglob("values.npy")
+    values.write_bytes(values.read_bytes()[:-4])
+    forwards.clear()
+    np.testing.assert_array_equal(embed_crops(remembering(tower(), 1.0), [crops(3)], nothing), plain)
+    assert forwards == [3]
+
+
+def test_the_setting_is_no_part_of_the_key() -> None:
+    assert stage(kept_features=0).identity() == stage().identity()
+    assert "kept_features" not in json.dumps(stage().identity())
+
+
+def test_boxes_are_found_with_and_without_memory(forwards: list[int]) -> None:
+    plain = tower()
+    torch.manual_seed(2)
+    head = DetectionHead(plain.model.dim, 2, num_queries=5, width=16, num_layers=1).eval()
+    found = replace(plain, predictor=Predictor(head, "detection", ("a", "b")))
+    boxes = found_boxes(found, crops(3))
+    with torch.inference_mode():
+        images = torch.from_numpy(crops(3).transpose(0, 3, 1, 2).copy())
+        rows = head(plain.model(normalise(images, plain.model)), (SIDE, SIDE))[:, -1]
+    for (corners, scores, places), row in zip(boxes, rows, strict=True):
+        for ours, theirs in zip((corners, scores, places), detections(row, 2), strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
+    known = remembering(found, 1.0)
+    found_boxes(known, crops(3))
+    forwards.clear()
+    for ours, theirs in zip(found_boxes(known, crops(3)), boxes, strict=True):
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    assert forwards == []
