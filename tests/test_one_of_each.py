@@ -32,6 +32,7 @@ NOT_DURABLE = {
     "orchestrator/storage/s3.py",
     "orchestrator/tracking/backlog.py",
     "orchestrator/tracking/flusher.py",
+    "stages/evaluate/remembered.py",
 }
 
 

@@ -133,6 +133,7 @@ class FeatureMemory:
                 digests = np.frombuffer(b"".join(digest for digest, _ in rows), dtype=np.uint8)
                 np.save(chunk / _DIGESTS, digests.reshape(len(rows), _DIGEST_BYTES), allow_pickle=False)
                 np.save(chunk / _VALUES, np.stack([value for _, value in rows]), allow_pickle=False)
+                # What the disk loses is computed again.
                 move(chunk, target, durable=False)
         except OSError as error:
             # The evaluation does not need it.
