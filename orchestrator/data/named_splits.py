@@ -124,7 +124,7 @@ def _by_folder(index: ImageIndex, split: Split, known: KnownFiles, where: str) -
                     where=f"{where}.{name}",
                     hint="name it in one of them",
                 )
-    there = known.names or {f"{index[row].source}/{index[row].path}" for row in range(len(index))}
+    there = known.names or {f"{one.source}/{one.path}" for one in index}
     folders = {str(parent) for name in there for parent in PurePosixPath(name).parents}
     folders |= {folder.partition("/")[2] for folder in folders}
     for folder, name in wanted.items():
@@ -211,7 +211,7 @@ class _Names:
     """Files that the index knows, by what a list or a table may call them."""
 
     def __init__(self, index: ImageIndex, known: KnownFiles) -> None:
-        full = known.names or {f"{index[row].source}/{index[row].path}" for row in range(len(index))}
+        full = known.names or {f"{one.source}/{one.path}" for one in index}
         self._by_name: dict[str, str] = {}
         twice: set[str] = set()
         for name in sorted(full):

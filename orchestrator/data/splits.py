@@ -103,8 +103,8 @@ class Splits:
             split_of_N = _by_hash(index, split, pairs.groups(np.arange(len(index))))
         else:
             split_of_N = np.full(len(index), -1, dtype=np.int64)
-            for row in range(len(index)):
-                found = placed(index[row].source, index[row].path, index[row].component)
+            for row, one in enumerate(index):
+                found = placed(one.source, one.path, one.component)
                 if found is not None:
                     split_of_N[row] = SPLITS.index(found)
             if not split.validation:
@@ -297,7 +297,7 @@ def _refuse_copies(
             )
     if placed is None:
         return
-    row_of = {_name(index, row): row for row in range(len(index))}
+    row_of = {f"{one.source}/{one.path}": row for row, one in enumerate(index)}
     for copy in known.copies:
         row = row_of.get(copy.of, -1)
         found = placed(copy.source, copy.path, "") if copy.same and row >= 0 else None

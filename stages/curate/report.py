@@ -72,10 +72,10 @@ def write_provenance(path: Path, statuses: Sequence[ImageStatus], index: ImageIn
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    ids = {(index[i].source, index[i].path): i for i in range(len(index))}
+    indexed = {(one.source, one.path): (row, one.component, one.cluster) for row, one in enumerate(index)}
     rows = []
     for status in statuses:
-        row = ids.get((status.photo.source, status.photo.path))
+        row, component, cluster = indexed.get((status.photo.source, status.photo.path), (None, "", None))
         rows.append(
             {
                 "source": status.photo.source,
@@ -84,10 +84,10 @@ def write_provenance(path: Path, statuses: Sequence[ImageStatus], index: ImageIn
                 "sha256": status.photo.sha256,
                 "bytes": status.photo.bytes,
                 "status": status.status,
-                "reason": status.reason or (f"{index[row].component} component" if row is not None else ""),
+                "reason": status.reason or (f"{component} component" if row is not None else ""),
                 "duplicate_of": status.duplicate_of,
                 "id": row,
-                "cluster": None if row is None else index[row].cluster,
+                "cluster": cluster,
             }
         )
     text, whole = pa.string(), pa.int64()
@@ -106,7 +106,7 @@ def report_of(
 ) -> dict[str, Any]:
     """Counts and lists, without absolute paths, so that reports compare across machines."""
     by_status = Counter(status.status for status in statuses)
-    components = [index[i].component for i in range(len(index))]
+    components = [one.component for one in index]
     name = config.embedding if isinstance(config.embedding, str) else config.embedding.shown
     sizes, taken = (
         Counter(index.clusters.tolist()),

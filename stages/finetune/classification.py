@@ -173,7 +173,7 @@ class Classification(Settings):
             return index
         from orchestrator.data.index import ImageIndex
 
-        return ImageIndex([replace(index[row], label=_folder(index[row].path)) for row in range(len(index))])
+        return ImageIndex([replace(one, label=_folder(one.path)) for one in index])
 
 
 def _folder(path: str) -> str | None:

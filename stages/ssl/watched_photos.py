@@ -107,8 +107,10 @@ def watched_rows(index: ImageIndex, most: int) -> tuple[list[int], list[str]]:
 
     They are drawn by the content of the files, so that the same photos are watched wherever they are in the index.
     """
-    drawn = sorted(range(len(index)), key=lambda row: derive(KNN, index[row].sha256, index[row].path))
-    held_out = [row for row in drawn if index[row].component == HELD_OUT]
+    keys = [derive(KNN, one.sha256, one.path) for one in index]
+    drawn = sorted(range(len(index)), key=keys.__getitem__)
+    of_those = frozenset(index.rows_of(HELD_OUT).tolist())
+    held_out = [row for row in drawn if row in of_those]
     labels = index.labels
     for candidates in (held_out, drawn):
         rows = _sharing(_sharing(candidates, labels)[:most], labels)

@@ -31,14 +31,16 @@ def draw_clusters(
         columns: photographs a line.
         most: lines.
     """
-    clusters = index.clusters
+    clusters, chosen = index.clusters, index.rows_of(CHOSEN)
+    taken_N = np.zeros(len(index), np.bool_)
+    taken_N[chosen] = True
     numbers = np.unique(clusters)[:most]
     height = _GAP + len(numbers) * (_SIDE + _GAP)
     sheet = np.full((height, _CAPTION + columns * (_SIDE + _GAP), 3), 255, dtype=np.uint8)
     for line, number in enumerate(numbers):
         top = _GAP + line * (_SIDE + _GAP)
         rows = np.flatnonzero(clusters == number)
-        taken = sum(index[int(row)].component == CHOSEN for row in rows)
+        taken = int(taken_N[rows].sum())
         _write(sheet, f"cluster {number}", top + 34, _INK)
         _write(sheet, f"{len(rows)} photos", top + 54, _FAINT)
         _write(sheet, f"{taken} taken", top + 72, _FAINT)
