@@ -1,26 +1,33 @@
 """A training step on one GPU: images a second, share of the peak, memory beside what `plan` predicts.
 
     python bench/gpu_step.py                       # the published ViT-L recipe, as conf/paper/vitl_imagenet.yaml has it
+    python bench/gpu_step.py --photos data/food    # with the loader, whose waits are in the table
     python bench/gpu_step.py --batch 96 --arm compiled --steps 30 --out table.json
 
 The step is the engine's own: the task of the file's `pretrain` stage under ZeRO on one rank, bf16, scaled dot product
-attention; random pixels in the place of photographs. Without a GPU it runs a tiny model for a moment, which shows that
+attention; random pixels in the place of photographs, or with `--photos FOLDER` the photographs below a folder, loaded
+and copied as in training. Without a GPU it runs a tiny model for a moment, which shows that
 it works and nothing else. No claim of `python -m bench`: its figures mean something on the machine they name only.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
@@ -29,6 +36,10 @@ from torch._C._distributed_c10d import HashStore
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from orchestrator.config.schema import Hardware
+from orchestrator.data.blocks import CropBlocks
+from orchestrator.data.index import ImageIndex, ImageRecord
+from orchestrator.data.sampler import SampleOrder
+from orchestrator.models.presets import preset
 from orchestrator.pipeline.cost.costing import costing
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.ssl.pretrain import Pretrain
@@ -36,7 +47,10 @@ from orchestrator.stages.ssl.task import SelfSupervisedTask
 from orchestrator.training.collectives import AllWorkers
 from orchestrator.training.device import device as assigned_device
 from orchestrator.training.device import use_deterministic_kernels
+from orchestrator.training.device_copies import DeviceCopies
 from orchestrator.training.engine import Engine, build_engine
+from orchestrator.training.loader import BlockLoader
+from orchestrator.training.loader_process import ProcessBlocks
 from orchestrator.training.task import BlockTensors
 from orchestrator.training.zero import import_deepspeed
 
@@ -64,7 +78,10 @@ _TINY = {
 
 @dataclass(frozen=True)
 class Row:
-    """One arm: medians over the timed steps. `mfu` is None where the device's peak is not known."""
+    """One arm: medians over the timed steps. `mfu` is None where the device's peak is not known.
+
+    `waited_share` is the share of the timed steps that was waited for photographs.
+    """
 
     model: str
     arm: str
@@ -74,6 +91,7 @@ class Row:
     peak_gib: float
     planned_gib: float
     loss: float
+    waited_share: float = 0.0
 
 
 def main() -> None:
@@ -131,6 +149,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--zero", type=int, default=3, choices=(0, 1, 2, 3), help="not of the arm `replicated`"
     )
+    parser.add_argument("--photos", type=Path, help="a folder of JPEGs; default: random pixels")
+    parser.add_argument("--loaders", type=int, default=8, help="threads or processes that load photographs")
+    parser.add_argument("--loader-type", default="threads", choices=("threads", "processes"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -170,15 +191,20 @@ def _measure(arm: str, options: argparse.Namespace, device: str, peak: float | N
     )
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds, loss = [], 0.0
-    for step in range(_WARMUP + options.steps if cuda else 2):
-        block = _block(config, model, step, batch, device)
-        _wait(cuda)
-        began = time.perf_counter()
-        loss = _step(task, engine, block, step)
-        _wait(cuda)
-        seconds.append(time.perf_counter() - began)
-    speed = batch / statistics.median(seconds[_WARMUP:] or seconds)
+    seconds, waited, loss = [], [], 0.0
+    with closing(_blocks(config, model, batch, device, options)) as blocks:
+        for step in range(_WARMUP + options.steps if cuda else 2):
+            _wait(cuda)
+            began = time.perf_counter()
+            block, waited_s = next(blocks)
+            waited.append(waited_s)
+            # Random pixels are made outside of the time that counts.
+            began = began if options.photos else time.perf_counter()
+            loss = _step(task, engine, block, step)
+            _wait(cuda)
+            seconds.append(time.perf_counter() - began)
+    timed = seconds[_WARMUP:] or seconds
+    speed = batch / statistics.median(timed)
     (work,) = workloads(config, model, {})
     planned = costing(
         work,
@@ -196,6 +222,7 @@ def _measure(arm: str, options: argparse.Namespace, device: str, peak: float | N
         torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         sum(planned.memory_gib.values()),
         loss,
+        sum(waited[-len(timed) :]) / sum(timed),
     )
 
 
@@ -209,6 +236,41 @@ def _step(task: SelfSupervisedTask, engine: Engine, block: BlockTensors, step: i
     return float(losses.total.detach())
 
 
+def _blocks(
+    config: Pretrain, model: str, batch: int, device: str, options: argparse.Namespace
+) -> Generator[tuple[BlockTensors, float], None, None]:
+    """The block of each step, and the seconds that it was waited for."""
+    if options.photos is None:
+        for step in itertools.count():
+            yield _block(config, model, step, batch, device), 0.0
+    make = partial(_photo_blocks, options.photos, config, preset(model).patch_size)
+    copies = DeviceCopies(device)
+    with closing(ProcessBlocks(make, 1)) as processes:
+        source = processes if options.loader_type == "processes" else make()
+        # A block is loaded by one loader, and a step has one block: so many steps are loaded at once.
+        loaders = options.loaders
+        loader = BlockLoader(source, [0], loaders, loaders, loaders, copies.send)
+        with closing(loader.steps(0, 10**9)) as steps:
+            for _, sent in steps:
+                (block,) = copies.arrived(sent)
+                yield block, loader.waited_s
+
+
+def _photo_blocks(folder: Path, config: Pretrain, patch_size: int) -> CropBlocks:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    rows = [ImageRecord("photos", str(path.relative_to(folder)), str(folder), "", 1, 1) for path in files]
+    order = SampleOrder({"all": np.arange(len(rows))}, batch_size=config.batch_size, seed=0)
+    return CropBlocks(
+        ImageIndex(rows),
+        order,
+        lambda step: config.crops,
+        patch_size=patch_size,
+        block_size=config.block_size,
+        seed=0,
+        max_unreadable=0.01,
+    )
+
+
 def _block(config: Pretrain, model: str, step: int, batch: int, device: str) -> BlockTensors:
     random = torch.Generator().manual_seed(step)
     crops = config.crops
@@ -216,8 +278,6 @@ def _block(config: Pretrain, model: str, step: int, batch: int, device: str) -> 
     def pixels(views: int, size: int) -> torch.Tensor:
         shape = (views, batch, 3, size, size)
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=random).to(device)
-
-    from orchestrator.models.presets import preset
 
     patches = (crops.global_size // preset(model).patch_size) ** 2
     # Half of the crops are masked, by 30 % on average.
@@ -246,10 +306,11 @@ def _peak(name: str) -> float | None:
 
 
 def _line(row: Row) -> str:
+    waits = f"  waits {row.waited_share:.1%}" if row.waited_share else ""
     mfu = "  –  " if row.mfu is None else f"{row.mfu:5.1%}"
     return (
         f"{row.model:<10} {row.arm:<22} batch {row.batch:<4} {row.images_per_s:8.1f} images/s  MFU {mfu}  "
-        f"peak {row.peak_gib:5.1f} GiB, planned {row.planned_gib:5.1f}  loss {row.loss:.4f}"
+        f"peak {row.peak_gib:5.1f} GiB, planned {row.planned_gib:5.1f}  loss {row.loss:.4f}{waits}"
     )
 
 
