@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,5 +295,9 @@ def test_a_castle_of_forty_views_fits_together(tmp_path: Path) -> None:
         there = other.depth_at(places)
         both = there > 0
         assert both.mean() > 0.5
-        # Edges and what is hidden differ; the rest, half a metre away, agrees within millimetres.
-        assert np.median(np.abs(there[both] - z[both])) < 0.003
+        # Edges and what is hidden differ; the rest agrees within a hundredth, unless the camera is said to stand still.
+        assert np.median(np.abs(there[both] - z[both]) / z[both]) < 0.01
+        still = replace(other, view=replace(other.view, world_to_camera=first.view.world_to_camera))
+        places, z = still.project(points)
+        there = still.depth_at(places)
+        assert np.median(np.abs(there[there > 0] - z[there > 0]) / z[there > 0]) > 0.01
