@@ -43,9 +43,11 @@ def run(quick: bool) -> Claim:
             found[count] = _measured(Path(folder), count)
         for name, what in (("first", "seconds"), ("with 1 % new photos", "again_seconds")):
             arms[f"{count:,} photos, {name}"] = summarize([found[count][what]])
+        one = found[count]
         notes.append(
-            f"{count:,}: {found[count]['memory'] / 1e6:.0f} MB, index {found[count]['row']:.0f} bytes a row, "
-            f"{found[count]['decoded']:,} decoded at first and {found[count]['again_decoded']:,} then"
+            f"{count:,}: {one['unique']:,.0f} kept, {one['memory'] / 1e6:.0f} MB, index {one['row']:.0f} bytes a row, "
+            f"{one['decoded']:,} decoded at first and {one['again_decoded']:,} then, "
+            "with those of the picture of clusters"
         )
     middle, largest = sizes[-2:]
     exponent = _exponent(found[middle]["seconds"], found[largest]["seconds"], largest / middle)
@@ -134,7 +136,7 @@ again_seconds, again, _ = curate("two")
 index_table.MAPPED_FROM = 0
 index = ImageIndex.load(place / "two" / "out")
 print(json.dumps(dict(seconds=seconds, memory=memory, again_seconds=again_seconds, decoded=first, again_decoded=again,
-    row=index.num_bytes / len(index), images=figures["images"])))
+    row=index.num_bytes / len(index), images=figures["images"], unique=figures["unique"])))
 """
 
 
