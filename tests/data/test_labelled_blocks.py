@@ -77,7 +77,7 @@ def test_whole_crops_are_mirrored_half_of_the_time_or_never(index: ImageIndex) -
                 seen = cv2.resize(whole[:, left : left + 66], (16, 16), interpolation=cv2.INTER_AREA)
                 straight = np.abs(image.transpose(1, 2, 0).astype(int) - seen).mean()
                 turned = np.abs(image.transpose(1, 2, 0).astype(int) - seen[:, ::-1]).mean()
-                assert min(straight, turned) < 2
+                assert min(straight, turned) < 5
                 found.append(turned < straight)
         return found
 
