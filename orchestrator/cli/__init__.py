@@ -20,6 +20,7 @@ from orchestrator.cli.simulate import simulate
 from orchestrator.cli.state import doctor, gc, inspect, logs, status, sync, verify
 from orchestrator.cli.terminal import print_error, refusal
 from orchestrator.cli.use import embed, search
+from orchestrator.cli.watch import watch
 from orchestrator.errors import TerminatedError, UserError
 
 app = typer.Typer(
@@ -50,8 +51,8 @@ def options(
 
 # In the order of `--help`, which lists groups after commands.
 for command in (
-    init, run, resume, publish, plan, status, sync, gc, logs, pull, rollback, embed, search, models, explain, schema,
-    simulate, verify,
+    init, run, resume, publish, plan, status, watch, sync, gc, logs, pull, rollback, embed, search, models, explain,
+    schema, simulate, verify,
     doctor,
 ):  # fmt: skip
     app.command()(command)

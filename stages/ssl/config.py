@@ -284,15 +284,26 @@ class SelfSupervised(MultiCropStage):
 
     def recipe(self, context: Context) -> ModelRecipe:
         """The model to train: from this config, or as the backbone artifact was made."""
-        if "backbone" in context.inputs:
-            recipe = (context.inputs["backbone"].path / "recipe.json").read_text()
-            return _with_pixels(ModelRecipe.model_validate_json(recipe), context)
+        return self.recipe_of(
+            {role: artifact.path for role, artifact in context.inputs.items()}, f"stages.{context.name}.model"
+        )
+
+    def recipe_of(self, inputs: Mapping[str, Path], where: str) -> ModelRecipe:
+        """See :meth:`recipe`.
+
+        Args:
+            inputs: the folders of artifacts by role.
+            where: the key path of the model, for the error message.
+        """
+        if "backbone" in inputs:
+            recipe = (inputs["backbone"] / "recipe.json").read_text()
+            return _with_pixels(ModelRecipe.model_validate_json(recipe), inputs["index"])
         if self.from_ is not None:
             self.check()
         begun = self.model_recipe()
         if begun is None:
-            raise UserError("it is not known which model to train", where=f"stages.{context.name}.model")
-        return _with_pixels(begun, context)
+            raise UserError("it is not known which model to train", where=where)
+        return _with_pixels(begun, inputs["index"])
 
     def job(
         self,
@@ -453,8 +464,8 @@ def check_titles(objectives: Sequence[Objective]) -> None:
         taken.add(objective.title)
 
 
-def _with_pixels(recipe: ModelRecipe, context: Context) -> ModelRecipe:
+def _with_pixels(recipe: ModelRecipe, index: Path) -> ModelRecipe:
     """The recipe of a model that sees the index's photographs as their `pixels` say."""
     from orchestrator.data.index import pixels_in
 
-    return recipe.model_copy(update={"pixels": pixels_in(context.inputs["index"].path)})
+    return recipe.model_copy(update={"pixels": pixels_in(index)})
