@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 FFN = Literal["mlp", "swiglu"]
+
+RGB = 3
+"""Channels of an image unless something else is said."""
 
 # Beyond any model: a config out of a file must not make somebody build blocks for hours.
 _MAX = {"dim": 2**20, "dims": 2**20, "depth": 4096, "depths": 4096}
@@ -21,6 +24,11 @@ def _check_whole(**values: object) -> None:
                 raise ValueError(f"{name} is {one!r:.40}; it is a whole number up to {most}")
 
 
+def _check_channels(num_channels: int) -> None:
+    if num_channels < 1:
+        raise ValueError(f"num_channels is {num_channels}; it is at least 1")
+
+
 @dataclass(frozen=True)
 class ViTConfig:
     """Shape of a vision transformer.
@@ -34,6 +42,7 @@ class ViTConfig:
         rope_rescale: limit r of the box jitter, a log-uniform factor in [1/r, r] of the patch coordinates
             drawn for each block in training; None is off.
         separate_local_norm: in training, norm the CLS and storage tokens of local crops by their own norm.
+        num_channels: of its images.
     """
 
     patch_size: int = 16
@@ -51,10 +60,11 @@ class ViTConfig:
     rope_base: float = 100.0
     rope_rescale: float | None = 2.0
     separate_local_norm: bool = False
+    num_channels: int = 3
 
     def __post_init__(self) -> None:
         _check_whole(dim=self.dim, depth=self.depth, num_heads=self.num_heads, patch_size=self.patch_size,
-                     num_storage_tokens=self.num_storage_tokens)  # fmt: skip
+                     num_storage_tokens=self.num_storage_tokens, num_channels=self.num_channels)  # fmt: skip
         if self.dim < 1 or self.num_heads < 1 or self.depth < 1:
             raise ValueError(
                 f"dim {self.dim}, depth {self.depth}, num_heads {self.num_heads}: they are at least 1"
@@ -74,6 +84,7 @@ class ViTConfig:
                 f"patch_size {self.patch_size}, num_storage_tokens {self.num_storage_tokens}, norm_eps "
                 f"{self.norm_eps}: they are at least 1, at least 0, and above 0"
             )
+        _check_channels(self.num_channels)
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,7 @@ class ConvNeXtConfig:
     Attributes:
         drop_path: share of rows that skip the last block in training; rises linearly from 0 at the first.
         stem_stride: pixels a side of a stem cell; the total stride is 8 times that.
+        num_channels: of its images.
     """
 
     depths: tuple[int, int, int, int] = (3, 3, 9, 3)
@@ -91,6 +103,7 @@ class ConvNeXtConfig:
     layer_scale_init: float = 1e-6
     stem_stride: int = 4
     norm_eps: float = 1e-6
+    num_channels: int = 3
 
     @property
     def patch_size(self) -> int:
@@ -98,7 +111,13 @@ class ConvNeXtConfig:
         return 8 * self.stem_stride
 
     def __post_init__(self) -> None:
-        _check_whole(depths=self.depths, dims=self.dims, stem_stride=self.stem_stride)
+        _check_whole(
+            depths=self.depths,
+            dims=self.dims,
+            stem_stride=self.stem_stride,
+            num_channels=self.num_channels,
+        )
+        _check_channels(self.num_channels)
         if (
             len(self.depths) != 4
             or len(self.dims) != 4
@@ -109,6 +128,14 @@ class ConvNeXtConfig:
             )
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path is {self.drop_path}; it lies in [0, 1)")
+
+
+def record(config: ViTConfig | ConvNeXtConfig) -> dict[str, Any]:
+    """The fields of a config for a file: `num_channels` only where it is not 3, as before there was that field."""
+    fields = asdict(config)
+    if config.num_channels == RGB:
+        del fields["num_channels"]
+    return fields
 
 
 Config = ViTConfig | ConvNeXtConfig

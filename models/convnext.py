@@ -58,7 +58,9 @@ class ConvNeXt(nn.Module):
         self.dim = config.dims[-1]
         self.patch_size = config.patch_size
         dims, stride = config.dims, config.stem_stride
-        stem = nn.Sequential(nn.Conv2d(3, dims[0], stride, stride), MapNorm(dims[0], eps=config.norm_eps))
+        stem = nn.Sequential(
+            nn.Conv2d(config.num_channels, dims[0], stride, stride), MapNorm(dims[0], eps=config.norm_eps)
+        )
         downsamples = [
             nn.Sequential(MapNorm(before, eps=config.norm_eps), nn.Conv2d(before, after, 2, 2))
             for before, after in pairwise(dims)
@@ -94,7 +96,7 @@ class ConvNeXt(nn.Module):
         """Features of normalised images of any size that the total stride divides.
 
         Args:
-            images_BCHW: float (B, 3, H, W), normalised with ImageNet mean and std.
+            images_BCHW: float (B, C, H, W), normalised with the mean and std of `set_stats`.
             masks_BP: bool (B, P) on the final grid; masked cells get the mask token after the stem. Unlike a
                 transformer's, the neighbours of a masked cell still look into it through the convolutions.
             generator: source of drop-path rows in training; without one nothing is random.
@@ -119,7 +121,7 @@ class ConvNeXt(nn.Module):
         """Features after one or more of the four stages: the pooled map as CLS and the map's cells as patches.
 
         Args:
-            images_BCHW: float (B, 3, H, W), normalised with ImageNet mean and std.
+            images_BCHW: float (B, C, H, W), normalised with the mean and std of `set_stats`.
             layers: a number n for the last n stages, or indices of stages (negative ones count from the last);
                 None: the last stage.
             norm: apply the final norm, which is the last stage's: earlier ones have other widths and no norm.

@@ -54,7 +54,7 @@ def _head_weights(dim: int, hidden: int, bottleneck: int) -> int:
 def _vit_params(config: ViTConfig) -> int:
     dim, hidden = config.dim, config.ffn_hidden or 4 * config.dim
     tokens = (2 + config.num_storage_tokens) * dim  # CLS, mask and storage
-    patch_embed = (3 * config.patch_size**2 + 1) * dim
+    patch_embed = (config.num_channels * config.patch_size**2 + 1) * dim
     norms = (2 + 2 * config.separate_local_norm) * dim
     ffn_biases = (2 if config.ffn == "swiglu" else 1) * hidden + dim
     # Queries, values and keys; projection; feed-forward.
@@ -68,7 +68,7 @@ def _vit_flops(config: ViTConfig, num_patches: int) -> int:
     num_tokens = 1 + config.num_storage_tokens + num_patches
     attention = 2 * num_tokens**2 * config.dim  # scores, and the mix of values
     block = num_tokens * _vit_block_weights(config) + attention
-    patch_embed = num_patches * 3 * config.patch_size**2 * config.dim
+    patch_embed = num_patches * config.num_channels * config.patch_size**2 * config.dim
     return 2 * (patch_embed + config.depth * block)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+_RGB = 3
 LIBRARIES = ("module", "timm", "transformers")
 # Arguments of `timm.create_model` that say where weights come from, or make a head. A student begins with random
 # weights, and a model folder must not name files.
@@ -23,12 +24,24 @@ class NetworkSpec:
         name: `package.module:callable`, or the name of a model in the library.
         kwargs: arguments of what makes it.
         config: of `transformers`, all that its config.json says; the name is then not looked up.
+        num_channels: of its images. timm and transformers are told; a module gets it from `kwargs` as it calls it.
     """
 
     library: str
     name: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
+    num_channels: int = 3
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """`kwargs`, and what tells the library the number of channels where it is not 3."""
+        told = {"timm": "in_chans", "transformers": "num_channels"}.get(self.library)
+        return (
+            dict(self.kwargs)
+            if told is None or self.num_channels == _RGB
+            else {told: self.num_channels, **self.kwargs}
+        )
 
     def __str__(self) -> str:
         return self.name if self.library == "module" else f"{self.library} {self.name}"

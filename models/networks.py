@@ -198,12 +198,12 @@ def random_network(spec: NetworkSpec, size: int) -> Network:
         ValueError: there is no such network.
     """
     if spec.library == "module":
-        return module_network(spec.name, kwargs=spec.kwargs)
+        return module_network(spec.name, kwargs=spec.arguments)
     if spec.library == "timm":
-        return timm_network(spec.name, size, kwargs=spec.kwargs)
+        return timm_network(spec.name, size, kwargs=spec.arguments)
     if spec.config is not None:
         return transformers_network(spec.config, pretrained=False)
-    return transformers_network(spec.name, pretrained=False, kwargs=spec.kwargs)
+    return transformers_network(spec.name, pretrained=False, kwargs=spec.arguments)
 
 
 def of_tower(tower: Backbone, blocks: Blocks | None = None) -> Network:

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .configs import Config, ConvNeXtConfig, ViTConfig
+from .configs import RGB, Config, ConvNeXtConfig, ViTConfig
+from .configs import record as config_record
 from .network_spec import LIBRARIES
-from .pixels import MEAN, STD, normalise, set_stats
+from .pixels import MEAN, STD, normalise, num_channels_of, set_stats
 from .presets import preset
 from .towers import Backbone, from_config
 from .vit import Features, Layers
@@ -71,7 +72,7 @@ def save_pretrained(
         "format": FORMAT,
         "architecture": _ARCHITECTURES.get(type(config), _OWN),
         "preset": preset_name,
-        "config": dataclasses.asdict(config),
+        "config": config_record(config),
         **pixels_record(pixels),
         "extra": dict(extra or {}),
     }
@@ -118,28 +119,36 @@ def preprocess(image: ImageLike, size: int, tower: nn.Module | None = None) -> T
     """Upright RGB, shorter side resized to `size` (bicubic, antialiased), centre crop, normalised.
 
     Args:
-        image: a PIL image (transparency is laid on white), or uint8 or uint16 (H, W, 3).
+        image: a PIL image (transparency is laid on white), or uint8 or uint16 (H, W, C), C the tower's channels.
         size: pixels a side.
         tower: which sees it, see :func:`normalise`.
 
     Returns:
-        fp32 (1, 3, size, size).
+        fp32 (1, C, size, size).
 
     Raises:
         ValueError: an array of another shape or dtype, or an image of more than 8 bits a channel.
     """
-    if isinstance(image, np.ndarray) and image.dtype == np.uint16 and image.ndim == 3:
-        # Pillow has no images of three channels of 16 bits.
-        planes = [
-            np.asarray(ImageOps.fit(Image.fromarray(plane_HW), (size, size), Image.Resampling.BICUBIC))
-            for plane_HW in image.astype(np.float32).transpose(2, 0, 1)
-        ]
-        seen = torch.from_numpy(np.stack(planes)).clamp(0, 65535).round().to(torch.uint16)
-        return normalise(seen[None], tower)
+    channels = num_channels_of(tower) if tower is not None else RGB
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image is {image.dtype} {image.shape}; expected uint8 (H, W, 3)")
+        known = image.dtype in (np.uint8, np.uint16)
+        if not known or image.ndim != 3 or image.shape[2] != channels:
+            raise ValueError(f"image is {image.dtype} {image.shape}; expected uint8 (H, W, {channels})")
+        if image.dtype == np.uint16 or channels != RGB:
+            # Pillow has no images of three channels of 16 bits, and takes a fourth channel for transparency.
+            planes = [
+                np.asarray(ImageOps.fit(Image.fromarray(plane_HW), (size, size), Image.Resampling.BICUBIC))
+                for plane_HW in (image if image.dtype == np.uint8 else image.astype(np.float32)).transpose(
+                    2, 0, 1
+                )
+            ]
+            seen = torch.from_numpy(np.stack(planes))
+            if image.dtype == np.uint16:
+                seen = seen.clamp(0, 65535).round().to(torch.uint16)
+            return normalise(seen[None], tower)
         image = Image.fromarray(image)
+    if channels != RGB:
+        raise ValueError(f"a PIL image has no {channels} channels: give an array (H, W, {channels})")
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"image has mode {image.mode}; scale it to 8 bits a channel first")
     image = ImageOps.exif_transpose(image)

@@ -32,11 +32,11 @@ class Features(NamedTuple):
 class PatchEmbed(nn.Conv2d):
     """Linear embedding of non-overlapping patches; keeps the fan-in initialisation of convolutions."""
 
-    def __init__(self, patch_size: int, dim: int) -> None:
-        super().__init__(3, dim, kernel_size=patch_size, stride=patch_size)
+    def __init__(self, patch_size: int, dim: int, num_channels: int = 3) -> None:
+        super().__init__(num_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, P, D)."""
+        """(B, C, H, W) → (B, P, D)."""
         return super().forward(images_BCHW.to(self.weight.dtype)).flatten(2).transpose(1, 2)
 
 
@@ -48,7 +48,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.dim = config.dim
         self.patch_size = config.patch_size
-        self.patch_embed = PatchEmbed(config.patch_size, config.dim)
+        self.patch_embed = PatchEmbed(config.patch_size, config.dim, config.num_channels)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
         # ZeRO-3 cannot hold a parameter without elements.
         self.storage_tokens: nn.Parameter | None = None
@@ -77,7 +77,7 @@ class VisionTransformer(nn.Module):
         """Features of normalised images of any size that the patch divides.
 
         Args:
-            images_BCHW: float (B, 3, H, W), normalised with ImageNet mean and std.
+            images_BCHW: float (B, C, H, W), normalised with the mean and std of `set_stats`.
             masks_BP: bool (B, P), True where a patch is replaced by the mask token.
             generator: source of drop-path rows and RoPE rescales in training; without one, nor in eval mode,
                 nothing is random. Best on the CPU: the same draws on every device, and no device sync.
@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
         """Features after one or more blocks.
 
         Args:
-            images_BCHW: float (B, 3, H, W), normalised with ImageNet mean and std.
+            images_BCHW: float (B, C, H, W), normalised with the mean and std of `set_stats`.
             layers: a number n for the last n blocks, or indices of blocks (negative ones count from the last);
                 None: the last block.
             norm: apply the final norm to each; without it, the raw outputs.

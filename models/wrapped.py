@@ -22,6 +22,7 @@ from .convert.files import load_any
 from .network_spec import Blocks
 from .networks import Network, module_network, of_tower, timm_network, transformers_network
 
+_RGB = 3
 _EXPECTED = (
     "a map (B, D, h, w), tokens (B, N, D) of a square grid with or without one CLS before, or cls and patches"
 )
@@ -52,6 +53,7 @@ class WrappedNet(nn.Module):
         patch: pixels a side of a patch, where that is known instead.
         dim: width of its features, where that is known: tells channels from positions.
         has_cls: whether the first of the tokens before the patches stands for the whole image.
+        num_channels: of the images.
 
     Raises:
         ValueError: it cannot take such images, or what it gives is not clear.
@@ -67,9 +69,11 @@ class WrappedNet(nn.Module):
         patch: int | None = None,
         dim: int | None = None,
         has_cls: bool = True,
+        num_channels: int = 3,
     ) -> None:
         super().__init__()
         self.net = net
+        self.num_channels = num_channels
         self.size = size
         self._call = call
         self._layout = _Layout(num_prefix, patch, dim, has_cls)
@@ -89,13 +93,15 @@ class WrappedNet(nn.Module):
             ValueError: it cannot take them, or what it gives is not clear.
         """
         first = next(self.net.parameters(), torch.zeros(1))
-        images_BCHW = torch.zeros(2, 3, size, size, device=first.device)
+        images_BCHW = torch.zeros(2, self.num_channels, size, size, device=first.device)
         was_training = self.net.training
         self.net.eval()
         try:
             out = self.net(images_BCHW) if self._call is None else self._call(images_BCHW)
         except Exception as error:
             what = f"it cannot take images of {size} x {size} pixels"
+            if self.num_channels != _RGB:
+                what += f" and {self.num_channels} channels"
             raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
         finally:
             self.net.train(was_training)
@@ -178,24 +184,25 @@ class _Layout:
         return 1 if _side(num_tokens) is None else 0
 
 
-def wrapped(network: Network, size: int) -> ForeignNet:
+def wrapped(network: Network, size: int, num_channels: int = 3) -> ForeignNet:
     """A network as a teacher that sees images of `size` pixels a side; raises as :class:`WrappedNet`."""
-    return ForeignNet(network.net, size, **network.known)
+    return ForeignNet(network.net, size, num_channels=num_channels, **network.known)
 
 
-def open_any(path: Path, size: int, blocks: Blocks | None = None) -> ForeignNet:
+def open_any(path: Path, size: int, blocks: Blocks | None = None, num_channels: int = 3) -> ForeignNet:
     """A teacher of a folder of ours, or of weights in any layout that `convert.load_any` reads.
 
     Args:
         path: see `load_any`.
         size: pixels a side.
         blocks: whose features it gives; default: the last one's. So for the others below.
+        num_channels: of the images that it sees. So for the others below.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: not such weights, they cannot take such images, or there is no such block.
     """
-    return wrapped(of_tower(load_any(path).float(), blocks), size)
+    return wrapped(of_tower(load_any(path).float(), blocks), size, num_channels)
 
 
 def open_timm(
@@ -205,6 +212,7 @@ def open_timm(
     pretrained: bool = True,
     kwargs: Mapping[str, Any] | None = None,
     blocks: Blocks | None = None,
+    num_channels: int = 3,
 ) -> ForeignNet:
     """A teacher of timm: its `forward_features`, before any head; arguments as of :func:`timm_network`.
 
@@ -212,11 +220,16 @@ def open_timm(
         ModuleNotFoundError: timm is not installed.
         ValueError: no such model or weights, or it is not clear what it gives.
     """
-    return wrapped(timm_network(name, size, pretrained=pretrained, kwargs=kwargs, blocks=blocks), size)
+    network = timm_network(name, size, pretrained=pretrained, kwargs=kwargs, blocks=blocks)
+    return wrapped(network, size, num_channels)
 
 
 def open_transformers(
-    name: str, size: int, kwargs: Mapping[str, Any] | None = None, blocks: Blocks | None = None
+    name: str,
+    size: int,
+    kwargs: Mapping[str, Any] | None = None,
+    blocks: Blocks | None = None,
+    num_channels: int = 3,
 ) -> ForeignNet:
     """A teacher of transformers, with the weights that belong to it; arguments as of :func:`transformers_network`.
 
@@ -224,7 +237,7 @@ def open_transformers(
         ModuleNotFoundError: transformers is not installed.
         ValueError: no such model, or it is not clear what it gives.
     """
-    return wrapped(transformers_network(name, kwargs=kwargs, blocks=blocks), size)
+    return wrapped(transformers_network(name, kwargs=kwargs, blocks=blocks), size, num_channels)
 
 
 def open_module(
@@ -233,6 +246,7 @@ def open_module(
     size: int,
     kwargs: Mapping[str, Any] | None = None,
     blocks: Blocks | None = None,
+    num_channels: int = 3,
 ) -> ForeignNet:
     """A teacher made by a user's own function or class; arguments as of :func:`module_network`.
 
@@ -240,7 +254,7 @@ def open_module(
         ValueError: nothing to call there, it gives no module, the weights do not fit it, or it is not clear what
             the module gives.
     """
-    return wrapped(module_network(spec, weights, kwargs=kwargs, blocks=blocks), size)
+    return wrapped(module_network(spec, weights, kwargs=kwargs, blocks=blocks), size, num_channels)
 
 
 def _parts(out: Any) -> tuple[Tensor | None, Tensor | None, bool]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .configs import RGB
 from .network_spec import LIBRARIES, TIMM_RESERVED, NetworkSpec
 from .networks import random_network
 from .pixels import set_stats
@@ -66,7 +67,7 @@ class WrappedBackbone(WrappedNet):
 
     def __init__(self, spec: NetworkSpec, size: int) -> None:
         network = random_network(spec, size)
-        super().__init__(network.net, size, **network.known)
+        super().__init__(network.net, size, num_channels=spec.num_channels, **network.known)
         self.spec = spec
         rows, columns = self.grid
         if rows != columns or size % rows:
@@ -141,7 +142,7 @@ def ready_to_train(backbone: WrappedBackbone, *sizes: int) -> list[str]:
     backbone.train()
     before = {name: buffer.clone() for name, buffer in backbone.net.named_buffers()}
     with torch.random.fork_rng(devices=[]):
-        features = backbone._features(torch.randn(2, 3, backbone.size, backbone.size))
+        features = backbone._features(torch.randn(2, backbone.num_channels, backbone.size, backbone.size))
         loss = features.cls.sum() + features.patches.square().sum()
         if loss.requires_grad:
             loss.backward()
@@ -237,6 +238,8 @@ def save_wrapped(
         # What a hub says of a name may change, and a local folder is of one machine.
         "config": json.loads(network.config.to_json_string()) if spec.library == "transformers" else None,
     }
+    if spec.num_channels != RGB:
+        made["num_channels"] = spec.num_channels
     record = {
         "format": FORMAT,
         "architecture": spec.library,
@@ -270,7 +273,13 @@ def load_wrapped(folder: Path, trusted: Iterable[str] = ()) -> WrappedBackbone:
     config = made["config"] and {
         key: value for key, value in _harmless(made["config"]).items() if key not in _BACKBONE
     }
-    spec = NetworkSpec(str(record["architecture"]), str(made["name"]), dict(made["kwargs"]), config)
+    spec = NetworkSpec(
+        str(record["architecture"]),
+        str(made["name"]),
+        dict(made["kwargs"]),
+        config,
+        made.get("num_channels", RGB),
+    )
     if spec.library == "module":
         _check_trusted(spec.name, trusted)
     if spec.library == "timm":

@@ -26,6 +26,7 @@ from orchestrator.storage.store import Store
 from orchestrator.tracking.run import Run
 
 if TYPE_CHECKING:
+    from orchestrator.config.pixels import PixelFormat
     from orchestrator.models.configs import Config
     from orchestrator.stages.common.config import ModelRecipe
     from orchestrator.stages.common.weights import WeightsSource
@@ -267,6 +268,10 @@ class Stage(StageSpec):
             `("students", NAME, "steps")`, which is `steps` where it is null. None of a kind that never goes on.
         """
         return None
+
+    def seeing(self, pixels: PixelFormat | None) -> Stage:
+        """This stage as it is when the pictures of its index are seen so; None is 8-bit RGB."""
+        return self
 
     def check(self) -> None:
         """Look, before anything runs, at what the types cannot say; the files are there.

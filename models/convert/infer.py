@@ -82,6 +82,7 @@ def _vit_fields(state: State, layout: str) -> dict[str, Any]:
     hidden = shape.of("blocks.0.ffn.down.weight")[1]
     return {
         "patch_size": shape.of("patch_embed.weight")[-1],
+        "num_channels": shape.of("patch_embed.weight")[1],
         "dim": dim,
         "depth": depth,
         "ffn": "swiglu" if is_gated else "mlp",
@@ -113,6 +114,7 @@ def _convnext_fields(state: State, layout: str) -> dict[str, Any]:
         "depths": tuple(depths),
         "dims": tuple(shape.of(f"stages.{stage}.0.gamma")[0] for stage in range(4)),
         "stem_stride": shape.of("downsamples.0.0.weight")[-1],
+        "num_channels": shape.of("downsamples.0.0.weight")[1],
     }
 
 

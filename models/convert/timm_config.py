@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..configs import Config, ConvNeXtConfig, ViTConfig
+from ..configs import RGB, Config, ConvNeXtConfig, ViTConfig
 
 # Its architectures by width, depth and feed-forward. Any of them becomes any other by its arguments, so a shape that
 # is not here is built from the small one.
@@ -67,6 +67,7 @@ def _vit(config: ViTConfig) -> dict[str, Any]:
         "dynamic_img_size": True,
         "global_pool": "token",
     }
+    _add_channels(arguments, config)
     has_twin = config.qkv_bias and "7b" not in name
     return {"architecture": f"{name}_qkvb" if has_twin else name, "model_args": arguments}
 
@@ -85,7 +86,13 @@ def _convnext(config: ConvNeXtConfig) -> dict[str, Any]:
         "norm_eps": config.norm_eps,
         "ls_init_value": config.layer_scale_init,
     }
+    _add_channels(arguments, config)
     return {"architecture": name, "model_args": arguments}
+
+
+def _add_channels(arguments: dict[str, Any], config: Config) -> None:
+    if config.num_channels != RGB:
+        arguments["in_chans"] = config.num_channels
 
 
 def _ratio(hidden: int, dim: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..configs import Config, ViTConfig
+from ..configs import RGB, Config, ViTConfig
 
 _VIT, _CONVNEXT = "dinov3_vit", "dinov3_convnext"
 # Fields of ours that the weights do not show, and their names there.
@@ -36,7 +36,7 @@ def transformers_config(config: Config) -> dict[str, Any]:
         if config.stem_stride != 4:
             raise ValueError(f"stem_stride is {config.stem_stride}; transformers' DINOv3ConvNext has 4 only")
         shown: dict[str, Any] = {"depths": list(config.depths), "hidden_sizes": list(config.dims)}
-        return {"model_type": kind} | shown | hidden | {"hidden_act": "gelu"}
+        return {"model_type": kind} | shown | hidden | {"hidden_act": "gelu"} | _channels(config)
     shown = {
         "patch_size": config.patch_size,
         "hidden_size": config.dim,
@@ -49,7 +49,11 @@ def transformers_config(config: Config) -> dict[str, Any]:
         "key_bias": config.key_bias,
         "value_bias": config.qkv_bias,
     }
-    return {"model_type": kind} | shown | hidden
+    return {"model_type": kind} | shown | hidden | _channels(config)
+
+
+def _channels(config: Config) -> dict[str, Any]:
+    return {} if config.num_channels == RGB else {"num_channels": config.num_channels}
 
 
 def known_from_transformers(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def compare(model: Backbone, folder: Path, size: int) -> list[Difference]:
     """
     generator = torch.Generator().manual_seed(0)
     images = {
-        str(number): torch.randn(batch, 3, height, width, generator=generator)
+        str(number): torch.randn(batch, model.config.num_channels, height, width, generator=generator)
         for number, (batch, height, width) in enumerate(sizes(model.patch_size, size))
     }
     found = _reloaded(folder, images)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..configs import Config, ConvNeXtConfig, ViTConfig
+from ..configs import RGB, Config, ConvNeXtConfig, ViTConfig
 
 if TYPE_CHECKING:
     from ..towers import Backbone
 
 LOADER = "load.py"
 """The file of an exported folder that loads it without this package; users copy from it."""
+PREPROCESSING = "preprocessing.json"
+BANDS_LOADER = "preprocess_bands.py"
+"""The file of an exported folder that makes what the model takes from a file's bands; `load.py` does it for photos."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,26 @@ class Preprocessing:
         size: pixels a side that it was trained for.
         mean: of each channel, of pixels in 0 to 1.
         std: likewise.
+        pixels: what config.json says of the files' `bands` and `range`; None for 8-bit RGB.
     """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    pixels: Mapping[str, Any] | None = None
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether the model takes what photos have."""
+        return len(self.mean) == RGB
+
+    def extra(self) -> dict[str, Any]:
+        """What a format's config has beside its own fields: how the values of files are seen."""
+        return {} if self.pixels is None else {"pixels": dict(self.pixels)}
+
+    def record(self) -> dict[str, Any]:
+        """The content of `preprocessing.json`."""
+        return {"size": self.size, "mean": self.mean, "std": self.std, **self.extra()}
 
 
 def misfit(config: Config, name: str) -> str | None:
@@ -142,6 +161,12 @@ def write(model: Backbone, name: str, preprocessing: Preprocessing, folder: Path
 
         (graphs.write_onnx if name == "onnx" else graphs.write_torch_export)(model, preprocessing, folder)
     (folder / LOADER).write_text(loader_text(name), encoding="utf-8")
+    if not preprocessing.is_rgb:
+        (folder / PREPROCESSING).write_text(
+            json.dumps(preprocessing.record(), indent=2) + "\n", encoding="utf-8"
+        )
+        code = Path(__file__).with_name(BANDS_LOADER).read_text(encoding="utf-8")
+        (folder / BANDS_LOADER).write_text(code, encoding="utf-8")
 
 
 def loader_text(name: str) -> str:

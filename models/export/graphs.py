@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import logging
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..towers import Backbone
-from .formats import Preprocessing
+from .formats import PREPROCESSING, Preprocessing
 
 ONNX = "model.onnx"
 PT2 = "model.pt2"
@@ -70,8 +69,9 @@ def _exported(model: Backbone) -> torch.export.ExportedProgram:
     One patch a side would be another graph: torch.export sees that a dimension of 1 broadcasts.
     """
     patch = model.patch_size
-    # No dimension is 0 or 1, or equal to another one: torch.export would take that for a property of all inputs.
-    example = torch.zeros(2, 3, 3 * patch, 4 * patch)
+    # No dimension that may change is 0 or 1, or equal to another such one: torch.export would take that for a property
+    # of all inputs.
+    example = torch.zeros(2, model.config.num_channels, 3 * patch, 4 * patch)
     shape = {
         0: torch.export.Dim("batch"),
         2: patch * torch.export.Dim("rows", min=2),
@@ -98,5 +98,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_preprocessing(preprocessing: Preprocessing, folder: Path) -> None:
-    text = json.dumps(dataclasses.asdict(preprocessing), indent=2) + "\n"
-    (folder / "preprocessing.json").write_text(text, encoding="utf-8")
+    text = json.dumps(preprocessing.record(), indent=2) + "\n"
+    (folder / PREPROCESSING).write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ def load(folder: str) -> Any:
 
 
 def features(model: Any, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """CLS (B, D) and patches (B, P, D), row by row, of normalised float32 images (B, 3, H, W)."""
+    """CLS (B, D) and patches (B, P, D), row by row, of normalised float32 images (B, C, H, W)."""
     found: list[NDArray[np.float32]] = model.run(["cls", "patches"], {"images": images})
     return found
 

@@ -14,7 +14,7 @@ def load(folder: str) -> Any:
 
 @torch.inference_mode()
 def features(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLS (B, D) and patches (B, P, D), row by row, of normalised images (B, 3, H, W)."""
+    """CLS (B, D) and patches (B, P, D), row by row, of normalised images (B, C, H, W)."""
     tokens = model.forward_features(images)
     if tokens.ndim == 4:  # a ConvNeXt gives a map, and its norm is part of its head
         return model.forward_head(tokens), model.head.norm(tokens).flatten(2).transpose(1, 2)

@@ -16,7 +16,7 @@ def load(folder: str) -> Any:
 
 @torch.inference_mode()
 def features(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLS (B, D) and patches (B, P, D), row by row, of normalised images (B, 3, H, W)."""
+    """CLS (B, D) and patches (B, P, D), row by row, of normalised images (B, C, H, W)."""
     cls, patches = model(images)
     return cls, patches
 

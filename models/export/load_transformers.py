@@ -14,7 +14,7 @@ def load(folder: str) -> Any:
 
 @torch.inference_mode()
 def features(model: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLS (B, D) and patches (B, P, D), row by row, of normalised images (B, 3, H, W)."""
+    """CLS (B, D) and patches (B, P, D), row by row, of normalised images (B, C, H, W)."""
     tokens = model(pixel_values=images).last_hidden_state
     first = 1 + getattr(model.config, "num_register_tokens", 0)  # a ConvNeXt has none
     return tokens[:, 0], tokens[:, first:]

@@ -31,7 +31,7 @@ def write_timm(model: Backbone, preprocessing: Preprocessing, folder: Path) -> N
         "num_features": model.dim,
         "pretrained_cfg": {
             "num_classes": 0,
-            "input_size": [3, side, side],
+            "input_size": [model.config.num_channels, side, side],
             "fixed_input_size": False,
             "pool_size": None,
             "interpolation": "bicubic",
@@ -41,6 +41,7 @@ def write_timm(model: Backbone, preprocessing: Preprocessing, folder: Path) -> N
             "std": preprocessing.std,
             **_timm_names(model.config),
         },
+        **preprocessing.extra(),
     }
     _write(model, "timm", record, folder)
 
@@ -50,12 +51,13 @@ def write_transformers(model: Backbone, preprocessing: Preprocessing, folder: Pa
     record = transformers_config(model.config)
     record |= {"architectures": [_CLASSES[record["model_type"]]], "dtype": "float32"}
     record["image_size"] = preprocessing.size
+    record |= preprocessing.extra()
     _write(model, "transformers", record, folder)
     side = preprocessing.size
     processor = {
         # The model's own processor stretches photos to squares; this one crops, as towers are trained.
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": preprocessing.is_rgb,
         "do_resize": True,
         "size": {"shortest_edge": side},
         "resample": _BICUBIC,

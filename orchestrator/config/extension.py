@@ -138,7 +138,10 @@ def versions(config: BaseModel) -> dict[str, Any]:
             model = getattr(section, name)
             if MODEL_NAME in field.metadata and model in brought:
                 shape = installed.find("models", model)
-                found[f"models {model}"] = {"version": getattr(shape, "version", 1), **asdict(shape)}
+                fields = asdict(shape)
+                # It came later, and follows from the data.
+                fields.pop("num_channels", None)
+                found[f"models {model}"] = {"version": getattr(shape, "version", 1), **fields}
     return found
 
 

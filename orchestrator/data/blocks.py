@@ -79,8 +79,8 @@ class ReportsTroubles(Protocol):
 class CropBlocks:
     """Blocks of multi-crop views for self-supervised training.
 
-    Arrays of a block of S samples: "globals" (G, S, 3, H, W) uint8, "locals" (L, S, 3, h, w) uint8, "masks"
-    (G, S, P) bool, and with `gram_size` "gram" (G, S, 3, H', W') uint8. Pixels are uint16 where the index says so.
+    Arrays of a block of S samples: "globals" (G, S, C, H, W) uint8, "locals" (L, S, C, h, w) uint8, "masks"
+    (G, S, P) bool, and with `gram_size` "gram" (G, S, C, H', W') uint8. Pixels are uint16 where the index says so.
 
     Args:
         index: the photographs.
@@ -185,7 +185,7 @@ class CropBlocks:
 class CaptionBlocks:
     """Blocks of photographs with their captions for text alignment.
 
-    Arrays of a block of S samples: "images" (S, 3, size, size) uint8 or uint16, "tokens" (S, context) int64 padded
+    Arrays of a block of S samples: "images" (S, C, size, size) uint8 or uint16, "tokens" (S, context) int64 padded
     with 0, "lengths" (S,) int64, the number of tokens with the end-of-text token.
 
     Args:
@@ -235,7 +235,7 @@ class CaptionBlocks:
         assert 0 <= index < self.num_blocks, f"block {index} of {self.num_blocks}"
         drawn, ids = self._order.ids(step), np.empty(self._block_size, np.int64)
         kind = np.uint16 if self._index.is_deep else np.uint8
-        images = np.empty((len(ids), 3, self._size, self._size), kind)
+        images = np.empty((len(ids), self._index.num_channels, self._size, self._size), kind)
         tokens = np.zeros((len(ids), self._context), np.int64)
         lengths = np.empty(len(ids), np.int64)
         unreadable: list[int] = []

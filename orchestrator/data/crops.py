@@ -41,7 +41,7 @@ def make_views(
     """All views of one photograph.
 
     Args:
-        image_HWC: uint8 RGB, or uint16.
+        image_HWC: uint8 RGB, or uint16; or C bands, which are no colours.
         config: sizes and distortions.
         rng_for_view: the generator of each view: globals are views 0 to G-1, locals G to G+L-1.
         drawn_in: height and width of the photograph in which boxes are drawn; default: those of `image_HWC`. Views
@@ -49,16 +49,17 @@ def make_views(
         is_colour: whether the channels are red, green and blue; else their colours are not distorted.
 
     Returns:
-        "globals" (G, 3, size, size) and "locals" (L, 3, size, size), of the image's type; with `config.gram_size` also
-        "gram" (G, 3, gram_size, gram_size): the same boxes as the globals, without distortion.
+        "globals" (G, C, size, size) and "locals" (L, C, size, size), of the image's type; with `config.gram_size` also
+        "gram" (G, C, gram_size, gram_size): the same boxes as the globals, without distortion.
     """
     num_global, num_local = config.num_global, config.num_local
+    bands = image_HWC.shape[2]
     views = {
-        "globals": np.empty((num_global, 3, config.global_size, config.global_size), image_HWC.dtype),
-        "locals": np.empty((num_local, 3, config.local_size, config.local_size), image_HWC.dtype),
+        "globals": np.empty((num_global, bands, config.global_size, config.global_size), image_HWC.dtype),
+        "locals": np.empty((num_local, bands, config.local_size, config.local_size), image_HWC.dtype),
     }
     if config.gram_size is not None:
-        views["gram"] = np.empty((num_global, 3, config.gram_size, config.gram_size), image_HWC.dtype)
+        views["gram"] = np.empty((num_global, bands, config.gram_size, config.gram_size), image_HWC.dtype)
     for view in range(num_global):
         rng = rng_for_view(view)
         box = _box(image_HWC, drawn_in, config.global_scale, config, rng)

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import MAX_PIXELS
+from orchestrator.data.bands import seen, square_of_bands
 from orchestrator.data.decoding_memory import SHARED_BYTES, SharedMemory
 
 # Who reads pictures catches it from here.
@@ -31,6 +32,7 @@ from orchestrator.data.image_formats import format_of, too_large, too_many_bytes
 from orchestrator.data.jpeg import BENIGN_JPEG, EXIF_ORIENTATION, decode_jpeg, upright
 from orchestrator.data.sources.account import ACCESS, BANDS, NOT_A_PICTURE, TOO_LARGE
 from orchestrator.data.sources.shard_members import open_member
+from orchestrator.data.tiff_bands import TiffHeader, tiff_header, tiff_values
 from orchestrator.fsio import open_regular, why
 from orchestrator.storage.s3_client import StoreError
 
@@ -47,6 +49,8 @@ _PNG_BITS = 24
 # The memory that one pixel takes while a picture is decoded, in bytes: Pillow's four, as many for compositing
 # transparency, and the result; libjpeg keeps the coefficients of a progressive JPEG.
 _BYTES_PER_PIXEL = 16
+# Of a band of a file of many: as it is in the file, as a share of white, and as the model sees it.
+_BYTES_PER_VALUE = 10
 # A file of this size is read before its header is known. A larger one counts as the largest picture that may be.
 _SMALL_FILE = 16 << 20
 # What tells the format, the size of a WebP and the bits of a PNG.
@@ -83,7 +87,8 @@ def read_rgb(
         pixels: the bands that are seen and the range of their values.
 
     Returns:
-        (H, W, 3) uint8, RGB, contiguous; uint16 where `pixels.is_deep`, 0 black and 65535 white.
+        (H, W, 3) uint8, RGB, contiguous; uint16 where `pixels.is_deep`, 0 black and 65535 white; as many channels as
+        `pixels.num_channels`.
 
     Raises:
         UnreadableImage: missing, not a regular file, not an image of one of :data:`image_formats.FORMATS`, too large,
@@ -124,7 +129,7 @@ def use_rgb(
         with _reading(path):
             data = _read(file, _SMALL_FILE)
     on_bytes(data)
-    with _memory.hold(_BYTES_PER_PIXEL * _num_pixels(data, path, max_pixels)):
+    with _memory.hold(_bytes_per_pixel(data) * _num_pixels(data, path, max_pixels)):
         return use(_decode(data, path, min_side, max_pixels, pixels, on_wide))
 
 
@@ -145,7 +150,10 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
         if (reason := too_many_bytes(size, max_pixels)) is not None:
             raise UnreadableImage(path, reason, TOO_LARGE)
         kind, bits = format_of(start, path), 8
-        if kind == "WEBP":
+        header = _header_of_bands(file, path, kind)
+        if header is not None:
+            (width, height), bits = _size_of(path, header), header.bits
+        elif kind == "WEBP":
             width, height = webp_size(start)
         else:
             with _opened(file, path, kind, max_pixels) as image:
@@ -157,6 +165,18 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
     if width * height > max_pixels:
         raise UnreadableImage(path, too_large(width, height, max_pixels), TOO_LARGE)
     return Header(width, height, bits)
+
+
+def _header_of_bands(file: io.BufferedReader, path: Path | str, kind: str) -> TiffHeader | None:
+    """As :func:`_of_bands`, of an open file, which is read whole for it: tags may be anywhere. It is left as it was."""
+    if kind != "TIFF":
+        return None
+    with _reading(path):
+        at = file.tell()
+        file.seek(0)
+        data = _read(file, _SMALL_FILE)
+        file.seek(at)
+    return _of_bands(data, kind)
 
 
 def upright_size(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -171,6 +191,8 @@ def upright_size(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[int, i
     with file:
         with _reading(path):
             kind = format_of(_read(file, _HEADER_BYTES), path)
+            if _header_of_bands(file, path, kind) is not None:
+                return size  # as it lies in the file
             file.seek(0)
         with _opened(file, path, kind, max_pixels) as image:
             try:
@@ -188,21 +210,16 @@ def _tiff_bits(image: Image.Image) -> int:
 
 
 def square(pixels_HWC: Pixels, size: int) -> Pixels:
-    """The centre of a picture, (size, size, 3): shorter side resized to `size` (bicubic, antialiased), cropped.
+    """The centre of a picture, (size, size, C): shorter side resized to `size` (bicubic, antialiased), cropped.
 
     Raises:
         ValueError: the picture has no pixels.
     """
     if 0 in pixels_HWC.shape:
         raise ValueError("it has no pixels")
-    if pixels_HWC.dtype == np.uint8:
+    if pixels_HWC.dtype == np.uint8 and pixels_HWC.shape[2] == 3:
         return np.asarray(ImageOps.fit(Image.fromarray(pixels_HWC), (size, size), Image.Resampling.BICUBIC))
-    # Pillow has no images of three channels of 16 bits.
-    planes = [
-        np.asarray(ImageOps.fit(Image.fromarray(plane_HW), (size, size), Image.Resampling.BICUBIC))
-        for plane_HW in pixels_HWC.astype(np.float32).transpose(2, 0, 1)
-    ]
-    return np.asarray(np.rint(np.stack(planes, axis=2)).clip(0, 65535), dtype=pixels_HWC.dtype)
+    return square_of_bands(pixels_HWC, size)
 
 
 def read_square(
@@ -220,7 +237,7 @@ def read_square(
         max_pixels, on_bytes, pixels: see :func:`use_rgb`.
 
     Returns:
-        (size, size, 3) uint8, RGB; uint16 where `pixels.is_deep`.
+        (size, size, 3) uint8, RGB; uint16 where `pixels.is_deep`; as many channels as `pixels` says.
 
     Raises:
         UnreadableImage: as :func:`read_rgb`.
@@ -302,12 +319,27 @@ def _decode(
         decoded = decode_jpeg(data, path, min_side)
         if decoded is not None:
             return decoded if pixels is None else seen(decoded, pixels, path)
+    if (header := _of_bands(data, kind)) is not None:
+        return seen(_band_values(data, path, header, max_pixels), pixels, path, on_wide)
     with _opened(data, path, kind, max_pixels) as image:
         is_wide = _is_wide(data, kind, image)
         if pixels is None and not is_wide:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
         return seen(_raw(data, path, image, is_wide), pixels, path, on_wide)
+
+
+def _of_bands(data: bytes, kind: str) -> TiffHeader | None:
+    """The header of a TIFF whose bands neither Pillow nor OpenCV reads; None of any other file."""
+    header = tiff_header(data) if kind == "TIFF" else None
+    return header if header is not None and header.is_for_us else None
+
+
+def _band_values(data: bytes, path: Path | str, header: TiffHeader, max_pixels: int) -> NDArray[Any]:
+    try:
+        return tiff_values(data, header, max_pixels)
+    except Exception as error:  # Pillow decodes the parts, and raises anything
+        raise UnreadableImage(path, str(error)[:200] or type(error).__name__) from error
 
 
 def _is_wide(data: bytes, kind: str, image: Image.Image) -> bool:
@@ -347,81 +379,6 @@ def _values(image: Image.Image) -> NDArray[Any]:
     return np.asarray(image)
 
 
-def seen(
-    raw_HWC: NDArray[Any],
-    pixels: PixelFormat | None,
-    path: Path | str,
-    on_wide: Callable[[int], None] = lambda peak: None,
-) -> Pixels:
-    """What a model sees of the values of a file: three channels, by the dataset's rule alone.
-
-    Args:
-        raw_HWC: the values in the file, (H, W) or (H, W, bands), whole numbers or fractions.
-        pixels: the rule; None for 8 bits, or the high byte of 16.
-        path: for the error message.
-        on_wide: see :func:`use_rgb`.
-
-    Raises:
-        UnreadableImage: it lacks a band, or its values have no defined range.
-    """
-    raw_HWC = raw_HWC[:, :, None] if raw_HWC.ndim == 2 else raw_HWC
-    values_HWC, alpha_HW1 = _bands(raw_HWC, pixels, path)
-    if pixels is None or pixels.range is None:
-        if values_HWC.dtype not in (np.uint8, np.uint16):
-            what = "floating-point pixels" if values_HWC.dtype.kind == "f" else "pixels of 32 bits"
-            raise UnreadableImage(path, f"{what} have no defined range: set `range` in `pixels`", BANDS)
-        if values_HWC.dtype == np.uint16:
-            on_wide(int(values_HWC.max(initial=0)))
-        black, white = 0.0, float(np.iinfo(values_HWC.dtype).max)
-    else:
-        black, white = pixels.range
-    if values_HWC.dtype == np.uint8 and (black, white) == (0, 255) and alpha_HW1 is None:
-        made = values_HWC
-    elif (pixels is None or pixels.range is None) and alpha_HW1 is None:
-        made = (values_HWC >> 8).astype(np.uint8)
-    else:
-        made = _scaled(values_HWC, black, white, alpha_HW1, deep=pixels is not None and pixels.is_deep)
-    return np.ascontiguousarray(np.repeat(made, 3, axis=2) if made.shape[2] == 1 else made)
-
-
-def _bands(
-    raw_HWC: NDArray[Any], pixels: PixelFormat | None, path: Path | str
-) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The bands that are seen, and what is transparent unless bands are named."""
-    count = raw_HWC.shape[2]
-    if pixels is not None and pixels.bands is not None:
-        if max(pixels.bands) >= count:
-            what = f"it has {count} {'band' if count == 1 else 'bands'}, and no band {max(pixels.bands)}"
-            raise UnreadableImage(path, what, BANDS)
-        return raw_HWC[:, :, list(pixels.bands)], None
-    if count in (2, 4):
-        return raw_HWC[:, :, :-1], raw_HWC[:, :, -1:]
-    if count not in (1, 3):
-        raise UnreadableImage(path, f"it has {count} bands: name one or three as `bands` of `pixels`", BANDS)
-    return raw_HWC, None
-
-
-def _scaled(
-    values_HWC: NDArray[Any], black: float, white: float, alpha_HW1: NDArray[Any] | None, *, deep: bool
-) -> NDArray[Any]:
-    shares_HWC = (values_HWC.astype(np.float32) - np.float32(black)) * np.float32(1 / (white - black))
-    # Of no value, as where a satellite saw nothing, there is black.
-    np.nan_to_num(shares_HWC, copy=False, nan=0.0, posinf=1.0, neginf=0.0)
-    np.clip(shares_HWC, 0, 1, out=shares_HWC)
-    if alpha_HW1 is not None:
-        opaque = np.iinfo(alpha_HW1.dtype).max if alpha_HW1.dtype.kind in "ui" else 1.0
-        alpha = alpha_HW1.astype(np.float32) / np.float32(opaque)
-        shares_HWC = shares_HWC * alpha + (1 - alpha)
-    return np.asarray(np.rint(shares_HWC * (65535 if deep else 255)), dtype=np.uint16 if deep else np.uint8)
-
-
-def as_8_bits(pixels_HWC: Pixels) -> Pixels:
-    """Pixels as they are shown, and compared by eye: the nearest of 256 levels."""
-    if pixels_HWC.dtype == np.uint8:
-        return pixels_HWC
-    return np.asarray((pixels_HWC.astype(np.uint32) + 128) // 257, dtype=np.uint8)
-
-
 def _num_pixels(data: bytes, path: Path | str, max_pixels: int) -> int:
     """Width × height by the file's header, at most `max_pixels`; nothing is decoded."""
     kind = format_of(data, path)
@@ -433,11 +390,30 @@ def _num_pixels(data: bytes, path: Path | str, max_pixels: int) -> int:
                 raise UnreadableImage(path, f"corrupt JPEG: {error}") from error
             width, height = _pillow_size(data, path, kind, max_pixels)
     else:
-        # Pillow's WebP decoder makes room for the whole canvas as soon as it opens a file.
-        width, height = webp_size(data) if kind == "WEBP" else _pillow_size(data, path, kind, max_pixels)
+        header = _of_bands(data, kind)
+        if header is not None:
+            width, height = _size_of(path, header)
+        elif kind == "WEBP":
+            # Pillow's decoder makes room for the whole canvas as soon as it opens a file.
+            width, height = webp_size(data)
+        else:
+            width, height = _pillow_size(data, path, kind, max_pixels)
     if width * height > max_pixels:
         raise UnreadableImage(path, too_large(width, height, max_pixels), TOO_LARGE)
     return int(width * height)
+
+
+def _size_of(path: Path | str, header: TiffHeader) -> tuple[int, int]:
+    try:
+        return header.size
+    except ValueError as error:
+        raise UnreadableImage(path, str(error)) from error
+
+
+def _bytes_per_pixel(data: bytes) -> int:
+    """The memory that a pixel takes while this file is decoded."""
+    header = tiff_header(data)
+    return max(_BYTES_PER_PIXEL, _BYTES_PER_VALUE * header.bands if header is not None else 0)
 
 
 def _pillow_size(data: bytes, path: Path | str, kind: str, max_pixels: int) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Distortions of views that are not 8-bit RGB: of 16 bits a channel, or of bands that are no colours.
 
 The operations and their draws are those of :mod:`orchestrator.data.crops`, in float32 on a scale from 0 to 1. Where the
-channels are no colours, what only colours have is left out: saturation, hue and the conversion to grey; contrast is
-around the mean of the channels.
+channels are no colours, however many there are, what only colours have is left out: saturation, hue and the conversion
+to grey; contrast is around the mean of the channels. Brightness and contrast draw one factor for all bands of a view,
+so that what bands say relative to each other stays. Blur and solarization are of each band.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from orchestrator.data.views import CropConfig
 Floats = NDArray[np.float32]
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-_MEAN = np.full(3, 1 / 3, np.float32)
 
 
 def distort(
@@ -31,25 +31,27 @@ def distort(
     """A view with the augmentations of `config` before a user's own.
 
     Args:
-        pixels_HWC: (H, W, 3) uint8 or uint16.
+        pixels_HWC: (H, W, C) uint8 or uint16.
         config: their strengths and probabilities.
         blur, solarize: the probabilities of this view.
         rng: of this view; as many numbers are drawn as for 8-bit RGB.
-        is_colour: whether the channels are red, green and blue.
+        is_colour: whether the channels are red, green and blue, three of them.
 
     Returns:
         The same shape and type.
     """
     white = np.iinfo(pixels_HWC.dtype).max
     values_HWC = np.ascontiguousarray(pixels_HWC, np.float32) / np.float32(white)
-    luma = _LUMA if is_colour else _MEAN
+    bands = pixels_HWC.shape[2]
+    luma = _LUMA if is_colour else np.full(bands, 1 / bands, np.float32)
     jitter, gray, blurred, solarized = rng.random(4)
     if jitter < config.jitter_probability:
         values_HWC = _jittered(values_HWC, config, rng, luma, is_colour=is_colour)
     if gray < config.gray_probability and is_colour:
         values_HWC = np.repeat((values_HWC @ luma)[:, :, None], 3, axis=2)
     if blurred < blur:
-        values_HWC = np.asarray(cv2.GaussianBlur(values_HWC, (9, 9), float(rng.uniform(*config.blur_sigma))))
+        made = cv2.GaussianBlur(values_HWC, (9, 9), float(rng.uniform(*config.blur_sigma)))
+        values_HWC = np.asarray(made, np.float32).reshape(values_HWC.shape)
     if solarized < solarize:
         values_HWC = np.where(values_HWC < 0.5, values_HWC, 1 - values_HWC)
     return np.asarray(np.rint(values_HWC.clip(0, 1) * white), dtype=pixels_HWC.dtype)

@@ -162,6 +162,11 @@ class ImageIndex:
         return any(found is not None and found.is_deep for found in self._pixels.values())
 
     @property
+    def num_channels(self) -> int:
+        """The number of channels of all pictures as models see them."""
+        return next((found.num_channels for found in self._pixels.values() if found is not None), 3)
+
+    @property
     def captions(self) -> list[str | None]:
         found: list[str | None] = plain(self._table, "caption", pa.string()).to_pylist()
         return found
@@ -225,7 +230,7 @@ class ImageIndex:
             for field in schema
         }
         if any(self._pixels.values()):
-            told = {name: found and found.model_dump(mode="json") for name, found in self._pixels.items()}
+            told = {name: found and found.record() for name, found in self._pixels.items()}
             schema = schema.with_metadata({_PIXELS: json.dumps(told)})
         path = folder / FILE
         pq.write_table(pa.table(columns, schema=schema), path)
@@ -312,6 +317,9 @@ def pixels_in(folder: Path) -> PixelFormat | None:
     told = [found for found in formats.values() if found is not None]
     if len(set(formats.values())) == 1 or not told:
         return told[0] if told else None
+    if told[0].num_channels != 3:
+        # The numbers of bands differ no further than their names: mean and deviation need as many.
+        return told[0].model_copy(update={"range": None, "shown": None})
     return PixelFormat(mean=told[0].mean, std=told[0].std)
 
 

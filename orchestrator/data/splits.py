@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from orchestrator.config.schema import DataSource
 from orchestrator.config.split import SPLITS, Split, SplitName
+from orchestrator.data.bands import shown_rgb
 from orchestrator.data.curation.descriptor import DIM, describe
-from orchestrator.data.decode import UnreadableImage, as_8_bits, use_rgb
+from orchestrator.data.decode import UnreadableImage, use_rgb
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.named_splits import KnownFiles, SplitOf, files_of, split_of
 from orchestrator.data.rng import derive
@@ -270,7 +271,7 @@ class _Near:
         try:
             return use_rgb(
                 self._index.path(row),
-                lambda pixels: describe(as_8_bits(pixels)),
+                lambda pixels: describe(shown_rgb(pixels, self._index.pixels(row))),
                 max_pixels=self._index[row].max_pixels,
                 pixels=self._index.pixels(row),
             )

@@ -121,7 +121,10 @@ def _opened(pulled: Pulled, name: str) -> tuple[Backbone, Preprocessing]:
     patch = model.patch_size
     cells = round(size / patch) if isinstance(size, int) else _CELLS
     mean, std = stats_of(model)
-    return model, Preprocessing(max(1, cells) * patch, mean, std)
+    pixels = record.get("pixels")
+    return model, Preprocessing(
+        max(1, cells) * patch, mean, std, pixels if isinstance(pixels, dict) else None
+    )
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -198,7 +201,21 @@ def readme(
         patch=model.patch_size,
         note=chosen.note,
         rows=rows,
+        channels=len(preprocessing.mean),
+        seen=_seen(preprocessing),
     )
+
+
+def _seen(preprocessing: Preprocessing) -> str:
+    """What the channels are, before the mean is subtracted."""
+    pixels = preprocessing.pixels or {}
+    if not pixels:
+        return "RGB in 0 to 1"
+    bands, levels = pixels.get("bands"), pixels.get("range")
+    of = f"bands {bands} of a file, counted from 0," if bands else "RGB"
+    scale = f"from {levels[0]:g} to {levels[1]:g} as 0 to 1" if levels else "in 0 to 1"
+    more = "" if preprocessing.is_rgb else " (`preprocess_bands.py` does it)"
+    return f"{of} {scale}{more}"
 
 
 _README = """# {name} version {version}, for {library}
@@ -210,7 +227,7 @@ _README = """# {name} version {version}, for {library}
 
 {note}
 
-Images are float32 (B, 3, H, W): RGB in 0 to 1, minus {mean}, divided by {std}. H and W are multiples of {patch}. The
+Images are float32 (B, {channels}, H, W): {seen}, minus {mean}, divided by {std}. H and W are multiples of {patch}. The
 model was trained at {side} × {side}.
 
 ## Compared with the model that was published

@@ -15,12 +15,15 @@ import numpy as np
 from PIL import Image
 
 from orchestrator.config.pixels import PixelFormat
+from orchestrator.data.bands import seen
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square, rgb_of, square
 from orchestrator.data.sources.folder import shown
 from orchestrator.errors import UserError, first_line, shortened
 
 # A path, a PIL image, or uint8 RGB (H, W, 3).
 ImageLike = str | Path | Image.Image | Pixels
+
+_RGB = 3
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,12 +38,14 @@ def default_loaders() -> int:
 
 
 def square_of(image: ImageLike, size: int, pixels: PixelFormat | None = None) -> Pixels:
-    """The centred square of an image, (size, size, 3) uint8. A file is read as in evaluation.
+    """The centred square of an image, (size, size, C). A file is read as in evaluation.
 
     Args:
-        image: a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
+        image: a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). For a model of other than three
+            channels an array has all bands of a file, (H, W, bands), in any type.
         size: pixels a side.
-        pixels: how the values of files and of Pillow's images are seen; arrays are taken as they are.
+        pixels: how the values of files and of Pillow's images are seen, and those of arrays for such a model; other
+            arrays are taken as they are.
 
     Raises:
         UserError: a file that is no image, or something else.
@@ -48,6 +53,12 @@ def square_of(image: ImageLike, size: int, pixels: PixelFormat | None = None) ->
     try:
         if isinstance(image, (str, os.PathLike)):
             return read_square(Path(image), size, pixels=pixels)
+        if isinstance(image, np.ndarray) and pixels is not None and pixels.num_channels != _RGB:
+            if image.ndim != 3 or image.dtype.kind not in "uif":
+                raise TypeError(
+                    f"it is an array of {image.dtype} {image.shape}, not of numbers (H, W, bands)"
+                )
+            return square(seen(image, pixels, "the array"), size)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
                 raise TypeError(f"it is an array of {image.dtype} {image.shape}, not of uint8 (H, W, 3)")

@@ -320,11 +320,20 @@ def _check_stage(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserEr
     if not all(path.is_file() for paths in stage.files().values() for path in paths):
         return []
     try:
-        stage.check()
+        _seeing(loaded, stage).check()
     except UserError as error:
         where = loaded.where("stages", name, *(error.where or "").split("."))
         return [UserError(error.what, where=where, hint=error.hint)]
     return []
+
+
+def _seeing(loaded: LoadedPipeline, stage: Stage) -> Stage:
+    """The stage as it is when it sees the pictures of its index; as it is where it has none that is known."""
+    stages = loaded.spec.stages
+    makers = [stages[need] for need in stage.needs if need in stages and stages[need].components]
+    sources = makers[0].data_sources() if len(makers) == 1 else ()
+    known = [loaded.spec.data[name].pixels for name in sources if name in loaded.spec.data]
+    return stage.seeing(known[0]) if known else stage
 
 
 def _check_index(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserError]:

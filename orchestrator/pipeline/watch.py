@@ -25,8 +25,8 @@ from orchestrator.errors import UserError, nearest
 from orchestrator.evaluation.metric import Figure, Metric, checked
 from orchestrator.fsio import move
 from orchestrator.pipeline.load import LoadedPipeline
-from orchestrator.pipeline.plan import ResolvedStage, resolve
-from orchestrator.pipeline.workspace import Workspace
+from orchestrator.pipeline.plan.stage_plan import ResolvedStage, resolve
+from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.stages.metric import OwnMetric
 from orchestrator.training.checkpoint.format import CheckpointError
 from orchestrator.training.checkpoint.storage import CheckpointStorage

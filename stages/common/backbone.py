@@ -23,7 +23,7 @@ def save_backbone(
 ) -> None:
     """The backbone of an export as a folder that `orchestrator.models.load_pretrained` reads."""
     weights = load_export(export, "backbone.")
-    told = None if pixels is None else pixels.model_dump(mode="json")
+    told = None if pixels is None else pixels.record()
     save_pretrained(folder, weights, model, {"image_size": image_size}, overrides, told)
 
 

@@ -13,7 +13,7 @@ from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.settings import MAX_WIDTH, Settings, Strict, in_key_if_set
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import KeyMistakeError
-from orchestrator.models.configs import Config
+from orchestrator.models.configs import RGB, Config
 from orchestrator.models.presets import PRESETS, preset
 from orchestrator.slow_import import told_if_slow
 from orchestrator.stages.base import Context
@@ -50,14 +50,24 @@ ModelName = Annotated[str, AfterValidator(_known_model), MODEL_NAME]
 OptionalModelName = Annotated[str | None, AfterValidator(_known_or_none), MODEL_NAME]
 
 
-def _no_drop_path(overrides: dict[str, Any]) -> dict[str, Any]:
+def _free(overrides: dict[str, Any]) -> dict[str, Any]:
     if "drop_path" in overrides:
         raise ValueError("drop_path is a key beside model: leave it out of model_overrides")
+    if "num_channels" in overrides:
+        raise ValueError(
+            "num_channels follows from `bands` of the data's `pixels`: leave it out of model_overrides"
+        )
     return overrides
 
 
+def with_channels(overrides: Mapping[str, Any], num_channels: int) -> dict[str, Any]:
+    """Overrides of a model that sees pictures of so many channels; of three as the pipeline file has them."""
+    others = {name: value for name, value in overrides.items() if name != "num_channels"}
+    return others if num_channels == RGB else {**others, "num_channels": num_channels}
+
+
 # Fields of a preset by name, with the values that replace the preset's.
-Overrides = Annotated[dict[str, Any], AfterValidator(_no_drop_path)]
+Overrides = Annotated[dict[str, Any], AfterValidator(_free)]
 OVERRIDES = (
     "Values that replace fields of the model's preset, such as patch_size, num_storage_tokens, rope_rescale, norm_eps "
     "or key_bias (docs/models.md). The published model has them, too."

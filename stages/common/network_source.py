@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 
 from orchestrator import installed
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import LocalPath
 from orchestrator.config.settings import Settings, in_key_if_set, only_one, operational
 from orchestrator.data.views import Side
@@ -30,6 +31,8 @@ _CONFIG = "config.json"
 _SAFE = "load it where you trust it, and save its state dict with safetensors.torch.save_file"
 BLOCKS_HINT = "set block, cls_block and patch_block to blocks that it has, or leave them out"
 _OTHER = "give another sort of network as `module: package.module:callable` with `weights:`"
+
+S = TypeVar("S", bound="NetworkSource")
 
 MODULE = installed.PATH + r"|^[A-Za-z0-9_][\w.\-]*$"
 """An import path, or the name of an installed package's entry point."""
@@ -94,17 +97,23 @@ class NetworkSource(Settings):
     size: Side | None = Field(
         None, description="The side that images are resized to for this network, in pixels."
     )
-    mean: tuple[float, float, float] = Field(
-        _MEAN,
-        description="The mean of each colour channel for the normalization of the network's input, on a scale from 0 "
-        "to 1. Default: ImageNet's.",
+    bands: tuple[Annotated[int, Field(ge=0)], ...] | None = in_key_if_set(
+        None,
+        min_length=1,
+        description="The bands of the pictures that this network sees as its channels, counted from 0 in the files, "
+        "such as [2, 1, 0]. They are among those of the data's `pixels`. Default: all of these.",
     )
-    std: tuple[
-        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
-    ] = Field(
+    mean: tuple[float, ...] = Field(
+        _MEAN,
+        min_length=1,
+        description="The mean of each channel for the normalization of the network's input, on a scale from 0 to 1. "
+        "Default: ImageNet's. A network of other than three channels has as many means.",
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         _STD,
-        description="The standard deviation of each colour channel for the normalization of the network's input. "
-        "Default: ImageNet's.",
+        min_length=1,
+        description="The standard deviation of each channel for the normalization of the network's input. Default: "
+        "ImageNet's.",
     )
 
     @model_validator(mode="after")
@@ -121,7 +130,40 @@ class NetworkSource(Settings):
         if self.kwargs and self.from_ is not None:
             raise ValueError("`kwargs` are for `module`, `timm` and `transformers`: leave them out")
         check_kwargs(self.timm, self.kwargs)
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has {len(self.mean)} numbers and std {len(self.std)}: give one for each channel"
+            )
         return self
+
+    @property
+    def num_channels(self) -> int:
+        """The number of channels that the network takes."""
+        return len(self.mean)
+
+    def channels(self, pixels: PixelFormat | None) -> tuple[int, ...] | None:
+        """Which channels of pictures the network sees, None for all of them.
+
+        Args:
+            pixels: how the pictures are seen; None for 8-bit RGB.
+
+        Raises:
+            UserError: they have no such bands, or another number of channels than it takes; `where` is the field.
+        """
+        seen = pixels or PixelFormat()
+        try:
+            chosen = None if self.bands is None else seen.channels_of(self.bands)
+        except ValueError as error:
+            raise UserError(str(error), where="bands", hint="name bands of the data's `pixels`") from None
+        count = seen.num_channels if chosen is None else len(chosen)
+        if count == self.num_channels:
+            return chosen
+        raise UserError(
+            f"{self.shown} takes {self.num_channels} channels, and would see {count}",
+            where="bands",
+            hint=f"name the {self.num_channels} bands that it sees, such as bands: "
+            f"{list(range(self.num_channels))[::-1]}, or give as many numbers as `mean` and `std`",
+        )
 
     @property
     def path(self) -> str:
@@ -177,6 +219,21 @@ class NetworkSource(Settings):
                 _check_weights(self.weights)
             if self.blocks is not None:
                 _check_blocks_of_module(self)
+
+
+def as_recorded(source: S) -> S:
+    """A source whose pixels are normalised as its folder's config.json says, unless the pipeline file says it."""
+    config = source.from_ / _CONFIG if source.from_ is not None else None
+    if config is None or not config.is_file() or source.model_fields_set & {"mean", "std"}:
+        return source
+    try:
+        record = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # What is wrong with it is told by whoever opens the network.
+        return source
+    told = record if isinstance(record, dict) else {}
+    found = {name: tuple(told[name]) for name in ("mean", "std") if isinstance(told.get(name), list)}
+    return source.model_copy(update=found) if len({len(one) for one in found.values()} - {0}) == 1 else source
 
 
 def _is_folder(name: str) -> bool:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.errors import UserError
 from orchestrator.models import white_of
 from orchestrator.models.networks import find_callable
 from orchestrator.models.wrapped import ForeignNet, open_any, open_module, open_timm, open_transformers
 from orchestrator.slow_import import told_if_slow
 from orchestrator.stages.common.network_source import BLOCKS_HINT, NetworkSource
-
-S = TypeVar("S", bound=NetworkSource)
 
 
 def open_network(source: NetworkSource, size: int, what: str, where: str) -> ForeignNet:
@@ -33,14 +31,15 @@ def open_network(source: NetworkSource, size: int, what: str, where: str) -> For
     """
     try:
         if source.from_ is not None:
-            return open_any(source.from_, size, source.blocks)
+            return open_any(source.from_, size, source.blocks, num_channels=source.num_channels)
+        more: dict[str, Any] = {"blocks": source.blocks, "num_channels": source.num_channels}
         if source.timm is not None:
-            return open_timm(source.timm, size, kwargs=source.kwargs, blocks=source.blocks)
+            return open_timm(source.timm, size, kwargs=source.kwargs, **more)
         if source.transformers is not None:
-            return open_transformers(source.transformers, size, source.kwargs, source.blocks)
+            return open_transformers(source.transformers, size, source.kwargs, **more)
         with told_if_slow(source.path.partition(":")[0]):
             find_callable(source.path)
-        return open_module(source.path, source.weights, size, source.kwargs, source.blocks)
+        return open_module(source.path, source.weights, size, source.kwargs, **more)
     except ModuleNotFoundError as error:
         raise UserError(str(error), where=where, hint=f"pip install {error.name}") from error
     except (ValueError, FileNotFoundError) as error:
@@ -50,24 +49,23 @@ def open_network(source: NetworkSource, size: int, what: str, where: str) -> For
         raise UserError(f"{what}: {error}", where=where, hint=hint) from error
 
 
-def as_recorded(source: S) -> S:
-    """A source whose pixels are normalised as its folder's config.json says, unless the pipeline file says it."""
-    config = source.from_ / "config.json" if source.from_ is not None else None
-    if config is None or not config.is_file() or source.model_fields_set & {"mean", "std"}:
-        return source
-    try:
-        record = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # What is wrong with it is told by whoever opens the network.
-        return source
-    told = record if isinstance(record, dict) else {}
-    found = {name: tuple(told[name]) for name in ("mean", "std") if isinstance(told.get(name), list)}
-    return source.model_copy(update=found) if all(len(one) == 3 for one in found.values()) else source
+def as_seen(
+    images_NCHW: Tensor, source: NetworkSource, size: int, pixels: PixelFormat | None = None
+) -> Tensor:
+    """What a network sees of uint8 or uint16 images: its bands, its size, its mean and deviation.
 
+    Args:
+        images_NCHW: the pictures, black 0 and white the largest value.
+        source: the network.
+        size: pixels a side of what it sees.
+        pixels: which bands the channels of the pictures are.
 
-def as_seen(images_NCHW: Tensor, source: NetworkSource, size: int) -> Tensor:
-    """What a network sees of uint8 or uint16 images: its size, its mean and deviation."""
-    x_NCHW = images_NCHW.float() / white_of(images_NCHW)
+    Raises:
+        UserError: see :meth:`NetworkSource.channels`.
+    """
+    channels = source.channels(pixels)
+    white = white_of(images_NCHW)
+    x_NCHW = (images_NCHW if channels is None else images_NCHW[:, list(channels)]).float() / white
     if x_NCHW.shape[-2:] != (size, size):
         x_NCHW = F.interpolate(x_NCHW, (size, size), mode="bicubic", align_corners=False, antialias=True)
         x_NCHW = x_NCHW.clamp(0, 1)  # bicubic overshoots

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -24,13 +25,15 @@ from pydantic import AfterValidator, BeforeValidator, PrivateAttr, model_validat
 from orchestrator.config.schema import LocalPath
 from orchestrator.config.settings import Settings, in_key_if_set, only_one, operational
 from orchestrator.errors import KeyMistakeError, UserError, first_line, printable, shortened
-from orchestrator.models.configs import Config
+from orchestrator.models.configs import RGB, Config
 from orchestrator.models.presets import described, preset
 from orchestrator.stages.base import Context
 from orchestrator.tracking import references
 
 if TYPE_CHECKING:
     from orchestrator.models import Backbone
+
+logger = logging.getLogger("orchestrator")
 
 _CONFIG = "config.json"
 _FILE = "backbone.safetensors"
@@ -178,11 +181,22 @@ class WeightsSource(Settings):
             wanted = preset(model, **overrides) if model else preset(name, **{**differing, **overrides})
         except ValueError as error:
             raise UserError(str(error), where="model_overrides") from None
+        if "num_channels" not in overrides or found.num_channels == RGB:
+            # What pictures need is known with the data, and three channels are widened to any number.
+            wanted = dataclasses.replace(wanted, num_channels=found.num_channels)
+        elif found.num_channels != wanted.num_channels:
+            raise UserError(
+                f"the weights of {self} see {found.num_channels} channels, and the pictures have "
+                f"{wanted.num_channels}",
+                where="from",
+                hint=f"name {found.num_channels} bands as `bands` of the data's `pixels`; only weights of 3 channels "
+                "are widened to others",
+            )
         mistake = _misfit(found, wanted)
         if mistake is None:
             return
         hint = f"set model: {name}"
-        shown = {key: value for key, value in differing.items() if key not in _FREE}
+        shown = {key: value for key, value in differing.items() if key not in (*_FREE, "num_channels")}
         if shown:
             hint += (
                 f" with model_overrides: {{{', '.join(f'{key}: {value}' for key, value in shown.items())}}}"
@@ -286,6 +300,8 @@ def starting_weights(
         where: the key of the pipeline file that names them.
         name: of the student that begins with them; empty for the only model of a stage.
 
+    Weights of three channels are widened for a model of more (:func:`orchestrator.models.pixels.widened`).
+
     Raises:
         UserError: they do not fit the model.
     """
@@ -304,8 +320,18 @@ def starting_weights(
 def _written(weights: WeightsSource, model: str, overrides: Mapping[str, Any], folder: Path) -> Path:
     from safetensors.torch import save_file
 
-    weights.check(model, overrides)
+    from orchestrator.models.pixels import FIRST_LAYERS, widened
+
+    wanted = int(overrides.get("num_channels", RGB))
+    weights.check(model, {**overrides, "num_channels": wanted})
     state = weights.open(overrides).state_dict()
+    layer = next((name for name in FIRST_LAYERS if name in state), None)
+    if layer is not None and (channels := state[layer].shape[1]) != wanted:
+        logger.info(
+            "%s: the first layer of the weights is widened from %d to %d channels: its kernels are repeated and scaled "
+            "by %d/%d, as timm does it", weights, channels, wanted, channels, wanted,
+        )  # fmt: skip
+        state[layer] = widened(state[layer], wanted)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {f"backbone.{name}": tensor.float().contiguous() for name, tensor in state.items()}, folder / _FILE

@@ -36,6 +36,9 @@ from orchestrator.stages.curate.report import (
 from orchestrator.stages.curate.retrieval import Retrievals, check_seeds, find_near
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from orchestrator.config.pixels import PixelFormat
     from orchestrator.data.curation.block_workers import BlockWorkers
     from orchestrator.data.curation.dedup import NearLimit
@@ -271,6 +274,7 @@ class Curate(Stage):
 
         pixels = {name: context.sources[name].pixels for name in self.data}
         near: list[NearLimit] = []
+        levels_of: list[NDArray[np.float64]] = []
         statuses, descriptors = selection.filter_images(
             photos,
             roots,
@@ -281,6 +285,7 @@ class Curate(Stage):
             pixels,
             near.extend,
             known,
+            levels_of.extend,
         )
         for told in near:
             if (warning := told.said()) is not None:
@@ -312,7 +317,7 @@ class Curate(Stage):
             stop,
         )
         rows = selection.index_rows(statuses, clusters[:, -1], balanced, self.holdout, retrieved)
-        index = ImageIndex(rows, pixels)
+        index = ImageIndex(rows, _measured(context.name, pixels, levels_of))
         index.save(context.out)
         np.save(context.out / "levels.npy", clusters.astype(np.int32))
         others = [selection.left_out(name, item, roots[name]) for name, item in left_out]
@@ -495,3 +500,21 @@ def _ask_if_many(
         one, limit = accounts.account(name, files), context.sources[name].max_left_out
         if one.taken and (error := accounts.lost_too_many(one, limit, f"data.{name}.max_left_out")):
             raise error
+
+
+def _measured(
+    stage: str, pixels: Mapping[str, PixelFormat | None], moments: Sequence[NDArray[np.float64]]
+) -> dict[str, PixelFormat | None]:
+    """How files are seen, with the mean and deviation of these pictures where the pipeline file gives none."""
+    from orchestrator.data.bands import mean_and_std
+
+    if not moments:
+        return dict(pixels)
+    mean, std = mean_and_std(moments)
+    logger.info("%s: the bands have the mean %s and the deviation %s", stage, list(mean), list(std))
+    return {
+        name: found.model_copy(update={"mean": found.mean or mean, "std": found.std or std})
+        if found is not None and found.is_measured
+        else found
+        for name, found in pixels.items()
+    }

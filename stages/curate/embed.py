@@ -24,8 +24,8 @@ from orchestrator.data.curation.signatures import EmbeddingCache
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square
 from orchestrator.errors import UserError
 from orchestrator.fsio import replacing
-from orchestrator.stages.common.network_source import NetworkSource
-from orchestrator.stages.common.open_network import as_recorded, as_seen, open_network
+from orchestrator.stages.common.network_source import NetworkSource, as_recorded
+from orchestrator.stages.common.open_network import as_seen, open_network
 from orchestrator.training.device import device_type
 
 Floats = NDArray[np.float32]
@@ -47,7 +47,7 @@ class PhotoFile:
 
     def record(self) -> list[Any]:
         """As plain JSON."""
-        pixels = self.pixels and self.pixels.model_dump(mode="json")
+        pixels = self.pixels and self.pixels.record()
         return [str(self.path), self.sha256, self.max_pixels, pixels]
 
     @classmethod
@@ -95,7 +95,8 @@ def embed_photos(
     work.mkdir(parents=True, exist_ok=True)
     blocks = [photos[start : start + _BLOCK] for start in range(0, len(photos), _BLOCK)]
     files = [work / f"{_digest(block, source, size, identity)}.npy" for block in blocks]
-    embed = _Embedder(source, size, where, device, identity)
+    pixels = photos[0].pixels if photos else None
+    embed = _Embedder(source, size, where, device, pixels, identity)
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     step(sum(len(block) for block, file in zip(blocks, files, strict=True) if file.is_file()))
     if actors is not None:
@@ -154,12 +155,20 @@ def _part(file: Path) -> Path:
 class _Embedder:
     """Makes the vectors of blocks of photos. The network is opened when there is something to ask it."""
 
-    def __init__(self, source: NetworkSource, size: int, where: str, device: str, identity: str) -> None:
+    def __init__(
+        self,
+        source: NetworkSource,
+        size: int,
+        where: str,
+        device: str,
+        pixels: PixelFormat | None,
+        identity: str,
+    ) -> None:
         named = [_FORMAT, identity, source.identity(), size, cv2.__version__, PIL.__version__]
         # What a user's own module computes may change with no file of its weights.
         own = source.module is not None
         self.cache = EmbeddingCache(None if own else json.dumps(named, sort_keys=True))
-        self.settings = source, size, where, device
+        self.settings = source, size, where, device, pixels
         self._open = partial(network_of, *self.settings)
         self._network: Callable[[Sequence[Pixels]], Floats] | None = None
 
@@ -206,14 +215,23 @@ def _content(photo: PhotoFile) -> str:
     """Tells what a photo's file holds and how it is seen from others: 64 hex digits."""
     if photo.pixels is None:
         return photo.sha256
-    return hashlib.sha256(f"{photo.sha256} {photo.pixels.model_dump_json()}".encode()).hexdigest()
+    how = json.dumps(photo.pixels.record(), separators=(",", ":"))
+    return hashlib.sha256(f"{photo.sha256} {how}".encode()).hexdigest()
 
 
 def network_of(
-    source: NetworkSource, size: int, where: str, device: str
+    source: NetworkSource, size: int, where: str, device: str, pixels: PixelFormat | None
 ) -> Callable[[Sequence[Pixels]], Floats]:
-    """Makes unit vectors (n, D) of squares; none of none."""
+    """Makes unit vectors (n, D) of squares, whose channels are those of `pixels`; none of none.
+
+    Raises:
+        UserError: the network is not there, or takes other channels than it would see.
+    """
     source = as_recorded(source)
+    try:
+        source.channels(pixels)
+    except UserError as error:
+        raise UserError(error.what, where=f"{where}.{error.where}", hint=error.hint) from None
     net = open_network(source, size, f"the network {source.shown!r}", where).to(device_type(device))
 
     @torch.inference_mode()
@@ -225,7 +243,7 @@ def network_of(
             full = [*some, *[np.zeros_like(some[0])] * (_BATCH - len(some))]
             images_NHWC = torch.from_numpy(np.stack(full))
             images_NCHW = images_NHWC.permute(0, 3, 1, 2).to(device_type(device))
-            cls_ND = net(as_seen(images_NCHW, source, size)).cls.float()[: len(some)]
+            cls_ND = net(as_seen(images_NCHW, source, size, pixels)).cls.float()[: len(some)]
             if not torch.isfinite(cls_ND).all():
                 raise UserError(
                     f"the network {source.shown!r} gives numbers that are not finite", where=where
@@ -282,5 +300,5 @@ def _joined(files: Sequence[Path], target: Path, where: str) -> list[int]:
 
 def _digest(block: Sequence[PhotoFile], source: NetworkSource, size: int, identity: str) -> str:
     named: list[Any] = [_FORMAT, identity, source.identity(), size]
-    named += [[photo.sha256, photo.pixels and photo.pixels.model_dump(mode="json")] for photo in block]
+    named += [[photo.sha256, photo.pixels and photo.pixels.record()] for photo in block]
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:32]

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 import ray.data
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.decode import Pixels
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.curate.embed import Floats, PhotoFile, network_of, square_of
@@ -29,8 +30,11 @@ _READERS = 4
 class NetworkActor:
     """Holds the network; of a batch of one block it makes the block's vectors."""
 
-    def __init__(self, source: dict[str, Any], size: int, where: str, device: str) -> None:
-        self._network = network_of(NetworkSource.model_validate(source), size, where, device)
+    def __init__(
+        self, source: dict[str, Any], size: int, where: str, device: str, pixels: dict[str, Any] | None
+    ) -> None:
+        how = pixels and PixelFormat.model_validate(pixels)
+        self._network = network_of(NetworkSource.model_validate(source), size, where, device, how or None)
         self._size = size
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -54,6 +58,7 @@ def embed_blocks(
     size: int,
     where: str,
     device: str,
+    pixels: PixelFormat | None,
     actors: int,
 ) -> Iterator[tuple[int, list[bool], Floats]]:
     """The vectors of blocks of photos, as they are done, by actors of the cluster that this process is connected to.
@@ -61,6 +66,7 @@ def embed_blocks(
     Args:
         blocks: number and photos of each.
         source, size, where, device: of the network, see :func:`orchestrator.stages.curate.embed.embed_photos`.
+        pixels: which bands the channels of the photos are; None for 8-bit RGB.
         actors: how many hold the network at most; each asks for a processor, or for a GPU.
 
     Returns:
@@ -76,7 +82,13 @@ def embed_blocks(
     on_gpu = device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         NetworkActor,
-        fn_constructor_args=(source.model_dump(mode="json", by_alias=True), size, where, device),
+        fn_constructor_args=(
+            source.model_dump(mode="json", by_alias=True),
+            size,
+            where,
+            device,
+            pixels and pixels.record(),
+        ),
         batch_size=1,
         concurrency=(1, max(1, min(actors, len(rows)))),
         num_gpus=1 if on_gpu else 0,

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, PrivateAttr, StringConstraints, model_validator
 
 from orchestrator.config.extension import versions
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schedules import Momentum, Optimizer, Schedule, check_warmup, moving
-from orchestrator.config.settings import operational
+from orchestrator.config.settings import in_key_if_set, operational
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
-from orchestrator.models.configs import Config
+from orchestrator.models.configs import RGB, Config
 from orchestrator.stages.base import Context, Input, Stage
 from orchestrator.stages.common.config import (
     BACKBONE_KINDS,
@@ -111,6 +112,17 @@ class Distill(MultiCropStage):
         description="Whether the teacher's outputs are saved in the store for students that are trained later.",
     )
 
+    teacher_bands: tuple[Annotated[int, Field(ge=0)], ...] | None = in_key_if_set(
+        None,
+        min_length=1,
+        description="The bands of the pictures that the teacher of the stage under `needs` sees, counted from 0 in the "
+        "files, such as [2, 1, 0] for a teacher of photos. Students see all. Default: the teacher sees all, too.",
+    )
+
+    # How pictures are seen, once that is known; see `seeing`.
+    _pixels: PixelFormat | None = PrivateAttr(None)
+    _is_told: bool = PrivateAttr(False)
+
     version: ClassVar[int] = 2
     preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.distill.task",)
     inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("teacher", BACKBONE_KINDS))
@@ -150,6 +162,44 @@ class Distill(MultiCropStage):
             )
         return self
 
+    def seeing(self, pixels: PixelFormat | None) -> Distill:
+        """See :class:`Stage`: students have a channel for each band."""
+        channels = pixels.num_channels if pixels is not None else RGB
+        students = {name: student.seeing(channels) for name, student in self.students.items()}
+        found = self.model_copy(update={"students": students})
+        found._pixels, found._is_told = pixels, True
+        return found
+
+    @property
+    def pixels(self) -> PixelFormat | None:
+        """How the pictures are seen; None for 8-bit RGB, or where it is not known."""
+        return self._pixels
+
+    def own_channels(self, num_channels: int) -> tuple[int, ...] | None:
+        """The channels of the pictures that the stage's own teacher sees; None for all.
+
+        Args:
+            num_channels: that it takes.
+
+        Raises:
+            UserError: the pictures have others.
+        """
+        seen = self._pixels or PixelFormat()
+        try:
+            chosen = None if self.teacher_bands is None else seen.channels_of(self.teacher_bands)
+        except ValueError as error:
+            raise UserError(
+                str(error), where="teacher_bands", hint="name bands of the data's `pixels`"
+            ) from None
+        count = seen.num_channels if chosen is None else len(chosen)
+        if count != num_channels:
+            raise UserError(
+                f"the teacher takes {num_channels} channels, and would see {count}",
+                where="teacher_bands",
+                hint=f"name the {num_channels} bands that it sees, such as {list(range(num_channels))[::-1]}",
+            )
+        return chosen
+
     def crops_at(self, step: int, seed: int) -> CropConfig:
         """The views of `step`: the same in all."""
         return self.crops
@@ -185,7 +235,9 @@ class Distill(MultiCropStage):
         sizes = {
             crops.model_dump_json(): crops.num_bytes for crops in (self.crops_of(one) for one in students)
         }
-        return self.batch_size * sum(sizes.values())
+        seen = self._pixels or PixelFormat()
+        bytes_a_pixel = seen.num_channels * (2 if seen.is_deep else 1)
+        return self.batch_size * sum(sizes.values()) * bytes_a_pixel // RGB
 
     def num_exports(self) -> int:
         """See :class:`TrainStage`: a student's model is in its own artifact and in its stage's."""
@@ -327,6 +379,8 @@ class Distill(MultiCropStage):
         if self.features is not None:
             try:
                 self.features.check(self.crops)
+                if self._is_told:
+                    self.features.check_channels(self._pixels)
             except UserError as error:
                 raise UserError(error.what, where=f"features.{error.where}", hint=error.hint) from None
         for name, student in self.students.items():

@@ -20,7 +20,8 @@ from orchestrator.fsio import atomic_write, replacing
 from orchestrator.models.wrapped import Tokens
 from orchestrator.objectives.whitening import Moments, Whitening
 from orchestrator.stages.common.nets import flat_views
-from orchestrator.stages.common.open_network import as_recorded, as_seen, open_network
+from orchestrator.stages.common.network_source import as_recorded
+from orchestrator.stages.common.open_network import as_seen, open_network
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.features import OWN, FeatureObjective, TeacherShape, TeacherSource
 from orchestrator.stages.distill.step_views import StepViews
@@ -125,9 +126,15 @@ class Teachers:
         self._half = in_half(config, self._device)
         sources = objective.teachers
         if objective.uses_own:
-            sources = {OWN: TeacherSource.model_validate({"from": own})}
+            sources = {OWN: TeacherSource.model_validate({"from": own, "bands": config.teacher_bands})}
         sources = {name: as_recorded(source) for name, source in sources.items()}
-        self._sources = sources
+        self._sources, self._pixels = sources, config.pixels
+        for name, source in sources.items():
+            try:
+                source.channels(self._pixels)
+            except UserError as error:
+                where = f"features.teachers.{name}.bands" if objective.teachers else "teacher_bands"
+                raise UserError(error.what, where=where, hint=error.hint) from None
         self._nets = {
             name: open_network(
                 source,
@@ -147,7 +154,7 @@ class Teachers:
     def __call__(self, images_NCHW: Tensor) -> Iterator[tuple[str, Tensor]]:
         """NAME.cls (N, D) and NAME.patches (N, P, D) of uint8 images, fp32 on the CPU, teacher by teacher."""
         for name, net in self._nets.items():
-            seen_NCHW = as_seen(images_NCHW.to(self._device), self._sources[name], net.size)
+            seen_NCHW = as_seen(images_NCHW.to(self._device), self._sources[name], net.size, self._pixels)
             with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
                 tokens: Tokens = net(seen_NCHW)
             yield f"{name}.cls", tokens.cls.float().cpu()

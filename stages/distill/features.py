@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.settings import Settings, Strict, in_key_if_set
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError
-from orchestrator.stages.common.network_source import NetworkSource
+from orchestrator.stages.common.network_source import NetworkSource, as_recorded
 
 OWN = "self"
 """The name of the stage's own teacher artifact, where no other teacher is named."""
@@ -120,6 +121,19 @@ class FeatureObjective(Settings):
             for name, source in self.teachers.items()
             for field, paths in source.files().items()
         }
+
+    def check_channels(self, pixels: PixelFormat | None) -> None:
+        """See that each teacher takes what it would see of the pictures.
+
+        Raises:
+            UserError: `where` is the dotted field below this one.
+        """
+        for name, source in self.teachers.items():
+            try:
+                as_recorded(source).channels(pixels)
+            except UserError as error:
+                where = f"teachers.{name}.{error.where}"
+                raise UserError(error.what, where=where, hint=error.hint) from None
 
     def check(self, crops: CropConfig) -> None:
         """Look at all teachers before anything runs; their files are there.

@@ -50,14 +50,21 @@ def network_cost(spec: NetworkSpec, size: int, others: Sequence[int] = ()) -> Ne
     """
     try:
         return _counted(
-            spec.library, spec.name, json.dumps(dict(spec.kwargs), sort_keys=True), size, tuple(others)
+            spec.library,
+            spec.name,
+            json.dumps(dict(spec.kwargs), sort_keys=True),
+            size,
+            tuple(others),
+            spec.num_channels,
         )
     except Exception:  # a module of anybody may raise anything
         return None
 
 
 @cache
-def _counted(library: str, name: str, kwargs: str, size: int, others: tuple[int, ...]) -> NetworkCost:
+def _counted(
+    library: str, name: str, kwargs: str, size: int, others: tuple[int, ...], num_channels: int
+) -> NetworkCost:
     import torch
     from torch import Tensor
     from torch.autograd.graph import saved_tensors_hooks
@@ -66,7 +73,7 @@ def _counted(library: str, name: str, kwargs: str, size: int, others: tuple[int,
 
     from orchestrator.models.wrapped_backbone import build_wrapped, ready_to_train
 
-    spec = NetworkSpec(library, name, json.loads(kwargs))
+    spec = NetworkSpec(library, name, json.loads(kwargs), num_channels=num_channels)
     backbone = build_wrapped(spec, size, 0)
     ready_to_train(backbone, *others)
     trained = [param for param in backbone.parameters() if param.requires_grad]
@@ -84,7 +91,7 @@ def _counted(library: str, name: str, kwargs: str, size: int, others: tuple[int,
                 kept[tensor.untyped_storage()._cdata] = tensor
             return tensor
 
-        images = torch.empty(_IMAGES, 3, side, side, device="meta")
+        images = torch.empty(_IMAGES, spec.num_channels, side, side, device="meta")
         # Attention as matrix products: the counter does not know each of its faster forms.
         with (
             sdpa_kernel(SDPBackend.MATH),

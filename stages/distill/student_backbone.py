@@ -97,7 +97,7 @@ def save_network(
     assert not found.unexpected_keys, found.unexpected_keys
     if measure_batch_norms(backbone.to(device), _batches(views, device, backbone)):
         logger.info("%s: BatchNorm was measured on the first %d images", spec, NORM_IMAGES)
-    told = None if pixels is None else pixels.model_dump(mode="json")
+    told = None if pixels is None else pixels.record()
     save_wrapped(folder / "model", backbone.cpu(), pixels=told)
     recipe = {
         "model": None,

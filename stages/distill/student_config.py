@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from orchestrator import installed
 from orchestrator.config.elastic import Resources, Workers
@@ -16,7 +16,7 @@ from orchestrator.config.settings import Settings, in_key_if_set, only_one, oper
 from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import MAX_VIEWS, CropConfig, Side
 from orchestrator.errors import KeyMistakeError, UserError
-from orchestrator.models.configs import Config, ConvNeXtConfig, ViTConfig
+from orchestrator.models.configs import RGB, Config, ConvNeXtConfig, ViTConfig
 from orchestrator.models.network_spec import LIBRARIES, NetworkSpec
 from orchestrator.models.presets import preset
 from orchestrator.stages.common.config import (
@@ -24,6 +24,7 @@ from orchestrator.stages.common.config import (
     OptionalModelName,
     Overrides,
     Precision,
+    with_channels,
 )
 from orchestrator.stages.common.network_source import (
     MODULE,
@@ -131,6 +132,9 @@ class Student(Settings):
         "key.",
     )
 
+    # Of the pictures; see `Distill.seeing`.
+    _num_channels: int = PrivateAttr(RGB)
+
     @model_validator(mode="before")
     @classmethod
     def _no_shape(cls, data: Any) -> Any:
@@ -186,13 +190,23 @@ class Student(Settings):
         Raises:
             ExtensionError: no installed package has the name of its module.
         """
+        channels = self._num_channels
         if self.module is not None:
-            return NetworkSpec("module", installed.path_of("teachers", self.module), self.kwargs)
-        if self.timm is not None:
-            return NetworkSpec("timm", self.timm, self.kwargs)
-        return (
-            None if self.transformers is None else NetworkSpec("transformers", self.transformers, self.kwargs)
-        )
+            path = installed.path_of("teachers", self.module)
+            return NetworkSpec("module", path, self.kwargs, num_channels=channels)
+        for library, name in (("timm", self.timm), ("transformers", self.transformers)):
+            if name is not None:
+                return NetworkSpec(library, name, self.kwargs, num_channels=channels)
+        return None
+
+    def seeing(self, num_channels: int) -> Student:
+        """This student with a first layer for pictures of so many channels."""
+        found = self.model_copy()
+        if self.model is not None:
+            overrides = with_channels(self.model_overrides, num_channels)
+            found = self.model_copy(update={"model_overrides": overrides})
+        found._num_channels = num_channels
+        return found
 
     @property
     def sees_masks(self) -> bool:

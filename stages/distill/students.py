@@ -41,15 +41,18 @@ _SHOWN = ("model", "recipe.json", HISTORY, FIGURES, ARTIFACT)
 
 def train(config: Distill, context: Context) -> Mapping[str, float]:
     """Train the students that are not there yet, all at once, and gather all of them."""
+    from orchestrator.data.index import pixels_in
     from orchestrator.stages.distill.teacher_kinds import teaching
 
+    identities = {name: config.student_identity(name) for name in config.students}
+    config = config.seeing(pixels_in(context.inputs["index"].path))
     seed = stage_seed(context, config.kind)
     order = partial(config.sample_order, batch_size=config.batch_size, seed=seed)
     draws = draws_of(context.name, order, context.inputs["index"].path)
     with ExitStack() as held:
         parts = {
-            name: held.enter_context(context.part("student", config.student_identity(name)))
-            for name in config.students
+            name: held.enter_context(context.part("student", identity))
+            for name, identity in identities.items()
         }
         starts = {
             name: held.enter_context(_start(config, context, name))

@@ -72,6 +72,7 @@ class FrozenTeacher:
             "ibot": self._net.ibot_head.prototypes.weight,
         }
         self._patch_size = self._net.patch_size
+        self._channels = config.own_channels(recipe.tower.num_channels)
         self._views = make_views()
         self.images_per_step = config.batch_size
         self.images_forwarded = 0
@@ -111,6 +112,8 @@ class FrozenTeacher:
 
     def _forward(self, block: Block) -> dict[str, Tensor]:
         globals_NCHW = flat_views(torch.from_numpy(block.arrays["globals"])).to(self._device)
+        if self._channels is not None:
+            globals_NCHW = globals_NCHW[:, list(self._channels)]
         tokens_M = masked_tokens(flat_views(torch.from_numpy(block.arrays["masks"]))).to(self._device)
         height, width = globals_NCHW.shape[-2:]
         self.images_forwarded += len(block.ids)

@@ -39,7 +39,7 @@ logger = logging.getLogger("orchestrator")
 # What decides the teacher's outputs besides its weights and the data; students' fields do not.
 _OUTPUT_FIELDS = (
     "crops", "batch_size", "block_size", "mask_ratio", "mask_probability", "mix", "homogeneous",
-    "homogeneous_ratio", "teacher_temperature", "precision", "features",
+    "homogeneous_ratio", "teacher_temperature", "precision", "features", "teacher_bands",
 )  # fmt: skip
 
 
@@ -177,6 +177,15 @@ class HeadTeaching(Teaching):
         super().__init__(config, context, seed)
         self._folder = context.inputs["teacher"].path
         self.recipe = ModelRecipe.model_validate_json((self._folder / "recipe.json").read_text())
+        try:
+            config.own_channels(self.recipe.tower.num_channels)
+        except UserError as error:
+            where = f"stages.{context.name}.{error.where}"
+            raise UserError(error.what, where=where, hint=error.hint) from None
+        # Of pictures of other bands than the teacher's, students have mean and deviation of their own.
+        self._of_students = self.recipe
+        if config.teacher_bands is not None:
+            self._of_students = self.recipe.model_copy(update={"pixels": self._pixels})
 
     @property
     def _recipe(self) -> ModelRecipe:
@@ -193,7 +202,7 @@ class HeadTeaching(Teaching):
     def task(self, name: str, seed: int, start: Path | None = None) -> Callable[[], Any]:
         """See `Teaching`."""
         student = self._config.students[name]
-        return partial(DistillTask, self._config, student, self.recipe, self._folder, seed, start)
+        return partial(DistillTask, self._config, student, self._of_students, self._folder, seed, start)
 
     def save(self, name: str, export: Path, folder: Path) -> None:
         """See `Teaching`; the recipe has the heads."""
@@ -202,7 +211,7 @@ class HeadTeaching(Teaching):
             self._save_network(name, export, folder)
             return
         size = self._config.crops_of(student).global_size
-        own = self.recipe.model_copy(
+        own = self._of_students.model_copy(
             update={
                 "model": student.model,
                 "model_overrides": student.model_overrides,

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.data.index import pixels_in
 from orchestrator.stages.base import Context
 from orchestrator.stages.evaluate.shown import spread
 from orchestrator.stages.evaluate.towers import Tower, load_tower, outside_tower, random_tower, read_settings
@@ -83,9 +84,10 @@ def candidates(
         else:
             yield Candidate(name, family, partial(load, model), picture=kind if model == last else None)
     size = stage.image_size or (read_settings(trained[0])[1] if trained else _SIZE)
+    pixels = pixels_in(context.inputs["index"].path)
     for name, source in stage.outside.items():
         where = f"stages.{context.name}.models.{name}"
-        opened = partial(outside_tower, source, name, size, where, context.elastic.device)
+        opened = partial(outside_tower, source, name, size, where, context.elastic.device, pixels)
         yield Candidate(f"model {name}", "from elsewhere", opened, picture=f"model_{name}")
     if tuned is not None:
         yield Candidate("finetune", "fine-tuned", partial(load, tuned))

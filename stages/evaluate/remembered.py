@@ -174,6 +174,8 @@ def model_key(tower: Tower) -> str | None:
         "stats": [list(map(float, channels)) for channels in stats_of(model)],
         "spec": repr(getattr(model, "spec", "")),
         "source": None if source is None else source.model_dump(mode="json", exclude={"from_", "weights"}),
+        # Which of the bands it sees.
+        "pixels": None if tower.pixels is None else tower.pixels.model_dump(mode="json"),
         "device": device.type,
     }
     hashed.update(json.dumps(record, sort_keys=True).encode())

@@ -36,12 +36,12 @@ def spread(items: Sequence[_Item], count: int) -> list[_Item]:
 
 def draw_maps(tower: Tower, shown: Crops, index: ImageIndex, path: Path) -> None:
     """PCA maps, see :attr:`Tower.map_size`."""
-    from orchestrator.data.decode import as_8_bits
+    from orchestrator.data.bands import shown_rgb
     from orchestrator.evaluation.report.figures import pca_maps
     from orchestrator.stages.evaluate.towers import feature_maps
 
     photos = shown.at(tower.map_size)
     captions = [index[row].caption or index[row].path for row in shown.rows]
     titles = [caption if len(caption) < 32 else caption[:30] + "…" for caption in captions]
-    seen = [as_8_bits(photo) for photo in photos]
+    seen = [shown_rgb(photo, index.pixels(row)) for photo, row in zip(photos, shown.rows, strict=True)]
     pca_maps(seen, feature_maps(tower, photos), path, titles, pairs_per_row=min(3, len(photos)))

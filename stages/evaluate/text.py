@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.decode import as_8_bits
+from orchestrator.data.bands import shown_rgb
 from orchestrator.data.index import ImageIndex
 from orchestrator.evaluation.metric import Figure
 from orchestrator.evaluation.metrics.bootstrap import mean
@@ -114,7 +114,8 @@ class TextEvaluation:
         photos = list(Crops(self._index, shown, self._check).at(size))
         texts_TD = self._aligned.embed_texts(chosen)
         maps = [patches_hwD @ texts_TD.T for patches_hwD in self._aligned.embed_patches(photos, size)]
-        text_maps([as_8_bits(photo) for photo in photos], maps, chosen, path)
+        seen = [shown_rgb(photo, self._index.pixels(row)) for photo, row in zip(photos, shown, strict=True)]
+        text_maps(seen, maps, chosen, path)
         return True
 
     def _mean(self, hits_N: NDArray[np.bool_]) -> Figure:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.decode import UnreadableImage, read_rgb, read_square, square
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
@@ -34,8 +35,8 @@ from orchestrator.models import (
 )
 from orchestrator.models.wrapped import ForeignNet, Tokens, WrappedNet
 from orchestrator.models.wrapped_backbone import WrappedBackbone, build_wrapped, is_wrapped, load_wrapped
-from orchestrator.stages.common.network_source import NetworkSource
-from orchestrator.stages.common.open_network import as_recorded, as_seen, open_network
+from orchestrator.stages.common.network_source import NetworkSource, as_recorded
+from orchestrator.stages.common.open_network import as_seen, open_network
 from orchestrator.stages.common.predictor import Predictor, load_predictor
 from orchestrator.stages.evaluate.remembered import FeatureMemory, model_key
 from orchestrator.training.device import device_type
@@ -59,14 +60,16 @@ _AHEAD = 2
 class Tower:
     """A backbone in eval mode, the preset it was made from, and the side in pixels of its photos.
 
-    `source` is where a model from elsewhere comes from: it says how its pixels are normalised. `predictor` is the head
-    of a fine-tuned model. `memory` has features that were computed before.
+    `source` is where a model from elsewhere comes from: it says how its pixels are normalised. `pixels` says which
+    bands the channels of the photos are, which such a model may see some of. `predictor` is the head of a fine-tuned
+    model. `memory` has features that were computed before.
     """
 
     model: Backbone | WrappedBackbone | ForeignNet
     preset: str
     size: int
     source: NetworkSource | None = None
+    pixels: PixelFormat | None = None
     predictor: Predictor | None = None
     memory: FeatureMemory | None = None
 
@@ -139,7 +142,7 @@ class Crops:
 
     def batches(self, size: int, batch: int) -> Iterator[Pixels]:
         """As :meth:`at`, `batch` at a time; memory does not grow with the number of photos."""
-        if size in self._kept or len(self.rows) * 3 * size**2 <= _KEPT:
+        if size in self._kept or len(self.rows) * self._index.num_channels * size**2 <= _KEPT:
             squares = self.at(size)
             yield from (squares[start : start + batch] for start in range(0, len(squares), batch))
             return
@@ -225,7 +228,14 @@ def load_tower(
     return Tower(model.to(device_type(wanted)), preset, size, predictor=predictor)
 
 
-def outside_tower(source: NetworkSource, name: str, size: int, where: str, wanted: str = "auto") -> Tower:
+def outside_tower(
+    source: NetworkSource,
+    name: str,
+    size: int,
+    where: str,
+    wanted: str = "auto",
+    pixels: PixelFormat | None = None,
+) -> Tower:
     """A model from elsewhere, on the device that this process may use.
 
     Args:
@@ -234,14 +244,19 @@ def outside_tower(source: NetworkSource, name: str, size: int, where: str, wante
         size: pixels a side of its photos, if it says no other.
         where: key path of the source, for the error message.
         wanted: an `elastic.device`: `cpu` uses no GPU.
+        pixels: how the photos are seen; None for 8-bit RGB.
 
     Raises:
-        UserError: it is not there, or what it gives is not clear.
+        UserError: it is not there, what it gives is not clear, or it takes other channels than it would see.
     """
     size = source.size or size
     source = as_recorded(source)
+    try:
+        source.channels(pixels)
+    except UserError as error:
+        raise UserError(error.what, where=f"{where}.{error.where}", hint=error.hint) from None
     net = open_network(source, size, f"the model {name!r}", where)
-    return Tower(net.to(device_type(wanted)), source.shown, size, source)
+    return Tower(net.to(device_type(wanted)), source.shown, size, source, pixels)
 
 
 def random_tower(tower: Tower, seed: int) -> Tower:
@@ -367,7 +382,7 @@ def _features(tower: Tower, crops_NHWC: Pixels) -> Features | Tokens:
     seen_NCHW = (
         normalise(images_NCHW, tower.model)
         if tower.source is None
-        else as_seen(images_NCHW, tower.source, images_NCHW.shape[-1])
+        else as_seen(images_NCHW, tower.source, images_NCHW.shape[-1], tower.pixels)
     )
     features: Features | Tokens = tower.model(seen_NCHW)
     return features

@@ -57,7 +57,7 @@ def save_finetuned(
         "image_size": start.image_size,
         "head": {**config.task.record(), "classes": list(classes)},
     }
-    told = {} if pixels is None else pixels.model_dump(mode="json")
+    told = {} if pixels is None else pixels.record()
     seen = {**told, "mean": record["mean"], "std": record["std"]}
     if isinstance(backbone, WrappedBackbone):
         save_wrapped(folder, backbone, extra, seen)

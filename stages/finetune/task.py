@@ -181,7 +181,7 @@ def _freeze_unused(backbone: Backbone | WrappedBackbone) -> None:
         return
     was_training = backbone.training
     backbone.eval()
-    features = backbone(torch.zeros(1, 3, backbone.size, backbone.size))
+    features = backbone(torch.zeros(1, backbone.num_channels, backbone.size, backbone.size))
     (features.cls.square().sum() + features.patches.square().sum()).backward()
     for param in backbone.parameters():
         param.requires_grad_(param.grad is not None)

@@ -24,6 +24,7 @@ from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError
 from orchestrator.fsio import link_or_copy
+from orchestrator.models.configs import RGB
 from orchestrator.names import inside
 from orchestrator.stages.base import Context, Input, PlanContext
 from orchestrator.stages.common import lineage
@@ -32,6 +33,7 @@ from orchestrator.stages.common.config import (
     ModelRecipe,
     stage_seed,
     summary,
+    with_channels,
 )
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, Draws, draws_of
 from orchestrator.stages.common.multi_crop import MultiCropStage
@@ -297,13 +299,13 @@ class SelfSupervised(MultiCropStage):
         """
         if "backbone" in inputs:
             recipe = (inputs["backbone"] / "recipe.json").read_text()
-            return _with_pixels(ModelRecipe.model_validate_json(recipe), inputs["index"])
+            return _with_pixels(ModelRecipe.model_validate_json(recipe), inputs, where)
         if self.from_ is not None:
             self.check()
         begun = self.model_recipe()
         if begun is None:
             raise UserError("it is not known which model to train", where=where)
-        return _with_pixels(begun, inputs["index"])
+        return _with_pixels(begun, inputs, where)
 
     def job(
         self,
@@ -464,8 +466,21 @@ def check_titles(objectives: Sequence[Objective]) -> None:
         taken.add(objective.title)
 
 
-def _with_pixels(recipe: ModelRecipe, index: Path) -> ModelRecipe:
-    """The recipe of a model that sees the index's photographs as their `pixels` say."""
+def _with_pixels(recipe: ModelRecipe, inputs: Mapping[str, Path], where: str) -> ModelRecipe:
+    """The recipe of a model that sees the index's photographs as their `pixels` say, with a channel for each band.
+
+    Raises:
+        UserError: the model goes on from a stage that trained on another number of bands.
+    """
     from orchestrator.data.index import pixels_in
 
-    return recipe.model_copy(update={"pixels": pixels_in(index)})
+    pixels = pixels_in(inputs["index"])
+    channels = pixels.num_channels if pixels is not None else RGB
+    if "backbone" in inputs and recipe.tower.num_channels != channels:
+        raise UserError(
+            f"the backbone sees {recipe.tower.num_channels} channels, and the pictures of the index have {channels}",
+            where=where,
+            hint="go on with pictures of the same bands, or start from the weights by `from`, which widens 3 channels",
+        )
+    overrides = with_channels(recipe.model_overrides, channels)
+    return recipe.model_copy(update={"pixels": pixels, "model_overrides": overrides})

@@ -36,7 +36,7 @@ _THREADS = 4
 class WatchedPhotos:
     """Blocks of photos as evaluation sees them; a :class:`~orchestrator.data.blocks.BlockSource` of one step.
 
-    Arrays of a block of S photos: "photos" (S, V, 3, side, side) uint8 or uint16, of one centred square each, or of two
+    Arrays of a block of S photos: "photos" (S, V, C, side, side) uint8 or uint16, of one centred square each, or of two
     of its corners where there are no labels; "labels" (S,) int64, -1 for a photo that cannot be read; "places" (S,)
     int64, where they are among all of them; and "count" (1,) int64, how many these are.
 
@@ -69,7 +69,7 @@ class WatchedPhotos:
             views = list(pool.map(self._views, [self.rows[place] for place in places]))
         readable = np.array([one is not None for one in views])
         deep = np.uint16 if self._index.is_deep else np.uint8
-        blank = np.zeros((self.num_views, 3, self._size, self._size), deep)
+        blank = np.zeros((self.num_views, self._index.num_channels, self._size, self._size), deep)
         arrays: dict[str, NDArray[Any]] = {
             "photos": np.stack([blank if one is None else one for one in views]),
             "labels": np.where(readable, self._labels[places], -1),

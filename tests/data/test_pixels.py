@@ -18,9 +18,10 @@ from sklearn.datasets import load_sample_image
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import DataSource
 from orchestrator.data import deep_colours
+from orchestrator.data.bands import as_8_bits
 from orchestrator.data.blocks import CaptionBlocks, CropBlocks
 from orchestrator.data.crops import make_views
-from orchestrator.data.decode import UnreadableImage, as_8_bits, read_rgb, read_square, rgb_of
+from orchestrator.data.decode import UnreadableImage, read_rgb, read_square, rgb_of
 from orchestrator.data.index import ImageIndex, ImageRecord, pixels_in
 from orchestrator.data.rng import generator
 from orchestrator.data.sampler import SampleOrder
@@ -151,8 +152,8 @@ def test_sixteen_bit_colours_are_not_cut_to_eight(tmp_path: Path, ending: str) -
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"bands": (0, 1)}, "names 2 bands"),
-        ({"bands": (0, 1, 2, 3)}, "name three bands"),
+        ({"bands": ()}, "at least 1"),
+        ({"bands": (0, 1), "std": (0.1, 0.1, 0.1)}, "std has 3 numbers, and models see 2 channels"),
         ({"range": (5, 5)}, "black first"),
         ({"range": (0, float("nan"))}, "finite"),
         ({"std": (0.1, 0.1, 0)}, "greater than 0"),

@@ -12,6 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from orchestrator.config.elastic import Elastic
+from orchestrator.config.schema import DataSource
+from orchestrator.data.index import pixels_in
 from orchestrator.elastic import trainer
 from orchestrator.errors import UserError
 from orchestrator.stages import AnyStage
@@ -88,6 +90,7 @@ def student(spec: dict[str, Any]) -> Any:
     The stage's artifact is `folder`/out, and its student's the folder that is returned.
     """
     config, context = _prepared(spec)
+    config = config.seeing(pixels_in(context.inputs["index"].path))
     teach = teaching(config, context, stage_seed(context, config.kind))
     (name,) = config.students
     with context.part("student", config.student_identity(name)) as part:
@@ -127,7 +130,7 @@ def _prepared(spec: dict[str, Any]) -> tuple[Any, Context]:
         key="0" * 64,
         inputs={role: artifact(role, Path(path)) for role, path in spec["inputs"].items()},
         keys={},
-        sources={},
+        sources={name: DataSource.model_validate(one) for name, one in spec.get("sources", {}).items()},
         out=folder / "out",
         work=folder / "work",
         elastic=Elastic(checkpoint_every_s=1e9, device="cpu", exact=spec.get("exact", False)),

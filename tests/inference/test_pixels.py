@@ -14,8 +14,8 @@ import orchestrator
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.decode import read_square
 from orchestrator.models import build, load_pretrained, normalise, save_pretrained, stats_of
-from orchestrator.stages.common.network_source import NetworkSource
-from orchestrator.stages.common.open_network import as_recorded, as_seen
+from orchestrator.stages.common.network_source import NetworkSource, as_recorded
+from orchestrator.stages.common.open_network import as_seen
 from orchestrator.stages.serving import _load_pyfunc
 
 PIXELS = PixelFormat(bands=(0,), range=(0, 4095), mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3))

@@ -47,6 +47,8 @@ CONVNEXT = ConvNeXtConfig((1, 2, 1, 1), (8, 16, 24, 40), norm_eps=1e-3)
 KEY_BIAS = dataclasses.replace(MLP, key_bias=True, norm_eps=1e-6)
 STRIDE_2 = dataclasses.replace(CONVNEXT, stem_stride=2)
 STRIDE_3 = dataclasses.replace(CONVNEXT, stem_stride=3)
+SIX = dataclasses.replace(MLP, num_channels=6)
+SIX_CONVNEXT = dataclasses.replace(CONVNEXT, num_channels=6)
 SMALL: dict[str, Config] = {
     "mlp": MLP,
     "swiglu": SWIGLU,
@@ -54,13 +56,17 @@ SMALL: dict[str, Config] = {
     "convnext": CONVNEXT,
     "stride_2": STRIDE_2,
     "stride_3": STRIDE_3,
+    "six": SIX,
+    "six_convnext": SIX_CONVNEXT,
 }
+# What six bands of a file are to a model.
+BANDS = {"bands": [6, 5, 3, 2, 1, 0], "range": [-100.0, 4000.0]}
 # What is exported as a graph takes a second: a few of them.
 PAIRS = {
-    "timm": ("mlp", "swiglu", "convnext", "stride_3"),
-    "transformers": ("mlp", "swiglu", "key_bias", "convnext"),
-    "onnx": ("swiglu", "stride_2"),
-    "torch-export": ("key_bias", "stride_2"),
+    "timm": ("mlp", "swiglu", "convnext", "stride_3", "six", "six_convnext"),
+    "transformers": ("mlp", "swiglu", "key_bias", "convnext", "six", "six_convnext"),
+    "onnx": ("swiglu", "stride_2", "six"),
+    "torch-export": ("key_bias", "stride_2", "six"),
 }
 CASES = [
     pytest.param(name, model, id=f"{name}-{model}") for name, models in PAIRS.items() for model in models
@@ -76,7 +82,10 @@ def tower(config: Config) -> Backbone:
 def written(model: Backbone, name: str, folder: Path) -> Path:
     if missing(name):
         pytest.skip(f"{missing(name)} not installed")
-    write(model, name, Preprocessing(4 * model.patch_size, MEAN, STD), folder)
+    preprocessing = Preprocessing(4 * model.patch_size, MEAN, STD)
+    if model.config.num_channels == 6:
+        preprocessing = Preprocessing(4 * model.patch_size, (*MEAN, *MEAN), (*STD, *STD), BANDS)
+    write(model, name, preprocessing, folder)
     return folder
 
 
@@ -114,7 +123,7 @@ def test_each_format_gives_our_outputs_at_any_size(exported: Exported, name: str
     theirs = loader.load(str(folder))
     patch = ours.patch_size
     for batch, rows, columns in ((2, 4, 4), (1, 2, 2), (1, 2, 3), (3, 7, 2)):
-        images = torch.randn(batch, 3, rows * patch, columns * patch)
+        images = torch.randn(batch, ours.config.num_channels, rows * patch, columns * patch)
         given: Any = images.numpy() if name == "onnx" else images
         cls, patches = map(np.asarray, loader.features(theirs, given))
         with torch.no_grad():
@@ -141,6 +150,25 @@ def test_photos_are_prepared_as_ours(exported: Exported, name: str, size: tuple[
         atol=0.06,
         rtol=0,
     )
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", FORMATS)
+def test_bands_are_prepared_by_the_formula(exported: Exported, name: str) -> None:
+    """Each format says which bands and values a model of six channels sees, and brings what makes them its input."""
+    _, folder = exported(name, "six")
+    told = json.loads((folder / "preprocessing.json").read_text())
+    assert told == {"size": 32, "mean": [*MEAN, *MEAN], "std": [*STD, *STD], "pixels": BANDS}
+    if name in ("timm", "transformers"):
+        assert json.loads((folder / "config.json").read_text())["pixels"] == BANDS
+    values = np.random.default_rng(0).integers(-500, 5000, (32, 32, 7)).astype(np.int16)
+
+    made = _imported(folder / "preprocess_bands.py").preprocess(str(folder), values)  # type: ignore[attr-defined]
+
+    # Of the model's own size, so that nothing is resampled; in float64.
+    shares = ((values[:, :, [6, 5, 3, 2, 1, 0]].astype(np.float64) + 100) / 4100).clip(0, 1)
+    expected = (shares - np.array([*MEAN, *MEAN])) / np.array([*STD, *STD])
+    np.testing.assert_allclose(made[0].transpose(1, 2, 0), expected, atol=1e-5, rtol=0)
 
 
 def test_a_published_shape_has_its_own_name_in_timm() -> None:

@@ -21,7 +21,7 @@ from orchestrator.pipeline.keys.cache_key import key_parts
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan.stage_plan import contents
 from orchestrator.stages import AnyStage
-from orchestrator.stages.common.weights import WeightsSource
+from orchestrator.stages.common.weights import WeightsSource, _written
 from orchestrator.stages.distill.feature_task import FeatureTask
 from orchestrator.stages.distill.features import OWN, FeatureObjective, TeacherShape
 from orchestrator.stages.distill.task import DistillTask
@@ -54,6 +54,49 @@ def hub(tmp_path: Path) -> Path:
     path = tmp_path / "dinov3_vitf8.pth"
     torch.save(to_layout(tower.state_dict(), tower.config, "hub"), path)
     return path
+
+
+@pytest.mark.parametrize("model", ["vit_femto", "convnext_mini"])
+@pytest.mark.parametrize("channels", [2, 4, 6])
+def test_weights_of_three_channels_are_widened_as_timm_does(
+    model: str, channels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapt = pytest.importorskip("timm.models._manipulate").adapt_input_conv
+    state = build(model).state_dict()
+    save_pretrained(tmp_path / "model", state, model)
+    overrides = {"num_channels": channels}
+
+    with caplog.at_level("INFO", "orchestrator"):
+        folder = _written(WeightsSource(path=tmp_path / "model"), model, overrides, tmp_path / "made")
+
+    found = load_file(folder / "backbone.safetensors")
+    (first,) = [name for name, value in state.items() if value.ndim == 4 and value.shape[1] == 3]
+    torch.testing.assert_close(found[f"backbone.{first}"], adapt(channels, state[first]))
+    assert all(torch.equal(found[f"backbone.{name}"], state[name]) for name in state if name != first)
+    assert f"widened from 3 to {channels} channels: its kernels are repeated and scaled by 3/{channels}" in (
+        caplog.text
+    )
+    build(model, **overrides).load_state_dict(
+        {name.removeprefix("backbone."): value for name, value in found.items()}
+    )
+
+
+@pytest.mark.parametrize("wanted", [3, 4])
+def test_weights_of_six_channels_fit_six_alone(wanted: int, tmp_path: Path) -> None:
+    save_pretrained(
+        tmp_path / "model",
+        build("vit_femto", num_channels=6).state_dict(),
+        "vit_femto",
+        overrides={"num_channels": 6},
+        pixels={"mean": [0.5] * 6, "std": [0.5] * 6},
+    )
+    source, overrides = WeightsSource(path=tmp_path / "model"), {"num_channels": wanted}
+
+    with pytest.raises(UserError, match=f"see 6 channels, and the pictures have {wanted}") as caught:
+        _written(source, "vit_femto", {} if wanted == 3 else overrides, tmp_path / "made")
+
+    assert caught.value.where == "from"
+    _written(source, "vit_femto", {"num_channels": 6}, tmp_path / "fits")
 
 
 @pytest.mark.parametrize(

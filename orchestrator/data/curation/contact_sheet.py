@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.bands import shown_rgb
 from orchestrator.data.curation.components import CHOSEN
-from orchestrator.data.decode import Pixels, UnreadableImage, as_8_bits, read_rgb
+from orchestrator.data.decode import Pixels, UnreadableImage, read_rgb
 from orchestrator.data.index import ImageIndex
 
 _SIDE = 88
@@ -56,8 +57,9 @@ def draw_clusters(
 
 
 def _shown(index: ImageIndex, row: int) -> Pixels:
-    """A picture as it is shown, in 8 bits."""
-    return as_8_bits(read_rgb(index.path(row), _SIDE, index[row].max_pixels, index.pixels(row)))
+    """A picture as it is shown, in 8 bits and three of its bands."""
+    pixels = index.pixels(row)
+    return shown_rgb(read_rgb(index.path(row), _SIDE, index[row].max_pixels, pixels), pixels)
 
 
 def _square(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -70,6 +70,7 @@ def filter_images(
     pixels: Mapping[str, PixelFormat | None] | None = None,
     on_limits: Callable[[Sequence[NearLimit]], None] = lambda limits: None,
     known: Mapping[str, SignatureCache] | None = None,
+    on_moments: Callable[[Sequence[NDArray[np.float64]]], None] = lambda moments: None,
 ) -> tuple[list[ImageStatus], NDArray[np.float32]]:
     """Decides which files are corrupt, which repeat an earlier one, and which are kept.
 
@@ -87,6 +88,7 @@ def filter_images(
         pixels: how the values of each source's files are seen.
         on_limits: is told what near duplicates are in each source, and how many there are.
         known: of each source, what its pictures look like, as far as that is known; others are decoded.
+        on_moments: is told the `bands.moments` of the unique pictures whose mean and deviation are to be measured.
 
     Returns:
         What became of each file, in the order of `photos`, and the descriptors (N, 336) of the unique ones.
@@ -110,6 +112,7 @@ def filter_images(
     for row, other in kept_as.items():
         statuses[rows[row]] = _repeat(statuses[rows[row]], statuses[rows[other]], NEARLY)
     rows = _unique(statuses)
+    on_moments([found for i in rows if (found := signatures[i].moments) is not None])
     return statuses, np.array([signatures[i].descriptor for i in rows], dtype=np.float32)
 
 
@@ -156,7 +159,7 @@ def _signatures(
             return gone(Path(statuses[i].root), photo.path) or found
         try:
             path, how = Path(statuses[i].root) / photo.path, formats.get(photo.source)
-            return use_rgb(path, signature_of, max_pixels=limit, pixels=how)
+            return use_rgb(path, lambda seen: signature_of(seen, how), max_pixels=limit, pixels=how)
         except UnreadableImage as error:
             return error.reason
 

@@ -1,7 +1,7 @@
 """What pictures look like, remembered by what their files hold: a picture is decoded once, wherever it lies later.
 
 What is remembered is a help and never needed, as digests are: without a cache folder that can be written, pictures are
-decoded. It takes 4.5 KB a picture.
+decoded. It takes 4.5 KB a picture of three channels.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import PIL
 from numpy.typing import NDArray
 
 from orchestrator.config.pixels import PixelFormat
+from orchestrator.data.bands import as_8_bits, moments, resized, shown_rgb
 from orchestrator.data.curation import descriptor
-from orchestrator.data.curation.descriptor import describe, thumbnail
-from orchestrator.data.decode import Pixels, as_8_bits
+from orchestrator.data.curation.descriptor import describe
+from orchestrator.data.decode import Pixels
 from orchestrator.storage.cache_folder import cache_folder
 
 logger = logging.getLogger("orchestrator")
@@ -42,6 +43,9 @@ CREATE TABLE IF NOT EXISTS signatures (
     peak INTEGER NOT NULL, pixels BLOB NOT NULL, thumbnail BLOB NOT NULL, descriptor BLOB NOT NULL,
     PRIMARY KEY (digest, rule)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS moments (
+    digest BLOB NOT NULL, rule BLOB NOT NULL, moments BLOB NOT NULL, PRIMARY KEY (digest, rule)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS embeddings (
     digest BLOB NOT NULL, rule BLOB NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (digest, rule)
 ) WITHOUT ROWID;
@@ -55,8 +59,9 @@ class ImageSignature:
     Attributes:
         height, width: upright, in pixels.
         pixels: sha256 of the decoded pixels, 64 hex digits.
-        thumbnail: (3072,) uint8, 32 × 32 × 3.
+        thumbnail: (1024 C,) uint8, 32 × 32 × C: of all channels, since pictures may differ in one alone.
         descriptor: (336,) float32, see :func:`orchestrator.data.curation.descriptor.describe`.
+        moments: (2, C) float64, see :func:`orchestrator.data.bands.moments`; None where mean and deviation are known.
         bytes, peak: see :class:`orchestrator.data.sources.folder.ScannedImage`.
     """
 
@@ -65,17 +70,20 @@ class ImageSignature:
     pixels: str
     thumbnail: NDArray[np.uint8]
     descriptor: NDArray[np.float32]
+    moments: NDArray[np.float64] | None = None
     bytes: int = 0
     peak: int = 0
 
 
-def signature_of(pixels: Pixels) -> ImageSignature:
-    """The signature of a decoded picture."""
-    digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
-    shown = as_8_bits(pixels)
+def signature_of(pixels_HWC: Pixels, how: PixelFormat | None) -> ImageSignature:
+    """The signature of a decoded picture, (H, W, C), that is seen as `how` says."""
+    digest = hashlib.sha256(f"{pixels_HWC.shape}".encode() + pixels_HWC.tobytes()).hexdigest()
     # Whole numbers already, so that a byte each is enough.
-    small = thumbnail(shown, THUMBNAIL_SIDE).astype(np.uint8)
-    return ImageSignature(pixels.shape[0], pixels.shape[1], digest, small.reshape(-1), describe(shown))
+    small = resized(as_8_bits(pixels_HWC), THUMBNAIL_SIDE, cv2.INTER_AREA)
+    described = describe(shown_rgb(pixels_HWC, how))
+    measured = moments(pixels_HWC) if how is not None and how.is_measured else None
+    height, width = pixels_HWC.shape[:2]
+    return ImageSignature(height, width, digest, small.reshape(-1), described, measured)
 
 
 class SignatureCache:
@@ -89,7 +97,8 @@ class SignatureCache:
     """
 
     def __init__(self, max_pixels: int, pixels: PixelFormat | None) -> None:
-        how = pixels and pixels.model_dump(mode="json")
+        self._how = pixels or PixelFormat()
+        how = pixels and pixels.record()
         # Other versions of the decoders may give other pixels.
         named = [_FORMAT, max_pixels, how, cv2.__version__, PIL.__version__]
         self._rule = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).digest()[:16]
@@ -99,13 +108,28 @@ class SignatureCache:
 
     def load(self, digests: Sequence[str]) -> None:
         """Take up what is remembered of these files, so that :meth:`find` knows it."""
+        channels = self._how.num_channels
         with self._lock:
+            measured = self._moments(digests) if self._how.is_measured else {}
             for digest, (height, width, size, peak, pixels, small, described) in _read(
                 "signatures", self._rule, digests
             ):
-                if len(small) == 3 * THUMBNAIL_SIDE**2 and len(described) == 4 * descriptor.DIM:
+                if self._how.is_measured and digest not in measured:
+                    continue
+                if len(small) == channels * THUMBNAIL_SIDE**2 and len(described) == 4 * descriptor.DIM:
                     looks = np.frombuffer(small, np.uint8), np.frombuffer(described, "<f4")
-                    self._known[digest] = ImageSignature(height, width, pixels.hex(), *looks, size, peak)
+                    self._known[digest] = ImageSignature(
+                        height, width, pixels.hex(), *looks, measured.get(digest), size, peak
+                    )
+
+    def _moments(self, digests: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+        """What is remembered of the moments of files, by digest."""
+        shape = 2, self._how.num_channels
+        return {
+            digest: np.frombuffer(found, "<f8").reshape(shape)
+            for digest, (found,) in _read("moments", self._rule, digests)
+            if len(found) == 8 * shape[0] * shape[1]
+        }
 
     def find(self, sha256: str) -> ImageSignature | None:
         """What is known of a file's content; None if it has to be decoded."""
@@ -113,7 +137,7 @@ class SignatureCache:
 
     def note(self, sha256: str, pixels: Pixels, size: int, peak: int) -> None:
         """Remember the signature of a file of so many bytes that was decoded."""
-        signature = replace(signature_of(pixels), bytes=size, peak=peak)
+        signature = replace(signature_of(pixels, self._how), bytes=size, peak=peak)
         with self._lock:
             if sha256 in self._known:
                 return
@@ -128,7 +152,15 @@ class SignatureCache:
             self._write()
 
     def _write(self) -> None:
-        found = ((digest, self._known[digest]) for digest in self._fresh)
+        found = [(digest, self._known[digest]) for digest in self._fresh]
+        _write(
+            "moments",
+            [
+                (bytes.fromhex(digest), self._rule, one.moments.astype("<f8").tobytes())
+                for digest, one in found
+                if one.moments is not None
+            ],
+        )
         rows = [
             (
                 bytes.fromhex(digest),

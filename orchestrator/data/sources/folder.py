@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -434,5 +435,5 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
     if source.labels is not None:
         whole.update(f"labels={source.labels}".encode())
     if source.pixels is not None:
-        whole.update(f"pixels={source.pixels.model_dump_json()}".encode())
+        whole.update(f"pixels={json.dumps(source.pixels.record(), separators=(',', ':'))}".encode())
     return whole.hexdigest()

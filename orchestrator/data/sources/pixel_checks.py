@@ -67,6 +67,7 @@ def unlike_pixels(sources: Mapping[str, DataSource], names: Sequence[str]) -> Us
 
 
 _KINDS: Mapping[str, Callable[[DataSource], object]] = {
+    "the number of bands": lambda source: source.pixels.num_channels if source.pixels else 3,
     "the mean": lambda source: source.pixels and source.pixels.mean,
     "the deviation": lambda source: source.pixels and source.pixels.std,
     "the number of bits that the range needs": lambda source: bool(source.pixels and source.pixels.is_deep),

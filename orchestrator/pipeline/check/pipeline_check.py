@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import UserError, first_line, printable, shortened
 from orchestrator.pipeline import dag
+from orchestrator.pipeline.check.band_checks import pixel_errors
 from orchestrator.pipeline.check.probes import Probes
 from orchestrator.pipeline.cost import memory_and_disk
 from orchestrator.pipeline.load import LoadedPipeline, joined, unusable_work, unwritable_folders
@@ -107,7 +108,7 @@ def check(
         for name, stage in loaded.spec.stages.items():
             found.choices += [f"{name}: {choice}" for choice in stage.choices()]
         foreseen = dict(_preflight(loaded, roles, counts))
-        found.errors += _unlike_pixels(loaded)
+        found.errors += pixel_errors(loaded, roles)
         blocked = bool(loaded.mistakes or loaded.missing or fit_errors or None in counts.values())
         if not blocked:
             # What is in a folder was just looked up.
@@ -267,18 +268,6 @@ def _count_photos(
         if source.shards is None or captions.notes:
             found.facts.append(_fact(name, len(files), captions))
     return counts
-
-
-def _unlike_pixels(loaded: LoadedPipeline) -> Iterator[UserError]:
-    """Datasets whose pictures cannot be in one index."""
-    from orchestrator.data.sources.pixel_checks import unlike_pixels
-
-    told = set()
-    for stage in loaded.spec.stages.values():
-        error = unlike_pixels(loaded.spec.data, stage.data_sources())
-        if error is not None and error.what not in told:
-            told.add(error.what)
-            yield UserError(error.what, where=loaded.where(*(error.where or "").split(".")), hint=error.hint)
 
 
 def _fact(name: str, photos: int, captions: Captions) -> tuple[str, bool]:
