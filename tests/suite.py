@@ -51,6 +51,7 @@ CLUSTER_FILES = (
 
 # Files, relative to tests/, whose tests take seconds, start programs, or make MLflow's databases again and again.
 HEAVY_FILES = (
+    "bench/test_curate_scale.py",
     "data/curation/test_kmeans.py",
     "data/test_weights.py",
     "fuzz/*",
