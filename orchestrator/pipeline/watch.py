@@ -116,7 +116,7 @@ def watch(loaded: LoadedPipeline, stage: str, options: Options, say: Callable[[s
                 value = look.figures[best.name]
                 known = {name: one.value for name, one in look.figures.items()}
                 known |= {"best": best.figure.value, "best_step": float(best.step)}
-                run.metrics({f"{_CHANNEL}/{name}": value for name, value in known.items()}, step, _CHANNEL)
+                run.metrics(known, step, _CHANNEL)
                 say(f"{stage}, step {step:,}: {best.name} {value}; best so far: {best}")
                 if best.step == step and options.keep is not None:
                     _keep(folder, look, options.keep)
