@@ -182,14 +182,17 @@ class HeadTeaching(Teaching):
         except UserError as error:
             where = f"stages.{context.name}.{error.where}"
             raise UserError(error.what, where=where, hint=error.hint) from None
-        # Of pictures of other bands than the teacher's, students have mean and deviation of their own.
-        self._of_students = self.recipe
-        if config.teacher_bands is not None:
-            self._of_students = self.recipe.model_copy(update={"pixels": self._pixels})
 
     @property
     def _recipe(self) -> ModelRecipe:
         return self.recipe
+
+    @property
+    def _of_students(self) -> ModelRecipe:
+        """The recipe for students, who see pictures of other bands than the teacher by their own mean and deviation."""
+        if self._config.teacher_bands is None:
+            return self.recipe
+        return self.recipe.model_copy(update={"pixels": self._pixels})
 
     def _teacher(self, make_views: Callable[[], StepViews]) -> Callable[[], StepTeacher]:
         kind = ShardedTeacher if self._config.teacher_shards > 1 else FrozenTeacher
