@@ -46,7 +46,7 @@ _MADE = {
     "model.safetensors", "text.lock", "text_maps.png", "chaos.md", "pipeline.yaml",
     "us-west-2a_v100_8.json", "other.yaml", "drawn.json", "models.json", "report.json",
     "published.json", "artifacts.json", "sbom.cdx.json", "table.json", "scores.json",
-    "head.safetensors", "_gtFine_labelTrainIds.png", "account.json", "cameras.json",
+    "head.safetensors", "_gtFine_labelTrainIds.png", "account.json", "cameras.json", "preprocessing.json",
 }  # fmt: skip
 _STAGES = get_args(get_args(AnyStage)[0])
 

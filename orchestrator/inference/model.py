@@ -197,7 +197,8 @@ class Model:
         all have the same number of patches. Of a model with a text tower, these are its vision tower's features.
 
         Args:
-            images: one image or several: a path, a PIL image, or uint8 RGB (H, W, 3). One counts as N = 1.
+            images: one image or several: a path, a PIL image, or uint8 RGB (H, W, 3). One counts as N = 1. For a model
+                of other than three channels an array has all bands of a file, (H, W, bands).
             size: pixels a side at which images are seen, a multiple of the patch. Default: what the model was trained
                 for.
             batch: the number of images in one forward pass.
@@ -314,7 +315,7 @@ def embed(
 
     Args:
         model: of :func:`load`, what it takes, or a torch module of `orchestrator.models`.
-        images: one image or several: a path, a PIL image, or uint8 RGB (H, W, 3).
+        images: one image or several: a path, a PIL image, or an array, see :meth:`Model.features`.
         texts: instead of images.
         size: pixels a side at which images are seen. Default: what the model was trained for.
         batch: the number of images in one forward pass.

@@ -417,6 +417,7 @@ class Finetune(TrainStage):
 
         with indexed(self, context) as pictures, starting_backbone(self, context) as start:
             index = ImageIndex.load(pictures.folder, context.roots)
+            start.check_channels(index.num_channels, context.name)
             labelled = self.labelled(context, index)
             limit = most_unreadable(self.max_unreadable, len(index))
             job = self.job(context, start, pictures, labelled, limit)
@@ -498,3 +499,9 @@ def _check_network(network: NetworkSource) -> None:
             raise KeyMistakeError(
                 "a network is trained up to its last block", key=f"network.{field}", hint="leave it out"
             )
+    if network.bands is not None:
+        raise KeyMistakeError(
+            "a network that is trained sees all bands of the pictures",
+            key="network.bands",
+            hint="name them as `bands` of the data's `pixels`",
+        )

@@ -37,12 +37,23 @@ class StartingBackbone:
         image_size: pixels a side of the images of this stage.
         needed: the artifact that workers on other machines fetch first, as `Context.needed`.
         modules: that may be imported to build it, see `load_wrapped`.
+        num_channels: of its images.
     """
 
     folder: Path
     image_size: int
     needed: tuple[tuple[str, str, str], ...] = ()
     modules: tuple[str, ...] = ()
+    num_channels: int = 3
+
+    def check_channels(self, pictures: int, stage: str) -> None:
+        """Raises UserError if pictures have another number of channels."""
+        if pictures != self.num_channels:
+            raise UserError(
+                f"the backbone sees {self.num_channels} channels, and the pictures have {pictures}",
+                where=f"stages.{stage}",
+                hint=f"name {self.num_channels} bands as `bands` of the data's `pixels`",
+            )
 
     def open(self, drop_path: float = 0.0) -> Backbone | WrappedBackbone:
         """The backbone with its weights, on the CPU, in float32.
@@ -108,6 +119,7 @@ def _start(
     where: str,
 ) -> StartingBackbone:
     from orchestrator.models.lora import add_lora
+    from orchestrator.models.pixels import num_channels_of
 
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     size = config.image_size or record["extra"].get("image_size") or _SIZE
@@ -116,6 +128,7 @@ def _start(
         backbone = start.open()
     except (ValueError, ModuleNotFoundError) as error:
         raise UserError(f"the backbone cannot be opened: {error}", where=where) from error
+    start = replace(start, num_channels=num_channels_of(backbone))
     patch = backbone.patch_size
     if start.image_size % patch:
         near = max(1, round(start.image_size / patch)) * patch
@@ -196,7 +209,8 @@ def _write_network(source: NetworkSource, size: int, folder: Path, where: str) -
     library = next(name for name in ("module", "timm", "transformers") if getattr(source, name) is not None)
     name = source.path if library == "module" else str(getattr(source, library))
     try:
-        backbone = WrappedBackbone(NetworkSpec(library, name, dict(source.kwargs)), size)
+        spec = NetworkSpec(library, name, dict(source.kwargs), num_channels=source.num_channels)
+        backbone = WrappedBackbone(spec, size)
         backbone.net.load_state_dict(net.state_dict())
     except (ValueError, RuntimeError) as error:
         hint = "give a network whose grid of patches fills `image_size`"
