@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -94,6 +93,8 @@ def _scaled(
 
 def resized(image_HWC: Pixels, size: int, method: int) -> Pixels:
     """A picture as (size, size, C), by one of OpenCV's interpolations; in the picture's type."""
+    import cv2  # takes a moment to import, and reading files does not need it
+
     bands = image_HWC.shape[2]
     if bands <= _AT_ONCE:
         made = cv2.resize(image_HWC, (size, size), interpolation=method)
