@@ -285,9 +285,11 @@ def _joined(files: Sequence[Path], target: Path, where: str) -> list[int]:
     total, width, first = 0, 0, 0
     for file in files:
         block_nD = np.load(file, allow_pickle=False)
-        there_n = ~np.isnan(block_nD).any(1)
+        # Of a block without any photo that can be read the length of vectors may not be known.
+        there_n = ~np.isnan(block_nD).any(1) & (block_nD.shape[1] > 0)
         lost += (first + np.flatnonzero(~there_n)).tolist()
-        first, total, width = first + len(block_nD), total + int(there_n.sum()), block_nD.shape[1]
+        first, total = first + len(block_nD), total + int(there_n.sum())
+        width = max(width, block_nD.shape[1])
     if not total:
         raise UserError("none of the photos can be read any more", where=where)
     with target.open("wb") as out:

@@ -72,6 +72,9 @@ def embed_blocks(
     Returns:
         Number of the block, which of its photos can be read, and the vectors (n, D) of these.
     """
+    if not blocks:
+        # Ray Data refuses a table without rows.
+        return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)

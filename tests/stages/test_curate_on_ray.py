@@ -15,9 +15,10 @@ from PIL import Image
 from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import Cluster, DataSource
 from orchestrator.elastic import cluster
-from orchestrator.errors import Stopped
+from orchestrator.errors import Stopped, UserError
 from orchestrator.models import from_config, preset, save_pretrained
 from orchestrator.stages.base import Context
+from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.curate import embed, embed_on_ray
 from orchestrator.stages.curate.config import Curate
 from orchestrator.tracking.run import NullRun
@@ -106,6 +107,44 @@ def test_the_cluster_gives_what_threads_give(
     assert np.abs(found - wanted).max() <= BOUND
     for name in ("index.parquet", "levels.npy"):
         assert (there.out / name).read_bytes() == (here.out / name).read_bytes(), name
+
+
+def test_where_all_is_known_the_cluster_is_asked_nothing() -> None:
+    source = NetworkSource.model_validate({"timm": "any"})
+    assert list(embed_on_ray.embed_blocks([], source, 32, "here", "cpu", None, 2)) == []
+
+
+@pytest.mark.parametrize("lost", [[0, 1], [4, 5], [0, 1, 2, 3, 4, 5]])
+def test_blocks_of_photos_that_all_went_have_no_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: list[int]
+) -> None:
+    """Of such a block the cluster's answer does not tell the length of vectors."""
+    monkeypatch.setattr(embed, "_BLOCK", 2)
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    photos = [embed.PhotoFile(tmp_path / f"{number}.png", f"{number:064x}", 10**6) for number in range(6)]
+
+    def answers(blocks: list[tuple[int, list[embed.PhotoFile]]], *_: object) -> Iterator[object]:
+        for number, block in blocks:
+            there = [int(photo.path.stem) not in lost for photo in block]
+            rows = [[float(photo.path.stem), 1.0, 2.0] for photo in block]
+            vectors = np.array(rows, np.float32) if all(there) else np.empty((0, 0), np.float32)
+            yield number, there, vectors
+
+    monkeypatch.setattr(embed_on_ray, "embed_blocks", answers)
+    source, target = NetworkSource.model_validate({"timm": "any"}), tmp_path / "embeddings.npy"
+
+    def embedded() -> list[int]:
+        work = tmp_path / "work"
+        return embed.embed_photos(photos, source, 32, work, target, where="here", identity="x", actors=1)
+
+    if len(lost) == len(photos):
+        with pytest.raises(UserError, match="none of the photos can be read any more"):
+            embedded()
+        return
+    assert embedded() == lost
+    found = np.load(target)
+    assert found[:, 0].tolist() == [number for number in range(6) if number not in lost]
+    assert found.shape == (4, 3)
 
 
 def test_a_cluster_that_was_joined_is_used_and_an_own_one_is_not() -> None:
