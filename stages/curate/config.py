@@ -377,7 +377,9 @@ class Curate(Stage):
             context.work / "embedded",
             file,
             where=f"stages.{context.name}.embedding",
-            identity=json.dumps([[sha256_of(path) for path in paths] for paths in network.files().values()]),
+            identity=json.dumps(
+                [self.version, *([sha256_of(path) for path in paths] for paths in network.files().values())]
+            ),
             device=context.elastic.device,
             step=step,
             actors=self._ray_processors(context.name, len(photos)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,18 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import PIL
 import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from orchestrator.config.pixels import PixelFormat
-from orchestrator.data.curation.signatures import EmbeddingCache
+from orchestrator.data.curation.signatures import EmbeddingCache, decoder_versions
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square
 from orchestrator.errors import UserError
 from orchestrator.fsio import replacing
@@ -164,7 +164,7 @@ class _Embedder:
         pixels: PixelFormat | None,
         identity: str,
     ) -> None:
-        named = [_FORMAT, identity, source.identity(), size, cv2.__version__, PIL.__version__]
+        named = [_FORMAT, identity, source.identity(), size, *decoder_versions(), *_network_versions(source)]
         # What a user's own module computes may change with no file of its weights.
         own = source.module is not None
         self.cache = EmbeddingCache(None if own else json.dumps(named, sort_keys=True))
@@ -209,6 +209,17 @@ class _Embedder:
             if (vector := vectors.get(_content(photo))) is not None:
                 found_nD[at] = vector
         return found_nD
+
+
+def _network_versions(source: NetworkSource) -> list[str]:
+    """The versions of torch, and of the package that has the code of the network."""
+    found = [str(torch.__version__)]
+    for package in ("timm", "transformers"):
+        if getattr(source, package) is not None:
+            # One that is not installed is an error once the network is opened.
+            with contextlib.suppress(PackageNotFoundError):
+                found.append(f"{package} {version(package)}")
+    return found
 
 
 def _content(photo: PhotoFile) -> str:

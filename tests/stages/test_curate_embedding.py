@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 from pydantic import ValidationError
@@ -23,6 +24,7 @@ from orchestrator.data.sources import digests
 from orchestrator.data.sources.folder import fingerprint
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import MEAN, STD, from_config, load_pretrained, preset, save_pretrained
+from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.curate import embed
 from orchestrator.stages.curate.config import Curate
 from orchestrator.storage.cache_folder import cache_folder
@@ -132,6 +134,48 @@ def test_a_photo_that_went_meanwhile_is_corrupt(
     index = ImageIndex.load(context.out)
     assert "05.png" not in {index[row].path for row in range(len(index))}
     assert np.load(context.out / "embeddings.npy").shape[0] == len(index) == 24
+
+
+def test_vectors_of_another_version_of_the_networks_code_are_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor those of pictures that another decoder read."""
+    installed = {"timm": "1.0"}
+    monkeypatch.setattr(embed, "version", installed.__getitem__)
+    source = NetworkSource.model_validate({"timm": "any"})
+
+    def found() -> dict[str, object]:
+        cache = embed._Embedder(source, _SIZE, "here", "cpu", None, "weights").cache
+        known = dict(cache.find(["ab" * 32]))
+        cache.note([("ab" * 32, np.ones(3, np.float32))])
+        return known
+
+    assert not found()
+    assert found()
+    installed["timm"] = "1.1"
+    assert not found()
+    assert found()
+    for library in (torch, simplejpeg):
+        monkeypatch.setattr(library, "__version__", "another")
+        assert not found()
+
+
+def test_vectors_of_another_version_of_the_stage_are_not_taken_up(
+    photos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities: list[object] = []
+
+    def asked(*_: object, identity: str, **__: object) -> None:
+        identities.append(identity)
+        raise Stopped
+
+    monkeypatch.setattr(embed, "embed_photos", asked)
+    for later in (0, 0, 1):
+        monkeypatch.setattr(Curate, "version", Curate.version + later)
+        with pytest.raises(Stopped):
+            _stage(model).run(curation_context(tmp_path, photos=DataSource(path=photos)))
+    first, same, other = identities
+    assert first == same != other
 
 
 def test_what_is_no_number_is_told(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 import PIL
+import simplejpeg
 from numpy.typing import NDArray
 
 from orchestrator.config.pixels import PixelFormat
@@ -75,6 +76,11 @@ class ImageSignature:
     peak: int = 0
 
 
+def decoder_versions() -> list[str]:
+    """The versions of what decodes and resizes pictures: others may give other pixels."""
+    return [cv2.__version__, PIL.__version__, simplejpeg.__version__]
+
+
 def signature_of(pixels_HWC: Pixels, how: PixelFormat | None) -> ImageSignature:
     """The signature of a decoded picture, (H, W, C), that is seen as `how` says."""
     digest = hashlib.sha256(f"{pixels_HWC.shape}".encode() + pixels_HWC.tobytes()).hexdigest()
@@ -99,8 +105,7 @@ class SignatureCache:
     def __init__(self, max_pixels: int, pixels: PixelFormat | None) -> None:
         self._how = pixels or PixelFormat()
         how = pixels and pixels.record()
-        # Other versions of the decoders may give other pixels.
-        named = [_FORMAT, max_pixels, how, cv2.__version__, PIL.__version__]
+        named = [_FORMAT, max_pixels, how, *decoder_versions()]
         self._rule = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).digest()[:16]
         self._known: dict[str, ImageSignature] = {}
         self._fresh: list[str] = []
