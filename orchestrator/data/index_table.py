@@ -6,6 +6,7 @@ into the cache folder, and every one maps that. Without a cache that can be writ
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -143,8 +144,10 @@ def write_mapped(path: Path, table: pa.Table) -> pa.Table:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in path.parent.iterdir():
-            if time.time() - other.stat().st_mtime > _UNUSED_S:
-                other.unlink()
+            # What another process writes at the same time may get its name meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - other.stat().st_mtime > _UNUSED_S:
+                    other.unlink()
         with (
             replacing(path) as draft,
             pa.OSFile(str(draft), "wb") as sink,

@@ -143,6 +143,20 @@ def test_a_mapped_index_is_the_one_that_was_saved(tmp_path: Path, monkeypatch: p
     assert ImageIndex.load(tmp_path)[9] == rows[9]
 
 
+def test_columns_are_mapped_although_another_process_writes_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of its folder may go between the listing and the look at its age."""
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index_table, "MAPPED_FROM", 1)
+    folder = tmp_path / "cache" / "indexes"
+    folder.mkdir(parents=True)
+    (folder / ".draft").symlink_to(folder / "gone")
+    ImageIndex(_many(10)).save(tmp_path)
+    ImageIndex.load(tmp_path)
+    assert list(folder.glob("*.arrow"))
+
+
 def test_an_index_without_rows_and_rows_that_are_not_there(tmp_path: Path) -> None:
     ImageIndex([]).save(tmp_path)
     index = ImageIndex.load(tmp_path)
