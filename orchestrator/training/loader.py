@@ -183,5 +183,7 @@ class _Trial:
         except Exception as error:
             logger.warning("photos are loaded by threads: processes cannot be started: %s", error)
             self._decided = True
+            # Those that did start would wait in memory until the training ends.
+            self._processes.close()
         else:
             self._ready.set()

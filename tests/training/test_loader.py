@@ -22,6 +22,7 @@ from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
+from orchestrator.training import loader_process
 from orchestrator.training.loader import BlockLoader, _Trial
 from orchestrator.training.loader_process import LoaderProcessError, ProcessBlocks
 
@@ -259,3 +260,27 @@ def test_processes_that_cannot_be_started_leave_threads(caplog: pytest.LogCaptur
     trial.step_waited(12, 12.0, 2)
     assert trial.source is threads
     assert "processes cannot be started" in caplog.text
+
+
+def test_processes_that_did_start_end_where_another_one_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+
+    class One:
+        def __init__(self, make: bytes) -> None:
+            self.number = len(made)
+            made.append(self)
+
+        def wait_until_ready(self) -> None:
+            if self.number == 1:
+                raise LoaderProcessError("no memory")
+
+        def end(self) -> None:
+            ended.append(self.number)
+
+    made: list[One] = []
+    monkeypatch.setattr(loader_process, "_Process", One)
+    trial = _Trial(Source(), ProcessBlocks(Source, 3), ahead=1)
+    for step in range(12):
+        trial.step_waited(step, float(step), 3)
+    trial.wait()
+    assert ended == [0, 1, 2]
