@@ -160,6 +160,9 @@ class _Trial:
         assert self._step_s is not None
         if measured * _GAIN > self._step_s:
             self.source = self._threads
+            # They take memory; ending them takes a moment.
+            self._starting = threading.Thread(target=self._processes.retire, daemon=True)
+            self._starting.start()
         chosen = "threads" if self._source_is_threads() else "processes"
         logger.info(
             "photos are loaded by %s: a step takes %.3g s with %d threads and %.3g s with as many processes",
@@ -170,7 +173,7 @@ class _Trial:
         )
 
     def wait(self) -> None:
-        """Wait until nothing is being started any more."""
+        """Wait until nothing is being started or ended any more."""
         if self._starting is not None:
             self._starting.join()
 

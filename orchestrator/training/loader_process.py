@@ -66,6 +66,7 @@ class ProcessBlocks:
         self._troubles: list[str] = []
         self._told: set[str] = set()
         self._lock = threading.Lock()
+        self._is_retired = False
 
     def start(self, count: int) -> None:
         """Have so many processes ready, which takes them a second or two; they start at the same time."""
@@ -85,7 +86,7 @@ class ProcessBlocks:
         try:
             block, troubles = process.load(step, index)
         finally:
-            self._idle.put(process)
+            self._give_back(process)
         with self._lock:
             # Each process says once what it met.
             self._troubles += [what for what in troubles if what not in self._told]
@@ -104,7 +105,16 @@ class ProcessBlocks:
         try:
             return process.paths([int(row) for row in rows])
         finally:
-            self._idle.put(process)
+            self._give_back(process)
+
+    def retire(self) -> None:
+        """End the processes that load nothing now, and the others as soon as they have loaded their block."""
+        with self._lock:
+            self._is_retired = True
+            idle = [self._idle.get_nowait() for _ in range(self._idle.qsize())]
+            self._all = [process for process in self._all if process not in idle]
+        for process in idle:
+            process.end()
 
     def close(self) -> None:
         """End all processes."""
@@ -122,11 +132,21 @@ class ProcessBlocks:
 
     def _borrowed(self) -> _Process:
         try:
-            return self._idle.get_nowait()
+            with self._lock:
+                return self._idle.get_nowait()
         except queue.Empty:
             process = self._new()
             process.wait_until_ready()
             return process
+
+    def _give_back(self, process: _Process) -> None:
+        with self._lock:
+            if not self._is_retired:
+                self._idle.put(process)
+                return
+            # It may be closed already.
+            self._all = [one for one in self._all if one is not process]
+        process.end()
 
 
 class _Process:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -260,6 +261,50 @@ def test_processes_that_cannot_be_started_leave_threads(caplog: pytest.LogCaptur
     trial.step_waited(12, 12.0, 2)
     assert trial.source is threads
     assert "processes cannot be started" in caplog.text
+
+
+def test_processes_end_where_threads_load_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loads at that moment loads its block to the end."""
+    ended: list[int] = []
+    loads, goes_on = threading.Event(), threading.Event()
+
+    class One:
+        def __init__(self, make: bytes) -> None:
+            self.number = len(made)
+            made.append(self)
+
+        def wait_until_ready(self) -> None:
+            pass
+
+        def load(self, step: int, index: int) -> tuple[Block, list[str]]:
+            loads.set()
+            assert goes_on.wait(10)
+            return Block(step, index, np.array([step]), {}), []
+
+        def end(self) -> None:
+            ended.append(self.number)
+
+    made: list[One] = []
+    monkeypatch.setattr(loader_process, "_Process", One)
+    threads, processes = Source(), ProcessBlocks(Source, 3)
+    trial = _Trial(threads, processes, ahead=1)
+    for step in range(12):
+        trial.step_waited(step, float(step), 3)
+        trial.wait()
+    assert trial.source is processes
+    with ThreadPoolExecutor(1) as pool:
+        block = pool.submit(processes.load, 5, 1)
+        assert loads.wait(10)
+        for step in range(12, 30):
+            trial.step_waited(step, 2.0 * step, 3)
+        trial.wait()
+        assert trial.source is threads
+        assert sorted(ended) == [0, 1]
+        goes_on.set()
+        assert block.result().step == 5
+    assert sorted(ended) == [0, 1, 2]
+    processes.close()
+    assert len(ended) == len(made) == 3
 
 
 def test_processes_that_did_start_end_where_another_one_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
