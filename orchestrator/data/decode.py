@@ -32,7 +32,7 @@ from orchestrator.data.image_formats import format_of, too_large, too_many_bytes
 from orchestrator.data.jpeg import BENIGN_JPEG, EXIF_ORIENTATION, decode_jpeg, upright
 from orchestrator.data.sources.account import ACCESS, BANDS, NOT_A_PICTURE, TOO_LARGE
 from orchestrator.data.sources.shard_members import open_member
-from orchestrator.data.tiff_bands import TiffHeader, tiff_header, tiff_values
+from orchestrator.data.tiff_bands import TiffHeader, most_bytes_of_values, tiff_header, tiff_values
 from orchestrator.fsio import open_regular, why
 from orchestrator.storage.s3_client import StoreError
 
@@ -150,9 +150,9 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
         if (reason := too_many_bytes(size, max_pixels)) is not None:
             raise UnreadableImage(path, reason, TOO_LARGE)
         kind, bits = format_of(start, path), 8
-        header = _header_of_bands(file, path, kind)
+        header = _header_of_bands(file, size, path, kind)
         if header is not None:
-            (width, height), bits = _size_of(path, header), header.bits
+            (width, height), bits = _size_of(path, header, max_pixels), header.bits
         elif kind == "WEBP":
             width, height = webp_size(start)
         else:
@@ -167,16 +167,15 @@ def read_header(path: Path | str, max_pixels: int = MAX_PIXELS) -> Header:
     return Header(width, height, bits)
 
 
-def _header_of_bands(file: io.BufferedReader, path: Path | str, kind: str) -> TiffHeader | None:
-    """As :func:`_of_bands`, of an open file, which is read whole for it: tags may be anywhere. It is left as it was."""
+def _header_of_bands(file: io.BufferedReader, size: int, path: Path | str, kind: str) -> TiffHeader | None:
+    """As :func:`_of_bands`, of an open file of `size` bytes, which is left as it was."""
     if kind != "TIFF":
         return None
     with _reading(path):
         at = file.tell()
-        file.seek(0)
-        data = _read(file, _SMALL_FILE)
+        header = tiff_header(file, size)
         file.seek(at)
-    return _of_bands(data, kind)
+    return header if header is not None and header.is_for_us else None
 
 
 def upright_size(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -191,7 +190,8 @@ def upright_size(path: Path | str, max_pixels: int = MAX_PIXELS) -> tuple[int, i
     with file:
         with _reading(path):
             kind = format_of(_read(file, _HEADER_BYTES), path)
-            if _header_of_bands(file, path, kind) is not None:
+            num_bytes = os.fstat(file.fileno()).st_size if member is None else member[1]
+            if _header_of_bands(file, num_bytes, path, kind) is not None:
                 return size  # as it lies in the file
             file.seek(0)
         with _opened(file, path, kind, max_pixels) as image:
@@ -392,7 +392,7 @@ def _num_pixels(data: bytes, path: Path | str, max_pixels: int) -> int:
     else:
         header = _of_bands(data, kind)
         if header is not None:
-            width, height = _size_of(path, header)
+            width, height = _size_of(path, header, max_pixels)
         elif kind == "WEBP":
             # Pillow's decoder makes room for the whole canvas as soon as it opens a file.
             width, height = webp_size(data)
@@ -403,11 +403,15 @@ def _num_pixels(data: bytes, path: Path | str, max_pixels: int) -> int:
     return int(width * height)
 
 
-def _size_of(path: Path | str, header: TiffHeader) -> tuple[int, int]:
+def _size_of(path: Path | str, header: TiffHeader, max_pixels: int) -> tuple[int, int]:
     try:
-        return header.size
+        (width, height), num_bytes = header.size, header.num_bytes
     except ValueError as error:
         raise UnreadableImage(path, str(error)) from error
+    if width * height <= max_pixels and num_bytes > (most := most_bytes_of_values(max_pixels)):
+        what = f"{width:,} × {height:,} pixels of {header.bands:,} bands take {num_bytes:,} bytes"
+        raise UnreadableImage(path, f"{what}, more than the limit of {most:,}", TOO_LARGE)
+    return width, height
 
 
 def _bytes_per_pixel(data: bytes) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,16 @@ _PLANAR, _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _FORMAT = (
 # How values of each type of a tag are packed; those that do not count here are left out.
 _TYPES = {1: "B", 3: "H", 4: "L", 16: "Q"}
 _MOST_TAGS = 4096
+_READ = frozenset(
+    (
+        _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _FILL, _STRIPS, _SAMPLES, _STRIP_ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR,
+        _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _FORMAT,
+    )
+)  # fmt: skip
+# Numbers of one tag: strips of a single row, for each of hundreds of bands.
+_MOST_NUMBERS = 2**22
+# Bytes that the values of a picture may always take, and for each pixel that pictures may have.
+_ALWAYS, _BYTES_PER_PIXEL = 2**31, 16
 _NONE, _LZW, _DEFLATE, _OLD_DEFLATE, _PACKBITS, _LZMA, _ZSTD = 1, 5, 8, 32946, 32773, 34925, 50000
 _COMPRESSIONS = (_NONE, _LZW, _DEFLATE, _OLD_DEFLATE, _PACKBITS, _LZMA, _ZSTD)
 _HORIZONTAL, _FLOATING = 2, 3
@@ -79,6 +89,16 @@ class TiffHeader:
         return self.one(_BITS, 1)
 
     @property
+    def num_bytes(self) -> int:
+        """Of all values, uncompressed.
+
+        Raises:
+            ValueError: it does not say how large it is.
+        """
+        width, height = self.size
+        return width * height * self.bands * -(-self.bits // 8)
+
+    @property
     def is_for_us(self) -> bool:
         """Whether Pillow and OpenCV cannot read it: the number of its bands, or the type of their values."""
         formats = self.one(_FORMAT, 1)
@@ -86,41 +106,74 @@ class TiffHeader:
         return self.bands > 4 or (self.bands == 2 and self.bits > 8) or (self.bands > 1 and wide)
 
 
-def tiff_header(data: bytes) -> TiffHeader | None:
-    """What the file says of its first picture; None where it does not say it as the specification has it."""
-    order = {b"II": "<", b"MM": ">"}.get(data[:2])
-    if order is None or len(data) < 16:
-        return None
+def most_bytes_of_values(max_pixels: int) -> int:
+    """How many bytes the values of a picture may take, where pictures may have so many pixels."""
+    return max(_ALWAYS, _BYTES_PER_PIXEL * max_pixels)
+
+
+def tiff_header(data: bytes | BinaryIO, size: int | None = None) -> TiffHeader | None:
+    """What a file says of its first picture; None where it does not say it as the specification has it.
+
+    Args:
+        data: the file, or the open file, of which only the header is read: it may lie anywhere.
+        size: bytes of an open file.
+    """
+    read = _reader(data, size)
     try:
-        (version,) = struct.unpack_from(f"{order}H", data, 2)
+        head = read(0, 16)
+        order = {b"II": "<", b"MM": ">"}.get(head[:2])
+        if order is None:
+            return None
+        (version,) = struct.unpack_from(f"{order}H", head, 2)
         if version == 43:
-            (start,) = struct.unpack_from(f"{order}Q", data, 8)
-            (count,) = struct.unpack_from(f"{order}Q", data, start)
-            return _tags(data, order, start + 8, count, big=True)
-        (start,) = struct.unpack_from(f"{order}L", data, 4)
-        (count,) = struct.unpack_from(f"{order}H", data, start)
-        return _tags(data, order, start + 2, count, big=False)
+            (start,) = struct.unpack_from(f"{order}Q", head, 8)
+            (count,) = struct.unpack(f"{order}Q", read(start, 8))
+            return TiffHeader(order, _tags(read, order, start + 8, count, big=True))
+        (start,) = struct.unpack_from(f"{order}L", head, 4)
+        (count,) = struct.unpack(f"{order}H", read(start, 2))
+        return TiffHeader(order, _tags(read, order, start + 2, count, big=False))
     except (struct.error, ValueError):
         return None
 
 
-def _tags(data: bytes, order: str, start: int, count: int, *, big: bool) -> TiffHeader:
+def _reader(data: bytes | BinaryIO, size: int | None) -> Callable[[int, int], bytes]:
+    """Reads so many bytes from a place on, which a file may have made up; raises ValueError behind its end."""
+    length = len(data) if isinstance(data, bytes) else size or 0
+
+    def read(at: int, count: int) -> bytes:
+        if at + count > length:
+            raise ValueError("the file is truncated")
+        if isinstance(data, bytes):
+            return data[at : at + count]
+        data.seek(at)
+        return data.read(count) or b""
+
+    return read
+
+
+def _tags(
+    read: Callable[[int, int], bytes], order: str, start: int, count: int, *, big: bool
+) -> dict[int, tuple[int, ...]]:
+    """The tags that are needed here; of one that is there twice the first."""
     if count > _MOST_TAGS:
         raise ValueError(f"{count} tags")
     entry, inline, number = (20, 8, "Q") if big else (12, 4, "L")
-    tags = {}
-    for at in range(start, start + entry * count, entry):
-        tag, kind, amount = struct.unpack_from(f"{order}HH{number}", data, at)
-        if kind not in _TYPES:
+    directory = read(start, entry * count)
+    tags: dict[int, tuple[int, ...]] = {}
+    for at in range(0, entry * count, entry):
+        tag, kind, amount = struct.unpack_from(f"{order}HH{number}", directory, at)
+        if kind not in _TYPES or tag not in _READ or tag in tags:
             continue
-        size = struct.calcsize(_TYPES[kind]) if _TYPES[kind] != "L" else 4
-        where = at + entry - inline
-        if size * amount > inline:
-            (where,) = struct.unpack_from(f"{order}{number}", data, where)
-        if where + size * amount > len(data):
-            raise ValueError(f"the tag {tag} ends after the file")
-        tags[tag] = struct.unpack_from(f"{order}{amount}{_TYPES[kind]}", data, where)
-    return TiffHeader(order, tags)
+        if amount > _MOST_NUMBERS:
+            raise ValueError(f"the tag {tag} has {amount} numbers")
+        packed = f"{order}{amount}{_TYPES[kind]}"
+        size, where = struct.calcsize(packed), at + entry - inline
+        found = directory[where : where + size]
+        if size > inline:
+            (where,) = struct.unpack_from(f"{order}{number}", directory, where)
+            found = read(where, size)
+        tags[tag] = struct.unpack(packed, found)
+    return tags
 
 
 def tiff_values(data: bytes, header: TiffHeader, max_pixels: int) -> NDArray[Any]:
@@ -129,7 +182,7 @@ def tiff_values(data: bytes, header: TiffHeader, max_pixels: int) -> NDArray[Any
     Args:
         data: the file.
         header: of it.
-        max_pixels: the most pixels that a tile may have.
+        max_pixels: the most pixels that a picture may have, and a tile; see :func:`most_bytes_of_values`, too.
 
     Returns:
         (H, W, bands), in the type of the file and the order of bytes of this machine.
@@ -155,6 +208,11 @@ def tiff_values(data: bytes, header: TiffHeader, max_pixels: int) -> NDArray[Any
     starts = header.tags.get(_TILES if tiled else _STRIPS, ())
     sizes = header.tags.get(_TILE_BYTES if tiled else _STRIP_BYTES, ())
     across, down = -(-width // columns), -(-height // rows)
+    # Tiles are decoded whole, however little of them the picture has.
+    if across * columns * down * rows * bands * (bits // 8) > most_bytes_of_values(max_pixels):
+        raise ValueError(
+            f"{width} × {height} pixels of {bands} bands in tiles of {columns} × {rows} are too large"
+        )
     if len(starts) != len(sizes) or len(starts) != across * down * (bands if apart else 1):
         raise ValueError(f"it has {len(starts)} strips or tiles, and says the size of {len(sizes)}")
     values_HWC = np.zeros((height, width, bands), kind)

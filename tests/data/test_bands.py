@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pydantic import ValidationError
 
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import DataSource
+from orchestrator.data import decode
 from orchestrator.data.bands import mean_and_std, moments, resized, shown_rgb
 from orchestrator.data.crops import Box, cut, make_views
 from orchestrator.data.curation import signatures
@@ -24,7 +27,7 @@ from orchestrator.data.index import ImageIndex, ImageRecord, pixels_in
 from orchestrator.data.rng import generator
 from orchestrator.data.sources.pixel_checks import unlike_pixels
 from orchestrator.data.sources.scan import ScannedImage, scan
-from orchestrator.data.tiff_bands import tiff_header, tiff_values
+from orchestrator.data.tiff_bands import TiffHeader, tiff_header, tiff_values
 from orchestrator.data.views import CropConfig
 from tests.band_files import band_scene, write_tiff
 
@@ -98,6 +101,69 @@ def test_a_truncated_file_is_damaged(tmp_path: Path) -> None:
         read_rgb(path, pixels=SIX)
 
     assert caught.value.kind == "damaged"
+
+
+@pytest.mark.parametrize("start", [2**62, 2**63, 2**64 - 9])
+def test_a_big_tiff_whose_tags_are_nowhere_is_damaged(tmp_path: Path, start: int) -> None:
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II+\0" + struct.pack("<HHQ", 8, 0, start) + bytes(64))
+
+    for read in (read_rgb, read_header, upright_size):
+        with pytest.raises(UnreadableImage):
+            read(path)
+
+
+def test_tags_that_all_name_the_whole_file_take_no_more_memory_than_it(tmp_path: Path) -> None:
+    size, count = 100_000, 100
+    # 50 unknown tags, and 50 times the tag of the strips; of bytes, which are a number each.
+    tags = [*range(40000, 40000 + count // 2), *[273] * (count // 2)]
+    entries = b"".join(struct.pack("<HHLL", tag, 1, size, 0) for tag in tags)
+    data = (b"II*\0" + struct.pack("<LH", 8, count) + entries).ljust(size, b"\0")
+
+    tracemalloc.start()
+    try:
+        header = tiff_header(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert header is not None
+    assert header.tags.keys() == {273}
+    assert peak < 20 * size
+
+
+def test_a_small_file_that_claims_thousands_of_bands_is_too_large(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", band_scene(0), deflate=True)
+    data = bytearray(path.read_bytes())
+    for at in range(10, 10 + 12 * 13, 12):
+        tag = struct.unpack_from("<H", data, at)[0]
+        if tag in (256, 257, 277, 278):
+            struct.pack_into("<HHLL", data, at, tag, 4, 1, 60_000 if tag == 277 else 5_000)
+    path.write_bytes(data)
+
+    for read in (read_rgb, read_header):
+        with pytest.raises(UnreadableImage, match="pixels of 60,000 bands take") as caught:
+            read(path)
+        assert caught.value.kind == "too large"
+
+
+def test_tiles_are_no_larger_than_pictures_may_be() -> None:
+    tags = {256: 1, 257: 1, 258: 8, 277: 60_000, 322: 9_000, 323: 9_000, 324: 8, 325: 8, 259: 8}
+    header = TiffHeader("<", {tag: (value,) for tag, value in tags.items()})
+
+    with pytest.raises(ValueError, match="in tiles of 9000 × 9000 are too large"):
+        tiff_values(bytes(99), header, 10**8)
+
+
+def test_a_header_is_found_wherever_it_is_in_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiff(tmp_path / "a.tif", band_scene(0))
+    monkeypatch.setattr(decode, "_SMALL_FILE", 64)
+
+    assert read_header(path).bits == 16
+    assert upright_size(path) == (48, 48)
+    assert read_rgb(path, pixels=SIX).shape == (48, 48, 6)
 
 
 def test_a_file_that_lacks_a_band_is_left_out_for_that(tmp_path: Path) -> None:
