@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import distribution, packages_distributions, version
+from importlib.metadata import Distribution, distribution, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from orchestrator import models
 from orchestrator.fsio import folder_beside, move
 from orchestrator.models import stats_of
+from orchestrator.stages.common import open_network
 from orchestrator.storage.cache_folder import cache_folder
 
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ class FeatureMemory:
         try:
             digests = np.load(chunk / _DIGESTS, allow_pickle=False)
             values = np.load(chunk / _VALUES, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
-            return  # removed meanwhile, or damaged: the pictures are computed again
+        except (OSError, ValueError, EOFError):
+            return  # removed meanwhile, or damaged or empty: the pictures are computed again
         if digests.ndim != 2 or len(digests) != len(values) or values.dtype != np.float32:
             return
         part = chunk.name.partition("-")[0]
@@ -200,18 +201,34 @@ def _versions(packages: set[str]) -> dict[str, str] | None:
     for package in sorted(others):
         for name in brought.get(package, ()):
             about = distribution(name)
-            if '"editable": true' not in (about.read_text("direct_url.json") or ""):
+            if not _may_be_edited(about):
                 found[package] = f"{name} {about.version}"
         if package not in found:
             return None
     return found
 
 
+def _may_be_edited(about: Distribution) -> bool:
+    """Whether a package is installed from a working copy (PEP 610). Installers write JSON with or without spaces."""
+    try:
+        record = json.loads(about.read_text("direct_url.json") or "{}")
+    except ValueError:
+        return True
+    info = record.get("dir_info") if isinstance(record, dict) else None
+    return isinstance(info, dict) and bool(info.get("editable"))
+
+
+def _code_files() -> list[Path]:
+    """Files of the code of models, and of that which gives them pixels."""
+    parts = (Path(open_network.__file__), Path(__file__).with_name("towers.py"))
+    return [*sorted(Path(models.__file__).parent.rglob("*.py")), *parts]
+
+
 @cache
 def _own_code() -> str:
     """What the code of models says: in a working copy it changes under one version."""
     hashed = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for path in sorted(Path(models.__file__).parent.rglob("*.py")):
+    for path in _code_files():
         hashed.update(path.read_bytes())
     return hashed.hexdigest()
 
