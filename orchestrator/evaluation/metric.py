@@ -104,6 +104,7 @@ class Metric(Extension):
         needs_split: whether it learns something, so that `evaluate` must have a `split`.
         of_pixels: whether it is computed of raw pixels, too, as a baseline.
         needs_head: the task of `finetune` that a model must have learned; others have no row.
+        has_photos: whether it reads photos of its own, which have red, green and blue.
     """
 
     group: ClassVar[Group] = "metrics"
@@ -126,6 +127,7 @@ class Metric(Extension):
     needs_split: ClassVar[bool] = False
     of_pixels: ClassVar[bool] = False
     needs_head: ClassVar[str | None] = None
+    has_photos: ClassVar[bool] = False
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_ .\-]*$", description=TITLE)
 

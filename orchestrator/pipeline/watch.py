@@ -43,6 +43,7 @@ _RECORD = "watch.json"
 _CHECKPOINTS = "checkpoints"
 # How its figures are kept apart from those of training.
 _CHANNEL = "watch"
+_MOST_SECONDS = 86_400
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def watch(loaded: LoadedPipeline, stage: str, options: Options, say: Callable[[s
     """
     training = Training(loaded, stage)
     metrics = parsed(options.metrics)
+    check_options(options, metrics)
     # Mistakes are told at once, and nothing is imported while the first checkpoint may go again.
     training.photos()
     looks: list[Look] = []
@@ -162,9 +164,7 @@ def best_of(looks: Sequence[Look], by: str | None = None) -> Best:
     names = list(looks[0].figures)
     name = next((one for one in names if by in (None, one, one.partition("/")[0])), None)
     if name is None:
-        close = nearest(str(by), names)
-        hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(names)}"
-        raise UserError(f"there is no figure {by!r}", where="--by", hint=hint)
+        raise _no_figure(str(by), names)
     sign = -1.0 if name.rpartition("/")[2] in _ERRORS else 1.0
 
     def goodness(look: Look) -> float:
@@ -173,6 +173,12 @@ def best_of(looks: Sequence[Look], by: str | None = None) -> Best:
 
     best = max(looks, key=lambda look: (goodness(look), -look.step))
     return Best(best.step, name, best.figures[name])
+
+
+def _no_figure(by: str, names: Sequence[str]) -> UserError:
+    close = nearest(by, names)
+    hint = f"did you mean {close!r}?" if close else f"there are: {', '.join(names)}"
+    return UserError(f"there is no figure {by!r}", where="--by", hint=hint)
 
 
 def parsed(names: Sequence[str]) -> list[Metric]:
@@ -199,6 +205,25 @@ def parsed(names: Sequence[str]) -> list[Metric]:
             )
         found.append(metric)
     return found
+
+
+def check_options(options: Options, metrics: Sequence[Metric]) -> None:
+    """What can be known of options before a checkpoint is scored.
+
+    Raises:
+        UserError: the best cannot be chosen so, nor be kept there, or no one can wait so long.
+    """
+    titles = [metric.title for metric in metrics]
+    if options.by is not None and options.by.partition("/")[0] not in titles:
+        raise _no_figure(options.by, titles)
+    if not 0 < options.every_s <= _MOST_SECONDS:
+        raise UserError(
+            f"{options.every_s:g} seconds are no time between two looks",
+            where="--every",
+            hint="give at most a day",
+        )
+    if options.keep is not None:
+        _check_free(options.keep)
 
 
 class Training:
@@ -369,10 +394,7 @@ def _looked_at(
 
 def _keep(model: Path, look: Look, target: Path) -> None:
     """Put a model where `embed`, `from` and `orchestrator.load` find it, instead of an earlier one."""
-    if target.exists() and not (target / _RECORD).is_file():
-        raise UserError(
-            f"{target} is there, and no watcher wrote it", where="--keep", hint="name another folder"
-        )
+    _check_free(target)
     with disk.making(target, "name another folder for --keep") as draft:
         shutil.copytree(model, draft / "model")
         record = {
@@ -383,6 +405,14 @@ def _keep(model: Path, look: Look, target: Path) -> None:
         if target.exists():
             target.rename(draft / "earlier")
         move(draft / "model", target)
+
+
+def _check_free(target: Path) -> None:
+    """Raises UserError where something else is than what a watcher wrote."""
+    if target.exists() and not (target / _RECORD).is_file():
+        raise UserError(
+            f"{target} is there, and no watcher wrote it", where="--keep", hint="name another folder"
+        )
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def baselines(work: Work, models: Sequence[Candidate], crops: Crops, check: Chec
     raw_ND = pixel_features(crops.at(RAW_SIDE))
     pixels = of_pixels(raw_ND, work.pool, work.seed, check)
     if groups:
-        found.scores = [floor(pixels), score(pixels, work.k, image_size=RAW_SIDE, dim=3 * RAW_SIDE**2)]
+        found.scores = [floor(pixels), score(pixels, work.k, image_size=RAW_SIDE, dim=raw_ND.shape[1])]
     if crops.rows and models and any(metric.of_pixels for metric in work.metrics):
         first = models[0].load()
         seen = replace(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from orchestrator.errors import UserError
 from orchestrator.pipeline import dag
@@ -28,7 +29,7 @@ def errors_of(folder: Path, data: dict[str, Any], stages: dict[str, Any]) -> lis
     path = folder / "pipeline.yaml"
     path.write_text(yaml.safe_dump({"name": "bands", "data": sources, "stages": stages}))
     loaded = load(path)
-    assert not loaded.mistakes
+    assert not loaded.mistakes, loaded.mistakes
     return list(pixel_errors(loaded, dag.roles(loaded)))
 
 
@@ -87,3 +88,34 @@ def test_a_teacher_of_photos_sees_the_bands_that_are_named(
     assert all(
         said in error.what and "stages.distill.teacher_bands" in str(error.where) for error in found if said
     )
+
+
+@pytest.mark.parametrize("pixels", [SIX, None])
+def test_metrics_with_photos_of_their_own_are_of_models_of_photos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels: dict[str, Any] | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plane = tmp_path / "pairs/plane"
+    plane.mkdir(parents=True)
+    for number in (1, 2):
+        Image.new("RGB", (16, 16)).save(plane / f"{number}.ppm")
+    (plane / "H_1_2").write_text("1 0 0\n0 1 0\n0 0 1\n")
+    metric = {"use": "correspondence", "data": {"path": "pairs"}}
+    stages = {
+        "curate": {"kind": "curate", "data": "first", "clusters": 2},
+        "pretrain": {"kind": "pretrain", "needs": "curate", "model": "vit_femto", **TRAIN},
+        "evaluate": {
+            "kind": "evaluate",
+            "needs": ["curate", "pretrain"],
+            "metrics": ["image_retrieval", metric],
+        },
+    }
+
+    found = errors_of(tmp_path, {"first": pixels}, stages)
+
+    assert [error.what for error in found] == (
+        ["correspondence reads photos of 3 channels, and the models of stage 'evaluate' take 6"]
+        if pixels
+        else []
+    )
+    assert all("stages.evaluate.metrics.1" in str(error.where) for error in found)

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metric import Figure
 from orchestrator.fsio import sha256_of
-from orchestrator.pipeline.watch import Look, best_of, parsed
+from orchestrator.pipeline.watch import Look, Options, best_of, check_options, parsed
 from orchestrator.training.checkpoint.format import FORMAT, CheckpointError, shard_name
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.checkpoint.whole import whole_tensors
@@ -46,6 +46,22 @@ def test_metrics_are_named_as_in_a_pipeline_file() -> None:
         parsed(["linear_depth"])
     with pytest.raises(UserError, match="'kn' cannot be used here"):
         parsed(["kn"])
+
+
+def test_mistakes_in_options_are_told_before_anything_is_scored(tmp_path: Path) -> None:
+    metrics = parsed(["knn"])
+    for by in (None, "knn", "knn/accuracy"):
+        check_options(Options(by=by, keep=tmp_path / "best"), metrics)
+    with pytest.raises(UserError, match="there is no figure 'kn'") as caught:
+        check_options(Options(by="kn"), metrics)
+    assert caught.value.hint == "did you mean 'knn'?"
+    for seconds in (math.nan, math.inf, 1e12):
+        with pytest.raises(UserError, match="no time between two looks"):
+            check_options(Options(every_s=seconds), metrics)
+    with pytest.raises(UserError, match="is there, and no watcher wrote it"):
+        check_options(Options(keep=tmp_path), metrics)
+    (tmp_path / "watch.json").write_text("{}")
+    check_options(Options(keep=tmp_path), metrics)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

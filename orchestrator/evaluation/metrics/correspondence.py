@@ -29,6 +29,7 @@ class Correspondence(Metric):
     """Recall of the patch that shows the same place in another view, by nearest neighbour. Nothing is trained."""
 
     of_pixels: ClassVar[bool] = True
+    has_photos: ClassVar[bool] = True
 
     data: PairData = Field(description="The pairs of views.")
     size: Side | None = Field(

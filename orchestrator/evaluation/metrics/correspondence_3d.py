@@ -34,6 +34,7 @@ class Correspondence3d(Metric):
     """
 
     of_pixels: ClassVar[bool] = True
+    has_photos: ClassVar[bool] = True
 
     data: SceneData = Field(description="The scenes.")
     size: Side | None = Field(

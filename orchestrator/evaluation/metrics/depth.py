@@ -34,6 +34,7 @@ class LinearDepth(Metric):
     """Errors of depth, in metres, by ridge regression of patch features, on test pictures at their own resolution."""
 
     of_pixels: ClassVar[bool] = True
+    has_photos: ClassVar[bool] = True
 
     data: DepthData = Field(description="The pictures and depth maps.")
     size: Side | None = Field(

@@ -33,6 +33,7 @@ class Detection(Metric):
     """COCO's average precision on test pictures, of models that find boxes; others have no row."""
 
     needs_head: ClassVar[str | None] = "detection"
+    has_photos: ClassVar[bool] = True
 
     data: BoxData = Field(description="The pictures and their boxes, with their split.")
     size: Side | None = Field(

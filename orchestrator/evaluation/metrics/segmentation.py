@@ -47,6 +47,7 @@ class LinearSegmentation(Metric):
     """Mean intersection over union of a linear classifier of patches, on test pictures at their own resolution."""
 
     of_pixels: ClassVar[bool] = True
+    has_photos: ClassVar[bool] = True
 
     data: MaskData = Field(description="The pictures and masks.")
     size: Side | None = Field(

@@ -7,14 +7,18 @@ from collections.abc import Iterator, Mapping
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.sources.pixel_checks import unlike_pixels
 from orchestrator.errors import UserError
+from orchestrator.models.configs import RGB
 from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.stages.distill.config import Distill
+from orchestrator.stages.evaluate.config import Evaluate
 
 _INDEX, _TEACHER = "index", "teacher"
 
 
 def pixel_errors(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]]) -> Iterator[UserError]:
     """Datasets whose pictures cannot be in one index, and stages that take a model to pictures of other bands.
+
+    Metrics that read photos of their own are among these.
 
     Args:
         loaded: the pipeline.
@@ -32,6 +36,8 @@ def pixel_errors(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]])
         if _INDEX not in roles[name]:
             continue
         pixels = _pixels(loaded, roles[name][_INDEX])
+        if isinstance(stage, Evaluate):
+            yield from _photos_of_metrics(loaded, name, stage, _channels(pixels))
         for role, need in roles[name].items():
             if role == _INDEX or _INDEX not in roles.get(need, {}):
                 continue
@@ -49,6 +55,19 @@ def pixel_errors(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]])
                     where=loaded.where("stages", name, "needs"),
                     hint="give both stages pictures of the same bands (`bands` of the data's `pixels`)",
                 )
+
+
+def _photos_of_metrics(
+    loaded: LoadedPipeline, name: str, stage: Evaluate, channels: int
+) -> Iterator[UserError]:
+    """Metrics whose photos lack channels that the models of an evaluation take."""
+    for at, metric in enumerate(stage.metrics):
+        if metric.has_photos and channels != RGB:
+            yield UserError(
+                f"{metric.title} reads photos of {RGB} channels, and the models of stage {name!r} take {channels}",
+                where=loaded.where("stages", name, "metrics", str(at)),
+                hint="leave the metric out",
+            )
 
 
 def _pixels(loaded: LoadedPipeline, maker: str) -> PixelFormat | None:
