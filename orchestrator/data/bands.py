@@ -86,7 +86,7 @@ def _scaled(
     np.clip(shares_HWC, 0, 1, out=shares_HWC)
     if alpha_HW1 is not None:
         opaque = np.iinfo(alpha_HW1.dtype).max if alpha_HW1.dtype.kind in "ui" else 1.0
-        alpha = alpha_HW1.astype(np.float32) / np.float32(opaque)
+        alpha = np.nan_to_num(alpha_HW1.astype(np.float32) / np.float32(opaque)).clip(0, 1)
         shares_HWC = shares_HWC * alpha + (1 - alpha)
     return np.asarray(np.rint(shares_HWC * (65535 if deep else 255)), dtype=np.uint16 if deep else np.uint8)
 

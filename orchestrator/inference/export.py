@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from orchestrator import disk
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.errors import UserError, first_line, nearest, shortened
 from orchestrator.fsio import move
 from orchestrator.models.export import FORMATS, Preprocessing, fitting, missing, write
@@ -121,9 +124,23 @@ def _opened(pulled: Pulled, name: str) -> tuple[Backbone, Preprocessing]:
     patch = model.patch_size
     cells = round(size / patch) if isinstance(size, int) else _CELLS
     mean, std = stats_of(model)
-    pixels = record.get("pixels")
-    return model, Preprocessing(
-        max(1, cells) * patch, mean, std, pixels if isinstance(pixels, dict) else None
+    try:
+        pixels = pixels_of(record)
+    except ValidationError as error:
+        reason = f"its config.json says something else of pixels: {first_line(error)}"
+        raise _cannot(pulled, name, reason, []) from error
+    return model, Preprocessing(max(1, cells) * patch, mean, std, pixels)
+
+
+def pixels_of(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What a config.json says of the values of files, as it is copied into exported folders; None where it is nothing.
+
+    Raises:
+        ValidationError: it is something else.
+    """
+    told = record.get("pixels")
+    return (
+        None if told is None else PixelFormat.model_validate(told).model_dump(mode="json", exclude_none=True)
     )
 
 

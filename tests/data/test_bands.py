@@ -93,6 +93,18 @@ def test_four_bands_of_a_png_are_not_red_green_blue_and_transparency(
         np.testing.assert_array_equal(square[:, :, channel], alone[:, :, 0])
 
 
+@pytest.mark.parametrize("fourth", [-3.0, 900.0, np.nan])
+def test_a_fourth_band_that_is_no_share_is_cut_off_as_transparency(tmp_path: Path, fourth: float) -> None:
+    values = np.full((8, 8, 4), 0.5, np.float32)
+    values[:, :, 3] = fourth
+    path = write_tiff(tmp_path / "a.tif", values)
+
+    seen = read_rgb(path, pixels=PixelFormat(range=(0, 1)))
+
+    # What is transparent is white.
+    assert set(seen.ravel()) == {128 if fourth > 1 else 255}
+
+
 def test_a_truncated_file_is_damaged(tmp_path: Path) -> None:
     path = write_tiff(tmp_path / "a.tif", band_scene(0))
     path.write_bytes(path.read_bytes()[:-100])

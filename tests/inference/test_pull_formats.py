@@ -167,6 +167,17 @@ def test_what_is_no_backbone_is_refused(registry: Path, tmp_path: Path) -> None:
         assert "it is no backbone that can be loaded here" in error.what
 
 
+@pytest.mark.parametrize("pixels", [{"range": 7}, {"bands": "all"}, [1], {"import": "os"}])
+def test_a_folder_that_says_something_else_of_pixels_is_refused(
+    registry: Path, tmp_path: Path, pixels: object
+) -> None:
+    config = published(registry) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pixels": pixels}))
+    with pytest.raises(UserError, match=r"its config\.json says something else of pixels"):
+        export.pull_as("torch-export", "food-femto", tmp_path / "out", "sqlite:///none.db")
+    assert not (tmp_path / "out").exists()
+
+
 def test_mistakes_are_found_before_anything_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
