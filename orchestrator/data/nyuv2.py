@@ -54,7 +54,12 @@ def unpacked(data: DepthData) -> DepthData:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with disk.making(folder, "set ORCHESTRATOR_CACHE to a folder with more space") as draft:
             _unpack(path, draft / "set", _official(splits) if splits.is_file() else {})
-            move(draft / "set", folder)
+            try:
+                move(draft / "set", folder)
+            except OSError:
+                # Another process, which unpacked it at the same time, was faster.
+                if not folder.is_dir():
+                    raise
     return data.model_copy(
         update={"path": folder, "layout": "folders", "scale": _SCALE, "split": data.chosen_split()}
     )

@@ -80,6 +80,22 @@ def test_it_is_unpacked_once(tmp_path: Path, cache: Path, monkeypatch: pytest.Mo
     assert len(list((cache / "nyuv2").iterdir())) == 1
 
 
+def test_two_processes_may_unpack_it_at_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = written(tmp_path)[0]
+    alone = nyuv2._unpack
+
+    def slower(*arguments: Any) -> None:
+        monkeypatch.setattr(nyuv2, "_unpack", alone)
+        nyuv2.unpacked(data)
+        alone(*arguments)
+
+    monkeypatch.setattr(nyuv2, "_unpack", slower)
+    assert len(DensePictures(data)) == COUNT
+    assert len(list((cache / "nyuv2").iterdir())) == 1
+
+
 def test_mistakes_are_named(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="there is no file"):
         DensePictures(DepthData(path=tmp_path / "none.mat", layout="nyuv2"))
