@@ -52,6 +52,11 @@ class NetworkActor:
         return found
 
 
+def plain(source: NetworkSource) -> dict[str, Any]:
+    """A source as plain JSON, without defaults: a mean that nobody gave is that of the network's folder."""
+    return source.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
 def embed_blocks(
     blocks: Sequence[tuple[int, Sequence[PhotoFile]]],
     source: NetworkSource,
@@ -86,7 +91,7 @@ def embed_blocks(
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         NetworkActor,
         fn_constructor_args=(
-            source.model_dump(mode="json", by_alias=True),
+            plain(source),
             size,
             where,
             device,

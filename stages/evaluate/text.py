@@ -78,8 +78,10 @@ class TextEvaluation:
         if not groups:
             return None
         names = list(groups)
-        rows = [row for row in self._rows if self._index[row].label in groups]
-        is_of_N = np.array([names.index(str(self._index.labels[row])) for row in rows])
+        # All at once: one by one they take long.
+        labels = self._index.labels
+        rows = [row for row in self._rows if labels[row] in groups]
+        is_of_N = np.array([names.index(str(labels[row])) for row in rows])
         photos_ND = self._embed(rows)
 
         def accuracy(templates: Sequence[str]) -> Figure:

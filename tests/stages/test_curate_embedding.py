@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from dataclasses import replace
@@ -24,8 +25,8 @@ from orchestrator.data.sources import digests
 from orchestrator.data.sources.folder import fingerprint
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import MEAN, STD, from_config, load_pretrained, preset, save_pretrained
-from orchestrator.stages.common.network_source import NetworkSource
-from orchestrator.stages.curate import embed
+from orchestrator.stages.common.network_source import NetworkSource, as_recorded
+from orchestrator.stages.curate import embed, embed_on_ray
 from orchestrator.stages.curate.config import Curate
 from orchestrator.storage.cache_folder import cache_folder
 
@@ -188,6 +189,15 @@ def test_what_is_no_number_is_told(photos: Path, tmp_path: Path, monkeypatch: py
     stage = Curate(kind="curate", data="photos", clusters=3, embedding=network)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="not finite"):
         stage.run(curation_context(tmp_path, photos=DataSource(path=photos)))
+
+
+@pytest.mark.parametrize("said", [{}, {"mean": [0.5, 0.5, 0.5]}])
+def test_other_processes_normalise_pixels_as_this_one(tmp_path: Path, said: dict[str, list[float]]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}))
+    source = NetworkSource.model_validate({"from": tmp_path, **said})
+    there = NetworkSource.model_validate(embed_on_ray.plain(source))
+    assert as_recorded(there) == as_recorded(source)
+    assert as_recorded(there).mean == ((0.5, 0.5, 0.5) if said else (0.1, 0.2, 0.3))
 
 
 def test_the_network_is_checked_before_anything_runs(model: Path, tmp_path: Path) -> None:

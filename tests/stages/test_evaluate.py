@@ -307,6 +307,16 @@ def test_classes_are_told_by_the_nearest_text(small: Context) -> None:
     assert texts.zero_shot({}, ["{}"]) is None
 
 
+def test_labels_are_read_once_for_all_photos(small: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = ImageIndex.load(small.inputs["index"].path)
+    groups, labels = largest_groups(index.labels, 10), index.labels
+    asked: list[int] = []
+    monkeypatch.setattr(ImageIndex, "labels", property(lambda self: asked.append(0) or labels))
+    texts = TextEvaluation(Hues(), index, batch=4, check=lambda: None)  # type: ignore[arg-type]
+    assert texts.zero_shot(groups, ["{}"]) is not None
+    assert len(asked) == 1, "each time is a list of all of them"
+
+
 def test_texts_are_looked_for_in_the_photos(small: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     index = ImageIndex.load(small.inputs["index"].path)
     drawn: list[tuple[list[np.ndarray], list[str]]] = []
