@@ -52,7 +52,7 @@ class NetworkActor:
         return found
 
 
-def plain(source: NetworkSource) -> dict[str, Any]:
+def record_of(source: NetworkSource) -> dict[str, Any]:
     """A source as plain JSON, without defaults: a mean that nobody gave is that of the network's folder."""
     return source.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
@@ -91,7 +91,7 @@ def embed_blocks(
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         NetworkActor,
         fn_constructor_args=(
-            plain(source),
+            record_of(source),
             size,
             where,
             device,

@@ -390,6 +390,7 @@ class Evaluate(Stage):
             seed=context.seed,
             kept_features=self.kept_features,
             num_models=len(models),
+            needed=context.needed,
         )
         return score_all(work, models, context.out, check, self.models_at_once)
 

@@ -25,6 +25,7 @@ from orchestrator.stages.evaluate.towers import (
     pixel_maps,
     remembering,
 )
+from orchestrator.storage.open import fetch
 
 logger = logging.getLogger("orchestrator")
 
@@ -45,6 +46,7 @@ class Work:
         seed: the pipeline's.
         kept_features: GiB, see :func:`remembering`.
         num_models: how many there are, for messages.
+        needed: the artifacts that workers on other machines fetch first, see :attr:`Context.needed`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Work:
     seed: int
     kept_features: float
     num_models: int
+    needed: Sequence[tuple[str, str, str]] = ()
 
 
 @dataclass
@@ -229,6 +232,8 @@ def _go_on() -> None:
 def _task(work: Work, _: None, piece: tuple[int, Candidate]) -> _Answer:
     """In a worker: a model's rows, and its pictures as bytes, since a worker may not see the driver's folder."""
     number, model = piece
+    for store, kind, key in work.needed:
+        fetch(store, kind, key)
     with tempfile.TemporaryDirectory() as folder:
         try:
             photos = Photos.of(work, _go_on)

@@ -195,7 +195,7 @@ def test_what_is_no_number_is_told(photos: Path, tmp_path: Path, monkeypatch: py
 def test_other_processes_normalise_pixels_as_this_one(tmp_path: Path, said: dict[str, list[float]]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}))
     source = NetworkSource.model_validate({"from": tmp_path, **said})
-    there = NetworkSource.model_validate(embed_on_ray.plain(source))
+    there = NetworkSource.model_validate(embed_on_ray.record_of(source))
     assert as_recorded(there) == as_recorded(source)
     assert as_recorded(there).mean == ((0.5, 0.5, 0.5) if said else (0.1, 0.2, 0.3))
 

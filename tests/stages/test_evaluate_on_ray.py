@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 
 from orchestrator.config.schema import Cluster
+from orchestrator.data.index import ImageIndex
 from orchestrator.errors import UserError
 from orchestrator.stages.base import Context
+from orchestrator.stages.evaluate import scoring
+from orchestrator.stages.evaluate.candidates import Candidate
+from orchestrator.stages.evaluate.measure import Pool
 
 from .test_evaluate import artifact, context, make_students, small, stage
 
@@ -60,6 +64,18 @@ def test_figures_and_files_are_the_same_at_any_number_of_workers(small: Context,
     # A mistake of a model is told as ever.
     with pytest.raises(UserError, match="does not divide 20 pixels"):
         stage(image_size=20, models_at_once=2).run(replace(small, out=tmp_path))
+
+
+def test_a_worker_fetches_what_its_machine_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[tuple[str, ...]] = []
+    monkeypatch.setattr(scoring, "fetch", lambda *which: fetched.append(which))
+    monkeypatch.setattr(scoring, "score_one", lambda *arguments: scoring.Scored())
+    needed = (("s3://store", "curate", "a" * 16), ("s3://store", "pretrain", "b" * 16))
+    pool = Pool(ImageIndex([]), [], {}, {})
+    work = scoring.Work("evaluate", pool, [], [], 5, 8, 0, 0.0, 1, needed)
+    model = Candidate("pretrain", "backbone", lambda: pytest.fail("it is not loaded here"))
+    assert scoring._task(work, None, (3, model)) == (3, scoring.Scored(), {})
+    assert tuple(fetched) == needed
 
 
 def test_the_setting_is_no_part_of_the_key() -> None:
