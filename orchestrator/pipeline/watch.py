@@ -403,7 +403,7 @@ def _keep(model: Path, look: Look, target: Path) -> None:
         }
         (draft / "model" / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
         if target.exists():
-            target.rename(draft / "earlier")
+            move(target, draft / "earlier")
         move(draft / "model", target)
 
 
