@@ -199,6 +199,8 @@ def _measure(
 # --- on a cluster -----------------------------------------------------------------------------------------------
 
 _Answer = tuple[int, Scored | UserError, dict[str, bytes]]
+# Of a model whose worker is lost, as with its machine. More often it is the model that ends workers.
+_RETRIES = 3
 
 
 def _on_ray(work: Work, models: Sequence[Candidate], out: Path, workers: int) -> Iterator[tuple[int, Scored]]:
@@ -208,7 +210,7 @@ def _on_ray(work: Work, models: Sequence[Candidate], out: Path, workers: int) ->
     from orchestrator.data.curation.block_workers import RayWorkers
 
     gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    pool = RayWorkers(workers, gpus=gpus, ahead=1)
+    pool = RayWorkers(workers, gpus=gpus, ahead=1, max_retries=_RETRIES)
     run: Callable[..., Iterator[_Answer]] = pool.run
     for number, scored, files in run(_task, pool.share(work), None, list(enumerate(models, 1))):
         if isinstance(scored, UserError):

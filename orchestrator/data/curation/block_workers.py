@@ -89,17 +89,23 @@ class RayWorkers:
         cpus, gpus: processors and GPUs of a task.
         ahead: tasks that are handed out for each worker. 1 where no more than `num_workers` may run, also on a cluster
             that has room for more.
+        max_retries: of a task whose worker is lost; -1 for any number of them, for small pieces on machines that come
+            and go. A long task may itself be what ends its worker.
     """
 
     def __init__(
-        self, num_workers: int | None = None, cpus: float = 1.0, gpus: float = 0.0, ahead: int = _AHEAD
+        self,
+        num_workers: int | None = None,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        ahead: int = _AHEAD,
+        max_retries: int = -1,
     ) -> None:
         import ray
 
         self._ahead = ahead
         self._num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1) / cpus))
-        # Whoever loses a machine again and again still comes to an end: each piece is small.
-        self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(_one)
+        self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=max_retries)(_one)
         self._files: dict[FileVectors, RayVectors] = {}
 
     @property
