@@ -47,6 +47,7 @@ _MADE = {
     "us-west-2a_v100_8.json", "other.yaml", "drawn.json", "models.json", "report.json",
     "published.json", "artifacts.json", "sbom.cdx.json", "table.json", "scores.json",
     "head.safetensors", "_gtFine_labelTrainIds.png", "account.json", "cameras.json", "preprocessing.json",
+    "watch.json",
 }  # fmt: skip
 _STAGES = get_args(get_args(AnyStage)[0])
 

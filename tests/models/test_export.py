@@ -31,6 +31,7 @@ from orchestrator.models import (  # noqa: E402
     ViTConfig,
     from_config,
     preprocess,
+    preset,
 )
 from orchestrator.models.convert import timm_config  # noqa: E402
 from orchestrator.models.export import FORMATS, Preprocessing, fitting, misfit, missing, write  # noqa: E402
@@ -273,6 +274,7 @@ def features(model, images):
 
 class _Zeros(torch.nn.Module):
     patch_size = 8
+    config = preset("vit_femto")
 
     def forward(self, images: torch.Tensor) -> Any:
         batch, _, height, width = images.shape

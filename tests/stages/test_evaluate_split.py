@@ -286,7 +286,7 @@ def test_features_do_not_keep_the_patches_of_their_batch(given: Context) -> None
 
 def test_keys_below_models_from_elsewhere_are_named_in_their_hints(tmp_path: Path) -> None:
     text = "name: x\nstages:\n  e:\n    kind: evaluate\n    needs: [c]\n    models: {tiny: {KEY: x}}\n"
-    hints = {"tim": "did you mean 'timm'?", "zzz": "models.tiny takes: block, cls_block, from, "}
+    hints = {"tim": "did you mean 'timm'?", "zzz": "models.tiny takes: bands, block, cls_block, from, "}
     for key, hint in hints.items():
         (tmp_path / "p.yaml").write_text(text.replace("KEY", key))
         with pytest.raises(UserError, match=f"unknown key '{key}'") as caught:
