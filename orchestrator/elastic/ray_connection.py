@@ -97,7 +97,7 @@ def disconnect() -> None:
         ray.shutdown()
     finally:
         del connected.check_connected
-    _restore(handlers)
+        _restore(handlers)
 
 
 class _Leaving:
