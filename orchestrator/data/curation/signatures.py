@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,9 +26,8 @@ from orchestrator.data.bands import as_8_bits, moments, resized, shown_rgb
 from orchestrator.data.curation import descriptor
 from orchestrator.data.curation.descriptor import describe
 from orchestrator.data.decode import Pixels
+from orchestrator.data.sources.digests import set_aside
 from orchestrator.storage.cache_folder import cache_folder
-
-logger = logging.getLogger("orchestrator")
 
 THUMBNAIL_SIDE = 32
 FILE = "pictures.sqlite3"
@@ -240,7 +238,7 @@ def _read(table: str, rule: bytes, digests: Sequence[str]) -> list[tuple[str, tu
                 if row is not None:
                     found.append((digest, row[2:]))
     except (sqlite3.Error, OSError) as error:
-        _set_aside(error)
+        set_aside(error, FILE, "what pictures look like is")
     return found
 
 
@@ -255,12 +253,4 @@ def _write(table: str, rows: Sequence[tuple[object, ...]]) -> None:
             connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
             connection.execute("COMMIT")
     except (sqlite3.Error, OSError) as error:
-        _set_aside(error)
-
-
-def _set_aside(error: Exception) -> None:
-    """Say why nothing is remembered; a database that is none is removed, so that the next run has one."""
-    logger.debug("what pictures look like is not remembered: %s", error)
-    if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-        with contextlib.suppress(OSError):
-            (cache_folder() / FILE).unlink()
+        set_aside(error, FILE, "what pictures look like is")

@@ -235,9 +235,13 @@ def _save(root: str, fresh: dict[str, _Entry], gone: set[str]) -> None:
         set_aside(error)
 
 
-def set_aside(error: Exception) -> None:
-    """Say why nothing is remembered; a database that is none is removed, so that the next run has one."""
-    logger.debug("digests of files are not remembered: %s", error)
+def set_aside(error: Exception, file: str = FILE, what: str = "digests of files are") -> None:
+    """Say why nothing is remembered; a database that is none is removed, so that the next run has one.
+
+    Its journal goes, too: SQLite would play it back into the new one.
+    """
+    logger.debug("%s not remembered: %s", what, error)
     if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-        with contextlib.suppress(OSError):
-            (cache_folder() / FILE).unlink()
+        for end in ("", "-journal"):
+            with contextlib.suppress(OSError):
+                (cache_folder() / f"{file}{end}").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -210,3 +211,17 @@ def test_a_file_of_a_far_century_is_hashed_and_not_remembered(folder: Path, open
     first = fingerprint(DataSource(path=folder))
     assert fingerprint(DataSource(path=folder)) == first
     assert opened.count("a.jpg") == 2
+
+
+@pytest.mark.parametrize("file", ["digests.sqlite3", "pictures.sqlite3"])
+def test_a_damaged_database_leaves_no_journal(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite would play it back into the next database of this name."""
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
+    for name in (file, f"{file}-journal", "other.sqlite3"):
+        (tmp_path / name).write_bytes(b"-")
+    module.set_aside(sqlite3.OperationalError("it is locked"), file)
+    assert len(list(tmp_path.iterdir())) == 3
+    module.set_aside(sqlite3.DatabaseError("file is not a database"), file)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.sqlite3"]
