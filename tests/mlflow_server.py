@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from s3_server import free_port
+from ports import free_port
 
 _UP_S = 120.0
 

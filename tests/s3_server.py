@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from ports import free_port
 
 _UP_S = 30.0
 _PR_SET_PDEATHSIG = 1
@@ -130,13 +131,6 @@ class S3Server:
         raise RuntimeError(
             f"the S3 server does not start: {(self.folder / 'server.log').read_text()[-2000:]}"
         )
-
-
-def free_port() -> int:
-    """A port of loopback that nobody uses now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _die_with_parent() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from ports import free_port
 
 PIPELINE = {
     "name": "troubled",
@@ -171,8 +171,7 @@ def test_a_hostile_environment(folder: Path, run: Run) -> None:
 
 
 def test_nobody_at_the_address_is_one_message(folder: Path, run: Run) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     said = finish(run(f"cluster.address=127.0.0.1:{port}"), 2)
     assert f"no Ray cluster answers at '127.0.0.1:{port}'" in said
     assert "cluster.address" in said.partition("no Ray cluster answers")[2]

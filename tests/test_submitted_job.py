@@ -28,7 +28,8 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from s3_server import S3Server, free_port
+from ports import free_port
+from s3_server import S3Server
 
 import orchestrator
 

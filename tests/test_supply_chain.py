@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
-from s3_server import free_port
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 TODAY = datetime.date(2026, 6, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow_server
 import pytest
 from mlflow import MlflowClient
-from s3_server import free_port
+from ports import free_port
 from test_cli import ROOT, TOYS
 
 PIPELINE = """\

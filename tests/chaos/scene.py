@@ -22,7 +22,8 @@ from typing import Any
 
 import psutil
 from faulty_proxy import FaultyProxy, _Handler
-from s3_server import _FOREIGN, S3Server, free_port
+from ports import free_port
+from s3_server import _FOREIGN, S3Server
 
 from tools.market import SpotMarket
 

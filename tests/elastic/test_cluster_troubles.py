@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 
 from orchestrator.config.schema import Cluster
 from orchestrator.elastic import cluster, cluster_check
@@ -331,8 +332,7 @@ def test_only_what_belongs_to_a_cluster_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_nobody_at_the_address(capfd: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(UserError, match=f"no Ray cluster answers at '127.0.0.1:{port}'") as raised:
         JoinedCluster(f"127.0.0.1:{port}")
     assert "ray start --head" in str(raised.value.hint)

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ports import free_port
 from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from s3_server import free_port
 
 from orchestrator.config.schema import PreemptionNotices
 from orchestrator.elastic.cloud_metadata import Notice

@@ -22,7 +22,7 @@ import pytest
 import torch
 from mlflow.pyfunc import load_model
 from PIL import Image
-from s3_server import free_port
+from ports import free_port
 
 from orchestrator.models import build, embed, load_pretrained, save_pretrained
 from orchestrator.stages.common.mlmodel import mlmodel, width

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 from faulty_proxy import KINDS, FaultyProxy
-from s3_server import S3Server, free_port
+from ports import free_port
+from s3_server import S3Server
 
 from orchestrator.errors import UserError
 from orchestrator.storage import s3_client

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from ports import free_port
 
 from orchestrator.tracking import outage, reachable
 
@@ -53,9 +54,7 @@ def test_any_answer_will_do_but_for_the_servers_own_trouble(
 @pytest.mark.parametrize("scheme", ["http", "postgresql"])
 def test_a_closed_port_is_told_as_a_run_tells_it(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.tracking.reachable.importlib.util.find_spec", lambda name: name)
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        uri = f"{scheme}://127.0.0.1:{one.getsockname()[1]}"
+    uri = f"{scheme}://127.0.0.1:{free_port()}"
     found = reachable.trouble(uri, 2.0)
     assert found == outage.trouble(uri, ConnectionRefusedError())
     assert found is not None
