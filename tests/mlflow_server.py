@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ports import free_port
 
-_UP_S = 120.0
+_UP_S = 240.0
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def other_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[psu
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     other = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
     root = psutil.Process(other.pid)
-    wait_for(lambda: any("raylet" in child.name() for child in root.children(recursive=True)), 60)
+    wait_for(lambda: any("raylet" in child.name() for child in root.children(recursive=True)), 180)
     processes = [root, *root.children(recursive=True)]
     yield processes
     kill_all(processes)

@@ -63,6 +63,7 @@ class Status:
         depth: steps that are held.
         held_s: seconds that others waited at the window's end, by the student they waited for.
         trouble: the traceback of the last failed step.
+        unasked_s: seconds since a student asked for a step, or since the coordinator began.
     """
 
     account: TeacherCounters
@@ -70,6 +71,7 @@ class Status:
     depth: int = 0
     held_s: Mapping[str, float] = field(default_factory=dict)
     trouble: str = ""
+    unasked_s: float = 0.0
 
 
 class StepCoordinator:
@@ -101,6 +103,7 @@ class StepCoordinator:
         self._teachers: dict[str, _Teacher] = {}
         self._held_s: dict[str, float] = {}
         self._trouble = self._broken = ""
+        self._asked = time.monotonic()
         self._news = asyncio.Event()
 
     # --- what students ask --------------------------------------------------------------------------------------
@@ -111,8 +114,9 @@ class StepCoordinator:
         Neither after some seconds: the caller asks again. Asking for a step that failed makes a teacher try again,
         and so does naming a chunk that is `lost`.
         """
-        until = time.monotonic() + _ANSWER_S
-        if not self._window.ask(student, step, time.monotonic()):
+        self._asked = time.monotonic()
+        until = self._asked + _ANSWER_S
+        if not self._window.ask(student, step, self._asked):
             return {"error": f"{student} is not one of the students any more"}
         self._failed.pop(step, None)
         self._mistakes.pop(step, None)
@@ -217,6 +221,7 @@ class StepCoordinator:
             depth=len(self._steps),
             held_s=dict(self._held_s),
             trouble=self._trouble,
+            unasked_s=now - self._asked,
         )
 
     # --- inside -------------------------------------------------------------------------------------------------

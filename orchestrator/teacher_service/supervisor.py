@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.teacher_service.coordinator import Status
@@ -21,6 +22,8 @@ _MOVE_S = 45.0
 # What a retired actor has put into the object store lives as long as it does.
 _LINGER_S = 20.0
 _MACHINES_EVERY_S = 2.0
+# Students that have a machine ask sooner than that.
+_UNASKED_S = 60.0
 # Actors whose own code failed, one after the other with no outputs between: more would fail, too.
 _FAILURES = 3
 
@@ -65,6 +68,7 @@ class TeacherSupervisor:
         self._retired: list[tuple[Any, float]] = []
         self._failures, self._forwarded = 0, -1
         self._warned = ""
+        self._cpus = 0.0
 
     @property
     def needs_machines(self) -> bool:
@@ -78,7 +82,7 @@ class TeacherSupervisor:
             self._poll(coordinator, status)
         if self._actor is None:
             if wanted and there:
-                self._fill(coordinator, there)
+                self._fill(coordinator, status, there)
             return
         if self._retiring:
             if time.monotonic() - self._retiring > _MOVE_S:
@@ -87,6 +91,7 @@ class TeacherSupervisor:
             self._retire(coordinator, "it is not needed any more", moves=False)
         elif self._answered and there:
             self._leave_if_ending(coordinator, there)
+            self._make_room(coordinator, status, there)
 
     def close(self) -> None:
         """End it, and those before it."""
@@ -181,17 +186,21 @@ class TeacherSupervisor:
 
     # --- its node -----------------------------------------------------------------------------------------------
 
-    def _fill(self, coordinator: Any, there: Sequence[FreeNode]) -> None:
+    def _fill(self, coordinator: Any, status: Status, there: Sequence[FreeNode]) -> None:
         """Start an actor on a node with room for it; if there is none, the next poll tries again."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._looked = time.monotonic()
         placement = choose(there, self._gpus, self._shards)
+        if placement is not None and status.unasked_s > _UNASKED_S:
+            # The room is for the students: see `_make_room`.
+            placement = replace(placement, cpus=0.0)
         if placement is None or not (self._squeeze or placement.cpus or placement.gpus):
             self._warn_once("a teacher waits for a machine")
             return
         self.name, self.node, self._warned = uuid.uuid4().hex[:12], placement.node, ""
+        self._cpus = placement.cpus
         remote = ray.remote(TeacherActor).options(
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
@@ -233,6 +242,17 @@ class TeacherSupervisor:
             )
             return
         self._retire(coordinator, "its node is about to be lost", moves=True)
+
+    def _make_room(self, coordinator: Any, status: Status, there: Sequence[FreeNode]) -> None:
+        """Give the place of a teacher on a CPU to students that have none: with neither at work nothing goes on.
+
+        A teacher that started before the first student had its machine may have taken the last one. Of GPUs each
+        teacher and student has a share, so the one does not take the place of the other.
+        """
+        if self._retiring or not self._cpus or status.unasked_s <= _UNASKED_S:
+            return
+        if not any(machine.free_cpus >= 1 and not machine.leaving for machine in there):
+            self._retire(coordinator, "students wait for the machine that it has", moves=True)
 
     def _warn_once(self, what: str) -> None:
         if what != self._warned:

