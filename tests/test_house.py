@@ -236,7 +236,7 @@ def test_a_unit_test_cannot_start_a_server() -> None:
 
 def ours(pytester: pytest.Pytester) -> None:
     """Give the tests of an inner pytest the conftest of these."""
-    for name in ("conftest.py", "suite.py", "s3_server.py"):
+    for name in ("conftest.py", "suite.py", "s3_server.py", "ports.py"):
         (pytester.path / name).write_text((suite.TESTS / name).read_text())
 
 
@@ -248,6 +248,38 @@ def test_marks_are_set_before_tests_are_selected(pytester: pytest.Pytester) -> N
         result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-v", "-m", marks)
         assert {"passed": 1, "deselected": 1}.items() <= result.parseoutcomes().items()
         result.stdout.fnmatch_lines([f"{chosen}.py::*PASSED*"])
+
+
+TRIES = """
+import pathlib
+
+def tried(name):
+    file = pathlib.Path(name)
+    file.write_text(file.read_text() + "." if file.exists() else ".")
+    return len(file.read_text())
+
+def test_once_broken():
+    assert tried("{name}") == 2
+
+def test_broken():
+    assert False
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("ci", "passed"), [("1", 1), ("", 0)])
+def test_only_tests_that_start_servers_have_a_second_try_and_only_in_ci(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, ci: str, passed: int
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    ours(pytester)
+    pytester.makepyfile(test_whole_proof=TRIES.format(name="proof"), test_small=TRIES.format(name="small"))
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-rR")
+    outcomes = result.parseoutcomes()
+    assert outcomes.get("passed", 0) == passed
+    assert outcomes["failed"] == 4 - passed
+    assert outcomes.get("rerun", 0) == 2 * passed
+    assert ("RERUN test_whole_proof.py::test_once_broken" in result.stdout.str()) == bool(passed)
 
 
 SKIPPING = """
