@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.config.schedules import Optimizer
-from orchestrator.models.blocks import Block
+from orchestrator.models.blocks import TransformerBlock
 from orchestrator.models.configs import ViTConfig
 from orchestrator.models.presets import preset
 from orchestrator.models.vit import VisionTransformer
@@ -59,7 +59,9 @@ class Windows:
         self.folder, self.rank = Path(spec["folder"]), dist.get_rank()
         self.images = torch.randn(2, 3, 96, 96)
         self.engine = build_engine(
-            Modules(Student(spec["model"]), ema=Student(spec["model"]), zero3_leaf_modules=(Block,)),
+            Modules(
+                Student(spec["model"]), ema=Student(spec["model"]), zero3_leaf_modules=(TransformerBlock,)
+            ),
             Optimizer.model_validate({"lr": {"peak": 1e-4}}),
             zero_stage=3,
             precision="fp32",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench._torchvision import mend_torchvision
 from bench.harness import Claim, summarize
-from orchestrator.models import Backbone, Config, Features, ViTConfig, from_config, preset
+from orchestrator.models import Backbone, BackboneFeatures, Config, ViTConfig, from_config, preset
 from orchestrator.models.convert import (
     from_layout,
     known_from_transformers,
@@ -112,7 +112,7 @@ def _differences(
     return found
 
 
-def joined(features: Features) -> Tensor:
+def joined(features: BackboneFeatures) -> Tensor:
     """(B, 1 + S + P, D): CLS, storage tokens, patches."""
     return torch.cat([features.cls[:, None], features.storage, features.patches], dim=1)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .pretrained import embed, embed_many, load_pretrained, preprocess, save_pretrained
     from .text import TextConfig, TextTower
     from .towers import Backbone, build, count_params, from_config, layer_depths
-    from .vit import Features, VisionTransformer
+    from .vit import BackboneFeatures, VisionTransformer
 
 _HOMES = {
     "bert": ("BertEncoder", "BertTower", "Projection", "load_bert"),
@@ -34,7 +34,7 @@ _HOMES = {
     "pretrained": ("embed", "embed_many", "load_pretrained", "preprocess", "save_pretrained"),
     "text": ("TextConfig", "TextTower"),
     "towers": ("Backbone", "build", "count_params", "from_config", "layer_depths"),
-    "vit": ("Features", "VisionTransformer"),
+    "vit": ("BackboneFeatures", "VisionTransformer"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -43,13 +43,13 @@ __all__ = [
     "PRESETS",
     "STD",
     "Backbone",
+    "BackboneFeatures",
     "BertConfig",
     "BertEncoder",
     "BertTower",
     "Config",
     "ConvNeXt",
     "ConvNeXtConfig",
-    "Features",
     "Projection",
     "PrototypeHead",
     "TextAligner",

@@ -109,7 +109,7 @@ class LayerScale(nn.Module):
 Group = tuple[Tensor, Rotation | None, Tensor | None, Tensor | None]
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """x + scale(attention(norm(x))), then x + scale(ffn(norm(x))); each branch on a subset of rows if given.
 
     Args:

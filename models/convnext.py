@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import add_residual, draw_rows, linear
 from .configs import ConvNeXtConfig
-from .vit import Features, Layers, check_masks, layer_indices, patch_grid
+from .vit import BackboneFeatures, Layers, check_masks, layer_indices, patch_grid
 
 
 class MapNorm(nn.LayerNorm):
@@ -23,7 +23,7 @@ class MapNorm(nn.LayerNorm):
 
 
 class ConvNeXtBlock(nn.Module):
-    """x + γ · mlp(norm(depthwise 7×7 (x))). `recompute`: as of :class:`Block`."""
+    """x + γ · mlp(norm(depthwise 7×7 (x))). `recompute`: as of :class:`TransformerBlock`."""
 
     recompute = False
 
@@ -92,7 +92,7 @@ class ConvNeXt(nn.Module):
         locals_BCHW: Tensor | None = None,
         layers: Sequence[int] | None = None,
         norm: bool = True,
-    ) -> Features | tuple[Features, Features] | list[Features]:
+    ) -> BackboneFeatures | tuple[BackboneFeatures, BackboneFeatures] | list[BackboneFeatures]:
         """Features of normalised images of any size that the total stride divides.
 
         Args:
@@ -117,7 +117,9 @@ class ConvNeXt(nn.Module):
             return features
         return features, self._tokens(self._stages(locals_BCHW, None, generator)[-1], True)
 
-    def features(self, images_BCHW: Tensor, layers: Layers = None, norm: bool = True) -> list[Features]:
+    def features(
+        self, images_BCHW: Tensor, layers: Layers = None, norm: bool = True
+    ) -> list[BackboneFeatures]:
         """Features after one or more of the four stages: the pooled map as CLS and the map's cells as patches.
 
         Args:
@@ -135,7 +137,7 @@ class ConvNeXt(nn.Module):
         """
         # Through __call__: under ZeRO-3 the mask token is gathered around it.
         wanted = layer_indices(layers, len(self.stages))
-        features: list[Features] = self(images_BCHW, layers=wanted, norm=norm)
+        features: list[BackboneFeatures] = self(images_BCHW, layers=wanted, norm=norm)
         return features
 
     def _stages(
@@ -159,12 +161,12 @@ class ConvNeXt(nn.Module):
             maps.append(x_BCHW)
         return maps
 
-    def _tokens(self, x_BCHW: Tensor, norm: bool) -> Features:
+    def _tokens(self, x_BCHW: Tensor, norm: bool) -> BackboneFeatures:
         x_BPD = x_BCHW.flatten(2).transpose(1, 2)
         x_BND = torch.cat([x_BPD.mean(dim=1, keepdim=True), x_BPD], dim=1)
         if norm:
             x_BND = self.norm(x_BND)
-        return Features(x_BND[:, 0], x_BND[:, 1:1], x_BND[:, 1:])
+        return BackboneFeatures(x_BND[:, 0], x_BND[:, 1:1], x_BND[:, 1:])
 
     def _masked(self, x_BCHW: Tensor, masks_BP: Tensor | None, grid: tuple[int, int]) -> Tensor:
         token = self.mask_token.to(x_BCHW.dtype)  # autocast may have changed the map's dtype

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, draw_rows, linear
+from .blocks import TransformerBlock, draw_rows, linear
 from .configs import swiglu_hidden
-from .vit import Features
+from .vit import BackboneFeatures
 
 Pool = Literal["cls_and_patches", "cls"]
 ImageProjection = Literal["joint", "shared"]
@@ -57,7 +57,7 @@ class TextAligner(nn.Module):
         self.is_shared = projection == "shared"
         hidden = hidden or swiglu_hidden(dim)
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, hidden, ffn="swiglu", qkv_bias=qkv_bias, layer_scale_init=1e-5)
+            TransformerBlock(dim, num_heads, hidden, ffn="swiglu", qkv_bias=qkv_bias, layer_scale_init=1e-5)
             for _ in range(num_blocks)
         )
         self.norm = nn.LayerNorm(dim)
@@ -72,11 +72,11 @@ class TextAligner(nn.Module):
         else:
             self.proj = linear(dim, output_dim // parts, bias=False)
 
-    def forward(self, features: Features, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, features: BackboneFeatures, generator: torch.Generator | None = None) -> Tensor:
         """Embeds images.
 
         Args:
-            features: the frozen tower's (see :class:`Features`).
+            features: the frozen tower's (see :class:`BackboneFeatures`).
             generator: source of drop-path rows in training; without one nothing is random.
 
         Returns:
@@ -90,7 +90,7 @@ class TextAligner(nn.Module):
         embedding_BE: Tensor = self.proj(pooled)
         return embedding_BE
 
-    def patches(self, features: Features) -> Tensor:
+    def patches(self, features: BackboneFeatures) -> Tensor:
         """Embeds every patch, in the space of the texts.
 
         The embedding of an image is CLS's part plus the mean of these; where only CLS is pooled, patches are
@@ -107,7 +107,7 @@ class TextAligner(nn.Module):
         embedding_BPE: Tensor = patches_BPD if self.is_shared else self.proj(patches_BPD)
         return embedding_BPE
 
-    def _tokens(self, features: Features, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def _tokens(self, features: BackboneFeatures, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """CLS (B, D) and patches (B, P, D) after the blocks."""
         x_BND = torch.cat([features.cls[:, None], features.storage, features.patches], dim=1)
         for block in self.blocks:

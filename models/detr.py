@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import MLP, linear
-from .vit import Features
+from .vit import BackboneFeatures
 
 _WAVES = 10_000.0
 
@@ -81,7 +81,7 @@ class DetectionHead(nn.Module):
         self.boxes = nn.Sequential(linear(width, width), nn.GELU(), linear(width, 4))
         nn.init.normal_(self.queries)
 
-    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+    def forward(self, features: BackboneFeatures, size: tuple[int, int]) -> Tensor:
         """Features of B images of `size` → float32 (B, L, Q, C + 1 + 4), a row of Q a layer.
 
         The first C + 1 are logits, of no object last; then centre x, centre y, width and height in shares of the image.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import linear
 from .detr import DetectionHead
-from .vit import Features
+from .vit import BackboneFeatures
 
 Pool = Literal["cls", "cls_and_patches"]
 _POOLS = ("cls", "cls_and_patches")
@@ -36,7 +36,7 @@ class ClassHead(nn.Module):
         self.pool = pool
         self.linear = linear(dim if pool == "cls" else 2 * dim, num_classes)
 
-    def forward(self, features: Features, size: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, features: BackboneFeatures, size: tuple[int, int] | None = None) -> Tensor:
         """Features of B images → logits (B, C). `size` is accepted for the common signature."""
         pooled = features.cls
         if self.pool == "cls_and_patches":
@@ -65,7 +65,7 @@ class MapHead(nn.Module):
         nn.init.trunc_normal_(self.last.weight, std=0.02)
         nn.init.zeros_(_bias(self.last))
 
-    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+    def forward(self, features: BackboneFeatures, size: tuple[int, int]) -> Tensor:
         """Features of B images of `size` → (B, C, H, W), bilinear from the head's map."""
         num_patches = features.patches.shape[1]
         rows = round(math.sqrt(num_patches * size[0] / size[1]))
@@ -97,7 +97,7 @@ class DepthHead(nn.Module):
         self.map = MapHead(dim, num_bins or 1, width, num_doublings)
         self.bounds, self.num_bins = (math.log(nearest), math.log(farthest)), num_bins
 
-    def forward(self, features: Features, size: tuple[int, int]) -> Tensor:
+    def forward(self, features: BackboneFeatures, size: tuple[int, int]) -> Tensor:
         """Features of B images of `size` → ln of metres, float32 (B, H, W), within the bounds."""
         values_BCHW = self.map(features, size).float()
         low, high = self.bounds

@@ -24,7 +24,7 @@ from .network_spec import LIBRARIES
 from .pixels import MEAN, STD, normalise, num_channels_of, set_stats
 from .presets import preset
 from .towers import Backbone, from_config
-from .vit import Features, Layers
+from .vit import BackboneFeatures, Layers
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -172,14 +172,14 @@ def embed(model: Backbone, image: ImageLike, size: int) -> Tensor:
         ValueError: `size` does not fit the patch, or the array is no RGB image.
     """
     device = next(model.parameters()).device
-    features: Features = model(preprocess(image, size, model).to(device))
+    features: BackboneFeatures = model(preprocess(image, size, model).to(device))
     return F.normalize(features.cls[0].float(), dim=0)
 
 
 @torch.no_grad()
 def embed_many(
     model: Backbone, images: Sequence[Tensor], layers: Layers = None, batch: int = 32
-) -> list[list[Features]]:
+) -> list[list[BackboneFeatures]]:
     """Features of images of unlike sizes: those of one size go through the tower together.
 
     Args:
@@ -189,7 +189,7 @@ def embed_many(
         batch: the most images in one forward.
 
     Returns:
-        For each image, in the given order, one :class:`Features` of batch 1 for each layer.
+        For each image, in the given order, one :class:`BackboneFeatures` of batch 1 for each layer.
 
     Raises:
         ValueError: an image that is none or that the patch does not divide, or no such layer.
@@ -200,13 +200,15 @@ def embed_many(
         if image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
             raise ValueError(f"image {index} is {tuple(image_CHW.shape)}; expected (3, H, W)")
         of_size.setdefault(image_CHW.shape, []).append(index)
-    found: dict[int, list[Features]] = {}
+    found: dict[int, list[BackboneFeatures]] = {}
     for indices in of_size.values():
         for first in range(0, len(indices), batch):
             chunk = indices[first : first + batch]
             together = model.features(torch.stack([images[index] for index in chunk]).to(device), layers)
             for row, index in enumerate(chunk):
-                found[index] = [Features(*(part[row : row + 1] for part in layer)) for layer in together]
+                found[index] = [
+                    BackboneFeatures(*(part[row : row + 1] for part in layer)) for layer in together
+                ]
     return [found[index] for index in range(len(images))]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .blocks import Block
+from .blocks import TransformerBlock
 from .convnext import ConvNeXtBlock
 
 
@@ -15,7 +15,7 @@ def recompute_blocks(model: nn.Module) -> None:
     Rows that a block drops and its rotation are drawn by the tower and passed in, so the second time is like the first.
     """
     for block in model.modules():
-        if isinstance(block, (Block, ConvNeXtBlock)):
+        if isinstance(block, (TransformerBlock, ConvNeXtBlock)):
             block.recompute = True
 
 
@@ -25,7 +25,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     Only the inside: ZeRO-3's hooks, which fetch a block's weights around its call, stay outside of the graph.
     """
     for block in model.modules():
-        if isinstance(block, Block):
+        if isinstance(block, TransformerBlock):
             block._compute = torch.compile(block._compute, backend=backend)  # type: ignore[method-assign]
         elif isinstance(block, ConvNeXtBlock):
             block._branch = torch.compile(block._branch, backend=backend)  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, linear
+from .blocks import TransformerBlock, linear
 
 TextInit = Literal["fixed", "by_width"]
 
@@ -48,7 +48,9 @@ class TextTower(nn.Module):
         self.token_embed = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Parameter(torch.empty(config.context, config.dim))
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.num_heads, 4 * config.dim, qkv_bias=config.qkv_bias, causal=True)
+            TransformerBlock(
+                config.dim, config.num_heads, 4 * config.dim, qkv_bias=config.qkv_bias, causal=True
+            )
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.dim)

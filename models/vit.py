@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, Rotation, draw_rows
+from .blocks import Rotation, TransformerBlock, draw_rows
 from .configs import ViTConfig
 from .rope import axial_angles, log_uniform_rescales, rotation
 
 Layers = int | Sequence[int] | None
 
 
-class Features(NamedTuple):
+class BackboneFeatures(NamedTuple):
     """What a vision tower gives, after its final norm unless that was refused.
 
     Attributes:
@@ -73,7 +73,7 @@ class VisionTransformer(nn.Module):
         locals_BCHW: Tensor | None = None,
         layers: Sequence[int] | None = None,
         norm: bool = True,
-    ) -> Features | tuple[Features, Features] | list[Features]:
+    ) -> BackboneFeatures | tuple[BackboneFeatures, BackboneFeatures] | list[BackboneFeatures]:
         """Features of normalised images of any size that the patch divides.
 
         Args:
@@ -112,7 +112,9 @@ class VisionTransformer(nn.Module):
         features = self._normed(x[0], is_local)
         return features if locals_BCHW is None else (features, self._normed(x[1], True))
 
-    def features(self, images_BCHW: Tensor, layers: Layers = None, norm: bool = True) -> list[Features]:
+    def features(
+        self, images_BCHW: Tensor, layers: Layers = None, norm: bool = True
+    ) -> list[BackboneFeatures]:
         """Features after one or more blocks.
 
         Args:
@@ -129,7 +131,7 @@ class VisionTransformer(nn.Module):
         """
         # Through __call__: under ZeRO-3 the tokens are gathered around it.
         wanted = layer_indices(layers, len(self.blocks))
-        features: list[Features] = self(images_BCHW, layers=wanted, norm=norm)
+        features: list[BackboneFeatures] = self(images_BCHW, layers=wanted, norm=norm)
         return features
 
     def _embed(self, images_BCHW: Tensor, masks_BP: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
@@ -163,16 +165,16 @@ class VisionTransformer(nn.Module):
 
         return [(rotations[rescale], rows(), rows()) for rescale in rescales]
 
-    def _normed(self, x_BND: Tensor, is_local: bool) -> Features:
+    def _normed(self, x_BND: Tensor, is_local: bool) -> BackboneFeatures:
         num_prefix = 1 + self.config.num_storage_tokens
         if self.local_norm is None or not self.training or not is_local:
             return self._split(self.norm(x_BND))
         prefix_BSD = self.local_norm(x_BND[:, :num_prefix])
-        return Features(prefix_BSD[:, 0], prefix_BSD[:, 1:], self.norm(x_BND[:, num_prefix:]))
+        return BackboneFeatures(prefix_BSD[:, 0], prefix_BSD[:, 1:], self.norm(x_BND[:, num_prefix:]))
 
-    def _split(self, x_BND: Tensor) -> Features:
+    def _split(self, x_BND: Tensor) -> BackboneFeatures:
         num_prefix = 1 + self.config.num_storage_tokens
-        return Features(x_BND[:, 0], x_BND[:, 1:num_prefix], x_BND[:, num_prefix:])
+        return BackboneFeatures(x_BND[:, 0], x_BND[:, 1:num_prefix], x_BND[:, num_prefix:])
 
 
 def layer_indices(layers: Layers, num_layers: int) -> list[int]:
@@ -211,8 +213,8 @@ def check_masks(masks_BP: Tensor, batch: int, num_patches: int) -> None:
         raise ValueError(f"masks are {got}; expected torch.bool {(batch, num_patches)}")
 
 
-def _block(config: ViTConfig) -> Block:
-    return Block(
+def _block(config: ViTConfig) -> TransformerBlock:
+    return TransformerBlock(
         config.dim,
         config.num_heads,
         config.ffn_hidden or 4 * config.dim,

@@ -25,7 +25,7 @@ from .network_spec import LIBRARIES, TIMM_RESERVED, NetworkSpec
 from .networks import random_network
 from .pixels import set_stats
 from .pretrained import CONFIG, FORMAT, WEIGHTS, pixels_record, settle
-from .vit import Features
+from .vit import BackboneFeatures
 from .wrapped import WrappedNet
 
 # Of a config of transformers, and of those of the towers in it: what may name code or files. Names that begin with an
@@ -49,7 +49,7 @@ class UntrustedModuleError(ValueError):
 
 
 class WrappedBackbone(WrappedNet):
-    """A network with random weights that gives :class:`Features`, as the towers do.
+    """A network with random weights that gives :class:`BackboneFeatures`, as the towers do.
 
     It has no mask token and no storage tokens. Images are square.
 
@@ -85,7 +85,7 @@ class WrappedBackbone(WrappedNet):
         generator: torch.Generator | None = None,
         is_local: bool = False,
         locals_BCHW: Tensor | None = None,
-    ) -> Features | tuple[Features, Features]:
+    ) -> BackboneFeatures | tuple[BackboneFeatures, BackboneFeatures]:
         """Features of normalised images, in the network's precision.
 
         Args:
@@ -106,10 +106,10 @@ class WrappedBackbone(WrappedNet):
                 return features
             return features, self._features(locals_BCHW)
 
-    def _features(self, images_BCHW: Tensor) -> Features:
+    def _features(self, images_BCHW: Tensor) -> BackboneFeatures:
         first = next((param for param in self.net.parameters() if param.is_floating_point()), images_BCHW)
         tokens = self.read(images_BCHW.to(first.dtype))
-        return Features(tokens.cls, tokens.patches[:, :0], tokens.patches)
+        return BackboneFeatures(tokens.cls, tokens.patches[:, :0], tokens.patches)
 
 
 def ready_to_train(backbone: WrappedBackbone, *sizes: int) -> list[str]:

@@ -117,7 +117,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
         losses_RN = torch.empty(weights_RN.shape, dtype=weights_RN.dtype, device=weights_RN.device)
         wanted = any(ctx.needs_input_grad[:2])
-        sums = _Gradients(codes, prototypes) if wanted else None
+        sums = _LinearGradients(codes, prototypes) if wanted else None
         space, teacher_space = (_Space(len(one) * step, prototypes) for one in (codes, targets.codes_TNC))
         mixes = _Space(step, prototypes) if num_rows > 1 else teacher_space
         with torch.autocast(codes_RNC.device.type, enabled=False):
@@ -203,7 +203,7 @@ class _Space:
         return logits
 
 
-class _Gradients:
+class _LinearGradients:
     """Sums of a linear layer's gradients over chunks, in at least float32."""
 
     def __init__(self, codes_RNC: Tensor, prototypes_KC: Tensor) -> None:

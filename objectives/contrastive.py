@@ -76,7 +76,10 @@ def contrast(image_BD: Tensor, text_BD: Tensor, scale: Tensor | float, ring: Rin
             first[0].add(columns_text_CD, own=index == 0)
             first[1].add(columns_image_CD, own=index == 0)
         log_sums_B2 = torch.stack([side.log_sums() for side in first], dim=1)
-        second = _Gradients(image_BD, log_sums_B2[:, 0], scale), _Gradients(text_BD, log_sums_B2[:, 1], scale)
+        second = (
+            _ContrastGradients(image_BD, log_sums_B2[:, 0], scale),
+            _ContrastGradients(text_BD, log_sums_B2[:, 1], scale),
+        )
         for part in ring(torch.cat([image_BD, text_BD, log_sums_B2], dim=1)):
             columns, (column_image_C, column_text_C) = part[:, :-2], part[:, -2:].unbind(1)
             columns_image_CD, columns_text_CD = columns.chunk(2, dim=1)
@@ -144,7 +147,7 @@ class _Denominators:
         return (self._partner_B > self._rival_B).to(self._rows_BD.dtype)
 
 
-class _Gradients:
+class _ContrastGradients:
     """Streaming Σ_n (row's softmax + column n's softmax)·column n, and the row's mean cosine."""
 
     def __init__(self, rows_BD: Tensor, log_sum_B: Tensor, scale: Tensor) -> None:

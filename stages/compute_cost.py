@@ -169,7 +169,7 @@ def _distill_features(stage: Distill, name: str, upstream: Upstream) -> list[Wor
     return found
 
 
-class _Student(NamedTuple):
+class _StudentCost(NamedTuple):
     """What a student's backbone costs: operations of its forward pass on an image's views, and what is held."""
 
     forward: float
@@ -178,7 +178,7 @@ class _Student(NamedTuple):
     patch_size: int
 
 
-def _student(stage: Distill, student: Student, heads: Heads | None) -> _Student | None:
+def _student(stage: Distill, student: Student, heads: Heads | None) -> _StudentCost | None:
     """By the formulas of our models, or counted of a network from elsewhere; None of one that cannot be built."""
     own, crops = student.tower, stage.crops_of(student)
     if not stage.sees_locals:
@@ -186,7 +186,9 @@ def _student(stage: Distill, student: Student, heads: Heads | None) -> _Student 
     if own is not None:
         seen = [(1.0, crops)]
         nets = (_tower("student", "trained", own, heads, seen), _tower("EMA", "ema", own, heads, ()))
-        return _Student(tower_flops(own, seen, 1 - student.drop_path), nets, feature_dim(own), own.patch_size)
+        return _StudentCost(
+            tower_flops(own, seen, 1 - student.drop_path), nets, feature_dim(own), own.patch_size
+        )
     num_local = crops.num_local
     try:
         spec = student.network
@@ -207,7 +209,7 @@ def _student(stage: Distill, student: Student, heads: Heads | None) -> _Student 
         unit = max(unit, *_prototypes(heads))
     held = of_views(cost.activation_bytes)
     trained = Net("student", "trained", params, unit, activation_bytes=held)
-    return _Student(
+    return _StudentCost(
         of_views(cost.flops), (trained, Net("EMA", "ema", params, unit)), cost.dim, cost.patch_size
     )
 

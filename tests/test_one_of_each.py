@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_files_are_written_and_hashed_in_one_place() -> None:
     assert {name for name, calls in found.items() if calls} == WRITERS, {
         name: calls for name, calls in found.items() if calls and name not in WRITERS
     }
+
+
+def test_a_class_name_means_one_thing() -> None:
+    homes = defaultdict(list)
+    for path, text in modules().items():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(path)
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
 
 
 def test_each_write_is_on_the_disk_before_its_name_but_for_these() -> None:

@@ -71,11 +71,11 @@ def simulate(
 
     from orchestrator.pipeline.dag import order
     from orchestrator.pipeline.load import load
-    from orchestrator.simulation.options import Options
+    from orchestrator.simulation.options import SimulateOptions
     from orchestrator.simulation.options import simulate as predict
 
     loaded = load(pipeline, overrides or [], needs_data=False)
-    options = Options(trace, costs, cost or (), price, on_demand_price, notice, start, interval or ())
+    options = SimulateOptions(trace, costs, cost or (), price, on_demand_price, notice, start, interval or ())
     report = predict(loaded.spec, order(loaded), options)
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=1))

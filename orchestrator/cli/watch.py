@@ -62,10 +62,10 @@ def watch(
 
     from orchestrator import disk
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.watch import Options, watch
+    from orchestrator.pipeline.watch import WatchOptions, watch
 
     terminal = console()
-    options = Options(
+    options = WatchOptions(
         metrics=tuple(metric or ("knn",)),
         by=by,
         every_s=every,

@@ -84,7 +84,7 @@ def split_of(
         return _by_folder(index, split, known, where)
     if split.by == "hash":
         return lambda source, path, component: None
-    names = _Names(index, known)
+    names = _IndexedNames(index, known)
     table: dict[str, SplitName] = {}
     listed = _lists(split, where) if split.by == "file" else _columns(index, split, sources, where)
     for place, written, wanted in listed:
@@ -207,7 +207,7 @@ def _columns(
             _check_known("rows of", value, sorted(met), f"{where}.{name}")
 
 
-class _Names:
+class _IndexedNames:
     """Files that the index knows, by what a list or a table may call them."""
 
     def __init__(self, index: ImageIndex, known: KnownFiles) -> None:

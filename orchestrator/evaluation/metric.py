@@ -119,7 +119,7 @@ class Metric(Extension):
             "linear_segmentation": ("segmentation", "LinearSegmentation"),
             "linear_depth": ("depth", "LinearDepth"),
             "correspondence": ("correspondence", "Correspondence"),
-            "detection": ("detection", "Detection"),
+            "detection": ("detection", "DetectionPrecision"),
             "correspondence_3d": ("correspondence_3d", "Correspondence3d"),
         }.items()
     }

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from orchestrator.data.decode import Pixels
 from orchestrator.inference.model import Model
 from orchestrator.inference.threads import fitting_threads, flops_of
-from orchestrator.models import Backbone, Features, normalise
+from orchestrator.models import Backbone, BackboneFeatures, normalise
 from orchestrator.models.wrapped_backbone import WrappedBackbone
 from orchestrator.stages.common.aligned import Aligned
 from orchestrator.training.device import device_type
@@ -96,9 +96,9 @@ def on_device(model: Model) -> Model:
     return model
 
 
-def _forward(tower: Tower, squares: Sequence[Pixels]) -> Features:
+def _forward(tower: Tower, squares: Sequence[Pixels]) -> BackboneFeatures:
     images_NCHW = torch.from_numpy(np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2)))
-    features: Features = tower(normalise(images_NCHW.to(_device(tower)), tower))
+    features: BackboneFeatures = tower(normalise(images_NCHW.to(_device(tower)), tower))
     return features
 
 

@@ -47,7 +47,7 @@ _MOST_SECONDS = 86_400
 
 
 @dataclass(frozen=True)
-class Look:
+class CheckpointScore:
     """What one checkpoint is worth.
 
     Attributes:
@@ -60,7 +60,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Options:
+class WatchOptions:
     """What a watcher is asked for.
 
     Attributes:
@@ -80,7 +80,9 @@ class Options:
     batch: int = 64
 
 
-def watch(loaded: LoadedPipeline, stage: str, options: Options, say: Callable[[str], None]) -> list[Look]:
+def watch(
+    loaded: LoadedPipeline, stage: str, options: WatchOptions, say: Callable[[str], None]
+) -> list[CheckpointScore]:
     """Score checkpoints until the stage is done.
 
     Args:
@@ -101,42 +103,42 @@ def watch(loaded: LoadedPipeline, stage: str, options: Options, say: Callable[[s
     check_options(options, metrics)
     # Mistakes are told at once, and nothing is imported while the first checkpoint may go again.
     training.photos()
-    looks: list[Look] = []
+    scores: list[CheckpointScore] = []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orchestrator-watch-")))
         run = stack.enter_context(_tracked(loaded, f"watch {stage}", scratch / "spool"))
         while True:
             # Before the steps: what was committed before the end is still seen.
             goes_on = training.goes_on()
-            for step in training.steps(after=looks[-1].step if looks else -1):
+            for step in training.steps(after=scores[-1].step if scores else -1):
                 found = _looked_at(training, step, metrics, options, scratch)
                 if found is None:
                     continue
-                look, folder = found
-                looks.append(look)
-                best = best_of(looks, options.by)
-                value = look.figures[best.name]
-                known = {name: one.value for name, one in look.figures.items()}
+                score, folder = found
+                scores.append(score)
+                best = best_of(scores, options.by)
+                value = score.figures[best.name]
+                known = {name: one.value for name, one in score.figures.items()}
                 known |= {"best": best.figure.value, "best_step": float(best.step)}
                 run.metrics(known, step, _CHANNEL)
                 say(f"{stage}, step {step:,}: {best.name} {value}; best so far: {best}")
                 if best.step == step and options.keep is not None:
-                    _keep(folder, look, options.keep)
+                    _keep(folder, score, options.keep)
             if options.once or not goes_on:
                 break
             time.sleep(options.every_s)
-        if not looks:
+        if not scores:
             raise UserError(
                 f"stage {stage!r} has no checkpoint to score",
                 where=str(training.folder),
                 hint="start the run first, and lower `elastic.checkpoint_every_s` to write checkpoints more often",
             )
-        best = best_of(looks, options.by)
+        best = best_of(scores, options.by)
         run.params({"best_step": best.step, "best_by": best.name})
-        say(f"{stage}: the best of {len(looks)} checkpoints is {best}")
+        say(f"{stage}: the best of {len(scores)} checkpoints is {best}")
         if options.keep is not None:
             say(f"{stage}: its model is in {options.keep}")
-    return looks
+    return scores
 
 
 @dataclass(frozen=True)
@@ -151,27 +153,27 @@ class Best:
         return f"step {self.step:,}, {self.name} {self.figure.value:.3f}"
 
 
-def best_of(looks: Sequence[Look], by: str | None = None) -> Best:
+def best_of(scores: Sequence[CheckpointScore], by: str | None = None) -> Best:
     """The best checkpoint.
 
     Args:
-        looks: at least one.
+        scores: at least one.
         by: METRIC/FIGURE, or METRIC for its first figure; None for the first of all.
 
     Raises:
         UserError: there is no such figure.
     """
-    names = list(looks[0].figures)
+    names = list(scores[0].figures)
     name = next((one for one in names if by in (None, one, one.partition("/")[0])), None)
     if name is None:
         raise _no_figure(str(by), names)
     sign = -1.0 if name.rpartition("/")[2] in _ERRORS else 1.0
 
-    def goodness(look: Look) -> float:
-        value = sign * look.figures[name].value
+    def goodness(score: CheckpointScore) -> float:
+        value = sign * score.figures[name].value
         return value if math.isfinite(value) else -math.inf
 
-    best = max(looks, key=lambda look: (goodness(look), -look.step))
+    best = max(scores, key=lambda score: (goodness(score), -score.step))
     return Best(best.step, name, best.figures[name])
 
 
@@ -207,7 +209,7 @@ def parsed(names: Sequence[str]) -> list[Metric]:
     return found
 
 
-def check_options(options: Options, metrics: Sequence[Metric]) -> None:
+def check_options(options: WatchOptions, metrics: Sequence[Metric]) -> None:
     """What can be known of options before a checkpoint is scored.
 
     Raises:
@@ -367,8 +369,8 @@ class Training:
 
 
 def _looked_at(
-    training: Training, step: int, metrics: Sequence[Metric], options: Options, scratch: Path
-) -> tuple[Look, Path] | None:
+    training: Training, step: int, metrics: Sequence[Metric], options: WatchOptions, scratch: Path
+) -> tuple[CheckpointScore, Path] | None:
     """The figures of a checkpoint, and its model folder; None if it is gone meanwhile."""
     from orchestrator.stages.evaluate.measure import features_of
     from orchestrator.stages.evaluate.towers import embed_crops
@@ -389,17 +391,17 @@ def _looked_at(
         for metric in metrics
         for name, figure in checked(metric, metric.measure(features)).items()
     }
-    return Look(step, figures), folder
+    return CheckpointScore(step, figures), folder
 
 
-def _keep(model: Path, look: Look, target: Path) -> None:
+def _keep(model: Path, score: CheckpointScore, target: Path) -> None:
     """Put a model where `embed`, `from` and `orchestrator.load` find it, instead of an earlier one."""
     _check_free(target)
     with disk.making(target, "name another folder for --keep") as draft:
         shutil.copytree(model, draft / "model")
         record = {
-            "step": look.step,
-            "figures": {name: asdict(figure) for name, figure in look.figures.items()},
+            "step": score.step,
+            "figures": {name: asdict(figure) for name, figure in score.figures.items()},
         }
         (draft / "model" / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
         if target.exists():

@@ -15,7 +15,7 @@ from orchestrator.stages.base import Stage
 
 
 @dataclass(frozen=True)
-class Options:
+class SimulateOptions:
     """What the command line says.
 
     Attributes:
@@ -39,7 +39,7 @@ class Options:
     intervals: Sequence[str] = ()
 
 
-def simulate(spec: Pipeline[Stage], order: Sequence[str], options: Options) -> Report:
+def simulate(spec: Pipeline[Stage], order: Sequence[str], options: SimulateOptions) -> Report:
     """Predict how the pipeline goes on the trace.
 
     Args:

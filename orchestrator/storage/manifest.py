@@ -111,7 +111,7 @@ class Manifest(BaseModel):
         return whole.hexdigest()[:16]
 
 
-class _Format(BaseModel):
+class _ManifestFormat(BaseModel):
     """As much of a manifest as any version can read."""
 
     format: int = 1
@@ -125,7 +125,7 @@ def parsed(text: bytes) -> Manifest:
         UserError: it is one of a later version.
     """
     try:
-        manifest_format = _Format.model_validate_json(text).format
+        manifest_format = _ManifestFormat.model_validate_json(text).format
     except ValidationError as error:
         raise ValueError(first_line(error)) from None
     if manifest_format > FORMAT:

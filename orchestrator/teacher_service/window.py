@@ -16,7 +16,7 @@ _FAR = 16
 
 
 @dataclass
-class _Student:
+class _StudentProgress:
     step: int
     heard: float
     since: float  # when it first asked for `step`
@@ -40,7 +40,9 @@ class Window:
         assert window >= 2, window
         self._num_steps, self._window, self._patience_s = num_steps, window, patience_s
         self._in_play = set(students)
-        self._seen = {name: _Student(step, now, now) for name, step in students.items() if step is not None}
+        self._seen = {
+            name: _StudentProgress(step, now, now) for name, step in students.items() if step is not None
+        }
 
     def ask(self, name: str, step: int, now: float) -> bool:
         """`name` asks for `step`; False if it is not in play (any more)."""
@@ -48,7 +50,7 @@ class Window:
             return False
         known = self._seen.get(name)
         since = known.since if known is not None and known.step == step else now
-        self._seen[name] = _Student(step, now, since)
+        self._seen[name] = _StudentProgress(step, now, since)
         return True
 
     def deregister(self, name: str) -> None:
@@ -83,15 +85,15 @@ class Window:
         """Whether some student may still ask for `step`; one of its workers may be a step behind the others."""
         return any(student.step - 1 <= step < student.step + self._window for student in self._counted(now))
 
-    def _counted(self, now: float) -> list[_Student]:
+    def _counted(self, now: float) -> list[_StudentProgress]:
         return [student for student in self._seen.values() if now - student.heard <= self._patience_s]
 
-    def _end(self, student: _Student, counted: list[_Student]) -> int:
+    def _end(self, student: _StudentProgress, counted: list[_StudentProgress]) -> int:
         """The first step that `student` may not have yet, because of those a little behind it."""
         near = min(other.step for other in self._near(student, counted))
         return min(near + self._window, self._num_steps)
 
-    def _near(self, student: _Student, counted: list[_Student]) -> list[_Student]:
+    def _near(self, student: _StudentProgress, counted: list[_StudentProgress]) -> list[_StudentProgress]:
         """Those that `student` waits for: not far behind it; itself among them."""
         far = _FAR * self._window
         return [other for other in (student, *counted) if 0 <= student.step - other.step <= far]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from orchestrator.errors import UserError
 from orchestrator.models import (
+    BackboneFeatures,
     BertEncoder,
     BertTower,
-    Features,
     Projection,
     TextAligner,
     TextConfig,
@@ -54,7 +54,7 @@ class AlignNet(nn.Module):
         self.limit = math.log(max_scale)
 
     def forward(
-        self, features: Features, texts: Sequence[Tensor], generator: torch.Generator | None = None
+        self, features: BackboneFeatures, texts: Sequence[Tensor], generator: torch.Generator | None = None
     ) -> PairEmbeddings:
         """Embeds pairs. The scale is held here: after a step no worker has the whole parameter."""
         images_BD = self.aligner(features, generator)
@@ -131,7 +131,7 @@ def held_below(x: Tensor, limit: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Targets:
+class AlignTargets:
     """One block's no-grad side.
 
     Attributes:
@@ -140,7 +140,7 @@ class Targets:
         found: its pairs' losses and gradients in the global batch; zeros for padding.
     """
 
-    features: Features
+    features: BackboneFeatures
     texts: tuple[Tensor, ...]
     found: Contrast
 
@@ -180,7 +180,7 @@ class AlignTask:
         """Nothing depends on the step."""
 
     @torch.no_grad()
-    def targets(self, blocks: Sequence[BlockTensors], workers: Workers) -> list[Targets]:
+    def targets(self, blocks: Sequence[BlockTensors], workers: Workers) -> list[AlignTargets]:
         """Losses and gradients of this worker's pairs, compared with all workers' pairs."""
         inputs = [(self._features(block), self._texts(block)) for block in blocks]
         outs = [self._embed(block, *given) for block, given in zip(blocks, inputs, strict=True)]
@@ -197,11 +197,11 @@ class AlignTask:
         for block, (features, texts) in zip(blocks, inputs, strict=True):
             size = len(features.cls)
             part = found.rows(start, start + size) if block.weight else _no_contrast(found, size)
-            targets.append(Targets(features, texts, part))
+            targets.append(AlignTargets(features, texts, part))
             start += size if block.weight else 0
         return targets
 
-    def losses(self, block: BlockTensors, target: Targets) -> Losses:
+    def losses(self, block: BlockTensors, target: AlignTargets) -> Losses:
         """InfoNCE of one block's pairs in the global batch."""
         out = self._embed(block, target.features, target.texts)
         loss = info_nce(out.images, out.texts, out.scale, target.found)
@@ -210,8 +210,8 @@ class AlignTask:
     def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
         """Nothing follows an update."""
 
-    def _features(self, block: BlockTensors) -> Features:
-        return Features(
+    def _features(self, block: BlockTensors) -> BackboneFeatures:
+        return BackboneFeatures(
             *self.modules.frozen["tower"](normalise(block.tensors["images"], self.modules.frozen["tower"]))
         )
 
@@ -222,7 +222,9 @@ class AlignTask:
         encoder = self.modules.frozen.get("encoder")
         return texts if encoder is None else (encoder(*texts),)
 
-    def _embed(self, block: BlockTensors, features: Features, texts: tuple[Tensor, ...]) -> PairEmbeddings:
+    def _embed(
+        self, block: BlockTensors, features: BackboneFeatures, texts: tuple[Tensor, ...]
+    ) -> PairEmbeddings:
         generator = block_generator(self.seed, block.step, block.index)
         return PairEmbeddings(*self.modules.trainable(features, texts, generator))
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from orchestrator.models import (
     Backbone,
+    BackboneFeatures,
     BertConfig,
     BertEncoder,
     BertTower,
-    Features,
     TextAligner,
     TextConfig,
     TextTower,
@@ -92,7 +92,7 @@ class Aligned:
         return np.concatenate(parts)
 
     @torch.no_grad()
-    def embed_features(self, features: Features) -> Floats:
+    def embed_features(self, features: BackboneFeatures) -> Floats:
         """Features of `tower`, of N photos → L2-normalised float32 (N, dim)."""
         return _unit(self._aligner(features))
 
@@ -143,8 +143,10 @@ class Aligned:
         mean_ND = self.embed_texts(texts).reshape(len(names), len(templates), self.dim).mean(axis=1)
         return _unit(torch.from_numpy(mean_ND))
 
-    def _features(self, images: Sequence[NDArray[np.uint8]], size: int) -> Features:
-        return Features(*self._tower(torch.cat([preprocess(image, size, self._tower) for image in images])))
+    def _features(self, images: Sequence[NDArray[np.uint8]], size: int) -> BackboneFeatures:
+        return BackboneFeatures(
+            *self._tower(torch.cat([preprocess(image, size, self._tower) for image in images]))
+        )
 
 
 def load_aligned(folder: str | Path) -> Aligned:

@@ -13,7 +13,7 @@ from orchestrator.config.schedules import Optimizer
 from orchestrator.data.rng import derive
 from orchestrator.models import (
     Backbone,
-    Features,
+    BackboneFeatures,
     PrototypeHead,
     ViTConfig,
     build,
@@ -21,7 +21,7 @@ from orchestrator.models import (
     normalise,
     preset,
 )
-from orchestrator.models.blocks import Block
+from orchestrator.models.blocks import TransformerBlock
 from orchestrator.models.heads import Score
 from orchestrator.models.speed import compile_blocks, recompute_blocks
 from orchestrator.models.wrapped_backbone import WrappedBackbone
@@ -127,7 +127,9 @@ def zero3_leaf_modules(*models: str | None) -> tuple[type[nn.Module], ...]:
     A ConvNeXt block is called once for global and once for local crops, and ZeRO-3 would reduce the gradients
     of such a unit twice.
     """
-    return (Block,) if all(model and isinstance(preset(model), ViTConfig) for model in models) else ()
+    return (
+        (TransformerBlock,) if all(model and isinstance(preset(model), ViTConfig) for model in models) else ()
+    )
 
 
 def tune(net: nn.Module, stage: TrainStage) -> None:
@@ -139,7 +141,7 @@ def tune(net: nn.Module, stage: TrainStage) -> None:
 
 
 def on_grid(
-    features: Features,
+    features: BackboneFeatures,
     size: Sequence[int],
     patch_size: int,
     grid: tuple[int, int],

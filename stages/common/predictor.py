@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from orchestrator.models.predictors import head_of
-from orchestrator.models.vit import Features
+from orchestrator.models.vit import BackboneFeatures
 
 HEAD = "head.safetensors"
 
@@ -31,7 +31,7 @@ class Predictor(NamedTuple):
     classes: tuple[str, ...]
 
     @torch.no_grad()
-    def __call__(self, features: Features, size: tuple[int, int]) -> Tensor:
+    def __call__(self, features: BackboneFeatures, size: tuple[int, int]) -> Tensor:
         """Raw predictions of features of images of `size`, such as logits."""
         predictions: Tensor = self.head(features, size)
         return predictions

@@ -23,7 +23,7 @@ def _one_or_several(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
-class Retrieval(Settings):
+class SeedRetrieval(Settings):
     """Images that are near to those of a seed set."""
 
     seeds: str = Field(
@@ -39,12 +39,12 @@ class Retrieval(Settings):
 
 
 Retrievals = Annotated[
-    tuple[Retrieval, ...],
-    BeforeValidator(_one_or_several, json_schema_input_type=Retrieval | tuple[Retrieval, ...]),
+    tuple[SeedRetrieval, ...],
+    BeforeValidator(_one_or_several, json_schema_input_type=SeedRetrieval | tuple[SeedRetrieval, ...]),
 ]
 
 
-def check_seeds(retrieve: Sequence[Retrieval], data: Sequence[str]) -> None:
+def check_seeds(retrieve: Sequence[SeedRetrieval], data: Sequence[str]) -> None:
     """Raises KeyMistakeError for seed sets that are no datasets of the stage, or leave nothing to retrieve from."""
     names = [one.seeds for one in retrieve]
     for at, name in enumerate(names):
@@ -69,7 +69,7 @@ def check_seeds(retrieve: Sequence[Retrieval], data: Sequence[str]) -> None:
 
 def find_near(
     stage: str,
-    retrieve: Sequence[Retrieval],
+    retrieve: Sequence[SeedRetrieval],
     statuses: Sequence[ImageStatus],
     vectors: Vectors,
     holdout: float,

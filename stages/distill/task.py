@@ -135,7 +135,7 @@ class FrozenTeacher:
 
 
 @dataclass(frozen=True)
-class Targets:
+class DistillTargets:
     """One block's targets, rebuilt from bottleneck vectors: DINO (G, B, K) and iBOT (1, M, K)."""
 
     dino: TargetProbs
@@ -197,14 +197,14 @@ class DistillTask:
         """Nothing here depends on the step."""
 
     @torch.no_grad()
-    def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[Targets]:
+    def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[DistillTargets]:
         """The teacher's targets: its last layers on its bottleneck vectors, with its scaling of the whole batch."""
         result = []
         for block in blocks:
             tensors = block.tensors
             dino = self._wanted(tensors["dino"], self.dino_KC, tensors["dino_scaling"])
             ibot = self._wanted(tensors["ibot"][None], self.ibot_KC, tensors["ibot_scaling"])
-            result.append(Targets(dino, ibot, masked_tokens(flat_views(tensors["masks"]))))
+            result.append(DistillTargets(dino, ibot, masked_tokens(flat_views(tensors["masks"]))))
         return result
 
     def _wanted(self, codes_TNC: Tensor, prototypes_KC: Tensor, log_v_K: Tensor) -> TargetProbs:
@@ -214,7 +214,7 @@ class DistillTask:
             return targets(codes_TNC @ prototypes_KC.T, temperature, log_v_K)
         return SoftTargets(codes_TNC, prototypes_KC, log_v_K, temperature)
 
-    def losses(self, block: BlockTensors, target: Targets) -> Losses:
+    def losses(self, block: BlockTensors, target: DistillTargets) -> Losses:
         """DINO, iBOT and KoLeo of one block."""
         config, tensors = self.config, block.tensors
         globals_NCHW = flat_views(tensors["globals"])

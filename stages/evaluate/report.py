@@ -12,9 +12,9 @@ from orchestrator.evaluation.metric import Figure, Figures
 from orchestrator.evaluation.report.clusters import cluster_shares
 from orchestrator.evaluation.report.figures import bars, curves
 from orchestrator.evaluation.report.html import (
-    Block,
     Picture,
     Section,
+    SectionPart,
     Table,
     Text,
     Tile,
@@ -26,7 +26,7 @@ from orchestrator.stages.evaluate.results import (
     NUM_ENDS,
     History,
     Results,
-    Retrieval,
+    TextRetrieval,
     ZeroShot,
     file_name,
 )
@@ -220,7 +220,7 @@ def _figures(title: str, by_model: Mapping[str, Figures], out: Path) -> Section:
     if any(_is_sure(figure) for figure in found.values()):
         note += _INTERVALS
     table = Table(("features", *names, *(["chosen"] if has_notes else [])), rows)
-    blocks: list[Block] = [Text(note), table]
+    blocks: list[SectionPart] = [Text(note), table]
     first = names[0] if names else ""
     shown = [(model, figures[first]) for model, figures in by_model.items() if first in figures]
     if shown and all(_is_sure(figure) for _, figure in shown):
@@ -287,7 +287,7 @@ def _dense(results: Results, out: Path) -> Section:
     return Section("Dense health", [Text(note), Table(header, rows), *picture])
 
 
-def _retrieval(found: Retrieval, of: str) -> Section:
+def _retrieval(found: TextRetrieval, of: str) -> Section:
     names = {"image_to_text": "photo → name", "text_to_image": "name → photo"}
     rows = [
         (title, *(str(found.recalls[f"{name}_recall_at_{k}"]) for k in found.chance))
@@ -366,7 +366,9 @@ def _datasets(results: Results) -> list[Section]:
 
 def _training(results: Results, out: Path) -> Section:
     title = "Loss of the backbone's stages"
-    blocks: list[Block] = [*_chained(results.backbones, {"loss": "loss"}, out / "losses_backbone.png", title)]
+    blocks: list[SectionPart] = [
+        *_chained(results.backbones, {"loss": "loss"}, out / "losses_backbone.png", title)
+    ]
     for family, prefix in (("students", "student "), ("text", "align_text")):
         lines = {
             name.removeprefix("student "): _column(history, "loss")

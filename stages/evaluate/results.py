@@ -85,7 +85,7 @@ class ZeroShot:
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class TextRetrieval:
     """Photos found by their captions and captions by their photos.
 
     Attributes:
@@ -173,7 +173,7 @@ class Results:
     sharing: Mapping[str, float]
     pca: Mapping[str, Path]
     keys: Mapping[str, str]
-    retrieval: Retrieval | None = None
+    retrieval: TextRetrieval | None = None
     zero_shot: ZeroShot | None = None
     text_maps: Path | None = None
     pool: Sequence[ClusterDraws] = ()

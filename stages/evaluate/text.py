@@ -15,7 +15,7 @@ from orchestrator.evaluation.metrics.bootstrap import mean
 from orchestrator.evaluation.metrics.retrieval import chance, retrieval_hits
 from orchestrator.evaluation.report.text_maps import text_maps
 from orchestrator.stages.common.aligned import Aligned
-from orchestrator.stages.evaluate.results import Retrieval, ZeroShot
+from orchestrator.stages.evaluate.results import TextRetrieval, ZeroShot
 from orchestrator.stages.evaluate.towers import Check, Crops, read_photo
 
 Floats = NDArray[np.float32]
@@ -51,7 +51,7 @@ class TextEvaluation:
         self._split, self._seed = ("all" if rows is None else "test"), seed
         self._photos: dict[int, Floats] = {}
 
-    def retrieval(self) -> Retrieval | None:
+    def retrieval(self) -> TextRetrieval | None:
         """Recall of captions by photo and of photos by caption, over all photos that have one; None without."""
         rows = [row for row in self._rows if self._index[row].caption]
         if not rows:
@@ -62,7 +62,7 @@ class TextEvaluation:
             self._check()
             texts.append(self._aligned.embed_texts(captions[start : start + self._batch]))
         hits = retrieval_hits(self._embed(rows), np.concatenate(texts), captions, _RECALL_AT)
-        return Retrieval(
+        return TextRetrieval(
             len(rows),
             {name: self._mean(hits_N) for name, hits_N in hits.items()},
             {k: chance(captions, k) for k in _RECALL_AT},

@@ -25,7 +25,7 @@ from orchestrator.errors import UserError
 from orchestrator.evaluation.metric import FoundBoxes
 from orchestrator.models import (
     Backbone,
-    Features,
+    BackboneFeatures,
     count_params,
     from_config,
     load_pretrained,
@@ -330,7 +330,7 @@ def found_boxes(tower: Tower, crops_NHWC: Pixels) -> list[FoundBoxes]:
             torch.from_numpy(_part(tower, crops_NHWC, part)).to(_device_of(tower)) for part in _PARTS
         )
     # Heads read no storage tokens.
-    features = Features(cls, cls.new_zeros(len(cls), 0, cls.shape[-1]), patches)
+    features = BackboneFeatures(cls, cls.new_zeros(len(cls), 0, cls.shape[-1]), patches)
     rows = head(features, crops_NHWC.shape[1:3])[:, -1].float()
     parts = (detections(rows_QK, len(tower.predictor.classes)) for rows_QK in rows)
     return [
@@ -375,7 +375,7 @@ def remembering(tower: Tower, limit: float) -> Tower:
     return tower if key is None else replace(tower, memory=FeatureMemory.opened(key, int(limit * 2**30)))
 
 
-def _features(tower: Tower, crops_NHWC: Pixels) -> Features | Tokens:
+def _features(tower: Tower, crops_NHWC: Pixels) -> BackboneFeatures | Tokens:
     images_NCHW = torch.from_numpy(np.ascontiguousarray(crops_NHWC.transpose(0, 3, 1, 2))).to(
         _device_of(tower)
     )
@@ -384,7 +384,7 @@ def _features(tower: Tower, crops_NHWC: Pixels) -> Features | Tokens:
         if tower.source is None
         else as_seen(images_NCHW, tower.source, images_NCHW.shape[-1], tower.pixels)
     )
-    features: Features | Tokens = tower.model(seen_NCHW)
+    features: BackboneFeatures | Tokens = tower.model(seen_NCHW)
     return features
 
 

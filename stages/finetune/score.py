@@ -11,7 +11,7 @@ import torch
 from orchestrator.data.blocks import Block
 from orchestrator.data.labelled_blocks import SplitBlocks
 from orchestrator.errors import Stopped
-from orchestrator.models import Features, load_pretrained, normalise
+from orchestrator.models import BackboneFeatures, load_pretrained, normalise
 from orchestrator.models.wrapped_backbone import is_wrapped, load_wrapped
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.predictor import load_predictor
@@ -53,7 +53,7 @@ def score_split(goal: Goal, blocks: SplitBlocks, folder: Path, context: Context)
                 raise Stopped
             tensors = {name: torch.from_numpy(array).to(device) for name, array in block.arrays.items()}
             images = tensors["images"]
-            predictions = head(Features(*tower(normalise(images, tower))), tuple(images.shape[-2:]))
+            predictions = head(BackboneFeatures(*tower(normalise(images, tower))), tuple(images.shape[-2:]))
             sums = goal.sums(predictions, tensors)
             total = sums if total is None else total + sums
             if isinstance(goal, ListsGoal):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from orchestrator.config.schedules import Optimizer
-from orchestrator.models import Backbone, Features, VisionTransformer, normalise
-from orchestrator.models.blocks import Block
+from orchestrator.models import Backbone, BackboneFeatures, VisionTransformer, normalise
+from orchestrator.models.blocks import TransformerBlock
 from orchestrator.models.lora import add_lora
 from orchestrator.models.wrapped_backbone import WrappedBackbone
 from orchestrator.stages.common.nets import block_generator, learning_rate_scales, tune
@@ -48,7 +48,7 @@ class TunedNet(nn.Module):
         return self
 
     def forward(
-        self, images_BCHW: Tensor, features: Features | None, generator: torch.Generator | None = None
+        self, images_BCHW: Tensor, features: BackboneFeatures | None, generator: torch.Generator | None = None
     ) -> Tensor:
         """Predictions of uint8 images (B, 3, H, W), or of the features that a frozen backbone gave of them."""
         if features is None:
@@ -59,7 +59,7 @@ class TunedNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Targets:
+class FinetuneTargets:
     """One block's no-grad side.
 
     Attributes:
@@ -68,7 +68,7 @@ class Targets:
         figures: of all held-out blocks of all workers; none in training.
     """
 
-    features: Features | None = None
+    features: BackboneFeatures | None = None
     predictions: Tensor | None = None
     figures: Mapping[str, float] | None = None
 
@@ -102,7 +102,9 @@ class FinetuneTask:
             tune(each, config)
         net.train()
         # Of a block with adapters most weights have no gradient, by which ZeRO-3 knows when a unit may go.
-        leaves = (Block,) if config.mode != "lora" and isinstance(backbone, VisionTransformer) else ()
+        leaves = (
+            (TransformerBlock,) if config.mode != "lora" and isinstance(backbone, VisionTransformer) else ()
+        )
         self.modules = Modules(
             net,
             ema=ema,
@@ -116,11 +118,11 @@ class FinetuneTask:
         """Nothing depends on the step."""
 
     @torch.no_grad()
-    def targets(self, blocks: Sequence[BlockTensors], workers: Workers) -> list[Targets]:
+    def targets(self, blocks: Sequence[BlockTensors], workers: Workers) -> list[FinetuneTargets]:
         """Features of a frozen backbone; of held-out blocks also the predictions, and figures over all workers."""
         features = [self._features(block) for block in blocks]
         if self.modules.trainable.training:
-            return [Targets(found) for found in features]
+            return [FinetuneTargets(found) for found in features]
         net = self.modules.trainable if self.modules.ema is None else self.modules.ema
         predictions = [
             net(block.tensors["images"], found) for block, found in zip(blocks, features, strict=True)
@@ -130,9 +132,11 @@ class FinetuneTask:
             for block, predicted in zip(blocks, predictions, strict=True)
         ]
         figures = self.goal.figures(workers(torch.stack(sums).sum(dim=0)))
-        return [Targets(found, each, figures) for found, each in zip(features, predictions, strict=True)]
+        return [
+            FinetuneTargets(found, each, figures) for found, each in zip(features, predictions, strict=True)
+        ]
 
-    def losses(self, block: BlockTensors, target: Targets) -> Losses:
+    def losses(self, block: BlockTensors, target: FinetuneTargets) -> Losses:
         """The loss of one block."""
         predictions = target.predictions
         if predictions is None:
@@ -153,11 +157,11 @@ class FinetuneTask:
         if self.config.ema is not None:
             weights.update_ema(self.config.ema.at(step, self.config.steps))
 
-    def _features(self, block: BlockTensors) -> Features | None:
+    def _features(self, block: BlockTensors) -> BackboneFeatures | None:
         backbone = self.modules.frozen.get("backbone")
         if backbone is None:
             return None
-        return Features(*backbone(normalise(block.tensors["images"], backbone)))
+        return BackboneFeatures(*backbone(normalise(block.tensors["images"], backbone)))
 
 
 def prepared(backbone: Backbone | WrappedBackbone, config: Finetune) -> Backbone | WrappedBackbone:

@@ -44,7 +44,7 @@ logger = logging.getLogger("orchestrator")
 
 
 @dataclass(frozen=True)
-class Targets:
+class SelfSupervisedTargets:
     """One block's no-grad side: DINO targets (G, B, K), iBOT targets (1, M, K), Gram features, health figures."""
 
     dino: TargetProbs
@@ -125,7 +125,7 @@ class SelfSupervisedTask:
         self.gram_weight = config.gram.weight.at(since, rest) if config.gram else None
 
     @torch.no_grad()
-    def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[Targets]:
+    def targets(self, blocks: Sequence[BlockTensors], reduce: Reduce) -> list[SelfSupervisedTargets]:
         """Teacher forward a block at a time, then Sinkhorn-Knopp over the global batch of the step."""
         outs = [self._teacher(block, first=number == 0) for number, block in enumerate(blocks)]
         num_globals = len(blocks[0].tensors["globals"])
@@ -134,13 +134,13 @@ class SelfSupervisedTask:
         )
         ibot = self._centred([out["ibot"][None] for out in outs], blocks, reduce, "ibot")
         return [
-            Targets(
+            SelfSupervisedTargets(
                 of_dino, of_ibot, self._tokens(block), self._gram_features(block), self._health(block, out)
             )
             for block, out, of_dino, of_ibot in zip(blocks, outs, dino, ibot, strict=True)
         ]
 
-    def losses(self, block: BlockTensors, target: Targets) -> Losses:
+    def losses(self, block: BlockTensors, target: SelfSupervisedTargets) -> Losses:
         """All terms of one block."""
         config = self.config
         masks_NP = flat_views(block.tensors["masks"])

@@ -25,7 +25,7 @@ from bench.learning.lab import Lab, Trained  # noqa: E402
 from orchestrator.data import samples  # noqa: E402
 from orchestrator.data.index import ImageRecord  # noqa: E402
 from orchestrator.errors import UserError  # noqa: E402
-from orchestrator.models import Features  # noqa: E402
+from orchestrator.models import BackboneFeatures  # noqa: E402
 from orchestrator.stages.ssl.pretrain import Pretrain  # noqa: E402
 
 
@@ -37,9 +37,9 @@ def row(number: int, **fields: object) -> ImageRecord:
 class MeanColour(torch.nn.Module):
     """CLS is the picture's mean colour, a patch token its patch's, of 8 pixels a side."""
 
-    def forward(self, images_BCHW: torch.Tensor) -> Features:
+    def forward(self, images_BCHW: torch.Tensor) -> BackboneFeatures:
         cells = torch.nn.functional.avg_pool2d(images_BCHW, 8).flatten(2).transpose(1, 2)
-        return Features(cells.mean(1), cells[:, :0], cells)
+        return BackboneFeatures(cells.mean(1), cells[:, :0], cells)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -135,18 +135,20 @@ class Noise(torch.nn.Module):
         super().__init__()
         self.generator = torch.Generator().manual_seed(3)
 
-    def forward(self, images_BCHW: torch.Tensor) -> Features:
+    def forward(self, images_BCHW: torch.Tensor) -> BackboneFeatures:
         cells = torch.randn(len(images_BCHW), 64, 16, generator=self.generator)
-        return Features(cells[:, 0], cells[:, :0], cells)
+        return BackboneFeatures(cells[:, 0], cells[:, :0], cells)
 
 
 class Smooth(Noise):
     """Patches that know nothing and are like the ones that they touch."""
 
-    def forward(self, images_BCHW: torch.Tensor) -> Features:
+    def forward(self, images_BCHW: torch.Tensor) -> BackboneFeatures:
         cells = super().forward(images_BCHW).patches.transpose(1, 2).reshape(-1, 16, 8, 8)
         smooth = torch.nn.functional.avg_pool2d(cells, 3, 1, 1, count_include_pad=False)
-        return Features(smooth[..., 0, 0], smooth.flatten(2)[:, :, :0], smooth.flatten(2).transpose(1, 2))
+        return BackboneFeatures(
+            smooth[..., 0, 0], smooth.flatten(2)[:, :, :0], smooth.flatten(2).transpose(1, 2)
+        )
 
 
 def test_the_score_within_a_picture_asks_no_other_and_no_neighbour() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from orchestrator.config.boxes import BoxData
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metric import Features, Figure
-from orchestrator.evaluation.metrics.detection import Detection, in_square
+from orchestrator.evaluation.metrics.detection import DetectionPrecision, in_square
 
 from .test_average_precision import ImageBoxes, pycocotools
 
@@ -77,7 +77,7 @@ def features(boxes: Finder | None, classes: tuple[str, ...] = ("blue", "red")) -
 
 
 def test_it_is_what_pycocotools_gives_for_the_same_boxes(data: BoxData) -> None:
-    metric, finder = Detection(use="detection", data=data), Finder()
+    metric, finder = DetectionPrecision(use="detection", data=data), Finder()
     metric.check()
     figures = metric.measure(features(finder))
     assert metric._opened is not None
@@ -108,7 +108,7 @@ def test_it_is_what_pycocotools_gives_for_the_same_boxes(data: BoxData) -> None:
 
 
 def test_models_that_find_no_boxes_have_no_row(data: BoxData) -> None:
-    assert Detection(use="detection", data=data).measure(features(None)) == {}
+    assert DetectionPrecision(use="detection", data=data).measure(features(None)) == {}
 
 
 def test_a_category_that_was_not_learned_is_not_found(data: BoxData) -> None:
@@ -116,21 +116,21 @@ def test_a_category_that_was_not_learned_is_not_found(data: BoxData) -> None:
         def __call__(self, squares: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
             return [(b[p == 0], s[p == 0], p[p == 0]) for b, s, p in super().__call__(squares)]
 
-    found = Detection(use="detection", data=data).measure(features(OnlyBlue(), ("blue",)))["map_50"]
+    found = DetectionPrecision(use="detection", data=data).measure(features(OnlyBlue(), ("blue",)))["map_50"]
     assert isinstance(found, Figure)
     assert found.value <= 0.5
     assert found.note == "1 categories that the model did not learn"
 
 
 def test_what_a_model_learned_from_is_split_alike(data: BoxData) -> None:
-    metric = Detection(use="detection", data=data)
+    metric = DetectionPrecision(use="detection", data=data)
     assert metric.is_fair(data)
     assert metric.is_fair(None)
     assert not metric.is_fair(data.model_copy(update={"split": None}))
 
 
 def test_files_and_mistakes(data: BoxData, tmp_path: Path) -> None:
-    metric = Detection(use="detection", data=data)
+    metric = DetectionPrecision(use="detection", data=data)
     assert len(metric.files()["data.path"]) == 12
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(data.path / "3.png")
     with pytest.raises(UserError, match=r"3\.png has 9x9 pixels, and its boxes are in 60x40"):

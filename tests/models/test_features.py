@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from orchestrator.models import ConvNeXtConfig, Features, ViTConfig, build, embed_many, from_config
+from orchestrator.models import BackboneFeatures, ConvNeXtConfig, ViTConfig, build, embed_many, from_config
 from orchestrator.models.convert import from_layout, transformers_config
 
 VIT = ViTConfig(patch_size=8, dim=48, depth=4, num_heads=2)
@@ -33,7 +33,7 @@ def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def tokens(features: Features) -> Tensor:
+def tokens(features: BackboneFeatures) -> Tensor:
     return torch.cat([features.cls[:, None], features.storage, features.patches], dim=1)
 
 

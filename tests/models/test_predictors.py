@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from orchestrator.models import Features
+from orchestrator.models import BackboneFeatures
 from orchestrator.models.predictors import ClassHead, DepthHead, MapHead, head_of, resized
 
 
-def features(rows: int, columns: int, dim: int = 16) -> Features:
+def features(rows: int, columns: int, dim: int = 16) -> BackboneFeatures:
     pick = torch.Generator().manual_seed(0)
-    return Features(
+    return BackboneFeatures(
         torch.randn(2, dim, generator=pick),
         torch.zeros(2, 0, dim),
         torch.randn(2, rows * columns, dim, generator=pick),
@@ -41,7 +41,7 @@ def test_a_map_lies_as_the_patches_do() -> None:
 def test_the_decoder_couples_no_samples() -> None:
     head, given = MapHead(16, 4, 32, 2), features(3, 3)
     out = head(given, (24, 24))
-    alone = head(Features(*(part[:1] for part in given)), (24, 24))
+    alone = head(BackboneFeatures(*(part[:1] for part in given)), (24, 24))
     torch.testing.assert_close(out[:1], alone, rtol=1e-5, atol=1e-5)
     out.square().sum().backward()
     assert all(param.grad is not None and param.grad.abs().sum() > 0 for param in head.parameters())

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 from bench import parity
 from orchestrator.models import wrapped_backbone
 from orchestrator.models.network_spec import NetworkSpec
-from orchestrator.models.vit import Features
+from orchestrator.models.vit import BackboneFeatures
 from orchestrator.models.wrapped_backbone import (
     UntrustedModuleError,
     WrappedBackbone,
@@ -107,7 +107,7 @@ def test_dropout_follows_from_the_blocks_generator() -> None:
     def said(seed: int, before: int) -> Tensor:
         torch.manual_seed(before)
         features = backbone(images(), generator=torch.Generator().manual_seed(seed))
-        assert isinstance(features, Features)
+        assert isinstance(features, BackboneFeatures)
         return features.patches
 
     assert torch.equal(said(3, before=1), said(3, before=2))
@@ -129,7 +129,7 @@ def test_batch_norm_goes_by_the_block_and_keeps_nothing() -> None:
     mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), unbiased=False)
     x = (x - mean[:, None, None]) / (var + 1e-5).sqrt()[:, None, None]
     wanted = F.conv2d(F.gelu(x), net.head.weight, net.head.bias)
-    assert isinstance(said, Features)
+    assert isinstance(said, BackboneFeatures)
     torch.testing.assert_close(said.patches, wanted.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
     for name, buffer in net.named_buffers():
         assert torch.equal(buffer, before[name]), name
@@ -269,7 +269,7 @@ def test_a_network_of_transformers_is_made_from_what_its_config_said(tmp_path: P
     (name / "config.json").unlink()
     again = load_wrapped(tmp_path / "model")
     features, wanted = again(images(size=64)), backbone(images(size=64))
-    assert isinstance(features, Features)
+    assert isinstance(features, BackboneFeatures)
     assert features.patches.shape == (4, 64, 16)
     torch.testing.assert_close(features, wanted)
 

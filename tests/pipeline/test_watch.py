@@ -13,21 +13,21 @@ from safetensors.numpy import save_file
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metric import Figure
 from orchestrator.fsio import sha256_of
-from orchestrator.pipeline.watch import Look, Options, best_of, check_options, parsed
+from orchestrator.pipeline.watch import CheckpointScore, WatchOptions, best_of, check_options, parsed
 from orchestrator.training.checkpoint.format import FORMAT, CheckpointError, shard_name
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.checkpoint.whole import whole_tensors
 
 
-def looks(name: str, *values: float) -> list[Look]:
+def scores(name: str, *values: float) -> list[CheckpointScore]:
     return [
-        Look(10 * at, {name: Figure(value), "other/rmse": Figure(9.0 - at)})
+        CheckpointScore(10 * at, {name: Figure(value), "other/rmse": Figure(9.0 - at)})
         for at, value in enumerate(values)
     ]
 
 
 def test_the_best_is_the_first_of_the_highest() -> None:
-    found = looks("knn/accuracy", 0.2, 0.5, math.nan, 0.5, 0.4)
+    found = scores("knn/accuracy", 0.2, 0.5, math.nan, 0.5, 0.4)
     best = best_of(found)
     assert (best.step, best.name, str(best)) == (10, "knn/accuracy", "step 10, knn/accuracy 0.500")
     assert best_of(found, "knn").step == 10
@@ -51,17 +51,17 @@ def test_metrics_are_named_as_in_a_pipeline_file() -> None:
 def test_mistakes_in_options_are_told_before_anything_is_scored(tmp_path: Path) -> None:
     metrics = parsed(["knn"])
     for by in (None, "knn", "knn/accuracy"):
-        check_options(Options(by=by, keep=tmp_path / "best"), metrics)
+        check_options(WatchOptions(by=by, keep=tmp_path / "best"), metrics)
     with pytest.raises(UserError, match="there is no figure 'kn'") as caught:
-        check_options(Options(by="kn"), metrics)
+        check_options(WatchOptions(by="kn"), metrics)
     assert caught.value.hint == "did you mean 'knn'?"
     for seconds in (math.nan, math.inf, 1e12):
         with pytest.raises(UserError, match="no time between two looks"):
-            check_options(Options(every_s=seconds), metrics)
+            check_options(WatchOptions(every_s=seconds), metrics)
     with pytest.raises(UserError, match="is there, and no watcher wrote it"):
-        check_options(Options(keep=tmp_path), metrics)
+        check_options(WatchOptions(keep=tmp_path), metrics)
     (tmp_path / "watch.json").write_text("{}")
-    check_options(Options(keep=tmp_path), metrics)
+    check_options(WatchOptions(keep=tmp_path), metrics)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -16,7 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.load import LoadedPipeline, load
 from orchestrator.simulation.costs import Costs, StageCosts, measured, read_costs
-from orchestrator.simulation.options import Options, simulate
+from orchestrator.simulation.options import SimulateOptions, simulate
 from orchestrator.simulation.prediction import plan_stages
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,9 @@ def test_a_pipeline_that_trains_nothing_is_refused(pipeline: LoadedPipeline) -> 
 
 @pytest.mark.parametrize("trace", sorted(path.name for path in TRACES.iterdir()))
 def test_every_example_can_be_simulated(pipeline: LoadedPipeline, trace: str) -> None:
-    options = Options(TRACES / trace, price=1.5, on_demand_price=4.0, intervals=["5", "auto"], notice_s=60)
+    options = SimulateOptions(
+        TRACES / trace, price=1.5, on_demand_price=4.0, intervals=["5", "auto"], notice_s=60
+    )
     report = simulate(pipeline.spec, order(pipeline), options).as_dict()
     assert report["finished"]
     assert report["total"]["steps"] == 460
@@ -94,7 +96,7 @@ def test_every_example_can_be_simulated(pipeline: LoadedPipeline, trace: str) ->
 
 def test_what_a_run_costs_is_in_the_currency_of_its_prices(pipeline: LoadedPipeline) -> None:
     output = io.StringIO()
-    options = Options(TRACES / "stormy.json", price=1.5, intervals=["5"])
+    options = SimulateOptions(TRACES / "stormy.json", price=1.5, intervals=["5"])
     simulate(pipeline.spec, order(pipeline), options).print(Console(file=output, width=200))
     assert ", in the currency of the prices, for " in output.getvalue()
     assert "cost (currency of the prices)" in output.getvalue()
@@ -114,7 +116,7 @@ def test_what_a_run_costs_is_in_the_currency_of_its_prices(pipeline: LoadedPipel
 )
 def test_wrong_options(pipeline: LoadedPipeline, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=f"(?s){message}"):
-        simulate(pipeline.spec, order(pipeline), Options(TRACES / "calm.json", **options))  # type: ignore[arg-type]
+        simulate(pipeline.spec, order(pipeline), SimulateOptions(TRACES / "calm.json", **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def read(path: Path, root: Path, files: Sequence[str]) -> Captions:
             `files`.
     """
     table = DelimitedTable(path)
-    names = _Names(root, files)
+    names = _PhotoNames(root, files)
     warnings = table.odd_columns()
     notes: dict[str, Note] = {}
     unknown: dict[str, int] = {}
@@ -294,7 +294,7 @@ def _opened(path: Path) -> TextIO:
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
-class _Names:
+class _PhotoNames:
     """The photos of a source by the names that a captions file may give them."""
 
     def __init__(self, root: Path, files: Sequence[str]) -> None:
@@ -364,7 +364,7 @@ def _form(name: str) -> str:
 
 
 def _unknown(
-    path: Path, unknown: Mapping[str, int], names: _Names, root: Path, *, found_any: bool
+    path: Path, unknown: Mapping[str, int], names: _PhotoNames, root: Path, *, found_any: bool
 ) -> UserError:
     first, line = next(iter(unknown.items()))
     shown = ", ".join(shortened(name, 100) for name in sorted(unknown)[:_SHOWN])
@@ -398,7 +398,7 @@ def _too_long(path: Path, lines: Sequence[int], width: int) -> UserError:
     )
 
 
-def _swallows(value: str, delimiter: str, names: _Names) -> bool:
+def _swallows(value: str, delimiter: str, names: _PhotoNames) -> bool:
     """Whether a later line of a value begins with a photo's name and a delimiter, as a row does."""
     return any(
         delimiter in line and names.find(line.partition(delimiter)[0].strip('"')) is not None

@@ -44,8 +44,8 @@ CREATE TABLE IF NOT EXISTS shards (
 """
 
 
-class Look(NamedTuple):
-    """What a file looks like without being read; times in nanoseconds."""
+class FileStamp(NamedTuple):
+    """What tells whether a file changed, without reading it: its size, and its times in nanoseconds."""
 
     size: int
     mtime: int
@@ -60,23 +60,23 @@ class Look(NamedTuple):
 class _Entry(NamedTuple):
     """What was remembered: when hashing began, and what came out (32 bytes)."""
 
-    look: Look
+    stamp: FileStamp
     hashed: int
     digest: bytes
 
-    def holds(self, look: Look) -> bool:
-        """Whether a file that looks like that has this digest."""
-        return self.look == look and is_settled(look, self.hashed)
+    def holds(self, stamp: FileStamp) -> bool:
+        """Whether a file with this stamp has this digest."""
+        return self.stamp == stamp and is_settled(stamp, self.hashed)
 
     @property
     def can_be_kept(self) -> bool:
         """Whether the file did not change while it was read, and has times that a database can hold."""
-        return self.look.size >= 0 and self.look.fits
+        return self.stamp.size >= 0 and self.stamp.fits
 
 
-def is_settled(look: Look, read: int) -> bool:
-    """Whether a file that looks like that was old enough when it was read, for a later change to show in its times."""
-    return max(look.mtime, look.ctime) + _RACY_NS < read
+def is_settled(stamp: FileStamp, read: int) -> bool:
+    """Whether a file with this stamp was old enough when it was read, for a later change to show in its times."""
+    return max(stamp.mtime, stamp.ctime) + _RACY_NS < read
 
 
 Each = Callable[[Callable[[int], "_Entry | None"], Sequence[int]], "list[_Entry | None]"]
@@ -88,7 +88,7 @@ def digests(
     most: int,
     stop: threading.Event,
     side_by_side: Each,
-    looks: Sequence[Look | None] = (),
+    stamps: Sequence[FileStamp | None] = (),
 ) -> list[str | None]:
     """The sha256 of each file; None of one that cannot be read, or has more than `most` bytes.
 
@@ -98,21 +98,21 @@ def digests(
         most: bytes that are read of a file.
         stop: set when nobody waits for the answer any more.
         side_by_side: calls something for many numbers of files, by several threads.
-        looks: what each file looks like, where that was just asked; else it is asked.
+        stamps: the stamp of each file, where that was just asked; else it is asked.
 
     Returns:
         64 hex digits each, in the order of `files`.
     """
     place = str(root.resolve())
     known = _load(place)
-    looks = looks or [_look(root / file) for file in files]
+    stamps = stamps or [_stamp(root / file) for file in files]
     found: list[bytes | None] = [None] * len(files)
     unknown = []
-    for number, (file, look) in enumerate(zip(files, looks, strict=True)):
+    for number, (file, stamp) in enumerate(zip(files, stamps, strict=True)):
         entry = known.get(file)
-        if look is not None and look.size > most:
+        if stamp is not None and stamp.size > most:
             continue
-        if look is not None and entry is not None and entry.holds(look):
+        if stamp is not None and entry is not None and entry.holds(stamp):
             found[number] = entry.digest
         else:
             unknown.append(number)
@@ -127,17 +127,19 @@ def digests(
     return [digest.hex() if digest is not None else None for digest in found]
 
 
-def trusted(place: str, files: Sequence[str], looks: Sequence[Look | None]) -> dict[str, str]:
+def trusted(place: str, files: Sequence[str], stamps: Sequence[FileStamp | None]) -> dict[str, str]:
     """The sha256 of files that have not changed since it was remembered under this place, by path; nothing is read."""
     known = _load(place)
-    pairs = ((file, look, known.get(file)) for file, look in zip(files, looks, strict=True))
-    return {file: entry.digest.hex() for file, look, entry in pairs if look and entry and entry.holds(look)}
+    pairs = ((file, stamp, known.get(file)) for file, stamp in zip(files, stamps, strict=True))
+    return {
+        file: entry.digest.hex() for file, stamp, entry in pairs if stamp and entry and entry.holds(stamp)
+    }
 
 
-def note(place: str, found: Mapping[str, tuple[Look, int, str]]) -> None:
-    """Remember digests under a place: what a file looks like, when it began to be read, and its sha256."""
+def note(place: str, found: Mapping[str, tuple[FileStamp, int, str]]) -> None:
+    """Remember digests under a place: the stamp of a file, when it began to be read, and its sha256."""
     entries = {
-        path: _Entry(look, began, bytes.fromhex(digest)) for path, (look, began, digest) in found.items()
+        path: _Entry(stamp, began, bytes.fromhex(digest)) for path, (stamp, began, digest) in found.items()
     }
     _save(place, {path: entry for path, entry in entries.items() if entry.can_be_kept}, set())
 
@@ -148,19 +150,19 @@ def digest_of(path: Path, most: int, stop: threading.Event) -> str | None:
     return None if entry is None else entry.digest.hex()
 
 
-def _look(path: Path) -> Look | None:
+def _stamp(path: Path) -> FileStamp | None:
     try:
-        return look_of(path.stat())
+        return stamp_of(path.stat())
     except OSError:
         return None
 
 
-def look_of(status: os.stat_result) -> Look:
-    return Look(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+def stamp_of(status: os.stat_result) -> FileStamp:
+    return FileStamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _hash(path: Path, most: int, stop: threading.Event) -> _Entry | None:
-    """Read a file. One that changes meanwhile has a size of -1 in its look: it is not to be remembered."""
+    """Read a file. One that changes meanwhile has a size of -1 in its stamp: it is not to be remembered."""
     whole = hashlib.sha256()
     began = time.time_ns()
     try:
@@ -173,12 +175,12 @@ def _hash(path: Path, most: int, stop: threading.Event) -> _Entry | None:
             after = _status(file)
     except OSError:
         return None
-    look = before if before == after else before._replace(size=-1)
-    return _Entry(look, began, whole.digest())
+    stamp = before if before == after else before._replace(size=-1)
+    return _Entry(stamp, began, whole.digest())
 
 
-def _status(file: io.BufferedReader) -> Look:
-    return look_of(os.fstat(file.fileno()))
+def _status(file: io.BufferedReader) -> FileStamp:
+    return stamp_of(os.fstat(file.fileno()))
 
 
 # --- what is remembered ---------------------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def _load(root: str) -> dict[str, _Entry]:
         set_aside(error)
         return {}
     return {
-        path: _Entry(Look(size, mtime, ctime), hashed, digest)
+        path: _Entry(FileStamp(size, mtime, ctime), hashed, digest)
         for path, size, mtime, ctime, hashed, digest in rows
         if isinstance(digest, bytes) and len(digest) == 32
     }
@@ -222,7 +224,7 @@ def _load(root: str) -> dict[str, _Entry]:
 def _save(root: str, fresh: dict[str, _Entry], gone: set[str]) -> None:
     if not fresh and not gone:
         return
-    rows = [(root, path, *entry.look, entry.hashed, entry.digest) for path, entry in fresh.items()]
+    rows = [(root, path, *entry.stamp, entry.hashed, entry.digest) for path, entry in fresh.items()]
     try:
         with remembered() as connection:
             connection.execute("BEGIN IMMEDIATE")

@@ -25,7 +25,7 @@ from orchestrator.data.sources.captions import (
     MOST_BYTES,
     is_utf8,
 )
-from orchestrator.data.sources.digests import Look, digest_of, digests, look_of
+from orchestrator.data.sources.digests import FileStamp, digest_of, digests, stamp_of
 from orchestrator.data.sources.shard_members import shard_of
 from orchestrator.data.sources.source_captions import manifest_of, table_of, table_reads_as_before
 from orchestrator.errors import UserError
@@ -63,14 +63,14 @@ class Listing:
     Attributes:
         files: relative posix paths of regular, readable files with the ending of a picture, sorted.
         left_out: everything else, sorted.
-        looks: size and times of each file, or of its shard, when it was listed, in the order of `files`; empty where
+        stamps: size and times of each file, or of its shard, when it was listed, in the order of `files`; empty where
             they are not known.
         tags: of objects in a bucket, or of the shards there, what tells their content from another.
     """
 
     files: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
-    looks: tuple[Look, ...] = field(default=(), compare=False, repr=False)
+    stamps: tuple[FileStamp, ...] = field(default=(), compare=False, repr=False)
     tags: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def account(self, name: str) -> Account:
@@ -165,11 +165,11 @@ def _of_bucket(source: DataSource, name: str) -> Listing:
             files.append(path)
     tags = {path: found[path].tag for path in files}
     if source.shards is None:
-        return Listing(tuple(files), tuple(left_out), tuple(found[path].look for path in files), tags=tags)
-    looks = {path: found[path].look for path in files}
-    inside = shards.contents(source.path, files, readable_endings(), looks)
+        return Listing(tuple(files), tuple(left_out), tuple(found[path].stamp for path in files), tags=tags)
+    stamps = {path: found[path].stamp for path in files}
+    inside = shards.contents(source.path, files, readable_endings(), stamps)
     left_out += [LeftOut(shown(path), reason, kind, count) for path, reason, kind, count in inside.left_out]
-    of_shards = tuple(looks[shard_of(file)] for file in inside.files)
+    of_shards = tuple(stamps[shard_of(file)] for file in inside.files)
     return Listing(inside.files, tuple(left_out), of_shards, tags=tags)
 
 
@@ -256,7 +256,7 @@ class _Walk:
         self._root, self._max_pixels = root, max_pixels
         self._endings = readable_endings() if endings is None else endings
         self._files: list[str] = []
-        self._looks: dict[str, Look] = {}
+        self._stamps: dict[str, FileStamp] = {}
         self._left_out: list[LeftOut] = []
         # By device and inode: the path under which a folder was walked.
         self._walked: dict[tuple[int, int], str] = {}
@@ -270,7 +270,7 @@ class _Walk:
                 self._walk(link)
         left_out = sorted(self._left_out, key=lambda item: (item.path, item.reason))
         files = tuple(sorted(self._files))
-        return Listing(files, tuple(left_out), tuple(self._looks[file] for file in files))
+        return Listing(files, tuple(left_out), tuple(self._stamps[file] for file in files))
 
     def _walk(self, start: str) -> None:
         folders = [start]
@@ -346,7 +346,7 @@ class _Walk:
         too_many = too_many_bytes(status.st_size, self._max_pixels)
         if too_many is not None:
             return too_many, accounts.TOO_LARGE
-        self._looks[path] = look_of(status)
+        self._stamps[path] = stamp_of(status)
         return None
 
     @staticmethod
@@ -405,15 +405,15 @@ def fingerprint(source: DataSource, name: str = "data", listing: Listing | None 
         UserError: as :func:`scan`, except for what the captions file says.
     """
     listing = listing or list_images(source, name)
-    files, looks, most = listing.files, listing.looks, most_bytes(source.max_pixels)
+    files, stamps, most = listing.files, listing.stamps, most_bytes(source.max_pixels)
     if source.shards is not None:
-        files, looks, most = tuple(sorted({shard_of(file) for file in files})), (), _NO_LIMIT
+        files, stamps, most = tuple(sorted({shard_of(file) for file in files})), (), _NO_LIMIT
     captions = table_of(source, name)
     stop = threading.Event()
     if source.is_remote:
         found: list[str | None] = [listing.tags.get(file) for file in files]
     else:
-        found = digests(source.path, files, most, stop, partial(side_by_side, stop=stop), looks)
+        found = digests(source.path, files, most, stop, partial(side_by_side, stop=stop), stamps)
     whole = hashlib.sha256()
     for file, digest in zip(files, found, strict=True):
         if digest is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.data.sources.byte_range import ByteRange
-from orchestrator.data.sources.digests import Look
+from orchestrator.data.sources.digests import FileStamp
 from orchestrator.storage.s3_client import Patience, code_of, make_client, plain_errors
 
 _SCHEME = "s3:/"
@@ -43,10 +43,10 @@ class RemoteObject:
         return f"etag {self.etag} of {self.size} bytes"
 
     @property
-    def look(self) -> Look:
+    def stamp(self) -> FileStamp:
         """As a file's, for what is remembered of it: the ETag is in the place of the time of the inode's change."""
         etag = int.from_bytes(hashlib.sha256(self.etag.encode()).digest()[:8], "big")
-        return Look(self.size, self.modified_ns, etag % 10**9)
+        return FileStamp(self.size, self.modified_ns, etag % 10**9)
 
 
 def is_remote(path: Path | str) -> bool:

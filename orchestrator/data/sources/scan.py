@@ -13,7 +13,7 @@ from typing import Protocol
 
 from orchestrator.config.schema import DataSource
 from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
-from orchestrator.data.sources.digests import Look, look_of, trusted
+from orchestrator.data.sources.digests import FileStamp, stamp_of, trusted
 from orchestrator.data.sources.digests import note as note_digests
 from orchestrator.data.sources.folder import Listing, list_images, side_by_side
 from orchestrator.data.sources.remote import is_remote
@@ -111,26 +111,26 @@ def scan(
     """
     listing = listing or list_images(source, name)
     said = captions_of(source, name, listing.files)
-    looks = _looks(source, listing) if known is not None else {}
+    stamps = _stamps(source, listing) if known is not None else {}
     place = f"{source.root}::pictures"
     digests_of: dict[str, str] = {}
     # What `plan` hashed, and what was hashed here.
-    for where in (str(source.root), place) if looks else ():
-        digests_of |= trusted(where, list(looks), list(looks.values()))
+    for where in (str(source.root), place) if stamps else ():
+        digests_of |= trusted(where, list(stamps), list(stamps.values()))
     if known is not None:
         known.load(sorted(set(digests_of.values())))
-    fresh: dict[str, tuple[Look, int, str]] = {}
+    fresh: dict[str, tuple[FileStamp, int, str]] = {}
 
     def scan_one(relative: str) -> ScannedImage:
-        digest, look = digests_of.get(relative), looks.get(relative)
+        digest, stamp = digests_of.get(relative), stamps.get(relative)
         one = known.find(digest) if known is not None and digest is not None else None
         if one is not None and digest is not None:
             found = _known(name, relative, digest, one)
         else:
             began = time.time_ns()
             found = _decoded(source, name, relative, known)
-            if look is not None and found.error is None:
-                fresh[relative] = look, began, found.sha256
+            if stamp is not None and found.error is None:
+                fresh[relative] = stamp, began, found.sha256
         on_each()
         caption, label = said.notes.get(relative, (None, None))
         more, weight = said.more.get(relative, ()), said.weights.get(relative, 1.0)
@@ -142,8 +142,8 @@ def scan(
     finally:
         if known is not None:
             known.save()
-            # What changed while it was read has another look by now.
-            now = looks if source.is_remote else _looks(source, replace(listing, looks=()), fresh)
+            # What changed while it was read has another stamp by now.
+            now = stamps if source.is_remote else _stamps(source, replace(listing, stamps=()), fresh)
             note_digests(place, {file: entry for file, entry in fresh.items() if now.get(file) == entry[0]})
 
 
@@ -157,7 +157,7 @@ def _decoded(source: DataSource, name: str, relative: str, known: KnownPictures 
         if known is not None and known.find(seen[-1][0]) is not None:
             raise _KnownError
 
-    def look(image: Pixels) -> tuple[int, int]:
+    def measure(image: Pixels) -> tuple[int, int]:
         if known is not None:
             known.note(seen[-1][0], image, seen[-1][1], peaks[-1])
         return image.shape[0], image.shape[1]
@@ -165,7 +165,7 @@ def _decoded(source: DataSource, name: str, relative: str, known: KnownPictures 
     try:
         height, width = use_rgb(
             source.path / relative,
-            look,
+            measure,
             max_pixels=source.max_pixels,
             on_bytes=note,
             pixels=source.pixels,
@@ -182,22 +182,22 @@ def _decoded(source: DataSource, name: str, relative: str, known: KnownPictures 
     return ScannedImage(name, relative, *seen[-1], width, height, peak=peaks[-1])
 
 
-def _looks(source: DataSource, listing: Listing, files: Iterable[str] | None = None) -> dict[str, Look]:
-    """What files look like, those in shards as their shard; without those of which it is not known."""
+def _stamps(source: DataSource, listing: Listing, files: Iterable[str] | None = None) -> dict[str, FileStamp]:
+    """Stamps of files, those in shards as their shard; without those of which it is not known."""
     wanted = listing.files if files is None else tuple(files)
-    if source.is_remote or listing.looks:
-        return dict(zip(listing.files, listing.looks, strict=True)) if listing.looks else {}
-    found: dict[str, Look] = {}
-    of_shards: dict[str, Look | None] = {}
+    if source.is_remote or listing.stamps:
+        return dict(zip(listing.files, listing.stamps, strict=True)) if listing.stamps else {}
+    found: dict[str, FileStamp] = {}
+    of_shards: dict[str, FileStamp | None] = {}
     for file in wanted:
         holder = shard_of(file)
         if holder not in of_shards:
             try:
-                of_shards[holder] = look_of((source.path / holder).stat())
+                of_shards[holder] = stamp_of((source.path / holder).stat())
             except OSError:
                 of_shards[holder] = None
-        if (look := of_shards[holder]) is not None:
-            found[file] = look
+        if (stamp := of_shards[holder]) is not None:
+            found[file] = stamp
     return found
 
 

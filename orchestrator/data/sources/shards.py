@@ -19,7 +19,7 @@ from typing import IO, cast
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources import parquet_shards
 from orchestrator.data.sources.captions import Captions, Note, text_of
-from orchestrator.data.sources.digests import Look, is_settled, look_of, remembered, set_aside
+from orchestrator.data.sources.digests import FileStamp, is_settled, remembered, set_aside, stamp_of
 from orchestrator.data.sources.remote import HEADER_BYTES, is_remote, open_object
 from orchestrator.data.sources.shard_members import member_path
 from orchestrator.errors import first_line, shortened
@@ -89,7 +89,7 @@ class Contents:
 
 
 def contents(
-    root: Path, shards: Sequence[str], endings: Iterable[str], looks: Mapping[str, Look] | None = None
+    root: Path, shards: Sequence[str], endings: Iterable[str], stamps: Mapping[str, FileStamp] | None = None
 ) -> Contents:
     """The pictures in shards; headers of shards that have not changed are not read again.
 
@@ -97,7 +97,7 @@ def contents(
         root: the dataset's folder.
         shards: paths of the tar or Parquet files from it.
         endings: of files that are taken for pictures.
-        looks: what each shard looks like, where that is known; else it is asked.
+        stamps: the stamp of each shard, where that is known; else it is asked.
     """
     top = root if is_remote(root) else root.resolve()
     known = _load([str(top / shard) for shard in shards])
@@ -106,22 +106,22 @@ def contents(
     unreadable: dict[str, tuple[str, int | None]] = {}
     read_bytes = 0
     notes: dict[str, Note] = {}
-    fresh: dict[str, tuple[Look, int, TarShard]] = {}
+    fresh: dict[str, tuple[FileStamp, int, TarShard]] = {}
     wanted = frozenset(endings)
     for shard in shards:
         place = str(top / shard)
         try:
-            look = look_of((root / shard).stat()) if looks is None else looks[shard]
+            stamp = stamp_of((root / shard).stat()) if stamps is None else stamps[shard]
             # Of objects the ETag tells a change, however short after the last one.
-            settled = looks is not None or is_settled(look, known[place][1] if place in known else 0)
-            if settled and place in known and known[place][0] == look:
+            settled = stamps is not None or is_settled(stamp, known[place][1] if place in known else 0)
+            if settled and place in known and known[place][0] == stamp:
                 found = known[place][2]
             else:
                 began = time.time_ns()
-                found = _read(root / shard, look.size, wanted)
+                found = _read(root / shard, stamp.size, wanted)
                 found = _with_hidden(found, known[place][2].total if place in known else 0)
-                if look.fits:
-                    fresh[place] = look, began, found
+                if stamp.fits:
+                    fresh[place] = stamp, began, found
         except parquet_shards.NoPicturesError as error:
             reason = f"no shard that can be read: {shortened(first_line(error), 200)}"
             left_out.append((shard, reason, accounts.NOT_A_PICTURE, 1))
@@ -132,7 +132,7 @@ def contents(
             foot = error.pictures if isinstance(error, parquet_shards.DamagedRowsError) else None
             unreadable[shard] = reason, foot or before
             continue
-        read_bytes += look.size
+        read_bytes += stamp.size
         for member, offset, length, caption, label in found.pictures:
             path = member_path(shard, offset, length, member)
             files.append(path)
@@ -145,7 +145,7 @@ def contents(
     _save(fresh)
     each = len(files) / read_bytes if read_bytes else 0.0
     left_out += [
-        _unreadable(root, shard, reason, hidden, each, looks)
+        _unreadable(root, shard, reason, hidden, each, stamps)
         for shard, (reason, hidden) in unreadable.items()
     ]
     return Contents(tuple(sorted(files)), tuple(left_out), Captions(notes))
@@ -157,14 +157,14 @@ def _unreadable(
     reason: str,
     hidden: int | None,
     pictures_per_byte: float,
-    looks: Mapping[str, Look] | None,
+    stamps: Mapping[str, FileStamp] | None,
 ) -> LeftOutMember:
     """An account of a shard: with the number of pictures it hides, or with what its size makes likely."""
     what = f"no shard that can be read: {reason}"
     if hidden:
         return shard, f"{what}; it has {hidden:,} pictures", accounts.SHARD, hidden
     try:
-        size = looks[shard].size if looks is not None else (root / shard).stat().st_size
+        size = stamps[shard].size if stamps is not None else (root / shard).stat().st_size
     except OSError:
         size = 0
     likely = round(pictures_per_byte * size)
@@ -311,7 +311,7 @@ def _said(texts: dict[str, str]) -> Note:
     return one(_CAPTION, "caption", "text"), one(_LABEL, "label", "cls", "class")
 
 
-def _load(places: Sequence[str]) -> dict[str, tuple[Look, int, TarShard]]:
+def _load(places: Sequence[str]) -> dict[str, tuple[FileStamp, int, TarShard]]:
     found = {}
     try:
         with remembered() as connection:
@@ -320,16 +320,16 @@ def _load(places: Sequence[str]) -> dict[str, tuple[Look, int, TarShard]]:
                     "SELECT size, mtime, ctime, listed, members FROM shards WHERE path = ?", (place,)
                 ).fetchone()
                 if row is not None:
-                    found[place] = Look(*row[:3]), row[3], TarShard.of(row[4])
+                    found[place] = FileStamp(*row[:3]), row[3], TarShard.of(row[4])
     except (sqlite3.Error, OSError, ValueError, TypeError) as error:
         set_aside(error)
     return found
 
 
-def _save(fresh: dict[str, tuple[Look, int, TarShard]]) -> None:
+def _save(fresh: dict[str, tuple[FileStamp, int, TarShard]]) -> None:
     if not fresh:
         return
-    rows = [(place, *look, began, shard.text()) for place, (look, began, shard) in fresh.items()]
+    rows = [(place, *stamp, began, shard.text()) for place, (stamp, began, shard) in fresh.items()]
     try:
         with remembered() as connection:
             connection.execute("BEGIN IMMEDIATE")

@@ -33,10 +33,10 @@ def captions_of(source: DataSource, name: str, files: Sequence[str]) -> Captions
     """
     if source.shards is not None:
         tars = sorted({shard_of(file) for file in files})
-        looks = None
+        stamps = None
         if source.is_remote:
-            looks = {item.path: item.look for item in remote.objects(source.path)}
-        return shards.contents(source.path, tars, readable_endings(), looks).said
+            stamps = {item.path: item.stamp for item in remote.objects(source.path)}
+        return shards.contents(source.path, tars, readable_endings(), stamps).said
     if source.manifest is not None:
         said = manifest.read(manifest_of(source, name), source.path).said.of(files)
     else:

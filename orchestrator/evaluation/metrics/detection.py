@@ -29,7 +29,7 @@ _BATCH = 8
 _LEAST = 0.3
 
 
-class Detection(Metric):
+class DetectionPrecision(Metric):
     """COCO's average precision on test pictures, of models that find boxes; others have no row."""
 
     needs_head: ClassVar[str | None] = "detection"

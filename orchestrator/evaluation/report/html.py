@@ -53,7 +53,7 @@ class Picture:
     alt: str = ""
 
 
-Block = Text | Table | Picture
+SectionPart = Text | Table | Picture
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Section:
     """A heading and what stands below it."""
 
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[SectionPart]
 
 
 def page(title: str, subtitle: str, tiles: Sequence[Tile], sections: Sequence[Section]) -> str:

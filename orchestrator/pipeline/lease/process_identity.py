@@ -46,7 +46,7 @@ class ProcessIdentity(BaseModel):
         return f"process {self.pid} on {self.host} since {since}"
 
 
-class _Format(BaseModel):
+class _OwnerFormat(BaseModel):
     """As much of a record as any version can read."""
 
     format: Any = 1
@@ -63,7 +63,7 @@ def owner_in(data: bytes, where: str) -> ProcessIdentity:
         ValidationError: it names none.
         UserError: a later version wrote it. Nobody here can tell whether its process lives, so it counts as held.
     """
-    version = _Format.model_validate_json(data).format
+    version = _OwnerFormat.model_validate_json(data).format
     # What is no number, or no number of ours, is a later version's way to say it.
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise UserError(

@@ -49,7 +49,7 @@ def _stored_parts(value: Any) -> Any:
     return parts
 
 
-class _Format(BaseModel):
+class _EventFormat(BaseModel):
     """As much of a record as any version can read."""
 
     format: int = 1
@@ -290,7 +290,7 @@ def parse(data: bytes) -> Event:
         UnreadableRecordError: it is damaged, or of a later version.
     """
     try:
-        found = _Format.model_validate_json(data).format
+        found = _EventFormat.model_validate_json(data).format
         if found > FORMAT:
             raise UnreadableRecordError(
                 f"it has format {found}, and this version reads formats up to {FORMAT}"

@@ -95,9 +95,9 @@ def test_a_change_within_a_tick_of_the_clock_is_seen(
         mtime, ctime = (
             times["a.jpg"] if found.st_ino == status.st_ino else (found.st_mtime_ns, found.st_ctime_ns)
         )
-        return module.Look(found.st_size, mtime, ctime)
+        return module.FileStamp(found.st_size, mtime, ctime)
 
-    monkeypatch.setattr(module, "look_of", coarse)
+    monkeypatch.setattr(module, "stamp_of", coarse)
     opened.clear()
     assert _asked(folder) == _expected(folder)
     assert "a.jpg" in opened
