@@ -6,14 +6,10 @@ a sample that is balanced at every level. Without a network, a classical thumbna
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -21,42 +17,15 @@ from orchestrator.config.schema import Cluster, Names
 from orchestrator.config.settings import in_key_if_set, operational
 from orchestrator.data.curation.components import CHOSEN, LEFT_OUT, RETRIEVED
 from orchestrator.data.views import Side
-from orchestrator.errors import Stopped, UserError, nearest, shortened
-from orchestrator.fsio import sha256_of
-from orchestrator.progress import Meter
+from orchestrator.errors import UserError
 from orchestrator.stages.base import Context, PlanContext, Stage
 from orchestrator.stages.common.network_source import NetworkSource
-from orchestrator.stages.curate.report import (
-    accounts_of,
-    report_of,
-    show_account,
-    tell_first,
-    write_provenance,
-)
-from orchestrator.stages.curate.retrieval import Retrievals, check_seeds, find_near
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from orchestrator.config.pixels import PixelFormat
-    from orchestrator.data.curation.block_workers import BlockWorkers
-    from orchestrator.data.curation.dedup import NearLimit
-    from orchestrator.data.curation.selection import ImageStatus
-    from orchestrator.data.curation.signatures import SignatureCache
-    from orchestrator.data.curation.vectors import Vectors
-    from orchestrator.data.sources.folder import LeftOut
-    from orchestrator.data.sources.scan import ScannedImage
-
-logger = logging.getLogger("orchestrator")
+from orchestrator.stages.curate.retrieval import Retrievals, check_seeds
+from orchestrator.stages.curate.workers import Workers
 
 _MAX_LEVELS = 16
 # What the networks that are likely to be given were trained at.
 _SIZE = 224
-# Photos from which on a cluster of one machine is used, since it may grow.
-_MANY = 200_000
-# Characters of a warning about near duplicates.
-_WARNING = 900
 
 
 def _levels(value: Any) -> Any:
@@ -76,6 +45,11 @@ class EmbeddingNetwork(NetworkSource):
     size: Side | None = Field(
         None, description="The side of the images that the network sees, in pixels. Default: 224."
     )
+
+    @property
+    def side(self) -> int:
+        """The side of the images that the network sees, in pixels."""
+        return self.size or _SIZE
 
 
 class Curate(Stage):
@@ -153,7 +127,7 @@ class Curate(Stage):
         "depends only on its bytes.",
     )
 
-    workers: Literal["auto", "threads", "ray"] = operational(
+    workers: Workers = operational(
         "auto",
         description="What embeds and clusters images: threads of the process that runs the pipeline, or the Ray "
         "cluster. auto uses a cluster that the pipeline joined, if it has more than one machine or there are 200,000 "
@@ -249,274 +223,6 @@ class Curate(Stage):
             UserError: an unknown or empty source, nothing readable, or more clusters or samples than photos.
             Stopped: the user asked for it; the stage starts over next time.
         """
-        import numpy as np
+        from orchestrator.stages.curate.curation import run_curation
 
-        from orchestrator.data.curation import selection
-        from orchestrator.data.curation.contact_sheet import draw_clusters
-        from orchestrator.data.curation.hierarchy import cluster_levels, draw
-        from orchestrator.data.curation.vectors import ArrayVectors
-        from orchestrator.data.index import ImageIndex
-
-        def stop() -> None:
-            if context.stop.is_set():
-                raise Stopped
-
-        photos, left_out, known = self._scan(context)
-        stop()
-        different = {photo.sha256 for photo in photos if not photo.error}
-        described = Meter(context.name, len(different), "photos described")
-        roots = {name: context.sources[name].root for name in self.data}
-        limits = {name: context.sources[name].max_pixels for name in self.data}
-
-        def step() -> None:
-            stop()
-            described.add()
-
-        pixels = {name: context.sources[name].pixels for name in self.data}
-        near: list[NearLimit] = []
-        levels_of: list[NDArray[np.float64]] = []
-        statuses, descriptors = selection.filter_images(
-            photos,
-            roots,
-            self.near_duplicate,
-            self.near_duplicate_relative,
-            step,
-            limits,
-            pixels,
-            near.extend,
-            known,
-            levels_of.extend,
-        )
-        for told in near:
-            if (warning := told.said()) is not None:
-                logger.warning("%s: %s", context.name, shortened(warning, _WARNING))
-        vectors: Vectors = ArrayVectors(descriptors)
-        if not isinstance(self.embedding, str):
-            vectors, statuses = self._embedded(context, self.embedding, statuses, limits, pixels)
-        target = self._target(vectors.shape[0], context.name)
-        if isinstance(self.embedding, str):
-            np.save(context.out / "embeddings.npy", descriptors)
-        levels = cluster_levels(
-            vectors,
-            self.clusters,
-            context.seed,
-            resampling=self.resampling,
-            workers=self._workers(context.name, vectors.shape[0]),
-            work=context.work / "clusters",
-            stop=stop,
-        )
-        balanced = draw(levels, target, context.seed)
-        clusters = levels.of_vectors()
-        retrieved, retrieval = find_near(
-            context.name,
-            self.retrieve,
-            statuses,
-            vectors,
-            self.holdout,
-            self._workers(context.name, vectors.shape[0]),
-            stop,
-        )
-        rows = selection.index_rows(statuses, clusters[:, -1], balanced, self.holdout, retrieved)
-        index = ImageIndex(rows, _measured(context.name, pixels, levels_of))
-        index.save(context.out)
-        np.save(context.out / "levels.npy", clusters.astype(np.int32))
-        others = [selection.left_out(name, item, roots[name]) for name, item in left_out]
-        write_provenance(context.out / "provenance.parquet", [*statuses, *others], index)
-        accounts = accounts_of(self.data, [*statuses, *others])
-        found = [
-            {"clusters": int(column.max()) + 1, "inertia": inertia}
-            for column, inertia in zip(clusters.T, levels.inertias, strict=True)
-        ]
-        report = report_of(self, statuses, others, index, vectors.shape[1], found)
-        report["near_duplicate_limits"] = {one.source: one.record() for one in near}
-        if retrieval:
-            report["retrieved"] = retrieval
-        report["account"] = {one.source: one.record() for one in accounts}
-        (context.out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        draw_clusters(index, levels.distances_N, context.out / "clusters.png")
-        context.run.file(context.out / "clusters.png", "curation")
-        show_account(context, accounts)
-        tell_first(context.name, report)
-        summary = ("images", "unique", "corrupt", "duplicates", "left_out", "clusters")
-        return {name: float(report[name]) for name in summary}
-
-    def _embedded(
-        self,
-        context: Context,
-        network: EmbeddingNetwork,
-        statuses: Sequence[ImageStatus],
-        limits: Mapping[str, int],
-        pixels: Mapping[str, PixelFormat | None],
-    ) -> tuple[Vectors, list[ImageStatus]]:
-        """What the network says of the unique photos, and the statuses without those that went meanwhile."""
-        from orchestrator.data.curation.vectors import open_vectors
-        from orchestrator.stages.curate.embed import PhotoFile, embed_photos
-
-        rows = [row for row, status in enumerate(statuses) if status.status == "unique"]
-        photos = [
-            PhotoFile(
-                Path(status.root) / status.photo.path,
-                status.photo.sha256,
-                limits[status.photo.source],
-                pixels[status.photo.source],
-            )
-            for status in (statuses[row] for row in rows)
-        ]
-        embedded = Meter(context.name, len(photos), "photos embedded")
-
-        def step(count: int) -> None:
-            embedded.add(count)
-            if context.stop.is_set():
-                raise Stopped
-
-        file = context.out / "embeddings.npy"
-        lost = embed_photos(
-            photos,
-            network,
-            network.size or _SIZE,
-            context.work / "embedded",
-            file,
-            where=f"stages.{context.name}.embedding",
-            identity=json.dumps(
-                [self.version, *([sha256_of(path) for path in paths] for paths in network.files().values())]
-            ),
-            device=context.elastic.device,
-            step=step,
-            actors=self._ray_processors(context.name, len(photos)),
-        )
-        left = list(statuses)
-        for number in lost:
-            left[rows[number]] = replace(
-                left[rows[number]], status="corrupt", reason="it cannot be read any more"
-            )
-        return open_vectors(file), left
-
-    def _workers(self, stage: str, count: int) -> BlockWorkers | None:
-        """What clusters so many photos; None for threads."""
-        processors = self._ray_processors(stage, count)
-        if processors is None:
-            return None
-        from orchestrator.data.curation.block_workers import RayWorkers
-
-        return RayWorkers(processors)
-
-    def _ray_processors(self, stage: str, count: int) -> int | None:
-        """How many processors of the Ray cluster work on so many photos; None for threads of this process."""
-        ray = sys.modules.get("ray")
-        if self.workers == "threads" or ray is None or not ray.is_initialized():
-            return None
-        from orchestrator.elastic.resources import cluster_nodes
-
-        nodes = cluster_nodes()
-        if self.workers == "auto" and len(nodes) < 2 and count < _MANY:
-            return None
-        # Ray may believe in more processors than a machine has.
-        cores = sum(min(node.resources.get("CPU", 0.0), node.cores) for node in nodes)
-        free = int(min(cores, ray.available_resources().get("CPU", 0.0)))
-        if free < 1:
-            logger.warning("%s: no processor of the Ray cluster is free: threads of this process work", stage)
-            return None
-        return free
-
-    def _scan(
-        self, context: Context
-    ) -> tuple[list[ScannedImage], list[tuple[str, LeftOut]], dict[str, SignatureCache]]:
-        """The photos of all sources, what else is there, and what the photos of each source look like."""
-        from orchestrator.data.curation.signatures import SignatureCache
-        from orchestrator.data.sources.folder import list_images
-        from orchestrator.data.sources.pixel_checks import unclear_range
-        from orchestrator.data.sources.scan import scan
-
-        listings = {}
-        for name in self.data:
-            if name not in context.sources:
-                near = nearest(name, context.sources)
-                raise UserError(
-                    f"there is no dataset {name!r}",
-                    where=f"stages.{context.name}.data",
-                    hint=f"did you mean {near!r}?" if near else f"name one of {sorted(context.sources)}",
-                )
-            listings[name] = list_images(context.sources[name], name)
-        read = Meter(context.name, sum(len(listing.files) for listing in listings.values()), "photos read")
-        photos: list[ScannedImage] = []
-        left_out: list[tuple[str, LeftOut]] = []
-        known: dict[str, SignatureCache] = {}
-        for name, listing in listings.items():
-            source = context.sources[name]
-            known[name] = SignatureCache(source.max_pixels, source.pixels)
-            photos += scan(source, name, listing, read.add, known[name])
-            left_out += [(name, item) for item in listing.left_out]
-        _ask_if_many(context, self.data, photos, left_out)
-        for name in self.data:
-            if error := unclear_range(name, [photo.peak for photo in photos if photo.source == name]):
-                raise error
-        if all(photo.error for photo in photos):
-            raise UserError(
-                f"none of the {len(photos)} images can be read; {photos[0].path}: {photos[0].error}",
-                where=str(context.sources[photos[0].source].path),
-                hint="check that the files were copied whole",
-            )
-        return photos, left_out, known
-
-    def _target(self, num_unique: int, stage: str) -> int:
-        """Photos of the balanced component."""
-        if self.clusters[0] > num_unique:
-            raise UserError(
-                f"{self.clusters[0]} clusters cannot be made of {num_unique} different photos",
-                where=f"stages.{stage}.clusters",
-                hint=f"use at most {num_unique}",
-            )
-        if isinstance(self.sample, float):
-            return max(1, round(self.sample * num_unique))
-        if self.sample > num_unique:
-            raise UserError(
-                f"a sample of {self.sample} cannot be taken from {num_unique} different photos",
-                where=f"stages.{stage}.sample",
-                hint=f"use at most {num_unique}, or a share such as 0.5",
-            )
-        return self.sample
-
-
-def _ask_if_many(
-    context: Context,
-    names: Sequence[str],
-    photos: Sequence[ScannedImage],
-    left_out: Sequence[tuple[str, LeftOut]],
-) -> None:
-    """Stop with the question if more of a dataset would be left out than it allows.
-
-    Raises:
-        UserError: that.
-    """
-    from orchestrator.data.sources import account as accounts
-
-    for name in names:
-        photos_of = [photo for photo in photos if photo.source == name]
-        files = [
-            (photo.path, photo.error_kind or accounts.TAKEN, photo.error or "", 1) for photo in photos_of
-        ]
-        files += [
-            (item.path, item.kind, item.reason, item.pictures) for source, item in left_out if source == name
-        ]
-        # That none can be read has a message of its own.
-        one, limit = accounts.account(name, files), context.sources[name].max_left_out
-        if one.taken and (error := accounts.lost_too_many(one, limit, f"data.{name}.max_left_out")):
-            raise error
-
-
-def _measured(
-    stage: str, pixels: Mapping[str, PixelFormat | None], moments: Sequence[NDArray[np.float64]]
-) -> dict[str, PixelFormat | None]:
-    """How files are seen, with the mean and deviation of these pictures where the pipeline file gives none."""
-    from orchestrator.data.bands import mean_and_std
-
-    if not moments:
-        return dict(pixels)
-    mean, std = mean_and_std(moments)
-    logger.info("%s: the bands have the mean %s and the deviation %s", stage, list(mean), list(std))
-    return {
-        name: found.model_copy(update={"mean": found.mean or mean, "std": found.std or std})
-        if found is not None and found.is_measured
-        else found
-        for name, found in pixels.items()
-    }
+        return run_curation(self, context)

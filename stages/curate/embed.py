@@ -8,11 +8,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,12 +21,20 @@ from numpy.typing import NDArray
 
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.curation.signatures import EmbeddingCache, decoder_versions
+from orchestrator.data.curation.vectors import Vectors, open_vectors
 from orchestrator.data.decode import Pixels, UnreadableImage, read_square
-from orchestrator.errors import UserError
-from orchestrator.fsio import replacing
+from orchestrator.errors import Stopped, UserError
+from orchestrator.fsio import replacing, sha256_of
+from orchestrator.progress import Meter
+from orchestrator.stages.base import Context
 from orchestrator.stages.common.network_source import NetworkSource, as_recorded
 from orchestrator.stages.common.open_network import as_seen, open_network
+from orchestrator.stages.curate.workers import ray_processors
 from orchestrator.training.device import device_type
+
+if TYPE_CHECKING:
+    from orchestrator.data.curation.selection import ImageStatus
+    from orchestrator.stages.curate.config import Curate, EmbeddingNetwork
 
 Floats = NDArray[np.float32]
 
@@ -55,6 +63,55 @@ class PhotoFile:
         """From what :meth:`record` gave."""
         path, sha256, max_pixels, pixels = record
         return cls(Path(path), sha256, max_pixels, pixels and PixelFormat.model_validate(pixels))
+
+
+def embed_unique(
+    config: Curate, network: EmbeddingNetwork, context: Context, statuses: Sequence[ImageStatus]
+) -> tuple[Vectors, list[ImageStatus]]:
+    """What the network says of the unique photos, as `embeddings.npy`, too.
+
+    Returns:
+        The features, and the statuses, in which photos that went since they were described are corrupt.
+
+    Raises:
+        UserError, Stopped: see :func:`embed_photos`.
+    """
+    rows = [row for row, status in enumerate(statuses) if status.status == "unique"]
+    photos = [
+        PhotoFile(
+            Path(status.root) / status.photo.path, status.photo.sha256, source.max_pixels, source.pixels
+        )
+        for status in (statuses[row] for row in rows)
+        for source in (context.sources[status.photo.source],)
+    ]
+    embedded = Meter(context.name, len(photos), "photos embedded")
+
+    def step(count: int) -> None:
+        embedded.add(count)
+        if context.stop.is_set():
+            raise Stopped
+
+    file = context.out / "embeddings.npy"
+    lost = embed_photos(
+        photos,
+        network,
+        network.side,
+        context.work / "embedded",
+        file,
+        where=f"stages.{context.name}.embedding",
+        identity=json.dumps(
+            [config.version, *([sha256_of(path) for path in paths] for paths in network.files().values())]
+        ),
+        device=context.elastic.device,
+        step=step,
+        actors=ray_processors(config.workers, context.name, len(photos)),
+    )
+    left = list(statuses)
+    for number in lost:
+        left[rows[number]] = replace(
+            left[rows[number]], status="corrupt", reason="it cannot be read any more"
+        )
+    return open_vectors(file), left
 
 
 def embed_photos(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from orchestrator.data.index import ImageIndex
 from orchestrator.data.sources import account
 from orchestrator.errors import Stopped, UserError
 from orchestrator.stages.base import Context
+from orchestrator.stages.curate import curation
 from orchestrator.stages.curate.config import Curate
+from orchestrator.stages.curate.scan import Scanned
 
 from .curating import curation_context
 
@@ -211,14 +214,14 @@ def test_what_is_no_photo_is_in_the_report_with_its_reason(photos: Path, tmp_pat
 def test_a_photo_that_goes_while_curation_runs_is_corrupt(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Curate._scan
+    plain = curation.scan_sources
 
-    def scan_and_lose(self: Curate, context: Context) -> object:
-        found = plain(self, context)
+    def scan_and_lose(context: Context, names: Sequence[str]) -> Scanned:
+        found = plain(context, names)
         (photos / "0-05.jpg").unlink()
         return found
 
-    monkeypatch.setattr(Curate, "_scan", scan_and_lose)
+    monkeypatch.setattr(curation, "scan_sources", scan_and_lose)
     context = curation_context(tmp_path, photos=_source(photos))
     summary = Curate(kind="curate", data="photos", clusters=4).run(context)
     assert (summary["unique"], summary["corrupt"]) == (29, 3)

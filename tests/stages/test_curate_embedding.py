@@ -18,7 +18,6 @@ from sklearn.datasets import load_sample_image
 
 from orchestrator.config.schema import DataSource
 from orchestrator.data import decode as decoder
-from orchestrator.data.curation import contact_sheet
 from orchestrator.data.decode import read_square
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.sources import digests
@@ -26,7 +25,7 @@ from orchestrator.data.sources.folder import fingerprint
 from orchestrator.errors import Stopped, UserError
 from orchestrator.models import MEAN, STD, from_config, load_pretrained, preset, save_pretrained
 from orchestrator.stages.common.network_source import NetworkSource, as_recorded
-from orchestrator.stages.curate import embed, embed_on_ray
+from orchestrator.stages.curate import curation, embed, embed_on_ray
 from orchestrator.stages.curate.config import Curate
 from orchestrator.storage.cache_folder import cache_folder
 
@@ -261,7 +260,7 @@ def test_of_51_photos_one_is_new_and_is_decoded_once(
         return context.out
 
     # It shows a few photos at a size of its own, and draws them anew.
-    monkeypatch.setattr(contact_sheet, "draw_clusters", lambda index, distances, path: path.touch())
+    monkeypatch.setattr(curation, "draw_clusters", lambda index, distances, path: path.touch())
     stage = Curate(kind="curate", data="photos", clusters=[8, 3], near_duplicate=0)
     curate(folder)
     assert len(decoded) == 50
