@@ -177,10 +177,11 @@ def _features(stage: Finetune, index: Path, folder: Path, seed: int) -> tuple[Fl
 
     from orchestrator.models import normalise
     from orchestrator.stages.finetune.blocks import split_blocks
+    from orchestrator.stages.finetune.run import labelled_rows
     from orchestrator.stages.finetune.start import starting_backbone
 
     context = _context(index, folder, seed)
-    labelled = stage.labelled(context, ImageIndex.load(index))
+    labelled = labelled_rows(stage, context, ImageIndex.load(index))
     count = len(ImageIndex.load(index))
     classes = np.full(count, -1, dtype=np.int64)
     with starting_backbone(stage, context) as start, torch.inference_mode():

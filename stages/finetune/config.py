@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -26,8 +23,6 @@ from orchestrator.stages.common.config import (
     PRECISION,
     Precision,
     check_blocks,
-    stage_seed,
-    summary,
 )
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.step_fields import (
@@ -43,11 +38,7 @@ from orchestrator.stages.finetune.dense import Depth, Segmentation
 from orchestrator.stages.finetune.detection import Detection
 
 if TYPE_CHECKING:
-    from orchestrator.data.index import ImageIndex
-    from orchestrator.stages.finetune.goal import Labelled
-    from orchestrator.stages.finetune.pictures import Indexed
-    from orchestrator.stages.finetune.start import StartingBackbone
-    from orchestrator.training.job import Job
+    pass
 
 logger = logging.getLogger("orchestrator")
 
@@ -330,75 +321,6 @@ class Finetune(TrainStage):
         """The steps after which the validation split is looked at; the last one is always among them."""
         return (*range(self.validate_every, self.steps, self.validate_every), self.steps)
 
-    def job(
-        self,
-        context: Context,
-        start: StartingBackbone,
-        pictures: Indexed,
-        labelled: Labelled,
-        max_unreadable: int | None = None,
-    ) -> Job:
-        """The elastic job of this stage; so many photos may become unreadable, or any number."""
-        from orchestrator.stages.finetune.blocks import split_blocks, training_blocks
-        from orchestrator.stages.finetune.task import FinetuneTask
-        from orchestrator.training.job import Job
-
-        seed = stage_seed(context, self.kind)
-        index, roots = pictures.folder, context.roots
-        return Job(
-            name=context.name,
-            task=partial(FinetuneTask, self, start, labelled.classes, seed),
-            blocks=partial(training_blocks, self, index, labelled, start.image_size, seed, roots=roots),
-            num_blocks=self.batch_size // self.block_size,
-            num_steps=self.steps,
-            optimizer=self.optimizer,
-            zero_stage=self.zero_stage,
-            precision=self.precision,
-            work=context.work,
-            seed=context.seed,
-            elastic=context.elastic,
-            remote=context.remote,
-            inputs=context.needed + start.needed + pictures.needed,
-            pipeline=context.pipeline,
-            validation=partial(
-                split_blocks, self, index, labelled, "validation", start.image_size, roots=roots
-            ),
-            validate_every=self.validate_every,
-            export_steps=self.validation_steps()[:-1],
-            max_unreadable=max_unreadable,
-        )
-
-    def labelled(self, context: Context, index: ImageIndex) -> Labelled:
-        """The rows of each split that have labels.
-
-        Raises:
-            UserError: splits that overlap or are empty, or labels that cannot be learnt.
-        """
-        from orchestrator.data.splits import Splits
-
-        where = f"stages.{context.name}"
-        if isinstance(self.task, Classification):
-            splits = Splits.of(
-                index,
-                self.split,
-                folder=context.inputs["index"].path,
-                sources=context.sources,
-                where=f"{where}.split",
-            )
-        else:
-            split = self.task.dataset.chosen_split()
-            splits = Splits.of(index, split, where=f"{where}.task.data.split")
-        splits.warn(logger)
-        labelled = self.task.labelled(index, splits, where)
-        for name in ("train", "validation", "test"):
-            if not len(getattr(labelled, name)):
-                raise UserError(
-                    f"no image of the {name} split has a label",
-                    where=f"{where}.split",
-                    hint="give images of the split labels, or change the split",
-                )
-        return labelled
-
     def run(self, context: Context) -> Mapping[str, float]:
         """Train, choose the best step on validation, report it on test; leave the model.
 
@@ -406,84 +328,9 @@ class Finetune(TrainStage):
             UserError: labels or splits that cannot be used, a backbone that is not there, or a size it cannot take.
             Stopped: on request, checkpointed.
         """
-        from orchestrator.data.image_reader import most_unreadable
-        from orchestrator.data.index import ImageIndex, pixels_in
-        from orchestrator.elastic import trainer
-        from orchestrator.stages.finetune.blocks import split_blocks
-        from orchestrator.stages.finetune.export import save_finetuned
-        from orchestrator.stages.finetune.pictures import indexed
-        from orchestrator.stages.finetune.score import score_split
-        from orchestrator.stages.finetune.start import starting_backbone
+        from orchestrator.stages.finetune.run import run_finetune
 
-        with indexed(self, context) as pictures, starting_backbone(self, context) as start:
-            index = ImageIndex.load(pictures.folder, context.roots)
-            start.check_channels(index.num_channels, context.name)
-            labelled = self.labelled(context, index)
-            limit = most_unreadable(self.max_unreadable, len(index))
-            job = self.job(context, start, pictures, labelled, limit)
-            account = trainer.run(job, tracker=context.run, stop=context.stop)
-            looks = _looks(context.run.history("val"))
-            best = self._best(looks)
-            seen, model = pixels_in(pictures.folder), context.out / "model"
-            sizes = save_finetuned(self, start, labelled.classes, job.export(best), model, seen)
-            blocks = partial(split_blocks, self, pictures.folder, labelled, roots=context.roots)
-            goal = self.task.goal(labelled.classes)
-            scores = {
-                name: score_split(goal, blocks(name, start.image_size), model, context)
-                for name in ("validation", "test")
-            }
-        (context.out / SCORES).write_text(
-            json.dumps(
-                {
-                    "task": self.task.type,
-                    "best_step": best,
-                    "chosen_by": f"validation {self.task.chosen_by[0]}",
-                    **{
-                        name: {"images": len(getattr(labelled, name)), **found}
-                        for name, found in scores.items()
-                    },
-                    "training_images": len(labelled.train),
-                    **sizes,
-                    "classes": list(labelled.classes),
-                },
-                indent=1,
-            )
-            + "\n"
-        )
-        job.collect(context.out / "checkpoint")
-        history = context.run.history()
-        (context.out / "history.json").write_text(json.dumps(history))
-        (context.out / "validation.json").write_text(json.dumps(looks))
-        figures = {
-            f"{name}_{figure}": value for name, found in scores.items() for figure, value in found.items()
-        }
-        # What a reader of the summary line wants to see first.
-        first = {name: figures.pop(name) for name in list(figures) if name.startswith("test_")}
-        return {**first, **figures, "best_step": float(best)} | sizes | summary(history) | account
-
-    def _best(self, looks: list[dict[str, Any]]) -> int:
-        """The step whose figure of the validation split is best; of equal ones the first."""
-        name, better = self.task.chosen_by
-        known = [(look["metrics"][name], int(look["step"])) for look in looks if name in look["metrics"]]
-        # A figure that is no number is above and below nothing.
-        known = [
-            (value, step) for value, step in known if step in self.validation_steps() and math.isfinite(value)
-        ]
-        if not known:
-            return self.steps
-        sign = 1 if better == "more" else -1
-        return min(known, key=lambda each: (-sign * each[0], each[1]))[1]
-
-
-def _looks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Step and figures of each look at the validation split, in order; seconds are no figure of it."""
-    return [
-        {
-            "step": int(record["step"]),
-            "metrics": {name: value for name, value in record["metrics"].items() if name != "seconds"},
-        }
-        for record in sorted(records, key=lambda record: int(record["step"]))
-    ]
+        return run_finetune(self, context)
 
 
 def _check_network(network: NetworkSource) -> None:

@@ -12,6 +12,7 @@ from orchestrator.data.index import ImageIndex
 from orchestrator.stages import AnyStage
 from orchestrator.stages.base import Context
 from orchestrator.stages.finetune.pictures import Indexed
+from orchestrator.stages.finetune.run import labelled_rows, training_job
 from orchestrator.stages.finetune.start import StartingBackbone
 from orchestrator.storage.artifacts import Artifact, Manifest
 from orchestrator.tracking.run import NullRun
@@ -36,7 +37,7 @@ def make_job(spec: dict[str, Any]) -> Job:
         elastic=Elastic(checkpoint_every_s=1e9, device="cpu", exact=spec.get("exact", False)),
         run=NullRun(),
     )
-    labelled = config.labelled(context, ImageIndex.load(folder))
+    labelled = labelled_rows(config, context, ImageIndex.load(folder))
     start = StartingBackbone(Path(spec["start"]), config.image_size)
-    job: Job = config.job(context, start, Indexed(folder), labelled)
+    job: Job = training_job(config, context, start, Indexed(folder), labelled)
     return job

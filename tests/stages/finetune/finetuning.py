@@ -14,6 +14,7 @@ from orchestrator.config.elastic import Elastic
 from orchestrator.data.index import ImageIndex
 from orchestrator.stages.base import Context
 from orchestrator.stages.finetune.config import Finetune
+from orchestrator.stages.finetune.run import labelled_rows
 from orchestrator.stages.finetune.start import StartingBackbone
 from orchestrator.stages.finetune.task import FinetuneTask
 from orchestrator.storage.artifacts import Artifact, Manifest
@@ -44,7 +45,7 @@ def context(index: Path, folder: Path, **inputs: Path) -> Context:
 
 
 def labelled(stage: Finetune, index: Path, tmp_path: Path) -> Any:
-    return stage.labelled(context(index, tmp_path), ImageIndex.load(index))
+    return labelled_rows(stage, context(index, tmp_path), ImageIndex.load(index))
 
 
 def relabelled(index: Path, **changes: Any) -> Path:

@@ -23,6 +23,7 @@ from orchestrator.evaluation.metrics.segmentation import iou_parts, mean_iou
 from orchestrator.stages.finetune.config import Finetune
 from orchestrator.stages.finetune.dense_goals import DepthGoal, SegmentationGoal
 from orchestrator.stages.finetune.pictures import indexed
+from orchestrator.stages.finetune.run import labelled_rows
 
 from .finetuning import config, context
 
@@ -97,7 +98,7 @@ def test_mistakes_of_a_data_set_are_told_before_the_first_step(tmp_path: Path) -
 
     def said(stage: Finetune) -> str:
         with pytest.raises(UserError) as caught, indexed(stage, context(tmp_path, tmp_path)) as found:
-            stage.labelled(context(tmp_path, tmp_path), ImageIndex.load(found.folder))
+            labelled_rows(stage, context(tmp_path, tmp_path), ImageIndex.load(found.folder))
         return caught.value.what
 
     one = masks(tmp_path / "one", lambda number: 5)
@@ -134,7 +135,7 @@ def test_more_objects_than_queries_are_a_warning(tmp_path: Path, caplog: pytest.
               "annotations": str(tmp_path / "boxes.json"), "split": {"by": "hash", "near_duplicate": 1.0}}}
     )  # fmt: skip
     with caplog.at_level("WARNING"), indexed(stage, context(tmp_path, tmp_path)) as found:
-        stage.labelled(context(tmp_path, tmp_path), ImageIndex.load(found.folder))
+        labelled_rows(stage, context(tmp_path, tmp_path), ImageIndex.load(found.folder))
     assert "1 of 12 pictures have more than 2 objects, up to 3" in caplog.text
 
 
@@ -152,7 +153,7 @@ def test_a_category_with_the_name_of_another_is_a_mistake(tmp_path: Path) -> Non
     )  # fmt: skip
     told = pytest.raises(UserError, match="two categories are called 'dog'")
     with told, indexed(stage, context(tmp_path, tmp_path)) as found:
-        stage.labelled(context(tmp_path, tmp_path), ImageIndex.load(found.folder))
+        labelled_rows(stage, context(tmp_path, tmp_path), ImageIndex.load(found.folder))
 
 
 def test_a_task_with_a_data_set_of_its_own_takes_no_index(tmp_path: Path) -> None:

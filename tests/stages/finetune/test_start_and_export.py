@@ -29,6 +29,7 @@ from orchestrator.stages.common.mlmodel import mlmodel, width
 from orchestrator.stages.common.predictor import Predictor
 from orchestrator.stages.finetune.config import Finetune
 from orchestrator.stages.finetune.export import save_finetuned
+from orchestrator.stages.finetune.run import best_step
 from orchestrator.stages.finetune.start import StartingBackbone, starting_backbone
 from orchestrator.stages.finetune.task import FinetuneTask
 
@@ -190,10 +191,10 @@ def test_the_best_step_is_the_first_of_the_best() -> None:
     looks: list[dict[str, Any]] = [
         {"step": step, "metrics": {"accuracy": value}} for step, value in ((2, 0.4), (4, 0.6), (5, 0.6))
     ]
-    assert stage._best(looks) == 4
-    assert stage._best([]) == 5
+    assert best_step(stage, looks) == 4
+    assert best_step(stage, []) == 5
     looks[0]["metrics"]["accuracy"] = float("nan")
-    assert stage._best(looks) == 4, "what is no number is not the best"
+    assert best_step(stage, looks) == 4, "what is no number is not the best"
 
 
 @pytest.mark.parametrize("task", ["segmentation", "depth", "detection"])
