@@ -30,8 +30,8 @@ from orchestrator.storage.artifacts import Artifact
 from orchestrator.tracking import download
 from orchestrator.tracking.run import NullRun, Run, Tracking
 
+from .evaluating import make_text
 from .registries import NUM_PHOTOS, K, Maker, artifact, backbone, context, evaluation, rows
-from .test_evaluate import make_text
 
 CAPTIONS = ["a red one", "a green one", "blue"] * 20
 COMMAND = "orchestrator run food.yaml stages.high_res.steps=7"

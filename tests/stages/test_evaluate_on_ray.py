@@ -18,7 +18,7 @@ from orchestrator.stages.evaluate import scoring
 from orchestrator.stages.evaluate.candidates import Candidate
 from orchestrator.stages.evaluate.measure import Pool
 
-from .test_evaluate import artifact, context, make_students, small, stage
+from .evaluating import artifact, context, make_students, small, stage
 
 __all__ = ["small"]
 

@@ -28,7 +28,7 @@ from orchestrator.stages.evaluate import towers
 from orchestrator.stages.evaluate.config import Evaluate
 from orchestrator.stages.evaluate.towers import Crops
 
-from .test_evaluate import artifact, context, make_backbone, make_students
+from .evaluating import artifact, context, make_backbone, make_students
 
 LABELS = ("red", "green", "blue")
 PARTS = {"train": 6, "val": 3, "test": 4}

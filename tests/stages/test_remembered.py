@@ -22,7 +22,8 @@ from orchestrator.stages.evaluate import remembered
 from orchestrator.stages.evaluate.remembered import FeatureMemory, model_key
 from orchestrator.stages.evaluate.towers import Tower, embed_crops, feature_maps, found_boxes, remembering
 
-from .test_evaluate import Colours, small, stage
+from .evaluating import small, stage
+from .test_evaluate_outside import Colours
 
 __all__ = ["small"]
 
