@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import Cluster, DataSource, StageSpec
-from orchestrator.config.settings import operational
+from orchestrator.config.settings import in_key_if_set, operational
 from orchestrator.config.split import Split
 from orchestrator.errors import UserError
 from orchestrator.fsio import move
@@ -404,6 +404,22 @@ class TrainStage(Stage):
         description="The maximum share of photos, from 0 to 1, that may turn out unreadable during the stage, counted "
         "over all workers and attempts. Each is replaced by another photo, and `replaced_photos` counts the samples. "
         "Above the maximum the stage fails and names the photos. One unreadable photo is always allowed.",
+    )
+    cached_side: int | None = in_key_if_set(
+        None,
+        ge=32,
+        le=8192,
+        description="The shorter side, in pixels, to which larger photos are resized. They are decoded once, kept in "
+        "the cache of each machine, and read from there in later epochs. Default: photos are not resized, and are "
+        "decoded from their files each time.",
+    )
+    image_cache_gib: float = operational(
+        50.0,
+        gt=0,
+        le=2**20,
+        allow_inf_nan=False,
+        description="The maximum size of the cache of resized photos on each machine, in GiB, if `cached_side` is "
+        "set. Photos that find no room are decoded each time, with the same result.",
     )
     compile: bool = operational(
         False, description="Whether the blocks of the models are compiled with torch.compile."

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.crops import cut, draw_box, make_views
-from orchestrator.data.decode import Pixels, use_rgb
-from orchestrator.data.image_reader import ImageReader
+from orchestrator.data.decode import Pixels
+from orchestrator.data.image_reader import ImageReader, Picture
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.masking import block_masks
+from orchestrator.data.resized_images import ResizedImages
 from orchestrator.data.rng import generator
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.views import CropConfig
@@ -92,7 +91,7 @@ class CropBlocks:
         mask_ratio: smallest and largest masked share of a masked view.
         mask_probability: share of the block's global views that are masked.
         like: other views of the same photographs, whose boxes these are to share.
-        max_unreadable: see :class:`ImageReader`.
+        max_unreadable, resized: see :class:`ImageReader`.
 
     Raises:
         UserError: sizes that do not divide.
@@ -113,10 +112,11 @@ class CropBlocks:
         mask_ratio: tuple[float, float] = (0.1, 0.5),
         mask_probability: float = 0.5,
         like: CropConfig | None = None,
+        resized: ResizedImages | None = None,
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
         self._like = like
-        self._reader = ImageReader(index, order, max_unreadable)
+        self._reader = ImageReader(index, order, max_unreadable, resized)
         self._order, self._crops = order, crops
         self._patch_size, self._block_size, self._seed = patch_size, block_size, seed
         self._mask_ratio, self._mask_probability = mask_ratio, mask_probability
@@ -138,20 +138,15 @@ class CropBlocks:
             def rng_for_view(view: int, sample: int = sample) -> np.random.Generator:
                 return generator(self._seed, "crop", step, index, view, sample)
 
-            def views(path: Path, limit: int, pixels: PixelFormat | None) -> dict[str, NDArray[Any]]:
+            def views(picture: Picture) -> dict[str, NDArray[Any]]:
                 drawn_in: tuple[int, int] | None = None
                 if self._like is not None and self._like.min_side != config.min_side:
                     # Both are decoded as they are without each other, so that neither changes with the other.
-                    drawn_in = use_rgb(
-                        path, lambda image: image.shape[:2], self._like.min_side, limit, pixels=pixels
-                    )
-                is_colour = pixels is None or pixels.is_colour
-                return use_rgb(
-                    path,
+                    drawn_in = picture.use(lambda image: image.shape[:2], self._like.min_side)
+                is_colour = picture.pixels is None or picture.pixels.is_colour
+                return picture.use(
                     lambda image: make_views(image, config, rng_for_view, drawn_in, is_colour),
                     config.min_side,
-                    limit,
-                    pixels=pixels,
                 )
 
             row, made, met = self._reader.read(step, drawn, index * self._block_size + sample, views)
@@ -197,7 +192,7 @@ class CaptionBlocks:
         encode: caption → token ids, the last of which is the end-of-text token.
         context: most tokens of a caption; longer ones lose their middle and keep the end-of-text token.
         scale: smallest and largest share of the photograph's area that a crop takes.
-        max_unreadable: see :class:`ImageReader`.
+        max_unreadable, resized: see :class:`ImageReader`.
 
     Raises:
         UserError: rows without captions, or sizes that do not divide.
@@ -215,6 +210,7 @@ class CaptionBlocks:
         encode: Callable[[str], list[int]],
         context: int = 77,
         scale: tuple[float, float] = (0.5, 1.0),
+        resized: ResizedImages | None = None,
     ) -> None:
         self.num_blocks = _num_blocks(order, block_size)
         captions = index.captions
@@ -226,7 +222,7 @@ class CaptionBlocks:
                 hint="give the dataset a `captions` file with a `caption` column, or drop those photos",
             )
         self._index, self._order = index, order
-        self._reader = ImageReader(index, order, max_unreadable)
+        self._reader = ImageReader(index, order, max_unreadable, resized)
         self._size, self._block_size, self._seed = size, block_size, seed
         self._encode, self._context, self._scale = encode, context, scale
 
@@ -251,7 +247,7 @@ class CaptionBlocks:
                 step,
                 drawn,
                 index * self._block_size + sample,
-                lambda path, limit, pixels: use_rgb(path, crop, min_side, limit, pixels=pixels),
+                lambda picture: picture.use(crop, min_side),
             )
             unreadable += met
             row = ids[sample] if ids[sample] >= 0 else ~ids[sample]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.config.pixels import PixelFormat
-from orchestrator.data.decode import UnreadableImage
-from orchestrator.data.index import ImageIndex
+from orchestrator.data.decode import Pixels, UnreadableImage, use_rgb
+from orchestrator.data.index import ImageIndex, ImageRecord
+from orchestrator.data.resized_images import ResizedImages
 from orchestrator.data.rng import derive
 from orchestrator.data.sampler import SampleOrder, permute
 from orchestrator.data.sources.folder import shown
 from orchestrator.errors import UserError
 
 T = TypeVar("T")
-Read = Callable[[Path, int, PixelFormat | None], T]
 
 logger = logging.getLogger("orchestrator")
 
@@ -32,6 +33,29 @@ _NAMED = 5
 def most_unreadable(share: float, num_pictures: int) -> int:
     """How many pictures a stage may find unreadable: this share of its index, or one."""
     return max(1, int(share * num_pictures))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of an index that can be read.
+
+    Attributes:
+        record: what the index says of it.
+        path: its file.
+        pixels: how its values are seen.
+        resized: reads it at another size, from the cache; None: from the file.
+    """
+
+    record: ImageRecord
+    path: Path
+    pixels: PixelFormat | None
+    resized: ResizedImages | None
+
+    def use(self, use: Callable[[Pixels], T], min_side: int | None) -> T:
+        """What `use` makes of the pixels; see :func:`orchestrator.data.decode.use_rgb`."""
+        if self.resized is not None:
+            return self.resized.use(self.record, self.path, use, min_side, self.pixels)
+        return use_rgb(self.path, use, min_side, self.record.max_pixels, pixels=self.pixels)
 
 
 class ImageReader:
@@ -47,10 +71,17 @@ class ImageReader:
         index: the photographs.
         order: sample ids by step.
         max_unreadable: share of the index's pictures (at least one picture) that may turn out unreadable.
+        resized: reads pictures at another size, from the cache; None: from their files.
     """
 
-    def __init__(self, index: ImageIndex, order: SampleOrder, max_unreadable: float) -> None:
-        self._index, self._order = index, order
+    def __init__(
+        self,
+        index: ImageIndex,
+        order: SampleOrder,
+        max_unreadable: float,
+        resized: ResizedImages | None = None,
+    ) -> None:
+        self._index, self._order, self._resized = index, order, resized
         self._limit = most_unreadable(max_unreadable, len(index))
         self._unreadable: dict[int, str] = {}
         self._troubles: list[str] = []
@@ -60,21 +91,22 @@ class ImageReader:
         """What was met since the last call, a line for each picture; for whoever tells the user."""
         with self._lock:
             taken, self._troubles = self._troubles, []
-        return taken
+        return taken if self._resized is None else [*taken, *self._resized.pop_troubles()]
 
     def paths(self, rows: Iterable[int]) -> list[str]:
         """Where these rows' files are."""
         return [shown(str(self._index.path(row))) for row in rows]
 
-    def read(self, step: int, ids: NDArray[np.int64], place: int, read: Read[T]) -> tuple[int, T, list[int]]:
+    def read(
+        self, step: int, ids: NDArray[np.int64], place: int, read: Callable[[Picture], T]
+    ) -> tuple[int, T, list[int]]:
         """One sample of a step.
 
         Args:
             step: the step.
             ids: all rows of the step, by the order.
             place: the sample's place in it.
-            read: makes something of a file; its arguments are the path, the largest width × height, and how its
-                values are seen.
+            read: makes something of a picture.
 
         Returns:
             The row, or its complement where it stands for another one; what `read` made of it; and the rows that could
@@ -86,8 +118,9 @@ class ImageReader:
         drawn = int(ids[place])
         met: list[int] = []
         for row in self._candidates(step, ids, place):
+            picture = Picture(self._index[row], self._index.path(row), self._index.pixels(row), self._resized)
             try:
-                made = read(self._index.path(row), self._index[row].max_pixels, self._index.pixels(row))
+                made = read(picture)
             except UnreadableImage as error:
                 met.append(row)
                 self._note(row, error.reason)

@@ -16,6 +16,7 @@ from orchestrator.data.decode import Pixels, UnreadableImage, square, use_rgb
 from orchestrator.data.dense import DensePictures
 from orchestrator.data.image_reader import ImageReader
 from orchestrator.data.index import ImageIndex
+from orchestrator.data.resized_images import ResizedImages
 from orchestrator.data.rng import generator
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.views import Range
@@ -157,7 +158,7 @@ class LabelledBlocks:
         seed: keys the crops.
         scale: smallest and largest share of the photograph's area that a crop takes.
         flip: whether half of the crops are mirrored.
-        max_unreadable: see :class:`ImageReader`.
+        max_unreadable, resized: see :class:`ImageReader`.
     """
 
     def __init__(
@@ -172,10 +173,11 @@ class LabelledBlocks:
         scale: Range,
         flip: bool,
         max_unreadable: float,
+        resized: ResizedImages | None = None,
     ) -> None:
         assert order.batch_size % block_size == 0
         self.num_blocks = order.batch_size // block_size
-        self._reader = ImageReader(index, order, max_unreadable)
+        self._reader = ImageReader(index, order, max_unreadable, resized)
         self._order, self._annotations = order, annotations
         self._size, self._block_size, self._seed = size, block_size, seed
         self._scale, self._flip = scale, flip
@@ -199,7 +201,7 @@ class LabelledBlocks:
                 step,
                 drawn,
                 index * self._block_size + sample,
-                lambda path, limit, pixels: use_rgb(path, crop, min_side, limit, pixels=pixels),
+                lambda picture: picture.use(crop, min_side),
             )
             unreadable += met
             row = int(ids[sample] if ids[sample] >= 0 else ~ids[sample])

@@ -11,6 +11,7 @@ import numpy as np
 from orchestrator.data.blocks import BlockSource, CaptionBlocks
 from orchestrator.data.curation.mix import sample_order
 from orchestrator.data.index import ImageIndex
+from orchestrator.data.resized_images import ResizedImages
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.errors import UserError, nearest
 from orchestrator.fsio import replacing
@@ -197,4 +198,5 @@ def caption_blocks(
         encode=lambda caption: list(tokenizer.encode(caption).ids),
         context=config.context,
         max_unreadable=config.max_unreadable,
+        resized=ResizedImages.opened(config.cached_side, config.image_cache_gib),
     )

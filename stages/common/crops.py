@@ -9,6 +9,7 @@ from typing import Protocol
 from orchestrator.data.blocks import CropBlocks
 from orchestrator.data.curation.mix import held_out_order
 from orchestrator.data.index import ImageIndex
+from orchestrator.data.resized_images import ResizedImages
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.views import CropConfig
 from orchestrator.stages.common.config import ModelRecipe
@@ -29,6 +30,10 @@ class CropStage(Protocol):
     def mask_probability(self) -> float: ...
     @property
     def max_unreadable(self) -> float: ...
+    @property
+    def cached_side(self) -> int | None: ...
+    @property
+    def image_cache_gib(self) -> float: ...
 
     def crops_at(self, step: int, seed: int) -> CropConfig: ...
     def sample_order(self, index: ImageIndex, batch_size: int, seed: int) -> SampleOrder: ...
@@ -72,4 +77,5 @@ def crop_blocks(
         mask_probability=config.mask_probability,
         like=config.crops if crops is not None else None,
         max_unreadable=config.max_unreadable,
+        resized=ResizedImages.opened(config.cached_side, config.image_cache_gib),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.labelled_blocks import LabelledBlocks, SplitBlocks
+from orchestrator.data.resized_images import ResizedImages
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.stages.finetune.goal import Labelled
 
@@ -44,6 +45,7 @@ def training_blocks(
         scale=config.crop_scale,
         flip=config.flip,
         max_unreadable=config.max_unreadable,
+        resized=ResizedImages.opened(config.cached_side, config.image_cache_gib),
     )
 
 
