@@ -53,6 +53,7 @@ CLUSTER_FILES = (
 HEAVY_FILES = (
     "bench/test_curate_scale.py",
     "data/curation/test_kmeans.py",
+    "data/test_resized_images.py",
     "data/test_weights.py",
     "first_pipeline/test_proposal.py",
     "fuzz/*",

@@ -36,6 +36,8 @@ _GIB = 2**30
 _SHARD_BYTES = 256 << 20
 # Others learn so much later, in seconds, what a process has written; so often it looks how large the cache is.
 _FLUSH_S = 1.0
+# Images that a process may have written without others knowing: more are there only if the index cannot be written.
+_MOST_UNWRITTEN = 10_000
 # How often it looks again, in seconds, once there is no room.
 _FULL_S = 60.0
 # A shard from which nothing was read for so long, in seconds, may go. Readers say that often that they read.
@@ -64,14 +66,14 @@ class _Place(NamedTuple):
 
 
 @cache
-def image_cache(folder: Path, limit: int, pid: int) -> ImageCache:
+def _of_process(folder: Path, limit: int, pid: int) -> ImageCache:
     """The cache in a folder that all threads of the process `pid` share."""
     return ImageCache(folder, limit)
 
 
 def opened(limit_gib: float) -> ImageCache:
     """This machine's cache of images, below `$ORCHESTRATOR_CACHE`, which takes at most so many GiB."""
-    return image_cache(cache_folder() / FOLDER, int(limit_gib * _GIB), os.getpid())
+    return _of_process(cache_folder() / FOLDER, int(limit_gib * _GIB), os.getpid())
 
 
 class ImageCache:
@@ -116,6 +118,9 @@ class ImageCache:
         """Keep bytes under a key, unless there are some or there is no room."""
         with self._lock:
             if key in self._unwritten or self._find(key) is not None or not self._has_room(len(data)):
+                return
+            if len(self._unwritten) >= _MOST_UNWRITTEN:
+                self._say(f"resized photos are not kept in {self._folder}: {_INDEX} cannot be written")
                 return
             try:
                 shard, start = self._append(data)

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from bench import loader
 from bench.harness import Arm
+from orchestrator.data.image_cache import ImageCache
 
 
 def test_both_arms_make_as_many_crops_of_the_same_sizes(tmp_path: Path) -> None:
@@ -26,6 +28,26 @@ def test_both_arms_make_as_many_crops_of_the_same_sizes(tmp_path: Path) -> None:
     for ours, theirs in (("globals", large), ("locals", small)):
         assert block.arrays[ours][:, :2].shape == tuple(theirs.shape)
     assert loader._ours(tmp_path)() > 0
+
+
+def test_the_first_epoch_finds_nothing_in_the_cache_and_later_ones_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_SIDE", 32)
+    photos, kept = tmp_path / "photos", tmp_path / "kept"
+    photos.mkdir()
+    for number in range(8):
+        Image.new("RGB", (80, 60), (30 * number, 0, 0)).save(photos / f"{number}.jpg")
+    put: list[bytes] = []
+    plain = ImageCache.put
+    monkeypatch.setattr(ImageCache, "put", lambda self, key, data: (put.append(key), plain(self, key, data)))
+    first = loader._first_epoch(photos, tmp_path)
+    assert min(first(), first()) > 0
+    assert len(put) == 16
+    later = loader._ours(photos, kept)
+    assert len(put) == 24
+    assert min(later(), later()) > 0
+    assert len(put) == 24
 
 
 def test_arithmetic_of_cores_a_gpu() -> None:

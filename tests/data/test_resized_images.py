@@ -7,10 +7,12 @@ import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,22 @@ from sklearn.datasets import load_sample_image
 
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.data import image_cache
-from orchestrator.data.blocks import CropBlocks
+from orchestrator.data.blocks import CaptionBlocks, CropBlocks
 from orchestrator.data.decode import UnreadableImage, read_rgb
 from orchestrator.data.image_cache import FOLDER, ImageCache
 from orchestrator.data.index import ImageIndex, ImageRecord
+from orchestrator.data.labelled_blocks import ClassLabels, LabelledBlocks
 from orchestrator.data.resized_images import ResizedImages, resized_to
 from orchestrator.data.sampler import SampleOrder
+from orchestrator.data.sources.shard_members import member_path
 from orchestrator.data.views import CropConfig
+from orchestrator.stages.common.crops import crop_blocks
 from orchestrator.stages.ssl.pretrain import Pretrain
 from orchestrator.training.loader_process import ProcessBlocks
 from tests.band_files import write_tiff
 
 _COUNT, _SIDE = 8, 96
+_OPTIMIZER = {"lr": {"peak": 1e-3}}
 _SMALL = 3
 _TWELVE = PixelFormat(range=(0, 4095))
 _FIVE_BANDS = PixelFormat(bands=(0, 1, 2, 3, 4), range=(0, 65535), mean=(0.5,) * 5, std=(0.2,) * 5)
@@ -92,7 +98,7 @@ def record_of(path: Path) -> ImageRecord:
     with Image.open(path) as image:
         width, height = image.size
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return ImageRecord("x", path.name, str(path.parent), digest, width, height)
+    return ImageRecord("x", path.name, str(path.parent), digest, width, height, caption="a pagoda")
 
 
 def shards(cache: Path) -> list[Path]:
@@ -154,6 +160,62 @@ def test_crops_are_the_same_cold_and_warm_without_room_and_in_processes(index: P
     assert same(cold, warm)
     assert same(cold, elsewhere)
     assert not same(cold, views(Photos(index, side=None)()))
+
+
+def test_threads_read_what_one_reads(index: Path, cache: Path) -> None:
+    steps = range(4)
+    alone = [views(Photos(index, 1e-9)(), step) for step in steps]
+    source = Photos(index)()
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda step: views(source, step), steps))
+    assert num_bytes(cache) > 0
+    assert all(map(same, alone, together))
+
+
+def test_stages_and_all_kinds_of_blocks_read_so(index: Path, cache: Path) -> None:
+    loaded = ImageIndex.load(index)
+    order = SampleOrder({"all": np.arange(_COUNT)}, batch_size=_COUNT, seed=0)
+
+    def sources(side: int | None) -> list[Any]:
+        resized = ResizedImages.opened(side, 1.0)
+        config = Pretrain.model_validate({
+            "kind": "pretrain", "steps": 1, "batch_size": _COUNT, "block_size": 4, "optimizer": _OPTIMIZER,
+            "model": "vit_nano", "crops": {"global_size": 32, "local_size": 16}, "cached_side": side,
+        })  # fmt: skip
+        common = {"size": 64, "block_size": 4, "seed": 0, "max_unreadable": 0, "resized": resized}
+        return [
+            crop_blocks(config, None, index, 0),
+            CaptionBlocks(loaded, order, encode=lambda text: [1, 2], context=4, **common),
+            LabelledBlocks(
+                loaded, order, ClassLabels(np.arange(_COUNT)), scale=(0.3, 1.0), flip=True, **common
+            ),
+        ]
+
+    for number in range(3):
+        for path in shards(cache):
+            path.unlink()
+        name = "globals" if number == 0 else "images"
+        cold, warm, plain = (sources(side)[number].load(0, 0).arrays[name] for side in (_SIDE, _SIDE, None))
+        assert num_bytes(cache) > 0
+        assert np.array_equal(cold, warm)
+        assert cold.shape == plain.shape
+        assert not np.array_equal(cold, plain)
+
+
+def test_an_image_in_a_shard(folder: Path, tmp_path: Path, cache: Path) -> None:
+    record, path = record_of(folder / "0.jpg"), tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder / "0.jpg", "0.jpg")
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[0]
+    name = member_path("a.tar", member.offset_data, member.size, "0.jpg")
+    there = decoded(cache, replace(record, root=str(tmp_path), path=name))
+    path.unlink()
+    assert np.array_equal(there, decoded(cache, replace(record, root=str(tmp_path), path=name)))
+    # Content decides: the file beside is the same image.
+    before = num_bytes(cache)
+    assert np.array_equal(there, decoded(cache, record))
+    assert num_bytes(cache) == before
 
 
 def test_an_image_is_resized_to_its_shorter_side_and_a_small_one_stays_as_it_is(
@@ -387,9 +449,8 @@ def test_a_cache_that_cannot_be_there_costs_nothing_but_time(index: Path, tmp_pa
 
 def test_the_side_is_part_of_the_key_and_the_size_of_the_cache_is_not() -> None:
     def identity(**fields: Any) -> dict[str, Any]:
-        optimizer = {"lr": {"peak": 1e-3}}
         return Pretrain.model_validate(
-            {"kind": "pretrain", "steps": 1, "batch_size": 16, "optimizer": optimizer, **fields}
+            {"kind": "pretrain", "steps": 1, "batch_size": 16, "optimizer": _OPTIMIZER, **fields}
         ).identity()
 
     plain = identity()

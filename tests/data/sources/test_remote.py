@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from s3_server import S3Server
 from sklearn.datasets import load_sample_image
@@ -15,7 +19,9 @@ from sklearn.datasets import load_sample_image
 from orchestrator.config.schema import DataSource
 from orchestrator.data.blocks import CropBlocks
 from orchestrator.data.decode import UnreadableImage, read_header, read_rgb
+from orchestrator.data.image_cache import ImageCache
 from orchestrator.data.index import ImageIndex, ImageRecord
+from orchestrator.data.resized_images import ResizedImages
 from orchestrator.data.sampler import SampleOrder
 from orchestrator.data.sources import remote
 from orchestrator.data.sources.folder import fingerprint, list_images
@@ -151,6 +157,35 @@ def test_training_reads_from_a_bucket(s3: S3Server, s3_uri: str, folder: Path) -
 
     here, there = (blocks(root).load(3, 0).arrays for root in (folder, source.root))
     assert all(np.array_equal(here[name], there[name]) for name in here)
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(
+    s3: S3Server,
+    s3_uri: str,
+    folder: Path,
+    tmp_path: Path,
+    fetched: list[int],
+) -> None:
+    """A photo above the size that is kept is kept resized, and a smaller one as the file that it is."""
+    source = _upload(s3, folder, s3_uri)
+    digest = hashlib.sha256(_jpeg(0)).hexdigest()
+    record = ImageRecord("x", "0.jpg", str(source.root), digest, 300, 200)
+
+    def read(root: Path, side: int) -> NDArray[Any]:
+        kept = ImageCache(tmp_path / "images", 1 << 30)
+        found = ResizedImages(side, kept).use(record, root / "0.jpg", lambda image: image, None, None)
+        kept.flush()
+        return found
+
+    for side in (100, 200):
+        here = read(folder, side)
+        shutil.rmtree(tmp_path / "images", ignore_errors=True)
+        cold = read(source.root, side)
+        assert fetched
+        fetched.clear()
+        assert np.array_equal(read(source.root, side), cold)
+        assert not fetched
+        assert np.array_equal(here, cold)
 
 
 def test_a_server_that_does_not_answer_costs_no_picture(
