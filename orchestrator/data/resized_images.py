@@ -34,7 +34,7 @@ _KEY_BYTES = 16
 _JPEG, _PIXELS, _FILE = b"J", b"P", b"F"
 # Bytes of a value, height, width, bands.
 _SHAPE = struct.Struct("<BIIH")
-# With all of the colours' pixels: at 512 pixels a tenth of the bytes of pixels, and a quarter of PNG's bytes and time.
+# With colours at full size: a tenth of the bytes of the pixels, and a quarter of PNG's bytes and time (docs/photos.md).
 _QUALITY = 95
 # The longest side that a JPEG can have.
 _LONGEST = 65_535
