@@ -22,6 +22,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from orchestrator.byte_counts import BYTES
+
 # Of a name; what is added to a longer one could exceed the 255 bytes that file systems allow.
 _SHOWN = 40
 _NO_LINK = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
@@ -126,6 +128,11 @@ def link_or_copy(source: Path, target: Path) -> Path:
     except OSError:  # another file system, or one without links, or too many of them
         shutil.copyfile(source, target)
     return target
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """As :func:`link_or_copy`, of all files of a folder; makes `target`, which must not be there."""
+    shutil.copytree(source, target, copy_function=lambda one, other: link_or_copy(Path(one), Path(other)))
 
 
 @contextlib.contextmanager
@@ -286,7 +293,7 @@ def pieces_of(file: io.BufferedReader, most: int) -> Iterator[bytes]:
 
 
 class Digests:
-    """The sha256 of files, each read once as long as it does not change. Safe to use from several threads.
+    """The sha256 of files of artifacts, each read once as long as it does not change. Safe to use from several threads.
 
     Attributes:
         bytes_read: all that had to be read.
@@ -311,11 +318,21 @@ class Digests:
                 return known
             digest = sha256_of(file)
             after = _identity(file.fileno())
+        BYTES.read("artifact", after[2])
         with self._lock:
             self.bytes_read += after[2]
             if before == after and after[3] < began - _TICK_NS:
                 self._known[after] = digest
         return digest
+
+    def note(self, path: Path, sha256: str) -> None:
+        """Take a known sha256 of a file from the process that wrote it: while the file does not change, it is not read.
+
+        Raises:
+            OSError: it is not there.
+        """
+        with open_regular(path) as file, self._lock:
+            self._known[_identity(file.fileno())] = sha256
 
 
 def _identity(fd: int) -> _Identity:

@@ -42,12 +42,15 @@ class Input:
     Attributes:
         models: whether it takes, whatever its kind, each of the `needs` that makes models (:meth:`Stage.models`) and
             that no input before this one takes. The stage `NAME` fills the role `<role>.NAME`; there may be none.
+        uncompared: folders at the top of its artifact whose content the driver does not compare with the manifest:
+            workers compare what they read of it, or nobody reads it. Names and sizes are compared.
     """
 
     role: str
     kinds: tuple[str, ...] = ()
     required: bool = True
     models: bool = False
+    uncompared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -440,6 +443,14 @@ class TrainStage(Stage):
     def held_bytes(self) -> float:
         """Bytes that are held at once in Ray's object store while the stage runs."""
         return 0.0
+
+
+def uncompared_in(stage: Stage, role: str) -> tuple[str, ...]:
+    """The folders whose content the driver does not compare in the artifact that fills a role, see :class:`Input`."""
+    for wanted in stage.wants():
+        if role == wanted.role or (wanted.models and role.startswith(f"{wanted.role}.")):
+            return wanted.uncompared
+    return ()
 
 
 def figures_of(name: str, names: Iterable[str], summary: Mapping[str, float]) -> dict[str, float]:

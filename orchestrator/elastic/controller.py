@@ -246,6 +246,8 @@ class ElasticRun:
                 self.monitor.saved(event)
             case "trouble":
                 self.monitor.log(logging.WARNING, event["what"])
+            case "bytes":
+                self.emit(event)
             case "phase":
                 self.monitor.phase(event)
 

@@ -28,6 +28,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from orchestrator import progress
+from orchestrator.byte_counts import BYTES
 from orchestrator.elastic.controller import ControllerStuckError, RunSpec
 from orchestrator.elastic.controller_host import hosts
 from orchestrator.elastic.resources import SlotShape, slot_of, workers_of
@@ -252,6 +253,8 @@ class _Session:
                     logger.info("%s", event["text"], extra=progress.ROUTINE)
                 case "log":
                     logger.log(event["level"], "%s", event["text"])
+                case "bytes":
+                    BYTES.add_workers(event["values"])
                 case "record":
                     self._recorder.submit(self._record, event["step"])
 

@@ -20,6 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.elastic.channel import Channel, Message, unpack
 from orchestrator.errors import UserError
 from orchestrator.storage.open import fetch
@@ -94,8 +95,10 @@ def run_attempt(
         how = "done" if _train(loaded, attempt, client, rendezvous) else "stopped"
     except BaseException as error:
         logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
+        client.send_bytes()
         client.send({"kind": "ended", "how": "error", "step": client.step, **_described(error)})
         return 1
+    client.send_bytes()
     client.send({"kind": "ended", "how": how})
     return 0
 
@@ -193,6 +196,11 @@ class ControllerClient(ABC):
     def send(self, body: dict[str, Any]) -> None:
         """Report something to the controller."""
 
+    def send_bytes(self) -> None:
+        """Report the bytes that this process read and wrote since it last did, if any."""
+        if counted := BYTES.take():
+            self.send({"kind": "bytes", "values": counted})
+
     def handle(self, message: Message) -> None:
         """Take in what the controller, or the slot, sent."""
         body = message.body
@@ -284,6 +292,7 @@ class ChannelClient(ControllerClient):
             time.sleep(_HEARTBEAT_S)
             try:
                 self.send({"kind": "heartbeat"})
+                self.send_bytes()
             except OSError:
                 os._exit(1)
 

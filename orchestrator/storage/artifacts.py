@@ -13,13 +13,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.errors import UserError, first_line
 from orchestrator.fsio import DIGESTS, move
 from orchestrator.names import inside, parts_of
@@ -94,29 +95,37 @@ class ArtifactStore:
             return None
         return Artifact(key, kind, self.store.local(_prefix(kind, key)), manifest)
 
-    def intact(self, kind: str, key: str) -> Artifact | None:
-        """The artifact, its content compared with its manifest and on this machine; None if it is not whole."""
+    def intact(self, kind: str, key: str, *, uncompared: Collection[str] = ()) -> Artifact | None:
+        """The artifact, its content compared with its manifest and on this machine; None if it is not whole.
+
+        See :meth:`fetch` for `uncompared`.
+        """
         found = self.find(kind, key)
         try:
             if found is not None:
-                self.fetch(found)
+                self.fetch(found, uncompared=uncompared)
         except DamagedError as error:
             self._note_damage(kind, key, error.problems)
             return None
         return found
 
-    def fetch(self, artifact: Artifact) -> Path:
+    def fetch(self, artifact: Artifact, *, uncompared: Collection[str] = ()) -> Path:
         """Sees that all of the artifact is in its folder on this machine, and that it is what its manifest says.
 
         Files that this process has compared before and that have not changed since are not read again. A copy of
         a remote artifact is mended. Any number of processes may fetch one artifact at once: on one machine the
         first fetches and the others wait.
 
+        Args:
+            artifact: to be read here.
+            uncompared: folders at its top. Where the store is on this machine, the names and sizes of what is in them
+                are compared, and not the content: the process that reads that compares it.
+
         Raises:
             DamagedError: the store's own copy is damaged.
         """
         if not self.store.remote:
-            problems = self._problems(artifact.manifest, deep=True)
+            problems = self._problems(artifact.manifest, deep=True, uncompared=uncompared)
             if problems:
                 raise self._damaged(artifact, problems)
         elif not _is_whole_copy(artifact):
@@ -194,6 +203,11 @@ class ArtifactStore:
         for name in list(self.store.list(prefix)):
             self.store.delete(name)
         remote = self.store.remote
+        # What has another name is linked: the process that wrote it counted it.
+        BYTES.written(
+            "artifact",
+            sum(one.st_size for one in map(Path.stat, files.values()) if remote or one.st_nlink == 1),
+        )
         for name, path in files.items():
             self.store.put_file(prefix + name, path, consume=not remote)
         self.store.put_bytes(prefix + MANIFEST, manifest.model_dump_json(indent=1).encode())
@@ -222,6 +236,7 @@ class ArtifactStore:
         try:
             for _ in range(_FETCH_TRIES):
                 self.store.get_file(full, temporary)
+                BYTES.read("artifact", temporary.stat().st_size)
                 if DIGESTS.of(temporary) == expected:
                     _move(temporary, target)
                     return
@@ -258,7 +273,9 @@ class ArtifactStore:
         """
         name = f"{_TOP}{folder}/{MANIFEST}"
         try:
-            return parsed(self.store.get_bytes(name))
+            text = self.store.get_bytes(name)
+            BYTES.read("artifact", len(text))
+            return parsed(text)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -277,10 +294,13 @@ class ArtifactStore:
         # The folder's name holds only the first 16 digits of the key.
         return manifest if (manifest.kind, manifest.key) == (kind, key) else None
 
-    def _problems(self, manifest: Manifest, *, deep: bool) -> list[str]:
+    def _problems(self, manifest: Manifest, *, deep: bool, uncompared: Collection[str] = ()) -> list[str]:
+        def problem(name: str) -> str | None:
+            return self._problem(manifest, name, deep=deep and name.partition("/")[0] not in uncompared)
+
         # Side by side: each look is a request or, deep, a file to be read.
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = list(pool.map(lambda name: self._problem(manifest, name, deep=deep), manifest.files))
+            found = list(pool.map(problem, manifest.files))
         prefix = _prefix(manifest.kind, manifest.key)
         surplus = {name.removeprefix(prefix) for name in self.store.list(prefix)} - {
             MANIFEST,
@@ -307,6 +327,7 @@ class ArtifactStore:
         temporary = self.store.scratch("verify")
         try:
             self.store.get_file(name, temporary)
+            BYTES.read("artifact", temporary.stat().st_size)
             return DIGESTS.of(temporary)
         finally:
             temporary.unlink(missing_ok=True)

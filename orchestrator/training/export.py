@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
@@ -11,29 +12,39 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.fsio import make_folder, replacing
+from orchestrator.byte_counts import BYTES
+from orchestrator.errors import UserError
+from orchestrator.fsio import DIGESTS, make_folder, replacing
 from orchestrator.training.checkpoint.partition import Shard, gather_all
 from orchestrator.training.engine import Engine
+from orchestrator.training.handed_over import note
 
 
 def export_ema(engine: Engine, path: Path, step: int) -> None:
     """Write the EMA (the weights, where a job keeps none) after `step` updates; collective.
 
     Tensors are joined and written one group after the other: no worker holds all of them. The file is byte for byte
-    what `safetensors` writes.
+    what `safetensors` writes. It is hashed while it is written, see :mod:`handed_over`.
     """
     shards = sorted(engine.average(), key=lambda shard: shard.name)
+    digest = hashlib.sha256()
     with ExitStack() as stack:
         file = None
         if dist.get_rank() == 0:
             # Durable: `Job.is_done` takes a file of this name for a whole one.
             make_folder(path.parent)
             file = stack.enter_context(stack.enter_context(replacing(path, only_writer=True)).open("wb"))
-            file.write(_header(shards, {"step": str(step)}))
-        data, numels = ({s.name: s.data for s in shards}, {s.name: s.numel for s in shards})
-        for _, whole in gather_all(data, numels):
+            header = _header(shards, {"step": str(step)})
+            file.write(header)
+            digest.update(header)
+        parts, numels = ({s.name: s.data for s in shards}, {s.name: s.numel for s in shards})
+        for _, whole in gather_all(parts, numels):
             if file is not None:
-                file.write(whole.cpu().contiguous().numpy().data)
+                data = whole.cpu().contiguous().numpy().data
+                file.write(data)
+                digest.update(data)
+    if dist.get_rank() == 0:
+        note(path, digest.hexdigest())
     dist.barrier()
 
 
@@ -49,10 +60,27 @@ def _header(shards: Iterable[Shard], metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def load_export(path: Path, prefix: str = "") -> Mapping[str, Tensor]:
-    """The tensors of an export below `prefix`, with the prefix removed."""
-    from safetensors.torch import load_file
+def load_export(path: Path, prefix: str = "", sha256: str | None = None) -> Mapping[str, Tensor]:
+    """The tensors of an export below `prefix`, with the prefix removed; the others are not read.
 
-    return {
-        name.removeprefix(prefix): value for name, value in load_file(path).items() if name.startswith(prefix)
-    }
+    Args:
+        path: of the export.
+        prefix: of the names.
+        sha256: what all of the file is compared with first; None where somebody has compared it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if sha256 is not None and DIGESTS.of(path) != sha256:
+        raise UserError(
+            "the file differs from the sha256 of its artifact's manifest",
+            where=str(path),
+            hint="run the pipeline again: damaged artifacts are made again",
+        )
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118, it is no mapping
+        found: dict[str, Tensor] = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    BYTES.read("checkpoint", sum(value.nbytes for value in found.values()))
+    return found

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.config.elastic import Elastic, Resources
 from orchestrator.config.schedules import Optimizer
 from orchestrator.config.zero_stage import ZeroStage
-from orchestrator.fsio import link_or_copy
+from orchestrator.fsio import DIGESTS, folder_beside, link_or_copy, move
 from orchestrator.names import inside
 from orchestrator.storage.store import Store
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified
 from orchestrator.training.checkpoint.storage import CheckpointStorage
+from orchestrator.training.handed_over import hand_over, note, plain_files
 
 if TYPE_CHECKING:
     from orchestrator.data.blocks import BlockSource
@@ -59,6 +62,8 @@ class Job:
         probe_every: steps from one such look to the next. There is one before the first step, and after the last.
         pipeline: the pipeline's name.
         max_unreadable: number of photos that its workers, all attempts together, may find unreadable; None is any.
+        finish: makes, from the last export (a file) and into an empty folder, what users get of the trained model;
+            called in worker 0, so that no weights pass through the driver. See :meth:`finished`.
     """
 
     name: str
@@ -84,6 +89,7 @@ class Job:
     probe_every: int = 0
     pipeline: str = ""
     max_unreadable: int | None = None
+    finish: Callable[[Path, Path], None] | None = None
 
     def for_workers(self) -> Job:
         """The job as workers get it: what lives in slots, or in the driver, stays there."""
@@ -131,6 +137,11 @@ class Job:
         return self.work / "exports" / f"step-{step:08d}.safetensors"
 
     @property
+    def finished(self) -> Path:
+        """What `finish` made: there once it is whole."""
+        return self.work / "finished"
+
+    @property
     def final_checkpoint(self) -> Path:
         """The checkpoint after the last step, on this machine."""
         return self.checkpoints / step_name(self.num_steps)
@@ -142,7 +153,10 @@ class Job:
         in a store is compared when it is fetched.
         """
         if self.remote is None:
-            return self.export(self.num_steps).exists() and _is_whole(self.final_checkpoint)
+            exported = self.export(self.num_steps).exists() and (
+                self.finish is None or self.finished.is_dir()
+            )
+            return exported and _is_whole(self.final_checkpoint)
         store, prefix = self.remote
         names = (
             f"checkpoints/{self.final_checkpoint.name}/{COMMIT}",
@@ -160,10 +174,39 @@ class Job:
             return
         self.checkpoint_storage.whole(self.num_steps)
         store, prefix = self.remote
-        for name in store.list(f"{prefix}exports/"):
-            path = inside(self.work / "exports", name.removeprefix(f"{prefix}exports/"))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            store.get_file(name, path)
+        for folder in ("exports/", f"{self.finished.name}/"):
+            for name in store.list(prefix + folder):
+                path = inside(self.work / folder, name.removeprefix(prefix + folder))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                store.get_file(name, path)
+                BYTES.read("checkpoint", path.stat().st_size)
+
+    def publish(self, step: int) -> None:
+        """Make the export after `step` updates readable by everybody, and what `finish` makes of the last (worker 0).
+
+        The last export comes last: once it is in the store, the job is done.
+        """
+        if step == self.num_steps and self.finish is not None:
+            self._finish(self.finish)
+            for path in plain_files(self.finished):
+                self._upload(path)
+        self._upload(self.export(step))
+
+    def _finish(self, finish: Callable[[Path, Path], None]) -> None:
+        shutil.rmtree(self.finished, ignore_errors=True)
+        with folder_beside(self.finished) as draft:
+            made = draft / self.finished.name
+            made.mkdir()
+            finish(self.export(self.num_steps), made)
+            for path in plain_files(made):
+                note(path)
+            move(made, self.finished)
+
+    def _upload(self, path: Path) -> None:
+        if self.remote is not None:
+            store, prefix = self.remote
+            store.put_file(f"{prefix}{path.relative_to(self.work).as_posix()}", path)
+            BYTES.written("checkpoint", path.stat().st_size)
 
     def adopt(self, checkpoint: Path, exports: Mapping[int, Path]) -> None:
         """Go on from the last checkpoint of a shorter job, unless this one has one of its own already.
@@ -180,17 +223,34 @@ class Job:
         for step, file in exports.items():
             self.export(step).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(file, self.export(step))
-            if self.remote is not None:
-                store, prefix = self.remote
-                store.put_file(f"{prefix}exports/{self.export(step).name}", file)
+            self._upload(self.export(step))
         # Last: once it is there, nothing of the shorter job is looked at again.
         self.checkpoint_storage.adopt(checkpoint)
 
     def collect(self, folder: Path) -> None:
-        """Link the last checkpoint, without what other groups left beside it, into `folder`."""
-        for name in (*read(self.final_checkpoint).files, COMMIT):
+        """Link the last checkpoint, without what other groups left beside it, into `folder`.
+
+        The sha256 of its files are those that the workers wrote into its manifest.
+        """
+        files = read(self.final_checkpoint).files
+        for name in (*files, COMMIT):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(self.final_checkpoint / name, folder / name)
+        for name, entry in files.items():
+            DIGESTS.note(folder / name, entry["sha256"])
+
+    def collect_exports(self, folder: Path) -> None:
+        """Link all exports into `folder`."""
+        folder.mkdir()
+        for path in plain_files(self.work / "exports"):
+            hand_over(path, folder / path.name)
+
+    def collect_finished(self, folder: Path) -> None:
+        """Link what `finish` made into `folder`."""
+        for path in plain_files(self.finished):
+            target = folder / path.relative_to(self.finished)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            hand_over(path, target)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -400,9 +400,8 @@ class _Trainer:
 
     def _export(self, done: int) -> None:
         export_ema(self.engine, self.job.export(done), done)
-        if self.rank == 0 and self.job.remote is not None:
-            store, prefix = self.job.remote
-            store.put_file(f"{prefix}exports/{self.job.export(done).name}", self.job.export(done))
+        if self.rank == 0:
+            self.job.publish(done)
 
     def _restore(self) -> int:
         manifest = reader.newest(self.job.checkpoint_storage, self.rank, self.world, self._all, self.device)

@@ -20,6 +20,7 @@ from orchestrator.stages.base import Context, Input, PlanContext
 from orchestrator.stages.common.config import (
     INDEX_KINDS,
     PRECISION,
+    UNREAD,
     Precision,
     check_blocks,
     stage_seed,
@@ -207,7 +208,7 @@ class AlignText(MixStage):
     )
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),
-        Input("tower", ("distill", "pretrain", "gram_anchor", "high_res")),
+        Input("tower", ("distill", "pretrain", "gram_anchor", "high_res"), uncompared=UNREAD),
     )
     outputs: ClassVar[Mapping[str, str]] = {
         "aligned": "vision tower, aligner, text tower and tokenizer: embeds photos and texts in one space",

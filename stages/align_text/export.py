@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from orchestrator.fsio import link_tree
 from orchestrator.stages.align_text.config import AlignText
 from orchestrator.stages.align_text.task import load_encoder, text_config
 from orchestrator.stages.common.aligned import FORMAT
@@ -22,7 +23,7 @@ def save_aligned(
 ) -> None:
     """The trained parts of an export with their tower and tokenizer, for :func:`load_aligned`."""
     folder.mkdir(parents=True)
-    shutil.copytree(tower, folder / "tower")
+    link_tree(tower, folder / "tower")
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     save_file(dict(load_export(export, "aligner.")), folder / "aligner.safetensors")
     text = dict(load_export(export, "text."))

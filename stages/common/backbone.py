@@ -27,6 +27,18 @@ def save_backbone(
     save_pretrained(folder, weights, model, {"image_size": image_size}, overrides, told)
 
 
+def finish_backbone(
+    model: str,
+    image_size: int,
+    overrides: Mapping[str, Any],
+    pixels: PixelFormat | None,
+    export: Path,
+    folder: Path,
+) -> None:
+    """As :func:`save_backbone`, in `folder/model`; with its first arguments bound it is a job's `finish`."""
+    save_backbone(export, model, folder / "model", image_size, overrides, pixels)
+
+
 def see_pixels(tower: nn.Module, pixels: PixelFormat | None) -> None:
     """Have a tower normalise its input as the photographs' `pixels` say; without them with ImageNet's values."""
     if pixels is not None:

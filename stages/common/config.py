@@ -22,6 +22,10 @@ INDEX_KINDS = ("curate",)
 # Of a model's name: where more are listed, none of them is near.
 _CLOSE = 2
 BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
+# Folders of a trained artifact that nobody reads who does not train on from its checkpoint.
+UNREAD = ("checkpoint", "lineage")
+# Of those who do: workers read their slices of the checkpoint, and a snapshot to anchor to. Snapshots are linked.
+READ_BY_WORKERS = ("checkpoint", "lineage", "model", "snapshots")
 
 
 def _known_model(name: str) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from orchestrator.config.settings import Strict
 from orchestrator.errors import UserError
-from orchestrator.fsio import link_or_copy
+from orchestrator.fsio import DIGESTS, link_or_copy
 from orchestrator.names import inside
 
 _FILE = "lineage.json"
@@ -90,17 +91,23 @@ def read(backbone: Path) -> Lineage:
     return Lineage.model_validate_json((backbone / _FILE).read_text())
 
 
-def write(out: Path, history: Sequence[Mapping[str, Any]], backbone: Path | None) -> None:
+def write(
+    out: Path,
+    history: Sequence[Mapping[str, Any]],
+    backbone: Path | None,
+    digests: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Put the lineage of a finished stage into its artifact.
 
     Args:
         out: the artifact, with the stage's own snapshots as `snapshots/step-….safetensors`.
         history: the stage's records: `step` and `metrics`.
         backbone: the artifact that the stage started from, whose snapshots are carried along.
+        digests: the sha256 of its files by name, so that nobody reads them to publish them again.
     """
     earlier = read(backbone) if backbone is not None else Lineage()
     (out / _FOLDER).mkdir()
-    carried = [] if backbone is None else [_carry(backbone, one, out) for one in earlier.snapshots]
+    carried = [] if backbone is None else [_carry(backbone, one, out, digests) for one in earlier.snapshots]
     steps = sorted(
         int(path.stem.removeprefix("step-")) for path in (out / "snapshots").glob("step-*.safetensors")
     )
@@ -130,7 +137,9 @@ def health(history: Sequence[Mapping[str, Any]], *, after: int, upto: int) -> He
     return Health(cosine=cosine, locality=locality)
 
 
-def _carry(backbone: Path, snapshot: Snapshot, out: Path) -> Snapshot:
+def _carry(backbone: Path, snapshot: Snapshot, out: Path, digests: Mapping[str, str]) -> Snapshot:
     file = f"{_FOLDER}/updates-{snapshot.updates:08d}.safetensors"
     link_or_copy(inside(backbone, snapshot.file), out / file)
+    if snapshot.file in digests:
+        DIGESTS.note(out / file, digests[snapshot.file])
     return snapshot.model_copy(update={"file": file})

@@ -19,6 +19,7 @@ from orchestrator.stages.base import Context, Input, Stage
 from orchestrator.stages.common.config import (
     BACKBONE_KINDS,
     INDEX_KINDS,
+    UNREAD,
     check_crops,
 )
 from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS
@@ -125,7 +126,10 @@ class Distill(MultiCropStage):
 
     version: ClassVar[int] = 2
     preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.distill.task",)
-    inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("teacher", BACKBONE_KINDS))
+    inputs: ClassVar[tuple[Input, ...]] = (
+        Input("index", INDEX_KINDS),
+        Input("teacher", BACKBONE_KINDS, uncompared=UNREAD),
+    )
     outputs: ClassVar[Mapping[str, str]] = {
         "students": "one folder per student: model/ (EMA), recipe.json, history.json, and in artifact.json the key of "
         "the artifact that has its checkpoint too",

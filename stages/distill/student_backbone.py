@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from orchestrator.stages.common.backbone import see_pixels
 from orchestrator.stages.common.nets import flat_views
 from orchestrator.stages.distill.config import Distill
 from orchestrator.stages.distill.student_config import Student
+from orchestrator.training.device import device
 from orchestrator.training.export import load_export
 
 logger = logging.getLogger("orchestrator")
@@ -71,11 +72,10 @@ def save_network(
     config: Distill,
     student: Student,
     seed: int,
+    pixels: PixelFormat | None,
+    views: Callable[[], CropBlocks],
     export: Path,
     folder: Path,
-    views: CropBlocks,
-    device: str,
-    pixels: PixelFormat | None = None,
 ) -> None:
     """A trained network from elsewhere in `folder/model`, and what it was built from in `folder/recipe.json`.
 
@@ -83,19 +83,19 @@ def save_network(
         config: the stage's.
         student: of it.
         seed: the student's: what is not trained is as it was built.
+        pixels: how the photographs are seen.
+        views: makes those of the student, to measure what its BatchNorms need; on this process's device.
         export: the weights.
         folder: of the student's artifact.
-        views: of the student, to measure what its BatchNorms need.
-        device: to measure on.
-        pixels: how the photographs are seen.
     """
     spec, crops = student.network, config.crops_of(student)
     assert spec is not None
+    where = device()
     backbone = _built(spec, crops, seed)
     see_pixels(backbone, pixels)
     found = backbone.net.load_state_dict(dict(load_export(export, "backbone.net.")), strict=False)
     assert not found.unexpected_keys, found.unexpected_keys
-    if measure_batch_norms(backbone.to(device), _batches(views, device, backbone)):
+    if measure_batch_norms(backbone.to(where), _batches(views(), where, backbone)):
         logger.info("%s: BatchNorm was measured on the first %d images", spec, NORM_IMAGES)
     told = None if pixels is None else pixels.record()
     save_wrapped(folder / "model", backbone.cpu(), pixels=told)

@@ -138,6 +138,7 @@ def student_job(
         inputs=context.needed + (start.needed if start else ()),
         pipeline=context.pipeline,
         max_unreadable=max_unreadable,
+        finish=teach.finish(name),
     )
 
 

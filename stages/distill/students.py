@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.config.elastic import Elastic
 from orchestrator.errors import Stopped, UserError
+from orchestrator.fsio import link_or_copy, link_tree
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.config import stage_seed, summary
 from orchestrator.stages.common.mixing import draws_of
@@ -226,16 +227,14 @@ def _train_one(
         if balance is not None:
             balance.deregister(student_run.name)
         run.finish(status)
-    return _publish(student_run, teach, run, account, context.out)
+    return _publish(student_run, run, account, context.out)
 
 
-def _publish(
-    student_run: StudentRun, teach: Teaching, run: Run, account: Mapping[str, float], near: Path
-) -> Path:
+def _publish(student_run: StudentRun, run: Run, account: Mapping[str, float], near: Path) -> Path:
     """The student as an artifact: weights, recipe, checkpoint and history."""
     folder = near.with_name(f"{near.name}-{student_run.name}")
     folder.mkdir()
-    teach.save(student_run.name, student_run.job.export(student_run.job.num_steps), folder)
+    student_run.job.collect_finished(folder)
     student_run.job.collect(folder / "checkpoint")
     history = run.history()
     (folder / HISTORY).write_text(json.dumps(history))
@@ -257,9 +256,10 @@ def _gather(folders: Mapping[str, Path], names: Sequence[str], out: Path) -> dic
         for entry in _SHOWN:
             source = folders[name] / entry
             if source.is_dir():
-                shutil.copytree(source, target / entry)
+                # Of a student's files the store knows the sha256: they are not read for it again.
+                link_tree(source, target / entry)
             else:
-                shutil.copyfile(source, target / entry)
+                link_or_copy(source, target / entry)
         own = json.loads((target / FIGURES).read_text())
         figures |= {f"{name}_{figure}": value for figure, value in own.items()}
     figures["goodput"] = min(figures[f"{name}_goodput"] for name in names)

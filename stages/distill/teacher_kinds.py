@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import disk
+from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.blocks import BlockSource
 from orchestrator.data.index import pixels_in
 from orchestrator.data.rng import derive
@@ -32,7 +33,6 @@ from orchestrator.storage.open import open_store
 from orchestrator.storage.store import Store
 from orchestrator.teacher_service.cache import CachedTeacher, RepeatingTeacher
 from orchestrator.teacher_service.payload import TEACHER, VIEWS, StepTeacher
-from orchestrator.training.device import device_type
 
 logger = logging.getLogger("orchestrator")
 
@@ -68,9 +68,20 @@ class Teaching(ABC):
     def task(self, name: str, seed: int, start: Path | None = None) -> Callable[[], Any]:
         """Makes the task of a student, whose backbone starts from a file of weights or at random."""
 
+    def finish(self, name: str) -> Callable[[Path, Path], None]:
+        """Makes a student's backbone of its export, in `model` of a folder, and `recipe.json`: how to rebuild it.
+
+        Called in a worker, see :attr:`Job.finish`. Heads and projections are in the checkpoint only.
+        """
+        student = self._config.students[name]
+        if student.model is None:
+            return self._finish_network(name)
+        size = self._config.crops_of(student).global_size
+        return partial(_finish_student, student, size, *self._recipe_of(student, size))
+
     @abstractmethod
-    def save(self, name: str, export: Path, folder: Path) -> None:
-        """A student's backbone in `folder/model`, and how to rebuild it in `folder/recipe.json`."""
+    def _recipe_of(self, student: Student, size: int) -> tuple[PixelFormat | None, str]:
+        """How a student of ours sees pictures, and its `recipe.json`."""
 
     @abstractmethod
     def output_bytes(self) -> float:
@@ -123,15 +134,12 @@ class Teaching(ABC):
             StepViews, self._config, self._recipe, self._index, self._seed, sets, roots=self._roots
         )
 
-    def _save_network(self, name: str, export: Path, folder: Path) -> None:
-        """A student that is a network from elsewhere; its heads or projections are in the checkpoint only."""
+    def _finish_network(self, name: str) -> Callable[[Path, Path], None]:
+        """As `finish`, of a student that is a network from elsewhere."""
         student = self._config.students[name]
         crops = self._config.crops_of(student)
-        views = regenerated_views(self._config, self._index, self._seed, crops, roots=self._roots)
-        device = device_type(self._context.elastic.device)
-        save_network(
-            self._config, student, derive(self._seed, name), export, folder, views, device, self._pixels
-        )
+        views = partial(regenerated_views, self._config, self._index, self._seed, crops, roots=self._roots)
+        return partial(save_network, self._config, student, derive(self._seed, name), self._pixels, views)
 
     def _view_sets(self, students: Sequence[Student]) -> dict[str, CropConfig]:
         """The views to make, by part: those of students in play that do not make their own."""
@@ -207,13 +215,8 @@ class HeadTeaching(Teaching):
         student = self._config.students[name]
         return partial(DistillTask, self._config, student, self._of_students, self._folder, seed, start)
 
-    def save(self, name: str, export: Path, folder: Path) -> None:
+    def _recipe_of(self, student: Student, size: int) -> tuple[PixelFormat | None, str]:
         """See `Teaching`; the recipe has the heads."""
-        student = self._config.students[name]
-        if student.model is None:
-            self._save_network(name, export, folder)
-            return
-        size = self._config.crops_of(student).global_size
         own = self._of_students.model_copy(
             update={
                 "model": student.model,
@@ -222,8 +225,7 @@ class HeadTeaching(Teaching):
                 "global_size": size,
             }
         )
-        save_backbone(export, own.model, folder / "model", size, own.model_overrides, own.pixels)
-        (folder / "recipe.json").write_text(own.model_dump_json(indent=1))
+        return own.pixels, own.model_dump_json(indent=1)
 
 
 class FeatureTeaching(Teaching):
@@ -279,21 +281,23 @@ class FeatureTeaching(Teaching):
             self._pixels,
         )
 
-    def save(self, name: str, export: Path, folder: Path) -> None:
-        """See `Teaching`; the projections are in the checkpoint only."""
-        student = self._config.students[name]
-        if student.model is None:
-            self._save_network(name, export, folder)
-            return
-        size = self._config.crops_of(student).global_size
-        save_backbone(export, student.model, folder / "model", size, student.model_overrides, self._pixels)
+    def _recipe_of(self, student: Student, size: int) -> tuple[PixelFormat | None, str]:
+        """See `Teaching`."""
         recipe = {
             "model": student.model,
             "model_overrides": student.model_overrides,
             "drop_path": student.drop_path,
             "global_size": size,
         }
-        (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
+        return self._pixels, json.dumps(recipe, indent=1)
+
+
+def _finish_student(
+    student: Student, size: int, pixels: PixelFormat | None, recipe: str, export: Path, folder: Path
+) -> None:
+    assert student.model is not None
+    save_backbone(export, student.model, folder / "model", size, student.model_overrides, pixels)
+    (folder / "recipe.json").write_text(recipe)
 
 
 def view_part(config: Distill, student: Student) -> str:

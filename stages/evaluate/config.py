@@ -19,6 +19,7 @@ from orchestrator.data.views import Side
 from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.progress import ROUTINE
 from orchestrator.stages.base import Context, Input, PlanContext, Stage
+from orchestrator.stages.common.config import UNREAD
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.scores import KNN, TEXT_METRICS
 from orchestrator.stages.evaluate.shown import largest_groups, pick_photos
@@ -143,12 +144,12 @@ class Evaluate(Stage):
     needs_ray: ClassVar[bool] = False
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", ("curate",)),
-        Input("pretrain", ("pretrain",), required=False),
-        Input("gram", ("gram_anchor",), required=False),
-        Input("high_res", ("high_res",), required=False),
+        Input("pretrain", ("pretrain",), required=False, uncompared=UNREAD),
+        Input("gram", ("gram_anchor",), required=False, uncompared=UNREAD),
+        Input("high_res", ("high_res",), required=False, uncompared=UNREAD),
         Input("students", ("distill",), required=False),
-        Input("text", ("align_text",), required=False),
-        Input(TUNED_ROLE, ("finetune",), required=False),
+        Input("text", ("align_text",), required=False, uncompared=UNREAD),
+        Input(TUNED_ROLE, ("finetune",), required=False, uncompared=UNREAD),
     )
     # Also pca_teacher.png where a stage made the teacher, pca_<student>.png, pca_model_<name>.png, knn.png where photos
     # have labels, text_maps.png where there are texts, dense_health.png and losses_*.png where histories have records,

@@ -21,6 +21,7 @@ from orchestrator.stages.common.config import (
     BACKBONE_KINDS,
     INDEX_KINDS,
     PRECISION,
+    UNREAD,
     Precision,
     check_blocks,
 )
@@ -147,7 +148,7 @@ class Finetune(TrainStage):
     )
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),
-        Input("backbone", (*BACKBONE_KINDS, "distill"), required=False),
+        Input("backbone", (*BACKBONE_KINDS, "distill"), required=False, uncompared=UNREAD),
     )
     outputs: ClassVar[Mapping[str, str]] = {
         "model": "the backbone with merged weights and its head, as of the best step",

@@ -20,6 +20,7 @@ from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.fsio import DIGESTS
 from orchestrator.names import inside
 from orchestrator.stages.base import Context, Input, PlanContext, Stage, made_by
+from orchestrator.stages.common.config import UNREAD
 from orchestrator.stages.common.mlmodel import mlmodel
 from orchestrator.stages.common.scores import has_baseline
 from orchestrator.stages.publish.card import PICTURE, card
@@ -102,7 +103,7 @@ class Publish(Stage):
     inputs: ClassVar[tuple[Input, ...]] = (
         Input(STUDENTS, ("distill",), required=False),
         Input(EVALUATION, ("evaluate",), required=False),
-        Input("models", models=True),
+        Input("models", models=True, uncompared=UNREAD),
     )
     outputs: ClassVar[Mapping[str, str]] = {
         "models.json": "what is published: kind of model and sha256 of the weights of each model"

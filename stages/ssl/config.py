@@ -23,7 +23,6 @@ from orchestrator.config.settings import Settings, in_key_if_set, operational
 from orchestrator.config.zero_stage import ZeroStage, zero_stage_field
 from orchestrator.data.views import CropConfig, Side
 from orchestrator.errors import UserError
-from orchestrator.fsio import link_or_copy
 from orchestrator.models.configs import RGB
 from orchestrator.names import inside
 from orchestrator.stages.base import Context, Input, PlanContext
@@ -315,6 +314,7 @@ class SelfSupervised(MultiCropStage):
         start: StartingWeights | None = None,
     ) -> Job:
         """The elastic job of this stage; so many photos may become unreadable, or any number."""
+        from orchestrator.stages.common.backbone import finish_backbone
         from orchestrator.stages.common.crops import crop_blocks
         from orchestrator.stages.ssl.task import SelfSupervisedTask
         from orchestrator.stages.ssl.watched_photos import WatchedPhotos
@@ -322,6 +322,7 @@ class SelfSupervised(MultiCropStage):
 
         backbone = context.inputs.get("backbone")
         seed = self.seed_of(context)
+        gram, health = self._gram_start(backbone, start)
         return Job(
             name=context.name,
             task=partial(
@@ -329,8 +330,10 @@ class SelfSupervised(MultiCropStage):
                 self,
                 recipe,
                 seed,
-                *self._gram_start(backbone, start),
+                gram,
+                health,
                 start=start.file if start else None,
+                gram_sha256=self._gram_sha256(backbone, gram),
             ),
             blocks=partial(
                 crop_blocks, self, recipe, context.inputs["index"].path, seed, roots=context.roots
@@ -371,6 +374,13 @@ class SelfSupervised(MultiCropStage):
             probe_every=self.knn.every if self.knn is not None else 0,
             export_steps=self.snapshot_steps()[:-1],
             max_unreadable=max_unreadable,
+            finish=partial(
+                finish_backbone,
+                recipe.model,
+                self.crops_at(0, 0).global_size,
+                recipe.model_overrides,
+                recipe.pixels,
+            ),
         )
 
     def seed_of(self, context: Context) -> int:
@@ -403,6 +413,13 @@ class SelfSupervised(MultiCropStage):
         snapshot = lineage.read(backbone.path).pick(teacher)
         return inside(backbone.path, snapshot.file), snapshot.health
 
+    def _gram_sha256(self, backbone: Artifact | None, snapshot: Path | None) -> str | None:
+        """What the manifest says of the snapshot to anchor to, if it is of the backbone's artifact."""
+        if backbone is None or snapshot is None:
+            return None
+        entry = backbone.manifest.files.get(snapshot.relative_to(backbone.path).as_posix())
+        return entry.sha256 if entry is not None else None
+
     def run(self, context: Context) -> Mapping[str, float]:
         """Train and leave model, snapshots, checkpoint and history.
 
@@ -411,7 +428,6 @@ class SelfSupervised(MultiCropStage):
             Stopped: on request, checkpointed.
         """
         from orchestrator.elastic import trainer
-        from orchestrator.stages.common.backbone import save_backbone
 
         draws = self.draws(context)
         recipe = self.recipe(context)
@@ -420,24 +436,18 @@ class SelfSupervised(MultiCropStage):
             if context.shorter is not None:
                 self._take_up(context.shorter.path, job, context.run)
             account = trainer.run(job, tracker=context.run, stop=context.stop)
-        snapshots = context.out / "snapshots"
-        snapshots.mkdir()
-        for file in (job.work / "exports").iterdir():
-            link_or_copy(file, snapshots / file.name)
+        job.collect_exports(context.out / "snapshots")
         job.collect(context.out / "checkpoint")
+        job.collect_finished(context.out)
         (context.out / "recipe.json").write_text(recipe.model_dump_json(indent=1))
-        save_backbone(
-            job.export(job.num_steps),
-            recipe.model,
-            context.out / "model",
-            self.crops_at(0, 0).global_size,
-            recipe.model_overrides,
-            recipe.pixels,
-        )
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))
         backbone = context.inputs.get("backbone")
-        lineage.write(context.out, history, backbone.path if backbone else None)
+        if backbone is None:
+            lineage.write(context.out, history, None)
+        else:
+            digests = {name: entry.sha256 for name, entry in backbone.manifest.files.items()}
+            lineage.write(context.out, history, backbone.path, digests)
         return summary(history) | account | draws.write(self.steps, context.out)
 
     def _take_up(self, shorter: Path, job: Job, run: Run) -> None:

@@ -14,6 +14,7 @@ from orchestrator.stages.common.config import (
     BACKBONE_KINDS,
     INDEX_KINDS,
     OVERRIDES,
+    READ_BY_WORKERS,
     Heads,
     ModelName,
     Overrides,
@@ -57,7 +58,7 @@ class Pretrain(SelfSupervised):
 
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),
-        Input("backbone", BACKBONE_KINDS, required=False),
+        Input("backbone", BACKBONE_KINDS, required=False, uncompared=READ_BY_WORKERS),
     )
 
     @model_validator(mode="after")

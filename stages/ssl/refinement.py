@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from orchestrator.config.settings import in_key_if_set
 from orchestrator.errors import KeyMistakeError, UserError
 from orchestrator.stages.base import Input, PlanContext
-from orchestrator.stages.common.config import BACKBONE_KINDS, INDEX_KINDS, Heads
+from orchestrator.stages.common.config import BACKBONE_KINDS, INDEX_KINDS, READ_BY_WORKERS, Heads
 from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.stages.ssl.gram import Gram
 
@@ -31,7 +31,10 @@ class Refinement(SelfSupervised):
         "from 0 to 1. Default: 0. Without `from` it is that of the stage under `needs`.",
     )
 
-    inputs: ClassVar[tuple[Input, ...]] = (Input("index", INDEX_KINDS), Input("backbone", BACKBONE_KINDS))
+    inputs: ClassVar[tuple[Input, ...]] = (
+        Input("index", INDEX_KINDS),
+        Input("backbone", BACKBONE_KINDS, uncompared=READ_BY_WORKERS),
+    )
 
     @model_validator(mode="after")
     def _new_heads(self) -> Refinement:

@@ -67,13 +67,15 @@ class SelfSupervisedTask:
         gram_weights: Path | None,
         gram_health: Health | None = None,
         start: Path | None = None,
+        gram_sha256: str | None = None,
     ) -> None:
         """`gram_weights` is the snapshot to anchor to at first; `gram_health` how healthy it was, if that is known.
 
+        `gram_sha256` is what its content has to have: the driver does not compare it.
         `start` is a file of :func:`orchestrator.stages.common.weights.starting_weights`; None starts at random.
         """
         self.config, self.recipe, self.seed, self.gram_weights = config, recipe, seed, gram_weights
-        self.gram_health, self.start = gram_health, start
+        self.gram_health, self.start, self.gram_sha256 = gram_health, start, gram_sha256
         self.local_weight = 0.0
         self.gram_weight: float | None = None
         self.teacher_temperature = config.teacher_temperature.peak
@@ -91,7 +93,7 @@ class SelfSupervisedTask:
         copies: dict[str, nn.Module] = {}
         if self.gram_weights is not None:
             gram = build(recipe.model, **overrides).to(device)
-            gram.load_state_dict(load_export(self.gram_weights, "backbone."))
+            gram.load_state_dict(load_export(self.gram_weights, "backbone.", self.gram_sha256))
             copies["gram"] = gram
         for net in (student, teacher, *copies.values()):
             tune(net, config)

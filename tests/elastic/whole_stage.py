@@ -100,7 +100,7 @@ def student(spec: dict[str, Any]) -> Any:
         tracker = student_run_of(context, name)
         begun = run.next_step
         train(replace(run.job, blocks=blocks), tracker=tracker, stop=context.stop)
-        made = students._publish(run, teach, tracker, {}, context.out)
+        made = students._publish(run, tracker, {}, context.out)
     (context.out / "students" / name).mkdir(parents=True)
     shutil.copy(made / "artifact.json", context.out / "students" / name)
     return {"history": tracker.history(), "made": str(made), "begun": begun}

@@ -180,7 +180,7 @@ def _student(stage: Distill, context: Context, name: str) -> Numbers:
         )
         folder = context.out / name
         folder.mkdir()
-        teach.save(name, job.export(job.num_steps), folder)
+        job.collect_finished(folder)
     return _records(run) | _weights(folder)
 
 

@@ -159,7 +159,7 @@ def test_a_student_has_its_own_average_and_shape(index: Path, teacher: Path, tmp
     (tmp_path / "out").mkdir()
     taught = HeadTeaching.__new__(HeadTeaching)
     taught._config, taught.recipe = config, recipe
-    taught.save("own", tmp_path / "export.safetensors", tmp_path / "out")
+    taught.finish("own")(tmp_path / "export.safetensors", tmp_path / "out")
     kept = ModelRecipe.model_validate_json((tmp_path / "out" / "recipe.json").read_text())
     assert kept.model_overrides == overrides
     assert kept.tower == load_pretrained(tmp_path / "out" / "model").config == net.backbone.config

@@ -258,7 +258,13 @@ def test_what_is_left_is_the_average_with_measured_statistics(
     save_file(export, tmp_path / "export.safetensors")
     views = regenerated_views(stage, index, 5, stage.crops)
     save_network(
-        stage, stage.students["own"], 1, tmp_path / "export.safetensors", tmp_path / "out", views, "cpu"
+        stage,
+        stage.students["own"],
+        1,
+        None,
+        lambda: views,
+        tmp_path / "export.safetensors",
+        tmp_path / "out",
     )
     model: Any = orchestrator.load(tmp_path / "out", trust_module=__name__)
     net = model.module.net
@@ -290,10 +296,16 @@ def test_a_folder_of_an_own_network_is_told_apart(
         name: param.detach() for name, param in feature_task(stage).modules.trainable.named_parameters()
     }
     save_file(export, tmp_path / "export.safetensors")
-    save = partial(
-        save_network, stage, stage.students["own"], 1, tmp_path / "export.safetensors", tmp_path / "out"
+    views = partial(regenerated_views, stage, index, 5, stage.crops)
+    save_network(
+        stage,
+        stage.students["own"],
+        1,
+        None,
+        views,
+        tmp_path / "export.safetensors",
+        tmp_path / "out",
     )
-    save(regenerated_views(stage, index, 5, stage.crops), "cpu")
     with pytest.raises(UserError, match=f"its network is made by {__name__}:Own") as caught:
         orchestrator.load(tmp_path / "out")
     assert "trust_module=" in str(caught.value.hint)

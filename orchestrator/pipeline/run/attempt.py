@@ -25,7 +25,7 @@ from orchestrator.pipeline.run.interrupt import Interrupt, in_thread, nothing
 from orchestrator.pipeline.run.stage_log import stage_log
 from orchestrator.pipeline.store.workspace import Workspace, work_hold
 from orchestrator.redact import redacted
-from orchestrator.stages.base import PACKAGE, Context, Part, Stage
+from orchestrator.stages.base import PACKAGE, Context, Part, Stage, uncompared_in
 from orchestrator.storage.artifacts import Artifact, folder_name
 from orchestrator.tracking.run import Run
 
@@ -94,8 +94,8 @@ class Attempt:
         stage = self.loaded.spec.stages[self.stage.name]
         work = self.workspace.work(self.stage.parts.kind, self.stage.key)
         try:
-            for artifact in self.inputs.values():
-                artifacts.fetch(artifact)
+            for role, artifact in self.inputs.items():
+                artifacts.fetch(artifact, uncompared=uncompared_in(stage, role))
             found = stage.drift(self._context(stage, work, work), self.loaded.spec.tracking.uri)
         except UserError as error:
             return [error.what]
@@ -159,8 +159,8 @@ class Attempt:
         out = artifacts.staging(folder_name(self.stage.parts.kind, self.stage.key))
         stage = self.loaded.spec.stages[self.stage.name]
         context = self._context(stage, out, work)
-        for artifact in self.inputs.values():
-            artifacts.fetch(artifact)
+        for role, artifact in self.inputs.items():
+            artifacts.fetch(artifact, uncompared=uncompared_in(stage, role))
         if self.shorter is not None:
             artifacts.fetch(self.shorter)
         try:
@@ -232,7 +232,8 @@ class Attempt:
         self.pieces.add((kind, key))
         with self.workspace.leases.hold(hold, f"a {kind} of stage {self.stage.name!r}") as lease:
             lease.on_lost = self.interrupt.stop.set
-            known = artifacts.intact(kind, key)
+            # Of a piece that is there its model is read; who goes on from its checkpoint compares that.
+            known = artifacts.intact(kind, key, uncompared=("checkpoint",))
             outdated = known if known is not None and self._is_outdated(known) else None
             known = None if outdated is not None else known
             if self.fresh and first and known is None:

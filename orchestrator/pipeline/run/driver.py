@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from orchestrator import disk
+from orchestrator.byte_counts import BYTES
 from orchestrator.data.sources import account
 from orchestrator.errors import Stopped, UserError
 from orchestrator.pipeline import dag
@@ -36,6 +38,7 @@ from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.pipeline.tracking import system_metrics, tracking_run
 from orchestrator.pipeline.tracking.run_record import RunRecord, sum_up
 from orchestrator.shell_command import command
+from orchestrator.stages.base import uncompared_in
 from orchestrator.storage.artifacts import Artifact, DamagedError
 from orchestrator.tracking.run import NullRun, Run, Status
 
@@ -131,6 +134,7 @@ class _Driver:
         self._open_runs: list[Run] = []
         self._cluster = RunCluster(loaded, workspace, reporter, self._interrupt, start_cluster)
         self._drifts: dict[str, tuple[str, ...]] = {}
+        self._counted: Mapping[str, int] = BYTES.figures()
 
     def execute(self) -> int:
         if not needs_attention(self._plans, self._ledger.state) and not self._drifted():
@@ -279,15 +283,35 @@ class _Driver:
 
     def _mend_inputs(self, item: StagePlan, root: Run) -> None:
         """Compare what a stage is about to read with its manifests, and make anew what is damaged."""
-        for need in dict.fromkeys(item.stage.roles.values()):
-            artifact = self._artifacts.get(need)
-            if artifact is None or self._interrupt.stop.is_set():
-                continue
-            try:
-                self._workspace.artifacts().fetch(artifact)
-            except DamagedError as error:
-                del self._artifacts[need]
-                self._make_anew(need, error, root)
+        stage = self._loaded.spec.stages[item.name]
+        for role, need in item.stage.roles.items():
+            self._mend(need, uncompared_in(stage, role), root)
+
+    def _mend(self, name: str, uncompared: tuple[str, ...], root: Run) -> bool:
+        """Make a stage's artifact anew if it is damaged; whether it was."""
+        artifact = self._artifacts.get(name)
+        if artifact is None or self._interrupt.stop.is_set():
+            return False
+        try:
+            self._workspace.artifacts().fetch(artifact, uncompared=uncompared)
+        except DamagedError as error:
+            del self._artifacts[name]
+            self._make_anew(name, error, root)
+            return True
+        return False
+
+    def _failed_by_damage(self, item: StagePlan, outcome: Outcome, root: Run) -> bool:
+        """Whether to try again: workers found an input damaged that is not compared before, and it was made anew."""
+        where = outcome.error.where if isinstance(outcome.error, UserError) else None
+        if outcome.state != "failed" or where is None:
+            return False
+        accused = {
+            need
+            for need in item.stage.roles.values()
+            if need in self._artifacts and Path(where).is_relative_to(self._artifacts[need].path)
+        }
+        mended = [self._mend(need, (), root) for need in sorted(accused)]
+        return any(mended) and not self._lacking(item)
 
     def _make_anew(self, name: str, damage: DamagedError, root: Run) -> None:
         self._reporter.note(f"the artifact of {name} is damaged and is made again: {damage.what}")
@@ -336,6 +360,9 @@ class _Driver:
                 before = outcome.seconds
                 outcome = self._attempt(item, state, run, fresh=False).execute()
                 outcome.seconds += before
+        if self._failed_by_damage(item, outcome, root):
+            with self._reporter.working(item), system_metrics.watched(root, run, item.name):
+                outcome = self._attempt(item, state, run, fresh=False).execute()
         sum_up(root, item.name, outcome.summary)
         self._conclude(item, run, run_id, outcome)
 
@@ -379,6 +406,7 @@ class _Driver:
         log = self._workspace.log_path(self._loaded.name, item.name)
         if outcome.summary:
             run.metrics(outcome.summary, 0, "summary")
+        run.metrics(self._bytes_since(), self._ledger.state.stages[item.name].attempts, "io")
         run.file(log, "logs")
         if outcome.artifact is not None:
             self._record.artifact(run, item, outcome.artifact)
@@ -405,6 +433,11 @@ class _Driver:
             mistake = isinstance(outcome.error, UserError)
             self._exit_code = MISTAKE if mistake and self._exit_code != FAILED else FAILED
             self._reporter.failed(item, outcome, log)
+
+    def _bytes_since(self) -> dict[str, int]:
+        """The bytes that driver and workers read and wrote since the last stage ended: this one's."""
+        before, self._counted = self._counted, BYTES.figures()
+        return {name: value - before.get(name, 0) for name, value in self._counted.items()}
 
     def _abort(self) -> None:
         """Best effort: the ledger keeps `running`, so the next driver resumes or closes the runs anyway."""

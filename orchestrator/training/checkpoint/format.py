@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.fsio import open_regular, sha256_of
 from orchestrator.training.skipped_updates import Skips
 
@@ -171,13 +172,19 @@ def _is_entry(entry: object) -> bool:
     )
 
 
-def problem(file: Path, entry: Mapping[str, Any]) -> str | None:
+def _digest(file: Path) -> str:
+    digest = sha256_of(file)
+    BYTES.read("checkpoint", file.stat().st_size)
+    return digest
+
+
+def problem(file: Path, entry: Mapping[str, Any], digest_of: Callable[[Path], str] = _digest) -> str | None:
     """What is wrong with `file`, which should have `entry`'s size and sha256; None if nothing is."""
     try:
         size = file.stat().st_size
         if size != entry["size"]:
             return f"has {size} bytes instead of {entry['size']}"
-        digest = sha256_of(file)
+        digest = digest_of(file)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -200,15 +207,19 @@ def read(path: Path) -> CheckpointManifest:
         raise CheckpointError(f"{COMMIT} cannot be read: {error.strerror}") from error
 
 
-def verified(path: Path) -> CheckpointManifest:
+def verified(path: Path, digest_of: Callable[[Path], str] = _digest) -> CheckpointManifest:
     """The checkpoint in folder `path`, every byte of it checked.
+
+    Args:
+        path: its folder.
+        digest_of: the sha256 of a file; of an artifact's files :meth:`~orchestrator.fsio.Digests.of` knows it.
 
     Raises:
         CheckpointError: it is not committed, or a file's size or sha256 differs; says which.
     """
     manifest = read(path)
     for name, entry in manifest.files.items():
-        wrong = problem(path / name, entry)
+        wrong = problem(path / name, entry, digest_of)
         if wrong:
             raise CheckpointError(f"{name} {wrong}")
     return manifest

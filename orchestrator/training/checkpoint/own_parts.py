@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.fsio import open_regular
 from orchestrator.training.checkpoint.format import CheckpointError, problem
 
@@ -103,6 +104,7 @@ class OwnParts:
             data = os.pread(self._file.fileno(), self._part_bytes, number * self._part_bytes)
         except OSError as error:
             raise CheckpointError(f"{self._name} cannot be read: {error.strerror}") from error
+        BYTES.read("checkpoint", len(data))
         if self._parts:
             if number >= len(self._parts) or hashlib.sha256(data).hexdigest() != self._parts[number]:
                 raise CheckpointError(f"{self._name} differs from its sha256")

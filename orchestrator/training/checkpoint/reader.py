@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.training.checkpoint.format import (
     CheckpointError,
     CheckpointManifest,
@@ -208,6 +209,7 @@ def _read(
         for key, part in parts:
             into = local[key][part.into : part.into + part.stop - part.start]
             into.copy_(file.get_slice(key)[part.start : part.stop])
+            BYTES.read("checkpoint", into.nbytes)
 
 
 def _read_compared(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.fsio import make_folder, replacing
 
 # Bytes written at once, and bytes that a reader can compare by themselves.
@@ -68,6 +69,7 @@ def write_file(path: Path, header: bytes, data: memoryview) -> dict[str, Any]:
             file.write(piece)
             digest.update(piece)
             parts.update(piece)
+    BYTES.written("checkpoint", needed)
     return {"size": needed, "sha256": digest.hexdigest(), "part_bytes": PART, "parts": parts.digests()}
 
 

@@ -14,7 +14,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.fsio import (
+    DIGESTS,
     atomic_create,
     atomic_write,
     link_or_copy,
@@ -92,6 +94,7 @@ class CheckpointStorage:
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small object, whole or not at all."""
+        BYTES.written("checkpoint", len(data))
         if self.store is not None:
             self.store.put_bytes(self._stored(name), data)
             return
@@ -102,13 +105,17 @@ class CheckpointStorage:
         """Make the finished local file `name` readable by every worker."""
         if self.store is not None:
             self.store.put_file(self._stored(name), self.folder / name)
+            BYTES.written("checkpoint", (self.folder / name).stat().st_size)
 
     def read(self, name: str) -> bytes:
         """A small object. Raises FileNotFoundError if there is none."""
         if self.store is not None:
-            return self.store.get_bytes(self._stored(name))
-        with open_regular(self.folder / name) as file:
-            return file.read()
+            data = self.store.get_bytes(self._stored(name))
+        else:
+            with open_regular(self.folder / name) as file:
+                data = file.read()
+        BYTES.read("checkpoint", len(data))
+        return data
 
     def commit(self, step: int, token: str, manifest: bytes) -> None:
         """Put the manifest of `step`, unless a newer group's is there.
@@ -163,6 +170,7 @@ class CheckpointStorage:
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self.store.get_file(self._stored(f"{step_name(manifest.step)}/{name}"), file)
+                BYTES.read("checkpoint", file.stat().st_size)
             except FileNotFoundError:
                 raise CheckpointError(f"{name} is missing") from None
             wrong = form.problem(file, entry)
@@ -191,7 +199,7 @@ class CheckpointStorage:
         Raises:
             CheckpointError: it is damaged, or there is a newer group of workers.
         """
-        manifest = form.verified(checkpoint)
+        manifest = form.verified(checkpoint, DIGESTS.of)
         # The next group is a newer one than that which wrote it.
         self.put(_OWNER, json.dumps({"token": manifest.token}).encode())
         for name in manifest.files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.training.checkpoint.format import CheckpointError, CheckpointManifest
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 
@@ -28,6 +29,7 @@ def whole_tensors(
             with safe_open(manifest.path / name, "np") as file:
                 for key in numels.keys() & file.keys():
                     parts[key].append(file.get_tensor(key))
+                    BYTES.read("checkpoint", parts[key][-1].nbytes)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error}") from error
     found = {}

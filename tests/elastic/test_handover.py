@@ -1,0 +1,227 @@
+"""Bytes of checkpoints and artifacts from stage to stage: the real driver, and two plain processes in place of Ray."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from orchestrator.byte_counts import BYTES
+from orchestrator.elastic import trainer
+from orchestrator.errors import UserError
+from orchestrator.fsio import DIGESTS, Digests
+from orchestrator.models import build
+from orchestrator.pipeline.console import Reporter
+from orchestrator.pipeline.load import load
+from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice, resolve
+from orchestrator.pipeline.run import driver
+from orchestrator.tracking.run import NullRun
+from orchestrator.training.job import Job
+
+from .conftest import HEADS, Group
+
+Figures = dict[str, float]
+Run = Callable[..., tuple[int, str]]
+WORLD = 2
+# So that a slice of these small models is more than a part or two.
+PART = 64 * 1024
+# All that is no weights, whatever the model: manifests, records, the index with its pictures. The larger model's
+# backbone alone is twelve times that, and its checkpoint sixty times.
+SMALL = 400_000
+SSL = {
+    "batch_size": 4,
+    "block_size": 2,
+    "crops": {"global_size": 32, "local_size": 16, "num_local": 1},
+    "optimizer": {"lr": {"peak": 1e-3}},
+    "ema": {"peak": 0.9},
+}
+
+
+class _Runs(NullRun):
+    """A run whose children can be looked at by name."""
+
+    def __init__(self, made: dict[str, _Runs]) -> None:
+        super().__init__()
+        self.made = made
+
+    def child(self, name: str, resume_id: str | None = None) -> _Runs:
+        return self.made.setdefault(name, _Runs(self.made))
+
+
+class Lab:
+    """Runs a pipeline of `pretrain` and `gram_anchor`, and keeps what was counted.
+
+    Attributes:
+        io: the metrics `io/…` of each stage's newest attempt.
+        workers: what each worker counted, by stage.
+    """
+
+    def __init__(self, group: Group, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self._group, self._folder = group, folder
+        self.io: dict[str, Figures] = {}
+        self.workers: dict[str, list[dict[str, int]]] = {}
+        self.trained: list[str] = []
+        patch.setattr(trainer, "run", self._train)
+
+    def run(self, model: str, choice: Choice = EVERYTHING, **gram: Any) -> tuple[int, str]:
+        pipeline = {
+            "name": "test",
+            "store": str(self._folder / "runs"),
+            "data": {"photos": {"path": str(self._folder / "photos")}},
+            "elastic": {"device": "cpu", "workers": WORLD, "checkpoint_every_s": 1e9},
+            "stages": {
+                "curate": {"kind": "curate", "data": "photos", "clusters": 2},
+                "pretrain": {
+                    **SSL, "kind": "pretrain", "needs": "curate", "model": model, "heads": HEADS, "steps": 2,
+                    "snapshot_every": 1,
+                },
+                "gram": {**SSL, "kind": "gram_anchor", "needs": ["curate", "pretrain"], "steps": 1, **gram},
+            },
+        }  # fmt: skip
+        file = self._folder / "pipeline.yaml"
+        file.write_text(yaml.safe_dump(pipeline))
+        loaded, output, runs = load(file), io.StringIO(), {}
+        code = driver.execute(
+            loaded,
+            resolve(loaded),
+            Reporter(Console(file=output, width=200), "orchestrator run pipeline.yaml"),
+            start_cluster=lambda cluster: nullcontext(),
+            open_tracking=lambda *about: _opened(_Runs(runs)),
+            choice=choice,
+        )
+        for name, run in runs.items():
+            if history := run.history("io"):
+                self.io[name] = history[-1]["metrics"]
+        return code, output.getvalue()
+
+    def artifact(self, kind: str) -> Path:
+        (found,) = (self._folder / "runs/artifacts").glob(f"{kind}-*")
+        return found
+
+    def _train(self, job: Job, *, tracker: Any, stop: Any) -> Figures:
+        self.trained.append(job.name)
+        sent = self._folder / "job"
+        sent.write_bytes(pickle.dumps(job.for_workers()))
+        found = self._group("handed", WORLD, job=str(sent), part_bytes=PART)
+        self.workers[job.name] = [one["bytes"] for one in found]
+        for counted in self.workers[job.name]:
+            BYTES.add_workers(counted)
+        if "mistake" in found[0]:
+            what, where, hint = found[0]["mistake"]
+            raise UserError(what, where=where, hint=hint)
+        for step, figures in found[0]["figures"]:
+            tracker.metrics(figures, step)
+        return {}
+
+
+def _opened(run: _Runs) -> AbstractContextManager[_Runs]:
+    return nullcontext(run)
+
+
+@pytest.fixture
+def lab(group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    (tmp_path / "photos").mkdir()
+    random = np.random.default_rng(0)
+    for number in range(8):
+        pixels = cv2.resize(random.integers(0, 256, (5, 7, 3), dtype=np.uint8), (60, 40))
+        cv2.imwrite(str(tmp_path / "photos" / f"{number}.png"), pixels)
+    return Lab(group, tmp_path, monkeypatch)
+
+
+def sizes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def new_driver(patch: pytest.MonkeyPatch) -> None:
+    """Forget what a driver has compared, as a new process would."""
+    patch.setattr(DIGESTS, "_known", Digests()._known)
+
+
+@pytest.mark.parametrize("model", ["vit_femto", "vit_nano"])
+def test_weights_go_from_worker_to_worker_once_and_not_through_the_driver(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    assert lab.run(model, Choice(only=("curate", "pretrain")))[0] == 0
+    pretrain = lab.artifact("pretrain")
+    backbone = sizes(pretrain / "model")
+    assert backbone == pytest.approx(4 * sum(one.numel() for one in build(model).parameters()), rel=0.2)
+
+    new_driver(monkeypatch)
+    assert lab.run(model, gram={"teacher": "latest"})[0] == 0
+    assert lab.trained == ["pretrain", "gram"]
+    gram = lab.artifact("gram_anchor")
+
+    checkpoint, export = sizes(pretrain / "checkpoint"), sizes(pretrain / "snapshots") // 2
+    for name in ("pretrain", "gram"):
+        figures = lab.io[name]
+        for what in ("checkpoint", "artifact"):
+            for way in ("read", "written"):
+                assert figures[f"driver_{what}_bytes_{way}"] < SMALL, (name, what, way)
+        totals = {key: sum(one.get(key, 0) for one in lab.workers[name]) for key in lab.workers[name][0]}
+        assert {f"worker_{key}": value for key, value in totals.items()}.items() <= figures.items()
+
+    # Shards and exports are written once each, exports by one worker; the model is made of the last of them.
+    first, second = lab.workers["pretrain"]
+    shards = [path.stat().st_size for path in sorted((pretrain / "checkpoint").rglob("*.safetensors"))]
+    written = shards[0] + 2 * export + backbone
+    assert written <= first["checkpoint_bytes_written"] <= written + SMALL
+    assert shards[1] <= second["checkpoint_bytes_written"] <= shards[1] + SMALL
+    assert second.get("checkpoint_bytes_read", 0) < SMALL
+
+    # Of another stage's checkpoint each worker reads its share.
+    snapshot = json.loads((gram / "lineage.json").read_text())["snapshots"][1]["file"]
+    assert (gram / snapshot).samefile(pretrain / "snapshots/step-00000002.safetensors")
+    assert (gram / "lineage/updates-00000001.safetensors").samefile(
+        pretrain / "snapshots/step-00000001.safetensors"
+    )
+    for rank, counted in enumerate(lab.workers["gram"]):
+        # The Gram teacher is whole in each: its backbone is read, and all of its file is compared. Slices begin and
+        # end within parts, which are read whole.
+        finishing = 2 * backbone if rank == 0 else 0
+        own = counted["checkpoint_bytes_read"] - backbone - finishing
+        assert checkpoint / WORLD - SMALL <= own <= checkpoint / WORLD + SMALL
+        assert counted["artifact_bytes_read"] == export
+
+
+def test_damage_that_a_worker_meets_is_mended_and_the_stage_goes_on(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lab.run("vit_femto")[0] == 0
+    for shard in (lab.artifact("pretrain") / "checkpoint").rglob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        data[-9] ^= 1
+        shard.write_bytes(data)
+    new_driver(monkeypatch)
+    lab.trained.clear()
+    code, said = lab.run("vit_femto", batch_size=2)
+    assert code == 0, said
+    assert lab.trained == ["gram", "pretrain", "gram"]
+    assert "the artifact of pretrain is damaged and is made again" in said
+
+
+def test_a_count_is_of_one_process_and_told_once() -> None:
+    counts = type(BYTES)()
+    assert counts.take() == {}
+    counts.read("checkpoint", 3)
+    counts.written("artifact", 5)
+    assert counts.take() == {"checkpoint_bytes_read": 3, "artifact_bytes_written": 5}
+    counts.read("checkpoint", 4)
+    taken: Mapping[str, int] = counts.take()
+    assert taken == {"checkpoint_bytes_read": 4}
+    for _ in range(WORLD):
+        counts.add_workers(taken)
+    figures = counts.figures()
+    assert len(figures) == 8
+    assert figures["driver_checkpoint_bytes_read"] == 7
+    assert figures["worker_checkpoint_bytes_read"] == 8
+    assert figures["driver_artifact_bytes_written"] == 5

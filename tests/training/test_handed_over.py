@@ -1,0 +1,121 @@
+"""What a worker wrote is linked into an artifact with the sha256 that it said, and read where that does not hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "elastic"))
+from tiny import tiny_job
+
+from orchestrator.byte_counts import BYTES
+from orchestrator.fsio import DIGESTS
+from orchestrator.storage.artifacts import ArtifactStore
+from orchestrator.storage.local import LocalStore
+from orchestrator.training.handed_over import hand_over, note
+from orchestrator.training.job import Job
+
+WEIGHTS = b"w" * 1_000_000
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def counted(before: dict[str, int]) -> dict[str, int]:
+    return {
+        name.removeprefix("driver_"): value - before[name]
+        for name, value in BYTES.figures().items()
+        if value != before[name]
+    }
+
+
+def make_model(data: bytes, export: Path, folder: Path) -> None:
+    assert export.read_bytes() == WEIGHTS
+    (folder / "model").mkdir()
+    (folder / "model" / "model.safetensors").write_bytes(data)
+
+
+def finished_job(folder: Path) -> Job:
+    job = replace(tiny_job(folder, 4, 1), finish=partial(make_model, b"m" * 500_000))
+    job.export(4).parent.mkdir(parents=True)
+    job.export(4).write_bytes(WEIGHTS)
+    note(job.export(4), sha256(WEIGHTS))
+    return job
+
+
+def test_the_driver_publishes_what_workers_wrote_without_reading_it(tmp_path: Path) -> None:
+    job = finished_job(tmp_path / "job")
+    job.publish(4)
+    artifacts = ArtifactStore(LocalStore(tmp_path / "store"))
+    out = artifacts.staging("out")
+    before = BYTES.figures()
+    job.collect_exports(out / "snapshots")
+    job.collect_finished(out)
+    (out / "recipe.json").write_text("{}")
+    made = artifacts.publish("pretrain", "0" * 64, out)
+    # The record, and the manifest that was looked for.
+    assert counted(before) == {"artifact_bytes_read": 2, "artifact_bytes_written": 2}
+    assert {name: entry.sha256 for name, entry in made.manifest.files.items()} == {
+        "snapshots/step-00000004.safetensors": sha256(WEIGHTS),
+        "model/model.safetensors": sha256(b"m" * 500_000),
+        "recipe.json": sha256(b"{}"),
+    }
+    assert (made.path / "snapshots/step-00000004.safetensors").samefile(job.export(4))
+
+    # Linked on, from artifact to artifact: nothing is written, and the folder that nobody reads is not compared.
+    DIGESTS._known.clear()
+    before = BYTES.figures()
+    artifacts.fetch(made, uncompared=("snapshots",))
+    assert counted(before) == {"artifact_bytes_read": 500_000 + 2}
+    (made.path / "snapshots/step-00000004.safetensors").write_bytes(WEIGHTS[:-1])
+    with pytest.raises(Exception, match="999999 bytes, should be 1000000"):
+        artifacts.fetch(made, uncompared=("snapshots",))
+
+
+def test_what_changed_since_it_was_said_is_read(tmp_path: Path) -> None:
+    source = tmp_path / "export"
+    source.write_bytes(b"one")
+    note(source, sha256(b"one"))
+    source.write_bytes(b"two")
+    os.utime(source, ns=(1, 1))
+    hand_over(source, tmp_path / "linked")
+    assert DIGESTS.of(tmp_path / "linked") == sha256(b"two")
+    (tmp_path / ".export.sha256").write_text("[]")
+    hand_over(source, tmp_path / "again")
+    assert DIGESTS.of(tmp_path / "again") == sha256(b"two")
+
+
+def test_a_job_is_done_once_its_model_is_made_and_elsewhere_it_is_fetched(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    job = replace(finished_job(tmp_path / "here"), remote=(store, "work/job/"))
+    job.finished.mkdir()  # a killed worker's, from before it was made whole
+    (job.finished / "torn").write_bytes(b"")
+    job.publish(4)
+    assert sorted(store.list("work/job/")) == [
+        "work/job/exports/step-00000004.safetensors",
+        "work/job/finished/model/model.safetensors",
+    ]
+    there = replace(job, work=tmp_path / "there")
+    assert not there.is_done()
+    store.put_bytes("work/job/checkpoints/step-00000004/checkpoint.json", b"{}")
+    assert there.is_done()
+    local = replace(job, remote=None)
+    assert not local.is_done()
+
+
+def test_a_job_whose_last_export_is_there_and_whose_model_is_not_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.training.job._is_whole", lambda checkpoint: True)
+    job = finished_job(tmp_path / "job")
+    assert not job.is_done()
+    job.publish(4)
+    assert job.is_done()
+    assert replace(finished_job(tmp_path / "other"), finish=None).is_done()
