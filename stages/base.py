@@ -28,6 +28,7 @@ from orchestrator.tracking.run import Run
 if TYPE_CHECKING:
     from orchestrator.config.pixels import PixelFormat
     from orchestrator.models.configs import Config
+    from orchestrator.stages.common.checkpointed import CheckpointedModel
     from orchestrator.stages.common.config import ModelRecipe
     from orchestrator.stages.common.weights import WeightsSource
 
@@ -216,6 +217,8 @@ class Stage(StageSpec):
     needs_ray: ClassVar[bool] = True
     components: ClassVar[tuple[str, ...]] = ()
     """Components of the index that this kind makes; none if it makes no index."""
+    # Whether its checkpoints have a model to score; see `checkpointed`.
+    watched: ClassVar[bool] = False
     # Whether it changes something outside the store. That is no artifact, so it is compared on each run: `drift`.
     effects: ClassVar[bool] = False
 
@@ -313,6 +316,17 @@ class Stage(StageSpec):
         """The trained models in this stage's artifact: folders of `save_pretrained` or `save_aligned`, by name.
 
         The name is added to the stage's; the only model of a stage has none.
+        """
+        return {}
+
+    def checkpointed(self, context: Context) -> Mapping[str, CheckpointedModel]:
+        """The models of :meth:`models` as they are read from checkpoints; only of kinds that are `watched`.
+
+        Args:
+            context: as for `run`; the inputs are on this machine, and nothing may be written.
+
+        Raises:
+            UserError: the inputs or the config cannot work.
         """
         return {}
 

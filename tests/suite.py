@@ -64,6 +64,7 @@ HEAVY_FILES = (
     "pipeline/test_lease.py",
     "pipeline/test_lock_queue.py",
     "pipeline/test_mlflow_record.py",
+    "pipeline/test_watch.py",
     "reference/test_explain.py",
     "simulation/test_replay.py",
     "stages/test_any_model.py",

@@ -17,7 +17,8 @@ def watch(
         str,
         typer.Argument(
             metavar="STAGE",
-            help="A stage of kind pretrain, gram_anchor or high_res that trains.",
+            help="A stage that trains: of kind pretrain, gram_anchor, high_res, finetune or distill. STAGE/STUDENT is "
+            "one student of a distill stage alone.",
             show_default=False,
         ),
     ],
@@ -26,7 +27,8 @@ def watch(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A metric to compute of each checkpoint. Can be repeated. Default: knn.",
+            help="A metric to compute of each backbone. Can be repeated. Default: knn. A finetune stage has the "
+            "figures of its task.",
             show_default=False,
         ),
     ] = None,
@@ -34,7 +36,8 @@ def watch(
         str | None,
         typer.Option(
             metavar="METRIC[/FIGURE]",
-            help="The figure by which the best checkpoint is chosen. Default: the first one.",
+            help="The figure by which the best checkpoint is chosen. Default: the first one, or that by which a "
+            "finetune stage chooses.",
             show_default=False,
         ),
     ] = None,
@@ -45,7 +48,26 @@ def watch(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="The folder that the best model so far is written into.",
+            help="The folder that the best model so far is written into. Each of several students has a folder of its "
+            "own in it.",
+            show_default=False,
+        ),
+    ] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The registered model that gets the best model so far as a new version. Of several students each has "
+            "its own: NAME-STUDENT.",
+            show_default=False,
+        ),
+    ] = None,
+    alias: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ALIAS",
+            help="The alias that moves to each better version, with --register. Default: best-so-far. Those that "
+            "`publish` or anybody else sets are left alone.",
             show_default=False,
         ),
     ] = None,
@@ -55,21 +77,27 @@ def watch(
 ) -> None:
     """Score the checkpoints of a stage while it trains, and say which is the best.
 
-    The figures are of the photos with labels, each judged by all others. They are also metrics of a run in MLflow. The
-    command ends when the stage is done or nobody runs it any more.
+    The figures of backbones are of the photos with labels, each judged by all others. Those of a fine-tuned model are
+    of its validation split. They are also metrics of a run in MLflow. The command ends when the stage is done or nobody
+    runs it any more.
     """
     from rich.text import Text
 
     from orchestrator import disk
+    from orchestrator.errors import UserError
     from orchestrator.pipeline.load import load
-    from orchestrator.pipeline.watch import WatchOptions, watch
+    from orchestrator.pipeline.watch.register import BEST_SO_FAR, Registering
+    from orchestrator.pipeline.watch.watcher import WatchOptions, watch
 
+    if alias is not None and register is None:
+        raise UserError("there is nothing to give the alias to", where="--alias", hint="add --register NAME")
     terminal = console()
     options = WatchOptions(
-        metrics=tuple(metric or ("knn",)),
+        metrics=tuple(metric or ()),
         by=by,
         every_s=every,
         keep=None if keep is None else disk.named(keep),
+        register=None if register is None else Registering(register, alias or BEST_SO_FAR),
         once=once,
     )
     loaded = load(file, overrides or [])

@@ -80,6 +80,7 @@ class Gate:
 
     Attributes:
         judge: gives the conditions, judged for a version and the version that has the alias; none if there are none.
+            What it raises as a UserError leaves all aliases where they are.
         marks: tags of the gate for each new version besides, such as its metrics.
         forced: whether the alias moves in any case.
         told: is given each decision: once it is carried out, or once it is known what is to be.
@@ -124,6 +125,12 @@ def decide(client: MlflowClient, name: str, alias: str, version: int, gate: Gate
     if is_rolled_back:
         return Decision(version, "rolled back", at, judged)
     return Decision(version, "moves" if holds else CHALLENGER, at, judged)
+
+
+def holder(client: MlflowClient, name: str, alias: str) -> AliasedVersion | None:
+    """The version that an alias points at, with its tags; None if there is none, or it was deleted."""
+    pointed = client.get_registered_model(name).aliases.get(alias)
+    return None if pointed is None else _found(client, name, int(pointed))
 
 
 def lacking(client: MlflowClient, name: str, alias: str, decision: Decision) -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import UserError, first_line, shortened
 from orchestrator.redact import redacted
 from orchestrator.tracking import aliases
-from orchestrator.tracking.aliases import OPEN, Gate
+from orchestrator.tracking.aliases import OPEN, AliasedVersion, Gate
 from orchestrator.tracking.answers import answering, understood
 from orchestrator.tracking.backlog import clock
 from orchestrator.tracking.connect import connect, database_path
@@ -74,6 +74,22 @@ def difference(
     if is_newest and not tags.items() <= known[0].tags.items():
         return f"the tags of {name} differ from those of its version {version}"
     return None
+
+
+def holder(uri: str, name: str, alias: str) -> AliasedVersion | None:
+    """The version of a registered model that has an alias; None if there is none, nor a model of that name.
+
+    Raises:
+        UserError: the registry cannot be reached, or is damaged.
+    """
+    database = database_path(uri)
+    if database is not None and not database.exists():
+        return None
+    with answering(uri):
+        client = connect(uri)
+        if not client.search_registered_models(f"name = '{name}'"):
+            return None
+        return aliases.holder(client, name, alias)
 
 
 def publish(
@@ -171,6 +187,8 @@ def _register(
             # Not where there is no telling: an alias that did move here would go with the version.
             with contextlib.suppress(Exception):
                 client.delete_model_version(name, str(version))
+        if isinstance(error, UserError):  # the gate's own
+            raise
         refused = getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
         if not held:  # else only the reply was lost
             what = f"the registry did not take tags and alias {alias!r} of {name} version {version}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, StringConstraints, model_validator
 
@@ -31,6 +31,9 @@ from orchestrator.stages.common.weights import (
 )
 from orchestrator.stages.distill.features import FeatureObjective
 from orchestrator.stages.distill.student_config import Student
+
+if TYPE_CHECKING:
+    from orchestrator.stages.common.checkpointed import CheckpointedModel
 
 # Names folders, runs and models.
 StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -125,6 +128,7 @@ class Distill(MultiCropStage):
     _is_told: bool = PrivateAttr(False)
 
     version: ClassVar[int] = 2
+    watched: ClassVar[bool] = True
     preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.distill.task",)
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),
@@ -343,6 +347,12 @@ class Distill(MultiCropStage):
     def models(self) -> Mapping[str, str]:
         """See :meth:`Stage.models`."""
         return {name: f"students/{name}/model" for name in self.students}
+
+    def checkpointed(self, context: Context) -> Mapping[str, CheckpointedModel]:
+        """See :class:`Stage`."""
+        from orchestrator.stages.distill.checkpointed import checkpointed_students
+
+        return checkpointed_students(self, context)
 
     def wants(self) -> tuple[Input, ...]:
         """See :class:`Stage`: teachers from elsewhere need no stage that made them."""

@@ -39,7 +39,7 @@ from orchestrator.stages.finetune.dense import Depth, Segmentation
 from orchestrator.stages.finetune.detection import Detection
 
 if TYPE_CHECKING:
-    pass
+    from orchestrator.stages.common.checkpointed import CheckpointedModel
 
 logger = logging.getLogger("orchestrator")
 
@@ -139,6 +139,7 @@ class Finetune(TrainStage):
     precision: Precision = PRECISION
 
     version: ClassVar[int] = 2
+    watched: ClassVar[bool] = True
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.finetune.blocks",
         "orchestrator.stages.finetune.task",
@@ -198,6 +199,12 @@ class Finetune(TrainStage):
     def models(self) -> Mapping[str, str]:
         """See :meth:`Stage.models`."""
         return {"": "model"}
+
+    def checkpointed(self, context: Context) -> Mapping[str, CheckpointedModel]:
+        """See :class:`Stage`."""
+        from orchestrator.stages.finetune.checkpointed import checkpointed_model
+
+        return {"": checkpointed_model(self, context, SCORES)}
 
     def labels_from(self) -> Split | None:
         """See :class:`Stage`."""

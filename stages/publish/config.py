@@ -49,7 +49,7 @@ from orchestrator.tracking.aliases import CHALLENGER, AliasedVersion, Decision, 
 logger = logging.getLogger("orchestrator")
 
 # What MLflow keeps for itself: `latest` however written, and versions.
-_RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
+RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
 # What is said of a decision stays on a terminal.
 _KEPT = {"kept": True}
 
@@ -112,7 +112,7 @@ class Publish(Stage):
     @field_validator("alias")
     @classmethod
     def _free(cls, alias: str) -> str:
-        if _RESERVED.fullmatch(alias):
+        if RESERVED.fullmatch(alias):
             raise ValueError(f"MLflow reserves {alias!r}; use another alias, such as champion")
         return alias
 

@@ -55,6 +55,7 @@ from orchestrator.stages.ssl.stop_if import StopIf
 if TYPE_CHECKING:
     from orchestrator.data.index import ImageIndex
     from orchestrator.data.sampler import SampleOrder
+    from orchestrator.stages.common.checkpointed import CheckpointedModel
     from orchestrator.storage.artifacts import Artifact
     from orchestrator.tracking.run import Run
     from orchestrator.training.job import Job
@@ -141,6 +142,7 @@ class SelfSupervised(MultiCropStage):
     zero_stage: ZeroStage = zero_stage_field()
 
     version: ClassVar[int] = 2
+    watched: ClassVar[bool] = True
     preload: ClassVar[tuple[str, ...]] = (
         "orchestrator.stages.common.crops",
         "orchestrator.stages.ssl.task",
@@ -168,6 +170,12 @@ class SelfSupervised(MultiCropStage):
     def models(self) -> Mapping[str, str]:
         """See :meth:`Stage.models`."""
         return {"": "model"}
+
+    def checkpointed(self, context: Context) -> Mapping[str, CheckpointedModel]:
+        """See :class:`Stage`."""
+        from orchestrator.stages.ssl.checkpointed import checkpointed_backbone
+
+        return {"": checkpointed_backbone(self, context)}
 
     def wants(self) -> tuple[Input, ...]:
         """See :class:`Stage`: what begins with weights goes on from no stage, and `preflight` refuses both."""

@@ -84,6 +84,19 @@ def key_parts(stage: Stage, *, inputs: Mapping[str, str], data: Mapping[str, str
     )
 
 
+def piece_parts(stage: Stage, parts: KeyParts, kind: str, identity: Mapping[str, Any]) -> KeyParts:
+    """The parts of the key of a piece of a stage's result: its version and what it reads are the stage's.
+
+    Args:
+        stage: the stage's config.
+        parts: of the stage's key.
+        kind: of the piece.
+        identity: see `Context.part`.
+    """
+    data = {field: digest for field, digest in parts.data.items() if stage.concerns(field, identity)}
+    return parts.model_copy(update={"kind": kind, "config": json.loads(json.dumps(identity)), "data": data})
+
+
 def diff(old: KeyParts, new: KeyParts) -> list[str]:
     """What changed between two keys, a line each: `config.lr: 0.001 → 0.002`."""
     lines = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from orchestrator import disk
 from orchestrator.config.private_values import without_secrets
 from orchestrator.errors import Stopped, UserError, first_line, printable, shortened
+from orchestrator.pipeline.keys.cache_key import piece_parts
 from orchestrator.pipeline.keys.code_digest import PACKAGES, digest_of, versions
 from orchestrator.pipeline.lease.lease_manager import Lease, LeaseLostError
 from orchestrator.pipeline.load import LoadedPipeline
@@ -217,14 +217,7 @@ class Attempt:
     def _part(self, kind: str, identity: Mapping[str, Any]) -> Iterator[Part]:
         """See `Part`. Its version and what it reads are the stage's; its config is its own."""
         stage = self.loaded.spec.stages[self.stage.name]
-        data = {
-            field: digest
-            for field, digest in self.stage.parts.data.items()
-            if stage.concerns(field, identity)
-        }
-        parts = self.stage.parts.model_copy(
-            update={"kind": kind, "config": json.loads(json.dumps(identity)), "data": data}
-        )
+        parts = piece_parts(stage, self.stage.parts, kind, identity)
         key = parts.key
         hold = work_hold(kind, key)
         artifacts = self.workspace.artifacts()

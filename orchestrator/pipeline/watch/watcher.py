@@ -1,0 +1,292 @@
+"""The loop of a watcher: new checkpoints are scored, and the best so far is told, kept and registered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator import disk
+from orchestrator.errors import UserError
+from orchestrator.evaluation.metric import Figure
+from orchestrator.fsio import move
+from orchestrator.pipeline.load import LoadedPipeline
+from orchestrator.pipeline.watch.choice import Best, CheckpointScore, best_of, no_figure, parsed
+from orchestrator.pipeline.watch.register import Origin, Registering
+from orchestrator.pipeline.watch.training import BackboneScorer, ModelTraining, Training
+from orchestrator.tracking.connect import absolute_uri
+
+if TYPE_CHECKING:
+    from orchestrator.tracking.run import Run, Tracking
+
+_RECORD = "watch.json"
+# How its figures are kept apart from those of training.
+_CHANNEL = "watch"
+_MOST_SECONDS = 86_400
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """What a watcher is asked for.
+
+    Attributes:
+        metrics: names of metrics that need no split; none for those of the kind of stage.
+        by: METRIC/FIGURE by which the best is chosen; None for that of the kind of stage.
+        every_s: seconds between two looks for new checkpoints.
+        keep: the folder that the best model so far is written into; None for none. Of several students each has a
+            folder of its own below it.
+        register: where the best model so far is registered; None for nowhere.
+        once: whether to score what is there and to end, also while training goes on.
+        batch: images in one forward pass.
+    """
+
+    metrics: Sequence[str] = ()
+    by: str | None = None
+    every_s: float = 10.0
+    keep: Path | None = None
+    register: Registering | None = None
+    once: bool = False
+    batch: int = 64
+
+
+@dataclass
+class ModelWatch:
+    """One model that is watched.
+
+    Attributes:
+        training: where its checkpoints are.
+        score: computes figures of a model folder.
+        by: the figure that decides; None for the first.
+        keep, register: see :class:`WatchOptions`.
+        origin: what it comes from.
+        run: its own in MLflow.
+        say: prints a line.
+        scratch: a folder that nobody else uses.
+        scores: of its checkpoints, in the order in which they were scored.
+    """
+
+    training: ModelTraining
+    score: Callable[[Path], Mapping[str, Figure]]
+    by: str | None
+    keep: Path | None
+    register: Registering | None
+    origin: Origin
+    run: Run
+    say: Callable[[str], None]
+    scratch: Path
+    scores: list[CheckpointScore] = field(default_factory=list)
+
+    def advance(self) -> None:
+        """Score the checkpoints that are new."""
+        for step in self.training.steps({score.step for score in self.scores}):
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            folder = self.training.folder_of(step, self.scratch)
+            if folder is None:
+                continue
+            score = CheckpointScore(step, dict(self.score(folder)))
+            self.scores.append(score)
+            self._tell(score, folder)
+
+    def _tell(self, score: CheckpointScore, folder: Path) -> None:
+        best = best_of(self.scores, self.by)
+        known = {name: one.value for name, one in score.figures.items()}
+        known |= {"best": best.figure.value, "best_step": float(best.step)}
+        self.run.metrics(known, score.step, _CHANNEL)
+        name = self.training.name
+        self.say(f"{name}, step {score.step:,}: {best.name} {score.figures[best.name]}; best so far: {best}")
+        if best.step != score.step:
+            return
+        if self.keep is not None:
+            _keep(folder, score, self.keep)
+        if self.register is not None:
+            what = self.register.put(self.run, folder, score, best, self.origin, self.scratch)
+            self.say(f"{name}: {what}")
+
+    def conclude(self) -> Best:
+        """Say which was the best.
+
+        Raises:
+            UserError: there was no checkpoint.
+        """
+        name = self.training.name
+        if not self.scores:
+            raise UserError(
+                f"stage {name!r} has no checkpoint to score",
+                where=str(self.training.storage.folder),
+                hint="start the run first, and lower `elastic.checkpoint_every_s` to write checkpoints more often",
+            )
+        best = best_of(self.scores, self.by)
+        self.run.params({"best_step": best.step, "best_by": best.name})
+        self.say(f"{name}: the best of {len(self.scores)} checkpoints is {best}")
+        if self.keep is not None:
+            self.say(f"{name}: its model is in {self.keep}")
+        return best
+
+
+def watch(
+    loaded: LoadedPipeline, stage: str, options: WatchOptions, say: Callable[[str], None]
+) -> dict[str, list[CheckpointScore]]:
+    """Score checkpoints until the stage is done.
+
+    Args:
+        loaded: the pipeline.
+        stage: the name of a stage that trains backbones, or `stage/student`.
+        options: what is asked for.
+        say: prints a line.
+
+    Returns:
+        What was seen of each model, in the order in which it was scored.
+
+    Raises:
+        UserError: there is no such stage, what it needs is not done yet, no photo has a label, a metric cannot be
+            computed so, or nobody trains the stage.
+    """
+    _check_options(options)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orchestrator-watch-")))
+        training = Training(loaded, stage, scratch)
+        if options.register is not None:
+            options.register.check(loaded)
+        # Mistakes are told at once, and nothing is imported while the first checkpoint may go again.
+        scorer = _scorer(loaded, training, options)
+        watches = _watches(loaded, training, options, say, scorer, stack, scratch)
+        while True:
+            # Before the steps: what was committed before the end is still seen.
+            goes_on = training.goes_on()
+            for one in watches:
+                one.advance()
+            if options.once or not goes_on:
+                break
+            time.sleep(options.every_s)
+        for one in watches:
+            one.conclude()
+    return {one.training.name: one.scores for one in watches}
+
+
+def _scorer(loaded: LoadedPipeline, training: Training, options: WatchOptions) -> BackboneScorer | None:
+    """What scores the models of the stage by their features; None where the stage has figures of its own."""
+    own = [model.model for model in training.models if model.model.score is not None]
+    if own and options.metrics:
+        raise UserError(
+            f"the checkpoints of {training.name!r} are scored by the figures of its own task",
+            where="--metric",
+            hint=f"leave it out; --by names one of the figures, such as {own[0].chosen_by}",
+        )
+    metrics = parsed(options.metrics)
+    titles = [str(own[0].chosen_by).partition("/")[0]] if own else [metric.title for metric in metrics]
+    if options.by is not None and options.by.partition("/")[0] not in titles:
+        raise no_figure(options.by, titles)
+    if own:
+        return None
+    return BackboneScorer(training, metrics, options.batch, str(loaded.path), loaded.spec.seed)
+
+
+def _watches(
+    loaded: LoadedPipeline,
+    training: Training,
+    options: WatchOptions,
+    say: Callable[[str], None],
+    scorer: BackboneScorer | None,
+    stack: ExitStack,
+    scratch: Path,
+) -> list[ModelWatch]:
+    """One watch a model, with a run of its own in the pipeline's experiment."""
+    places = [_places(loaded, training, options, model) for model in training.models]
+    tracking = stack.enter_context(_tracking(loaded, scratch / "spool"))
+    return [
+        ModelWatch(
+            model,
+            score=model.model.score or partial(_required(scorer), model.name),
+            by=options.by or model.model.chosen_by,
+            keep=keep,
+            register=register,
+            origin=Origin(loaded.name, training.name, model.student, model.key),
+            run=stack.enter_context(_tracked(tracking, f"watch {model.name}")),
+            say=say,
+            scratch=scratch / "checkpoint",
+        )
+        for model, (keep, register) in zip(training.models, places, strict=True)
+    ]
+
+
+def _places(
+    loaded: LoadedPipeline, training: Training, options: WatchOptions, model: ModelTraining
+) -> tuple[Path | None, Registering | None]:
+    """Where a model is kept and registered: each of several students has a place of its own.
+
+    Raises:
+        UserError: something else is there.
+    """
+    keep, register = options.keep, options.register
+    if len(training.models) > 1:
+        keep = None if keep is None else keep / model.student
+        register = None if register is None else register.named(model.student)
+    if keep is not None:
+        _check_free(keep)
+    if register is not None:
+        register.check_holder(absolute_uri(loaded.spec.tracking.uri))
+    return keep, register
+
+
+def _required(scorer: BackboneScorer | None) -> BackboneScorer:
+    assert scorer is not None, "models without figures of their own are scored by their features"
+    return scorer
+
+
+def _check_options(options: WatchOptions) -> None:
+    """Raises UserError if no one can wait so long."""
+    if not 0 < options.every_s <= _MOST_SECONDS:
+        raise UserError(
+            f"{options.every_s:g} seconds are no time between two looks",
+            where="--every",
+            hint="give at most a day",
+        )
+
+
+def _keep(model: Path, score: CheckpointScore, target: Path) -> None:
+    """Put a model where `embed`, `from` and `orchestrator.load` find it, instead of an earlier one."""
+    _check_free(target)
+    with disk.making(target, "name another folder for --keep") as draft:
+        shutil.copytree(model, draft / "model")
+        record = {
+            "step": score.step,
+            "figures": {name: asdict(figure) for name, figure in score.figures.items()},
+        }
+        (draft / "model" / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        if target.exists():
+            move(target, draft / "earlier")
+        move(draft / "model", target)
+
+
+def _check_free(target: Path) -> None:
+    """Raises UserError where something else is than what a watcher wrote."""
+    if target.exists() and not (target / _RECORD).is_file():
+        raise UserError(
+            f"{target} is there, and no watcher wrote it", where="--keep", hint="name another folder"
+        )
+
+
+def _tracking(loaded: LoadedPipeline, spool: Path) -> Tracking:
+    from orchestrator.tracking.run import Tracking
+
+    settings = loaded.spec.tracking
+    return Tracking(settings.uri, settings.experiment or loaded.name, spool)
+
+
+@contextmanager
+def _tracked(tracking: Tracking, name: str) -> Iterator[Run]:
+    """A run that says how the watcher ended."""
+    run = tracking.run(name)
+    try:
+        yield run
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    run.finish("FINISHED")
