@@ -231,7 +231,7 @@ class ImageCache:
             free_share = f"the disk of {self._folder} has less than {_LEFT_FREE:.0%} free"
             self._say(f"no more resized photos are kept: {free_share}. Others are decoded each time")
         elif of_limit < size:
-            reached = f"those in {self._folder} take image_cache_gib, {self._limit / _GIB:g}"
+            reached = f"those in {self._folder} take all of image_cache_gib ({self._limit / _GIB:g})"
             self._say(f"no more resized photos are kept: {reached}. Others are decoded each time")
         return max(0, min(of_limit, of_disk))
 
