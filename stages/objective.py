@@ -40,9 +40,9 @@ class Objective(Extension):
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$",
-        description="The name of the term in curves. Default: what stands as `use`, after its colon.",
+        description="The name of the term in curves. Default: the name in `use`, after its colon if it has one.",
     )
-    weight: float = Field(1.0, ge=0, description="The factor on the term in the loss.")
+    weight: float = Field(1.0, ge=0, description="The weight of the term in the loss.")
 
     @property
     def title(self) -> str:

@@ -28,8 +28,8 @@ class BoxData(Settings):
     )
     split: Split | None = Field(
         None,
-        description="How the pictures are split. Default: by hash. COCO's own is `{by: folder, train: train2017, test: "
-        "val2017}`.",
+        description="How the pictures are split. Default: they are split by hash. COCO's own split is `{by: folder, "
+        "train: train2017, test: val2017}`.",
     )
 
     def chosen_split(self) -> Split:

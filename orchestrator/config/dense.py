@@ -55,28 +55,29 @@ class MaskData(Settings):
     A mask has the name of its picture, or a manifest says which it is.
     """
 
-    path: LocalPath = Field(description="The folder of the data set.")
+    path: LocalPath = Field(description="The folder of the dataset.")
     manifest: LocalPath | None = Field(
         None,
-        description="A table with the columns `path` and `mask`, from `path` of the data set: CSV, JSON lines or "
-        "Parquet. Pictures without a mask take no part. Default: by `layout`.",
+        description="A table that names pictures and masks in the columns `path` and `mask`, relative to the dataset's "
+        "`path`: CSV, JSON lines or Parquet. Pictures without a mask are left out. Default: `layout` says where they "
+        "are.",
     )
     layout: Literal["folders", "ade20k", "cityscapes"] = Field(
         "folders",
         description="Where pictures and masks are. folders: `images/` and `masks/`. ade20k: `images/` and "
         "`annotations/`, each with `training/` and `validation/`. cityscapes: `leftImg8bit/` and `gtFine/` with "
-        "`train/` and `val/`, masks end in `…_gtFine_labelTrainIds.png`.",
+        "`train/` and `val/`; the names of masks end in `_gtFine_labelTrainIds.png`.",
     )
     ignore: int | None = Field(
         None,
         ge=0,
         le=65535,
-        description="The number of pixels that do not count. Default: 255, and 0 with `ade20k`.",
+        description="The value of a mask's pixels that do not count. Default: 255, or 0 with `ade20k`.",
     )
     split: Split | None = Field(
         None,
-        description="How the pictures are split. Default: by the layout's own folders, with a part of train for "
-        "validation; with `folders` or a manifest by hash.",
+        description="How the pictures are split. Default: they are split by the layout's own folders, with a part of "
+        "train for validation, or by hash with `folders` or a manifest.",
     )
 
     @model_validator(mode="after")
@@ -111,7 +112,7 @@ class DepthData(Settings):
     """Pictures with depth: a PNG of 16 bits of the same size and name. 0 is a pixel without depth."""
 
     path: LocalPath = Field(
-        description="The folder of the data set, with `images/` and `depth/`; with `nyuv2` the .mat file."
+        description="The folder of the dataset, with `images/` and `depth/`, or the .mat file with `nyuv2`."
     )
     layout: Literal["folders", "nyuv2"] = in_key_if_set(
         "folders",
@@ -121,18 +122,19 @@ class DepthData(Settings):
     scale: float = Field(
         1000.0,
         gt=0,
-        description="The number in a depth map that is one metre: 1000 for millimetres, as of most depth cameras; 256 "
-        "for KITTI. With `nyuv2` it is not used.",
+        description="The value of a depth map that is one metre: 1000 for millimetres, as of most depth cameras, or "
+        "256 for KITTI. It is not used with `nyuv2`.",
     )
     max_depth: float = Field(
         10.0,
         gt=0,
-        description="The depth in metres beyond which pixels do not count: 10 indoors, 80 for streets.",
+        description="The maximum depth, in metres, such as 10 indoors or 80 for streets. Pixels beyond it do not "
+        "count.",
     )
     split: Split | None = Field(
         None,
-        description="How the pictures are split. Default: by hash; with `nyuv2` as its `splits.mat` says, with a "
-        "part of train for validation.",
+        description="How the pictures are split. Default: they are split by hash, or with `nyuv2` as its `splits.mat` "
+        "says, with a part of train for validation.",
     )
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -165,7 +167,7 @@ class DepthData(Settings):
 class PairData(Settings):
     """Views of planes: one folder a plane, as in HPatches. `1.ppm` is the first view; `H_1_2` maps it to `2.ppm`."""
 
-    path: LocalPath = Field(description="The folder of the data set, with a folder for each plane.")
+    path: LocalPath = Field(description="The folder of the dataset, with a folder for each plane.")
 
     def pairs(self) -> list[tuple[str, str, str]]:
         """First view, other view and file of the homography, for each pair, as paths below `path`.

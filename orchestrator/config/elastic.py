@@ -216,16 +216,16 @@ class Elastic(Settings):
     )
     loader_type: Literal["auto", "threads", "processes"] = operational(
         "auto",
-        description="Whether photos are loaded in threads of a worker or in processes of their own. auto uses threads. "
-        "Where steps wait although as many load as may, it tries as many processes for some steps, and keeps them if "
-        "they load at least a tenth more.",
+        description="Whether photos are loaded in threads of a worker or in processes of their own. auto begins with "
+        "threads. If steps still wait for photos at the maximum number of threads, it tries the same number of "
+        "processes for some steps, and keeps them if they load at least 10 % more photos.",
     )
     steps_ahead: int = operational(
         2,
         ge=1,
         le=64,
-        description="The number of steps whose photos are loaded while a step is computed. More of them take more "
-        "memory and level out files that take long.",
+        description="The number of steps whose photos are loaded while a step is computed. A larger number takes more "
+        "memory, and files that take long to load delay fewer steps.",
     )
     resize_share: float = operational(
         0.1,
@@ -268,8 +268,8 @@ class Elastic(Settings):
     )
     exact: bool = operational(
         False,
-        description="Whether gradients are summed in float64, so that the weights are bit-identical for any number "
-        "of workers. Gradients then take twice the memory and the network traffic. Does not work with `zero_stage` 1 "
+        description="Whether gradients are summed in float64, so that the weights are bit-identical for any number of "
+        "workers. Gradients then take twice the memory and the network traffic. It does not work with `zero_stage` 1 "
         "and 2.",
     )
     workers_from: Literal["warm", "stock"] = operational(

@@ -27,13 +27,13 @@ class PixelFormat(Settings):
         min_length=1,
         max_length=MAX_BANDS,
         description="The bands of each file that the model sees as its channels, counted from 0; a single one is seen "
-        "three times. Four bands are then not red, green, blue and transparency. Default: grey is seen three times, "
-        "red, green and blue as they are, and transparency is laid on white.",
+        "three times. No band is then taken for transparency. Default: grey is seen three times, red, green and blue "
+        "are seen as they are, and transparent pixels are laid on white.",
     )
     range: tuple[float, float] | None = Field(
         None,
         description="The values that the model sees as black and as white, such as [0, 4095] for 12 bits in 16-bit "
-        "files. Values outside are cut off. Default: 0 to 255, and 0 to 65535 in 16-bit files.",
+        "files. Values outside are clipped. Default: 0 to 255, and 0 to 65535 in 16-bit files.",
     )
     mean: tuple[_Level, ...] | None = Field(
         None,
@@ -42,8 +42,8 @@ class PixelFormat(Settings):
     )
     std: tuple[_Spread, ...] | None = Field(
         None,
-        description="The standard deviation of each channel that models divide by, on the same scale. Default: "
-        "ImageNet's for three channels, and for any other number what `curate` measures.",
+        description="The standard deviation of each channel that models divide by, on a scale where black is 0 and "
+        "white is 1. Default: ImageNet's for three channels, and for any other number what `curate` measures.",
     )
     shown: tuple[_Band, _Band, _Band] | None = in_key_if_set(
         None,

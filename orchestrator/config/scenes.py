@@ -21,7 +21,7 @@ _NAVI_CODE = 655_350.0
 class SceneData(Settings):
     """Views of scenes: pictures with depth maps and the poses of their cameras."""
 
-    path: LocalPath = Field(description="The folder of the data set.")
+    path: LocalPath = Field(description="The folder of the dataset.")
     layout: Literal["scenes", "navi"] = Field(
         "scenes",
         description="Where the parts are. scenes: folders with a `cameras.json`, which names pictures, depth maps, "
@@ -30,10 +30,10 @@ class SceneData(Settings):
     scale: float = Field(
         1000.0,
         gt=0,
-        description="The number in a depth map that is one metre; with `navi` it is not used.",
+        description="The value of a depth map that is one metre. It is not used with `navi`.",
     )
     max_angle: float = Field(
-        120.0, gt=0, le=180, description="The largest rotation between the two cameras of a pair, in degrees."
+        120.0, gt=0, le=180, description="The maximum rotation between the two cameras of a pair, in degrees."
     )
     pairs_per_scene: int = Field(
         20, ge=1, description="The maximum number of pairs of each scene, evenly spread over all of them."

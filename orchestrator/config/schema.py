@@ -78,9 +78,9 @@ class DataSource(Settings):
     )
     pixels: PixelFormat | None = Field(
         None,
-        description="The bands, the range of values, the mean and the deviation of the files' pixels. It travels with "
-        "the models that are trained on them. Default: 8-bit grey, RGB, or RGB with transparency on white, and "
-        "ImageNet's mean and deviation.",
+        description="The bands, the range of values, the mean and the standard deviation of the files' pixels. They "
+        "travel with the models that are trained on the files. Default: 8-bit grey, RGB, or RGB with transparency on "
+        "white, and ImageNet's mean and standard deviation.",
     )
     max_left_out: float = operational(
         0.1,
@@ -151,8 +151,8 @@ class Cluster(Settings):
     )
     dashboard: bool = operational(
         False,
-        description="Whether a `local` cluster runs Ray's dashboard, which shows Ray Train runs and exports "
-        "Prometheus metrics. Requires the package extra `dashboard`, which installs ray[default].",
+        description="Whether a `local` cluster runs Ray's dashboard, which shows Ray Train runs and exports Prometheus "
+        "metrics. It requires the package extra `dashboard`, which installs ray[default].",
     )
 
     @field_validator("address")
@@ -294,5 +294,5 @@ class Pipeline(Settings, Generic[S]):
         None,
         description="The machines for which `orchestrator plan` estimates costs. Default: no costs are printed.",
     )
-    data: dict[str, DataSource] = Field({}, description="The datasets by name.")
+    data: dict[str, DataSource] = Field({}, description="The datasets that stages can read, by name.")
     stages: dict[str, S] = Field(description="The stages by name. Their order in the file does not matter.")

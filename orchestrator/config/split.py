@@ -29,8 +29,9 @@ class Split(Settings):
     )
     train: Names = Field(
         (),
-        description="With `folder` the folders, as path below the dataset's folder, DATASET/path or DATASET; with "
-        "`file` the lists; with `column` the values; with `component` the components. With `hash` nothing.",
+        description="The pictures to train on, named as `by` says: folders, as a path below the dataset's folder, "
+        "DATASET/path or DATASET; text files that list pictures; values of the column; or components. It is not given "
+        "with `by: hash`.",
     )
     validation: Names = Field(
         (),
@@ -39,26 +40,30 @@ class Split(Settings):
     )
     test: Names = Field(
         (),
-        description="The pictures that metrics are reported on, named in the same way as `train`. Not given with "
-        "`hash`.",
+        description="The pictures that metrics are reported on, named in the same way as `train`. It is not given with "
+        "`by: hash`.",
     )
     validation_share: float = Field(
         0.2,
         gt=0,
         lt=1,
-        description="The share of pictures to choose settings on, above 0 and below 1: of all pictures with `hash`, of "
-        "those of `train` where `validation` names nothing.",
+        description="The share of pictures that settings are chosen on, above 0 and below 1: of all pictures with `by: "
+        "hash`, else of the pictures of `train` if `validation` is not given.",
     )
     test_share: float = Field(
-        0.2, gt=0, lt=1, description="The share of pictures to report on with `hash`, above 0 and below 1."
+        0.2,
+        gt=0,
+        lt=1,
+        description="The share of pictures that metrics are reported on with `by: hash`, above 0 and "
+        "below 1.",
     )
     column: str = Field(
-        "split", min_length=1, description="With `column`, the name of the column that has the split."
+        "split", min_length=1, description="The name of the column that has the split, with `by: column`."
     )
     table: LocalPath | None = Field(
         None,
-        description="With `column`, a CSV file with a `file` column and that column. Default: the captions file of "
-        "each dataset.",
+        description="The path of a CSV file with a `file` column and the column of the split, with `by: column`. "
+        "Default: the captions file of each dataset.",
     )
     # Of 463 different food photos no two are above the default, and of 140 photos made smaller by half, brighter by 10
     # grey levels, cropped by 3 % or saved at JPEG quality 40, 96 to 100 % are.
@@ -66,8 +71,9 @@ class Split(Settings):
         0.97,
         gt=0,
         le=1,
-        description="The cosine similarity of colours and edges from which two pictures are near duplicates. With "
-        "`hash` they are kept in one split; otherwise those in different splits are counted in a warning.",
+        description="The cosine similarity of colours and edges from which two pictures are near-duplicates, above 0 "
+        "and at most 1. With `by: hash` they are kept in one split; otherwise those in different splits are counted in "
+        "a warning.",
     )
     seed: int = Field(0, description="The seed of splits that are chosen by the bytes of pictures.")
 

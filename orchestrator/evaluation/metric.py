@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-TITLE = "The name of its figures in results. Default: what stands as `use`, after its colon."
+TITLE = (
+    "The name of the metric's figures in results. Default: the name in `use`, after its colon if it has one."
+)
 LEAVE_ONE_OUT = "leave-one-out"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -133,7 +134,9 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def prose(model: type[BaseModel]) -> str:
     """What the class says of itself, but for its attributes and for what a base class says."""
     text = inspect.cleandoc(model.__dict__.get("__doc__") or "")
-    return text.partition("\n\nAttributes:")[0].replace("``", "`")
+    text = text.partition("\n\nAttributes:")[0].replace("``", "`")
+    # Names with a role, such as :meth:`apply`, are for readers of the code.
+    return re.sub(r":\w+:`", "`", text)
 
 
 def _table(model: type[BaseModel], fields: dict[str, FieldInfo]) -> str:

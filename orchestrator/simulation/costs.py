@@ -27,7 +27,7 @@ class StageCosts(Settings):
     )
     measured_step_s: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0, le=MAX_SECONDS)]] = Field(
         {},
-        description="The measured time of a whole step by number of workers, in seconds. Overrides `block_s` and "
+        description="The measured time of a whole step by number of workers, in seconds. It overrides `block_s` and "
         "`step_s`.",
     )
     stall_s: _Seconds = Field(0.05, description="The time that a checkpoint stops training, in seconds.")

@@ -82,7 +82,7 @@ class TextSettings(Settings):
     init: Literal["fixed", "by_width"] = Field(
         "fixed",
         description="The standard deviation of the initial weights of the text tower's blocks. fixed is 0.02. by_width "
-        "is CLIP's, computed from `dim` and `depth`, as in the published code.",
+        "is CLIP's, computed from `dim` and `depth`, as in DINOv3's published code.",
     )
     # The key of the stage has the hash of what is in it instead of its place.
     from_: LocalPath | None = operational(
@@ -119,8 +119,8 @@ class AlignText(MixStage):
     kind: Literal["align_text"]
     student: str | None = Field(
         None,
-        description="The student of the `distill` stage whose vision tower is aligned. Required if there is more than "
-        "one student.",
+        description="The student of the `distill` stage whose vision tower is aligned. It is required if there is more "
+        "than one student.",
     )
     steps: int = STEPS
     batch_size: int = batch_size_field("The number of image-text pairs", least=2)
@@ -141,19 +141,19 @@ class AlignText(MixStage):
         ge=0,
         lt=1,
         description="The drop-path rate of the trainable blocks: the share of a batch's samples that each residual "
-        "branch skips, from 0 to 1.",
+        "branch skips, from 0 to below 1.",
     )
     ffn_hidden: int | None = Field(
         None,
         ge=1,
         le=MAX_WIDTH,
         description="The hidden width of the SwiGLU feed-forward layers in the trainable blocks. Default: 8/3 of the "
-        "tower's width, rounded up to a multiple of 8. The published code rounds up to a multiple of 64.",
+        "tower's width, rounded up to a multiple of 8. DINOv3's published code rounds up to a multiple of 64.",
     )
     qkv_bias: bool = Field(
         True,
         description="Whether queries and values have biases, in the trainable blocks and in a text tower that is "
-        "trained from scratch. The published code has none.",
+        "trained from scratch. In DINOv3's published code they have none.",
     )
     output_dim: int = Field(
         256, ge=1, le=MAX_WIDTH, description="The width of the joint embedding space of images and texts."
@@ -161,8 +161,8 @@ class AlignText(MixStage):
     projection: Literal["joint", "shared"] = Field(
         "joint",
         description="The projection of a photo's CLS token and mean patch token to its embedding. joint: one matrix "
-        "projects both together to `output_dim`. shared: one matrix projects each to half of `output_dim`, as in the "
-        "published code; there is no matrix if `output_dim` is twice the tower's width.",
+        "projects both together to `output_dim`. shared: one matrix projects each to half of `output_dim`, as in "
+        "DINOv3's published code; there is no matrix if `output_dim` is twice the tower's width.",
     )
     pool: Literal["cls_and_patches", "cls"] = Field(
         "cls_and_patches",
@@ -175,13 +175,13 @@ class AlignText(MixStage):
     )
     start_token: str | None = Field(
         None,
-        description="The token that is added before each text. Requires `tokenizer`. Default: the tokenizer's own "
-        "post-processing.",
+        description="The token that is added before each text. It requires `tokenizer`. Default: the tokenizer's own "
+        "post-processing adds tokens.",
     )
     end_token: str | None = Field(
         None,
-        description="The token that is added after each text. Requires `tokenizer`. Default: the tokenizer's own "
-        "post-processing.",
+        description="The token that is added after each text. It requires `tokenizer`. Default: the tokenizer's own "
+        "post-processing adds tokens.",
     )
     vocab_size: int = Field(
         4096,
@@ -194,7 +194,9 @@ class AlignText(MixStage):
         le=MAX_WIDTH,
         description="The maximum number of tokens per text. Longer texts are shortened; their last token is kept.",
     )
-    temperature: float = Field(0.07, gt=0, description="The initial temperature of InfoNCE. It is learned.")
+    temperature: float = Field(
+        0.07, gt=0, description="The initial temperature of the InfoNCE loss. The temperature is learned."
+    )
     max_scale: float = Field(
         100.0, gt=0, description="The maximum of the learned logit scale, which is 1/temperature."
     )

@@ -63,8 +63,8 @@ class HomogeneousMixStage(MixStage):
         0.1,
         ge=0,
         le=1,
-        description="The share of all batches that are homogeneous, from 0 to 1 (DINOv3, section 3.1: 0.1). Requires "
-        "`homogeneous`.",
+        description="The share of all batches that are homogeneous, from 0 to 1 (DINOv3, section 3.1: 0.1). It "
+        "requires `homogeneous`.",
     )
 
     @field_validator("homogeneous_ratio")

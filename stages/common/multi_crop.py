@@ -27,12 +27,14 @@ class MultiCropStage(HomogeneousMixStage):
     student_temperature: float = Field(
         0.1, gt=0, description="The temperature of the student's softmax in the DINO and iBOT losses."
     )
-    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (section 3.2).")
-    koleo_weight: float = Field(0.1, ge=0, description="The weight of the KoLeo loss (section 3.2: 0.1).")
+    ibot_weight: float = Field(1.0, ge=0, description="The weight of the iBOT loss (DINOv3, section 3.2).")
+    koleo_weight: float = Field(
+        0.1, ge=0, description="The weight of the KoLeo loss (DINOv3, section 3.2: 0.1)."
+    )
     koleo_views: KoLeoViews = Field(
         "first",
-        description="The global crops that the KoLeo loss is computed on: first, as in the paper, or both, with the "
-        "sum of both losses, as in the published code.",
+        description="The global crops that the KoLeo loss is computed on: first, as in the DINOv3 paper, or both, with "
+        "the sum of both losses, as in DINOv3's published code.",
     )
     koleo_group: int | None = Field(
         None,

@@ -85,7 +85,7 @@ class NetworkSource(Settings):
     block: int | None = in_key_if_set(
         None,
         ge=1,
-        description="The block whose tokens are the features, counted from 1, after the network's final norm. Of a "
+        description="The block whose tokens are the features, after the network's final norm, counted from 1. For a "
         "ConvNeXt it is the stage. Default: the last one.",
     )
     cls_block: int | None = in_key_if_set(
@@ -95,25 +95,27 @@ class NetworkSource(Settings):
         None, ge=1, description="The block of the patch features, counted from 1. Default: `block`."
     )
     size: Side | None = Field(
-        None, description="The side that images are resized to for this network, in pixels."
+        None,
+        description="The side that images are resized to for this network, in pixels. It is used if `image_size` "
+        "is not set. Default: 224.",
     )
     bands: tuple[Annotated[int, Field(ge=0)], ...] | None = in_key_if_set(
         None,
         min_length=1,
         description="The bands of the pictures that this network sees as its channels, counted from 0 in the files, "
-        "such as [2, 1, 0]. They are among those of the data's `pixels`. Default: all of these.",
+        "such as [2, 1, 0]. They must be among the bands of the data's `pixels`. Default: all of those.",
     )
     mean: tuple[float, ...] = Field(
         _MEAN,
         min_length=1,
         description="The mean of each channel for the normalization of the network's input, on a scale from 0 to 1. "
-        "Default: ImageNet's. A network of other than three channels has as many means.",
+        "Default: ImageNet's. A network whose number of channels is not three needs one mean per channel.",
     )
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         _STD,
         min_length=1,
-        description="The standard deviation of each channel for the normalization of the network's input. Default: "
-        "ImageNet's.",
+        description="The standard deviation of each channel for the normalization of the network's input, on a scale "
+        "from 0 to 1. Default: ImageNet's. A network whose number of channels is not three needs one per channel.",
     )
 
     @model_validator(mode="after")

@@ -228,8 +228,8 @@ def freeze_field() -> Any:
     return in_key_if_set(
         0,
         ge=0,
-        description="The number of steps at the start in which the backbone that `from` gives is frozen: new heads "
-        "settle first.",
+        description="The number of steps at the start in which the backbone that `from` gives is frozen, so that new "
+        "heads settle first.",
     )
 
 

@@ -100,29 +100,30 @@ class Curate(Stage):
         ge=0,
         le=255,
         description="The maximum root mean square difference of two near-duplicates, in grey levels (0 to 255) of "
-        "their 32×32 thumbnails.",
+        "their 32×32 thumbnails. 0 keeps all near-duplicates.",
     )
 
     near_duplicate_relative: float | None = Field(
         0.15,
         gt=0,
         le=10,
-        description="The maximum difference of two near-duplicates as a share of how far pictures of the dataset "
-        "usually are from the most similar other one; the smaller one of this and `near_duplicate` counts. So the "
-        "pictures of a camera that stands still are kept. null: only `near_duplicate` counts.",
+        description="The maximum difference of two near-duplicates, as a share of the usual difference between an "
+        "image of the dataset and the image that is most similar to it. The smaller limit of this and `near_duplicate` "
+        "applies, so that the images of a camera that stands still are kept. null applies `near_duplicate` alone.",
     )
 
     retrieve: Retrievals = in_key_if_set(
         (),
         description="The seed sets, one or a list, whose nearest images are the component `retrieved` (DINOv3, section "
-        "3.1). An image may be balanced and retrieved. Training uses both unless `mix` says otherwise.",
+        "3.1). An image may be in both components, `balanced` and `retrieved`. Training uses both unless `mix` says "
+        "otherwise.",
     )
 
     holdout: float = in_key_if_set(
         0.0,
         ge=0,
         lt=1,
-        description="The share of unique images that are held out from training, from 0 to 1: the component "
+        description="The share of unique images that are held out from training, from 0 to below 1: the component "
         "`held_out`, on which `validate_every` of a training stage computes its losses. Whether an image is held out "
         "depends only on its bytes.",
     )

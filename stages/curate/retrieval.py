@@ -34,7 +34,7 @@ class SeedRetrieval(Settings):
         ge=1,
         le=10_000,
         description="The number of images that are taken for each seed: the nearest ones by `embedding` among those of "
-        "all datasets that are no seed sets.",
+        "all datasets that are not seed sets.",
     )
 
 

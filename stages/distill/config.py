@@ -79,8 +79,8 @@ class Distill(MultiCropStage):
     )
     workers: Literal["auto"] | None = operational(
         None,
-        description="The split of devices. auto splits them between teachers and students, from measured costs, so "
-        "that all finish at the same time, and again whenever the cluster changes. Default: each student has its own "
+        description="How devices are split between teachers and students. auto splits them by measured costs so that "
+        "all finish at the same time, and again whenever the cluster changes. Default: each student has its own "
         "`workers`.",
     )
     teachers: int | Literal["auto"] = operational(
@@ -120,7 +120,8 @@ class Distill(MultiCropStage):
         None,
         min_length=1,
         description="The bands of the pictures that the teacher of the stage under `needs` sees, counted from 0 in the "
-        "files, such as [2, 1, 0] for a teacher of photos. Students see all. Default: the teacher sees all, too.",
+        "files, such as [2, 1, 0] for a teacher of photos. Students see all bands. Default: the teacher sees all "
+        "bands, too.",
     )
 
     # How pictures are seen, once that is known; see `seeing`.

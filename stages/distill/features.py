@@ -77,7 +77,8 @@ class FeatureObjective(Settings):
     hidden: int | None = Field(
         None,
         ge=1,
-        description="The hidden width of the projections, which then have a GELU. Default: projections are linear.",
+        description="The hidden width of the projections, which then have a hidden layer with a GELU. Default: "
+        "projections are linear.",
     )
     whiten: bool = Field(
         False, description="Whether the teachers' features are standardized with PHI-S (arXiv 2410.01680)."
@@ -89,8 +90,8 @@ class FeatureObjective(Settings):
         None,
         ge=1,
         description="The number of steps after which the same views come again. The teachers' outputs for them are "
-        "computed once and kept in the store, which saves most of the time where the pictures are few and the teachers "
-        "are large. Default: every step has new views.",
+        "computed once and kept in the store, which saves most of the time if pictures are few and teachers are large. "
+        "Default: every step has new views.",
     )
     dtype: Literal["fp32", "fp16"] = Field(
         "fp32", description="The precision in which teacher features are sent to students."

@@ -93,8 +93,8 @@ class Student(Settings):
         0.0,
         ge=0,
         lt=1,
-        description="The drop-path rate: the share of a batch's samples that each residual branch skips, from 0 to 1. "
-        "Only for `model`; other networks have it in `kwargs`.",
+        description="The drop-path rate: the share of a batch's samples that each residual branch skips, from 0 to "
+        "below 1. It applies to `model` only; other networks take it in `kwargs`.",
     )
     optimizer: Optimizer | None = Field(
         None, description="The settings of AdamW for this student. Default: the stage's."
@@ -104,8 +104,9 @@ class Student(Settings):
     )
     mask_inputs: bool = Field(
         True,
-        description="Whether the student sees masked global crops, as in the paper. The published code shows it "
-        "unmasked crops. Only for `model`: other networks have no mask token and see unmasked crops.",
+        description="Whether the student sees masked global crops, as in the DINOv3 paper; in its published code the "
+        "student sees unmasked crops. It applies to `model` only: other networks have no mask token and see unmasked "
+        "crops.",
     )
     views: Views | None = Field(
         None, description="The sizes and number of this student's crops. Default: the stage's."

@@ -63,8 +63,8 @@ class OutsideModel(NetworkSource):
 
     size: Side | None = Field(
         None,
-        description="The side of the images that this model sees, in pixels. Default: `image_size`, or what the last "
-        "backbone or the first student was trained at.",
+        description="The side of the images that this model sees, in pixels. Default: `image_size`, or the size that "
+        "the last backbone or the first student was trained at.",
     )
 
 
@@ -130,7 +130,7 @@ class Evaluate(Stage):
     kept_features: float = operational(
         4.0,
         ge=0,
-        description="The maximum GiB of features that are kept in the cache of each machine, so that the next "
+        description="The maximum size of the features that are kept in the cache of each machine, in GiB. The next "
         "evaluation does not compute them again. 0 keeps none.",
     )
     models_at_once: int | None = operational(

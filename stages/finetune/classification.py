@@ -24,7 +24,7 @@ _SPLITS = ("train", "validation", "test")
 
 
 class Classification(Settings):
-    """One label an image. The head is a linear layer; the loss is cross-entropy."""
+    """One label per image. The head is a linear layer; the loss is cross-entropy."""
 
     type: Literal["classification"] = Field(description="The name of the task, classification.")
     labels: Literal["column", "folder"] = Field(
@@ -34,8 +34,8 @@ class Classification(Settings):
     )
     classes: Annotated[int, Field(ge=2)] | tuple[str, ...] | None = Field(
         None,
-        description="The labels to learn: a list, or a number for the most frequent ones. Images with other labels "
-        "take no part. Default: all labels.",
+        description="The labels to learn: a list, or a number for the most frequent ones. Images with other labels are "
+        "left out. Default: all labels.",
     )
     pool: Literal["cls", "cls_and_patches"] = Field(
         "cls_and_patches",

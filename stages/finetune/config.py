@@ -62,7 +62,7 @@ class Lora(Settings):
     alpha: float = Field(
         16.0,
         gt=0,
-        description="The factor of the adapters times `rank`: outputs are multiplied by alpha / rank.",
+        description="The scale of the adapters (LoRA's α): their outputs are multiplied by alpha / rank.",
     )
     targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         ("attention",),
@@ -91,14 +91,14 @@ class Finetune(TrainStage):
     )
     student: str | None = Field(
         None,
-        description="The student of the `distill` stage under `needs` that is trained on. Required if there is more "
-        "than one student.",
+        description="The student of the `distill` stage under `needs` that training starts from. It is required if "
+        "there is more than one student.",
     )
     from_: From | None = from_field(FROM)
     network: NetworkSource | None = Field(
         None,
-        description="A network from elsewhere to start from, with its weights: timm, transformers or a module. Its "
-        "BatchNorm layers keep their statistics.",
+        description="The network from elsewhere that training starts from, with its weights: a model of timm or "
+        "transformers, or a module. Its BatchNorm layers keep their statistics.",
     )
     mode: Literal["frozen", "lora", "full"] = Field(
         "frozen",
@@ -115,19 +115,21 @@ class Finetune(TrainStage):
         (0.35, 1.0),
         description="The minimum and maximum share of the image's area that a training crop covers, at most 1.",
     )
-    flip: bool = Field(True, description="Whether half of the training crops are mirrored.")
+    flip: bool = Field(
+        True, description="Whether training crops are flipped horizontally, with probability 0.5."
+    )
     optimizer: Optimizer = OPTIMIZER
     drop_path: float = Field(
         0.0,
         ge=0,
         lt=1,
         description="The drop-path rate of the backbone in training: the share of a block's samples that each residual "
-        "branch skips, from 0 to below 1. For mode lora and full, and backbones of this project.",
+        "branch skips, from 0 to below 1. It applies to the modes lora and full, and to backbones of this project.",
     )
     ema: Momentum | None = Field(
         None,
-        description="The momentum of an average of the trained weights by step, from 0 to 1. The average is what is "
-        "validated and kept. Default: there is no average.",
+        description="The momentum of the exponential moving average (EMA) of the trained weights by step, from 0 to 1. "
+        "The average is what is validated and kept. Default: there is no average.",
     )
     validate_every: int = Field(
         100,

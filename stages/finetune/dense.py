@@ -29,7 +29,7 @@ class _Dense(Settings):
     head: Literal["linear", "decoder"] = Field(
         "linear",
         description="The layers that make the map. linear: one linear layer on the patches. decoder: convolutions, "
-        "between which the map doubles.",
+        "between which the sides of the map double.",
     )
     width: int = Field(
         128,
@@ -177,7 +177,9 @@ class Depth(_Dense):
         0.5,
         ge=0,
         le=1,
-        description="How much of a common factor on all depths of an image is forgiven, from 0 to 1.",
+        description="The weight of the scale-invariant term of the loss (arXiv 1406.2283, equation 4: 0.5), from 0 to "
+        "1. With 1, a common factor on all depths of an image adds nothing to the loss; with 0, the loss is the plain "
+        "squared error of the logarithm.",
     )
 
     @model_validator(mode="after")

@@ -42,7 +42,8 @@ class Detection(Settings):
         0.1,
         gt=0,
         le=1,
-        description="The weight, in the cross-entropy, of rows that are matched with no object.",
+        description="The weight, in the cross-entropy, of queries that are matched with no object (arXiv 2005.12872: "
+        "0.1).",
     )
 
     needs_index: ClassVar[bool] = False

@@ -119,13 +119,12 @@ class SelfSupervised(MultiCropStage):
     )
     knn: KnnWatch | None = operational(
         None,
-        description="The k-NN accuracy of the EMA backbone while it trains: on how many photos, and how often. The "
-        "metric is `val/knn`. Default: it is not computed.",
+        description="The settings of the k-NN accuracy that is computed of the EMA backbone during training, as the "
+        "metric `val/knn`. Default: it is not computed.",
     )
     stop_if: StopIf | None = operational(
         None,
-        description="The limits of dense health, and of k-NN, at which training stops. Default: training goes on "
-        "whatever the features are like.",
+        description="The limits of dense health and of k-NN at which training stops. Default: no limit stops training.",
     )
     snapshot_every: int = Field(
         0,

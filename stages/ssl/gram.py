@@ -56,13 +56,13 @@ class Gram(Settings):
     """
 
     weight: Schedule = Field(
-        Schedule(peak=2.0), description="The weight of the Gram loss by step (section 4.2)."
+        Schedule(peak=2.0), description="The weight of the Gram loss by step (DINOv3, section 4.2)."
     )
     teacher: int | Literal["earliest", "latest", "best", "start"] = Field(
         "earliest",
         description="The snapshot that is the Gram teacher, from any earlier stage: its step number, the earliest or "
-        "latest snapshot, or the one with the best dense health. start is the backbone that the stage starts from. "
-        "With `from` that is the only one.",
+        "latest snapshot, or the one with the best dense health. start is the backbone that the stage starts from, and "
+        "the only choice with `from`.",
     )
     trigger: Annotated[DenseHealth | None, BeforeValidator(_by_name)] = Field(
         None, description="The condition that starts anchoring. Default: anchoring is on from the first step."
@@ -74,7 +74,9 @@ class Gram(Settings):
         "updated.",
     )
     update_every: int = Field(
-        10_000, ge=1, description="The interval between updates of the Gram teacher, in steps (section 4.2)."
+        10_000,
+        ge=1,
+        description="The interval between updates of the Gram teacher, in steps (DINOv3, section 4.2).",
     )
     max_updates: int = Field(3, ge=0, description="The maximum number of updates of the Gram teacher.")
     form: Literal["auto", "patches", "features"] = Field(
@@ -85,11 +87,11 @@ class Gram(Settings):
     antialias: bool = Field(
         True,
         description="Whether the feature map of a Gram teacher with larger crops is smoothed before it is downsampled "
-        "to the student's size. The published code does not smooth it.",
+        "to the student's size. DINOv3's published code does not smooth it.",
     )
     clip_negatives: bool = Field(
         False,
-        description="Whether negative similarities of student and teacher are clipped to 0. Not possible with "
+        description="Whether negative similarities of student and teacher are clipped to 0. It is not possible with "
         "`form: features`.",
     )
 
@@ -120,7 +122,7 @@ class RefinementGram(Gram):
     """Gram anchoring in high-resolution refinement (section 5.1). It is on from step 0."""
 
     weight: Schedule = Field(
-        Schedule(peak=1.5), description="The weight of the Gram loss by step (section 5.1)."
+        Schedule(peak=1.5), description="The weight of the Gram loss by step (DINOv3, section 5.1)."
     )
     teacher: int | Literal["earliest", "latest", "best", "start"] = Field(
         "latest",

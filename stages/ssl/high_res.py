@@ -20,5 +20,6 @@ class HighRes(Refinement):
     )
     resolutions: tuple[Resolution, ...] = Field(
         min_length=1,
-        description="The resolutions of mixed-resolution training. Each step samples one of them (section 5.1).",
+        description="The resolutions of mixed-resolution training. Each step samples one of them (DINOv3, section "
+        "5.1).",
     )

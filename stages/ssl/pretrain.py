@@ -46,13 +46,14 @@ class Pretrain(SelfSupervised):
         0.0,
         ge=0,
         lt=1,
-        description="The drop-path rate: the share of a batch's samples that each residual branch skips, from 0 to 1.",
+        description="The drop-path rate: the share of a batch's samples that each residual branch skips, from 0 to "
+        "below 1.",
     )
     heads: Heads = Field(Heads(), description="The sizes of the DINO and iBOT heads.")
     gram: StartGram | None = Field(
         None,
-        description="Gram anchoring to the backbone that training starts from. Default: none, as in the paper's "
-        "first phase.",
+        description="The settings of Gram anchoring to the backbone that training starts from. Default: there is no "
+        "anchoring, as in the first phase of DINOv3's training.",
     )
     resolutions: tuple[()] = Field((), description="Pretraining has one size of crops.")
 

@@ -28,7 +28,7 @@ class Refinement(SelfSupervised):
         ge=0,
         lt=1,
         description="The drop-path rate with `from`: the share of a batch's samples that each residual branch skips, "
-        "from 0 to 1. Default: 0. Without `from` it is that of the stage under `needs`.",
+        "from 0 to below 1. Default: 0. Without `from` it is that of the stage under `needs`.",
     )
 
     inputs: ClassVar[tuple[Input, ...]] = (

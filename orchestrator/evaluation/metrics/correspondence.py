@@ -39,7 +39,7 @@ class Correspondence(Metric):
     alpha: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.05, 0.1),
         min_length=1,
-        description="How far from the true place a match may be, as shares of the view's side.",
+        description="The maximum distances of a match from the true place, as shares of the view's side.",
     )
 
     # Of the first pairs: both views, places and what was found, of the model that was measured last.

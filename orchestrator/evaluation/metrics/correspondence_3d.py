@@ -36,7 +36,7 @@ class Correspondence3d(Metric):
     of_pixels: ClassVar[bool] = True
     has_photos: ClassVar[bool] = True
 
-    data: SceneData = Field(description="The scenes.")
+    data: SceneData = Field(description="The scenes, with the views and the depth of each.")
     size: Side | None = Field(
         None,
         description="The side of the views, in pixels, rounded to whole patches. Default: each model's size.",
@@ -44,7 +44,7 @@ class Correspondence3d(Metric):
     threshold: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.01, 0.02, 0.05),
         min_length=1,
-        description="How far in space from the true place a match may be, in metres.",
+        description="The maximum distances of a match from the true place in space, in metres.",
     )
 
     _pairs: list[tuple[View, View]] | None = PrivateAttr(None)

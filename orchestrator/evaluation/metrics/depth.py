@@ -44,8 +44,8 @@ class LinearDepth(Metric):
     decay: tuple[Decay, ...] = Field(
         (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
         min_length=1,
-        description="The weight decays to choose from on validation, beside a mean squared error of features with "
-        "deviation 1.",
+        description="The weight decays to choose from on validation, for a mean squared error on features with "
+        "standard deviation 1.",
     )
     _opened: tuple[DensePictures, Splits] | None = PrivateAttr(None)
     # Truth and guess of the first test pictures, of the model that was measured last.

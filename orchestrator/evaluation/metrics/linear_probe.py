@@ -35,8 +35,8 @@ class LinearProbe(Metric):
     decay: tuple[Decay, ...] = Field(
         DECAYS,
         min_length=1,
-        description="The weight decays to choose from, beside a mean loss over pictures: the penalty is half of it "
-        "times the squared norm of the weights.",
+        description="The weight decays to choose from. The penalty is half of a decay times the squared norm of the "
+        "weights, added to the mean loss over pictures.",
     )
     max_iterations: int = Field(
         500, ge=1, description="The maximum number of L-BFGS iterations for each decay."

@@ -19,7 +19,9 @@ class SizeRobustness(Metric):
     needs_labels: ClassVar[bool] = True
 
     scales: tuple[Annotated[float, Field(gt=0, le=8)], ...] = Field(
-        (0.5, 1.0, 2.0), min_length=1, description="The multiples of the model's size of photos."
+        (0.5, 1.0, 2.0),
+        min_length=1,
+        description="The sizes of the photos, as multiples of the model's size.",
     )
     k: int = Field(5, ge=1, description="The number of nearest neighbours that vote, each with one vote.")
 
