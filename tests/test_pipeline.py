@@ -199,6 +199,11 @@ def check_tracking(folder: Path) -> None:
     for name, steps in (("pretrain", 30), ("gram", 4), ("distill/vit-femto", 4)):
         history = client.get_metric_history(by_name[name].info.run_id, "train/loss")
         assert sorted(metric.step for metric in history) == list(range(1, steps + 1)), name
+    for name in ("gram", "high_res", "distill"):
+        bytes_of = {key: value for key, value in by_name[name].data.metrics.items() if key.startswith("io/")}
+        assert bytes_of["io/driver_checkpoint_bytes_written"] == 0, name
+        assert bytes_of["io/worker_checkpoint_bytes_read"] > 500_000, name
+        assert bytes_of["io/worker_checkpoint_bytes_written"] > 1_000_000, name
     forwards = client.get_metric_history(by_name["distill"].info.run_id, "sharing/teacher_forwards_per_image")
     assert [metric.value for metric in forwards][-1] == 1.0
     for student in ("small-vit-femto", "small-convnext-mini"):

@@ -13,7 +13,7 @@ class TrainerCallback(Protocol):
     """
 
     def phase(self, name: str) -> None:
-        """A part of the start is done."""
+        """A part of the start, or an export, is done: it goes on."""
 
     def report(
         self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]

@@ -162,7 +162,9 @@ class Job:
             f"checkpoints/{self.final_checkpoint.name}/{COMMIT}",
             f"exports/{self.export(self.num_steps).name}",
         )
-        return all(store.stat(f"{prefix}{name}") is not None for name in names)
+        # A job that an earlier version exported has nothing there yet.
+        finished = self.finish is None or any(store.list(f"{prefix}{self.finished.name}/"))
+        return finished and all(store.stat(f"{prefix}{name}") is not None for name in names)
 
     def fetch(self) -> None:
         """Bring the last checkpoint and the exports of a job that is done to this machine.

@@ -401,6 +401,8 @@ class _Trainer:
     def _export(self, done: int) -> None:
         export_ema(self.engine, self.job.export(done), done)
         if self.rank == 0:
+            # Progress: what follows reads and writes a large model for a while, too.
+            self.callback.phase("exported")
             self.job.publish(done)
 
     def _restore(self) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from orchestrator.byte_counts import BYTES
 from orchestrator.fsio import link_or_copy
 from orchestrator.training.checkpoint import own_parts, reader, shard_file
 from orchestrator.training.checkpoint.format import (
@@ -27,6 +28,7 @@ from orchestrator.training.checkpoint.shard_file import TensorSlot, file_header,
 # Elements of each tensor: larger than a part, smaller, and odd.
 _TENSORS = {"master/a": 4001, "master/b": 40, "exp_avg/a": 4001, "exp_avg/b": 40}
 _PART = 1024
+_OF_PROC = 2000
 
 
 @pytest.fixture
@@ -34,6 +36,12 @@ def truth(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     monkeypatch.setattr(shard_file, "PART", _PART)
     random = torch.Generator().manual_seed(0)
     return {key: torch.randn(numel, generator=random) for key, numel in _TENSORS.items()}
+
+
+def _kernel_bytes_read() -> int:
+    """Bytes that this process has asked the kernel for by reads."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
 
 
 def _save(folder: Path, truth: dict[str, torch.Tensor], world: int) -> CheckpointManifest:
@@ -82,8 +90,14 @@ def restored(
         monkeypatch.setattr(reader, "_put", lambda engine, local, updates: made.update(local))
         monkeypatch.setattr(dist, "get_rank", lambda: rank)
         monkeypatch.setattr(dist, "get_world_size", lambda: world)
+        before, kernel = BYTES.figures(), _kernel_bytes_read()
         assert reader.restore(manifest, SimpleNamespace(), compare=True) == 4  # type: ignore[arg-type]
-        return made, sum(file.bytes_read for file in opened)
+        kernel = _kernel_bytes_read() - kernel
+        counted = BYTES.figures()["driver_checkpoint_bytes_read"] - before["driver_checkpoint_bytes_read"]
+        # The kernel's own count has what `/proc` says of it, too.
+        assert counted <= kernel <= counted + _OF_PROC
+        assert counted == sum(file.bytes_read for file in opened)
+        return made, counted
 
     return run
 
