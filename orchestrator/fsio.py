@@ -120,8 +120,12 @@ def link(source: Path, target: Path) -> bool:
 def link_or_copy(source: Path, target: Path) -> Path:
     """Give a finished file that nobody changes any more another name, or copy it where there are no links.
 
-    A file that has the name is replaced. It is no more durable than the file is.
+    A file that has the name is replaced; one that is the very same file stays. It is no more durable than the file is.
     """
+    with contextlib.suppress(FileNotFoundError):
+        # Not of what a link at `target` leads to: the link alone goes.
+        if os.path.samestat(source.stat(), target.lstat()):
+            return target
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

@@ -166,6 +166,27 @@ def test_files_are_linked_or_copied_where_there_are_no_links(
         raise OSError("no links here")
 
     monkeypatch.setattr("os.link", no_links)
+    target.unlink()
     link_or_copy(source, target)
     assert target.read_bytes() == b"new"
     assert not target.samefile(source)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_is_linked_to_itself_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    source, same, other = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    source.write_bytes(b"all there is")
+    same.hardlink_to(source)
+    other.symlink_to(source)
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    # The same name, another name of the same file, and a link that leads to the target.
+    for one, target in ((source, source), (source, same), (other, source)):
+        assert link_or_copy(one, target) == target
+        assert source.read_bytes() == b"all there is"
+    # A link in the place of the target goes, and not what it leads to.
+    link_or_copy(source, other)
+    assert not other.is_symlink()
+    assert other.read_bytes() == source.read_bytes() == b"all there is"
