@@ -20,6 +20,7 @@ from orchestrator.errors import Stopped, UserError, nearest
 from orchestrator.progress import ROUTINE
 from orchestrator.stages.base import Context, Input, PlanContext, Stage
 from orchestrator.stages.common.config import UNREAD
+from orchestrator.stages.common.error_places import error_at
 from orchestrator.stages.common.network_source import NetworkSource
 from orchestrator.stages.common.scores import KNN, TEXT_METRICS
 from orchestrator.stages.evaluate.shown import largest_groups, pick_photos
@@ -201,7 +202,10 @@ class Evaluate(Stage):
                     where=f"metrics.{at}",
                     hint="give the stage a split, such as `split: {by: hash}`",
                 )
-            metric.check()
+            try:
+                metric.check()
+            except UserError as error:
+                raise error_at(error, f"metrics.{at}", type(metric)) from None
 
     def check_index(self, components: Sequence[str], sources: Sequence[str]) -> None:
         """See :class:`Stage`: a split by components that the index has not."""

@@ -19,10 +19,12 @@ from orchestrator.config.split import Split
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metrics.knn import knn_vote
+from orchestrator.evaluation.metrics.segmentation import LinearSegmentation
 from orchestrator.models import embed, load_pretrained
 from orchestrator.pipeline.keys.cache_key import key_parts
 from orchestrator.pipeline.load import load
 from orchestrator.stages.base import Context, ImageCount, PlanContext
+from orchestrator.stages.common.error_places import error_at
 from orchestrator.stages.common.scores import read_scores
 from orchestrator.stages.evaluate import towers
 from orchestrator.stages.evaluate.config import Evaluate
@@ -211,6 +213,35 @@ def test_a_metric_that_learns_needs_a_split() -> None:
     assert caught.value.where == "metrics.1"
     stage(metrics=["knn", "linear_probe"]).check()
     stage(split=None, metrics=["knn", "image_retrieval"]).check()
+
+
+def test_what_is_wrong_with_the_data_of_a_metric_is_at_its_field(tmp_path: Path) -> None:
+    """And the file that it is in is told in words."""
+    made = stage(metrics=["knn", {"use": "linear_segmentation", "data": {"path": str(tmp_path)}}])
+    for part, name in (("images", "a.png"), ("masks", "a.png")):
+        (tmp_path / part).mkdir()
+        side = 32 if part == "images" else 16
+        Image.fromarray(np.zeros((32, side), np.uint8)).save(tmp_path / part / name)
+    with pytest.raises(UserError) as caught:
+        made.check()
+    assert caught.value.where == "metrics.1.data"
+    assert "a.png" in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "where"),
+    [
+        (UserError("no", where="data.path", hint="x"), "no", "metrics.0.data.path"),
+        (UserError("no", where="size"), "no", "metrics.0.size"),
+        (UserError("no", where="/data/set/a.png"), "no, in /data/set/a.png", "metrics.0.data"),
+        (UserError("a.png is odd", where="/data/set/a.png"), "a.png is odd", "metrics.0.data"),
+        (UserError("no", where="/data/m.jsonl:7"), "no, in /data/m.jsonl:7", "metrics.0.data"),
+        (UserError("no"), "no", "metrics.0.data"),
+    ],
+)
+def test_a_place_is_a_field_or_is_told(error: UserError, what: str, where: str) -> None:
+    found = error_at(error, "metrics.0", LinearSegmentation)
+    assert (found.what, found.where, found.hint) == (what, where, error.hint)
 
 
 def test_a_metric_of_labels_needs_labels() -> None:
