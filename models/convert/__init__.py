@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .files import config_of, load_any, read_weights, save_as
+from .files import DamagedWeightsError, config_of, load_any, read_weights, save_as
 from .layouts import PositionsError, from_layout, to_layout
 from .names import LAYOUTS
 from .packages import from_timm, from_transformers
@@ -11,6 +11,7 @@ from .transformers_config import known_from_transformers, transformers_config
 
 __all__ = [
     "LAYOUTS",
+    "DamagedWeightsError",
     "PositionsError",
     "config_of",
     "from_layout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from collections.abc import Mapping
@@ -23,6 +24,10 @@ from .transformers_config import known_from_transformers, transformers_config
 
 _TORCH = (".pt", ".pth", ".bin")
 _SMALL = 2**16
+
+
+class DamagedWeightsError(ValueError):
+    """A file of weights that is not whole, or not what it was when it was written."""
 
 
 def load_any(path: str | Path, layout: str | None = None, **known: Any) -> Backbone:
@@ -58,8 +63,10 @@ def config_of(path: str | Path, **known: Any) -> Config:
         config = read_config(record)
         try:
             check_file(path / WEIGHTS, config)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path / WEIGHTS} cannot be read as weights alone: {error}") from error
+        except SafetensorError as error:
+            raise DamagedWeightsError(f"{path / WEIGHTS} is damaged: {error}") from error
+        except OSError as error:
+            raise ValueError(f"{path / WEIGHTS} cannot be read: {error}") from error
         return config
     # Small tensors may be looked into; of large ones only the shapes count.
     state = {
@@ -106,6 +113,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: a folder without safetensors.
+        DamagedWeightsError: such a file that is damaged.
         ValueError: not such a file, or one that only unpickling code could read.
     """
     state = _read(path)
@@ -135,7 +143,16 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as weights alone: it is damaged, or to read it would run code that is in it"
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as weights alone: {str(error).splitlines()[0]}") from error
+        said = str(error).partition("\n")[0] or type(error).__name__
+        # Torch's own files are zip archives; what else it cannot read of one is code.
+        if not isinstance(error, RuntimeError) or "zip archive" in said:
+            raise DamagedWeightsError(f"{path} is damaged: {said}") from error
+        raise ValueError(f"{path} cannot be read as weights alone: {said}") from error
+    except OSError as error:
+        # Of a file whose end is missing, torch looks for parts before its beginning.
+        if error.errno != errno.EINVAL:
+            raise
+        raise DamagedWeightsError(f"{path} is damaged: it is not whole") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} does not contain a plain dict of tensors")
     return state

@@ -23,12 +23,11 @@ from orchestrator.errors import UserError, nearest
 from orchestrator.models.configs import ViTConfig
 from orchestrator.models.network_spec import TIMM_RESERVED, Blocks
 from orchestrator.slow_import import told_if_slow
-from orchestrator.stages.common.weights import weight_files
+from orchestrator.stages.common.weights import unreadable_hint, weight_files
 
 # ImageNet's, which nearly all public weights were trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CONFIG = "config.json"
-_SAFE = "load it where you trust it, and save its state dict with safetensors.torch.save_file"
 BLOCKS_HINT = "set block, cls_block and patch_block to blocks that it has, or leave them out"
 _OTHER = "give another sort of network as `module: package.module:callable` with `weights:`"
 
@@ -279,7 +278,7 @@ def _check_tower(source: NetworkSource, path: Path, size: int) -> None:
     try:
         config = config_of(path)
     except (ValueError, FileNotFoundError) as error:
-        hint = _SAFE if "as weights alone" in str(error) else _OTHER
+        hint = unreadable_hint(error) or _OTHER
         raise UserError(f"{path}: {error}", where="from", hint=hint) from None
     patch = config.patch_size
     if size % patch:
@@ -324,7 +323,11 @@ def _check_weights(path: Path) -> None:
     try:
         read_weights(path)
     except ValueError as error:
-        raise UserError(str(error), where="weights", hint=_SAFE) from None
+        hint = (
+            unreadable_hint(error)
+            or "give the state dict of the network, such as safetensors.torch.save_file writes"
+        )
+        raise UserError(str(error), where="weights", hint=hint) from None
 
 
 def check_installed(package: str) -> None:

@@ -370,6 +370,17 @@ def _misfit(found: Config, wanted: Config) -> str | None:
     return "; ".join(differing) or None
 
 
+def unreadable_hint(error: BaseException) -> str | None:
+    """What to do with a file that `orchestrator.models.convert.read_weights` refuses; None if that is not why."""
+    from orchestrator.models.convert import DamagedWeightsError
+
+    if isinstance(error, DamagedWeightsError):
+        return "copy or download the file again, or give another one"
+    if "as weights alone" in str(error):
+        return "load it where you trust it, and save its state dict with safetensors.torch.save_file"
+    return None
+
+
 @contextlib.contextmanager
 def _explained(weights: WeightsSource) -> Iterator[None]:
     """Makes a UserError of whatever files from anywhere, or a package, may raise."""
@@ -387,8 +398,8 @@ def _explained(weights: WeightsSource) -> Iterator[None]:
         hint = "give weights in the layout of this project, of Meta's torch hub, timm or transformers"
         if weights.folder is None:
             hint = "check the name and the installation, or download the weights and give their path"
-        elif "as weights alone" in text:
-            hint = "load it where you trust it, and save its state dict with safetensors.torch.save_file"
+        elif (unreadable := unreadable_hint(error)) is not None:
+            hint = unreadable
         elif "num_heads" in text:
             hint = "set model_overrides: {num_heads: …}"
         raise UserError(

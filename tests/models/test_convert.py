@@ -28,6 +28,7 @@ from orchestrator.models import (  # noqa: E402
 )
 from orchestrator.models.convert import (  # noqa: E402
     LAYOUTS,
+    DamagedWeightsError,
     config_of,
     from_layout,
     known_from_transformers,
@@ -401,7 +402,7 @@ def test_load_any_runs_no_code_and_takes_no_other_file(
     with pytest.raises(ValueError, match="not contain a plain dict of tensors"):
         load_any(tmp_path / "list.pt")
     (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00\x00")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(DamagedWeightsError, match="is damaged"):
         load_any(tmp_path / "cut.safetensors")
     (tmp_path / "weights.npz").write_bytes(b"")
     with pytest.raises(ValueError, match=r"not a file of weights: \.safetensors"):
@@ -431,5 +432,5 @@ def test_weights_that_do_not_fit_their_config_are_told_before_they_are_loaded(tm
     with pytest.raises(ValueError, match="weights do not fit the model"):
         config_of(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x05}.")  # a pickle
-    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+    with pytest.raises(DamagedWeightsError, match="is damaged"):
         config_of(tmp_path)

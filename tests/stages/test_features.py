@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,18 @@ def test_a_file_that_only_unpickling_could_read_is_refused_and_not_run(tmp_path:
     with pytest.raises(UserError, match="cannot be read as weights alone"):
         objective(big={"from": tmp_path / "whole.pth"}).check(crops(64))
     assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save])
+def test_a_damaged_file_of_weights_is_to_be_copied_again(tmp_path: Path, write: Callable[..., None]) -> None:
+    """Whom it comes from has nothing to do with it."""
+    file = tmp_path / ("a.safetensors" if write is save_file else "a.pth")
+    write({"weight": torch.zeros(100, 100)}, file)
+    file.write_bytes(file.read_bytes()[:-20_000])
+    for source in ({"from": file}, {"module": "torch.nn:Identity", "weights": file}):
+        with pytest.raises(UserError, match="is damaged") as caught:
+            objective(big=source).check(crops(64))
+        assert caught.value.hint == "copy or download the file again, or give another one"
 
 
 def test_weights_that_no_tower_here_has(tmp_path: Path) -> None:
