@@ -125,6 +125,7 @@ def embed_photos(
     identity: str,
     device: str = "auto",
     step: Callable[[int], None] = lambda count: None,
+    begin_at: Callable[[int], None] = lambda count: None,
     actors: int | None = None,
 ) -> list[int]:
     """Write the image features of photos, of length 1, to a `.npy` file: float32, one row a photo.
@@ -139,7 +140,8 @@ def embed_photos(
         identity: of the network and its weights: what another one said is not taken up. What this one said of a
             picture is remembered on this machine by the picture's content, whatever the data set.
         device: an `elastic.device`.
-        step: is told how many photos are done; raises to stop.
+        step: is told of photos that are done, how many; raises to stop.
+        begin_at: is told of photos that an earlier run has done, how many.
         actors: how many processes of the Ray cluster that this one is connected to hold the network at most. None: this
             process alone.
 
@@ -153,9 +155,9 @@ def embed_photos(
     blocks = [photos[start : start + _BLOCK] for start in range(0, len(photos), _BLOCK)]
     files = [work / f"{_digest(block, source, size, identity)}.npy" for block in blocks]
     pixels = photos[0].pixels if photos else None
-    embed = _Embedder(source, size, where, device, pixels, identity)
+    embed = _Embedder(source, size, where, device, pixels, identity, _computes_on(device, actors))
     missing = [number for number, file in enumerate(files) if not file.is_file()]
-    step(sum(len(block) for block, file in zip(blocks, files, strict=True) if file.is_file()))
+    begin_at(sum(len(block) for block, file in zip(blocks, files, strict=True) if file.is_file()))
     if actors is not None:
         _embed_on_ray(embed, {number: blocks[number] for number in missing}, files, actors, step)
         missing = []
@@ -220,8 +222,10 @@ class _Embedder:
         device: str,
         pixels: PixelFormat | None,
         identity: str,
+        computes_on: str,
     ) -> None:
-        named = [_FORMAT, identity, source.identity(), size, *decoder_versions(), *_network_versions(source)]
+        named = [_FORMAT, identity, source.identity(), size, computes_on]
+        named += [*decoder_versions(), *_network_versions(source)]
         # What a user's own module computes may change with no file of its weights.
         own = source.module is not None
         self.cache = EmbeddingCache(None if own else json.dumps(named, sort_keys=True))
@@ -266,6 +270,15 @@ class _Embedder:
             if (vector := vectors.get(_content(photo))) is not None:
                 found_nD[at] = vector
         return found_nD
+
+
+def _computes_on(device: str, actors: int | None) -> str:
+    """`cuda` or `cpu`: what the network runs on, which rounds in its own way."""
+    if actors is None:
+        return device_type(device)
+    from orchestrator.stages.curate.embed_on_ray import is_on_gpu
+
+    return "cuda" if is_on_gpu(device) else "cpu"
 
 
 def _network_versions(source: NetworkSource) -> list[str]:

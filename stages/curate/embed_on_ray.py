@@ -52,6 +52,11 @@ class NetworkActor:
         return found
 
 
+def is_on_gpu(device: str) -> bool:
+    """Whether actors for this `elastic.device` hold the network on GPUs of the cluster."""
+    return device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+
+
 def record_of(source: NetworkSource) -> dict[str, Any]:
     """A source as plain JSON, without defaults: a mean that nobody gave is that of the network's folder."""
     return source.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -87,7 +92,7 @@ def embed_blocks(
         {"number": number, "photos": json.dumps([photo.record() for photo in photos])}
         for number, photos in blocks
     ]
-    on_gpu = device == "gpu" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+    on_gpu = is_on_gpu(device)
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         NetworkActor,
         fn_constructor_args=(

@@ -144,8 +144,8 @@ def test_vectors_of_another_version_of_the_networks_code_are_not_taken_up(
     monkeypatch.setattr(embed, "version", installed.__getitem__)
     source = NetworkSource.model_validate({"timm": "any"})
 
-    def found() -> dict[str, object]:
-        cache = embed._Embedder(source, _SIZE, "here", "cpu", None, "weights").cache
+    def found(computes_on: str = "cpu") -> dict[str, object]:
+        cache = embed._Embedder(source, _SIZE, "here", "cpu", None, "weights", computes_on).cache
         known = dict(cache.find(["ab" * 32]))
         cache.note([("ab" * 32, np.ones(3, np.float32))])
         return known
@@ -158,6 +158,27 @@ def test_vectors_of_another_version_of_the_networks_code_are_not_taken_up(
     for library in (torch, simplejpeg):
         monkeypatch.setattr(library, "__version__", "another")
         assert not found()
+    assert found()
+    assert not found("cuda"), "a GPU rounds in its own way"
+
+
+@pytest.mark.parametrize(
+    ("device", "actors", "gpus", "wanted"),
+    [
+        ("auto", None, 0, "cpu"),
+        ("cpu", None, 4, "cpu"),
+        ("cpu", 2, 4, "cpu"),
+        ("auto", 2, 0, "cpu"),
+        ("auto", 2, 4, "cuda"),
+        ("gpu", 2, 4, "cuda"),
+    ],
+)
+def test_the_device_is_that_of_who_holds_the_network(
+    monkeypatch: pytest.MonkeyPatch, device: str, actors: int | None, gpus: int, wanted: str
+) -> None:
+    monkeypatch.setattr(embed_on_ray.ray, "cluster_resources", lambda: {"GPU": gpus})
+    monkeypatch.setattr(embed, "device_type", lambda wanted: "cpu")
+    assert embed._computes_on(device, actors) == wanted
 
 
 def test_vectors_of_another_version_of_the_stage_are_not_taken_up(

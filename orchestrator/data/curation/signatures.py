@@ -1,7 +1,8 @@
 """What pictures look like, remembered by what their files hold: a picture is decoded once, wherever it lies later.
 
 What is remembered is a help and never needed, as digests are: without a cache folder that can be written, pictures are
-decoded. It takes 4.5 KB a picture of three channels.
+decoded. It takes 4.5 KB a picture of three channels, up to :data:`MOST_BYTES` in all: then what was not asked for the
+longest time goes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import hashlib
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import cv2
@@ -32,7 +35,12 @@ from orchestrator.storage.cache_folder import cache_folder
 THUMBNAIL_SIDE = 32
 FILE = "pictures.sqlite3"
 # Raised when another signature is made of the same pixels.
-_FORMAT = 1
+_FORMAT = 2
+MOST_BYTES = 8 * 2**30
+"""The size that the file may have, in bytes."""
+# What is left of that after what is old has gone: so it does not go at each write.
+_LEFT_SHARE = 0.75
+_DAY_S = 86_400
 # Pictures that are written at once; so many are lost where a process ends without a word.
 _TOGETHER = 256
 _BUSY_S = 10.0
@@ -48,7 +56,11 @@ CREATE TABLE IF NOT EXISTS moments (
 CREATE TABLE IF NOT EXISTS embeddings (
     digest BLOB NOT NULL, rule BLOB NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (digest, rule)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS days (
+    digest BLOB NOT NULL, rule BLOB NOT NULL, day INTEGER NOT NULL, PRIMARY KEY (digest, rule)
+) WITHOUT ROWID;
 """
+_TABLES = ("signatures", "moments", "embeddings")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +88,11 @@ class ImageSignature:
 
 def decoder_versions() -> list[str]:
     """The versions of what decodes and resizes pictures: others may give other pixels."""
-    return [cv2.__version__, PIL.__version__, simplejpeg.__version__]
+    found = [cv2.__version__, PIL.__version__, simplejpeg.__version__]
+    # HEIC files are decoded where it is installed.
+    with contextlib.suppress(PackageNotFoundError):
+        found.append(f"pillow-heif {version('pillow-heif')}")
+    return found
 
 
 def signature_of(pixels_HWC: Pixels, how: PixelFormat | None) -> ImageSignature:
@@ -237,6 +253,7 @@ def _read(table: str, rule: bytes, digests: Sequence[str]) -> list[tuple[str, tu
                 row = connection.execute(query, (bytes.fromhex(digest), rule)).fetchone()
                 if row is not None:
                     found.append((digest, row[2:]))
+            _note_asked(connection, rule, [digest for digest, _ in found])
     except (sqlite3.Error, OSError) as error:
         set_aside(error, FILE, "what pictures look like is")
     return found
@@ -249,8 +266,76 @@ def _write(table: str, rows: Sequence[tuple[object, ...]]) -> None:
     places = ", ".join("?" * len(rows[0]))
     try:
         with _opened() as connection:
+            if not _has_room(connection):
+                return
             connection.execute("BEGIN IMMEDIATE")
             connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", rows)
+            connection.executemany(
+                "INSERT OR REPLACE INTO days VALUES (?, ?, ?)", [(*row[:2], _today()) for row in rows]
+            )
             connection.execute("COMMIT")
     except (sqlite3.Error, OSError) as error:
         set_aside(error, FILE, "what pictures look like is")
+
+
+# --- what goes when there is no room ------------------------------------------------------------------------------
+
+
+def _today() -> int:
+    """The number of the day."""
+    return int(time.time() // _DAY_S)
+
+
+def _note_asked(connection: sqlite3.Connection, rule: bytes, digests: Sequence[str]) -> None:
+    """Put down that these were asked for today; nothing is written where that is known."""
+    today = _today()
+    query = "SELECT day FROM days WHERE digest = ? AND rule = ?"
+    old = []
+    for digest in digests:
+        row = connection.execute(query, (bytes.fromhex(digest), rule)).fetchone()
+        if row is None or row[0] != today:
+            old.append((bytes.fromhex(digest), rule, today))
+    if old:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany("INSERT OR REPLACE INTO days VALUES (?, ?, ?)", old)
+        connection.execute("COMMIT")
+
+
+def _has_room(connection: sqlite3.Connection) -> bool:
+    """Whether more may be written, once what was not asked for the longest time has gone if the file is too large.
+
+    What was asked for today stays: where that alone is too much, what is new is not kept.
+    """
+    if _bytes_in(connection) <= MOST_BYTES:
+        return True
+    connection.execute("BEGIN IMMEDIATE")
+    # Of what has no day, an earlier version asked last.
+    for table in _TABLES:
+        connection.execute(
+            f"DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM days WHERE days.digest = {table}.digest "
+            f"AND days.rule = {table}.rule)"
+        )
+    connection.execute("COMMIT")
+    while _bytes_in(connection) > _LEFT_SHARE * MOST_BYTES:
+        ((oldest,),) = connection.execute("SELECT MIN(day) FROM days")
+        if oldest is None or oldest >= _today():
+            break
+        connection.execute("BEGIN IMMEDIATE")
+        for table in _TABLES:
+            connection.execute(
+                f"DELETE FROM {table} WHERE EXISTS (SELECT 1 FROM days WHERE days.digest = {table}.digest "
+                f"AND days.rule = {table}.rule AND days.day = ?)",
+                (oldest,),
+            )
+        connection.execute("DELETE FROM days WHERE day = ?", (oldest,))
+        connection.execute("COMMIT")
+    return _bytes_in(connection) <= MOST_BYTES
+
+
+def _bytes_in(connection: sqlite3.Connection) -> int:
+    """Bytes of the pages that hold something; SQLite writes into the others before the file grows."""
+    (pages,), (free,), (size,) = (
+        connection.execute(f"PRAGMA {name}").fetchone()
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
