@@ -54,10 +54,16 @@ class Meter:
 
     def __init__(self, name: str, total: int, what: str) -> None:
         self._name, self._total, self._what = name, max(1, total), what
-        self._done = 0
+        self._done = self._before = 0
         self._began = self._line_at = time.monotonic()
         self._bar_at = 0.0
         self._lock = threading.Lock()
+
+    def begin_at(self, count: int) -> None:
+        """So many were done before: they count as done, and say nothing of how fast it goes."""
+        with self._lock:
+            self._before += count
+        self.add(count)
 
     def add(self, count: int = 1, detail: str = "") -> None:
         """So many more are done.
@@ -74,8 +80,8 @@ class Meter:
             self._bar_at = now if draws else self._bar_at
             self._line_at = now if says else self._line_at
             done, left_s = self._done, None
-            if self._done:
-                left_s = (now - self._began) * (self._total - self._done) / self._done
+            if own := self._done - self._before:
+                left_s = (now - self._began) * (self._total - self._done) / own
         if draws:
             report(Progress(self._name, done, self._total, detail or self._what, left_s))
         if says and left_s is not None:

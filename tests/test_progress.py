@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator import progress
+from orchestrator.cli.image_progress import ImageProgress
 from orchestrator.elastic.time_accounting import TimeAccounting
 from orchestrator.pipeline.console import _Ticker, _ToConsole
 from orchestrator.progress import BARS, Meter, Progress
@@ -106,3 +107,30 @@ def test_the_account_names_what_happened_and_no_more() -> None:
     assert account.described() == (
         "50% of 100.0 s trained; 4.0 s restarts, 46.0 s lost; 1 preemption, 7 lost steps"
     )
+
+
+def test_what_an_earlier_run_has_done_says_nothing_of_how_fast_it_goes(
+    kept: _Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = _Clock(monkeypatch)
+    meter = Meter("curate", 400, "photos embedded")
+    meter.begin_at(300)
+    assert kept.reports == [Progress("curate", 300, 400, "photos embedded", None)]
+    clock.now += 30
+    meter.add(50)
+    assert kept.reports[-1] == Progress("curate", 350, 400, "photos embedded", 30.0)
+    assert kept.lines == ["curate: 350 of 400 photos embedded, 30s left"]
+
+
+def test_a_resumed_command_tells_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, output = _Clock(monkeypatch), io.StringIO()
+    with ImageProgress(Console(file=output, width=100)) as shown:
+        clock.now += 4  # the model is loaded
+        shown(900, 1000)
+        assert output.getvalue() == ""
+        clock.now += 10
+        shown(920, 1000)
+        assert output.getvalue().strip() == "embedding: 920 of 1,000 images, 2.0 images/s, 40s left"
+        clock.now += 40
+        shown(1000, 1000)
+    assert shown.seconds == 50

@@ -16,8 +16,10 @@ _LINE_S = 5.0
 class ImageProgress:
     """A context that is called with the number of images done, and of all; it shows nothing before the first call.
 
+    The first call says how many an earlier run has done. Rate and time left are of those that came after.
+
     Attributes:
-        seconds: from the beginning of the context to the last call.
+        seconds: from the first call to the last one.
     """
 
     def __init__(self, console: Console, doing: str = "embedding") -> None:
@@ -37,6 +39,7 @@ class ImageProgress:
 
     def __enter__(self) -> ImageProgress:
         self._began = self._line = time.monotonic()
+        self._before: int | None = None
         self._bar.start()
         return self
 
@@ -45,9 +48,11 @@ class ImageProgress:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        self.seconds = max(now - self._began, 1e-9)
-        rate = f"{done / self.seconds:,.1f} images/s"
-        left = time_left(self.seconds * (total - done) / done) if 0 < done < total else ""
+        if self._before is None:
+            self._before, self._began = done, now
+        self.seconds, own = max(now - self._began, 1e-9), done - self._before
+        rate = f"{own / self.seconds:,.1f} images/s" if own else ""
+        left = time_left(self.seconds * (total - done) / own) if own and done < total else ""
         self._bar.update(self._task, completed=done, total=total, rate=rate, left=left, visible=True)
         if not self._console.is_terminal and now - self._line >= _LINE_S and left:
             self._line = now

@@ -78,7 +78,8 @@ def embed_folder(
         made: how; `made.size` is the side at which images are seen.
         batch: images in one forward pass.
         loaders: threads that read images; up to two batches wait for the model.
-        progress: called after each batch.
+        progress: called with how many files are done, and of how many: before the first batch, when it is those of an
+            earlier call, and after each batch.
         max_pixels: the largest width × height of an image.
         group_rows: see :func:`writing`.
         part_s: seconds of work in a part.
@@ -97,6 +98,7 @@ def embed_folder(
         embedding = _Embedding(model, writer, parts)
         begun = embedding.go_on()
         num_before = embedding.num_images
+        progress(begun, total)
         for seen, one in enumerate(
             in_order(read, listing.files[begun:], loaders, ahead=2 * batch), begun + 1
         ):

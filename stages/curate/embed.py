@@ -104,6 +104,7 @@ def embed_unique(
         ),
         device=context.elastic.device,
         step=step,
+        begin_at=embedded.begin_at,
         actors=ray_processors(config.workers, context.name, len(photos)),
     )
     left = list(statuses)

@@ -149,7 +149,7 @@ def test_only_a_batch_is_computed_and_a_row_group_collected_at_a_time(
     )  # fmt: skip
     assert groups == [6, 6, 6, 6, 6, 6, 4]
     assert max(waiting) < 4 + 6
-    assert told == [(done, 40) for done in (*range(4, 41, 4), 40)]
+    assert told == [(done, 40) for done in (*range(0, 41, 4), 40)]
     parquet = pq.ParquetFile(tmp_path / "e.parquet")
     assert [parquet.metadata.row_group(at).num_rows for at in range(parquet.num_row_groups)] == groups
     names = [f"{number:02}.png" for number in range(40)]
@@ -256,7 +256,13 @@ def test_one_that_was_killed_goes_on_and_ends_with_the_same_bytes(
         return real(module, squares)
 
     monkeypatch.setattr(forward, "image_vectors", counted)
-    found = embedded(model, photos, out, group_rows=4)
+    told: list[int] = []
+
+    def note(*done: int) -> None:
+        told.append(done[0])
+
+    found = embedded(model, photos, out, group_rows=4, progress=note)  # type: ignore[arg-type]
+    assert 7 < told[0] < told[-1] == 32, "first, what the earlier ones have done"
     assert out.read_bytes() == whole.read_bytes()
     assert found.num_before + sum(calls) == found.num_images == 28
     assert 0 < sum(calls) <= 12
