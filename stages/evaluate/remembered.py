@@ -42,6 +42,7 @@ _DIGESTS, _VALUES = "digests.npy", "values.npy"
 _DIGEST_BYTES = 20
 # Bytes of features in a chunk: so much is in memory until it is written.
 _CHUNK = 32 * 2**20
+_TRIES = 5
 
 
 @dataclass
@@ -70,9 +71,7 @@ class FeatureMemory:
         """
         memory = cls(cache_folder() / "features" / key, limit)
         with contextlib.suppress(OSError):
-            memory.folder.mkdir(parents=True, exist_ok=True)
-            # By this it is known when it was asked for.
-            os.utime(memory.folder)
+            _touch(memory.folder)
             memory._room = limit - _make_room(memory.folder, limit)
         for chunk in sorted(memory.folder.glob("*-*")):
             memory._read(chunk)
@@ -128,6 +127,8 @@ class FeatureMemory:
     def _write(self, part: str, rows: list[tuple[bytes, Floats]]) -> None:
         target = self.folder / f"{part}-{uuid.uuid4().hex}"
         try:
+            # Another evaluation may have made room meanwhile.
+            self.folder.mkdir(parents=True, exist_ok=True)
             with folder_beside(target) as draft:
                 chunk = draft / "chunk"
                 chunk.mkdir()
@@ -233,18 +234,44 @@ def _own_code() -> str:
     return hashed.hexdigest()
 
 
+def _touch(folder: Path) -> None:
+    """Make a model's folder if it is missing, and note that it was asked for now: by its time of change.
+
+    Raises:
+        OSError: there can be none.
+    """
+    for _ in range(_TRIES - 1):
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another evaluation has made room between the two
+            os.utime(folder)
+            return
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+
+
 def _make_room(own: Path, limit: int) -> int:
-    """Remove models that were not asked for the longest time until all take at most `limit` bytes; bytes that stay."""
-    sizes = {folder: _bytes_in(folder) for folder in own.parent.iterdir() if folder.is_dir()}
-    total = sum(sizes.values())
-    for folder in sorted(sizes, key=lambda one: one.stat().st_mtime):
+    """Remove models that were not asked for the longest time until all take at most `limit` bytes; bytes that stay.
+
+    Others may do the same at the same time: what goes meanwhile takes no bytes.
+    """
+    found = []
+    for folder in own.parent.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if folder.is_dir():
+                found.append((folder.stat().st_mtime, folder, _bytes_in(folder)))
+    total = sum(size for _, _, size in found)
+    for _, folder, size in sorted(found):
         # Half of the room is for what this evaluation computes.
         if total <= limit // 2 or folder == own:
             continue
         shutil.rmtree(folder, ignore_errors=True)
-        total -= sizes[folder]
+        total -= size
     return total
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.npy"))
+    total = 0
+    for path in folder.rglob("*.npy"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -211,3 +212,41 @@ def test_boxes_are_found_with_and_without_memory(forwards: list[int]) -> None:
     for ours, theirs in zip(found_boxes(known, crops(3)), boxes, strict=True):
         np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
     assert forwards == []
+
+
+def test_a_folder_that_another_evaluation_removes_meanwhile_is_made_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between being made and being marked as asked for, and later, before what is new is written."""
+    touch, row, gone = os.utime, np.ones((1, 8), np.float32), []
+
+    def utime(path: Path) -> None:
+        if not gone:
+            gone.append(path)
+            shutil.rmtree(path)
+        touch(path)
+
+    monkeypatch.setattr(os, "utime", utime)
+    memory = FeatureMemory.opened("a", 12_000)
+    assert gone == [cache / "a"]
+    shutil.rmtree(cache / "a")
+    memory.through("cls", crops(1), lambda _: row)
+    memory.flush()
+    again = FeatureMemory.opened("a", 12_000)
+    np.testing.assert_array_equal(again.through("cls", crops(1), lambda _: pytest.fail("it is known")), row)
+
+
+def test_models_that_go_while_room_is_made_take_none(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b", "c"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "values.npy").write_bytes(bytes(6_000))
+    size = remembered._bytes_in
+
+    def another(folder: Path) -> int:
+        shutil.rmtree(cache / "b", ignore_errors=True)
+        return size(folder)
+
+    monkeypatch.setattr(remembered, "_bytes_in", another)
+    memory = FeatureMemory.opened("a", 12_000)
+    assert memory._room in (6_000, 12_000), "b has gone, and c may have before it was counted"
+    assert memory._room == 12_000 - sum(path.stat().st_size for path in cache.rglob("*.npy"))
