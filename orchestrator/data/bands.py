@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.image_formats import UnreadableImage
-from orchestrator.data.sources.account import BANDS
+from orchestrator.data.sources.account import BANDS, DAMAGED
 
 Pixels = NDArray[np.uint8]
 
@@ -38,19 +38,20 @@ def seen(
         on_wide: see :func:`orchestrator.data.decode.use_rgb`.
 
     Raises:
-        UnreadableImage: it lacks a band, or its values have no defined range.
+        UnreadableImage: it lacks a band, its values have no defined range, or all lie outside of it.
     """
     raw_HWC = raw_HWC[:, :, None] if raw_HWC.ndim == 2 else raw_HWC
     values_HWC, alpha_HW1 = _bands(raw_HWC, pixels, path)
     if pixels is None or pixels.range is None:
         if values_HWC.dtype not in (np.uint8, np.uint16):
-            what = "floating-point pixels" if values_HWC.dtype.kind == "f" else "pixels of 32 bits"
+            what = _wide(values_HWC.dtype)
             raise UnreadableImage(path, f"{what} have no defined range: set `range` in `pixels`", BANDS)
         if values_HWC.dtype == np.uint16:
             on_wide(int(values_HWC.max(initial=0)))
         black, white = 0.0, float(np.iinfo(values_HWC.dtype).max)
     else:
         black, white = pixels.range
+        _check_inside(values_HWC, black, white, path)
     if values_HWC.dtype == np.uint8 and (black, white) == (0, 255) and alpha_HW1 is None:
         made = values_HWC
     elif (pixels is None or pixels.range is None) and alpha_HW1 is None:
@@ -58,6 +59,32 @@ def seen(
     else:
         made = _scaled(values_HWC, black, white, alpha_HW1, deep=pixels is not None and pixels.is_deep)
     return np.ascontiguousarray(np.repeat(made, 3, axis=2) if made.shape[2] == 1 else made)
+
+
+def _wide(kind: np.dtype[Any]) -> str:
+    """What to call values of a type whose range nobody knows."""
+    if kind.kind == "f":
+        return "floating-point pixels"
+    signed = "signed " if kind.kind == "i" and kind.itemsize < 4 else ""
+    return f"{signed}pixels of {8 * kind.itemsize} bits"
+
+
+def _check_inside(values_HWC: NDArray[Any], black: float, white: float, path: Path | str) -> None:
+    """See that a picture is not black or white all over because none of its values can be seen.
+
+    Raises:
+        UnreadableImage: none of its values is a number, or all lie below `black` or all above `white`.
+    """
+    if values_HWC.dtype.kind == "f":
+        values_HWC = values_HWC[np.isfinite(values_HWC)]
+        if not values_HWC.size:
+            raise UnreadableImage(path, "none of its values is a number", DAMAGED)
+    if not values_HWC.size:
+        return
+    low, high = values_HWC.min(), values_HWC.max()
+    if high < black or low > white:
+        what = f"its values, {low:g} to {high:g}, are all outside of the `range` {black:g} to {white:g} of `pixels`"
+        raise UnreadableImage(path, what, BANDS)
 
 
 def _bands(

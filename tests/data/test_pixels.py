@@ -25,10 +25,12 @@ from orchestrator.data.decode import UnreadableImage, read_rgb, read_square, rgb
 from orchestrator.data.index import ImageIndex, ImageRecord, pixels_in
 from orchestrator.data.rng import generator
 from orchestrator.data.sampler import SampleOrder
+from orchestrator.data.sources.account import BANDS, DAMAGED
 from orchestrator.data.sources.folder import fingerprint
 from orchestrator.data.sources.pixel_checks import unclear_range, unlike_pixels
 from orchestrator.data.sources.scan import scan
 from orchestrator.data.views import CropConfig
+from tests.band_files import write_tiff
 
 TWELVE = PixelFormat(range=(0, 4095))
 
@@ -308,3 +310,55 @@ def test_datasets_of_one_index_are_seen_alike(tmp_path: Path) -> None:
     assert "bits" in str(unlike_pixels(sources, ["a", "b"]))
     assert "the deviation" in str(unlike_pixels(sources, ["a", "d"]))
     assert json.loads(TWELVE.model_dump_json())["range"] == [0, 4095]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.full((8, 8, 3), np.nan, np.float32), "none of its values is a number"),
+        (np.full((8, 8, 3), np.inf, np.float32), "none of its values is a number"),
+        (np.full((8, 8, 3), -1024, np.int16), "-1024 to -1024, are all outside of the `range` 0 to 4095"),
+        (np.full((8, 8, 3), 4096, np.int16), "4096 to 4096, are all outside of the `range` 0 to 4095"),
+        (
+            np.full((8, 8, 3), 4095.5, np.float32),
+            "4095.5 to 4095.5, are all outside of the `range` 0 to 4095",
+        ),
+    ],
+)
+def test_a_picture_that_would_be_one_colour_only_by_its_range_is_left_out(
+    tmp_path: Path, values: NDArray[Any], said: str
+) -> None:
+    write_tiff(tmp_path / "a.tif", values)
+    with pytest.raises(UnreadableImage, match=said) as caught:
+        read_rgb(tmp_path / "a.tif", pixels=TWELVE)
+    assert caught.value.kind == (DAMAGED if "number" in said else BANDS)
+
+
+@pytest.mark.parametrize("value", [0, 4095, -1024])
+def test_one_value_that_can_be_seen_is_enough(tmp_path: Path, value: int) -> None:
+    values = np.full((8, 8, 3), value, np.int16)
+    if value < 0:
+        values[0, 0] = 4095
+    write_tiff(tmp_path / "a.tif", values)
+    seen = read_rgb(tmp_path / "a.tif", pixels=TWELVE)
+    assert seen.max() == (0 if value == 0 else 65535)
+    some = np.full((8, 8, 3), np.nan, np.float32)
+    some[0, 0] = 4095
+    write_tiff(tmp_path / "b.tif", some)
+    assert set(read_rgb(tmp_path / "b.tif", pixels=TWELVE).ravel()) == {0, 65535}
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (np.int16, "signed pixels of 16 bits have no defined range"),
+        (np.int32, "pixels of 32 bits have no defined range"),
+        (np.uint32, "pixels of 32 bits have no defined range"),
+        (np.float32, "floating-point pixels have no defined range"),
+    ],
+)
+def test_values_of_no_known_range_are_named(tmp_path: Path, kind: type[np.generic], said: str) -> None:
+    write_tiff(tmp_path / "a.tif", np.ones((8, 8, 3), kind))
+    with pytest.raises(UnreadableImage, match=f"^.*: {said}") as caught:
+        read_rgb(tmp_path / "a.tif")
+    assert caught.value.kind == BANDS
