@@ -4,6 +4,7 @@ Only what it names is in the dataset, whatever else is in the folder and whateve
 not searched. Its columns are `path` (or `file`), from the dataset's folder, and as there are `caption` or `captions`,
 and `label` or `labels`: texts, in JSON lines and Parquet also lists of texts; `weight`, how often a picture is drawn
 beside others; and `mask`, a file with a class for every pixel. Several rows for one picture are several captions of it.
+In Parquet, `mask` may hold the bytes of these files, see :func:`mask_bytes`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _TABLES, _LINES, _PARQUET = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".parquet"
 ENDINGS = (*_TABLES, *_LINES, *_PARQUET)
 _LONGEST_LINE = 16 << 20
 _BATCH_ROWS = 1 << 16
+# Rows of masks that are in memory at once: each is a picture.
+_BATCH_MASKS = 64
 _SHOWN = 3
 
 
@@ -74,7 +77,7 @@ def read(path: Path, root: Path) -> PhotoManifest:
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, root: Path, look: tuple[int, ...]) -> PhotoManifest:
     """As :func:`read`; `look` tells one state of the file from another."""
-    roots = [f"{folder.as_posix().rstrip('/')}/" for folder in (root.absolute(), root.resolve())]
+    roots = _roots(root)
     captions: dict[str, list[str]] = {}
     labels: dict[str, str] = {}
     weights: dict[str, float] = {}
@@ -139,6 +142,15 @@ def missing(root: Path, files: Sequence[str], most: int) -> dict[str, tuple[str,
         elif not os.access(root / file, os.R_OK):
             found[file] = "no permission to read it", False
     return found
+
+
+def place_of(written: str, root: Path, path: Path, line: int) -> str:
+    """A name in a manifest as a posix path from the dataset's folder; raises UserError of one that is outside."""
+    return _inside(written, _roots(root), path, line)
+
+
+def _roots(root: Path) -> list[str]:
+    return [f"{folder.as_posix().rstrip('/')}/" for folder in (root.absolute(), root.resolve())]
 
 
 def _inside(written: str, roots: Sequence[str], path: Path, line: int) -> str:
@@ -292,6 +304,8 @@ def _of_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with pq.ParquetFile(path) as file:
             named = _columns(path, file.schema_arrow.names, 1)
+            if _bytes_column(file, named) is not None:
+                del named["mask"]
             for batch in file.iter_batches(_BATCH_ROWS, columns=list(named.values())):
                 cells = {what: batch.column(column).to_pylist() for what, column in named.items()}
                 for number in range(len(batch)):
@@ -304,6 +318,60 @@ def _of_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(
             f"the manifest cannot be read: {shortened(first_line(error), 200)}", where=str(path)
         ) from error
+
+
+def mask_bytes(path: Path) -> Iterator[tuple[int, str, bytes]]:
+    """Of a Parquet manifest whose column of masks holds files instead of paths, each mask.
+
+    Args:
+        path: the table.
+
+    Returns:
+        The number of the row, the path of its picture as written, and the bytes; nothing of other tables, and of rows
+        without a mask.
+
+    Raises:
+        UserError: the manifest cannot be read.
+    """
+    if path.suffix.lower() not in _PARQUET:
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            named = _columns(path, file.schema_arrow.names, 1)
+            column = _bytes_column(file, named)
+            if column is None:
+                return
+            for batch in file.iter_batches(_BATCH_MASKS, columns=[named["file"], named["mask"]]):
+                masks = batch.column(named["mask"])
+                if pa.types.is_struct(masks.type):
+                    masks = masks.field("bytes")
+                for picture, mask in zip(
+                    batch.column(named["file"]).to_pylist(), masks.to_pylist(), strict=True
+                ):
+                    row += 1
+                    if mask:
+                        yield row, str(picture), mask
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"the manifest cannot be read: {shortened(first_line(error), 200)}", where=str(path)
+        ) from error
+
+
+def _bytes_column(file: Any, named: Mapping[str, str]) -> str | None:
+    """The column of masks if it holds bytes, alone or as the `bytes` of a struct; None if it holds paths."""
+    import pyarrow as pa
+
+    if "mask" not in named:
+        return None
+    kind = file.schema_arrow.field(named["mask"]).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return named["mask"] if is_binary else None
 
 
 def _columns(path: Path, columns: Sequence[str], line: int) -> dict[str, str]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from orchestrator import disk
 from orchestrator.config.dense import MaskData
 from orchestrator.data.sources import manifest
 from orchestrator.data.sources.captions import captions_path
 from orchestrator.errors import UserError, shortened
+from orchestrator.fsio import atomic_write
+from orchestrator.storage.cache_folder import cache_folder
 
 _NAMED = 3
+# Of the cache.
+_MASKS = "masks"
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def manifest_of(data: MaskData) -> Path | None:
@@ -34,9 +41,10 @@ def mask_weights(data: MaskData) -> Mapping[str, float]:
 
 
 def mask_pairs(data: MaskData) -> list[tuple[str, str]]:
-    """Paths of pictures and their masks below `data.path`, sorted by the pictures'.
+    """Paths of pictures and their masks from `data.path`, sorted by the pictures'.
 
-    With a manifest, these are the pictures that it gives a mask; the others take no part.
+    With a manifest, these are the pictures that it gives a mask; the others take no part. Masks that are in a Parquet
+    manifest become files in this machine's cache, and their paths are absolute.
 
     Raises:
         UserError: there are none, a file is missing, or as :func:`orchestrator.config.dense.paired`.
@@ -44,12 +52,13 @@ def mask_pairs(data: MaskData) -> list[tuple[str, str]]:
     table = manifest_of(data)
     if table is None:
         return data.pairs()
-    found = sorted(manifest.read(table, data.path).masks.items())
+    found = sorted({**manifest.read(table, data.path).masks, **_unpacked(table, data.path)}.items())
     if not found:
         raise UserError(
             "the manifest gives no picture a mask",
             where=str(table),
-            hint="give it a column `mask` with the path of a PNG from the folder of the data set",
+            hint="give it a column `mask` with the path of a PNG from the folder of the data set, or in Parquet with "
+            "the PNG itself",
         )
     for what, place in (("picture", 0), ("mask", 1)):
         gone = [pair[place] for pair in found if not (data.path / pair[place]).is_file()]
@@ -67,4 +76,35 @@ def mask_pairs(data: MaskData) -> list[tuple[str, str]]:
             where=str(table),
             hint="save masks as PNGs in greys or with a palette, whose values are numbers of classes",
         )
+    return found
+
+
+def _unpacked(table: Path, root: Path) -> dict[str, str]:
+    """The masks that a manifest holds, by picture, as files in the cache that are named by their content.
+
+    Raises:
+        UserError: a mask is no PNG, a picture has two, or the cache cannot take them.
+    """
+    found: dict[str, str] = {}
+    folder = cache_folder() / _MASKS
+    for row, written, mask in manifest.mask_bytes(table):
+        picture = manifest.place_of(written, root, table, row)
+        if not mask.startswith(_PNG):
+            raise UserError(
+                f"the mask in row {row} of the manifest is no PNG",
+                where=f"{table}:{row}",
+                hint="save masks as PNGs in greys or with a palette, whose values are numbers of classes",
+            )
+        file = folder / f"{hashlib.sha256(mask).hexdigest()}.png"
+        if found.setdefault(picture, str(file)) != str(file):
+            raise UserError(
+                f"the manifest gives {shortened(picture, 200)} two masks",
+                where=f"{table}:{row}",
+                hint="give each picture one mask",
+            )
+        # Named by what they hold: one of the right size is there from an earlier run.
+        if file.is_file() and file.stat().st_size == len(mask):
+            continue
+        disk.make_folder(folder, "name another folder in the environment variable ORCHESTRATOR_CACHE")
+        atomic_write(file, mask, durable=False)
     return found

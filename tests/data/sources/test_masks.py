@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pydantic import ValidationError
@@ -13,6 +16,7 @@ from sklearn.datasets import load_sample_image
 
 from orchestrator.config.dense import MaskData
 from orchestrator.data.dense import DensePictures
+from orchestrator.data.sources import manifest
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metrics.segmentation import LinearSegmentation
 from orchestrator.stages.finetune.dense import Segmentation
@@ -98,3 +102,53 @@ def test_masks_are_said_once(folder: Path) -> None:
         MaskData(path=folder, manifest=Path("m.jsonl"), layout="ade20k")
     with pytest.raises(UserError, match=r"the manifest x\.csv does not exist"):
         DensePictures(MaskData(path=folder, manifest=Path("x.csv")))
+
+
+def _parquet(folder: Path, masks: list[Any], kind: pa.DataType) -> MaskData:
+    pictures = [f"images/{number}.png" for number in range(len(masks))]
+    pq.write_table(pa.table({"path": pictures, "mask": pa.array(masks, kind)}), folder / "m.parquet")
+    return MaskData(path=folder, manifest=Path("m.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "struct"])
+def test_a_parquet_manifest_may_hold_the_masks_themselves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(folder / "cache"))
+    masks: list[Any] = [(folder / "masks" / f"{number}.png").read_bytes() for number in range(5)]
+    plain = DensePictures(MaskData(path=folder))
+    wanted = [plain.read(row) for row in range(5)]
+    column = {"binary": pa.binary(), "large_binary": pa.large_binary()}.get(kind)
+    if column is None:
+        # As Hugging Face's datasets have pictures.
+        column = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        masks = [{"bytes": mask, "path": "x.png"} for mask in masks]
+    data = _parquet(folder, [*masks, None], column)
+    found = DensePictures(data)
+    found.check()
+    assert len(found) == 5, "the last picture has no mask"
+    for row in range(5):
+        for ours, theirs in zip(found.read(row), wanted[row], strict=True):
+            assert np.array_equal(ours, theirs)
+    written = {path: path.stat().st_mtime_ns for path in (folder / "cache/masks").iterdir()}
+    assert len(written) == 5
+    DensePictures(data)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "cache/masks").iterdir()} == written
+    # What a curate stage reads of it is as before.
+    assert len(manifest.read(folder / "m.parquet", folder).files) == 6
+
+
+def test_a_mask_in_a_manifest_that_is_none_is_one_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(folder / "cache"))
+    mask = (folder / "masks/0.png").read_bytes()
+    data = _parquet(folder, [mask, b"GIF89a"], pa.binary())
+    with pytest.raises(UserError, match="the mask in row 2 of the manifest is no PNG") as caught:
+        DensePictures(data)
+    assert caught.value.where == f"{folder / 'm.parquet'}:2"
+    other = (folder / "masks/1.png").read_bytes()
+    table = pa.table({"path": ["images/0.png"] * 3, "mask": pa.array([mask, mask, other])})
+    pq.write_table(table, folder / "m.parquet")
+    with pytest.raises(UserError, match=r"gives images/0\.png two masks"):
+        DensePictures(data)
