@@ -13,6 +13,7 @@ from orchestrator.stages.ssl.knn import KnnWatch
 
 _FIRST = ("stop_first_cosine", "stop_first_locality")
 _FIRST_KNN = "stop_first_knn"
+_KNN_HOW = ("stop_first_knn_photos", "stop_first_knn_k")
 _HINT = (
     "lower optimizer.lr.peak, raise freeze_backbone_steps or set gram; larger amounts in stop_if continue from the "
     "last checkpoint"
@@ -24,8 +25,9 @@ class StopIf(Settings):
 
     Training steps are divided into windows. The means over a window of `cls_patch_cosine` (lower is better) and of
     `patch_locality` (higher is better) are compared with those of the first window. With `knn`, each k-NN accuracy is
-    compared with the one before the first step. One amount that is reached is enough. The checkpoints stay: with
-    larger amounts, training continues from the last one.
+    compared with the one before the first step, or, once `photos` or `k` of `knn` is changed, with the first one since.
+    One amount that is reached is enough. The checkpoints stay: with larger amounts, training continues from the last
+    one.
     """
 
     window: int = Field(100, ge=1, description="The number of steps that the metrics are averaged over.")
@@ -99,12 +101,20 @@ class HealthLimit:
                 hint=_HINT,
             )
 
-    def update_knn(self, done: int, figure: str, accuracy: float) -> None:
+    def update_knn(self, done: int, figure: str, accuracy: float, watch: KnnWatch) -> None:
         """Take the k-NN accuracy after `done` steps. The first one is that of the weights that training starts from.
+
+        Where another number of photos or neighbours is asked for since, the first one says nothing of the next: these
+        are compared with the first accuracy that was computed as they are.
 
         Raises:
             UserError: the limit is reached.
         """
+        how = dict(zip(_KNN_HOW, (float(watch.photos), float(watch.k)), strict=True))
+        # States of earlier versions do not say how it was computed.
+        if any(self.state.get(name, value) != value for name, value in how.items()):
+            del self.state[_FIRST_KNN]
+        self.state.update(how)
         first = self.state.setdefault(_FIRST_KNN, accuracy)
         limit = self.limits.knn_drop if self.limits is not None else None
         if limit is None or first - accuracy < limit:

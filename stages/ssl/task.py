@@ -232,7 +232,7 @@ class SelfSupervisedTask:
         ((name, value),) = counted.items()
         told = torch.tensor([value if counts else 0.0], dtype=torch.float64, device=rows_NVD.device)
         figure = float(reduce(told))
-        self.limit.update_knn(done, name, figure)
+        self.limit.update_knn(done, name, figure, self.config.knn)
         return {name: figure}
 
     def _teacher(self, block: BlockTensors, *, first: bool) -> dict[str, Tensor]:
