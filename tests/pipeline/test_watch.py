@@ -138,18 +138,20 @@ def test_weights_are_those_of_the_average_where_there_is_one(tmp_path: Path) -> 
         "master/backbone.a": torch.zeros(6),
         "master/head.b": torch.ones(2),
     }
+    tensors["master/backbone.c"] = torch.full((1,), 3.0)
     write_checkpoint(tmp_path / "checkpoints/step-00000005", 5, tensors)
     found = {}
 
     def write(read: Any, folder: Path) -> None:
-        shapes = {"backbone.": {"a": (2, 3), "missing": (4,)}, "head.": {"b": (2,)}}
+        shapes = {"backbone.": {"a": (2, 3), "c": (1,), "missing": (4,)}, "head.": {"b": (2,)}}
         write_export(read, shapes, folder / "export")
         found.update(load_file(folder / "export"))
 
     model = CheckpointedModel(40, "model", write)
     storage = CheckpointStorage(tmp_path / "checkpoints")
     ModelTraining("x", "", "k", model, storage, lambda: None).folder_of(5, tmp_path / "scratch")
-    assert found.keys() == {"backbone.a", "head.b"}, "what is not trained is not there"
+    assert found.keys() == {"backbone.a", "backbone.c", "head.b"}, "what is not trained is not there"
+    assert torch.equal(found["backbone.c"], torch.full((1,), 3.0)), "nor has each weight an average"
     assert torch.equal(found["backbone.a"], torch.ones(2, 3))
     assert torch.equal(found["head.b"], torch.ones(2)), "a job without an average has the weights"
 

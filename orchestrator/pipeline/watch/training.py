@@ -87,9 +87,11 @@ def _reader(
     from orchestrator.training.checkpoint.whole import whole_tensors
 
     def read(prefix: str) -> Mapping[str, NDArray[np.generic]]:
-        # Jobs without an EMA have the weights alone.
         average = whole_tensors(storage, manifest, f"ema/{prefix}")
-        return average or whole_tensors(storage, manifest, f"master/{prefix}")
+        start = f"master/{prefix}"
+        trained = {key.removeprefix(start) for key in manifest.keys if key.startswith(start)}
+        # As in an export: what has no average, as in a job without an EMA, is there as it was trained.
+        return {**whole_tensors(storage, manifest, start), **average} if trained - average.keys() else average
 
     return read
 
