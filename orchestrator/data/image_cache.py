@@ -20,9 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from orchestrator.data.sources.digests import set_aside
 from orchestrator.disk import space
 from orchestrator.fsio import why
+from orchestrator.storage.cache_database import set_aside
 from orchestrator.storage.cache_folder import cache_folder
 
 T = TypeVar("T")

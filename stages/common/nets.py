@@ -86,17 +86,7 @@ class HeadedBackbone(nn.Module):
         Returns:
             cls (N, D), patches (N, P, D), dino (N+L, C or K) and ibot (M, C or K) or what their scores made.
         """
-        if locals_LCHW is None:
-            features = self.backbone(normalise(globals_NCHW, self.backbone), masks_NP, generator)
-            cls = features.cls
-        else:
-            features, local_features = self.backbone(
-                normalise(globals_NCHW, self.backbone),
-                masks_NP,
-                generator,
-                locals_BCHW=normalise(locals_LCHW, self.backbone),
-            )
-            cls = torch.cat([features.cls, local_features.cls])
+        features, cls = forward_views(self.backbone, globals_NCHW, locals_LCHW, masks_NP, generator)
         patches_NPD = on_grid(features, globals_NCHW.shape[-2:], self.patch_size, grid)
         tokens_MD = patches_NPD.flatten(0, 1)[tokens_M]
         out = {"cls": features.cls, "patches": patches_NPD}
@@ -104,6 +94,35 @@ class HeadedBackbone(nn.Module):
             code, made = head(rows, with_logits, score=(scores or {}).get(name))
             out[name] = code if made is None else made
         return out
+
+
+def forward_views(
+    backbone: Backbone | WrappedBackbone,
+    globals_NCHW: Tensor,
+    locals_LCHW: Tensor | None,
+    masks_NP: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[BackboneFeatures, Tensor]:
+    """One forward pass of global (and local) crops.
+
+    Args:
+        backbone: sees the crops normalised.
+        globals_NCHW: uint8 global crops.
+        locals_LCHW: uint8 local crops, or None.
+        masks_NP: patches of the global crops that are replaced by the mask token.
+        generator: of drop-path and RoPE rescales.
+
+    Returns:
+        The features of the global crops, and the CLS tokens of all crops, (N+L, D).
+    """
+    seen_NCHW = normalise(globals_NCHW, backbone)
+    if locals_LCHW is None:
+        features: BackboneFeatures = backbone(seen_NCHW, masks_NP, generator)
+        return features, features.cls
+    features, of_locals = backbone(
+        seen_NCHW, masks_NP, generator, locals_BCHW=normalise(locals_LCHW, backbone)
+    )
+    return features, torch.cat([features.cls, of_locals.cls])
 
 
 def build_backbone(

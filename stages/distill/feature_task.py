@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config.pixels import PixelFormat
-from orchestrator.models import normalise
 from orchestrator.models.wrapped_backbone import WrappedBackbone
 from orchestrator.objectives.features import Grid, common_grid, feature_loss, resize_tokens
 from orchestrator.stages.common.backbone import see_pixels
@@ -18,6 +17,7 @@ from orchestrator.stages.common.nets import (
     block_generator,
     build_backbone,
     flat_views,
+    forward_views,
     frozen_backbone,
     learning_rate_scales,
     tune,
@@ -84,17 +84,7 @@ class ProjectedBackbone(nn.Module):
         Returns:
             NAME.cls (N+L, D) and NAME.patches (N, P, D), D being the teacher's width and P the cells of its grid.
         """
-        if locals_LCHW is None:
-            features = self.backbone(normalise(globals_NCHW, self.backbone), None, generator)
-            cls_ND = features.cls
-        else:
-            features, of_locals = self.backbone(
-                normalise(globals_NCHW, self.backbone),
-                None,
-                generator,
-                locals_BCHW=normalise(locals_LCHW, self.backbone),
-            )
-            cls_ND = torch.cat([features.cls, of_locals.cls])
+        features, cls_ND = forward_views(self.backbone, globals_NCHW, locals_LCHW, None, generator)
         height, width = globals_NCHW.shape[-2:]
         own = (height // self.patch_size, width // self.patch_size)
         out = {f"{name.removeprefix('of_')}.cls": head(cls_ND) for name, head in self.cls_heads.items()}

@@ -13,7 +13,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,8 +29,7 @@ from orchestrator.data.bands import as_8_bits, moments, resized, shown_rgb
 from orchestrator.data.curation import descriptor
 from orchestrator.data.curation.descriptor import describe
 from orchestrator.data.decode import Pixels
-from orchestrator.data.sources.digests import set_aside
-from orchestrator.storage.cache_folder import cache_folder
+from orchestrator.storage.cache_database import cache_database, set_aside
 
 THUMBNAIL_SIDE = 32
 FILE = "pictures.sqlite3"
@@ -229,26 +228,12 @@ class EmbeddingCache:
         _write("embeddings", rows)
 
 
-@contextlib.contextmanager
-def _opened() -> Iterator[sqlite3.Connection]:
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(folder / FILE, timeout=_BUSY_S, isolation_level=None)
-    try:
-        # A loss of power costs what is decoded again.
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.executescript(_SCHEMA)
-        yield connection
-    finally:
-        connection.close()
-
-
 def _read(table: str, rule: bytes, digests: Sequence[str]) -> list[tuple[str, tuple[Any, ...]]]:
     """Digest and the other columns of what a table has of these files; what cannot be read is not there."""
     found: list[tuple[str, tuple[Any, ...]]] = []
     query = f"SELECT * FROM {table} WHERE digest = ? AND rule = ?"
     try:
-        with _opened() as connection:
+        with cache_database(FILE, _SCHEMA, _BUSY_S) as connection:
             for digest in digests:
                 row = connection.execute(query, (bytes.fromhex(digest), rule)).fetchone()
                 if row is not None:
@@ -265,7 +250,7 @@ def _write(table: str, rows: Sequence[tuple[object, ...]]) -> None:
         return
     places = ", ".join("?" * len(rows[0]))
     try:
-        with _opened() as connection:
+        with cache_database(FILE, _SCHEMA, _BUSY_S) as connection:
             if not _has_room(connection):
                 return
             connection.execute("BEGIN IMMEDIATE")

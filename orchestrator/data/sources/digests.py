@@ -16,12 +16,12 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.fsio import open_regular, pieces_of
-from orchestrator.storage.cache_folder import cache_folder
+from orchestrator.storage.cache_database import cache_database, set_aside
 
 logger = logging.getLogger("orchestrator")
 
@@ -186,23 +186,14 @@ def _status(file: io.BufferedReader) -> FileStamp:
 # --- what is remembered ---------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def remembered() -> Iterator[sqlite3.Connection]:
-    """The database, made if it is not there.
+def remembered() -> contextlib.AbstractContextManager[sqlite3.Connection]:
+    """The database of digests and of what shards hold; see :func:`cache_database`."""
+    return cache_database(FILE, _SCHEMA, _BUSY_S)
 
-    Raises:
-        sqlite3.Error, OSError: there can be none, or it is damaged or busy.
-    """
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(folder / FILE, timeout=_BUSY_S, isolation_level=None)
-    try:
-        # A loss of power costs what is hashed again, and a write in the middle costs nobody a wait for a disk.
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.executescript(_SCHEMA)
-        yield connection
-    finally:
-        connection.close()
+
+def forget(error: Exception) -> None:
+    """See :func:`orchestrator.storage.cache_database.set_aside`."""
+    set_aside(error, FILE, "digests of files are")
 
 
 def _load(root: str) -> dict[str, _Entry]:
@@ -212,7 +203,7 @@ def _load(root: str) -> dict[str, _Entry]:
                 "SELECT path, size, mtime, ctime, hashed, digest FROM files WHERE root = ?", (root,)
             ).fetchall()
     except (sqlite3.Error, OSError) as error:
-        set_aside(error)
+        forget(error)
         return {}
     return {
         path: _Entry(FileStamp(size, mtime, ctime), hashed, digest)
@@ -234,16 +225,4 @@ def _save(root: str, fresh: dict[str, _Entry], gone: set[str]) -> None:
             )
             connection.execute("COMMIT")
     except (sqlite3.Error, OSError) as error:
-        set_aside(error)
-
-
-def set_aside(error: Exception, file: str = FILE, what: str = "digests of files are") -> None:
-    """Say why nothing is remembered; a database that is none is removed, so that the next run has one.
-
-    Its journal goes, too: SQLite would play it back into the new one.
-    """
-    logger.debug("%s not remembered: %s", what, error)
-    if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError):
-        for end in ("", "-journal"):
-            with contextlib.suppress(OSError):
-                (cache_folder() / f"{file}{end}").unlink()
+        forget(error)

@@ -19,7 +19,7 @@ from typing import IO, cast
 from orchestrator.data.sources import account as accounts
 from orchestrator.data.sources import parquet_shards
 from orchestrator.data.sources.captions import Captions, Note, text_of
-from orchestrator.data.sources.digests import FileStamp, is_settled, remembered, set_aside, stamp_of
+from orchestrator.data.sources.digests import FileStamp, forget, is_settled, remembered, stamp_of
 from orchestrator.data.sources.remote import HEADER_BYTES, is_remote, open_object
 from orchestrator.data.sources.shard_members import member_path
 from orchestrator.errors import first_line, shortened
@@ -322,7 +322,7 @@ def _load(places: Sequence[str]) -> dict[str, tuple[FileStamp, int, TarShard]]:
                 if row is not None:
                     found[place] = FileStamp(*row[:3]), row[3], TarShard.of(row[4])
     except (sqlite3.Error, OSError, ValueError, TypeError) as error:
-        set_aside(error)
+        forget(error)
     return found
 
 
@@ -336,4 +336,4 @@ def _save(fresh: dict[str, tuple[FileStamp, int, TarShard]]) -> None:
             connection.executemany("INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?, ?, ?)", rows)
             connection.execute("COMMIT")
     except (sqlite3.Error, OSError) as error:
-        set_aside(error)
+        forget(error)

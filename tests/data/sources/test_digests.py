@@ -18,6 +18,7 @@ import pytest
 from orchestrator.config.schema import DataSource
 from orchestrator.data.sources import digests as module
 from orchestrator.data.sources.folder import fingerprint
+from orchestrator.storage.cache_database import set_aside
 from orchestrator.storage.cache_folder import cache_folder
 
 MOST = 1 << 20
@@ -221,7 +222,7 @@ def test_a_damaged_database_leaves_no_journal(
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
     for name in (file, f"{file}-journal", "other.sqlite3"):
         (tmp_path / name).write_bytes(b"-")
-    module.set_aside(sqlite3.OperationalError("it is locked"), file)
+    set_aside(sqlite3.OperationalError("it is locked"), file, "this is")
     assert len(list(tmp_path.iterdir())) == 3
-    module.set_aside(sqlite3.DatabaseError("file is not a database"), file)
+    set_aside(sqlite3.DatabaseError("file is not a database"), file, "this is")
     assert [path.name for path in tmp_path.iterdir()] == ["other.sqlite3"]
