@@ -10,67 +10,74 @@ import typer
 from orchestrator.cli.options import File, Overrides
 from orchestrator.cli.terminal import console
 
+WatchedStage = Annotated[
+    str,
+    typer.Argument(
+        metavar="STAGE",
+        help="A stage that trains: of kind pretrain, gram_anchor, high_res, finetune or distill. STAGE/STUDENT is "
+        "one student of a distill stage alone.",
+        show_default=False,
+    ),
+]
+MetricNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A metric to compute of each backbone. Can be repeated. Default: knn. A finetune stage has the "
+        "figures of its task.",
+        show_default=False,
+    ),
+]
+ChosenBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METRIC[/FIGURE]",
+        help="The figure by which the best checkpoint is chosen. Default: the first one, or that by which a "
+        "finetune stage chooses.",
+        show_default=False,
+    ),
+]
+KeptIn = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="The folder that the best model so far is written into. Each of several students has a folder of its "
+        "own in it.",
+        show_default=False,
+    ),
+]
+RegisteredAs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The registered model that gets the best model so far as a new version. Of several students each has "
+        "its own: NAME-STUDENT.",
+        show_default=False,
+    ),
+]
+Alias = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ALIAS",
+        help="The alias that moves to each better version, with --register. Default: best-so-far. Those that "
+        "`publish` or anybody else sets are left alone.",
+        show_default=False,
+    ),
+]
+
 
 def watch(
     file: File,
-    stage: Annotated[
-        str,
-        typer.Argument(
-            metavar="STAGE",
-            help="A stage that trains: of kind pretrain, gram_anchor, high_res, finetune or distill. STAGE/STUDENT is "
-            "one student of a distill stage alone.",
-            show_default=False,
-        ),
-    ],
+    stage: WatchedStage,
     overrides: Overrides = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A metric to compute of each backbone. Can be repeated. Default: knn. A finetune stage has the "
-            "figures of its task.",
-            show_default=False,
-        ),
-    ] = None,
-    by: Annotated[
-        str | None,
-        typer.Option(
-            metavar="METRIC[/FIGURE]",
-            help="The figure by which the best checkpoint is chosen. Default: the first one, or that by which a "
-            "finetune stage chooses.",
-            show_default=False,
-        ),
-    ] = None,
+    metric: MetricNames = None,
+    by: ChosenBy = None,
     every: Annotated[
         float, typer.Option(help="The time between two looks for new checkpoints, in seconds.", min=0.1)
     ] = 10.0,
-    keep: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="The folder that the best model so far is written into. Each of several students has a folder of its "
-            "own in it.",
-            show_default=False,
-        ),
-    ] = None,
-    register: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The registered model that gets the best model so far as a new version. Of several students each has "
-            "its own: NAME-STUDENT.",
-            show_default=False,
-        ),
-    ] = None,
-    alias: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ALIAS",
-            help="The alias that moves to each better version, with --register. Default: best-so-far. Those that "
-            "`publish` or anybody else sets are left alone.",
-            show_default=False,
-        ),
-    ] = None,
+    keep: KeptIn = None,
+    register: RegisteredAs = None,
+    alias: Alias = None,
     once: Annotated[
         bool, typer.Option("--once", help="Score the checkpoints that are there, and end.")
     ] = False,

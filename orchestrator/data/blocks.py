@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from orchestrator.data.crops import cut, draw_box, make_views
 from orchestrator.data.decode import Pixels
-from orchestrator.data.image_reader import ImageReader, Picture
+from orchestrator.data.image_reader import ImageReader, PictureFile
 from orchestrator.data.index import ImageIndex
 from orchestrator.data.masking import block_masks
 from orchestrator.data.resized_images import ResizedImages
@@ -138,7 +138,7 @@ class CropBlocks:
             def rng_for_view(view: int, sample: int = sample) -> np.random.Generator:
                 return generator(self._seed, "crop", step, index, view, sample)
 
-            def views(picture: Picture) -> dict[str, NDArray[Any]]:
+            def views(picture: PictureFile) -> dict[str, NDArray[Any]]:
                 drawn_in: tuple[int, int] | None = None
                 if self._like is not None and self._like.min_side != config.min_side:
                     # Both are decoded as they are without each other, so that neither changes with the other.

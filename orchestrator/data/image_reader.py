@@ -36,7 +36,7 @@ def most_unreadable(share: float, num_pictures: int) -> int:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PictureFile:
     """A picture of an index that can be read.
 
     Attributes:
@@ -98,7 +98,7 @@ class ImageReader:
         return [shown(str(self._index.path(row))) for row in rows]
 
     def read(
-        self, step: int, ids: NDArray[np.int64], place: int, read: Callable[[Picture], T]
+        self, step: int, ids: NDArray[np.int64], place: int, read: Callable[[PictureFile], T]
     ) -> tuple[int, T, list[int]]:
         """One sample of a step.
 
@@ -118,7 +118,9 @@ class ImageReader:
         drawn = int(ids[place])
         met: list[int] = []
         for row in self._candidates(step, ids, place):
-            picture = Picture(self._index[row], self._index.path(row), self._index.pixels(row), self._resized)
+            picture = PictureFile(
+                self._index[row], self._index.path(row), self._index.pixels(row), self._resized
+            )
             try:
                 made = read(picture)
             except UnreadableImage as error:

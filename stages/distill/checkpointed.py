@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.fsio import move
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.checkpointed import (
     CheckpointedModel,
@@ -74,7 +75,8 @@ def _write_network(
     views = partial(regenerated_views, config, index, seed, crops, roots=context.roots)
     made = folder.with_name(f"{folder.name}-made")
     save_network(config, student, derive(seed, name), config.pixels, views, export, made)
-    (made / _MODEL).rename(folder)
+    # What is lost of it is made again.
+    move(made / _MODEL, folder, durable=False)
 
 
 def _pixels(config: Distill, context: Context) -> PixelFormat | None:

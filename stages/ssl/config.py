@@ -330,6 +330,8 @@ class SelfSupervised(MultiCropStage):
         backbone = context.inputs.get("backbone")
         seed = self.seed_of(context)
         gram, health = self._gram_start(backbone, start)
+        index, side = context.inputs["index"].path, self.crops_at(0, 0).global_size
+        blocks = partial(crop_blocks, self, recipe, index, seed, roots=context.roots)
         return Job(
             name=context.name,
             task=partial(
@@ -342,9 +344,7 @@ class SelfSupervised(MultiCropStage):
                 start=start.file if start else None,
                 gram_sha256=self._gram_sha256(backbone, gram),
             ),
-            blocks=partial(
-                crop_blocks, self, recipe, context.inputs["index"].path, seed, roots=context.roots
-            ),
+            blocks=blocks,
             num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
             optimizer=self.optimizer,
@@ -357,37 +357,15 @@ class SelfSupervised(MultiCropStage):
             inputs=context.needed + (start.needed if start else ()),
             pipeline=context.pipeline,
             start_from=backbone.path / "checkpoint" if backbone else None,
-            validation=partial(
-                crop_blocks,
-                self,
-                recipe,
-                context.inputs["index"].path,
-                seed,
-                roots=context.roots,
-                held_out=True,
-            )
-            if self.validate_every
-            else None,
+            validation=partial(blocks, held_out=True) if self.validate_every else None,
             validate_every=self.validate_every,
-            probe=partial(
-                WatchedPhotos.of,
-                context.inputs["index"].path,
-                self.knn,
-                self.crops_at(0, 0).global_size,
-                context.roots,
-            )
+            probe=partial(WatchedPhotos.of, index, self.knn, side, context.roots)
             if self.knn is not None
             else None,
             probe_every=self.knn.every if self.knn is not None else 0,
             export_steps=self.snapshot_steps()[:-1],
             max_unreadable=max_unreadable,
-            finish=partial(
-                finish_backbone,
-                recipe.model,
-                self.crops_at(0, 0).global_size,
-                recipe.model_overrides,
-                recipe.pixels,
-            ),
+            finish=partial(finish_backbone, recipe.model, side, recipe.model_overrides, recipe.pixels),
         )
 
     def seed_of(self, context: Context) -> int:

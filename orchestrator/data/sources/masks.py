@@ -102,9 +102,9 @@ def _unpacked(table: Path, root: Path) -> dict[str, str]:
                 where=f"{table}:{row}",
                 hint="give each picture one mask",
             )
-        # Named by what they hold: one of the right size is there from an earlier run.
+        # Named by what they hold, and on the disk before that: one of the right size is there from an earlier run.
         if file.is_file() and file.stat().st_size == len(mask):
             continue
         disk.make_folder(folder, "name another folder in the environment variable ORCHESTRATOR_CACHE")
-        atomic_write(file, mask, durable=False)
+        atomic_write(file, mask)
     return found
