@@ -186,13 +186,18 @@ class ImageCache:
         path = self._file(place.shard)
         try:
             with path.open("rb", buffering=0) as file:
+                # A damaged index may name more bytes than there is memory.
+                if place.start + place.size > os.fstat(file.fileno()).st_size:
+                    return None
                 data = os.pread(file.fileno(), place.size, place.start)
-            now = time.monotonic()
-            if now - self._touched.get(place.shard, -_TOUCH_S) >= _TOUCH_S:
-                self._touched[place.shard] = now
-                os.utime(path)
         except OSError:
             return None
+        now = time.monotonic()
+        if now - self._touched.get(place.shard, -_TOUCH_S) >= _TOUCH_S:
+            self._touched[place.shard] = now
+            # Others read what belongs to another user, or is on a disk that may only be read.
+            with contextlib.suppress(OSError):
+                os.utime(path)
         return data
 
     def _file(self, shard: int) -> Path:
@@ -219,7 +224,11 @@ class ImageCache:
                     with contextlib.suppress(OSError, ValueError):
                         status = path.stat()
                         sizes[int(path.stem, 16)] = status.st_mtime, status.st_size
-        free, total = space(self._folder)
+        try:
+            free, total = space(self._folder)
+        except OSError as error:  # a folder that may not be looked into, or whose name is too long
+            self._say(f"resized photos are not kept in {self._folder}: {why(error)}")
+            return 0
         taken = sum(one for _, one in sizes.values())
         of_limit, of_disk = self._limit - taken, free - int(_LEFT_FREE * total)
         for shard, (used, one) in sorted(sizes.items(), key=lambda item: item[1]):

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import PIL
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
 from orchestrator.config.pixels import PixelFormat
+from orchestrator.data.curation.signatures import decoder_versions
 from orchestrator.data.decode import Pixels, decode_rgb, use_rgb
 from orchestrator.data.image_cache import ImageCache, opened
 from orchestrator.data.index import ImageRecord
@@ -36,8 +36,8 @@ _JPEG, _PIXELS, _FILE = b"J", b"P", b"F"
 _SHAPE = struct.Struct("<BIIH")
 # With colours at full size: a tenth of the bytes of the pixels, and a quarter of PNG's bytes and time (docs/photos.md).
 _QUALITY = 95
-# The longest side that a JPEG can have.
-_LONGEST = 65_535
+# The longest side that libjpeg writes.
+_LONGEST = 65_500
 
 
 class ResizedImages:
@@ -53,6 +53,7 @@ class ResizedImages:
 
     def __init__(self, side: int, cache: ImageCache) -> None:
         self._side, self._cache = side, cache
+        self._made_by = [_FORMAT, *decoder_versions()]
 
     @classmethod
     def opened(cls, side: int | None, limit_gib: float) -> ResizedImages | None:
@@ -99,8 +100,7 @@ class ResizedImages:
     def _key(self, record: ImageRecord, pixels: PixelFormat | None) -> bytes:
         """Of all that decides the pixels: the file's content, the settings, and the libraries."""
         seen = None if pixels is None else [pixels.bands, pixels.range]
-        made_by = [_FORMAT, simplejpeg.__version__, PIL.__version__]
-        text = json.dumps([made_by, record.sha256, self._side, seen])
+        text = json.dumps([self._made_by, record.sha256, self._side, seen])
         return hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).digest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from orchestrator.config.pixels import PixelFormat
-from orchestrator.data import image_cache
+from orchestrator.data import image_cache, resized_images
 from orchestrator.data.blocks import CaptionBlocks, CropBlocks
 from orchestrator.data.decode import UnreadableImage, read_rgb
 from orchestrator.data.image_cache import FOLDER, ImageCache
@@ -135,9 +136,11 @@ def read(
     return resized.use(record, path, lambda image: np.array(image), min_side, pixels)
 
 
-def decoded(cache: Path, record: ImageRecord, pixels: PixelFormat | None = None) -> NDArray[Any]:
+def decoded(
+    cache: Path, record: ImageRecord, pixels: PixelFormat | None = None, side: int = _SIDE
+) -> NDArray[Any]:
     """The pixels of a record, by a reader whose cache is written when this returns."""
-    resized, kept = reader(cache)
+    resized, kept = reader(cache, side)
     found = read(resized, record, pixels)
     kept.flush()
     return found
@@ -272,6 +275,27 @@ def test_settings_do_not_get_the_pixels_of_others(folder: Path, cache: Path) -> 
     assert np.array_equal(grey[:, :, 0], grey[:, :, 1])
     assert not np.array_equal(plain, grey)
     assert dark.dtype == np.uint16
+
+
+def test_another_decoder_does_not_get_what_this_one_made(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = record_of(folder / "0.jpg")
+    decoded(cache, record)
+    before = num_bytes(cache)
+    monkeypatch.setattr(resized_images, "decoder_versions", lambda: ["1", "pillow-heif 2"])
+    decoded(cache, record)
+    assert num_bytes(cache) == 2 * before
+
+
+@pytest.mark.parametrize("longer", [65_500, 65_501, 65_536])
+def test_a_strip_that_no_jpeg_can_hold(longer: int, tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "strip.png"
+    Image.fromarray(np.full((2 * longer, 64, 3), 200, np.uint8)).save(path)
+    cold, warm = (decoded(cache, record_of(path), side=32) for _ in range(2))
+    assert num_bytes(cache) > 0
+    assert np.array_equal(cold, np.full((longer, 32, 3), 200))
+    assert np.array_equal(cold, warm)
 
 
 @pytest.mark.parametrize("pixels", [_TWELVE, _FIVE_BANDS])
@@ -442,6 +466,39 @@ def test_a_cache_that_cannot_be_there_costs_nothing_but_time(index: Path, tmp_pa
     assert len(source.pop_troubles()) == 1
     (tmp_path / "cache").unlink()
     assert same(first, views(Photos(index, 2.0)()))
+
+
+def test_a_cache_that_cannot_even_be_asked_for_costs_nothing_but_time(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = views(Photos(index)())
+    # As a folder that may not be looked into, which stops nothing where tests run as root.
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / ("x" * 300)))
+    source = Photos(index)()
+    assert same(first, views(source))
+    assert len(source.pop_troubles()) == 1
+
+
+def test_a_cache_that_may_only_be_read_is_read(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = record_of(folder / "0.jpg")
+    there = decoded(cache, record)
+    Path(record.root, record.path).unlink()
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert np.array_equal(there, decoded(cache, record))
+
+
+def test_an_index_that_names_more_bytes_than_there_are(folder: Path, cache: Path) -> None:
+    record = record_of(folder / "0.jpg")
+    there = decoded(cache, record)
+    with closing(sqlite3.connect(cache / "index.sqlite3")) as found, found:
+        found.execute("UPDATE images SET size = ?", (1 << 50,))
+    assert np.array_equal(there, decoded(cache, record))
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
