@@ -39,7 +39,7 @@ logger = logging.getLogger("orchestrator")
 # What decides the teacher's outputs besides its weights and the data; students' fields do not.
 _OUTPUT_FIELDS = (
     "crops", "batch_size", "block_size", "mask_ratio", "mask_probability", "mix", "homogeneous",
-    "homogeneous_ratio", "teacher_temperature", "precision", "features", "teacher_bands",
+    "homogeneous_ratio", "teacher_temperature", "precision", "features", "teacher_bands", "cached_side",
 )  # fmt: skip
 
 

@@ -335,6 +335,23 @@ def test_a_student_has_an_identity_of_its_own() -> None:
     assert longer.student_identity("small") != one
 
 
+def test_what_a_teacher_said_of_other_pixels_is_not_replayed(
+    index: Path, teacher: Path, tmp_path: Path
+) -> None:
+    context = make_context(tmp_path, index, teacher)
+
+    def kept(**changes: Any) -> set[Path]:
+        config = CONFIG.model_validate({**CONFIG.model_dump(by_alias=True), "replay": True, **changes})
+        before = set((context.work / "parts").glob("*"))
+        teaching(config, context, 0).factory(list(config.students.values()), 2)
+        return set((context.work / "parts").glob("*")) - before
+
+    assert kept()
+    assert not kept(image_cache_gib=1.0)
+    assert kept(cached_side=64)
+    assert kept(cached_side=96)
+
+
 def test_what_a_teacher_says_is_as_large_as_predicted(index: Path, teacher: Path) -> None:
     said = [frozen_teacher(CONFIG, teacher, index)(step)[TEACHER] for step in range(20)]
     measured = np.mean([sum(array.nbytes for array in one.values()) for one in said]) / CONFIG.batch_size
