@@ -260,13 +260,13 @@ def in_key(
 
     Args:
         root: the folder of the data set.
-        pairs: of :func:`paired`.
+        pairs: of :func:`paired`; a target that is not below `root` has a name of its content.
         split: the field of the data set.
         what: the field that has its files.
     """
-    names = hashlib.sha256(
-        "\0".join(part for pair in pairs for part in pair).encode("utf-8", "surrogateescape")
-    )
+    # Where the cache of a machine is says nothing of the data.
+    named = [Path(part).name if Path(part).is_absolute() else part for pair in pairs for part in pair]
+    names = hashlib.sha256("\0".join(named).encode("utf-8", "surrogateescape"))
     files = {what: tuple(root / part for pair in pairs for part in pair)}
     by = {
         f"data.split.{field}": paths for field, paths in (split.files() if split is not None else {}).items()

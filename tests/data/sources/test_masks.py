@@ -138,6 +138,21 @@ def test_a_parquet_manifest_may_hold_the_masks_themselves(
     assert len(manifest.read(folder / "m.parquet", folder).files) == 6
 
 
+def test_where_masks_of_a_manifest_are_unpacked_is_no_part_of_a_key(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = [(folder / "masks" / f"{number}.png").read_bytes() for number in range(5)]
+    found = []
+    for cache, order in (("one", 1), ("other", 1), ("other", -1)):
+        monkeypatch.setenv("ORCHESTRATOR_CACHE", str(folder / cache))
+        data = _parquet(folder, masks[::order], pa.binary())
+        task = Segmentation(type="segmentation", data=data).files()
+        metric = LinearSegmentation(use="linear_segmentation", data=data).files()
+        found.append((set(task), set(metric)))
+    assert found[0] == found[1]
+    assert found[0] != found[2], "other masks"
+
+
 def test_a_mask_in_a_manifest_that_is_none_is_one_message(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
