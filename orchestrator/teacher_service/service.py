@@ -52,6 +52,7 @@ class TeacherService:
         gpus: share of a GPU for a teacher; 0 for a CPU.
         account: file that keeps what was counted, over drivers.
         on_figures: gets the figures every few seconds and at the end.
+        needs: see :class:`TeacherSupervisor`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TeacherService:
         on_figures: Callable[[Mapping[str, float]], None],
         teachers: Callable[[], int] = lambda: 1,
         shards: int = 1,
+        needs: Sequence[tuple[int, float]] = ((1, 1.0),),
     ) -> None:
         self.name = f"share-{uuid.uuid4().hex[:12]}"
         self._num_steps, self._num_blocks, self._window = num_steps, num_blocks, window
@@ -83,6 +85,7 @@ class TeacherService:
             stuck_s=hang_s / 2,
             patience_s=hang_s,
             shards=shards,
+            needs=needs,
         )
         self.account = TeacherCounters.load(account)
         self.status = Status(self.account)

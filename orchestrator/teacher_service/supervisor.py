@@ -40,6 +40,7 @@ class TeacherSupervisor:
         patience_s: seconds that the coordinator may be away.
         squeeze: goes beside the workers where nothing is free.
         shards: processes that one teacher is sharded over; the first one answers for all.
+        needs: of each student the fewest workers that it begins with, and the CPUs that each of them reserves.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class TeacherSupervisor:
         patience_s: float,
         squeeze: bool,
         shards: int = 1,
+        needs: Sequence[tuple[int, float]] = ((1, 1.0),),
     ) -> None:
         self._coordinator_name, self._make, self._num_blocks = coordinator, make_teacher, num_blocks
         self._gpus, self._stuck_s, self._patience_s, self._squeeze = gpus, stuck_s, patience_s, squeeze
-        self._shards = shards
+        self._shards, self._needs = shards, needs
         self.name, self.node = "", ""
         self.finished: Any = None
         self._actor: Any = None
@@ -251,7 +253,9 @@ class TeacherSupervisor:
         """
         if self._retiring or not self._cpus or status.unasked_s <= _UNASKED_S:
             return
-        if not any(machine.free_cpus >= 1 and not machine.leaving for machine in there):
+        free = [machine.free_cpus for machine in there if not machine.leaving]
+        # One that has its machines asks, and then there is time.
+        if not any(sum(int(cpus / each + 1e-6) for cpus in free) >= fewest for fewest, each in self._needs):
             self._retire(coordinator, "students wait for the machine that it has", moves=True)
 
     def _warn_once(self, what: str) -> None:

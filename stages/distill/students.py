@@ -140,9 +140,15 @@ def _train_all(
         on_figures=partial(_track, context.run),
         teachers=teachers,
         shards=config.teacher_shards,
+        needs=[_need(student_run.job.elastic) for student_run in student_runs.values()],
     ) as service:
         made = _in_threads(context, teach, service, balance, student_runs)
     return asdict(service.account.stats()), made
+
+
+def _need(elastic: Elastic) -> tuple[int, float]:
+    """The fewest workers that a student begins with, and the CPUs that each of them reserves where it runs on them."""
+    return elastic.workers[0], elastic.resources.cpu or 1.0
 
 
 def _balance(config: Distill, context: Context, student_runs: Mapping[str, StudentRun]) -> Balancer | None:
