@@ -404,8 +404,23 @@ def test_the_alias_never_moves_to_what_is_not_better(store: Store, monkeypatch: 
     stays = "pretrain: food@best-so-far stays version 1, which is at least as good"
     assert register(store, 0.5, 20, monkeypatch) == [stays]
     assert register(store, 0.25, 20, monkeypatch) == [stays]
-    assert register(store, math.nan, 20, monkeypatch) == [stays]
+    assert register(store, math.nan, 20, monkeypatch) == []
     assert register(store, 0.75, 20, monkeypatch) == ["pretrain: food@best-so-far is version 2"]
+
+
+def test_a_model_whose_figure_is_no_number_is_neither_kept_nor_registered(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.curated()
+    for step in (10, 20):
+        store.checkpoint("pretrain", step, average(drawn("vit_femto", step)))
+    assert register(store, math.nan, 10, monkeypatch) == []
+    kept = store.folder / "kept"
+    lines: list[str] = []
+    watch(store.loaded, "pretrain", WatchOptions(once=True, keep=kept), lines.append)
+    assert lines[-1] == "pretrain: the best of 1 checkpoints is step 10, knn/accuracy nan"
+    assert not kept.exists()
+    assert register(store, 0.25, 20, monkeypatch) == ["pretrain: food@best-so-far is version 1"]
 
 
 @pytest.mark.parametrize(

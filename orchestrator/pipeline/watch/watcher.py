@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -101,7 +102,8 @@ class ModelWatch:
         self.run.metrics(known, score.step, _CHANNEL)
         name = self.training.name
         self.say(f"{name}, step {score.step:,}: {best.name} {score.figures[best.name]}; best so far: {best}")
-        if best.step != score.step:
+        # A model whose figure is no number is the best only where there is no other: nobody is to use it.
+        if best.step != score.step or not math.isfinite(best.figure.value):
             return
         if self.keep is not None:
             _keep(folder, score, self.keep)
@@ -125,7 +127,7 @@ class ModelWatch:
         best = best_of(self.scores, self.by)
         self.run.params({"best_step": best.step, "best_by": best.name})
         self.say(f"{name}: the best of {len(self.scores)} checkpoints is {best}")
-        if self.keep is not None:
+        if self.keep is not None and math.isfinite(best.figure.value):
             self.say(f"{name}: its model is in {self.keep}")
         return best
 
