@@ -183,25 +183,33 @@ class Job:
                 store.get_file(name, path)
                 BYTES.read("checkpoint", path.stat().st_size)
 
-    def publish(self, step: int) -> None:
+    def publish(self, step: int, progress: Callable[[], None] = lambda: None) -> None:
         """Make the export after `step` updates readable by everybody, and what `finish` makes of the last (worker 0).
 
         The last export comes last: once it is in the store, the job is done.
+
+        Args:
+            step: updates that were done.
+            progress: called after each part that takes long of a large model, so that nobody takes it for a hang.
         """
         if step == self.num_steps and self.finish is not None:
-            self._finish(self.finish)
+            self._finish(self.finish, progress)
             for path in plain_files(self.finished):
                 self._upload(path)
+                progress()
         self._upload(self.export(step))
+        progress()
 
-    def _finish(self, finish: Callable[[Path, Path], None]) -> None:
+    def _finish(self, finish: Callable[[Path, Path], None], progress: Callable[[], None]) -> None:
         shutil.rmtree(self.finished, ignore_errors=True)
         with folder_beside(self.finished) as draft:
             made = draft / self.finished.name
             made.mkdir()
             finish(self.export(self.num_steps), made)
+            progress()
             for path in plain_files(made):
                 note(path)
+                progress()
             move(made, self.finished)
 
     def _upload(self, path: Path) -> None:

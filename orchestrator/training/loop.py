@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -402,8 +403,9 @@ class _Trainer:
         export_ema(self.engine, self.job.export(done), done)
         if self.rank == 0:
             # Progress: what follows reads and writes a large model for a while, too.
-            self.callback.phase("exported")
-            self.job.publish(done)
+            exported = partial(self.callback.phase, "exported")
+            exported()
+            self.job.publish(done, exported)
 
     def _restore(self) -> int:
         manifest = reader.newest(self.job.checkpoint_storage, self.rank, self.world, self._all, self.device)

@@ -110,6 +110,25 @@ def test_a_job_is_done_once_its_model_is_made_and_elsewhere_it_is_fetched(tmp_pa
     assert not local.is_done()
 
 
+def test_each_part_of_publishing_a_large_model_is_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two words of it at most one file is made, read or sent: a group that says nothing is restarted."""
+    store = LocalStore(tmp_path / "store")
+    told: list[str] = []
+    put = store.put_file
+
+    def sent(name: str, path: Path) -> None:
+        told.append(name)
+        put(name, path)
+
+    monkeypatch.setattr(store, "put_file", sent)
+    job = replace(finished_job(tmp_path / "job"), remote=(store, ""))
+    job.publish(4, lambda: told.append("progress"))
+    finished, export = "finished/model/model.safetensors", "exports/step-00000004.safetensors"
+    assert told == ["progress", "progress", finished, "progress", export, "progress"]
+
+
 def test_a_job_whose_last_export_is_there_and_whose_model_is_not_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
