@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -79,14 +81,28 @@ def mask_pairs(data: MaskData) -> list[tuple[str, str]]:
     return found
 
 
-def _unpacked(table: Path, root: Path) -> dict[str, str]:
+def _unpacked(table: Path, root: Path) -> Mapping[str, str]:
     """The masks that a manifest holds, by picture, as files in the cache that are named by their content.
+
+    A manifest that has not changed since this process unpacked it is not read again: it is asked for several times.
 
     Raises:
         UserError: a mask is no PNG, a picture has two, or the cache cannot take them.
     """
+    status = table.stat()
+    look = status.st_size, status.st_mtime_ns, status.st_ino
+    given = table, root, cache_folder() / _MASKS, look
+    found = _unpack(*given)
+    if not all(map(os.path.isfile, found.values())):
+        _unpack.cache_clear()
+        found = _unpack(*given)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _unpack(table: Path, root: Path, folder: Path, look: tuple[int, ...]) -> Mapping[str, str]:
+    """As :func:`_unpacked`; `look` tells one state of the file from another."""
     found: dict[str, str] = {}
-    folder = cache_folder() / _MASKS
     for row, written, mask in manifest.mask_bytes(table):
         picture = manifest.place_of(written, root, table, row)
         if not mask.startswith(_PNG):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,29 @@ def test_a_parquet_manifest_may_hold_the_masks_themselves(
     assert {path: path.stat().st_mtime_ns for path in (folder / "cache/masks").iterdir()} == written
     # What a curate stage reads of it is as before.
     assert len(manifest.read(folder / "m.parquet", folder).files) == 6
+
+
+def test_a_manifest_with_masks_is_unpacked_once_unless_it_or_the_cache_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(folder / "cache"))
+    masks = [(folder / "masks" / f"{number}.png").read_bytes() for number in range(5)]
+    data, times, plain = _parquet(folder, masks, pa.binary()), [], manifest.mask_bytes
+
+    def counted(path: Path) -> Any:
+        times.append(path)
+        return plain(path)
+
+    monkeypatch.setattr(manifest, "mask_bytes", counted)
+    before = DensePictures(data).target(0)
+    for _ in range(3):
+        DensePictures(data)
+    assert len(times) == 1
+    shutil.rmtree(folder / "cache")
+    assert np.array_equal(DensePictures(data).target(0), before)
+    assert len(times) == 2
+    _parquet(folder, masks[::-1], pa.binary())
+    assert not np.array_equal(DensePictures(data).target(0), before)
 
 
 def test_where_masks_of_a_manifest_are_unpacked_is_no_part_of_a_key(
