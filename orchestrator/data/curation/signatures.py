@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -60,6 +61,8 @@ CREATE TABLE IF NOT EXISTS days (
 ) WITHOUT ROWID;
 """
 _TABLES = ("signatures", "moments", "embeddings")
+# The day on which all that is in a file was asked for and it had no room, by the file's folder.
+_full_on: dict[Path, int] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,6 +296,9 @@ def _has_room(connection: sqlite3.Connection) -> bool:
     """
     if _bytes_in(connection) <= MOST_BYTES:
         return True
+    folder, today = cache_folder(), _today()
+    if _full_on.get(folder) == today:
+        return False  # to look for what may go means to read all of it
     connection.execute("BEGIN IMMEDIATE")
     # Of what has no day, an earlier version asked last.
     for table in _TABLES:
@@ -303,7 +309,7 @@ def _has_room(connection: sqlite3.Connection) -> bool:
     connection.execute("COMMIT")
     while _bytes_in(connection) > _LEFT_SHARE * MOST_BYTES:
         ((oldest,),) = connection.execute("SELECT MIN(day) FROM days")
-        if oldest is None or oldest >= _today():
+        if oldest is None or oldest >= today:
             break
         connection.execute("BEGIN IMMEDIATE")
         for table in _TABLES:
@@ -314,7 +320,10 @@ def _has_room(connection: sqlite3.Connection) -> bool:
             )
         connection.execute("DELETE FROM days WHERE day = ?", (oldest,))
         connection.execute("COMMIT")
-    return _bytes_in(connection) <= MOST_BYTES
+    has_room = _bytes_in(connection) <= MOST_BYTES
+    if not has_room:
+        _full_on[folder] = today
+    return has_room
 
 
 def _bytes_in(connection: sqlite3.Connection) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -106,6 +108,32 @@ def test_what_is_of_today_stays_and_what_is_new_is_not_kept(
     assert kept == list(range(len(kept)))
     assert 20 <= len(kept) <= 80
     monkeypatch.setattr(signatures, "MOST_BYTES", 10**9)
+    cache.note(_vectors(500))
+    assert _known(cache, 500) == [500]
+
+
+def test_a_full_file_is_searched_for_what_may_go_once_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
+    monkeypatch.setattr(signatures, "MOST_BYTES", 200_000)
+    today, searched, opened = [100], [0], signatures._opened
+    monkeypatch.setattr(signatures, "_today", lambda: today[0])
+
+    @contextlib.contextmanager
+    def traced() -> Iterator[sqlite3.Connection]:
+        with opened() as connection:
+            connection.set_trace_callback(
+                lambda text: searched.append(searched.pop() + text.startswith("DELETE"))
+            )
+            yield connection
+
+    monkeypatch.setattr(signatures, "_opened", traced)
+    cache = EmbeddingCache("a network")
+    for first in range(0, 200, 20):
+        cache.note(_vectors(*range(first, first + 20)))
+    assert searched[0] == 3, "once each table"
+    today[0] += 1
     cache.note(_vectors(500))
     assert _known(cache, 500) == [500]
 
