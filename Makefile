@@ -18,7 +18,7 @@ run: setup ## fetch the sample photographs and run conf/full_pipeline.yaml
 	$(BIN)/orchestrator run conf/full_pipeline.yaml
 
 test: setup-dev ## run the tests; with CI=1 an unexpected skip is a failure
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=25
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 test-fast: setup-dev ## run the unit tests only
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (slow or cluster or heavy)"

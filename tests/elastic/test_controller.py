@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -52,8 +53,9 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpotMarket]:
 @pytest.fixture
 def machines(market: SpotMarket) -> Iterator[SpotMarket]:
     yield market
-    for name in list(market.machines)[2:]:
-        market.kill(name)
+    for name in {*market.leaving, *list(market.machines)[2:]} & market.machines.keys():
+        with suppress(psutil.NoSuchProcess):  # Ray has ended it
+            market.kill(name)
     while len(market.machines) < 2:
         market.add(f"again-{time.monotonic_ns()}")
 
@@ -91,8 +93,8 @@ def test_machines_killed_drained_and_added(
     running.wait(lambda: running.step() >= 6)
     machines.kill(second)
     running.wait(lambda: any("lost 1 of 2 workers" in line for line in running.lines))
-    reached = running.step()
-    running.wait(lambda: running.step() > reached)
+    killed_at = running.step()
+    running.wait(lambda: running.step() > killed_at)
     machines.add("third")
     machines.add("fourth")
     running.wait(lambda: sum(slot["state"] == "ready" for slot in hosts.slots()) == 3)
@@ -113,7 +115,11 @@ def test_machines_killed_drained_and_added(
     assert all(
         entry.planned for entry in account.recoveries if "growth" in entry.cause or "notice" in entry.cause
     )
-    assert lost <= 6, "only the kill lost steps, those since the last checkpoint"
+    (kill,) = (entry for entry in account.recoveries if not entry.planned)
+    # A step may be reported after the loss is.
+    assert lost <= killed_at + 1 - kill.resumed_at, (
+        "only the kill lost steps, those since the last checkpoint"
+    )
     assert_same(running, undisturbed)
     machines.kill("third")
 
@@ -242,6 +248,7 @@ def test_a_full_disk_is_told_and_waited_out_for_a_while(
     assert_same(running, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_job_with_the_reason(machines: SpotMarket, small_disk: Path) -> None:
     running = Running(tiny_job(small_disk / "stuck", 400, (1, 3), checkpoint_every_s=1))
     running.wait(lambda: running.step() >= 8)

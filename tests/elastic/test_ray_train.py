@@ -75,6 +75,8 @@ def test_the_state_api_lists_the_run_its_attempts_and_failed_ranks(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
     job = tiny_job(tmp_path / "listed", 60, (1, 2), step_s=0.1, checkpoint_every_s=0.5)
+    hold = tmp_path / "listed-faults" / "hold-30"
+    hold.touch()
     running = Running(job)
     running.wait(lambda: running.step() >= 10)
     run, attempts = train_runs("listed")
@@ -89,6 +91,7 @@ def test_the_state_api_lists_the_run_its_attempts_and_failed_ranks(
         assert set(listens) <= {"127.0.0.1"}, "all slots are on one machine: nothing is open to the network"
     machines.kill("m1")
     running.wait(lambda: any("goes on" in line for line in running.lines))
+    hold.unlink()
     running.finish()
     run, attempts = train_runs("listed")
     assert run.status.name == "FINISHED"
@@ -174,6 +177,7 @@ def test_a_callback_that_raises_ends_the_run_with_it(machines: SpotMarket, tmp_p
         running.finish()
 
 
+@pytest.mark.slow
 def test_stock_workers_train_the_same_through_a_kill(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
@@ -210,6 +214,7 @@ def test_stock_workers_train_the_same_through_a_drain_and_a_kill(
     assert_same(running, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_slow_slot_is_left_out_not_given_up(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:

@@ -114,7 +114,9 @@ def test_a_run_through_a_bad_network_ends_well(
         assert "up to date" in done(start("run", "toy.yaml", "stages.pretrain.ticks=20"))
 
 
-@pytest.mark.parametrize("machine", ["the same machine", "another machine"])
+@pytest.mark.parametrize(
+    "machine", [pytest.param("the same machine", marks=pytest.mark.slow), "another machine"]
+)
 def test_killed_inside_a_stage_it_goes_on(start: Start, s3_uri: str, machine: str) -> None:
     store = S3Store(s3_uri)
     slow = "stages.pretrain.ticks=400"
