@@ -31,6 +31,7 @@ from orchestrator.data.curation import descriptor
 from orchestrator.data.curation.descriptor import describe
 from orchestrator.data.decode import Pixels
 from orchestrator.storage.cache_database import cache_database, set_aside
+from orchestrator.storage.cache_folder import cache_folder
 
 THUMBNAIL_SIDE = 32
 FILE = "pictures.sqlite3"
