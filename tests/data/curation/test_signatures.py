@@ -117,18 +117,18 @@ def test_a_full_file_is_searched_for_what_may_go_once_a_day(
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
     monkeypatch.setattr(signatures, "MOST_BYTES", 200_000)
-    today, searched, opened = [100], [0], signatures._opened
+    today, searched, opened = [100], [0], signatures.cache_database
     monkeypatch.setattr(signatures, "_today", lambda: today[0])
 
     @contextlib.contextmanager
-    def traced() -> Iterator[sqlite3.Connection]:
-        with opened() as connection:
+    def traced(file: str, schema: str, busy_s: float) -> Iterator[sqlite3.Connection]:
+        with opened(file, schema, busy_s) as connection:
             connection.set_trace_callback(
                 lambda text: searched.append(searched.pop() + text.startswith("DELETE"))
             )
             yield connection
 
-    monkeypatch.setattr(signatures, "_opened", traced)
+    monkeypatch.setattr(signatures, "cache_database", traced)
     cache = EmbeddingCache("a network")
     for first in range(0, 200, 20):
         cache.note(_vectors(*range(first, first + 20)))
