@@ -21,7 +21,7 @@ def note(path: Path, sha256: str | None = None) -> None:
         BYTES.read("checkpoint", status.st_size)
     said = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256}
     # Without it the file is hashed: that costs time only.
-    atomic_write(_beside(path), json.dumps(said), durable=False)
+    atomic_write(_beside(path), json.dumps(said), durable=False, only_writer=True)
     BYTES.written("checkpoint", status.st_size)
 
 
