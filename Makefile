@@ -2,7 +2,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-fast proofs gpu chaos fuzz lint format docs reference audit sbom lock clean
+.PHONY: help setup setup-dev run test test-fast test-long proofs gpu chaos fuzz lint format docs reference audit sbom lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test: setup-dev ## run the tests; with CI=1 an unexpected skip is a failure
 
 test-fast: setup-dev ## run the unit tests only
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (slow or cluster or heavy)"
+
+test-long: setup-dev ## run the tests that make test leaves out because they take long; CI runs both
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m long
 
 proofs: setup-dev ## run the slow proofs (minutes each)
 	$(BIN)/python -m pytest -m slow

@@ -135,6 +135,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(folder: Path, run: Run) -> N
     assert "attempt 2" in said + log
 
 
+@pytest.mark.long
 def test_the_heads_end_costs_nothing(folder: Path, run: Run) -> None:
     driver = run()
     wait_for_training(folder, driver)

@@ -177,6 +177,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_run_uses_what_a_program_registers_in_all_its_processes(folder: Path, empty_database: Path) -> None:
     (folder / "runs").mkdir()

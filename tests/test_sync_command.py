@@ -97,7 +97,7 @@ def test_what_waits_is_said_and_sent_later(
         assert steps(port) == list(range(40))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_comes_back_in_the_middle_has_all_at_the_end(
     folder: Path, port: int, tmp_path: Path, empty_database: Path
 ) -> None:

@@ -123,7 +123,7 @@ def test_a_plain_loop_trains_its_student_and_the_ema_follows(tmp_path: Path) -> 
     assert any(not torch.equal(before[name], param) for name, param in modules.trainable.named_parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.cluster
 def test_loops_run_in_processes_and_are_the_same_with_views_made_beside_the_step(tmp_path: Path) -> None:
     stand = a_stand(tmp_path)

@@ -70,6 +70,7 @@ def watched(steps: int) -> dict[str, float]:
     return state
 
 
+@pytest.mark.long
 def test_it_starts_after_the_decay_with_the_best_ema(
     run_job: RunJob, job: dict[str, Any], tmp_path: Path
 ) -> None:

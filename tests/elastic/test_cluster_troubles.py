@@ -368,6 +368,7 @@ def test_a_joined_cluster_that_goes_ends_the_run_with_its_cause(monkeypatch: pyt
 # --- losing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.own_process
 def test_a_head_that_ends_is_started_anew(own: OwnCluster) -> None:
     import ray

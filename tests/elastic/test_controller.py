@@ -82,6 +82,7 @@ def worker_pids(machines: SpotMarket) -> list[int]:
     return [process.pid for process in machines.workers()]
 
 
+@pytest.mark.long
 def test_machines_killed_drained_and_added(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_killed_worker_is_forked_again_on_its_warm_slot(
     assert_same(running, undisturbed)
 
 
+@pytest.mark.long
 def test_a_stopped_worker_is_found_named_and_replaced(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
@@ -207,6 +209,7 @@ def test_a_stop_checkpoints_and_goes_on_bit_for_bit(
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.long
 def test_all_machines_go_and_one_comes_back(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
@@ -235,6 +238,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_told_and_waited_out_for_a_while(
     machines: SpotMarket, undisturbed: Running, small_disk: Path
 ) -> None:
@@ -248,7 +252,7 @@ def test_a_full_disk_is_told_and_waited_out_for_a_while(
     assert_same(running, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_disk_that_stays_full_ends_the_job_with_the_reason(machines: SpotMarket, small_disk: Path) -> None:
     running = Running(tiny_job(small_disk / "stuck", 400, (1, 3), checkpoint_every_s=1))
     running.wait(lambda: running.step() >= 8)

@@ -96,7 +96,7 @@ SEGMENTS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1,
 
 
 # Each example trains in processes of its own: shrinking one that fails would take minutes.
-@pytest.mark.slow
+@pytest.mark.long
 @settings(
     max_examples=3,
     phases=[Phase.explicit, Phase.generate],

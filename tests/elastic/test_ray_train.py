@@ -177,7 +177,7 @@ def test_a_callback_that_raises_ends_the_run_with_it(machines: SpotMarket, tmp_p
         running.finish()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stock_workers_train_the_same_through_a_kill(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
@@ -214,7 +214,7 @@ def test_stock_workers_train_the_same_through_a_drain_and_a_kill(
     assert_same(running, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_slow_slot_is_left_out_not_given_up(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:
@@ -239,6 +239,7 @@ def test_a_slow_slot_is_left_out_not_given_up(
     assert_same(running, undisturbed)
 
 
+@pytest.mark.long
 def test_a_killed_controller_is_replaced(machines: SpotMarket, undisturbed: Running, tmp_path: Path) -> None:
     running = Running(tiny_job(tmp_path / "headless", 60, (1, 2), step_s=0.1, checkpoint_every_s=0.5))
     running.wait(lambda: running.step() >= 15)

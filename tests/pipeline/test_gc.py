@@ -448,7 +448,7 @@ def test_folders_of_others_are_named_and_stay(pipeline: Path) -> None:
         assert all(path.exists() for path in others)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_in_a_bucket_the_same(pipeline: Path, s3_uri: str) -> None:
     store = f"store={s3_uri}"
     run(pipeline, store)

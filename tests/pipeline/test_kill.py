@@ -86,6 +86,7 @@ def assert_whole() -> None:
         assert len(finished) == 1, name
 
 
+@pytest.mark.long
 def test_killed_before_any_write_it_goes_on(
     write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

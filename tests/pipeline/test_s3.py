@@ -115,7 +115,7 @@ def test_a_run_through_a_bad_network_ends_well(
 
 
 @pytest.mark.parametrize(
-    "machine", [pytest.param("the same machine", marks=pytest.mark.slow), "another machine"]
+    "machine", [pytest.param("the same machine", marks=pytest.mark.long), "another machine"]
 )
 def test_killed_inside_a_stage_it_goes_on(start: Start, s3_uri: str, machine: str) -> None:
     store = S3Store(s3_uri)
@@ -170,6 +170,7 @@ def asked(question: str) -> list[tuple[Any, ...]]:
         return database.execute(question).fetchall()
 
 
+@pytest.mark.long
 def test_with_mlflow_its_files_are_in_the_bucket_and_records_survive_the_machine(
     start: Start, s3_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

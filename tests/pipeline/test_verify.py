@@ -256,7 +256,7 @@ def test_a_store_in_another_folder_works_and_leaves_the_old_one_alone(
     assert "tick 1 of 1" in own_process("logs", "toy.yaml", "pretrain")[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_store_in_another_bucket_works_and_leaves_the_old_one_alone(
     command: Command, pipeline: Path, s3_uri: str, tmp_path: Path
 ) -> None:

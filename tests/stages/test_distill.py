@@ -279,6 +279,7 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "students" / name / "model" / "model.safetensors")
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_student_that_fails_fails_alone_and_is_trained_alone_the_next_time(
     index: Path, teacher: Path, tmp_path: Path

@@ -36,6 +36,7 @@ def written(folder: Path) -> dict[str, Any]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray")
 def test_figures_and_files_are_the_same_at_any_number_of_workers(small: Context, tmp_path: Path) -> None:
     students = artifact("distill", make_students(tmp_path / "distill"))

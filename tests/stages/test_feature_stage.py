@@ -74,6 +74,7 @@ def context(tmp_path: Path, index: Path) -> Context:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_two_teachers_teach_three_architectures(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

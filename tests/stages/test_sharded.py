@@ -61,7 +61,7 @@ print("the same")
 """
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_spread_teacher_says_the_same(index: Path, teacher: Path, tmp_path: Path, world: int) -> None:
     """Two blocks on two processes, and on three, one of which has nothing to do but to help with the weights."""
     root = Path(__file__).parents[2]

@@ -183,6 +183,7 @@ def test_after_the_desk_is_lost_nobody_waits_for_a_student_that_left_or_is_away(
     assert service.account.restarts == 0, "the teacher did not notice"
 
 
+@pytest.mark.long
 def test_teachers_share_the_steps_and_one_takes_over_what_another_was_at(lab: Lab, tmp_path: Path) -> None:
     with keep(tmp_path, {"a": 0, "b": 0}, window=4, step_s=0.2, teachers=lambda: 2) as service:
         gate = threading.Event()

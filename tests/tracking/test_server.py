@@ -29,7 +29,7 @@ SIZE = 16
 TAGS = {"orchestrator.pipeline": "food"}
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.long)])
 def server(
     request: pytest.FixtureRequest, tmp_path: Path, s3_uri: str, empty_database: Path
 ) -> Iterator[str]:
