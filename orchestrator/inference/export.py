@@ -95,8 +95,10 @@ def _require(name: str) -> None:
         )
     absent = missing(name)
     if absent:
+        *others, last = absent
+        named = f"{', '.join(others)} and {last}" if others else last
         raise UserError(
-            f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed, and --format {name} needs "
+            f"{named} {'is' if len(absent) == 1 else 'are'} not installed, and --format {name} needs "
             f"{'it' if len(absent) == 1 else 'them'}",
             where="--format",
             hint=f"pip install '{_DISTRIBUTION}[{FORMATS[name].extra}]'",
