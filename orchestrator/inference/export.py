@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,14 @@ def _require(name: str) -> None:
             f"{named} {'is' if len(absent) == 1 else 'are'} not installed, and --format {name} needs "
             f"{'it' if len(absent) == 1 else 'them'}",
             where="--format",
-            hint=f"pip install '{_DISTRIBUTION}[{FORMATS[name].extra}]'",
+            hint=f"pip install '{_DISTRIBUTION}[{FORMATS[name].extra}]' torch=={_torch_version()}: pip "
+            "may replace torch if its version is not named",
         )
+
+
+def _torch_version() -> str:
+    """Of the torch that is installed, without the build that may follow a plus."""
+    return version("torch").partition("+")[0]
 
 
 def _opened(pulled: Pulled, name: str) -> tuple[Backbone, Preprocessing]:

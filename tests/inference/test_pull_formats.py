@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -184,7 +185,8 @@ def test_mistakes_are_found_before_anything_is_fetched(
     monkeypatch.setattr(export, "missing", lambda name: ["onnxscript", "onnxruntime"])
     error = refusal("onnx", tmp_path / "out")
     assert error.what == "onnxscript and onnxruntime are not installed, and --format onnx needs them"
-    assert error.hint == "pip install 'dinov3-orchestrator[onnx]'"
+    torch = version("torch").partition("+")[0]
+    assert f"pip install 'dinov3-orchestrator[onnx]' torch=={torch}: pip may" in str(error.hint)
     error = refusal("torchexport", tmp_path / "out")
     assert error.hint == "did you mean torch-export?"
     monkeypatch.setattr(export, "missing", lambda name: [])
