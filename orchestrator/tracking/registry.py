@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,10 +177,10 @@ def _register(
     version = _create(client, run_id, name, folder, {**marked, **marks}, facts) if known is None else known
     try:
         for key, value in tags.items() if is_newest or known is None else ():
-            client.set_registered_model_tag(name, key, value)
+            _despite_another(partial(client.set_registered_model_tag, name, key, value))
         # The alias comes last: a version that has none was not published to the end, and the next run finds it.
         decision = aliases.decide(client, name, alias, version, gate)
-        aliases.carry_out(client, name, alias, decision, gate.marks)
+        _despite_another(partial(aliases.carry_out, client, name, alias, decision, gate.marks))
         gate.told(decision)
     except Exception as error:
         held = _has_alias(client, name, version) if known is None else None
@@ -202,6 +203,22 @@ def _register(
     with contextlib.suppress(Exception):  # what stays is surplus, and the next run removes it
         _remove_twins(client, name, marked, run_id, version)
     return version
+
+
+def _despite_another(put: Callable[[], object]) -> None:
+    """Put tags or aliases, and do so once more where another program adds the same ones at the same moment.
+
+    A database refuses one of the two. The next time they are there, and are replaced.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        put()
+    except MlflowException as error:
+        # As SQLite and PostgreSQL, and as MySQL put it.
+        if not any(word in str(error).lower() for word in ("unique constraint", "duplicate entry")):
+            raise
+        put()
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from safetensors.numpy import load_file, save_file
 
 from orchestrator.errors import UserError
@@ -327,6 +328,32 @@ def test_tries_that_die_halfway_leave_one_logged_model(
     assert len(client.get_metric_history(known.info.run_id, "food-vit/accuracy")) == 1
     out = download.pull("food-vit@best", tmp_path / "out", uri)
     assert sha256(out / "model.safetensors") == sha256(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["set_registered_model_tag", "set_registered_model_alias"])
+def test_two_that_publish_at_the_same_moment_both_succeed(
+    run: SpooledRun,
+    client: MlflowClient,
+    uri: str,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put, refused = getattr(MlflowClient, name), []
+
+    def beaten(self: MlflowClient, *args: Any) -> None:
+        put(self, *args)
+        if args not in refused:  # as the one of two says that came later
+            refused.append(args)
+            raise MlflowException(
+                "(sqlite3.IntegrityError) UNIQUE constraint failed: registered_model_tags.key"
+            )
+
+    monkeypatch.setattr(MlflowClient, name, beaten)
+    assert registry.publish(run, "food-vit", model(tmp_path / "model"), LINEAGE, "best") == 1
+    assert refused
+    assert client.get_registered_model("food-vit").aliases == {"best": 1}
+    assert LINEAGE.items() <= client.get_registered_model("food-vit").tags.items()
 
 
 def test_tags_of_the_model_are_those_of_its_newest_version(
