@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import mlflow
 import numpy as np
@@ -200,6 +203,7 @@ def test_what_is_needed_first_is_said(store: Store, tmp_path: Path) -> None:
         ({"every_s": 86_401.0}, "no time between two looks"),
         ({"by": "kn"}, "there is no figure 'kn'"),
         ({"keep": "photos"}, "is there, and no watcher wrote it"),
+        ({"keep": "pipeline.yaml/best"}, "cannot be made"),
         ({"register": Registering("a/b")}, "'a/b' is no name of a registered model"),
         ({"register": Registering("")}, "'' is no name of a registered model"),
         ({"register": Registering("m", "latest")}, "'latest' cannot be an alias"),
@@ -224,6 +228,33 @@ def test_mistakes_in_options_are_told_before_anything_is_scored(
 def test_a_day_is_the_longest_time_between_two_looks() -> None:
     for seconds in (0.1, 86_400.0):
         watcher._check_options(WatchOptions(every_s=seconds))
+
+
+def test_two_watchers_keep_their_best_in_one_folder(tmp_path: Path) -> None:
+    models = [tmp_path / name for name in ("a", "b")]
+    for model in models:
+        model.mkdir()
+        (model / "config.json").write_text(model.name * 1000)
+    score = CheckpointScore(1, {"knn/accuracy": Figure(0.5)})
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: watcher._keep(models[number % 2], score, tmp_path / "best"), range(40)))
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["config.json", "watch.json"]
+    assert (tmp_path / "best/config.json").read_text() in ("a" * 1000, "b" * 1000)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "best"}, "no drafts are left"
+
+
+def test_a_watcher_that_is_stopped_while_it_replaces_a_model_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    for step in (1, 2):
+        (tmp_path / "model/config.json").write_text(str(step))
+        if step == 2:
+            monkeypatch.setattr(watcher, "move", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) if step == 2 else nullcontext():
+            score = CheckpointScore(step, {"knn/accuracy": Figure(0.5)})
+            watcher._keep(tmp_path / "model", score, tmp_path / "best")
+    assert (tmp_path / "best/config.json").read_text() == "1"
 
 
 # --- each kind of stage -------------------------------------------------------------------------------------------
@@ -284,7 +315,7 @@ def test_students_are_scored_each_from_its_own_checkpoints(store: Store) -> None
     found = watch(store.loaded, "distill", options, lines.append)
     steps = {name: [score.step for score in scored] for name, scored in found.items()}
     assert steps == {"distill/small": [5, 15], "distill/mini": [10]}
-    assert "distill/mini: the best of 1 checkpoints is step 10" in lines[-2]
+    assert "distill/mini: the best of 1 checkpoint is step 10" in lines[-2]
     kept = load_pretrained(store.folder / "best/mini").state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in mini.state_dict().items())
     assert json.loads((store.folder / "best/small/watch.json").read_text())["step"] in (5, 15)
@@ -418,7 +449,7 @@ def test_a_model_whose_figure_is_no_number_is_neither_kept_nor_registered(
     kept = store.folder / "kept"
     lines: list[str] = []
     watch(store.loaded, "pretrain", WatchOptions(once=True, keep=kept), lines.append)
-    assert lines[-1] == "pretrain: the best of 1 checkpoints is step 10, knn/accuracy nan"
+    assert lines[-1] == "pretrain: the best of 1 checkpoint is step 10, knn/accuracy nan"
     assert not kept.exists()
     assert register(store, 0.25, 20, monkeypatch) == ["pretrain: food@best-so-far is version 1"]
 

@@ -87,7 +87,7 @@ def parsed(names: Sequence[str]) -> list[Metric]:
                 {"use": "knn", "vote": "majority", "k": [5]} if name == "knn" else name
             )
         except ValidationError as error:
-            what = error.errors()[0]["msg"]
+            what = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise UserError(f"the metric {name!r} cannot be used here: {what}", where="--metric") from None
         if metric.needs_split or metric.needs_head is not None:
             needs = "a split" if metric.needs_split else f"a model that learned {metric.needs_head}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import shutil
@@ -31,6 +33,9 @@ _RECORD = "watch.json"
 # How its figures are kept apart from those of training.
 _CHANNEL = "watch"
 _MOST_SECONDS = 86_400
+_ANOTHER_FOLDER = "name another folder for --keep"
+# How often a watcher tries to put its model where others put theirs at the same moment.
+_MOST_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,8 @@ class ModelWatch:
             )
         best = best_of(self.scores, self.by)
         self.run.params({"best_step": best.step, "best_by": best.name})
-        self.say(f"{name}: the best of {len(self.scores)} checkpoints is {best}")
+        count = "1 checkpoint" if len(self.scores) == 1 else f"{len(self.scores):,} checkpoints"
+        self.say(f"{name}: the best of {count} is {best}")
         if self.keep is not None and math.isfinite(best.figure.value):
             self.say(f"{name}: its model is in {self.keep}")
         return best
@@ -232,6 +238,8 @@ def _places(
         register = None if register is None else register.named(model.student)
     if keep is not None:
         _check_free(keep)
+        with disk.making(keep, _ANOTHER_FOLDER):
+            pass  # that it can be written is seen before anything is scored
     if register is not None:
         register.check_holder(absolute_uri(loaded.spec.tracking.uri))
     return keep, register
@@ -255,16 +263,35 @@ def _check_options(options: WatchOptions) -> None:
 def _keep(model: Path, score: CheckpointScore, target: Path) -> None:
     """Put a model where `embed`, `from` and `orchestrator.load` find it, instead of an earlier one."""
     _check_free(target)
-    with disk.making(target, "name another folder for --keep") as draft:
+    with disk.making(target, _ANOTHER_FOLDER) as draft:
         shutil.copytree(model, draft / "model")
         record = {
             "step": score.step,
             "figures": {name: asdict(figure) for name, figure in score.figures.items()},
         }
         (draft / "model" / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        if target.exists():
-            move(target, draft / "earlier")
-        move(draft / "model", target)
+        _replace(draft / "model", target, draft)
+
+
+def _replace(model: Path, target: Path, draft: Path) -> None:
+    """Give a finished folder the name of an earlier one, which goes into `draft`.
+
+    Another watcher may do the same at the same time: the last one has the name. Whoever is stopped in between puts the
+    earlier one back.
+    """
+    for attempt in range(_MOST_TRIES):
+        earlier = draft / f"earlier-{attempt}"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                target.replace(earlier)
+            move(model, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _MOST_TRIES - 1:
+                raise
+        finally:
+            if earlier.exists() and not target.exists():
+                earlier.replace(target)
 
 
 def _check_free(target: Path) -> None:
