@@ -22,6 +22,8 @@ _PREFIXES = {
     "Input should be ": "must be ",
     "String should ": "must ",
 }
+# Keys that tell the members of a union apart: stages by `kind`, tasks by `type`.
+_TAGS = ("kind", "type")
 _QUOTED = re.compile(r"'([^']*)'")
 
 
@@ -247,14 +249,17 @@ def _is_model(annotation: Any) -> bool:
 
 
 def _narrow(candidates: list[Any], value: Any) -> list[Any]:
-    """Of a discriminated union keep the member whose Literal `kind` is the one written."""
+    """Of a discriminated union keep the member whose Literal `kind` or `type` is the one written."""
     candidates = [_chosen(item, value) for item in candidates]
     models = [item for item in candidates if _is_model(item)]
     if not isinstance(value, dict):
         return candidates
-    kind = value.get("kind")
-    tagged = [item for item in models if "kind" in item.model_fields]
-    matching = [item for item in tagged if kind in get_args(item.model_fields["kind"].annotation)]
+    matching = [
+        item
+        for item in models
+        for tag in _TAGS
+        if tag in item.model_fields and value.get(tag) in get_args(item.model_fields[tag].annotation)
+    ]
     return matching or candidates
 
 

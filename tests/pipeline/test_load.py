@@ -130,6 +130,19 @@ def test_a_bad_file_is_one_readable_error(name: str, write: Callable[[str], Path
     assert "Input should" not in said
 
 
+def test_the_keys_of_a_task_are_those_of_its_type(write: Callable[[str], Path]) -> None:
+    text = (
+        "  t: {kind: finetune, needs: p, steps: 2, task: {type: segmentation, data: {path: x}, classes: 3}}\n"
+    )
+    path = write("name: toy\nstages:\n" + text)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    said = str(caught.value)
+    assert "unknown key 'classes' in stage 't', task" in said
+    assert "did you mean 'classes'" not in said
+    assert "num_doublings" in said
+
+
 def test_a_misspelt_required_key_is_one_complaint_not_two(write: Callable[[str], Path]) -> None:
     said = complaint(write("nam: toy\nstages:\n" + CURATE))
     assert "unknown key 'nam'" in said
