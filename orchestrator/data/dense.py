@@ -7,6 +7,7 @@ for image_HWC, target_HW in pictures.squares(splits.train, size=224, check=check
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import warnings
@@ -22,9 +23,9 @@ from orchestrator.config.dense import DepthData, MaskData, PairData
 from orchestrator.config.schema import MAX_PIXELS
 from orchestrator.data.decode import UnreadableImage, read_header, read_rgb, square, upright_size
 from orchestrator.data.index import ImageIndex, ImageRecord
-from orchestrator.data.sources.masks import mask_pairs, mask_weights
+from orchestrator.data.sources.masks import manifest_of, mask_pairs, mask_weights
 from orchestrator.data.splits import Splits
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, shortened
 from orchestrator.fsio import open_regular, sha256_of
 
 Pixels = NDArray[np.uint8]
@@ -37,6 +38,7 @@ _SAMPLED = 8
 # One bit, grey, palette, and 16 or 32 bits.
 _FEW_BITS = ("1", "L", "P")
 _MODES = (*_FEW_BITS, "I", "I;16", "I;16B")
+_COPY = "copy it again"
 # What a file holds decides, and no other decoder sees it: some of Pillow's start programs.
 _PNG, _VIEWS = ("PNG",), ("PPM", "PNG", "JPEG")
 # Nine numbers take less.
@@ -141,12 +143,14 @@ class DensePictures:
             raise _unreadable(image, error.reason) from error
         target_HW = self.target(row)
         if target_HW.shape != image_HWC.shape[:2]:
-            raise _other_size(image, target, image_HWC.shape[1::-1], target_HW.shape[::-1])
+            with self._naming_masks(row):
+                raise _other_size(image, target, image_HWC.shape[1::-1], target_HW.shape[::-1])
         return image_HWC, target_HW
 
     def target(self, row: int) -> Target:
         """The target of a picture alone, at full size, see :meth:`squares`; raises UserError if it cannot be read."""
-        values = png_numbers(self._data.path / self._pairs[row][1], self._is_depth)
+        with self._naming_masks(row):
+            values = png_numbers(self._data.path / self._pairs[row][1], self._is_depth)
         if isinstance(self._data, MaskData):
             classes = values.astype(np.int64)
             return np.where(classes == self._data.ignored, -1, classes)
@@ -157,11 +161,30 @@ class DensePictures:
         image, target = (self._data.path / part for part in self._pairs[row])
         try:
             # As it is seen: a photo may be stored on its side, and its target is not.
-            sizes = upright_size(image), png_size(target, self._is_depth)
+            of_image = upright_size(image)
         except UnreadableImage as error:
             raise _unreadable(image, error.reason) from error
-        if sizes[0] != sizes[1]:
-            raise _other_size(image, target, *sizes)
+        with self._naming_masks(row):
+            of_target = png_size(target, self._is_depth)
+            if of_image != of_target:
+                raise _other_size(image, target, of_image, of_target)
+
+    @contextlib.contextmanager
+    def _naming_masks(self, row: int) -> Iterator[None]:
+        """Name the manifest, and not a file of the cache, in a mistake in a mask that the manifest holds."""
+        picture, target = self._pairs[row]
+        try:
+            yield
+        except UserError as error:
+            # Only masks that come from a manifest are in the cache, and have paths that are absolute.
+            if not isinstance(self._data, MaskData) or not Path(target).is_absolute():
+                raise
+            what = error.what.replace(Path(target).name, "it")
+            raise UserError(
+                f"the mask of {shortened(picture, 200)} in the manifest: {what}",
+                where=str(manifest_of(self._data)),
+                hint="write the mask into the manifest again" if error.hint == _COPY else error.hint,
+            ) from error
 
     @property
     def _is_depth(self) -> bool:
@@ -282,7 +305,7 @@ def _check_pixels(path: Path, size: tuple[int, int]) -> None:
 
 
 def _unreadable(path: Path, why: str) -> UserError:
-    return UserError(f"a file of the data set cannot be read: {why}", where=str(path), hint="copy it again")
+    return UserError(f"a file of the data set cannot be read: {why}", where=str(path), hint=_COPY)
 
 
 def _other_size(image: Path, target: Path, of_image: Sequence[int], of_target: Sequence[int]) -> UserError:

@@ -322,7 +322,11 @@ def _check_stage(loaded: LoadedPipeline, name: str, stage: Stage) -> list[UserEr
     try:
         _seeing(loaded, stage).check()
     except UserError as error:
-        where = loaded.where("stages", name, *(error.where or "").split("."))
+        path = error.where.split(".") if error.where else []
+        keys = {field.alias or key for key, field in type(stage).model_fields.items()}
+        # What is wrong may also be in a file of a dataset, which it names then.
+        is_file = bool(path) and path[0] not in keys
+        where = error.where if is_file else loaded.where("stages", name, *path)
         return [UserError(error.what, where=where, hint=error.hint)]
     return []
 

@@ -56,6 +56,7 @@ class _Dense(Settings):
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See `TaskSettings`: pictures, targets, and what splits them."""
+        from orchestrator.data.sources.captions import captions_path
         from orchestrator.data.sources.masks import manifest_of, mask_pairs
 
         data = self.dataset
@@ -64,7 +65,10 @@ class _Dense(Settings):
                 return data.in_key("data.path")
             pairs, table = mask_pairs(data), manifest_of(data)
         except UserError:
-            return {"data.path": (data.path / "images",)}  # which is then told as missing
+            # What is missing is then told as missing, and `check` tells what else is wrong.
+            if isinstance(data, MaskData) and data.manifest is not None:
+                return {"data.manifest": (captions_path(data.manifest, data.path) or data.manifest,)}
+            return {"data.path": (data.path / "images",)}
         found = in_key(data.path, pairs, data.split, "data.path")
         # Its weights count, too.
         return found if table is None else {**found, "data.manifest": (table,)}

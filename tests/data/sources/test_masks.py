@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from orchestrator.data.dense import DensePictures
 from orchestrator.data.sources import manifest
 from orchestrator.errors import UserError
 from orchestrator.evaluation.metrics.segmentation import LinearSegmentation
+from orchestrator.pipeline.load import load
 from orchestrator.stages.finetune.dense import Segmentation
 
 
@@ -191,3 +194,59 @@ def test_a_mask_in_a_manifest_that_is_none_is_one_message(
     pq.write_table(table, folder / "m.parquet")
     with pytest.raises(UserError, match=r"gives images/0\.png two masks"):
         DensePictures(data)
+
+
+def test_a_mistake_in_a_mask_names_the_manifest_that_holds_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(folder / "cache"))
+    good, small = ((folder / "masks" / f"{number}.png").read_bytes() for number in (0, 1))
+    small_file = io.BytesIO()
+    Image.open(io.BytesIO(small)).resize((10, 9)).save(small_file, "PNG")
+    for mask, said in (
+        (small_file.getvalue(), r"the mask of images/1\.png in the manifest: it has 10x9 pixels"),
+        (small[:30], r"the mask of images/1\.png in the manifest: a file of the data set cannot be read"),
+    ):
+        pictures = DensePictures(_parquet(folder, [good, mask], pa.binary()))
+        for look in (pictures.check, partial(pictures.read, 1)):
+            with pytest.raises(UserError, match=said) as caught:
+                look()
+            assert caught.value.where == str(folder / "m.parquet")
+            assert "cache" not in str(caught.value)
+            assert "copy it" not in str(caught.value)
+
+
+@pytest.mark.parametrize("manifest", ["m.csv", "gone.csv"])
+def test_what_is_wrong_with_a_manifest_is_said_and_not_that_images_are_missing(
+    folder: Path, manifest: str
+) -> None:
+    data = folder / "elsewhere"
+    (data / "m.csv").write_text("path,mask\n../images/0.png,deep/m0.png")
+    (folder / "p.yaml").write_text(
+        f"""
+name: x
+data: {{photos: {{path: {folder / "images"}}}}}
+stages:
+  curate: {{kind: curate, data: photos}}
+  pretrain:
+    {{kind: pretrain, needs: curate, model: vit_femto, steps: 2, batch_size: 16, optimizer: {{lr: {{peak: 0.1}}}}}}
+  tune:
+    kind: finetune
+    needs: pretrain
+    task: {{type: segmentation, data: {{path: {data}, manifest: {data / manifest}}}}}
+    mode: lora
+    steps: 2
+    batch_size: 16
+    optimizer: {{lr: {{peak: 0.1}}}}
+"""
+    )
+    with pytest.raises(UserError) as caught:
+        load(folder / "p.yaml", [])
+    said = str(caught.value)
+    if manifest == "m.csv":
+        assert "names '../images/0.png', which is no file in" in said
+        assert f"at   {data / 'm.csv'}:2\n" in said
+    else:
+        assert "no such file" in said
+        assert "stages.tune.task.data.manifest" in said
+    assert "elsewhere/images" not in said
