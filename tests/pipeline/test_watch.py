@@ -303,6 +303,26 @@ def test_a_backbone_is_scored_kept_and_registered(store: Store, monkeypatch: pyt
     assert pulled.features(store.folder / "photos/red/0.png").cls.shape == (1, 48)
 
 
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError("broken"), "FAILED")]
+)
+def test_the_run_of_a_watcher_says_how_it_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: str
+) -> None:
+    store.curated()
+    for step in (10, 20):
+        store.checkpoint("pretrain", step, average(drawn("vit_femto", step)))
+    scored = Mock(side_effect=[{"knn/accuracy": Figure(0.5)}, error])
+    monkeypatch.setattr(watcher.BackboneScorer, "__call__", scored)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        watch(store.loaded, "pretrain", WatchOptions(once=True, keep=store.folder / "best"), print)
+    mlflow.set_tracking_uri(store.loaded.spec.tracking.uri)
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert run.info.status == status
+    assert run.data.metrics["watch/best_step"] == 10, "what was found before is there"
+    assert json.loads((store.folder / "best/watch.json").read_text())["step"] == 10
+
+
 def test_students_are_scored_each_from_its_own_checkpoints(store: Store) -> None:
     store.curated()
     store.pretrained()

@@ -315,7 +315,7 @@ def _tracked(tracking: Tracking, name: str) -> Iterator[Run]:
     run = tracking.run(name)
     try:
         yield run
-    except BaseException:
-        run.finish("FAILED")
+    except BaseException as error:
+        run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     run.finish("FINISHED")
