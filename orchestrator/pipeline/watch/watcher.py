@@ -283,7 +283,7 @@ def _replace(model: Path, target: Path, draft: Path) -> None:
         earlier = draft / f"earlier-{attempt}"
         try:
             with contextlib.suppress(FileNotFoundError):
-                target.replace(earlier)
+                move(target, earlier)
             move(model, target)
             return
         except OSError as error:
@@ -291,7 +291,7 @@ def _replace(model: Path, target: Path, draft: Path) -> None:
                 raise
         finally:
             if earlier.exists() and not target.exists():
-                earlier.replace(target)
+                move(earlier, target)
 
 
 def _check_free(target: Path) -> None:
