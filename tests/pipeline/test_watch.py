@@ -236,7 +236,7 @@ def test_two_watchers_keep_their_best_in_one_folder(tmp_path: Path) -> None:
         model.mkdir()
         (model / "config.json").write_text(model.name * 1000)
     score = CheckpointScore(1, {"knn/accuracy": Figure(0.5)})
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda number: watcher._keep(models[number % 2], score, tmp_path / "best"), range(40)))
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["config.json", "watch.json"]
     assert (tmp_path / "best/config.json").read_text() in ("a" * 1000, "b" * 1000)

@@ -36,6 +36,9 @@ _MOST_SECONDS = 86_400
 _ANOTHER_FOLDER = "name another folder for --keep"
 # How often a watcher tries to put its model where others put theirs at the same moment.
 _MOST_TRIES = 10
+_LOOK_AGAIN_S = 0.01
+# What moving a folder onto one with something in it raises.
+_IS_THERE = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 @dataclass(frozen=True)
@@ -287,19 +290,30 @@ def _replace(model: Path, target: Path, draft: Path) -> None:
             move(model, target)
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _MOST_TRIES - 1:
+            if error.errno not in _IS_THERE or attempt == _MOST_TRIES - 1:
                 raise
         finally:
             if earlier.exists() and not target.exists():
-                move(earlier, target)
+                _put_back(earlier, target)
+
+
+def _put_back(earlier: Path, target: Path) -> None:
+    """Give an earlier folder its name again, unless another watcher has given it to its own meanwhile."""
+    try:
+        move(earlier, target)
+    except OSError as error:
+        if error.errno not in _IS_THERE:
+            raise
 
 
 def _check_free(target: Path) -> None:
     """Raises UserError where something else is than what a watcher wrote."""
-    if target.exists() and not (target / _RECORD).is_file():
-        raise UserError(
-            f"{target} is there, and no watcher wrote it", where="--keep", hint="name another folder"
-        )
+    for _ in range(_MOST_TRIES):
+        if not target.exists() or (target / _RECORD).is_file():
+            return
+        # Between the two questions another watcher may have moved its model away: the next moment tells.
+        time.sleep(_LOOK_AGAIN_S)
+    raise UserError(f"{target} is there, and no watcher wrote it", where="--keep", hint="name another folder")
 
 
 def _tracking(loaded: LoadedPipeline, spool: Path) -> Tracking:
