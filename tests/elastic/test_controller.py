@@ -155,6 +155,7 @@ def test_a_stopped_worker_is_found_named_and_replaced(
     assert_same(running, undisturbed)
 
 
+@pytest.mark.long
 def test_a_step_that_never_ends_is_found_by_its_lack_of_progress(
     machines: SpotMarket, undisturbed: Running, tmp_path: Path
 ) -> None:

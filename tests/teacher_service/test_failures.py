@@ -222,6 +222,7 @@ def test_teachers_come_and_go_and_no_student_notices(lab: Lab, tmp_path: Path) -
     assert stats.teacher_forwards_per_image == 1.0, "what it had said stays until it is fetched"
 
 
+@pytest.mark.long
 def test_one_of_the_processes_of_a_teacher_is_killed(lab: Lab, tmp_path: Path) -> None:
     """All of it starts anew, and no student hears of it."""
     with keep(tmp_path, {"a": 0}, shards=2, step_s=0.1, window=3) as service:
@@ -235,6 +236,7 @@ def test_one_of_the_processes_of_a_teacher_is_killed(lab: Lab, tmp_path: Path) -
     assert len({pid for pid, _ in entries(tmp_path / "diary")}) == 2
 
 
+@pytest.mark.long
 def test_a_teacher_of_several_processes_that_cannot_be_made_says_why(lab: Lab, tmp_path: Path) -> None:
     why = r"failed 3 times before .*process 1 has no weights"
     with keep(tmp_path, {"a": 0}, shards=2, bad_rank=1) as service, pytest.raises(RuntimeError, match=why):
