@@ -6,6 +6,7 @@ the function NAME below and leaves its result, or its error, in `scratch`. The a
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 import os
@@ -193,9 +194,12 @@ def job(spec: Spec) -> Any:
 
 
 def handed(spec: Spec) -> Any:
-    """A whole job, pickled as a driver sends it; its figures, and what this worker read and wrote."""
+    """A whole job, pickled as a driver sends it; its figures, and what this worker read and wrote.
+
+    The pickle comes through the pipe from the test, and from no file.
+    """
     recorder = Recorder(None)
-    job = pickle.loads(Path(spec["job"]).read_bytes())
+    job = pickle.loads(base64.b64decode(spec["job"]))
     try:
         with patch.object(shard_file, "PART", spec["part_bytes"]):
             assert loop.train(job, recorder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import pickle
@@ -110,9 +111,8 @@ class Lab:
 
     def _train(self, job: Job, *, tracker: Any, stop: Any) -> Figures:
         self.trained.append(job.name)
-        sent = self._folder / "job"
-        sent.write_bytes(pickle.dumps(job.for_workers()))
-        found = self._group("handed", WORLD, job=str(sent), part_bytes=PART)
+        sent = base64.b64encode(pickle.dumps(job.for_workers())).decode()
+        found = self._group("handed", WORLD, job=sent, part_bytes=PART)
         self.workers[job.name] = [one["bytes"] for one in found]
         for counted in self.workers[job.name]:
             BYTES.add_workers(counted)

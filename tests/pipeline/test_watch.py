@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -241,6 +242,19 @@ def test_two_watchers_keep_their_best_in_one_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["config.json", "watch.json"]
     assert (tmp_path / "best/config.json").read_text() in ("a" * 1000, "b" * 1000)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "best"}, "no drafts are left"
+
+
+def test_a_folder_that_cannot_be_written_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    move = Mock(side_effect=PermissionError(errno.EACCES, "denied"))
+    monkeypatch.setattr(watcher, "move", move)
+    with pytest.raises(PermissionError):
+        watcher._keep(
+            tmp_path / "model", CheckpointScore(1, {"knn/accuracy": Figure(0.5)}), tmp_path / "best"
+        )
+    assert move.call_count == 1
 
 
 def test_a_watcher_that_is_stopped_while_it_replaces_a_model_leaves_the_earlier_one(
