@@ -11,16 +11,20 @@ from orchestrator.tracking.connect import database_path
 from orchestrator.tracking.outage import trouble
 
 
+class UnreachableError(UserError):
+    """MLflow does not answer, or not as it should: the same may work a while later."""
+
+
 @contextlib.contextmanager
 def answering(uri: str, where: str = "tracking.uri") -> Iterator[None]:
-    """Makes a UserError that names the address of whatever MLflow, SQLAlchemy or a driver raises."""
+    """Makes an UnreachableError that names the address of whatever MLflow, SQLAlchemy or a driver raises."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         wrong = trouble(uri, error)
-        raise UserError(
+        raise UnreachableError(
             f"the registry cannot be reached: {wrong.what}", where=where, hint=wrong.cure
         ) from error
 

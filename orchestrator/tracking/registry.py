@@ -14,7 +14,7 @@ from orchestrator.errors import UserError, first_line, shortened
 from orchestrator.redact import redacted
 from orchestrator.tracking import aliases
 from orchestrator.tracking.aliases import OPEN, AliasedVersion, Gate
-from orchestrator.tracking.answers import answering, understood
+from orchestrator.tracking.answers import UnreachableError, answering, understood
 from orchestrator.tracking.backlog import clock
 from orchestrator.tracking.connect import connect, database_path
 from orchestrator.tracking.mlflow_writer import model_name
@@ -144,7 +144,7 @@ def publish(
         outage = run.outage()
         wrong = silent(uri, timeout) if outage is None else outage.trouble
         since = "" if outage is None else f" since {clock(outage.since)}"
-        raise UserError(
+        raise UnreachableError(
             f"cannot publish {name}: {wrong.what}{since}",
             where="tracking.uri",
             hint=f"{wrong.cure}; then run the pipeline again: it continues here",

@@ -38,6 +38,7 @@ from orchestrator.stages.common.checkpointed import CheckpointedModel, write_exp
 from orchestrator.stages.finetune.config import Finetune
 from orchestrator.tracking import registry
 from orchestrator.tracking.aliases import AliasedVersion
+from orchestrator.tracking.answers import UnreachableError
 from orchestrator.training.checkpoint.format import CheckpointError
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 from orchestrator.training.checkpoint.whole import whole_tensors
@@ -522,6 +523,71 @@ def test_an_alias_that_somebody_else_set_is_left_alone(store: Store, monkeypatch
     with pytest.raises(UserError, match="food@staging is version 2, which no watcher registered"):
         register(store, 0.75, 10, monkeypatch, alias="staging")
     assert client.get_registered_model("food").aliases == {"mine": 1, "staging": 2, "champion": 2}
+
+
+def outage(monkeypatch: pytest.MonkeyPatch, answers: list[bool]) -> None:
+    """A registry that answers each request, or not, as listed; then always."""
+    holder = registry.holder
+
+    def asked(*given: str) -> AliasedVersion | None:
+        if answers and not answers.pop(0):
+            raise UnreachableError("the registry cannot be reached: MLflow does not answer")
+        return holder(*given)
+
+    monkeypatch.setattr(registry, "holder", asked)
+
+
+def watched(store: Store, values: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a watcher says that finds a checkpoint of each value, one at each look; nothing of it is there later."""
+    looks, goes_on = list(values), [*(True for _ in values), False]
+    monkeypatch.setattr(Training, "goes_on", lambda *_: goes_on.pop(0))
+    monkeypatch.setattr(ModelTraining, "steps", lambda *_: [looks.pop(0)] if looks else [])
+    figures = iter(values.values())
+    monkeypatch.setattr(
+        watcher.BackboneScorer, "__call__", lambda *_: {"knn/accuracy": Figure(next(figures))}
+    )
+    lines: list[str] = []
+    watch(store.loaded, "pretrain", WatchOptions(every_s=0.001, register=Registering("food")), lines.append)
+    return [line.removeprefix("pretrain: ") for line in lines if "regist" in line or "food" in line]
+
+
+@pytest.mark.parametrize(
+    ("answers", "values", "registered"),
+    [
+        # The first question is the one before anything is scored.
+        ([True, False, False], {10: 0.5, 20: 0.25}, [0.5]),
+        # The better one takes its place while the registry is away.
+        ([True, False, False, False], {10: 0.5, 20: 0.75}, [0.75]),
+        ([True, False], {10: 0.5, 20: 0.75}, [0.5, 0.75]),
+    ],
+)
+def test_a_registry_that_is_away_for_a_while_gets_the_best_model_later(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[bool],
+    values: dict[int, float],
+    registered: list[float],
+) -> None:
+    store.curated()
+    weights = {step: average(drawn("vit_femto", step)) for step in values}
+    for step in values:
+        store.checkpoint("pretrain", step, weights[step])
+    outage(monkeypatch, list(answers))
+    said = watched(store, values, monkeypatch)
+    assert "step 10 is registered once it can be" in said[0]
+    uri = store.loaded.spec.tracking.uri
+    versions = MlflowClient(uri, uri).search_model_versions("name = 'food'")
+    found = {int(one.version): float(one.tags["orchestrator.watch.value"]) for one in versions}
+    assert [found[number] for number in sorted(found)] == registered
+    assert said[-1] == f"food@best-so-far is version {len(registered)}"
+
+
+def test_a_registry_that_stays_away_is_told_at_the_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.curated()
+    store.checkpoint("pretrain", 10, average(drawn("vit_femto", 1)))
+    outage(monkeypatch, [True, *[False] * 20])
+    with pytest.raises(UserError, match="cannot be reached"):
+        watched(store, {10: 0.5}, monkeypatch)
 
 
 def test_an_alias_that_is_set_while_the_model_is_uploaded_is_left_alone(

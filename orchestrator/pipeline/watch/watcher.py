@@ -24,6 +24,7 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.pipeline.watch.choice import Best, CheckpointScore, best_of, no_figure, parsed
 from orchestrator.pipeline.watch.register import Origin, Registering
 from orchestrator.pipeline.watch.training import BackboneScorer, ModelTraining, Training
+from orchestrator.tracking.answers import UnreachableError
 from orchestrator.tracking.connect import absolute_uri
 
 if TYPE_CHECKING:
@@ -91,9 +92,13 @@ class ModelWatch:
     say: Callable[[str], None]
     scratch: Path
     scores: list[CheckpointScore] = field(default_factory=list)
+    _waiting: CheckpointScore | None = None
 
     def advance(self) -> None:
-        """Score the checkpoints that are new."""
+        """Score the checkpoints that are new; before, register a model for which the registry could not be reached."""
+        if self._waiting is not None:
+            with contextlib.suppress(UnreachableError):
+                self._register(self._waiting)
         for step in self.training.steps({score.step for score in self.scores}):
             shutil.rmtree(self.scratch, ignore_errors=True)
             folder = self.training.folder_of(step, self.scratch)
@@ -116,14 +121,33 @@ class ModelWatch:
         if self.keep is not None:
             _keep(folder, score, self.keep)
         if self.register is not None:
-            what = self.register.put(self.run, folder, score, best, self.origin, self.scratch)
-            self.say(f"{name}: {what}")
+            # The checkpoint may be gone when the registry answers again.
+            shutil.rmtree(self._unregistered, ignore_errors=True)
+            shutil.copytree(folder, self._unregistered)
+            try:
+                self._register(score)
+            except UnreachableError as error:
+                self._waiting = score
+                self.say(f"{name}: {error.what}; step {score.step:,} is registered once it can be")
+
+    @property
+    def _unregistered(self) -> Path:
+        """The folder of the best model so far, until it is registered."""
+        return self.scratch.parent / "unregistered" / self.training.name
+
+    def _register(self, score: CheckpointScore) -> None:
+        assert self.register is not None
+        best = best_of(self.scores, self.by)
+        what = self.register.put(self.run, self._unregistered, score, best, self.origin, self.scratch)
+        self._waiting = None
+        shutil.rmtree(self._unregistered, ignore_errors=True)
+        self.say(f"{self.training.name}: {what}")
 
     def conclude(self) -> Best:
         """Say which was the best.
 
         Raises:
-            UserError: there was no checkpoint.
+            UserError: there was no checkpoint, or the registry still cannot be reached.
         """
         name = self.training.name
         if not self.scores:
@@ -138,6 +162,8 @@ class ModelWatch:
         self.say(f"{name}: the best of {count} is {best}")
         if self.keep is not None and math.isfinite(best.figure.value):
             self.say(f"{name}: its model is in {self.keep}")
+        if self._waiting is not None:
+            self._register(self._waiting)
         return best
 
 
