@@ -156,8 +156,9 @@ class RunMonitor:
         """Record where the time went so far, and keep it for a later driver."""
         figures = self.goodput.figures(time.time())
         values = {**figures, "workers": float(self.workers)}
-        # By seconds, not by steps: while nothing is trained no step passes.
-        step = int(figures["seconds_total"])
+        # By seconds, not by steps: while nothing is trained no step passes. There is one account for each second, and
+        # the last counts, too, where there is one of its second already.
+        step = int(figures["seconds_total"]) + last
         self._emit({"kind": "metrics", "values": values, "step": step, "channel": "goodput"})
         try:
             self.goodput.save(self._file)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.elastic import run_monitor
+from orchestrator.elastic.run_monitor import RunMonitor
 from orchestrator.elastic.time_accounting import Recovery, TimeAccounting
+from orchestrator.tracking.spool import Spool
 
 
 def test_a_story_with_a_loss_and_a_wait() -> None:
@@ -105,3 +110,23 @@ def test_a_damaged_account_begins_anew_and_says_so(
     assert TimeAccounting.load(path) == TimeAccounting()
     assert str(path) in caplog.text
     assert TimeAccounting.load(tmp_path / "none") == TimeAccounting()
+
+
+def test_the_last_account_is_recorded_beside_one_of_the_same_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spool has one record for each step of a channel, and the steps of accounts are seconds."""
+    spool = Spool(tmp_path)
+
+    def record(event: dict[str, Any]) -> None:
+        if event["kind"] == "metrics":
+            spool.append("run", event["step"], event["values"], channel=event["channel"])
+
+    monitor = RunMonitor("pretrain", 10, tmp_path / "goodput.json", record)
+    clock = SimpleNamespace(time=iter((100.0, 107.2, 107.9)).__next__)
+    monkeypatch.setattr(run_monitor, "time", clock)
+    monitor.begin()
+    for last in (False, True):
+        monitor.account(last=last)
+    accounts = [(one["step"], one["metrics"]["seconds_total"]) for one in spool.history("run", "goodput")]
+    assert accounts == [(7, pytest.approx(7.2)), (8, pytest.approx(7.9))]

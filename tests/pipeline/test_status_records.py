@@ -70,6 +70,7 @@ def test_the_newest_loss_is_that_of_training(tmp_path: Path) -> None:
     spool.append("r", 20, {"loss": 6.0}, 1, channel="train")
     spool.append("r", 20, {"loss": 7.5}, 2, channel="val")
     spool.append("r", 160, {"images_forwarded": 160.0}, 3, channel="sharing")
+    spool.append("r", 1, {"driver_checkpoint_bytes_read": 9.0}, 4, channel="io")
     assert _newest(spool, "r") == "step 20: loss 6"
 
 

@@ -37,7 +37,7 @@ _ORPHANS = 5
 _CHANGES = 3
 _CAUSES = ("startup", "lost", "checkpoint", "restart", "waiting")
 # Channels of metrics that are not the figures of training.
-_OTHER_CHANNELS = ("goodput", "checkpoint", "sharing", "system", "val")
+_OTHER_CHANNELS = ("goodput", "checkpoint", "sharing", "system", "val", "io")
 # Metrics of a step that compare runs and tell nothing of how this one does.
 _NOT_FIGURES = ("sample_order",)
 
