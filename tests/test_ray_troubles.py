@@ -147,6 +147,7 @@ def test_the_heads_end_costs_nothing(folder: Path, run: Run) -> None:
     assert "rpc_client" not in said
 
 
+@pytest.mark.long
 def test_the_only_nodes_end_is_a_new_cluster(folder: Path, run: Run) -> None:
     driver = run()
     wait_for_training(folder, driver)

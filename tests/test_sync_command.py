@@ -66,6 +66,7 @@ def steps(port: int) -> list[int]:
     return [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")]
 
 
+@pytest.mark.long
 def test_what_waits_is_said_and_sent_later(
     folder: Path, port: int, tmp_path: Path, empty_database: Path
 ) -> None:
