@@ -195,12 +195,12 @@ def search(
             shown(str(found.folder / match.path)), "default"
         )
         terminal.print(line, soft_wrap=True)
-    count = numbered(found.num_left_out, "file has no vector", "files have no vector")
-    left_out = f"; {count}" if found.num_left_out else ""
-    note = f"{len(found.matches)} of {found.num_images:,} images, by cosine similarity{left_out}"
+    count = numbered(found.num_unreadable, "image could not be read", "images could not be read")
+    unreadable = f"; {count}" if found.num_unreadable else ""
+    note = f"{len(found.matches)} of {found.num_images:,} images, by cosine similarity{unreadable}"
     console(stderr=True).print(Text(note, "bright_black"), soft_wrap=True)
 
 
 def numbered(count: int, one: str, several: str) -> str:
-    """A number and what it is of: `1 file has no vector`, `1,200 files have no vector`."""
+    """A number and what it is of: `1 image could not be read`, `1,200 images could not be read`."""
     return f"{count:,} {one if count == 1 else several}"

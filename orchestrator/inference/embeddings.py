@@ -86,16 +86,23 @@ class EmbeddingsWriter:
         while len(self._files) >= self._group_rows:
             self._write(self._group_rows)
 
-    def finish(self, left_out: Sequence[LeftOut]) -> None:
-        """Write what is left, and what was left out of the folder. There has to be a row."""
+    def finish(self, other: Sequence[LeftOut], unreadable: Sequence[LeftOut]) -> None:
+        """Write what is left, and what was left out of the folder. There has to be a row.
+
+        Args:
+            other: files that are no images.
+            unreadable: images that could not be decoded.
+        """
         assert self._writer is not None
         if self._files:
             self._write(len(self._files))
+        left_out = (*other, *unreadable)
         record = {
             "format": _FORMAT,
             **asdict(self._made),
             "left_out": dict(Counter(item.reason for item in left_out).most_common(_LISTED)),
             "left_out_files": {item.path: item.reason for item in left_out[:_LISTED]},
+            "unreadable": len(unreadable),
         }
         self._writer.add_key_value_metadata({_KEY: json.dumps(record)})
         self._writer.close()
@@ -145,14 +152,14 @@ class Embeddings:
         made: how its vectors were made.
         num_rows: of images.
         dim: of a vector.
-        num_left_out: files below the folder that have no vector.
+        num_unreadable: images below the folder that could not be decoded; they have no vector.
     """
 
     def __init__(self, path: Path, file: pq.ParquetFile, record: dict[str, object]) -> None:
         self._path, self._file = path, file
         self.made = Made(**{name: record[name] for name in Made.__dataclass_fields__})  # type: ignore[arg-type]
-        left_out = record.get("left_out")
-        self.num_left_out = sum(left_out.values()) if isinstance(left_out, dict) else 0
+        unreadable = record.get("unreadable")
+        self.num_unreadable = unreadable if isinstance(unreadable, int) else 0
         self.num_rows: int = file.metadata.num_rows
         self.dim: int = file.schema_arrow.field("vector").type.list_size
 

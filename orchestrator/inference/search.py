@@ -41,13 +41,13 @@ class SearchResult:
         matches: the nearest images, the nearest first.
         folder: that their paths are relative to.
         num_images: that were compared.
-        num_left_out: files of the folder that have no vector.
+        num_unreadable: images of the folder that could not be decoded.
     """
 
     matches: tuple[Match, ...]
     folder: Path
     num_images: int
-    num_left_out: int
+    num_unreadable: int
 
 
 def search(
@@ -113,7 +113,7 @@ def search(
     with open_embeddings(path) as embeddings:
         matches = nearest_images(embeddings, query_D, top)
         folder = source if made is None else Path(made.folder)
-        return SearchResult(tuple(matches), folder, embeddings.num_rows, embeddings.num_left_out)
+        return SearchResult(tuple(matches), folder, embeddings.num_rows, embeddings.num_unreadable)
 
 
 def nearest_images(

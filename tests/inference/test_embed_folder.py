@@ -97,6 +97,7 @@ def test_every_file_is_accounted_for(photos: Path, model: Path, tmp_path: Path) 
     record = json.loads(pq.read_metadata(tmp_path / "e.parquet").metadata[b"orchestrator.embeddings"])
     assert sorted(record["left_out_files"]) == sorted((*UNREADABLE, *LEFT_OUT))
     assert sum(record["left_out"].values()) == 6
+    assert record["unreadable"] == 4
     everything = {path.relative_to(photos).as_posix() for path in photos.rglob("*") if not path.is_dir()}
     assert everything == {*READABLE, *UNREADABLE, *LEFT_OUT}
 
@@ -476,5 +477,5 @@ def test_the_command_in_a_process_of_its_own(photos: Path, model: Path, tmp_path
     assert "✓ 8 images of photos are in e.parquet" in done.stdout
     with open_embeddings(tmp_path / "e.parquet") as found:
         assert isinstance(found, Embeddings)
-        assert (found.num_rows, found.dim, found.num_left_out) == (8, 48, 6)
+        assert (found.num_rows, found.dim, found.num_unreadable) == (8, 48, 4)
         assert (found.made.model, found.made.size) == (str(model), SIZE)

@@ -45,7 +45,7 @@ def embeddings(folder: Path, vectors_ND: NDArray[np.float32], rows: int = 7) -> 
     made = made_of(folder / "one", list_folder(folder / "one"), "m", "w", 16)
     with writing(folder / "e.parquet", made, group_rows=rows) as writer:
         writer.add([EmbeddedFile(f"{row:03}.png", "0" * 64, 1) for row in range(len(vectors_ND))], vectors_ND)
-        writer.finish([])
+        writer.finish([], [])
     return folder / "e.parquet"
 
 
@@ -93,7 +93,7 @@ def test_a_photo_finds_itself_and_then_its_like(photos: Path, model: Path, tmp_p
     vectors = orchestrator.embed(model, [photos / name for name in (*READABLE, "twin.png")])
     cosines = vectors @ orchestrator.embed(model, tmp_path / "query.png")
     np.testing.assert_allclose([value for _, value in found], np.sort(cosines)[::-1][:4], atol=6e-4)
-    assert "4 of 9 images, by cosine similarity; 6 files have no vector" in said
+    assert "4 of 9 images, by cosine similarity; 4 images could not be read" in said
 
 
 def test_a_second_search_embeds_nothing_until_something_changes(
@@ -192,7 +192,7 @@ def test_names_of_files_cannot_colour_the_terminal(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("count", "said"), [(1, "1 file has no vector"), (1200, "1,200 files have no vector")]
+    ("count", "said"), [(1, "1 image could not be read"), (1200, "1,200 images could not be read")]
 )
 def test_one_file_is_told_in_the_singular(count: int, said: str) -> None:
-    assert numbered(count, "file has no vector", "files have no vector") == said
+    assert numbered(count, "image could not be read", "images could not be read") == said

@@ -343,6 +343,11 @@ def test_missing_weights_name_the_nearest_file(pipeline: dict[str, Any]) -> None
     assert "did you mean dinov3_vitf8.pth?" in said
 
 
+def test_missing_weights_that_a_command_fetches_name_it(pipeline: dict[str, Any]) -> None:
+    said = errors(pipeline, first={**PRETRAIN, "from": "weights/lite0/efficientnet-lite0.pth"})
+    assert "hint fetch it: python -m orchestrator.data.weights lite0 weights/lite0" in said
+
+
 def test_a_stage_has_one_place_to_go_on_from(pipeline: dict[str, Any]) -> None:
     assert errors(pipeline, second={**PRETRAIN, "needs": ["curate", "first"]}) == ""
     again = {**PRETRAIN, "needs": ["curate", "first"], "from": "dinov3_vitf8.pth"}

@@ -101,6 +101,12 @@ def _read(path: Path, root: Path, look: tuple[int, ...]) -> PhotoManifest:
         raise UserError(
             "the manifest names no pictures", where=str(path), hint="give it a row for each picture"
         )
+    if len(weights) == len(captions) and not any(weights.values()):
+        raise UserError(
+            "all pictures of the manifest have a weight of 0, so none would be drawn",
+            where=str(path),
+            hint="give the pictures to draw a weight above 0, or leave the column out",
+        )
     notes: dict[str, Note] = {
         file: (texts[0] if texts else None, labels.get(file)) for file, texts in captions.items()
     }

@@ -135,6 +135,7 @@ def test_files_that_are_not_there_are_left_out_with_their_reason(folder: Path, t
         ("m.xlsx", "x", [".csv, .tsv, .jsonl"]),
         ("m.csv", 'path,caption\na.jpg,"x', ["manifest is not closed"]),
         ("m.csv", "path,weight\na.jpg,-1", ["a weight of the manifest is '-1'", "m.csv:2", "at least 0"]),
+        ("m.csv", "path,weight\na.jpg,0\nsub/b,0", ["have a weight of 0", "m.csv", "above 0"]),
         ("m.csv", "path,weight\na.jpg,nan", ["a weight of the manifest is 'nan'"]),
         ("m.csv", "path,weight,weights\na.jpg,1,2", ["the columns 'weight' and 'weight'"]),
         ("m.jsonl", '{"path": "a.jpg", "weight": true}', ["a weight of the manifest is True"]),
