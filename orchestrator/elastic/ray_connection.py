@@ -18,6 +18,8 @@ from orchestrator.errors import Stopped
 logger = logging.getLogger("orchestrator")
 
 _CALLS_S, _STILL_S = 5.0, 0.2
+# Shorter than `_STILL_S`: whoever waits so is out of Ray before the process leaves the cluster.
+_SLICE_S = 0.1
 _RAYS_THREADS = ("listener_thread", "logger_thread")
 _WAITING = ("get_objects", "wait")  # the innermost Python frame of `ray.get` and `ray.wait`
 
@@ -98,6 +100,27 @@ def disconnect() -> None:
     finally:
         del connected.check_connected
         _restore(handlers)
+
+
+def answer_of(reference: Any, timeout_s: float) -> Any:
+    """`ray.get`, in short waits.
+
+    A thread that is in a long one while another leaves the cluster does not always come out of it again, not even
+    when its time is up. After a short one it is refused, see :func:`disconnect`.
+
+    Raises:
+        RayError: of the object; GetTimeoutError after `timeout_s`; or the cluster is being left.
+    """
+    import ray
+
+    until = time.monotonic() + timeout_s
+    while True:
+        left = until - time.monotonic()
+        ready, _ = ray.wait([reference], timeout=max(0.0, min(_SLICE_S, left)))
+        if ready:
+            return ray.get(reference)
+        if left <= 0:
+            raise ray.exceptions.GetTimeoutError(f"no answer within {timeout_s:g} s")
 
 
 class _Leaving:

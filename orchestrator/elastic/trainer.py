@@ -31,6 +31,7 @@ from orchestrator import progress
 from orchestrator.byte_counts import BYTES
 from orchestrator.elastic.controller import ControllerStuckError, RunSpec
 from orchestrator.elastic.controller_host import hosts
+from orchestrator.elastic.ray_connection import answer_of
 from orchestrator.elastic.resources import SlotShape, slot_of, workers_of
 from orchestrator.elastic.run_monitor import ACCOUNT
 from orchestrator.elastic.time_accounting import TimeAccounting, report_figures
@@ -222,10 +223,10 @@ class _Session:
             while True:
                 ready, _ = ray.wait([done], timeout=0)
                 news = self._host.news.remote(self._run_id, 0.0 if ready else _NEWS_S)
-                self._take_in(ray.get(news, timeout=_ANSWER_S))
+                self._take_in(answer_of(news, _ANSWER_S))
                 if ready:
                     result, self.outcome = ray.get(done)
-                    self._take_in(ray.get(self._host.forget.remote(self._run_id), timeout=_ANSWER_S))
+                    self._take_in(answer_of(self._host.forget.remote(self._run_id), _ANSWER_S))
                     return result
                 if self._stop.is_set() and not stopping:
                     stopping = self._tell({"stop": True})
@@ -277,7 +278,7 @@ class _Session:
 
     def _tell(self, message: dict[str, Any]) -> bool:
         """Pass something on to the run; False if it is not there yet."""
-        return bool(ray.get(self._host.tell.remote(self._run_id, message), timeout=_ANSWER_S))
+        return bool(answer_of(self._host.tell.remote(self._run_id, message), _ANSWER_S))
 
 
 def _callbacks(paths: Sequence[str]) -> list[Any]:

@@ -28,7 +28,8 @@ from orchestrator.teacher_service.supervisor import TeacherSupervisor
 
 logger = logging.getLogger("orchestrator")
 
-_PAUSE_S, _POLL_S = 0.05, 0.5
+# Short: see `ray_connection.answer_of`.
+_PAUSE_S, _POLL_S = 0.05, 0.1
 _FIGURES_EVERY_S = 5.0
 # Without an answer for so long, a coordinator is lost; it computes nothing, so only a dead or stopped one is silent.
 _SILENCE_S = 30.0

@@ -470,3 +470,51 @@ def test_a_driver_whose_threads_use_the_cluster_outlives_it() -> None:
     done = subprocess.run([sys.executable, "-c", BUSY_DRIVER], capture_output=True, text=True, timeout=300)
     assert "lost, and still here" in done.stdout, done.stdout + done.stderr
     assert done.returncode == 0, done.stderr
+
+
+WAITING_DRIVER = """
+import threading, time
+import ray
+from orchestrator.config.schema import Cluster
+from orchestrator.elastic import cluster
+from orchestrator.elastic.ray_connection import answer_of
+from orchestrator.errors import ClusterLostError
+
+class Sleeper:
+    def sleep(self):
+        time.sleep(1000)
+
+with cluster.start(Cluster()) as running:
+    sleeper = ray.remote(Sleeper).options(num_cpus=0, max_concurrency=50).remote()
+    started = time.monotonic()
+    try:
+        answer_of(sleeper.sleep.remote(), 0.3)
+    except ray.exceptions.GetTimeoutError:
+        print("in time" if 0.3 <= time.monotonic() - started < 30 else "late", flush=True)
+    said = []
+
+    def wait():
+        try:
+            answer_of(sleeper.sleep.remote(), 1000.0)
+        except ray.exceptions.RayError as error:
+            said.append(error)
+
+    threads = [threading.Thread(target=wait, daemon=True) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    running._node.kill()
+    running._node.wait()
+    try:
+        running.check()
+    except ClusterLostError:
+        for thread in threads:
+            thread.join(5)
+        print(len(said), "threads ended", flush=True)
+"""
+
+
+def test_threads_that_wait_for_an_answer_end_with_the_cluster() -> None:
+    """One that stays in `ray.get` does not always: it may spin there for ever, past its own time limit."""
+    done = subprocess.run([sys.executable, "-c", WAITING_DRIVER], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split("\n")[:2] == ["in time", "20 threads ended"], done.stdout + done.stderr

@@ -24,6 +24,7 @@ R = TypeVar("R")
 
 # Pieces that wait at each worker, so that none has to ask before it can go on.
 _AHEAD = 2
+_WAIT_S = 0.1
 
 
 class BlockWorkers(Protocol):
@@ -135,7 +136,8 @@ class RayWorkers:
                         break
                 if not running:
                     return
-                done, running = ray.wait(running, num_returns=1)
+                # In short waits: a thread may not come out of a long one when the process leaves the cluster.
+                done, running = ray.wait(running, num_returns=1, timeout=_WAIT_S)
                 for reference in done:
                     yield ray.get(reference)
         finally:
