@@ -76,7 +76,7 @@ class ImageSignature:
         thumbnail: (1024 C,) uint8, 32 × 32 × C: of all channels, since pictures may differ in one alone.
         descriptor: (336,) float32, see :func:`orchestrator.data.curation.descriptor.describe`.
         moments: (2, C) float64, see :func:`orchestrator.data.bands.moments`; None where mean and deviation are known.
-        bytes, peak: see :class:`orchestrator.data.sources.folder.ScannedImage`.
+        bytes, peak: see :class:`orchestrator.data.sources.scan.ScannedImage`.
     """
 
     height: int

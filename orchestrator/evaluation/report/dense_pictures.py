@@ -13,18 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from numpy.typing import NDArray
 
-from orchestrator.evaluation.report.figures import DPI, FAINT, INK, ScannedImage, save
+from orchestrator.evaluation.report.figures import DPI, FAINT, INK, RgbImage, save
 
 _SIDE = 2.0
 _LINES = 40
 _RIGHT, _WRONG = "#009E73", "#D55E00"
 
 # A picture, what is true of its pixels, and what a model says, each of any resolution.
-Row = tuple[ScannedImage, NDArray[Any], NDArray[Any]]
+Row = tuple[RgbImage, NDArray[Any], NDArray[Any]]
 # Two views, points x and y in the first and in the other one, in shares of the side, and which of them are right.
-Matches = tuple[
-    ScannedImage, ScannedImage, NDArray[np.floating[Any]], NDArray[np.floating[Any]], NDArray[np.bool_]
-]
+Matches = tuple[RgbImage, RgbImage, NDArray[np.floating[Any]], NDArray[np.floating[Any]], NDArray[np.bool_]]
 
 
 def class_maps(rows: Sequence[Row], num_classes: int, path: Path) -> None:
@@ -78,7 +76,7 @@ def _masked(classes: NDArray[Any]) -> NDArray[Any]:
 
 
 def _grid(
-    rows: Sequence[tuple[ScannedImage, Any, Any]],
+    rows: Sequence[tuple[RgbImage, Any, Any]],
     path: Path,
     colours: Any,
     ranges: Sequence[tuple[float, float]],

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
-ScannedImage = NDArray[np.uint8]
+RgbImage = NDArray[np.uint8]
 FeatureMap = NDArray[np.floating]
 
 # Okabe and Ito's palette: told apart with colour-blind eyes.
@@ -23,7 +23,7 @@ DPI = 120
 
 
 def pca_maps(
-    photos: Sequence[ScannedImage],
+    photos: Sequence[RgbImage],
     features: Sequence[FeatureMap],
     path: Path,
     titles: Sequence[str] | None = None,
@@ -55,7 +55,7 @@ def pca_maps(
 
 
 def similarity_grid(
-    photos: Sequence[ScannedImage],
+    photos: Sequence[RgbImage],
     features: Sequence[FeatureMap],
     path: Path,
     titles: Sequence[str] | None = None,
@@ -215,7 +215,7 @@ def _both(error: float | tuple[float, float]) -> tuple[float, float]:
 
 
 def _check_pairs(
-    photos: Sequence[ScannedImage], features: Sequence[FeatureMap], titles: Sequence[str] | None
+    photos: Sequence[RgbImage], features: Sequence[FeatureMap], titles: Sequence[str] | None
 ) -> None:
     num_titles = len(photos) if titles is None else len(titles)
     if len(photos) == 0 or not len(photos) == len(features) == num_titles:
@@ -225,7 +225,7 @@ def _check_pairs(
 
 
 def _photo_grid(
-    photos: Sequence[ScannedImage], titles: Sequence[str] | None, pairs_per_row: int
+    photos: Sequence[RgbImage], titles: Sequence[str] | None, pairs_per_row: int
 ) -> tuple[Figure, list[tuple[Any, Any]]]:
     """A figure with two bare axes a photo, and those axes in the photos' order."""
     num_columns = min(pairs_per_row, len(photos))
@@ -246,7 +246,7 @@ def _photo_grid(
     return figure, pairs
 
 
-def extent(photo: ScannedImage) -> tuple[float, float, float, float]:
+def extent(photo: RgbImage) -> tuple[float, float, float, float]:
     """Draws a map of any resolution over the area of its photo."""
     return (-0.5, photo.shape[1] - 0.5, photo.shape[0] - 0.5, -0.5)
 

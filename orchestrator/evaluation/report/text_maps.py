@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from orchestrator.evaluation.report.figures import DPI, INK, FeatureMap, ScannedImage, extent, save
+from orchestrator.evaluation.report.figures import DPI, INK, FeatureMap, RgbImage, extent, save
 
 _SIDE = 1.6
 _WRAP = 22
@@ -19,7 +19,7 @@ _FOOT = 0.2
 
 
 def text_maps(
-    photos: Sequence[ScannedImage], maps: Sequence[FeatureMap], prompts: Sequence[str], path: Path
+    photos: Sequence[RgbImage], maps: Sequence[FeatureMap], prompts: Sequence[str], path: Path
 ) -> None:
     """A row a photo: the photo, then for every prompt how like it each patch is.
 
