@@ -43,8 +43,8 @@ class Input:
     Attributes:
         models: whether it takes, whatever its kind, each of the `needs` that makes models (:meth:`Stage.models`) and
             that no input before this one takes. The stage `NAME` fills the role `<role>.NAME`; there may be none.
-        uncompared: folders at the top of its artifact whose content the driver does not compare with the manifest:
-            workers compare what they read of it, or nobody reads it. Names and sizes are compared.
+        uncompared: folders at the top of its artifact whose weights (`*.safetensors`) the driver does not compare with
+            the manifest: workers compare what they read of them, or nobody reads them. Names and sizes are compared.
     """
 
     role: str

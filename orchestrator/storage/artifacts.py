@@ -22,7 +22,7 @@ from typing import Any
 
 from orchestrator.byte_counts import BYTES
 from orchestrator.errors import UserError, first_line
-from orchestrator.fsio import DIGESTS, move
+from orchestrator.fsio import DIGESTS, link_or_copy, move
 from orchestrator.names import inside, parts_of
 from orchestrator.storage.manifest import MANIFEST, FileEntry, Manifest, parsed
 from orchestrator.storage.store import Store
@@ -31,6 +31,7 @@ _TOP = "artifacts/"
 _TURN_S = 600.0
 _TURN_POLL_S = 0.1
 _FETCH_TRIES = 3
+_WEIGHTS = ".safetensors"
 _AT_ONCE = 8
 _log = logging.getLogger(__name__)
 # Damage to manifests that this process has said: a command reads them more than once.
@@ -61,6 +62,30 @@ class Artifact:
     kind: str
     path: Path
     manifest: Manifest
+
+    def digests(self, folder: Path) -> dict[str, str]:
+        """The sha256 of the files in one of its folders, by their names in that folder."""
+        top = f"{folder.relative_to(self.path).as_posix()}/"
+        files = self.manifest.files
+        return {name.removeprefix(top): files[name].sha256 for name in files if name.startswith(top)}
+
+    def link(self, name: str, target: Path) -> None:
+        """Make one of its files part of another artifact too. Nobody reads it: its manifest has its sha256.
+
+        Raises:
+            ValueError: the name leads out of the artifact.
+        """
+        link_or_copy(inside(self.path, name), target)
+        entry = self.manifest.files.get(name)
+        if entry is not None:
+            DIGESTS.note(target, entry.sha256)
+
+    def link_folder(self, folder: Path, target: Path) -> None:
+        """As :meth:`link`, of all files in one of its folders."""
+        top = folder.relative_to(self.path)
+        for name in self.digests(folder) or [path.relative_to(folder).as_posix() for path in _files(folder)]:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            self.link((top / name).as_posix(), target / name)
 
 
 def folder_name(kind: str, key: str) -> str:
@@ -118,8 +143,8 @@ class ArtifactStore:
 
         Args:
             artifact: to be read here.
-            uncompared: folders at its top. Where the store is on this machine, the names and sizes of what is in them
-                are compared, and not the content: the process that reads that compares it.
+            uncompared: folders at its top whose weights (`*.safetensors`) the process that reads them compares. Where
+                the store is on this machine, their names and sizes are compared here, and not their content.
 
         Raises:
             DamagedError: the store's own copy is damaged.
@@ -296,7 +321,7 @@ class ArtifactStore:
 
     def _problems(self, manifest: Manifest, *, deep: bool, uncompared: Collection[str] = ()) -> list[str]:
         def problem(name: str) -> str | None:
-            return self._problem(manifest, name, deep=deep and name.partition("/")[0] not in uncompared)
+            return self._problem(manifest, name, deep=deep and not _is_left_out(name, uncompared))
 
         # Side by side: each look is a request or, deep, a file to be read.
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -331,6 +356,10 @@ class ArtifactStore:
             return DIGESTS.of(temporary)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _is_left_out(name: str, uncompared: Collection[str]) -> bool:
+    return name.endswith(_WEIGHTS) and name.partition("/")[0] in uncompared
 
 
 def _is_whole_copy(artifact: Artifact) -> bool:

@@ -7,9 +7,11 @@ time of last change is read and hashed as any other.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.byte_counts import BYTES
+from orchestrator.errors import UserError
 from orchestrator.fsio import DIGESTS, atomic_write, link_or_copy, open_regular, sha256_of
 
 
@@ -36,6 +38,29 @@ def hand_over(source: Path, target: Path) -> None:
             DIGESTS.note(target, str(said["sha256"]))
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return
+
+
+def compare(folder: Path, digests: Mapping[str, str]) -> None:
+    """Compare files of another stage's artifact with its manifest, in the process that reads them.
+
+    Args:
+        folder: of the files.
+        digests: their sha256 by name.
+
+    Raises:
+        UserError: one is damaged or gone; `where` is its path, by which the driver knows whose artifact it is.
+    """
+    for name, sha256 in digests.items():
+        try:
+            found = DIGESTS.of(folder / name)
+        except OSError:
+            found = ""
+        if found != sha256:
+            raise UserError(
+                "the file differs from the sha256 of its artifact's manifest",
+                where=str(folder / name),
+                hint="run the pipeline again: damaged artifacts are made again",
+            )
 
 
 def plain_files(folder: Path) -> list[Path]:

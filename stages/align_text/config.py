@@ -30,10 +30,12 @@ from orchestrator.stages.common.mixing import DRAWN, DRAWN_MEANS, MixStage, draw
 from orchestrator.stages.common.step_fields import STEPS, batch_size_field, block_size_field, image_size_field
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from orchestrator.training.job import Job
 
+# The folder of the model in the artifact, and in it that of the vision tower.
+ALIGNED, TOWER = "aligned", "tower"
+# Workers read the tower and compare it; the driver links it.
+_READ_BY_WORKERS = (*UNREAD, "model", "snapshots", "students")
 # What is read of a folder with a trained encoder, in the layout of transformers; the tokenizer comes last.
 ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 # 256 bytes, so that every text can be written, and the three special tokens.
@@ -210,10 +212,10 @@ class AlignText(MixStage):
     )
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),
-        Input("tower", ("distill", "pretrain", "gram_anchor", "high_res"), uncompared=UNREAD),
+        Input("tower", ("distill", "pretrain", "gram_anchor", "high_res"), uncompared=_READ_BY_WORKERS),
     )
     outputs: ClassVar[Mapping[str, str]] = {
-        "aligned": "vision tower, aligner, text tower and tokenizer: embeds photos and texts in one space",
+        ALIGNED: "vision tower, aligner, text tower and tokenizer: embeds photos and texts in one space",
         "checkpoint": "the elastic checkpoint after the last step",
         "history.json": "figures of every step",
         DRAWN: DRAWN_MEANS,
@@ -240,7 +242,7 @@ class AlignText(MixStage):
 
     def models(self) -> Mapping[str, str]:
         """See :meth:`Stage.models`."""
-        return {"": "aligned"}
+        return {"": ALIGNED}
 
     def files(self) -> Mapping[str, tuple[Path, ...]]:
         """See :meth:`Stage.files`."""
@@ -314,30 +316,26 @@ class AlignText(MixStage):
         context: Context,
         tower: Path,
         image_size: int,
-        tokenizer: Tokenizer,
+        tokenizer: str,
         max_unreadable: int | None = None,
     ) -> Job:
         """The elastic job of this stage; so many photos may become unreadable, or any number.
 
-        All but the tower and the encoder's weights goes along in it.
+        All but the tower and the encoder's weights goes along in it; the tokenizer as the text of its file.
         """
+        from tokenizers import Tokenizer
+
         from orchestrator.stages.align_text.captions import caption_blocks
+        from orchestrator.stages.align_text.export import finish_aligned
         from orchestrator.stages.align_text.task import AlignTask
         from orchestrator.training.job import Job
 
-        seed = stage_seed(context, self.kind)
+        seed, opened = stage_seed(context, self.kind), Tokenizer.from_str(tokenizer)
+        index, digests = context.inputs["index"].path, context.inputs["tower"].digests(tower)
         return Job(
             name=context.name,
-            task=partial(AlignTask, self, tower, tokenizer.get_vocab_size(), seed),
-            blocks=partial(
-                caption_blocks,
-                self,
-                context.inputs["index"].path,
-                tokenizer,
-                image_size,
-                seed,
-                roots=context.roots,
-            ),
+            task=partial(AlignTask, self, tower, opened.get_vocab_size(), seed, digests),
+            blocks=partial(caption_blocks, self, index, opened, image_size, seed, roots=context.roots),
             num_blocks=self.batch_size // self.block_size,
             num_steps=self.steps,
             optimizer=self.optimizer,
@@ -350,6 +348,7 @@ class AlignText(MixStage):
             inputs=context.needed,
             pipeline=context.pipeline,
             max_unreadable=max_unreadable,
+            finish=partial(finish_aligned, self, tokenizer, image_size),
         )
 
     def run(self, context: Context) -> Mapping[str, float]:
@@ -362,9 +361,7 @@ class AlignText(MixStage):
         """
         from orchestrator.elastic import trainer
         from orchestrator.stages.align_text.captions import caption_order
-        from orchestrator.stages.align_text.export import save_aligned
         from orchestrator.stages.align_text.task import load_encoder
-        from orchestrator.stages.common.text_tokenizer import load_tokenizer
 
         tower = pick_tower(context.inputs["tower"].path, self.student)
         image_size = pick_image_size(tower, self.image_size)
@@ -376,11 +373,10 @@ class AlignText(MixStage):
         tokenizer = context.work / "tokenizer.json"
         self._settle_tokenizer(captions, tokenizer)
         limit = draws.most_unreadable(self.max_unreadable)
-        job = self.job(context, tower, image_size, load_tokenizer(tokenizer), limit)
+        job = self.job(context, tower, image_size, tokenizer.read_text(encoding="utf-8"), limit)
         account = trainer.run(job, tracker=context.run, stop=context.stop)
-        save_aligned(
-            job.export(job.num_steps), context.out / "aligned", self, tower, tokenizer, image_size=image_size
-        )
+        job.collect_finished(context.out)
+        context.inputs["tower"].link_folder(tower, context.out / ALIGNED / TOWER)
         job.collect(context.out / "checkpoint")
         history = context.run.history()
         (context.out / "history.json").write_text(json.dumps(history))

@@ -27,6 +27,7 @@ from orchestrator.models import (
 from orchestrator.objectives.contrastive import Contrast, contrast, info_nce
 from orchestrator.stages.align_text.config import AlignText
 from orchestrator.stages.common.nets import block_generator
+from orchestrator.training.handed_over import compare
 from orchestrator.training.task import BlockTensors, Losses, Modules, Weights, Workers
 
 
@@ -157,15 +158,29 @@ class AlignTask:
         tower: folder of the vision tower.
         vocab_size: of the tokenizer.
         seed: of the rows that drop-path drops.
+        digests: the sha256 of the tower's files by name, for `build` to compare: the driver does not.
     """
 
     modules: Modules
 
-    def __init__(self, config: AlignText, tower: Path, vocab_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: AlignText,
+        tower: Path,
+        vocab_size: int,
+        seed: int,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         self.config, self.tower, self.vocab_size, self.seed = config, tower, vocab_size, seed
+        self.digests = digests or {}
 
     def build(self, device: str) -> Modules:
-        """See `Task`: aligner and text side to train, the vision tower and a locked encoder frozen; no EMA."""
+        """See `Task`: aligner and text side to train, the vision tower and a locked encoder frozen; no EMA.
+
+        Raises:
+            UserError: a file of the tower is damaged, or the encoder cannot be loaded.
+        """
+        compare(self.tower, self.digests)
         tower = load_pretrained(self.tower)
         source = self.config.text.from_
         encoder = None if source is None else load_encoder(source)

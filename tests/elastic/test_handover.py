@@ -26,6 +26,7 @@ from orchestrator.pipeline.console import Reporter
 from orchestrator.pipeline.load import load
 from orchestrator.pipeline.plan.stage_plan import EVERYTHING, Choice, resolve
 from orchestrator.pipeline.run import driver
+from orchestrator.stages.common.aligned import load_aligned
 from orchestrator.tracking.run import NullRun
 from orchestrator.training.job import Job
 
@@ -39,12 +40,24 @@ PART = 64 * 1024
 # All that is no weights, whatever the model: manifests, records, the index with its pictures. The larger model's
 # backbone alone is twelve times that, and its checkpoint sixty times.
 SMALL = 400_000
+TRAINED = Choice(only=("curate", "pretrain", "gram"))
 SSL = {
     "batch_size": 4,
     "block_size": 2,
     "crops": {"global_size": 32, "local_size": 16, "num_local": 1},
     "optimizer": {"lr": {"peak": 1e-3}},
     "ema": {"peak": 0.9},
+}
+
+TEXT = {
+    "kind": "align_text",
+    "steps": 1,
+    "batch_size": 4,
+    "block_size": 2,
+    "image_size": 32,
+    "text": {"dim": 256, "depth": 1, "num_heads": 2},
+    "num_blocks": 0,
+    "output_dim": 12,
 }
 
 
@@ -60,7 +73,7 @@ class _Runs(NullRun):
 
 
 class Lab:
-    """Runs a pipeline of `pretrain` and `gram_anchor`, and keeps what was counted.
+    """Runs a pipeline of `pretrain`, `gram_anchor` and `align_text`, and keeps what was counted.
 
     Attributes:
         io: the metrics `io/…` of each stage's newest attempt.
@@ -78,7 +91,7 @@ class Lab:
         pipeline = {
             "name": "test",
             "store": str(self._folder / "runs"),
-            "data": {"photos": {"path": str(self._folder / "photos")}},
+            "data": {"photos": {"path": str(self._folder / "photos"), "captions": "captions.csv"}},
             "elastic": {"device": "cpu", "workers": WORLD, "checkpoint_every_s": 1e9},
             "stages": {
                 "curate": {"kind": "curate", "data": "photos", "clusters": 2},
@@ -87,6 +100,7 @@ class Lab:
                     "snapshot_every": 1,
                 },
                 "gram": {**SSL, "kind": "gram_anchor", "needs": ["curate", "pretrain"], "steps": 1, **gram},
+                "text": {**TEXT, "needs": ["curate", "pretrain"]},
             },
         }  # fmt: skip
         file = self._folder / "pipeline.yaml"
@@ -135,6 +149,8 @@ def lab(group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     for number in range(8):
         pixels = cv2.resize(random.integers(0, 256, (5, 7, 3), dtype=np.uint8), (60, 40))
         cv2.imwrite(str(tmp_path / "photos" / f"{number}.png"), pixels)
+    captions = [f"{number}.png,a picture with the number {number}" for number in range(8)]
+    (tmp_path / "photos/captions.csv").write_text("\n".join(["file,caption", *captions]))
     return Lab(group, tmp_path, monkeypatch)
 
 
@@ -157,7 +173,7 @@ def test_weights_go_from_worker_to_worker_once_and_not_through_the_driver(
     assert backbone == pytest.approx(4 * sum(one.numel() for one in build(model).parameters()), rel=0.2)
 
     new_driver(monkeypatch)
-    assert lab.run(model, gram={"teacher": "latest"})[0] == 0
+    assert lab.run(model, TRAINED, gram={"teacher": "latest"})[0] == 0
     assert lab.trained == ["pretrain", "gram"]
     gram = lab.artifact("gram_anchor")
 
@@ -193,17 +209,58 @@ def test_weights_go_from_worker_to_worker_once_and_not_through_the_driver(
         assert counted["artifact_bytes_read"] == export
 
 
+def test_a_text_model_is_made_by_a_worker_and_its_tower_is_a_link(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lab.run("vit_nano", Choice(only=("curate", "pretrain")))[0] == 0
+    new_driver(monkeypatch)
+    assert lab.run("vit_nano", Choice(only=("text",)))[0] == 0
+    tower, text = lab.artifact("pretrain") / "model", lab.artifact("align_text")
+    for what in ("checkpoint", "artifact"):
+        for way in ("read", "written"):
+            assert lab.io["text"][f"driver_{what}_bytes_{way}"] < SMALL, (what, way)
+    assert (text / "aligned/tower/model.safetensors").samefile(tower / "model.safetensors")
+    trained = [text / "aligned" / f"{name}.safetensors" for name in ("aligner", "text")]
+    weights, vision = sum(path.stat().st_size for path in trained), sizes(tower)
+    assert min(weights, vision) > 4 * SMALL
+
+    first, second = lab.workers["text"]
+    shards = [path.stat().st_size for path in sorted((text / "checkpoint").rglob("*.safetensors"))]
+    # The export and the model made of it, which is hashed; the tower is in neither.
+    assert shards[0] + 2 * weights <= first["checkpoint_bytes_written"] <= shards[0] + 2 * weights + SMALL
+    assert 2 * weights <= first["checkpoint_bytes_read"] <= 2 * weights + SMALL
+    assert shards[1] <= second["checkpoint_bytes_written"] <= shards[1] + SMALL
+    for counted in (first, second):
+        assert vision <= counted["artifact_bytes_read"] <= vision + SMALL
+    embedded = load_aligned(text / "aligned").embed_texts(["a picture"])
+    assert embedded.shape == (1, 12)
+
+
+def test_a_damaged_tower_is_mended_and_the_text_model_made(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lab.run("vit_femto", Choice(only=("curate", "pretrain")))[0] == 0
+    weights = lab.artifact("pretrain") / "model/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    whole, data[-9] = bytes(data), data[-9] ^ 1
+    weights.write_bytes(data)
+    new_driver(monkeypatch)
+    lab.trained.clear()
+    code, said = lab.run("vit_femto", Choice(last="text"))
+    assert code == 0, said
+    assert lab.trained == ["text", "pretrain", "text"]
+    assert (lab.artifact("align_text") / "aligned/tower/model.safetensors").read_bytes() == whole
+
+
 def test_damage_that_a_worker_meets_is_mended_and_the_stage_goes_on(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert lab.run("vit_femto")[0] == 0
+    assert lab.run("vit_femto", TRAINED)[0] == 0
     for shard in (lab.artifact("pretrain") / "checkpoint").rglob("*.safetensors"):
         data = bytearray(shard.read_bytes())
         data[-9] ^= 1
         shard.write_bytes(data)
     new_driver(monkeypatch)
     lab.trained.clear()
-    code, said = lab.run("vit_femto", batch_size=2)
+    code, said = lab.run("vit_femto", TRAINED, batch_size=2)
     assert code == 0, said
     assert lab.trained == ["gram", "pretrain", "gram"]
     assert "the artifact of pretrain is damaged and is made again" in said
