@@ -16,7 +16,7 @@ Kind = Literal["refused", "lost", "away"]
 KINDS: tuple[Kind, ...] = ("refused", "lost", "away")
 _CHANGES = frozenset(
     {"PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "DeleteObject",
-     "AbortMultipartUpload"}
+     "AbortMultipartUpload", "CopyObject", "UploadPartCopy"}
 )  # fmt: skip
 
 

@@ -75,7 +75,6 @@ def run(
     """
     if not job.is_done():
         _fit(job, tracker, stop, on_line)
-    job.fetch()
     return report_figures(TimeAccounting.load(job.work / ACCOUNT))
 
 

@@ -7,13 +7,10 @@ for that once, as long as the file does not change (:class:`orchestrator.fsio.Di
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
-import shutil
-import time
-from collections.abc import Collection, Iterator, Mapping
+import threading
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,20 +19,22 @@ from typing import Any
 
 from orchestrator.byte_counts import BYTES
 from orchestrator.errors import UserError, first_line
-from orchestrator.fsio import DIGESTS, link_or_copy, move
+from orchestrator.fsio import DIGESTS, link_or_copy
 from orchestrator.names import inside, parts_of
+from orchestrator.storage.artifact_copy import AT_ONCE, clear_surplus, is_copy, move_into_copy, turn
 from orchestrator.storage.manifest import MANIFEST, FileEntry, Manifest, parsed
-from orchestrator.storage.store import Store
+from orchestrator.storage.references import StoredObject, is_record, refer, references_in
+from orchestrator.storage.store import CannotCopyError, Store, copy_within
 
 _TOP = "artifacts/"
-_TURN_S = 600.0
-_TURN_POLL_S = 0.1
 _FETCH_TRIES = 3
 _WEIGHTS = ".safetensors"
-_AT_ONCE = 8
 _log = logging.getLogger(__name__)
 # Damage to manifests that this process has said: a command reads them more than once.
 _said: set[tuple[str, str, str]] = set()
+# The addresses of stores that refused to copy an object in this process, and the lock on them.
+_do_not_copy: set[str] = set()
+_lock = threading.Lock()
 
 
 class DamagedError(UserError):
@@ -55,13 +54,14 @@ class DamagedError(UserError):
 class Artifact:
     """An artifact. `path` is its folder on this machine; read it, never write to it.
 
-    With a remote store the folder is complete after :meth:`ArtifactStore.fetch`.
+    With a `remote` store the folder is complete after :meth:`ArtifactStore.fetch`.
     """
 
     key: str
     kind: str
     path: Path
     manifest: Manifest
+    remote: bool = False
 
     def digests(self, folder: Path) -> dict[str, str]:
         """The sha256 of the files in one of its folders, by their names in that folder."""
@@ -75,8 +75,11 @@ class Artifact:
         Raises:
             ValueError: the name leads out of the artifact.
         """
-        link_or_copy(inside(self.path, name), target)
-        entry = self.manifest.files.get(name)
+        path, entry = inside(self.path, name), self.manifest.files.get(name)
+        if self.remote and entry is not None:
+            refer(target, StoredObject(_prefix(self.kind, self.key) + name, entry.size, entry.sha256))
+            return
+        link_or_copy(path, target)
         if entry is not None:
             DIGESTS.note(target, entry.sha256)
 
@@ -86,6 +89,15 @@ class Artifact:
         for name in self.digests(folder) or [path.relative_to(folder).as_posix() for path in _files(folder)]:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             self.link((top / name).as_posix(), target / name)
+
+
+def artifact_in(folder: Path, *, remote: bool) -> Artifact | None:
+    """The artifact whose folder on this machine it is; None if there is no manifest in it."""
+    try:
+        manifest = parsed((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return None
+    return Artifact(manifest.key, manifest.kind, folder, manifest, remote)
 
 
 def folder_name(kind: str, key: str) -> str:
@@ -118,7 +130,7 @@ class ArtifactStore:
         if problems:
             self._note_damage(kind, key, problems)
             return None
-        return Artifact(key, kind, self.store.local(_prefix(kind, key)), manifest)
+        return Artifact(key, kind, self.store.local(_prefix(kind, key)), manifest, self.store.remote)
 
     def intact(self, kind: str, key: str, *, uncompared: Collection[str] = ()) -> Artifact | None:
         """The artifact, its content compared with its manifest and on this machine; None if it is not whole.
@@ -134,7 +146,9 @@ class ArtifactStore:
             return None
         return found
 
-    def fetch(self, artifact: Artifact, *, uncompared: Collection[str] = ()) -> Path:
+    def fetch(
+        self, artifact: Artifact, *, uncompared: Collection[str] = (), only: Collection[str] = ()
+    ) -> Path:
         """Sees that all of the artifact is in its folder on this machine, and that it is what its manifest says.
 
         Files that this process has compared before and that have not changed since are not read again. A copy of
@@ -143,8 +157,9 @@ class ArtifactStore:
 
         Args:
             artifact: to be read here.
-            uncompared: folders at its top whose weights (`*.safetensors`) the process that reads them compares. Where
-                the store is on this machine, their names and sizes are compared here, and not their content.
+            uncompared: folders at its top whose weights (`*.safetensors`) the process that reads them compares, and
+                fetches. Where the store is on this machine, their names and sizes are compared here.
+            only: names of files and folders in it that are fetched from a remote store; none for all.
 
         Raises:
             DamagedError: the store's own copy is damaged.
@@ -153,11 +168,17 @@ class ArtifactStore:
             problems = self._problems(artifact.manifest, deep=True, uncompared=uncompared)
             if problems:
                 raise self._damaged(artifact, problems)
-        elif not _is_whole_copy(artifact):
+            return artifact.path
+        names = [
+            name
+            for name in artifact.manifest.files
+            if not _is_left_out(name, uncompared) and (not only or _is_below(name, only))
+        ]
+        if not is_copy(artifact, names):
             lock = self.store.root / ".turns" / f"{artifact.path.name}.lock"
-            with _turn(lock):
-                if not _is_whole_copy(artifact):
-                    self._fetch(artifact)
+            with turn(lock):
+                if not is_copy(artifact, names):
+                    self._fetch(artifact, names)
         return artifact.path
 
     def prefixes(self) -> list[str]:
@@ -198,6 +219,9 @@ class ArtifactStore:
     ) -> Artifact:
         """Makes the content of `folder` the artifact (kind, key) and empties `folder` of its files.
 
+        What is an object of the store already (:mod:`orchestrator.storage.references`) is copied within the store, or
+        fetched and put where the store does not copy. The manifest has the sha256 that it came with.
+
         An intact artifact that is already there stays as it is and is returned: same key, same artifact. With `anew`
         it is replaced. What is damaged, and what an attempt that died left behind without a manifest, is removed
         first.
@@ -206,20 +230,26 @@ class ArtifactStore:
             ValueError: the folder holds no file, a link, a file called manifest.json at its top, or a name that
                 :func:`~orchestrator.names.parts_of` refuses.
             UserError: a later version of this program wrote what is there.
+            DamagedError: an object is not as large, or where it is fetched not what it was said to be.
         """
         existing = None if anew else self.intact(kind, key)
         if existing is not None:
             return existing
         prefix = _prefix(kind, key)
         files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+        objects = references_in(folder)
+        entries = {
+            **{
+                name: FileEntry(size=path.stat().st_size, sha256=DIGESTS.of(path))
+                for name, path in files.items()
+            },
+            **{name: FileEntry(size=one.size, sha256=one.sha256) for name, one in objects.items()},
+        }
         manifest = Manifest(
             kind=kind,
             key=key,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            files={
-                name: FileEntry(size=path.stat().st_size, sha256=DIGESTS.of(path))
-                for name, path in files.items()
-            },
+            files=dict(sorted(entries.items())),
             provenance=dict(provenance or {}),
             summary=dict(summary or {}),
         )
@@ -235,19 +265,61 @@ class ArtifactStore:
         )
         for name, path in files.items():
             self.store.put_file(prefix + name, path, consume=not remote)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for taken in [pool.submit(self._take_over, one, prefix + name) for name, one in objects.items()]:
+                taken.result()
         self.store.put_bytes(prefix + MANIFEST, manifest.model_dump_json(indent=1).encode())
-        artifact = Artifact(key, kind, self.store.local(prefix), manifest)
+        artifact = Artifact(key, kind, self.store.local(prefix), manifest, remote)
         if remote:
             # What was made here need not be fetched here.
             for name, path in files.items():
-                _move(path, artifact.path / name)
+                move_into_copy(path, artifact.path / name)
             self._note_copy(artifact)
         return artifact
 
-    def _fetch(self, artifact: Artifact) -> None:
-        _clear_surplus(artifact)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            fetched = [pool.submit(self._fetch_file, artifact, name) for name in artifact.manifest.files]
+    def _take_over(self, stored: StoredObject, name: str) -> None:
+        """Make an object of the store a file of an artifact: a copy, or where the store makes none, by this machine."""
+        if not self._copied(stored.name, name):
+            temporary = self.store.scratch("copy")
+            try:
+                if not self._get(stored.name, stored.sha256, temporary):
+                    raise self._not_as_noted(f"{stored.name} is damaged: its sha256 is not {stored.sha256}")
+                self.store.put_file(name, temporary)
+                BYTES.written("artifact", stored.size)
+            finally:
+                temporary.unlink(missing_ok=True)
+        status = self.store.stat(name)
+        if status is None or status.size != stored.size:
+            size = "no object" if status is None else f"{status.size} bytes"
+            raise self._not_as_noted(f"{name}: {size}, should be {stored.size} bytes as {stored.name}")
+
+    def _copied(self, source: str, target: str) -> bool:
+        """Copy within the store; False if it does not copy, which is said once."""
+        if self.store.uri in _do_not_copy:
+            return False
+        try:
+            copy_within(self.store, source, target)
+        except CannotCopyError as error:
+            with _lock:
+                known = self.store.uri in _do_not_copy
+                _do_not_copy.add(self.store.uri)
+            if not known:
+                _log.warning(
+                    "the store %s does not copy objects, so finished files pass through this machine: %s",
+                    self.store.uri,
+                    error,
+                )
+            return False
+        return True
+
+    def _not_as_noted(self, problem: str) -> DamagedError:
+        hint = "run the same command again; if that does not help, run the stage with --force"
+        return DamagedError([problem], where=f"store {self.store.uri}", hint=hint)
+
+    def _fetch(self, artifact: Artifact, names: Collection[str]) -> None:
+        clear_surplus(artifact)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            fetched = [pool.submit(self._fetch_file, artifact, name) for name in names]
             for one in fetched:
                 one.result()
         self._note_copy(artifact)
@@ -259,16 +331,22 @@ class ArtifactStore:
         full = _prefix(artifact.kind, artifact.key) + name
         temporary = self.store.scratch("fetch")
         try:
-            for _ in range(_FETCH_TRIES):
-                self.store.get_file(full, temporary)
-                BYTES.read("artifact", temporary.stat().st_size)
-                if DIGESTS.of(temporary) == expected:
-                    _move(temporary, target)
-                    return
-                _log.warning("%s was downloaded with the wrong sha256", full)
+            if self._get(full, expected, temporary):
+                move_into_copy(temporary, target)
+                return
         finally:
             temporary.unlink(missing_ok=True)
         raise self._damaged(artifact, [f"{full} in the store is damaged: its sha256 is not {expected}"])
+
+    def _get(self, name: str, sha256: str, target: Path) -> bool:
+        """Download an object, again if it was damaged on the way; False if it always was."""
+        for _ in range(_FETCH_TRIES):
+            self.store.get_file(name, target)
+            BYTES.read("artifact", target.stat().st_size)
+            if DIGESTS.of(target) == sha256:
+                return True
+            _log.warning("%s was downloaded with the wrong sha256", name)
+        return False
 
     def _damaged(self, artifact: Artifact, problems: list[str]) -> DamagedError:
         return DamagedError(
@@ -288,7 +366,7 @@ class ArtifactStore:
         """The manifest comes last here too: what it lists was checked."""
         temporary = self.store.scratch("manifest")
         temporary.write_text(artifact.manifest.model_dump_json(indent=1))
-        _move(temporary, artifact.path / MANIFEST)
+        move_into_copy(temporary, artifact.path / MANIFEST)
 
     def manifest_of(self, folder: str) -> Manifest | None:
         """The manifest in a folder of `artifacts/`, or None if there is none that can be read.
@@ -324,7 +402,7 @@ class ArtifactStore:
             return self._problem(manifest, name, deep=deep and not _is_left_out(name, uncompared))
 
         # Side by side: each look is a request or, deep, a file to be read.
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             found = list(pool.map(problem, manifest.files))
         prefix = _prefix(manifest.kind, manifest.key)
         surplus = {name.removeprefix(prefix) for name in self.store.list(prefix)} - {
@@ -362,63 +440,8 @@ def _is_left_out(name: str, uncompared: Collection[str]) -> bool:
     return name.endswith(_WEIGHTS) and name.partition("/")[0] in uncompared
 
 
-def _is_whole_copy(artifact: Artifact) -> bool:
-    """Whether the folder holds this very artifact: its manifest is noted, its files are right and no others there."""
-    files = artifact.manifest.files
-    try:
-        noted = parsed((artifact.path / MANIFEST).read_bytes())
-        # As text: a figure may be NaN, which equals nothing.
-        if noted.model_dump_json() != artifact.manifest.model_dump_json() or _surplus(artifact):
-            return False
-        paths = {name: inside(artifact.path, name) for name in files}
-        if any(paths[name].stat().st_size != entry.size for name, entry in files.items()):
-            return False
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            digests = pool.map(DIGESTS.of, paths.values())
-            return all(one == entry.sha256 for one, entry in zip(digests, files.values(), strict=True))
-    except (OSError, ValueError, UserError):
-        return False
-
-
-def _surplus(artifact: Artifact) -> list[Path]:
-    """What is in the copy and not in the manifest: files, and whatever else is no folder."""
-    found = []
-    for parent, folders, files in os.walk(artifact.path):
-        links = [name for name in folders if (Path(parent) / name).is_symlink()]
-        for path in (Path(parent) / name for name in (*files, *links)):
-            name = path.relative_to(artifact.path).as_posix()
-            if name != MANIFEST and (name not in artifact.manifest.files or path.is_symlink()):
-                found.append(path)
-    return found
-
-
-def _clear_surplus(artifact: Artifact) -> None:
-    for path in _surplus(artifact):
-        path.unlink(missing_ok=True)
-    for name in artifact.manifest.files:
-        if (path := artifact.path / name).is_dir():
-            shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def _turn(lock: Path) -> Iterator[None]:
-    """One process of this machine at a time, but none waits for ever: twice is wasteful, not wrong."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + _TURN_S
-    with lock.open("w") as file:
-        while time.monotonic() < until:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(_TURN_POLL_S)
-        yield
-
-
-def _move(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Of a copy: it is compared with its manifest when it is read, and fetched again.
-    move(source, target, durable=False)
+def _is_below(name: str, places: Collection[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}/") for place in places)
 
 
 def _prefix(kind: str, key: str) -> str:
@@ -429,6 +452,7 @@ def _files(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     if not paths:
         raise ValueError(f"an artifact needs at least one file: {folder}")
+    paths = [path for path in paths if not is_record(path)]
     for path in paths:
         parts_of(path.relative_to(folder).as_posix())
         if path.is_symlink() or not path.is_file():

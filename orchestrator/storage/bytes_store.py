@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.fsio import atomic_write
 from orchestrator.storage.cache_folder import cache_folder
 from orchestrator.storage.scratch import Scratch
-from orchestrator.storage.store import SCRATCH, parts_of
+from orchestrator.storage.store import NO_COPY, SCRATCH, CannotCopyError, parts_of
 
 
 class CachedStore:
@@ -16,7 +16,8 @@ class CachedStore:
 
     A subclass defines `put_bytes`, `get_bytes`, `list`, `delete` and `stat` as :class:`orchestrator.Store` says, and
     calls :func:`checked_name` on each name. Objects go through memory whole; define `put_file` and `get_file`, too,
-    where they do not fit. A copy in another process is made from the address alone.
+    where they do not fit. With `copy`, finished files become artifacts without passing through the driver. In another
+    process the store is made from the address alone.
 
     Args:
         uri: its address, `scheme://…`, without secrets.
@@ -53,6 +54,10 @@ class CachedStore:
         target.parent.mkdir(parents=True, exist_ok=True)
         # What is lost of a copy is fetched again.
         atomic_write(target, data, durable=False)
+
+    def copy(self, source: str, target: str) -> None:
+        """See :class:`Store`."""
+        raise CannotCopyError(NO_COPY)
 
     def local(self, prefix: str) -> Path:
         """See :class:`Store`: in the cache, which the engine fills."""

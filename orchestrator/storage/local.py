@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator import disk
 from orchestrator.errors import UserError
-from orchestrator.fsio import NotAFileError, make_folder, move, open_regular, replacing
+from orchestrator.fsio import NotAFileError, link_or_copy, make_folder, move, open_regular, replacing
 from orchestrator.storage.scratch import Scratch
 from orchestrator.storage.store import SCRATCH, Stat, parts_of, usable
 
@@ -95,6 +95,16 @@ class LocalStore:
             draft.open("wb") as copy,
         ):
             shutil.copyfileobj(file, copy, _COPIED)
+
+    def copy(self, source: str, target: str) -> None:
+        """See :class:`Store`. Objects are replaced and never written to, so that one file may have both names."""
+        path, final, temporary = self._path(source), self._target(target), self.scratch("copy")
+        try:
+            with _absent_is_absent(), open_regular(path, follow=False):
+                link_or_copy(path, temporary)
+            _commit(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """See :class:`Store`."""

@@ -1,4 +1,4 @@
-"""A store in an S3 bucket. It asks for nothing but whole-object puts, gets, lists and deletes."""
+"""A store in an S3 bucket. It asks for nothing but puts, gets, copies, lists and deletes of whole objects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -21,15 +21,19 @@ from orchestrator.storage.s3_client import (
     Patience,
     StoreError,
     code_of,
+    does_not_copy,
     endpoint,
     make_client,
     plain_errors,
     unreachable,
 )
 from orchestrator.storage.scratch import Scratch
-from orchestrator.storage.store import SCRATCH, Stat, parts_of, usable
+from orchestrator.storage.store import SCRATCH, CannotCopyError, Stat, parts_of, usable
 
 PART = 16 * 2**20
+# A server copies at hundreds of MB/s, and has to answer within the time that a request may take. One request copies at
+# most 5 GiB.
+COPIED_PART = 256 * 2**20
 THREADS = 4
 _CHUNK = 65536
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
@@ -95,7 +99,6 @@ class S3Store:
     def put_file(self, name: str, source: Path, *, consume: bool = False) -> None:
         """See :class:`Store`. Above 16 MiB in parts, which are given up if it fails."""
         from boto3.s3.transfer import create_transfer_manager
-        from botocore.exceptions import ClientError
 
         key = self._key(name)
 
@@ -104,17 +107,41 @@ class S3Store:
                 manager.upload(str(source), self.bucket, key).result()
 
         with self._using(f"take {name}") as client:
-            for last in (False,) * (_AGAIN - 1) + (True,):
-                try:
-                    upload(client)
-                    break
-                except ClientError as error:
-                    # The reply to the request that completed it was lost, so botocore asked again; or it lay
-                    # idle for so long that somebody swept it away.
-                    if last or code_of(error) != "NoSuchUpload":
-                        raise
+            self._whole_upload(lambda: upload(client))
         if consume:
             source.unlink()
+
+    def _whole_upload(self, upload: Callable[[], None]) -> None:
+        from botocore.exceptions import ClientError
+
+        for last in (False,) * (_AGAIN - 1) + (True,):
+            try:
+                upload()
+                return
+            except ClientError as error:
+                # The reply to the request that completed it was lost, so botocore asked again; or it lay
+                # idle for so long that somebody swept it away.
+                if last or code_of(error) != "NoSuchUpload":
+                    raise
+
+    def copy(self, source: str, target: str) -> None:
+        """See :class:`Store`. Above 256 MiB in parts, several at a time, which are given up if it fails."""
+        from boto3.s3.transfer import create_transfer_manager
+        from botocore.exceptions import ClientError
+
+        key, where = self._key(target), {"Bucket": self.bucket, "Key": self._key(source)}
+
+        def copy(client: Any) -> None:
+            with create_transfer_manager(client, self._transfer_config(part=COPIED_PART)) as manager:
+                manager.copy(where, self.bucket, key).result()
+
+        with self._using(f"copy {source}") as client:
+            try:
+                self._whole_upload(lambda: copy(client))
+            except ClientError as error:
+                if does_not_copy(error):
+                    raise CannotCopyError(f"{source} could not be copied: {error}") from None
+                raise
 
     def get_bytes(self, name: str) -> bytes:
         """See :class:`Store`."""
@@ -214,12 +241,12 @@ class S3Store:
             file.seek(0)
             file.truncate()
 
-    def _transfer_config(self, *, threads: bool = True) -> Any:
+    def _transfer_config(self, *, threads: bool = True, part: int | None = None) -> Any:
         from boto3.s3.transfer import TransferConfig
 
         return TransferConfig(
-            multipart_threshold=PART,
-            multipart_chunksize=PART,
+            multipart_threshold=part or PART,
+            multipart_chunksize=part or PART,
             max_concurrency=THREADS,
             num_download_attempts=self._patience.attempts,
             io_chunksize=_CHUNK,

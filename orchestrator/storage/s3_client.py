@@ -48,6 +48,7 @@ _REASONS = {
     "301": ("the bucket {bucket!r} is in another region", "set AWS_DEFAULT_REGION"),
     "AuthorizationHeaderMalformed": ("the bucket {bucket!r} is in another region", "set AWS_DEFAULT_REGION"),
 }
+_NO_COPIES = ("AccessDenied", "AllAccessDisabled", "403", "NotImplemented", "MethodNotAllowed", "405", "501")
 _log = logging.getLogger(__name__)
 
 
@@ -259,6 +260,13 @@ def code_of(error: Exception) -> str:
     """The code of a ClientError, such as `NoSuchKey` or `404`."""
     reply: dict[str, Any] = getattr(error, "response", {})
     return str(reply.get("Error", {}).get("Code", ""))
+
+
+def does_not_copy(error: Exception) -> bool:
+    """Whether a ClientError says that the server has no copies, or that these credentials may not make any."""
+    reply: dict[str, Any] = getattr(error, "response", {})
+    status = reply.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return code_of(error) in _NO_COPIES or status in (405, 501)
 
 
 def _of_reply(error: Exception, bucket: str, what: str) -> Exception:

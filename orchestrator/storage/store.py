@@ -12,6 +12,7 @@ from orchestrator import names as stored
 from orchestrator.names import BadNameError
 
 SCRATCH = ".scratch"
+NO_COPY = "it has no `copy`"
 _log = logging.getLogger(__name__)
 
 
@@ -21,6 +22,10 @@ class Stat:
 
     size: int
     modified: float
+
+
+class CannotCopyError(OSError):
+    """A store does not copy objects: it knows no way to, or refuses."""
 
 
 class Store(Protocol):
@@ -56,6 +61,14 @@ class Store(Protocol):
     def get_file(self, name: str, target: Path) -> None:
         """Writes the object to `target`, atomically; makes its folder. FileNotFoundError if there is none."""
 
+    def copy(self, source: str, target: str) -> None:
+        """Writes the object `source` as `target`, too, within the store: its content does not pass through here.
+
+        Raises:
+            CannotCopyError: the store does not copy objects.
+            FileNotFoundError: there is no such object.
+        """
+
     def list(self, prefix: str = "") -> Iterator[str]:
         """Names that start with `prefix`, sorted. Names that no store gives are left out, with a warning."""
 
@@ -73,6 +86,17 @@ class Store(Protocol):
 
     def scratch(self, label: str) -> Path:
         """A path for work in progress that does not exist yet; gone once this process is."""
+
+
+def copy_within(store: Store, source: str, target: str) -> None:
+    """As `Store.copy`, of any store: those of users' packages may lack it.
+
+    Raises:
+        CannotCopyError, FileNotFoundError: see :meth:`Store.copy`.
+    """
+    if not hasattr(store, "copy"):
+        raise CannotCopyError(NO_COPY)
+    store.copy(source, target)
 
 
 def parts_of(name: str) -> tuple[str, ...]:

@@ -1,18 +1,26 @@
 """Files that a worker writes and the driver links into an artifact, with their sha256: nobody reads them for that.
 
 Beside such a file lies `.<name>.sha256` with what the worker said. It holds for the very file: one with another size or
-time of last change is read and hashed as any other.
+time of last change is read and hashed as any other. In a store it lies beside the object, and holds for its size.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TypeVar
 
 from orchestrator.byte_counts import BYTES
 from orchestrator.errors import UserError
 from orchestrator.fsio import DIGESTS, atomic_write, link_or_copy, open_regular, sha256_of
+from orchestrator.names import inside
+from orchestrator.storage.references import StoredObject, refer
+from orchestrator.storage.store import Store
+
+PathT = TypeVar("PathT", bound=PurePath)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def note(path: Path, sha256: str | None = None) -> None:
@@ -23,7 +31,7 @@ def note(path: Path, sha256: str | None = None) -> None:
         BYTES.read("checkpoint", status.st_size)
     said = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256}
     # Without it the file is hashed: that costs time only.
-    atomic_write(_beside(path), json.dumps(said), durable=False, only_writer=True)
+    atomic_write(note_of(path), json.dumps(said), durable=False, only_writer=True)
     BYTES.written("checkpoint", status.st_size)
 
 
@@ -32,7 +40,7 @@ def hand_over(source: Path, target: Path) -> None:
     status = source.stat()
     link_or_copy(source, target)
     try:
-        with open_regular(_beside(source)) as file:
+        with open_regular(note_of(source)) as file:
             said = json.loads(file.read())
         if (said["size"], said["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
             DIGESTS.note(target, str(said["sha256"]))
@@ -68,5 +76,34 @@ def plain_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-def _beside(path: Path) -> Path:
+def note_of(path: PathT) -> PathT:
+    """Where the sha256 of a file is said."""
     return path.with_name(f".{path.name}.sha256")
+
+
+def refer_to_all(store: Store, prefix: str, folder: Path) -> None:
+    """Make the objects below a prefix files of an artifact in the making, without their content.
+
+    Those whose sha256 nobody said, as an earlier version did not, are fetched.
+    """
+    for name in store.list(prefix):
+        path = PurePosixPath(name)
+        if path.name.startswith("."):
+            continue
+        target = inside(folder, name.removeprefix(prefix))
+        said = _said_of(store, path)
+        if said is not None:
+            refer(target, said)
+            continue
+        store.get_file(name, target)
+        BYTES.read("checkpoint", target.stat().st_size)
+
+
+def _said_of(store: Store, path: PurePosixPath) -> StoredObject | None:
+    try:
+        said = json.loads(store.get_bytes(str(note_of(path))))
+        status, size, sha256 = store.stat(str(path)), int(said["size"]), str(said["sha256"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    known = status is not None and status.size == size and _SHA256.fullmatch(sha256)
+    return StoredObject(str(path), size, sha256) if known else None

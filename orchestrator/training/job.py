@@ -14,11 +14,10 @@ from orchestrator.config.elastic import Elastic, Resources
 from orchestrator.config.schedules import Optimizer
 from orchestrator.config.zero_stage import ZeroStage
 from orchestrator.fsio import DIGESTS, folder_beside, link_or_copy, move
-from orchestrator.names import inside
 from orchestrator.storage.store import Store
 from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, read, step_name, verified
 from orchestrator.training.checkpoint.storage import CheckpointStorage
-from orchestrator.training.handed_over import hand_over, note, plain_files
+from orchestrator.training.handed_over import hand_over, note, note_of, plain_files, refer_to_all
 
 if TYPE_CHECKING:
     from orchestrator.data.blocks import BlockSource
@@ -150,7 +149,7 @@ class Job:
         """Whether the last checkpoint and export are there, so that nothing is left to train.
 
         A checkpoint on this machine that is damaged is not there: the steps since the one before are done again. One
-        in a store is compared when it is fetched.
+        in a store is compared by who reads it.
         """
         if self.remote is None:
             exported = self.export(self.num_steps).exists() and (
@@ -166,22 +165,19 @@ class Job:
         finished = self.finish is None or any(store.list(f"{prefix}{self.finished.name}/"))
         return finished and all(store.stat(f"{prefix}{name}") is not None for name in names)
 
-    def fetch(self) -> None:
-        """Bring the last checkpoint and the exports of a job that is done to this machine.
+    def fetch_export(self, step: int) -> Path:
+        """The export after `step` updates, brought to this machine if the job keeps it elsewhere.
 
         Raises:
-            CheckpointError: the checkpoint is damaged.
+            FileNotFoundError: there is none.
         """
-        if self.remote is None:
-            return
-        self.checkpoint_storage.whole(self.num_steps)
-        store, prefix = self.remote
-        for folder in ("exports/", f"{self.finished.name}/"):
-            for name in store.list(prefix + folder):
-                path = inside(self.work / folder, name.removeprefix(prefix + folder))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                store.get_file(name, path)
-                BYTES.read("checkpoint", path.stat().st_size)
+        path = self.export(step)
+        if self.remote is not None:
+            store, _ = self.remote
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(self._stored(path), path)
+            BYTES.read("checkpoint", path.stat().st_size)
+        return path
 
     def publish(self, step: int, progress: Callable[[], None] = lambda: None) -> None:
         """Make the export after `step` updates readable by everybody, and what `finish` makes of the last (worker 0).
@@ -214,9 +210,18 @@ class Job:
 
     def _upload(self, path: Path) -> None:
         if self.remote is not None:
-            store, prefix = self.remote
-            store.put_file(f"{prefix}{path.relative_to(self.work).as_posix()}", path)
+            store, _ = self.remote
+            said = note_of(path)
+            # First: once the last export is there, nobody writes anything more.
+            if said.is_file():
+                store.put_bytes(self._stored(said), said.read_bytes())
+            store.put_file(self._stored(path), path)
             BYTES.written("checkpoint", path.stat().st_size)
+
+    def _stored(self, path: Path) -> str:
+        """The name in the store of a file of the job's folder."""
+        assert self.remote is not None
+        return f"{self.remote[1]}{path.relative_to(self.work).as_posix()}"
 
     def adopt(self, checkpoint: Path, exports: Mapping[int, Path]) -> None:
         """Go on from the last checkpoint of a shorter job, unless this one has one of its own already.
@@ -240,8 +245,15 @@ class Job:
     def collect(self, folder: Path) -> None:
         """Link the last checkpoint, without what other groups left beside it, into `folder`.
 
-        The sha256 of its files are those that the workers wrote into its manifest.
+        What is kept in a store stays there: `folder` gets references to it. The sha256 of the files are those that the
+        workers wrote into the checkpoint's manifest.
+
+        Raises:
+            CheckpointError: its manifest is damaged, or was never written.
         """
+        if self.remote is not None:
+            self.checkpoint_storage.refer(self.num_steps, folder)
+            return
         files = read(self.final_checkpoint).files
         for name in (*files, COMMIT):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -250,15 +262,21 @@ class Job:
             DIGESTS.note(folder / name, entry["sha256"])
 
     def collect_exports(self, folder: Path) -> None:
-        """Link all exports into `folder`."""
+        """Link all exports into `folder`, or refer to them, as :meth:`collect`."""
         folder.mkdir()
-        for path in plain_files(self.work / "exports"):
-            hand_over(path, folder / path.name)
+        self._collect("exports", folder)
 
     def collect_finished(self, folder: Path) -> None:
-        """Link what `finish` made into `folder`."""
-        for path in plain_files(self.finished):
-            target = folder / path.relative_to(self.finished)
+        """Link what `finish` made into `folder`, or refer to it, as :meth:`collect`."""
+        self._collect(self.finished.name, folder)
+
+    def _collect(self, what: str, folder: Path) -> None:
+        if self.remote is not None:
+            store, prefix = self.remote
+            refer_to_all(store, f"{prefix}{what}/", folder)
+            return
+        for path in plain_files(self.work / what):
+            target = folder / path.relative_to(self.work / what)
             target.parent.mkdir(parents=True, exist_ok=True)
             hand_over(path, target)
 

@@ -7,15 +7,15 @@ with 1,000,000 steps of pretraining, the snapshot after 10,000 steps of the next
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from orchestrator.config.settings import Strict
 from orchestrator.errors import UserError
-from orchestrator.fsio import DIGESTS, link_or_copy
+from orchestrator.fsio import link_or_copy
 from orchestrator.names import inside
+from orchestrator.storage.references import references_in
 
 _FILE = "lineage.json"
 _FOLDER = "lineage"
@@ -95,7 +95,7 @@ def write(
     out: Path,
     history: Sequence[Mapping[str, Any]],
     backbone: Path | None,
-    digests: Mapping[str, str] = MappingProxyType({}),
+    link: Callable[[str, Path], None] | None = None,
 ) -> None:
     """Put the lineage of a finished stage into its artifact.
 
@@ -103,14 +103,14 @@ def write(
         out: the artifact, with the stage's own snapshots as `snapshots/step-….safetensors`.
         history: the stage's records: `step` and `metrics`.
         backbone: the artifact that the stage started from, whose snapshots are carried along.
-        digests: the sha256 of its files by name, so that nobody reads them to publish them again.
+        link: makes a file of that artifact, by name, one of this; None links it.
     """
     earlier = read(backbone) if backbone is not None else Lineage()
     (out / _FOLDER).mkdir()
-    carried = [] if backbone is None else [_carry(backbone, one, out, digests) for one in earlier.snapshots]
-    steps = sorted(
-        int(path.stem.removeprefix("step-")) for path in (out / "snapshots").glob("step-*.safetensors")
-    )
+    carried = [] if backbone is None else [_carry(backbone, one, out, link) for one in earlier.snapshots]
+    snapshots = out / "snapshots"
+    names = {*(path.name for path in snapshots.glob("step-*.safetensors")), *references_in(snapshots)}
+    steps = sorted(int(Path(name).stem.removeprefix("step-")) for name in names)
     own = [
         Snapshot(
             updates=earlier.updates + step,
@@ -137,9 +137,12 @@ def health(history: Sequence[Mapping[str, Any]], *, after: int, upto: int) -> He
     return Health(cosine=cosine, locality=locality)
 
 
-def _carry(backbone: Path, snapshot: Snapshot, out: Path, digests: Mapping[str, str]) -> Snapshot:
+def _carry(
+    backbone: Path, snapshot: Snapshot, out: Path, link: Callable[[str, Path], None] | None
+) -> Snapshot:
     file = f"{_FOLDER}/updates-{snapshot.updates:08d}.safetensors"
-    link_or_copy(inside(backbone, snapshot.file), out / file)
-    if snapshot.file in digests:
-        DIGESTS.note(out / file, digests[snapshot.file])
+    if link is not None:
+        link(snapshot.file, out / file)
+    else:
+        link_or_copy(inside(backbone, snapshot.file), out / file)
     return snapshot.model_copy(update={"file": file})

@@ -28,6 +28,7 @@ from orchestrator.stages.distill.student_runs import (
     student_run_of,
     student_runs_of,
 )
+from orchestrator.storage.artifacts import artifact_in
 
 if TYPE_CHECKING:
     from orchestrator.capacity.rebalance import Balancer
@@ -67,7 +68,9 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
         folders = {name: part.artifact for name, part in parts.items() if part.artifact is not None}
         stats, made = _train_all(config, context, teach, student_runs)
     (context.out / "sharing.json").write_text(json.dumps(stats, indent=1))
-    figures = _gather({**folders, **made}, list(config.students), context.out)
+    figures = _gather(
+        {**folders, **made}, list(config.students), context.out, remote=context.remote is not None
+    )
     # What a reader of the summary line wants to see first.
     first = {name: value for name, value in figures.items() if name.endswith("_last_loss")}
     last_step = _last_step(config, figures)
@@ -253,23 +256,34 @@ def _publish(student_run: StudentRun, run: Run, account: Mapping[str, float], ne
     return made
 
 
-def _gather(folders: Mapping[str, Path], names: Sequence[str], out: Path) -> dict[str, float]:
-    """All students in the stage's own artifact, and their figures."""
+def _gather(
+    folders: Mapping[str, Path], names: Sequence[str], out: Path, *, remote: bool = False
+) -> dict[str, float]:
+    """All students in the stage's own artifact, and their figures; of artifacts in a `remote` store by reference."""
     figures: dict[str, float] = {}
     for name in names:
-        target = out / "students" / name
-        target.mkdir(parents=True)
-        for entry in _SHOWN:
-            source = folders[name] / entry
-            if source.is_dir():
-                # Of a student's files the store knows the sha256: they are not read for it again.
-                link_tree(source, target / entry)
-            else:
-                link_or_copy(source, target / entry)
-        own = json.loads((target / FIGURES).read_text())
+        _show(folders[name], out / "students" / name, remote=remote)
+        own = json.loads((folders[name] / FIGURES).read_text())
         figures |= {f"{name}_{figure}": value for figure, value in own.items()}
     figures["goodput"] = min(figures[f"{name}_goodput"] for name in names)
     return figures
+
+
+def _show(folder: Path, target: Path, *, remote: bool) -> None:
+    """Make what is shown of a student, whose artifact has this folder, part of the stage's own."""
+    target.mkdir(parents=True)
+    artifact = artifact_in(folder, remote=remote)
+    for entry in _SHOWN:
+        source = folder / entry
+        if artifact is not None and entry in artifact.manifest.files:
+            # Of a student's files the store knows the sha256: they are not read for it again.
+            artifact.link(entry, target / entry)
+        elif artifact is not None:
+            artifact.link_folder(source, target / entry)
+        elif source.is_dir():
+            link_tree(source, target / entry)
+        else:
+            link_or_copy(source, target / entry)
 
 
 def _track(run: Run, figures: Mapping[str, float]) -> None:

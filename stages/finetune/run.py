@@ -45,7 +45,7 @@ def run_finetune(config: Finetune, context: Context) -> dict[str, float]:
         validated = _validated(context.run.history("val"))
         best = best_step(config, validated)
         seen, model = pixels_in(pictures.folder), context.out / "model"
-        sizes = save_finetuned(config, start, labelled.classes, job.export(best), model, seen)
+        sizes = save_finetuned(config, start, labelled.classes, job.fetch_export(best), model, seen)
         blocks = partial(split_blocks, config, pictures.folder, labelled, roots=context.roots)
         goal = config.task.goal(labelled.classes)
         scores = {

@@ -431,8 +431,7 @@ class SelfSupervised(MultiCropStage):
         if backbone is None:
             lineage.write(context.out, history, None)
         else:
-            digests = {name: entry.sha256 for name, entry in backbone.manifest.files.items()}
-            lineage.write(context.out, history, backbone.path, digests)
+            lineage.write(context.out, history, backbone.path, backbone.link)
         return summary(history) | account | draws.write(self.steps, context.out)
 
     def _take_up(self, shorter: Path, job: Job, run: Run) -> None:

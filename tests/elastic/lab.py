@@ -30,6 +30,7 @@ from orchestrator.byte_counts import BYTES
 from orchestrator.config.schedules import Optimizer
 from orchestrator.errors import UserError
 from orchestrator.storage.local import LocalStore
+from orchestrator.storage.open import fetch
 from orchestrator.training import loop
 from orchestrator.training.checkpoint import reader, shard_file, storage
 from orchestrator.training.checkpoint.format import CheckpointError
@@ -199,7 +200,10 @@ def handed(spec: Spec) -> Any:
     The pickle comes through the pipe from the test, and from no file.
     """
     recorder = Recorder(None)
+    os.environ.update(spec["env"])
     job = pickle.loads(base64.b64decode(spec["job"]))
+    for store, kind, key in job.inputs:
+        fetch(store, kind, key)
     try:
         with patch.object(shard_file, "PART", spec["part_bytes"]):
             assert loop.train(job, recorder)

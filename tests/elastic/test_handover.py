@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,9 @@ PART = 64 * 1024
 # backbone alone is twelve times that, and its checkpoint sixty times.
 SMALL = 400_000
 TRAINED = Choice(only=("curate", "pretrain", "gram"))
+WAYS = [f"{what}_bytes_{way}" for what in ("checkpoint", "artifact") for way in ("read", "written")]
+# What workers know a store elsewhere by.
+_OF_STORES = ("AWS_", "ORCHESTRATOR_CACHE")
 SSL = {
     "batch_size": 4,
     "block_size": 2,
@@ -80,8 +84,10 @@ class Lab:
         workers: what each worker counted, by stage.
     """
 
-    def __init__(self, group: Group, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self._group, self._folder = group, folder
+    def __init__(
+        self, group: Group, folder: Path, patch: pytest.MonkeyPatch, store: str | None = None
+    ) -> None:
+        self._group, self._folder, self._store = group, folder, store or str(folder / "runs")
         self.io: dict[str, Figures] = {}
         self.workers: dict[str, list[dict[str, int]]] = {}
         self.trained: list[str] = []
@@ -90,7 +96,7 @@ class Lab:
     def run(self, model: str, choice: Choice = EVERYTHING, **gram: Any) -> tuple[int, str]:
         pipeline = {
             "name": "test",
-            "store": str(self._folder / "runs"),
+            "store": self._store,
             "data": {"photos": {"path": str(self._folder / "photos"), "captions": "captions.csv"}},
             "elastic": {"device": "cpu", "workers": WORLD, "checkpoint_every_s": 1e9},
             "stages": {
@@ -126,7 +132,8 @@ class Lab:
     def _train(self, job: Job, *, tracker: Any, stop: Any) -> Figures:
         self.trained.append(job.name)
         sent = base64.b64encode(pickle.dumps(job.for_workers())).decode()
-        found = self._group("handed", WORLD, job=sent, part_bytes=PART)
+        env = {name: value for name, value in os.environ.items() if name.startswith(_OF_STORES)}
+        found = self._group("handed", WORLD, job=sent, part_bytes=PART, env=env)
         self.workers[job.name] = [one["bytes"] for one in found]
         for counted in self.workers[job.name]:
             BYTES.add_workers(counted)
@@ -144,14 +151,19 @@ def _opened(run: _Runs) -> AbstractContextManager[_Runs]:
 
 @pytest.fixture
 def lab(group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    (tmp_path / "photos").mkdir()
+    photographs(tmp_path / "photos")
+    return Lab(group, tmp_path, monkeypatch)
+
+
+def photographs(folder: Path) -> None:
+    """Eight pictures with captions."""
+    folder.mkdir()
     random = np.random.default_rng(0)
     for number in range(8):
         pixels = cv2.resize(random.integers(0, 256, (5, 7, 3), dtype=np.uint8), (60, 40))
-        cv2.imwrite(str(tmp_path / "photos" / f"{number}.png"), pixels)
+        cv2.imwrite(str(folder / f"{number}.png"), pixels)
     captions = [f"{number}.png,a picture with the number {number}" for number in range(8)]
-    (tmp_path / "photos/captions.csv").write_text("\n".join(["file,caption", *captions]))
-    return Lab(group, tmp_path, monkeypatch)
+    (folder / "captions.csv").write_text("\n".join(["file,caption", *captions]))
 
 
 def sizes(folder: Path) -> int:
@@ -180,9 +192,8 @@ def test_weights_go_from_worker_to_worker_once_and_not_through_the_driver(
     checkpoint, export = sizes(pretrain / "checkpoint"), sizes(pretrain / "snapshots") // 2
     for name in ("pretrain", "gram"):
         figures = lab.io[name]
-        for what in ("checkpoint", "artifact"):
-            for way in ("read", "written"):
-                assert figures[f"driver_{what}_bytes_{way}"] < SMALL, (name, what, way)
+        for what in WAYS:
+            assert figures[f"driver_{what}"] < SMALL, (name, what)
         totals = {key: sum(one.get(key, 0) for one in lab.workers[name]) for key in lab.workers[name][0]}
         assert {f"worker_{key}": value for key, value in totals.items()}.items() <= figures.items()
 
@@ -216,9 +227,8 @@ def test_a_text_model_is_made_by_a_worker_and_its_tower_is_a_link(
     new_driver(monkeypatch)
     assert lab.run("vit_nano", Choice(only=("text",)))[0] == 0
     tower, text = lab.artifact("pretrain") / "model", lab.artifact("align_text")
-    for what in ("checkpoint", "artifact"):
-        for way in ("read", "written"):
-            assert lab.io["text"][f"driver_{what}_bytes_{way}"] < SMALL, (what, way)
+    for what in WAYS:
+        assert lab.io["text"][f"driver_{what}"] < SMALL, what
     assert (text / "aligned/tower/model.safetensors").samefile(tower / "model.safetensors")
     trained = [text / "aligned" / f"{name}.safetensors" for name in ("aligner", "text")]
     weights, vision = sum(path.stat().st_size for path in trained), sizes(tower)

@@ -13,6 +13,7 @@ from orchestrator.pipeline.check import probes
 from orchestrator.pipeline.check.probes import Probe
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.s3_client import StoreError
+from orchestrator.storage.store import CannotCopyError
 
 
 def test_an_answer_has_its_place_in_the_file() -> None:
@@ -71,6 +72,10 @@ class Odd(LocalStore):
         return b"another"
 
 
+def refuse(*names: object) -> None:
+    raise CannotCopyError("a may not be copied")
+
+
 def test_a_store_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store: LocalStore = LocalStore(tmp_path)
     monkeypatch.setattr(probes, "open_store", lambda uri, patience: store)
@@ -81,6 +86,11 @@ def test_a_store_is_tried_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest
         return None if found is None else found.what
 
     assert said() is None
+    assert probes.copy_trouble("s3://bucket") is None
+    assert list(store.list()) == []
+    monkeypatch.setattr(LocalStore, "copy", refuse)
+    assert probes.copy_trouble("s3://bucket") == "a may not be copied"
+    assert list(store.list()) == []
     store = Odd(tmp_path)
     assert said() == "the store s3://bucket does not return what was written to it"
     store.takes = False

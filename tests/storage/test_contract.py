@@ -76,6 +76,25 @@ def test_a_consumed_file_is_gone_afterwards(store: Store, tmp_path: Path) -> Non
     assert store.get_bytes("a") == b"file"
 
 
+def test_a_copy_is_an_object_of_its_own(store: Store, tmp_path: Path) -> None:
+    store.put_bytes("a/spaces and + % ümlaut", b"first")
+    store.put_bytes("b/target", b"before")
+    store.copy("a/spaces and + % ümlaut", "b/target")
+    store.copy("a/spaces and + % ümlaut", "c/d")
+    store.put_bytes("a/spaces and + % ümlaut", b"second")
+    store.delete("c/d")
+    assert store.get_bytes("b/target") == b"first"
+    assert list(store.list()) == ["a/spaces and + % ümlaut", "b/target"]
+
+
+@pytest.mark.parametrize("name", ["none", "a", "a/b/below-an-object"])
+def test_what_is_not_there_is_not_copied(store: Store, name: str) -> None:
+    store.put_bytes("a/b", b"1234")
+    with pytest.raises(FileNotFoundError):
+        store.copy(name, "copy")
+    assert list(store.list()) == ["a/b"]
+
+
 def test_list_is_by_text_prefix_and_hides_unfinished_work(store: Store) -> None:
     for name in ("run-1/a", "run-10/a", "run-1/b/c", "other", "run-1/B"):
         store.put_bytes(name, b"")
@@ -107,6 +126,8 @@ def test_names_cannot_leave_the_store(store: Store, name: str, tmp_path: Path) -
         lambda: store.delete(name),
         lambda: store.stat(name),
         lambda: store.get_file(name, tmp_path / "target"),
+        lambda: store.copy(name, "target"),
+        lambda: store.copy("source", name),
     ):
         with pytest.raises(ValueError, match="not an object name"):
             use()

@@ -63,9 +63,11 @@ def test_every_operation_survives_every_fault(
         lambda: store.put_file("file", tmp_path / "file"),
         lambda: store.get_bytes("bytes"),
         lambda: store.get_file("file", tmp_path / "copy"),
+        lambda: store.copy("file", "other"),
         lambda: list(store.list()),
         lambda: store.stat("file"),
         lambda: store.delete("bytes"),
+        lambda: store.delete("other"),
     ]
     for operation in operations:
         proxy.next(kind)
@@ -74,6 +76,15 @@ def test_every_operation_survives_every_fault(
     assert (tmp_path / "copy").read_bytes() == pattern(1000)
     assert list(store.list()) == ["file"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_survives_every_fault(store: S3Store, proxy: FaultyProxy, kind: str) -> None:
+    store.put_bytes("bytes", pattern(1000))
+    proxy.next(kind, when=lambda method, path: method == "PUT")
+    store.copy("bytes", "copy")
+    assert proxy.injected[kind] == 1
+    assert store.get_bytes("copy") == pattern(1000)
 
 
 def test_parts_whose_replies_break_off_are_asked_for_again(

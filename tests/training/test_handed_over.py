@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from dataclasses import replace
@@ -99,7 +100,9 @@ def test_a_job_is_done_once_its_model_is_made_and_elsewhere_it_is_fetched(tmp_pa
     (job.finished / "torn").write_bytes(b"")
     job.publish(4)
     assert sorted(store.list("work/job/")) == [
+        "work/job/exports/.step-00000004.safetensors.sha256",
         "work/job/exports/step-00000004.safetensors",
+        "work/job/finished/model/.model.safetensors.sha256",
         "work/job/finished/model/model.safetensors",
     ]
     there = replace(job, work=tmp_path / "there")
@@ -108,6 +111,77 @@ def test_a_job_is_done_once_its_model_is_made_and_elsewhere_it_is_fetched(tmp_pa
     assert there.is_done()
     local = replace(job, remote=None)
     assert not local.is_done()
+
+
+SHARD = b"s" * 300_000
+
+
+def kept_elsewhere(tmp_path: Path) -> tuple[LocalStore, Job]:
+    """A job that another machine finished: all of it is in the store."""
+    store = LocalStore(tmp_path / "store")
+    job = replace(finished_job(tmp_path / "here"), remote=(store, "work/job/"))
+    job.publish(4)
+    shard = "a0001/shard-00001-of-00001.safetensors"
+    manifest = {
+        "format": 2,
+        "step": 4,
+        "updates": 4,
+        "num_workers": 1,
+        "token": "a0001",
+        "keys": {"master/w": 5},
+    }
+    files = {shard: {"size": len(SHARD), "sha256": sha256(SHARD)}}
+    store.put_bytes(f"work/job/checkpoints/step-00000004/{shard}", SHARD)
+    text = json.dumps({**manifest, "files": files})
+    store.put_bytes("work/job/checkpoints/step-00000004/checkpoint.json", text.encode())
+    return store, replace(job, work=tmp_path / "there")
+
+
+def test_what_a_job_keeps_in_a_store_is_published_without_its_content(tmp_path: Path) -> None:
+    store, job = kept_elsewhere(tmp_path)
+    assert job.is_done()
+    artifacts = ArtifactStore(store)
+    out = artifacts.staging("out")
+    before = BYTES.figures()
+    job.collect_exports(out / "snapshots")
+    job.collect_finished(out)
+    job.collect(out / "checkpoint")
+    made = artifacts.publish("pretrain", "0" * 64, out)
+    assert all(value < 3000 for value in counted(before).values())
+    assert {name: entry.sha256 for name, entry in made.manifest.files.items()} == {
+        "snapshots/step-00000004.safetensors": sha256(WEIGHTS),
+        "model/model.safetensors": sha256(b"m" * 500_000),
+        "checkpoint/a0001/shard-00001-of-00001.safetensors": sha256(SHARD),
+        "checkpoint/checkpoint.json": sha256((made.path / "checkpoint/checkpoint.json").read_bytes()),
+    }
+    DIGESTS._known.clear()
+    artifacts.fetch(made)
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize(
+    "said", [None, b"[]", b'{"size": 1000000, "sha256": "0"}', b'{"size": 3, "sha256": "x"}']
+)
+def test_what_nobody_said_the_sha256_of_is_fetched(tmp_path: Path, said: bytes | None) -> None:
+    store, job = kept_elsewhere(tmp_path)
+    beside = "work/job/exports/.step-00000004.safetensors.sha256"
+    store.delete(beside)
+    if said is not None:
+        store.put_bytes(beside, said)
+    before = BYTES.figures()
+    job.collect_exports(tmp_path / "snapshots")
+    assert counted(before) == {"checkpoint_bytes_read": len(WEIGHTS)}
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-00000004.safetensors"]
+
+
+def test_one_export_is_brought_to_this_machine(tmp_path: Path) -> None:
+    _, job = kept_elsewhere(tmp_path)
+    assert job.fetch_export(4).read_bytes() == WEIGHTS
+    assert job.fetch_export(4).is_relative_to(tmp_path / "there")
+    with pytest.raises(FileNotFoundError):
+        job.fetch_export(2)
+    local = replace(job, work=tmp_path / "here", remote=None)
+    assert local.fetch_export(4) == tmp_path / "here/exports/step-00000004.safetensors"
 
 
 def test_each_part_of_publishing_a_large_model_is_progress(

@@ -13,7 +13,7 @@ from rich.text import Text
 from orchestrator import disk
 from orchestrator.elastic.cluster_check import load, short_folder
 from orchestrator.errors import UserError
-from orchestrator.pipeline.check.probes import store_trouble
+from orchestrator.pipeline.check.probes import copy_trouble, store_trouble
 from orchestrator.pipeline.keys.code_digest import versions
 from orchestrator.pipeline.table import stage_table
 from orchestrator.storage.open import is_remote
@@ -115,9 +115,12 @@ def _shared_memory() -> Row:
 def _store(uri: str) -> Row:
     """Whether the store, or the nearest folder above it that exists, can be written and has room."""
     if is_remote(uri):
-        error = store_trouble(uri, writes=True)
-        found = f"{uri} can be written, listed and read" if error is None else error.what
-        return error is None, "store", found
+        if (error := store_trouble(uri, writes=True)) is not None:
+            return False, "store", error.what
+        if (why := copy_trouble(uri)) is not None:
+            found = f"{uri} can be written, listed and read, but copies no objects"
+            return None, "store", f"{found}, so finished files pass through the driver: {why}"
+        return True, "store", f"{uri} can be written, copied, listed and read"
     try:
         folder = disk.named(uri.removeprefix("file://")).absolute()
     except UserError as error:

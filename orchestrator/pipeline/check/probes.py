@@ -13,7 +13,7 @@ from orchestrator.pipeline.load import LoadedPipeline
 from orchestrator.storage.open import can_be_opened, open_store
 from orchestrator.storage.s3 import S3Store
 from orchestrator.storage.s3_client import Patience
-from orchestrator.storage.store import Store
+from orchestrator.storage.store import Store, copy_within
 from orchestrator.tracking import reachable
 
 # A server in the same building answers within milliseconds, one across the world within a second.
@@ -127,6 +127,22 @@ def store_trouble(uri: str, *, writes: bool) -> UserError | None:
     except OSError as error:
         return UserError(f"the store {uri} cannot be used: {error}")
     return None
+
+
+def copy_trouble(uri: str) -> str | None:
+    """Why a store elsewhere, which can be used, does not copy objects; None if it does. Runs go on without."""
+    store = open_store(uri, _STORE_PATIENCE)
+    name = f"doctor/{uuid.uuid4().hex}"
+    copy = f"{name}-copy"
+    try:
+        store.put_bytes(name, b"well")
+        copy_within(store, name, copy)
+        return None if store.get_bytes(copy) == b"well" else "the copy differs"
+    except (OSError, UserError) as error:
+        return first_line(error)
+    finally:
+        store.delete(name)
+        store.delete(copy)
 
 
 def _gives_back(store: Store) -> bool:

@@ -27,6 +27,7 @@ from orchestrator.pipeline.store.workspace import Workspace, work_hold
 from orchestrator.redact import redacted
 from orchestrator.stages.base import PACKAGE, Context, Part, Stage, uncompared_in
 from orchestrator.storage.artifacts import Artifact, folder_name
+from orchestrator.storage.references import is_there
 from orchestrator.tracking.run import Run
 
 # What a stage may return: enough for any table, and names that fit into one.
@@ -169,7 +170,7 @@ class Attempt:
         finally:
             lease.raise_if_lost()
         summary = _checked_figures(returned)
-        missing = [name for name in stage.outputs if not (out / name).exists()]
+        missing = [name for name in stage.outputs if not is_there(out / name)]
         if missing:
             raise RuntimeError(
                 f"the stage declares the outputs {', '.join(stage.outputs)} but did not write {', '.join(missing)}"
@@ -239,12 +240,14 @@ class Attempt:
 
             def publish(folder: Path, summary: Mapping[str, float]) -> Path:
                 lease.check()
+                remote = artifacts.store.remote
                 provenance = {**self._provenance(), "parts": parts.model_dump(mode="json")}
                 artifact = artifacts.publish(
                     kind, key, folder, provenance, summary, anew=outdated is not None
                 )
                 self.workspace.drop_work(kind, key)
-                return artifacts.fetch(artifact)
+                # Who goes on from its weights fetches them.
+                return artifacts.fetch(artifact, uncompared=("checkpoint", "model") if remote else ())
 
             there = known.path if known is not None else None
             yield Part(work, self.workspace.remote_work(kind, key), there, key, publish)

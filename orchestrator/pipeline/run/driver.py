@@ -406,10 +406,11 @@ class _Driver:
         log = self._workspace.log_path(self._loaded.name, item.name)
         if outcome.summary:
             run.metrics(outcome.summary, 0, "summary")
-        run.metrics(self._bytes_since(), self._ledger.state.stages[item.name].attempts, "io")
         run.file(log, "logs")
         if outcome.artifact is not None:
             self._record.artifact(run, item, outcome.artifact)
+        # With what was fetched for MLflow to upload.
+        run.metrics(self._bytes_since(), self._ledger.state.stages[item.name].attempts, "io")
         self._open_runs.remove(run)
         run.finish(_OUTCOME_STATUS[outcome.state])
         self._ledger.append(

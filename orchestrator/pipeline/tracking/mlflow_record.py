@@ -99,19 +99,30 @@ def _uri(source: DataSource) -> str:
 
 
 def models(
-    loaded: LoadedPipeline, workspace: Workspace, stage: ResolvedStage, artifact: Artifact
+    loaded: LoadedPipeline,
+    workspace: Workspace,
+    stage: ResolvedStage,
+    artifact: Artifact,
+    *,
+    uploads: bool = True,
 ) -> list[ModelRecord]:
-    """The trained models in a stage's artifact; large ones by reference."""
+    """The trained models in a stage's artifact; large ones by reference.
+
+    The files of the others are brought to this machine for MLflow, if it `uploads` them; else only what describes them.
+    """
     found = []
     spec = loaded.spec.stages[stage.name]
     where = address(workspace, artifact)
     for name, place in spec.models().items():
         folder = artifact.path / place
-        config = json.loads((folder / "config.json").read_text())
         files = {
             path: entry for path, entry in artifact.manifest.files.items() if path.startswith(f"{place}/")
         }
         is_small = sum(entry.size for entry in files.values()) <= MOST_BYTES
+        if artifact.remote:
+            wanted = place if is_small and uploads else f"{place}/config.json"
+            workspace.artifacts().fetch(artifact, only=(wanted,))
+        config = json.loads((folder / "config.json").read_text())
         found.append(
             ModelRecord(
                 name=f"{stage.name}-{name}" if name else stage.name,

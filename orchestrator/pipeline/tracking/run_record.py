@@ -84,7 +84,10 @@ class RunRecord:
                     for name in ("uri", "sha256_of_manifest", "bytes")
                 }
             )
-            for model in mlflow_record.models(self._loaded, self._workspace, item.stage, artifact):
+            uploads = run.tracking_uri is not None
+            for model in mlflow_record.models(
+                self._loaded, self._workspace, item.stage, artifact, uploads=uploads
+            ):
                 run.model(model)
 
     def _note(self, root: Run, plans: Sequence[StagePlan], state: PipelineState) -> None:

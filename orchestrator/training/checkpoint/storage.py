@@ -24,6 +24,7 @@ from orchestrator.fsio import (
     open_regular,
     sync_folder,
 )
+from orchestrator.storage.references import StoredObject, refer
 from orchestrator.storage.store import Store
 from orchestrator.training.checkpoint import format as form
 from orchestrator.training.checkpoint.format import (
@@ -192,6 +193,18 @@ class CheckpointStorage:
                 f"{step_name(step)}/{COMMIT}", json.dumps(manifest.meta, indent=1).encode()
             )
         return manifest
+
+    def refer(self, step: int, folder: Path) -> None:
+        """Make the checkpoint of `step`, which is in the store, part of an artifact in the making without its content.
+
+        Raises:
+            CheckpointError: it is not committed, or its manifest is damaged.
+        """
+        manifest = self.find(step)
+        for name, entry in manifest.files.items():
+            stored = self._stored(f"{step_name(step)}/{name}")
+            refer(folder / name, StoredObject(stored, int(entry["size"]), str(entry["sha256"])))
+        (folder / COMMIT).write_text(json.dumps(manifest.meta, indent=1), encoding="utf-8")
 
     def adopt(self, checkpoint: Path) -> CheckpointManifest:
         """Make the finished checkpoint in a folder of elsewhere the newest one here: training goes on from it.
