@@ -92,19 +92,40 @@ def load_pretrained(folder: str | Path) -> Backbone:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a pretrained model: it has no {name}")
-    record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    record = _record_of(folder)
+    config = read_config(record)
+    state = load_file(folder / WEIGHTS)
+    _check_state(state, config)
+    model = _without_weights(config, record)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def pretrained_without_weights(folder: Path) -> Backbone:
+    """The tower that :func:`save_pretrained` wrote, without its weights: its parameters are on the device `meta`.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the folder is of a newer format.
+    """
+    record = _record_of(folder)
+    return _without_weights(read_config(record), record)
+
+
+def _record_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if record.get("format") != FORMAT:
         raise ValueError(
             f"{folder / CONFIG} has format {record.get('format')!r}; this version reads {FORMAT}"
         )
-    config = read_config(record)
-    state = load_file(folder / WEIGHTS)
-    _check_state(state, config)
+    return record
+
+
+def _without_weights(config: Config, record: Mapping[str, Any]) -> Backbone:
     with torch.device("meta"):
         model = from_config(config)
-    model.load_state_dict(state, assign=True)
     set_stats(model, record.get("mean"), record.get("std"))
-    return model.eval()
+    return model
 
 
 def pixels_record(pixels: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -268,6 +268,21 @@ def load_wrapped(folder: Path, trusted: Iterable[str] = ()) -> WrappedBackbone:
         UntrustedModuleError: its module is not among them.
         ValueError: weights and network do not fit.
     """
+    backbone = wrapped_without_weights(folder, trusted)
+    try:
+        backbone.net.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"the weights do not fit {backbone.spec}: {reason}") from error
+    return backbone.eval()
+
+
+def wrapped_without_weights(folder: Path, trusted: Iterable[str] = ()) -> WrappedBackbone:
+    """The network that :func:`save_wrapped` wrote, as :func:`load_wrapped`, with random weights: those are not read.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, UntrustedModuleError, ValueError: as :func:`load_wrapped`.
+    """
     record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     made, size = record["config"], int(record["extra"]["image_size"])
     config = made["config"] and {
@@ -288,14 +303,9 @@ def load_wrapped(folder: Path, trusted: Iterable[str] = ()) -> WrappedBackbone:
             raise ValueError(
                 f"{folder / CONFIG} names more than an architecture of timm: {wrong or spec.name}"
             )
-    state = load_file(folder / WEIGHTS)
     backbone = WrappedBackbone(spec, size)
-    try:
-        backbone.net.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights do not fit {spec}: {str(error).splitlines()[-1].strip()}") from error
     set_stats(backbone, record.get("mean"), record.get("std"))
-    return backbone.eval()
+    return backbone
 
 
 def _harmless(config: Any) -> Any:

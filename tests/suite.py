@@ -35,6 +35,7 @@ CLUSTER_FILES = (
     "pipeline/test_kill.py",
     "stages/test_curate_on_ray.py",
     "stages/test_evaluate_on_ray.py",
+    "stages/finetune/test_finish_on_ray.py",
     "stages/test_feature_stage.py",
     "stages/test_kill_matrix.py",
     "stages/test_serving.py",

@@ -435,6 +435,10 @@ class ControllerHost:
         run = self._runs.pop(run_id, None)
         return run.take_news(0.0) if run is not None else []
 
+    def drop_idle(self) -> None:
+        """Stop the slots that wait for work: something else needs their room."""
+        self._pool.drop_idle()
+
     def slots(self) -> list[dict[str, Any]]:
         """What is known of each slot, for people and tests."""
         return self._pool.snapshot()

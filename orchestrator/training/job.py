@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from orchestrator.byte_counts import BYTES
 from orchestrator.config.elastic import Elastic, Resources
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.data.blocks import BlockSource
     from orchestrator.training.task import Task
 
+T = TypeVar("T")
 logger = logging.getLogger("orchestrator")
 
 REDUCE_BUCKET = 500_000_000
@@ -189,24 +190,35 @@ class Job:
             progress: called after each part that takes long of a large model, so that nobody takes it for a hang.
         """
         if step == self.num_steps and self.finish is not None:
-            self._finish(self.finish, progress)
-            for path in plain_files(self.finished):
-                self._upload(path)
-                progress()
+            self._finish(self.export(step), self.finish, progress)
         self._upload(self.export(step))
         progress()
 
-    def _finish(self, finish: Callable[[Path, Path], None], progress: Callable[[], None]) -> None:
+    def make_finished(self, step: int, finish: Callable[[Path, Path], T]) -> T:
+        """Make what users get of the export after `step` updates; returns what `finish` returns.
+
+        For who chooses the step after training, in place of :attr:`finish`. Any process that has the job may call it.
+
+        Raises:
+            FileNotFoundError: that step was not exported.
+        """
+        return self._finish(self.fetch_export(step), finish, lambda: None)
+
+    def _finish(self, export: Path, finish: Callable[[Path, Path], T], progress: Callable[[], None]) -> T:
         shutil.rmtree(self.finished, ignore_errors=True)
         with folder_beside(self.finished) as draft:
             made = draft / self.finished.name
             made.mkdir()
-            finish(self.export(self.num_steps), made)
+            returned = finish(export, made)
             progress()
             for path in plain_files(made):
                 note(path)
                 progress()
             move(made, self.finished)
+        for path in plain_files(self.finished):
+            self._upload(path)
+            progress()
+        return returned
 
     def _upload(self, path: Path) -> None:
         if self.remote is not None:

@@ -20,7 +20,7 @@ from orchestrator.stages.base import Context, Input, PlanContext
 from orchestrator.stages.common.config import (
     INDEX_KINDS,
     PRECISION,
-    UNREAD,
+    READ_BY_WORKERS,
     Precision,
     check_blocks,
     stage_seed,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 # The folder of the model in the artifact, and in it that of the vision tower.
 ALIGNED, TOWER = "aligned", "tower"
-# Workers read the tower and compare it; the driver links it.
-_READ_BY_WORKERS = (*UNREAD, "model", "snapshots", "students")
 # What is read of a folder with a trained encoder, in the layout of transformers; the tokenizer comes last.
 ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 # 256 bytes, so that every text can be written, and the three special tokens.
@@ -212,7 +210,7 @@ class AlignText(MixStage):
     )
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),
-        Input("tower", ("distill", "pretrain", "gram_anchor", "high_res"), uncompared=_READ_BY_WORKERS),
+        Input("tower", ("distill", "pretrain", "gram_anchor", "high_res"), uncompared=READ_BY_WORKERS),
     )
     outputs: ClassVar[Mapping[str, str]] = {
         ALIGNED: "vision tower, aligner, text tower and tokenizer: embeds photos and texts in one space",

@@ -24,8 +24,8 @@ _CLOSE = 2
 BACKBONE_KINDS = ("pretrain", "gram_anchor", "high_res")
 # Folders of a trained artifact that nobody reads who does not train on from its checkpoint.
 UNREAD = ("checkpoint", "lineage")
-# Of those who do: workers read their slices of the checkpoint, and a snapshot to anchor to. Snapshots are linked.
-READ_BY_WORKERS = ("checkpoint", "lineage", "model", "snapshots")
+# Of those whose workers read it: slices of the checkpoint, a snapshot to anchor to, a model. Snapshots are linked.
+READ_BY_WORKERS = (*UNREAD, "model", "snapshots", "students")
 
 
 def _known_model(name: str) -> str:

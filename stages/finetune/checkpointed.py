@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.errors import Stopped
 from orchestrator.evaluation.metric import Figure
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.checkpointed import (
@@ -52,8 +53,12 @@ def checkpointed_model(config: Finetune, context: Context, scores: str) -> Check
     def write(read: ReadWeights, folder: Path) -> None:
         _write(config, start, labelled.classes, seen, read, folder)
 
+    def check() -> None:
+        if context.stop.is_set():
+            raise Stopped
+
     def score(folder: Path) -> dict[str, Figure]:
-        found = score_split(goal, blocks, folder, context)
+        found = score_split(goal, blocks, folder, context.elastic.device, context.modules, check)
         count = len(labelled.validation)
         return {f"{_SPLIT}/{name}": Figure(value, split=_SPLIT, num=count) for name, value in found.items()}
 

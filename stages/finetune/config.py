@@ -21,7 +21,7 @@ from orchestrator.stages.common.config import (
     BACKBONE_KINDS,
     INDEX_KINDS,
     PRECISION,
-    UNREAD,
+    READ_BY_WORKERS,
     Precision,
     check_blocks,
 )
@@ -151,7 +151,7 @@ class Finetune(TrainStage):
     )
     inputs: ClassVar[tuple[Input, ...]] = (
         Input("index", INDEX_KINDS),
-        Input("backbone", (*BACKBONE_KINDS, "distill"), required=False, uncompared=UNREAD),
+        Input("backbone", (*BACKBONE_KINDS, "distill"), required=False, uncompared=READ_BY_WORKERS),
     )
     outputs: ClassVar[Mapping[str, str]] = {
         "model": "the backbone with merged weights and its head, as of the best step",

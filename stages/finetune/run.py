@@ -10,19 +10,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.data.image_reader import most_unreadable
-from orchestrator.data.index import ImageIndex, pixels_in
+from orchestrator.data.index import ImageIndex
 from orchestrator.data.splits import Splits
 from orchestrator.elastic import trainer
+from orchestrator.elastic.one_task import run_task
 from orchestrator.errors import UserError
 from orchestrator.stages.base import Context
 from orchestrator.stages.common.config import stage_seed, summary
 from orchestrator.stages.finetune.blocks import split_blocks, training_blocks
 from orchestrator.stages.finetune.classification import Classification
 from orchestrator.stages.finetune.config import SCORES
-from orchestrator.stages.finetune.export import save_finetuned
+from orchestrator.stages.finetune.finish import Finishing
 from orchestrator.stages.finetune.goal import Labelled
 from orchestrator.stages.finetune.pictures import Indexed, indexed
-from orchestrator.stages.finetune.score import score_split
 from orchestrator.stages.finetune.start import StartingBackbone, starting_backbone
 from orchestrator.stages.finetune.task import FinetuneTask
 from orchestrator.training.job import Job
@@ -44,15 +44,11 @@ def run_finetune(config: Finetune, context: Context) -> dict[str, float]:
         account = trainer.run(job, tracker=context.run, stop=context.stop)
         validated = _validated(context.run.history("val"))
         best = best_step(config, validated)
-        seen, model = pixels_in(pictures.folder), context.out / "model"
-        sizes = save_finetuned(config, start, labelled.classes, job.fetch_export(best), model, seen)
-        blocks = partial(split_blocks, config, pictures.folder, labelled, roots=context.roots)
-        goal = config.task.goal(labelled.classes)
-        scores = {
-            name: score_split(goal, blocks(name, start.image_size), model, context)
-            for name in ("validation", "test")
-        }
+        finishing = Finishing(config, start, labelled, pictures.folder, context.roots, best)
+        finished = run_task(job, finishing, context.stop)
+    sizes, scores = finished.sizes, finished.scores
     _write_scores(config, context, labelled, best, scores, sizes)
+    job.collect_finished(context.out)
     job.collect(context.out / "checkpoint")
     history = context.run.history()
     (context.out / "history.json").write_text(json.dumps(history))
@@ -60,7 +56,7 @@ def run_finetune(config: Finetune, context: Context) -> dict[str, float]:
     figures = {f"{name}_{figure}": value for name, found in scores.items() for figure, value in found.items()}
     # What a reader of the summary line wants to see first.
     first = {name: figures.pop(name) for name in list(figures) if name.startswith("test_")}
-    return {**first, **figures, "best_step": float(best)} | sizes | summary(history) | account
+    return {**first, **figures, "best_step": float(best), **sizes, **summary(history), **account}
 
 
 def training_job(

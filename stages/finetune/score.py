@@ -10,38 +10,42 @@ import torch
 
 from orchestrator.data.blocks import Block
 from orchestrator.data.labelled_blocks import SplitBlocks
-from orchestrator.errors import Stopped
 from orchestrator.models import BackboneFeatures, load_pretrained, normalise
 from orchestrator.models.wrapped_backbone import is_wrapped, load_wrapped
-from orchestrator.stages.base import Context
 from orchestrator.stages.common.predictor import load_predictor
 from orchestrator.stages.finetune.goal import Goal, ListsGoal
 from orchestrator.training.device import device_type
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 # Blocks that are read while one is computed: memory does not grow with the split.
 _AHEAD = 2
 
 
-def score_split(goal: Goal, blocks: SplitBlocks, folder: Path, context: Context) -> dict[str, float]:
+def score_split(
+    goal: Goal,
+    blocks: SplitBlocks,
+    folder: Path,
+    device: str,
+    modules: Sequence[str],
+    check: Callable[[], None],
+) -> dict[str, float]:
     """Figures of a model folder on all images of a split.
 
     Args:
         goal: the task.
         blocks: of the split.
         folder: of the model.
-        context: of the stage.
+        device: as `elastic.device`.
+        modules: that may be imported to build it, see `load_wrapped`.
+        check: called for each block; may raise `Stopped`.
 
     Raises:
         UserError: an image cannot be read.
-        Stopped: on request.
     """
-    device = device_type(context.elastic.device)
-    tower = (load_wrapped(folder, context.modules) if is_wrapped(folder) else load_pretrained(folder)).to(
-        device
-    )
+    device = device_type(device)
+    tower = (load_wrapped(folder, modules) if is_wrapped(folder) else load_pretrained(folder)).to(device)
     predictor = load_predictor(folder, tower.dim)
     assert predictor is not None
     head = predictor.head.to(device)
@@ -49,8 +53,7 @@ def score_split(goal: Goal, blocks: SplitBlocks, folder: Path, context: Context)
     listed: list[Any] = []
     with torch.inference_mode():
         for block in _read(blocks):
-            if context.stop.is_set():
-                raise Stopped
+            check()
             tensors = {name: torch.from_numpy(array).to(device) for name, array in block.arrays.items()}
             images = tensors["images"]
             predictions = head(BackboneFeatures(*tower(normalise(images, tower))), tuple(images.shape[-2:]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ class StartingBackbone:
         needed: the artifact that workers on other machines fetch first, as `Context.needed`.
         modules: that may be imported to build it, see `load_wrapped`.
         num_channels: of its images.
+        digests: the sha256 of its files by name, for who opens it to compare: the driver does not.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class StartingBackbone:
     needed: tuple[tuple[str, str, str], ...] = ()
     modules: tuple[str, ...] = ()
     num_channels: int = 3
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def check_channels(self, pictures: int, stage: str) -> None:
         """Raises UserError if pictures have another number of channels."""
@@ -60,12 +62,17 @@ class StartingBackbone:
 
         Args:
             drop_path: its rate in training; a network from elsewhere has its own.
+
+        Raises:
+            UserError: a file of it is damaged.
         """
         from orchestrator.models import from_config, load_pretrained
         from orchestrator.models.configs import ViTConfig
         from orchestrator.models.pixels import set_stats, stats_of
         from orchestrator.models.wrapped_backbone import is_wrapped, load_wrapped
+        from orchestrator.training.handed_over import compare
 
+        compare(self.folder, self.digests)
         if is_wrapped(self.folder):
             return load_wrapped(self.folder, self.modules).float()
         loaded = load_pretrained(self.folder).float()
@@ -78,6 +85,15 @@ class StartingBackbone:
         set_stats(backbone, *stats_of(loaded))
         return backbone
 
+    def without_weights(self) -> Backbone | WrappedBackbone:
+        """The backbone as far as its config says it. Its weights are not read, and are none that anything can use."""
+        from orchestrator.models.pretrained import pretrained_without_weights
+        from orchestrator.models.wrapped_backbone import is_wrapped, wrapped_without_weights
+
+        if is_wrapped(self.folder):
+            return wrapped_without_weights(self.folder, self.modules)
+        return pretrained_without_weights(self.folder)
+
 
 @contextlib.contextmanager
 def starting_backbone(config: Finetune, context: Context) -> Iterator[StartingBackbone]:
@@ -88,8 +104,9 @@ def starting_backbone(config: Finetune, context: Context) -> Iterator[StartingBa
     """
     where = f"stages.{context.name}"
     if "backbone" in context.inputs:
-        folder = _of_artifact(context.inputs["backbone"].path, config.student, where)
-        yield _start(folder, config, (), context, where)
+        artifact = context.inputs["backbone"]
+        folder = _of_artifact(artifact.path, config.student, where)
+        yield replace(_start(folder, config, (), context, where), digests=artifact.digests(folder))
         return
     source = config.from_ or config.network
     if source is None:
@@ -125,7 +142,7 @@ def _start(
     size = config.image_size or record["extra"].get("image_size") or _SIZE
     start = StartingBackbone(folder, int(size), needed, context.modules)
     try:
-        backbone = start.open()
+        backbone = start.without_weights()
     except (ValueError, ModuleNotFoundError) as error:
         raise UserError(f"the backbone cannot be opened: {error}", where=where) from error
     start = replace(start, num_channels=num_channels_of(backbone))
