@@ -67,12 +67,8 @@ def test_each_thing_is_one_small_file() -> None:
         "augmentation", "metric", "model", "objective", "stage", "store", "student", "teacher",
     }  # fmt: skip
     for path in files:
-        code = [
-            line
-            for line in path.read_text().splitlines()
-            if line.strip() and not line.startswith(('"""', "#"))
-        ]
-        assert len(code) <= 45, f"{path.name} has {len(code)} lines"
+        count = len(path.read_text().splitlines())
+        assert count <= 40, f"{path.name} has {count} lines"
 
 
 def test_the_notebook_runs_and_says_what_it_promises(ran: tuple[Path, str]) -> None:
