@@ -11,6 +11,8 @@ import threading
 import time
 from dataclasses import dataclass
 
+from orchestrator.units import duration
+
 BARS = logging.getLogger("orchestrator.progress")
 # What a log record has if a bar shows the same: a terminal leaves its line out.
 ROUTINE = {"routine": True}
@@ -94,15 +96,3 @@ class Meter:
 def time_left(seconds: float) -> str:
     """`3m05s left`: on bars and in the log alike."""
     return f"{duration(seconds)} left"
-
-
-def duration(seconds: float) -> str:
-    """`0.4s`, `12s`, `3m05s`, `2h07m`."""
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

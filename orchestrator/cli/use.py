@@ -91,7 +91,7 @@ def embed(
     from orchestrator.inference.forward import on_device
     from orchestrator.inference.model import checked_loaders, embedding_side, load_weights
     from orchestrator.inference.reference import locate, weights_digest
-    from orchestrator.progress import duration
+    from orchestrator.units import duration
 
     began = time.monotonic()
     folder, out = disk.named(folder), checked_target(disk.named(out))

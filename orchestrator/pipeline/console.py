@@ -22,8 +22,9 @@ from orchestrator.errors import shortened
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.keys.cache_key import short
 from orchestrator.pipeline.table import Rows
-from orchestrator.progress import BARS, Progress, duration, time_left
+from orchestrator.progress import BARS, Progress, time_left
 from orchestrator.redact import HIDDEN, KeyBlocks, redacted
+from orchestrator.units import duration
 
 if TYPE_CHECKING:
     from orchestrator.data.sources.account import Account

@@ -27,6 +27,7 @@ from orchestrator.stages.distill.config import Distill
 from orchestrator.storage.artifacts import folder_name
 from orchestrator.storage.cache_folder import cache_folder
 from orchestrator.storage.open import is_remote
+from orchestrator.units import size
 
 # Bytes a parameter of a checkpoint: fp32 weights and both moments; an EMA, and a Gram teacher, in fp32.
 _CHECKPOINT = {"trained": 12, "ema": 4, "frozen": 0}
@@ -157,13 +158,13 @@ def disk(
     is_mistake = kept > free
     place = "the cache of the store on this machine" if remote else "the store"
     if is_mistake:
-        takes, largest = f"leave about {_gib(kept)} more on", max(found, key=lambda need: need.artifact)
+        takes, largest = f"leave about {size(kept)} more on", max(found, key=lambda need: need.artifact)
     else:
         takes, largest = (
-            f"take about {_gib(needed)} more of",
+            f"take about {size(needed)} more of",
             max(found, key=lambda need: need.artifact + need.work),
         )
-    what = f"the stages to run {takes} the disk, most of it {largest.stage}, and {place} {folder} has {_gib(free)} free"
+    what = f"the stages to run {takes} the disk, most of it {largest.stage}, and {place} {folder} has {size(free)} free"
     collect = command("gc", str(loaded.path))
     hint = f"free some of it (`{collect}` lists what no pipeline needs), set fewer "
     hint += "elastic.keep_checkpoints or snapshots, or use " + (
@@ -204,15 +205,15 @@ def memory(
     for need in found:
         if need.memory > has:
             yield UserError(
-                f"stage {need.stage!r} takes about {_gib(need.memory)} of memory on CPUs, and {machines} has "
-                f"{_gib(has)}",
+                f"stage {need.stage!r} takes about {size(need.memory)} of memory on CPUs, and {machines} has "
+                f"{size(has)}",
                 where=loaded.where("stages", need.stage),
                 hint="set fewer elastic.workers, a smaller block_size, chunk_rows, or activation_checkpointing: true",
             )
         if need.shared > shared:
             yield UserError(
-                f"stage {need.stage!r} holds about {_gib(need.shared)} of views at once, and Ray's object store of "
-                f"{machines} has {_gib(shared)}: the rest spills to disk, which is slow",
+                f"stage {need.stage!r} holds about {size(need.shared)} of views at once, and Ray's object store of "
+                f"{machines} has {size(shared)}: the rest spills to disk, which is slow",
                 where=loaded.where("stages", need.stage),
                 hint="give more shared memory (docker run --shm-size=8g), set a smaller window, or views: regenerated",
             )
@@ -259,7 +260,3 @@ def _free_memory() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def _gib(size: float) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= 0.1 * _GIB else f"{size / 2**20:.0f} MiB"

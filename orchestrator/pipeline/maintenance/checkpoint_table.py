@@ -9,8 +9,7 @@ from rich.text import Text
 
 from orchestrator.pipeline.table import stage_table
 from orchestrator.training.checkpoint.inspect import Description
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+from orchestrator.units import size
 
 
 def print_checkpoints(console: Console, descriptions: Sequence[Description]) -> bool:
@@ -61,14 +60,6 @@ def print_description(console: Console, description: Description) -> None:
         files.add_row(file.name, size(file.size), _state(file.problem))
     console.print(files)
     console.print(Text(f"{size(description.size)} in {len(description.files)} files"), soft_wrap=True)
-
-
-def size(count: float) -> str:
-    """Bytes as `12 B`, `3.4 MiB`."""
-    power = 0
-    while count >= 1024 and power < len(_UNITS) - 1:
-        count, power = count / 1024, power + 1
-    return f"{count:.1f} {_UNITS[power]}" if power else f"{count:.0f} B"
 
 
 def _step(description: Description) -> str:

@@ -25,13 +25,13 @@ from orchestrator.pipeline.table import stage_table
 from orchestrator.storage.artifacts import ArtifactStore, folder_name
 from orchestrator.storage.manifest import MANIFEST
 from orchestrator.storage.store import Store
+from orchestrator.units import size
 
 _PLACES = ("artifacts", "work")
 # What :func:`folder_name` makes: other folders were put there by others.
 _OURS = re.compile(r".+-[0-9a-f]{16}", re.DOTALL)
 # Of the folders that are not ours.
 _NAMED = 5
-_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @dataclass(frozen=True)
@@ -238,14 +238,10 @@ def _print(console: Console, found: Sequence[Orphan]) -> None:
         return
     table = stage_table("folder", "size")
     for orphan in found:
-        table.add_row(orphan.name, _bytes(orphan.size))
+        table.add_row(orphan.name, size(orphan.size))
     console.print(table)
     console.print(Text(f"{summary(found)[:1].upper()}{summary(found)[1:]}."))
 
 
 def _size(found: Iterable[Orphan]) -> str:
-    return _bytes(sum(orphan.size for orphan in found))
-
-
-def _bytes(size: int) -> str:
-    return next((f"{size / unit:.1f} {name}" for unit, name in _UNITS if size >= unit), f"{size} B")
+    return size(sum(orphan.size for orphan in found))

@@ -21,10 +21,10 @@ from orchestrator.pipeline.store.ledger import PipelineState, StageState
 from orchestrator.pipeline.store.workspace import Workspace
 from orchestrator.pipeline.table import Rows
 from orchestrator.pipeline.tracking.tracking_run import waiting
-from orchestrator.progress import duration
 from orchestrator.shell_command import command
 from orchestrator.tracking.backlog import counted
 from orchestrator.tracking.spool import Spool
+from orchestrator.units import duration
 
 # Of the tags that elastic/run_state.py sets.
 _TAGS = "ray_train."

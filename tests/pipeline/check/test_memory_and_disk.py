@@ -116,7 +116,7 @@ def test_more_memory_than_there_is_is_a_warning(folder: Path, monkeypatch: pytes
     found = checked("elastic.device=cpu")
     assert found.errors == []
     assert "stage 'distill' takes about" in told(found.warnings)
-    assert "this machine has 0.2 GiB" in told(found.warnings)
+    assert "this machine has 256.0 MiB" in told(found.warnings)
 
 
 def test_a_joined_cluster_is_compared_with_what_ray_counts(folder: Path) -> None:
