@@ -30,7 +30,7 @@ _QUOTED = re.compile(r"'([^']*)'")
 def validation_errors(error: ValidationError, document: Document, model: type[BaseModel]) -> list[UserError]:
     """One UserError for every key that is wrong, in the order of the file.
 
-    A plain union reports once per member; those reports are merged into one complaint.
+    A plain union reports once per member; those reports are merged into one error.
     """
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors():
@@ -39,11 +39,11 @@ def validation_errors(error: ValidationError, document: Document, model: type[Ba
         by_path.setdefault(_real_path(details, document.data), []).append(details)
     misspelt = _misspelt(by_path, document, model)
     ordered = sorted(by_path.keys() - misspelt, key=lambda path: (_line(path, document), str(path)))
-    return [_complaint(path, by_path[path], document, model) for path in ordered]
+    return [_error(path, by_path[path], document, model) for path in ordered]
 
 
 def _follows(details: ErrorDetails) -> bool:
-    """Whether a list is only too short because of items that are wrong, which have complaints of their own."""
+    """Whether a list is only too short because of items that are wrong, which have errors of their own."""
     given = details["input"]
     is_list = details["type"] == "too_short" and isinstance(given, (list, tuple))
     return is_list and len(given) >= details.get("ctx", {}).get("min_length", 0)
@@ -52,7 +52,7 @@ def _follows(details: ErrorDetails) -> bool:
 def _misspelt(
     by_path: dict[KeyPath, list[ErrorDetails]], document: Document, model: type[BaseModel]
 ) -> set[KeyPath]:
-    """Missing keys that are there, misspelt: the complaint about the unknown key says it all."""
+    """Missing keys that are there, misspelt: the error about the unknown key says it all."""
     unknown = [path for path, group in by_path.items() if group[0]["type"] == "extra_forbidden"]
     meant = {
         (*path[:-1], nearest(str(path[-1]), _field_names(model, path[:-1], document.data)))
@@ -71,7 +71,7 @@ def _line(path: KeyPath, document: Document) -> int:
 def _real_path(details: ErrorDetails, data: Any) -> KeyPath:
     """The key path in the file: `loc` without the union tags and member names that pydantic mixes in."""
     loc = list(details["loc"])
-    if len(loc) > 2 and loc[0] == "stages":
+    if len(loc) > 2 and loc[0] == "stages" and loc[2] == lookup(data, (*loc[:2], "kind"))[0]:
         del loc[2]  # the discriminator's tag
     path: list[str | int] = []
     for position, part in enumerate(loc):
@@ -81,12 +81,10 @@ def _real_path(details: ErrorDetails, data: Any) -> KeyPath:
     return tuple(path)
 
 
-def _complaint(
-    path: KeyPath, group: list[ErrorDetails], document: Document, model: type[BaseModel]
-) -> UserError:
+def _error(path: KeyPath, group: list[ErrorDetails], document: Document, model: type[BaseModel]) -> UserError:
     first = group[0]
     name = shortened(str(path[-1]), 80) if path else ""
-    owner = _owner(path)
+    owner = _owner(path, document)
     candidates = _field_names(model, path[:-1], document.data)
     if first["type"] == "extra_forbidden":
         close = nearest(name, candidates)
@@ -106,7 +104,7 @@ def _bad_kind(path: KeyPath, details: ErrorDetails, document: Document, model: t
     context = details.get("ctx", {})
     field = str(context.get("discriminator", "'kind'")).strip("'")
     kinds = _kinds(model, path, field)
-    owner = _owner((*path, field))
+    owner = _owner((*path, field), document)
     if details["type"] == "union_tag_not_found":
         where = document.where(path, value=False)
         return UserError(
@@ -146,7 +144,7 @@ def _bad_value(
         if message not in messages:
             messages.append(message)
     close = nearest(str(value), allowed) if known and isinstance(value, str) else None
-    name = shortened(".".join(str(part) for part in path), 200) or "the pipeline"
+    name = shortened(".".join(str(part) for part in path), 200) or document.what
     what = f"{name}: {'; or '.join(messages)}"
     if known and not is_private(path) and group[0]["type"] not in ("value_error", "assertion_error"):
         what += f", not {show(value)}"
@@ -204,11 +202,11 @@ def _message(details: ErrorDetails) -> str:
     return message[:1].lower() + message[1:] if message[:2].istitle() else message
 
 
-def _owner(path: KeyPath) -> str:
+def _owner(path: KeyPath, document: Document) -> str:
     """Who holds the last key of `path`, in words."""
     parents = path[:-1]
     if not parents:
-        return "the pipeline"
+        return document.what
     if parents[0] in ("stages", "data") and len(parents) >= 2:
         what = f"{'stage' if parents[0] == 'stages' else 'dataset'} {str(parents[1])!r}"
         inner = ".".join(str(part) for part in parents[2:])

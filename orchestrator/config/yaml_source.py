@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ class Document:
         files: the file of every key path that another one wrote, which `path` extends.
         overrides: the command-line argument that wrote a key path.
         written: what a message shows in place of a value that was put into `data` since.
+        what: it is, in messages.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Document:
     files: dict[KeyPath, Path] = field(default_factory=dict)
     overrides: dict[KeyPath, str] = field(default_factory=dict)
     written: dict[KeyPath, Any] = field(default_factory=dict)
+    what: str = "the pipeline"
 
     def where(self, path: KeyPath, *, value: bool = True) -> str:
         """`file:line  key.path = value`, by the nearest enclosing key path that was written down.
@@ -143,6 +146,23 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Document:
     return document
 
 
+def json_document(path: Path, text: str, data: Any, what: str) -> Document:
+    """The values of a JSON file with their lines: JSON is YAML, whose parser knows them.
+
+    Args:
+        path: the file.
+        text: its content.
+        data: its values.
+        what: it is, in messages, such as `the trace`.
+    """
+    document = Document(path, data, {(): 1}, what=what)
+    # But for some control characters, depths and repeated keys, which YAML has no place for: lines end there.
+    with contextlib.suppress(yaml.YAMLError, RecursionError, ValueError, UserError):
+        if (node := yaml.compose(text, yaml.CSafeLoader)) is not None:
+            _record(node, (), document, active=())
+    return document
+
+
 def _extended(path: Path, inside: tuple[Path, ...]) -> Document:
     if len(inside) >= _MAX_FILES:
         raise UserError(f"more than {_MAX_FILES} files extend each other", where=str(path))
@@ -190,7 +210,7 @@ def _merged(below: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse(path: Path) -> Document:
-    text = _read_text(path)
+    text = read_text(path, "pipeline file", _MAX_BYTES, "*.y*ml")
     try:
         check_size(text, str(path))
         node = yaml.compose(text, Loader)
@@ -256,24 +276,35 @@ def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
             yield from _scalars(item)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, what: str, max_bytes: int, others: str) -> str:
+    """The text of a file that a user wrote.
+
+    Args:
+        path: the file.
+        what: it is, for messages: `pipeline file`.
+        max_bytes: a larger file is refused.
+        others: the pattern of files of its kind, of which an error names the nearest.
+
+    Raises:
+        UserError: no such file, none that can be read, too large, or not UTF-8.
+    """
     try:
         with open_regular(path) as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise UserError(f"the pipeline file is larger than {_MAX_BYTES:,} bytes", where=str(path))
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise UserError(f"the {what} is larger than {max_bytes:,} bytes", where=str(path))
         return data.decode("utf-8")
     except FileNotFoundError:
-        beside = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        beside = [item.name for item in path.parent.glob(others)] if path.parent.is_dir() else []
         close = nearest(path.name, beside)
         hint = f"did you mean {path.parent / close}?" if close else "check the path"
-        raise UserError("no such pipeline file", where=str(path), hint=hint) from None
+        raise UserError(f"no such {what}", where=str(path), hint=hint) from None
     except UnicodeDecodeError as error:
-        raise UserError("the pipeline file is not UTF-8 text", where=f"{path}, byte {error.start}") from None
+        raise UserError(f"the {what} is not UTF-8 text", where=f"{path}, byte {error.start}") from None
     except OSError as error:
-        raise UserError(f"cannot read the pipeline file: {why(error)}", where=str(path)) from None
+        raise UserError(f"cannot read the {what}: {why(error)}", where=str(path)) from None
     except ValueError:  # a NUL in its name
-        raise UserError("no such pipeline file", where=str(path), hint="check the path") from None
+        raise UserError(f"no such {what}", where=str(path), hint="check the path") from None
 
 
 def _syntax_error(path: Path, error: yaml.MarkedYAMLError, *, is_private: bool) -> UserError:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from orchestrator.config.settings import Settings
 from orchestrator.errors import UserError, nearest
 from orchestrator.simulation import skypilot
-from orchestrator.simulation.json_file import JsonFile, Keys
+from orchestrator.simulation.json_file import JsonFile
 from orchestrator.simulation.trace import (
     MAX_EVENTS,
     MAX_MACHINES,
@@ -222,8 +222,7 @@ class _Compiler:
         self._refuse(index, what, "event", hint=hint)
 
     def _refuse(self, index: int, what: str, key: str, *, hint: str | None = None) -> None:
-        keys: Keys = ("events", index, key)
-        raise UserError(what, where=self.file.where(keys), hint=hint)
+        raise UserError(what, where=self.file.where(("events", index, key)), hint=hint)
 
 
 def as_dict(trace: Trace, notes: str = "") -> dict[str, Any]:

@@ -107,8 +107,8 @@ def test_an_announced_machine_may_go_early(tmp_path: Path) -> None:
             "at 4 comes after 5.*sort the events",
             "at",
         ),
-        ({"nodes": {"node": {"price": -1}}}, "price: must be greater than or equal to 0, not -1", "price"),
-        ({"nodes": {"node": {"slots": True}}}, "slots: must be a valid integer, not True", "slots"),
+        ({"nodes": {"node": {"price": -1}}}, "nodes.node.price: must be greater than or equal to 0", "price"),
+        ({"nodes": {"node": {"slots": True}}}, "nodes.node.slots: must be an integer, not true", "slots"),
         ({"nodes": {"node": {"price": [[5, 1.0]]}}}, "must start at 0 and increase", "node"),
         ({"nodes": {"node": {"slot": 1}}}, "unknown key 'slot'.*mean 'slots'", "slot"),
         (
@@ -119,7 +119,7 @@ def test_an_announced_machine_may_go_early(tmp_path: Path) -> None:
         ({"events": [{"at": 0, "node": "node", "event": "uup"}]}, "event: must be 'up', 'notice'", "event"),
         ({"events": [{"at": 0, "event": "up"}]}, "either `node` or `pool`", "at"),
         ({"events": [{"at": 0, "node": "node", "event": "notice"}]}, "every notice has one", "at"),
-        ({"events": [{"node": "node", "event": "up"}]}, "the key 'at' is missing", "node"),
+        ({"events": [{"node": "node", "event": "up"}]}, "'events.0' is missing the key 'at'", "node"),
         (
             {"duration": 5, "events": [{"at": 6, "node": "node", "event": "up"}]},
             "at 6, comes after the duration 5",
