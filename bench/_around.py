@@ -45,12 +45,12 @@ def ray_figures(quick: bool) -> tuple[float, float]:
         nodes = [market.add(name) for name in ("a", "b")]
         ray.init(address=market.address, log_to_driver=False, logging_level="ERROR")
         try:
-            return _desk_calls(400 if quick else 4000), _transfer_gbit(nodes, 3 if quick else 9)
+            return _coordinator_calls(400 if quick else 4000), _transfer_gbit(nodes, 3 if quick else 9)
         finally:
             ray.shutdown()
 
 
-def _desk_calls(calls: int) -> float:
+def _coordinator_calls(calls: int) -> float:
     import ray
 
     from orchestrator.teacher_service.coordinator import StepCoordinator, StepRefs

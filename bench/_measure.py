@@ -18,14 +18,14 @@ class Measured:
     """What MLflow has of a stage; times in seconds since 1970.
 
     Attributes:
-        figures: the newest goodput figures, by name.
+        metrics: the newest goodput figures, by name.
         steps: when each step was reported, and its number.
         workers: how many workers there were from when on.
         stalls: seconds that checkpoints held training up.
         writes: seconds until they were written.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     steps: Series
     workers: Series
     stalls: Sequence[float]
@@ -55,7 +55,7 @@ def from_mlflow(tracking_uri: str, stage: str) -> Measured:
     prefix = "goodput/"
     newest = run.data.metrics.items()
     return Measured(
-        figures={name.removeprefix(prefix): value for name, value in newest if name.startswith(prefix)},
+        metrics={name.removeprefix(prefix): value for name, value in newest if name.startswith(prefix)},
         steps=[(metric.timestamp / 1000, metric.step) for metric in history("train/loss")],
         workers=[(metric.timestamp / 1000, metric.value) for metric in history("goodput/workers")],
         stalls=[metric.value for metric in history("checkpoint/stall_seconds")],

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.training.task import Modules
 
 WARM_UP = 4
-_LOOK_S = 0.02
+_POLL_S = 0.02
 _PATIENCE_S = 1200.0
 
 
@@ -264,7 +264,7 @@ def _until_all(file: str, orders: Sequence[Order], processes: Sequence[subproces
             for process in processes:
                 process.kill()
             raise UnfairError(f"a plain loop failed: {failed or 'too slow'}")
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)
 
 
 def _groups(modules: Modules, settings: Optimizer) -> list[dict[str, Any]]:
@@ -297,7 +297,7 @@ def _run(order: Order) -> None:
         if step == WARM_UP:
             (folder / "ready").touch()
             while not (folder / "go").exists():
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
         wall.append(time.monotonic())
         cpu.append(time.process_time())
         teacher_cpu.append(loop.teacher_s)

@@ -19,7 +19,7 @@ from tools.market import SpotMarket
 
 logger = logging.getLogger("orchestrator")
 
-_LOOK_S = 0.1
+_POLL_S = 0.1
 # Until the first ones were timed: what a raylet takes to start, and `ray drain-node` to announce an end.
 _FIRST_LEAD_S = {"up": 3.0, "notice": 2.0, "down": 0.0}
 
@@ -122,7 +122,7 @@ class Player:
             TimeoutError: it does not end.
         """
         deadline = time.monotonic() + timeout_s
-        while not driver.began.wait(_LOOK_S) and driver.process.poll() is None:
+        while not driver.began.wait(_POLL_S) and driver.process.poll() is None:
             _check(deadline)
         played: list[Played] = []
         coming = [event for event in self._events if event.kind == "up"]
@@ -134,7 +134,7 @@ class Player:
             self._play(coming, driver, played)
             while driver.process.poll() is None:
                 _check(deadline)
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
         finally:
             self._over.set()
             other.join()
@@ -144,7 +144,7 @@ class Player:
         for event in events:
             # What takes time is begun so much before it is to have happened.
             while time.monotonic() - driver.began_at < event.at - self._lead[event.kind]:
-                if driver.process.poll() is not None or self._over.wait(_LOOK_S):
+                if driver.process.poll() is not None or self._over.wait(_POLL_S):
                     return
             self._make(event)
             done = time.monotonic() - driver.began_at
@@ -155,7 +155,7 @@ class Player:
 
     def _make(self, event: TraceEvent) -> None:
         name = self._name(event)
-        while event.kind != "up" and name not in self._market.machines and not self._over.wait(_LOOK_S):
+        while event.kind != "up" and name not in self._market.machines and not self._over.wait(_POLL_S):
             pass  # it is late
         if event.kind == "up":
             self._timed("up", lambda: self._market.add(name))

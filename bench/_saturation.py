@@ -151,7 +151,7 @@ def saturate(work: Work, node: Node, design: Design, devices: int) -> Saturation
 
 def sweep(work: Work, node: Node, design: Design, devices: Sequence[int]) -> list[Saturation]:
     """The steady states for several numbers of devices; those that are too few are left out."""
-    least = work.teacher.devices + sum(student.fewest for student in work.students)
+    least = work.teacher.devices + sum(student.min_workers for student in work.students)
     return [saturate(work, node, design, number) for number in devices if number >= least]
 
 

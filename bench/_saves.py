@@ -72,7 +72,7 @@ class Windows:
         self.storage = CheckpointStorage(self.folder / "ours")
         self.writer = CheckpointWriter(
             self.storage,
-            token=reader.share(self.storage.take() if self.rank == 0 else None),
+            token=reader.share(self.storage.acquire() if self.rank == 0 else None),
             keep=1,
             keep_every=None,
             meta={},

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from bench._splits import TEACHER, Counts, Rule, Seen, fewest, scaled
+from bench._splits import TEACHER, Counts, Rule, Seen, min_devices, scaled
 from orchestrator.capacity.allocate import DeviceSplit, StudentCost, TeacherCost, split, with_steps
 from orchestrator.capacity.rebalance import _faster, _fits
 from orchestrator.errors import UserError
@@ -29,7 +29,7 @@ class Planner:
             found = split(self._teacher, with_steps(self._students, steps_left), devices)
         except UserError:
             self._split = None
-            return fewest(list(steps_left), devices)
+            return min_devices(list(steps_left), devices)
         names, before = self._names, self._split
         self._names = tuple(steps_left)
         if before is None or names != self._names or not _fits(before, devices) or _faster(found, before):
@@ -90,7 +90,7 @@ class Feedback:
         self._devices, self.look_s = devices, self._first_look_s
         parts = (TEACHER, *steps_left)
         if devices < len(parts):
-            return fewest(list(steps_left), devices)
+            return min_devices(list(steps_left), devices)
         if known := self._tried.get((devices, parts)):
             return dict(zip(parts, _fastest(known), strict=True))
         if not all(self._busy.get(part) for part in parts):

@@ -178,7 +178,7 @@ def scaled(student: StudentCost, factor: float) -> StudentCost:
     return replace(student, block_s=parts[0], fixed_s=parts[1], exchange_s=parts[2])
 
 
-def fewest(students: Sequence[str], devices: int) -> dict[str, int]:
+def min_devices(students: Sequence[str], devices: int) -> dict[str, int]:
     """One device for each part, as long as there are any."""
     return {part: int(place < devices) for place, part in enumerate((TEACHER, *students))}
 

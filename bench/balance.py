@@ -27,7 +27,7 @@ from orchestrator.pipeline.cost.device_split import StageSplit, splits
 from orchestrator.pipeline.load import load
 
 GOAL = 0.15
-_LOOK_S = 0.5
+_POLL_S = 0.5
 # Until the window is full and the first steps' late imports are over.
 _FIRST_STEPS = 6
 _HEADS = {"prototype_std": 0.125}
@@ -106,7 +106,7 @@ def _measured(folder: Path, cases: Mapping[str, tuple[str, tuple[str, str]]]) ->
         try:
             while process.poll() is None:
                 clock.append((time.time(), cpu_seconds()))
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
         finally:
             process.kill()
     if process.returncode:

@@ -187,8 +187,8 @@ def _arm(arm: str, start: Path, sizes: Sizes, seed: int) -> tuple[Curve, float]:
     from orchestrator.data.index import ImageIndex
     from orchestrator.models import load_pretrained
     from orchestrator.stages.common.crops import crop_blocks
+    from orchestrator.stages.ssl.probe_photos import ProbePhotos
     from orchestrator.stages.ssl.task import SelfSupervisedTask
-    from orchestrator.stages.ssl.watched_photos import WatchedPhotos
     from orchestrator.training import loop
     from orchestrator.training.job import Job
 
@@ -219,7 +219,7 @@ def _arm(arm: str, start: Path, sizes: Sizes, seed: int) -> tuple[Curve, float]:
             seed=seed,
             elastic=Elastic(workers=(1, 1), checkpoint_every_s=1e6),
             export_steps=looks,
-            probe=partial(WatchedPhotos.of, place, config.knn, _SIZE),
+            probe=partial(ProbePhotos.of, place, config.knn, _SIZE),
             probe_every=sizes.every,
         )
         loop.train(job, line)

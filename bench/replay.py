@@ -43,10 +43,10 @@ class Case:
     @property
     def errors(self) -> dict[str, float]:
         """How far the prediction was off: the finish time relatively, goodput in points."""
-        seconds = self.measured.figures["seconds_total"]
+        seconds = self.measured.metrics["seconds_total"]
         return {
             "seconds": abs(self.predicted.account.total - seconds) / seconds,
-            "goodput": abs(self.predicted.figures()["goodput"] - self.measured.figures["goodput"]),
+            "goodput": abs(self.predicted.metrics()["goodput"] - self.measured.metrics["goodput"]),
         }
 
 
@@ -149,7 +149,7 @@ def _claim(cases: list[Case], costs: Costs) -> Claim:
     arms: dict[str, Arm] = {}
     notes = [f"costs: {json.dumps(costs.stages[_STAGE])}"]
     for number, case in enumerate(cases, 1):
-        ours, real = case.predicted.figures(), case.measured.figures
+        ours, real = case.predicted.metrics(), case.measured.metrics
         arms[f"trace {number}: s predicted"] = summarize([ours["seconds_total"]])
         arms[f"trace {number}: s measured"] = summarize([real["seconds_total"]])
         arms[f"trace {number}: goodput predicted"] = summarize([ours["goodput"]])
@@ -170,7 +170,7 @@ def _claim(cases: list[Case], costs: Costs) -> Claim:
     )
 
 
-def _causes(figures: Mapping[str, float]) -> str:
+def _causes(metrics: Mapping[str, float]) -> str:
     names = ("useful", "startup", "lost", "checkpoint", "waiting", "restart")
-    seconds = ", ".join(f"{name} {figures[f'seconds_{name}']:.1f}" for name in names)
-    return f"{seconds}; preemptions {figures['preemptions']:.0f}, resizes {figures['resizes']:.0f}"
+    seconds = ", ".join(f"{name} {metrics[f'seconds_{name}']:.1f}" for name in names)
+    return f"{seconds}; preemptions {metrics['preemptions']:.0f}, resizes {metrics['resizes']:.0f}"

@@ -2,7 +2,7 @@
 
 Simulated in the steady state (`bench._saturation`) with what is measured here: processor seconds of an
 image's crops, calls a second that the coordinator answers, bytes a second that Ray moves between two machines. Steps of
-models that do not fit here are reckoned from their operations, at the share of the peak that `plan` takes.
+models that do not fit here are computed from their operations, at the share of the peak that `plan` takes.
 """
 
 from __future__ import annotations

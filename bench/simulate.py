@@ -39,7 +39,7 @@ def run(quick: bool) -> Claim:
     notes = [
         f"{size} machines, {days} days: {len(traces[size].events)} events, "
         f"{prediction.total().account.restarts + prediction.total().account.resizes} regroupings, "
-        f"{prediction.total().account.checkpoints} checkpoints, goodput {prediction.total().figures()['goodput']:.3f}"
+        f"{prediction.total().account.checkpoints} checkpoints, goodput {prediction.total().metrics()['goodput']:.3f}"
         for size, prediction in found.items()
     ]
     return Claim(

@@ -148,7 +148,7 @@ _FOLDED = re.compile(r"embeddings\.token_type_embeddings\.weight|.*\.self\.(quer
 
 
 def _ours(theirs: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Weights by our names, float32; a name that is not known stays, for the complaint."""
+    """Weights by our names, float32; a name that is not known stays, for the error."""
     theirs = {name.removeprefix("bert."): weight.float() for name, weight in theirs.items()}
     ours: dict[str, Tensor] = {}
     for name, weight in theirs.items():

@@ -156,7 +156,7 @@ def _found(by_call: tuple[tuple[str, str], ...]) -> dict[str, tuple[str, ...]]:
 
 
 def _first(error: ValidationError) -> str:
-    """The first complaint, in our words."""
+    """The first error, in our words."""
     first = error.errors()[0]
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")

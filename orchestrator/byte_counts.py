@@ -50,7 +50,7 @@ class ByteCounts:
         with self._lock:
             self._workers.update({name: int(counted.get(name, 0)) for name in NAMES})
 
-    def figures(self) -> dict[str, int]:
+    def metrics(self) -> dict[str, int]:
         """All so far: `driver_checkpoint_bytes_read`, `worker_artifact_bytes_written` and so on.
 
         `driver` is this process, `worker` the sum over all workers.

@@ -48,7 +48,7 @@ def _rebuild(what: str, where: str | None, hint: str | None) -> UserError:
 
 
 class KeyMistakeError(ValueError):
-    """A key of a section does not fit another one. Checks of a section raise it, for the complaint to name the key.
+    """A key of a section does not fit another one. Checks of a section raise it, for the error to name the key.
 
     Args:
         what: what is wrong, with the values.
@@ -119,7 +119,7 @@ def printable(error: Exception) -> Exception:
 
 
 def first_line(error: Exception) -> str:
-    """An error on one line; of a ValidationError its first complaint, with its place and without the value."""
+    """An error on one line; of a ValidationError its first error, with its place and without the value."""
     # The command line is there before pydantic is.
     from pydantic import ValidationError
 

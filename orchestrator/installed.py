@@ -26,9 +26,12 @@ from orchestrator.registrations import PATH as PATH
 from orchestrator.registrations import REGISTERED as REGISTERED
 from orchestrator.registrations import is_path as is_path
 from orchestrator.registrations import registered
-from orchestrator.slow_import import told_if_slow
+from orchestrator.slow_import import warn_if_slow
 
 Group = Literal["augmentations", "metrics", "models", "objectives", "stages", "stores", "teachers"]
+
+STORES = ("file", "s3")
+"""The schemes of stores that need no package."""
 
 _BY_CALL = "this program"
 
@@ -137,7 +140,7 @@ def find(group: Group, name: str, ours: Iterable[str] = ()) -> Any:
     module, _, attribute = path.partition(":")
     shown = f"the {_WORDS[group]} {shortened(name, 80)!r}" + (f" ({path})" if path != name else "")
     try:
-        with told_if_slow(module):
+        with warn_if_slow(module):
             found = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # a user's module may raise anything when it is imported
         said = printable(error) if isinstance(error, Exception) else error

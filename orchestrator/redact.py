@@ -139,7 +139,7 @@ def _environment() -> list[str]:
         form
         for name, value in os.environ.items()
         if len(value) >= _SHORTEST and _holds_secret(name, value)
-        for form in _looks(value)
+        for form in _forms(value)
     }
     return sorted(found, key=len, reverse=True)
 
@@ -158,7 +158,7 @@ def _holds_secret(name: str, value: str) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _looks(value: str) -> tuple[str, ...]:
+def _forms(value: str) -> tuple[str, ...]:
     """How a secret may stand in a text: as it is, quoted for Python, JSON, a shell or an address, and in Base64.
 
     Of a secret of several lines each long one is a secret, and of one in JSON what its fields with secret names have.

@@ -118,7 +118,7 @@ def _ours(group: Group) -> frozenset[str]:
         from orchestrator.stages.metric import Metric
 
         return frozenset(Metric.builtin)
-    return frozenset(("file", "s3")) if group == "stores" else frozenset()
+    return frozenset(installed.STORES) if group == "stores" else frozenset()
 
 
 def _path(thing: Any) -> str:

@@ -15,7 +15,7 @@ _log = logging.getLogger("orchestrator")
 
 
 @contextlib.contextmanager
-def told_if_slow(what: str) -> Iterator[None]:
+def warn_if_slow(what: str) -> Iterator[None]:
     """Around an import: after some seconds one line names the module. One that holds the GIL all the while is not told.
 
     Args:
@@ -29,14 +29,14 @@ def told_if_slow(what: str) -> Iterator[None]:
         return
     since = time.strftime("%H:%M:%S")
 
-    def tell() -> None:
+    def warn() -> None:
         _log.warning(
             "still importing the module %s since %s: the command goes on once its import ends; Ctrl-C stops it",
             what,
             since,
         )
 
-    timer = threading.Timer(TOLD_AFTER_S, tell)
+    timer = threading.Timer(TOLD_AFTER_S, warn)
     # An import that ends the process must not wait for the line.
     timer.daemon = True
     timer.start()

@@ -43,7 +43,7 @@ def command_line(*arguments: str, folder: Path | None = None, toy: bool = True) 
                 patch.setattr(load, "_all_stages", lambda: toys.ToyStage)
                 patch.setattr(tracking_run, "open_tracking", recorded.open_recorded)
             # A new process has said nothing, and nobody but it listens to its warnings.
-            patch.setattr(ledger, "_said", set())
+            patch.setattr(ledger, "_warned", set())
             patch.setattr(logging.root, "handlers", [])
             cli.main()
     except SystemExit as ended:

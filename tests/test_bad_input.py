@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def complaint(folder: Path, text: str, *arguments: str, own_process: bool = False) -> str:
+def message(folder: Path, text: str, *arguments: str, own_process: bool = False) -> str:
     (folder / "pipeline.yaml").write_text(text)
     words = ["run", "pipeline.yaml", *arguments]
     if own_process:
@@ -70,13 +70,13 @@ def complaint(folder: Path, text: str, *arguments: str, own_process: bool = Fals
 )
 def test_mistakes_in_the_file(folder: Path, right: str, wrong: str, says: list[str]) -> None:
     assert FILE.count(right) == 1
-    said = complaint(folder, FILE.replace(right, wrong))
+    said = message(folder, FILE.replace(right, wrong))
     for word in says:
         assert word in said, said
 
 
 def test_zero_workers(folder: Path) -> None:
-    said = complaint(folder, FILE, "elastic.workers=0")
+    said = message(folder, FILE, "elastic.workers=0")
     assert "elastic.workers" in said
     assert "1" in said
 
@@ -84,13 +84,13 @@ def test_zero_workers(folder: Path) -> None:
 def test_no_photos(folder: Path) -> None:
     for photo in (folder / "photos").iterdir():
         photo.unlink()
-    assert "photos" in complaint(folder, FILE)
+    assert "photos" in message(folder, FILE)
 
 
 def test_unreadable_photos(folder: Path) -> None:
     for photo in (folder / "photos").iterdir():
         photo.write_bytes(b"\x89PNG not really")
-    assert "read" in complaint(folder, FILE, own_process=True), "curation begins and finds out"
+    assert "read" in message(folder, FILE, own_process=True), "curation begins and finds out"
 
 
 def test_missing_file(folder: Path) -> None:

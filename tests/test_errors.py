@@ -29,7 +29,7 @@ def test_an_error_has_one_line(error: Exception, line: str) -> None:
     assert first_line(error) == line
 
 
-def test_of_several_complaints_the_first_has_its_place_and_no_value() -> None:
+def test_of_several_errors_the_first_has_its_place_and_no_value() -> None:
     with pytest.raises(ValidationError) as caught:
         Outer.model_validate({"parts": [{"rate": "hush-hush"}, {}]})
     assert first_line(caught.value) == (
@@ -37,7 +37,7 @@ def test_of_several_complaints_the_first_has_its_place_and_no_value() -> None:
     )
 
 
-def test_a_complaint_about_the_whole_has_no_place() -> None:
+def test_an_error_about_the_whole_has_no_place() -> None:
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(int).validate_python("x")
     assert first_line(caught.value) == (

@@ -8,10 +8,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
+import yaml
 from pydantic import TypeAdapter
 from rich.console import Console
 
@@ -22,7 +23,7 @@ from orchestrator.models import ViTConfig, presets
 from orchestrator.pipeline.console import print_plan, print_stages
 from orchestrator.pipeline.keys.cache_key import KeyParts, key_parts
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.pipeline.plan.stage_plan import plan_of, resolve
+from orchestrator.pipeline.plan.stage_plan import contents, plan_of, resolve
 from orchestrator.reference.explain import explain
 from orchestrator.reference.json_schema import schema
 from orchestrator.reference.model_table import model_rows
@@ -201,6 +202,97 @@ def made(values: dict[str, Any]) -> Any:
     return TypeAdapter(AnyStage).validate_python(values)
 
 
+# --- each of the seven kinds ------------------------------------------------------------------------------------
+
+HEADLESS: dict[str, Any] = {
+    **SSL, "kind": "distill", "students": {"a": {"model": "vit_femto"}},
+    "features": {"teachers": {"t": {"module": "mine", "size": 32}}},
+}  # fmt: skip
+del HEADLESS["model"]
+
+
+def using(group: str, name: str) -> dict[str, Any]:
+    """A pipeline file that uses a thing of a group by its name."""
+    stage: dict[str, Any] = {
+        "stages": {"kind": name},
+        "metrics": {**EVALUATE, "metrics": [name]},
+        "objectives": {**SSL, "objectives": [name]},
+        "augmentations": {**SSL, "crops": {**SSL["crops"], "augmentations": [name]}},
+        "teachers": {**HEADLESS, "features": {"teachers": {"t": {"module": name, "size": 32}}}},
+        "models": {**SSL, "model": name},
+        "stores": {"kind": "rate"},
+    }[group]
+    store = f"{name}://here" if group == "stores" else "runs/"
+    curate = {"kind": "curate", "data": "photos"}
+    return {
+        "name": "own",
+        "store": store,
+        "data": {"photos": {"path": "photos"}},
+        "stages": {"curate": curate, "own": {**stage, "needs": "curate"}},
+    }
+
+
+KINDS = {
+    "stages": "rate",
+    "metrics": "mean",
+    "objectives": "norm",
+    "augmentations": "invert",
+    "teachers": "mine",
+    "models": "vit_thin",
+    "stores": "memory",
+}
+
+
+@pytest.mark.parametrize("group", KINDS)
+def test_each_kind_is_in_the_schema_and_in_the_error_for_another_name(plug: Path, group: str) -> None:
+    assert set(KINDS) == set(get_args(installed.Group))
+    validator = jsonschema.Draft202012Validator(schema())
+    found = list(validator.iter_errors(using(group, KINDS[group])))
+    assert found == []
+    assert not validator.is_valid(using(group, "zzzzz"))
+    file = plug.parent / "own.yaml"
+    file.write_text(yaml.safe_dump(using(group, KINDS[group])))
+    load(file)
+    file.write_text(yaml.safe_dump(using(group, "zzzzz")))
+
+    def checked() -> None:
+        """Of a teacher it is seen after the file was read."""
+        stage: Any = load(file).spec.stages["own"]
+        stage.features.check(stage.crops)
+
+    with pytest.raises(UserError) as caught:
+        checked()
+    assert "zzzzz" in str(caught.value)
+    assert KINDS[group] in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("group", KINDS)
+def test_the_version_of_each_kind_is_in_the_key_but_for_a_stores(
+    plug: Path, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store decides where results are, and not what they are."""
+
+    def key() -> str:
+        file = plug.parent / "own.yaml"
+        file.write_text(yaml.safe_dump(using(group, KINDS[group])))
+        stage = load(file).spec.stages["own"]
+        return key_parts(stage, inputs={}, data=contents(stage), seed=0).key
+
+    before = key()
+    module = importlib.import_module("plug")
+    name = {
+        "stages": "Rate", "metrics": "Mean", "objectives": "Norm", "augmentations": "Invert", "stores": "Memory",
+    }.get(group)  # fmt: skip
+    if name is not None:
+        monkeypatch.setattr(getattr(module, name), "version", 7, raising=False)
+    elif group == "models":
+        monkeypatch.setattr(ViTConfig, "version", 7, raising=False)
+    else:
+        source = (plug / "plug.py").read_text()
+        (plug / "plug.py").write_text(source.replace("def Mine():", "MINE_VERSION = 7\ndef Mine():"))
+    assert (key() == before) == (group == "stores")
+
+
 # --- stages -----------------------------------------------------------------------------------------------------
 
 
@@ -373,9 +465,9 @@ def test_an_objective_is_a_term_of_the_loss(plug: Path) -> None:
         [target] = task.targets([block], lambda tensor: tensor)
         losses.append(task.losses(block, target))
     plain, own = losses
-    assert set(own.figures) - set(plain.figures) == {"norm"}
-    torch.testing.assert_close(own.total, plain.total + own.figures["norm"])
-    assert own.figures["norm"] > 0
+    assert set(own.metrics) - set(plain.metrics) == {"norm"}
+    torch.testing.assert_close(own.total, plain.total + own.metrics["norm"])
+    assert own.metrics["norm"] > 0
 
 
 @pytest.mark.parametrize("name", ["koleo", "lr"])

@@ -87,11 +87,11 @@ def test_a_checkpoint_is_there_whole_or_the_one_before_it_is(
 ) -> None:
     for disk in every_fault(kind, at_least=20):
         target = _target(tmp_path / str(disk.fail_at), through_store)
-        first = target.take()
+        first = target.acquire()
         _write(target, first, 4)
 
         def take_over_and_save(target: CheckpointStorage = target) -> None:
-            token = target.take()
+            token = target.acquire()
             target.sweep(token)
             _write(target, token, 8)
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_is_there_whole_or_the_one_before_it_is(
         again = _target(tmp_path / str(disk.fail_at), through_store)
         assert _newest(again) in ([8] if went else [4, 8]), f"after write {disk.fail_at}"
         # The next group takes over, clears away what the one before left, and goes on.
-        token = again.take()
+        token = again.acquire()
         again.sweep(token)
         _write(again, token, 12)
         assert _newest(again) == 12

@@ -27,7 +27,7 @@ from orchestrator.storage.manifest import Manifest
 from orchestrator.teacher_service.payload import VIEWS, StepTeacher
 from tools.market import SpotMarket
 
-_LOOK_S = 0.05
+_POLL_S = 0.05
 _PATIENCE_S = 1200.0
 _PLACES = 12
 _TEACHER = "vit_nano"
@@ -158,7 +158,7 @@ class Stand:
         while not condition():
             if self.errors or time.monotonic() > deadline or not thread.is_alive():
                 raise UnfairError(f"an arm ended too early: {self.errors or 'too slow'}")
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def _context(self, name: str) -> Context:
         from orchestrator.config.elastic import Elastic

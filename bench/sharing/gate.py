@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from orchestrator.stages.distill.task import FrozenTeacher
 
 WARM_UP = 4
-_LOOK_S = 0.02
+_POLL_S = 0.02
 
 
 class GatedTeacher(FrozenTeacher):
@@ -27,5 +27,5 @@ class GatedTeacher(FrozenTeacher):
     def __call__(self, step: int) -> dict[str, dict[str, NDArray[Any]]]:
         """The parts of a step."""
         while step >= WARM_UP and not self._go.exists():
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         return super().__call__(step)

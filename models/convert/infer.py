@@ -54,7 +54,7 @@ def infer_config(state: State, layout: str, known: Mapping[str, Any]) -> Config:
         if name not in fields:
             nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.4) or sorted(fields)
             raise ValueError(f"a {family} has no setting {name!r}; did you mean {', '.join(nearest)}?")
-    told = found | dict(known)  # what contradicts the weights is complained of as misshapen
+    told = found | dict(known)  # what contradicts the weights is reported as misshapen
     return dataclasses.replace(_nearest_preset(kind, told), **told)
 
 

@@ -156,13 +156,11 @@ def _check(state: State, wanted: Shapes, layout: str) -> None:
     ]
     if not (missing or surplus or misshapen):
         return
-    complaints = [f"{name} is missing" for name in missing[:_LISTED]]
-    complaints += [f"{name} is surplus{_nearest(name, missing or wanted)}" for name in surplus[:_LISTED]]
-    complaints += [
-        f"{name} is {tuple(state[name].shape)}, not {wanted[name]}" for name in misshapen[:_LISTED]
-    ]
+    problems = [f"{name} is missing" for name in missing[:_LISTED]]
+    problems += [f"{name} is surplus{_nearest(name, missing or wanted)}" for name in surplus[:_LISTED]]
+    problems += [f"{name} is {tuple(state[name].shape)}, not {wanted[name]}" for name in misshapen[:_LISTED]]
     counts = f"{len(missing)} missing, {len(surplus)} surplus, {len(misshapen)} misshapen"
-    raise ValueError(f"the weights do not fit the layout {layout!r} ({counts}): {'; '.join(complaints)}")
+    raise ValueError(f"the weights do not fit the layout {layout!r} ({counts}): {'; '.join(problems)}")
 
 
 _LISTED = 5

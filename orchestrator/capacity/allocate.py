@@ -30,7 +30,7 @@ class TeacherCost:
         return self.step_s * self.devices
 
     def actors_for(self, limit_s: float) -> int:
-        """The fewest actors that give a step every `limit_s` seconds."""
+        """The minimum number of actors that give a step every `limit_s` seconds."""
         actors = max(1, math.ceil(self.step_s / limit_s) - 1)
         while self.step_s / actors > limit_s:
             actors += 1
@@ -47,8 +47,8 @@ class StudentCost:
         fixed_s: seconds of a step besides its blocks: optimiser, EMA.
         exchange_s: seconds more as soon as there is a second worker.
         steps: that it still has to do.
-        fewest: workers that its weights, gradients and moments need, or its config asks for.
-        most: workers that it may have; None: no limit.
+        min_workers: workers that its weights, gradients and moments need, or its config asks for.
+        max_workers: workers that it may have; None: no limit.
     """
 
     name: str
@@ -57,8 +57,8 @@ class StudentCost:
     fixed_s: float = 0.0
     exchange_s: float = 0.0
     steps: int = 1
-    fewest: int = 1
-    most: int | None = None
+    min_workers: int = 1
+    max_workers: int | None = None
 
     @property
     def work_s(self) -> float:
@@ -72,10 +72,12 @@ class StudentCost:
 
     def useful(self) -> tuple[int, ...]:
         """Worker counts worth having, ascending: with any other one, some worker would only wait."""
-        return _useful(self.num_blocks, self.fewest, self.most or max(self.num_blocks, self.fewest))
+        return _useful(
+            self.num_blocks, self.min_workers, self.max_workers or max(self.num_blocks, self.min_workers)
+        )
 
     def workers_for(self, limit_s: float) -> int | None:
-        """The fewest workers whose step takes at most `limit_s` seconds; None if no number does."""
+        """The minimum number of workers whose step takes at most `limit_s` seconds; None if no number does."""
         return next((workers for workers in self.useful() if self.step_s(workers) <= limit_s), None)
 
     def thriftiest_for(self, limit_s: float) -> int | None:
@@ -122,7 +124,7 @@ class DeviceSplit:
 def split(
     teacher: TeacherCost, students: Sequence[StudentCost], devices: float, *, share: bool = False
 ) -> DeviceSplit:
-    """The split with the shortest step; of those as fast, the one with fewest workers.
+    """The split with the shortest step; of those as fast, the one with the smallest number of workers.
 
     Exact: what a part needs for a step time only grows as that falls, and the best step time is one of the
     parts' own, of which there are few.
@@ -239,20 +241,20 @@ def with_steps(students: Sequence[StudentCost], left: Mapping[str, int]) -> list
 
 
 @lru_cache(maxsize=1024)
-def _useful(num_blocks: int, fewest: int, most: int) -> tuple[int, ...]:
+def _useful(num_blocks: int, min_workers: int, max_workers: int) -> tuple[int, ...]:
     counts = {-(-num_blocks // slots) for slots in range(1, num_blocks + 1)}
-    return tuple(sorted({min(most, max(fewest, count)) for count in counts}))
+    return tuple(sorted({min(max_workers, max(min_workers, count)) for count in counts}))
 
 
 def _least(teacher: TeacherCost, students: Sequence[StudentCost]) -> dict[str, int]:
-    return {"teacher": teacher.devices, **{student.name: student.fewest for student in students}}
+    return {"teacher": teacher.devices, **{student.name: student.min_workers for student in students}}
 
 
-def _times(teacher: TeacherCost, students: Sequence[StudentCost], most_actors: int) -> list[float]:
+def _times(teacher: TeacherCost, students: Sequence[StudentCost], max_actors: int) -> list[float]:
     """Every step time that one of the parts can have, ascending, down to the one that no number of workers beats."""
     own = {student.step_s(workers) for student in students for workers in student.useful()}
     floor = max(min(student.step_s(workers) for workers in student.useful()) for student in students)
-    own |= {teacher.step_s / actors for actors in range(1, most_actors + 1)}
+    own |= {teacher.step_s / actors for actors in range(1, max_actors + 1)}
     return sorted(time for time in own | {floor} if time >= floor)
 
 

@@ -14,7 +14,7 @@ from orchestrator.errors import UserError
 
 logger = logging.getLogger("orchestrator")
 
-_LOOK_S = 1.0
+_CHECK_S = 1.0
 # A new split restarts groups: a little is not worth that.
 _GAIN = 0.05
 
@@ -23,7 +23,7 @@ class Balancer:
     """Workers by student and the number of teacher actors, for the devices that there are now. Thread-safe.
 
     A new split is taken on when a student left, when devices are too few for the present one, or when it is 5 %
-    faster. Losing machines never makes it raise: with too few for all, everybody may have its fewest, and who gets
+    faster. Losing machines never makes it raise: with too few for all, every student may have its minimum, and who gets
     a slot is for the worker pool to say.
 
     Args:
@@ -43,47 +43,47 @@ class Balancer:
     ) -> None:
         self._teacher, self._devices, self._share = teacher, devices, share
         self._students = {student.name: student for student in students}
-        self._fewest = {student.name: student.fewest for student in students}
+        self._min_workers = {student.name: student.min_workers for student in students}
         self._split: DeviceSplit | None = None
         self._known: tuple[float, tuple[str, ...]] | None = None
-        self._looked = float("-inf")
+        self._checked_at = float("-inf")
         self._lock = threading.Lock()
 
     def quota(self, student: str) -> Callable[[], tuple[int, int]]:
-        """Says the fewest and most workers of a student just now: the `limit` of its job."""
+        """Says the minimum and maximum of workers of a student just now: the `limit` of its job."""
         return partial(self._quota, student)
 
     def teachers(self) -> int:
         """How many teacher actors there should be now."""
         with self._lock:
-            self._look()
+            self._check()
             return self._split.teachers if self._split is not None else 1
 
     def deregister(self, student: str) -> None:
         """This student is done, failed or stopped: the others may have its devices."""
         with self._lock:
             self._students.pop(student, None)
-            self._looked = float("-inf")
+            self._checked_at = float("-inf")
 
     @property
     def split(self) -> DeviceSplit | None:
         """The split in force; None while there are too few devices for all."""
         with self._lock:
-            self._look()
+            self._check()
             return self._split
 
     def _quota(self, student: str) -> tuple[int, int]:
         with self._lock:
-            self._look()
-            fewest = self._fewest[student]
+            self._check()
+            min_workers = self._min_workers[student]
             workers = self._split.workers if self._split is not None else {}
-            return fewest, max(fewest, workers.get(student, fewest))
+            return min_workers, max(min_workers, workers.get(student, min_workers))
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = time.monotonic()
-        if now - self._looked < _LOOK_S or not self._students:
+        if now - self._checked_at < _CHECK_S or not self._students:
             return
-        self._looked = now
+        self._checked_at = now
         known = (self._devices(), tuple(self._students))
         if known == self._known:
             return

@@ -49,10 +49,10 @@ def init(
         status.update("measuring how fast models run here")
         pipeline = first_pipeline(found, out, recipe, minutes)
     pipeline.write()
-    _tell(pipeline)
+    _print_proposal(pipeline)
 
 
-def _tell(pipeline: FirstPipeline) -> None:
+def _print_proposal(pipeline: FirstPipeline) -> None:
     from rich.table import Table
     from rich.text import Text
 

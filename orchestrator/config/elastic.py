@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestrator.config.settings import Settings, operational
+from orchestrator.config.settings import Settings, operational, with_new_keys
 
 # The upper end of a worker range that has none: as many workers as the cluster has devices.
 EVERY_DEVICE = 2**20
@@ -40,8 +40,6 @@ _RUNTIME_ENV = (
     "worker_process_setup_hook",
     "working_dir",
 )
-# Key of old → key of today.
-RENAMED = {"silence_s": "heartbeat_timeout_s", "hang_s": "stall_timeout_s"}
 
 
 def _worker_range(value: Any) -> Any:
@@ -179,6 +177,11 @@ class Resources(Settings):
 class Elastic(Settings):
     """How training stages use machines that come and go. No stage runs again when a key here changes."""
 
+    renamed: ClassVar[Mapping[str, str]] = {
+        "silence_s": "heartbeat_timeout_s",
+        "hang_s": "stall_timeout_s",
+    }
+
     workers: Workers = operational(
         (1, 2),
         description="The number of workers of a job: [min_workers, max_workers], one number for a fixed size, or auto "
@@ -286,16 +289,7 @@ class Elastic(Settings):
     @model_validator(mode="before")
     @classmethod
     def _old_keys(cls, values: Any) -> Any:
-        """Keys as they were called before; `load` says so once."""
-        if not isinstance(values, Mapping):
-            return values
-        renamed = dict(values)
-        for old, new in RENAMED.items():
-            if old in renamed:
-                if new in renamed:
-                    raise ValueError(f"{old} is the old name of {new}: leave it out")
-                renamed[new] = renamed.pop(old)
-        return renamed
+        return with_new_keys(values, cls.renamed)
 
     @model_validator(mode="after")
     def _ordered(self) -> Elastic:

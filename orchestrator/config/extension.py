@@ -9,6 +9,7 @@ In a pipeline file it is a name, or a mapping with the name as `use` and its set
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
@@ -112,11 +113,44 @@ class Chosen:
                 continue
 
 
-class _ModelName:
-    """Marks a field as the name of a model."""
+@dataclass(frozen=True)
+class Named:
+    """Marks a field as the name of one thing of a group: the JSON Schema lists the names that there are.
+
+    Attributes:
+        group: what the field names.
+        ours: names that need no package.
+        by_path: whether an import path will do, too.
+    """
+
+    group: Group
+    ours: tuple[str, ...] = ()
+    by_path: bool = False
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The text of the field's schema becomes a choice; that it may be null stays."""
+        found = handler(schema)
+        known: list[dict[str, Any]] = [{"pattern": installed.PATH}] if self.by_path else []
+        if names := [*self.ours, *installed.names(self.group)]:
+            known.append({"enum": names})
+        for choice in found.get("anyOf", [found]):
+            if choice.get("type") == "string":
+                choice.pop("pattern", None)
+                choice.update(known[0] if len(known) == 1 else {"anyOf": known})
+        return found
 
 
-MODEL_NAME = _ModelName()
+class Address:
+    """Marks a field as the address of a store: the JSON Schema knows the schemes that there are."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """A folder is no address, and takes any text."""
+        schemes = "|".join(re.escape(name) for name in (*installed.STORES, *installed.names("stores")))
+        return {**handler(schema), "pattern": f"^(?:{schemes})://|^(?!.*://)"}
 
 
 def extensions(config: BaseModel) -> Iterator[Extension]:
@@ -136,13 +170,17 @@ def versions(config: BaseModel) -> dict[str, Any]:
     for section in _sections(config) if brought else ():
         for name, field in type(section).model_fields.items():
             model = getattr(section, name)
-            if MODEL_NAME in field.metadata and model in brought:
+            if _is_model(field) and model in brought:
                 shape = installed.find("models", model)
                 fields = asdict(shape)
                 # It came later, and follows from the data.
                 fields.pop("num_channels", None)
                 found[f"models {model}"] = {"version": getattr(shape, "version", 1), **fields}
     return found
+
+
+def _is_model(field: FieldInfo) -> bool:
+    return any(isinstance(mark, Named) and mark.group == "models" for mark in field.metadata)
 
 
 def _sections(config: BaseModel) -> Iterator[BaseModel]:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from orchestrator.config.elastic import Elastic
+from orchestrator.config.extension import Address
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.settings import Settings, operational
 
@@ -254,7 +255,13 @@ Mix = Annotated[
 
 
 class StageSpec(Settings):
-    """What every stage has. Subclasses narrow `kind` to a Literal and add their own fields."""
+    """What every stage has. Subclasses narrow `kind` to a Literal and add their own fields.
+
+    Attributes:
+        renamed: keys as they were called before, and what they are called now. A file with old keys is read.
+    """
+
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     kind: str = Field(
         description="The kind of the stage, such as `pretrain`. It decides which keys the stage has."
@@ -277,7 +284,7 @@ class Pipeline(Settings, Generic[S]):
         "100 lowercase letters, digits and hyphens.",
     )
     seed: int = Field(0, description="The seed of all random numbers in all stages.")
-    store: str = operational(
+    store: Annotated[str, Address()] = operational(
         "runs/",
         description="The store of artifacts, checkpoints and the ledger: a folder, or `s3://bucket/prefix`.",
     )

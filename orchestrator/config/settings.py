@@ -152,6 +152,23 @@ class Settings(Strict):
         return schema
 
 
+def with_new_keys(values: Any, renamed: Mapping[str, str]) -> Any:
+    """The values of a section whose keys may have names of before; `load` says so once.
+
+    Raises:
+        ValueError: a key stands there twice, by its old name and by its new one.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    found = dict(values)
+    for old, new in renamed.items():
+        if old in found:
+            if new in found:
+                raise ValueError(f"{old} is the old name of {new}: leave it out")
+            found[new] = found.pop(old)
+    return found
+
+
 def operational(default: Any, **kwargs: Any) -> Any:
     """A pydantic field that changes how a stage runs and never what it produces."""
     return Field(default, json_schema_extra={"operational": True}, **kwargs)

@@ -16,13 +16,13 @@ class SharedMemory:
 
     def __init__(self, capacity: int) -> None:
         self._capacity, self._used = capacity, 0
-        self._changed, self._door = threading.Condition(), threading.Lock()
+        self._changed, self._turn = threading.Condition(), threading.Lock()
 
     @contextlib.contextmanager
     def hold(self, num_bytes: int) -> Iterator[None]:
         """Have `num_bytes` for the `with` block; waits for them. Not to be nested in a thread."""
         # The first in line keeps its turn, so that small pictures do not overtake a large one for ever.
-        with self._door, self._changed:
+        with self._turn, self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + num_bytes <= self._capacity)
             self._used += num_bytes
         try:

@@ -93,10 +93,10 @@ class ImageCache:
         self._unwritten: dict[bytes, _Place] = {}
         self._shard: int | None = None
         self._end, self._room, self._is_full = 0, 0, False
-        self._flushed = self._looked = -_FULL_S
+        self._flushed = self._measured_at = -_FULL_S
         self._touched: dict[int, float] = {}
         self._troubles: list[str] = []
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         atexit.register(self.flush)
 
     def get(self, key: bytes) -> bytes | None:
@@ -147,7 +147,7 @@ class ImageCache:
                 return True
 
             # Where the index is busy, they are written the next time.
-            if self._ask(write):
+            if self._query(write):
                 self._unwritten.clear()
 
     def pop_troubles(self) -> list[str]:
@@ -205,10 +205,10 @@ class ImageCache:
 
     def _has_room(self, size: int) -> bool:
         now = time.monotonic()
-        if size > self._room or now - self._looked > _FLUSH_S:
-            if self._is_full and now - self._looked < _FULL_S:
+        if size > self._room or now - self._measured_at > _FLUSH_S:
+            if self._is_full and now - self._measured_at < _FULL_S:
                 return False
-            self._looked, self._room = now, self._measured_room(size)
+            self._measured_at, self._room = now, self._measured_room(size)
             self._is_full = size > self._room
         if self._is_full:
             return False
@@ -249,29 +249,29 @@ class ImageCache:
             self._file(shard).unlink()
         except OSError:
             return False
-        self._ask(lambda index: index.execute("DELETE FROM images WHERE shard = ?", (shard,)))
+        self._query(lambda index: index.execute("DELETE FROM images WHERE shard = ?", (shard,)))
         return True
 
     # --- the index ----------------------------------------------------------------------------------------------
 
     def _find(self, key: bytes) -> _Place | None:
         query = "SELECT shard, start, size, checksum FROM images WHERE key = ?"
-        found = self._ask(lambda index: index.execute(query, (key,)).fetchone())
+        found = self._query(lambda index: index.execute(query, (key,)).fetchone())
         return None if found is None else _Place(*found)
 
     def _forget(self, key: bytes) -> None:
         with self._lock:
             self._unwritten.pop(key, None)
-            self._ask(lambda index: index.execute("DELETE FROM images WHERE key = ?", (key,)))
+            self._query(lambda index: index.execute("DELETE FROM images WHERE key = ?", (key,)))
 
-    def _ask(self, question: Callable[[sqlite3.Connection], T]) -> T | None:
+    def _query(self, query: Callable[[sqlite3.Connection], T]) -> T | None:
         """What the index answers; None where it is busy or cannot be written. A damaged one is replaced."""
         for is_last in (False, True):
             try:
                 if self._index is None:
                     self._folder.mkdir(parents=True, exist_ok=True)
                     self._index = _connected(self._folder / _INDEX)
-                return question(self._index)
+                return query(self._index)
             except (sqlite3.Error, OSError) as error:
                 set_aside(error, f"{FOLDER}/{_INDEX}", "resized photos are")
                 if self._index is not None:
@@ -283,8 +283,8 @@ class ImageCache:
         return None
 
     def _say(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             self._troubles.append(what)
             logger.warning("%s", what)
 

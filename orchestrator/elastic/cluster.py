@@ -310,12 +310,12 @@ def _start_own(dashboard: bool, say: Callable[[str], None]) -> OwnCluster:
     try:
         return OwnCluster(dashboard)
     except _NotUpError as error:
-        cluster_check.insist_on_room(error, error.place)
+        cluster_check.raise_if_full(error, error.place)
         say(f"Ray did not start: {error} (load {cluster_check.load()}); trying once more")
     try:
         return OwnCluster(dashboard)
     except _NotUpError as error:
-        cluster_check.insist_on_room(error, error.place)
+        cluster_check.raise_if_full(error, error.place)
         raise cluster_check.did_not_start(str(error), error.log, START_S) from error
 
 

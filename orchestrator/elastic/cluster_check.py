@@ -79,7 +79,7 @@ def _places() -> list[Path]:
     return list(dict.fromkeys(Path(name).absolute() for name in named if name))
 
 
-def insist_on_room(error: Exception, place: Path) -> None:
+def raise_if_full(error: Exception, place: Path) -> None:
     """Raises UserError if Ray did not start because the disk of its folder, in `place`, is full."""
     if disk.is_full(error) or disk.space(place)[0] < disk.NEARLY_FULL:
         raise UserError(
@@ -132,7 +132,7 @@ def reach(address: str) -> str:
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or _running_here()
     _connect(address)
-    _ask(address)
+    _run_probe(address)
     return address
 
 
@@ -202,7 +202,7 @@ def answers(address: str, timeout: float) -> str | None:
         return str(error)
 
 
-def _ask(address: str) -> None:
+def _run_probe(address: str) -> None:
     command = [
         sys.executable,
         "-P",

@@ -236,7 +236,7 @@ class ElasticRun:
             case "step":
                 self.monitor.stepped(event)
                 with self.pool.lock:
-                    self.rules.stepped(event["step"], event["figures"]["step_seconds"], time.monotonic())
+                    self.rules.stepped(event["step"], event["metrics"]["step_seconds"], time.monotonic())
                 self.failure_policy.progress(event["step"])
             case "look":
                 self.monitor.looked(event["step"], event["held_out"])
@@ -259,7 +259,7 @@ class ElasticRun:
             self._outbox.append(event)
             self._news.notify_all()
 
-    def take_news(self, timeout: float) -> list[Event]:
+    def poll_events(self, timeout: float) -> list[Event]:
         """What there is for the driver; waits at most `timeout` seconds for something.
 
         Raises:
@@ -274,7 +274,7 @@ class ElasticRun:
             self._outbox.clear()
             return events
 
-    def tell(self, message: Event) -> None:
+    def receive(self, message: Event) -> None:
         """What the driver asks: `stop`, other limits for `workers`, or that a step was `recorded`."""
         if message.get("stop"):
             self.stop = True  # the controller's next step sees to it
@@ -421,19 +421,19 @@ class ControllerHost:
         if run is None:
             time.sleep(min(timeout, 0.05))
             return []
-        return run.take_news(timeout)
+        return run.poll_events(timeout)
 
-    def tell(self, run_id: str, message: Event) -> bool:
-        """See :meth:`ElasticRun.tell`; False if the run is not there yet."""
+    def send(self, run_id: str, message: Event) -> bool:
+        """See :meth:`ElasticRun.receive`; False if the run is not there yet."""
         run = self._runs.get(run_id)
         if run is not None:
-            run.tell(message)
+            run.receive(message)
         return run is not None
 
     def forget(self, run_id: str) -> list[Event]:
         """The driver has heard the end of a run; returns what it had not heard yet."""
         run = self._runs.pop(run_id, None)
-        return run.take_news(0.0) if run is not None else []
+        return run.poll_events(0.0) if run is not None else []
 
     def drop_idle(self) -> None:
         """Stop the slots that wait for work: something else needs their room."""

@@ -123,7 +123,7 @@ class ElasticFailurePolicy(FailurePolicy):  # type: ignore[misc]
                     answers=outcomes[rank][0],
                     draining=run.pool.is_draining(worker.metadata.node_id),
                     end=outcomes[rank][1],
-                    silence_s=end.get("seconds") if end.get("how") == "silent" else None,
+                    since_heartbeat_s=end.get("seconds") if end.get("how") == "silent" else None,
                     stalled_s=end.get("seconds") if end.get("how") == "stalled" else None,
                     stacks=stacks.get(rank, ""),
                 )

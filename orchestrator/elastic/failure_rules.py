@@ -34,7 +34,7 @@ class RankOutcome:
         answers: its slot answered just now; None if the slot is known to be dead.
         draining: its node had announced its end.
         end: how its process ended: `how` is `done`, `stopped`, `error` or `died`; None while it runs.
-        silence_s: seconds since its process was last heard of, if that is too long.
+        since_heartbeat_s: seconds since its process was last heard of, if that is too long.
         stalled_s: seconds since it last made progress, if that is too long.
         stacks: what its threads were doing, for one that is silent or stalled.
     """
@@ -43,7 +43,7 @@ class RankOutcome:
     answers: bool | None = True
     draining: bool = False
     end: Mapping[str, Any] | None = None
-    silence_s: float | None = None
+    since_heartbeat_s: float | None = None
     stalled_s: float | None = None
     stacks: str = ""
 
@@ -81,8 +81,8 @@ def classify(ranks: Sequence[RankOutcome]) -> Failure:
         noticed = " after its notice" if any(rank.draining for rank in lost) else ""
         what = f"lost {len(lost)} of {len(ranks)} workers: node {_nodes(lost)} is gone{noticed}"
         return Failure(FailureKind.NODE, what, own[0] if own else None)
-    if any(rank.silence_s is not None for rank in ranks):
-        return _stuck(ranks, [rank.silence_s for rank in ranks], "has not answered for")
+    if any(rank.since_heartbeat_s is not None for rank in ranks):
+        return _stuck(ranks, [rank.since_heartbeat_s for rank in ranks], "has not answered for")
     if own:
         return _raised(FailureKind.USER_CODE, own[0])
     silent = [rank for rank in ranks if not rank.answers]

@@ -207,7 +207,7 @@ class PreemptionAgents:
             if node_id not in alive or now - agent.busy_at > _IDLE_S:
                 self._remove(node_id)
             else:
-                self._hear(node_id, agent)
+                self._poll_agent(node_id, agent)
 
     def close(self) -> None:
         """End all agents; to be called before the driver disconnects."""
@@ -256,7 +256,7 @@ class PreemptionAgents:
         )
         return remote.remote(self._notices)
 
-    def _hear(self, node_id: str, agent: _Agent) -> None:
+    def _poll_agent(self, node_id: str, agent: _Agent) -> None:
         import ray
 
         if agent.answer is None:
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _use_token()
         drainer = NodeDrainer(_gcs_address(options.address), options.node_id)
         if options.now:
-            return _leave(drainer, "asked to leave", options.grace_s)
+            return _drain_and_wait(drainer, "asked to leave", options.grace_s)
         terminated = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: terminated.set())
         cloud = watched_cloud(options.notices)
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             terminated.wait()
         else:
             NoticeWatcher(metadata_client(cloud), drainer).run(terminated)
-        return _leave(drainer, "SIGTERM", options.grace_s)
+        return _drain_and_wait(drainer, "SIGTERM", options.grace_s)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -362,7 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _leave(drainer: NodeDrainer, source: str, grace_s: float) -> int:
+def _drain_and_wait(drainer: NodeDrainer, source: str, grace_s: float) -> int:
     """Drain, and stay until the node is gone or its time is up; 1 if it could not be drained."""
     deadline = time.time() + grace_s
     pause = 0.5

@@ -116,7 +116,7 @@ class RayWorkerPool:
             for name in names:
                 if name in self._actors:
                     self._actors[name].slot.unresponsive = True
-                    self._ask_again(self._actors[name])
+                    self._call_again(self._actors[name])
 
     def lose(self, names: Iterable[str], why: str) -> None:
         """These slots are gone: forget them, and ask for others."""
@@ -173,7 +173,7 @@ class RayWorkerPool:
         self._poll_drains()
         with self.lock:
             for ref in ready:
-                self._take_in(refs[ref], ref)
+                self._apply_answer(refs[ref], ref)
             self._start(self.rules.drain(self._draining))
             self._find_silent()
             self._stop(self.rules.expire(time.monotonic()))
@@ -188,11 +188,11 @@ class RayWorkerPool:
             held.call = (what, method.remote(_ALIVE_S) if what == "alive" else method.remote())
         return held.call[1]
 
-    def _ask_again(self, held: SlotActor) -> None:
+    def _call_again(self, held: SlotActor) -> None:
         if held.call is not None and held.call[0] == "alive":
             held.call = ("alive", held.actor.alive.remote(0.0))
 
-    def _take_in(self, held: SlotActor, ref: Any) -> None:
+    def _apply_answer(self, held: SlotActor, ref: Any) -> None:
         import ray
 
         if held.call is None or held.call[1] != ref or held.slot.state is SlotState.LOST:

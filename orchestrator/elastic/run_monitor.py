@@ -103,7 +103,7 @@ class RunMonitor:
     def stepped(self, event: Event) -> None:
         """A step is done."""
         now, step = time.time(), int(event["step"])
-        metrics: dict[str, float] = event["figures"]
+        metrics: dict[str, float] = event["metrics"]
         held_out: dict[str, float] = event["held_out"]
         self._emit({"kind": "metrics", "values": metrics, "step": step, "channel": "train"})
         if held_out:
@@ -131,7 +131,7 @@ class RunMonitor:
         self.goodput.saved(event["step"])
         self.account()
         self._emit(
-            {"kind": "metrics", "values": event["figures"], "step": event["step"], "channel": "checkpoint"}
+            {"kind": "metrics", "values": event["metrics"], "step": event["step"], "channel": "checkpoint"}
         )
 
     def tick(self) -> None:
@@ -154,11 +154,11 @@ class RunMonitor:
 
     def account(self, *, last: bool = False) -> None:
         """Record where the time went so far, and keep it for a later driver."""
-        figures = self.goodput.figures(time.time())
-        values = {**figures, "workers": float(self.workers)}
+        metrics = self.goodput.metrics(time.time())
+        values = {**metrics, "workers": float(self.workers)}
         # By seconds, not by steps: while nothing is trained no step passes. There is one account for each second, and
         # the last counts, too, where there is one of its second already.
-        step = int(figures["seconds_total"]) + last
+        step = int(metrics["seconds_total"]) + last
         self._emit({"kind": "metrics", "values": values, "step": step, "channel": "goodput"})
         try:
             self.goodput.save(self._file)

@@ -145,12 +145,12 @@ class TimeAccounting:
         """All seconds booked so far."""
         return self.useful + self.startup + self.restart + self.waiting + self.lost + self.checkpoint
 
-    def figures(self, now: float | None = None) -> dict[str, float]:
+    def metrics(self, now: float | None = None) -> dict[str, float]:
         """For MLflow and the summary; with `now` the time up to then is in it."""
         if now is not None and self.state == "training":
             # Whether it was of use will be known at the step's end.
             running = replace(self, useful=self.useful + max(0.0, now - self._since))
-            return running.figures()
+            return running.metrics()
         if now is not None:
             self._accrue(now)
         seconds = {
@@ -221,9 +221,9 @@ class TimeAccounting:
                 self.waiting += elapsed
 
 
-def report_figures(goodput: TimeAccounting) -> dict[str, float]:
-    """The few figures of the account that belong into a stage's summary."""
-    figures = goodput.figures()
+def report_metrics(goodput: TimeAccounting) -> dict[str, float]:
+    """The few metrics of the account that belong into a stage's summary."""
+    metrics = goodput.metrics()
     return {
-        name: figures[name] for name in ("goodput", "seconds_total", "restarts", "preemptions", "steps_lost")
+        name: metrics[name] for name in ("goodput", "seconds_total", "restarts", "preemptions", "steps_lost")
     }

@@ -34,11 +34,11 @@ from orchestrator.elastic.controller_host import hosts
 from orchestrator.elastic.ray_connection import answer_of
 from orchestrator.elastic.resources import SlotShape, slot_of, workers_of
 from orchestrator.elastic.run_monitor import ACCOUNT
-from orchestrator.elastic.time_accounting import TimeAccounting, report_figures
+from orchestrator.elastic.time_accounting import TimeAccounting, report_metrics
 from orchestrator.elastic.worker_group import AttemptConfig
 from orchestrator.elastic.worker_slot import train_fn
 from orchestrator.errors import Stopped, UserError
-from orchestrator.slow_import import told_if_slow
+from orchestrator.slow_import import warn_if_slow
 from orchestrator.tracking.run import Run
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(
     """
     if not job.is_done():
         _fit(job, tracker, stop, on_line)
-    return report_figures(TimeAccounting.load(job.work / ACCOUNT))
+    return report_metrics(TimeAccounting.load(job.work / ACCOUNT))
 
 
 def _fit(job: Job, tracker: Run, stop: threading.Event, on_line: Callable[[str], None]) -> None:
@@ -222,23 +222,23 @@ class _Session:
             while True:
                 ready, _ = ray.wait([done], timeout=0)
                 news = self._host.news.remote(self._run_id, 0.0 if ready else _NEWS_S)
-                self._take_in(answer_of(news, _ANSWER_S))
+                self._handle(answer_of(news, _ANSWER_S))
                 if ready:
                     result, self.outcome = ray.get(done)
-                    self._take_in(answer_of(self._host.forget.remote(self._run_id), _ANSWER_S))
+                    self._handle(answer_of(self._host.forget.remote(self._run_id), _ANSWER_S))
                     return result
                 if self._stop.is_set() and not stopping:
-                    stopping = self._tell({"stop": True})
+                    stopping = self._send({"stop": True})
                 self._limit()
         except BaseException:
             # Nobody would take in what it reports.
-            self._host.tell.remote(self._run_id, {"stop": True})
+            self._host.send.remote(self._run_id, {"stop": True})
             raise
         finally:
             self._ended.set()
             self._recorder.shutdown(cancel_futures=True)
 
-    def _take_in(self, events: Sequence[dict[str, Any]]) -> None:
+    def _handle(self, events: Sequence[dict[str, Any]]) -> None:
         for event in events:
             match event["kind"]:
                 case "metrics":
@@ -268,16 +268,16 @@ class _Session:
         while not self._tracker.secure():
             if self._ended.wait(_NEWS_S):
                 return
-        self._tell({"recorded": step})
+        self._send({"recorded": step})
 
     def _limit(self) -> None:
         workers = workers_of(self._job, self._shape)
-        if workers != self.workers and self._tell({"workers": workers}):
+        if workers != self.workers and self._send({"workers": workers}):
             self.workers = workers
 
-    def _tell(self, message: dict[str, Any]) -> bool:
+    def _send(self, message: dict[str, Any]) -> bool:
         """Pass something on to the run; False if it is not there yet."""
-        return bool(answer_of(self._host.tell.remote(self._run_id, message), _ANSWER_S))
+        return bool(answer_of(self._host.send.remote(self._run_id, message), _ANSWER_S))
 
 
 def _callbacks(paths: Sequence[str]) -> list[Any]:
@@ -290,7 +290,7 @@ def _callbacks(paths: Sequence[str]) -> list[Any]:
     for path in paths:
         module, _, name = path.partition(":")
         try:
-            with told_if_slow(module):
+            with warn_if_slow(module):
                 found = importlib.import_module(module)
             made.append(getattr(found, name)())
         except Exception as error:

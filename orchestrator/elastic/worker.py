@@ -219,7 +219,7 @@ class ControllerClient(ABC):
         self.send({"kind": "phase", "name": name, "time": time.time()})
 
     def report(
-        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+        self, step: int, metrics: dict[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None:
         """See :class:`~orchestrator.training.callback.TrainerCallback` (worker 0)."""
         self.step = step
@@ -227,7 +227,7 @@ class ControllerClient(ABC):
             {
                 "kind": "step",
                 "step": step,
-                "figures": figures,
+                "metrics": metrics,
                 "stall": stall_s,
                 "held_out": dict(held_out),
             }
@@ -237,9 +237,9 @@ class ControllerClient(ABC):
         """See :class:`~orchestrator.training.callback.TrainerCallback` (worker 0)."""
         self.send({"kind": "look", "step": step, "held_out": dict(held_out)})
 
-    def saved(self, step: int, figures: dict[str, float]) -> None:
+    def saved(self, step: int, metrics: dict[str, float]) -> None:
         """The checkpoint after `step` is committed (worker 0)."""
-        self.send({"kind": "saved", "step": step, "figures": figures})
+        self.send({"kind": "saved", "step": step, "metrics": metrics})
 
     def trouble(self, what: str) -> None:
         """Something went wrong that does not stop the training."""

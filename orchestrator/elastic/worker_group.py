@@ -200,8 +200,8 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         if any(status.error is not None for status in statuses):
             return
         for status in statuses:
-            if isinstance(status, SlotStatus) and status.silence_s > elastic.heartbeat_timeout_s:
-                status.error = _stuck("silent", status.silence_s)
+            if isinstance(status, SlotStatus) and status.since_heartbeat_s > elastic.heartbeat_timeout_s:
+                status.error = _stuck("silent", status.since_heartbeat_s)
         if len(self.stopped) == len(statuses) or all(not status.running for status in statuses):
             return
         stalled = self.run.monitor.stalled_s(elastic.stall_timeout_s)
@@ -227,7 +227,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             file.write(json.dumps(pointer).encode())
         checkpoint = Checkpoint(path=path, filesystem=storage.storage_filesystem)
         return _TrainingReport(
-            checkpoint=checkpoint, metrics={"step": step, **event["figures"]}, validation=False
+            checkpoint=checkpoint, metrics={"step": step, **event["metrics"]}, validation=False
         )
 
 

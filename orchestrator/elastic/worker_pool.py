@@ -122,7 +122,7 @@ class WorkerPool(Generic[Shape]):
         if demand is None:
             return []
         # One on a node that is about to go is no surplus, nor is the one that was requested in its place.
-        surplus = self._count(demand.shape).staying - self._wanted(demand.shape)
+        surplus = self._count(demand.shape).staying - self._demanded(demand.shape)
         if surplus <= 0:
             return []
         requested = [
@@ -240,12 +240,12 @@ class WorkerPool(Generic[Shape]):
 
     # --- within -----------------------------------------------------------------------------------------------
 
-    def _wanted(self, shape: Shape) -> int:
+    def _demanded(self, shape: Shape) -> int:
         return sum(demand.max_workers for demand in self.demands.values() if demand.shape == shape)
 
     def _missing(self, shape: Shape) -> list[Slot[Shape]]:
         """As many slots as the jobs want in all; one on a node that is about to go needs a replacement."""
-        return [self._new(shape) for _ in range(self._wanted(shape) - self._count(shape).staying)]
+        return [self._new(shape) for _ in range(self._demanded(shape) - self._count(shape).staying)]
 
     def _new(self, shape: Shape) -> Slot[Shape]:
         self._made += 1

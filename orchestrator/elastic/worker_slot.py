@@ -47,13 +47,13 @@ class SlotStatus(WorkerStatus):  # type: ignore[misc]  # Ray carries no types
     Attributes:
         token: of the attempt that the events belong to.
         events: what the worker reported since the last poll, in order.
-        silence_s: seconds since a living process was last heard of; it sends a heartbeat every second.
+        since_heartbeat_s: seconds since a living process was last heard of; it sends a heartbeat every second.
         end: how the process ended, if it did: `how` is `done`, `stopped`, `error` or `died`.
     """
 
     token: str = ""
     events: list[Event] = field(default_factory=list)
-    silence_s: float = 0.0
+    since_heartbeat_s: float = 0.0
     end: Event | None = None
 
 
@@ -123,9 +123,11 @@ class Worker(RayTrainWorker):  # type: ignore[misc]
         status: WorkerStatus = super().poll_status()
         with self._changed:
             events, self._events = self._events, []
-            silence_s = time.monotonic() - self._heard if self.is_alive() else 0.0
+            since_heartbeat_s = time.monotonic() - self._heard if self.is_alive() else 0.0
             fields = {name: getattr(status, name) for name in WorkerStatus.__dataclass_fields__}
-            return SlotStatus(**fields, token=self._token, events=events, silence_s=silence_s, end=self._end)
+            return SlotStatus(
+                **fields, token=self._token, events=events, since_heartbeat_s=since_heartbeat_s, end=self._end
+            )
 
     def outcome(self) -> tuple[str, Event | None]:
         """The attempt's token, and how its process ended, if it did."""

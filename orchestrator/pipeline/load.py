@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from orchestrator import installed
 from orchestrator.config import private_values, yaml_source
-from orchestrator.config.elastic import RENAMED, Elastic
+from orchestrator.config.elastic import Elastic
 from orchestrator.config.schema import Pipeline
 from orchestrator.config.validation_errors import validation_errors
 from orchestrator.data.sources.captions import captions_path
@@ -38,7 +38,7 @@ _STORE_FOLDERS = ("artifacts", "work", "ledger", "holds", "logs", "pipelines", "
 _OF_A_PIPELINE = ("ledger", "logs", "pipelines", "spool")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_\-]{0,99}")
 # Mistakes that are shown at once.
-_COMPLAINTS = 20
+_MAX_ERRORS = 20
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class LoadedPipeline:
     """A checked pipeline and the file it came from.
 
     Attributes:
-        missing: complaints about data that is not there, where it was read without needing them.
-        mistakes: the other complaints about a file that the schema takes, where they were to be gathered.
+        missing: errors about data that is not there, where it was read without needing them.
+        mistakes: the other errors in a file that the schema takes, where they were to be gathered.
         imported: stages whose kind is an import path in the file, with the path.
     """
 
@@ -104,7 +104,7 @@ def load(
             file names come to it.
 
     Raises:
-        UserError: anything wrong with the file, all complaints in one.
+        UserError: anything wrong with the file, all errors in one.
     """
     try:
         return _load(Path(path), overrides, needs_data, gather, stage_type)
@@ -125,8 +125,8 @@ def _load(
     document = yaml_source.read(path, overrides)
     if secrets := list(_secrets(document, document.data, ())):
         raise joined(secrets)
-    _rename_old_keys(document)
     stages, imported = _with_own_kinds(document, _all_stages() if stage_type is None else stage_type)
+    _rename_old_keys(document, stages)
     model = file_of(stages)
     try:
         spec = model.model_validate(document.data)
@@ -141,7 +141,7 @@ def _load(
 
 
 def _secrets(document: yaml_source.Document, value: Any, path: yaml_source.KeyPath) -> Iterator[UserError]:
-    """A complaint for each value that holds a secret, without the value: the file is copied into store and MLflow.
+    """An error for each value that holds a secret, without the value: the file is copied into store and MLflow.
 
     The runtime environment of workers is left out: it is where secrets for them belong, and is written down without.
     """
@@ -179,18 +179,24 @@ def _where_secrets_belong(path: yaml_source.KeyPath, value: str) -> str:
     return "put it into the environment: this file is copied into the store and into MLflow"
 
 
-def _rename_old_keys(document: yaml_source.Document) -> None:
-    """Give the keys of `elastic` sections that were renamed their names of today, and say so in one notice."""
-    stages = document.data.get("stages")
-    names = list(stages) if isinstance(stages, dict) else []
+def _rename_old_keys(document: yaml_source.Document, stages: Any) -> None:
+    """Give keys that were renamed their names of today, and say so in one notice."""
+    from orchestrator.stages.registry import kinds_of
+
+    kinds, sections = kinds_of(stages), document.data.get("stages")
+    renamed: dict[yaml_source.KeyPath, Mapping[str, str]] = {("elastic",): Elastic.renamed}
+    for name, section in sections.items() if isinstance(sections, dict) else ():
+        kind = section.get("kind") if isinstance(section, dict) else None
+        renamed["stages", name, "elastic"] = Elastic.renamed
+        renamed["stages", name] = kinds[kind].renamed if isinstance(kind, str) and kind in kinds else {}
     found = []
-    for section in (("elastic",), *(("stages", name, "elastic") for name in names)):
-        values, _ = yaml_source.lookup(document.data, section)
-        for old, new in RENAMED.items():
-            # Where both are there, the schema complains.
+    for place, keys in renamed.items():
+        values, _ = yaml_source.lookup(document.data, place)
+        for old, new in keys.items():
+            # Where both are there, the schema reports it.
             if isinstance(values, dict) and old in values and new not in values:
-                found.append(f"{document.where((*section, old), value=False)} is now {new}")
-                document.rename(section, old, new)
+                found.append(f"{document.where((*place, old), value=False)} is now {new}")
+                document.rename(place, old, new)
     if found:
         logger.warning("renamed keys, which still work for now: %s", "; ".join(found))
 
@@ -216,7 +222,7 @@ def _with_own_kinds(document: yaml_source.Document, stages: Any) -> tuple[Any, t
         if not isinstance(kind, str):
             continue
         is_path = installed.is_path(kind)
-        # Of a name that nobody has, the schema complains.
+        # Of a name that nobody has, the schema reports it.
         if not is_path and (kind in kinds_of(stages) or kind not in installed.names("stages")):
             continue
         try:
@@ -245,9 +251,9 @@ def joined(errors: Sequence[UserError]) -> UserError:
     """Several mistakes as one, which names each."""
     if len(errors) == 1:
         return errors[0]
-    shown = [str(error) for error in errors[:_COMPLAINTS]]
-    if len(errors) > _COMPLAINTS:
-        shown.append(f"and {len(errors) - _COMPLAINTS} more mistakes")
+    shown = [str(error) for error in errors[:_MAX_ERRORS]]
+    if len(errors) > _MAX_ERRORS:
+        shown.append(f"and {len(errors) - _MAX_ERRORS} more mistakes")
     return UserError("\n".join(shown))
 
 
@@ -303,7 +309,7 @@ def _missing_data(loaded: LoadedPipeline) -> list[UserError]:
 
 
 def _fetch_models(loaded: LoadedPipeline) -> list[UserError]:
-    """Bring the models of the registry that stages start from here; a complaint for each that did not come."""
+    """Bring the models of the registry that stages start from here; an error for each that did not come."""
     problems = []
     for name, stage in loaded.spec.stages.items():
         for field, weights in stage.starts_from().items():

@@ -50,7 +50,7 @@ class JobResult:
     ended: float | None
     account: SimulatedTime
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The names under which the engine tracks them."""
         account = self.account
         seconds = {f"seconds_{cause}": getattr(account, cause) for cause in CAUSES}

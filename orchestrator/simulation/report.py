@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.simulation.prediction import CAUSES, JobResult, Prediction
+from orchestrator.units import duration
 
 _HEADINGS = {
     "useful": "useful",
@@ -46,7 +47,7 @@ class Report:
             "trace": self.trace,
             "costs": self.source,
             **_summary(main),
-            "goodput": main.total().figures()["goodput"],
+            "goodput": main.total().metrics()["goodput"],
             "stages": [
                 {
                     "name": stage.name,
@@ -60,7 +61,7 @@ class Report:
             "total": _job(main.total()),
             "on_demand": _summary(self.on_demand) if self.on_demand else None,
             "intervals": {
-                name: _summary(prediction) | prediction.total().figures()
+                name: _summary(prediction) | prediction.total().metrics()
                 for name, prediction in self.intervals.items()
             },
         }
@@ -78,30 +79,20 @@ class Report:
     def _print_end(self, console: Console) -> None:
         main, other = self.main, self.on_demand
         if main.finished:
-            console.print(f"[green]✓[/] finishes after [bold]{span(main.seconds)}[/]", highlight=False)
+            console.print(f"[green]✓[/] finishes after [bold]{duration(main.seconds)}[/]", highlight=False)
         else:
             total = main.total()
             done = f"{total.steps} of {total.num_steps} steps of the stages so far"
-            line = f"[red]✗[/] never finishes: {main.why_not} after {span(main.seconds)}, {done} are done"
+            line = f"[red]✗[/] never finishes: {main.why_not} after {duration(main.seconds)}, {done} are done"
             console.print(line, highlight=False, soft_wrap=True)
         # Traces and options give prices without a currency.
         cost = f"  costs [bold]{main.cost:,.2f}[/], in the currency of the prices, "
         cost += f"for {main.machine_hours:,.1f} machine hours"
         if other is not None:
-            cost += f"; on demand {other.cost:,.2f} and {span(other.seconds)}"
+            cost += f"; on demand {other.cost:,.2f} and {duration(other.seconds)}"
             if main.finished and other.cost:
                 cost += f" ({main.cost / other.cost:.0%} of the price, {main.seconds / other.seconds:.2f}× the time)"
         console.print(cost, highlight=False, soft_wrap=True)
-
-
-def span(seconds: float) -> str:
-    """A duration in the two units that say enough."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    if minutes < 100:
-        return f"{int(minutes)} min {seconds % 60:02.0f} s"
-    return f"{int(hours)} h {int(minutes) % 60:02d} min" if hours < 100 else f"{hours / 24:.1f} days"
 
 
 def _stages(title: str, prediction: Prediction) -> Table:
@@ -112,7 +103,7 @@ def _stages(title: str, prediction: Prediction) -> Table:
         table.add_column(column, justify="right")
     for stage in prediction.stages:
         if not stage.jobs:
-            ended = span(stage.ended) if stage.ended is not None else "–"
+            ended = duration(stage.ended) if stage.ended is not None else "–"
             table.add_row(stage.name, "", ended, style="bright_black")
         for job in stage.jobs:
             table.add_row(*_row(job))
@@ -122,12 +113,12 @@ def _stages(title: str, prediction: Prediction) -> Table:
 
 
 def _row(job: JobResult) -> list[str]:
-    figures = job.figures()
+    metrics = job.metrics()
     steps = f"{job.steps}" if job.steps == job.num_steps else f"{job.steps}/{job.num_steps}"
-    ended = span(job.ended) if job.ended is not None else "–"
-    seconds = [span(figures[f"seconds_{cause}"]) for cause in CAUSES]
-    counts = [f"{figures[name]:.0f}" for name in ("preemptions", "preemptions_announced", "resizes")]
-    return [job.name, steps, ended, f"{figures['goodput']:.1%}", *seconds, *counts]
+    ended = duration(job.ended) if job.ended is not None else "–"
+    seconds = [duration(metrics[f"seconds_{cause}"]) for cause in CAUSES]
+    counts = [f"{metrics[name]:.0f}" for name in ("preemptions", "preemptions_announced", "resizes")]
+    return [job.name, steps, ended, f"{metrics['goodput']:.1%}", *seconds, *counts]
 
 
 def _intervals(intervals: Mapping[str, Prediction]) -> Table:
@@ -136,14 +127,14 @@ def _intervals(intervals: Mapping[str, Prediction]) -> Table:
     for column in (*headings, "cost (currency of the prices)"):
         table.add_column(column, justify="right")
     for name, prediction in intervals.items():
-        figures = prediction.total().figures()
+        metrics = prediction.total().metrics()
         table.add_row(
             name,
-            span(prediction.seconds) if prediction.finished else "–",
-            f"{figures['goodput']:.2%}",
-            span(figures["seconds_lost"]),
-            span(figures["seconds_checkpoint"]),
-            f"{figures['checkpoints']:.0f}",
+            duration(prediction.seconds) if prediction.finished else "–",
+            f"{metrics['goodput']:.2%}",
+            duration(metrics["seconds_lost"]),
+            duration(metrics["seconds_checkpoint"]),
+            f"{metrics['checkpoints']:.0f}",
             f"{prediction.cost:,.2f}",
         )
     return table
@@ -165,5 +156,5 @@ def _job(job: JobResult) -> dict[str, Any]:
         "steps": job.steps,
         "num_steps": job.num_steps,
         "ended": job.ended,
-        **job.figures(),
+        **job.metrics(),
     }

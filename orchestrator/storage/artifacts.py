@@ -31,7 +31,7 @@ _FETCH_TRIES = 3
 _WEIGHTS = ".safetensors"
 _log = logging.getLogger(__name__)
 # Damage to manifests that this process has said: a command reads them more than once.
-_said: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, str, str]] = set()
 # The addresses of stores that refused to copy an object in this process, and the lock on them.
 _do_not_copy: set[str] = set()
 _lock = threading.Lock()
@@ -383,8 +383,8 @@ class ArtifactStore:
             return None
         except ValueError as error:
             said = (self.store.uri, name, first_line(error))
-            if said not in _said:
-                _said.add(said)
+            if said not in _warned:
+                _warned.add(said)
                 _log.warning("%s is damaged, the artifact will be made again: %s", name, said[2])
             return None
         except UserError as error:

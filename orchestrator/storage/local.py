@@ -162,15 +162,15 @@ class LocalStore:
             UserError: it would be below a link.
         """
         parts = parts_of(name)
-        self._insist_on_folders(parts[:-1])
+        self._require_folders(parts[:-1])
         return self.root.joinpath(*parts)
 
     def _folder(self, name: str) -> Path:
         parts = parts_of(name)
-        self._insist_on_folders(parts)
+        self._require_folders(parts)
         return self.root.joinpath(*parts)
 
-    def _insist_on_folders(self, parts: Sequence[str]) -> None:
+    def _require_folders(self, parts: Sequence[str]) -> None:
         link = self._link_among(parts)
         if link is not None:
             raise not_followed(link)

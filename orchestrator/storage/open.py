@@ -13,7 +13,6 @@ from orchestrator.storage.s3 import S3Store
 from orchestrator.storage.s3_client import Patience
 from orchestrator.storage.store import Store
 
-_OURS = ("file", "s3")
 # What a store of a user's package has: see :class:`orchestrator.storage.store.Store`.
 _METHODS = ("put_bytes", "put_file", "get_bytes", "get_file", "list", "delete", "stat", "local", "scratch")
 
@@ -78,14 +77,16 @@ def open_store(uri: str, patience: Patience | None = None) -> Store:
 def _opened(scheme: str, uri: str) -> Store:
     """The store of a user's package: what its entry point, called with the address, gives."""
     # Addresses are in records, too: a scheme is never taken for an import path.
-    if scheme not in installed.names("stores"):
-        close = nearest(scheme, (*_OURS, *installed.names("stores")))
+    names = installed.names("stores")
+    if scheme not in names:
+        close = nearest(scheme, (*installed.STORES, *names))
+        brought = "".join(f", or to {name}://…" for name in names)
         raise UserError(
             f"a store of kind {shortened(scheme, 80)}:// is not supported",
             where="store",
             hint=f"did you mean {close}://?"
             if close
-            else "set `store` to a folder, for example runs/, or to s3://bucket/prefix",
+            else f"set `store` to a folder, for example runs/, or to s3://bucket/prefix{brought}",
         )
     store: Store = installed.find("stores", scheme)(uri)
     lacking = [name for name in _METHODS if not callable(getattr(store, name, None))]

@@ -116,7 +116,7 @@ class StepCoordinator:
         """
         self._asked = time.monotonic()
         until = self._asked + _ANSWER_S
-        if not self._window.ask(student, step, self._asked):
+        if not self._window.request(student, step, self._asked):
             return {"error": f"{student} is not one of the students any more"}
         self._failed.pop(step, None)
         self._mistakes.pop(step, None)
@@ -231,7 +231,7 @@ class StepCoordinator:
         for step in [step for step in self._steps if not self._window.is_kept(step, now)]:
             del self._steps[step]
         done = {*self._steps, *self._failed, *(one.step for one in self._teachers.values())}
-        return next((step for step in self._window.wanted(now) if step not in done), None)
+        return next((step for step in self._window.requested_steps(now) if step not in done), None)
 
     def _free(self, teacher: str) -> None:
         own = self._teachers.get(teacher)

@@ -62,7 +62,7 @@ def num_bytes(outputs: StepOutputs) -> int:
 
 
 def blocks_per_chunk(outputs: StepOutputs, num_blocks: int) -> int:
-    """How many blocks to put into one object: the fewest that make it large, or all."""
+    """How many blocks to put into one object: the minimum that makes it large, or all."""
     per_block = max(1, num_bytes(outputs) // num_blocks)
     return min(num_blocks, -(-CHUNK_BYTES // per_block))
 

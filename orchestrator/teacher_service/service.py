@@ -34,7 +34,7 @@ _FIGURES_EVERY_S = 5.0
 # Without an answer for so long, a coordinator is lost; it computes nothing, so only a dead or stopped one is silent.
 _SILENCE_S = 30.0
 _LAST_WORD_S = 15.0
-# A service that is away for less than this part of `hang_s` stops no student.
+# A service that is away for less than this part of `stall_timeout_s` stops no student.
 _PATIENCE = 0.8
 
 
@@ -49,10 +49,10 @@ class TeacherService:
         teachers: how many there should be now; asked all the time.
         shards: processes that each of them is sharded over.
         window: steps held for the slowest student.
-        hang_s: after so long without a step a student's group counts as hung; the service stays well below.
+        stall_timeout_s: after so long without a step a student's group counts as hung; the service stays well below.
         gpus: share of a GPU for a teacher; 0 for a CPU.
         account: file that keeps what was counted, over drivers.
-        on_figures: gets the figures every few seconds and at the end.
+        on_metrics: gets the metrics every few seconds and at the end.
         needs: see :class:`TeacherSupervisor`.
     """
 
@@ -64,10 +64,10 @@ class TeacherService:
         num_blocks: int,
         *,
         window: int,
-        hang_s: float,
+        stall_timeout_s: float,
         gpus: float,
         account: Path,
-        on_figures: Callable[[Mapping[str, float]], None],
+        on_metrics: Callable[[Mapping[str, float]], None],
         teachers: Callable[[], int] = lambda: 1,
         shards: int = 1,
         needs: Sequence[tuple[int, float]] = ((1, 1.0),),
@@ -75,7 +75,7 @@ class TeacherService:
         self.name = f"share-{uuid.uuid4().hex[:12]}"
         self._num_steps, self._num_blocks, self._window = num_steps, num_blocks, window
         self._students: dict[str, int | None] = dict(students)
-        self._hang_s, self._file, self._on_figures = hang_s, account, on_figures
+        self._stall_timeout_s, self._file, self._on_metrics = stall_timeout_s, account, on_metrics
         self._teachers = teachers
         self._new_supervisor = partial(
             TeacherSupervisor,
@@ -83,8 +83,8 @@ class TeacherService:
             make_teacher,
             num_blocks,
             gpus=gpus,
-            stuck_s=hang_s / 2,
-            patience_s=hang_s,
+            stuck_s=stall_timeout_s / 2,
+            patience_s=stall_timeout_s,
             shards=shards,
             needs=needs,
         )
@@ -107,7 +107,7 @@ class TeacherService:
         offset: int = 0,
     ) -> Callable[[], SharedBlocks]:
         """Makes the block source of a student's workers, in a process that Ray knows; see :class:`SharedBlocks`."""
-        patience_s = _PATIENCE * self._hang_s
+        patience_s = _PATIENCE * self._stall_timeout_s
         return partial(_source, self.name, student, self._num_blocks, patience_s, tuple(parts), own, offset)
 
     def deregister(self, student: str) -> None:
@@ -191,7 +191,7 @@ class TeacherService:
                     dict(self._students),
                     self._num_steps,
                     window=self._window,
-                    patience_s=self._hang_s / 3,
+                    patience_s=self._stall_timeout_s / 3,
                     account=self.account,
                 )
             except ValueError:
@@ -240,7 +240,7 @@ class TeacherService:
     def _report(self) -> None:
         self._reported = time.monotonic()
         self.account.save(self._file)
-        self._on_figures(
+        self._on_metrics(
             {
                 **asdict(self.account.stats()),
                 "window_depth": self.status.depth,

@@ -81,7 +81,7 @@ class SharedBlocks:
         with self._one:
             held = next((held for held in self._held if held.step == step), None)
             if held is None:
-                held = _Step(step, self._ask(step, None))
+                held = _Step(step, self._next_step(step, None))
                 self._held.append(held)
             per_chunk = held.there.per_chunk[part]
             number, at = divmod(index, per_chunk)
@@ -99,9 +99,9 @@ class SharedBlocks:
                 return chunk
             except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
                 # It went with its node or its owner, or cannot be had from there.
-                held.there = self._ask(held.step, ref.hex())
+                held.there = self._next_step(held.step, ref.hex())
 
-    def _ask(self, step: int, lost: str | None) -> StepRefs:
+    def _next_step(self, step: int, lost: str | None) -> StepRefs:
         while True:
             try:
                 answer = self._client.call("step", self._student, step, lost)

@@ -40,7 +40,7 @@ class TeacherSupervisor:
         patience_s: seconds that the coordinator may be away.
         squeeze: goes beside the workers where nothing is free.
         shards: processes that one teacher is sharded over; the first one answers for all.
-        needs: of each student the fewest workers that it begins with, and the CPUs that each of them reserves.
+        needs: of each student the minimum of workers that it begins with, and the CPUs that each of them reserves.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TeacherSupervisor:
         self._following: list[Any] = []
         self._ping: Any = None
         self._answered, self._moves, self._room_s = False, False, _ROOM_S
-        self._heard = self._looked = self._retiring = 0.0
+        self._heard = self._checked_at = self._retiring = 0.0
         self._retired: list[tuple[Any, float]] = []
         self._failures, self._forwarded = 0, -1
         self._warned = ""
@@ -75,7 +75,7 @@ class TeacherSupervisor:
     @property
     def needs_machines(self) -> bool:
         """Whether it is time to know what the cluster has: it needs a place, or may have to leave its own."""
-        return time.monotonic() - self._looked > (_MACHINES_EVERY_S if self._actor is not None else 0.0)
+        return time.monotonic() - self._checked_at > (_MACHINES_EVERY_S if self._actor is not None else 0.0)
 
     def poll(self, coordinator: Any, status: Status, there: Sequence[FreeNode], *, wanted: bool) -> None:
         """Look after the teacher: start it where there is none, retire it where it is not `wanted` any more."""
@@ -92,7 +92,7 @@ class TeacherSupervisor:
         elif self._answered and not wanted:
             self._retire(coordinator, "it is not needed any more", moves=False)
         elif self._answered and there:
-            self._leave_if_ending(coordinator, there)
+            self._vacate_ending_node(coordinator, there)
             self._make_room(coordinator, status, there)
 
     def close(self) -> None:
@@ -193,7 +193,7 @@ class TeacherSupervisor:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._looked = time.monotonic()
+        self._checked_at = time.monotonic()
         placement = choose(there, self._gpus, self._shards)
         if placement is not None and status.unasked_s > _UNASKED_S:
             # The room is for the students: see `_make_room`.
@@ -231,9 +231,9 @@ class TeacherSupervisor:
                 "no room for a teacher: it shares node %s with the workers there", placement.node[:8]
             )
 
-    def _leave_if_ending(self, coordinator: Any, there: Sequence[FreeNode]) -> None:
+    def _vacate_ending_node(self, coordinator: Any, there: Sequence[FreeNode]) -> None:
         """Leave a node that announced its end, between two steps, if another node has room for the teacher."""
-        self._looked = time.monotonic()
+        self._checked_at = time.monotonic()
         leaving = {machine.node for machine in there if machine.leaving}
         if self.node not in leaving:
             return
@@ -255,7 +255,7 @@ class TeacherSupervisor:
             return
         free = [machine.free_cpus for machine in there if not machine.leaving]
         # One that has its machines asks, and then there is time.
-        if not any(sum(int(cpus / each + 1e-6) for cpus in free) >= fewest for fewest, each in self._needs):
+        if not any(sum(int(cpus / each + 1e-6) for cpus in free) >= least for least, each in self._needs):
             self._retire(coordinator, "students wait for the machine that it has", moves=True)
 
     def _warn_once(self, what: str) -> None:

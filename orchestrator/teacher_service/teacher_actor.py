@@ -54,7 +54,7 @@ class TeacherActor:
             if "step" in answer:
                 self._compute(answer["step"], answer["next"])
         if self._store is not None:
-            self._leave()
+            self._close()
 
     def listen(self, world: int) -> int:
         """The port at which the others of one teacher meet this process."""
@@ -88,7 +88,7 @@ class TeacherActor:
         teacher: Any = self._make()
         teacher.follow()
 
-    def _leave(self) -> None:
+    def _close(self) -> None:
         teacher: Any = self._teacher
         teacher.close()
 

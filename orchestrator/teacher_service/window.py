@@ -44,7 +44,7 @@ class Window:
             name: _StudentProgress(step, now, now) for name, step in students.items() if step is not None
         }
 
-    def ask(self, name: str, step: int, now: float) -> bool:
+    def request(self, name: str, step: int, now: float) -> bool:
         """`name` asks for `step`; False if it is not in play (any more)."""
         if name not in self._in_play:
             return False
@@ -58,7 +58,7 @@ class Window:
         self._in_play.discard(name)
         self._seen.pop(name, None)
 
-    def wanted(self, now: float) -> list[int]:
+    def requested_steps(self, now: float) -> list[int]:
         """Steps to have, the most urgent first: those asked for, longest wait first, then those about to be."""
         counted = sorted(self._counted(now), key=lambda student: student.since)
         asked: list[int] = []

@@ -99,7 +99,7 @@ class Flusher:
         self._failures = 0
         self._outage: Outage | None = None
         # Whose records a warning of this outage has named: a run's, or, as None, those of all.
-        self._told: set[str | None] = set()
+        self._reported: set[str | None] = set()
         self._prepared = False
         # A process before this one may have left a note.
         self._noted = True
@@ -165,7 +165,7 @@ class Flusher:
         """A server that says nothing at all causes no error for a long time."""
         if patience > 0 and self._outage is None:
             self._outage = Outage(silent(self._sink.uri, patience), time.time() - patience)
-            self._told = {None}
+            self._reported = {None}
             note_outage(self._spool, self._outage)
             self._noted = True
 
@@ -206,9 +206,9 @@ class Flusher:
         self._noted = True
         # What an error says may be another thing each time.
         if known is None or known.trouble.until != found.until:
-            self._told.clear()
-        if not self._told & {None, run_id}:
-            self._told.add(run_id)
+            self._reported.clear()
+        if not self._reported & {None, run_id}:
+            self._reported.add(run_id)
             _log.warning(
                 "%s since %s: %s are kept in %s and sent as soon as %s",
                 found.what,

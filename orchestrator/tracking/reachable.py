@@ -38,9 +38,9 @@ def trouble(uri: str, timeout_s: float) -> Trouble | None:
         if database is not None:
             _signatures(database)
         elif absolute.startswith("http"):
-            _ask_server(absolute, timeout_s)
+            _query_server(absolute, timeout_s)
         else:
-            _ask_database(absolute, timeout_s)
+            _query_database(absolute, timeout_s)
     except (OSError, ImportError, sqlite3.Error, BadStatusLine, LineTooLong) as error:
         return found_in(absolute, error)
     except (HTTPException, ValueError) as error:
@@ -55,23 +55,23 @@ def _signatures(path: Path) -> None:
         with open_regular(path) as file:
             start = file.read(len(_SQLITE_MAGIC))
     except FileNotFoundError:
-        _insist_on_writing(disk.existing(path), folder=True)
+        _require_writable(disk.existing(path), folder=True)
         return
     if start not in (b"", _SQLITE_MAGIC):
         raise sqlite3.DatabaseError("file is not a database")
     # SQLite writes a journal beside the file.
-    _insist_on_writing(path)
-    _insist_on_writing(path.parent, folder=True)
+    _require_writable(path)
+    _require_writable(path.parent, folder=True)
 
 
-def _insist_on_writing(path: Path, *, folder: bool = False) -> None:
+def _require_writable(path: Path, *, folder: bool = False) -> None:
     if folder and not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     if not os.access(path, os.W_OK | os.X_OK if folder else os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
-def _ask_server(uri: str, timeout_s: float) -> None:
+def _query_server(uri: str, timeout_s: float) -> None:
     """Any answer of an HTTP server will do, but for its own troubles: behind a proxy there may be no /health."""
     try:
         with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=timeout_s):
@@ -81,7 +81,7 @@ def _ask_server(uri: str, timeout_s: float) -> None:
             raise ConnectionError(f"status {error.code}") from None
 
 
-def _ask_database(uri: str, timeout_s: float) -> None:
+def _query_database(uri: str, timeout_s: float) -> None:
     parts = urlsplit(uri)
     scheme, _, driver = parts.scheme.partition("+")
     package = driver or _DRIVERS[scheme]

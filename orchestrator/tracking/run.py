@@ -172,7 +172,7 @@ class SpooledRun(Run):
     def metrics(self, values: Mapping[str, float], step: int, channel: str = "train") -> bool:
         """See :class:`Run`."""
         numbers = {name: float(value) for name, value in values.items()}
-        with self._spool.losses_told():
+        with self._spool.losses_logged():
             return self._spool.append(self.run_id, step, numbers, channel=channel)
         return False
 
@@ -180,7 +180,7 @@ class SpooledRun(Run):
         """See :class:`Run`."""
         if not path.is_file():
             raise FileNotFoundError(path)
-        with self._spool.losses_told():
+        with self._spool.losses_logged():
             # The caller may change or remove the file long before it can be uploaded.
             copy = uuid.uuid4().hex
             target = self._spool.files(self.run_id) / copy / path.name
@@ -222,7 +222,7 @@ class SpooledRun(Run):
 
     def finish(self, status: Status) -> None:
         """See :class:`Run`."""
-        with self._spool.losses_told():
+        with self._spool.losses_logged():
             for child in self._spool.open_children(self.run_id):
                 SpooledRun(self._spool, child, self.tracking_uri or "").finish(status)
         self._post("finish", status=status)
@@ -252,7 +252,7 @@ class SpooledRun(Run):
         return noted_outage(self._spool)
 
     def _post(self, op: str, **payload: Any) -> None:
-        with self._spool.losses_told():
+        with self._spool.losses_logged():
             self._spool.post(self.run_id, op, **payload)
 
 
@@ -369,7 +369,7 @@ def open_run(spool: Spool, uri: str, name: str, resume_id: str | None, parent: s
     """A run of `spool`, new or resumed."""
     run_id = resume_id or uuid.uuid4().hex
     run = SpooledRun(spool, run_id, uri)
-    with spool.losses_told():
+    with spool.losses_logged():
         spool.post(run_id, "open", name=name, parent=parent)
     return run
 

@@ -114,7 +114,7 @@ class Spool:
             self._write(fd, log, {"op": op, **redacted_values(payload), "time_ms": now_ms()})
 
     @contextmanager
-    def losses_told(self) -> Iterator[None]:
+    def losses_logged(self) -> Iterator[None]:
         """A disk that takes no records costs these, not the training. That is told once a minute, with their number."""
         try:
             yield
@@ -156,7 +156,7 @@ class Spool:
                 data = file.read()
         except (FileNotFoundError, fsio.NotAFileError, IsADirectoryError):
             return [], offset
-        return list(_parse(data, offset, self._complain(run_id))), offset + data.rfind(b"\n") + 1
+        return list(_parse(data, offset, self._warn(run_id))), offset + data.rfind(b"\n") + 1
 
     def size(self, run_id: str) -> int:
         """Bytes recorded for the run; 0 if there is no such run."""
@@ -193,9 +193,7 @@ class Spool:
     def _first(self, run_id: str) -> Record | None:
         try:
             with fsio.open_regular(self.path(run_id)) as file:
-                return next(
-                    (record for record, _ in _parse(file.readline(), 0, self._complain(run_id))), None
-                )
+                return next((record for record, _ in _parse(file.readline(), 0, self._warn(run_id))), None)
         except (FileNotFoundError, fsio.NotAFileError, IsADirectoryError):
             return None
 
@@ -222,10 +220,10 @@ class Spool:
         """Where copies of the run's files wait to be uploaded."""
         return self.path(run_id).with_suffix(".files")
 
-    def _complain(self, run_id: str) -> Callable[[int], None]:
+    def _warn(self, run_id: str) -> Callable[[int], None]:
         """Says once a process that lines of a run's file are passed over."""
 
-        def complain(offset: int) -> None:
+        def warn(offset: int) -> None:
             path = self.path(run_id)
             if path not in _DAMAGE_TOLD:
                 _DAMAGE_TOLD.add(path)
@@ -233,7 +231,7 @@ class Spool:
                     "%s is damaged before byte %d: lines that are not records are skipped", path, offset
                 )
 
-        return complain
+        return warn
 
     @contextmanager
     def _locked(self, run_id: str) -> Iterator[tuple[int, _Log]]:
@@ -290,7 +288,7 @@ def clean_name(name: str) -> str:
     return _NOT_IN_A_NAME.sub("_", name)[:250]
 
 
-def _parse(data: bytes, offset: int, complain: Callable[[int], None]) -> Iterator[tuple[Record, int]]:
+def _parse(data: bytes, offset: int, warn: Callable[[int], None]) -> Iterator[tuple[Record, int]]:
     # By newlines alone: other ends of lines may stand in a damaged one.
     for line in data.split(b"\n")[:-1]:
         offset += len(line) + 1
@@ -301,7 +299,7 @@ def _parse(data: bytes, offset: int, complain: Callable[[int], None]) -> Iterato
         if _is_record(record):
             yield record, offset
         else:
-            complain(offset)
+            warn(offset)
 
 
 def _is_record(record: object) -> bool:

@@ -16,20 +16,20 @@ class TrainerCallback(Protocol):
         """A part of the start, or an export, is done: it goes on."""
 
     def report(
-        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+        self, step: int, metrics: dict[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None:
-        """Hand over the figures of the step that took the count to `step`, and what a checkpoint held it up.
+        """Hand over the metrics of the step that took the count to `step`, and what a checkpoint held it up.
 
-        `held_out` are figures of held-out photos by name; there are none after a step at which nobody looked at them.
+        `held_out` are metrics of held-out photos by name; there are none after a step at which nobody looked at them.
         """
 
     def looked(self, step: int, held_out: Mapping[str, float]) -> None:
-        """Hand over figures of photos that are not trained on, before the first step; later ones come with `report`."""
+        """Hand over metrics of photos that are not trained on, before the first step; later ones come with `report`."""
 
     def recorded(self, step: int) -> bool:
-        """Whether the driver has written down the figures of all steps up to `step`."""
+        """Whether the driver has written down the metrics of all steps up to `step`."""
 
-    def saved(self, step: int, figures: dict[str, float]) -> None:
+    def saved(self, step: int, metrics: dict[str, float]) -> None:
         """The checkpoint after `step` is committed."""
 
     def trouble(self, what: str) -> None:

@@ -64,7 +64,7 @@ class ProcessBlocks:
         self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
         self._all: list[_Process] = []
         self._troubles: list[str] = []
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._lock = threading.Lock()
         self._is_retired = False
 
@@ -89,8 +89,8 @@ class ProcessBlocks:
             self._give_back(process)
         with self._lock:
             # Each process says once what it met.
-            self._troubles += [what for what in troubles if what not in self._told]
-            self._told.update(troubles)
+            self._troubles += [what for what in troubles if what not in self._reported]
+            self._reported.update(troubles)
         return block
 
     def pop_troubles(self) -> list[str]:
@@ -175,12 +175,12 @@ class _Process:
         self._answer()
 
     def load(self, step: int, index: int) -> tuple[Block, list[str]]:
-        self._ask(("load", step, index))
+        self._request(("load", step, index))
         block, arrays, troubles = self._answer()
         return self._filled(block, arrays), troubles
 
     def paths(self, rows: list[int]) -> list[str]:
-        self._ask(("paths", rows))
+        self._request(("paths", rows))
         found: list[str] = self._answer()
         return found
 
@@ -202,7 +202,7 @@ class _Process:
             block.arrays[one.name] = there.copy()
         return block
 
-    def _ask(self, what: object) -> None:
+    def _request(self, what: object) -> None:
         with self._explained():
             _send(self._socket, pickle.dumps(what))
 

@@ -111,17 +111,17 @@ class _Trainer:
         )
 
     def run(self) -> bool:
-        if self.start == 0 and (before := self._looked(0)) and self.rank == 0:
+        if self.start == 0 and (before := self._held_out(0)) and self.rank == 0:
             self.callback.looked(0, before)
         for step, blocks in self._feed():
             began = time.monotonic()
             with out_of_memory_explained(self.job, f"in step {step + 1}", blocks):
-                figures = self._step(step, blocks)
+                metrics = self._step(step, blocks)
             done = step + 1
             if self.rank == 0:
-                figures["step_seconds"] = time.monotonic() - began
-                figures["data_wait_seconds"] = self.waited_s
-            held_out = self._looked(done)
+                metrics["step_seconds"] = time.monotonic() - began
+                metrics["data_wait_seconds"] = self.waited_s
+            held_out = self._held_out(done)
             stalled = self.checkpointing.stall_s
             agreed = self.checkpointing.agree()
             last = done == self.job.num_steps
@@ -130,8 +130,8 @@ class _Trainer:
             if agreed.save and not (agreed.stop or last):
                 self.checkpointing.begin(done)
             if self.rank == 0:
-                self.callback.report(done, figures, self.checkpointing.stall_s - stalled, held_out)
-                self.checkpointing.tell()
+                self.callback.report(done, metrics, self.checkpointing.stall_s - stalled, held_out)
+                self.checkpointing.report_committed()
             if done in self.job.export_steps:
                 self._export(done)
             if agreed.stop and not last:
@@ -152,10 +152,10 @@ class _Trainer:
             self.engine.backward(losses.total * block.weight)
             own[block.index] = _accumulate(sums, losses, block.weight / self.num_blocks)
         order, num_replaced, ids, unreadable = self.seen.pop(step)
-        figures = self._sum_figures(sums, order, num_replaced)
-        if "replaced_photos" in figures:
+        metrics = self._sum_metrics(sums, order, num_replaced)
+        if "replaced_photos" in metrics:
             self._note_unreadable(unreadable)
-        if bad := [name for name, value in figures.items() if not _finite(value)]:
+        if bad := [name for name, value in metrics.items() if not _finite(value)]:
             guilty = [i for i in ids if not all(own[i][name].isfinite() for name in bad if name in own[i])]
             raise NonFiniteLossError(
                 f"{self.job.name}: {', '.join(bad)} not finite at step {step + 1}, in "
@@ -163,22 +163,22 @@ class _Trainer:
             )
         optimizer, num_steps = self.job.optimizer, self.job.num_steps
         lr, weight_decay = optimizer.lr.at(step, num_steps), optimizer.weight_decay.at(step, num_steps)
-        figures |= self.engine.step(lr, step, weight_decay)
-        figures |= {"lr": lr, "weight_decay": weight_decay}
+        metrics |= self.engine.step(lr, step, weight_decay)
+        metrics |= {"lr": lr, "weight_decay": weight_decay}
         if self.engine.applied:
-            self.task.after_step(step, self.engine, figures)
+            self.task.after_step(step, self.engine, metrics)
         else:
-            bad = [name for name, value in figures.items() if not _finite(value)]
+            bad = [name for name, value in metrics.items() if not _finite(value)]
             self._skipped(step, bad, self._guilty(blocks, targets, ids))
-            figures = {name: value for name, value in figures.items() if name not in bad}
+            metrics = {name: value for name, value in metrics.items() if name not in bad}
         if self.engine.skips.total:
-            figures["skipped_updates"] = float(self.engine.skips.total)
-        return figures
+            metrics["skipped_updates"] = float(self.engine.skips.total)
+        return metrics
 
     # --- held-out photos ----------------------------------------------------------------------------------------
 
-    def _looked(self, done: int) -> dict[str, float]:
-        """Figures of photos that are not trained on, if it is their turn after so many steps; collective."""
+    def _held_out(self, done: int) -> dict[str, float]:
+        """Metrics of photos that are not trained on, if it is their turn after so many steps; collective."""
         found: list[dict[str, float]] = []
         with out_of_memory_explained(self.job, f"with held-out photos after step {done}"):
             if self.held_out is not None and done and self._is_due(done, self.job.validate_every):
@@ -187,8 +187,8 @@ class _Trainer:
                 found.append(self._probed(done))
         if not found:
             return {}
-        seconds = sum(figures["seconds"] for figures in found)
-        return {name: value for figures in found for name, value in figures.items()} | {"seconds": seconds}
+        seconds = sum(metrics["seconds"] for metrics in found)
+        return {name: value for metrics in found for name, value in metrics.items()} | {"seconds": seconds}
 
     def _is_due(self, done: int, every: int) -> bool:
         return every > 0 and (done % every == 0 or done == self.job.num_steps)
@@ -201,12 +201,12 @@ class _Trainer:
         if self.probed is None:
             source = self.job.probe()
             self.probed = self._load(0, source)
-            self._tell_troubles(source)
+            self._report_troubles(source)
         blocks = self._moved(self.probed)
         return {**self.task.probe(done, blocks, self.workers), "seconds": time.monotonic() - began}
 
     def _validated(self) -> dict[str, float]:
-        """Figures of the held-out blocks, with the weights as they are now, and its own `seconds`; collective.
+        """Metrics of the held-out blocks, with the weights as they are now, and its own `seconds`; collective.
 
         They are the blocks of step 0 of their own source each time, shared out as a step's blocks are.
         """
@@ -214,7 +214,7 @@ class _Trainer:
         began = time.monotonic()
         num_blocks = self.held_out.num_blocks
         loaded = self._load(0, self.held_out)
-        self._tell_troubles(self.held_out)
+        self._report_troubles(self.held_out)
         own = [block for block in loaded if block.weight > 0]
         blocks = self._moved(loaded)
         sums: dict[str, Tensor] = {}
@@ -222,13 +222,13 @@ class _Trainer:
             targets = self.task.targets(blocks, self.workers)
             for block, target in zip(blocks, targets, strict=True):
                 _accumulate(sums, self.task.losses(block, target), block.weight / num_blocks)
-        figures = self._sum_figures(sums, 0, sum(block.num_replaced for block in own))
-        del figures["sample_order"]  # the same each time
-        if "replaced_photos" in figures:
+        metrics = self._sum_metrics(sums, 0, sum(block.num_replaced for block in own))
+        del metrics["sample_order"]  # the same each time
+        if "replaced_photos" in metrics:
             self._note_unreadable(_unreadable(own))
         # As with norms: what is not finite is a gap in its curve.
-        figures = {name: value for name, value in figures.items() if _finite(value)}
-        return {**figures, "seconds": time.monotonic() - began}
+        metrics = {name: value for name, value in metrics.items() if _finite(value)}
+        return {**metrics, "seconds": time.monotonic() - began}
 
     # --- what is not finite -------------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class _Trainer:
     def _ids(self, indices: list[int], ids: _Ids) -> dict[int, list[int]]:
         """The samples of those blocks that any worker names, on all workers; collective.
 
-        If none is named, of all blocks: each one's figures are finite then, and only their sum is not.
+        If none is named, of all blocks: each one's metrics are finite then, and only their sum is not.
         """
         lengths = torch.zeros(self.num_blocks, dtype=torch.int64, device=self.device)
         for index in indices:
@@ -286,14 +286,14 @@ class _Trainer:
         listed = self.workers(rows).tolist()
         return {i: listed[starts[i] : starts[i] + counts[i]] for i in range(self.num_blocks) if counts[i]}
 
-    def _sum_figures(self, sums: dict[str, Tensor], order: int, num_replaced: int) -> dict[str, float]:
+    def _sum_metrics(self, sums: dict[str, Tensor], order: int, num_replaced: int) -> dict[str, float]:
         """Figures over all workers, and which samples the step saw: a hash that no worker count changes."""
         names = sorted(sums)
         own = torch.tensor([order, num_replaced], dtype=torch.float64, device=self.device)
         packed = torch.cat([torch.stack([sums[name] for name in names]), own])
         *values, total, replaced = self.workers(packed).tolist()
-        figures = {**dict(zip(names, values, strict=True)), "sample_order": total % _ORDER_RANGE}
-        return {**figures, "replaced_photos": replaced} if replaced else figures
+        metrics = {**dict(zip(names, values, strict=True)), "sample_order": total % _ORDER_RANGE}
+        return {**metrics, "replaced_photos": replaced} if replaced else metrics
 
     def _note_unreadable(self, rows: list[int]) -> None:
         """Count the photos that any worker could not read in a step; collective.
@@ -337,8 +337,8 @@ class _Trainer:
                     _, sent = next(steps)
                 self.waited_s = loader.waited_s
                 loaded = self._padded([one.block for one in sent], self.num_blocks)
-                self._tell_troubles(self.blocks)
-                self._tell_troubles(loader.source)
+                self._report_troubles(self.blocks)
+                self._report_troubles(loader.source)
                 own = [block for block in loaded if block.weight > 0]
                 ids = {block.index: block.ids for block in own}
                 num_replaced = sum(block.num_replaced for block in own)
@@ -372,7 +372,7 @@ class _Trainer:
         most = max(1, len(os.sched_getaffinity(0)) // beside) if wanted == "auto" else wanted
         return (1 if wanted == "auto" else most), most
 
-    def _tell_troubles(self, source: BlockSource) -> None:
+    def _report_troubles(self, source: BlockSource) -> None:
         """Hand over what a source met since it was last asked."""
         if isinstance(source, ReportsTroubles):
             for what in source.pop_troubles():
@@ -447,8 +447,8 @@ def _precision(wanted: str, device: str) -> str:
 
 
 def _accumulate(sums: dict[str, Tensor], losses: Losses, weight: float) -> dict[str, Tensor]:
-    """Add a block's figures to `sums`; returns what was added."""
-    values = {"loss": losses.total, **losses.figures}
+    """Add a block's metrics to `sums`; returns what was added."""
+    values = {"loss": losses.total, **losses.metrics}
     terms = {name: value.detach().double() * weight for name, value in values.items()}
     for name, term in terms.items():
         sums[name] = sums[name] + term if name in sums else term

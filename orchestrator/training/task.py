@@ -56,10 +56,10 @@ class BlockTensors:
 
 @dataclass(frozen=True)
 class Losses:
-    """A block's differentiable `total` and the detached figures worth a curve."""
+    """A block's differentiable `total` and the detached metrics worth a curve."""
 
     total: Tensor
-    figures: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor]
 
 
 class Workers(Protocol):
@@ -107,8 +107,8 @@ class Task(Protocol):
     def prepare_step(self, step: int) -> None:
         """Set what depends on the step (loss weights, frozen parts) before its first forward."""
 
-    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
-        """What follows an update: EMA, refresh of a Gram teacher. `figures` are the step's, over all workers.
+    def after_step(self, step: int, weights: Weights, metrics: Mapping[str, float]) -> None:
+        """What follows an update: EMA, refresh of a Gram teacher. `metrics` are the step's, over all workers.
 
         Not called where the update was skipped, since a gradient was not finite.
         """

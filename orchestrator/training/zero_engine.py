@@ -52,7 +52,7 @@ class ZeroEngine(Engine):
                 *modules.copies.values(),
                 *modules.frozen.values(),
             ):
-                _mark_whole(module, modules.zero3_leaf_modules)
+                _mark_leaf_modules(module, modules.zero3_leaf_modules)
         self._optimizer = _AdamW(
             param_groups(modules),
             lr=optimizer.lr.peak,
@@ -269,7 +269,7 @@ class _AdamW(torch.optim.AdamW):
             self.param_groups = groups
 
 
-def _mark_whole(module: nn.Module | None, classes: tuple[type[nn.Module], ...]) -> None:
+def _mark_leaf_modules(module: nn.Module | None, classes: tuple[type[nn.Module], ...]) -> None:
     from deepspeed.utils import set_z3_leaf_modules
 
     if module is not None and any(isinstance(child, classes) for child in module.modules()):

@@ -222,7 +222,7 @@ class AlignTask:
         loss = info_nce(out.images, out.texts, out.scale, target.found)
         return Losses(loss, {"accuracy": target.found.hit_B.mean(), "logit_scale": out.scale.detach()})
 
-    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
+    def after_step(self, step: int, weights: Weights, metrics: Mapping[str, float]) -> None:
         """Nothing follows an update."""
 
     def _features(self, block: BlockTensors) -> BackboneFeatures:

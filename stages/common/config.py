@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
 
-from orchestrator.config.extension import MODEL_NAME
+from orchestrator.config.extension import Named
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.settings import MAX_WIDTH, Settings, Strict, in_key_if_set
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import KeyMistakeError
 from orchestrator.models.configs import RGB, Config
 from orchestrator.models.presets import PRESETS, preset
-from orchestrator.slow_import import told_if_slow
+from orchestrator.slow_import import warn_if_slow
 from orchestrator.stages.base import Context
 
 INDEX_KINDS = ("curate",)
@@ -30,7 +30,7 @@ READ_BY_WORKERS = (*UNREAD, "model", "snapshots", "students")
 
 def _known_model(name: str) -> str:
     if name not in PRESETS:
-        with told_if_slow(f"of the model {name}"):
+        with warn_if_slow(f"of the model {name}"):
             preset(name)
     return name
 
@@ -49,9 +49,10 @@ def _known_or_none(name: str | None) -> str | None:
         ) from None
 
 
-ModelName = Annotated[str, AfterValidator(_known_model), MODEL_NAME]
+A_MODEL = Named("models", ours=tuple(PRESETS))
+ModelName = Annotated[str, AfterValidator(_known_model), A_MODEL]
 # As one annotation, so that the field still has the mark of a model's name.
-OptionalModelName = Annotated[str | None, AfterValidator(_known_or_none), MODEL_NAME]
+OptionalModelName = Annotated[str | None, AfterValidator(_known_or_none), A_MODEL]
 
 
 def _free(overrides: dict[str, Any]) -> dict[str, Any]:

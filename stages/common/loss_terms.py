@@ -65,11 +65,11 @@ class Terms:
     """Weighted loss terms.
 
     Attributes:
-        figures: the terms by name.
+        metrics: the terms by name.
         parts: tensors of the same sum as the terms, which carry its gradient.
     """
 
-    figures: dict[str, Tensor]
+    metrics: dict[str, Tensor]
     parts: list[Tensor]
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, model_validator
 
 from orchestrator import installed
+from orchestrator.config.extension import Named
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schema import LocalPath
 from orchestrator.config.settings import Settings, in_key_if_set, only_one, operational
@@ -22,7 +23,7 @@ from orchestrator.data.views import Side
 from orchestrator.errors import UserError, nearest
 from orchestrator.models.configs import ViTConfig
 from orchestrator.models.network_spec import TIMM_RESERVED, Blocks
-from orchestrator.slow_import import told_if_slow
+from orchestrator.slow_import import warn_if_slow
 from orchestrator.stages.common.weights import unreadable_hint, weight_files
 
 # ImageNet's, which nearly all public weights were trained with.
@@ -35,6 +36,7 @@ S = TypeVar("S", bound="NetworkSource")
 
 MODULE = installed.PATH + r"|^[A-Za-z0-9_][\w.\-]*$"
 """An import path, or the name of an installed package's entry point."""
+A_MODULE = Named("teachers", by_path=True)
 
 
 def kwargs_field() -> Any:
@@ -71,7 +73,7 @@ class NetworkSource(Settings):
         description="The name of a transformers model, or a local folder such as ./weights/mine. transformers must be "
         "installed.",
     )
-    module: str | None = Field(
+    module: Annotated[str | None, A_MODULE] = Field(
         None,
         pattern=MODULE,
         description="A callable that returns an nn.Module, as package.module:callable, or by the name of an installed "
@@ -340,7 +342,7 @@ def check_timm(name: str) -> None:
     """Raises UserError unless timm is installed and has the model."""
     check_installed("timm")
     try:
-        with told_if_slow("timm"):
+        with warn_if_slow("timm"):
             timm = importlib.import_module("timm")
     except Exception as error:  # an installation may be broken in any way
         what = f"timm cannot be imported: {type(error).__name__}: {error}"
@@ -365,7 +367,7 @@ def check_module(module: str) -> None:
     except UserError as error:
         raise UserError(error.what, where="module", hint=error.hint) from None
     try:
-        with told_if_slow(path.partition(":")[0]):
+        with warn_if_slow(path.partition(":")[0]):
             find_callable(path)
     except ValueError as error:
         raise UserError(str(error), where="module", hint=_import_hint(path)) from None

@@ -13,7 +13,7 @@ from orchestrator.errors import UserError
 from orchestrator.models import white_of
 from orchestrator.models.networks import find_callable
 from orchestrator.models.wrapped import ForeignNet, open_any, open_module, open_timm, open_transformers
-from orchestrator.slow_import import told_if_slow
+from orchestrator.slow_import import warn_if_slow
 from orchestrator.stages.common.network_source import BLOCKS_HINT, NetworkSource
 
 
@@ -37,7 +37,7 @@ def open_network(source: NetworkSource, size: int, what: str, where: str) -> For
             return open_timm(source.timm, size, kwargs=source.kwargs, **more)
         if source.transformers is not None:
             return open_transformers(source.transformers, size, source.kwargs, **more)
-        with told_if_slow(source.path.partition(":")[0]):
+        with warn_if_slow(source.path.partition(":")[0]):
             find_callable(source.path)
         return open_module(source.path, source.weights, size, source.kwargs, **more)
     except ModuleNotFoundError as error:

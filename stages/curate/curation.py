@@ -25,9 +25,9 @@ from orchestrator.progress import Meter
 from orchestrator.stages.base import Context
 from orchestrator.stages.curate.report import (
     accounts_of,
+    log_first,
     report_of,
     show_account,
-    tell_first,
     write_provenance,
 )
 from orchestrator.stages.curate.retrieval import find_near
@@ -141,7 +141,7 @@ def _without_repeats(config: Curate, context: Context, scanned: Scanned) -> _Fil
         moments.extend,
     )
     for limit in near:
-        if (warning := limit.said()) is not None:
+        if (warning := limit.warning()) is not None:
             logger.warning("%s: %s", context.name, shortened(warning, _WARNING))
     return _Filtered(statuses, descriptors, near, moments)
 
@@ -246,5 +246,5 @@ def _reported(
     draw_clusters(index, drawn.levels.distances_N, context.out / "clusters.png")
     context.run.file(context.out / "clusters.png", "curation")
     show_account(context, accounts)
-    tell_first(context.name, report)
+    log_first(context.name, report)
     return report

@@ -47,7 +47,7 @@ def show_account(context: Context, accounts: Sequence[Account]) -> None:
     context.run.file(save(accounts, context.out), "curation")
 
 
-def tell_first(stage: str, report: Mapping[str, Any]) -> None:
+def log_first(stage: str, report: Mapping[str, Any]) -> None:
     """Name the first files that cannot be read, and the first duplicates; the report has all."""
     if corrupt := report["corrupt_files"]:
         named = [f"{name} ({reason})" for name, reason in corrupt.items()]

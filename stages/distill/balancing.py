@@ -24,7 +24,7 @@ def balancer(
     Args:
         material: the stage with its artifacts.
         steps_left: of the students that are still to train.
-        bounds: fewest and most workers that a student may have, where its config says so; both the same fix it.
+        bounds: minimum and maximum of workers that a student may have, where its config says so; both the same fix it.
 
     Raises:
         UserError: a part cannot be run on this machine.
@@ -39,5 +39,5 @@ def balancer(
 
 
 def _bounded(student: StudentCost, bounds: Mapping[str, tuple[int, int | None]]) -> StudentCost:
-    fewest, most = bounds.get(student.name, (1, None))
-    return replace(student, fewest=max(fewest, student.fewest), most=most)
+    min_workers, max_workers = bounds.get(student.name, (1, None))
+    return replace(student, min_workers=max(min_workers, student.min_workers), max_workers=max_workers)

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr, StringConstraints, model_validator
 from orchestrator.config.extension import versions
 from orchestrator.config.pixels import PixelFormat
 from orchestrator.config.schedules import Momentum, Optimizer, Schedule, check_warmup, moving
-from orchestrator.config.settings import in_key_if_set, operational
+from orchestrator.config.settings import in_key_if_set, operational, with_new_keys
 from orchestrator.data.views import CropConfig
 from orchestrator.errors import UserError
 from orchestrator.models.configs import RGB, Config
@@ -111,7 +111,7 @@ class Distill(MultiCropStage):
         description="The origin of the students' crops. shared: the teacher makes them once and sends them to all "
         "students. regenerated: each student's workers make the same crops again from the seed.",
     )
-    replay: bool = operational(
+    teacher_cache: bool = operational(
         False,
         description="Whether the teacher's outputs are saved in the store for students that are trained later.",
     )
@@ -129,6 +129,7 @@ class Distill(MultiCropStage):
     _is_told: bool = PrivateAttr(False)
 
     version: ClassVar[int] = 2
+    renamed: ClassVar[Mapping[str, str]] = {"replay": "teacher_cache"}
     watched: ClassVar[bool] = True
     preload: ClassVar[tuple[str, ...]] = ("orchestrator.stages.distill.task",)
     inputs: ClassVar[tuple[Input, ...]] = (
@@ -142,6 +143,11 @@ class Distill(MultiCropStage):
         DRAWN: DRAWN_MEANS,
     }
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_keys(cls, values: Any) -> Any:
+        return with_new_keys(values, cls.renamed)
+
     @model_validator(mode="after")
     def _fits(self) -> Distill:
         if isinstance(self.teachers, int) and self.teachers < 1:
@@ -154,8 +160,8 @@ class Distill(MultiCropStage):
             raise ValueError(
                 "features.repeat_after and views: regenerated cannot be combined: leave one of them out"
             )
-        if self.teacher_shards > 1 and self.replay:
-            raise ValueError("replay and teacher_shards cannot be combined: leave one of them out")
+        if self.teacher_shards > 1 and self.teacher_cache:
+            raise ValueError("teacher_cache and teacher_shards cannot be combined: leave one of them out")
         for name, student in self.students.items():
             at = "crops" if student.views is None else f"students.{name}.views"
             if student.model is not None:
@@ -261,14 +267,14 @@ class Distill(MultiCropStage):
         return float((self.window_of(self.num_teachers) + 1) * self.view_bytes(self.students.values()))
 
     def kept_bytes(self, origin: Stage | None) -> float:
-        """See :class:`TrainStage`: with `replay` the teacher's outputs of all steps, but for what is small in them.
+        """See :class:`TrainStage`: with `teacher_cache` the teacher's outputs of all steps, but for small ones.
 
         Of teachers from elsewhere it is not known before they are opened.
         """
         from orchestrator.stages.common.flops import feature_dim, masked_share
 
         recipe = origin.model_recipe() if origin is not None else None
-        if recipe is None or not self.replay:
+        if recipe is None or not self.teacher_cache:
             return 0.0
         crops, tower, heads = self.crops, recipe.tower, recipe.heads
         patches = (crops.global_size // tower.patch_size) ** 2

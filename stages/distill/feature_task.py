@@ -186,7 +186,7 @@ class FeatureTask:
             torch.stack(list(terms.values())).sum(), {name: term.detach() for name, term in terms.items()}
         )
 
-    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
+    def after_step(self, step: int, weights: Weights, metrics: Mapping[str, float]) -> None:
         """The student's own EMA, which is what gets exported."""
         weights.update_ema(self.config.ema_of(self.student).at(step, self.config.steps_of(self.student)))
 

@@ -76,7 +76,7 @@ def _measure(spec: Spec, scratch: Path) -> dict[str, dict[str, float]]:
 
     def sized(num_blocks: int) -> Teaching:
         # Replayed, a teacher would only read its outputs of the first time.
-        own = {"batch_size": num_blocks * config.block_size, "replay": False}
+        own = {"batch_size": num_blocks * config.block_size, "teacher_cache": False}
         return _teaching(config.model_copy(update=own), places, spec.sources, scratch)
 
     students = list(config.students.values())
@@ -183,7 +183,7 @@ class _Stopwatch:
         self._at = _clock()
 
     def report(
-        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+        self, step: int, metrics: dict[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None:
         """From one report to the next: with the wait for blocks, should making them take longer than a step."""
         before, self._at = self._at, _clock()
@@ -194,7 +194,7 @@ class _Stopwatch:
     def recorded(self, step: int) -> bool:
         return True
 
-    def saved(self, step: int, figures: dict[str, float]) -> None: ...
+    def saved(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def trouble(self, what: str) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Costs of a distillation's parts: measured on this machine and kept, or reckoned from operations. Imports no torch."""
+"""Costs of a distillation's parts: measured here and kept, or estimated from operations. Imports no torch."""
 
 from __future__ import annotations
 
@@ -141,19 +141,19 @@ def measured(
     return PartCosts(known[""].teacher(num_blocks), students, f"measured on {device}, {when}", kind)
 
 
-def reckoned(
-    works: Sequence[Workload], flops_per_s: float, fewest: Callable[[Workload], int], source: str
+def estimated(
+    works: Sequence[Workload], flops_per_s: float, min_devices: Callable[[Workload], int], source: str
 ) -> PartCosts:
     """Costs from operations alone, without crops, optimiser and exchange.
 
     Args:
         works: of a distillation: the teacher's, then the students'.
         flops_per_s: that one device reaches.
-        fewest: devices that a job's memory needs.
+        min_devices: devices that a job's memory needs.
         source: for people.
     """
     teacher, *students = works
-    devices = fewest(teacher)
+    devices = min_devices(teacher)
     step_s = teacher.flops_per_image * teacher.batch_size / flops_per_s / devices
     return PartCosts(
         TeacherCost(step_s, devices),
@@ -163,7 +163,7 @@ def reckoned(
                 work.batch_size // work.block_size,
                 work.flops_per_image * work.block_size / flops_per_s,
                 steps=work.steps,
-                fewest=fewest(work),
+                min_workers=min_devices(work),
             )
             for work in students
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
@@ -27,6 +27,7 @@ from orchestrator.stages.common.config import (
     with_channels,
 )
 from orchestrator.stages.common.network_source import (
+    A_MODULE,
     MODULE,
     check_installed,
     check_kwargs,
@@ -69,7 +70,7 @@ class Student(Settings):
         "module, timm and transformers is given.",
     )
     model_overrides: Overrides = Field({}, description=OVERRIDES)
-    module: str | None = in_key_if_set(
+    module: Annotated[str | None, A_MODULE] = in_key_if_set(
         None,
         pattern=MODULE,
         description="A callable that returns the student's backbone as an nn.Module, as package.module:callable, or by "

@@ -62,7 +62,7 @@ def student_runs_of(
     for name, folder in shorter.items():
         figures = json.loads((folder / FIGURES).read_text())
         _offset(parts[name], jobs[name].name, int(figures.get("first_step", 0)))
-        _take_up(folder, jobs[name], student_run_of(context, name))
+        _continue_from(folder, jobs[name], student_run_of(context, name))
     jobs = sharing_gpus(jobs, gpus, config.num_teachers, config.teacher_gpus * config.teacher_shards)
     front = _front(config, jobs, parts)
     return {
@@ -93,7 +93,7 @@ def _shorter(config: Distill, context: Context, name: str) -> Path | None:
     return context.find(str(made["kind"]), str(made["key"]))
 
 
-def _take_up(shorter: Path, job: Job, run: Run) -> None:
+def _continue_from(shorter: Path, job: Job, run: Run) -> None:
     """Go on from a shorter run of a student: its figures and its checkpoint."""
     for record in json.loads((shorter / HISTORY).read_text()):
         run.metrics(record["metrics"], record["step"])

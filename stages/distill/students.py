@@ -68,15 +68,15 @@ def train(config: Distill, context: Context) -> Mapping[str, float]:
         folders = {name: part.artifact for name, part in parts.items() if part.artifact is not None}
         stats, made = _train_all(config, context, teach, student_runs)
     (context.out / "sharing.json").write_text(json.dumps(stats, indent=1))
-    figures = _gather(
+    metrics = _gather(
         {**folders, **made}, list(config.students), context.out, remote=context.remote is not None
     )
     # What a reader of the summary line wants to see first.
-    first = {name: value for name, value in figures.items() if name.endswith("_last_loss")}
-    last_step = _last_step(config, figures)
+    first = {name: value for name, value in metrics.items() if name.endswith("_last_loss")}
+    last_step = _last_step(config, metrics)
     # Of views that come again, each draw counts once: the shares of clusters are the same.
     last_step = min(last_step, config.repeat_after or last_step)
-    return first | stats | figures | draws.write(last_step, context.out)
+    return first | stats | metrics | draws.write(last_step, context.out)
 
 
 def _start(config: Distill, context: Context, name: str) -> AbstractContextManager[StartingWeights]:
@@ -95,10 +95,10 @@ def _start(config: Distill, context: Context, name: str) -> AbstractContextManag
     )
 
 
-def _last_step(config: Distill, figures: Mapping[str, float]) -> int:
+def _last_step(config: Distill, metrics: Mapping[str, float]) -> int:
     """The teachers' step at which the last student has ended: what was drawn up to there was drawn for one of them."""
     return max(
-        int(figures.get(f"{name}_first_step", 0.0)) + config.steps_of(student)
+        int(metrics.get(f"{name}_first_step", 0.0)) + config.steps_of(student)
         for name, student in config.students.items()
     )
 
@@ -137,10 +137,10 @@ def _train_all(
         num_steps,
         config.batch_size // config.block_size,
         window=window,
-        hang_s=context.elastic.stall_timeout_s,
+        stall_timeout_s=context.elastic.stall_timeout_s,
         gpus=config.teacher_gpus if gpus else 0.0,
         account=context.work / "sharing.json",
-        on_figures=partial(_track, context.run),
+        on_metrics=partial(_track, context.run),
         teachers=teachers,
         shards=config.teacher_shards,
         needs=[_need(student_run.job.elastic) for student_run in student_runs.values()],
@@ -150,7 +150,7 @@ def _train_all(
 
 
 def _need(elastic: Elastic) -> tuple[int, float]:
-    """The fewest workers that a student begins with, and the CPUs that each of them reserves where it runs on them."""
+    """The minimum of workers that a student begins with, and the CPUs that each reserves where it runs on them."""
     return elastic.workers[0], elastic.resources.cpu or 1.0
 
 
@@ -248,10 +248,10 @@ def _publish(student_run: StudentRun, run: Run, account: Mapping[str, float], ne
     history = run.history()
     (folder / HISTORY).write_text(json.dumps(history))
     last_loss = summary(history).get("last_loss", float("nan"))
-    figures = {"last_loss": last_loss, "first_step": float(student_run.offset), **account}
-    (folder / FIGURES).write_text(json.dumps(figures))
+    metrics = {"last_loss": last_loss, "first_step": float(student_run.offset), **account}
+    (folder / FIGURES).write_text(json.dumps(metrics))
     (folder / ARTIFACT).write_text(json.dumps({"kind": "student", "key": student_run.part.key}))
-    made = student_run.part.publish(folder, figures)
+    made = student_run.part.publish(folder, metrics)
     shutil.rmtree(folder, ignore_errors=True)
     return made
 
@@ -259,14 +259,14 @@ def _publish(student_run: StudentRun, run: Run, account: Mapping[str, float], ne
 def _gather(
     folders: Mapping[str, Path], names: Sequence[str], out: Path, *, remote: bool = False
 ) -> dict[str, float]:
-    """All students in the stage's own artifact, and their figures; of artifacts in a `remote` store by reference."""
-    figures: dict[str, float] = {}
+    """All students in the stage's own artifact, and their metrics; of artifacts in a `remote` store by reference."""
+    metrics: dict[str, float] = {}
     for name in names:
         _show(folders[name], out / "students" / name, remote=remote)
         own = json.loads((folders[name] / FIGURES).read_text())
-        figures |= {f"{name}_{figure}": value for figure, value in own.items()}
-    figures["goodput"] = min(figures[f"{name}_goodput"] for name in names)
-    return figures
+        metrics |= {f"{name}_{figure}": value for figure, value in own.items()}
+    metrics["goodput"] = min(metrics[f"{name}_goodput"] for name in names)
+    return metrics
 
 
 def _show(folder: Path, target: Path, *, remote: bool) -> None:
@@ -286,10 +286,10 @@ def _show(folder: Path, target: Path, *, remote: bool) -> None:
             link_or_copy(source, target / entry)
 
 
-def _track(run: Run, figures: Mapping[str, float]) -> None:
+def _track(run: Run, metrics: Mapping[str, float]) -> None:
     # By images forwarded: the one counter that moves whenever another does.
-    if figures["images_forwarded"]:
-        run.metrics(dict(figures), int(figures["images_forwarded"]), channel="sharing")
+    if metrics["images_forwarded"]:
+        run.metrics(dict(metrics), int(metrics["images_forwarded"]), channel="sharing")
 
 
 def _raise_first(futures: Mapping[str, Future[Any]]) -> None:

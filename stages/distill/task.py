@@ -202,12 +202,12 @@ class DistillTask:
         result = []
         for block in blocks:
             tensors = block.tensors
-            dino = self._wanted(tensors["dino"], self.dino_KC, tensors["dino_scaling"])
-            ibot = self._wanted(tensors["ibot"][None], self.ibot_KC, tensors["ibot_scaling"])
+            dino = self._target_probs(tensors["dino"], self.dino_KC, tensors["dino_scaling"])
+            ibot = self._target_probs(tensors["ibot"][None], self.ibot_KC, tensors["ibot_scaling"])
             result.append(DistillTargets(dino, ibot, masked_tokens(flat_views(tensors["masks"]))))
         return result
 
-    def _wanted(self, codes_TNC: Tensor, prototypes_KC: Tensor, log_v_K: Tensor) -> TargetProbs:
+    def _target_probs(self, codes_TNC: Tensor, prototypes_KC: Tensor, log_v_K: Tensor) -> TargetProbs:
         temperature = self.config.teacher_temperature
         codes_TNC = codes_TNC.to(prototypes_KC.dtype)
         if self.config.chunk_rows is None:
@@ -244,9 +244,9 @@ class DistillTask:
         terms = distillation.terms(out)
         views_GBD = out["cls"].unflatten(0, (len(tensors["globals"]), -1))
         spread = config.koleo_weight * spread_views(views_GBD, config.koleo_views, config.koleo_group)
-        return Losses(torch.stack([*terms.parts, spread]).sum(), {**terms.figures, "koleo": spread})
+        return Losses(torch.stack([*terms.parts, spread]).sum(), {**terms.metrics, "koleo": spread})
 
-    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
+    def after_step(self, step: int, weights: Weights, metrics: Mapping[str, float]) -> None:
         """The student's own EMA, which is what gets exported."""
         weights.update_ema(self.config.ema_of(self.student).at(step, self.config.steps_of(self.student)))
 

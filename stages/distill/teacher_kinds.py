@@ -96,15 +96,15 @@ class Teaching(ABC):
         views = self._views(self._view_sets(students))
         real = self._teacher(views)
         repeat_after = self._config.repeat_after
-        if not self._config.replay and repeat_after is None:
+        if not self._config.teacher_cache and repeat_after is None:
             return partial(_with_inputs, self._context.needed, real)
         num_kept = num_steps if repeat_after is None else min(num_steps, repeat_after)
-        replayed: Callable[[], StepTeacher] = partial(
+        cached: Callable[[], StepTeacher] = partial(
             CachedTeacher, real, views, self._cache(num_kept), self._config.batch_size
         )
         if repeat_after is not None:
-            replayed = partial(RepeatingTeacher, replayed, repeat_after)
-        return partial(_with_inputs, self._context.needed, replayed)
+            cached = partial(RepeatingTeacher, cached, repeat_after)
+        return partial(_with_inputs, self._context.needed, cached)
 
     def parts_of(self, student: Student) -> tuple[str, ...]:
         """What a student fetches of a step."""
@@ -153,12 +153,13 @@ class Teaching(ABC):
         return {name: identity[name] for name in _OUTPUT_FIELDS if name in identity}
 
     def _cache(self, num_steps: int) -> tuple[Store, str]:
-        """Where replayed steps are; logs what they will take.
+        """Where cached steps are; logs what they will take.
 
         Raises:
             UserError: they do not fit on this machine's disk.
         """
         # Written object by object, each the same whoever writes it: no need to keep others out.
+        # On disk it has its name from before `teacher_cache`, so that what is there is found.
         with self._context.part("replay", self._output_identity()) as part:
             work, remote = part.work, part.remote
         size = self.output_bytes() * self._config.batch_size * num_steps
@@ -170,9 +171,10 @@ class Teaching(ABC):
         work.mkdir(parents=True, exist_ok=True)
         known = sum(path.stat().st_size for path in work.glob("step-*"))
         if size - known > disk.space(work)[0]:
+            field = "teacher_cache" if self._config.teacher_cache else "features.repeat_after"
             raise UserError(
                 f"the teacher's outputs need {size / 1e9:.1f} GB, more than is free on the disk of {work}",
-                where=f"stages.{self._context.name}.{'replay' if self._config.replay else 'features.repeat_after'}",
+                where=f"stages.{self._context.name}.{field}",
                 hint="leave it out, or use a store with more room",
             )
         return open_store(str(work)), ""

@@ -43,7 +43,7 @@ class ClassGoal:
         loss = torch.nn.functional.cross_entropy(logits_BC, classes_B, reduction="sum")
         return torch.cat([right_C, count_C, loss[None]])
 
-    def figures(self, sums_K: Tensor) -> dict[str, float]:
+    def metrics(self, sums_K: Tensor) -> dict[str, float]:
         """See `Goal`.
 
         `accuracy` is of all images, `mean_class_accuracy` the mean over the classes that the split has, `cross_entropy`

@@ -1,4 +1,4 @@
-"""Segmentation and depth in torch: heads, losses, and figures over all pixels of a split."""
+"""Segmentation and depth in torch: heads, losses, and metrics over all pixels of a split."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SegmentationGoal:
         parts = (true[guess == true], guess, true)
         return torch.cat([torch.bincount(part, minlength=self.num_classes) for part in parts]).double()
 
-    def figures(self, sums_K: Tensor) -> dict[str, float]:
+    def metrics(self, sums_K: Tensor) -> dict[str, float]:
         """See `Goal`.
 
         `mean_iou` is the mean over classes of intersection by union; classes that are neither guessed nor there do not
@@ -98,7 +98,7 @@ class DepthGoal:
             ]
         )
 
-    def figures(self, sums_K: Tensor) -> dict[str, float]:
+    def metrics(self, sums_K: Tensor) -> dict[str, float]:
         """See `Goal`.
 
         `rmse` is the root of the mean squared error in metres over all pixels that have a depth, `delta_1` the share of

@@ -48,7 +48,7 @@ class DetectionGoal:
         total = torch.stack(each).double().sum() if each else predictions.new_zeros((), dtype=torch.float64)
         return torch.stack([total, real.sum().double()])
 
-    def figures(self, sums_K: Tensor) -> dict[str, float]:
+    def metrics(self, sums_K: Tensor) -> dict[str, float]:
         """See `Goal`: `set_loss` is the mean over images."""
         total, count = sums_K.tolist()
         return {"set_loss": total / count}

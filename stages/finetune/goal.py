@@ -45,18 +45,18 @@ class Goal(Protocol):
         """What makes predictions of features of width `dim`: called with features and the size of the images."""
 
     def losses(self, predictions: Tensor, tensors: Mapping[str, Tensor]) -> Losses:
-        """The loss of a block, a mean over its samples with their "weights"; and figures of a step."""
+        """The loss of a block, a mean over its samples with their "weights"; and metrics of a step."""
 
     def sums(self, predictions: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What figures are computed from, float64 (K,): it adds up over blocks. Samples of weight 0 count nothing."""
+        """What metrics are computed from, float64 (K,): it adds up over blocks. Samples of weight 0 count nothing."""
 
-    def figures(self, sums_K: Tensor) -> dict[str, float]:
+    def metrics(self, sums_K: Tensor) -> dict[str, float]:
         """Figures of all blocks whose sums these are."""
 
 
 @runtime_checkable
 class ListsGoal(Protocol):
-    """A task with figures that no sums give: they are computed of what was found in every image of a split."""
+    """A task with metrics that no sums give: they are computed of what was found in every image of a split."""
 
     def listed(self, predictions: Tensor, tensors: Mapping[str, Tensor]) -> list[Any]:
         """What was found in each image of a block, and what is there; samples of weight 0 are left out."""

@@ -62,8 +62,8 @@ def score_split(
             if isinstance(goal, ListsGoal):
                 listed += goal.listed(predictions, tensors)
     assert total is not None
-    figures = goal.figures(total.cpu())
-    return {**goal.scores(listed), **figures} if isinstance(goal, ListsGoal) else figures
+    metrics = goal.metrics(total.cpu())
+    return {**goal.scores(listed), **metrics} if isinstance(goal, ListsGoal) else metrics
 
 
 def _read(blocks: SplitBlocks) -> Iterator[Block]:

@@ -65,12 +65,12 @@ class FinetuneTargets:
     Attributes:
         features: of the frozen backbone; None where it is trained.
         predictions: of the held-out block at hand; None in training.
-        figures: of all held-out blocks of all workers; none in training.
+        metrics: of all held-out blocks of all workers; none in training.
     """
 
     features: BackboneFeatures | None = None
     predictions: Tensor | None = None
-    figures: Mapping[str, float] | None = None
+    metrics: Mapping[str, float] | None = None
 
 
 class FinetuneTask:
@@ -119,7 +119,7 @@ class FinetuneTask:
 
     @torch.no_grad()
     def targets(self, blocks: Sequence[BlockTensors], workers: Workers) -> list[FinetuneTargets]:
-        """Features of a frozen backbone; of held-out blocks also the predictions, and figures over all workers."""
+        """Features of a frozen backbone; of held-out blocks also the predictions, and metrics over all workers."""
         features = [self._features(block) for block in blocks]
         if self.modules.trainable.training:
             return [FinetuneTargets(found) for found in features]
@@ -131,9 +131,9 @@ class FinetuneTask:
             self.goal.sums(predicted, block.tensors) * (block.weight > 0)
             for block, predicted in zip(blocks, predictions, strict=True)
         ]
-        figures = self.goal.figures(workers(torch.stack(sums).sum(dim=0)))
+        metrics = self.goal.metrics(workers(torch.stack(sums).sum(dim=0)))
         return [
-            FinetuneTargets(found, each, figures) for found, each in zip(features, predictions, strict=True)
+            FinetuneTargets(found, each, metrics) for found, each in zip(features, predictions, strict=True)
         ]
 
     def losses(self, block: BlockTensors, target: FinetuneTargets) -> Losses:
@@ -143,16 +143,16 @@ class FinetuneTask:
             generator = block_generator(self.seed, block.step, block.index)
             predictions = self.modules.trainable(block.tensors["images"], target.features, generator)
         losses = self.goal.losses(predictions, block.tensors)
-        if target.figures is None:
+        if target.metrics is None:
             return losses
         # Of all blocks already: their mean over blocks is what they are.
         found = {
             name: losses.total.new_tensor(value, dtype=torch.float64)
-            for name, value in target.figures.items()
+            for name, value in target.metrics.items()
         }
-        return Losses(losses.total, {**losses.figures, **found})
+        return Losses(losses.total, {**losses.metrics, **found})
 
-    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
+    def after_step(self, step: int, weights: Weights, metrics: Mapping[str, float]) -> None:
         """The average, if there is one."""
         if self.config.ema is not None:
             weights.update_ema(self.config.ema.at(step, self.config.steps))

@@ -55,7 +55,7 @@ _KEPT = {"kept": True}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DesiredVersion:
     """A version that the registry should have.
 
     Attributes:
@@ -155,33 +155,33 @@ class Publish(Stage):
         for model in self._chosen(context):
             if context.stop.is_set():
                 raise Stopped
-            wanted = self._wanted(context, model)
-            folder = _fresh_copy(wanted, context)
+            desired = self._desired(context, model)
+            folder = _fresh_copy(desired, context)
             facts = registry.Facts(
-                kind=wanted.tags["orchestrator.model"],
-                params={name.removeprefix("orchestrator."): value for name, value in wanted.tags.items()},
-                metrics=wanted.known.metrics,
+                kind=desired.tags["orchestrator.model"],
+                params={name.removeprefix("orchestrator."): value for name, value in desired.tags.items()},
+                metrics=desired.known.metrics,
             )
             told: list[Decision] = []
             number = registry.publish(
                 context.run,
-                wanted.name,
+                desired.name,
                 folder,
-                wanted.tags,
+                desired.tags,
                 self.alias,
                 facts=facts,
-                digests=wanted.digests,
+                digests=desired.digests,
                 stop=context.stop,
-                gate=self._gate(context, wanted, told),
+                gate=self._gate(context, desired, told),
             )
             for decision in told:
-                self._tell(wanted.name, decision)
+                self._log_decision(desired.name, decision)
             decisions += told
-            entry = {"name": wanted.name, "version": number, "alias": self.alias, "tags": wanted.tags}
+            entry = {"name": desired.name, "version": number, "alias": self.alias, "tags": desired.tags}
             published.append(entry | _outcome(told))
             models[model.name] = {
-                "model": wanted.tags["orchestrator.model"],
-                "sha256": _weights_digest(wanted.digests),
+                "model": desired.tags["orchestrator.model"],
+                "sha256": _weights_digest(desired.digests),
             }
         # Where they went is the run's to say: the artifact holds for any registry and any name of the pipeline.
         (context.out / "models.json").write_text(json.dumps(models, indent=1) + "\n")
@@ -195,12 +195,12 @@ class Publish(Stage):
         from orchestrator.tracking import model_files, registry
         from orchestrator.tracking.patience import interruptibly
 
-        wanted = [self._wanted(context, model) for model in self._chosen(context)]
+        desired = [self._desired(context, model) for model in self._chosen(context)]
         told: list[tuple[str, Decision]] = []
 
         def compare() -> list[str]:
             found = []
-            for one in wanted:
+            for one in desired:
                 decisions: list[Decision] = []
                 gate = self._gate(context, one, decisions)
                 content = model_files.content_digest(one.digests)
@@ -211,7 +211,7 @@ class Publish(Stage):
         lines = interruptibly(compare, tracking_uri, context.stop, "comparing with the registry")
         for name, decision in told if not lines else ():
             if decision.standing == "rolled back":
-                self._tell(name, decision)
+                self._log_decision(name, decision)
         return lines
 
     def published(self, artifact: Path, pipeline: str) -> list[str]:
@@ -220,8 +220,8 @@ class Publish(Stage):
         at = "" if self.conditions else f"@{self.alias}"
         return [f"{pipeline}-{name}{at}" for name in names]
 
-    def _gate(self, context: Context, wanted: Wanted, told: list[Decision]) -> Gate:
-        scores = wanted.known.scores
+    def _gate(self, context: Context, desired: DesiredVersion, told: list[Decision]) -> Gate:
+        scores = desired.known.scores
         metrics = dict(sorted(scores.metrics.items())) if scores is not None else {}
 
         def judged(version: int, holder: AliasedVersion | None) -> Sequence[Judged]:
@@ -230,7 +230,7 @@ class Publish(Stage):
         marks = {METRICS_TAG: json.dumps(metrics)} if metrics else {}
         return Gate(judged, marks, context.forced, told.append)
 
-    def _tell(self, name: str, decision: Decision) -> None:
+    def _log_decision(self, name: str, decision: Decision) -> None:
         """Say what became of the alias, and why; what is as usual only if there is a gate."""
         version, holder = f"{name} version {decision.version}", f"version {decision.holder}"
         if decision.standing == "rolled back":
@@ -269,7 +269,7 @@ class Publish(Stage):
             "conditions_failed": float(sum(not one.passed for one in judged)),
         }
 
-    def _wanted(self, context: Context, model: Trained) -> Wanted:
+    def _desired(self, context: Context, model: Trained) -> DesiredVersion:
         found = look_up(context, model)
         name = f"{context.pipeline}-{model.name}"
         tags = lineage(context, found)
@@ -282,7 +282,7 @@ class Publish(Stage):
             digests[path.relative_to(found.folder).as_posix()] = _digest(found.artifact, path)
         if found.picture is not None and found.evaluation is not None:
             digests[PICTURE] = _digest(found.evaluation, found.picture)
-        return Wanted(found, name, texts, digests, tags)
+        return DesiredVersion(found, name, texts, digests, tags)
 
     def _chosen(self, context: Context) -> list[Trained]:
         models = trained(context.stages, _of_models(context.names))
@@ -310,15 +310,15 @@ def _weights_digest(digests: Mapping[str, str]) -> str:
     return next(iter(weights.values())) if len(weights) == 1 else content_digest(weights)
 
 
-def _fresh_copy(wanted: Wanted, context: Context) -> Path:
+def _fresh_copy(desired: DesiredVersion, context: Context) -> Path:
     """A copy to lay the card into; the artifact itself is never written to."""
-    folder = inside(context.work, wanted.known.model.name)
+    folder = inside(context.work, desired.known.model.name)
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(wanted.known.folder, folder)
-    for name, text in wanted.texts.items():
+    shutil.copytree(desired.known.folder, folder)
+    for name, text in desired.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if wanted.known.picture is not None:
-        shutil.copyfile(wanted.known.picture, folder / PICTURE)
+    if desired.known.picture is not None:
+        shutil.copyfile(desired.known.picture, folder / PICTURE)
     return folder
 
 

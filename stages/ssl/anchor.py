@@ -1,4 +1,4 @@
-"""When Gram anchoring starts: at once, or when dense features have decayed. The decision is made of figures alone."""
+"""When Gram anchoring starts: at once, or when dense features have decayed. The decision is made of metrics alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BEST = ("gram_best_cosine", "gram_best_locality")
 
 
 class AnchorDecision(Enum):
-    """What a step's figures mean."""
+    """What a step's metrics mean."""
 
     GO_ON = "nothing new"
     KEEP = "the EMA is the best so far: keep it as the Gram teacher"
@@ -24,7 +24,7 @@ class AnchorDecision(Enum):
 class DenseHealthMonitor:
     """Watches dense health until anchoring starts (see `DenseHealth`).
 
-    The figures that it is shown are the same on all workers, so all decide alike.
+    The metrics that it is shown are the same on all workers, so all decide alike.
 
     Args:
         trigger: what to wait for; None starts at step 0.
@@ -46,11 +46,11 @@ class DenseHealthMonitor:
             return 0
         return int(self.state[_STARTED]) if _STARTED in self.state else None
 
-    def update(self, done: int, figures: Mapping[str, float]) -> AnchorDecision:
-        """Take the figures of the step that took the count to `done`."""
+    def update(self, done: int, metrics: Mapping[str, float]) -> AnchorDecision:
+        """Take the metrics of the step that took the count to `done`."""
         if self.trigger is None or _STARTED in self.state:
             return AnchorDecision.GO_ON
-        seen = window_mean(self.state, "gram_window", figures, self.trigger.window)
+        seen = window_mean(self.state, "gram_window", metrics, self.trigger.window)
         if seen is None:
             return AnchorDecision.GO_ON
         best = self._best()

@@ -49,7 +49,7 @@ from orchestrator.stages.common.weights import (
 )
 from orchestrator.stages.objective import Objective, OwnObjective
 from orchestrator.stages.ssl.gram import Gram
-from orchestrator.stages.ssl.knn import KnnWatch
+from orchestrator.stages.ssl.knn import KnnProbe
 from orchestrator.stages.ssl.stop_if import StopIf
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class SelfSupervised(MultiCropStage):
         description="Objectives of users' packages, added to the loss: a name, or a mapping with the name as `use` and "
         "its settings, such as `weight` (docs/extending.md).",
     )
-    knn: KnnWatch | None = operational(
+    knn: KnnProbe | None = operational(
         None,
         description="The settings of the k-NN accuracy that is computed of the EMA backbone during training, as the "
         "metric `val/knn`. Default: it is not computed.",
@@ -163,7 +163,7 @@ class SelfSupervised(MultiCropStage):
         check_titles(self.objectives)
         check_frozen(self.freeze_backbone_steps, self.from_, self.steps)
         if self.stop_if is not None:
-            self.stop_if.check_watched(self.knn)
+            self.stop_if.check_probed(self.knn)
         return self
 
     def models(self) -> Mapping[str, str]:
@@ -208,9 +208,9 @@ class SelfSupervised(MultiCropStage):
         """See :class:`Stage`: whether the weights fit the model."""
         super().check()
         if self.from_ is not None and self.from_.is_there():
-            self.from_.check(*self._said())
+            self.from_.check(*self._named_model())
 
-    def _said(self) -> tuple[str | None, dict[str, Any]]:
+    def _named_model(self) -> tuple[str | None, dict[str, Any]]:
         """The model and the overrides that the file gives to a model that begins with weights."""
         return None, {}
 
@@ -224,7 +224,7 @@ class SelfSupervised(MultiCropStage):
 
     def model_recipe(self) -> ModelRecipe | None:
         """See :class:`Stage`: of a model that begins here. None where weights that tell its shape are not there."""
-        name, overrides = self._said()
+        name, overrides = self._named_model()
         if name is None:
             found = self.from_.model(overrides) if self.from_ is not None else None
             if found is None:
@@ -323,8 +323,8 @@ class SelfSupervised(MultiCropStage):
         """The elastic job of this stage; so many photos may become unreadable, or any number."""
         from orchestrator.stages.common.backbone import finish_backbone
         from orchestrator.stages.common.crops import crop_blocks
+        from orchestrator.stages.ssl.probe_photos import ProbePhotos
         from orchestrator.stages.ssl.task import SelfSupervisedTask
-        from orchestrator.stages.ssl.watched_photos import WatchedPhotos
         from orchestrator.training.job import Job
 
         backbone = context.inputs.get("backbone")
@@ -359,7 +359,7 @@ class SelfSupervised(MultiCropStage):
             start_from=backbone.path / "checkpoint" if backbone else None,
             validation=partial(blocks, held_out=True) if self.validate_every else None,
             validate_every=self.validate_every,
-            probe=partial(WatchedPhotos.of, index, self.knn, side, context.roots)
+            probe=partial(ProbePhotos.of, index, self.knn, side, context.roots)
             if self.knn is not None
             else None,
             probe_every=self.knn.every if self.knn is not None else 0,
@@ -419,7 +419,7 @@ class SelfSupervised(MultiCropStage):
         with self._start(context, recipe) as start:
             job = self.job(context, recipe, draws.most_unreadable(self.max_unreadable), start)
             if context.shorter is not None:
-                self._take_up(context.shorter.path, job, context.run)
+                self._continue_from(context.shorter.path, job, context.run)
             account = trainer.run(job, tracker=context.run, stop=context.stop)
         job.collect_exports(context.out / "snapshots")
         job.collect(context.out / "checkpoint")
@@ -434,7 +434,7 @@ class SelfSupervised(MultiCropStage):
             lineage.write(context.out, history, backbone.path, backbone.link)
         return summary(history) | account | draws.write(self.steps, context.out)
 
-    def _take_up(self, shorter: Path, job: Job, run: Run) -> None:
+    def _continue_from(self, shorter: Path, job: Job, run: Run) -> None:
         """Go on from a shorter run of this stage: its checkpoint, its snapshots that this one keeps, its figures."""
         for record in json.loads((shorter / "history.json").read_text()):
             run.metrics(record["metrics"], record["step"])

@@ -7,7 +7,7 @@ from pydantic import Field
 from orchestrator.config.settings import Settings
 
 
-class KnnWatch(Settings):
+class KnnProbe(Settings):
     """Computes the k-NN accuracy of the EMA backbone before the first step, at intervals, and after the last step.
 
     The photos are held-out ones, if at least 50 of them have labels that others have, too; else photos of the whole

@@ -6,11 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from orchestrator.config.extension import MODEL_NAME
 from orchestrator.errors import UserError
 from orchestrator.stages.base import Context, Input, PlanContext
 from orchestrator.stages.common import lineage
 from orchestrator.stages.common.config import (
+    A_MODEL,
     BACKBONE_KINDS,
     INDEX_KINDS,
     OVERRIDES,
@@ -36,7 +36,7 @@ class Pretrain(SelfSupervised):
     """
 
     kind: Literal["pretrain"]
-    model: Annotated[ModelName | None, MODEL_NAME] = Field(
+    model: Annotated[ModelName | None, A_MODEL] = Field(
         None,
         description="The name of the backbone. `orchestrator models` lists them all. Default: the one that the weights "
         "of `from` fit, or that of the stage under `needs`.",
@@ -97,7 +97,7 @@ class Pretrain(SelfSupervised):
             return super().seed_of(context)
         return stage_seed(context, f"{self.kind} after {lineage.read(backbone.path).updates} updates")
 
-    def _said(self) -> tuple[str | None, dict[str, Any]]:
+    def _named_model(self) -> tuple[str | None, dict[str, Any]]:
         return self.model, self.model_overrides
 
     def _heads(self) -> Heads:

@@ -19,7 +19,7 @@ from orchestrator.data.index import ImageIndex
 from orchestrator.data.rng import derive
 from orchestrator.data.sources.folder import shown
 from orchestrator.evaluation.metrics.knn import knn_leave_one_out
-from orchestrator.stages.ssl.knn import KnnWatch
+from orchestrator.stages.ssl.knn import KnnProbe
 
 logger = logging.getLogger("orchestrator")
 
@@ -33,7 +33,7 @@ _PART = 2 / 3
 _THREADS = 4
 
 
-class WatchedPhotos:
+class ProbePhotos:
     """Blocks of photos as evaluation sees them; a :class:`~orchestrator.data.blocks.BlockSource` of one step.
 
     Arrays of a block of S photos: "photos" (S, V, C, side, side) uint8 or uint16, of one centred square each, or of two
@@ -48,7 +48,7 @@ class WatchedPhotos:
 
     def __init__(self, index: ImageIndex, most: int, size: int) -> None:
         self._index, self._size = index, size
-        self.rows, labels = watched_rows(index, most)
+        self.rows, labels = probe_rows(index, most)
         self.num_views = 1 if labels else 2
         names = labels or [str(row) for row in self.rows]
         self._labels = np.unique(names, return_inverse=True)[1].astype(np.int64)
@@ -57,10 +57,10 @@ class WatchedPhotos:
 
     @classmethod
     def of(
-        cls, index_folder: Path, watch: KnnWatch, size: int, roots: Mapping[str, str] | None = None
-    ) -> WatchedPhotos:
+        cls, index_folder: Path, probe: KnnProbe, size: int, roots: Mapping[str, str] | None = None
+    ) -> ProbePhotos:
         """Those of a curated index; see :meth:`ImageIndex.load` for `roots`."""
-        return cls(ImageIndex.load(index_folder, roots), watch.photos, size)
+        return cls(ImageIndex.load(index_folder, roots), probe.photos, size)
 
     def load(self, step: int, index: int) -> Block:
         """The block `index`, the same one in each step."""
@@ -102,7 +102,7 @@ class WatchedPhotos:
         return np.ascontiguousarray(np.stack(parts).transpose(0, 3, 1, 2))
 
 
-def watched_rows(index: ImageIndex, most: int) -> tuple[list[int], list[str]]:
+def probe_rows(index: ImageIndex, most: int) -> tuple[list[int], list[str]]:
     """Which photos are watched, ascending, and their labels; no labels if there are not two that two photos share.
 
     They are drawn by the content of the files, so that the same photos are watched wherever they are in the index.

@@ -9,7 +9,7 @@ from pydantic import Field
 from orchestrator.config.settings import Settings
 from orchestrator.errors import UserError
 from orchestrator.stages.common.lineage import Health
-from orchestrator.stages.ssl.knn import KnnWatch
+from orchestrator.stages.ssl.knn import KnnProbe
 
 _FIRST = ("stop_first_cosine", "stop_first_locality")
 _FIRST_KNN = "stop_first_knn"
@@ -51,7 +51,7 @@ class StopIf(Settings):
         "`knn` computes it. null ignores it.",
     )
 
-    def check_watched(self, knn: KnnWatch | None) -> None:
+    def check_probed(self, knn: KnnProbe | None) -> None:
         """Raises ValueError unless something may stop training; `knn` says what is watched besides dense health."""
         if knn is None and self.knn_drop is not None and "knn_drop" in self.model_fields_set:
             raise ValueError("stop_if.knn_drop needs `knn`, which computes the accuracy: set `knn: {}`")
@@ -61,7 +61,7 @@ class StopIf(Settings):
 
 
 class HealthLimit:
-    """Watches dense health and k-NN from the start. All workers see the same figures, so all stop alike.
+    """Watches dense health and k-NN from the start. All workers see the same metrics, so all stop alike.
 
     Args:
         limits: None watches nothing.
@@ -71,8 +71,8 @@ class HealthLimit:
     def __init__(self, limits: StopIf | None, state: MutableMapping[str, float]) -> None:
         self.limits, self.state = limits, state
 
-    def update(self, done: int, figures: Mapping[str, float]) -> None:
-        """Take the figures of the step that took the count to `done`.
+    def update(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of the step that took the count to `done`.
 
         Raises:
             UserError: a limit is reached.
@@ -80,7 +80,7 @@ class HealthLimit:
         limits = self.limits
         if limits is None:
             return
-        seen = window_mean(self.state, "stop_window", figures, limits.window)
+        seen = window_mean(self.state, "stop_window", metrics, limits.window)
         if seen is None:
             return
         if not all(name in self.state for name in _FIRST):
@@ -101,7 +101,7 @@ class HealthLimit:
                 hint=_HINT,
             )
 
-    def update_knn(self, done: int, figure: str, accuracy: float, watch: KnnWatch) -> None:
+    def update_knn(self, done: int, figure: str, accuracy: float, probe: KnnProbe) -> None:
         """Take the k-NN accuracy after `done` steps. The first one is that of the weights that training starts from.
 
         Where another number of photos or neighbours is asked for since, the first one says nothing of the next: these
@@ -110,7 +110,7 @@ class HealthLimit:
         Raises:
             UserError: the limit is reached.
         """
-        how = dict(zip(_KNN_HOW, (float(watch.photos), float(watch.k)), strict=True))
+        how = dict(zip(_KNN_HOW, (float(probe.photos), float(probe.k)), strict=True))
         # States of earlier versions do not say how it was computed.
         if any(self.state.get(name, value) != value for name, value in how.items()):
             del self.state[_FIRST_KNN]
@@ -128,19 +128,19 @@ class HealthLimit:
 
 
 def window_mean(
-    state: MutableMapping[str, float], prefix: str, figures: Mapping[str, float], window: int
+    state: MutableMapping[str, float], prefix: str, metrics: Mapping[str, float], window: int
 ) -> Health | None:
     """Add a step's dense health to a window; its means if this step ends it, else None.
 
     Args:
         state: holds the sums, below names that begin with `prefix`.
-        figures: of the step.
+        metrics: of the step.
         window: steps.
     """
     sums = (f"{prefix}_cosine", f"{prefix}_locality")
     count = f"{prefix}_steps"
     for name, figure in zip(sums, ("cls_patch_cosine", "patch_locality"), strict=True):
-        state[name] = state.get(name, 0.0) + figures[figure]
+        state[name] = state.get(name, 0.0) + metrics[figure]
     state[count] = state.get(count, 0.0) + 1
     if state[count] < window:
         return None

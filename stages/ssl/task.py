@@ -35,8 +35,8 @@ from orchestrator.stages.common.nets import (
 from orchestrator.stages.objective import StudentOutput
 from orchestrator.stages.ssl.anchor import AnchorDecision, DenseHealthMonitor
 from orchestrator.stages.ssl.config import SelfSupervised
+from orchestrator.stages.ssl.probe_photos import accuracy
 from orchestrator.stages.ssl.stop_if import HealthLimit
-from orchestrator.stages.ssl.watched_photos import accuracy
 from orchestrator.training.export import load_export
 from orchestrator.training.task import BlockTensors, Losses, Modules, Reduce, Weights
 
@@ -45,13 +45,13 @@ logger = logging.getLogger("orchestrator")
 
 @dataclass(frozen=True)
 class SelfSupervisedTargets:
-    """One block's no-grad side: DINO targets (G, B, K), iBOT targets (1, M, K), Gram features, health figures."""
+    """One block's no-grad side: DINO targets (G, B, K), iBOT targets (1, M, K), Gram features, health metrics."""
 
     dino: TargetProbs
     ibot: TargetProbs
     tokens_M: Tensor
     gram_NPD: Tensor | None
-    figures: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 class SelfSupervisedTask:
@@ -175,9 +175,9 @@ class SelfSupervisedTask:
         if config.objectives:
             more |= self._own(out, block)
         total = torch.stack([*terms.parts, *more.values()]).sum()
-        return Losses(total, {**terms.figures, **more, **target.figures})
+        return Losses(total, {**terms.metrics, **more, **target.metrics})
 
-    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
+    def after_step(self, step: int, weights: Weights, metrics: Mapping[str, float]) -> None:
         """EMA; then the Gram teacher takes it when its turn has come.
 
         Raises:
@@ -185,10 +185,10 @@ class SelfSupervisedTask:
         """
         weights.update_ema(self.config.ema.at(step, self.config.steps))
         gram, done = self.config.gram, step + 1
-        self.limit.update(done, figures)
+        self.limit.update(done, metrics)
         if gram is None:
             return
-        decision = self.monitor.update(done, figures)
+        decision = self.monitor.update(done, metrics)
         if decision is AnchorDecision.START:
             logger.info("dense features have decayed: Gram anchoring starts after step %d", done)
         started = self.monitor.started
@@ -197,7 +197,7 @@ class SelfSupervisedTask:
 
     @torch.no_grad()
     def probe(self, done: int, blocks: Sequence[BlockTensors], reduce: Reduce) -> dict[str, float]:
-        """k-NN of the EMA backbone, on blocks of :class:`~orchestrator.stages.ssl.watched_photos.WatchedPhotos`.
+        """k-NN of the EMA backbone, on blocks of :class:`~orchestrator.stages.ssl.probe_photos.ProbePhotos`.
 
         Whoever has the first block counts, for all: the vote is the same one then, whatever machines there are.
 

@@ -1,4 +1,4 @@
-"""The pipeline that `python -m bench balance` runs, and how its figure is reckoned; nothing is timed."""
+"""The pipeline that `python -m bench balance` runs, and how its figure is computed; nothing is timed."""
 
 from __future__ import annotations
 

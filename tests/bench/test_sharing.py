@@ -1,4 +1,4 @@
-"""The plain loop that `python -m bench sharing` measures against, and how its figure is reckoned; nothing is timed."""
+"""The plain loop that `python -m bench sharing` measures against, and how its figure is computed; nothing is timed."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ costs = st.builds(
     block_s=seconds,
     fixed_s=st.one_of(st.just(0.0), seconds),
     exchange_s=st.one_of(st.just(0.0), seconds),
-    fewest=st.integers(1, 3),
-    most=st.one_of(st.none(), st.integers(3, 6)),
+    min_workers=st.integers(1, 3),
+    max_workers=st.one_of(st.none(), st.integers(3, 6)),
 )
 families = st.lists(costs, min_size=1, max_size=3).map(
     lambda found: [replace(one, name=f"s{number}") for number, one in enumerate(found)]
@@ -52,11 +52,12 @@ def step_of(student: StudentCost, workers: int) -> float:
 @settings(max_examples=150, deadline=None)
 @given(teachers, families, st.integers(0, 7))
 def test_no_other_split_is_faster(teacher: TeacherCost, students: list[StudentCost], more: int) -> None:
-    least = teacher.devices + sum(student.fewest for student in students)
+    least = teacher.devices + sum(student.min_workers for student in students)
     devices = least + more
     found = split(teacher, students, devices)
     ranges = [
-        range(student.fewest, min(student.fewest + more, student.most or 99) + 1) for student in students
+        range(student.min_workers, min(student.min_workers + more, student.max_workers or 99) + 1)
+        for student in students
     ]
     best = min(
         max(teacher.step_s / actors, *map(step_of, students, workers))
@@ -90,7 +91,10 @@ def test_where_parts_share_devices_no_other_split_is_faster(
         least(actors, workers)
         for actors in range(1, max(1, int(devices)) + 1)
         for workers in product(
-            *(range(one.fewest, (one.most or max(one.fewest, one.num_blocks)) + 1) for one in students)
+            *(
+                range(one.min_workers, (one.max_workers or max(one.min_workers, one.num_blocks)) + 1)
+                for one in students
+            )
         )
     )
     assert least(found.teachers, [found.workers[one.name] for one in students]) == pytest.approx(best)
@@ -103,7 +107,7 @@ def test_where_parts_share_devices_no_other_split_is_faster(
 @settings(max_examples=100, deadline=None)
 @given(teachers, families, st.integers(0, 30))
 def test_a_device_more_is_never_slower(teacher: TeacherCost, students: list[StudentCost], more: int) -> None:
-    least = teacher.devices + sum(student.fewest for student in students)
+    least = teacher.devices + sum(student.min_workers for student in students)
     assert split(teacher, students, least + more + 1).step_s <= split(teacher, students, least + more).step_s
 
 
@@ -135,7 +139,7 @@ def test_a_core_that_two_processes_share() -> None:
 
 
 def test_too_few_devices_say_how_many_are_needed() -> None:
-    students = [StudentCost("a", 4, 1.0, fewest=3), StudentCost("b", 4, 1.0)]
+    students = [StudentCost("a", 4, 1.0, min_workers=3), StudentCost("b", 4, 1.0)]
     with pytest.raises(UserError, match=r"5 devices are too few.* at least 6") as caught:
         split(TeacherCost(1.0, devices=2), students, 5)
     assert caught.value.where == "teacher 2, a 3, b 1"

@@ -83,7 +83,7 @@ def test_more_teachers_give_more_steps_where_there_is_room() -> None:
         (1.30, {"a": 0.9, "b": 1.1, "c": 1.2}, 3.0),
     ],
 )
-def test_it_is_what_time_slices_and_the_desks_own_window_give(
+def test_it_is_what_time_slices_and_the_coordinators_own_window_give(
     teacher: float, students: dict[str, float], cores: float
 ) -> None:
     found = shared_s(Busy(teacher), 1, {name: Busy(seconds) for name, seconds in students.items()}, cores)
@@ -102,9 +102,9 @@ def sliced(teacher_s: float, students: dict[str, float], cores: float, slice_s: 
         for name, seconds in students.items():
             if to_do[name] <= 0 and doing[name] in there:
                 to_do[name] = seconds
-            window.ask(name, doing[name] + (to_do[name] > 0), now)
+            window.request(name, doing[name] + (to_do[name] > 0), now)
         if teaching is None:
-            wanted = [step for step in window.wanted(now) if step not in there]
+            wanted = [step for step in window.requested_steps(now) if step not in there]
             if wanted:
                 teaching, teacher_left = wanted[0], teacher_s
         ready = (teaching is not None) + sum(left > 0 for left in to_do.values())

@@ -20,7 +20,7 @@ class Cluster:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOOK_S", 0.0)
+    monkeypatch.setattr(module, "_CHECK_S", 0.0)
 
 
 # On 2, 3 and 4 devices beside the teacher's: 4 s, 3 s and 2 s a step.
@@ -96,7 +96,7 @@ def test_on_shared_cores_a_lost_one_is_noticed() -> None:
 
 
 def test_the_cluster_is_not_asked_at_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOOK_S", 3600.0)
+    monkeypatch.setattr(module, "_CHECK_S", 3600.0)
     cluster = Cluster(4)
     balancer = Balancer(TEACHER, STUDENTS, cluster)
     for _ in range(10):

@@ -15,7 +15,7 @@ from chaos.scene import BUCKET, Scene
 from chaos.sight import Sight
 from orchestrator.storage.s3 import S3Store
 
-_LOOK_S = 0.2
+_POLL_S = 0.2
 _MOST_OWN_ENDS = 6
 
 
@@ -71,7 +71,7 @@ class Driver:
         deadline = time.monotonic() + seconds
         while not self.look():
             assert time.monotonic() < deadline, self.tail()
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def _last_words(self) -> str:
         said = [line.strip() for line in self.tail().splitlines() if line.strip()]

@@ -15,7 +15,7 @@ from chaos.faults import KINDS, Fault, machine_added
 from chaos.runs import Run
 from chaos.scene import Scene
 
-_LOOK_S = 0.2
+_POLL_S = 0.2
 _NEW_STEPS, _WAIT_S = 2, 20.0
 # All faults have come by this share of the steps.
 _SHARE = 0.85
@@ -98,7 +98,7 @@ class Storm:
             self._serve()
             if self._queue and self._due():
                 self._strike()
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         self.ended = time.time()
         while self._later:
             self._serve(everything=True)

@@ -72,7 +72,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         ({}, None),
         ({"artifacts/curate-1/a": b"b"}, "is damaged"),
@@ -80,10 +80,10 @@ GOOD = {
         ({"artifacts/pretrain-2/a": b"a"}, "pretrain-2 has no manifest"),
     ],
 )
-def test_an_artifact_that_is_not_whole_is_found(change: dict[str, bytes], complaint: str | None) -> None:
+def test_an_artifact_that_is_not_whole_is_found(change: dict[str, bytes], message: str | None) -> None:
     wrong = checks.artifacts(Bucket({**GOOD, **change}))
-    assert len(wrong) == (complaint is not None)
-    assert all(complaint is not None and complaint in one for one in wrong)
+    assert len(wrong) == (message is not None)
+    assert all(message is not None and message in one for one in wrong)
 
 
 def events(*happened: str) -> Bucket:
@@ -97,7 +97,7 @@ RUNNING, DONE = '{"event": "running", "stage": "a"}', '{"event": "done", "stage"
 
 
 @pytest.mark.parametrize(
-    ("happened", "complaint"),
+    ("happened", "message"),
     [
         ((OPENED, RUNNING, DONE, CLOSED), None),
         ((OPENED, RUNNING, OPENED, RUNNING, DONE, CLOSED), None),
@@ -108,10 +108,10 @@ RUNNING, DONE = '{"event": "running", "stage": "a"}', '{"event": "done", "stage"
         ((OPENED, OPENED, OPENED, RUNNING, DONE, CLOSED), "opened 3 times by 2 drivers"),
     ],
 )
-def test_a_ledger_that_does_not_add_up_is_found(happened: tuple[str, ...], complaint: str | None) -> None:
+def test_a_ledger_that_does_not_add_up_is_found(happened: tuple[str, ...], message: str | None) -> None:
     _, wrong = checks.ledger(events(*happened), {"stages": {"a": {}}}, starts=2)
-    assert len(wrong) == (complaint is not None)
-    assert all(complaint is not None and complaint in one for one in wrong)
+    assert len(wrong) == (message is not None)
+    assert all(message is not None and message in one for one in wrong)
 
 
 def test_a_missing_event_is_found() -> None:

@@ -293,6 +293,6 @@ def test_replaced_photos_are_counted_over_all_workers() -> None:
 
     trainer = _Trainer.__new__(_Trainer)
     trainer.device, trainer.workers = "cpu", lambda packed: 2 * packed  # type: ignore[assignment]
-    counted = trainer._sum_figures({"loss": tensor(0.5)}, 3, 1)
+    counted = trainer._sum_metrics({"loss": tensor(0.5)}, 3, 1)
     assert counted == {"loss": 1.0, "sample_order": 6.0, "replaced_photos": 2.0}
-    assert "replaced_photos" not in trainer._sum_figures({"loss": tensor(0.5)}, 3, 0)
+    assert "replaced_photos" not in trainer._sum_metrics({"loss": tensor(0.5)}, 3, 0)

@@ -70,7 +70,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_job(forge: subprocess.Popen[str], index: Path, tmp_path: Path) -> RunJob:
-    """Runs a job on `world` worker processes to its end or a stop; returns {complete, losses, figures}, or {error}."""
+    """Runs a job on `world` worker processes to its end or a stop; returns {complete, losses, metrics}, or {error}."""
 
     def run(work: Path, world: int, **spec: Any) -> dict[str, Any]:
         scratch = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
@@ -85,8 +85,8 @@ def run_job(forge: subprocess.Popen[str], index: Path, tmp_path: Path) -> RunJob
         result: dict[str, Any] = run_group(forge, scratch, "job", world, **full)[0]
         if "error" in result:
             return result
-        result["losses"] = {step: figures["loss"] for step, figures in result["figures"]}
-        result["held_out"] = {int(step): figures for step, figures in result["held_out"].items()}
+        result["losses"] = {step: metrics["loss"] for step, metrics in result["metrics"]}
+        result["held_out"] = {int(step): metrics for step, metrics in result["held_out"].items()}
         return result
 
     return run

@@ -119,7 +119,7 @@ def make_storage(spec: Spec) -> CheckpointStorage:
 
 
 def make_writer(spec: Spec, where: CheckpointStorage) -> CheckpointWriter:
-    token = reader.share(where.take() if dist.get_rank() == 0 else None)
+    token = reader.share(where.acquire() if dist.get_rank() == 0 else None)
     return CheckpointWriter(
         where,
         token=token,
@@ -185,17 +185,17 @@ def job(spec: Spec) -> Any:
     except (UserError, loop.NonFiniteLossError) as error:
         if "spikes" not in spec:
             raise
-        return {"error": str(error), "figures": recorder.figures}
+        return {"error": str(error), "metrics": recorder.metrics}
     return {
         "complete": complete,
-        "figures": recorder.figures,
+        "metrics": recorder.metrics,
         "held_out": recorder.held_out,
         "troubles": recorder.troubles,
     }
 
 
 def handed(spec: Spec) -> Any:
-    """A whole job, pickled as a driver sends it; its figures, and what this worker read and wrote.
+    """A whole job, pickled as a driver sends it; its metrics, and what this worker read and wrote.
 
     The pickle comes through the pipe from the test, and from no file.
     """
@@ -209,14 +209,14 @@ def handed(spec: Spec) -> Any:
             assert loop.train(job, recorder)
     except UserError as error:
         return {"mistake": [error.what, error.where, error.hint], "bytes": BYTES.take()}
-    return {"figures": recorder.figures, "bytes": BYTES.take()}
+    return {"metrics": recorder.metrics, "bytes": BYTES.take()}
 
 
 def tune(spec: Spec) -> Any:
     """A whole `finetune` job."""
     recorder = Recorder(spec.get("stop_after"))
     complete = loop.train(tuned.make_job(spec), recorder)
-    return {"complete": complete, "figures": recorder.figures, "held_out": recorder.held_out}
+    return {"complete": complete, "metrics": recorder.metrics, "held_out": recorder.held_out}
 
 
 def stage(spec: Spec) -> Any:

@@ -81,9 +81,9 @@ def assert_same(running: Running, reference: Running) -> None:
     got = {r["step"]: r["metrics"] for r in running.run.history()}
     wanted = {r["step"]: r["metrics"] for r in reference.run.history()}
     assert got.keys() == wanted.keys()
-    for step, figures in wanted.items():
-        assert got[step]["sample_order"] == figures["sample_order"], step
-        assert got[step]["loss"] == pytest.approx(figures["loss"], rel=1e-4), step
+    for step, metrics in wanted.items():
+        assert got[step]["sample_order"] == metrics["sample_order"], step
+        assert got[step]["loss"] == pytest.approx(metrics["loss"], rel=1e-4), step
     ours, theirs = (load_file(r.job.export(r.job.num_steps)) for r in (running, reference))
     for name, value in theirs.items():
         assert np.linalg.norm(ours[name] - value) <= 1e-3 * np.linalg.norm(value), name

@@ -75,11 +75,11 @@ def test_it_starts_after_the_decay_with_the_best_ema(
     run_job: RunJob, job: dict[str, Any], tmp_path: Path
 ) -> None:
     whole = run_job(tmp_path / "whole", 1, **job)
-    figures = dict(whole["figures"])
-    anchored = [step for step in figures if "gram" in figures[step]]
+    metrics = dict(whole["metrics"])
+    anchored = [step for step in metrics if "gram" in metrics[step]]
     assert anchored == [STARTED + 1, STARTED + 2]
-    assert figures[STARTED + 1]["gram"] == 0, "its weight counts from when it starts"
-    assert figures[STARTED + 2]["gram"] > 0
+    assert metrics[STARTED + 1]["gram"] == 0, "its weight counts from when it starts"
+    assert metrics[STARTED + 2]["gram"] > 0
     copy = {
         name.removeprefix("copies.gram/"): value for name, value in saved(last(tmp_path / "whole")).items()
     }
@@ -100,10 +100,10 @@ def test_it_starts_after_the_decay_with_the_best_ema(
     newest = json.loads(max(killed.glob("checkpoints/*/checkpoint.json")).read_text())
     assert newest["state"] == pytest.approx(watched(newest["step"]), rel=1e-6)
     rest = run_job(killed, 2, **job)
-    for step, again in rest["figures"]:
-        assert again.keys() >= figures[step].keys() - {"step_seconds", "data_wait_seconds"}
-        assert ("gram" in again) == ("gram" in figures[step])
-        assert again["loss"] == pytest.approx(figures[step]["loss"], rel=1e-5), step
+    for step, again in rest["metrics"]:
+        assert again.keys() >= metrics[step].keys() - {"step_seconds", "data_wait_seconds"}
+        assert ("gram" in again) == ("gram" in metrics[step])
+        assert again["loss"] == pytest.approx(metrics[step]["loss"], rel=1e-5), step
     ours, theirs = saved(last(killed)), saved(last(tmp_path / "whole"))
     for name, value in theirs.items():
         assert np.linalg.norm(ours[name] - value) <= 1e-4 * np.linalg.norm(value) + 1e-7, name
@@ -117,5 +117,5 @@ def test_it_starts_after_the_decay_with_the_best_ema(
     # A stage that goes on from there has its own watch to keep.
     calm = {"health": [(0.3, 0.4)] * 3, "config": {**CONFIG, "steps": 3}, "export_steps": []}
     second = run_job(tmp_path / "second", 1, **{**job, **calm}, start_from=str(last(tmp_path / "whole")))
-    assert len(second["figures"]) == 3
-    assert not any("gram" in figures for _, figures in second["figures"])
+    assert len(second["metrics"]) == 3
+    assert not any("gram" in metrics for _, metrics in second["metrics"])

@@ -396,12 +396,12 @@ def test_a_manifest_that_cannot_be_is_named_at_once(change: dict[str, object], s
 @pytest.mark.parametrize("text", ["", "garbage", "[]", '{"token": 7}', '{"token": "../x"}', "[" * 20_000])
 def test_a_damaged_owner_is_told_by_the_newest_groups_files(tmp_path: Path, text: str) -> None:
     target = CheckpointStorage(tmp_path)
-    assert target.take() == "a0001"
+    assert target.acquire() == "a0001"
     (tmp_path / "step-00000001" / "a0007").mkdir(parents=True)
     (tmp_path / "step-00000001" / "a0007" / "shard-00001-of-00001.safetensors").write_text("x")
     (tmp_path / "owner.json").write_text(text)
     assert target.owner() == "a0007"
-    assert target.take() == "a0008"
+    assert target.acquire() == "a0008"
     assert target.owner() == "a0008"
 
 

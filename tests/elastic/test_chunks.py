@@ -28,7 +28,7 @@ def test_losses_weights_and_moments_are_those_of_whole_logits(
     whole, whole_work = plain
     config = {**CONFIG, "chunk_rows": 5}
     chunked = run_job(tmp_path / "chunked", world, config=config, zero_stage=zero_stage)
-    for (step, ours), (_, theirs) in zip(chunked["figures"], whole["figures"], strict=True):
+    for (step, ours), (_, theirs) in zip(chunked["metrics"], whole["metrics"], strict=True):
         for name in ("loss", "dino_local", "dino_global", "ibot", "koleo", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (step, name)
     last = f"checkpoints/step-{STEPS:08d}"

@@ -168,7 +168,7 @@ def test_pretraining_goes_on_from_pretraining(run_stage: RunStage, hub: Path, tm
 
 
 def test_more_steps_go_on_where_fewer_ended(run_stage: RunStage, hub: Path, tmp_path: Path) -> None:
-    """The longer run is the one that was never shorter: weights, moments, figures and snapshots."""
+    """The longer run is the one that was never shorter: weights, moments, metrics and snapshots."""
     config = {"from": str(hub), "freeze_backbone_steps": 1, "snapshot_every": 2, "model": "vit_femto"}
     run_stage("shorter", config)
     longer = {**config, "steps": 2 * STEPS}
@@ -195,7 +195,7 @@ def test_more_steps_go_on_where_fewer_ended(run_stage: RunStage, hub: Path, tmp_
     )
     elsewhere = CheckpointStorage(tmp_path / "worker", store, "job/checkpoints/")
     assert elsewhere.committed() == [STEPS]
-    assert is_newer(elsewhere.take(), elsewhere.whole(STEPS).token)
+    assert is_newer(elsewhere.acquire(), elsewhere.whole(STEPS).token)
     # A snapshot that the longer run would not have kept is not kept.
     run_stage("sparse", {**longer, "snapshot_every": 0}, shorter=str(tmp_path / "shorter/out"))
     assert [path.name for path in (tmp_path / "sparse/out/snapshots").iterdir()] == [

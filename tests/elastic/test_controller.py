@@ -1,6 +1,6 @@
 """The elastic job on a real cluster of several raylets: machines go, come back and announce their end.
 
-Every story ends with the figures and the weights of the undisturbed run.
+Every story ends with the metrics and the weights of the undisturbed run.
 """
 
 from __future__ import annotations

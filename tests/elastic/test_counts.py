@@ -46,14 +46,14 @@ class ForkServer:
         assert message.body["kind"] == "warm"
 
     def run(self, job: Job, world: int, token: str, steps: int) -> dict[int, dict[str, float]]:
-        """Train until the end, or for `steps` steps; figures by step."""
+        """Train until the end, or for `steps` steps; metrics by step."""
         channels = []
         for _ in range(world):
             ours, theirs = Channel.pair()
             self.channel.send({}, fd=theirs.socket.fileno())
             theirs.close_here()
             channels.append(ours)
-        figures: dict[int, dict[str, float]] = {}
+        metrics: dict[int, dict[str, float]] = {}
         ends: list[Any] = [None] * world
 
         def listen(rank: int) -> None:
@@ -63,8 +63,8 @@ class ForkServer:
                     for other in channels[1:]:
                         other.send({"op": "peers", "host": "127.0.0.1", "port": body["port"]})
                 elif body["kind"] == "step":
-                    figures[body["step"]] = body["figures"]
-                    if len(figures) == steps:
+                    metrics[body["step"]] = body["metrics"]
+                    if len(metrics) == steps:
                         channels[0].send({"op": "stop"})
                 elif body["kind"] == "record":
                     channels[0].send({"op": "recorded", "step": body["step"]})
@@ -81,7 +81,7 @@ class ForkServer:
         for thread in threads:
             thread.join(120)
         assert all(end is not None and end["how"] in ("done", "stopped") for end in ends), ends
-        return figures
+        return metrics
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +121,10 @@ def test_counts_blocks_and_steps_drawn_at_random(
             assert not got.keys() & new.keys(), "no step is done twice"
             got |= new
     assert sorted(got) == list(range(1, STEPS + 1))
-    for step, figures in reference.items():
-        assert got[step]["sample_order"] == figures["sample_order"]
-        assert got[step]["loss"] == pytest.approx(figures["loss"], rel=1e-5)
-        assert got[step]["grad_norm"] == pytest.approx(figures["grad_norm"], rel=1e-4)
+    for step, metrics in reference.items():
+        assert got[step]["sample_order"] == metrics["sample_order"]
+        assert got[step]["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+        assert got[step]["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-4)
     ours, theirs = load_file(drawn.export(STEPS)), load_file(alone.export(STEPS))
     for name, value in theirs.items():
         assert np.linalg.norm(ours[name] - value) <= 1e-5 * np.linalg.norm(value), name

@@ -187,10 +187,10 @@ def test_a_teacher_squeezed_in_without_a_gpu_does_not_land_on_that_of_a_worker(
             4,
             2,
             window=2,
-            hang_s=300.0,
+            stall_timeout_s=300.0,
             gpus=0.5,
             account=tmp_path / "account.json",
-            on_figures=lambda figures: None,
+            on_metrics=lambda metrics: None,
         ) as service:
             source = service.source("a", (TEACHER,), None, 0)()
             loaded: list[Any] = []

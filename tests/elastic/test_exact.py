@@ -35,16 +35,16 @@ def test_weights_moments_and_ema_are_bit_for_bit_the_same(run_job: RunJob, tmp_p
     theirs = saved(tmp_path / "alone" / f"checkpoints/step-{STEPS:08d}")
     for world in (2, 3):
         got = run_job(tmp_path / f"at-{world}", world, config=config, exact=True)
-        for (_, figures), (step, wanted) in zip(got["figures"], alone["figures"], strict=True):
+        for (_, metrics), (step, wanted) in zip(got["metrics"], alone["metrics"], strict=True):
             for key in ("loss", "koleo", "grad_norm", "grad_norm_backbone"):
-                assert figures[key] == pytest.approx(wanted[key], rel=1e-13), (world, step, key)
+                assert metrics[key] == pytest.approx(wanted[key], rel=1e-13), (world, step, key)
         ours = saved(tmp_path / f"at-{world}" / f"checkpoints/step-{STEPS:08d}")
         assert ours.keys() == theirs.keys()
         for tensor, value in theirs.items():
             np.testing.assert_array_equal(ours[tensor], value, err_msg=f"{world} {tensor}")
 
     if name == "clipped":
-        assert any(figures["grad_norm_backbone"] > CLIP_NORM for _, figures in alone["figures"])
+        assert any(metrics["grad_norm_backbone"] > CLIP_NORM for _, metrics in alone["metrics"])
         # A mean of gradients is not longer than the longest of them.
         mean = [value for tensor, value in theirs.items() if tensor.startswith("exp_avg/backbone.")]
         assert 0 < np.linalg.norm(np.concatenate(mean)) <= CLIP_NORM, "nothing was clipped"

@@ -56,7 +56,7 @@ def test_one_worker_and_two_train_the_same_student(
         weights.append(load_file(work / "exports" / f"step-{STEPS:08d}.safetensors"))
     alone, both = results
     assert alone["complete"]
-    assert {f"{name}_{term}" for name in "ab" for term in ("cls", "patches", "local")} <= alone["figures"][0][
+    assert {f"{name}_{term}" for name in "ab" for term in ("cls", "patches", "local")} <= alone["metrics"][0][
         1
     ].keys()
     for step, loss in alone["losses"].items():

@@ -79,11 +79,11 @@ def test_the_bits_do_not_depend_on_the_number_of_workers(
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             np.testing.assert_array_equal(ours[name], value, err_msg=f"{world} {name}")
-        for step, figures in alone["held_out"].items():
+        for step, metrics in alone["held_out"].items():
             for name in ("accuracy", "mean_class_accuracy", "cross_entropy", "loss"):
-                assert got["held_out"][step][name] == pytest.approx(figures[name], rel=1e-12), (world, name)
+                assert got["held_out"][step][name] == pytest.approx(metrics[name], rel=1e-12), (world, name)
             # Without smoothing the loss of a split is the mean of its images' cross-entropy.
-            assert figures["loss"] == pytest.approx(figures["cross_entropy"], rel=1e-5)
+            assert metrics["loss"] == pytest.approx(metrics["cross_entropy"], rel=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
@@ -96,10 +96,10 @@ def test_it_goes_on_where_it_stopped_at_another_number_of_workers(
     assert not stopped["complete"]
     resumed = tune(group, work=tmp_path / "cut", world=3, **run)
     assert resumed["complete"]
-    assert [step for step, _ in resumed["figures"]] == list(range(3, STEPS + 1))
-    losses = {step: figures["loss"] for step, figures in whole["figures"]}
-    for step, figures in [*stopped["figures"], *resumed["figures"]]:
-        assert figures["loss"] == pytest.approx(losses[step], rel=1e-4), step
+    assert [step for step, _ in resumed["metrics"]] == list(range(3, STEPS + 1))
+    losses = {step: metrics["loss"] for step, metrics in whole["metrics"]}
+    for step, metrics in [*stopped["metrics"], *resumed["metrics"]]:
+        assert metrics["loss"] == pytest.approx(losses[step], rel=1e-4), step
     export = f"exports/step-{STEPS:08d}.safetensors"
     ours, theirs = load_file(tmp_path / "cut" / export), load_file(tmp_path / "whole" / export)
     assert ours.keys() == theirs.keys()

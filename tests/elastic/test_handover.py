@@ -140,8 +140,8 @@ class Lab:
         if "mistake" in found[0]:
             what, where, hint = found[0]["mistake"]
             raise UserError(what, where=where, hint=hint)
-        for step, figures in found[0]["figures"]:
-            tracker.metrics(figures, step)
+        for step, metrics in found[0]["metrics"]:
+            tracker.metrics(metrics, step)
         return {}
 
 
@@ -191,11 +191,11 @@ def test_weights_go_from_worker_to_worker_once_and_not_through_the_driver(
 
     checkpoint, export = sizes(pretrain / "checkpoint"), sizes(pretrain / "snapshots") // 2
     for name in ("pretrain", "gram"):
-        figures = lab.io[name]
+        metrics = lab.io[name]
         for what in WAYS:
-            assert figures[f"driver_{what}"] < SMALL, (name, what)
+            assert metrics[f"driver_{what}"] < SMALL, (name, what)
         totals = {key: sum(one.get(key, 0) for one in lab.workers[name]) for key in lab.workers[name][0]}
-        assert {f"worker_{key}": value for key, value in totals.items()}.items() <= figures.items()
+        assert {f"worker_{key}": value for key, value in totals.items()}.items() <= metrics.items()
 
     # Shards and exports are written once each, exports by one worker; the model is made of the last of them.
     first, second = lab.workers["pretrain"]
@@ -287,8 +287,8 @@ def test_a_count_is_of_one_process_and_told_once() -> None:
     assert taken == {"checkpoint_bytes_read": 4}
     for _ in range(WORLD):
         counts.add_workers(taken)
-    figures = counts.figures()
-    assert len(figures) == 8
-    assert figures["driver_checkpoint_bytes_read"] == 7
-    assert figures["worker_checkpoint_bytes_read"] == 8
-    assert figures["driver_artifact_bytes_written"] == 5
+    metrics = counts.metrics()
+    assert len(metrics) == 8
+    assert metrics["driver_checkpoint_bytes_read"] == 7
+    assert metrics["worker_checkpoint_bytes_read"] == 8
+    assert metrics["driver_artifact_bytes_written"] == 5

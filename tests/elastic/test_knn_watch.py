@@ -17,7 +17,7 @@ from orchestrator.config.pixels import PixelFormat
 from orchestrator.data.decode import read_square
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.models import build, normalise
-from orchestrator.stages.ssl.watched_photos import WatchedPhotos, accuracy, watched_rows
+from orchestrator.stages.ssl.probe_photos import ProbePhotos, accuracy, probe_rows
 
 from .conftest import RunJob
 from .test_chunks import saved
@@ -95,14 +95,14 @@ def test_it_is_the_emas_and_the_same_at_any_number_of_workers(
     common = {"index": labelled, "zero_stage": zero_stage, "exact": True}
     alone = run_job(tmp_path / "alone", 1, config=CONFIG, **common)
     assert list(alone["held_out"]) == [0, 2, 3], "before the first step, every second one, and after the last"
-    figures = {step: found["knn"] for step, found in alone["held_out"].items()}
+    metrics = {step: found["knn"] for step, found in alone["held_out"].items()}
     world = 4 if zero_stage else 2
     others = run_job(tmp_path / "others", world, config=CONFIG, **common)
-    assert {step: found["knn"] for step, found in others["held_out"].items()} == figures
+    assert {step: found["knn"] for step, found in others["held_out"].items()} == metrics
     index = ImageIndex.load(labelled)
     weights = saved(tmp_path / "alone" / f"checkpoints/step-{STEPS:08d}")
     features = seen([index.path(row) for row in range(30)], weights)
-    assert figures[STEPS] == naive(features, [str(index[row].label) for row in range(30)], K)
+    assert metrics[STEPS] == naive(features, [str(index[row].label) for row in range(30)], K)
     if zero_stage:
         return
     # Nobody's weights are touched by it.
@@ -116,7 +116,7 @@ def test_without_labels_two_parts_of_a_photo_are_to_find_each_other(
 ) -> None:
     index = without_labels(labelled, tmp_path / "plain")
     found = run_job(tmp_path / "job", 2, config={**CONFIG, "steps": 2}, index=index)["held_out"]
-    photos = WatchedPhotos(ImageIndex.load(index), 40, SIDE)
+    photos = ProbePhotos(ImageIndex.load(index), 40, SIDE)
     arrays = [photos.load(0, at).arrays for at in range(photos.num_blocks)]
     parts = np.concatenate([one["photos"] for one in arrays])
     assert parts.shape == (36, 2, 3, SIDE, SIDE)
@@ -137,15 +137,15 @@ def test_without_labels_two_parts_of_a_photo_are_to_find_each_other(
 
 def test_which_photos_are_watched(labelled: Path) -> None:
     index = ImageIndex.load(labelled)
-    rows, labels = watched_rows(index, 1000)
+    rows, labels = probe_rows(index, 1000)
     assert rows == list(range(30)), "a label of one photo can only be missed"
     assert labels == [index[row].label for row in rows]
-    few, _ = watched_rows(index, 12)
+    few, _ = probe_rows(index, 12)
     assert set(few) < set(rows)
     assert len(few) <= 12
     # The same files in another order are the same choice.
     order = [*range(35, -1, -1)]
-    turned, _ = watched_rows(ImageIndex([index[row] for row in order]), 12)
+    turned, _ = probe_rows(ImageIndex([index[row] for row in order]), 12)
     assert {order[row] for row in turned} == set(few)
     # Enough held-out ones with labels are taken, too few are not.
     rng = np.random.default_rng(0)
@@ -153,12 +153,12 @@ def test_which_photos_are_watched(labelled: Path) -> None:
         replace(index[row % 30], sha256=f"{row}", component="held_out" if row % 2 else "balanced")
         for row in rng.permutation(200).tolist()
     ]
-    held, _ = watched_rows(ImageIndex(many), 1000)
+    held, _ = probe_rows(ImageIndex(many), 1000)
     assert len(held) == 100
     assert all(many[row].component == "held_out" for row in held)
-    some, _ = watched_rows(ImageIndex(many[:60]), 1000)
+    some, _ = probe_rows(ImageIndex(many[:60]), 1000)
     assert {many[row].component for row in some} == {"held_out", "balanced"}
-    bare, none = watched_rows(ImageIndex([replace(row, label=None) for row in many]), 70)
+    bare, none = probe_rows(ImageIndex([replace(row, label=None) for row in many]), 70)
     assert (len(bare), none) == (70, [])
 
 
@@ -168,7 +168,7 @@ def test_a_photo_that_cannot_be_read_is_told_and_left_out(labelled: Path) -> Non
     index = ImageIndex(
         [replace(whole[row], path="gone.png") if row == lost else whole[row] for row in range(len(whole))]
     )
-    photos = WatchedPhotos(index, 40, SIDE)
+    photos = ProbePhotos(index, 40, SIDE)
     labels = np.concatenate([photos.load(0, at).arrays["labels"] for at in range(photos.num_blocks)])
     (told,) = photos.pop_troubles()
     assert "gone.png" in told
@@ -210,7 +210,7 @@ def test_photos_are_seen_as_in_training(tmp_path: Path) -> None:
         rows.append(ImageRecord("deep", name, str(tmp_path), f"{number:064x}", SIDE, SIDE, label=label))
     for white in (255, 1023):
         pixels = PixelFormat(range=(0, white))
-        photos = WatchedPhotos(ImageIndex(rows, {"deep": pixels}), 40, SIDE)
+        photos = ProbePhotos(ImageIndex(rows, {"deep": pixels}), 40, SIDE)
         seen = photos.load(0, 0).arrays["photos"]
         for place, row in enumerate(photos.rows):
             wanted = read_square(tmp_path / f"{row}.png", SIDE, pixels=pixels)

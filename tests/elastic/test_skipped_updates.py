@@ -78,11 +78,11 @@ def test_a_skipped_update_leaves_everything_as_it_was(
     (trouble,) = after["troubles"]
     assert trouble.startswith("step 3: the update was skipped")
     assert trouble.endswith(f"{named({1: samples(index, 2, 1)})}")
-    figures = dict(after["figures"])
-    assert "skipped_updates" not in figures[2]
-    assert figures[3]["skipped_updates"] == 1
-    assert all(np.isfinite(value) for value in figures[3].values())
-    assert np.isfinite(figures[3]["loss"])
+    metrics = dict(after["metrics"])
+    assert "skipped_updates" not in metrics[2]
+    assert metrics[3]["skipped_updates"] == 1
+    assert all(np.isfinite(value) for value in metrics[3].values())
+    assert np.isfinite(metrics[3]["loss"])
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
@@ -94,7 +94,7 @@ def test_training_goes_on_after_it(run_job: RunJob, tmp_path: Path, zero: int) -
     # Three workers: shards have padding, which a gradient that is not finite must not spoil for later ones.
     second = run_job(tmp_path, 3, spikes=SPIKES, zero_stage=zero)
     assert second["complete"]
-    counts = [figures["skipped_updates"] for _, figures in first["figures"] + second["figures"]]
+    counts = [metrics["skipped_updates"] for _, metrics in first["metrics"] + second["metrics"]]
     assert counts == [1, 1, 2, 2, 2, 2]
     assert manifest(tmp_path, 6)["updates"] == 4
     assert len(second["troubles"]) == 1
@@ -148,7 +148,7 @@ def test_too_many_end_the_stage_with_their_steps_and_samples(
     ]
     assert all(line in said for line in lines), said
     assert "max_skipped_updates" in said.splitlines()[-1]
-    assert [step for step, _ in ended["figures"]] == [3]
+    assert [step for step, _ in ended["metrics"]] == [3]
 
 
 @pytest.mark.parametrize("world", [1, 3])

@@ -37,7 +37,7 @@ def test_stop_and_go_on_with_any_number_of_workers(
     stopped = tmp_path / "stopped"
     first = run_job(stopped, 2, stop_after=3)
     assert not first["complete"]
-    assert [step for step, _ in first["figures"]] == [1, 2, 3]
+    assert [step for step, _ in first["metrics"]] == [1, 2, 3]
     for world in (2, 1, 3):  # 3 does not divide the 4 blocks: two slots are padding
         work = tmp_path / f"goes-on-{world}"
         shutil.copytree(stopped, work)
@@ -67,7 +67,7 @@ def test_stage_1_trains_in_bf16_as_stage_2_does(run_job: RunJob, tmp_path: Path,
     }
     assert all(result["complete"] for result in stages.values())
     assert stages[1]["losses"] == stages[2]["losses"]
-    norms = [figures["grad_norm_backbone"] for _, figures in stages[1]["figures"]]
+    norms = [metrics["grad_norm_backbone"] for _, metrics in stages[1]["metrics"]]
     assert max(norms) > 0.3
     for step, loss in stages[3]["losses"].items():
         assert stages[1]["losses"][step] == pytest.approx(loss, rel=1e-2)
@@ -89,11 +89,11 @@ def test_exact_weights_do_not_depend_on_who_holds_them(
     common = {"config": config, "precision": precision, "exact": True}
     sharded = run_job(tmp_path / "sharded", 2, zero_stage=3, **common)
     replicated = run_job(tmp_path / "replicated", world, zero_stage=0, **common)
-    norms = {name: [figures[name] for _, figures in sharded["figures"]] for name in NORMS}
+    norms = {name: [metrics[name] for _, metrics in sharded["metrics"]] for name in NORMS}
     assert any(min(each) < CLIP_NORM for each in norms.values()), "all is clipped: a factor would not show"
     assert any(max(each) > CLIP_NORM for each in norms.values())
     for name, each in norms.items():
-        found = [figures[name] for _, figures in replicated["figures"]]
+        found = [metrics[name] for _, metrics in replicated["metrics"]]
         assert found == pytest.approx(each, rel=1e-12), name
     moved = tmp_path / "moved"
     first = run_job(moved, world, zero_stage=0, stop_after=2, **common)
@@ -138,9 +138,9 @@ def test_gram_stage_goes_on_from_pretraining(
         "gram": str(pretrained / "exports" / f"step-{STEPS:08d}.safetensors"),
     }
     whole = run_job(tmp_path / "gram", 2, **gram)
-    figures = {step: figures["gram"] for step, figures in whole["figures"]}
+    metrics = {step: metrics["gram"] for step, metrics in whole["metrics"]}
     # The EMA it starts with is its own anchor, so the first loss is the student's distance to its EMA only.
-    assert all(value >= 0 for value in figures.values())
+    assert all(value >= 0 for value in metrics.values())
     work = tmp_path / "moved"
     first = run_job(work, 2, stop_after=4, **gram)
     second = run_job(work, 1, **gram)

@@ -25,7 +25,7 @@ def test_a_story_with_a_loss_and_a_wait() -> None:
     goodput.stepped(3, 2.0, 0.5, 116.5)
     goodput.saved(2)
     goodput.stepped(4, 2.0, 0.0, 118.5)
-    assert goodput.figures(118.75)["seconds_useful"] == 8.25, "the step that runs counts, for now"
+    assert goodput.metrics(118.75)["seconds_useful"] == 8.25, "the step that runs counts, for now"
     goodput.ended(False, 119.0)  # lost in the middle of step 5
     goodput.enter("waiting", 120.0)
     goodput.enter("restart", 130.0)
@@ -33,16 +33,16 @@ def test_a_story_with_a_loss_and_a_wait() -> None:
     goodput.stepped(3, 2.0, 0.0, 135.0)
     goodput.stepped(4, 2.0, 0.0, 137.0)
     goodput.ended(True, 137.75)
-    figures = goodput.figures(137.75)
-    assert figures["seconds_startup"] == 10.0
-    assert figures["seconds_checkpoint"] == 0.5 + 0.75, "a planned end is a checkpoint"
-    assert figures["seconds_waiting"] == 10.0
-    assert figures["seconds_restart"] == 1.0 + 3.0
-    assert figures["seconds_lost"] == 2.0 + 2.0 + 0.5, "steps 3 and 4, and half a fifth"
-    assert figures["seconds_useful"] == 4 * 2.0, "steps 1 to 4, once each"
-    assert figures["seconds_total"] == 37.75
-    assert figures["goodput"] == pytest.approx(8 / 37.75)
-    assert figures["steps_lost"] == 2
+    metrics = goodput.metrics(137.75)
+    assert metrics["seconds_startup"] == 10.0
+    assert metrics["seconds_checkpoint"] == 0.5 + 0.75, "a planned end is a checkpoint"
+    assert metrics["seconds_waiting"] == 10.0
+    assert metrics["seconds_restart"] == 1.0 + 3.0
+    assert metrics["seconds_lost"] == 2.0 + 2.0 + 0.5, "steps 3 and 4, and half a fifth"
+    assert metrics["seconds_useful"] == 4 * 2.0, "steps 1 to 4, once each"
+    assert metrics["seconds_total"] == 37.75
+    assert metrics["goodput"] == pytest.approx(8 / 37.75)
+    assert metrics["steps_lost"] == 2
 
 
 def test_a_killed_driver_costs_its_absence_and_a_stopped_one_nothing(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_killed_driver_costs_its_absence_and_a_stopped_one_nothing(tmp_path: P
         goodput.save(path)
         again = TimeAccounting.load(path)
         again.begin(60.0)
-        assert again.figures(60.0)["seconds_restart"] == restart
+        assert again.metrics(60.0)["seconds_restart"] == restart
         assert again.recoveries == goodput.recoveries
     path.write_text("{torn")
     assert TimeAccounting.load(path) == TimeAccounting()
@@ -90,13 +90,13 @@ def test_seconds_by_cause_add_up_to_all_seconds(story: list[tuple[str, float]]) 
             step = saved
         elif goodput.state != "training":
             goodput.enter("waiting" if what == "wait" else "restart", now)
-    figures = goodput.figures(now)
+    metrics = goodput.metrics(now)
     parts = [
-        value for name, value in figures.items() if name.startswith("seconds_") and name != "seconds_total"
+        value for name, value in metrics.items() if name.startswith("seconds_") and name != "seconds_total"
     ]
     assert sum(parts) == pytest.approx(now - 1000.0, abs=1e-6)
     assert min(parts) >= -1e-9
-    assert 0.0 <= figures["goodput"] <= 1.0
+    assert 0.0 <= metrics["goodput"] <= 1.0
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,9 @@ def test_a_controller_that_does_not_move_is_told(tmp_path: Path) -> None:
     )
     spec = RunSpec("toy", 1, 1, tmp_path, "file:///nowhere", Elastic(), (1, 1), SlotShape())
     run = ElasticRun(spec, RayWorkerPool(), context)
-    assert run.take_news(0.0) == []
+    assert run.poll_events(0.0) == []
     run.moved -= STUCK_S + 1
     with pytest.raises(ControllerStuckError, match="has made no progress for 301 s"):
-        run.take_news(0.0)
+        run.poll_events(0.0)
     run.close()
-    run.take_news(0.0)
+    run.poll_events(0.0)

@@ -77,7 +77,7 @@ def test_the_limit_is_one_for_all_workers(
     assert whole["complete"]
     assert manifest(tmp_path / "whole", CONFIG["steps"])["unreadable"] == list(LOST)
     ended = run_job(tmp_path / "ended", world, max_unreadable=2, **common)
-    assert len(ended["figures"]) == next(step for step, rows in enumerate(met) if len(rows) > 2)
+    assert len(ended["metrics"]) == next(step for step, rows in enumerate(met) if len(rows) > 2)
     assert (
         "test: 3 photos could not be read since the stage began, and max_unreadable allows 2"
         in ended["error"]
@@ -97,7 +97,7 @@ def test_a_restart_forgets_none(run_job: RunJob, damaged: Path, met: list[set[in
 
 
 def test_students_hear_of_what_their_teachers_and_slots_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the teachers' blocks over a bundle, a student's source and its slot to its worker."""
+    """From the teachers' blocks over a step's outputs, a student's source and its slot to its worker."""
     taught = [
         Block(0, number, np.full(2, number), {}, unreadable=np.array(rows, np.int64))
         for number, rows in enumerate([[7], [], [8, 9]])

@@ -111,7 +111,7 @@ def test_prototypes_stay_for_exactly_so_many_steps_and_the_rest_moves_at_the_rat
     for done, steps in ((3, 3), (4, 1)):
         settings = config("vit_femto", frozen_prototype_steps=3, optimizer=OPTIMIZER | {"lr": schedule})
         rates += [
-            figures["lr"] for _, figures in run_job(tmp_path, 1, stop_after=steps, **settings)["figures"]
+            metrics["lr"] for _, metrics in run_job(tmp_path, 1, stop_after=steps, **settings)["metrics"]
         ]
         after = load_master(tmp_path / "checkpoints" / f"step-{done:08d}")
         for name, before in start.items():
@@ -131,12 +131,12 @@ def test_weight_decay_follows_its_schedule_across_stops_and_workers(
     settings = config("vit_femto", steps=4, optimizer=optimizer)
     before = {f"master/{name}": value.flatten().numpy() for name, value in initial("vit_femto").items()}
     for done, world in enumerate((1, 2, 3, 1), 1):
-        (figures,) = [
-            figures
-            for _, figures in run_job(tmp_path, world, stop_after=1, exact=exact, **settings)["figures"]
+        (metrics,) = [
+            metrics
+            for _, metrics in run_job(tmp_path, world, stop_after=1, exact=exact, **settings)["metrics"]
         ]
         after = saved(tmp_path / "checkpoints" / f"step-{done:08d}")
-        assert figures["weight_decay"] == pytest.approx(wanted[done - 1])
+        assert metrics["weight_decay"] == pytest.approx(wanted[done - 1])
         for name in ("backbone.blocks.0.attention.qkv.weight", "dino_head.prototypes.weight"):
             mean = after[f"exp_avg/{name}"].astype(float) / (1 - 0.9**done)
             square = after[f"exp_avg_sq/{name}"].astype(float) / (1 - 0.99**done)

@@ -70,10 +70,10 @@ def test_their_loss_does_not_depend_on_workers_or_stops(run_job: RunJob, split: 
     run_job(tmp_path / "stopped", 2, stop_after=2, **common)
     rest = run_job(tmp_path / "stopped", 3, **common)["held_out"]
     assert sorted(rest) == [3, 4]
-    for step, figures in alone.items():
-        assert {"loss", "seconds"} <= figures.keys()
-        for name in figures.keys() - {"seconds"}:
-            value = figures[name]
+    for step, metrics in alone.items():
+        assert {"loss", "seconds"} <= metrics.keys()
+        for name in metrics.keys() - {"seconds"}:
+            value = metrics[name]
             assert three[step][name] == pytest.approx(value, rel=1e-12), (step, name)
             if step in rest:
                 assert rest[step][name] == pytest.approx(value, rel=1e-12), (step, name)
@@ -104,8 +104,8 @@ def test_one_that_cannot_be_read_is_told_and_counts(
     config = {**CONFIG, "validate_every": 2, "max_unreadable": 1.0}
     common = {"config": config, "index": folder, "spikes": {}}
     done = run_job(tmp_path / "one", world, max_unreadable=1, **common)
-    assert all(figures["replaced_photos"] > 0 for figures in done["held_out"].values())
-    assert not any("replaced_photos" in figures for _, figures in done["figures"])
+    assert all(metrics["replaced_photos"] > 0 for metrics in done["held_out"].values())
+    assert not any("replaced_photos" in metrics for _, metrics in done["metrics"])
     text = (tmp_path / "one" / f"checkpoints/step-{STEPS:08d}/checkpoint.json").read_text()
     assert json.loads(text)["unreadable"] == [lost]
     if world == 1:
@@ -113,14 +113,14 @@ def test_one_that_cannot_be_read_is_told_and_counts(
         assert "gone.png" in trouble
     ended = run_job(tmp_path / "none", world, max_unreadable=0, **common)
     assert "1 photos could not be read since the stage began" in ended["error"]
-    assert [step for step, _ in ended["figures"]] == [1], "the first look is after step 2"
+    assert [step for step, _ in ended["metrics"]] == [1], "the first look is after step 2"
 
 
 def test_the_seconds_of_a_look_are_not_those_of_a_step(run_job: RunJob, split: Path, tmp_path: Path) -> None:
     config = {**CONFIG, "steps": 2, "validate_every": 2}
     done = run_job(tmp_path, 1, config=config, index=split, slow_look=True)
-    assert [figures["step_seconds"] for _, figures in done["figures"]] == [0.0, 0.0]
-    assert [figures["seconds"] for figures in done["held_out"].values()] == [4 * LOOK_S], "of four blocks"
+    assert [metrics["step_seconds"] for _, metrics in done["metrics"]] == [0.0, 0.0]
+    assert [metrics["seconds"] for metrics in done["held_out"].values()] == [4 * LOOK_S], "of four blocks"
 
 
 def test_their_figures_are_curves_of_their_own(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_their_figures_are_curves_of_their_own(tmp_path: Path) -> None:
     monitor.group_started(1)
     trained, held_out = {"loss": 6.0, "step_seconds": 0.1}, {"loss": 7.0, "ibot": 3.0}
     for step, looked in ((1, {}), (2, held_out)):
-        monitor.stepped({"step": step, "figures": trained, "stall": 0.0, "held_out": looked})
+        monitor.stepped({"step": step, "metrics": trained, "stall": 0.0, "held_out": looked})
     found = [
         (event["channel"], event["step"], event["values"]) for event in events if event["kind"] == "metrics"
     ]

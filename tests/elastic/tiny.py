@@ -56,7 +56,7 @@ class TinyTask:
         error = (self.modules.trainable(block.tensors["x"]) - target).square().mean()
         return Losses(error, {"error": error})
 
-    def after_step(self, step: int, weights: Weights, figures: Mapping[str, float]) -> None:
+    def after_step(self, step: int, weights: Weights, metrics: Mapping[str, float]) -> None:
         weights.update_ema(0.9)
 
 

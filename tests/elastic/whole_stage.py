@@ -36,7 +36,7 @@ else:
 
 
 class _Reports:
-    """A controller that only takes figures."""
+    """A controller that only takes metrics."""
 
     def __init__(self, run: NullRun) -> None:
         self._run = run
@@ -44,9 +44,9 @@ class _Reports:
     def phase(self, name: str) -> None: ...
 
     def report(
-        self, step: int, figures: Mapping[str, float], stall_s: float, held_out: Mapping[str, float]
+        self, step: int, metrics: Mapping[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None:
-        assert self._run.metrics(figures, step), "a step was recorded twice"
+        assert self._run.metrics(metrics, step), "a step was recorded twice"
         if held_out:
             self.looked(step, held_out)
 
@@ -56,7 +56,7 @@ class _Reports:
     def recorded(self, step: int) -> bool:
         return True
 
-    def saved(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def saved(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def trouble(self, what: str) -> None:
         raise AssertionError(what)

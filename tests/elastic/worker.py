@@ -19,29 +19,29 @@ from orchestrator.stages.common.crops import crop_blocks
 from orchestrator.stages.ssl.config import SelfSupervised
 from orchestrator.stages.ssl.gram_anchor import GramAnchor
 from orchestrator.stages.ssl.pretrain import Pretrain
+from orchestrator.stages.ssl.probe_photos import ProbePhotos
 from orchestrator.stages.ssl.task import SelfSupervisedTask
-from orchestrator.stages.ssl.watched_photos import WatchedPhotos
 from orchestrator.teacher_service import payload
 from orchestrator.training.job import Job
 from orchestrator.training.task import BlockTensors, Losses
 
 
 class Recorder:
-    """A line that keeps the figures and asks the group to yield after a number of steps, or dies at a step."""
+    """A line that keeps the metrics and asks the group to yield after a number of steps, or dies at a step."""
 
     def __init__(self, stop_after: int | None, die_at: int | None = None, troubles: bool = False) -> None:
         self.stop_after, self.die_at, self.may_have_troubles = stop_after, die_at, troubles
         self.troubles: list[str] = []
-        self.figures: list[tuple[int, dict[str, float]]] = []
+        self.metrics: list[tuple[int, dict[str, float]]] = []
         self.held_out: dict[int, dict[str, float]] = {}
         self.done = 0
 
     def phase(self, name: str) -> None: ...
 
     def report(
-        self, step: int, figures: dict[str, float], stall_s: float, held_out: Mapping[str, float]
+        self, step: int, metrics: dict[str, float], stall_s: float, held_out: Mapping[str, float]
     ) -> None:
-        self.figures.append((step, figures))
+        self.metrics.append((step, metrics))
         if held_out:
             self.held_out[step] = dict(held_out)
         if step == self.die_at:
@@ -53,7 +53,7 @@ class Recorder:
     def recorded(self, step: int) -> bool:
         return True
 
-    def saved(self, step: int, figures: dict[str, float]) -> None: ...
+    def saved(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def trouble(self, what: str) -> None:
         assert self.may_have_troubles, what
@@ -98,7 +98,7 @@ class Spiky(SelfSupervisedTask):
             total = total + (total - total.detach()).sqrt()  # sqrt'(0) is infinite
         if place in self.bad_losses:
             total = total + torch.inf
-        return Losses(total, found.figures)
+        return Losses(total, found.metrics)
 
 
 class TaughtBlocks:
@@ -211,7 +211,7 @@ def make_job(spec: dict[str, Any]) -> Job:
         max_unreadable=spec.get("max_unreadable"),
         validation=validation if config.validate_every else None,
         validate_every=config.validate_every,
-        probe=partial(WatchedPhotos.of, Path(spec["index"]), config.knn, config.crops.global_size)
+        probe=partial(ProbePhotos.of, Path(spec["index"]), config.knn, config.crops.global_size)
         if config.knn is not None
         else None,
         probe_every=config.knn.every if config.knn is not None else 0,

@@ -1,4 +1,4 @@
-"""`init`: for unlike folders the file loads, and `plan` has no complaint; nothing is overwritten; the time adds up."""
+"""`init`: for unlike folders the file loads, and `plan` has no message; nothing is overwritten; the time adds up."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def reads_or_complains(photos: Path, captions: bytes) -> None:
+def reads_or_refuses(photos: Path, captions: bytes) -> None:
     path = photos / "captions.csv"
     path.write_bytes(captions)
     with in_time():
@@ -58,7 +58,7 @@ def reads_or_complains(photos: Path, captions: bytes) -> None:
 @some(60)
 @given(data=damaged_bytes(CAPTIONS.encode()))
 def test_captions_with_damaged_bytes(photos: Path, data: bytes) -> None:
-    reads_or_complains(photos, data)
+    reads_or_refuses(photos, data)
 
 
 @some(60)
@@ -77,7 +77,7 @@ def test_any_table_of_captions(
 ) -> None:
     text = line.join(cell.join(row) for row in rows)
     errors = "replace" if encoding == "latin-1" else "surrogatepass"
-    reads_or_complains(
+    reads_or_refuses(
         photos, text.encode(encoding.replace("-sig", "") if encoding == "utf-8-sig" else encoding, errors)
     )
 
@@ -126,7 +126,7 @@ TRACE: dict[str, Any] = {
 SKYPILOT = {"metadata": {"gap_seconds": 600}, "data": [0, 2, 3, 1]}
 
 
-def trace_or_complaint(path: Path) -> None:
+def trace_or_message(path: Path) -> None:
     with in_time():
         try:
             trace = read_trace(path)
@@ -142,19 +142,19 @@ def trace_or_complaint(path: Path) -> None:
 def test_traces_with_damaged_bytes(write: Write, data: st.DataObject, name: str) -> None:
     short = TRACES[name][:3000]
     text = data.draw(st.sampled_from([short, json.dumps(TRACE, indent="\t"), json.dumps(SKYPILOT)]))
-    trace_or_complaint(write("trace.json", data.draw(damaged_bytes(text.encode()))))
+    trace_or_message(write("trace.json", data.draw(damaged_bytes(text.encode()))))
 
 
 @some(60)
 @given(text=damaged_lines(json.dumps(TRACE, indent=1)))
 def test_traces_with_damaged_lines(write: Write, text: str) -> None:
-    trace_or_complaint(write("trace.json", text.encode("utf-8", "surrogatepass")))
+    trace_or_message(write("trace.json", text.encode("utf-8", "surrogatepass")))
 
 
 @some(150)
 @given(value=damaged_values(TRACE) | damaged_values(SKYPILOT), indent=st.sampled_from([None, 1, "\t"]))
 def test_traces_with_other_values(write: Write, value: Any, indent: Any) -> None:
-    trace_or_complaint(write("trace.json", json.dumps(value, indent=indent).encode()))
+    trace_or_message(write("trace.json", json.dumps(value, indent=indent).encode()))
 
 
 COSTS = {

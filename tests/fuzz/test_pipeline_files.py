@@ -47,7 +47,7 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def loads_or_complains(path: Path, *overrides: str) -> None:
+def loads_or_refuses(path: Path, *overrides: str) -> None:
     with in_time():
         try:
             load(path, overrides, needs_data=False).resolved()
@@ -65,14 +65,14 @@ def written(conf: Path, name: str, data: bytes) -> Path:
 @some(40)
 @given(data=st.data(), name=st.sampled_from(sorted(FILES)))
 def test_damaged_bytes(conf: Path, data: st.DataObject, name: str) -> None:
-    loads_or_complains(written(conf, name, data.draw(damaged_bytes(FILES[name].encode()))))
+    loads_or_refuses(written(conf, name, data.draw(damaged_bytes(FILES[name].encode()))))
 
 
 @some(40)
 @given(data=st.data(), name=st.sampled_from(sorted(FILES)))
 def test_damaged_lines(conf: Path, data: st.DataObject, name: str) -> None:
     text = data.draw(damaged_lines(FILES[name]))
-    loads_or_complains(written(conf, name, text.encode("utf-8", "surrogatepass")))
+    loads_or_refuses(written(conf, name, text.encode("utf-8", "surrogatepass")))
 
 
 @some(40)
@@ -80,16 +80,16 @@ def test_damaged_lines(conf: Path, data: st.DataObject, name: str) -> None:
 def test_other_values(conf: Path, data: st.DataObject, name: str) -> None:
     values: Any = data.draw(damaged_values(VALUES[name]))
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    loads_or_complains(written(conf, name, text.encode("utf-8", "surrogatepass")))
+    loads_or_refuses(written(conf, name, text.encode("utf-8", "surrogatepass")))
 
 
 @some(60)
 @given(text=YAML)
 def test_any_yaml(conf: Path, text: str) -> None:
-    loads_or_complains(written(conf, "any.yaml", text.encode("utf-8", "surrogatepass")))
+    loads_or_refuses(written(conf, "any.yaml", text.encode("utf-8", "surrogatepass")))
 
 
 @some(30)
 @given(key=st.sampled_from(KEYS), text=YAML)
 def test_any_override(conf: Path, key: str, text: str) -> None:
-    loads_or_complains(conf / "full_pipeline.yaml", f"{key}={text}")
+    loads_or_refuses(conf / "full_pipeline.yaml", f"{key}={text}")

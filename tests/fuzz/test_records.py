@@ -176,7 +176,7 @@ def test_owners_of_checkpoints(tmp_path_factory: pytest.TempPathFactory, data: s
     folder.mkdir(exist_ok=True)
     (folder / "owner.json").write_bytes(data.draw(any_damage(b'{"token": "a0007"}')))
     with in_time():
-        assert format.TOKEN.fullmatch(CheckpointStorage(folder).take())
+        assert format.TOKEN.fullmatch(CheckpointStorage(folder).acquire())
 
 
 # --- ledgers ----------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def _checkpoint(folder: Path, net: nn.Module, ema: nn.Module) -> None:
     storage = CheckpointStorage(work)
     writer = CheckpointWriter(
         storage,
-        token=reader.share(storage.take()),
+        token=reader.share(storage.acquire()),
         keep=1,
         keep_every=None,
         meta={"job": "golden", "seed": 0},

@@ -96,7 +96,7 @@ def test_channels_last_where_the_width_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "complaint"),
+    ("form", "message"),
     [
         ("vector", r"it gives float32 \(2, 3\); expected a map"),
         ("no grid", r"float32 \(2, 18, 3\): after 1 tokens in front, no square grid"),
@@ -106,8 +106,8 @@ def test_channels_last_where_the_width_is_known() -> None:
         ("raises", r"it cannot take images of 64 x 64 pixels: RuntimeError"),
     ],
 )
-def test_unclear_outputs_are_told(form: str, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_unclear_outputs_are_told(form: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ForeignNet(Says(form), SIZE)
 
 

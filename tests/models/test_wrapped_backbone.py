@@ -145,7 +145,7 @@ def test_what_features_do_not_depend_on_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "locals_", "complaint"),
+    ("name", "size", "locals_", "message"),
     [
         (
             "synced",
@@ -160,9 +160,9 @@ def test_what_features_do_not_depend_on_is_not_trained() -> None:
     ],
 )
 def test_networks_that_cannot_be_trained(
-    name: str, size: int, locals_: tuple[int, ...], complaint: str
+    name: str, size: int, locals_: tuple[int, ...], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=message):
         ready_to_train(build_wrapped(spec(name), size, 0), *locals_)
 
 

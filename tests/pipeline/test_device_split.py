@@ -114,7 +114,7 @@ def test_too_few_devices_say_how_many_are_needed() -> None:
     assert "full_pipeline.yaml" in (caught.value.where or "")
 
 
-def test_other_machines_are_reckoned(measuring: list[tuple[Material, bool]]) -> None:
+def test_other_machines_are_estimated(measuring: list[tuple[Material, bool]]) -> None:
     """The family on 256 H100: a step is the bound or a little more, and its parts' operations are `plan`'s."""
     loaded = load(FAMILY, ["stages.distill.chunk_rows=4096"], needs_data=False)
     (found,) = splits(loaded, 256, refresh=False, say=print)

@@ -193,7 +193,7 @@ def test_killed_inside_a_stage_it_goes_on_in_the_same_folder(
 def test_a_suspended_driver_that_was_replaced_ends_and_writes_nothing(
     start: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TOY_LAPSE", "1.5")
+    monkeypatch.setenv("TOY_TIMEOUT", "1.5")
     driver = start("run", "toy.yaml", "stages.pretrain.ticks=3000")
     wait_until(lambda: ticks() > 5)
     driver.send_signal(signal.SIGSTOP)

@@ -1,6 +1,6 @@
 """Holds between real processes: that race, die, are suspended, or lose sight of the store.
 
-A holder "elsewhere" is a process whose machine the others do not know: they have only its signs of life.
+A holder "elsewhere" is a process whose machine the others do not know: they have only its heartbeats.
 """
 
 from __future__ import annotations
@@ -367,7 +367,9 @@ def test_only_silence_that_was_watched_counts(monkeypatch: pytest.MonkeyPatch) -
 
     assert read(0.0, b"1") is None
     assert read(3.0, b"2") is True
-    assert read(25.9, b"2") is None, "silent for less than a lapse and a beat since it was seen to change"
+    assert read(25.9, b"2") is None, (
+        "silent for less than a timeout and a heartbeat since it was seen to change"
+    )
     assert read(26.0, b"2") is False
     assert read(26.1, b"3") is True, "it was only suspended"
     assert read(1000.0, b"4") is None, "that it lived at some time since the last look says little"

@@ -15,6 +15,7 @@ from orchestrator.pipeline.load import LoadedPipeline, load, unwritable_folders
 from orchestrator.pipeline.plan.stage_plan import resolve
 from orchestrator.storage.open import open_store
 
+ROOT = Path(__file__).parents[2]
 HEAD = "name: toy\nstages:\n"
 CURATE = "  a: {kind: curate}\n"
 
@@ -25,7 +26,7 @@ def resolved(path: Path, *overrides: str) -> LoadedPipeline:
     return loaded
 
 
-def complaint(path: Path, *overrides: str) -> str:
+def message(path: Path, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         resolved(path, *overrides)
     assert not Path("runs").exists(), "a bad file must leave nothing behind"
@@ -124,7 +125,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_is_one_readable_error(name: str, write: Callable[[str], Path]) -> None:
     text, expected = BAD[name]
-    said = complaint(write(text))
+    said = message(write(text))
     assert not [part for part in expected if part not in said], said
     assert "pydantic" not in said
     assert "Input should" not in said
@@ -143,14 +144,14 @@ def test_the_keys_of_a_task_are_those_of_its_type(write: Callable[[str], Path]) 
     assert "num_doublings" in said
 
 
-def test_a_misspelt_required_key_is_one_complaint_not_two(write: Callable[[str], Path]) -> None:
-    said = complaint(write("nam: toy\nstages:\n" + CURATE))
+def test_a_misspelt_required_key_is_one_message_not_two(write: Callable[[str], Path]) -> None:
+    said = message(write("nam: toy\nstages:\n" + CURATE))
     assert "unknown key 'nam'" in said
     assert "lacks" not in said
 
 
 def test_every_mistake_is_named_at_once(write: Callable[[str], Path]) -> None:
-    said = complaint(write("name: toy\nsed: 1\nstages:\n  a: {kind: curate, ticks: x}\n  b: {kind: q}\n"))
+    said = message(write("name: toy\nsed: 1\nstages:\n  a: {kind: curate, ticks: x}\n  b: {kind: q}\n"))
     assert [line.strip().split()[1].rstrip(",") for line in said.splitlines() if line.startswith("  at")] == [
         "toy.yaml:2",
         "toy.yaml:4",
@@ -173,7 +174,7 @@ def test_every_mistake_is_named_at_once(write: Callable[[str], Path]) -> None:
     ],
 )
 def test_a_bad_override_is_one_readable_error(pipeline: Path, override: str, expected: list[str]) -> None:
-    said = complaint(pipeline, override)
+    said = message(pipeline, override)
     assert not [part for part in expected if part not in said], said
 
 
@@ -191,7 +192,7 @@ def test_exact_sums_on_zero_1_and_2_are_refused(pipeline: Path) -> None:
 
 
 def test_a_misspelt_file_name_is_corrected(pipeline: Path) -> None:
-    assert "did you mean toy.yaml?" in complaint(Path("toy.yml"))
+    assert "did you mean toy.yaml?" in message(Path("toy.yml"))
 
 
 def test_overrides_are_yaml_and_reach_new_sections(write: Callable[[str], Path]) -> None:
@@ -220,7 +221,7 @@ def test_the_resolved_file_loads_to_the_same_pipeline(pipeline: Path, write: Cal
 
 def test_merge_keys_and_anchors_work_and_keep_their_lines(write: Callable[[str], Path]) -> None:
     text = HEAD + "  a: &base {kind: curate, ticks: 4}\n  b:\n    <<: *base\n    optim: {lr: x}\n"
-    assert "toy.yaml:6  stages.b.optim.lr = x" in complaint(write(text))
+    assert "toy.yaml:6  stages.b.optim.lr = x" in message(write(text))
 
 
 def test_old_keys_work_and_are_named_in_one_notice(
@@ -237,10 +238,21 @@ def test_old_keys_work_and_are_named_in_one_notice(
     assert "toy.yaml:2  elastic.silence_s is now heartbeat_timeout_s" in notice
     assert "toy.yaml:5  stages.b.elastic.hang_s is now stall_timeout_s" in notice
     assert "hang_s=…`  elastic.hang_s is now stall_timeout_s" in notice
-    said = complaint(path, "elastic.silence_s=0.5")
+    said = message(path, "elastic.silence_s=0.5")
     assert "elastic.heartbeat_timeout_s: must be greater than 1, not 0.5" in said
-    said = complaint(path, "elastic.heartbeat_timeout_s=5")
+    said = message(path, "elastic.heartbeat_timeout_s=5")
     assert "silence_s is the old name of heartbeat_timeout_s: leave it out" in said
+
+
+def test_an_old_key_of_a_stage_works_too(caplog: pytest.LogCaptureFixture) -> None:
+    file = ROOT / "conf/full_pipeline.yaml"
+    loaded = load(file, ["stages.distill.replay=true", "elastic.hang_s=90"], needs_data=False)
+    assert loaded.spec.stages["distill"].teacher_cache  # type: ignore[attr-defined]
+    (notice,) = caplog.messages
+    assert "elastic.hang_s is now stall_timeout_s" in notice
+    assert "stages.distill.replay is now teacher_cache" in notice
+    with pytest.raises(UserError, match="replay is the old name of teacher_cache: leave it out"):
+        load(file, ["stages.distill.replay=true", "stages.distill.teacher_cache=true"], needs_data=False)
 
 
 def test_workers_may_be_the_word_auto(write: Callable[[str], Path]) -> None:
@@ -250,7 +262,7 @@ def test_workers_may_be_the_word_auto(write: Callable[[str], Path]) -> None:
     assert spec.workers[0] == 1
     assert "workers: auto" in resolved(write(text)).resolved()
     assert resolved(write(text), "elastic.workers=[4, auto]").spec.elastic.workers[0] == 4
-    said = complaint(write(text), "elastic.workers=atuo")
+    said = message(write(text), "elastic.workers=atuo")
     assert "elastic.workers: must be a number, two numbers such as [1, 4], or auto, not 'atuo'" in said
 
 
@@ -264,9 +276,9 @@ def test_what_a_worker_needs_is_checked_and_its_secrets_stay_out_of_records(
     assert loaded.spec.elastic.resources.runtime_env["env_vars"]["TOKEN"] == "hunter2"
     assert "hunter2" not in loaded.resolved()
     assert "TOKEN" in loaded.resolved()
-    said = complaint(write(text), "elastic.resources.gpu=1.5")
+    said = message(write(text), "elastic.resources.gpu=1.5")
     assert "elastic.resources.gpu: must be a whole number, or a share below 1, not 1.5" in said
-    said = complaint(write(text.replace("env_vars", "env_var")))
+    said = message(write(text.replace("env_vars", "env_var")))
     assert "unknown key 'env_var' of a runtime environment" in said
     assert "hunter2" not in said
     for bad in (
@@ -278,10 +290,10 @@ def test_what_a_worker_needs_is_checked_and_its_secrets_stay_out_of_records(
         "elastic.resources={runtime_env: {env_vars: {TOKEN: hunter2}}, gpu: 1.5}",
         "elastic.workers={runtime_env: {env_vars: {TOKEN: hunter2}}}",
     ):
-        said = complaint(write(text), bad)
+        said = message(write(text), bad)
         assert "elastic." in said
         assert "hunter2" not in said
-    said = complaint(write(text), "elastic.resources.gpus=1")
+    said = message(write(text), "elastic.resources.gpus=1")
     assert "did you mean 'gpu'?" in said
 
 

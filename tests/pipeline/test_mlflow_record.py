@@ -220,7 +220,7 @@ def test_trouble_with_system_metrics_does_not_reach_the_stage(
     def broken() -> dict[str, float]:
         raise RuntimeError("no driver")
 
-    monkeypatch.setattr(system_metrics, "figures", broken)
+    monkeypatch.setattr(system_metrics, "machine_metrics", broken)
     spool = Spool(tmp_path / "spool")
     root = open_run(spool, "sqlite:///unused.db", "toy", None, None)
     stage = root.child("pretrain")
@@ -282,7 +282,7 @@ def test_losses_are_not_copied_by_two_threads_at_once(
         return {"x": 1.0}
 
     copied_by: list[threading.Thread] = []
-    monkeypatch.setattr(system_metrics, "figures", slow)
+    monkeypatch.setattr(system_metrics, "machine_metrics", slow)
     for name in ("newest", "rest"):
         monkeypatch.setattr(
             system_metrics.Follower, name, lambda follower: copied_by.append(threading.current_thread())

@@ -139,7 +139,7 @@ def test_a_mistake_inside_an_overridden_list_is_where_it_was_written() -> None:
 
 
 def test_booleans_are_booleans() -> None:
-    switches = ["elastic.exact=false", "stages.distill.replay=true", "cluster.dashboard=true"]
+    switches = ["elastic.exact=false", "stages.distill.teacher_cache=true", "cluster.dashboard=true"]
     overrides = [*switches, "stages.pretrain.model_overrides={key_bias: true}"]
     loaded = load(ROOT / "conf" / "full_pipeline.yaml", overrides, needs_data=False)
     assert loaded.spec.cluster.dashboard is True
@@ -266,7 +266,7 @@ def test_a_file_that_is_no_file_is_one_message(tmp_path: Path) -> None:
     assert "no such pipeline file" in said(tmp_path / "a\0b")
 
 
-def test_there_is_an_end_to_complaints(tmp_path: Path) -> None:
+def test_there_is_an_end_to_messages(tmp_path: Path) -> None:
     stages = "\n".join(f"  s{number}: {{kind: curat}}" for number in range(500))
     (tmp_path / "p.yaml").write_text(f"name: x\nstages:\n{stages}\n")
     message = said(tmp_path / "p.yaml")
@@ -326,7 +326,7 @@ NAMES = sorted(
 )  # fmt: skip
 
 
-def loads_or_complains(path: Path, *overrides: str) -> None:
+def loads_or_refuses(path: Path, *overrides: str) -> None:
     try:
         load(path, overrides, needs_data=False).resolved()
     except UserError as error:
@@ -374,14 +374,14 @@ def test_any_odd_value_anywhere_loads_or_is_a_user_error(
                 inside[added] = value
             elif isinstance(inside, dict):
                 inside[path[-1]] = value
-    loads_or_complains(write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True)))
+    loads_or_refuses(write(yaml.safe_dump(data, sort_keys=False, allow_unicode=True)))
 
 
 @pytest.mark.heavy
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=10) | ODD, VALUES, max_size=5))
 def test_any_mapping_loads_or_is_a_user_error(write: Callable[[str], Path], data: dict[Any, Any]) -> None:
-    loads_or_complains(write(yaml.safe_dump(data, allow_unicode=True)))
+    loads_or_refuses(write(yaml.safe_dump(data, allow_unicode=True)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -395,14 +395,14 @@ def test_any_mapping_loads_or_is_a_user_error(write: Callable[[str], Path], data
 @example("%YAML 9.9\n---\na: b")
 @example("a: 1\n---\nb: 2")
 def test_any_text_loads_or_is_a_user_error(write: Callable[[str], Path], text: str) -> None:
-    loads_or_complains(write(text))
+    loads_or_refuses(write(text))
 
 
 @pytest.mark.heavy
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(PATHS), st.text(max_size=12) | VALUES.map(str))
 def test_any_override_loads_or_is_a_user_error(path: tuple[Any, ...], text: str) -> None:
-    loads_or_complains(ROOT / "conf" / "full_pipeline.yaml", ".".join(map(str, path)) + "=" + text)
+    loads_or_refuses(ROOT / "conf" / "full_pipeline.yaml", ".".join(map(str, path)) + "=" + text)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_records_are_counted_once_and_bytes_are_shown(
         return counts[-1]
 
     monkeypatch.setattr(sync, "backlog", count)
-    monkeypatch.setattr(sync, "_LOOK_S", 0.0)
+    monkeypatch.setattr(sync, "_POLL_S", 0.0)
     monkeypatch.setattr(sync, "_LINE_S", 0.0)
     console = Console(file=io.StringIO(), width=120, force_terminal=terminal)
     offsets = [end for _, end in spool.read("run")]
@@ -51,7 +51,7 @@ def test_records_are_counted_once_and_bytes_are_shown(
 def test_a_database_that_is_being_created_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
-    monkeypatch.setattr(sync, "_LOOK_S", 0.0)
+    monkeypatch.setattr(sync, "_POLL_S", 0.0)
     monkeypatch.setattr(sync, "_LINE_S", 0.0)
     spool, database = Spool(tmp_path / "spool"), tmp_path / "[new].db"
     spool.post("run", "open", name="toy", tags=None)

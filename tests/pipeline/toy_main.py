@@ -1,6 +1,6 @@
 """The real command line with toy stages in place of the real ones: `python toy_main.py run FILE`.
 
-TOY_TRACKING=recorded replaces MLflow by a file, TOY_LAPSE the seconds after which a silent driver is replaced.
+TOY_TRACKING=recorded replaces MLflow by a file, TOY_TIMEOUT the seconds after which a silent driver is replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     if os.environ.get("TOY_TRACKING") == "recorded":
         replaced = tracking_run
         replaced.open_tracking = recorded.open_recorded
-    if lapse := os.environ.get("TOY_LAPSE"):
+    if timeout := os.environ.get("TOY_TIMEOUT"):
         replaced = lease
-        replaced.Timing = lambda: liveness.Timing(heartbeat_s=0.2, timeout_s=float(lapse))
+        replaced.Timing = lambda: liveness.Timing(heartbeat_s=0.2, timeout_s=float(timeout))
     cli.main()

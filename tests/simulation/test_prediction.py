@@ -24,7 +24,7 @@ from .conftest import EXACT, machines, stage, steady
 
 
 def account(prediction: Prediction) -> dict[str, float]:
-    return prediction.total().figures()
+    return prediction.total().metrics()
 
 
 def seconds(prediction: Prediction) -> dict[str, float]:
@@ -64,41 +64,41 @@ def test_an_unannounced_loss_costs_the_steps_since_the_checkpoint() -> None:
     # It is committed at the end of the second step after that, at 24.625 s. The machine goes at 26 s.
     trace = machines([(0, "up", 0), (0, "up", 1), (26, "down", 1)], 2)
     found = predict([stage(steps=100, blocks=2, workers=(1, 2))], trace)
-    figures = account(found)
-    assert figures["preemptions"] == 1
-    assert figures["steps_lost"] == 3  # steps at 23.875, 24.625 and 25.375 s
-    assert figures["seconds_lost"] == 26 - 23.125
+    metrics = account(found)
+    assert metrics["preemptions"] == 1
+    assert metrics["steps_lost"] == 3  # steps at 23.875, 24.625 and 25.375 s
+    assert metrics["seconds_lost"] == 26 - 23.125
     # two seconds until it is known, one to start, half a one to restore
-    assert figures["seconds_restart"] == 2.0 + 1.0 + 0.5
+    assert metrics["seconds_restart"] == 2.0 + 1.0 + 0.5
     # 13 steps on two workers, 87 on one, and two first steps
-    assert figures["seconds_useful"] == 13 * 0.75 + 87 * 1.25 + 2 * 0.25
+    assert metrics["seconds_useful"] == 13 * 0.75 + 87 * 1.25 + 2 * 0.25
 
 
 def test_an_uncommitted_checkpoint_is_of_no_use() -> None:
     # As above, but the machine goes at 24 s, when the checkpoint of 23 s is not written.
     trace = machines([(0, "up", 0), (0, "up", 1), (24, "down", 1)], 2)
-    figures = account(predict([stage(steps=100, blocks=2, workers=(1, 2))], trace))
-    assert figures["steps_lost"] == 14
-    assert figures["seconds_checkpoint"] >= 0.125
+    metrics = account(predict([stage(steps=100, blocks=2, workers=(1, 2))], trace))
+    assert metrics["steps_lost"] == 14
+    assert metrics["seconds_checkpoint"] >= 0.125
 
 
 def test_notice_in_time_loses_no_step() -> None:
     trace = machines([(0, "up", 0), (0, "up", 1), (19.5, "notice", 1, 26.0), (26, "down", 1)], 2)
-    figures = account(predict([stage(steps=100, blocks=2, workers=(1, 2))], trace))
-    assert figures["preemptions"] == 0
-    assert figures["preemptions_announced"] == 1
-    assert figures["steps_lost"] == figures["seconds_lost"] == 0
+    metrics = account(predict([stage(steps=100, blocks=2, workers=(1, 2))], trace))
+    assert metrics["preemptions"] == 0
+    assert metrics["preemptions_announced"] == 1
+    assert metrics["steps_lost"] == metrics["seconds_lost"] == 0
     # the step under way, the ninth, ends at 20 s
-    assert figures["seconds_useful"] == 9 * 0.75 + 91 * 1.25 + 2 * 0.25
+    assert metrics["seconds_useful"] == 9 * 0.75 + 91 * 1.25 + 2 * 0.25
     # then it saves (0.125 + 1), starts (1) and restores (0.5)
-    assert figures["seconds_restart"] == 0.125 + 1.0 + 1.0 + 0.5
+    assert metrics["seconds_restart"] == 0.125 + 1.0 + 1.0 + 0.5
 
 
 def test_notice_too_short_loses_like_none() -> None:
     trace = machines([(0, "up", 0), (0, "up", 1), (20, "notice", 1, 20.5), (20.5, "down", 1)], 2)
-    figures = account(predict([stage(steps=100, blocks=2, workers=(1, 2))], trace))
-    assert figures["preemptions"] == 1
-    assert figures["steps_lost"] > 0
+    metrics = account(predict([stage(steps=100, blocks=2, workers=(1, 2))], trace))
+    assert metrics["preemptions"] == 1
+    assert metrics["steps_lost"] > 0
 
 
 def test_growth_loses_no_step_and_pays() -> None:
@@ -304,8 +304,8 @@ def storms(draw: st.DrawFn, durations: tuple[float, ...] = (100.0, 1000.0, 5000.
 
 @st.composite
 def stages(draw: st.DrawFn) -> SimulatedStage:
-    fewest = draw(st.integers(1, 3))
-    workers = (fewest, fewest + draw(st.integers(0, 4)))
+    min_workers = draw(st.integers(1, 3))
+    workers = (min_workers, min_workers + draw(st.integers(0, 4)))
     steps, blocks = draw(st.integers(1, 600)), draw(st.integers(1, 9))
     interval_s = draw(st.sampled_from([None, 0.5, 3.0, 30.0]))
     costs = EXACT.model_copy(
@@ -329,15 +329,15 @@ def test_seconds_add_up_and_twice_is_the_same(trace: Trace, plans: list[Simulate
     assert found.seconds <= trace.duration_s
     for result in found.stages:
         for job in result.jobs:
-            figures = job.account
-            assert all(getattr(figures, cause) >= 0 for cause in CAUSES)
+            metrics = job.account
+            assert all(getattr(metrics, cause) >= 0 for cause in CAUSES)
             end = job.ended if job.ended is not None else found.seconds
             began = result.began + EXACT.overhead_s
-            assert figures.total == pytest.approx(end - began, abs=1e-6)
+            assert metrics.total == pytest.approx(end - began, abs=1e-6)
             assert job.steps == job.num_steps or not found.finished
-            assert (figures.lost > 0) >= (figures.steps_lost > 0)
-            if not figures.preemptions:
-                assert figures.lost == 0
+            assert (metrics.lost > 0) >= (metrics.steps_lost > 0)
+            if not metrics.preemptions:
+                assert metrics.lost == 0
     assert found.cost == pytest.approx(found.machine_hours)  # at 1 an hour
     assert found.machine_hours <= len(trace.machines) * found.seconds / 3600 + 1e-9
 

@@ -95,7 +95,7 @@ def test_all_it_knows_is_in_its_state() -> None:
     script = both(WORSE, GOOD, WORSE, BAD, GOOD)
     whole: dict[str, float] = {}
     watch = DenseHealthMonitor(TRIGGER, whole, None)
-    verdicts = [watch.update(done, _figures(step)) for done, step in enumerate(script, 1)]
+    verdicts = [watch.update(done, _metrics(step)) for done, step in enumerate(script, 1)]
     for cut in range(len(script)):
         state: dict[str, float] = {}
         said = []
@@ -108,14 +108,14 @@ def test_all_it_knows_is_in_its_state() -> None:
                 state.update(before)
             else:
                 restored = DenseHealthMonitor(TRIGGER, state, None)
-            said.append(restored.update(done, _figures(step)))
+            said.append(restored.update(done, _metrics(step)))
         assert said == verdicts
         assert state == whole
     assert verdicts[7] is AnchorDecision.START
     assert verdicts[8:] == [AnchorDecision.GO_ON] * 2, "it starts once"
 
 
-def _figures(step: tuple[float, float]) -> dict[str, float]:
+def _metrics(step: tuple[float, float]) -> dict[str, float]:
     return {"cls_patch_cosine": step[0], "patch_locality": step[1]}
 
 
@@ -168,8 +168,8 @@ def a_block(seed: int = 0, gram_size: int | None = None) -> BlockTensors:
 def gram_figure(task: SelfSupervisedTask, step: int, block: BlockTensors) -> float | None:
     """The Gram term at a step, None without."""
     task.prepare_step(step)
-    figures = task.losses(block, task.targets([block], lambda tensor: tensor)[0]).figures
-    return figures["gram"].item() if "gram" in figures else None
+    metrics = task.losses(block, task.targets([block], lambda tensor: tensor)[0]).metrics
+    return metrics["gram"].item() if "gram" in metrics else None
 
 
 @pytest.mark.parametrize("antialias", [False, True])
@@ -190,13 +190,13 @@ def test_the_map_of_a_larger_gram_teacher_is_resized_as_the_config_says(
     assert not torch.allclose(got, other.flatten(2).mT, rtol=1e-2)
 
 
-def run(task: SelfSupervisedTask, figures: Mapping[int, tuple[float, float]]) -> dict[int, list[str]]:
+def run(task: SelfSupervisedTask, metrics: Mapping[int, tuple[float, float]]) -> dict[int, list[str]]:
     """What is copied after each step that copies anything; steps not named are healthy."""
     copied = {}
     for step in range(task.config.steps):
         task.prepare_step(step)
         recorder = Recorder()
-        task.after_step(step, recorder, _figures(figures.get(step, GOOD)))
+        task.after_step(step, recorder, _metrics(metrics.get(step, GOOD)))
         if recorder.copied:
             copied[step + 1] = recorder.copied
     return copied
@@ -291,7 +291,7 @@ def test_what_the_config_says_and_refuses() -> None:
 def finish(
     out: Path, steps: list[int], health: Mapping[int, tuple[float, float]], backbone: Path | None = None
 ) -> Lineage:
-    """What a stage leaves: snapshots after `steps` that say where they come from, and figures of some steps."""
+    """What a stage leaves: snapshots after `steps` that say where they come from, and metrics of some steps."""
     (out / "snapshots").mkdir(parents=True)
     for step in steps:
         (out / "snapshots" / f"step-{step:08d}.safetensors").write_text(f"{out.name} {step}")
@@ -339,8 +339,8 @@ def test_a_snapshot_that_is_not_there_is_named_with_those_that_are(refined: Path
 
 
 def test_health_is_averaged_since_the_snapshot_before_over_a_hundred_steps_at_most(tmp_path: Path) -> None:
-    figures = {step: (step / 1000, 1.0 if step <= 300 else 0.5) for step in range(1, 331)}
-    found = finish(tmp_path / "stage", [300, 330], figures)
+    metrics = {step: (step / 1000, 1.0 if step <= 300 else 0.5) for step in range(1, 331)}
+    found = finish(tmp_path / "stage", [300, 330], metrics)
     first, second = (snapshot.health for snapshot in found.snapshots)
     assert first is not None
     assert second is not None

@@ -1,4 +1,4 @@
-"""What a student rebuilds from a bundle is what the teacher would have said about the global batch."""
+"""What a student rebuilds from a step's outputs is what the teacher would have said about the global batch."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_losses_of_both_architectures_are_finite_and_reach_every_parameter(
         (target,) = task.targets([tensors], lambda tensor: tensor)
         losses = task.losses(tensors, target)
         losses.total.backward()
-        assert {"dino_local", "dino_global", "ibot", "koleo"} == set(losses.figures)
+        assert {"dino_local", "dino_global", "ibot", "koleo"} == set(losses.metrics)
         without = [
             n
             for n, p in modules.trainable.named_parameters()
@@ -103,19 +103,19 @@ def test_koleo_takes_the_views_and_groups_that_it_is_told(index: Path, teacher: 
     """Against loops over the pairs of each group, on the CLS features that the student had."""
     tensors = tensors_of(frozen_teacher(CONFIG, teacher, index)(0), 0, 0)
     student = Student(model="vit_femto", mask_inputs=False)
-    figures = {}
+    metrics = {}
     for which, group in (("first", None), ("both", None), ("first", 2), ("both", 2)):
         config = CONFIG.model_copy(update={"koleo_views": which, "koleo_group": group})
         torch.manual_seed(0)
         task = DistillTask(config, student, RECIPE, teacher, seed=1)
         net = task.build("cpu").trainable.eval()
         losses = task.losses(tensors, task.targets([tensors], lambda tensor: tensor)[0])
-        figures[which, group] = losses.figures["koleo"].item()
+        metrics[which, group] = losses.metrics["koleo"].item()
         with torch.no_grad():
             views = [net.backbone(normalise(pixels)).cls.double() for pixels in tensors.tensors["globals"]]
         wanted = sum(naive_koleo(view, group or 4) for view in (views if which == "both" else views[:1]))
-        assert figures[which, group] == pytest.approx(0.1 * wanted, rel=1e-3), (which, group)
-    assert len({round(value, 6) for value in figures.values()}) == 4
+        assert metrics[which, group] == pytest.approx(0.1 * wanted, rel=1e-3), (which, group)
+    assert len({round(value, 6) for value in metrics.values()}) == 4
 
 
 def naive_koleo(cls: torch.Tensor, group: int) -> float:
@@ -183,9 +183,9 @@ def test_chunk_by_chunk_a_student_learns_the_same(index: Path, teacher: Path) ->
     for name in ("step/dino_scaling", "step/ibot_scaling"):
         np.testing.assert_allclose(chunked[name], plain[name], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.total, whole.total, rtol=1e-5, atol=0)
-    assert ours.figures.keys() == whole.figures.keys()
-    for name, value in whole.figures.items():
-        torch.testing.assert_close(ours.figures[name], value, rtol=1e-5, atol=0)
+    assert ours.metrics.keys() == whole.metrics.keys()
+    for name, value in whole.metrics.items():
+        torch.testing.assert_close(ours.metrics[name], value, rtol=1e-5, atol=0)
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
     assert any((gradients[name] != gradient).any() for name, gradient in expected.items()), (
@@ -299,16 +299,16 @@ def test_a_student_that_fails_fails_alone_and_is_trained_alone_the_next_time(
         assert before.spans == [[0, 6]]
         assert before.stats().teacher_forwards_per_image == 1.0
 
-        replayed = {"replay": True}
+        cached = {"teacher_cache": True}
         context = make_context(tmp_path, index, teacher)
-        figures = config(good=good, bad=bad).model_copy(update=replayed).run(context)
+        metrics = config(good=good, bad=bad).model_copy(update=cached).run(context)
         counted = json.loads((context.out / "sharing.json").read_text())
         assert counted["images_needed"] == 6 * CONFIG.batch_size
         again = counted["images_forwarded"] - before.images_forwarded
         assert again == 6 * CONFIG.batch_size, "counted over drivers, and the good one was not trained again"
 
         later = make_context(tmp_path, index, teacher)
-        config(good=good, bad=bad, late=good).model_copy(update=replayed).run(later)
+        config(good=good, bad=bad, late=good).model_copy(update=cached).run(later)
         at_last = json.loads((later.out / "sharing.json").read_text())
         assert at_last["images_forwarded"] == counted["images_forwarded"], "what was said was kept"
 
@@ -316,9 +316,9 @@ def test_a_student_that_fails_fails_alone_and_is_trained_alone_the_next_time(
         # Its teacher is spread over two processes, which nobody should see.
         config(good=good, late=good).model_copy(update={"teachers": 1, "teacher_shards": 2}).run(alone)
     for name in ("good", "bad"):
-        assert 0 < figures[f"{name}_goodput"] <= 1
+        assert 0 < metrics[f"{name}_goodput"] <= 1
         assert (context.out / "students" / name / "model" / "model.safetensors").exists()
-    assert figures["goodput"] == min(figures["good_goodput"], figures["bad_goodput"])
+    assert metrics["goodput"] == min(metrics["good_goodput"], metrics["bad_goodput"])
     for student in ("good", "late"):
         found, wanted = weights(later.out, student), weights(alone.out, student)
         for name, value in wanted.items():
@@ -330,19 +330,21 @@ def test_a_student_has_an_identity_of_its_own() -> None:
     more = CONFIG.model_copy(update={"students": {**CONFIG.students, "third": Student(model="vit_femto")}})
     assert more.student_identity("small") == one
     assert more.student_identity("other") != one
-    faster = CONFIG.model_copy(update={"teachers": 3, "window": 9, "replay": True, "views": "regenerated"})
+    faster = CONFIG.model_copy(
+        update={"teachers": 3, "window": 9, "teacher_cache": True, "views": "regenerated"}
+    )
     assert faster.student_identity("small") == one, "how it is run is no part of it"
     longer = CONFIG.model_copy(update={"steps": 4})
     assert longer.student_identity("small") != one
 
 
-def test_what_a_teacher_said_of_other_pixels_is_not_replayed(
+def test_what_a_teacher_said_of_other_pixels_is_not_cached(
     index: Path, teacher: Path, tmp_path: Path
 ) -> None:
     context = make_context(tmp_path, index, teacher)
 
     def kept(**changes: Any) -> set[Path]:
-        config = CONFIG.model_validate({**CONFIG.model_dump(by_alias=True), "replay": True, **changes})
+        config = CONFIG.model_validate({**CONFIG.model_dump(by_alias=True), "teacher_cache": True, **changes})
         before = set((context.work / "parts").glob("*"))
         teaching(config, context, 0).factory(list(config.students.values()), 2)
         return set((context.work / "parts").glob("*")) - before

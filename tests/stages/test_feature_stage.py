@@ -116,7 +116,7 @@ def test_teachers_from_elsewhere_leave_no_place_for_one_of_the_pipeline(tmp_path
     ]
 
 
-def test_complaints_point_into_the_stage(context: Context, tmp_path: Path) -> None:
+def test_messages_point_into_the_stage(context: Context, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be imported") as caught:
         stage(tmp_path, teachers={"a": {"module": "no_such.nets:make"}}).check()
     assert caught.value.where == "features.teachers.a.module"

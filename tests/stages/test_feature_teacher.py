@@ -228,7 +228,7 @@ def test_the_loss_is_the_weighted_sum_of_the_formulas(
         }
         for term, value in terms.items():
             torch.testing.assert_close(
-                losses.figures[f"{name}_{term}"].double(), weight * value, rtol=1e-4, atol=1e-6
+                losses.metrics[f"{name}_{term}"].double(), weight * value, rtol=1e-4, atol=1e-6
             )
             total = total + weight * value
     torch.testing.assert_close(losses.total.double(), total, rtol=1e-4, atol=1e-6)
@@ -255,7 +255,7 @@ def test_what_has_no_weight_is_not_there(
     net = task.build("cpu").trainable
     losses = task.losses(tensors, task.targets([tensors], lambda tensor: tensor)[0])
     losses.total.backward()
-    assert losses.figures.keys() == {f"{name}_{term}" for name in "ab" for term in terms}
+    assert losses.metrics.keys() == {f"{name}_{term}" for name in "ab" for term in terms}
     assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"backbone", *heads}
     assert all(parameter.grad is not None for parameter in net.parameters())
 

@@ -1,4 +1,4 @@
-"""Headless teachers in a pipeline file: what is refused, what is part of the key, and where each complaint points."""
+"""Headless teachers in a pipeline file: what is refused, what is part of the key, and where each message points."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "message"),
     [
         ({}, "exactly one of from, timm, transformers, module: it has none"),
         ({"from": "a", "timm": "b"}, "it has from and timm"),
@@ -48,13 +48,13 @@ def folder(tmp_path: Path) -> Path:
         ({"timm": "b", "std": [1, 0, 1]}, "greater than 0"),
     ],
 )
-def test_sources_that_cannot_be(fields: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValidationError, match=complaint):
+def test_sources_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         TeacherSource.model_validate(fields)
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "message"),
     [
         ({"cls_weight": 0, "patch_weight": 0}, "nothing is learnt"),
         ({"whiten_images": 8}, "whiten_images is for `whiten: true`"),
@@ -62,8 +62,8 @@ def test_sources_that_cannot_be(fields: dict[str, Any], complaint: str) -> None:
         ({"teachers": {"a/b": {"timm": "c"}}}, "should match pattern"),
     ],
 )
-def test_objectives_that_cannot_be(fields: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValidationError, match=complaint):
+def test_objectives_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         FeatureObjective.model_validate(fields)
 
 
@@ -120,7 +120,7 @@ def test_weights_that_no_tower_here_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "complaint", "hint"),
+    ("spec", "message", "hint"),
     [
         (
             "no_such_nets.small:make",
@@ -131,8 +131,8 @@ def test_weights_that_no_tower_here_has(tmp_path: Path) -> None:
         ("torch.nn:q", "has nothing called 'q' that can be called", "PYTHONPATH"),
     ],
 )
-def test_module_paths_that_lead_nowhere(spec: str, complaint: str, hint: str) -> None:
-    with pytest.raises(UserError, match=complaint) as caught:
+def test_module_paths_that_lead_nowhere(spec: str, message: str, hint: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         objective(theirs={"module": spec}).check(crops(64))
     assert caught.value.where == "teachers.theirs.module"
     assert hint in str(caught.value.hint)

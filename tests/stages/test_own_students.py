@@ -72,7 +72,7 @@ def config(student: dict[str, Any] | None = None, **more: Any) -> Distill:
 
 
 @pytest.mark.parametrize(
-    ("fields", "complaint"),
+    ("fields", "message"),
     [
         ({}, "a student is exactly one of model, module, timm, transformers: it has none of them"),
         ({"model": "vit_femto", "timm": "resnet18"}, "it has model and timm"),
@@ -91,8 +91,8 @@ def config(student: dict[str, Any] | None = None, **more: Any) -> Distill:
         ),
     ],
 )
-def test_students_that_cannot_be(fields: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValidationError, match=complaint):
+def test_students_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Student.model_validate(fields)
 
 
@@ -106,7 +106,7 @@ def test_keys_of_students_that_were_there_before_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "where", "complaint", "hint"),
+    ("student", "where", "message", "hint"),
     [
         ({"module": "no_such_nets:make"}, "module", "no_such_nets cannot be imported", "PYTHONPATH"),
         (
@@ -137,9 +137,9 @@ def test_keys_of_students_that_were_there_before_stay() -> None:
         ({"module": "edgy"}, "module", "there is no teacher 'edgy'", "import path"),
     ],
 )
-def test_what_is_told_before_training(student: dict[str, Any], where: str, complaint: str, hint: str) -> None:
+def test_what_is_told_before_training(student: dict[str, Any], where: str, message: str, hint: str) -> None:
     stage = config(student, features=None)
-    with pytest.raises(UserError, match=complaint) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         stage.check()
     assert caught.value.where == f"students.own.{where}"
     assert hint in str(caught.value.hint)

@@ -141,7 +141,7 @@ def figures_at(step: int, gram_weights: Path | None, **settings: Any) -> dict[st
     task.prepare_step(step)
     block = a_block(config)
     losses = task.losses(block, task.targets([block], lambda tensor: tensor)[0])
-    return {name: value.item() for name, value in losses.figures.items()} | {"total": losses.total.item()}
+    return {name: value.item() for name, value in losses.metrics.items()} | {"total": losses.total.item()}
 
 
 RULES: dict[str, tuple[str, dict[str, Any], dict[int, Any], bool]] = {

@@ -50,9 +50,9 @@ held = sum(parameter.numel() for parameter in spread._net.parameters())
 assert held < 0.1 * sum(parameter.numel() for parameter in whole._net.parameters()), "weights are spread"
 for step in (0, 3):
     ours, theirs = spread(step), whole(step)
-    for part, bundle in theirs.items():
-        assert bundle.keys() == ours[part].keys()
-        for name, array in bundle.items():
+    for part, arrays in theirs.items():
+        assert arrays.keys() == ours[part].keys()
+        for name, array in arrays.items():
             np.testing.assert_allclose(ours[part][name], array, rtol=1e-5, atol=1e-6, err_msg=name)
 assert spread.images_forwarded == whole.images_forwarded == 16
 spread.close()

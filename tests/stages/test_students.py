@@ -111,7 +111,7 @@ def test_all_students_are_gathered_without_their_checkpoints(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "message"),
     [
         ({"students": {"a/b": {"model": "vit_femto"}}}, "should match pattern"),
         (
@@ -136,14 +136,14 @@ def test_all_students_are_gathered_without_their_checkpoints(tmp_path: Path) -> 
             "not a multiple of vit_femto's patch size 12",
         ),
         ({"teachers": 0}, "at least 1 is needed"),
-        ({"teacher_shards": 2, "replay": True}, "cannot be combined"),
+        ({"teacher_shards": 2, "teacher_cache": True}, "cannot be combined"),
         ({"teacher_shards": 2, "features": {}}, "for teachers with heads"),
         ({"features": {"repeat_after": 2}, "views": "regenerated"}, "cannot be combined"),
         ({"features": {"repeat_after": 0}}, "greater than or equal to 1"),
     ],
 )
-def test_what_cannot_be_is_refused(change: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_what_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Distill.model_validate({**STAGE, **change})
 
 

@@ -105,8 +105,8 @@ def test_views_that_were_expected_are_those_that_are_asked_for(
         if expected is not None:
             views.expect(expected)
         assert [block.step for block in blocks] == [step, step]
-        for part, bundle in plain[step].items():
-            for name, array in bundle.items():
+        for part, arrays in plain[step].items():
+            for name, array in arrays.items():
                 np.testing.assert_array_equal(parts[part][name], array)
     # Two blocks of two sets each.
     assert made.count(1) == 2 * 4, "the first time it had been expected, the second time not"

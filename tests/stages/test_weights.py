@@ -196,26 +196,24 @@ def test_without_a_model_it_is_the_one_of_the_weights(hub: Path) -> None:
     assert [wanted.role for wanted in gram.wants() if wanted.required] == ["index"]
 
 
-def complaint(values: dict[str, Any]) -> UserError:
+def message(values: dict[str, Any]) -> UserError:
     with pytest.raises(UserError) as caught:
         made(values).check()
     return caught.value
 
 
 def test_what_does_not_fit_names_tensors_and_the_model_that_does(hub: Path) -> None:
-    error = complaint({**PRETRAIN, "model": "vit_nano", "from": str(hub)})
+    error = message({**PRETRAIN, "model": "vit_nano", "from": str(hub)})
     assert "do not fit model vit_nano: cls_token is (1, 1, 48), the model has (1, 1, 128)" in error.what
     assert "more tensors" in error.what
     assert (error.where, error.hint) == ("model", "set model: vit_femto")
     students = {"a": {"model": "vit_pico", "from": str(hub)}}
-    error = complaint({**DISTILL, "students": students})
+    error = message({**DISTILL, "students": students})
     assert (error.where, error.hint) == ("students.a.model", "set model: vit_femto")
 
 
 def test_other_heads_of_attention_are_a_mistake_though_all_tensors_fit(hub: Path) -> None:
-    error = complaint(
-        {**PRETRAIN, "model": "vit_femto", "model_overrides": {"num_heads": 1}, "from": str(hub)}
-    )
+    error = message({**PRETRAIN, "model": "vit_femto", "model_overrides": {"num_heads": 1}, "from": str(hub)})
     assert "they were trained with num_heads 2, the model has 1" in error.what
 
 
@@ -227,13 +225,13 @@ def test_a_shape_that_no_preset_has_is_said_with_overrides(tmp_path: Path) -> No
     for path in (tmp_path / "model", tmp_path):  # an artifact has its model inside
         recipe = made({**PRETRAIN, "from": str(path)}).model_recipe()
         assert (recipe.model, recipe.model_overrides) == ("vit_femto", config)
-    error = complaint({**PRETRAIN, "model": "vit_femto", "from": str(tmp_path)})
+    error = message({**PRETRAIN, "model": "vit_femto", "from": str(tmp_path)})
     assert error.hint == "set model: vit_femto with model_overrides: {patch_size: 4, num_storage_tokens: 2}"
 
 
 def test_learned_positions_can_teach_and_not_be_trained(hub: Path) -> None:
     torch.save({**torch.load(hub, weights_only=True), "pos_embed": torch.zeros(1, 17, 48)}, hub)
-    error = complaint({**PRETRAIN, "model": "vit_femto", "from": str(hub)})
+    error = message({**PRETRAIN, "model": "vit_femto", "from": str(hub)})
     assert "training cannot continue" in error.what
     assert "pos_embed (1, 17, 48) is a learned position embedding" in error.what
     assert error.hint is not None
@@ -260,7 +258,7 @@ def test_what_cannot_be_read_says_why(
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoModel=auto))
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("no weights")
-    error = complaint({**PRETRAIN, "model": "vit_femto", **values})
+    error = message({**PRETRAIN, "model": "vit_femto", **values})
     assert error.where == "from"
     assert all(part in f"{error.what} {error.hint}" for part in parts), error
 

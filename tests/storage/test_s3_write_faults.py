@@ -148,10 +148,10 @@ def test_a_checkpoint_is_there_whole_or_the_one_before_it_is(s3_uri: str, tmp_pa
     for server in every_fault(kind, at_least=6):
         store, mine = place(s3_uri, server.fail_at), tmp_path / str(server.fail_at)
         target = CheckpointStorage(mine, store, "work/x/checkpoints")
-        save(target, target.take(), 4)
+        save(target, target.acquire(), 4)
 
         def take_over_and_save(target: CheckpointStorage = target) -> None:
-            token = target.take()
+            token = target.acquire()
             target.sweep(token)
             save(target, token, 8)
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_is_there_whole_or_the_one_before_it_is(s3_uri: str, tmp_pa
         newest = again.committed()[0]
         assert newest in ([8] if went else [4, 8]), server.done
         assert again.whole(newest).step == newest
-        token = again.take()
+        token = again.acquire()
         again.sweep(token)
         save(again, token, 12)
         assert again.committed() == [12]

@@ -257,7 +257,7 @@ def test_who_holds_the_others_is_told(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_a_step_that_never_ends(lab: Lab, tmp_path: Path) -> None:
-    with keep(tmp_path, {"a": 0}, stuck_step=3, hang_s=8.0) as service:
+    with keep(tmp_path, {"a": 0}, stuck_step=3, stall_timeout_s=8.0) as service:
         learn(service, "a", last=6).result(PATIENCE_S)
     assert service.account.stats().teacher_restarts == 1
     assert len({pid for pid, _ in entries(tmp_path / "diary")}) == 2

@@ -101,13 +101,13 @@ def test_two_blocks_at_once_cost_one_question(lab: Lab, tmp_path: Path) -> None:
     with keep(tmp_path, {"a": 0}, step_s=0.5) as service:
         blocks = source(service, "a")
         asked = []
-        ask = blocks._ask
+        ask = blocks._next_step
 
         def counting(step: int, lost: str | None) -> Any:
             asked.append(step)
             return ask(step, lost)
 
-        blocks._ask = counting  # type: ignore[method-assign]
+        blocks._next_step = counting  # type: ignore[method-assign]
         with ThreadPoolExecutor(2) as pool:
             for step in range(3):
                 both = list(pool.map(blocks.load, (step, step), (0, 1)))
@@ -151,7 +151,7 @@ def test_a_failing_teacher_says_why_and_tries_again_when_asked(lab: Lab, tmp_pat
         expect(blocks.load(9, 0), 9, 0)
 
 
-def test_a_bundle_whose_object_is_lost_is_computed_again(lab: Lab, tmp_path: Path) -> None:
+def test_a_step_whose_object_is_lost_is_computed_again(lab: Lab, tmp_path: Path) -> None:
     """Such as one that was spilled to a disk that failed: the actor lives and does not know."""
     with keep(tmp_path, {"a": 0}) as service:
         blocks = source(service, "a")

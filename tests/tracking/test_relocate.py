@@ -94,7 +94,7 @@ def test_all_or_none(database: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage" * 1000])
-def test_what_is_no_database_is_mlflows_to_complain_of(tmp_path: Path, content: bytes | None) -> None:
+def test_what_is_no_database_is_mlflows_to_report(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "none.db"
     if content is not None:
         path.write_bytes(content)

@@ -32,7 +32,7 @@ def sha256(data: bytes) -> str:
 def counted(before: dict[str, int]) -> dict[str, int]:
     return {
         name.removeprefix("driver_"): value - before[name]
-        for name, value in BYTES.figures().items()
+        for name, value in BYTES.metrics().items()
         if value != before[name]
     }
 
@@ -56,7 +56,7 @@ def test_the_driver_publishes_what_workers_wrote_without_reading_it(tmp_path: Pa
     job.publish(4)
     artifacts = ArtifactStore(LocalStore(tmp_path / "store"))
     out = artifacts.staging("out")
-    before = BYTES.figures()
+    before = BYTES.metrics()
     job.collect_exports(out / "snapshots")
     job.collect_finished(out)
     (out / "recipe.json").write_text("{}")
@@ -72,7 +72,7 @@ def test_the_driver_publishes_what_workers_wrote_without_reading_it(tmp_path: Pa
 
     # Linked on, from artifact to artifact: nothing is written, and the folder that nobody reads is not compared.
     DIGESTS._known.clear()
-    before = BYTES.figures()
+    before = BYTES.metrics()
     artifacts.fetch(made, uncompared=("snapshots",))
     assert counted(before) == {"artifact_bytes_read": 500_000 + 2}
     (made.path / "snapshots/step-00000004.safetensors").write_bytes(WEIGHTS[:-1])

@@ -90,10 +90,10 @@ def restored(
         monkeypatch.setattr(reader, "_put", lambda engine, local, updates: made.update(local))
         monkeypatch.setattr(dist, "get_rank", lambda: rank)
         monkeypatch.setattr(dist, "get_world_size", lambda: world)
-        before, kernel = BYTES.figures(), _kernel_bytes_read()
+        before, kernel = BYTES.metrics(), _kernel_bytes_read()
         assert reader.restore(manifest, SimpleNamespace(), compare=True) == 4  # type: ignore[arg-type]
         kernel = _kernel_bytes_read() - kernel
-        counted = BYTES.figures()["driver_checkpoint_bytes_read"] - before["driver_checkpoint_bytes_read"]
+        counted = BYTES.metrics()["driver_checkpoint_bytes_read"] - before["driver_checkpoint_bytes_read"]
         # The kernel's own count has what `/proc` says of it, too.
         assert counted <= kernel <= counted + _OF_PROC
         assert counted == sum(file.bytes_read for file in opened)

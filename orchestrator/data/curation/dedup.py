@@ -97,7 +97,7 @@ class NearLimit:
             "spared_pairs": [list(pair) for pair in self.examples],
         }
 
-    def said(self) -> str | None:
+    def warning(self) -> str | None:
         """A warning where many pictures are dropped, or spared; None otherwise."""
         if self.spared > _MANY * self.pictures:
             return (

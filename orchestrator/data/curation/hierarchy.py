@@ -82,19 +82,19 @@ def cluster_levels(
     found: list[Clusters] = []
     at: Vectors = vectors
     for level, wanted in enumerate(num_clusters):
-        helpers = workers if level == 0 else None
+        level_workers = workers if level == 0 else None
         here = work / f"level-{level}" if work is not None else None
         count = min(wanted, at.shape[0])
-        clusters = _fit(at, count, derive(seed, "level", level), helpers, here, stop)
+        clusters = _fit(at, count, derive(seed, "level", level), level_workers, here, stop)
         for number in range(resampling):
             rows = typical_rows(clusters, max(2, -(-at.shape[0] // (2 * count))))
             some = SomeVectors(at, rows)
             again = here / f"again-{number}" if here is not None else None
             fitted = _fit(
-                some, min(count, len(rows)), derive(seed, "level", level, number), helpers, again, stop
+                some, min(count, len(rows)), derive(seed, "level", level, number), level_workers, again, stop
             )
             stop()
-            clusters = assign(at, fitted.centres_KD, helpers)
+            clusters = assign(at, fitted.centres_KD, level_workers)
         clusters = _without_empty(clusters)
         logger.debug("level %d: %d clusters, inertia %.6g", level, len(clusters.centres_KD), clusters.inertia)
         found.append(clusters)

@@ -212,7 +212,7 @@ class _Model:
         saved = state.load()
         if saved is None:
             first_KD = spread_start(self._vectors, self._frame.shift_D, num_clusters, seed)
-            saved = _Saved(first_KD, None, (), None)
+            saved = _FitState(first_KD, None, (), None)
         centres_KD, labels_N, history = saved.centres_KD, saved.labels_N, saved.history
         whole, sums = saved.whole, saved.sums
         while True:
@@ -230,7 +230,7 @@ class _Model:
             centres_KD = self._update(centres_KD, found, sums)
             # The gain of a pass over neighbours alone does not say that nothing is nearer.
             whole = settled or len(history) >= iterations
-            state.save(_Saved(centres_KD, labels_N, history, sums, whole))
+            state.save(_FitState(centres_KD, labels_N, history, sums, whole))
 
     def identity(self) -> tuple[Any, ...]:
         """What tells these vectors from others, as far as a look at all of them does."""
@@ -390,7 +390,7 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Saved:
+class _FitState:
     """Where a fit stands: the next pass is with these centres, over all of them if `whole`."""
 
     centres_KD: Floats
@@ -413,7 +413,7 @@ class _State:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def load(self) -> _Saved | None:
+    def load(self) -> _FitState | None:
         """What was saved last; None if there is nothing that can be used."""
         if self._path is None or not self._path.is_file():
             return None
@@ -423,12 +423,12 @@ class _State:
                     return None
                 history = tuple(float(value) for value in file["history"])
                 sums = _Sums(file["sums"], file["counts"])
-                return _Saved(file["centres"], file["labels"], history, sums, bool(file["whole"]))
+                return _FitState(file["centres"], file["labels"], history, sums, bool(file["whole"]))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             logger.warning("%s cannot be read, so clusters are made from the start: %s", self._path, error)
             return None
 
-    def save(self, saved: _Saved) -> None:
+    def save(self, saved: _FitState) -> None:
         """Keep the state, in place of what was saved before."""
         if self._path is None:
             return

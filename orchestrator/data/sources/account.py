@@ -129,7 +129,7 @@ class Account:
         may_be = self.taken + self.lost + by_kind.get(DUPLICATE, 0) + by_kind.get(NEAR_DUPLICATE, 0)
         return self.lost / may_be if may_be else 0.0
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """What is left out, for the end of a line: `6 ending (.heic 4, none 2), 1 damaged`."""
         parts = []
         for kind, count in self.by_kind.items():
@@ -204,7 +204,7 @@ def load(folder: Path) -> list[Account]:
 
 def row(one: Account) -> tuple[str, str, str, str]:
     """The cells of a dataset below :data:`HEADER`."""
-    return one.source, f"{one.files:,}", f"{one.taken:,}", one.said()
+    return one.source, f"{one.files:,}", f"{one.taken:,}", one.summary()
 
 
 def table(accounts: Sequence[Account]) -> list[str]:
@@ -233,7 +233,7 @@ def lost_too_many(one: Account, limit: float, where: str) -> UserError | None:
     share = min(1.0, math.ceil(100 * one.lost_share - 1e-9) / 100)
     return UserError(
         f"{one.lost:,} of the files of dataset {one.source!r} would be left out, {100 * one.lost_share:.0f} % of what "
-        f"may be pictures: {lost.said()}{which}. Is that meant?",
+        f"may be pictures: {lost.summary()}{which}. Is that meant?",
         where=where,
         hint=f"convert, rename or remove them; if they are not wanted, set `max_left_out: {share:g}` there"
         + _how_to_read(lost),

@@ -281,15 +281,15 @@ class _Walk:
                 first = self._walked.setdefault((status.st_dev, status.st_ino), folder)
                 if first != folder:
                     same = f"the same folder as {shown(first) or 'the source itself'}"
-                    self._leave(folder, same, accounts.LINKED_FOLDER)
+                    self._leave_out(folder, same, accounts.LINKED_FOLDER)
                     continue
                 with os.scandir(self._root / folder) as entries:
                     found = sorted(entries, key=lambda entry: entry.name)
             except OSError as error:
-                self._leave(folder, f"folder: {why(error)}")
+                self._leave_out(folder, f"folder: {why(error)}")
                 continue
             found = self._without_own(folder, found)
-            folders += [inside for entry in found if (inside := self._look(folder, entry)) is not None]
+            folders += [inside for entry in found if (inside := self._visit(folder, entry)) is not None]
 
     def _without_own(self, folder: str, entries: list[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
         """What is in a folder without what runs wrote there: a dataset must not change by being trained on."""
@@ -301,12 +301,12 @@ class _Walk:
         for entry in entries:
             if entry.name in folders:
                 path = f"{folder}/{entry.name}" if folder else entry.name
-                self._leave(path, "a folder of the store of a pipeline", accounts.OTHER_DATA)
+                self._leave_out(path, "a folder of the store of a pipeline", accounts.OTHER_DATA)
             else:
                 kept.append(entry)
         return kept
 
-    def _look(self, folder: str, entry: os.DirEntry[str]) -> str | None:
+    def _visit(self, folder: str, entry: os.DirEntry[str]) -> str | None:
         """Take or leave one thing in a folder; returns its path if it is a folder to walk."""
         path = f"{folder}/{entry.name}" if folder else entry.name
         try:
@@ -319,7 +319,7 @@ class _Walk:
         except OSError as error:
             found = why(error), accounts.ACCESS
         if found is not None:
-            self._leave(path, *found)
+            self._leave_out(path, *found)
         else:
             self._files.append(path)
         return None
@@ -355,7 +355,7 @@ class _Walk:
         written = _ending(name)
         return (f"{accounts.ENDS_IN}{written}" if written else accounts.NO_ENDING), kind
 
-    def _leave(self, path: str, reason: str, kind: str = accounts.ACCESS) -> None:
+    def _leave_out(self, path: str, reason: str, kind: str = accounts.ACCESS) -> None:
         self._left_out.append(LeftOut(shown(path), reason, kind))
 
 

@@ -90,8 +90,8 @@ def rows(path: Path) -> list[Row]:
                     cells[names] = [(cell or {}).get(inner) for cell in cells.get(top, [None] * count)]
                 for row in range(count):
                     name = _plain(cells[names][row]) if names is not None else None
-                    known = _said(cells[label][row], classes) if label is not None else None
-                    text = _said(cells[caption][row], ()) if caption is not None else None
+                    known = _text_in(cells[label][row], classes) if label is not None else None
+                    text = _text_in(cells[caption][row], ()) if caption is not None else None
                     found.append((name or f"row {len(found)}", group, row, text, known))
     except (pa.ArrowException, KeyError, OSError) as error:
         if total:
@@ -224,7 +224,7 @@ def _classes(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
         return ()
 
 
-def _said(value: Any, classes: tuple[str, ...]) -> str | None:
+def _text_in(value: Any, classes: tuple[str, ...]) -> str | None:
     if isinstance(value, int) and 0 <= value < len(classes):
         return classes[value]
     return text_of(value)

@@ -220,7 +220,8 @@ def _read(path: Path, size: int, endings: frozenset[str]) -> TarShard:
             if reason := _after(file, tar.offset, size):
                 left_out.append(("", *reason, 1))
     rows = [
-        (member, offset, length, *_said(texts.get(sample, {}))) for member, offset, length, sample in pictures
+        (member, offset, length, *_note_of(texts.get(sample, {})))
+        for member, offset, length, sample in pictures
     ]
     return TarShard(tuple(rows), tuple(left_out))
 
@@ -295,7 +296,7 @@ def _reason(member: tarfile.TarInfo, size: int) -> tuple[str, str] | None:
     return None
 
 
-def _said(texts: dict[str, str]) -> Note:
+def _note_of(texts: dict[str, str]) -> Note:
     """Caption and label by the texts beside a picture: of its own files, or else of its JSON."""
     try:
         told = json.loads(texts.get("json", "{}"))

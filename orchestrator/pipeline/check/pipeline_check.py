@@ -33,7 +33,7 @@ from orchestrator.pipeline.plan.stage_plan import (
     resolve,
 )
 from orchestrator.pipeline.store.workspace import Workspace
-from orchestrator.slow_import import told_if_slow
+from orchestrator.slow_import import warn_if_slow
 from orchestrator.stages.base import ImageCount, PlanContext, Stage, TrainStage
 from orchestrator.storage.artifacts import folder_name
 from orchestrator.storage.open import is_remote
@@ -366,7 +366,7 @@ def _import_trouble(path: str, *, deep: bool) -> str | None:
         return "it has no colon between module and class"
     try:
         # To find a module its packages are imported.
-        with told_if_slow(module):
+        with warn_if_slow(module):
             if importlib.util.find_spec(module) is None:
                 return f"there is no module {module}"
             if deep and not hasattr(importlib.import_module(module), name):

@@ -22,7 +22,7 @@ from orchestrator.stages.common.config import ModelRecipe
 from orchestrator.stages.common.workload import Workload
 from orchestrator.stages.compute_cost import workloads
 from orchestrator.stages.distill.config import Distill
-from orchestrator.stages.distill.profiling import Material, PartCosts, measured, reckoned
+from orchestrator.stages.distill.profiling import Material, PartCosts, estimated, measured
 
 if TYPE_CHECKING:
     from orchestrator.storage.artifacts import Artifact
@@ -53,7 +53,7 @@ def splits(
     """The split of every distillation of a pipeline, in running order.
 
     Costs are measured on this machine, unless the file has a `hardware` section for another one: then they are
-    reckoned from operations.
+    estimated from operations.
 
     Args:
         devices: accelerators, or cores.
@@ -78,7 +78,7 @@ def splits(
         costs = (
             measured(material(loaded, name), refresh=refresh, say=say_stage)
             if here or hardware is None
-            else _reckoned(loaded, name, hardware)
+            else _estimated(loaded, name, hardware)
         )
         found.append(_split(loaded, name, costs, devices))
     return found
@@ -217,7 +217,7 @@ def _recipe(loaded: LoadedPipeline, roles: Mapping[str, Mapping[str, str]], name
     return None if origin is None else origin.model_recipe()
 
 
-def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> PartCosts:
+def _estimated(loaded: LoadedPipeline, name: str, hardware: Hardware) -> PartCosts:
     stage = cast(Distill, loaded.spec.stages[name])
     if outside := [each for each, student in stage.students.items() if student.model is None]:
         raise UserError(
@@ -235,7 +235,7 @@ def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> PartCost
     upstream = {role: loaded.spec.stages[need] for role, need in roles[name].items()}
     upstream["origin"] = loaded.spec.stages[dag.origin(roles, name) or name]
 
-    def fewest(work: Workload) -> int:
+    def min_devices(work: Workload) -> int:
         for devices in range(1, _MOST_DEVICES + 1):
             machines = hardware.model_copy(update={"devices": devices})
             cost = costing(
@@ -258,7 +258,7 @@ def _reckoned(loaded: LoadedPipeline, name: str, hardware: Hardware) -> PartCost
         f"{hardware.peak_tflops:,.0f} TFLOP/s; nothing was measured"
     )
     works = workloads(stage, name, upstream)
-    return reckoned(works, hardware.peak_tflops * 1e12 * hardware.mfu, fewest, source)
+    return estimated(works, hardware.peak_tflops * 1e12 * hardware.mfu, min_devices, source)
 
 
 def _is_here(hardware: Hardware) -> bool:

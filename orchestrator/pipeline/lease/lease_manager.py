@@ -200,9 +200,9 @@ class LeaseManager:
         queue = LockQueue(self._store, f"holds/{name}", fenced=above is not None)
         with self._heartbeats():
             self._retry_releases()
-            newcomer = Contender(self._watch, self.timing, what, notify or _log.warning)
+            contender = Contender(self._watch, self.timing, what, notify or _log.warning)
             try:
-                entry = queue.acquire(self._me, newcomer, above=above or 0)
+                entry = queue.acquire(self._me, contender, above=above or 0)
             except LockTakenError as error:
                 raise _taken(error.who, what, queue.name) from None
             except OSError as error:
@@ -211,7 +211,7 @@ class LeaseManager:
                 self._note_unreleased(queue)
             with contextlib.suppress(OSError):  # at the latest the next one does it
                 self._watch.remove_stale()
-            lease = Lease(self, queue, entry, what, newcomer.notes)
+            lease = Lease(self, queue, entry, what, contender.notes)
             self._leases.append(lease)
             try:
                 yield lease
@@ -313,13 +313,13 @@ class LeaseManager:
                     renew()
                 except Exception as error:
                     if not (failing or failed):
-                        self._complain(error)
+                        self._warn(error)
                     failed = True
             # Of several leases one may fail with every heartbeat, and the others not.
             failing = failed
             self._retry_releases()
 
-    def _complain(self, error: Exception) -> None:
+    def _warn(self, error: Exception) -> None:
         root = self._store.root
         _log.warning(
             "no heartbeat has reached the store since %s: %s; retrying every %.0f s. After %.0f s the run ends, "

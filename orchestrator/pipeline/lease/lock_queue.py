@@ -4,12 +4,12 @@ From L. Lamport, "A New Solution of Dijkstra's Concurrent Programming Problem", 
 whole-object put, get, delete and a list that shows what was put before it began: no rename, no conditional put,
 no file locks, so any store will do. Who queues has up to two objects under the queue's name:
 
-    <id>.door              put first, removed last but one: who the owner is. It chooses a number until it has a ticket
+    <id>.door              put first, removed last but one: who the owner is. It chooses a number until it has put one
     <number>-<id>.ticket   put once the number is chosen, one above all that were seen
     <number>.epoch         left by the one that got the lock with that number, so that numbers never come again
 
 The one with the lowest (number, id) is served. Listed objects are never rewritten: while an object is replaced,
-some file systems' listings skip it. A ticket without a `.door` counts for nothing: its owner is releasing it, or was
+some file systems' listings skip it. A number without a `.door` counts for nothing: its owner is releasing it, or was
 taken for dead and had its entry removed, which it notices before it has the lock.
 """
 
@@ -68,25 +68,25 @@ class QueueState:
     """What one listing of the queue shows."""
 
     present: set[str] = field(default_factory=set)
-    tickets: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
     epochs: set[int] = field(default_factory=set)
 
     def has(self, entry: QueueEntry) -> bool:
         """Whether nobody removed the entry."""
-        return entry.id in self.present and entry.id in self.tickets
+        return entry.id in self.present and entry.id in self.numbers
 
     def highest(self) -> int:
         """The highest number ever seen."""
-        return max([*self.tickets.values(), *self.epochs], default=0)
+        return max([*self.numbers.values(), *self.epochs], default=0)
 
     def waiting(self) -> list[QueueEntry]:
-        """Who has a ticket, first come first."""
-        entries = [QueueEntry(id, number) for id, number in self.tickets.items() if id in self.present]
+        """Who has a number, first come first."""
+        entries = [QueueEntry(id, number) for id, number in self.numbers.items() if id in self.present]
         return sorted(entries, key=_order)
 
     def choosing(self) -> list[QueueEntry]:
-        """Who is here without a ticket: it may turn out to be ahead of anybody."""
-        return [QueueEntry(id) for id in sorted(self.present - self.tickets.keys())]
+        """Who is here without a number: it may turn out to be ahead of anybody."""
+        return [QueueEntry(id) for id in sorted(self.present - self.numbers.keys())]
 
 
 class LockQueue:
@@ -118,7 +118,7 @@ class LockQueue:
             if found["owner"]:
                 state.present.add(found["owner"])
             elif found["id"]:
-                state.tickets[found["id"]] = int(found["number"])
+                state.numbers[found["id"]] = int(found["number"])
             else:
                 state.epochs.add(int(found["epoch"]))
         return state
@@ -158,7 +158,7 @@ class LockQueue:
         while True:
             entry = QueueEntry(uuid.uuid4().hex)
             try:
-                entry = self._take_ticket(entry, who, above)
+                entry = self._enqueue(entry, who, above)
                 if self._is_served(entry, liveness):
                     return entry
             except BaseException:
@@ -169,29 +169,29 @@ class LockQueue:
             self.release(entry)
 
     def release(self, entry: QueueEntry) -> None:
-        """Remove an entry, one's own or a dead process's. The owner's file first: from then on the ticket is void."""
+        """Remove an entry, one's own or a dead process's. The owner's file first: from then on its number is void."""
         if entry not in self.unreleased:
             self.unreleased.append(entry)
         self._store.delete(self.owner_name(entry))
         if entry.number is not None:
-            self._store.delete(self._ticket(entry))
+            self._store.delete(self._number_name(entry))
         self.unreleased.remove(entry)
 
     def has(self, entry: QueueEntry) -> bool:
         """Whether nobody removed the entry; two look-ups."""
         return all(
-            self._store.stat(name) is not None for name in (self.owner_name(entry), self._ticket(entry))
+            self._store.stat(name) is not None for name in (self.owner_name(entry), self._number_name(entry))
         )
 
     def owner_name(self, entry: QueueEntry) -> str:
         """The object that names the owner of an entry."""
         return f"{self.name}.{entry.id}.door"
 
-    def _take_ticket(self, entry: QueueEntry, who: ProcessIdentity, above: int) -> QueueEntry:
+    def _enqueue(self, entry: QueueEntry, who: ProcessIdentity, above: int) -> QueueEntry:
         data = who.model_dump_json().encode()
         self._store.put_bytes(self.owner_name(entry), data)
         numbered = QueueEntry(entry.id, 1 + max(above, self.read().highest()))
-        self._store.put_bytes(self._ticket(numbered), data)
+        self._store.put_bytes(self._number_name(numbered), data)
         return numbered
 
     def _is_served(
@@ -229,30 +229,30 @@ class LockQueue:
         others: list[QueueEntry],
         liveness: LivenessCheck,
     ) -> bool:
-        """Whether one is gone now. Raises LockTakenError if one that has a ticket lives."""
+        """Whether one is gone now. Raises LockTakenError if one that has a number lives."""
         changed = False
         for other in others:
             who = self.who(other)
-            verdict = liveness.judge(who) if who is not None else False
-            if verdict is False:
+            alive = liveness.judge(who) if who is not None else False
+            if alive is False:
                 self.release(other)
                 changed = True
                 if who is not None:
                     liveness.removed(who, other)
-            elif verdict and who is not None and other.number is not None:
+            elif alive and who is not None and other.number is not None:
                 raise LockTakenError(who)
         return changed
 
     def _tidy(self, state: QueueState, entry: QueueEntry) -> None:
-        """Remove void tickets and epochs below the served one's."""
-        for id, number in state.tickets.items():
+        """Remove void numbers and epochs below the served one's."""
+        for id, number in state.numbers.items():
             if id not in state.present and number < _number(entry):
-                self._store.delete(self._ticket(QueueEntry(id, number)))
+                self._store.delete(self._number_name(QueueEntry(id, number)))
         for number in state.epochs:
             if number < _number(entry):
                 self._store.delete(self._epoch(number))
 
-    def _ticket(self, entry: QueueEntry) -> str:
+    def _number_name(self, entry: QueueEntry) -> str:
         return f"{self.name}.{_number(entry):08d}-{entry.id}.ticket"
 
     def _epoch(self, number: int) -> str:

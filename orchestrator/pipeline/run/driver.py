@@ -134,7 +134,7 @@ class _Driver:
         self._open_runs: list[Run] = []
         self._cluster = RunCluster(loaded, workspace, reporter, self._interrupt, start_cluster)
         self._drifts: dict[str, tuple[str, ...]] = {}
-        self._counted: Mapping[str, int] = BYTES.figures()
+        self._counted: Mapping[str, int] = BYTES.metrics()
 
     def execute(self) -> int:
         if not needs_attention(self._plans, self._ledger.state) and not self._drifted():
@@ -145,7 +145,7 @@ class _Driver:
                     self._reporter.note(text + ", ".join(lacking))
             tracking_run.send_leftovers(self._loaded, self._workspace, self._reporter.note)
             self._reporter.nothing_to_do(self._plans, list(self._drifts))
-            self._tell_rest()
+            self._print_results()
             return DONE
         state = self._ledger.state
         before = state.status
@@ -175,10 +175,10 @@ class _Driver:
                 root.finish(status)
                 self._ledger.append("closed", status=status)
         self._reporter.finished(self._plans, self._ledger.state, self._exit_code)
-        self._tell_rest()
+        self._print_results()
         return self._exit_code
 
-    def _tell_rest(self) -> None:
+    def _print_results(self) -> None:
         """What the datasets hold; where to go on from here: reports, models, runs; what MLflow has not taken yet."""
         for artifact in self._artifacts.values():
             if accounts := account.load(artifact.path):
@@ -194,7 +194,7 @@ class _Driver:
                     self._reporter.next_step(
                         f"model of {name}", tracking_run.pull_command(self._loaded, reference)
                     )
-        self._reporter.next_step("runs and models", tracking_run.how_to_look(self._loaded))
+        self._reporter.next_step("runs and models", tracking_run.ui_address(self._loaded))
         if waiting := tracking_run.waiting(self._loaded, self._workspace):
             self._reporter.note(str(waiting))
 
@@ -437,7 +437,7 @@ class _Driver:
 
     def _bytes_since(self) -> dict[str, int]:
         """The bytes that driver and workers read and wrote since the last stage ended: this one's."""
-        before, self._counted = self._counted, BYTES.figures()
+        before, self._counted = self._counted, BYTES.metrics()
         return {name: value - before.get(name, 0) for name, value in self._counted.items()}
 
     def _abort(self) -> None:

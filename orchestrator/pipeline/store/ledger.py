@@ -32,7 +32,7 @@ FORMAT = 1
 _LONGEST_S = 1e11
 _log = logging.getLogger(__name__)
 # Records that this process has said are set aside: a command reads a ledger more than once.
-_said: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 class _StoredParts(KeyParts):
@@ -272,8 +272,8 @@ class Ledger:
         try:
             return parse(self._store.get_bytes(full))
         except (UnreadableRecordError, NotAFileError) as error:
-            if (self._store.uri, full) not in _said:
-                _said.add((self._store.uri, full))
+            if (self._store.uri, full) not in _warned:
+                _warned.add((self._store.uri, full))
                 _log.warning("%s in store %s is ignored: %s", full, self._store.uri, error)
             return None
 

@@ -20,7 +20,7 @@ from orchestrator.tracking.spool import Spool
 
 # Where there is no terminal, a line so often.
 _LINE_S = 5.0
-_LOOK_S = 0.5
+_POLL_S = 0.5
 _SENDING = "sending tracking records"
 _NOTHING = " Nothing waits: MLflow has all that was recorded."
 
@@ -84,7 +84,7 @@ class _Shown:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(_SENDING, total=None, visible=False)
-        self._looked = self._line = time.monotonic()
+        self._polled_at = self._line = time.monotonic()
         self._bytes, self._what = 0, ""
 
     def __enter__(self) -> _Shown:
@@ -104,8 +104,8 @@ class _Shown:
     def watch(self) -> bool:
         """Called all the while; see :meth:`Flusher.drain`."""
         now = time.monotonic()
-        if now - self._looked >= _LOOK_S:
-            self._looked = now
+        if now - self._polled_at >= _POLL_S:
+            self._polled_at = now
             self._show(self._bytes - pending(self._spool), now)
         return True
 

@@ -19,7 +19,7 @@ _MOST_POINTS = 1000
 _log = logging.getLogger(__name__)
 
 
-def figures() -> dict[str, float]:
+def machine_metrics() -> dict[str, float]:
     """CPU, memory and GPUs of this machine, by the names that MLflow's system metrics have."""
     memory = psutil.virtual_memory()
     found = {
@@ -150,7 +150,7 @@ def watched(root: Run, stage: Run, name: str, every_s: float = EVERY_S) -> Itera
         psutil.cpu_percent()  # measures since the last call: the first has nothing to measure from
         number = first
         while not stop.wait(every_s):
-            stage.metrics(figures(), number, "system")
+            stage.metrics(machine_metrics(), number, "system")
             number += 1
             follower.newest()
 

@@ -69,7 +69,7 @@ def open_tracking(
     Raises:
         UserError: the tracking address is of an unknown kind.
     """
-    _mend_places(loaded, workspace)
+    _relocate(loaded, workspace)
     spool_backup = workspace.spool_backup(loaded.name)
     with _backed_up(loaded, workspace):
         tracking = _tracking(loaded, workspace)
@@ -78,7 +78,7 @@ def open_tracking(
                 tracking.kept_by(spool_backup.flush)
             yield tracking.run(loaded.name, resume_id=run_id)
         finally:
-            tracking.close(watch=_Watch(loaded, workspace, say, stop))
+            tracking.close(watch=_DrainProgress(loaded, workspace, say, stop))
 
 
 def send(
@@ -99,7 +99,7 @@ def send(
         What became of the records, and what still waits; None if nothing does.
     """
     counts = Counts()
-    _mend_places(loaded, workspace)
+    _relocate(loaded, workspace)
     with _backed_up(loaded, workspace):
         if workspace.spool(loaded.name).is_dir() and pending(_spool(loaded, workspace)):
             begin()
@@ -111,7 +111,7 @@ def send(
 
 def send_leftovers(loaded: LoadedPipeline, workspace: Workspace, say: Say = lambda text: None) -> None:
     """As :func:`send`, telling `say` when it takes long."""
-    send(loaded, workspace, _Watch(loaded, workspace, say, None))
+    send(loaded, workspace, _DrainProgress(loaded, workspace, say, None))
 
 
 def waiting(loaded: LoadedPipeline, workspace: Workspace) -> Waiting | None:
@@ -138,7 +138,7 @@ def where(loaded: LoadedPipeline) -> str:
     return f"MLflow at {redacted(uri)}" if database is None else f"the tracking database {database}"
 
 
-def how_to_look(loaded: LoadedPipeline) -> str:
+def ui_address(loaded: LoadedPipeline) -> str:
     """The address of the pages that show the pipeline's runs, or the command that serves them."""
     uri = loaded.spec.tracking.uri
     if uri.startswith(("http://", "https://")):
@@ -154,7 +154,7 @@ def pull_command(loaded: LoadedPipeline, reference: str) -> str:
     return command("pull", reference, "--out", folder, *place)
 
 
-class _Watch:
+class _DrainProgress:
     """Says what is waited for when that takes long; the user may end it.
 
     Args:
@@ -177,10 +177,10 @@ class _Watch:
         if now >= self._next:
             self._next = now + _AGAIN_S
             if found := backlog(_spool(self._loaded, self._workspace)):
-                self._tell(found, now - self._begun)
+                self._print(found, now - self._begun)
         return not (self._may_end and self._stop is not None and self._stop.is_set())
 
-    def _tell(self, found: Backlog, seconds: float) -> None:
+    def _print(self, found: Backlog, seconds: float) -> None:
         end = " Ctrl-C stops it and keeps the records." if self._may_end else ""
         database = database_path(self._loaded.spec.tracking.uri)
         if database is not None and not database.exists():
@@ -199,7 +199,7 @@ def _spool(loaded: LoadedPipeline, workspace: Workspace) -> Spool:
     return Spool(workspace.spool(loaded.name))
 
 
-def _mend_places(loaded: LoadedPipeline, workspace: Workspace) -> None:
+def _relocate(loaded: LoadedPipeline, workspace: Workspace) -> None:
     """Where the store is a copy in another bucket, have MLflow's database say so."""
     database, files = database_path(loaded.spec.tracking.uri), workspace.tracked_files
     if database is not None and files is not None:

@@ -106,9 +106,9 @@ class ModelWatch:
                 continue
             score = CheckpointScore(step, dict(self.score(folder)))
             self.scores.append(score)
-            self._tell(score, folder)
+            self._report(score, folder)
 
-    def _tell(self, score: CheckpointScore, folder: Path) -> None:
+    def _report(self, score: CheckpointScore, folder: Path) -> None:
         best = best_of(self.scores, self.by)
         known = {name: one.value for name, one in score.figures.items()}
         known |= {"best": best.figure.value, "best_step": float(best.step)}

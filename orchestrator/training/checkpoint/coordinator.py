@@ -18,7 +18,7 @@ from orchestrator.training.job import Job
 
 _FAILED, _WRITING, _WRITTEN, _IDLE = -1.0, 0.0, 1.0, 2.0
 _MAX_FAILED_SAVES = 3
-_LOOK_S = 0.01
+_POLL_S = 0.01
 # A copy that takes no time at all would ask for a checkpoint every step; writing one has its cost, too.
 _LEAST_COST_S = 0.05
 
@@ -60,7 +60,7 @@ class CheckpointCoordinator:
         )
         self._writer.prepare(engine)
         self._began_at = time.monotonic()
-        self._told = step
+        self._reported = step
         self._failures = 0
 
     @property
@@ -124,12 +124,12 @@ class CheckpointCoordinator:
         self._writer.begin(self._engine, done)
         self._writer.wait()
         while self._rank == 0 and not self._callback.recorded(done):
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         dist.barrier()
         self._writer.commit()
         self._writer.finish()
         if self._rank == 0:
-            self.tell()
+            self.report_committed()
         dist.barrier()
 
     def _finish_pending(self) -> None:
@@ -141,7 +141,7 @@ class CheckpointCoordinator:
             self._callback.trouble(str(error))
             written = False
         while self._rank == 0 and not self._callback.recorded(step):
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         flag = torch.tensor([float(written)], device=self._device)
         dist.all_reduce(flag, dist.ReduceOp.MIN)
         if flag.item():
@@ -149,18 +149,18 @@ class CheckpointCoordinator:
         else:
             self._writer.drop()
 
-    def tell(self) -> None:
+    def report_committed(self) -> None:
         """Tell the controller of a checkpoint that was committed since (worker 0)."""
         step = self._writer.committed
-        if step is not None and step > self._told:
-            self._told = step
-            figures = {
+        if step is not None and step > self._reported:
+            self._reported = step
+            metrics = {
                 "stall_seconds": self._writer.last_stall_s,
                 "write_seconds": self._writer.last_write_s,
                 "bytes": float(self._writer.last_bytes),
                 "interval_seconds": self._interval_s(),
             }
-            self._callback.saved(step, figures)
+            self._callback.saved(step, metrics)
 
     def _interval_s(self) -> float:
         wanted = self._job.elastic.checkpoint_every_s
@@ -169,6 +169,6 @@ class CheckpointCoordinator:
 
 def _take_over(job: Job) -> str:
     try:
-        return job.checkpoint_storage.take()
+        return job.checkpoint_storage.acquire()
     except OSError as error:
         raise CheckpointError(f"{job.checkpoints} cannot be written: {error.strerror or error}") from error

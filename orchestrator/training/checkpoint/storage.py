@@ -74,7 +74,7 @@ class CheckpointStorage:
     def _owner_name(self) -> str:
         return str(self.folder / _OWNER) if self.store is None else self._stored(_OWNER)
 
-    def take(self) -> str:
+    def acquire(self) -> str:
         """Take these checkpoints over for a new group of workers; returns its token, `a0001` at first."""
         owner = self.owner()
         token = f"a{int(owner[1:]) + 1 if owner else 1:04d}"

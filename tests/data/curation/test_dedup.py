@@ -84,14 +84,14 @@ def test_a_camera_that_stands_still_keeps_its_pictures_and_others_lose_their_cop
     of_still, of_web = told
     assert (of_still.spared > 30, of_still.dropped, of_web.spared) == (True, (), 0)
     assert of_web.dropped[0] == ("60.jpg", "web/0.jpg")
-    said = of_still.said() or ""
+    said = of_still.warning() or ""
     assert f"still: {of_still.spared} of 40 pictures look nearly like another one, and are kept" in said
     assert "still/0.png" in said
-    assert "20 of 80 pictures are dropped" in (of_web.said() or "")
+    assert "20 of 80 pictures are dropped" in (of_web.warning() or "")
     # What used to be: forty pictures are four.
     alone, absolute = drop_near_duplicates(rows[:40], aspects[:40], names[:40], 3.0, None)
     assert len(alone) > 30
-    assert "set a smaller `near_duplicate`" in (absolute[0].said() or "")
+    assert "set a smaller `near_duplicate`" in (absolute[0].warning() or "")
     assert absolute[0].record()["dropped"] == len(alone)
 
 

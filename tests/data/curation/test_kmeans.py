@@ -129,10 +129,10 @@ def test_clusters_that_lose_their_rows_get_others() -> None:
     vectors[:50] += 100 * np.repeat(np.eye(8, dtype=np.float32)[:5], 10, axis=0)
     model = kmeans._Model(ArrayVectors(vectors), ThreadWorkers(1), lambda: None)
     first = np.tile(vectors[500] - vectors.mean(0), (6, 1)).astype(np.float32)
-    saved = kmeans._Saved(first, None, (), None)
+    saved = kmeans._FitState(first, None, (), None)
 
     class Given(kmeans._State):
-        def load(self) -> kmeans._Saved:
+        def load(self) -> kmeans._FitState:
             return saved
 
     found = model.fit(6, 0, 40, 0.0, Given(None, ()))

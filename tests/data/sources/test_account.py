@@ -65,7 +65,7 @@ def test_each_file_below_a_folder_is_counted_once_by_what_became_of_it(
         },
     )
     assert found.lost_share == pytest.approx(4 / 12)
-    assert found.said().startswith("2 ending (none 1, .dcm 1), 1 not a picture, 1 damaged")
+    assert found.summary().startswith("2 ending (none 1, .dcm 1), 1 not a picture, 1 damaged")
     assert found.examples["damaged"] == ("half.jpg",)
 
 

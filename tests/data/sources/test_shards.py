@@ -313,7 +313,7 @@ def test_a_shard_that_became_unreadable_counts_as_the_pictures_it_had(folder: Pa
     account = listing.account("x")
     assert (account.taken, account.lost) == (4, 3)
     assert account.by_kind == {"unreadable shard": 3}
-    assert account.said() == "3 unreadable shard (a.tar 3)"
+    assert account.summary() == "3 unreadable shard (a.tar 3)"
     assert accounts.load(accounts.save([account], folder).parent)[0].by_kind == account.by_kind
     assert accounts.lost_too_many(account, 0.43, "data.x.max_left_out") is None
     error = accounts.lost_too_many(account, 0.42, "data.x.max_left_out")

@@ -104,7 +104,7 @@ def test_a_kind_says_what_it_takes_beside_its_checkpoints(
     (found,) = memory_and_disk.needs(loaded, ["pretrain"])
     assert (found.artifact - plain.artifact, found.shared) == (7.0, 5.0)
     taught, kept = (
-        memory_and_disk.needs(load("pipeline.yaml", [f"stages.distill.replay={one}"]), ["distill"])[0]
+        memory_and_disk.needs(load("pipeline.yaml", [f"stages.distill.teacher_cache={one}"]), ["distill"])[0]
         for one in ("false", "true")
     )
     # 20 steps of 4 photos with two crops: a number of 4 bytes for each of the DINO head's 64, and more for iBOT's.

@@ -1,4 +1,4 @@
-"""What is known before the first step: each complaint by itself, all at once, and none about a good file."""
+"""What is known before the first step: each message by itself, all at once, and none about a good file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .checking import PHOTOS, PIPELINE, checked, line_of, told
 
 
 @pytest.mark.parametrize("runs", [True, False])
-def test_a_good_file_has_no_complaint(folder: Path, runs: bool) -> None:
+def test_a_good_file_has_no_message(folder: Path, runs: bool) -> None:
     found = checked(runs=runs)
     assert (told(found.errors), told(found.warnings)) == ("", "")
     assert [stage.name for stage in found.stages] == list(PIPELINE["stages"])  # type: ignore[call-overload]
@@ -100,7 +100,7 @@ def test_half_of_the_captions_are_counted(folder: Path) -> None:
     assert "1 photo has different rows" in told(found.warnings)
 
 
-def test_all_complaints_come_at_once(folder: Path) -> None:
+def test_all_messages_come_at_once(folder: Path) -> None:
     (folder / "captions.csv").write_text("file,caption\nnone.jpg,a\n")
     found = checked(
         "stages.publish.names=[smal]",

@@ -108,15 +108,15 @@ def test_workers_add_up_to_the_gradient_of_the_whole_batch(
 
 def test_figures_are_the_whole_batch_at_any_number_of_workers(tower: Path, tokenizer: Path) -> None:
     blocks = blocks_of_step(tokenizer)
-    figures = []
+    metrics = []
     for world in (1, 2):
         results = run_workers([new_task(tower, tokenizer) for _ in range(world)], blocks)
-        names = results[0][1].figures
-        figures.append(
-            {name: sum(w * float(losses.figures[name]) for w, losses in results) for name in names}
+        names = results[0][1].metrics
+        metrics.append(
+            {name: sum(w * float(losses.metrics[name]) for w, losses in results) for name in names}
         )
-    assert figures[0] == pytest.approx(figures[1])
-    assert figures[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
+    assert metrics[0] == pytest.approx(metrics[1])
+    assert metrics[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-5)
 
 
 def test_the_tower_runs_once_a_block_and_gets_no_gradient(tower: Path, tokenizer: Path) -> None:

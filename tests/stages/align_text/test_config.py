@@ -93,7 +93,7 @@ def test_given_files_are_checked_before_anything_runs(tmp_path: Path, encoder: P
     loaded = load(pipeline_file(tmp_path, text={"from": str(encoder), "lock": True}, context=20))
     assert f"from: {encoder}" in loaded.resolved()
     words = str(words_tokenizer(tmp_path / "words.json"))
-    for fields, complaint in (
+    for fields, message in (
         ({"tokenizer": f"{words}x"}, r"no such file: .*words\.jsonx[^\0]*stages\.align\.tokenizer"),
         ({"tokenizer": words}, r"does not end a text[^\0]*:\d+  stages\.align\.tokenizer"),
         ({"text": {"from": str(tmp_path)}}, r"no such file: .*config\.json[^\0]*stages\.align\.text\.from"),
@@ -102,7 +102,7 @@ def test_given_files_are_checked_before_anything_runs(tmp_path: Path, encoder: P
     ):
         with pytest.raises(UserError) as caught:
             load(pipeline_file(tmp_path, **fields))
-        assert re.search(complaint, str(caught.value)), str(caught.value)
+        assert re.search(message, str(caught.value)), str(caught.value)
 
 
 def folder_with(tmp_path: Path, *students: str) -> Path:

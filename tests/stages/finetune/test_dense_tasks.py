@@ -1,4 +1,4 @@
-"""Segmentation, depth and detection: their figures, and mistakes in their data sets."""
+"""Segmentation, depth and detection: their metrics, and mistakes in their data sets."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_segmentation_is_measured_as_scikit_learn_and_evaluate_do() -> None:
         sums = sums + goal.sums(torch.from_numpy(logits[rows]), tensors)
     there = (true >= 0) & (weights > 0)[:, None, None]
     guess = logits.argmax(axis=1)
-    figures = goal.figures(sums)
+    metrics = goal.metrics(sums)
     wanted = jaccard_score(true[there], guess[there], average="macro")
-    assert figures["mean_iou"] == pytest.approx(wanted)
-    assert figures["pixel_accuracy"] == pytest.approx((true[there] == guess[there]).mean())
+    assert metrics["mean_iou"] == pytest.approx(wanted)
+    assert metrics["pixel_accuracy"] == pytest.approx((true[there] == guess[there]).mean())
     parts = iou_parts(np.where(there, guess, 0), np.where(there, true, -1), 4)
-    assert figures["mean_iou"] == pytest.approx(float(mean_iou(parts[None])[0]))
+    assert metrics["mean_iou"] == pytest.approx(float(mean_iou(parts[None])[0]))
 
 
 def test_depth_is_measured_by_the_formulas() -> None:
@@ -57,7 +57,7 @@ def test_depth_is_measured_by_the_formulas() -> None:
         sums = sums + goal.sums(torch.from_numpy(np.log(guess[rows])), tensors)
     there = (true > 0) & (weights > 0)[:, None, None]
     g, t = guess[there], true[there]
-    assert goal.figures(sums) == pytest.approx(
+    assert goal.metrics(sums) == pytest.approx(
         {
             "rmse": np.sqrt(mean_squared_error(t, g)),
             "delta_1": (np.maximum(g / t, t / g) < 1.25).mean(),
@@ -115,9 +115,9 @@ def test_mistakes_of_a_data_set_are_told_before_the_first_step(tmp_path: Path) -
 
 
 def test_depth_of_no_pixel_has_no_figures_and_no_traceback() -> None:
-    figures = DepthGoal(0.5, 0.1, 10.0, None, 16, 0).figures(torch.zeros(4, dtype=torch.float64))
-    assert set(figures) == {"rmse", "delta_1", "relative_error"}
-    assert all(np.isnan(value) for value in figures.values())
+    metrics = DepthGoal(0.5, 0.1, 10.0, None, 16, 0).metrics(torch.zeros(4, dtype=torch.float64))
+    assert set(metrics) == {"rmse", "delta_1", "relative_error"}
+    assert all(np.isnan(value) for value in metrics.values())
 
 
 def test_more_objects_than_queries_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

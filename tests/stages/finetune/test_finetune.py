@@ -49,13 +49,13 @@ def test_figures_are_those_of_scikit_learn_over_any_blocks() -> None:
         tensors = {"classes": torch.from_numpy(classes[rows]), "weights": torch.from_numpy(weights[rows])}
         sums = sums + goal.sums(torch.from_numpy(logits[rows]), tensors)
     real = weights > 0
-    figures = goal.figures(sums)
+    metrics = goal.metrics(sums)
     said = logits[real].argmax(axis=1)
     probabilities = np.exp(logits[real]) / np.exp(logits[real]).sum(axis=1, keepdims=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where a class is said that is not there
         balanced = balanced_accuracy_score(classes[real], said)
-    assert figures == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "accuracy": accuracy_score(classes[real], said),
             "mean_class_accuracy": balanced,
