@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
-from orchestrator.simulation.costs import measured
+from orchestrator.simulation.costs import StageCosts
 
 Series = Sequence[tuple[float, float]]
 
@@ -90,7 +90,7 @@ def stage_costs(
         found.setdefault("start_s", []).append(marks["built"] - recovery["decided"])
         found.setdefault("restore_s", []).append(marks["restored"] - marks["built"])
         if usual := steps.get(recovery["workers"]):
-            longer = recovery["first_step"] - marks["restored"] - fmean(usual)
+            longer = recovery["first_step"] - marks["restored"] - statistics.fmean(usual)
             found.setdefault("first_step_s", []).append(max(0.0, longer))
         before = [at for at in losses if at <= recovery["detected"]]
         if not recovery["planned"] and before:
@@ -101,9 +101,9 @@ def stage_costs(
     if run.steps and "warm_s" not in found:
         until_step = run.steps[0][0] - began
         start = _median(found.get("start_s", [])) + _median(found.get("first_step_s", []))
-        first = fmean(next(iter(steps.values()))) if steps else 0.0
+        first = statistics.fmean(next(iter(steps.values()))) if steps else 0.0
         found["warm_s"] = [max(0.0, until_step - start - first)]
-    return measured(steps, found)
+    return section_of(steps, found)
 
 
 def _step_seconds(run: Measured, recoveries: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
@@ -123,3 +123,23 @@ def _step_seconds(run: Measured, recoveries: Sequence[dict[str, Any]]) -> dict[i
 def _median(values: Sequence[float]) -> float:
     ordered = sorted(values)
     return ordered[len(ordered) // 2] if ordered else 0.0
+
+
+def section_of(
+    step_s: Mapping[int, Sequence[float]], others: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """One stage's section of a costs file from what a run measured.
+
+    A step is its mean, as a stage's time is the sum of its steps. A median would be wrong: a step is seen when the
+    controller polls, so that the times between two steps are whole polls, and their median is one poll or two. The
+    other costs are few, and medians.
+
+    Args:
+        step_s: seconds of steps by number of workers, without groups' first ones.
+        others: what was measured of the other costs, by their name in `StageCosts`; those without are left out.
+    """
+    section: dict[str, Any] = {name: statistics.median(values) for name, values in others.items() if values}
+    section["measured_step_s"] = {
+        count: statistics.fmean(values) for count, values in step_s.items() if values
+    }
+    return StageCosts.model_validate(section).model_dump(exclude_unset=True)

@@ -88,7 +88,7 @@ def _calibrated(market: SpotMarket, folder: Path, steps: int) -> Costs:
 
 def _trace(seed: int) -> Trace:
     hour = 3600.0
-    trace = synthetic(
+    whole = synthetic(
         "m",
         count=MACHINES,
         duration_s=8 * hour,
@@ -97,9 +97,22 @@ def _trace(seed: int) -> Trace:
         notice_s=20 * COMPRESSION,
         notice_share=0.5,
         seed=seed,
-    ).compressed(COMPRESSION)
+    )
+    trace = compressed(whole, COMPRESSION)
     machines = tuple(replace(machine, name=f"m{i}") for i, machine in enumerate(trace.machines))
     return replace(trace, machines=machines)
+
+
+def compressed(trace: Trace, factor: float) -> Trace:
+    """A trace with time running `factor` times as fast; an hour's price buys `factor` times less."""
+    events = tuple(
+        replace(event, at=event.at / factor, deadline_at=event.deadline_at / factor) for event in trace.events
+    )
+    machines = tuple(
+        replace(machine, prices=tuple((since / factor, price * factor) for since, price in machine.prices))
+        for machine in trace.machines
+    )
+    return replace(trace, machines=machines, events=events, duration_s=trace.duration_s / factor)
 
 
 def _case(market: SpotMarket, folder: Path, steps: int, trace: Trace, costs: Costs) -> Case:

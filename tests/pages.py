@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
-from orchestrator.reference.page import keys
+from orchestrator.config.schema import Pipeline
+from orchestrator.reference.page import sections
+from orchestrator.stages import AnyStage
+from orchestrator.stages.registry import kind_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -18,6 +22,19 @@ LIVING = [page for page in PAGES if page.name != "0003-elastic-job.md"]
 # What the command line itself prints.
 GENERATED = ROOT / "docs" / "commands.md"
 SAMPLE = "conf/full_pipeline.yaml"
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def keys() -> dict[str, set[str]]:
+    """The keys of every section, by what the reference calls it: a stage by its kind, the file as `pipeline`."""
+    found = {"pipeline": _keys(Pipeline[AnyStage])}
+    found |= {kind_of(stage): _keys(stage) for stage in get_args(get_args(AnyStage)[0])}
+    return found | {model.__name__: _keys(model) for model in sections()}
+
+
 KEYS = keys()
 ALL_KEYS = set().union(*KEYS.values())
 

@@ -14,18 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import latest
 from disk_faults import KINDS, Disk, Kind, every_fault, goes_through
 from PIL import Image
 
 from orchestrator.pipeline.lease.lease_manager import LeaseManager
 from orchestrator.pipeline.lease.liveness import Timing
 from orchestrator.pipeline.lease.process_identity import ProcessIdentity, this_process
-from orchestrator.pipeline.store import spool_backup as mirror_module
+from orchestrator.pipeline.store import spool_backup as backup_module
 from orchestrator.pipeline.store.spool_backup import SpoolBackup
 from orchestrator.storage.artifacts import ArtifactStore
 from orchestrator.storage.local import LocalStore
 from orchestrator.tracking.spool import Spool
-from orchestrator.training.checkpoint.format import COMMIT, latest, part_name, shard_name, step_name
+from orchestrator.training.checkpoint.format import COMMIT, part_name, shard_name, step_name
 from orchestrator.training.checkpoint.shard_file import TensorSlot, file_header, write_file
 from orchestrator.training.checkpoint.storage import CheckpointStorage
 
@@ -181,10 +182,10 @@ def test_a_record_is_whole_or_absent_and_is_recorded_again(tmp_path: Path, kind:
 
 
 @each_kind
-def test_the_mirror_is_never_ahead_of_itself(
+def test_the_backup_is_never_ahead_of_itself(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror_module, "_PIECE", 200)
+    monkeypatch.setattr(backup_module, "_PIECE", 200)
     for disk in every_fault(kind, at_least=20):
         folder = tmp_path / str(disk.fail_at)
         store = LocalStore(folder / "store")
@@ -222,10 +223,10 @@ def test_the_mirror_is_never_ahead_of_itself(
 
 
 @each_kind
-def test_a_mirror_that_comes_back_halfway_comes_back_the_next_time(
+def test_a_backup_that_comes_back_halfway_comes_back_the_next_time(
     tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror_module, "_PIECE", 200)
+    monkeypatch.setattr(backup_module, "_PIECE", 200)
     store = LocalStore(tmp_path / "store")
     spool = Spool(tmp_path / "mine")
     spool.post("run", "open", name="x", parent=None)

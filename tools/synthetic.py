@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from orchestrator.simulation.trace import Machine, Trace, TraceEvent, in_order
-from orchestrator.simulation.trace_file import as_dict
+from orchestrator.simulation.trace_file import FORMAT
 
 
 def synthetic(
@@ -92,6 +94,28 @@ def write_examples(folder: Path) -> None:
         counts.append(len(there))
     sampled = {"metadata": {"gap_seconds": gap, "notes": "synthetic: stormy.json, sampled"}, "data": counts}
     (folder / "madeup-1a_v100_1.json").write_text(json.dumps(sampled) + "\n")
+
+
+def as_dict(trace: Trace, notes: str = "") -> dict[str, Any]:
+    """The trace in the form of a file, machine by machine; needs one price a machine."""
+    nodes = {m.name: {"type": m.type, "slots": m.slots, "price": m.prices[0][1]} for m in trace.machines}
+    events = []
+    announced: dict[int, float] = {}
+    for event in trace.events:
+        if event.kind == "down" and announced.pop(event.machine, None) == event.at:
+            continue  # it goes without saying
+        entry: dict[str, Any] = {"at": round(event.at, 3), "node": trace.machines[event.machine].name}
+        entry["event"] = event.kind
+        if event.kind == "notice":
+            announced[event.machine] = event.deadline_at
+            entry["deadline"] = round(event.deadline_at - event.at, 3)
+        events.append(entry)
+    head: dict[str, Any] = {"format": FORMAT, "version": 1, "name": trace.name, "zone": trace.zone}
+    if notes:
+        head["notes"] = notes
+    if math.isfinite(trace.duration_s):
+        head["duration"] = trace.duration_s
+    return head | {"nodes": nodes, "events": events}
 
 
 def _one_event_a_line(data: dict[str, object]) -> str:

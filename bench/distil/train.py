@@ -15,13 +15,14 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+from bench._lite0 import lite0_weights
 from bench._torchvision import mend_torchvision
 from bench.distil.scenes import scene_pictures
 from bench.headless.train import Kept, trained
 from bench.learning import ground, sets
 from orchestrator.data.index import ImageIndex, ImageRecord
 from orchestrator.data.rng import derive
-from orchestrator.data.weights import DINOV2_FOCUS, fetch, fetch_lite0
+from orchestrator.data.weights import DINOV2_FOCUS, fetch
 from orchestrator.fsio import atomic_write
 from orchestrator.models import Backbone, efficientnet, save_pretrained
 from orchestrator.stages.common.config import Heads, ModelRecipe
@@ -96,7 +97,7 @@ def fetch_all() -> Weights:
         sets.pictures(name)
     focus = cache_folder() / FOCUS
     fetch(DINOV2_FOCUS, focus)
-    return {FOCUS: focus, LITE0: fetch_lite0(cache_folder() / LITE0)}
+    return {FOCUS: focus, LITE0: lite0_weights()}
 
 
 def distilled(

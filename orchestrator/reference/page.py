@@ -112,17 +112,6 @@ def _reached(*, operational: bool, extended: bool = False) -> frozenset[type[Bas
     return frozenset(found)
 
 
-def keys() -> dict[str, set[str]]:
-    """The keys of every section, by what it is called here: a stage by its kind, the file as `pipeline`."""
-    found = {"pipeline": _keys(Pipeline[AnyStage])}
-    found |= {kind_of(stage): _keys(stage) for stage in get_args(get_args(AnyStage)[0])}
-    return found | {model.__name__: _keys(model) for model in sections()}
-
-
-def _keys(model: type[BaseModel]) -> set[str]:
-    return {field.alias or name for name, field in model.model_fields.items()}
-
-
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The models that an annotation is made of."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,6 @@ from orchestrator.errors import UserError, nearest
 from orchestrator.simulation.json_file import JsonFile
 from orchestrator.simulation.trace import MAX_SECONDS
 
-FORMAT = "orchestrator-costs"
 _Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 
@@ -154,21 +152,3 @@ def read_costs(path: Path, stages: Sequence[str]) -> Costs:
 def _nearest_of(name: str, known: Sequence[str]) -> str:
     close = nearest(name, known)
     return f"did you mean {close!r}?" if close else f"there are: {', '.join(known)}"
-
-
-def measured(step_s: Mapping[int, Sequence[float]], figures: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """One stage's section of a costs file from what a run measured.
-
-    A step is its mean, as a stage's time is the sum of its steps. A median would be wrong: a step is seen when the
-    controller polls, so that the times between two steps are whole polls, and their median is one poll or two. The
-    other costs are few, and medians.
-
-    Args:
-        step_s: seconds of steps by number of workers, without groups' first ones.
-        figures: what was measured of the other costs, by their name in `StageCosts`; those without are left out.
-    """
-    section: dict[str, Any] = {name: statistics.median(values) for name, values in figures.items() if values}
-    section["measured_step_s"] = {
-        count: statistics.fmean(values) for count, values in step_s.items() if values
-    }
-    return StageCosts.model_validate(section).model_dump(exclude_unset=True)

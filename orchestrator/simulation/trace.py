@@ -112,20 +112,6 @@ class Trace:
                 noticed.discard(event.machine)
         return replace(self, events=in_order(events))
 
-    def compressed(self, factor: float) -> Trace:
-        """The same trace with time running `factor` times as fast; an hour's price buys `factor` times less."""
-        events = tuple(
-            replace(event, at=event.at / factor, deadline_at=event.deadline_at / factor)
-            for event in self.events
-        )
-        machines = tuple(
-            replace(
-                machine, prices=tuple((since / factor, price * factor) for since, price in machine.prices)
-            )
-            for machine in self.machines
-        )
-        return replace(self, machines=machines, events=events, duration_s=self.duration_s / factor)
-
     def priced(self, price: float) -> Trace:
         """The same trace with every machine at `price` an hour."""
         machines = tuple(replace(machine, prices=((0.0, price),)) for machine in self.machines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -223,25 +223,3 @@ class _Compiler:
 
     def _refuse(self, index: int, what: str, key: str, *, hint: str | None = None) -> None:
         raise UserError(what, where=self.file.where(("events", index, key)), hint=hint)
-
-
-def as_dict(trace: Trace, notes: str = "") -> dict[str, Any]:
-    """The trace in the form of a file, machine by machine; needs one price a machine."""
-    nodes = {m.name: {"type": m.type, "slots": m.slots, "price": m.prices[0][1]} for m in trace.machines}
-    events = []
-    announced: dict[int, float] = {}
-    for event in trace.events:
-        if event.kind == "down" and announced.pop(event.machine, None) == event.at:
-            continue  # it goes without saying
-        entry: dict[str, Any] = {"at": round(event.at, 3), "node": trace.machines[event.machine].name}
-        entry["event"] = event.kind
-        if event.kind == "notice":
-            announced[event.machine] = event.deadline_at
-            entry["deadline"] = round(event.deadline_at - event.at, 3)
-        events.append(entry)
-    head: dict[str, Any] = {"format": FORMAT, "version": 1, "name": trace.name, "zone": trace.zone}
-    if notes:
-        head["notes"] = notes
-    if math.isfinite(trace.duration_s):
-        head["duration"] = trace.duration_s
-    return head | {"nodes": nodes, "events": events}

@@ -49,7 +49,6 @@ _REASONS = {
     "AuthorizationHeaderMalformed": ("the bucket {bucket!r} is in another region", "set AWS_DEFAULT_REGION"),
 }
 _NO_COPIES = ("AccessDenied", "AllAccessDisabled", "403", "NotImplemented", "MethodNotAllowed", "405", "501")
-_log = logging.getLogger(__name__)
 
 
 class StoreError(OSError):

@@ -8,7 +8,6 @@ holds references, not arrays; it computes nothing, so one serves any number of t
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,8 +16,6 @@ from typing import Any
 
 from orchestrator.teacher_service.counters import TeacherCounters
 from orchestrator.teacher_service.window import Window
-
-logger = logging.getLogger("orchestrator")
 
 # A call comes back empty after so long, so that the call of one that is gone does not stay.
 _ANSWER_S = 2.0

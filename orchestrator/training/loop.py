@@ -8,7 +8,6 @@ collectives line up. The loss is the mean over the step's blocks.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import socket
 import time
@@ -44,8 +43,6 @@ from orchestrator.training.loader_process import ProcessBlocks
 from orchestrator.training.out_of_memory import out_of_memory_explained
 from orchestrator.training.skipped_updates import STEPS_PER_SKIP, named
 from orchestrator.training.task import BlockTensors, Losses, Probing
-
-logger = logging.getLogger("orchestrator")
 
 _ORDER_RANGE = 2.0**32
 # Unreadable photos that a message names.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -41,7 +40,6 @@ from orchestrator.stages.finetune.detection import Detection
 if TYPE_CHECKING:
     from orchestrator.stages.common.checkpointed import CheckpointedModel
 
-logger = logging.getLogger("orchestrator")
 
 SCORES = "scores.json"
 

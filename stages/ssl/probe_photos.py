@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,6 @@ from orchestrator.data.rng import derive
 from orchestrator.data.sources.folder import shown
 from orchestrator.evaluation.metrics.knn import knn_leave_one_out
 from orchestrator.stages.ssl.knn import KnnProbe
-
-logger = logging.getLogger("orchestrator")
 
 KNN, SAME_PHOTO = "knn", "same_photo"
 # Photos of a block: a fixed number, so that a forward pass is the same one whoever computes it.

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import latest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -23,7 +24,7 @@ from orchestrator.errors import UserError
 from orchestrator.pipeline.maintenance.checkpoint_table import print_checkpoints
 from orchestrator.storage.local import LocalStore
 from orchestrator.training.checkpoint import reader
-from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, latest, parse, verified
+from orchestrator.training.checkpoint.format import COMMIT, CheckpointError, parse, verified
 from orchestrator.training.checkpoint.inspect import describe, describe_all
 from orchestrator.training.checkpoint.reader import newest, overlaps
 from orchestrator.training.checkpoint.shard_file import TensorSlot, file_header, write_file

@@ -19,7 +19,8 @@ from orchestrator.data.decode import UnreadableImage, read_rgb
 from orchestrator.data.sources.scan import scan
 from orchestrator.errors import UserError
 from orchestrator.simulation.costs import read_costs
-from orchestrator.simulation.trace_file import as_dict, read_trace
+from orchestrator.simulation.trace_file import read_trace
+from tools import synthetic
 
 from .mutations import TEXTS, damaged_bytes, damaged_lines, damaged_values, in_time, sensible, some
 
@@ -132,7 +133,7 @@ def trace_or_message(path: Path) -> None:
             trace = read_trace(path)
             assert len(trace.machines) < 10**6
             if all(len(machine.prices) == 1 for machine in trace.machines):
-                json.dumps(as_dict(trace), allow_nan=False)
+                json.dumps(synthetic.as_dict(trace), allow_nan=False)
         except UserError as error:
             sensible(str(error))
 

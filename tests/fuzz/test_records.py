@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import latest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -150,7 +151,7 @@ def test_manifests_of_checkpoints(tmp_path_factory: pytest.TempPathFactory, data
     whole = (folder / format.step_name(8) / format.COMMIT).read_bytes()
     (folder / format.step_name(8) / format.COMMIT).write_bytes(data.draw(any_damage(whole)))
     with in_time():
-        found = format.latest(folder)
+        found = latest(folder)
         assert found is not None
         assert set(found.files) == {SHARD}
         for value in (found.state, found.skips, found.keys, found.step, found.world):

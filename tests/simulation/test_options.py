@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bench._measure import section_of
 from orchestrator.config.elastic import Elastic
 from orchestrator.errors import UserError
 from orchestrator.pipeline.dag import order
 from orchestrator.pipeline.load import LoadedPipeline, load
-from orchestrator.simulation.costs import Costs, StageCosts, measured, read_costs
+from orchestrator.simulation.costs import Costs, StageCosts, read_costs
 from orchestrator.simulation.options import SimulateOptions, simulate
 from orchestrator.simulation.prediction import plan_stages
 
@@ -136,7 +137,7 @@ def test_wrong_costs_files(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_measured_costs_come_back_from_their_file(tmp_path: Path) -> None:
-    section = measured({2: [1.0, 1.0, 4.0], 4: [0.7]}, {"warm_s": [4.0, 6.0, 5.0], "stall_s": []})
+    section = section_of({2: [1.0, 1.0, 4.0], 4: [0.7]}, {"warm_s": [4.0, 6.0, 5.0], "stall_s": []})
     Costs(source="run 1", stages={"pretrain": section}).save(tmp_path / "costs.json")
     costs = read_costs(tmp_path / "costs.json", ["pretrain"]).of("pretrain")
     assert costs.measured_step_s == {2: 2.0, 4: 0.7}, "the slow step comes again, too"

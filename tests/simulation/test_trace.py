@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import UserError
 from orchestrator.simulation.trace import Machine
-from orchestrator.simulation.trace_file import as_dict, read_trace
+from orchestrator.simulation.trace_file import read_trace
 from tools import synthetic
 
 from .conftest import machines
@@ -267,6 +267,6 @@ def test_examples_are_what_the_generator_makes(tmp_path: Path) -> None:
 def test_a_trace_survives_being_written(tmp_path: Path) -> None:
     trace = synthetic.examples()["stormy.json"][0]
     path = tmp_path / "again.json"
-    path.write_text(json.dumps(as_dict(trace)))
+    path.write_text(json.dumps(synthetic.as_dict(trace)))
     assert read_trace(path).events == trace.events
     assert read_trace(path).machines == trace.machines

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import logging
 import os
 import sqlite3
 import threading
@@ -22,8 +21,6 @@ from typing import NamedTuple
 
 from orchestrator.fsio import open_regular, pieces_of
 from orchestrator.storage.cache_database import cache_database, set_aside
-
-logger = logging.getLogger("orchestrator")
 
 FILE = "digests.sqlite3"
 # File systems keep times in steps of up to two seconds (FAT), and the kernel's own in steps of some milliseconds.

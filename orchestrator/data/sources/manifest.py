@@ -39,7 +39,6 @@ _LONGEST_LINE = 16 << 20
 _BATCH_ROWS = 1 << 16
 # Rows of masks that are in memory at once: each is a picture.
 _BATCH_MASKS = 64
-_SHOWN = 3
 
 
 @dataclass(frozen=True)

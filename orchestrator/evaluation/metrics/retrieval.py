@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from orchestrator.evaluation.metrics.similarity import Floats, Rows, similarities, unit
 
 
-def retrieval_recall(
+def retrieval_hits(
     image_ND: NDArray[np.floating],
     text_ND: NDArray[np.floating],
     groups: Sequence[str],
     ks: Sequence[int] = (1, 5, 10),
-) -> dict[str, float]:
-    """Recall at k of retrieval by cosine similarity, in both directions, with the level of random ranking.
+) -> dict[str, NDArray[np.bool_]]:
+    """Which queries find their group among the first k results by cosine similarity, in both directions.
 
     A query counts if any of its first k results is of its own group, so photos with the same caption are not
     held against each other. Equal similarities rank in the worst order: collapsed embeddings find nothing.
@@ -29,27 +29,11 @@ def retrieval_recall(
         ks: cut-offs.
 
     Returns:
-        For every k `image_to_text_recall_at_{k}`, `text_to_image_recall_at_{k}` and `chance_recall_at_{k}`,
-        the expectation under random ranking (the same in both directions), 0 to 1.
+        For every k `image_to_text_recall_at_{k}` and `text_to_image_recall_at_{k}`, of each query, (N,). Their mean is
+        the recall.
 
     Raises:
         ValueError: no pairs, lengths that differ, a k < 1, or embeddings that are not finite.
-    """
-    hits = retrieval_hits(image_ND, text_ND, groups, ks)
-    scores = {name: float(hits_N.mean()) for name, hits_N in hits.items()}
-    return scores | {f"chance_recall_at_{k}": chance(groups, k) for k in ks}
-
-
-def retrieval_hits(
-    image_ND: NDArray[np.floating],
-    text_ND: NDArray[np.floating],
-    groups: Sequence[str],
-    ks: Sequence[int] = (1, 5, 10),
-) -> dict[str, NDArray[np.bool_]]:
-    """Which queries find their group among the first k results; arguments and errors as :func:`retrieval_recall`.
-
-    Returns:
-        For every k `image_to_text_recall_at_{k}` and `text_to_image_recall_at_{k}`, of each query, (N,).
     """
     num_pairs = len(groups)
     if num_pairs == 0 or len(image_ND) != num_pairs or len(text_ND) != num_pairs or min(ks) < 1:

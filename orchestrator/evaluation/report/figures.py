@@ -54,46 +54,6 @@ def pca_maps(
     save(figure, path)
 
 
-def similarity_grid(
-    photos: Sequence[RgbImage],
-    features: Sequence[FeatureMap],
-    path: Path,
-    titles: Sequence[str] | None = None,
-    pairs_per_row: int = 1,
-    point: tuple[float, float] = (0.5, 0.5),
-) -> None:
-    """Photo with a cross at `point` beside the cosine similarity of every patch to the patch under the cross.
-
-    Args:
-        photos, features, path, titles, pairs_per_row: as for :func:`pca_maps`.
-        point: height and width as shares of the photo, 0 to 1. The colours run from 0 or less (dark) to 1.
-
-    Raises:
-        ValueError: as for :func:`pca_maps`.
-    """
-    _check_pairs(photos, features, titles)
-    figure, axes = _photo_grid(photos, titles, pairs_per_row)
-    for at, (photo, feature_map) in enumerate(zip(photos, features, strict=True)):
-        left, right = axes[at]
-        height, width = feature_map.shape[:2]
-        row, column = min(int(point[0] * height), height - 1), min(int(point[1] * width), width - 1)
-        unit = feature_map / np.maximum(np.linalg.norm(feature_map, axis=-1, keepdims=True), 1e-12)
-        left.imshow(photo)
-        right.imshow(
-            unit @ unit[row, column],
-            vmin=0,
-            vmax=1,
-            cmap="magma",
-            interpolation="nearest",
-            extent=extent(photo),
-        )
-        center = (column + 0.5) / width * photo.shape[1], (row + 0.5) / height * photo.shape[0]
-        for axis in (left, right):
-            axis.plot(*center, marker="+", markersize=11, markeredgewidth=3.5, color="white")
-            axis.plot(*center, marker="+", markersize=10, markeredgewidth=1.5, color="#D40000")
-    save(figure, path)
-
-
 def pca_colors(features: Sequence[FeatureMap]) -> list[NDArray[np.float64]]:
     """Joint PCA of several feature maps as RGB in [0, 1], one (h, w, 3) per map (see :func:`pca_maps`)."""
     patches_ND = np.concatenate([f.reshape(-1, f.shape[-1]) for f in features]).astype(np.float64)

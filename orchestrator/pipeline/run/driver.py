@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -41,8 +40,6 @@ from orchestrator.shell_command import command
 from orchestrator.stages.base import uncompared_in
 from orchestrator.storage.artifacts import Artifact, DamagedError
 from orchestrator.tracking.run import NullRun, Run, Status
-
-logger = logging.getLogger("orchestrator")
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 # What a stage makes to be looked at: a page, or else lists.

@@ -10,7 +10,6 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from typing import Any
 from orchestrator.byte_counts import BYTES
 from orchestrator.fsio import open_regular, sha256_of
 from orchestrator.training.skipped_updates import Skips
-
-logger = logging.getLogger("orchestrator")
 
 FORMAT = 2
 COMMIT = "checkpoint.json"
@@ -223,14 +220,3 @@ def verified(path: Path, digest_of: Callable[[Path], str] = _digest) -> Checkpoi
         if wrong:
             raise CheckpointError(f"{name} {wrong}")
     return manifest
-
-
-def latest(folder: Path) -> CheckpointManifest | None:
-    """The newest checkpoint below `folder` that is committed and whose files are all as written."""
-    steps = {path: step for path in folder.glob("step-*") if (step := step_of(path.name)) is not None}
-    for path in sorted(steps, key=lambda path: steps[path], reverse=True):
-        try:
-            return verified(path)
-        except CheckpointError as error:
-            logger.warning("checkpoint %s is skipped: %s", path, error)
-    return None
