@@ -123,7 +123,7 @@ class _Service:
             )
         self._host, self._port, self._prefix = parts.hostname, parts.port or 80, parts.path.rstrip("/")
 
-    def ask(self, path: str, headers: Mapping[str, str], method: str = "GET") -> _Answer:
+    def request(self, path: str, headers: Mapping[str, str], method: str = "GET") -> _Answer:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT_S)
         try:
             connection.request(method, f"{self._prefix}{path}", headers=dict(headers))
@@ -172,11 +172,11 @@ class AwsMetadata:
     def _get(self, name: str) -> _Answer:
         if not self._token or time.monotonic() > self._token_until:
             self._renew()
-        return self._service.ask(f"/latest/meta-data/{name}", {"X-aws-ec2-metadata-token": self._token})
+        return self._service.request(f"/latest/meta-data/{name}", {"X-aws-ec2-metadata-token": self._token})
 
     def _renew(self) -> None:
         header = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_TTL_S)}
-        answer = self._service.ask("/latest/api/token", header, method="PUT")
+        answer = self._service.request("/latest/api/token", header, method="PUT")
         if answer.status != 200 or not answer.text().isprintable() or not answer.text():
             raise MetadataError(f"HTTP {answer.status} and no token for PUT /latest/api/token")
         self._token, self._token_until = answer.text(), time.monotonic() + _TOKEN_TTL_S / 2
@@ -203,7 +203,7 @@ class GceMetadata:
 
     def _value(self, name: str, known: tuple[str, ...]) -> str:
         path = f"/computeMetadata/v1/instance/{name}"
-        answer = self._service.ask(path, {"Metadata-Flavor": "Google"})
+        answer = self._service.request(path, {"Metadata-Flavor": "Google"})
         if answer.status == 404:
             return ""  # not every kind of machine has both
         if answer.status != 200 or answer.headers.get("metadata-flavor") != "Google":
@@ -262,7 +262,7 @@ class AzureMetadata:
         return [Hint(source)] if kind == "Freeze" else []
 
     def _get(self, path: str) -> _Answer:
-        answer = self._service.ask(path, {"Metadata": "true"})
+        answer = self._service.request(path, {"Metadata": "true"})
         if answer.status != 200:
             raise MetadataError(f"HTTP {answer.status} for {path.partition('?')[0]}")
         return answer

@@ -32,7 +32,7 @@ class Probe:
     Args:
         who: is asked, for where that gives no answer.
         where: its place in the pipeline file.
-        ask: what is wrong; None if nothing is.
+        probe: what is wrong; None if nothing is.
         patience_s: how long the question itself waits.
         hint: what to do where there is no answer in time.
     """
@@ -41,11 +41,11 @@ class Probe:
         self,
         who: str,
         where: str,
-        ask: Callable[[], UserError | None],
+        probe: Callable[[], UserError | None],
         patience_s: float,
         hint: str | None = None,
     ) -> None:
-        self._who, self._where, self._ask = who, where, ask
+        self._who, self._where, self._probe = who, where, probe
         self._answer: UserError | None = UserError(
             f"{who} did not answer within {patience_s:.0f} s", hint=hint
         )
@@ -63,7 +63,7 @@ class Probe:
 
     def _run(self) -> None:
         try:
-            self._answer = self._ask()
+            self._answer = self._probe()
         except UserError as error:
             self._answer = error
         except Exception as error:
